@@ -1,0 +1,1 @@
+"""Measuring bundles: speed, memory, and whether the number can be believed."""

@@ -1,0 +1,1 @@
+"""What a device is: profiles with sources, and a probe of this host."""

@@ -1,0 +1,170 @@
+"""The bundle: the directory that export hands to bench, generate and a board. Standard library only.
+
+A bundle holds::
+
+    model.onnx        decode graph: logits of the last position only, [batch, 1, vocab]
+    scoring.onnx      the same graph with the logits of every position, [batch, sequence, vocab]
+    model.onnx.data   weights of both, memory-mapped by ONNX Runtime
+    tokenizer.json, tokenizer_config.json, genai_config.json, ...
+    bundle.json       this module's manifest
+
+Inputs and outputs follow the ecosystem: ``input_ids`` [batch, sequence] int64, ``attention_mask`` [batch, total] int64,
+``past_key_values.N.key/value`` [batch, kv_heads_N, past, head_dim] -> ``logits``, ``present.N.key/value``. N counts the
+layers that have attention, from 0. Past and present may share one buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+DECODE_GRAPH = "model.onnx"
+SCORING_GRAPH = "scoring.onnx"
+WEIGHTS = "model.onnx.data"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message names the file and what to do."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer; 0 query heads means no attention, 0 ffn means no feed-forward block."""
+
+    query_heads: int
+    kv_heads: int
+    ffn: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """``bundle.json``. Sizes are in bytes; ``None`` is unknown."""
+
+    target: str  # cpu | portable
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    context_length: int
+    layers: list[LayerSizes]
+    bits: int  # 4, 8 or 32: of the decoder's linears
+    block: int  # quantisation group along the input dimension; 0 at 32 bit
+    accuracy_level: int  # of MatMulNBits; 4 computes in int8
+    parameters: int
+    weight_bytes_per_token: int  # read once per generated token
+    kv_bytes_per_token: int  # added to the cache per token
+    kv_dtype: str  # float32
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    onnxruntime_min: str
+    lineage: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def kv_layers(self) -> list[LayerSizes]:
+        """The layers that own a KV cache, in the order of the graph's ``past_key_values.N``."""
+        return [layer for layer in self.layers if layer.query_heads]
+
+    @property
+    def content_hash(self) -> str:
+        """One sha256 over the files' hashes: what a result calls the bundle's hash."""
+        text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
+    """Hash every file of ``directory`` and write ``bundle.json`` beside them, last and by rename."""
+    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    files = {
+        name: FileEntry((directory / name).stat().st_size, sha256_file(directory / name))
+        for name in names
+        if name != MANIFEST
+    }
+    complete = BundleManifest(**{**_fields(manifest), "files": files})
+    partial = directory / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(asdict(complete), indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / MANIFEST)
+    return complete
+
+
+def read_manifest(directory: str | Path) -> BundleManifest:
+    """Read ``bundle.json``.
+
+    Raises:
+        BundleError: no bundle there, damaged, of a newer format, or naming a file outside the bundle.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}; make one with `saap export`")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise TypeError("not an object")
+        if raw.get("format") != FORMAT:
+            raise BundleError(f"{path} has format {raw.get('format')!r}, this saap reads {FORMAT}: export it again")
+        raw["layers"] = [LayerSizes(**layer) for layer in raw["layers"]]
+        raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+        manifest = BundleManifest(**raw)
+    except BundleError:
+        raise
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is damaged ({error}): export the bundle again") from None
+    for name in manifest.files:
+        _inside(directory, name)
+    return manifest
+
+
+def verify_files(directory: str | Path, manifest: BundleManifest | None = None) -> BundleManifest:
+    """Check every file's size and sha256 against the manifest.
+
+    Raises:
+        BundleError: naming the first file that is missing or differs.
+    """
+    directory = Path(directory)
+    manifest = manifest or read_manifest(directory)
+    for name, entry in manifest.files.items():
+        path = _inside(directory, name)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: export the bundle again")
+        if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+            raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
+    return manifest
+
+
+def _inside(directory: Path, name: str) -> Path:
+    path = directory / name
+    root = directory.resolve()
+    if root not in path.resolve().parents:
+        raise BundleError(f"{directory / MANIFEST} names {name!r}, which lies outside the bundle: do not use it")
+    return path
+
+
+def _fields(manifest: BundleManifest) -> dict[str, Any]:
+    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
