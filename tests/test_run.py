@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from export.bundle import BundleManifest, LayerSizes
+from export.run import BundleScorer, BundleTokenizer, RunError, generate, next_token_logprobs
+from export.tokenizer import TextStream
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces, a tab\tand\n\na blank line ",
+    "naïve café, 日本語のテキスト, emoji 👩‍👩‍👧 and 🤷🏽‍♀️!",
+    "<|im_start|>user\nspecial tokens inside<|im_end|>",
+    "def f(x):\n    return x ** 2  # 12345",
+]
+TEMPLATE = (
+    "{% for message in messages %}\n"
+    "  {% if message['role'] == 'system' %}{% continue %}{% endif %}\n"
+    "{{ bos_token + message['role'] + '\\n' + message['content'] | tojson + eos_token }}\n"
+    "{% generation %}{% set inner = 1 %}{% endgeneration %}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant {{ strftime_now('%Y') }}{% endif %}\n"
+)
+
+
+class ScriptedDecoder:
+    """Says the ids of a script, whatever it is given: the protocol is what is under test, not a model."""
+
+    def __init__(self, script, vocab, max_length=64):
+        self.script, self.vocab, self.max_length = list(script), vocab, max_length
+        self.seen, self.resets = [], 0
+
+    def reset(self):
+        self.seen, self.at, self.resets = [], 0, self.resets + 1
+
+    def prefill(self, ids):
+        assert ids.dtype == np.int64
+        self.seen += ids.tolist()
+        return self._next()
+
+    def step(self, token_id):
+        self.seen.append(token_id)
+        return self._next()
+
+    def _next(self):
+        assert len(self.seen) <= self.max_length, "a cache was written past its end"
+        logits = np.zeros(self.vocab, np.float32)
+        logits[self.script[self.at % len(self.script)]] = 9.0
+        self.at += 1
+        return logits
+
+
+def bpe_directory(path, config=None):
+    """A byte-level BPE of a few merges: most characters outside ASCII take several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | (config or {})
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def metaspace_directory(path):
+    """A tokenizer whose decoder drops the first space of whatever it is given, as Llama 2's does."""
+    words = ["<unk>", "</s>", *["▁Paris", "▁is", "▁big", "▁", "a", "b"], *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return BundleTokenizer(path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return BundleTokenizer(bpe_directory(tmp_path, {"chat_template": TEMPLATE}))
+
+
+def pieces_of(tokenizer, ids, context=()):
+    stream = TextStream(tokenizer, context)
+    return [stream.push(token) for token in ids] + [stream.flush()]
+
+
+def assert_same_as_transformers(directory):
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(directory), BundleTokenizer(directory)
+    chat = [
+        {"role": "system", "content": "Be brief & <kind>."},
+        {"role": "user", "content": 'Say "naïve" '},
+        {"role": "assistant", "content": "naïve\n"},
+        {"role": "user", "content": "Again, 日本."},
+    ]
+    for messages in (chat, chat[1:2]):
+        for prompt in (True, False):
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render_chat(messages, add_generation_prompt=prompt) == text
+            assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+    for text in TEXTS:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert "".join(pieces_of(ours, ids)) == ours.decode(ids)
+    assert ours.bos_token_id == theirs.bos_token_id
+
+
+def test_tiny_tokenizer_renders_and_encodes_as_transformers_does(tmp_path):
+    assert_same_as_transformers(bpe_directory(tmp_path, {"chat_template": TEMPLATE}))
+
+
+def test_template_file_and_special_token_objects_as_transformers_reads_them(tmp_path):
+    token = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bpe_directory(tmp_path, {"chat_template": "from the config", "eos_token": {"__type": "AddedToken", **token}})
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert_same_as_transformers(tmp_path)
+
+
+def test_real_tokenizer_renders_and_encodes_as_transformers_does(real_model):
+    assert_same_as_transformers(real_model)
+
+
+def test_hostile_template_cannot_leave_the_sandbox(tmp_path):
+    escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    tokenizer = BundleTokenizer(bpe_directory(tmp_path, {"chat_template": escape}))
+    with pytest.raises(RunError, match="refuses this conversation"):
+        tokenizer.encode_chat("hi")
+
+
+def test_template_that_refuses_says_why(tmp_path):
+    template = "{{ raise_exception('only system turns') }}"
+    tokenizer = BundleTokenizer(bpe_directory(tmp_path, {"chat_template": template}))
+    with pytest.raises(RunError, match="only system turns"):
+        tokenizer.encode_chat("hi")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, [1]),
+        ({"generation_config.json": {"eos_token_id": [5, 7]}}, [5, 7]),
+        ({"generation_config.json": {"eos_token_id": 0}}, [0]),
+        ({"generation_config.json": {"eos_token_id": 5}, "bundle.json": {"eos_token_ids": [2, 0]}}, [2, 0]),
+    ],
+)
+def test_end_of_text_ids_come_from_the_nearest_source(tmp_path, files, expected):
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert BundleTokenizer(bpe_directory(tmp_path)).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("damage", ["missing", "not json", "list"])
+def test_broken_tokenizer_directory_is_one_line(tmp_path, damage):
+    bpe_directory(tmp_path)
+    path = tmp_path / ("tokenizer.json" if damage != "list" else "tokenizer_config.json")
+    path.unlink() if damage == "missing" else path.write_text("[]" if damage == "list" else "{")
+    with pytest.raises(RunError, match=path.name) as error:
+        BundleTokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_stream_never_shows_half_a_character(tiny):
+    for text in TEXTS:
+        ids = tiny.encode(text, add_special_tokens=False)
+        pieces = pieces_of(tiny, ids)
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+    family = pieces_of(tiny, tiny.encode("👩", add_special_tokens=False))
+    assert len(family) > 2
+    assert [piece for piece in family if piece] == ["👩"]
+
+
+def test_stream_shows_broken_bytes_at_the_end_instead_of_losing_them(tiny):
+    ids = tiny.encode("ok 👩", add_special_tokens=False)[:-1]
+    assert "".join(pieces_of(tiny, ids)) == tiny.decode(ids)
+    assert tiny.decode(ids).endswith("\ufffd")
+
+
+def test_stream_keeps_spaces_that_the_decoder_strips(tmp_path):
+    tokenizer = metaspace_directory(tmp_path)
+    ids = [tokenizer.tokenizer.token_to_id(word) for word in ("▁Paris", "▁is", "</s>", "▁big", "<0xC3>", "<0xA9>", "a")]
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids) == "Paris is bigéa"
+    # Continuing a text, the first word needs its space; on its own it must not have one.
+    assert pieces_of(tokenizer, ids[1:2], context=ids[:1]) == [" is", ""]
+    assert pieces_of(tokenizer, ids[1:2]) == ["is", ""]
+
+
+def test_generation_streams_until_any_end_of_text_id(tiny):
+    script = [*tiny.encode("Dogs jump, naïve 👩!", add_special_tokens=False), 1]
+    decoder = ScriptedDecoder(script, 300)
+    ticks = iter(range(1000))
+    out = generate(decoder, tiny, "The fox", chat=False, clock=lambda: float(next(ticks)))
+    pieces = list(out)
+    assert "".join(pieces) == "Dogs jump, naïve 👩!"
+    assert len(pieces) > 5
+    assert (out.stop_reason, out.tokens, out.prompt_tokens) == ("eos", len(script), len(tiny.encode("The fox")))
+    assert decoder.seen == [*tiny.encode("The fox"), *script[:-1]]
+    # One tick for prefill, one per drawn token.
+    assert (out.prefill_seconds, out.decode_seconds, out.seconds) == (1.0, float(len(script)), 1.0 + len(script))
+    other = generate(decoder, tiny, "The fox", chat=False, stop_ids=[script[2], 1])
+    assert len("".join(other)) < 8
+    assert (other.tokens, decoder.resets) == (3, 2)
+
+
+def test_chat_prompt_has_the_template_and_one_beginning(tiny):
+    decoder = ScriptedDecoder([1], 300, max_length=200)
+    assert list(generate(decoder, tiny, "hello")) == []
+    text = tiny.render_chat([{"role": "user", "content": "hello"}])
+    assert decoder.seen == tiny.encode(text, add_special_tokens=False)
+    assert decoder.seen[:2].count(0) == 1
+
+
+def test_generation_stops_at_max_tokens_and_at_a_full_context(tiny):
+    script = tiny.encode("ababab", add_special_tokens=False)[:1]
+    n = len(tiny.encode("The fox"))
+    for room, limit, tokens, reason in [(64, 5, 5, "length"), (n + 3, 50, 4, "context"), (n, 50, 1, "context")]:
+        out = generate(ScriptedDecoder(script, 300, room), tiny, "The fox", chat=False, max_tokens=limit)
+        assert "".join(out) == tiny.decode(script * tokens)
+        assert (out.tokens, out.stop_reason) == (tokens, reason)
+
+
+def test_sampling_follows_the_softmax_and_the_seed(tiny):
+    class Coin(ScriptedDecoder):
+        def _next(self):
+            logits = np.full(self.vocab, -np.inf, np.float32)
+            logits[70:73] = np.log([0.6, 0.3, 0.1]) * 2  # temperature 2 gives back 0.6, 0.3, 0.1
+            return logits
+
+    def draw(seed, temperature=2.0):
+        decoder = Coin([0], 300, 4000)
+        list(generate(decoder, tiny, "a", chat=False, max_tokens=3001, temperature=temperature, seed=seed, stop_ids=()))
+        return decoder.seen[len(tiny.encode("a")) :]
+
+    drawn = draw(1)
+    assert drawn == draw(1) != draw(2)
+    share = np.bincount(drawn, minlength=300) / len(drawn)
+    assert np.allclose(share[70:73], [0.6, 0.3, 0.1], atol=0.04)  # 4 standard errors
+    assert share[:70].sum() == share[73:].sum() == 0
+    assert set(draw(1, temperature=1e-300)) == {70}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        ("x", {"max_tokens": 0}, "ask for 1 or more"),
+        ("x", {"temperature": -1.0}, "out of range"),
+        ("x", {"temperature": float("nan")}, "out of range"),
+        ("x", {"temperature": float("inf")}, "out of range"),
+        ("", {}, "empty"),
+        (" \n", {}, "empty"),
+        ("word " * 90, {}, "the context holds 64: shorten it"),
+    ],
+)
+def test_bad_input_is_told_before_anything_runs(tiny, prompt, arguments, message):
+    decoder = ScriptedDecoder([1], 300)
+    with pytest.raises(RunError, match=message):
+        generate(decoder, tiny, prompt, chat=False, **arguments)
+    assert decoder.resets == 0
+
+
+def test_chat_without_template_says_so(tmp_path):
+    tokenizer = BundleTokenizer(bpe_directory(tmp_path))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(RunError, match="no chat template"):
+        generate(ScriptedDecoder([1], 300), tokenizer, "hi")
+
+
+def test_broken_logits_are_not_turned_into_text(tiny):
+    class Broken(ScriptedDecoder):
+        def _next(self):
+            return np.full(self.vocab, np.nan, np.float32)
+
+    with pytest.raises(RunError, match="not finite"):
+        list(generate(Broken([1], 300), tiny, "hi", chat=False))
+
+
+def test_logprobs_are_those_of_a_careful_softmax():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(2, 5, 11)).astype(np.float32) * 3
+    ids = random.integers(0, 11, (2, 5))
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    expected = [[exact[b, i, ids[b, i + 1]] for i in range(4)] for b in range(2)]
+    ours = next_token_logprobs(logits, ids)
+    assert ours.shape == (2, 4)
+    assert np.allclose(ours, expected, atol=1e-6)
+    assert np.allclose(next_token_logprobs(logits[0], ids[0]), expected[0], atol=1e-6)
+    # Far from zero float32's exp would overflow or vanish.
+    assert np.allclose(next_token_logprobs(logits + np.float32(4e4), ids), expected, atol=0.01)
+    far = np.array([[0.0, -5e4, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    assert np.allclose(next_token_logprobs(far, np.array([0, 1])), [-5e4 - np.log(2)])
+
+
+def bigram_bundle(path, table, head_dim=8, kv=(2, 1)):
+    """A scoring graph with the bundle's inputs and outputs whose logits are rows of a table."""
+    vocab = table.shape[0]
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.INT64, s)
+        for n, s in (("input_ids", ["batch", "sequence"]), ("attention_mask", ["batch", "total"]))
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", vocab])]
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["logits"])]
+    for index, heads in enumerate(kv):
+        for part in ("key", "value"):
+            past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
+            inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, ["batch", heads, "past", head_dim]))
+            outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, None))
+            nodes.append(helper.make_node("Identity", [past], [present]))
+    graph = helper.make_graph(nodes, "bigram", inputs, outputs, [numpy_helper.from_array(table, "table")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path / "scoring.onnx"))
+    layers = [LayerSizes(4, kv[0], 32), LayerSizes(0, 0, 32), LayerSizes(2, kv[1], 32)]
+    manifest = BundleManifest(
+        **{
+            "target": "cpu", "model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "head_dim": head_dim,
+            "context_length": 64, "layers": layers, "bits": 32, "block": 0, "accuracy_level": 0, "parameters": 1,
+            "weight_bytes_per_token": 1, "kv_bytes_per_token": 1, "kv_dtype": "float32", "bos_token_id": 0,
+            "eos_token_ids": [1], "onnxruntime_min": "1.23",
+        }
+    )  # fmt: skip
+    (path / "bundle.json").write_text(json.dumps(asdict(manifest)))
+    return path
+
+
+def test_scorer_runs_the_scoring_graph_from_an_empty_cache(tmp_path):
+    random = np.random.default_rng(0)
+    table = random.normal(size=(13, 13)).astype(np.float32)
+    scorer = BundleScorer(bigram_bundle(tmp_path, table))
+    ids = random.integers(0, 13, (3, 6))
+    logits = scorer.logits(ids)
+    assert logits.dtype == np.float32
+    assert np.array_equal(logits, table[ids])
+    assert np.array_equal(scorer.logprobs(ids), next_token_logprobs(table[ids], ids))
+
+
+def test_scorer_without_graph_says_so(tmp_path):
+    bigram_bundle(tmp_path, np.eye(3, dtype=np.float32))
+    (tmp_path / "scoring.onnx").unlink()
+    with pytest.raises(RunError, match=r"no scoring\.onnx"):
+        BundleScorer(tmp_path)
