@@ -211,6 +211,8 @@ class BundleScorer:
         """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty_past(self.manifest, ids.shape[0])}
+        if any(given.name == "position_ids" for given in self._session.get_inputs()):  # the portable target
+            feed["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         (logits,) = self._session.run(["logits"], feed)
         return np.asarray(logits, dtype=np.float32)
 
