@@ -1,0 +1,221 @@
+"""Slim directories: write one beside and rename, read one back as a transformers model.
+
+A slim directory holds ``config.json``, ``model.safetensors``, tokenizer files and ``saap.json`` (plan and lineage).
+Models whose layers are all alike are plain Hugging Face directories. Others need this module imported, which registers
+their class with transformers, or the ``modeling_slim.py`` shipped in the directory and ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from saap import modeling_slim
+from saap.architectures import architecture_of
+from saap.errors import SaapError
+from saap.modeling_slim import GroupQuantTable, SlimLlamaConfig, SlimLlamaForCausalLM, TiedHead
+from saap.structures import ModelShape
+
+FORMAT = 1
+RECORD = "saap.json"
+OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
+
+AutoConfig.register(SlimLlamaConfig.model_type, SlimLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(SlimLlamaConfig, SlimLlamaForCausalLM, exist_ok=True)
+
+
+def load_model(path: str | Path, *, materialise: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a dense, slim or tuned directory as a transformers model in eval mode.
+
+    Args:
+        path: the directory.
+        materialise: turn integer weights into ordinary linears with the same numbers (faster forward, more memory).
+        dtype: of the floating-point weights.
+
+    Raises:
+        SaapError: no model there, of an architecture or format that is not supported.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    architecture_of(config)
+    read_record(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SaapError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+    if materialise:
+        materialise_linears(model)
+    return model.eval()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``config.json`` as a dict."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
+    return _read_json(path)
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """``saap.json`` as a dict, empty for a dense model.
+
+    Raises:
+        SaapError: damaged, or of a newer format.
+    """
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        return {}
+    record = _read_json(path)
+    if record.get("format") != FORMAT:
+        raise SaapError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SaapError(f"{path} is damaged ({error}): make the directory again") from None
+    if not isinstance(value, dict):
+        raise SaapError(f"{path} is damaged (not an object): make the directory again")
+    return value
+
+
+def materialise_linears(model: PreTrainedModel) -> None:
+    """Replace holders of integers by ordinary modules with the dequantised numbers, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, modeling_slim.GroupQuantLinear):
+                linear = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                linear.weight = torch.nn.Parameter(child.dequantize(), requires_grad=False)
+                if child.bias is not None:
+                    linear.bias = child.bias
+                setattr(parent, name, linear)
+    table = model.get_input_embeddings()
+    if isinstance(table, GroupQuantTable):
+        weight = torch.nn.Parameter(table.dequantize(), requires_grad=False)
+        embedding = torch.nn.Embedding(*weight.shape, _weight=weight)
+        model.set_input_embeddings(embedding)
+        if isinstance(model.lm_head, TiedHead):
+            model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            model.lm_head.weight = weight
+
+
+def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            where.update(dict.fromkeys(handle.keys(), file))
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(where[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    return sorted(where), read
+
+
+def slim_config(config: dict[str, Any], shape: ModelShape, quant: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``config.json`` of a model cut to ``shape``: plain where all layers are alike, ours where not or quantised."""
+    slim = {k: v for k, v in config.items() if k not in ("slim_layers", "slim_quant", "auto_map", "_name_or_path")}
+    slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
+    first = shape.layers[0]
+    if quant is None and len(set(shape.layers)) == 1 and first.query_heads and first.ffn:
+        return slim | {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "num_attention_heads": first.query_heads,
+            "num_key_value_heads": first.kv_heads,
+            "intermediate_size": first.ffn,
+        }
+    slim |= {
+        "model_type": SlimLlamaConfig.model_type,
+        "architectures": [SlimLlamaForCausalLM.__name__],
+        "auto_map": {
+            "AutoConfig": f"modeling_slim.{SlimLlamaConfig.__name__}",
+            "AutoModelForCausalLM": f"modeling_slim.{SlimLlamaForCausalLM.__name__}",
+        },
+        "slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in shape.layers],
+    }
+    if quant is not None:
+        slim |= {"slim_quant": quant, "tie_word_embeddings": False}  # the integers are tied, not a float weight
+    return slim
+
+
+def write_slim(
+    out: str | Path,
+    base: str | Path,
+    config: dict[str, Any],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    record: dict[str, Any],
+) -> Path:
+    """Write a slim directory: weights, config, the base's tokenizer files, and ``saap.json``."""
+    from saap.models import copy_sidecars
+
+    with writing_directory(out) as partial:
+        weights = {name: tensor.contiguous() for name, tensor in tensors}
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        copy_sidecars(Path(base), partial)
+        if config["model_type"] == SlimLlamaConfig.model_type:
+            shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
+        complete = {"format": FORMAT, **record}
+        (partial / RECORD).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+@contextmanager
+def writing_directory(out: str | Path) -> Iterator[Path]:
+    """Give a fresh directory beside ``out``; it takes the place of ``out`` when the block ends without an error.
+
+    Raises:
+        SaapError: ``out`` exists and holds something that saap did not write.
+    """
+    out = Path(out)
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(out: str | Path) -> None:
+    """Refuse an output path that holds something else than an earlier output of ours."""
+    out = Path(out)
+    if out.is_file():
+        raise SaapError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
+        raise SaapError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")
+
+
+def weights_hash(directory: str | Path) -> str:
+    """sha256 over a model's config and weight files: what a lineage calls the base."""
+    digest = hashlib.sha256()
+    for file in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            while piece := handle.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
