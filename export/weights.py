@@ -1,0 +1,170 @@
+"""Weights of a model directory, tensor by tensor, into the bundle's external data file.
+
+Every tensor is written once, aligned for memory-mapping; what comes back are references (offset, length, shape) that
+several graphs, and several shapes of one tensor, can share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from export.bundle import WEIGHTS
+from saap.architectures import Architecture, architecture_of, shape_of
+from saap.checkpoint import read_config, tensor_reader
+from saap.errors import SaapError
+from saap.group_quant import QuantMatrix, check_blocks, quantize
+from saap.structures import ModelShape
+
+ALIGNMENT = 4096  # ONNX Runtime maps external data in pages
+Progress = Callable[[str, float, float], None]
+
+
+class WeightFile:
+    """Appends arrays to the external data file and remembers where each went."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tensors: dict[str, ir.ExternalTensor] = {}
+        self._file = (directory / WEIGHTS).open("wb")
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Write an array under a name."""
+        self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
+        offset = self._file.tell()
+        array = np.ascontiguousarray(array)
+        self._file.write(array.data if array.ndim else array.tobytes())
+        self.tensors[name] = self._reference(name, offset, array.nbytes, array.dtype, array.shape)
+
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> None:
+        """Give the bytes of a tensor a second name and shape."""
+        old = self.tensors[of]
+        self.tensors[name] = self._reference(name, old.offset or 0, old.nbytes, old.dtype.numpy(), shape)
+
+    def _reference(self, name: str, offset: int, length: int, dtype: Any, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            WEIGHTS, offset, length, ir.DataType.from_numpy(np.dtype(dtype)), shape=ir.Shape(shape), name=name,
+            base_dir=str(self.directory),
+        )
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the linears are stored: ``bits`` 4, 8 or 32; ``head_bits`` those of embedding and head."""
+
+    bits: int = 4
+    block: int = 32
+    head_bits: int = 4
+    accuracy_level: int = 4
+
+
+class ModelSource:
+    """A dense, slim or tuned directory as the exporter sees it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        self.architecture: Architecture = architecture_of(self.config)
+        self.shape: ModelShape = shape_of(self.config)
+        self.names, self.read = tensor_reader(directory)
+        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+
+    def precision(self, bits: int | None, block: int | None, head_bits: int | None) -> Precision:
+        """What to export at; a tuned directory has its own integers and refuses others."""
+        if self.quant:
+            own = Precision(self.quant["bits"], self.quant["block"], self.quant["embedding_bits"])
+            for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
+                if asked is not None and asked != has:
+                    raise SaapError(f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out")
+            return own
+        bits = 4 if bits is None else bits
+        if bits not in (4, 8, 32):
+            raise SaapError(f"{bits} bits are not supported; allowed: 4, 8, 32")
+        return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
+
+    def matrix(self, module: str, bits: int, block: int, symmetric: bool = False) -> torch.Tensor | QuantMatrix:
+        """One linear (or the embedding): float [N, K] at 32 bit, integers otherwise."""
+        if self.quant:
+            return QuantMatrix(*(self.read(f"{module}.{p}") for p in ("qweight", "scales", "zero_points")), bits, block)
+        weight = self.read(f"{module}.weight").float()
+        if bits == 32:
+            return weight
+        check_blocks(weight.shape[1], block, module)
+        return quantize(weight, bits, block, symmetric)
+
+    def bias(self, module: str) -> torch.Tensor | None:
+        """The bias of a linear, or None."""
+        name = f"{module}.bias"
+        return self.read(name).float() if name in self.names else None
+
+
+def write_weights(source: ModelSource, precision: Precision, file: WeightFile, progress: Progress | None = None) -> None:
+    """Write all tensors of the decoder graph, one layer at a time."""
+    arch, count = source.architecture, len(source.shape.layers)
+    for index, sizes in enumerate(source.shape.layers):
+        if progress:
+            progress("writing weights", index, count)
+        prefix = f"{arch.layers}.{index}."
+        if sizes.query_heads:
+            _write_linear(source, precision, file, f"layers.{index}.qkv", [prefix + m for m in (arch.query, arch.key, arch.value)])
+            _write_linear(source, precision, file, f"layers.{index}.o", [prefix + arch.output])
+            file.add(f"layers.{index}.attention_norm", source.read(f"{prefix}{arch.attention_norm}.weight").float().numpy())
+        if sizes.ffn:
+            _write_linear(source, precision, file, f"layers.{index}.gate_up", [prefix + arch.gate, prefix + arch.up])
+            _write_linear(source, precision, file, f"layers.{index}.down", [prefix + arch.down])
+            file.add(f"layers.{index}.ffn_norm", source.read(f"{prefix}{arch.ffn_norm}.weight").float().numpy())
+    file.add("norm", source.read(f"{arch.final_norm}.weight").float().numpy())
+    _write_vocabulary(source, precision, file)
+    if progress:
+        progress("writing weights", count, count)
+
+
+def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str]) -> None:
+    """One or several linears over the same input as one matrix: rows of N are independent, so they are stacked."""
+    parts = [source.matrix(m, precision.bits, precision.block) for m in modules]
+    if precision.bits == 32:
+        file.add(f"{name}.weight", torch.cat(parts).t().contiguous().numpy())
+    else:
+        file.add(f"{name}.qweight", torch.cat([p.qweight for p in parts]).numpy())
+        file.add(f"{name}.scales", torch.cat([p.scales.float() for p in parts]).flatten().numpy())
+        file.add(f"{name}.zero_points", torch.cat([p.zero_points for p in parts]).flatten().numpy())
+    biases = [source.bias(m) for m in modules]
+    if any(b is not None for b in biases):
+        rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
+        filled = [b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)]
+        file.add(f"{name}.bias", torch.cat(filled).numpy())
+
+
+def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:
+    arch = source.architecture
+    for name, module in (("embedding", arch.embedding), ("head", arch.head)):
+        if name == "head" and source.shape.tied:
+            continue
+        table = source.matrix(module, precision.head_bits, precision.block, symmetric=True)
+        if isinstance(table, QuantMatrix):
+            _require_midpoint(table, module)
+            file.add(f"{name}.qweight", table.qweight.numpy())
+            file.add(f"{name}.scales", table.scales.float().flatten().numpy())
+            # The gather wants one more axis on the same numbers.
+            file.alias(f"{name}.scales3", f"{name}.scales", (*table.scales.shape, 1))
+        else:
+            file.add(f"{name}.weight", table.numpy())
+
+
+def _require_midpoint(table: QuantMatrix, module: str) -> None:
+    """The graph leaves the zero points of the vocabulary out, which means 2^(bits-1)."""
+    expected = 0x88 if table.bits == 4 else 0x80
+    groups = table.scales.shape[1]
+    whole = table.zero_points if table.bits == 8 or groups % 2 == 0 else table.zero_points[:, :-1]
+    if not bool((whole == expected).all()):
+        raise SaapError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
