@@ -1,0 +1,107 @@
+"""The cache of converted models: built beside, renamed, checked on every use.
+
+An entry is a directory with a small record of its files. A process that was killed leaves a hidden directory with its
+id in the name; the next one that builds removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from saap.errors import SaapError
+
+# Counts up when a conversion would write other files, so that old entries are not taken for new ones.
+CONVERTER = 1
+CACHE_RECORD = "saap-cache.json"
+
+
+def cache_directory() -> Path:
+    """``SAAP_CACHE``, else ``saap`` in the platform's directory for caches."""
+    if chosen := os.environ.get("SAAP_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "saap"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "saap"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saap"
+
+
+def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Path:
+    """The cache entry, built beside and renamed when it is not there, is damaged or comes from an older converter."""
+    _make_cache(entry.parent)
+    if _intact(entry, source_sha256):
+        return entry
+    _remove_leftovers(entry.parent)
+    partial = entry.parent / f".{entry.name}.building-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        _write_record(partial, source_sha256)
+        if not _intact(entry, source_sha256):  # another process may have been faster
+            shutil.rmtree(entry, ignore_errors=True)
+            partial.rename(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+def _make_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaapError(
+            f"the cache {cache} cannot be made ({error.strerror}): set SAAP_CACHE to another place"
+        ) from None
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Half-built entries and downloads of processes that were killed."""
+    for path in cache.glob(".*"):
+        owner = re.search(r"\.building-(\d+)(?:-\w+)?$", path.name)
+        if owner and not psutil.pid_exists(int(owner.group(1))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_record(directory: Path, source_sha256: str) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns, "sha256": sha256_file(path)}
+        for path in sorted(directory.iterdir())
+    }
+    record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": files}
+    (directory / CACHE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _intact(directory: Path, source_sha256: str) -> bool:
+    """Whether every recorded file is there unchanged; a file is hashed only if its time has changed."""
+    try:
+        record = json.loads((directory / CACHE_RECORD).read_text(encoding="utf-8"))
+        if record["converter"] != CONVERTER or record["source_sha256"] != source_sha256:
+            return False
+        for name, entry in record["files"].items():
+            stat = (directory / name).stat()
+            if stat.st_size != entry["bytes"]:
+                return False
+            if stat.st_mtime_ns != entry["mtime_ns"] and sha256_file(directory / name) != entry["sha256"]:
+                return False
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

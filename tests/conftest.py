@@ -1,0 +1,125 @@
+"""Shared parts: where the texts are, one real model, and tiny random ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_NEIGHBOUR = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "SAAP_DATA" not in os.environ and _NEIGHBOUR.is_dir():
+    os.environ["SAAP_DATA"] = str(_NEIGHBOUR)
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "A model is small when it fits the device; it is fast when memory feeds it well.",
+    "In 1998 the river rose by 12 centimetres and the bridge was closed for 3 days.",
+    "def add(left, right):\n    return left + right\n",
+    "She said: what happened, what is allowed, and what to do?",
+]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The directory of texts that SAAP_DATA names; broken is a failure, absent a skip."""
+    named = os.environ.get("SAAP_DATA")
+    if not named:
+        pytest.skip("SAAP_DATA is not set: no real text here")
+    assert Path(named).is_dir(), f"SAAP_DATA names {named}, which is not a directory"
+    return Path(named)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct as a model directory; fetched once into the cache."""
+    pytest.importorskip("transformers")
+    from saap.errors import SaapError
+    from saap.models import resolve
+
+    try:
+        return resolve("smollm2-135m")
+    except SaapError as error:
+        if "could not be downloaded" not in str(error):
+            raise
+        pytest.skip(f"the real model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE of 300 tokens trained on a few sentences, with chat template."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Factory of random Llama directories: ``tiny_model(name="tiny", seed=0, **config)`` -> path.
+
+    Six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of LlamaConfig may be
+    given. The vocabulary holds the tiny tokenizer's 300 tokens, padded to a multiple of 64.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(name: str = "tiny", seed: int = 0, **overrides: Any) -> Path:
+        fields: dict[str, Any] = {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+            for parameter in model.parameters():
+                if parameter.dim() > 1:  # wider than the default 0.02, so that the logits differ from token to token
+                    torch.nn.init.normal_(parameter, std=0.1)
+        model.generation_config.eos_token_id = [2, 0]
+        directory = tmp_path / name
+        model.save_pretrained(directory)
+        tiny_tokenizer.save_pretrained(directory)
+        (directory / "LICENSE").write_text("Test licence\n", encoding="utf-8")
+        (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n", encoding="utf-8")
+        return directory
+
+    return make
