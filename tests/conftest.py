@@ -87,7 +87,7 @@ def tiny_tokenizer() -> Any:
 def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
     """Factory of random Llama directories: ``tiny_model(name="tiny", seed=0, **config)`` -> path.
 
-    Six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of LlamaConfig may be
+    Hidden 96, six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of LlamaConfig may be
     given. The vocabulary holds the tiny tokenizer's 300 tokens, padded to a multiple of 64.
     """
     import torch
@@ -96,7 +96,7 @@ def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
     def make(name: str = "tiny", seed: int = 0, **overrides: Any) -> Path:
         fields: dict[str, Any] = {
             "vocab_size": 320,
-            "hidden_size": 64,
+            "hidden_size": 96,  # transformers 5 refuses one that the query heads do not divide
             "intermediate_size": 128,
             "num_hidden_layers": 3,
             "num_attention_heads": 6,
