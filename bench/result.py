@@ -18,6 +18,7 @@ from bench.stats import Summary, summarize
 
 SCHEMA = 1
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
+CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
 
 
 class ResultError(ValueError):
@@ -159,9 +160,16 @@ class Result:
         return next((b.bytes_per_s for b in self.bandwidth if b.n_threads == n_threads), None)
 
     def ceiling_ts(self, measurement: Measurement) -> float | None:
-        """Tokens per second at which memory would be read at full probed bandwidth; None when a part is unknown."""
-        bandwidth, needed = self.bandwidth_bytes_per_s(measurement.n_threads), measurement.bytes_per_token
-        return bandwidth / needed if bandwidth and needed else None
+        """Tokens per second at which memory would be read at full probed bandwidth.
+
+        None when a part is unknown, or when a token reads so little that it may come from cache instead. A cache of
+        unknown size counts as none.
+        """
+        probe = next((b for b in self.bandwidth if b.n_threads == measurement.n_threads), None)
+        needed = measurement.bytes_per_token
+        if probe is None or probe.bytes_per_s is None or needed is None:
+            return None
+        return probe.bytes_per_s / needed if needed > CACHE_FACTOR * (probe.last_level_cache_bytes or 0) else None
 
 
 def write_result(path: str | Path, result: Result) -> None:

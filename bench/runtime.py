@@ -55,7 +55,7 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
     """Refuse more positions than the model was made for."""
     if not 1 <= length <= manifest.context_length:
         raise DecoderError(
-            f"{length} tokens of context do not fit {where}: it holds 1 to {manifest.context_length}; ask for fewer tokens"
+            f"{length} tokens of context do not fit {where}: it holds 1 to {manifest.context_length}; ask for less"
         )
 
 
@@ -148,9 +148,7 @@ class OrtDecoder:
         count = ids.shape[1]
         total = self._length + count
         if total > self._max_length:
-            raise DecoderError(
-                f"the cache holds {self._max_length} positions and {total} are needed: ask for fewer tokens"
-            )
+            raise DecoderError(f"the cache holds {self._max_length} positions and {total} are needed: ask for less")
         binding = self._binding
         if self._bound is None or self._bound[0] is not ids or self._bound[1] is not logits:
             binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)

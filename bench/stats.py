@@ -55,12 +55,20 @@ def relative_slope(values: Sequence[float]) -> float | None:
 
 
 def bootstrap_ratio(
-    old: Sequence[float], new: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    old: Sequence[float],
+    new: Sequence[float],
+    *,
+    paired: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Ratio of medians ``new / old`` with a percentile bootstrap interval.
+    """Ratio of medians ``new / old`` with a percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
-    Series of equal length are taken as interleaved pairs and resampled together, so noise that hit a pair hits both;
-    otherwise each series is resampled alone.
+    Args:
+        old, new: positive values of the repetitions.
+        paired: value i of both was taken in the same round, so noise that hit one hit the other; they are resampled
+            together. Series of different lengths (a repetition failed) are not.
 
     Returns:
         (ratio, low, high). A single value carries no spread: the interval is then unbounded, (ratio, 0, inf).
@@ -73,7 +81,8 @@ def bootstrap_ratio(
         return ratio, 0.0, math.inf
     random = np.random.default_rng(seed)
     pick_a = random.integers(len(a), size=(resamples, len(a)))
-    pick_b = pick_a if len(a) == len(b) else random.integers(len(b), size=(resamples, len(b)))
+    together = paired and len(a) == len(b)
+    pick_b = pick_a if together else random.integers(len(b), size=(resamples, len(b)))
     ratios = np.median(b[pick_b], axis=1) / np.median(a[pick_a], axis=1)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(ratios, [tail, 100 - tail])

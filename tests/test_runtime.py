@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runtime import OrtDecoder, DecoderError
+from bench.runtime import DecoderError, OrtDecoder
 from export.bundle import BundleError
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 

@@ -1,0 +1,54 @@
+"""Memory of this process, read from inside it: what a parent sees of its children (ru_maxrss, time -v) is wrong.
+
+All values are bytes. A kernel without these files (not Linux) gives None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SELF = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The resident set by origin: ``anonymous`` must stay in RAM, ``file`` may be dropped and read again."""
+
+    anonymous: int
+    file: int
+
+
+def peak_rss(process: Path = SELF) -> int | None:
+    """VmHWM, the largest resident set since the start or the last ``reset_peak``."""
+    return _kilobytes(process / "status", "VmHWM:")
+
+
+def reset_peak(process: Path = SELF) -> bool:
+    """Set VmHWM to the present resident set, which needs no root; False where the kernel refuses."""
+    try:
+        (process / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_split(process: Path = SELF) -> Split | None:
+    """The present resident set split with ``smaps_rollup``; shared memory counts as anonymous, it cannot be dropped."""
+    rollup = process / "smaps_rollup"
+    rss, anonymous = _kilobytes(rollup, "Rss:"), _kilobytes(rollup, "Anonymous:")
+    if rss is None or anonymous is None:
+        return None
+    shared = _kilobytes(process / "status", "RssShmem:") or 0
+    return Split(anonymous + shared, max(0, rss - anonymous - shared))
+
+
+def _kilobytes(path: Path, key: str) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None

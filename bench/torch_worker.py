@@ -1,0 +1,106 @@
+"""The worker of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token.
+
+The only file of this package that imports torch, and only in the process of its own that it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.runtime import Decoder, Ids, Logits
+from bench.worker import Job, serve
+
+
+class TorchDecoder:
+    """A transformers causal model behind the ``Decoder`` protocol."""
+
+    def __init__(self, model: Any, path: Path, max_length: int) -> None:
+        self.model = model
+        self.path = path
+        self.max_length = max_length
+        self.cache: Any = None
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.cache = None
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache = out.past_key_values
+        logits: Logits = out.logits[0, -1].numpy()
+        return logits
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+        return self.prefill(np.array([token_id], np.int64))
+
+
+def facts(decoder: Decoder) -> dict[str, Any]:
+    """Sizes in bytes and versions, for the result: ``{"model": ..., "versions": ...}``."""
+    import torch
+    import transformers
+
+    assert isinstance(decoder, TorchDecoder)
+    model = decoder.model
+    # Buffers too: group-quantised layers hold integers there.
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is getattr(table, "weight", None)
+    unread = 0 if tied else sum(p.numel() * p.element_size() for p in table.parameters())
+    on_disk = sum(p.stat().st_size for p in decoder.path.glob("*.safetensors"))
+    cache = decoder.cache
+    kv = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return {
+        "model": {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "model_bytes": on_disk or None,
+            "weight_bytes_per_token": total - unread,
+            "kv_bytes_per_token": kv // cache.get_seq_length(),
+            "bits": 32,
+            "unknown": {} if on_disk else {"model_bytes": "the directory has no safetensors files"},
+        },
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def load(job: Job) -> Decoder:
+    """The model in fp32; a directory of ours goes through its own loader, integers made ordinary weights."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    path = Path(job.path)
+    if (path / "saap.json").is_file():
+        from saap.checkpoint import load_model
+
+        model: Any = load_model(path, materialise=True)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model.eval()
+    return TorchDecoder(model, path, len(job.prompt) + job.n_gen)
+
+
+def main() -> None:
+    """Import first: starting Python's packages is not loading a model."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    serve(load, facts)
+
+
+if __name__ == "__main__":
+    main()
