@@ -1,0 +1,178 @@
+"""One self-contained page out of results: numbers first, then plots, quality, texts, and where it all comes from.
+
+The page loads nothing, runs no script, and treats every name and text as text. An INVALID measurement is shown with
+its reasons and never enters a ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench.headline import Entry, cards_of, entries_of, pair_of
+from bench.result import Result, read_result
+from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain
+
+
+def write_report(results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None) -> Path:
+    """Write the page, by rename.
+
+    Args:
+        results: documents of ``saap bench --json``; without any the page holds what ``run`` tells.
+        out: the HTML file.
+        run: what ``saap run`` recorded: ``model``, ``steps``, ``plan``, ``quality``, ``parity``, ``texts``,
+            ``versions``; every key may be missing.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ResultError: a result cannot be read.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    documents = [read_result(path) for path in results]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, millions=millions, command_line=command_line, megabytes=megabytes, plain=plain, percent=percent
+    )
+    page = environment.get_template("report.html.jinja").render(_context(documents, run or {}))
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # JSON may hold half a surrogate pair, which no file can.
+    partial.write_text(page, encoding="utf-8", errors="replace")
+    partial.replace(out)
+    return out
+
+
+def _context(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any]:
+    entries = entries_of(results)
+    quality = _quality(results, run)
+    return {
+        "title": _title(run, entries),
+        "results": results,
+        "entries": entries,
+        "cards": cards_of(pair_of(entries), quality["rows"]),
+        "plots": _plots(entries),
+        "plan": _plan(run),
+        "quality": quality,
+        "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
+        "texts": [_text(text) for text in as_list(run.get("texts"))],
+        "steps": [_step(step) for step in as_list(run.get("steps"))],
+        "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
+        "unknown": _unknown(entries),
+        "several_devices": len({_device_name(result) for result in results}) > 1,
+        "device_name": _device_name,
+        "device_facts": _device_facts,
+    }
+
+
+def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Caption, description and markup of each plot; the markup is ours, with every name escaped by matplotlib."""
+    from markupsafe import Markup
+
+    shown = [entry for entry in entries if entry.measurement.samples]
+    if not shown:
+        return []
+    measurements, names = [entry.measurement for entry in shown], [entry.name for entry in shown]
+    ceilings = [entry.row["ceiling_ts"] for entry in shown]
+    rates = "; ".join(f"{entry.name} {number(entry.row['decode_ts'])} tok/s" for entry in shown)
+    peaks = "; ".join(f"{entry.name} {megabytes(entry.row['peak_decode_bytes'])} MB" for entry in shown)
+    return [
+        {
+            "title": "Decode speed",
+            "text": "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
+            "The dashed line is what the probed memory bandwidth allows.",
+            "label": f"Decode speed, medians: {rates}",
+            "svg": Markup(plots.decode_rates(measurements, ceilings, names)),
+        },
+        {
+            "title": "Time per token over the run",
+            "text": "Median over the repetitions, shaded between the quartiles. "
+            "A rising line is the growing cache, or heat.",
+            "label": "Time per token over the run, a line per measurement",
+            "svg": Markup(plots.token_times(measurements, names)),
+        },
+        {
+            "title": "Memory",
+            "text": "Resident memory of the measured process: the largest over the repetitions.",
+            "label": f"Memory, peak while decoding: {peaks}",
+            "svg": Markup(plots.memory_phases(measurements, names)),
+        },
+    ]
+
+
+def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    from markupsafe import Markup
+
+    plan = as_dict(run.get("plan"))
+    if not plan:
+        return None
+    layers = [as_dict(layer) for layer in as_list(plan.get("layers"))]
+    dense = [as_dict(layer) for layer in as_list(plan.get("dense_layers"))]
+    svg = Markup(plots.kept_structures(layers, dense)) if layers else None
+    return {
+        "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
+        "svg": svg,
+        "layers": layers,
+    }
+
+
+def _quality(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any]:
+    sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results)]
+    source = next((quality for quality in sources if as_list(quality.get("rows"))), {})
+    return {"protocol": as_dict(source.get("protocol")), "rows": [as_dict(row) for row in as_list(source.get("rows"))]}
+
+
+def _step(step: Any) -> dict[str, Any]:
+    step = as_dict(step)
+    return {
+        "name": step.get("name"),
+        "command": command_line(step.get("command")),
+        "seconds": as_float(step.get("seconds")),
+    }
+
+
+def _text(text: Any) -> dict[str, Any]:
+    text = as_dict(text)
+    return {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
+
+
+def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
+    """What is null and why, once per field."""
+    reasons: dict[str, str] = {}
+    for entry in entries:
+        measurement = entry.measurement
+        parts = [measurement.unknown, measurement.model.unknown, *(sample.unknown for sample in measurement.samples)]
+        for unknown in (*parts, *(bandwidth.unknown for bandwidth in entry.result.bandwidth)):
+            for field, reason in unknown.items():
+                reasons.setdefault(field, reason)
+    return reasons
+
+
+def _title(run: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    if run.get("model"):
+        return plain(run["model"])
+    names = list(dict.fromkeys(entry.measurement.name for entry in entries))
+    return " · ".join(names[:3]) or "saap report"
+
+
+def _device_name(result: Result) -> str:
+    return plain(result.device.get("board") or result.device.get("cpu_model") or "unknown device")
+
+
+def _device_facts(result: Result) -> dict[str, str]:
+    """Everything the probe knew, one level deep, in its own words; bytes get a readable size beside them."""
+    return {
+        key: f"{megabytes(value)} MB" if key.endswith("_bytes") and as_float(value) is not None else plain(value)
+        for key, value in result.device.items()
+        if value is not None
+    }
