@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import run as bench_run
+from bench.child import ChildFailedError, call
+from bench.cores import choose_cores
+from bench.measure import measure
+from bench.peers import PeerError, read_peers
+from bench.result import INVALID, Result, read_result, write_result
+from bench.run import bench, prompt_tokens, schedule
+from bench.runtime import DecoderError, OrtDecoder
+from export.bundle import BundleError
+from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("bundles")
+    return [tiny_bundle(root / "dense"), tiny_bundle(root / "slim", seed=1)]
+
+
+@pytest.fixture(scope="module")
+def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
+    calls: list[tuple[str, float, float]] = []
+    result = bench(
+        [str(b) for b in bundles],
+        prompt=12,
+        generate=10,
+        threads=1,
+        repetitions=2,
+        warmup=3,
+        progress=lambda *call: calls.append(call),
+    )
+    return result, calls
+
+
+def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> None:
+    result, _ = two
+    dense, slim = result.measurements
+    assert (dense.name, slim.name) == ("dense", "slim")
+    assert [s.order for s in dense.samples] == [0, 3] and [s.order for s in slim.samples] == [1, 2]
+    for m in result.measurements:
+        assert (m.n_prompt, m.n_gen, m.n_threads, m.kind) == (12, 10, 1, "onnx")
+        assert m.affinity == choose_cores(1)
+        assert m.model.vocab_size == VOCAB and m.model.model_bytes and m.bundle_hash
+        for s in m.samples:
+            assert len(s.token_s) == 10 and len(s.warmup_s) == 3
+            assert 0 < s.prefill_s <= s.ttft_s
+            assert s.peak_load_bytes and s.peak_decode_bytes and s.anonymous_bytes and s.file_bytes
+            assert s.counters["swapped_pages"] is not None
+    assert dense.bundle_hash != slim.bundle_hash
+    assert result.device["fingerprint"] and result.versions["onnxruntime"]
+    assert len(result.bandwidth[0].samples) == 10
+    write_result(tmp_path / "r.json", result)
+    assert read_result(tmp_path / "r.json") == result
+
+
+def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, float]]]) -> None:
+    _, calls = two
+    assert [done for _, done, _ in calls] == [0, 1, 2, 3, 4]
+    assert calls[1] == ("bench slim", 1, 4)
+
+
+def test_the_worker_adds_little_memory(two: tuple[Result, object]) -> None:
+    peak = two[0].measurements[0].peak("peak_decode_bytes")
+    assert peak is not None and peak < 120e6  # numpy and ONNX Runtime; a stray import of torch would show
+
+
+def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
+    bundles: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = bundles[0].parent / "broken"
+    tiny_bundle(broken)
+    check = bench_run.read_peers
+
+    def then_break(specs: Sequence[str], length: int, names: Sequence[str] | None = None) -> object:
+        peers = check(specs, length, names)
+        (broken / "model.onnx").write_bytes(b"no longer a graph")
+        return peers
+
+    monkeypatch.setattr(bench_run, "read_peers", then_break)
+    result = bench([str(broken), str(bundles[1])], prompt=4, generate=3, threads=1, repetitions=3, warmup=0)
+    bad, good = result.measurements
+    assert bad.status == INVALID and bad.samples == []
+    assert "exit 1" in bad.reasons[0] and "cannot load" in bad.reasons[0] and "\n" not in bad.reasons[0]
+    assert len(good.samples) == 3 and good.status != INVALID
+
+
+def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path]) -> None:
+    result = bench([str(bundles[0])], prompt=4, generate=3, threads=1, repetitions=2, timeout_s=0.01)
+    (m,) = result.measurements
+    assert m.status == INVALID and m.samples == [] and "no answer within 0.01 s" in m.reasons[0]
+
+
+def test_measured_tokens_are_the_model_s_own(bundles: list[Path]) -> None:
+    decoder = OrtDecoder(bundles[0], 1, 22, verify=False)
+    ticks = iter(range(100))
+    done = measure(decoder, np.array(prompt_tokens(12, VOCAB, 0)), 10, lambda: float(next(ticks)))
+    scoring = OrtDecoder(bundles[0], 1, 22, scoring=True, verify=False)
+    whole = scoring.logits(np.array([*prompt_tokens(12, VOCAB, 0), *done.tokens[:-1]]))
+    assert whole[11:].argmax(-1).tolist() == done.tokens
+
+
+def test_schedule_is_balanced() -> None:
+    assert schedule(2, 4) == [0, 1, 1, 0, 1, 0, 0, 1]
+    assert schedule(1, 3) == [0, 0, 0]
+    order = schedule(3, 6)
+    assert [sorted(order[i : i + 3]) for i in range(0, 18, 3)] == [[0, 1, 2]] * 6
+    assert sum(p for p, index in enumerate(order) if index == 1) == sum(p for p, i in enumerate(order) if i == 0)
+
+
+def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
+    tokens = prompt_tokens(500, 96, 7)
+    assert tokens == prompt_tokens(500, 96, 7) != prompt_tokens(500, 96, 8)
+    assert min(tokens) >= 0 and max(tokens) < 96
+
+
+@pytest.mark.parametrize(
+    ("specs", "options", "error", "message"),
+    [
+        ([], {}, PeerError, "nothing to measure"),
+        (["{b}"], {"prompt": 0}, PeerError, "--prompt 0"),
+        (["{b}"], {"repetitions": 0}, PeerError, "--repetitions 0"),
+        (["{b}"], {"timeout_s": float("nan")}, PeerError, "time limit"),
+        (["{b}"], {"generate": CONTEXT}, DecoderError, "tokens of context do not fit"),
+        (["{b}"], {"threads": 0}, DecoderError, "0 threads"),
+        (["{b}"], {"threads": 10_000}, DecoderError, "10000 threads"),
+        (["{b}", "{b}"], {"names": ["a"]}, PeerError, "2 specs need as many different names"),
+        (["{b}", "{b}"], {"names": ["a", "a"]}, PeerError, "different names"),
+        (["/nowhere"], {}, BundleError, "not a bundle"),
+        (["genai:/nowhere"], {}, PeerError, "no runtime 'genai'"),
+        (["torch:/nowhere"], {}, PeerError, "no config.json"),
+    ],
+)
+def test_bad_input_is_one_line(
+    bundles: list[Path], specs: list[str], options: dict[str, object], error: type[ValueError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        bench([spec.format(b=bundles[0]) for spec in specs], **{"threads": 1, "prompt": 8, "generate": 8, **options})
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_same_directory_twice_gets_two_names(bundles: list[Path]) -> None:
+    assert [p.name for p in read_peers([str(bundles[0])] * 3, 8)] == ["dense", "dense #2", "dense #3"]
+
+
+def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
+    monkeypatch.setattr("bench.peers.find_spec", lambda name: None)
+    with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
+        read_peers([f"torch:{tmp_path}"], 8)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"vocab_size": null}'])
+def test_damaged_torch_config(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(PeerError, match="damaged"):
+        read_peers([f"torch:{tmp_path}"], 8)
+
+
+def test_torch_beside_a_bundle(bundles: list[Path], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "tiny")
+    result = bench(
+        [str(bundles[0]), f"torch:{tmp_path / 'tiny'}"], prompt=6, generate=5, threads=1, repetitions=1, warmup=2
+    )
+    torch = result.measurements[1]
+    assert torch.reasons == [] or torch.status != INVALID, torch.reasons
+    assert (torch.name, torch.kind, torch.bundle_hash) == ("tiny (torch)", "torch", None)
+    assert len(torch.samples[0].token_s) == 5 and "bundle_hash" in torch.unknown
+    assert torch.model.parameters == sum(p.numel() for p in model.parameters())
+    # fp32, tied table read once by the head; rotary's inv_freq is a buffer of 4 floats, held twice.
+    assert torch.model.weight_bytes_per_token == pytest.approx(4 * torch.model.parameters, abs=64)
+    assert torch.model.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+    assert "torch" in result.versions
+
+
+def test_torch_worker_decodes_like_generate(tmp_path: Path) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from bench.torch_worker import TorchDecoder
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ticks = iter(range(100))
+    prompt = np.array([3, 1, 4, 1, 5])
+    done = measure(TorchDecoder(model, tmp_path, 32), prompt, 7, lambda: float(next(ticks)))
+    expected = model.generate(
+        torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert done.tokens == expected[0, 5:].tolist()
+
+
+def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    (tmp_path / "talks.py").write_text("import json, sys; print(json.dumps({'got': json.load(sys.stdin)}))")
+    (tmp_path / "dies.py").write_text("import os, sys; print('near the end', file=sys.stderr); os.kill(os.getpid(), 9)")
+    (tmp_path / "mute.py").write_text("")
+    (tmp_path / "sleeps.py").write_text(
+        "import subprocess, sys, time, pathlib\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "pathlib.Path('pid').write_text(str(p.pid)); time.sleep(60)\n"
+    )
+    assert call("talks", {"a": 1}, 20) == {"got": {"a": 1}}
+    with pytest.raises(ChildFailedError, match="killed by SIGKILL: near the end"):
+        call("dies", {}, 20)
+    with pytest.raises(ChildFailedError, match="without an answer"):
+        call("mute", {}, 20)
+    with pytest.raises(ChildFailedError, match="no answer within 3 s"):
+        call("sleeps", {}, 3)
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path]) -> None:
+    job = {"path": str(bundles[0]), "prompt": [1, 2], "n_gen": 2, "warmup": 0, "threads": 1, "order": 0}
+    code = """
+import os, bench.worker as w
+def load(job):
+    print("noise"); os.system("echo noise")
+    return w._load(job)
+w.serve(load, w._facts)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps({**job, "cpus": choose_cores(1)}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(json.loads(done.stdout)["sample"]["token_s"]) == 2
+    assert "noise" in done.stderr
+
+
+def test_bench_imports_no_torch() -> None:
+    modules = [f"bench.{p.stem}" for p in (ROOT / "bench").glob("*.py") if p.stem not in ("__init__", "report")]
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code += "print([m for m in ('torch', 'transformers', 'saap', 'scipy', 'onnxruntime') if m in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
