@@ -81,7 +81,7 @@ def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> st
             centres.append(float(np.median(middle)))
         far_apart = bool(centres) and max(centres) > 4 * min(centres)
         if far_apart:
-            axes.set_yscale("log")
+            _plain_log_scale(axes)
         axes.set_ylim(min(centres) / 2 if far_apart else 0, top * (1.6 if far_apart else 1.15) or 1)
         axes.set_xlim(left=0)
         axes.set_xlabel("generated token")
@@ -139,7 +139,7 @@ def kept_structures(layers: Sequence[Mapping[str, Any]], dense: Sequence[Mapping
         figure_axes[-1].set_xlabel("layer")
         figure_axes[-1].locator_params(axis="x", integer=True)
 
-    return _svg(draw, 3.9, "kept", panels=len(rows), width=2 * _WIDTH if len(layers) > 40 else 1.4 * _WIDTH)
+    return _svg(draw, 3.9, "kept", panels=len(rows), width=1.15 * _WIDTH)
 
 
 def label(name: str, most: int = 34) -> str:
@@ -155,6 +155,16 @@ def _binned(times: Any) -> tuple[Any, Any]:
         return np.arange(1, count + 1), times
     parts = np.array_split(np.arange(count), _MOST_POINTS)
     return np.array([part.mean() + 1 for part in parts]), np.stack([np.median(times[:, p], axis=1) for p in parts], 1)
+
+
+def _plain_log_scale(axes: Any) -> None:
+    """A logarithmic y axis with ticks 5, 10, 20; powers of ten would need mathematics, which is off for the names."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Any) -> None:

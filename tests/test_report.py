@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import html
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.headline import cards_of, entries_of, pair_of
+from bench.report import write_report
+from bench.result import Bandwidth, Measurement, ModelFacts, Result, ResultError, Sample, write_result
+
+HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07\ud800"
+RUN = {
+    "model": "a model",
+    "steps": [
+        {"name": "prune", "command": ["saap", "prune", "a b"], "seconds": 61.25},
+        {"name": "tune", "command": "saap tune", "seconds": None},
+    ],
+    "plan": {
+        "asked": 0.2,
+        "planned": 0.2012,
+        "achieved": 0.2009,
+        "layers": [{"query_heads": 6, "kv_heads": 2, "ffn": 1024}, {"query_heads": 0, "kv_heads": 0, "ffn": 992}],
+        "dense_layers": [{"query_heads": 9, "kv_heads": 3, "ffn": 1536}] * 2,
+    },
+    "quality": {
+        "protocol": {"chunk": 256, "bos": False},
+        "rows": [
+            {"name": "dense", "perplexity": 20.0, "nll": 2.9957, "kl": 0.0, "top1": 1.0, "parameters": 134515008},
+            {"name": "slim", "perplexity": 25.0, "nll": 3.2189, "kl": 0.25, "top1": 0.75, "bytes": None},
+        ],
+    },
+    "parity": {"slim": {"max_abs": 0.00031, "greedy_equal": 64}},
+    "texts": [{"prompt": "Why is the sky blue?", "outputs": {"dense": "Scattering.", "slim": "Because."}}],
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def sample(order, milliseconds, count, **changes):
+    times = milliseconds / 1e3 * (1 + 0.01 * np.sin(np.arange(count) + order))
+    values = {
+        "started_at": "2025-01-01T00:00:00Z", "order": order, "load_s": 0.3, "warmup_s": [0.1], "prefill_s": 0.25,
+        "ttft_s": 0.26, "token_s": times.tolist(), "peak_load_bytes": 200_000_000, "peak_decode_bytes": 210_000_000,
+        "anonymous_bytes": 100_000_000, "file_bytes": 90_000_000,
+    }  # fmt: skip
+    return Sample(**values | changes)
+
+
+def measurement(name, milliseconds, *, count=16, repetitions=5, status="OK", reasons=(), **changes):
+    values = {
+        "name": name, "spec": f"out/{name}", "kind": "onnx", "bundle_hash": "ab" * 32,
+        "model": ModelFacts(134_515_008, 100_000_000, 90_000_000, 23_040, 4, 49_152),
+        "n_prompt": 128, "n_gen": count, "n_threads": 1, "affinity": [0],
+        "samples": [sample(2 * i, milliseconds, count) for i in range(repetitions)],
+        "status": status, "reasons": list(reasons),
+    }  # fmt: skip
+    return Measurement(**values | changes)
+
+
+def result(*measurements, **changes):
+    values = {
+        "device": {"board": None, "cpu_model": "Some CPU", "os": "Some OS", "memory_bytes": 8_000_000_000},
+        "measurements": list(measurements), "bandwidth": [Bandwidth(1, 1 << 28, [1.4e10, 1.5e10])],
+        "command": ["saap", "bench", "a b"], "versions": {"onnxruntime": "1.32.0"}, "created": "2025-01-01T00:00:00Z",
+    }  # fmt: skip
+    return Result(**values | changes)
+
+
+@pytest.fixture
+def page(tmp_path):
+    def write(*results, run=None):
+        paths = []
+        for index, document in enumerate(results):
+            paths.append(tmp_path / f"{index}.json")
+            write_result(paths[-1], document)
+        out = write_report(paths, tmp_path / "deep" / "report.html", run=run)
+        assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+        return out.read_text(encoding="utf-8")
+
+    return write
+
+
+class Elements(HTMLParser):
+    """The elements and attributes that a browser would see; refuses tags that do not nest."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.open = set(), [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def text_of(page):
+    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
+def dense_and_slim(**slim):
+    smaller = ModelFacts(108_000_000, 80_000_000, 72_000_000, 19_200, 4, 49_152)
+    return result(measurement("dense", 10.0), measurement("slim", 8.0, **{"model": smaller, **slim}))
+
+
+def cards(document, rows=()):
+    return {card.title: card for card in cards_of(pair_of(entries_of([document])), rows)}
+
+
+def test_page_tells_everything_that_was_given(page):
+    text = text_of(page(dense_and_slim(status="WARN", reasons=["governor is powersave"]), run=RUN))
+    for told in [
+        "a model", "Some CPU", "Some OS", "governor is powersave", "saap bench 'a b'", "saap prune 'a b'", "61.2",
+        "ab" * 32, "achieved 0.2009", "perplexity", "25.00", "0.2500", "75.0 %", "134.5 M", "chunk 256", "bos no",
+        "max_abs 0.00031", "Why is the sky blue?", "Because.", "torch 2.13.0", "onnxruntime 1.32.0", "15.0 GB/s",
+    ]:  # fmt: skip
+        assert told in text, told
+
+
+def test_headline_sets_dense_against_slim(page):
+    told = cards(dense_and_slim(), RUN["quality"]["rows"])
+    assert list(told) == ["Size", "Speed", "Memory", "Quality"]
+    assert (told["Size"].value, told["Size"].ratio) == ("80", "0.80\u00d7")
+    assert (told["Speed"].value, told["Speed"].ratio) == ("125.0", "1.25\u00d7")
+    assert "95 % interval 1.25\u20131.25" in told["Speed"].note
+    assert told["Speed"].rows == [("dense", "100.0"), ("slim", "125.0")]
+    assert (told["Memory"].value, told["Memory"].ratio) == ("210", "1.00\u00d7")
+    assert (told["Quality"].value, told["Quality"].ratio, told["Quality"].gain) == ("25.0", "1.25\u00d7", False)
+    assert "75.0 % same top token" in told["Quality"].note
+
+
+def test_quality_without_perplexity_is_told_as_divergence():
+    rows = [{"name": "dense"}, {"name": "slim", "kl": 0.25, "top1": 0.0}]
+    quality = cards(dense_and_slim(), rows)["Quality"]
+    assert (quality.value, quality.unit, quality.ratio) == ("0.250", "nats", None)
+    assert quality.note.startswith("0.0 %")
+
+
+def test_invalid_measurement_is_shown_with_reasons_and_never_enters_a_ratio(page):
+    document = dense_and_slim(status="INVALID", reasons=["the device throttled"])
+    told = cards(document)
+    assert told["Speed"].ratio is told["Memory"].ratio is None
+    assert told["Speed"].refused == told["Memory"].refused == "no ratio: slim INVALID"
+    assert "interval" not in told["Speed"].note
+    text = page(document)
+    assert "the device throttled" in text
+    assert "1.25\u00d7" not in text
+    hollow = re.compile(r'<use [^>]*style="fill: none[^"]*stroke: var\(--s2\)')
+    assert hollow.search(text)
+    assert not hollow.search(page(dense_and_slim()))
+
+
+def test_measurements_of_other_settings_are_not_compared():
+    threads = result(measurement("dense", 10.0), measurement("slim", 8.0, n_threads=2))
+    assert [card.ratio for card in cards(threads).values()] == [None, None, None]
+    assert [entry.name for entry in entries_of([threads])] == ["dense, 1 thread", "slim, 2 threads"]
+    depth = result(measurement("dense", 10.0), measurement("slim", 8.0, n_prompt=512))
+    assert cards(depth)["Speed"].ratio is None
+    apart = entries_of([result(measurement("dense", 10.0)), result(measurement("slim", 8.0))])
+    old, new = pair_of(apart)
+    assert old is new
+
+
+def test_dense_bundle_is_the_baseline_wherever_it_stands():
+    peer = measurement("dense in torch", 60.0, kind="torch")
+    document = result(peer, measurement("slim", 8.0), measurement("dense", 10.0))
+    assert cards(document)["Speed"].ratio == "1.25\u00d7"
+
+
+def test_one_repetition_has_no_interval():
+    document = result(measurement("dense", 10.0, repetitions=1), measurement("slim", 8.0, repetitions=1))
+    assert "spread unknown" in cards(document)["Speed"].note
+
+
+def test_unknown_is_a_dash_with_its_reason(page):
+    unknown = {"peak_decode_bytes": None, "unknown": {"peak_decode_bytes": "no <procfs> here"}}
+    lost = measurement("lost", 10.0, samples=[sample(0, 10.0, 16, **unknown)], model=ModelFacts())
+    text = page(result(lost, bandwidth=[]))
+    assert "no &lt;procfs&gt; here" in text
+    row = re.search(r'data-label="peak decode MB">(.*?)</td>', text)
+    assert row and row[1] == "\u2013"
+    assert cards(result(lost))["Memory"].value == "\u2013"
+
+
+@pytest.mark.parametrize("where", ["names", "run"])
+def test_hostile_text_does_not_become_markup(page, where):
+    if where == "names":
+        nasty = measurement(HOSTILE, 10.0, spec=HOSTILE, status="WARN", reasons=[HOSTILE], bundle_hash=HOSTILE)
+        document = result(
+            measurement(f"_{HOSTILE}", 10.0), nasty, device={"cpu_model": HOSTILE, HOSTILE: HOSTILE},
+            command=[HOSTILE], versions={HOSTILE: HOSTILE}, settings={HOSTILE: HOSTILE},
+        )  # fmt: skip
+        text = page(document)
+    else:
+        text = page(
+            dense_and_slim(),
+            run={
+                "model": HOSTILE,
+                "steps": [{"name": HOSTILE, "command": HOSTILE, "seconds": HOSTILE}],
+                "plan": {"asked": HOSTILE, "layers": [{"query_heads": 1, "kv_heads": 1, "ffn": 1}]},
+                "quality": {"protocol": {HOSTILE: HOSTILE}, "rows": [{"name": HOSTILE, "perplexity": HOSTILE}]},
+                "parity": {HOSTILE: {HOSTILE: HOSTILE}},
+                "texts": [{"prompt": HOSTILE, "outputs": {HOSTILE: HOSTILE}}],
+                "versions": {HOSTILE: HOSTILE},
+            },
+        )
+    elements = Elements(text)
+    assert not elements.tags & {"script", "img", "link", "iframe", "object"}
+    assert not [name for name, _ in elements.attributes if name.startswith("on")]
+    assert "alert(" in text
+
+
+def test_page_loads_nothing_and_is_small(page):
+    long = [measurement(f"model {i}", 5.0 + i, count=2000) for i in range(8)]
+    text = page(result(*long), run=RUN)
+    elements = Elements(text)
+    assert not elements.tags & {"script", "img", "link", "iframe"}
+    links = [value for name, value in elements.attributes if name in ("href", "xlink:href", "src", "srcset")]
+    assert links  # markers of the plots
+    assert all(value.startswith("#") for value in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
+    assert "@import" not in text
+    assert set(re.findall(r"https?://[^\"' )]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert len(text.encode()) < 1_000_000
+
+
+def test_plots_are_well_formed_keep_their_text_and_take_the_page_s_colours(page):
+    torch = measurement("torch $peer$ <1>", 90.0, kind="torch")
+    text = page(result(measurement("dense", 10.0), torch), run=RUN)
+    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(drawings) == 4  # speed, times, memory, what was kept
+    words = ["".join(ElementTree.fromstring(drawing).itertext()) for drawing in drawings]
+    assert all("torch $peer$ <1>" in word for word in words[:3])
+    assert "100.0, ceiling " in words[0]
+    assert "ms per token (log)" in words[1]  # 10 and 90 ms
+    assert not any("mathdefault" in word for word in words)
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", " ".join(drawings)))
+    assert not colours - {"#000000", "#ffffff"}
+    ids = [i for drawing in drawings for i in re.findall(r' id="([mp][0-9a-f]{10})"', drawing)]
+    assert ids
+    assert len(ids) == len(set(ids)), "two plots would share a marker or clip path"
+    assert page(result(measurement("dense", 10.0), torch), run=RUN) == text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        None,
+        {},
+        {"plan": None, "steps": None, "quality": None, "parity": None, "texts": None, "versions": None, "model": None},
+        {"plan": [], "steps": {}, "quality": "x", "parity": [1], "texts": [1, None], "versions": 3, "model": 7},
+        {"plan": {"layers": [{}]}, "quality": {"rows": [{}, 4]}, "steps": [{}], "texts": [{}], "parity": {"a": 1}},
+    ],
+)
+def test_every_part_of_the_run_may_be_missing(page, run):
+    Elements(page(dense_and_slim(), run=run))
+    Elements(page(run=run))
+
+
+def test_result_without_a_valid_sample_still_has_a_page(page):
+    text = page(result(measurement("dead", 10.0, samples=[], status="INVALID", reasons=["the worker died"])))
+    assert "the worker died" in text
+
+
+def test_several_results_name_their_devices(page):
+    board = replace(dense_and_slim(), device={"board": "Some Board"})
+    text = text_of(page(dense_and_slim(), board))
+    assert "Some Board" in text
+    assert "Some CPU" in text
+
+
+def test_unreadable_result_leaves_no_page(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ResultError, match=r"bad\.json"):
+        write_report([tmp_path / "bad.json"], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_text_has_enough_contrast_in_light_and_dark():
+    css = (Path(write_report.__code__.co_filename).parent / "report.html.jinja").read_text()
+    themes = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in css.split("@media")[:2]]
+    assert [len(theme) for theme in themes] == [18, 18]
+    for theme in themes:
+        for ink, paper in [
+            ("ink", "page"), ("ink", "surface"), ("muted", "page"), ("muted", "surface"), ("accent", "surface"),
+            ("bad", "surface"), ("ok", "ok-bg"), ("warn", "warn-bg"), ("bad", "bad-bg"),
+        ]:  # fmt: skip
+            assert _contrast(theme[ink], theme[paper]) >= 4.5, (ink, paper)
+        for index in range(1, 7):  # WCAG 1.4.11: graphics
+            assert _contrast(theme[f"s{index}"], theme["surface"]) >= 3
+
+
+def _contrast(one, other):
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
