@@ -87,8 +87,8 @@ def tiny_tokenizer() -> Any:
 def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
     """Factory of random Llama directories: ``tiny_model(name="tiny", seed=0, **config)`` -> path.
 
-    Hidden 96, six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of LlamaConfig may be
-    given. The vocabulary holds the tiny tokenizer's 300 tokens, padded to a multiple of 64.
+    Hidden 96, six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of
+    LlamaConfig may be given. The vocabulary holds the tiny tokenizer's 300 tokens, padded to a multiple of 64.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

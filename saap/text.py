@@ -1,0 +1,265 @@
+"""Text for calibration, tuning and evaluation, and its way into token ids.
+
+Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
+model writes its own (:func:`self_written`). What a result is evaluated on must not be what the model was calibrated
+or tuned on: :func:`refuse_overlap` holds that.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from saap.errors import SaapError
+from saap.self_written import self_written
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Documents", "chunks", "load_documents", "pack", "read_file", "refuse_overlap", "self_written"]
+
+Split = Literal["calibration", "tuning", "evaluation"]
+
+# Files of the SAAP_DATA directory. Web pages, encyclopedia and instructions: no single style decides what is kept.
+TRAINING_FILES = ("c4_sample300.jsonl", "wikipedia_docs.jsonl.gz", "dolly_filtered3k.jsonl.gz")
+EVALUATION_FILE = "wikitext2_test_raw.txt"
+
+# Documents that are read from a hub's data set at most: calibration needs a few hundred.
+HUB_DOCUMENTS = 4000
+# A plain text is cut into documents of at least so many characters, at line ends, so that it can be shuffled.
+DOCUMENT_CHARACTERS = 2000
+# Lines from this length on are taken to identify a text; shorter ones ("= = Reception = =") recur everywhere.
+TELLING_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts with their origin.
+
+    Attributes:
+        texts: documents in file order; evaluation text files are one document, exactly as they are.
+        source: where they come from, for people.
+        sha256: over the texts, for the lineage of a result.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    sha256: str
+
+    @property
+    def text(self) -> str:
+        """All of it as one text; documents are parted by a blank line."""
+        return "\n\n".join(self.texts)
+
+
+def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
+    """Read the documents of ``source``.
+
+    Args:
+        source: a text file, ``.jsonl`` or ``.json`` file (``text``, or ``instruction``/``input``/``output``), any of
+            these with ``.gz``, or a data set id of a hub (``org/name`` or ``org/name:config``). None: the files in
+            the directory that ``SAAP_DATA`` names.
+        split: what the text is for; evaluation keeps a text file whole.
+        seed: order in which the files of ``SAAP_DATA`` are mixed.
+
+    Returns:
+        None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
+
+    Raises:
+        SaapError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
+    """
+    if source is None:
+        return _from_environment(split, seed)
+    path = Path(source)
+    if path.is_file():
+        return _documents(read_file(path, whole=split == "evaluation"), str(source))
+    if path.is_dir():
+        raise SaapError(f"{path} is a directory: give a text, .jsonl or .gz file")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", str(source)) and not path.suffix:
+        return _documents(_hub_texts(str(source), split), f"data set {source}")
+    raise SaapError(f"no text {str(source)!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
+
+
+def read_file(path: Path, *, whole: bool = False) -> list[str]:
+    """The documents of one file; ``whole`` keeps a plain text as one document.
+
+    Raises:
+        SaapError: naming the file, and the line where there is one.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SaapError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind in (".jsonl", ".ndjson"):
+        return [_row_text(_parsed(line, f"{path} line {n}"), f"{path} line {n}") for n, line in _lines(content)]
+    if kind == ".json":
+        rows = _parsed(content, str(path))
+        if not isinstance(rows, list):
+            raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
+        return [_row_text(row, f"{path} row {n}") for n, row in enumerate(rows, 1)]
+    return [content] if whole else _cut(content)
+
+
+def refuse_overlap(training: Documents, evaluation: Documents) -> None:
+    """Refuse to evaluate on text that the model was calibrated or tuned on.
+
+    Texts coincide when they are equal, when they share a document, or when a hundredth of the evaluation's long lines
+    occur in the training text.
+
+    Raises:
+        SaapError: naming both sources.
+    """
+    shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
+    seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
+    if training.sha256 == evaluation.sha256 or shared or (seen and len(seen & known) >= max(1, len(seen) / 100)):
+        raise SaapError(
+            f"{training.source} and {evaluation.source} hold the same text: a model is not evaluated on what it was "
+            "calibrated or tuned on; give another file for one of them"
+        )
+
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
+    """Rows of token ids for calibration and tuning, int64 [count, length].
+
+    Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
+    cut into rows; reading stops when there are enough.
+
+    Raises:
+        SaapError: too little text, with the numbers.
+    """
+    import torch
+
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for text in order:
+        if len(ids) >= count * length:
+            break
+        ids += _encode(text, tokenizer) + end
+    if len(ids) < count * length:
+        raise SaapError(
+            f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
+            f"{count * length}; give more text or ask for fewer tokens"
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def chunks(text: str, tokenizer: Any, length: int) -> torch.Tensor:
+    """Rows of token ids for evaluation, int64 [n, length].
+
+    The protocol of the perplexities that are reported: the text as it is, tokenised as a whole, no BOS,
+    non-overlapping chunks, the remainder dropped. A chunk makes length - 1 predictions.
+
+    Raises:
+        SaapError: the text is shorter than one chunk.
+    """
+    import torch
+
+    ids = _encode(text, tokenizer)
+    count = len(ids) // length
+    if count == 0:
+        raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {length}; give more text")
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _from_environment(split: Split, seed: int) -> Documents | None:
+    named = os.environ.get("SAAP_DATA")
+    if not named:
+        return None
+    names = (EVALUATION_FILE,) if split == "evaluation" else TRAINING_FILES
+    missing = [name for name in names if not (Path(named) / name).is_file()]
+    if missing:
+        raise SaapError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
+    if split == "evaluation":
+        return _documents(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
+    texts = [text for name in names for text in read_file(Path(named) / name)]
+    random.Random(f"{split} {seed}").shuffle(texts)
+    return _documents(texts, " + ".join(names))
+
+
+def _documents(texts: Iterable[str], source: str) -> Documents:
+    kept = tuple(text for text in texts if text.strip())
+    if not kept:
+        raise SaapError(f"{source} holds no text: give a file with text in it")
+    digest = hashlib.sha256()
+    for text in kept:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}\n".encode() + encoded)
+    return Documents(kept, source, digest.hexdigest())
+
+
+def _lines(content: str) -> Iterator[tuple[int, str]]:
+    # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
+    return ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SaapError(f"{where} is not JSON ({error.msg}): mend or remove it") from None
+
+
+def _row_text(row: Any, where: str) -> str:
+    """One row as plain text; an instruction with its input and its answer, a line each."""
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        if "instruction" in row:
+            parts = (row["instruction"], row.get("input", row.get("context")), row.get("output", row.get("response")))
+            return "\n".join(str(part) for part in parts if part)
+        if "choices" in row or "question" in row:
+            raise SaapError(f"{where} is a multiple-choice question: those are for evaluation tasks, give running text")
+    raise SaapError(f"{where} has neither 'text' nor 'instruction': give rows with one of these fields")
+
+
+def _cut(content: str) -> list[str]:
+    documents, lines, size = [], [], 0
+    for line in content.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= DOCUMENT_CHARACTERS:
+            documents.append("".join(lines))
+            lines, size = [], 0
+    return [*documents, "".join(lines)] if lines else documents
+
+
+def _hub_texts(name: str, split: Split) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SaapError(
+            f"{name} is no file here, and a data set id needs `pip install datasets`: or give a file"
+        ) from None
+    identifier, _, config = name.partition(":")
+    wanted = "test" if split == "evaluation" else "train"
+    try:
+        rows = load_dataset(identifier, config or None, split=wanted, streaming=True)
+        taken = [row for row, _ in zip(rows, range(HUB_DOCUMENTS), strict=False)]
+    except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
+        raise SaapError(
+            f"{name} is no file here, and no hub gave its {wanted!r} split ({type(error).__name__}): check the id and "
+            "the network, or give a file"
+        ) from None
+    return [_row_text(row, f"{name} row {n}") for n, row in enumerate(taken, 1)]
+
+
+def _telling_lines(texts: Iterable[str]) -> set[str]:
+    lines = (" ".join(line.split()) for text in texts for line in text.splitlines())
+    return {line for line in lines if len(line) >= TELLING_CHARACTERS}
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    # verbose=False: a text longer than the model's context is meant here, it is cut into rows.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+
+from saap import text
+from saap.errors import SaapError
+from saap.text import chunks, load_documents, pack, refuse_overlap, self_written
+
+LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows(*objects):
+    return "".join(json.dumps(row) + "\n" for row in objects)
+
+
+def test_text_file_whole_for_evaluation_and_in_documents_for_calibration(tmp_path):
+    content = "\n = Title = \r\n\n" + LONG * 100
+    path = write(tmp_path / "a.txt", content)
+    assert load_documents(path, split="evaluation").texts == (content,)
+    cut = load_documents(path, split="calibration")
+    assert len(cut.texts) == 5 and "".join(cut.texts) == content
+    assert all(len(one) >= text.DOCUMENT_CHARACTERS for one in cut.texts[:-1])
+
+
+def test_jsonl_forms_and_gzip(tmp_path):
+    lines = rows(
+        {"text": "plain\u2028text"},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Why?", "context": "ctx", "response": "so"},
+    )
+    texts = ("plain\u2028text", "Add.\n1 2\n3", "Say hi.\nhi", "Why?\nctx\nso")
+    plain = load_documents(write(tmp_path / "a.jsonl", lines), split="tuning")
+    packed = load_documents(write(tmp_path / "a.jsonl.gz", gzip.compress(lines.encode())), split="tuning")
+    raw = write(tmp_path / "u.jsonl", '{"text": "plain\u2028text"}\n')
+    assert plain.texts == packed.texts == texts
+    assert plain.sha256 == packed.sha256
+    assert load_documents(raw, split="tuning").texts == texts[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("q.jsonl", rows({"question": "?", "choices": ["a", "b"]}), "line 1 is a multiple-choice question"),
+        ("q.jsonl", '{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("q.jsonl", rows({"body": "x"}), "neither 'text' nor 'instruction'"),
+        ("q.json", "{}", "not a list of rows"),
+        ("q.txt", " \n", "holds no text"),
+        ("q.txt", b"\xff\xfe\x00", "cannot be read as text"),
+        ("q.txt.gz", b"not gzip", "cannot be read as text"),
+        ("q.txt.gz", gzip.compress(b"x" * 9999)[:20], "cannot be read as text"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, name, content, says):
+    with pytest.raises(SaapError, match=says) as caught:
+        load_documents(write(tmp_path / name, content), split="calibration")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_text(tmp_path):
+    with pytest.raises(SaapError, match="no text"):
+        load_documents(tmp_path / "missing.txt", split="calibration")
+    with pytest.raises(SaapError, match="is a directory"):
+        load_documents(tmp_path, split="calibration")
+
+
+def test_data_set_id(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SaapError, match="pip install datasets"):
+        load_documents("org/name", split="calibration")
+    asked = []
+
+    def load_dataset(*args, **kwargs):  # no hub answers in a test
+        asked.append((*args, kwargs["split"]))
+        if args[0] == "org/none":
+            raise ConnectionError("down")
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_documents("org/name:config", split="tuning").texts == ("one", "two")
+    assert asked == [("org/name", "config", "train")]
+    with pytest.raises(SaapError, match=r"no hub gave its 'test' split \(ConnectionError\)"):
+        load_documents("org/none", split="evaluation")
+
+
+def test_without_source_and_directory_there_is_nothing(monkeypatch):
+    monkeypatch.delenv("SAAP_DATA", raising=False)
+    assert load_documents(None, split="calibration") is None
+
+
+def test_broken_directory_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAAP_DATA", str(tmp_path))
+    with pytest.raises(SaapError, match=r"SAAP_DATA .* lacks wikitext2_test_raw.txt"):
+        load_documents(None, split="evaluation")
+    with pytest.raises(SaapError, match=r"lacks c4_sample300.jsonl, wiki"):
+        load_documents(None, split="tuning")
+
+
+def test_files_of_the_data_directory(data_dir):
+    evaluation = load_documents(None, split="evaluation")
+    raw = evaluation.text.encode()
+    assert hashlib.sha256(raw).hexdigest() == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    calibration, again, tuning = (
+        load_documents(None, split=split, seed=3) for split in ("calibration", "calibration", "tuning")
+    )
+    assert len(calibration.texts) == 300 + 526 + 2996
+    assert calibration == again and calibration.texts != tuning.texts
+    assert sorted(calibration.texts) == sorted(tuning.texts)
+    refuse_overlap(calibration, evaluation)
+    with pytest.raises(SaapError, match="hold the same text"):
+        refuse_overlap(load_documents(data_dir / text.EVALUATION_FILE, split="tuning"), evaluation)
+    refuse_overlap(load_documents(data_dir / "wikitext2_train_raw_head1MB.txt", split="tuning"), evaluation)
+
+
+def test_overlap_is_seen_in_parts_but_short_lines_are_not_text(tmp_path):
+    def documents(name, content):
+        return load_documents(write(tmp_path / name, content), split="evaluation")
+
+    one = documents("one.txt", "= = Reception = =\n" + LONG + "its own\n")
+    with pytest.raises(SaapError, match=r"one\.txt and .*two\.txt hold the same text"):
+        refuse_overlap(one, documents("two.txt", "another beginning\n  " + LONG))
+    refuse_overlap(one, documents("three.txt", "= = Reception = =\nsomething else\n"))
+    with pytest.raises(SaapError, match="same text"):
+        refuse_overlap(documents("a.jsonl", rows({"text": "short"})), documents("b.jsonl", rows({"text": "short "})))
+
+
+def test_pack_joins_with_eos_and_follows_the_seed(tiny_tokenizer):
+    texts = [f"The dog number {n} sleeps." for n in range(20)]
+    packed = pack(texts, tiny_tokenizer, 16, 8, seed=1)
+    assert packed.shape == (8, 16) and packed.dtype == torch.int64
+    assert torch.equal(packed, pack(texts, tiny_tokenizer, 16, 8, seed=1))
+    assert not torch.equal(packed, pack(texts, tiny_tokenizer, 16, 8, seed=2))
+    pieces = tiny_tokenizer.decode(packed.flatten()).split("<|im_end|>")
+    assert set(pieces[:-1]) <= set(texts) and len(set(pieces[:-1])) == len(pieces) - 1
+
+
+def test_pack_says_how_much_is_missing(tiny_tokenizer):
+    with pytest.raises(SaapError, match=r"1 documents give 4 tokens, 10 rows of 16 need 160"):
+        pack(["abc"], tiny_tokenizer, 16, 10, seed=0)
+
+
+def test_chunks_are_the_text_as_it_is(tiny_tokenizer):
+    content = " = Title = \n\n" + LONG * 5
+    ids = tiny_tokenizer(content).input_ids
+    cut = chunks(content, tiny_tokenizer, 32)
+    assert cut.shape == (len(ids) // 32, 32) and cut.dtype == torch.int64
+    assert cut.flatten().tolist() == ids[: cut.numel()]
+    assert content.startswith(tiny_tokenizer.decode(cut.flatten()))
+    with pytest.raises(SaapError, match="a chunk needs 256"):
+        chunks("short", tiny_tokenizer, 256)
+
+
+def test_chunks_add_no_bos_where_the_tokenizer_would(tiny_tokenizer):
+    import copy
+
+    from tokenizers import processors
+
+    eager = copy.deepcopy(tiny_tokenizer)
+    eager.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert eager(LONG).input_ids[0] == 1
+    assert torch.equal(chunks(LONG, eager, 8), chunks(LONG, tiny_tokenizer, 8))
+
+
+def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model()).train()
+    seen = []
+    written = self_written(
+        model, tiny_tokenizer, 5, 12, 7, batch_size=2, progress=lambda _, done, total: seen.append(done / total)
+    )
+    assert written.shape == (5, 12) and written.dtype == torch.int64 and (written[:, 0] == 1).all()
+    assert torch.equal(written, self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2))
+    held_out = self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2, held_out=True)
+    assert not torch.equal(written, held_out)
+    assert model.training and seen == sorted(seen) and seen[-1] == pytest.approx(1)
+    assert not written.is_inference()
+
+
+def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer):
+    """The second token's frequencies over many rows against the model's own probabilities."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model()).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)  # a distribution with a few likely tokens
+        expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    written = self_written(model, tiny_tokenizer, 4000, 2, 0, batch_size=4000)
+    observed = torch.bincount(written[:, 1], minlength=320) / 4000
+    assert expected.max() > 0.2
+    assert (observed - expected).abs().max() < 0.03
+
+
+def test_self_written_refuses_what_it_cannot_do(tiny_model, tiny_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    with pytest.raises(SaapError, match="256 positions"):
+        self_written(model, tiny_tokenizer, 1, 257, 0)
