@@ -22,10 +22,11 @@ class TorchDecoder:
         self.path = path
         self.max_length = max_length
         self.cache: Any = None
+        self.length = 0
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self.cache = None
+        self.cache, self.length = None, 0
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n]; the logits [vocab] after the last of them."""
@@ -39,6 +40,7 @@ class TorchDecoder:
                 logits_to_keep=1,
             )
         self.cache = out.past_key_values
+        self.length += len(ids)
         logits: Logits = out.logits[0, -1].numpy()
         return logits
 
@@ -54,26 +56,29 @@ def facts(decoder: Decoder) -> dict[str, Any]:
 
     assert isinstance(decoder, TorchDecoder)
     model = decoder.model
-    # Buffers too: group-quantised layers hold integers there.
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    # By address, since two parameters may share one table; buffers too, since quantised layers hold integers there.
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.numel()}
+    tensors = {**{b.data_ptr(): b for b in model.buffers() if b.numel()}, **parameters}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is getattr(table, "weight", None)
-    unread = 0 if tied else sum(p.numel() * p.element_size() for p in table.parameters())
+    head_shares = {p.data_ptr() for p in head.parameters()} if head is not None else set()
+    gathered = sum(_bytes(p) for p in table.parameters() if p.data_ptr() not in head_shares)
+    cached = [t for layer in decoder.cache.layers for t in (layer.keys, layer.values) if t is not None]
     on_disk = sum(p.stat().st_size for p in decoder.path.glob("*.safetensors"))
-    cache = decoder.cache
-    kv = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     return {
         "model": {
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in parameters.values()),
             "model_bytes": on_disk or None,
-            "weight_bytes_per_token": total - unread,
-            "kv_bytes_per_token": kv // cache.get_seq_length(),
+            "weight_bytes_per_token": sum(map(_bytes, tensors.values())) - gathered,
+            "kv_bytes_per_token": sum(map(_bytes, cached)) // decoder.length,
             "bits": 32,
             "unknown": {} if on_disk else {"model_bytes": "the directory has no safetensors files"},
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
 
 
 def load(job: Job) -> Decoder:

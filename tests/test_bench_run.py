@@ -264,3 +264,31 @@ def test_bench_imports_no_torch() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_slim_directory_in_torch(tmp_path: Path) -> None:
+    """Sizes differ per layer and the first layer has no attention, so plain transformers could not load it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    checkpoint = pytest.importorskip("saap.checkpoint")
+    from saap.structures import LayerSizes, ModelShape
+
+    layers = (LayerSizes(0, 0, 32), LayerSizes(2, 1, 48))
+    dense = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    shape = ModelShape(hidden=32, head_dim=8, vocab=64, tied=True, layers=layers)
+    config = checkpoint.slim_config({**dense.to_dict(), "architectures": ["LlamaForCausalLM"]}, shape)
+    torch.manual_seed(0)
+    model = checkpoint.SlimLlamaForCausalLM(checkpoint.SlimLlamaConfig.from_dict(config))
+    tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    (tmp_path / "base").mkdir()
+    slim = checkpoint.write_slim(tmp_path / "slim", tmp_path / "base", config, iter(tensors.items()), {})
+    (m,) = bench([f"torch:{slim}"], prompt=6, generate=4, threads=1, repetitions=1, warmup=0).measurements
+    assert len(m.samples) == 1, m.reasons
+    assert m.model.parameters == sum(t.numel() for t in tensors.values())
+    assert m.model.kv_bytes_per_token == 2 * 1 * 8 * 4
