@@ -106,9 +106,7 @@ class DecoderGraph:
         dim = self.shape.head_dim
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
         past = [
-            self._input(
-                f"past_key_values.{kv_index}.{part}", ir.DataType.FLOAT, ["batch", sizes.kv_heads, "past", dim]
-            )
+            self._input(f"past_key_values.{kv_index}.{part}", ir.DataType.FLOAT, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
         rotary = [self._weight("cos"), self._weight("sin")]

@@ -189,19 +189,20 @@ class BundleScorer:
     Args:
         directory: the bundle.
         threads: of ONNX Runtime within an operator.
+        graph: file name; of the decode graph only the last position's logits come back.
 
     Raises:
         BundleError: no bundle there.
-        RunError: the bundle has no scoring graph.
+        RunError: the bundle has no such graph.
     """
 
-    def __init__(self, directory: str | Path, threads: int = 1) -> None:
+    def __init__(self, directory: str | Path, threads: int = 1, graph: str = SCORING_GRAPH) -> None:
         import onnxruntime
 
         self.manifest = read_manifest(directory)
-        path = Path(directory) / SCORING_GRAPH
+        path = Path(directory) / graph
         if not path.is_file():
-            raise RunError(f"{directory} has no {SCORING_GRAPH}: export it again with this saap")
+            raise RunError(f"{directory} has no {graph}: export it again with this saap")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -49,7 +49,12 @@ class WeightFile:
 
     def _reference(self, name: str, offset: int, length: int, dtype: Any, shape: tuple[int, ...]) -> ir.ExternalTensor:
         return ir.ExternalTensor(
-            WEIGHTS, offset, length, ir.DataType.from_numpy(np.dtype(dtype)), shape=ir.Shape(shape), name=name,
+            WEIGHTS,
+            offset,
+            length,
+            ir.DataType.from_numpy(np.dtype(dtype)),
+            shape=ir.Shape(shape),
+            name=name,
             base_dir=str(self.directory),
         )
 
@@ -85,7 +90,9 @@ class ModelSource:
             own = Precision(self.quant["bits"], self.quant["block"], self.quant["embedding_bits"])
             for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
                 if asked is not None and asked != has:
-                    raise SaapError(f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out")
+                    raise SaapError(
+                        f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
+                    )
             return own
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
@@ -108,7 +115,9 @@ class ModelSource:
         return self.read(name).float() if name in self.names else None
 
 
-def write_weights(source: ModelSource, precision: Precision, file: WeightFile, progress: Progress | None = None) -> None:
+def write_weights(
+    source: ModelSource, precision: Precision, file: WeightFile, progress: Progress | None = None
+) -> None:
     """Write all tensors of the decoder graph, one layer at a time."""
     arch, count = source.architecture, len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
@@ -116,9 +125,13 @@ def write_weights(source: ModelSource, precision: Precision, file: WeightFile, p
             progress("writing weights", index, count)
         prefix = f"{arch.layers}.{index}."
         if sizes.query_heads:
-            _write_linear(source, precision, file, f"layers.{index}.qkv", [prefix + m for m in (arch.query, arch.key, arch.value)])
+            _write_linear(
+                source, precision, file, f"layers.{index}.qkv", [prefix + m for m in (arch.query, arch.key, arch.value)]
+            )
             _write_linear(source, precision, file, f"layers.{index}.o", [prefix + arch.output])
-            file.add(f"layers.{index}.attention_norm", source.read(f"{prefix}{arch.attention_norm}.weight").float().numpy())
+            file.add(
+                f"layers.{index}.attention_norm", source.read(f"{prefix}{arch.attention_norm}.weight").float().numpy()
+            )
         if sizes.ffn:
             _write_linear(source, precision, file, f"layers.{index}.gate_up", [prefix + arch.gate, prefix + arch.up])
             _write_linear(source, precision, file, f"layers.{index}.down", [prefix + arch.down])

@@ -43,8 +43,10 @@ class QuantMatrix:
 def check_blocks(columns: int, block: int, what: str) -> None:
     """Raise SaapError when ``columns`` is not whole groups."""
     if columns % block:
-        raise SaapError(f"{what} has {columns} input columns, not a multiple of the group size {block}: choose a group "
-                        f"size that divides it (32, 64 or 128)")
+        raise SaapError(
+            f"{what} has {columns} input columns, not a multiple of the group size {block}: choose a group "
+            f"size that divides it (32, 64 or 128)"
+        )
 
 
 def quantize(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> QuantMatrix:

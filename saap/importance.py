@@ -77,7 +77,9 @@ def estimate(
             slices.start_sequence()
             loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
             if not torch.isfinite(loss):
-                raise SaapError(f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text")
+                raise SaapError(
+                    f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text"
+                )
             loss.backward()
             losses.append(loss.item())
     if progress:
@@ -103,8 +105,10 @@ class _SliceSums:
         product = weight.grad.mul_(weight.detach())
         weight.grad = None
         by_column = matrix in ("output", "down")
-        sums = product.sum(0 if by_column else 1)
-        fine = product.square().mul_(-self.c / 2).add_(product).abs_().sum(0 if by_column else 1)
+        axis = 0 if by_column else 1
+        sums = product.sum(axis)
+        # Few passes over memory: they cost as much as the backward pass itself.
+        fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
         width = 1 if matrix in ("gate", "up", "down") else self.shape.head_dim
         key = (layer, matrix)
         self.vector.setdefault(key, []).append(sums.view(-1, width).sum(1))

@@ -49,9 +49,7 @@ def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -
 @torch.inference_mode()
 def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float:
     """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
-    losses = [
-        model(input_ids=rows, labels=rows, use_cache=False).loss.item() * len(rows) for rows in ids.split(batch)
-    ]
+    losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() * len(rows) for rows in ids.split(batch)]
     return sum(losses) / len(ids)
 
 

@@ -56,7 +56,9 @@ class GroupQuantTable(nn.Module):
         packed = self.qweight if rows is None else self.qweight[rows]
         zero_points = self.zero_points if rows is None else self.zero_points[rows]
         codes = unpack_codes(packed, self.bits, self.block).to(torch.int16)
-        return codes - unpack_zero_points(zero_points, self.bits, self.columns // self.block).to(torch.int16).unsqueeze(-1)
+        return codes - unpack_zero_points(zero_points, self.bits, self.columns // self.block).to(torch.int16).unsqueeze(
+            -1
+        )
 
     def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """W as float32, [rows, columns]."""

@@ -146,4 +146,3 @@ def _module_prices(
     together = loss_of({i: without(shape.layers[i]) for i in cheapest}) - base
     factor = max(1.0, together / sum(single[i] for i in cheapest))
     return [single[i] * factor if i in single else None for i in range(len(shape.layers))]
-

@@ -123,7 +123,10 @@ def make_plan(
     plan = plan_from(modules, solve(modules, budget, "weights"), shape)
     planned = plan.kept_shape(shape)
     asked = {k: v for k, v in asdict(options.requirement).items() if v is not None}
-    requirement = {"asked": asked, "planned": {"ratio": removed_share(shape, planned), "max_params": planned.parameters}}
+    requirement = {
+        "asked": asked,
+        "planned": {"ratio": removed_share(shape, planned), "max_params": planned.parameters},
+    }
     return replace(plan, requirement=requirement)
 
 

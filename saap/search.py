@@ -45,13 +45,17 @@ class Prices:
     alpha: dict[str, float]  # interaction per type: price * (1 + alpha * share of the module's structures that goes)
 
 
-def modules_of(shape: ModelShape, prices: Prices, block: int, keep_layers: frozenset[int] = frozenset()) -> list[Module]:
+def modules_of(
+    shape: ModelShape, prices: Prices, block: int, keep_layers: frozenset[int] = frozenset()
+) -> list[Module]:
     """All modules with their options; layers of ``keep_layers`` offer only to stay whole. Costs are weights."""
     found = []
     for index, sizes in enumerate(shape.layers):
         whole = index in keep_layers
         if sizes.query_heads:
-            found.append(Module(index, "attention", tuple(_attention_options(shape, sizes, prices, index, block, whole))))
+            found.append(
+                Module(index, "attention", tuple(_attention_options(shape, sizes, prices, index, block, whole)))
+            )
         if sizes.ffn:
             found.append(Module(index, "ffn", tuple(_ffn_options(shape, sizes, prices, index, block, whole))))
     return found
@@ -134,8 +138,13 @@ def solve(modules: list[Module], budget: float, unit: str) -> list[Option]:
         LinearConstraint(some_attention, 1, np.inf),
     ]
     scale = max(price.max(), 1e-12)
-    answer = milp(price / scale, integrality=np.ones(len(owner)), bounds=Bounds(0, 1), constraints=constraints,
-                  options={"mip_rel_gap": 1e-4, "time_limit": 60})
+    answer = milp(
+        price / scale,
+        integrality=np.ones(len(owner)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 1e-4, "time_limit": 60},
+    )
     if answer.x is None:
         raise SaapError(f"no choice of options meets {budget:,.0f} {unit} ({answer.message}): ask for more")
     chosen = np.flatnonzero(answer.x > 0.5)

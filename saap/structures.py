@@ -126,6 +126,8 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()
         if owners != set(keep.kv_heads) or len(counts) > 1:
-            raise SaapError(f"layer {index}: every kept KV group must keep the same number of query heads, at least one")
+            raise SaapError(
+                f"layer {index}: every kept KV group must keep the same number of query heads, at least one"
+            )
     if not any(keep.query_heads for keep in plan.layers):
         raise SaapError("the plan leaves no layer with attention: prune less")

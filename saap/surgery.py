@@ -49,7 +49,13 @@ def cut_layer_tensor(
 ) -> torch.Tensor | None:
     """One tensor of one layer, cut to what the plan keeps; None where its module is gone."""
     module, kind = name.rsplit(".", 1)
-    attention = (architecture.query, architecture.key, architecture.value, architecture.output, architecture.attention_norm)
+    attention = (
+        architecture.query,
+        architecture.key,
+        architecture.value,
+        architecture.output,
+        architecture.attention_norm,
+    )
     if not (keep.query_heads if module in attention else keep.ffn):
         return None
     tensor = read()

@@ -1,0 +1,52 @@
+# Two targets matter: `make demo` (the main job on a real model) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+VENV5 ?= .venv-transformers5
+BIN := $(VENV)/bin
+# Text for calibration, tuning and evaluation, where a developer has it beside the checkout.
+DATA := $(abspath ../shared/data)
+ifneq ($(wildcard $(DATA)/c4_sample300.jsonl),)
+export SAAP_DATA ?= $(DATA)
+endif
+
+.PHONY: demo test test-slow test-transformers5 lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2
+
+test: $(VENV)/.test lint
+	$(BIN)/pytest -q -m "not slow and not device"
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -q -m "slow"
+
+# The model tests once more on transformers 5, which optimum-onnx does not allow yet.
+test-transformers5: $(VENV5)/.test
+	$(VENV5)/bin/pytest -q -m "not slow and not device"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q -e '.[bench,prune,export]'
+	touch $@
+
+# The environment of optimum-onnx, which the portable target needs.
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q -e '.[bench,prune,export,optimum,dev]'
+	touch $@
+
+$(VENV5)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/pip install -q --upgrade pip
+	$(VENV5)/bin/pip install -q -e '.[bench,prune,export]' 'transformers>=5' pytest hypothesis
+	touch $@
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""Parity: the exported graphs against the torch model that holds the same numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from export.bundle import DECODE_GRAPH, read_manifest
+from export.run import BundleScorer
+from saap.checkpoint import load_model, materialise_linears, read_config
+from saap.errors import SaapError
+from saap.group_quant import quantize_model
+
+FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
+LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
+LEVEL4_KL = 0.05
+
+
+def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> Any:
+    """The torch model with the integers that the exporter wrote, as ordinary linears."""
+    if bits == 32 or read_config(model_dir).get("slim_quant"):
+        return load_model(model_dir, materialise=True)
+    model = load_model(model_dir)
+    quantize_model(model, bits, block, head_bits)
+    materialise_linears(model)
+    return model
+
+
+def check_parity(bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, threads: int = 1) -> dict[str, Any]:
+    """Compare a bundle with its torch model on ids [rows, tokens].
+
+    Returns:
+        the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.
+
+    Raises:
+        SaapError: the two do not agree within what the precision allows.
+    """
+    manifest = read_manifest(bundle)
+    model = reference_model(model_dir, manifest.bits, manifest.block, int(manifest.lineage["head_bits"]))
+    scorer = BundleScorer(bundle, threads)
+    sums, largest = np.zeros(4), 0.0
+    for row in ids.split(1):
+        with torch.inference_mode():
+            expected = model(input_ids=row, use_cache=False).logits.float()
+        found = torch.from_numpy(scorer.logits(row.numpy()))
+        largest = max(largest, (expected - found).abs().max().item())
+        sums += _row_sums(expected[0, :-1], found[0, :-1], row[0, 1:])
+    _check_decode_graph(bundle, scorer, ids[:1, : ids.shape[1] // 2], threads)
+    kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
+    report = {
+        "max_abs_logit_difference": largest,
+        "kl": max(float(kl), 0.0),
+        "top1_agreement": float(top1),
+        "nll_torch": float(nll_torch),
+        "nll_graph": float(nll_graph),
+        "perplexity_ratio": math.exp(nll_graph - nll_torch),
+        "tokens": int(ids.numel()),
+        "sample": sample,
+        "accuracy_level": manifest.accuracy_level,
+    }
+    _judge(report, manifest.bits)
+    return report
+
+
+def _row_sums(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    theirs, ours = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+    same = (theirs.argmax(-1) == ours.argmax(-1)).sum().item()
+    nlls = [F.nll_loss(x, targets, reduction="sum").item() for x in (theirs, ours)]
+    return np.array([kl, same, *nlls])
+
+
+def _check_decode_graph(bundle: Path, scorer: BundleScorer, ids: torch.Tensor, threads: int) -> None:
+    """The decode graph's last logits must be the scoring graph's."""
+    last = BundleScorer(bundle, threads, graph=DECODE_GRAPH).logits(ids.numpy())[:, -1]
+    difference = float(np.abs(last - scorer.logits(ids.numpy())[:, -1]).max())
+    # The head sees one row instead of many, which may take another kernel: equal up to rounding.
+    if not difference <= 1e-2:
+        raise SaapError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")
+
+
+def _judge(report: dict[str, Any], bits: int) -> None:
+    if bits == 32:
+        good = report["max_abs_logit_difference"] <= FLOAT_DIFFERENCE
+        wanted = f"a logit difference of at most {FLOAT_DIFFERENCE}"
+    else:
+        good = abs(report["perplexity_ratio"] - 1) <= LEVEL4_PERPLEXITY and report["kl"] <= LEVEL4_KL
+        wanted = f"a perplexity within {LEVEL4_PERPLEXITY:.0%} and a KL of at most {LEVEL4_KL}"
+    if not good:
+        found = ", ".join(f"{key} {value:.4g}" for key, value in report.items() if isinstance(value, float))
+        raise SaapError(f"parity failed ({found}); {wanted} was expected: nothing was exported")

@@ -1,0 +1,178 @@
+"""Commands that run on a board: no torch, no transformers. Called by :mod:`saap.cli` only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.console import Console, print_table
+from saap.errors import SaapError
+
+
+def generate_text(
+    bundle: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None, chat: bool | None
+) -> None:
+    """Stream an answer to standard output, and one line about its speed to standard error."""
+    from bench.cores import physical_cores
+    from bench.runtime import OrtDecoder
+    from export.bundle import read_manifest
+    from export.run import generate
+    from export.tokenizer import BundleTokenizer
+
+    manifest = read_manifest(bundle)
+    tokenizer = BundleTokenizer(bundle)
+    chat = tokenizer.has_chat_template if chat is None else chat
+    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    length = min(manifest.context_length, max(1, len(ids) + max(max_tokens, 0)))
+    decoder = OrtDecoder(bundle, threads or physical_cores(), length)
+    generation = generate(
+        decoder, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat
+    )
+    for piece in generation:
+        click.echo(piece, nl=False)
+    click.echo()
+    rate = (generation.tokens - 1) / generation.decode_seconds if generation.decode_seconds else 0.0
+    click.echo(
+        f"[{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s, "
+        f"{generation.tokens} tokens at {rate:.1f} tok/s, stop: {generation.stop_reason}]",
+        err=True,
+    )
+
+
+def bench_specs(
+    specs: list[str],
+    *,
+    prompt: int,
+    generate: int,
+    threads: int | None,
+    repetitions: int,
+    json_path: Path | None,
+    console: Console,
+    names: list[str] | None = None,
+) -> Any:
+    """Measure, print the table and the comparison with the first spec, and write the result."""
+    from bench.run import bench
+    from bench.result import write_result
+
+    result = bench(
+        specs, prompt=prompt, generate=generate, threads=threads, repetitions=repetitions, names=names,
+        progress=console.report,
+    )  # fmt: skip
+    console.report("", 1, 1)
+    show_result(result)
+    if json_path is not None:
+        write_result(json_path, result)
+    return result
+
+
+def show_result(result: Any) -> None:
+    """The table of a bench result, the reasons behind a status, and each spec against the first."""
+    from bench.compare import compare_within
+    from bench.result import TABLE_HEADER, table_rows, table_text
+
+    first = result.measurements[0]
+    title = f"{first.n_prompt} prompt + {first.n_gen} generated tokens, median of {len(first.samples)} interleaved runs"
+    print_table(title, list(TABLE_HEADER), table_text(result))
+    for row in table_rows(result):
+        for reason in row["reasons"]:
+            click.echo(f"  {row['name']}: {row['status']}: {reason}")
+    for other in result.measurements[1:]:
+        for row in compare_within(result, first.name, other.name).rows:
+            if row.ratio is None:
+                click.echo(f"  {row.name}: not comparable with {first.name}: {row.reason}")
+            else:
+                low, high = (1 / row.high, 1 / row.low) if row.low and row.high else (float("nan"),) * 2
+                click.echo(
+                    f"  {row.name} decodes {1 / row.ratio:.2f}x as fast as {first.name} (95 %: {low:.2f} to {high:.2f})"
+                )
+
+
+def compare_results(old: Path, new: Path, min_effect: float, fail_on_regression: bool) -> int:
+    """Print one row per name; the exit code."""
+    from bench.compare import compare
+    from bench.result import read_result
+
+    comparison = compare(read_result(old), read_result(new), min_effect)
+    rows = []
+    for row in comparison.rows:
+        interval = f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "-"
+        rows.append([row.name, str(row.n_threads), f"{row.ratio:.3f}" if row.ratio else "-", interval, row.verdict])
+    print_table("time per token, new / old", ["name", "threads", "ratio", "95 %", "verdict"], rows)
+    for row in comparison.rows:
+        if row.reason:
+            click.echo(f"  {row.name}: {row.reason}")
+    return int(comparison.exit_code(fail_on_regression))
+
+
+def list_devices() -> None:
+    """Names and titles of all profiles."""
+    from devices.profile import load_profiles
+
+    rows = [[name, profile.title] for name, profile in sorted(load_profiles().items())]
+    print_table("devices", ["name", "board"], rows)
+
+
+def show_device(name: str) -> None:
+    """All facts of one profile."""
+    from devices.profile import load_profile
+
+    profile = load_profile(name)
+    rows = [[fact, *(str(v) for v in (n.value, n.unit, n.level, n.source))] for fact, n in profile.numbers.items()]
+    print_table(profile.title, ["fact", "value", "unit", "level", "source"], rows)
+
+
+def probe_host(as_json: bool) -> None:
+    """What this host is, for people or machines."""
+    from devices.probe import probe
+
+    facts = probe()
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    rows = [
+        [key, "unknown" if v is None else ", ".join(map(str, v)) if isinstance(v, list) else str(v)]
+        for key, v in facts.items()
+    ]
+    print_table("this host", ["fact", "value"], rows)
+
+
+def make_report(results: list[Path], out: Path) -> None:
+    """A page from result files, or from a run's directory (``run.json`` and its bench results)."""
+    from bench.report import write_report
+
+    run: dict[str, Any] | None = None
+    paths: list[Path] = []
+    for path in results:
+        if path.is_dir():
+            run = read_run(path)
+            paths += [path / name for name in run.get("results", [])]
+        else:
+            paths.append(path)
+    write_report(paths, out, run=run)
+    click.echo(f"wrote {out}")
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """``run.json`` of a run's directory."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise SaapError(f"{directory} holds no run.json: give the -o directory of `saap run`, or result files")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SaapError(f"{path} is damaged ({error}): run `saap run` again") from None
+    if not isinstance(run, dict):
+        raise SaapError(f"{path} is damaged (not an object): run `saap run` again")
+    return run
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

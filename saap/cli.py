@@ -1,0 +1,356 @@
+"""The command line. Every heavy import lives inside the command that needs it, so that ``saap --help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.console import Console
+
+EXTRAS = {
+    "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",
+    "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
+    "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",
+}  # fmt: skip
+
+directory = click.Path(path_type=Path)
+
+
+class LayerRange(click.ParamType):
+    """Layers such as ``0-2,29``."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
+        """``0-2,29`` -> {0, 1, 2, 29}."""
+        if isinstance(value, frozenset):
+            return value
+        layers: set[int] = set()
+        try:
+            for part in value.split(","):
+                first, _, last = part.partition("-")
+                layers.update(range(int(first), int(last or first) + 1))
+        except ValueError:
+            self.fail(f"{value!r} names no layers: write something like 0-2,29", param, ctx)
+        return frozenset(layers)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="saap")
+def cli() -> None:
+    """Prune a language model until it is as fast as you need on the device you have.
+
+    \b
+    One command, from a model to a measured bundle:
+      saap run smollm2-135m -o out/demo --ratio 0.2
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
+@click.option(
+    "--ratio", type=float, default=0.2, show_default=True, help="Share of the decoder layers' weights to remove."
+)
+@click.option("--calibration", help="Text for scoring: a text, .jsonl or .gz file, or a data set id.")
+@click.option("--data", help="Text for tuning, likewise.")
+@click.option("--text", help="Text for evaluation, likewise; never the same as the others.")
+@click.option("--tokens", type=int, default=24576, show_default=True, help="Tuning tokens.")
+@click.option("--repetitions", type=int, default=5, show_default=True, help="Interleaved bench repetitions.")
+@click.option("--threads", type=int, help="Threads of the bench; default: all physical cores.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def run(model: str, out: Path, **options: Any) -> None:
+    """All of it: prune, tune, export, evaluate, bench, report.
+
+    Interrupted and started again, finished steps are not repeated.
+
+    \b
+    Example:
+      saap run smollm2-135m -o out/demo --ratio 0.2
+    """
+    from saap.pipeline import RunOptions, run_all
+
+    with Console() as console:
+        run_all(model, out, RunOptions(**options), console)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
+@click.option("--ratio", type=float, help="Share of the decoder layers' weights to remove, such as 0.2.")
+@click.option("--max-params", type=int, help="Most parameters of the whole model, embedding included.")
+@click.option("--keep-layers", type=LayerRange(), default=frozenset(), help="Layers that stay whole, such as 0-2,29.")
+@click.option("--modules", is_flag=True, help="Let whole attention and FFN blocks go too (each is measured: slower).")
+@click.option(
+    "--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written."
+)
+@click.option("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
+@click.option("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
+@click.option(
+    "--block",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Quantisation group that every width is a multiple of.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+def prune(model: str, out: Path, **options: Any) -> None:
+    """Remove the coupled structures that matter least.
+
+    \b
+    Example:
+      saap prune smollm2-135m -o out/slim --ratio 0.2
+    """
+    from saap.pipeline import prune_step
+
+    with Console() as console:
+        prune_step(model, out, options, console)
+
+
+@cli.command()
+@click.argument("slim", type=directory)
+@click.option("-o", "--out", type=directory, required=True, help="The directory with integer weights to write.")
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option(
+    "--group", type=click.Choice(["32", "64", "128"]), default="32", show_default=True, help="Weights per scale."
+)
+@click.option("--teacher", help="The dense model: a directory or a name; adds its KL to the loss.")
+@click.option("--data", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.")
+@click.option("--tokens", type=int, default=24576, show_default=True, help="Training tokens.")
+@click.option("--length", type=int, default=256, show_default=True, help="Tokens per sequence.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def tune(slim: Path, out: Path, **options: Any) -> None:
+    """Quantise in groups and tune the groups' scales: the integers that the device will run.
+
+    \b
+    Example:
+      saap tune out/slim -o out/tuned --teacher smollm2-135m
+    """
+    from saap.pipeline import tune_step
+
+    with Console() as console:
+        tune_step(slim, out, options, console)
+
+
+@cli.command()
+@click.argument("path", type=directory)
+@click.option("-o", "--out", type=directory, required=True, help="The bundle to write.")
+@click.option(
+    "--target",
+    type=click.Choice(["cpu", "portable"]),
+    default="cpu",
+    show_default=True,
+    help="portable: standard operators by optimum, fp32, uniform models only.",
+)
+@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of the linears; default: 4, or what was tuned.")
+@click.option(
+    "--group", type=click.Choice(["32", "64", "128"]), help="Weights per scale; default: 32, or what was tuned."
+)
+@click.option(
+    "--text", help="Text that parity is checked on; default: SAAP_DATA's calibration text, else random tokens."
+)
+def export(path: Path, out: Path, **options: Any) -> None:
+    """Write any model directory as an ONNX bundle, with parity checked.
+
+    \b
+    Example:
+      saap export out/tuned -o out/bundle
+    """
+    from saap.pipeline import export_step
+
+    with Console() as console:
+        export_step(path, out, options, console)
+
+
+@cli.command(name="eval")
+@click.argument("paths", type=directory, nargs=-1, required=True)
+@click.option("--text", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
+@click.option("--chunk", type=int, default=256, show_default=True, help="Tokens per chunk.")
+@click.option("--max-chunks", type=int, default=160, show_default=True)
+@click.option("--reference", type=directory, help="The dense model directory that KL and top-1 are against.")
+@click.option("--json", "json_path", type=directory, help="Write the numbers here.")
+def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
+    """Perplexity, KL and top-1 agreement of model directories and bundles.
+
+    \b
+    Example:
+      saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
+    """
+    from saap.pipeline import eval_step
+
+    with Console() as console:
+        eval_step(list(paths), options, console)
+
+
+@cli.command()
+@click.argument("bundle", type=directory)
+@click.argument("prompt")
+@click.option("--max-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, help="Default: all physical cores.")
+@click.option("--chat/--no-chat", default=None, help="Use the model's chat template; default: where it has one.")
+def generate(bundle: Path, prompt: str, **options: Any) -> None:
+    """Stream text from a bundle; needs no torch.
+
+    \b
+    Example:
+      saap generate out/demo/slim-int4 "Why is the sky blue?"
+    """
+    from saap.board import generate_text
+
+    generate_text(bundle, prompt, **options)
+
+
+@cli.command()
+@click.argument("specs", nargs=-1, required=True, metavar="A [B ...]")
+@click.option("-p", "--prompt", type=int, default=128, show_default=True, help="Prompt tokens.")
+@click.option("-n", "--generate", type=int, default=128, show_default=True, help="Generated tokens.")
+@click.option("-t", "--threads", type=int, help="Default: all physical cores.")
+@click.option(
+    "-r", "--repetitions", type=int, default=5, show_default=True, help="Fresh processes per spec, interleaved."
+)
+@click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included.")
+def bench(specs: tuple[str, ...], **options: Any) -> None:
+    """Measure bundles, interleaved, each run in a fresh process; ``torch:DIR`` is a transformers peer.
+
+    \b
+    Example:
+      saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
+    """
+    from saap.board import bench_specs
+
+    with Console() as console:
+        bench_specs(list(specs), console=console, **options)
+
+
+@cli.command()
+@click.argument("old", type=directory)
+@click.argument("new", type=directory)
+@click.option("--min-effect", type=float, default=0.02, show_default=True, help="Smallest change that counts.")
+@click.option("--fail-on", type=click.Choice(["regression"]), help="Exit with 1 when something became slower.")
+def compare(old: Path, new: Path, min_effect: float, fail_on: str | None) -> None:
+    """Is the new result faster or slower than the old one? Exit 3 when they do not compare.
+
+    \b
+    Example:
+      saap compare before.json after.json --fail-on regression
+    """
+    from saap.board import compare_results
+
+    sys.exit(compare_results(old, new, min_effect, fail_on == "regression"))
+
+
+@cli.group()
+def devices() -> None:
+    """Known devices and this host."""
+
+
+@devices.command(name="list")
+def devices_list() -> None:
+    """The devices that have a profile.
+
+    \b
+    Example:
+      saap devices list
+    """
+    from saap.board import list_devices
+
+    list_devices()
+
+
+@devices.command(name="show")
+@click.argument("name")
+def devices_show(name: str) -> None:
+    """A profile: every number with its unit, source and level.
+
+    \b
+    Example:
+      saap devices show raspberry-pi-5
+    """
+    from saap.board import show_device
+
+    show_device(name)
+
+
+@devices.command(name="probe")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_probe(as_json: bool) -> None:
+    """What this host is.
+
+    \b
+    Example:
+      saap devices probe
+    """
+    from saap.board import probe_host
+
+    probe_host(as_json)
+
+
+@cli.command()
+@click.argument("results", type=directory, nargs=-1, required=True)
+@click.option("-o", "--out", type=directory, required=True, help="The HTML file to write.")
+def report(results: tuple[Path, ...], out: Path) -> None:
+    """One self-contained page from bench results, or from the directory of a run.
+
+    \b
+    Example:
+      saap report out/demo -o report.html
+    """
+    from saap.board import make_report
+
+    make_report(list(results), out)
+
+
+def check_packages() -> None:
+    """Refuse to run with a ``bench``, ``export`` or ``devices`` that belongs to another distribution."""
+    from importlib.util import find_spec
+
+    home = Path(__file__).resolve().parent.parent
+    for name in ("export", "bench", "devices"):
+        spec = find_spec(name)
+        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if found != home:
+            raise click.ClickException(
+                f"package {name!r} comes from {found}, saap from {home}: another package shadows "
+                "it; use a fresh virtual environment"
+            )
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what is the user's to mend."""
+    try:
+        check_packages()
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        fail("interrupted; run the same command again", 130)
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again", 130)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS:
+            raise
+        fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", 2)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        fail(str(error), code)
+
+
+def fail(message: str, code: int) -> None:
+    """Say it in one line and leave."""
+    click.echo(f"saap: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What a person sees: progress with the time left, errors of one line. Everything rich lives here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+import click
+
+PLAIN_EVERY = 15.0  # seconds between two lines where there is no terminal
+
+
+class Console:
+    """Progress of one command: a bar with the time left on a terminal, plain lines elsewhere.
+
+    Use as a context manager and pass :meth:`report` to the libraries as their ``progress``.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._bars: object | None = None
+        self._task: object | None = None
+        self._label = ""
+        self._started = self._printed = 0.0
+        self._finished = False
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def report(self, label: str, done: float, total: float) -> None:
+        """``done`` of ``total`` of what ``label`` names is finished; a new first word of a label starts a new bar."""
+        fresh = label.split(",")[0] != self._label.split(",")[0]
+        if fresh:
+            self._stop()
+            self._started = self._printed = time.monotonic()
+            self._finished = False
+        self._label = label
+        if self._terminal:
+            self._bar(label, done, total, fresh)
+        else:
+            self._line(label, done, total, fresh)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._stop()
+        click.echo(text, err=True)
+
+    def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if fresh or self._bars is None:
+            self._bars = Progress(
+                TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=RichConsole(stderr=True),
+            )  # fmt: skip
+            self._bars.start()
+            self._task = self._bars.add_task(label, total=total)
+        self._bars.update(self._task, description=label, completed=done, total=total)  # type: ignore[attr-defined]
+
+    def _line(self, label: str, done: float, total: float, fresh: bool) -> None:
+        now = time.monotonic()
+        whole = done >= total
+        if self._finished or not (fresh or whole or now - self._printed >= PLAIN_EVERY):
+            return
+        self._printed, self._finished = now, whole
+        spent = now - self._started
+        left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        click.echo(f"  {label}: {done:.0f}/{total:.0f}, {spent:.0f} s{left}", err=True)
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()  # type: ignore[attr-defined]
+            self._bars = None
+        self._label = ""
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people on standard output; the first column is text, the others are numbers."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    RichConsole(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def plan_chart(dense: list[dict[str, int]], kept: list[dict[str, list[int]]]) -> str:
+    """A small picture of a plan: per layer the KV groups, query heads and FFN channels that are left."""
+    lines = ["layer  heads  kv  FFN kept"]
+    for index, (sizes, layer) in enumerate(zip(dense, kept, strict=True)):
+        share = len(layer["ffn"]) / sizes["ffn"] if sizes["ffn"] else 0.0
+        bar = "█" * round(24 * share) + "·" * (24 - round(24 * share))
+        heads = f"{len(layer['query_heads'])}/{sizes['query_heads']}"
+        groups = f"{len(layer['kv_heads'])}/{sizes['kv_heads']}"
+        lines.append(f"{index:>5} {heads:>6} {groups:>3}  {bar} {len(layer['ffn'])}")
+    return "\n".join(lines)

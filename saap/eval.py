@@ -1,0 +1,131 @@
+"""Quality: perplexity with its protocol, and agreement with the dense model.
+
+Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models and
+bundles go through the same arithmetic. Protocol of perplexity: the file as it is, no BOS, chunks that do not overlap, each
+predicted from its own start, so length - 1 predictions per chunk; the perplexity is exp of the mean NLL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from saap.errors import SaapError
+from saap.importance import Progress
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text was cut; two perplexities compare only where these are equal."""
+
+    text: str
+    text_sha256: str
+    tokens_sha256: str
+    chunk: int
+    chunks: int
+    bos: bool = False
+    overlap: int = 0
+
+    @property
+    def predictions(self) -> int:
+        """Predicted tokens."""
+        return self.chunks * (self.chunk - 1)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Numbers of one model; those against the dense model are None where there is none to compare with."""
+
+    name: str
+    nll: float | None  # nats per token; None on text that a model wrote itself
+    kl: float | None  # mean KL(dense || model) in nats per token
+    top1: float | None  # share of positions whose most likely token is the dense model's
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll)."""
+        return None if self.nll is None else math.exp(self.nll)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+def torch_scorer(model: PreTrainedModel) -> Score:
+    """Score with a transformers model."""
+
+    @torch.inference_mode()
+    def score(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+    return score
+
+
+def make_protocol(source: str, text_sha256: str, ids: torch.Tensor) -> Protocol:
+    """Describe chunks ids [chunks, length]."""
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return Protocol(source, text_sha256, digest, ids.shape[1], ids.shape[0])
+
+
+def evaluate(
+    scorers: Mapping[str, Score],
+    ids: torch.Tensor,
+    *,
+    reference: str | None = None,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> list[Quality]:
+    """Run all models over the same chunks, side by side, so that the reference's logits are never stored.
+
+    Args:
+        scorers: name -> score; all over one vocabulary.
+        ids: [chunks, length] int64.
+        reference: name of the dense model that KL and top-1 are against.
+
+    Raises:
+        SaapError: vocabularies differ.
+    """
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in scorers}
+    for index, rows in enumerate(ids.split(batch)):
+        if progress:
+            progress("evaluating", index * batch, len(ids))
+        base = None if reference is None else _log_probabilities(scorers[reference], rows)
+        for name, score in scorers.items():
+            mine = base if name == reference and base is not None else _log_probabilities(score, rows)
+            sums[name] += _sums(name, mine, base, rows)
+    if progress:
+        progress("evaluating", len(ids), len(ids))
+    count = len(ids) * (ids.shape[1] - 1)
+    results = []
+    for name, total in sums.items():
+        nll, kl, top1 = (total / count).tolist()
+        against = reference is not None
+        results.append(Quality(name, nll, max(kl, 0.0) if against else None, top1 if against else None))
+    return results
+
+
+def _log_probabilities(score: Score, rows: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(score(rows)[:, :-1].flatten(0, 1), dim=-1)
+
+
+def _sums(name: str, mine: torch.Tensor, base: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """Summed NLL, KL and agreements over the predictions of some rows."""
+    nll = F.nll_loss(mine, rows[:, 1:].flatten(), reduction="sum").item()
+    if base is None:
+        return torch.tensor([nll, 0.0, 0.0], dtype=torch.float64)
+    if base.shape != mine.shape:
+        raise SaapError(
+            f"{name} has a vocabulary of {mine.shape[-1]}, the reference {base.shape[-1]}: they do not compare"
+        )
+    kl = F.kl_div(mine, base, log_target=True, reduction="none").sum(-1).clamp_min(0).sum().item()
+    same = (mine.argmax(-1) == base.argmax(-1)).sum().item()
+    return torch.tensor([nll, kl, float(same)], dtype=torch.float64)

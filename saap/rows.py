@@ -1,0 +1,85 @@
+"""Rows of token ids for a purpose: from the user's text, from SAAP_DATA, or written by the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.importance import Progress
+from saap.models import load_tokenizer
+from saap.text import Documents, Split, chunks, load_documents, pack, refuse_overlap, self_written
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids [rows, tokens] and where they are from; ``documents`` is None for text the model wrote itself."""
+
+    ids: torch.Tensor
+    source: str
+    sha256: str | None
+    documents: Documents | None
+
+    @property
+    def self_written(self) -> bool:
+        """Whether the dense model wrote this text: then perplexity on it means nothing."""
+        return self.documents is None
+
+    def lineage(self) -> dict[str, Any]:
+        """What a record says about the text."""
+        return {"source": self.source, "text_sha256": self.sha256}
+
+
+def training_rows(
+    model_dir: Path,
+    source: str | None,
+    split: Split,
+    count: int,
+    length: int,
+    seed: int,
+    progress: Progress | None = None,
+    skip: int = 0,
+) -> Rows:
+    """Rows for calibration or tuning, [count, length]; ``skip`` passes over rows that another purpose has used."""
+    for value, name in ((count, "sequences"), (length, "tokens per sequence")):
+        if value < 1:
+            raise SaapError(f"{value} {name} are not allowed: give 1 or more")
+    documents = load_documents(source, split=split, seed=seed)
+    tokenizer = load_tokenizer(model_dir)
+    if documents is None:
+        # Calibration and tuning draw from different seeds, so nothing has to be skipped.
+        own_seed = 2 * seed + (split == "tuning")
+        ids = self_written(load_model(model_dir), tokenizer, count, length, own_seed, progress=progress)
+        return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
+    ids = pack(documents.texts, tokenizer, length, count + skip, seed)[skip:]
+    return Rows(ids, documents.source, documents.sha256, documents)
+
+
+def evaluation_rows(
+    model_dir: Path,
+    source: str | None,
+    length: int,
+    max_chunks: int,
+    avoid: list[Rows],
+    progress: Progress | None = None,
+) -> Rows:
+    """Chunks for evaluation, [at most max_chunks, length].
+
+    Raises:
+        SaapError: the text coincides with one of ``avoid``.
+    """
+    if length < 2 or max_chunks < 1:
+        raise SaapError(f"{max_chunks} chunks of {length} tokens predict nothing: give at least 1 chunk of 2")
+    documents = load_documents(source, split="evaluation")
+    tokenizer = load_tokenizer(model_dir)
+    if documents is None:
+        ids = self_written(load_model(model_dir), tokenizer, max_chunks, length, 0, held_out=True, progress=progress)
+        return Rows(ids, "held-out text written by the dense model", None, None)
+    for rows in avoid:
+        if rows.documents is not None:
+            refuse_overlap(rows.documents, documents)
+    return Rows(chunks(documents.text, tokenizer, length)[:max_chunks], documents.source, documents.sha256, documents)
