@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def export_bundle(
     precision = source.precision(bits, block, head_bits)
     precision = Precision(precision.bits, precision.block, precision.head_bits, accuracy_level)
     check_kernels(precision)
-    config = _transformers_config(source)
+    config = transformers_config(source)
     with writing_directory(out) as partial:
         copy_sidecars(source.directory, partial)
         file = WeightFile(partial)
@@ -68,11 +68,11 @@ def export_bundle(
         for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
             graph = DecoderGraph(source.shape, precision, file, config.rms_norm_eps)
             ir.save(graph.build(scoring), partial / name)
-        manifest = _manifest(source, precision, config, file)
+        manifest = make_manifest(source, precision, config)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
-            manifest = BundleManifest(**{**vars(manifest), "parity": parity(partial)})
+            manifest = replace(manifest, parity=parity(partial))
         complete = write_manifest(partial, manifest)
     return complete
 
@@ -105,7 +105,8 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> tuple[int, int]:
     return layers, matrix(shape.vocab, shape.hidden, precision.head_bits, False)
 
 
-def _manifest(source: ModelSource, precision: Precision, config: Any, file: WeightFile) -> BundleManifest:
+def make_manifest(source: ModelSource, precision: Precision, config: Any) -> BundleManifest:
+    """The manifest of a CPU bundle, without its files and parity."""
     shape = source.shape
     layers, head = weight_bytes(shape, precision)
     kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
@@ -148,8 +149,10 @@ def _eos_ids(directory: Path, config: Any) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def _transformers_config(source: ModelSource) -> Any:
-    import saap.checkpoint  # noqa: F401  registers our model type
+def transformers_config(source: ModelSource) -> Any:
+    """The model's config as transformers reads it."""
     from transformers import AutoConfig
+
+    import saap.checkpoint  # noqa: F401  registers our model type
 
     return AutoConfig.from_pretrained(source.directory, local_files_only=True)

@@ -55,14 +55,14 @@ def bench_specs(
     names: list[str] | None = None,
 ) -> Any:
     """Measure, print the table and the comparison with the first spec, and write the result."""
-    from bench.run import bench
     from bench.result import write_result
+    from bench.run import bench
 
     result = bench(
         specs, prompt=prompt, generate=generate, threads=threads, repetitions=repetitions, names=names,
         progress=console.report,
     )  # fmt: skip
-    console.report("", 1, 1)
+    console.finish()
     show_result(result)
     if json_path is not None:
         write_result(json_path, result)

@@ -135,7 +135,9 @@ def slim_config(config: dict[str, Any], shape: ModelShape, quant: dict[str, Any]
     slim = {k: v for k, v in config.items() if k not in ("slim_layers", "slim_quant", "auto_map", "_name_or_path")}
     slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
     first = shape.layers[0]
-    if quant is None and len(set(shape.layers)) == 1 and first.query_heads and first.ffn:
+    # transformers 5 refuses query heads that do not divide the hidden size in its own classes.
+    plain = len(set(shape.layers)) == 1 and first.ffn and first.query_heads and shape.hidden % first.query_heads == 0
+    if quant is None and plain:
         return slim | {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],

@@ -44,9 +44,13 @@ class Console:
         else:
             self._line(label, done, total, fresh)
 
+    def finish(self) -> None:
+        """End the bar, so that what follows is printed below it."""
+        self._stop()
+
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._stop()
+        self.finish()
         click.echo(text, err=True)
 
     def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:

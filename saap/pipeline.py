@@ -54,7 +54,7 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     )
     lineage = {"base": name or model, "calibration": rows.lineage()}
     prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
-    console.report("", 1, 1)
+    console.finish()
     show_plan(out)
 
 
@@ -109,7 +109,7 @@ def export_step(path: Path, out: Path, options: dict[str, Any], console: Console
         export_bundle(
             path, out, bits=bits, block=block, parity=_parity(path, options["text"], console), progress=console.report
         )
-    console.report("", 1, 1)
+    console.finish()
     show_bundle(out)
 
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.eval import evaluate, make_protocol, torch_scorer
+
+IDS = torch.randint(320, (5, 12), generator=torch.Generator().manual_seed(4))
+
+
+def test_nll_is_the_models_own_loss(tiny_model):
+    model = load_model(tiny_model())
+    (quality,) = evaluate({"a": torch_scorer(model)}, IDS, batch=2)
+    with torch.inference_mode():
+        assert quality.nll == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), rel=1e-5)
+    assert quality.perplexity == pytest.approx(math.exp(quality.nll))
+    assert quality.kl is None and quality.top1 is None
+
+
+def test_against_a_reference(tiny_model):
+    models = {"dense": load_model(tiny_model("dense", seed=1)), "other": load_model(tiny_model("other", seed=2))}
+    dense, other = evaluate({n: torch_scorer(m) for n, m in models.items()}, IDS, reference="dense", batch=2)
+    assert (dense.kl, dense.top1) == (0.0, 1.0)
+    with torch.inference_mode():
+        p, q = (m(input_ids=IDS).logits[:, :-1].double().log_softmax(-1) for m in models.values())
+    assert other.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert other.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+
+
+def test_hand_calculated():
+    def score(ids):
+        logits = torch.zeros(*ids.shape, 4)
+        logits[..., 2] = math.log(3)  # p(2) = 1/2, the others 1/6
+        return logits
+
+    (quality,) = evaluate({"a": score}, torch.tensor([[0, 2, 1]]))
+    assert quality.nll == pytest.approx((math.log(2) + math.log(6)) / 2)
+
+
+def test_vocabularies_that_differ_are_refused():
+    scorers = {"a": lambda ids: torch.zeros(*ids.shape, 4), "b": lambda ids: torch.zeros(*ids.shape, 5)}
+    with pytest.raises(SaapError, match="b has a vocabulary of 5, the reference 4"):
+        evaluate(scorers, torch.zeros(1, 3, dtype=torch.long), reference="a")
+
+
+def test_the_protocol_tells_texts_apart():
+    one, two = make_protocol("a.txt", "x", IDS), make_protocol("a.txt", "x", IDS[:, :6])
+    assert one.predictions == 5 * 11
+    assert one.tokens_sha256 != two.tokens_sha256
+    assert (one.bos, one.overlap) == (False, 0)

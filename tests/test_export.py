@@ -1,0 +1,239 @@
+"""The exported graphs against transformers, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from bench.runtime import OrtDecoder
+from export.bundle import BundleError, read_manifest, verify_files
+from export.export import export_bundle
+from export.run import BundleScorer
+from export.verify import check_parity, reference_model
+from saap.checkpoint import load_model, read_config, tensor_reader
+from saap.errors import SaapError
+from saap.structures import LayerPlan, PrunePlan
+from saap.tune import TuneOptions, tune
+from tests.test_surgery import WHOLE, cut
+
+IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
+UNEVEN = (
+    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
+    LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))),
+    LayerPlan((0, 2, 4, 5)[:2], (0, 1), ()),  # no FFN last
+)
+MODELS = {
+    "dense": {},
+    "untied": {"tie_word_embeddings": False},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}  # fmt: skip
+
+
+@pytest.fixture(params=[*MODELS, "uneven"])
+def any_model(request, tiny_model, tmp_path):
+    path = tiny_model(**MODELS.get(request.param, {}))
+    if request.param == "biased":
+        model = load_model(path)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(path)
+    return cut(path, tmp_path / "slim", PrunePlan(UNEVEN)) if request.param == "uneven" else path
+
+
+def logits_of(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits.numpy()
+
+
+def test_fp32_prefill_chunked_prefill_and_decode(any_model, tmp_path):
+    export_bundle(any_model, tmp_path / "bundle", bits=32)
+    expected = logits_of(load_model(any_model), IDS)
+    assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 1e-4
+    row, decoder = IDS[0].numpy(), OrtDecoder(tmp_path / "bundle", 1, 48)
+    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-4
+    assert np.abs(decoder.prefill(row[17:30]) - expected[0, 29]).max() <= 1e-4
+    for position in range(30, 40):
+        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-4
+
+
+def test_int4_level_0_equals_torch_on_the_same_integers(any_model, tmp_path):
+    export_bundle(any_model, tmp_path / "bundle", bits=4, accuracy_level=0)
+    expected = logits_of(reference_model(any_model, 4, 32, 4), IDS)
+    assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 2e-3
+    dense = logits_of(load_model(any_model), IDS)
+    assert np.abs(expected - dense).max() > 0.05, "nothing was quantised"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parity_report_of_the_deployed_precision(any_model, tmp_path, bits):
+    manifest = export_bundle(
+        any_model, tmp_path / "bundle", bits=bits, parity=lambda b: check_parity(b, any_model, IDS, "dice")
+    )
+    assert manifest.parity["tokens"] == IDS.numel()
+    assert manifest.parity["kl"] <= 0.05
+    assert read_manifest(tmp_path / "bundle").parity == manifest.parity
+
+
+def tensors_of(bundle):
+    graph = ir.load(bundle / "model.onnx").graph
+    return {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+
+
+def test_tuned_integers_are_in_the_file_bit_for_bit(tiny_model, tmp_path):
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    tune(slim, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+    export_bundle(
+        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
+    )
+    found, (_, read) = tensors_of(tmp_path / "bundle"), tensor_reader(tmp_path / "tuned")
+    fused = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.o_proj"],
+             "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}  # fmt: skip
+    checked = 0
+    for name, array in found.items():
+        if name.startswith("layers.") and name.rsplit(".", 1)[1] in ("qweight", "scales", "zero_points"):
+            _, layer, matrix, part = name.split(".")
+            stacked = torch.cat([read(f"model.layers.{layer}.{m}.{part}") for m in fused[matrix]]).numpy()
+            assert array.reshape(-1).tobytes() == stacked.reshape(-1).tobytes(), name
+            checked += 1
+    assert checked == 3 * (2 + 4 + 2)
+    table = read("model.embed_tokens.qweight").numpy()
+    assert found["embedding.qweight"].tobytes() == table.tobytes()
+    norm = read("model.norm.weight").numpy()
+    assert found["norm"].tobytes() == norm.tobytes()
+
+
+def nodes_of(bundle, name="model.onnx"):
+    return onnx.load(bundle / name, load_external_data=False).graph.node
+
+
+def test_only_fast_kernels_are_written(any_model, tmp_path):
+    for bits in (4, 8):
+        export_bundle(any_model, tmp_path / "bundle", bits=bits)
+        tensors = tensors_of(tmp_path / "bundle")
+        quantised = [n for n in nodes_of(tmp_path / "bundle") if n.op_type == "MatMulNBits"]
+        assert quantised
+        for node in quantised:
+            assert len(node.input) < 5 or not node.input[4], "g_idx switches the packing off"
+            assert len(node.input) < 4 or tensors[node.input[3]].dtype == np.uint8, (
+                "float zero points are 210 times slower"
+            )
+            assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
+            assert node.input[1] in tensors, "the weight must be a constant"
+
+
+def test_eight_bit_below_level_4_is_refused(tiny_model, tmp_path):
+    for wrong in ({"bits": 8}, {"bits": 4, "head_bits": 8}):
+        with pytest.raises(SaapError, match="8 bit needs accuracy level 4"):
+            export_bundle(tiny_model(), tmp_path / "bundle", accuracy_level=0, **wrong)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_tied_table_is_stored_once_and_both_graphs_share_the_weights(tiny_model, tmp_path):
+    for bits in (4, 32):
+        manifest = export_bundle(tiny_model(), tmp_path / "bundle", bits=bits)
+        graphs = [manifest.files[name].bytes for name in ("model.onnx", "scoring.onnx")]
+        assert max(graphs) < 60_000
+        table = 320 * 96 * bits // 8
+        tables = [
+            a for n, a in tensors_of(tmp_path / "bundle").items() if a.nbytes == table and "." in n and a.size >= 320
+        ]
+        assert (
+            sum(
+                "embedding" in n or "head" in n for n, a in tensors_of(tmp_path / "bundle").items() if a.nbytes == table
+            )
+            == 1
+        )
+        assert len(tables) >= 1
+
+
+def test_weight_bytes_per_token_are_what_the_file_holds(any_model, tmp_path):
+    for bits in (4, 8, 32):
+        manifest = export_bundle(any_model, tmp_path / "bundle", bits=bits)
+        tensors = tensors_of(tmp_path / "bundle")
+        tied = read_config(any_model).get("tie_word_embeddings", True) is not False
+        skip = ("cos", "sin", "embedding.scales3") + (() if tied else ("embedding.qweight", "embedding.weight"))
+        read = sum(
+            a.nbytes for n, a in tensors.items() if n not in skip and not n.startswith("constant.") and "bias" not in n
+        )
+        assert manifest.weight_bytes_per_token == read
+
+
+def test_kv_heads_are_concrete_per_layer(tiny_model, tmp_path):
+    export_bundle(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
+    heads = [i.type.tensor_type.shape.dim[1].dim_value for i in graph.input if i.name.endswith(".key")]
+    assert heads == [2, 2]
+    manifest = read_manifest(tmp_path / "bundle")
+    assert [layer.kv_heads for layer in manifest.kv_layers] == heads
+    assert manifest.kv_bytes_per_token == 4 * 2 * 16 * sum(heads)
+    assert json.loads((tmp_path / "bundle/genai_config.json").read_text())["model"]["decoder"]["num_hidden_layers"] == 2
+
+
+def test_every_id_that_ends_a_text_is_in_the_bundle(tiny_model, tmp_path):
+    manifest = export_bundle(tiny_model(), tmp_path / "bundle")
+    assert manifest.eos_token_ids == [2, 0]
+    assert manifest.bos_token_id == 1
+
+
+def test_a_flipped_byte_is_found(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "bundle")
+    data = bytearray((tmp_path / "bundle/model.onnx.data").read_bytes())
+    data[12345] ^= 1
+    (tmp_path / "bundle/model.onnx.data").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data does not match the hash"):
+        verify_files(tmp_path / "bundle")
+
+
+def test_names_outside_the_bundle_are_refused(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle/bundle.json").read_text())
+    for name in ("../tiny/config.json", "/etc/hostname"):
+        changed = {**manifest, "files": {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}}
+        (tmp_path / "bundle/bundle.json").write_text(json.dumps(changed))
+        with pytest.raises(BundleError, match="outside the bundle"):
+            read_manifest(tmp_path / "bundle")
+
+
+def test_parity_that_fails_exports_nothing(tiny_model, tmp_path):
+    path, other = tiny_model(seed=1), tiny_model("other", seed=2)
+    with pytest.raises(SaapError, match="parity failed"):
+        export_bundle(path, tmp_path / "bundle", parity=lambda b: check_parity(b, other, IDS, "dice"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_unsupported_input_is_refused(tiny_model, tmp_path):
+    dynamic = tiny_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(SaapError, match="rope type 'dynamic' is not supported"):
+        export_bundle(dynamic, tmp_path / "bundle")
+    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+        export_bundle(tiny_model("again"), tmp_path / "bundle", block=64)
+    with pytest.raises(SaapError, match="3 bits are not supported"):
+        export_bundle(tiny_model("again2"), tmp_path / "bundle", bits=3)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_portable_by_optimum(tiny_model, tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
+    from export.portable import export_portable
+
+    path = tiny_model()
+    manifest = export_portable(path, tmp_path / "bundle", parity=lambda b: check_parity(b, path, IDS, "dice"))
+    assert manifest.target == "portable"
+    assert {n.domain for n in nodes_of(tmp_path / "bundle")} <= {"", "ai.onnx"}
+    expected = logits_of(load_model(path), IDS)
+    decoder = OrtDecoder(tmp_path / "bundle", 1, 48)
+    row = IDS[0].numpy()
+    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-3
+    for position in range(17, 24):
+        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-3
+    with pytest.raises(SaapError, match="layers of different sizes"):
+        export_portable(cut(path, tmp_path / "slim", PrunePlan((WHOLE, WHOLE, UNEVEN[1]))), tmp_path / "other")

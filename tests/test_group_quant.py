@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saap.checkpoint import load_model, materialise_linears
+from saap.errors import SaapError
+from saap.group_quant import fill, pack_codes, pack_zero_points, quantize, quantize_model
+from saap.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
+
+GENERATOR = torch.Generator().manual_seed(0)
+WEIGHT = torch.randn(10, 96, generator=GENERATOR)
+
+
+def dequantised(matrix, columns):
+    holder = GroupQuantTable(matrix.scales.shape[0], columns, matrix.bits, matrix.block)
+    fill(holder, matrix)
+    return holder.dequantize()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("block", [32, 96])
+def test_the_error_is_at_most_half_a_step(bits, symmetric, block):
+    matrix = quantize(WEIGHT, bits, block, symmetric)
+    step = matrix.scales.repeat_interleave(block, dim=1)
+    error = (dequantised(matrix, 96) - WEIGHT).abs()
+    # The end of the range may be off by the rounding of scale and zero point as well.
+    assert (error <= step * 1.02).all()
+    assert (error <= step * 0.51).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_is_undone(bits):
+    codes = torch.randint(2**bits, (5, 3, 32), generator=GENERATOR, dtype=torch.uint8)
+    zero = torch.randint(2**bits, (5, 3), generator=GENERATOR, dtype=torch.uint8)
+    assert torch.equal(unpack_codes(pack_codes(codes, bits), bits, 32), codes)
+    packed = pack_zero_points(zero, bits)
+    assert packed.shape == (5, 2 if bits == 4 else 3)
+    assert torch.equal(unpack_zero_points(packed, bits, 3), zero)
+
+
+def test_low_nibble_comes_first():
+    codes = torch.tensor([[[1, 2, 3, 4]]], dtype=torch.uint8)
+    assert pack_codes(codes, 4).tolist() == [[[0x21, 0x43]]]
+    assert pack_zero_points(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+
+
+def test_scales_are_float16_numbers():
+    scales = quantize(WEIGHT * 1e-3, 4, 32).scales
+    assert torch.equal(scales, scales.half().float())
+
+
+def test_zero_is_exact_and_a_group_of_zeros_is_fine():
+    weight = WEIGHT.clone()
+    weight[:, :32] = 0
+    weight[0, 40] = 0
+    back = dequantised(quantize(weight, 4, 32), 96)
+    assert torch.isfinite(back).all()
+    assert (back[:, :32] == 0).all()
+    assert back[0, 40] == 0
+
+
+def test_a_group_that_does_not_divide_is_refused():
+    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+        quantize(WEIGHT, 4, 64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_materialised_linears_hold_the_same_numbers(tiny_model, tied):
+    path = tiny_model(tie_word_embeddings=tied, attention_bias=True)
+    model = load_model(path)
+    quant = quantize_model(model, 4, 32, 8)
+    assert quant == {"bits": 4, "block": 32, "embedding_bits": 8, "tied": tied}
+    ids = torch.randint(320, (2, 12), generator=GENERATOR)
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        materialise_linears(model)
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    assert not any(isinstance(m, GroupQuantTable) for m in model.modules())
+    dense = load_model(path)
+    with torch.inference_mode():
+        assert not torch.allclose(dense(input_ids=ids).logits, expected, atol=1e-2), "nothing was quantised"

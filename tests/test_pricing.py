@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saap.architectures import shape_of
+from saap.checkpoint import load_model
+from saap.fusion import fuse
+from saap.importance import estimate
+from saap.masking import masked, mean_nll, without_attention
+from saap.pricing import fit_prices
+
+IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def scored(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    return model, shape, fuse(estimate(model, shape, IDS[:2]))
+
+
+def test_mean_nll_is_the_models_own_loss(scored):
+    model, _, _ = scored
+    assert mean_nll(model, IDS, batch=4) == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), rel=1e-5)
+
+
+def test_module_prices_are_measured_losses(scored):
+    model, shape, fused = scored
+    prices = fit_prices(model, shape, fused, IDS[2:], modules=True)
+    base = mean_nll(model, IDS[2:])
+    with masked(model, {1: without_attention(shape.layers[1])}, 16):
+        increase = mean_nll(model, IDS[2:]) - base
+    # Single prices share one factor, at least 1, for what removing several together costs more.
+    assert prices.no_attention[1] >= max(increase, 1e-4) - 1e-6
+    assert all(p is not None and p > 0 for p in prices.no_attention + prices.no_ffn)
+
+
+def test_prices_rank_as_the_scores_do(scored):
+    model, shape, fused = scored
+    prices = fit_prices(model, shape, fused, IDS[2:])
+    for kind in ("ffn", "head", "group"):
+        for priced, score in zip(getattr(prices, kind), fused[kind], strict=True):
+            assert (priced.argsort(kind="stable") == score.double().numpy().argsort(kind="stable")).all()
+    assert prices.no_attention == [None] * 3
+    assert all(alpha >= 0 for alpha in prices.alpha.values())
+
+
+def test_the_model_is_as_it_was(scored):
+    model, shape, fused = scored
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit_prices(model, shape, fused, IDS[2:], modules=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_progress_ends_at_its_total(scored):
+    model, shape, fused = scored
+    for modules in (False, True):
+        seen = []
+        fit_prices(model, shape, fused, IDS[2:], modules=modules, progress=lambda *a, seen=seen: seen.append(a))
+        assert [done for _, done, _ in seen] == list(range(len(seen) - 1)) + [seen[-1][2]]
+        assert len(seen) == seen[-1][2] + 1

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saap.architectures import shape_of
+from saap.checkpoint import load_model, read_config, read_record
+from saap.errors import SaapError
+from saap.prune import PruneOptions, Requirement, prune
+
+IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
+
+
+def options(**requirement):
+    return PruneOptions(Requirement(**requirement))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
+    path = tiny_model()
+    prune(path, tmp_path / "slim", IDS, options(ratio=ratio))
+    dense, slim = load_model(path), load_model(tmp_path / "slim")
+    weights = [sum(p.numel() for p in m.model.layers.parameters()) for m in (dense, slim)]
+    plan = read_record(tmp_path / "slim")["plan"]
+    assert plan["asked"] == {"ratio": ratio}
+    assert plan["achieved"]["ratio"] == pytest.approx(1 - weights[1] / weights[0])
+    assert plan["achieved"]["ratio"] == plan["planned"]["ratio"]
+    assert ratio <= plan["achieved"]["ratio"] <= ratio + 0.06  # a tiny model has coarse steps
+    assert plan["achieved"]["parameters"] == sum(p.numel() for p in slim.parameters())
+    assert torch.isfinite(slim(input_ids=IDS).logits).all()
+
+
+def test_max_params_is_met(tiny_model, tmp_path):
+    path = tiny_model()
+    wanted = int(shape_of(read_config(path)).parameters * 0.8)
+    prune(path, tmp_path / "slim", IDS, options(max_params=wanted))
+    assert sum(p.numel() for p in load_model(tmp_path / "slim").parameters()) <= wanted
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
+    path = tiny_model()
+    for name in ("one", "two"):
+        prune(path, tmp_path / name, IDS, options(ratio=0.3))
+    files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
+    prune(
+        tiny_model(),
+        tmp_path / "slim",
+        IDS,
+        options(ratio=0.2),
+        lineage={"base": "tiny", "calibration": {"source": "dice"}},
+    )
+    lineage = json.loads((tmp_path / "slim/saap.json").read_text())["lineage"]
+    assert lineage["base"] == "tiny"
+    assert lineage["calibration"]["source"] == "dice"
+    assert lineage["calibration"]["sequences"] == 8
+    assert len(lineage["base_sha256"]) == len(lineage["calibration"]["sha256"]) == 64
+    assert set(lineage["versions"]) == {"saap", "torch", "transformers"}
+
+
+def test_a_slim_model_can_be_pruned_again(tiny_model, tmp_path):
+    prune(tiny_model(), tmp_path / "one", IDS, options(ratio=0.2))
+    prune(tmp_path / "one", tmp_path / "two", IDS, options(ratio=0.2))
+    sizes = [shape_of(read_config(tmp_path / name)).layer_weights for name in ("one", "two")]
+    assert sizes[1] <= 0.8 * sizes[0]
+    assert torch.isfinite(load_model(tmp_path / "two")(input_ids=IDS).logits).all()
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan"), float("inf")])
+def test_ratios_that_make_no_sense_are_refused(tiny_model, tmp_path, ratio):
+    with pytest.raises(SaapError, match="give a share between 0 and 1"):
+        prune(tiny_model(), tmp_path / "slim", IDS, options(ratio=ratio))
+    assert not (tmp_path / "slim").exists()
+
+
+def test_one_requirement_only(tiny_model, tmp_path):
+    for wrong in ({}, {"ratio": 0.2, "max_params": 10}):
+        with pytest.raises(SaapError, match="give one requirement"):
+            prune(tiny_model(), tmp_path / "slim", IDS, options(**wrong))
+
+
+def test_a_requirement_that_is_met_already_says_so(tiny_model, tmp_path):
+    with pytest.raises(SaapError, match="parameters already"):
+        prune(tiny_model(), tmp_path / "slim", IDS, options(max_params=10**9))
+
+
+def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
+    wrong = PruneOptions(Requirement(ratio=0.2), keep_layers=frozenset({7}))
+    with pytest.raises(SaapError, match="layer 7; the model has layers 0 to 2"):
+        prune(tiny_model(), tmp_path / "slim", IDS, wrong)

@@ -1,0 +1,98 @@
+"""The bars that hold on the real model: SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from bench.runtime import OrtDecoder
+from export.export import export_bundle
+from export.run import BundleScorer
+from export.tokenizer import BundleTokenizer
+from export.verify import check_parity, reference_model
+from saap.checkpoint import load_model
+from saap.models import load_tokenizer
+from saap.structures import LayerPlan, PrunePlan, whole_layer
+from saap.text import chunks
+from tests.test_surgery import cut
+
+LAYER = whole_layer(__import__("saap.structures", fromlist=["LayerSizes"]).LayerSizes(9, 3, 1536))
+
+
+@pytest.fixture(scope="module")
+def ids(real_model, data_dir):
+    text = (data_dir / "wikitext2_valid_tokens.txt").read_text(encoding="utf-8")[:40_000]
+    return chunks(text, load_tokenizer(real_model), 256)[:4]
+
+
+@pytest.fixture(scope="module")
+def slim(real_model, tmp_path_factory):
+    """An uneven cut: FFN and heads by position, one layer without attention, one dropped whole."""
+    layers = [LAYER] * 30
+    for index in range(4, 28):
+        layers[index] = LayerPlan(LAYER.query_heads, LAYER.kv_heads, tuple(range(0, 1536 - 64 * (index % 5))))
+    layers[6] = LayerPlan((0, 1, 3, 4), (0, 1), tuple(range(1024)))
+    layers[8] = LayerPlan((), (), tuple(range(1536)))
+    layers[12] = LayerPlan((), (), ())
+    return cut(real_model, tmp_path_factory.mktemp("real") / "slim", PrunePlan(tuple(layers)))
+
+
+def test_fp32_graph_prefill_and_64_greedy_steps(slim, ids, tmp_path):
+    export_bundle(slim, tmp_path / "bundle", bits=32)
+    model = load_model(slim)
+    row = ids[0]
+    with torch.inference_mode():
+        expected = model(input_ids=row[None], use_cache=False).logits[0].numpy()
+        generated = model.generate(
+            row[None, :192], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
+        continued = model(input_ids=generated, use_cache=False).logits[0].numpy()
+    found = BundleScorer(tmp_path / "bundle", 2).logits(row[None].numpy())[0]
+    assert np.abs(found - expected).max() <= 1e-3
+    decoder = OrtDecoder(tmp_path / "bundle", 2, 256)
+    logits, tokens = decoder.prefill(row[:192].numpy()).copy(), []
+    for position in range(191, 255):
+        assert np.abs(logits - continued[position]).max() <= 1e-3
+        tokens.append(int(logits.argmax()))
+        logits = decoder.step(tokens[-1]).copy()
+    assert tokens == generated[0, 192:].tolist()
+
+
+def test_int4_graphs_against_torch_with_the_same_integers(real_model, ids, tmp_path):
+    export_bundle(real_model, tmp_path / "level0", bits=4, accuracy_level=0)
+    with torch.inference_mode():
+        expected = reference_model(real_model, 4, 32, 4)(input_ids=ids[:1], use_cache=False).logits.numpy()
+    assert np.abs(BundleScorer(tmp_path / "level0", 2).logits(ids[:1].numpy()) - expected).max() <= 2e-3
+    report = export_bundle(
+        real_model, tmp_path / "level4", parity=lambda b: check_parity(b, real_model, ids, "validation", threads=2)
+    ).parity
+    assert report["top1_agreement"] >= 0.94
+    assert abs(report["perplexity_ratio"] - 1) <= 0.01
+
+
+def test_the_tokenizer_and_template_survive_to_the_bundle(slim, tmp_path):
+    export_bundle(slim, tmp_path / "bundle")
+    reference, ours = load_tokenizer(slim), BundleTokenizer(tmp_path / "bundle")
+    messages = [{"role": "user", "content": "Why is the sky blue? 蓝 🟦\n"}]
+    text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.render_chat(messages) == text
+    assert ours.encode(text, add_special_tokens=False) == reference(text, add_special_tokens=False).input_ids
+    assert sorted(ours.eos_token_ids) == [0, 2]
+
+
+def test_the_bundle_loads_and_peaks_below_250_mb(real_model, tmp_path):
+    export_bundle(real_model, tmp_path / "bundle")
+    result = tmp_path / "result.json"
+    subprocess.run(
+        [sys.executable, "-m", "saap.cli", "bench", str(tmp_path / "bundle"), "-r", "1", "-t", "2", "--json", str(result)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (measurement,) = json.loads(result.read_text())["measurements"]
+    (sample,) = measurement["samples"]
+    assert len(sample["token_s"]) == 128
+    assert max(sample["peak_load_bytes"], sample["peak_decode_bytes"]) <= 250e6

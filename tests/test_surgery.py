@@ -1,0 +1,165 @@
+"""Prune anything: the masked dense model and the slim model give the same logits."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saap.architectures import architecture_of, shape_of
+from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.errors import SaapError
+from saap.masking import masked
+from saap.structures import LayerPlan, PrunePlan, whole_layer
+from saap.surgery import cut_tensors, head_rows
+
+EMPTY = LayerPlan((), (), ())
+
+
+def random_layer(generator: random.Random) -> LayerPlan:
+    """Any legal layer of the tiny model: 3 KV groups of 2 heads, 128 channels."""
+    groups = sorted(generator.sample(range(3), generator.randint(0, 3)))
+    each = generator.randint(1, 2)
+    heads = sorted(h for g in groups for h in generator.sample([2 * g, 2 * g + 1], each))
+    channels = sorted(generator.sample(range(128), generator.choice([0, 1, 37, 64, 128])))
+    return LayerPlan(tuple(heads), tuple(groups), tuple(channels))
+
+
+def cut(path, out, plan):
+    config = read_config(path)
+    shape = shape_of(config)
+    names, read = tensor_reader(path)
+    tensors = cut_tensors(names, read, plan, shape, architecture_of(config))
+    return write_slim(out, path, slim_config(config, plan.kept_shape(shape)), tensors, {"plan": {}})
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+WHOLE = whole_layer(
+    shape_of(
+        {
+            "model_type": "llama",
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "hidden_size": 96,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "vocab_size": 320,
+        }
+    ).layers[0]
+)
+PLANS = {
+    "no attention in layer 0": (LayerPlan((), (), tuple(range(0, 128, 2))), WHOLE, WHOLE),
+    "no FFN in the last layer": (WHOLE, WHOLE, LayerPlan((0, 2), (0, 1), ())),
+    "a layer dropped": (WHOLE, EMPTY, WHOLE),
+    "first layer dropped, rest uneven": (EMPTY, LayerPlan((1, 4), (0, 2), (5,)), WHOLE),
+    **{
+        f"random {seed}": tuple(random_layer(random.Random(10 * seed + i)) for i in range(2)) + (WHOLE,)
+        for seed in range(8)
+    },
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layers", PLANS.values(), ids=PLANS.keys())
+def test_slim_equals_masked_dense(tiny_model, tmp_path, layers, bias):
+    path = tiny_model(attention_bias=bias, mlp_bias=bias)
+    if bias:
+        model = load_model(path)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(path)
+    dense, ids = load_model(path), torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
+    with masked(dense, dict(enumerate(layers)), head_dim=16):
+        expected = logits(dense, ids)
+    slim = load_model(cut(path, tmp_path / "slim", PrunePlan(layers)))
+    assert (logits(slim, ids) - expected).abs().max() <= 1e-5
+    assert (logits(load_model(path), ids) == logits(dense, ids)).all(), "the mask was not taken off"
+
+
+def test_generate_with_cache_equals_generate_without(tiny_model, tmp_path):
+    slim = load_model(cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"])))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cached, plain = (
+        slim.generate(ids, max_new_tokens=12, do_sample=False, use_cache=use, eos_token_id=None)
+        for use in (True, False)
+    )
+    assert cached.shape == (1, 16)
+    assert (cached == plain).all()
+
+
+@pytest.mark.parametrize("name", ["no attention in layer 0", "a layer dropped", "random 3"])
+def test_saving_again_gives_the_same_bytes_of_weights(tiny_model, tmp_path, name):
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS[name]))
+    load_model(slim).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (slim / "model.safetensors").read_bytes()
+
+
+def test_uniform_models_are_plain_hugging_face_directories(tiny_model, tmp_path):
+    layer = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(64)))
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((layer,) * 3))
+    assert read_config(slim)["model_type"] == "llama"
+    assert not (slim / "modeling_slim.py").exists()
+
+
+def test_non_uniform_models_load_elsewhere_with_the_shipped_file(tiny_model, tmp_path):
+    path = tiny_model()
+    slim = cut(path, tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"]))
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
+        "assert 'saap' not in sys.modules;"
+        "print(m(input_ids=torch.tensor([[5, 6, 7]])).logits.double().sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(slim)], capture_output=True, text=True, check=True,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    expected = logits(load_model(slim), torch.tensor([[5, 6, 7]])).double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, abs=1e-3)
+
+
+def test_sidecars_travel(tiny_model, tmp_path):
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((WHOLE, EMPTY, WHOLE)))
+    for name in ("tokenizer.json", "generation_config.json", "LICENSE", "README.md", "saap.json"):
+        assert (slim / name).is_file(), name
+    assert load_model(slim).generation_config.eos_token_id == [2, 0]
+
+
+def test_head_rows():
+    assert head_rows((1, 3), 2).tolist() == [2, 3, 6, 7]
+
+
+def test_an_output_directory_with_other_files_is_refused(tiny_model, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(SaapError, match="holds other files"):
+        cut(tiny_model(), out, PrunePlan((WHOLE,) * 3))
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tiny_model, tmp_path):
+    path = tiny_model()
+
+    def broken():
+        yield "model.norm.weight", torch.ones(96)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_slim(tmp_path / "slim", path, read_config(path), broken(), {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_a_newer_format_is_refused(tiny_model, tmp_path):
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((WHOLE,) * 3))
+    (slim / "saap.json").write_text('{"format": 99}')
+    with pytest.raises(SaapError, match="format 99"):
+        load_model(slim)
