@@ -102,7 +102,8 @@ class ModelSource:
     def matrix(self, module: str, bits: int, block: int, symmetric: bool = False) -> torch.Tensor | QuantMatrix:
         """One linear (or the embedding): float [N, K] at 32 bit, integers otherwise."""
         if self.quant:
-            return QuantMatrix(*(self.read(f"{module}.{p}") for p in ("qweight", "scales", "zero_points")), bits, block)
+            qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
+            return QuantMatrix(qweight, scales, zero_points, bits, block)
         weight = self.read(f"{module}.weight").float()
         if bits == 32:
             return weight
@@ -145,12 +146,14 @@ def write_weights(
 def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str]) -> None:
     """One or several linears over the same input as one matrix: rows of N are independent, so they are stacked."""
     parts = [source.matrix(m, precision.bits, precision.block) for m in modules]
-    if precision.bits == 32:
-        file.add(f"{name}.weight", torch.cat(parts).t().contiguous().numpy())
+    packed = [p for p in parts if isinstance(p, QuantMatrix)]
+    if packed:
+        file.add(f"{name}.qweight", torch.cat([p.qweight for p in packed]).numpy())
+        file.add(f"{name}.scales", torch.cat([p.scales.float() for p in packed]).flatten().numpy())
+        file.add(f"{name}.zero_points", torch.cat([p.zero_points for p in packed]).flatten().numpy())
     else:
-        file.add(f"{name}.qweight", torch.cat([p.qweight for p in parts]).numpy())
-        file.add(f"{name}.scales", torch.cat([p.scales.float() for p in parts]).flatten().numpy())
-        file.add(f"{name}.zero_points", torch.cat([p.zero_points for p in parts]).flatten().numpy())
+        stacked = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
+        file.add(f"{name}.weight", stacked.t().contiguous().numpy())
     biases = [source.bias(m) for m in modules]
     if any(b is not None for b in biases):
         rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]

@@ -53,7 +53,8 @@ def bench_specs(
     json_path: Path | None,
     console: Console,
     names: list[str] | None = None,
-) -> Any:
+    show: bool = True,
+) -> None:
     """Measure, print the table and the comparison with the first spec, and write the result."""
     from bench.result import write_result
     from bench.run import bench
@@ -63,10 +64,10 @@ def bench_specs(
         progress=console.report,
     )  # fmt: skip
     console.finish()
-    show_result(result)
     if json_path is not None:
         write_result(json_path, result)
-    return result
+    if show:
+        show_result(result)
 
 
 def show_result(result: Any) -> None:
@@ -81,14 +82,13 @@ def show_result(result: Any) -> None:
         for reason in row["reasons"]:
             click.echo(f"  {row['name']}: {row['status']}: {reason}")
     for other in result.measurements[1:]:
-        for row in compare_within(result, first.name, other.name).rows:
-            if row.ratio is None:
-                click.echo(f"  {row.name}: not comparable with {first.name}: {row.reason}")
+        for against in compare_within(result, first.name, other.name).rows:
+            if against.ratio is None:
+                click.echo(f"  {against.name}: not comparable with {first.name}: {against.reason}")
             else:
-                low, high = (1 / row.high, 1 / row.low) if row.low and row.high else (float("nan"),) * 2
-                click.echo(
-                    f"  {row.name} decodes {1 / row.ratio:.2f}x as fast as {first.name} (95 %: {low:.2f} to {high:.2f})"
-                )
+                low, high = (1 / against.high, 1 / against.low) if against.low and against.high else (float("nan"),) * 2
+                speed = f"{1 / against.ratio:.2f}x as fast as {first.name} (95 %: {low:.2f} to {high:.2f})"
+                click.echo(f"  {against.name} decodes {speed}")
 
 
 def compare_results(old: Path, new: Path, min_effect: float, fail_on_regression: bool) -> int:

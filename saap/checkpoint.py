@@ -106,7 +106,7 @@ def materialise_linears(model: PreTrainedModel) -> None:
     table = model.get_input_embeddings()
     if isinstance(table, GroupQuantTable):
         weight = torch.nn.Parameter(table.dequantize(), requires_grad=False)
-        embedding = torch.nn.Embedding(*weight.shape, _weight=weight)
+        embedding = torch.nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         model.set_input_embeddings(embedding)
         if isinstance(model.lm_head, TiedHead):
             model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

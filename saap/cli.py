@@ -104,7 +104,7 @@ def prune(model: str, out: Path, **options: Any) -> None:
     Example:
       saap prune smollm2-135m -o out/slim --ratio 0.2
     """
-    from saap.pipeline import prune_step
+    from saap.steps import prune_step
 
     with Console() as console:
         prune_step(model, out, options, console)
@@ -129,7 +129,7 @@ def tune(slim: Path, out: Path, **options: Any) -> None:
     Example:
       saap tune out/slim -o out/tuned --teacher smollm2-135m
     """
-    from saap.pipeline import tune_step
+    from saap.steps import tune_step
 
     with Console() as console:
         tune_step(slim, out, options, console)
@@ -159,7 +159,7 @@ def export(path: Path, out: Path, **options: Any) -> None:
     Example:
       saap export out/tuned -o out/bundle
     """
-    from saap.pipeline import export_step
+    from saap.steps import export_step
 
     with Console() as console:
         export_step(path, out, options, console)
@@ -179,7 +179,7 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
     Example:
       saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
     """
-    from saap.pipeline import eval_step
+    from saap.steps import eval_step
 
     with Console() as console:
         eval_step(list(paths), options, console)

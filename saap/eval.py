@@ -1,8 +1,8 @@
 """Quality: perplexity with its protocol, and agreement with the dense model.
 
-Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models and
-bundles go through the same arithmetic. Protocol of perplexity: the file as it is, no BOS, chunks that do not overlap, each
-predicted from its own start, so length - 1 predictions per chunk; the perplexity is exp of the mean NLL.
+Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models
+and bundles go through the same arithmetic. Protocol of perplexity: the file as it is, no BOS, chunks that do not
+overlap, each predicted from its own start, so length - 1 predictions per chunk; the perplexity is exp of the mean NLL.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
 
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+            tokenizer = AutoTokenizer.from_pretrained(
                 str(source.parent), gguf_file=source.name, local_files_only=True, **_special_tokens(fields)
             )
     except Exception as error:  # a converter per model family, each with its own way to fail
@@ -235,7 +235,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield

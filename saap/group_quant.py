@@ -1,13 +1,14 @@
 """Group-wise integers in the layout of com.microsoft.MatMulNBits: W = scale * (q - zero_point).
 
-Groups are ``block`` consecutive input columns. Scales are rounded to numbers that float16 represents before the integers
-are chosen, so that float32 and float16 runtimes hold one number. Codes and zero points are unsigned; zero is always
-representable, as the unsigned zero point demands.
+Groups are ``block`` consecutive input columns. Scales are rounded to numbers that float16 represents before the
+integers are chosen, so that float32 and float16 runtimes hold one number. Codes and zero points are unsigned; zero is
+always representable, as the unsigned zero point demands.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,10 +35,12 @@ class QuantMatrix:
     bits: int
     block: int
 
+    PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in (self.qweight, self.scales, self.zero_points))
+        return sum(t.nbytes for t in (self.qweight, self.scales, self.zero_points))
 
 
 def check_blocks(columns: int, block: int, what: str) -> None:
@@ -92,7 +95,8 @@ def quantize_model(model: PreTrainedModel, bits: int, block: int, embedding_bits
     """
     architecture = architecture_of(model.config)
     originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    table, head = model.get_submodule(architecture.embedding), model.get_submodule(architecture.head)
+    table: Any = model.get_submodule(architecture.embedding)
+    head: Any = model.get_submodule(architecture.head)
     quant = {"bits": bits, "block": block, "embedding_bits": embedding_bits, "tied": head.weight is table.weight}
     for name, linear in originals.items():
         check_blocks(linear.in_features, block, name)
@@ -101,7 +105,7 @@ def quantize_model(model: PreTrainedModel, bits: int, block: int, embedding_bits
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
         of_vocabulary = name in (architecture.embedding, architecture.head)
-        source = table if name == architecture.embedding else originals[name]
+        source: Any = table if name == architecture.embedding else originals[name]
         fill(holder, quantize(source.weight, holder.bits, block, symmetric=of_vocabulary))
         if getattr(source, "bias", None) is not None:
             holder.bias = source.bias

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,8 +130,8 @@ class _SliceSums:
         result = []
         for index, layer in enumerate(self.shape.layers):
             if kind == "ffn":
-                parts = [sums[index, m] for m in ("gate", "up", "down")] if layer.ffn else []
-                result.append(sum(parts) if parts else torch.zeros(rows, 0))
+                parts = [sums[index, m] for m in ("gate", "up", "down")] if layer.ffn else [torch.zeros(rows, 0)]
+                result.append(torch.stack(parts).sum(0))
                 continue
             if not layer.query_heads:
                 result.append(torch.zeros(rows, 0))
@@ -149,7 +150,8 @@ def _gradient_hooks(model: PreTrainedModel, architecture: Architecture, slices: 
     handles = []
     for parameter in wanted:
         parameter.requires_grad_(False)
-    for index, layer in enumerate(model.get_submodule(architecture.layers)):
+    layers: Any = model.get_submodule(architecture.layers)
+    for index, layer in enumerate(layers):
         modules = dict(layer.named_modules())
         for matrix in ("query", "key", "value", "output", "gate", "up", "down"):
             linear = modules.get(getattr(architecture, matrix))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,8 +22,8 @@ from saap.surgery import head_rows
 def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -> Iterator[None]:
     """Silence everything that the plans of the given layers do not keep; weights are restored on leaving."""
     architecture = architecture_of(model.config)
-    layers = model.get_submodule(architecture.layers)
-    saved = []
+    layers: Any = model.get_submodule(architecture.layers)
+    saved: list[tuple[torch.nn.Parameter, Any, torch.Tensor]] = []
     for index, keep in plans.items():
         modules = dict(layers[index].named_modules())
         for name, kept in (

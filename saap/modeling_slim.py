@@ -9,6 +9,8 @@ transformers only. Two keys of ``config.json`` drive it:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +44,10 @@ class GroupQuantTable(nn.Module):
     The three buffers are byte for byte the inputs B, scales and zero_points of com.microsoft.MatMulNBits. Scales are
     float32 numbers that float16 can represent, so that every runtime holds the same number.
     """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
 
     def __init__(self, rows: int, columns: int, bits: int, block: int) -> None:
         super().__init__()
@@ -118,7 +124,7 @@ class NoFeedForward(nn.Module):
 class SlimLlamaForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM whose layers are cut to ``config.slim_layers``."""
 
-    config_class = SlimLlamaConfig
+    config_class: Any = SlimLlamaConfig
 
     def __init__(self, config: SlimLlamaConfig) -> None:
         super().__init__(config)
@@ -130,7 +136,7 @@ class SlimLlamaForCausalLM(LlamaForCausalLM):
             quantize_modules(self, quant)
 
 
-def resize_layers(model: LlamaForCausalLM, sizes: list[tuple[int, ...]]) -> None:
+def resize_layers(model: Any, sizes: list[tuple[int, ...]]) -> None:
     """Replace each layer's linears by ones of its own sizes, in place; the weights are fresh."""
     if len(sizes) != len(model.model.layers):
         raise ValueError(f"slim_layers has {len(sizes)} entries, the model has {len(model.model.layers)} layers")
@@ -148,7 +154,7 @@ def resize_layers(model: LlamaForCausalLM, sizes: list[tuple[int, ...]]) -> None
             layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
 
 
-def _resize_attention(attention: nn.Module, query_heads: int, kv_heads: int) -> None:
+def _resize_attention(attention: Any, query_heads: int, kv_heads: int) -> None:
     dim, hidden = attention.head_dim, attention.q_proj.in_features
     attention.num_key_value_groups = query_heads // kv_heads
     attention.q_proj = _linear_like(attention.q_proj, hidden, query_heads * dim)
@@ -157,7 +163,7 @@ def _resize_attention(attention: nn.Module, query_heads: int, kv_heads: int) -> 
     attention.o_proj = _linear_like(attention.o_proj, query_heads * dim, hidden)
 
 
-def _resize_mlp(mlp: nn.Module, ffn: int) -> None:
+def _resize_mlp(mlp: Any, ffn: int) -> None:
     hidden = mlp.gate_proj.in_features
     mlp.intermediate_size = ffn
     mlp.gate_proj = _linear_like(mlp.gate_proj, hidden, ffn)
@@ -170,7 +176,7 @@ def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Line
     return nn.Linear(in_features, out_features, bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
 
 
-def quantize_modules(model: LlamaForCausalLM, quant: dict[str, int]) -> None:
+def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
     """Replace the decoder's linears, the embedding and the head by holders of integers, in place."""
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):

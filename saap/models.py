@@ -118,7 +118,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if not Path(path).is_dir():
         raise SaapError(f"{path} is not a directory: give a model directory")
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)  # type: ignore[no-untyped-call]
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
         raise SaapError(
             f"{path} has no tokenizer that can be read ({_first_line(error)}): "

@@ -34,7 +34,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that pruning reads and changes. ``attention_bias`` and ``mlp_bias`` tell whether the linears have biases."""
+    """Sizes that pruning reads and changes; the two flags tell whether the linears have biases."""
 
     hidden: int
     head_dim: int

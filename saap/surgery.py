@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ def cut_tensors(
         index_text, rest = name[len(prefix) :].split(".", 1)
         index = int(index_text)
         if index in renumbered:
-            cut = cut_layer_tensor(rest, lambda name=name: read(name), plan.layers[index], shape.head_dim, architecture)
+            cut = cut_layer_tensor(rest, partial(read, name), plan.layers[index], shape.head_dim, architecture)
             if cut is not None:
                 yield f"{prefix}{renumbered[index]}.{rest}", cut
 

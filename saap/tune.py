@@ -61,13 +61,13 @@ class _GroupMatMul(torch.autograd.Function):
     """y = x (scale * centred)^T; the dequantised matrix is made twice instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """x [..., K], centred [N, groups, block] int8, scale [N, groups] -> [..., N]."""
         ctx.save_for_backward(x, centred, scale)
         return F.linear(x, (centred.to(x.dtype) * scale.unsqueeze(-1)).flatten(1))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         """Gradients for x and scale."""
         x, centred, scale = ctx.saved_tensors
         floats = centred.to(x.dtype)
@@ -157,7 +157,8 @@ def attach(model: PreTrainedModel) -> list[TunableGroups]:
         parameter.requires_grad_(False)
     architecture = architecture_of(model.config)
     wrapped = []
-    for layer in model.get_submodule(architecture.layers):
+    layers: Any = model.get_submodule(architecture.layers)
+    for layer in layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, GroupQuantLinear):

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from saap import cli
 from saap.checkpoint import load_model
+
+
+def here(*arguments, code=0):
+    """The command in this process, which spares the import of torch."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["saap", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+    finally:
+        sys.argv = before
+    assert status == code, f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def saap(*arguments, env=None, code=0, **kwargs):
@@ -23,9 +45,9 @@ def saap(*arguments, env=None, code=0, **kwargs):
     return done
 
 
-def refused(*arguments, **kwargs):
+def refused(*arguments, call=here, **kwargs):
     """The one line that a mistake gets."""
-    done = saap(*arguments, code=2, **kwargs)
+    done = call(*arguments, code=2, **kwargs)
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
     return lines[-1]
@@ -51,14 +73,14 @@ def test_help_is_instant_and_has_no_torch():
      "devices probe"],
 )  # fmt: skip
 def test_every_command_shows_an_example(command):
-    assert f"saap {command}" in saap(*command.split(), "--help").stdout.split("Example:")[1]
+    assert f"saap {command}" in here(*command.split(), "--help").stdout.split("Example:")[1]
 
 
 def test_devices():
-    assert "raspberry-pi-5" in saap("devices", "list").stdout
-    shown = saap("devices", "show", "raspberry-pi-5").stdout
+    assert "raspberry-pi-5" in here("devices", "list").stdout
+    shown = here("devices", "show", "raspberry-pi-5").stdout
     assert "B/s" in shown and "vendor" in shown
-    probed = json.loads(saap("devices", "probe", "--json").stdout)
+    probed = json.loads(here("devices", "probe", "--json").stdout)
     assert len(probed["fingerprint"]) == 16
     assert "unknown device" in refused("devices", "show", "toaster").lower() or "toaster" in refused(
         "devices", "show", "toaster"
@@ -129,7 +151,12 @@ def test_a_missing_package_names_the_extra(tmp_path, tiny_model):
 def test_a_package_that_shadows_ours_is_refused(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench/__init__.py").write_text("")
-    done = saap("--help", code=2, env={"PYTHONPATH": str(tmp_path)})
+    script = Path(sys.executable).parent / "saap"
+    done = subprocess.run(
+        [script, "--help"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
     assert "another package shadows it" in done.stderr
 
 
@@ -162,7 +189,7 @@ def test_run_ends_with_a_table_and_a_page_and_resumes(tmp_path, tiny_model, text
     model = tiny_model(max_position_embeddings=512)
     out = tmp_path / "demo"
     arguments = run_arguments(model, out, text_file, evaluation_file)
-    done = saap(*arguments)
+    done = here(*arguments)
     assert "decodes" in done.stdout and "perplexity" in done.stdout
     page = (out / "report.html").read_text()
     assert "slim-int4" in page and "<svg" in page
@@ -178,21 +205,21 @@ def test_run_ends_with_a_table_and_a_page_and_resumes(tmp_path, tiny_model, text
     assert all(0 <= row["top1"] <= 1 and row["perplexity"] > 1 for row in run["quality"]["rows"])
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
 
-    again = saap(*arguments)
+    again = here(*arguments)
     assert again.stderr.count("done before") == len(names)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
 
     # A step whose output is gone is repeated; the ones before it are not.
     shutil.rmtree(out / "slim-int4")
-    third = saap(*arguments)
+    third = here(*arguments)
     assert third.stderr.count("done before") == len(names) - 1
     assert (out / "slim-int4/bundle.json").is_file()
 
-    text = saap("generate", out / "slim-int4", "Hello", "--max-tokens", "5", "--threads", "1")
+    text = here("generate", out / "slim-int4", "Hello", "--max-tokens", "5", "--threads", "1")
     assert ("tok/s" in text.stderr and "5 tokens" in text.stderr) or "eos" in text.stderr
-    saap("report", out, "-o", tmp_path / "page.html")
+    here("report", out, "-o", tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 10_000
-    compared = saap("compare", out / "bench.json", out / "bench.json", code=saap_compare_code(out))
+    compared = here("compare", out / "bench.json", out / "bench.json", code=saap_compare_code(out))
     assert "dense-int4" in compared.stdout
 
 
@@ -220,18 +247,18 @@ def test_without_any_text_the_model_writes_its_own_and_perplexity_is_not_shown(t
 
 def test_single_commands_by_hand(tmp_path, tiny_model, text_file, evaluation_file):
     model = tiny_model(max_position_embeddings=512)
-    saap("prune", model, "-o", tmp_path / "slim", "--ratio", "0.3", "--keep-layers", "2", "--modules", "--calibration", text_file,
-         "--sequences", "8", "--length", "32")  # fmt: skip
-    saap("tune", tmp_path / "slim", "-o", tmp_path / "tuned", "--data", text_file, "--tokens", "512", "--length", "64")
-    saap("export", tmp_path / "tuned", "-o", tmp_path / "bundle", "--text", text_file)
+    here("prune", model, "-o", tmp_path / "slim", "--ratio", "0.3", "--keep-layers", "2", "--modules",
+         "--calibration", text_file, "--sequences", "8", "--length", "32")  # fmt: skip
+    here("tune", tmp_path / "slim", "-o", tmp_path / "tuned", "--data", text_file, "--tokens", "512", "--length", "64")
+    here("export", tmp_path / "tuned", "-o", tmp_path / "bundle", "--text", text_file)
     result = tmp_path / "quality.json"
-    saap("eval", tmp_path / "tuned", tmp_path / "bundle", "--reference", model, "--text", evaluation_file, "--chunk", "64",
-         "--max-chunks", "8", "--json", result)  # fmt: skip
+    here("eval", tmp_path / "tuned", tmp_path / "bundle", "--reference", model, "--text", evaluation_file, "--chunk",
+         "64", "--max-chunks", "8", "--json", result)  # fmt: skip
     rows = {row["name"]: row for row in json.loads(result.read_text())["rows"]}
     tuned, bundle = rows[str(tmp_path / "tuned")], rows[str(tmp_path / "bundle")]
     assert tuned["nll"] == pytest.approx(bundle["nll"], abs=0.02)
-    saap("bench", tmp_path / "bundle", f"torch:{tmp_path / 'slim'}", "-p", "8", "-n", "8", "-t", "1", "-r", "1", "--json",
-         tmp_path / "bench.json")  # fmt: skip
+    here("bench", tmp_path / "bundle", f"torch:{tmp_path / 'slim'}", "-p", "8", "-n", "8", "-t", "1", "-r", "1",
+         "--json", tmp_path / "bench.json")  # fmt: skip
     assert len(json.loads((tmp_path / "bench.json").read_text())["measurements"]) == 2
     data = bytearray((tmp_path / "bundle/model.onnx.data").read_bytes())
     data[-1] ^= 1

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from test_surgery import WHOLE, cut
 
 from bench.runtime import OrtDecoder
 from export.bundle import BundleError, read_manifest, verify_files
@@ -19,7 +20,6 @@ from saap.checkpoint import load_model, read_config, tensor_reader
 from saap.errors import SaapError
 from saap.structures import LayerPlan, PrunePlan
 from saap.tune import TuneOptions, tune
-from tests.test_surgery import WHOLE, cut
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 UNEVEN = (

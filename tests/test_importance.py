@@ -15,7 +15,7 @@ IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 def brute_force(model, ids, c):
     """t_j and the streamed element score of every structure, straight from the formulas with plain autograd."""
     vectors, elements = {}, {}
-    for j, row in enumerate(ids):
+    for _j, row in enumerate(ids):
         model.zero_grad()
         model(input_ids=row[None], labels=row[None]).loss.backward()
         for index, layer in enumerate(model.model.layers):

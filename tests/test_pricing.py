@@ -58,5 +58,5 @@ def test_progress_ends_at_its_total(scored):
     for modules in (False, True):
         seen = []
         fit_prices(model, shape, fused, IDS[2:], modules=modules, progress=lambda *a, seen=seen: seen.append(a))
-        assert [done for _, done, _ in seen] == list(range(len(seen) - 1)) + [seen[-1][2]]
+        assert [done for _, done, _ in seen] == [*list(range(len(seen) - 1)), seen[-1][2]]
         assert len(seen) == seen[-1][2] + 1

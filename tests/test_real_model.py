@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_surgery import cut
 
 from bench.runtime import OrtDecoder
 from export.export import export_bundle
@@ -17,11 +18,10 @@ from export.tokenizer import BundleTokenizer
 from export.verify import check_parity, reference_model
 from saap.checkpoint import load_model
 from saap.models import load_tokenizer
-from saap.structures import LayerPlan, PrunePlan, whole_layer
+from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.text import chunks
-from tests.test_surgery import cut
 
-LAYER = whole_layer(__import__("saap.structures", fromlist=["LayerSizes"]).LayerSizes(9, 3, 1536))
+LAYER = whole_layer(LayerSizes(9, 3, 1536))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,8 @@ def test_the_bundle_loads_and_peaks_below_250_mb(real_model, tmp_path):
     export_bundle(real_model, tmp_path / "bundle")
     result = tmp_path / "result.json"
     subprocess.run(
-        [sys.executable, "-m", "saap.cli", "bench", str(tmp_path / "bundle"), "-r", "1", "-t", "2", "--json", str(result)],
+        [sys.executable, "-m", "saap.cli", "bench", str(tmp_path / "bundle"), "-r", "1", "-t", "2", "--json",
+         str(result)],
         check=True, capture_output=True,
     )  # fmt: skip
     (measurement,) = json.loads(result.read_text())["measurements"]

@@ -60,7 +60,7 @@ PLANS = {
     "a layer dropped": (WHOLE, EMPTY, WHOLE),
     "first layer dropped, rest uneven": (EMPTY, LayerPlan((1, 4), (0, 2), (5,)), WHOLE),
     **{
-        f"random {seed}": tuple(random_layer(random.Random(10 * seed + i)) for i in range(2)) + (WHOLE,)
+        f"random {seed}": (*tuple(random_layer(random.Random(10 * seed + i)) for i in range(2)), WHOLE)
         for seed in range(8)
     },
 }
