@@ -131,7 +131,7 @@ def _interleave(
     for position, index in enumerate(order):
         peer, outcome = peers[index], outcomes[index]
         if progress:
-            progress(f"bench {peer.name}", position, len(order))
+            progress(f"bench, {peer.name}", position, len(order))
         if outcome.failure is None:
             _one(peer, outcome, {**job, "path": str(peer.path), "order": position}, timeout_s)
     if progress:

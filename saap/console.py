@@ -91,13 +91,26 @@ class Console:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table for people on standard output; the first column is text, the others are numbers."""
+    """A table for people on standard output; columns of numbers stand on the right.
+
+    Cells do not break into lines: a number in two pieces cannot be read.
+    """
+    from rich import box
     from rich.console import Console as RichConsole
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        cells = [row[index] for row in rows]
+        numeric = all(cell == "-" or cell[:1].isdigit() for cell in cells)
+        width = max(map(len, cells), default=0)
+        table.add_column(
+            column.replace(" ", "\n") if numeric else column,  # headings in lines keep columns narrow
+            justify="right" if numeric else "left",
+            overflow="fold",
+            min_width=min(width, 28),
+            max_width=60,
+        )
     for row in rows:
         table.add_row(*row)
     RichConsole(width=None if sys.stdout.isatty() else 120).print(table)

@@ -69,7 +69,7 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
 def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, float]]]) -> None:
     _, calls = two
     assert [done for _, done, _ in calls] == [0, 1, 2, 3, 4]
-    assert calls[1] == ("bench slim", 1, 4)
+    assert calls[1] == ("bench, slim", 1, 4)
 
 
 def test_the_worker_adds_little_memory(two: tuple[Result, object]) -> None:

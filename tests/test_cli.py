@@ -143,7 +143,7 @@ def test_nothing_may_be_evaluated_on_what_it_was_tuned_on(tmp_path, tiny_model):
 def test_a_missing_package_names_the_extra(tmp_path, tiny_model):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     message = refused(
-        "prune", tiny_model(), "-o", tmp_path / "out", "--ratio", "0.2", env={"PYTHONPATH": str(tmp_path)}
+        "prune", tiny_model(), "-o", tmp_path / "out", "--ratio", "0.2", call=saap, env={"PYTHONPATH": str(tmp_path)}
     )
     assert "pip install 'saap[prune]'" in message
 
