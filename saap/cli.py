@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def cli() -> None:
 @click.option("--text", help="Text for evaluation, likewise; never the same as the others.")
 @click.option("--tokens", type=int, default=24576, show_default=True, help="Tuning tokens.")
 @click.option("--repetitions", type=int, default=5, show_default=True, help="Interleaved bench repetitions.")
-@click.option("--threads", type=int, help="Threads of the bench; default: all physical cores.")
+@click.option("--threads", type=int, help="Threads of the bench; default: 1, and all physical cores.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def run(model: str, out: Path, **options: Any) -> None:
     """All of it: prune, tune, export, evaluate, bench, report.
@@ -71,6 +72,7 @@ def run(model: str, out: Path, **options: Any) -> None:
     Example:
       saap run smollm2-135m -o out/demo --ratio 0.2
     """
+    share_cores()
     from saap.pipeline import RunOptions, run_all
 
     with Console() as console:
@@ -104,6 +106,7 @@ def prune(model: str, out: Path, **options: Any) -> None:
     Example:
       saap prune smollm2-135m -o out/slim --ratio 0.2
     """
+    share_cores()
     from saap.steps import prune_step
 
     with Console() as console:
@@ -129,6 +132,7 @@ def tune(slim: Path, out: Path, **options: Any) -> None:
     Example:
       saap tune out/slim -o out/tuned --teacher smollm2-135m
     """
+    share_cores()
     from saap.steps import tune_step
 
     with Console() as console:
@@ -159,6 +163,7 @@ def export(path: Path, out: Path, **options: Any) -> None:
     Example:
       saap export out/tuned -o out/bundle
     """
+    share_cores()
     from saap.steps import export_step
 
     with Console() as console:
@@ -179,6 +184,7 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
     Example:
       saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
     """
+    share_cores()
     from saap.steps import eval_step
 
     with Console() as console:
@@ -303,6 +309,13 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     from saap.board import make_report
 
     make_report(list(results), out)
+
+
+def share_cores() -> None:
+    """Let torch's OpenMP threads sleep while they wait: spinning makes two torch processes on the same cores 40 times
+    slower. Not for ``bench``, whose torch peer runs as its users run it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def check_packages() -> None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,11 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
         _export(state, BUNDLES[1], out / "tuned", f"{out}/tuned", tuned, options),
     ]
     _evaluate(state, directory, evaluation, [pruned, *exported], options)
-    _bench(state, exported, options)
+    results = _bench(state, exported, options)
     state.step(
         "texts", f'saap generate {out}/slim-int4 "{PROMPTS[0]}"', exported, [], lambda: {"texts": _texts(out, console)}
     )
-    _finish(state, begun)
+    _finish(state, results, begun)
 
 
 def _prune(state: _State, model: str, directory: Path, options: RunOptions, dense: Any) -> str:
@@ -184,23 +185,29 @@ def _evaluate(state: _State, directory: Path, rows: Rows, made_from: list[str], 
     )
 
 
-def _bench(state: _State, made_from: list[str], options: RunOptions) -> None:
-    out = state.out
+def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Path]:
+    """One result per thread count: small models gain from a second thread what their operators allow, so show both."""
+    from bench.cores import physical_cores
 
-    def work() -> dict[str, Any]:
-        bench_specs(
-            [str(out / name) for name in BUNDLES], names=list(BUNDLES), prompt=128, generate=128,
-            threads=options.threads, repetitions=options.repetitions, json_path=out / "bench.json",
-            console=state.console, show=False,
-        )  # fmt: skip
-        return {"results": ["bench.json"]}
+    results = []
+    for threads in [options.threads] if options.threads else sorted({1, physical_cores()}):
+        results.append(state.out / f"bench-{threads}.json")
+        state.step(
+            f"bench with {threads} thread{'s' * (threads > 1)}",
+            f"saap bench {state.out}/{BUNDLES[0]} {state.out}/{BUNDLES[1]} --threads {threads} "
+            f"--repetitions {options.repetitions} --json {results[-1]}",
+            [made_from, options.repetitions, threads],
+            [results[-1].name],
+            partial(_bench_once, state, threads, options.repetitions, results[-1]),
+        )
+    return results
 
-    threads = f" --threads {options.threads}" if options.threads else ""
-    command = (
-        f"saap bench {out}/{BUNDLES[0]} {out}/{BUNDLES[1]}{threads} "
-        f"--repetitions {options.repetitions} --json {out}/bench.json"
-    )
-    state.step("bench", command, [made_from, options.repetitions, options.threads], ["bench.json"], work)
+
+def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> None:
+    bench_specs(
+        [str(state.out / name) for name in BUNDLES], names=list(BUNDLES), prompt=128, generate=128, threads=threads,
+        repetitions=repetitions, json_path=result, console=state.console, show=False,
+    )  # fmt: skip
 
 
 def _evaluation(directory: Path, options: RunOptions, console: Console) -> Rows:
@@ -245,7 +252,7 @@ def _texts(out: Path, console: Console) -> list[dict[str, Any]]:
     return answers
 
 
-def _finish(state: _State, begun: float) -> None:
+def _finish(state: _State, results: list[Path], begun: float) -> None:
     """The page, and the tables at the end."""
     import platform
 
@@ -264,9 +271,11 @@ def _finish(state: _State, begun: float) -> None:
         "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
+    state.run["results"] = [path.name for path in results]
     write_json(out / "run.json", state.run)
-    write_report([out / "bench.json"], out / "report.html", run=state.run)
+    write_report(results, out / "report.html", run=state.run)
     click.echo()
     show_quality(state.run["quality"])
-    show_result(read_result(out / "bench.json"))
+    for path in results:
+        show_result(read_result(path))
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

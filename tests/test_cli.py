@@ -194,7 +194,7 @@ def test_run_ends_with_a_table_and_a_page_and_resumes(tmp_path, tiny_model, text
     page = (out / "report.html").read_text()
     assert "slim-int4" in page and "<svg" in page
     run = json.loads((out / "run.json").read_text())
-    names = ["prune", "tune", "export dense-int4", "export slim-int4", "evaluate", "bench", "texts"]
+    names = ["prune", "tune", "export dense-int4", "export slim-int4", "evaluate", "bench with 1 thread", "texts"]
     assert [step["name"] for step in run["steps"]] == names
     assert {row["name"] for row in run["quality"]["rows"]} == {
         "dense fp32",
@@ -219,13 +219,13 @@ def test_run_ends_with_a_table_and_a_page_and_resumes(tmp_path, tiny_model, text
     assert ("tok/s" in text.stderr and "5 tokens" in text.stderr) or "eos" in text.stderr
     here("report", out, "-o", tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 10_000
-    compared = here("compare", out / "bench.json", out / "bench.json", code=saap_compare_code(out))
+    compared = here("compare", out / "bench-1.json", out / "bench-1.json", code=saap_compare_code(out))
     assert "dense-int4" in compared.stdout
 
 
 def saap_compare_code(out):
     """A result compared with itself is the same (0), unless the machine was too busy for it to be valid (3)."""
-    statuses = [m["status"] for m in json.loads((out / "bench.json").read_text())["measurements"]]
+    statuses = [m["status"] for m in json.loads((out / "bench-1.json").read_text())["measurements"]]
     return 3 if "INVALID" in statuses else 0
 
 
