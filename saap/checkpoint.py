@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from saap import modeling_slim
 from saap.architectures import architecture_of
@@ -50,6 +52,7 @@ def load_model(path: str | Path, *, materialise: bool = False, dtype: torch.dtyp
     config = read_config(directory)
     architecture_of(config)
     read_record(directory)
+    transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -191,8 +194,8 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -201,6 +204,14 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete what killed processes left beside ``out``; a live process keeps its own."""
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        owner = left.name.rsplit("-", 1)[1]
+        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_output(out: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,6 @@ def run(model: str, out: Path, **options: Any) -> None:
     Example:
       saap run smollm2-135m -o out/demo --ratio 0.2
     """
-    share_cores()
     from saap.pipeline import RunOptions, run_all
 
     with Console() as console:
@@ -106,7 +104,6 @@ def prune(model: str, out: Path, **options: Any) -> None:
     Example:
       saap prune smollm2-135m -o out/slim --ratio 0.2
     """
-    share_cores()
     from saap.steps import prune_step
 
     with Console() as console:
@@ -132,7 +129,6 @@ def tune(slim: Path, out: Path, **options: Any) -> None:
     Example:
       saap tune out/slim -o out/tuned --teacher smollm2-135m
     """
-    share_cores()
     from saap.steps import tune_step
 
     with Console() as console:
@@ -163,7 +159,6 @@ def export(path: Path, out: Path, **options: Any) -> None:
     Example:
       saap export out/tuned -o out/bundle
     """
-    share_cores()
     from saap.steps import export_step
 
     with Console() as console:
@@ -184,7 +179,6 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
     Example:
       saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
     """
-    share_cores()
     from saap.steps import eval_step
 
     with Console() as console:
@@ -309,13 +303,6 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     from saap.board import make_report
 
     make_report(list(results), out)
-
-
-def share_cores() -> None:
-    """Let torch's OpenMP threads sleep while they wait: spinning makes two torch processes on the same cores 40 times
-    slower. Not for ``bench``, whose torch peer runs as its users run it.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def check_packages() -> None:

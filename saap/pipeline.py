@@ -24,7 +24,7 @@ from saap.checkpoint import check_output, read_record
 from saap.console import Console
 from saap.prune import Requirement
 from saap.rows import Rows, evaluation_rows
-from saap.steps import export_step, prune_step, quality_of, show_quality, tune_step
+from saap.steps import export_step, prune_step, quality_of, say_text, show_quality, tune_step
 
 TUNE_LENGTH = 256
 PROMPTS = (
@@ -57,7 +57,7 @@ class _State:
     """``run.json``: what is finished, and what the report is made of."""
 
     def __init__(self, out: Path, model: str, console: Console) -> None:
-        self.out, self.console = out, console
+        self.out, self.console, self.number, self.steps = out, console, 0, 0
         self.run: dict[str, Any] = {"model": model, "steps": []}
         if (out / "run.json").is_file():
             previous = read_run(out)
@@ -78,12 +78,13 @@ class _State:
         Returns:
             the hash of the inputs.
         """
+        self.number += 1
         key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
         done = next((s for s in self.run["steps"] if s["name"] == name), None)
         if done and done["key"] == key and all((self.out / path).exists() for path in outputs):
-            self.console.say(f"{name}: done before ({done['seconds']:.0f} s)")
+            self.console.say(f"[{self.number}/{self.steps}] {name}: done before ({done['seconds']:.0f} s)")
             return key
-        self.console.say(f"{name} ...")
+        self.console.say(f"[{self.number}/{self.steps}] {name} ...")
         start = time.monotonic()
         found = work() or {}
         entry = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": command}
@@ -100,10 +101,12 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     begun = time.monotonic()
     directory = models.resolve(model, progress=console.report)
     evaluation = _evaluation(directory, options, console)
+    say_text("evaluation", evaluation, console)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, console)
     write_json(out / "run.json", state.run)
     dense = _identity(directory)
+    state.steps = 6 + len(thread_counts(options))
 
     pruned = _prune(state, model, directory, options, dense)
     tuned = _tune(state, model, directory, options, pruned)
@@ -185,12 +188,17 @@ def _evaluate(state: _State, directory: Path, rows: Rows, made_from: list[str], 
     )
 
 
-def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Path]:
-    """One result per thread count: small models gain from a second thread what their operators allow, so show both."""
+def thread_counts(options: RunOptions) -> list[int]:
+    """What the bench runs at: what was asked for, else one thread and all physical cores."""
     from bench.cores import physical_cores
 
+    return [options.threads] if options.threads else sorted({1, physical_cores()})
+
+
+def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Path]:
+    """One result per thread count: small models gain from a second thread what their operators allow, so show both."""
     results = []
-    for threads in [options.threads] if options.threads else sorted({1, physical_cores()}):
+    for threads in thread_counts(options):
         results.append(state.out / f"bench-{threads}.json")
         state.step(
             f"bench with {threads} thread{'s' * (threads > 1)}",

@@ -36,6 +36,7 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
         directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
         console.report,
     )  # fmt: skip
+    say_text("calibration", rows, console)
     prune_options = PruneOptions(
         requirement, int(options["block"]), None, options["keep_layers"], options["modules"], options["seed"]
     )
@@ -43,6 +44,12 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
     show_plan(out)
+
+
+def say_text(purpose: str, rows: Rows, console: Console) -> None:
+    """Which text a step works on; where there was none, that the model wrote it."""
+    why = "; no text was given and SAAP_DATA is not set" if rows.self_written else ""
+    console.say(f"  {purpose} text: {rows.source}{why}")
 
 
 def show_plan(slim: Path) -> None:
@@ -74,6 +81,7 @@ def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) 
         teacher_dir or slim, options["data"], "tuning", max(1, options["tokens"] // length), length, options["seed"],
         console.report, skip=skip,
     )  # fmt: skip
+    say_text("tuning", rows, console)
     tune_model(
         slim, out, rows.ids, options_, teacher=load_model(teacher_dir) if teacher_dir else None,
         lineage={"text": rows.lineage()}, progress=console.report,
@@ -168,6 +176,7 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
         if load_documents(None, split="evaluation") is None:
             raise SaapError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
     rows = evaluation_rows(base, options["text"], options["chunk"], options["max_chunks"], [], console.report)
+    say_text("evaluation", rows, console)
     everything = ([reference] if reference else []) + [p for p in paths if p != reference]
     quality = quality_of({str(p): p for p in everything}, rows, str(reference) if reference else None, console)
     show_quality(quality)

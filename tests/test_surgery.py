@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_a_failed_write_leaves_nothing_behind(tiny_model, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         write_slim(tmp_path / "slim", path, read_config(path), broken(), {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_are_not(tiny_model, tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    dead, alive = (tmp_path / f".slim.partial-{pid}" for pid in (killed.pid, os.getppid()))
+    dead.mkdir()
+    alive.mkdir()
+    cut(tiny_model(), tmp_path / "slim", PrunePlan((WHOLE,) * 3))
+    assert not dead.exists() and alive.exists()
 
 
 def test_a_newer_format_is_refused(tiny_model, tmp_path):
