@@ -14,7 +14,7 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test
 	$(BIN)/pytest -q -m "not slow and not device"
 
 test-slow: $(VENV)/.test
