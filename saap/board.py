@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 
 from saap.console import Console, print_table
 from saap.errors import SaapError
+from saap.json_files import read_object
 
 
 def generate_text(
@@ -161,18 +161,4 @@ def read_run(directory: Path) -> dict[str, Any]:
     path = directory / "run.json"
     if not path.is_file():
         raise SaapError(f"{directory} holds no run.json: give the -o directory of `saap run`, or result files")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SaapError(f"{path} is damaged ({error}): run `saap run` again") from None
-    if not isinstance(run, dict):
-        raise SaapError(f"{path} is damaged (not an object): run `saap run` again")
-    return run
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    return read_object(path, "run `saap run` again")

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from saap import modeling_slim
 from saap.architectures import architecture_of
 from saap.errors import SaapError
+from saap.json_files import read_object
 from saap.modeling_slim import GroupQuantTable, SlimLlamaConfig, SlimLlamaForCausalLM, TiedHead
 from saap.structures import ModelShape
 
@@ -68,7 +69,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
-    return _read_json(path)
+    return read_object(path, "make the directory again")
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -80,20 +81,10 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / RECORD
     if not path.is_file():
         return {}
-    record = _read_json(path)
+    record = read_object(path, "make the directory again")
     if record.get("format") != FORMAT:
         raise SaapError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
     return record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SaapError(f"{path} is damaged ({error}): make the directory again") from None
-    if not isinstance(value, dict):
-        raise SaapError(f"{path} is damaged (not an object): make the directory again")
-    return value
 
 
 def materialise_linears(model: PreTrainedModel) -> None:

@@ -37,11 +37,6 @@ class QuantMatrix:
 
     PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return sum(t.nbytes for t in (self.qweight, self.scales, self.zero_points))
-
 
 def check_blocks(columns: int, block: int, what: str) -> None:
     """Raise SaapError when ``columns`` is not whole groups."""

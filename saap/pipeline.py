@@ -19,9 +19,10 @@ import click
 import torch
 
 from saap import models
-from saap.board import bench_specs, read_run, show_result, write_json
+from saap.board import bench_specs, read_run, show_result
 from saap.checkpoint import check_output, read_record
 from saap.console import Console
+from saap.json_files import write_json
 from saap.prune import Requirement
 from saap.rows import Rows, evaluation_rows
 from saap.steps import export_step, prune_step, quality_of, say_text, show_quality, tune_step

@@ -12,11 +12,11 @@ import click
 import torch
 
 from saap import models
-from saap.board import write_json
 from saap.checkpoint import check_output, load_model, read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, make_protocol, torch_scorer
+from saap.json_files import write_json
 from saap.prune import PruneOptions, Requirement
 from saap.prune import prune as prune_model
 from saap.rows import Rows, evaluation_rows, training_rows
