@@ -1,12 +1,14 @@
-"""The portable target: standard operators only, by optimum, for runtimes that do not take com.microsoft.
+"""The portable target: standard operators only, for TensorRT and other runtimes that do not take com.microsoft.
 
-fp32, and uniform models only: optimum reads one KV shape for all layers from the config.
+Uniform float32 models go through optimum where it is installed; the others (layers of their own sizes, integers) are
+written by :mod:`export.standard_graph`. Both take ``position_ids`` and grow the KV cache by Concat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +17,90 @@ import onnx_ir as ir
 from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
 from export.clients import write_genai_config
 from export.export import make_manifest, transformers_config
-from export.weights import ModelSource, Precision, Progress
+from export.rotary import rotary_tables
+from export.standard_graph import StandardGraph
+from export.standard_weights import write_standard_weights
+from export.weights import ModelSource, Precision, Progress, WeightFile
 from saap.checkpoint import writing_directory
-from saap.errors import SaapError
 from saap.models import copy_sidecars
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
+LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked
+ONNXRUNTIME_MIN = {"optimum": "1.18", "saap": "1.20"}
 
 
 def export_portable(
     model_dir: str | Path,
     out: str | Path,
     *,
+    bits: int | None = None,
+    block: int | None = None,
+    head_bits: int | None = None,
+    symmetric: bool = False,
+    writer: str | None = None,
     parity: Callable[[Path], dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> BundleManifest:
-    """Export a uniform model with optimum.
+    """Export a dense, slim or tuned directory in standard operators.
+
+    Args:
+        bits: 4, 8 or 32 for the linears; None is 32, or what a tuned directory holds.
+        block: quantisation group; None is 32, or what a tuned directory holds.
+        head_bits: of embedding and head; None is as ``bits``.
+        symmetric: round the linears without zero points, as TensorRT demands of integer weights; coarser.
+        writer: ``optimum`` or ``saap``; None takes optimum where it can: uniform, float32, installed.
+        parity: is given the finished files before the bundle appears, returns the parity report, raises on failure.
 
     Raises:
-        SaapError: layers that differ from one another, or integer weights.
+        SaapError: unsupported architecture, precision or sizes.
     """
     source = ModelSource(Path(model_dir))
-    if source.config["model_type"].startswith("saap_"):
-        raise SaapError(
-            f"{model_dir} has layers of different sizes or integer weights, which the portable target cannot "
-            "hold: use --target cpu"
-        )
-    config = transformers_config(source)
-    if progress:
-        progress("optimum", 0, 1)
+    precision = source.precision(bits if bits or source.quant else 32, block, head_bits)
+    precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
+    writer = writer or _writer(source, precision)
     with writing_directory(out) as partial:
-        _export(source.directory, partial)
-        _split_graphs(partial)
+        if writer == "optimum":
+            _write_by_optimum(source, partial, progress)
+        else:
+            _write_by_ourselves(source, precision, partial, symmetric, progress)
         copy_sidecars(source.directory, partial)
-        manifest = make_manifest(source, Precision(32, 0, 32, 0), config)
-        manifest = replace(manifest, target="portable", onnxruntime_min="1.18")
+        manifest = make_manifest(source, precision, transformers_config(source))
+        lineage = {**manifest.lineage, "graph_writer": writer}
+        manifest = replace(manifest, target="portable", onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
             manifest = replace(manifest, parity=parity(partial))
         complete = write_manifest(partial, manifest)
+    return complete
+
+
+def _writer(source: ModelSource, precision: Precision) -> str:
+    uniform = not source.config["model_type"].startswith("saap_")
+    return "optimum" if uniform and precision.bits == 32 and find_spec("optimum") is not None else "saap"
+
+
+def _write_by_ourselves(
+    source: ModelSource, precision: Precision, out: Path, symmetric: bool, progress: Progress | None
+) -> None:
+    config = transformers_config(source)
+    file = WeightFile(out)
+    write_standard_weights(source, precision, file, symmetric=symmetric, progress=progress)
+    for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+        file.add(name, table)
+    file.close()
+    for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
+        graph = StandardGraph(source.shape, precision, file.tensors, config.rms_norm_eps)
+        ir.save(graph.build(scoring), out / name)
+
+
+def _write_by_optimum(source: ModelSource, out: Path, progress: Progress | None) -> None:
+    if progress:
+        progress("optimum", 0, 1)
+    _export(source.directory, out)
+    _split_graphs(out)
     if progress:
         progress("optimum", 1, 1)
-    return complete
 
 
 def _export(model_dir: Path, out: Path) -> None:

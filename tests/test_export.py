@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from test_surgery import WHOLE, cut
+from test_surgery import cut
 
 from bench.runtime import OrtDecoder
 from export.bundle import BundleError, read_manifest, verify_files
@@ -219,21 +219,3 @@ def test_unsupported_input_is_refused(tiny_model, tmp_path):
     with pytest.raises(SaapError, match="3 bits are not supported"):
         export_bundle(tiny_model("again2"), tmp_path / "bundle", bits=3)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_portable_by_optimum(tiny_model, tmp_path):
-    pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
-    from export.portable import export_portable
-
-    path = tiny_model()
-    manifest = export_portable(path, tmp_path / "bundle", parity=lambda b: check_parity(b, path, IDS, "dice"))
-    assert manifest.target == "portable"
-    assert {n.domain for n in nodes_of(tmp_path / "bundle")} <= {"", "ai.onnx"}
-    expected = logits_of(load_model(path), IDS)
-    decoder = OrtDecoder(tmp_path / "bundle", 1, 48)
-    row = IDS[0].numpy()
-    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-3
-    for position in range(17, 24):
-        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-3
-    with pytest.raises(SaapError, match="layers of different sizes"):
-        export_portable(cut(path, tmp_path / "slim", PrunePlan((WHOLE, WHOLE, UNEVEN[1]))), tmp_path / "other")

@@ -1,0 +1,77 @@
+"""The plumbing of a graph that is written node by node with onnx_ir: values, initialisers, inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+
+class GraphBuilder:
+    """Collects the nodes of one graph over tensors that are already in a data file.
+
+    Args:
+        tensors: what :meth:`weight` may name; only those that are named become initialisers.
+    """
+
+    def __init__(self, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+        self.tensors = tensors
+        self._initializers: dict[str, ir.Value] = {}
+        self._tape = Tape()
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """A node with one output."""
+        return self._tape.op(kind, inputs, attributes, domain=domain)
+
+    def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        """Pieces of the last axis, of the given sizes."""
+        name = "split." + ".".join(map(str, sizes))
+        inputs = [x, self.constant(name, list(sizes))]
+        return list(self._tape.op_multi_out("Split", inputs, {"axis": -1}, num_outputs=len(sizes)))
+
+    def weight(self, name: str) -> ir.Value:
+        """A tensor of the data file."""
+        return self._initializer(name, self.tensors[name])
+
+    def constant(self, name: str, value: int | float | list[int], dtype: ir.DataType | None = None) -> ir.Value:
+        """A small tensor inside the graph, int64 or float32 where no dtype is given; the name says its value."""
+        name = f"constant.{name}"
+        if name in self._initializers:
+            return self._initializers[name]
+        kind = dtype or (ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64)
+        return self._initializer(name, ir.tensor(value, dtype=kind, name=name))
+
+    def input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        """A graph input."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
+        """Make a value a graph output."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self._outputs.append(value)
+
+    def model(self, opsets: dict[str, int], ir_version: int) -> ir.Model:
+        """The finished model; ``logits``, which is made last, becomes the first output."""
+        outputs = sorted(self._outputs, key=lambda value: value.name != "logits")
+        graph = ir.Graph(
+            self._inputs,
+            outputs,
+            nodes=self._tape.nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports=opsets,
+            name="decoder",
+        )
+        return ir.Model(graph, ir_version=ir_version, producer_name="saap")
+
+    def _initializer(self, name: str, tensor: Any) -> ir.Value:
+        if name not in self._initializers:
+            self._initializers[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self._initializers[name]

@@ -1,0 +1,204 @@
+"""The decoder in standard operators of ONNX opset 21, node by node, for every runtime that is not ONNX Runtime's own.
+
+Norms, rotary embedding and attention are spelled out; 4- and 8-bit matrices are blockwise DequantizeLinear nodes, which
+ONNX Runtime fuses with the MatMul behind them. The KV cache grows by Concat, so past and present are two buffers.
+Attention multiplies all query heads of a KV group at once ([batch, kv, group * sequence, head_dim] x [batch, kv,
+head_dim, total]), so keys and values are never repeated.
+
+Beside the usual inputs the graph takes ``position_ids`` [batch, sequence] int64. Masked are the keys behind a query and
+those whose ``attention_mask`` is 0 (padding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from export.graph_builder import GraphBuilder
+from export.weights import Precision
+from saap.structures import LayerSizes, ModelShape
+
+OPSET = 21  # the first one with 4-bit integers and DequantizeLinear in blocks
+IR_VERSION = 10
+# Added to the score of a key that must not be seen: exp of it is 0, and float16 holds it too.
+HIDDEN_SCORE = -3e4
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+class StandardGraph:
+    """Builds one graph over weights that :func:`export.standard_weights.write_standard_weights` wrote."""
+
+    def __init__(
+        self, shape: ModelShape, precision: Precision, tensors: Mapping[str, ir.TensorProtocol], epsilon: float
+    ) -> None:
+        self.shape, self.precision, self.epsilon = shape, precision, epsilon
+        self._graph = GraphBuilder(tensors)
+        self._ids = self._graph.input("input_ids", INT64, ["batch", "sequence"])
+        self._mask = self._graph.input("attention_mask", INT64, ["batch", "total"])
+        self._positions = self._graph.input("position_ids", INT64, ["batch", "sequence"])
+
+    def build(self, scoring: bool) -> ir.Model:
+        """The decode graph, or the scoring graph with the logits of all positions."""
+        g = self._graph
+        self._measure()
+        bias, cos, sin = self._attention_bias(), self._rotation("cos"), self._rotation("sin")
+        x, kv_index = self._embed(), 0
+        for index, sizes in enumerate(self.shape.layers):
+            name = f"layers.{index}"
+            if sizes.query_heads:
+                normed = self._norm(x, f"{name}.attention_norm")
+                x = g.op("Add", x, self._attention(normed, name, sizes, kv_index, bias, cos, sin))
+                kv_index += 1
+            if sizes.ffn:
+                x = g.op("Add", x, self._feed_forward(self._norm(x, f"{name}.ffn_norm"), name, sizes))
+        x = self._norm(x, "norm")
+        if not scoring:
+            x = g.op("Gather", x, g.constant("last", [-1]), axis=1)
+        logits = self._matrix_product(x, "head", self.precision.head_bits)
+        g.output(logits, "logits", FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
+        return g.model({"": OPSET}, IR_VERSION)
+
+    # What all layers share
+
+    def _measure(self) -> None:
+        """The lengths of the new tokens and of all, each as a tensor [1]."""
+        g = self._graph
+        axis = g.constant("1", [1])
+        self._sequence = g.op("Gather", g.op("Shape", self._ids), axis)
+        self._total = g.op("Gather", g.op("Shape", self._mask), axis)
+
+    def _attention_bias(self) -> ir.Value:
+        """[batch, 1, 1, sequence, total]: 0 where a query may look, else far below."""
+        g = self._graph
+        zero, one = g.constant("scalar.0", 0), g.constant("scalar.1", 1)
+        keys = g.op("Range", zero, g.op("Squeeze", self._total), one)
+        past = g.op("Sub", self._total, self._sequence)
+        queries = g.op("Range", g.op("Squeeze", past), g.op("Squeeze", self._total), one)
+        causal = g.op("LessOrEqual", keys, g.op("Unsqueeze", queries, g.constant("1", [1])))
+        real = g.op("Cast", self._mask, to=ir.DataType.BOOL.value)
+        real = g.op("Unsqueeze", real, g.constant("1.2.3", [1, 2, 3]))
+        seen = g.op("And", causal, real)
+        return g.op("Where", seen, g.constant("0.0", 0.0), g.constant("hidden_score", HIDDEN_SCORE))
+
+    def _rotation(self, table: str) -> ir.Value:
+        """cos or sin of the positions: [batch, sequence, 1, head_dim / 2]."""
+        g = self._graph
+        rows = g.op("Gather", g.weight(table), self._positions, axis=0)
+        return g.op("Unsqueeze", rows, g.constant("2", [2]))
+
+    def _embed(self) -> ir.Value:
+        """[batch, sequence, hidden]."""
+        g, bits = self._graph, self.precision.head_bits
+        tied = self.shape.tied
+        if bits == 32:
+            return self._columns("head.weight", self._ids) if tied else self._rows("embedding.weight")
+        scales = self._columns("gathered.scales", self._ids) if tied else self._rows("embedding.scales")
+        if bits == 8:
+            codes = self._columns("gathered.codes", self._ids) if tied else self._rows("embedding.codes")
+            return self._scaled(g.op("Cast", codes, to=FLOAT.value), scales)
+        # Integers of 4 bits cannot be gathered: their bytes are, and the wanted half of each is taken.
+        low, four = g.constant("byte.15", 15, ir.DataType.UINT8), g.constant("byte.4", 4, ir.DataType.UINT8)
+        if tied:
+            two = g.constant("scalar.2", 2)
+            both = self._columns("gathered.codes", g.op("Div", self._ids, two))
+            half = g.op("Cast", g.op("Mod", self._ids, two), to=ir.DataType.UINT8.value)
+            shift = g.op("Unsqueeze", g.op("Mul", half, four), g.constant("2", [2]))
+            codes = g.op("BitwiseAnd", g.op("BitShift", both, shift, direction="RIGHT"), low)
+        else:
+            both = self._rows("embedding.codes")
+            halves = g.op("BitwiseAnd", both, low), g.op("BitShift", both, four, direction="RIGHT")
+            codes = g.op("Concat", *halves, axis=-1)
+        unsigned = g.op("BitwiseXor", codes, g.constant("byte.8", 8, ir.DataType.UINT8))
+        values = g.op("Sub", g.op("Cast", unsigned, to=FLOAT.value), g.constant("8.0", 8.0))
+        return self._scaled(values, scales)
+
+    def _columns(self, name: str, indices: ir.Value) -> ir.Value:
+        """Columns of a matrix [n, vocab] as [batch, sequence, n]."""
+        g = self._graph
+        return g.op("Transpose", g.op("Gather", g.weight(name), indices, axis=1), perm=[1, 2, 0])
+
+    def _rows(self, name: str) -> ir.Value:
+        return self._graph.op("Gather", self._graph.weight(name), self._ids, axis=0)
+
+    def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
+        """Values [batch, sequence, hidden] times one scale per block."""
+        g, hidden, block = self._graph, self.shape.hidden, self.precision.block
+        grouped = g.op("Reshape", values, self._shape(0, 0, hidden // block, block))
+        product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
+        return g.op("Reshape", product, self._shape(0, 0, hidden))
+
+    # Pieces of a layer
+
+    def _norm(self, x: ir.Value, weight: str) -> ir.Value:
+        """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
+        g = self._graph
+        squares = g.op("Pow", x, g.constant("2.0", 2.0))
+        mean = g.op("ReduceMean", squares, g.constant("-1", [-1]), keepdims=1)
+        deviation = g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon))))
+        return g.op("Mul", g.op("Div", x, deviation), g.weight(weight))
+
+    def _attention(
+        self, x: ir.Value, name: str, sizes: LayerSizes, kv_index: int, bias: ir.Value, cos: ir.Value, sin: ir.Value
+    ) -> ir.Value:
+        g, dim, kv = self._graph, self.shape.head_dim, sizes.kv_heads
+        heads, group = sizes.query_heads, sizes.heads_per_group
+        qkv = self._linear(x, f"{name}.qkv")
+        q, k, v = g.split(qkv, [heads * dim, kv * dim, kv * dim])
+        q = self._rotate(g.op("Reshape", q, self._shape(0, 0, heads, dim)), cos, sin)
+        k = self._rotate(g.op("Reshape", k, self._shape(0, 0, kv, dim)), cos, sin)
+        v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
+        keys, values = (self._cached(new, part, kv, kv_index) for new, part in ((k, "key"), (v, "value")))
+        q = g.op("Mul", q, g.constant("scale", 1 / math.sqrt(dim)))
+        q = g.op("Transpose", g.op("Reshape", q, self._shape(0, 0, kv, group, dim)), perm=[0, 2, 3, 1, 4])
+        q = g.op("Reshape", q, self._shape(0, kv, -1, dim))
+        scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        by_query = g.op("Concat", self._shape(0, kv, group), self._sequence, g.constant("-1", [-1]), axis=0)
+        weights = g.op("Softmax", g.op("Add", g.op("Reshape", scores, by_query), bias), axis=-1)
+        by_group = g.op("Concat", self._shape(0, kv, -1), self._total, axis=0)
+        mixed = g.op("MatMul", g.op("Reshape", weights, by_group), values)
+        mixed = g.op("Reshape", mixed, self._shape(0, kv, group, -1, dim))
+        mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
+        return self._linear(g.op("Reshape", mixed, self._shape(0, 0, heads * dim)), f"{name}.o")
+
+    def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        """Rotate the pairs (i, i + head_dim / 2) of [batch, sequence, heads, head_dim]."""
+        g, half = self._graph, self.shape.head_dim // 2
+        left, right = g.split(x, [half, half])
+        turned = g.op("Sub", g.op("Mul", left, cos), g.op("Mul", right, sin))
+        other = g.op("Add", g.op("Mul", right, cos), g.op("Mul", left, sin))
+        return g.op("Concat", turned, other, axis=-1)
+
+    def _cached(self, new: ir.Value, part: str, kv_heads: int, kv_index: int) -> ir.Value:
+        """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
+        g, dim = self._graph, self.shape.head_dim
+        past = g.input(f"past_key_values.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
+        present = g.op("Concat", past, g.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
+        g.output(present, f"present.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "total", dim])
+        return present
+
+    def _feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
+        g = self._graph
+        gate, up = g.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
+        silu = g.op("Mul", gate, g.op("Sigmoid", gate))
+        return self._linear(g.op("Mul", silu, up), f"{name}.down")
+
+    def _linear(self, x: ir.Value, name: str) -> ir.Value:
+        g = self._graph
+        y = self._matrix_product(x, name, self.precision.bits)
+        return g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
+
+    def _matrix_product(self, x: ir.Value, name: str, bits: int) -> ir.Value:
+        g = self._graph
+        if bits == 32:
+            return g.op("MatMul", x, g.weight(f"{name}.weight"))
+        inputs = [g.weight(f"{name}.codes"), g.weight(f"{name}.scales")]
+        if f"{name}.zero_points" in g.tensors:
+            inputs.append(g.weight(f"{name}.zero_points"))
+        return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=self.precision.block))
+
+    def _shape(self, *dims: int) -> ir.Value:
+        """A constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""
+        return self._graph.constant("shape." + ".".join(map(str, dims)), list(dims))

@@ -1,0 +1,163 @@
+"""Weights of a model directory in the layout that standard operators read: every matrix [K, N], to stand right of a
+MatMul, as float32 or as integers for a blockwise DequantizeLinear along axis 0.
+
+ONNX Runtime turns DequantizeLinear + MatMul into its fast MatMulNBits only in this orientation: with the matrix stored
+[N, K], behind a Transpose or in a Gemm, it would dequantise the whole matrix at every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from export.weights import ModelSource, Precision, Progress, WeightFile
+from saap.errors import SaapError
+from saap.group_quant import QuantMatrix
+from saap.modeling_slim import unpack_codes, unpack_zero_points
+
+
+def write_standard_weights(
+    source: ModelSource,
+    precision: Precision,
+    file: WeightFile,
+    *,
+    symmetric: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write all tensors of the portable graph, one layer at a time.
+
+    Args:
+        symmetric: round the linears to integers without zero points, which some compilers insist on; coarser.
+    """
+    arch, count = source.architecture, len(source.shape.layers)
+    for index, sizes in enumerate(source.shape.layers):
+        if progress:
+            progress("writing weights", index, count)
+        name, prefix = f"layers.{index}", f"{arch.layers}.{index}."
+        groups: dict[str, tuple[str, ...]] = {}
+        norms: dict[str, str] = {}
+        if sizes.query_heads:
+            groups |= {"qkv": (arch.query, arch.key, arch.value), "o": (arch.output,)}
+            norms["attention_norm"] = arch.attention_norm
+        if sizes.ffn:
+            groups |= {"gate_up": (arch.gate, arch.up), "down": (arch.down,)}
+            norms["ffn_norm"] = arch.ffn_norm
+        for part, modules in groups.items():
+            _write_linear(source, precision, file, f"{name}.{part}", [prefix + m for m in modules], symmetric)
+        for part, module in norms.items():
+            file.add(f"{name}.{part}", source.read(f"{prefix}{module}.weight").float().numpy())
+    file.add("norm", source.read(f"{arch.final_norm}.weight").float().numpy())
+    _write_vocabulary(source, precision, file)
+    if progress:
+        progress("writing weights", count, count)
+
+
+def _write_linear(
+    source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str], symmetric: bool
+) -> None:
+    """One or several linears over the same input as one matrix: they stand side by side along N."""
+    parts = [source.matrix(module, precision.bits, precision.block, symmetric) for module in modules]
+    rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
+    packed = [p for p in parts if isinstance(p, QuantMatrix)]
+    if packed:
+        qweight, scales, zero_points = (torch.cat([getattr(p, part) for p in packed]) for part in QuantMatrix.PARTS)
+        _write_integers(file, name, QuantMatrix(qweight, scales, zero_points, precision.bits, precision.block))
+    else:
+        _write_float(file, name, torch.cat([p for p in parts if isinstance(p, torch.Tensor)]))
+    biases = [source.bias(module) for module in modules]
+    if any(bias is not None for bias in biases):
+        filled = [b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)]
+        file.add(f"{name}.bias", torch.cat(filled).numpy())
+
+
+def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:
+    """The head [hidden, vocab]. A tied embedding is the head's columns; one of its own stands row by row."""
+    arch, tied = source.architecture, source.shape.tied
+    head = source.matrix(arch.embedding if tied else arch.head, precision.head_bits, precision.block, symmetric=True)
+    _require_symmetric(head, arch.head)
+    if isinstance(head, QuantMatrix):
+        _write_integers(file, "head", head)
+        if tied:
+            _name_for_gather(file, source.shape.hidden, source.shape.vocab, head.bits)
+    else:
+        _write_float(file, "head", head)
+    if tied:
+        return
+    table = source.matrix(arch.embedding, precision.head_bits, precision.block, symmetric=True)
+    _require_symmetric(table, arch.embedding)
+    if isinstance(table, QuantMatrix):
+        file.add("embedding.codes", _rows_of_codes(table))
+        file.add("embedding.scales", table.scales.float().numpy())
+    else:
+        file.add("embedding.weight", table.numpy())
+
+
+def _name_for_gather(file: WeightFile, hidden: int, vocab: int, bits: int) -> None:
+    """Second names for what the embedding reads: ONNX Runtime fuses a matrix only if nothing else uses its tensors."""
+    if bits == 4 and vocab % 2:
+        raise SaapError(f"a vocabulary of {vocab} tokens is odd: a 4-bit tied table needs an even one; use 8 bits")
+    dtype = ir.DataType.UINT8 if bits == 4 else ir.DataType.INT8
+    retype(file, "gathered.codes", "head.codes", dtype, (hidden, vocab * bits // 8))
+    retype(file, "gathered.scales", "head.scales", ir.DataType.FLOAT, file.tensors["head.scales"].shape)
+
+
+def _rows_of_codes(table: QuantMatrix) -> np.ndarray:
+    """Signed codes, row by row: [V, K] int8, or [V, K/2] uint8 with columns j and j + K/2 in one byte."""
+    codes = unpack_codes(table.qweight, table.bits, table.block).flatten(1)
+    if table.bits == 8:
+        return (codes ^ 0x80).numpy().view(np.int8)
+    left, right = (codes ^ 8).chunk(2, dim=1)
+    return (left | (right << 4)).numpy()
+
+
+def _write_float(file: WeightFile, name: str, matrix: torch.Tensor) -> None:
+    file.add(f"{name}.weight", matrix.t().contiguous().numpy())
+
+
+def _write_integers(file: WeightFile, name: str, matrix: QuantMatrix) -> None:
+    """Codes [K, N], scales [K / block, N], and zero points of that shape unless they are all the middle."""
+    bits = matrix.bits
+    groups = matrix.scales.shape[1]
+    codes = unpack_codes(matrix.qweight, bits, matrix.block).flatten(1).t().contiguous()
+    if is_symmetric(matrix):
+        signed = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+        _add_packed(file, f"{name}.codes", codes ^ 2 ** (bits - 1), bits, signed)
+    else:
+        unsigned = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
+        _add_packed(file, f"{name}.codes", codes, bits, unsigned)
+        zero_points = unpack_zero_points(matrix.zero_points, bits, groups).t().contiguous()
+        _add_packed(file, f"{name}.zero_points", zero_points, bits, unsigned)
+    file.add(f"{name}.scales", matrix.scales.float().t().contiguous().numpy())
+
+
+def _add_packed(file: WeightFile, name: str, codes: torch.Tensor, bits: int, dtype: ir.DataType) -> None:
+    """Two 4-bit numbers in a byte, the first one low, across the ends of rows: ONNX's own order."""
+    flat = codes.flatten()
+    if bits == 4:
+        if flat.numel() % 2:
+            flat = torch.nn.functional.pad(flat, (0, 1))
+        flat = flat[0::2] | (flat[1::2] << 4)
+    file.add(name, flat.numpy())
+    retype(file, name, name, dtype, tuple(codes.shape))
+
+
+def retype(file: WeightFile, name: str, of: str, dtype: ir.DataType, shape: Any) -> None:
+    """Let ``name`` be the bytes of ``of`` read as another type and shape."""
+    old = file.tensors[of]
+    file.tensors[name] = ir.ExternalTensor(
+        old.location, old.offset, old.length, dtype, shape=ir.Shape(shape), name=name, base_dir=str(file.directory)
+    )
+
+
+def is_symmetric(matrix: QuantMatrix) -> bool:
+    """Whether every zero point is the middle, 2^(bits-1)."""
+    zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
+    return bool((zero_points == 2 ** (matrix.bits - 1)).all())
+
+
+def _require_symmetric(table: torch.Tensor | QuantMatrix, module: str) -> None:
+    if isinstance(table, QuantMatrix) and not is_symmetric(table):
+        raise SaapError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
