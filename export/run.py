@@ -197,16 +197,11 @@ class BundleScorer:
     """
 
     def __init__(self, directory: str | Path, threads: int = 1, graph: str = SCORING_GRAPH) -> None:
-        import onnxruntime
-
         self.manifest = read_manifest(directory)
         path = Path(directory) / graph
         if not path.is_file():
             raise RunError(f"{directory} has no {graph}: export it again with this saap")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = cpu_session(path, threads)
 
     def logits(self, ids: NDArray[Any]) -> Logits:
         """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
@@ -220,6 +215,25 @@ class BundleScorer:
     def logprobs(self, ids: NDArray[Any]) -> NDArray[np.float64]:
         """Log-probabilities [b, s - 1] of each next token in rows ``ids`` [b, s]."""
         return next_token_logprobs(self.logits(ids), ids)
+
+
+def cpu_session(graph: Path, threads: int) -> Any:
+    """An ONNX Runtime session of a graph on the CPU.
+
+    Raises:
+        RunError: this ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {graph} ({first})") from error
 
 
 def empty_past(manifest: BundleManifest, batch: int) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,251 @@
+"""transformers' ``generate`` on a bundle whose layers may differ: greedy, sampling, beams, batches padded on the left.
+
+optimum's ``ORTModelForCausalLM`` reads one KV shape from the config, so it runs uniform bundles only; here each layer's
+shape comes from the graph. GroupQueryAttention counts a row's tokens from its start, so padding on the left would be
+taken for text: rows are moved to the start of their cache instead. That is also why a prompt is prefilled row by row
+(the operator refuses several rows of several tokens over a past), while decoding runs all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
+from export.run import cpu_session
+from export.tokenizer import RunError
+
+CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
+# Later releases of transformers 5 call the cache by another name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+KV_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int8)": torch.int8}
+
+
+class BundleConfig(PretrainedConfig):
+    """What ``generate`` reads of a config, from the manifest; the counts are the largest of any layer."""
+
+    model_type = "saap_bundle"
+
+    @classmethod
+    def of(cls, manifest: BundleManifest) -> BundleConfig:
+        """The config of a bundle."""
+        eos = list(manifest.eos_token_ids)
+        return cls(
+            vocab_size=manifest.vocab_size,
+            hidden_size=manifest.hidden_size,
+            num_hidden_layers=len(manifest.kv_layers),
+            num_attention_heads=max(layer.query_heads for layer in manifest.kv_layers),
+            num_key_value_heads=max(layer.kv_heads for layer in manifest.kv_layers),
+            head_dim=manifest.head_dim,
+            max_position_embeddings=manifest.context_length,
+            bos_token_id=manifest.bos_token_id,
+            eos_token_id=eos or None,  # type: ignore[arg-type]  # several are meant to be given as a list
+            pad_token_id=eos[0] if eos else None,
+            is_decoder=True,
+        )
+
+
+class BundleCache:
+    """Keys and values of a batch; every row starts at position 0, past and present are the same memory.
+
+    Args:
+        shapes: (KV heads, head size) of each layer that has attention.
+        dtype: of keys and values.
+        batch: rows.
+
+    Attributes:
+        lengths: [b] int64, the tokens that each row holds, padding not counted.
+        columns: columns of ``input_ids`` seen so far, padding counted.
+        buffers: key and value of each layer in turn, each [b, kv_heads, capacity, head_dim].
+    """
+
+    is_compileable = False
+    is_linear = (False,)  # generate asks whether all layers are of linear attention
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, batch: int) -> None:
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.columns = 0
+        self.buffers = [
+            torch.zeros(batch, heads, 0, size, dtype=dtype) for heads, size in shapes for _ in ("key", "value")
+        ]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the buffers hold."""
+        return self.buffers[0].shape[2]
+
+    def reserve(self, positions: int, limit: int) -> None:
+        """Make room for ``positions`` in every row, at most ``limit``."""
+        if positions <= self.capacity:
+            return
+        more = min(limit, max(2 * self.capacity, -(-positions // CAPACITY_STEP) * CAPACITY_STEP)) - self.capacity
+        self.buffers = [torch.nn.functional.pad(buffer, (0, 0, 0, more)) for buffer in self.buffers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen: what ``generate`` cuts ``input_ids`` by."""
+        return self.columns
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let row i be what row ``rows[i]`` was."""
+        self.lengths = self.lengths[rows]
+        self.buffers = [buffer[rows] for buffer in self.buffers]
+
+
+class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as transformers' own models are
+    """A bundle of the ``cpu`` target as a transformers model for ``generate``; it has no weights of its own.
+
+    ``BundleForCausalLM.from_bundle("out/bundle").generate(ids, max_new_tokens=20)``
+    """
+
+    config_class: Any = BundleConfig
+    main_input_name = "input_ids"
+    _is_stateful = True  # the cache is ours, and cannot be rolled back for assisted generation
+
+    def __init__(self, config: BundleConfig, directory: Path, manifest: BundleManifest, threads: int = 1) -> None:
+        super().__init__(config)
+        self.manifest = manifest
+        self._session = cpu_session(directory / DECODE_GRAPH, threads)
+        inputs = {given.name: given for given in self._session.get_inputs()}
+        cached = [
+            inputs[f"past_key_values.{n}.{part}"] for n in range(len(inputs) // 2 - 1) for part in ("key", "value")
+        ]
+        self._names = [given.name.removeprefix("past_key_values.") for given in cached]
+        self._shapes = [(given.shape[1], given.shape[3]) for given in cached[::2]]
+        self._kv_dtype = KV_TYPES[cached[0].type]
+
+    @classmethod
+    def from_bundle(cls, directory: str | Path, threads: int = 1, verify: bool = True) -> BundleForCausalLM:
+        """Load a bundle.
+
+        Args:
+            directory: the bundle.
+            threads: of ONNX Runtime within an operator.
+            verify: check the files' hashes first, which reads them all.
+
+        Raises:
+            BundleError: no bundle there, or one that does not verify.
+            RunError: a portable bundle, or a graph that this ONNX Runtime cannot load.
+        """
+        directory = Path(directory)
+        manifest = verify_files(directory) if verify else read_manifest(directory)
+        if manifest.target == "portable":
+            raise RunError(f"{directory} is a portable bundle: load it with optimum's ORTModelForCausalLM")
+        model = cls(BundleConfig.of(manifest), directory, manifest, threads)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+            model.generation_config.eos_token_id = model.config.eos_token_id
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return torch.float32
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # its other arguments are for models of tensors
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The columns that the cache has not seen, the whole mask, and the cache."""
+        state = kwargs.get(CACHE)
+        new = input_ids[:, state.columns :] if state is not None else input_ids
+        return {"input_ids": new, "attention_mask": attention_mask, CACHE: state}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: BundleCache | None = None,
+        cache: BundleCache | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits after the last column.
+
+        Args:
+            input_ids: [b, n], the new columns.
+            attention_mask: [b, columns seen + n]; zeros only before the first one of a row. None is all ones.
+            past_key_values: of an earlier call; it is changed in place.
+            cache: the same under its newer name.
+
+        Raises:
+            RunError: padding that is not on the left, or more tokens than the context holds.
+        """
+        batch, count = input_ids.shape
+        state = past_key_values or cache or BundleCache(self._shapes, self._kv_dtype, batch)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, state.columns + count, dtype=torch.int64)
+        new = _new_columns(attention_mask, batch, state.columns, count)
+        fresh, limit = state.columns == 0, self.manifest.context_length
+        longest = int((state.lengths + new.sum(1)).max())
+        if longest > limit:
+            raise RunError(f"{longest} tokens do not fit the context of {limit}: shorten the prompt or max_new_tokens")
+        state.reserve(longest, limit)
+        if count == 1 and not fresh:
+            state.lengths += 1
+            logits = self._run_graph(input_ids, state.lengths, state.buffers)
+        else:
+            logits = self._prefill_rows(input_ids, new, state, fresh)
+        state.columns += count
+        output: dict[str, Any] = {"logits": logits, CACHE: state}
+        return CausalLMOutputWithPast(**output)
+
+    def _prefill_rows(self, ids: torch.Tensor, new: torch.Tensor, state: BundleCache, fresh: bool) -> torch.Tensor:
+        """Row by row; beams of one prompt, equal rows of an empty cache, are computed once."""
+        seen: dict[tuple[int, ...], int] = {}
+        logits = torch.empty(len(ids), 1, self.manifest.vocab_size)
+        for row in range(len(ids)):
+            tokens = ids[row, new[row]]
+            twin = seen.setdefault(tuple(tokens.tolist()), row) if fresh else row
+            state.lengths[row] += len(tokens)
+            if twin == row:
+                views = [buffer[row : row + 1] for buffer in state.buffers]
+                logits[row] = self._run_graph(tokens[None], state.lengths[row : row + 1], views)[0]
+            else:
+                logits[row] = logits[twin]
+                for buffer in state.buffers:
+                    buffer[row] = buffer[twin]
+        return logits
+
+    def _run_graph(self, ids: torch.Tensor, lengths: torch.Tensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One call of the graph: ids [b, n], whose rows are ``lengths`` long with them, over contiguous buffers."""
+        mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+        logits = torch.empty(len(ids), 1, self.manifest.vocab_size)
+        binding = self._session.io_binding()
+        given = {"input_ids": ids.long().contiguous(), "attention_mask": mask}
+        past = {f"past_key_values.{name}": buffer for name, buffer in zip(self._names, buffers, strict=True)}
+        present = {f"present.{name}": buffer for name, buffer in zip(self._names, buffers, strict=True)}
+        for bind, tensors in (
+            (binding.bind_input, {**given, **past}),
+            (binding.bind_output, {"logits": logits, **present}),
+        ):
+            for name, tensor in tensors.items():
+                bind(name, "cpu", 0, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    @staticmethod
+    def _reorder_cache(past_key_values: BundleCache, beam_idx: torch.Tensor) -> BundleCache:
+        past_key_values.reorder(beam_idx)
+        return past_key_values
+
+
+def _new_columns(mask: torch.Tensor, batch: int, columns: int, count: int) -> torch.Tensor:
+    """The part of the mask that belongs to the new columns, bool [b, count]."""
+    if tuple(mask.shape) != (batch, columns + count):
+        raise RunError(f"the attention mask has shape {tuple(mask.shape)}, not {(batch, columns + count)}")
+    present = mask.bool()
+    if not bool(present[:, -1].all()) or bool((present[:, :-1] & ~present[:, 1:]).any()):
+        raise RunError("the attention mask has zeros after a token: pad on the left (padding_side='left')")
+    return present[:, columns:]
