@@ -57,6 +57,11 @@ class BundleTokenizer:
         self.eos_token_ids = self._eos_ids(manifest)
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's source, None when there is none."""
+        return self._template_source
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether :meth:`render_chat` can be called."""
         return self._template_source is not None

@@ -1,0 +1,205 @@
+"""A model directory as the layers and tensors of a GGUF file.
+
+Where all layers are alike the file is of llama.cpp's architecture ``llama``, else of ``deci``, whose head counts and
+FFN widths are arrays with one entry per layer. ``deci`` runs a layer without attention as 0 heads, but not as layer 0,
+and drops the attention of a layer whose FFN width is 0. So layer 0 without attention becomes its "linear attention"
+(one head, no KV heads) with a zero matrix, and a missing FFN becomes a zero one of width 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.gguf_tensors import BLOCK, natural_kind
+from saap.architectures import architecture_of, shape_of
+from saap.checkpoint import read_config, tensor_reader
+from saap.errors import SaapError
+from saap.group_quant import QuantMatrix
+from saap.structures import LayerSizes
+
+MODEL_TYPES = ("llama", "mistral", "saap_llama")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file: sizes and type known at once, numbers read when they are written.
+
+    ``measured``: a matrix of the model, whose error is reported; not so norms, biases and what fills a gap.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    load: Callable[[], QuantMatrix | torch.Tensor]
+    measured: bool = False
+
+
+class GGUFSource:
+    """A model directory as the layers and tensors of a GGUF file.
+
+    Attributes:
+        layers: (index in the directory, sizes there) of the layers that are written.
+        notes: what differs from what was asked.
+    """
+
+    def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        model_type = self.config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise SaapError(
+                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama and mistral "
+                "models only (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
+            )
+        self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
+        self.names, self.read = tensor_reader(directory)
+        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        self.kind = kind or (None if self.quant else "Q4_1")
+        self.head_kind = head_kind or self.kind
+        self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
+        self.notes: list[str] = []
+        self._written: set[str] = set()
+        quantised = any(k not in ("F32", "F16") for k in (self.kind, self.head_kind))
+        if quantised and self.shape.hidden % BLOCK:
+            raise SaapError(
+                f"{directory} has a hidden size of {self.shape.hidden}, not a multiple of the {BLOCK} columns of a "
+                "quantised GGUF block: choose F16 or F32"
+            )
+
+    @property
+    def uniform(self) -> bool:
+        """Whether llama.cpp's plain ``llama`` architecture holds the model."""
+        first = self.layers[0][1]
+        return len({sizes for _, sizes in self.layers}) == 1 and bool(first.query_heads and first.ffn)
+
+    @property
+    def name(self) -> str:
+        """llama.cpp's architecture."""
+        return "llama" if self.uniform else "deci"
+
+    def counts(self) -> dict[str, list[int]]:
+        """Head counts and FFN widths as the file states them, one per layer."""
+        stated = [_stated(sizes, index == 0) for index, (_, sizes) in enumerate(self.layers)]
+        keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        return {key: [int(row[i]) for row in stated] for i, key in enumerate(keys)}
+
+    def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
+        """Every tensor of the file, in its order; ``rope_factors`` [head_dim / 2] float32."""
+        arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
+        yield self._matrix("token_embd", arch.embedding, vocab, hidden, self.head_kind)
+        if rope_factors is not None:
+            yield _vector("rope_freqs.weight", rope_factors)
+        for index, (old, sizes) in enumerate(self.layers):
+            prefix, block = f"{arch.layers}.{old}.", f"blk.{index}."
+            yield from self._attention(prefix, block, sizes, index == 0)
+            yield from self._feed_forward(prefix, block, sizes)
+        yield self._norm("output_norm", arch.final_norm)
+        if not self.shape.tied:
+            yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
+
+    def check_all_written(self) -> None:
+        """Refuse a directory with tensors that the file has no place for.
+
+        Raises:
+            SaapError: names the first of them.
+        """
+        harmless = {f"{self.architecture.head}.weight"} if self.shape.tied else set()
+        left = [n for n in self.names if n not in self._written | harmless and not n.endswith("rotary_emb.inv_freq")]
+        if left:
+            raise SaapError(
+                f"{self.directory} has {left[0]}, for which llama.cpp's {self.name!r} architecture has no place: "
+                "export it for the cpu target"
+            )
+
+    def _attention(self, prefix: str, block: str, sizes: LayerSizes, first: bool) -> Iterator[Tensor]:
+        arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_dim
+        queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
+        if queries:
+            yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
+            yield from self._linear(block + "attn_q", prefix + arch.query, queries, hidden, sizes.query_heads)
+            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, sizes.kv_heads)
+            yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
+            yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
+        elif first:
+            yield _vector(block + "attn_norm.weight", torch.ones(hidden))
+            yield self._zeros(block + "attn_output", hidden, hidden)
+
+    def _feed_forward(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        arch, hidden = self.architecture, self.shape.hidden
+        if sizes.ffn:
+            yield self._norm(block + "ffn_norm", prefix + arch.ffn_norm)
+            yield from self._linear(block + "ffn_gate", prefix + arch.gate, sizes.ffn, hidden)
+            yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, hidden)
+            yield from self._linear(block + "ffn_down", prefix + arch.down, hidden, sizes.ffn)
+        else:
+            yield _vector(block + "ffn_norm.weight", torch.ones(hidden))
+            yield self._zeros(block + "ffn_gate", BLOCK, hidden)
+            yield self._zeros(block + "ffn_up", BLOCK, hidden)
+            yield self._zeros(block + "ffn_down", hidden, BLOCK)
+
+    def _linear(self, name: str, module: str, rows: int, columns: int, heads: int = 0) -> Iterator[Tensor]:
+        """A matrix and its bias; ``heads``: reordered for llama.cpp's rotary, which turns neighbouring pairs."""
+        order = rotary_order(rows, heads) if heads else None
+        yield self._matrix(name, module, rows, columns, self.kind, order)
+        bias = f"{module}.bias"
+        if bias in self.names:
+            self._written.add(bias)
+            values = self.read(bias).float()
+            yield _vector(f"{name}.bias", values if order is None else values[order])
+
+    def _matrix(
+        self, name: str, module: str, rows: int, columns: int, kind: str | None, order: torch.Tensor | None = None
+    ) -> Tensor:
+        def read(part: str) -> torch.Tensor:
+            tensor = self.read(f"{module}.{part}")
+            return tensor if order is None else tensor[order]
+
+        load: Callable[[], QuantMatrix | torch.Tensor] = partial(read, "weight")
+        if self.quant:
+            block = self.quant["block"]
+            in_layer = module not in (self.architecture.embedding, self.architecture.head)
+            bits = self.quant["bits" if in_layer else "embedding_bits"]
+            kind = kind or natural_kind(self.read(f"{module}.zero_points"), bits, columns // block)
+
+            def integers() -> QuantMatrix:
+                return QuantMatrix(read("qweight"), read("scales"), read("zero_points"), bits, block)
+
+            load = integers
+
+        self._written.update(f"{module}.{part}" for part in (QuantMatrix.PARTS if self.quant else ("weight",)))
+        return Tensor(
+            f"{name}.weight", (rows, columns), self._fitting(name, columns, kind or "Q4_1"), load, measured=True
+        )
+
+    def _fitting(self, name: str, columns: int, kind: str) -> str:
+        if kind in ("F32", "F16") or columns % BLOCK == 0:
+            return kind
+        self.notes.append(f"{name} has {columns} input columns, not a multiple of {BLOCK}: written as F16, not {kind}")
+        return "F16"
+
+    def _norm(self, name: str, module: str) -> Tensor:
+        self._written.add(f"{module}.weight")
+        return _vector(f"{name}.weight", self.read(f"{module}.weight").float())
+
+    def _zeros(self, name: str, rows: int, columns: int) -> Tensor:
+        return Tensor(f"{name}.weight", (rows, columns), self.kind or "Q8_0", lambda: torch.zeros(rows, columns))
+
+
+def rotary_order(rows: int, heads: int) -> torch.Tensor:
+    """Old row of every new one: two halves of each head become neighbouring pairs, [rows] int64."""
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
+
+
+def _vector(name: str, values: torch.Tensor) -> Tensor:
+    return Tensor(name, tuple(values.shape), "F32", lambda: values)
+
+
+def _stated(sizes: LayerSizes, first: bool) -> tuple[int, int, int]:
+    heads = (sizes.query_heads, sizes.kv_heads) if sizes.query_heads or not first else (1, 0)
+    return (*heads, sizes.ffn or BLOCK)

@@ -1,0 +1,169 @@
+"""Matrices as GGUF blocks: integers of ours carried over where a block holds them, floats rounded where not.
+
+Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.group_quant); a GGUF block is 32
+columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
+
+* Q4_1, W = d q + m with q in 0..15: every 4-bit group, with m = -scale * zero_point rounded to float16.
+* Q4_0, W = d (q - 8): 4-bit groups whose code - zero_point lies in -8..7, exactly.
+* Q8_0, W = d q with q in -128..127: every 4-bit group and 8-bit groups whose code - zero_point lies there, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from saap.group_quant import QuantMatrix
+from saap.modeling_slim import unpack_codes, unpack_zero_points
+
+BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
+BYTES = {"F32": 128, "F16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of 32 numbers
+KINDS = tuple(BYTES)
+ROWS_AT_ONCE = 4096  # bounds the temporary floats of a large vocabulary
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Rows of a matrix as groups of 32: ``centred`` = code - zero_point [N, K/32, 32] int16, ``codes`` likewise uint8,
+    ``zeros`` [N, K/32] uint8, ``scales`` [N, K/32] float32.
+    """
+
+    codes: np.ndarray
+    zeros: np.ndarray
+    scales: np.ndarray
+    bits: int
+
+    @property
+    def centred(self) -> np.ndarray:
+        """code - zero_point."""
+        return self.codes.astype(np.int16) - self.zeros.astype(np.int16)[..., None]
+
+    def floats(self) -> np.ndarray:
+        """W, [N, K] float32."""
+        return (self.centred * self.scales[..., None]).reshape(len(self.codes), -1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A matrix in a GGUF type.
+
+    Attributes:
+        data: [N, K] float16 or float32, or [N, bytes per row] uint8.
+        error: largest |W' - W| of a group of 32 over the largest |W| of that group, worst group.
+        carried: share of the groups whose integers were taken over as they are; 0 for a float matrix.
+    """
+
+    data: np.ndarray
+    error: float
+    carried: float
+
+
+def integers_of(matrix: QuantMatrix, rows: slice) -> Integers:
+    """Rows of a packed matrix, regrouped to 32 columns; ``matrix.block`` is a multiple of 32."""
+    groups, repeat = matrix.qweight.shape[1], matrix.block // BLOCK
+    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block)
+    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, groups)
+    return Integers(
+        codes.reshape(codes.shape[0], -1, BLOCK).numpy(),
+        zeros.repeat_interleave(repeat, 1).numpy(),
+        matrix.scales[rows].float().repeat_interleave(repeat, 1).numpy(),
+        matrix.bits,
+    )
+
+
+def floats_of(matrix: QuantMatrix, rows: slice) -> np.ndarray:
+    """W of rows of a packed matrix of any group size, [N, K] float32."""
+    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block).to(torch.int16)
+    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, codes.shape[1]).to(torch.int16)
+    return ((codes - zeros.unsqueeze(-1)).float() * matrix.scales[rows].float().unsqueeze(-1)).flatten(1).numpy()
+
+
+def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
+    """The smallest type for a tuned matrix of ``groups`` groups a row: Q4_0 (symmetric), Q4_1, or Q8_0 for 8 bit."""
+    if bits == 8:
+        return "Q8_0"
+    zeros = unpack_zero_points(zero_points, bits, groups)
+    return "Q4_0" if bool((zeros == 8).all()) else "Q4_1"
+
+
+def row_bytes(columns: int, kind: str) -> int:
+    """Bytes of a row of ``columns`` numbers."""
+    return columns * BYTES[kind] // BLOCK
+
+
+def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
+    """A matrix [N, K] in a GGUF type; a quantised type needs K % 32 == 0."""
+    count = (matrix.qweight if isinstance(matrix, QuantMatrix) else matrix).shape[0]
+    pieces, error, carried, groups = [], 0.0, 0, 0
+    for rows in _slices(count):
+        data, piece_error, fits = _encode_rows(matrix, rows, kind)
+        pieces.append(data)
+        error, carried, groups = max(error, piece_error), carried + int(fits.sum()), groups + fits.size
+    return Encoded(np.concatenate(pieces), error, carried / groups if groups else 0.0)
+
+
+def _slices(count: int) -> Iterator[slice]:
+    for start in range(0, count, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, count))
+
+
+def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
+    """(data, worst relative error, which groups were carried over)."""
+    from gguf import GGMLQuantizationType, quants
+
+    floats = floats_of(matrix, rows) if isinstance(matrix, QuantMatrix) else matrix[rows].float().numpy()
+    fits = np.zeros(0, bool)
+    if kind == "F32":
+        return floats, 0.0, fits
+    if kind == "F16":
+        data = floats.astype(np.float16)
+        return data, relative_error(data.astype(np.float32), floats), fits
+    data = quants.quantize(floats, GGMLQuantizationType[kind])
+    if isinstance(matrix, QuantMatrix) and matrix.block % BLOCK == 0:
+        blocks, fits = carry(integers_of(matrix, rows), kind)
+        rounded = data.reshape(blocks.shape)
+        data = np.where(fits[..., None], blocks, rounded).reshape(data.shape)
+    return data, relative_error(quants.dequantize(data, GGMLQuantizationType[kind]), floats), fits
+
+
+def carry(integers: Integers, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks with the integers as they are, and which of them represent their group.
+
+    Returns:
+        blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
+    """
+    centred = integers.centred
+    scale = integers.scales.astype(np.float16)
+    if kind == "Q4_1":
+        minimum = (-integers.scales * integers.zeros).astype(np.float16)
+        fits = np.isfinite(minimum) & np.isfinite(scale) & (integers.bits == 4)
+        return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(integers.codes & 15)], axis=-1), fits
+    low, high = (-8, 7) if kind == "Q4_0" else (-128, 127)
+    fits = (centred.min(-1) >= low) & (centred.max(-1) <= high) & np.isfinite(scale)
+    clipped = centred.clip(low, high)
+    body = _nibbles((clipped + 8).astype(np.uint8)) if kind == "Q4_0" else clipped.astype(np.int8).view(np.uint8)
+    return np.concatenate([_bytes(scale), body], axis=-1), fits
+
+
+def _bytes(numbers: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(numbers)[..., None].view(np.uint8)
+
+
+def _nibbles(codes: np.ndarray) -> np.ndarray:
+    """[..., 32] uint8 in 0..15 -> [..., 16]: the first half of a block in the low nibbles, the second in the high."""
+    return codes[..., :16] | (codes[..., 16:] << 4)
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Worst group of 32 columns: largest |found - wanted| over largest |wanted|; a group of zeros counts by itself.
+
+    Groups that the columns do not fill are padded with zeros.
+    """
+    pad = -wanted.shape[1] % BLOCK
+    difference, size = (
+        np.pad(np.abs(a), ((0, 0), (0, pad))).reshape(len(a), -1, BLOCK).max(-1) for a in (found - wanted, wanted)
+    )
+    return float(np.max(difference / np.where(size > 0, size, 1), initial=0.0))

@@ -1,0 +1,171 @@
+"""Write a LLaMA- or Mistral-type directory, dense, slim or tuned, as one GGUF file that llama.cpp runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.gguf_layout import GGUFSource, Tensor
+from export.gguf_rotary import RotaryFields, rotary_fields
+from export.gguf_tensors import KINDS, encode, row_bytes
+from export.gguf_tokenizer import TokenizerFields, tokenizer_fields
+from saap.checkpoint import read_record, weights_hash
+from saap.errors import SaapError
+
+Progress = Callable[[str, float, float], None]
+BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
+
+
+def export_gguf(
+    model_dir: str | Path,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    head_kind: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write one .gguf file, beside and renamed.
+
+    Args:
+        kind: of the linears: F32, F16, Q8_0, Q4_0 or Q4_1; None is Q4_1 for floats and, for tuned integers, the type
+            that holds them.
+        head_kind: of embedding and head; None is as ``kind``.
+
+    Returns:
+        ``file``, ``bytes``, ``architecture``, ``kind`` (None where each tuned matrix has its own), ``layers``,
+        ``tensors`` (per matrix its ``type``, ``relative_error`` as in :class:`export.gguf_tensors.Encoded` and
+        ``carried``, the share of groups taken over as integers), ``worst_error_carried`` and ``worst_error_rounded``
+        (over the matrices whose groups all were carried, and over the others), ``notes`` for a person.
+
+    Raises:
+        SaapError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
+    """
+    out = Path(out)
+    _check_output(out)
+    for asked in (kind, head_kind):
+        if asked is not None and asked not in KINDS:
+            raise SaapError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
+    source = GGUFSource(Path(model_dir), kind, head_kind)
+    rotary = rotary_fields(source.directory)
+    tensors = list(source.tensors(rotary.factors))
+    source.check_all_written()
+    tokenizer = tokenizer_fields(source.directory, source.shape.vocab)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = _writer(partial, source, rotary, tokenizer)
+        written = _write_tensors(writer, tensors, progress)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _report(out, source, written, [*source.notes, *rotary.notes, *tokenizer.notes])
+
+
+def _check_output(out: Path) -> None:
+    if out.is_dir():
+        raise SaapError(f"{out} is a directory: give the name of a file, such as {out / 'model.gguf'}")
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SaapError(f"{out} is not a GGUF file and is not written over: give another name")
+
+
+def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> Any:
+    """A gguf.GGUFWriter with all metadata."""
+    from gguf import GGUFWriter
+
+    writer, name = GGUFWriter(path, source.name), source.name
+    shape, epsilon = source.shape, source.config.get("rms_norm_eps", 1e-6)
+    for key, values in source.counts().items():
+        if source.uniform:
+            writer.add_uint32(f"{name}.{key}", values[0])
+        else:
+            writer.add_array(f"{name}.{key}", values)
+    sizes = {
+        "block_count": len(source.layers),
+        "context_length": rotary.context,
+        "embedding_length": shape.hidden,
+        "vocab_size": shape.vocab,
+        # llama.cpp would derive these from hidden / heads of the first layer.
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "rope.dimension_count": shape.head_dim,
+    }
+    for key, value in sizes.items():
+        writer.add_uint32(f"{name}.{key}", value)
+    for key, number in {"attention.layer_norm_rms_epsilon": float(epsilon), **rotary.floats}.items():
+        writer.add_float32(f"{name}.{key}", number)
+    for key, text in rotary.strings.items():
+        writer.add_string(f"{name}.{key}", text)
+    tokenizer.write(writer)
+    _add_provenance(writer, source)
+    return writer
+
+
+def _add_provenance(writer: Any, source: GGUFSource) -> None:
+    record = read_record(source.directory)
+    writer.add_string("general.name", source.directory.resolve().name)
+    writer.add_uint32("general.quantization_version", 2)
+    if source.kind:
+        writer.add_file_type(_FILE_TYPES[source.kind])
+    writer.add_string("saap.model_sha256", weights_hash(source.directory))
+    writer.add_string("saap.lineage", json.dumps({"method": record.get("method"), **record.get("lineage", {})}))
+
+
+def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, dict[str, Any]]:
+    """Write header and tensors, one at a time; give back what became of every matrix."""
+    from gguf import GGMLQuantizationType
+
+    for tensor in tensors:
+        quantised = tensor.kind not in ("F32", "F16")
+        stored = (*tensor.shape[:-1], row_bytes(tensor.shape[-1], tensor.kind)) if quantised else tensor.shape
+        dtype = np.dtype(np.uint8 if quantised else np.float16 if tensor.kind == "F16" else np.float32)
+        count = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(tensor.name, stored, dtype, count, raw_dtype=GGMLQuantizationType[tensor.kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    written: dict[str, dict[str, Any]] = {}
+    for index, tensor in enumerate(tensors):
+        if progress:
+            progress("writing GGUF", index, len(tensors))
+        values = tensor.load()
+        if isinstance(values, torch.Tensor) and values.dim() == 1:
+            writer.write_tensor_data(values.float().numpy())
+            continue
+        matrix = encode(values, tensor.kind)
+        writer.write_tensor_data(matrix.data)
+        if tensor.measured:
+            written[tensor.name] = {"type": tensor.kind, "relative_error": matrix.error, "carried": matrix.carried}
+    writer.close()
+    if progress:
+        progress("writing GGUF", len(tensors), len(tensors))
+    return written
+
+
+def _report(out: Path, source: GGUFSource, written: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    whole = [m["relative_error"] for m in written.values() if m["carried"] == 1]
+    rounded = [m["relative_error"] for m in written.values() if m["carried"] < 1 and m["type"] != "F32"]
+    if source.quant and rounded:
+        notes.append(
+            f"{len(rounded)} tuned matrices have groups that their GGUF type cannot hold as they are: rounded again, "
+            f"worst error {max(rounded):.2%} of a group's largest weight"
+        )
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "architecture": source.name,
+        "kind": source.kind,
+        "layers": len(source.layers),
+        "tensors": written,
+        "worst_error_carried": max(whole, default=None),
+        "worst_error_rounded": max(rounded, default=None),
+        "notes": notes,
+    }
