@@ -65,7 +65,7 @@ def export_portable(
             _write_by_ourselves(source, precision, partial, symmetric, progress)
         copy_sidecars(source.directory, partial)
         manifest = make_manifest(source, precision, transformers_config(source))
-        lineage = {**manifest.lineage, "graph_writer": writer}
+        lineage = {**manifest.lineage, "graph_writer": writer, "symmetric": symmetric}
         manifest = replace(manifest, target="portable", onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)

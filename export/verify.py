@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from export.bundle import DECODE_GRAPH, read_manifest
+from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
 from export.run import BundleScorer
+from export.streamed import StreamedModel
+from export.weights import ModelSource, Precision, Progress
 from saap.checkpoint import load_model, materialise_linears, read_config
 from saap.errors import SaapError
 from saap.group_quant import quantize_model
@@ -31,8 +33,15 @@ def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> A
     return model
 
 
-def check_parity(bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, threads: int = 1) -> dict[str, Any]:
-    """Compare a bundle with its torch model on ids [rows, tokens].
+def check_parity(
+    bundle: Path,
+    model_dir: Path,
+    ids: torch.Tensor,
+    sample: str,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
     Returns:
         the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.
@@ -41,15 +50,20 @@ def check_parity(bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, 
         SaapError: the two do not agree within what the precision allows.
     """
     manifest = read_manifest(bundle)
-    model = reference_model(model_dir, manifest.bits, manifest.block, int(manifest.lineage["head_bits"]))
-    scorer = BundleScorer(bundle, threads)
+    reference = StreamedModel(
+        ModelSource(Path(model_dir)), _precision(manifest), manifest.lineage.get("symmetric", False)
+    )
+    states = reference.hidden_states(ids, progress)
+    scorer = BundleScorer(bundle, threads)  # only now: the layers are out of memory again
     sums, largest = np.zeros(4), 0.0
-    for row in ids.split(1):
-        with torch.inference_mode():
-            expected = model(input_ids=row, use_cache=False).logits.float()
-        found = torch.from_numpy(scorer.logits(row.numpy()))
+    for index, (row, expected) in enumerate(zip(ids.split(1), reference.logits(states), strict=True)):
+        if progress:
+            progress("checking parity, rows", index, len(ids))
+        found = torch.from_numpy(scorer.logits(row.numpy()))[0]
         largest = max(largest, (expected - found).abs().max().item())
-        sums += _row_sums(expected[0, :-1], found[0, :-1], row[0, 1:])
+        sums += _row_sums(expected[:-1], found[:-1], row[0, 1:])
+    if progress:
+        progress("checking parity, rows", len(ids), len(ids))
     _check_decode_graph(bundle, scorer, ids[:1, : ids.shape[1] // 2], threads)
     kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
     report = {
@@ -58,6 +72,8 @@ def check_parity(bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, 
         "top1_agreement": float(top1),
         "nll_torch": float(nll_torch),
         "nll_graph": float(nll_graph),
+        "perplexity_torch": math.exp(nll_torch),
+        "perplexity_graph": math.exp(nll_graph),
         "perplexity_ratio": math.exp(nll_graph - nll_torch),
         "tokens": int(ids.numel()),
         "sample": sample,
@@ -65,6 +81,12 @@ def check_parity(bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, 
     }
     _judge(report, manifest.bits)
     return report
+
+
+def _precision(manifest: BundleManifest) -> Precision:
+    """What the exporter rounded to."""
+    head_bits = int(manifest.lineage["head_bits"])
+    return Precision(manifest.bits, manifest.block, head_bits, manifest.accuracy_level)
 
 
 def _row_sums(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,179 @@
+"""The torch model as the reference of parity, one decoder layer in memory at a time.
+
+The model's own transformers classes are built with parameters that hold nothing. Hooks give each layer its weights just
+before it runs and take them away after, so what is computed is the family's own forward pass in float32: masks, rotary
+embedding and scales included. The vocabulary is read in pieces: of the embedding only the rows that occur, of the head
+some thousand rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import saap.checkpoint  # noqa: F401  registers our model type
+from export.weights import ModelSource, Precision, Progress
+from saap.group_quant import QuantMatrix, check_blocks, quantize
+from saap.modeling_slim import unpack_codes, unpack_zero_points
+
+HEAD_ROWS = 8192  # of the head in float32 at a time
+LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
+
+
+def streamed_logits(
+    model_dir: str | Path,
+    ids: torch.Tensor,
+    precision: Precision,
+    *,
+    symmetric: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[torch.Tensor]:
+    """Logits [tokens, vocab] float32 of each row of ids [rows, tokens], in order.
+
+    All layers have run when the first row comes back; then only hidden states and pieces of the head are in memory.
+
+    Args:
+        model_dir: a dense, slim or tuned directory.
+        precision: what its matrices are rounded to, as the exporter rounds them; a tuned directory has its integers.
+        symmetric: the linears are rounded without zero points.
+    """
+    reference = StreamedModel(ModelSource(Path(model_dir)), precision, symmetric)
+    return reference.logits(reference.hidden_states(ids, progress))
+
+
+class StreamedModel:
+    """A model directory that runs layer by layer. The arguments are those of :func:`streamed_logits`."""
+
+    def __init__(self, source: ModelSource, precision: Precision, symmetric: bool = False) -> None:
+        self._source, self._precision, self._symmetric = source, precision, symmetric
+        config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        if source.quant:
+            config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
+        with _empty_parameters():
+            self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
+        """States after the final norm, [rows, tokens, hidden], of ids [rows, tokens]."""
+        arch = self._source.architecture
+        layers = self._model.get_submodule(arch.layers)
+        count = len(list(layers.children()))
+        hooks = [self._hook_embedding(self._model.get_submodule(arch.embedding))]
+        for index, layer in enumerate(layers.children()):
+            hooks += self._hook_layer(layer, f"{arch.layers}.{index}", index, count, progress)
+        norm = self._model.get_submodule(arch.final_norm)
+        self._fill(norm, arch.final_norm)
+        with torch.inference_mode():
+            states: torch.Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        if progress:
+            progress("checking parity, layers", count, count)
+        return states
+
+    def logits(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits [tokens, vocab] of each row of states [rows, tokens, hidden]."""
+        vocab = self._source.shape.vocab
+        portion = max(1, LOGIT_BYTES // (4 * vocab * states.shape[1]))
+        for rows in states.split(portion):
+            with torch.inference_mode():
+                logits = torch.empty(*rows.shape[:2], vocab)
+                for start, weight, bias in self._head():
+                    logits[:, :, start : start + len(weight)] = F.linear(rows, weight, bias)
+                if self._cap:
+                    logits = self._cap * torch.tanh(logits / self._cap)
+            yield from logits
+
+    def _hook_embedding(self, table: Any) -> Any:
+        """Give the embedding only the rows that occur, and ids that count these rows."""
+
+        def before(module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            present, places = args[0].unique(return_inverse=True)
+            weight = self._vocabulary(self._source.architecture.embedding)(present)
+            module.weight, module.padding_idx = nn.Parameter(weight, requires_grad=False), None
+            return (places,)
+
+        return table.register_forward_pre_hook(before)
+
+    def _hook_layer(self, layer: nn.Module, name: str, index: int, count: int, progress: Progress | None) -> list[Any]:
+        def before(module: nn.Module, _: Any) -> None:
+            if progress:
+                progress("checking parity, layers", index, count)
+            self._fill(module, name)
+
+        def after(module: nn.Module, _: Any, __: Any) -> None:
+            module.to("meta")
+
+        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+    def _fill(self, module: nn.Module, name: str) -> None:
+        """Read the parameters of a layer or a norm."""
+        linears = {key for key, child in module.named_modules() if isinstance(child, nn.Linear)}
+        state = {}
+        for key, _ in module.named_parameters():
+            parent, _, part = key.rpartition(".")
+            if parent in linears and part == "weight":
+                state[key] = self._linear(f"{name}.{parent}")
+            else:
+                state[key] = self._source.read(f"{name}.{key}").float()
+        module.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
+
+    def _linear(self, module: str) -> torch.Tensor:
+        precision = self._precision
+        return dequantised(self._source.matrix(module, precision.bits, precision.block, self._symmetric))
+
+    def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""
+        arch = self._source.architecture
+        read_rows = self._vocabulary(arch.embedding if self._source.shape.tied else arch.head)
+        bias = self._source.bias(arch.head)
+        for rows in torch.arange(self._source.shape.vocab).split(HEAD_ROWS):
+            yield int(rows[0]), read_rows(rows), None if bias is None else bias[rows]
+
+    def _vocabulary(self, module: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from row numbers to these rows of embedding or head, as the exporter rounds them.
+
+        The exporter rounds every row by itself, so a piece is rounded as the whole is.
+        """
+        bits, block = self._precision.head_bits, self._precision.block
+        if self._source.quant:
+            qweight, scales, zero_points = (self._source.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
+            return lambda rows: dequantised(QuantMatrix(qweight[rows], scales[rows], zero_points[rows], bits, block))
+        weight = self._source.read(f"{module}.weight")
+        if bits == 32:
+            return lambda rows: weight[rows].float()
+        check_blocks(weight.shape[1], block, module)
+        return lambda rows: dequantised(quantize(weight[rows].float(), bits, block, symmetric=True))
+
+
+def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:
+    """The numbers [N, K] float32 that integers stand for; a float matrix as it is."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix
+    codes = unpack_codes(matrix.qweight, matrix.bits, matrix.block).to(torch.int16)
+    zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1]).to(torch.int16)
+    return ((codes - zero_points.unsqueeze(-1)).float() * matrix.scales.float().unsqueeze(-1)).flatten(1)
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Parameters made inside hold nothing (device meta); buffers, such as rotary frequencies, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
