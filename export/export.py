@@ -18,9 +18,10 @@ from export.bundle import (
     write_manifest,
 )
 from export.clients import write_genai_config
-from export.graph import DecoderGraph
-from export.rotary import rotary_tables
+from export.graph import DecoderGraph, check_attention
+from export.rotary import all_rotary_tables
 from export.weights import ModelSource, Precision, Progress, WeightFile, write_weights
+from saap.architectures import traits_of
 from saap.checkpoint import read_record, weights_hash, writing_directory
 from saap.errors import SaapError
 from saap.models import copy_sidecars
@@ -57,16 +58,18 @@ def export_bundle(
     precision = Precision(precision.bits, precision.block, precision.head_bits, accuracy_level)
     check_kernels(precision)
     config = transformers_config(source)
+    traits = traits_of(config)
+    rotary = all_rotary_tables(config, traits)
+    check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     with writing_directory(out) as partial:
         copy_sidecars(source.directory, partial)
         file = WeightFile(partial)
         write_weights(source, precision, file, progress)
-        cos, sin = rotary_tables(config)
-        file.add("cos", cos)
-        file.add("sin", sin)
+        for name, table in rotary.items():
+            file.add(name, table)
         file.close()
         for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-            graph = DecoderGraph(source.shape, precision, file, config.rms_norm_eps)
+            graph = DecoderGraph(source.shape, traits, precision, file, config.rms_norm_eps)
             ir.save(graph.build(scoring), partial / name)
         manifest = make_manifest(source, precision, config)
         write_genai_config(partial, manifest)
@@ -93,14 +96,15 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> tuple[int, int]:
         groups = k // precision.block
         return n * k * bits // 8 + 4 * n * groups + (n * ((groups * bits + 7) // 8) if zero_points else 0)
 
-    layers = 4 * shape.hidden
+    layers, norms = 4 * shape.hidden, 4 * shape.norms * shape.hidden
     for sizes in shape.layers:
         q, kv = sizes.query_heads * shape.head_dim, sizes.kv_heads * shape.head_dim
         if q:
-            layers += matrix(q + 2 * kv, shape.hidden, precision.bits, True) + 4 * shape.hidden
+            layers += matrix(q + 2 * kv, shape.hidden, precision.bits, True) + norms
+            layers += 4 * 2 * shape.head_dim * shape.qk_norm
             layers += matrix(shape.hidden, q, precision.bits, True)
         if sizes.ffn:
-            layers += matrix(2 * sizes.ffn, shape.hidden, precision.bits, True) + 4 * shape.hidden
+            layers += matrix(2 * sizes.ffn, shape.hidden, precision.bits, True) + norms
             layers += matrix(shape.hidden, sizes.ffn, precision.bits, True)
     return layers, matrix(shape.vocab, shape.hidden, precision.head_bits, False)
 

@@ -5,17 +5,23 @@ embedding inside, o_proj, norm, one matrix for gate and up, SiLU x up, down_proj
 (residual, delta) whose sum is formed inside the next SkipSimplifiedLayerNormalization. A layer without attention or
 without FFN simply leaves its nodes out. The decode graph takes the last position before the head, so that a prompt does
 not pay for the vocabulary at every token; the scoring graph keeps all positions.
+
+What a family has beyond LLaMA is in its :class:`saap.architectures.Traits`, or simply in the data file: a bias or a
+norm that is there is applied. Norms of single heads cost a Split before the attention, which takes none on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from export.rotary import rotary_names
 from export.weights import Precision, WeightFile
+from saap.architectures import LayerTraits, Traits
+from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape
 
 MICROSOFT = "com.microsoft"
@@ -23,11 +29,39 @@ OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.
 IR_VERSION = 10
 
 
+def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str, int]) -> None:
+    """Refuse head sizes and counts that GroupQueryAttention refuses when it runs.
+
+    Args:
+        rotary_dims: elements of a head that each of the rotary tables turns.
+
+    Raises:
+        SaapError: names the size and what is allowed.
+    """
+    step = 16 if any(layer.rotary for layer in traits.layers) else 8
+    if shape.head_dim % step:
+        raise SaapError(
+            f"a head size of {shape.head_dim} cannot be exported: ONNX Runtime's attention takes multiples of {step}"
+        )
+    for dims in rotary_dims.values():
+        if dims % 16:
+            raise SaapError(
+                f"rotary embedding of {dims} elements of a head cannot be exported: ONNX Runtime takes multiples of 16"
+            )
+    for index, sizes in enumerate(shape.layers):
+        if sizes.query_heads and sizes.query_heads % sizes.kv_heads:
+            raise SaapError(
+                f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple"
+            )
+
+
 class DecoderGraph:
     """Builds one graph over weights that are already in the data file."""
 
-    def __init__(self, shape: ModelShape, precision: Precision, file: WeightFile, epsilon: float) -> None:
-        self.shape, self.precision, self.epsilon = shape, precision, epsilon
+    def __init__(
+        self, shape: ModelShape, traits: Traits, precision: Precision, file: WeightFile, epsilon: float
+    ) -> None:
+        self.shape, self.traits, self.precision, self.epsilon = shape, traits, precision, epsilon
         self._tensors = file.tensors
         self._initializers: dict[str, ir.Value] = {}
         self._tape = Tape()
@@ -45,15 +79,16 @@ class DecoderGraph:
             name = f"layers.{index}"
             if sizes.query_heads:
                 normed, residual = self._norm(residual, delta, f"{name}.attention_norm")
-                delta = self._attention(normed, name, sizes, kv_index, lengths, total)
+                delta = self._attention(normed, index, kv_index, lengths, total)
+                delta = self._optional_norm(delta, f"{name}.attention_post_norm")
                 kv_index += 1
             if sizes.ffn:
                 normed, residual = self._norm(residual, delta, f"{name}.ffn_norm")
-                delta = self._feed_forward(normed, name, sizes)
+                delta = self._optional_norm(self._feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
         normed, _ = self._norm(residual, delta, "norm")
         if not scoring:
             normed = self._op("Gather", [normed, self._constant("last", [-1])], axis=1)
-        logits = self._head(normed)
+        logits = self._capped(self._head(normed))
         self._output(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
         self._outputs.insert(0, self._outputs.pop())
         return self._model()
@@ -80,6 +115,11 @@ class DecoderGraph:
         return self._op("Cast", [last], to=int32), self._op("Cast", [total], to=int32)
 
     def _embed(self, ids: ir.Value) -> ir.Value:
+        rows = self._rows(ids)
+        scale = self.traits.embedding_scale
+        return rows if scale is None else self._op("Mul", [rows, self._constant("embedding_scale", scale)])
+
+    def _rows(self, ids: ir.Value) -> ir.Value:
         if self.precision.head_bits == 32:
             return self._op("Gather", [self._weight("embedding.weight"), ids], axis=0)
         inputs = [self._weight("embedding.qweight"), ids, self._weight("embedding.scales3")]
@@ -100,19 +140,21 @@ class DecoderGraph:
         outputs[1].name = outputs[2].name = ""  # mean and inverse deviation are not wanted
         return outputs[0], outputs[3]
 
-    def _attention(
-        self, x: ir.Value, name: str, sizes: LayerSizes, kv_index: int, lengths: ir.Value, total: ir.Value
-    ) -> ir.Value:
-        dim = self.shape.head_dim
+    def _optional_norm(self, x: ir.Value, weight: str) -> ir.Value:
+        return self._norm(x, None, weight)[0] if weight in self._tensors else x
+
+    def _attention(self, x: ir.Value, index: int, kv_index: int, lengths: ir.Value, total: ir.Value) -> ir.Value:
+        name, dim = f"layers.{index}", self.shape.head_dim
+        sizes, traits = self.shape.layers[index], self.traits.layers[index]
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
         past = [
             self._input(f"past_key_values.{kv_index}.{part}", ir.DataType.FLOAT, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
-        rotary = [self._weight("cos"), self._weight("sin")]
+        inputs = [*self._normed_heads(qkv, name, sizes), *past, lengths, total, *self._rotary(traits)]
         outputs = self._multi(
-            "GroupQueryAttention", [qkv, None, None, *past, lengths, total, *rotary], 3, MICROSOFT,
-            num_heads=sizes.query_heads, kv_num_heads=sizes.kv_heads, do_rotary=1, rotary_interleaved=0,
+            "GroupQueryAttention", inputs, 3, MICROSOFT, num_heads=sizes.query_heads, kv_num_heads=sizes.kv_heads,
+            do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
         for part, value in zip(("key", "value"), outputs[1:], strict=True):
             self._output(
@@ -120,12 +162,51 @@ class DecoderGraph:
             )
         return self._linear(outputs[0], f"{name}.o", sizes.query_heads * dim, self.shape.hidden)
 
+    def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
+        """The op's first three inputs: all in one where heads have no norms, else queries, keys and values."""
+        if f"{name}.query_norm" not in self._tensors:
+            return [qkv, None, None]
+        dim, counts = self.shape.head_dim, (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
+        widths = [count * dim for count in counts]
+        split = self._constant("split" + "_".join(map(str, widths)), widths)
+        parts = self._multi("Split", [qkv, split], 3, axis=-1)
+        normed: list[ir.Value | None] = []
+        for part, count, norm in zip(parts[:2], counts[:2], ("query_norm", "key_norm"), strict=True):
+            heads = self._op("Reshape", [part, self._constant(f"heads{count}", [0, 0, count, dim])])
+            heads, _ = self._norm(heads, None, f"{name}.{norm}")
+            normed.append(self._op("Reshape", [heads, self._constant(f"flat{count * dim}", [0, 0, count * dim])]))
+        return [*normed, parts[2]]
+
+    def _rotary(self, traits: LayerTraits) -> list[ir.Value]:
+        """The layer's cos and sin tables, none where the layer has no rotary embedding."""
+        return [] if traits.rotary is None else [self._weight(name) for name in rotary_names(traits.rotary)]
+
+    def _attention_options(self, traits: LayerTraits) -> dict[str, Any]:
+        """Attributes that only some families set."""
+        options: dict[str, Any] = {}
+        if traits.window:
+            options["local_window_size"] = traits.window
+        if self.traits.attention_scale is not None:
+            options["scale"] = self.traits.attention_scale
+        return options
+
     def _feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
         both = self._linear(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
         gate, up = self._multi("Split", [both, self._constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
+        product = self._op("Mul", [self._activation(gate), up])
+        return self._linear(product, f"{name}.down", sizes.ffn, self.shape.hidden)
+
+    def _activation(self, x: ir.Value) -> ir.Value:
+        if self.traits.activation == "gelu_pytorch_tanh":
+            return self._op("FastGelu", [x], MICROSOFT)
         # Written as x * sigmoid(x): ONNX Runtime fuses the pair to one QuickGelu.
-        silu = self._op("Mul", [gate, self._op("Sigmoid", [gate])])
-        return self._linear(self._op("Mul", [silu, up]), f"{name}.down", sizes.ffn, self.shape.hidden)
+        return self._op("Mul", [x, self._op("Sigmoid", [x])])
+
+    def _capped(self, logits: ir.Value) -> ir.Value:
+        if self.traits.logit_cap is None:
+            return logits
+        cap = self._constant("logit_cap", float(self.traits.logit_cap))
+        return self._op("Mul", [self._op("Tanh", [self._op("Div", [logits, cap])]), cap])
 
     def _head(self, x: ir.Value) -> ir.Value:
         name = "embedding" if self.shape.tied else "head"
@@ -163,10 +244,12 @@ class DecoderGraph:
             self._add_initializer(name, self._tensors[name])
         return self._initializers[name]
 
-    def _constant(self, name: str, value: int | list[int]) -> ir.Value:
+    def _constant(self, name: str, value: float | list[int]) -> ir.Value:
+        """A float32 or, for integers, int64 tensor in the graph."""
         name = f"constant.{name}"
         if name not in self._initializers:
-            self._add_initializer(name, ir.tensor(value, dtype=ir.DataType.INT64, name=name))
+            dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
+            self._add_initializer(name, ir.tensor(value, dtype=dtype, name=name))
         return self._initializers[name]
 
     def _add_initializer(self, name: str, tensor: Any) -> None:

@@ -14,9 +14,9 @@ from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
 from export.run import BundleScorer
 from export.streamed import StreamedModel
 from export.weights import ModelSource, Precision, Progress
-from saap.checkpoint import load_model, materialise_linears, read_config
+from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
-from saap.group_quant import quantize_model
+from saap.group_quant import round_model
 
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
 LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
@@ -28,8 +28,7 @@ def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> A
     if bits == 32 or read_config(model_dir).get("slim_quant"):
         return load_model(model_dir, materialise=True)
     model = load_model(model_dir)
-    quantize_model(model, bits, block, head_bits)
-    materialise_linears(model)
+    round_model(model, bits, block, head_bits)
     return model
 
 

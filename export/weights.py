@@ -22,6 +22,9 @@ from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, check_blocks, quantize
 from saap.structures import ModelShape
 
+# Fields of Architecture, and the names of their tensors; a family has some of them.
+ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
+FFN_NORMS = ("ffn_norm", "ffn_post_norm")
 ALIGNMENT = 4096  # ONNX Runtime maps external data in pages
 Progress = Callable[[str, float, float], None]
 
@@ -104,11 +107,27 @@ class ModelSource:
         if self.quant:
             qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
             return QuantMatrix(qweight, scales, zero_points, bits, block)
-        weight = self.read(f"{module}.weight").float()
+        weight = self.tensor(f"{module}.weight").float()
         if bits == 32:
             return weight
         check_blocks(weight.shape[1], block, module)
         return quantize(weight, bits, block, symmetric)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint.
+
+        Raises:
+            SaapError: the checkpoint does not hold what the config promises.
+        """
+        if name not in self.names:
+            raise SaapError(
+                f"{self.directory} has no tensor {name}, which its config.json asks for: get the model again"
+            )
+        return self.read(name)
+
+    def norm(self, module: str) -> np.ndarray:
+        """The factors of a norm, [width] float32."""
+        return (self.tensor(f"{module}.weight").float() + float(self.architecture.offset_norms)).numpy()
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The bias of a linear, or None."""
@@ -124,23 +143,25 @@ def write_weights(
     for index, sizes in enumerate(source.shape.layers):
         if progress:
             progress("writing weights", index, count)
-        prefix = f"{arch.layers}.{index}."
+        name, prefix = f"layers.{index}", f"{arch.layers}.{index}."
         if sizes.query_heads:
-            _write_linear(
-                source, precision, file, f"layers.{index}.qkv", [prefix + m for m in (arch.query, arch.key, arch.value)]
-            )
-            _write_linear(source, precision, file, f"layers.{index}.o", [prefix + arch.output])
-            file.add(
-                f"layers.{index}.attention_norm", source.read(f"{prefix}{arch.attention_norm}.weight").float().numpy()
-            )
+            _write_linear(source, precision, file, f"{name}.qkv", [prefix + module for module in arch.qkv])
+            _write_linear(source, precision, file, f"{name}.o", [prefix + arch.output])
+            _write_norms(source, file, name, prefix, ATTENTION_NORMS)
         if sizes.ffn:
-            _write_linear(source, precision, file, f"layers.{index}.gate_up", [prefix + arch.gate, prefix + arch.up])
-            _write_linear(source, precision, file, f"layers.{index}.down", [prefix + arch.down])
-            file.add(f"layers.{index}.ffn_norm", source.read(f"{prefix}{arch.ffn_norm}.weight").float().numpy())
-    file.add("norm", source.read(f"{arch.final_norm}.weight").float().numpy())
+            _write_linear(source, precision, file, f"{name}.gate_up", [prefix + module for module in arch.gate_up])
+            _write_linear(source, precision, file, f"{name}.down", [prefix + arch.down])
+            _write_norms(source, file, name, prefix, FFN_NORMS)
+    file.add("norm", source.norm(arch.final_norm))
     _write_vocabulary(source, precision, file)
     if progress:
         progress("writing weights", count, count)
+
+
+def _write_norms(source: ModelSource, file: WeightFile, name: str, prefix: str, norms: tuple[str, ...]) -> None:
+    for norm in norms:
+        if module := getattr(source.architecture, norm):
+            file.add(f"{name}.{norm}", source.norm(prefix + module))
 
 
 def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str]) -> None:

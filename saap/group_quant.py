@@ -107,6 +107,23 @@ def quantize_model(model: PreTrainedModel, bits: int, block: int, embedding_bits
     return quant
 
 
+def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: int) -> None:
+    """Give linears, embedding and head the numbers that round-to-nearest integers hold, in place, of any family."""
+    architecture = architecture_of(model.config)
+    vocabulary = (architecture.embedding, architecture.head)
+    for name, module in model.named_modules():
+        tied = name == architecture.head and module.weight is model.get_input_embeddings().weight
+        if tied or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        own_bits, of_vocabulary = (embedding_bits, True) if name in vocabulary else (bits, False)
+        check_blocks(module.weight.shape[1], block, name)
+        matrix = quantize(module.weight, own_bits, block, symmetric=of_vocabulary)
+        rows, columns = module.weight.shape
+        holder = GroupQuantTable(rows, columns, own_bits, block)
+        fill(holder, matrix)
+        module.weight.data = holder.dequantize()
+
+
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
     """Put integers into a module."""
     holder.qweight, holder.scales, holder.zero_points = matrix.qweight, matrix.scales, matrix.zero_points

@@ -13,7 +13,7 @@ of query heads. Layers may differ from one another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from saap.errors import SaapError
 
@@ -34,7 +34,14 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that pruning reads and changes; the two flags tell whether the linears have biases."""
+    """Sizes that pruning reads and changes, and what else a block owns.
+
+    Attributes:
+        attention_bias: whether the linears of attention have biases; ``mlp_bias``: those of the feed-forward block.
+        output_bias: whether the output projection has one too where attention has biases.
+        qk_norm: whether queries and keys pass a norm of one head's width.
+        norms: norms of the hidden width that each block owns.
+    """
 
     hidden: int
     head_dim: int
@@ -43,21 +50,25 @@ class ModelShape:
     layers: tuple[LayerSizes, ...]
     attention_bias: bool = False
     mlp_bias: bool = False
+    output_bias: bool = True
+    qk_norm: bool = False
+    norms: int = 1
 
     def attention_weights(self, layer: LayerSizes) -> int:
-        """Weights of one attention block with its norm."""
+        """Weights of one attention block with its norms."""
         if not layer.query_heads:
             return 0
         rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
-        biases = (rows + self.hidden) if self.attention_bias else 0
-        return rows * self.hidden + layer.query_heads * self.head_dim * self.hidden + self.hidden + biases
+        biases = (rows + self.hidden * self.output_bias) if self.attention_bias else 0
+        norms = self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return rows * self.hidden + layer.query_heads * self.head_dim * self.hidden + norms + biases
 
     def ffn_weights(self, layer: LayerSizes) -> int:
-        """Weights of one feed-forward block with its norm."""
+        """Weights of one feed-forward block with its norms."""
         if not layer.ffn:
             return 0
         biases = (2 * layer.ffn + self.hidden) if self.mlp_bias else 0
-        return 3 * layer.ffn * self.hidden + self.hidden + biases
+        return 3 * layer.ffn * self.hidden + self.norms * self.hidden + biases
 
     @property
     def layer_weights(self) -> int:
@@ -71,7 +82,7 @@ class ModelShape:
 
     def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
         """The same model with other layers."""
-        return ModelShape(self.hidden, self.head_dim, self.vocab, self.tied, layers, self.attention_bias, self.mlp_bias)
+        return replace(self, layers=layers)
 
 
 @dataclass(frozen=True)

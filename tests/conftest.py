@@ -114,12 +114,51 @@ def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # wider than the default 0.02, so that the logits differ from token to token
                     torch.nn.init.normal_(parameter, std=0.1)
-        model.generation_config.eos_token_id = [2, 0]
-        directory = tmp_path / name
-        model.save_pretrained(directory)
-        tiny_tokenizer.save_pretrained(directory)
-        (directory / "LICENSE").write_text("Test licence\n", encoding="utf-8")
-        (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n", encoding="utf-8")
-        return directory
+        return _save(model, tmp_path / name, tiny_tokenizer)
 
     return make
+
+
+@pytest.fixture
+def tiny_family(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Factory of random directories of any family: ``tiny_family("qwen3", name="tiny", seed=0, **config)`` -> path.
+
+    The sizes of ``tiny_model``, but one wide head more: three query heads of 32 in one KV group. Norms and biases are
+    random too, so that none of them can be forgotten.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(model_type: str, name: str = "", seed: int = 0, **overrides: Any) -> Path:
+        fields: dict[str, Any] = {
+            "vocab_size": 320,
+            "hidden_size": 96,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+        if model_type != "phi3":  # which has no such field
+            fields["head_dim"] = 32
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **overrides}))
+            for parameter in model.parameters():
+                spread = torch.empty_like(parameter).normal_(std=0.1 if parameter.dim() > 1 else 0.3)
+                parameter.data = spread if parameter.dim() > 1 else parameter.data + spread
+        return _save(model, tmp_path / (name or model_type), tiny_tokenizer)
+
+    return make
+
+
+def _save(model: Any, directory: Path, tokenizer: Any) -> Path:
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "LICENSE").write_text("Test licence\n", encoding="utf-8")
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n", encoding="utf-8")
+    return directory
