@@ -19,17 +19,24 @@ class ChildFailedError(Exception):
     """The process crashed, hung or did not answer; the message is one line for a person."""
 
 
-def call(module: str, config: dict[str, Any], timeout_s: float, env: dict[str, str] | None = None) -> dict[str, Any]:
+def call(
+    module: str,
+    config: dict[str, Any],
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    python: str = sys.executable,
+) -> dict[str, Any]:
     """Run ``python -m module`` with ``config`` on stdin; the object that it prints.
 
-    The child starts in our own folder, so that no other ``bench`` on the way is taken for ours.
+    The child starts in our own folder, so that no other ``bench`` on the way is taken for ours, also where ``python``
+    is another interpreter.
 
     Raises:
         ChildFailedError: with the last line of its stderr.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [python, "-m", module],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,

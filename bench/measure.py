@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.runtime import Decoder, Ids
+from bench.runtime import Decoder, Ids, Logits
 
 Clock = Callable[[], float]
 
@@ -24,20 +24,27 @@ class Pass:
 
 def measure(decoder: Decoder, prompt: Ids, steps: int, clock: Clock) -> Pass:
     """Reset, prefill ``prompt`` [n], then exactly ``steps`` greedy decode steps, past any end-of-text token."""
+    # A runtime that samples in its own code hands out tokens (``draw``), never logits.
+    draw = getattr(decoder, "draw", None)
+    choose: Callable[[Logits], int] = (lambda _: draw()) if draw else _greedy
     decoder.reset()
     start = clock()
     logits = decoder.prefill(prompt)
     filled = clock()
-    token = int(np.argmax(logits))
+    token = choose(logits)
     tokens, now = [token], clock()
     ttft = now - start
     token_s = []
     for _ in range(steps):
-        token = int(np.argmax(decoder.step(token)))
+        token = choose(decoder.step(token))
         before, now = now, clock()
         token_s.append(now - before)
         tokens.append(token)
     return Pass(filled - start, ttft, token_s, tokens)
+
+
+def _greedy(logits: Logits) -> int:
+    return int(np.argmax(logits))
 
 
 def warm_up(decoder: Decoder, prompt: Ids, steps: int, clock: Clock) -> list[float]:

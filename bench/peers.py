@@ -1,85 +1,61 @@
-"""What can be measured: a bundle, or ``torch:DIR``, a model directory run by transformers in a process of its own."""
+"""What can be measured: a bundle, or a model in another runtime, each in a process of its own.
+
+A plain path is a bundle; ``torch:DIR`` a model directory in transformers; ``llama.cpp:FILE.gguf``, ``genai:DIR`` and
+``optimum:DIR`` are in ``bench.foreign``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench.foreign import GENAI, LLAMA_CPP, OPTIMUM, bundle_facts, genai_peer, llama_cpp_peer, optimum_peer
+from bench.peer import Peer, PeerError, unknown_facts
 from bench.result import ModelFacts
 from bench.runtime import check_context
-from export.bundle import DECODE_GRAPH, WEIGHTS, verify_files
+from export.bundle import verify_files
+
+__all__ = ["FORMS", "Peer", "PeerError", "read_peers"]
 
 TORCH = "torch:"
-_WORKER_TELLS = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")
-
-
-class PeerError(ValueError):
-    """A spec that cannot be measured here."""
-
-    exit_code = 2
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One thing to measure, checked, and the worker that measures it."""
-
-    name: str
-    spec: str
-    kind: str  # onnx | torch
-    path: Path
-    worker: str  # module that runs as __main__
-    vocab_size: int
-    bundle_hash: str | None
-    model: ModelFacts
-    unknown: dict[str, str]
-
-    def environment(self, threads: int) -> dict[str, str]:
-        """Variables of the worker's process; OpenMP threads that spin while idle slow their neighbours."""
-        if self.kind == "torch":
-            quiet = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_OFFLINE": "1"}
-            return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **quiet}
-        return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+FORMS = "a bundle's path, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
 
 
 def read_peers(specs: Sequence[str], length: int, names: Sequence[str] | None = None) -> list[Peer]:
     """Check every spec before anything is measured.
 
     Args:
-        specs: bundles as plain paths, model directories as ``torch:DIR``.
+        specs: bundles as plain paths, the others by their prefix.
         length: positions that each must hold.
-        names: one per spec; by default the directory's name, ``(torch)`` added for torch.
+        names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
 
     Raises:
-        PeerError, BundleError, DecoderError: naming the spec and what to do.
+        PeerError, BundleError, DecoderError, GgufHeaderError: naming the spec and what to do.
     """
     if not specs:
-        raise PeerError("nothing to measure: give a bundle, or torch:DIR")
-    peers = [_torch(spec, length) if spec.startswith(TORCH) else _bundle(spec, length) for spec in specs]
+        raise PeerError(f"nothing to measure: give {FORMS}")
+    peers = [_reader(spec)(spec, length) for spec in specs]
     chosen = list(names) if names is not None else _distinct([peer.name for peer in peers])
     if len(chosen) != len(peers) or len(set(chosen)) != len(chosen):
         raise PeerError(f"{len(peers)} specs need as many different names, not {', '.join(chosen) or 'none'}")
     return [Peer(**{**vars(peer), "name": name}) for peer, name in zip(peers, chosen, strict=True)]
 
 
+def _reader(spec: str) -> Callable[[str, int], Peer]:
+    readers = {TORCH: _torch, LLAMA_CPP: llama_cpp_peer, GENAI: genai_peer, OPTIMUM: optimum_peer}
+    return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
+
+
 def _bundle(spec: str, length: int) -> Peer:
     prefix = spec.split(":", 1)[0] if ":" in spec else ""
     if prefix and not Path(spec).exists() and os.sep not in prefix:
-        raise PeerError(f"{spec}: there is no runtime {prefix!r}; give a bundle's path, or torch:DIR")
+        raise PeerError(f"{spec}: there is no runtime {prefix!r}; give {FORMS}")
     path = Path(spec).resolve()
     manifest = verify_files(path)
     check_context(manifest, length, spec)
-    facts = ModelFacts(
-        parameters=manifest.parameters,
-        model_bytes=sum(manifest.files[name].bytes for name in (DECODE_GRAPH, WEIGHTS) if name in manifest.files),
-        weight_bytes_per_token=manifest.weight_bytes_per_token,
-        kv_bytes_per_token=manifest.kv_bytes_per_token,
-        bits=manifest.bits,
-        vocab_size=manifest.vocab_size,
-    )
     return Peer(
         name=path.name,
         spec=spec,
@@ -88,7 +64,7 @@ def _bundle(spec: str, length: int) -> Peer:
         worker="bench.worker",
         vocab_size=manifest.vocab_size,
         bundle_hash=manifest.content_hash,
-        model=facts,
+        model=bundle_facts(manifest),
         unknown={},
     )
 
@@ -115,7 +91,7 @@ def _torch(spec: str, length: int) -> Peer:
         worker="bench.torch_worker",
         vocab_size=vocab,
         bundle_hash=None,
-        model=ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(_WORKER_TELLS, "the worker gave no answer")),
+        model=ModelFacts(vocab_size=vocab, unknown=unknown_facts()),
         unknown={"bundle_hash": "a model directory is not a bundle"},
     )
 

@@ -44,7 +44,7 @@ def bench(
     """Measure every spec and say what may be believed.
 
     Args:
-        specs: bundles as paths, or ``torch:DIR`` (bench.peers).
+        specs: bundles as paths, other runtimes by their prefix (bench.peers).
         prompt: tokens of the one prefill call.
         generate: decode steps; end-of-text tokens do not end them.
         threads: of every spec; None is the number of physical cores.
@@ -56,7 +56,7 @@ def bench(
         progress: called as (label, done, total) in repetitions.
 
     Raises:
-        PeerError, BundleError, DecoderError: the user's input, before anything is measured.
+        PeerError, BundleError, DecoderError, GgufHeaderError: the user's input, before anything is measured.
     """
     for label, value, least in (
         ("prompt", prompt, 1),
@@ -141,7 +141,7 @@ def _interleave(
 
 def _one(peer: Peer, outcome: _Outcome, job: dict[str, Any], timeout_s: float) -> None:
     try:
-        answer = call(peer.worker, job, timeout_s, peer.environment(job["threads"]))
+        answer = call(peer.worker, job, timeout_s, peer.environment(job["threads"]), peer.python)
         outcome.samples.append(Sample(**answer["sample"]))
     except ChildFailedError as error:
         outcome.failure = str(error)

@@ -139,7 +139,7 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
         (["{b}", "{b}"], {"names": ["a"]}, PeerError, "2 specs need as many different names"),
         (["{b}", "{b}"], {"names": ["a", "a"]}, PeerError, "different names"),
         (["/nowhere"], {}, BundleError, "not a bundle"),
-        (["genai:/nowhere"], {}, PeerError, "no runtime 'genai'"),
+        (["mlx:/nowhere"], {}, PeerError, "no runtime 'mlx'"),
         (["torch:/nowhere"], {}, PeerError, "no config.json"),
     ],
 )
