@@ -26,6 +26,11 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
+# Where llama.cpp's version of an expression is known to differ.
+_DIFFERENCES = {
+    "tekken": "llama.cpp's tekken knows capitals of ASCII only and no combining marks: such text may get other tokens",
+    "Metaspace": "llama.cpp puts a space before a text that begins with one too; this tokenizer does not",
+}
 
 
 @dataclass
@@ -84,21 +89,23 @@ def tokenizer_fields(directory: Path, vocabulary: int) -> TokenizerFields:
     tokens, types = _tokens(content, vocabulary, sentencepiece)
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     add, notes = _added(ours)
-    fields = TokenizerFields(
+    pre = "default" if sentencepiece else _pre_tokenizer(directory, content.get("pre_tokenizer"))
+    space = _space_prefix(content)
+    notes += [_DIFFERENCES[name] for name in (pre, space) if name in _DIFFERENCES]
+    if content.get("normalizer") and not sentencepiece:
+        notes.append(f"the tokenizer's normalizer ({content['normalizer']['type']}) has no counterpart in llama.cpp")
+    return TokenizerFields(
         model="llama" if sentencepiece else "gpt2",
-        pre="default" if sentencepiece else _pre_tokenizer(directory, content.get("pre_tokenizer")),
+        pre=pre,
         tokens=tokens,
         types=types,
         merges=[" ".join(pair) for pair in pairs],
         scores=_scores(tokens, pairs) if sentencepiece else [],
         ids=_special_ids(ours, notes),
-        add=add | ({"space_prefix": _space_prefix(content)} if sentencepiece else {}),
+        add=add | ({"space_prefix": bool(space)} if sentencepiece else {}),
         chat_template=ours.chat_template,
         notes=notes,
     )
-    if content.get("normalizer") and not sentencepiece:
-        notes.append(f"the tokenizer's normalizer ({content['normalizer']['type']}) has no counterpart in llama.cpp")
-    return fields
 
 
 def _tokens(content: dict[str, Any], vocabulary: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
@@ -170,9 +177,11 @@ def _special_ids(ours: BundleTokenizer, notes: list[str]) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index is not None}
 
 
-def _space_prefix(content: dict[str, Any]) -> bool:
-    """Whether sentencepiece puts a space before a text."""
+def _space_prefix(content: dict[str, Any]) -> str | None:
+    """What puts a space before a text in sentencepiece's kind, None where nothing does."""
     parts = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
     parts += [p for part in parts for p in part.get("normalizers", part.get("pretokenizers", []))]
     kinds = {part.get("type"): part for part in parts}
-    return "Prepend" in kinds or kinds.get("Metaspace", {"prepend_scheme": "never"})["prepend_scheme"] != "never"
+    if "Prepend" in kinds:
+        return "Prepend"
+    return "Metaspace" if kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never" else None
