@@ -71,7 +71,9 @@ class StreamedModel:
         norm = self._model.get_submodule(arch.final_norm)
         self._fill(norm, arch.final_norm)
         with torch.inference_mode():
-            states: torch.Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            # Not base_model: Gemma 3 names it for its pictures' model, and gives the whole one.
+            decoder = self._model.get_submodule(arch.layers.rpartition(".")[0])
+            states: torch.Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
         if progress:
