@@ -23,7 +23,7 @@ from saap.errors import SaapError
 from saap.group_quant import QuantMatrix
 from saap.structures import LayerSizes
 
-MODEL_TYPES = ("llama", "mistral", "saap_llama")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "saap_llama")  # Qwen2 is LLaMA with biases
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Tensor:
     kind: str
     load: Callable[[], QuantMatrix | torch.Tensor]
     measured: bool = False
+
+    def check(self, values: QuantMatrix | torch.Tensor) -> None:
+        """Raise SaapError where what was read is not of the promised sizes."""
+        if isinstance(values, QuantMatrix):
+            rows, groups, _ = values.qweight.shape
+            found: tuple[int, ...] = (rows, groups * values.block)
+        else:
+            found = tuple(values.shape)
+        if found != self.shape:
+            raise SaapError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
 
 
 class GGUFSource:
@@ -54,11 +64,11 @@ class GGUFSource:
         model_type = self.config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise SaapError(
-                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama and mistral "
-                "models only (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
+                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama, mistral and "
+                "qwen2 models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
             )
         self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
-        self.names, self.read = tensor_reader(directory)
+        self.names, self._read = tensor_reader(directory)
         self.quant: dict[str, Any] | None = self.config.get("slim_quant")
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
@@ -71,6 +81,12 @@ class GGUFSource:
                 f"{directory} has a hidden size of {self.shape.hidden}, not a multiple of the {BLOCK} columns of a "
                 "quantised GGUF block: choose F16 or F32"
             )
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the directory."""
+        if name not in self.names:
+            raise SaapError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
+        return self._read(name)
 
     @property
     def uniform(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,21 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
 def _add_provenance(writer: Any, source: GGUFSource) -> None:
     record = read_record(source.directory)
     writer.add_string("general.name", source.directory.resolve().name)
+    if licence := _licence(source.directory):
+        writer.add_string("general.license", licence)
     writer.add_uint32("general.quantization_version", 2)
     if source.kind:
         writer.add_file_type(_FILE_TYPES[source.kind])
     writer.add_string("saap.model_sha256", weights_hash(source.directory))
     writer.add_string("saap.lineage", json.dumps({"method": record.get("method"), **record.get("lineage", {})}))
+
+
+def _licence(directory: Path) -> str | None:
+    """What the model card says, as the file takes no licence text with it."""
+    card = directory / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license: *(\S+) *$", text.split("\n---", 1)[0], re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, dict[str, Any]]:
@@ -137,6 +148,7 @@ def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None
         if progress:
             progress("writing GGUF", index, len(tensors))
         values = tensor.load()
+        tensor.check(values)
         if isinstance(values, torch.Tensor) and values.dim() == 1:
             writer.write_tensor_data(values.float().numpy())
             continue
