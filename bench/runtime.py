@@ -35,6 +35,9 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Forget the sequence."""
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` positions."""
+
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n]; the logits [vocab] after the last of them, valid until the next call."""
 
@@ -119,7 +122,20 @@ class OrtDecoder:
     def reset(self) -> None:
         """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
         self._length = 0
+        self._past = self._kv
         self._bind_cache(self._kv)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` positions.
+
+        Raises:
+            DecoderError: more than are in use.
+        """
+        if not 0 <= length <= self._length:
+            raise DecoderError(f"{length} positions cannot be kept: {self._length} are in use")
+        if not self._shared:
+            self._cut_cache(length)
+        self._length = length
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
@@ -170,7 +186,7 @@ class OrtDecoder:
 
         shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
         return [
-            (f"{n}.{part}", ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)))
+            (f"{n}.{part}", ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(self.manifest.kv_dtype))))
             for n, shape in enumerate(shapes)
             for part in ("key", "value")
         ]
@@ -186,7 +202,15 @@ class OrtDecoder:
     def _carry_cache(self) -> None:
         # The binding lists outputs in the order they were first bound: the cache, then the logits.
         present = self._binding.get_outputs()[: len(self._kv)]
-        self._bind_cache([(name, value) for (name, _), value in zip(self._kv, present, strict=True)])
+        self._past = [(name, value) for (name, _), value in zip(self._kv, present, strict=True)]
+        self._bind_cache(self._past)
+
+    def _cut_cache(self, length: int) -> None:
+        import onnxruntime as ort
+
+        kept = [(name, np.ascontiguousarray(value.numpy()[:, :, :length])) for name, value in self._past]
+        self._past = [(name, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in kept]
+        self._bind_cache(self._past)
 
 
 def _session(graph: Path, threads: int, entries: dict[str, str]) -> Any:

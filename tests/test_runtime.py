@@ -86,6 +86,26 @@ def test_cache_that_grows_gives_the_same(bundle: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(growing.step(5), shared.step(5), atol=2e-5)
 
 
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, tmp_path: Path, target: str) -> None:
+    for path in bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((tmp_path / "bundle.json").read_text())
+    (tmp_path / "bundle.json").write_text(json.dumps({**manifest, "target": target}))
+    decoder = OrtDecoder(tmp_path, 1, 32)
+    whole = decoder.prefill(IDS).copy()
+    for kept in (7, 0):
+        decoder.reset()
+        decoder.prefill(IDS[:7])
+        decoder.prefill(IDS[10:15])
+        decoder.step(3)
+        decoder.rewind(kept)
+        assert decoder.length == kept
+        np.testing.assert_allclose(decoder.prefill(IDS[kept:]), whole, atol=2e-5)
+    with pytest.raises(DecoderError, match="21 positions cannot be kept: 20 are in use"):
+        decoder.rewind(21)
+
+
 @pytest.mark.parametrize("length", [0, CONTEXT + 1])
 def test_context_is_refused(bundle: Path, length: int) -> None:
     with pytest.raises(DecoderError, match=rf"{length} tokens of context .* 1 to {CONTEXT}"):
