@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from saap.architectures import architecture_of, shape_of
+from saap.architectures import architecture_of, require_llama, shape_of
 from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, tensor_reader, weights_hash
 from saap.checkpoint import write_slim as write
 from saap.errors import SaapError
@@ -88,6 +88,7 @@ def prune(
     options.requirement.check()
     check_output(out)
     config = read_config(model_dir)
+    require_llama(config, "pruning")
     if config.get("slim_quant"):
         raise SaapError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)

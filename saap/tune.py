@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.architectures import architecture_of
+from saap.architectures import architecture_of, require_llama
 from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, weights_hash, write_slim
 from saap.errors import SaapError
 from saap.group_quant import quantize_model
@@ -121,6 +121,7 @@ def tune(
     """
     check_output(out)
     config = read_config(slim_dir)
+    require_llama(config, "tuning")
     if config.get("slim_quant"):
         raise SaapError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     if len(rows) < options.rows_per_step:

@@ -1,0 +1,134 @@
+"""The table of families, what is read from a config, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from export.export import export_bundle
+from saap.architectures import ARCHITECTURES, LayerTraits, Traits, shape_of, traits_of
+from saap.checkpoint import load_model, read_config
+from saap.errors import SaapError
+from saap.prune import PruneOptions, Requirement, prune
+from saap.tune import TuneOptions, tune
+
+IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
+FAMILIES = [name for name in ARCHITECTURES if not name.startswith("saap_")]
+# What google/gemma-3-1b-it's config.json says and, above all, leaves out.
+GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
+          "num_key_value_heads": 1, "num_hidden_layers": 26, "head_dim": 256, "sliding_window": 512,
+          "sliding_window_pattern": 6, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+          "rope_local_base_freq": 10000, "rope_theta": 1000000, "vocab_size": 262144,
+          "attn_logit_softcapping": None, "final_logit_softcapping": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
+    model = load_model(tiny_family(family))
+    row = ARCHITECTURES[family]
+    for name in (row.embedding, row.final_norm, row.head):
+        assert model.get_submodule(name).weight.shape[-1] == 96
+    layer = model.get_submodule(row.layers)[0]
+    norms = (row.attention_norm, row.query_norm, row.key_norm, row.attention_post_norm, row.ffn_norm, row.ffn_post_norm)
+    named = {*row.qkv, row.output, *row.gate_up, row.down, *filter(None, norms)}
+    assert named == {name for name, module in layer.named_modules() if dict(module.named_parameters(recurse=False))}
+    assert sum(layer.get_submodule(name).weight.shape[0] for name in row.qkv) == (3 + 2 * 1) * 32
+    assert sum(layer.get_submodule(name).weight.shape[0] for name in row.gate_up) == 2 * 128
+
+
+def test_what_a_config_leaves_out_is_the_familys_default():
+    assert shape_of(GEMMA3).tied
+    assert shape_of(GEMMA3).parameters == 999_885_952  # as the model card's 1B counts
+    traits = traits_of(GEMMA3)
+    assert [layer.window for layer in traits.layers[:7]] == [512] * 5 + [0, 512]
+    assert traits.layers[5] == LayerTraits(0, "default")
+    assert traits.layers[6] == LayerTraits(512, "local")
+    assert traits.embedding_scale == 1152**0.5
+    assert traits.attention_scale == 1 / 16
+    smollm3 = traits_of({"model_type": "smollm3", "num_hidden_layers": 8, "hidden_size": 2048})
+    assert [layer.rotary for layer in smollm3.layers] == ["default"] * 3 + [None] + ["default"] * 3 + [None]
+    qwen2 = {"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 32768, "use_sliding_window": False}
+    assert traits_of(qwen2).layers == (LayerTraits(0), LayerTraits(0))
+
+
+def test_llama_has_no_traits_of_its_own():
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 96, "sliding_window": 8}
+    assert traits_of(config) == Traits((LayerTraits(),) * 2)
+
+
+def with_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+LONG = [1.0] * 16
+REFUSED = {
+    "an unknown family": ("llama", {"model_type": "gpt2"}, "model type 'gpt2' is not supported; supported: llama, m"),
+    "another activation": ("gemma3_text", {"hidden_activation": "relu"}, "activation 'relu' is not supported"),
+    "another kind of layer": ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+                              "layers of type 'chunked_attention' are not supported"),
+    "attention both ways": ("gemma3_text", {"use_bidirectional_attention": True}, "in both directions"),
+    "a growing rope": ("qwen2", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is"),
+    "longrope": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": LONG, "long_factor": LONG}},
+                 "rope type 'longrope' is not supported; supported: default, linear, llama3, yarn"),
+    "a config that transformers refuses": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": 1}},
+                                           "transformers cannot read this phi3 config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exported_is_refused_in_one_line(tiny_family, tmp_path, case):
+    family, changes, complaint = REFUSED[case]
+    path = with_config(tiny_family(family), **changes)
+    with pytest.raises(SaapError, match=complaint) as caught:
+        export_bundle(path, tmp_path / "bundle", bits=32)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+SIZES = {
+    "a head of 24 with rotary": ({"head_dim": 24}, "head size of 24 cannot be exported: .* multiples of 16"),
+    "a head of 20 without": ({"head_dim": 20, "no_rope_layers": [0, 0, 0]}, "head size of 20 .* multiples of 8"),
+    "uneven groups": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "layer 0 has 3 query heads on 2 KV heads"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_that_the_attention_refuses(tiny_family, tmp_path, case):
+    changes, complaint = SIZES[case]
+    with pytest.raises(SaapError, match=complaint):
+        export_bundle(tiny_family("smollm3", **changes), tmp_path / "bundle", bits=32)
+
+
+def test_a_head_of_24_without_rotary_is_exported(tiny_family, tmp_path):
+    path = tiny_family("smollm3", head_dim=24, no_rope_layers=[0, 0, 0])
+    assert export_bundle(path, tmp_path / "bundle", bits=32).head_dim == 24
+
+
+def test_a_part_of_the_head_that_the_rotary_cannot_turn(tiny_family, tmp_path):
+    with pytest.raises(SaapError, match="rotary embedding of 24 elements of a head cannot be exported"):
+        export_bundle(tiny_family("phi3", partial_rotary_factor=0.75), tmp_path / "bundle", bits=32)
+
+
+def test_a_group_that_does_not_divide(tiny_family, tmp_path):
+    with pytest.raises(SaapError, match="qkv_proj has 96 input columns, not a multiple of the group size 64"):
+        export_bundle(tiny_family("phi3"), tmp_path / "bundle", block=64)
+
+
+def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
+    path = with_config(tiny_family("qwen2", tie_word_embeddings=True), tie_word_embeddings=False)
+    with pytest.raises(SaapError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
+        export_bundle(path, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_pruning_and_tuning_of_other_families_say_so(tiny_family, tmp_path, family):
+    path = tiny_family(family)
+    with pytest.raises(SaapError, match=f"pruning of model type '{family}' is not offered yet; offered: llama"):
+        prune(path, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.2)))
+    with pytest.raises(SaapError, match=f"tuning of model type '{family}' is not offered yet; offered: llama"):
+        tune(path, tmp_path / "tuned", IDS, TuneOptions())
+    assert read_config(path)["model_type"] == family
