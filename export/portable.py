@@ -21,6 +21,7 @@ from export.rotary import rotary_tables
 from export.standard_graph import StandardGraph
 from export.standard_weights import write_standard_weights
 from export.weights import ModelSource, Precision, Progress, WeightFile
+from saap.architectures import require_llama
 from saap.checkpoint import writing_directory
 from saap.models import copy_sidecars
 
@@ -59,14 +60,17 @@ def export_portable(
     precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
     writer = writer or _writer(source, precision)
     with writing_directory(out) as partial:
+        read = None
         if writer == "optimum":
             _write_by_optimum(source, partial, progress)
         else:
-            _write_by_ourselves(source, precision, partial, symmetric, progress)
+            read = _write_by_ourselves(source, precision, partial, symmetric, progress)
         copy_sidecars(source.directory, partial)
         manifest = make_manifest(source, precision, transformers_config(source))
         lineage = {**manifest.lineage, "graph_writer": writer, "symmetric": symmetric}
         manifest = replace(manifest, target="portable", onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
+        if read is not None:
+            manifest = replace(manifest, weight_bytes_per_token=read)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
@@ -82,7 +86,9 @@ def _writer(source: ModelSource, precision: Precision) -> str:
 
 def _write_by_ourselves(
     source: ModelSource, precision: Precision, out: Path, symmetric: bool, progress: Progress | None
-) -> None:
+) -> int:
+    """Write weights and graphs; the bytes of weights that one token reads."""
+    require_llama(source.config, "a portable graph of ours")
     config = transformers_config(source)
     file = WeightFile(out)
     write_standard_weights(source, precision, file, symmetric=symmetric, progress=progress)
@@ -92,6 +98,7 @@ def _write_by_ourselves(
     for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
         graph = StandardGraph(source.shape, precision, file.tensors, config.rms_norm_eps)
         ir.save(graph.build(scoring), out / name)
+    return sum(t.nbytes for name, t in file.tensors.items() if name.startswith(("layers.", "head.", "norm")))
 
 
 def _write_by_optimum(source: ModelSource, out: Path, progress: Progress | None) -> None:

@@ -1,0 +1,158 @@
+"""What an ONNX decoder graph is made of, read without its weights: nodes, tensors, precision of the matrices."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+_LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
+_MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
+_EMPTY_DOMAIN = "ai.onnx"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: ``kind`` is its operator, with the domain where that is not ONNX's own."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    attributes: dict[str, int]
+
+
+@dataclass
+class Tensor:
+    """One initialiser: its place in memory or file, and what it is for.
+
+    Attributes:
+        layer: decoder layer; None for embedding, head, tables and constants.
+        parameters: numbers of the model that it holds; 0 for scales, zero points, tables and constants.
+        place: where the bytes are, equal for tensors that share them; None inside the graph.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    place: tuple[str, int] | None
+    layer: int | None = None
+    parameters: int = 0
+    readers: list[tuple[Node, int]] = field(default_factory=list)  # node and position among its inputs
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """A graph without its weights."""
+
+    nodes: list[Node]
+    tensors: dict[str, Tensor]
+    opsets: dict[str, int]
+    ir_version: int
+    producer: str
+
+    def quantised(self) -> list[dict[str, Any]]:
+        """Integer matrices by node, bits, block and accuracy level, with their count and bytes."""
+        found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for node in self.nodes:
+            position = {"MatMulNBits": 1, "DequantizeLinear": 0}.get(node.kind.split(":")[-1])
+            if position is None or node.inputs[position] not in self.tensors:
+                continue
+            parts = [self.tensors[name] for name in node.inputs[position:] if name in self.tensors]
+            matrix, level = parts[0], node.attributes.get("accuracy_level")
+            bits = node.attributes.get("bits", 4 if "4" in matrix.dtype else 8)
+            size = sum(part.bytes for part in parts[:3])
+            found[node.kind, bits, node.attributes.get("block_size", 0), level].append(size)
+        names = ("node", "bits", "block", "accuracy_level")
+        order = sorted(found, key=lambda key: -sum(found[key]))
+        return [
+            {**dict(zip(names, key, strict=True)), "count": len(found[key]), "bytes": sum(found[key])} for key in order
+        ]
+
+    def by_dtype(self) -> dict[str, dict[str, int]]:
+        """Stored tensors by type; bytes that two of them share count once."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        seen = set()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] += 1
+            if tensor.place is None or tensor.place not in seen:
+                sizes[tensor.dtype] += tensor.bytes
+            seen.add(tensor.place)
+        return {name: {"count": counts[name], "bytes": sizes[name]} for name, _ in sizes.most_common()}
+
+    def head_bytes(self) -> int | None:
+        """Bytes of the matrix behind the layers; None where no matrix outside the layers is found."""
+        sizes = {
+            tensor.name: tensor.bytes
+            for tensor in self.tensors.values()
+            if tensor.layer is None
+            and len(tensor.shape) > 1
+            and any(node.kind.split(":")[-1] in _MATRIX for node, _ in tensor.readers)
+        }
+        # Scales and zero points may be flat: they belong to the nodes that read the matrix.
+        for name in list(sizes):
+            for node, _ in self.tensors[name].readers:
+                if node.kind.split(":")[-1] in ("MatMulNBits", "DequantizeLinear"):
+                    sizes |= {part: self.tensors[part].bytes for part in node.inputs if part in self.tensors}
+        return sum(sizes.values()) or None
+
+
+def read_graph(path: Path) -> GraphFacts:
+    """Read an ONNX file, its weights left where they are."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    nodes = [_node(onnx, node) for node in model.graph.node]
+    tensors = {tensor.name: _tensor(onnx, tensor) for tensor in model.graph.initializer}
+    for node in nodes:
+        for position, name in enumerate(node.inputs):
+            if name in tensors:
+                tensors[name].readers.append((node, position))
+    for tensor in tensors.values():
+        tensor.layer = _layer_of(tensor)
+        tensor.parameters = _parameters_of(tensor)
+    opsets = {o.domain or _EMPTY_DOMAIN: o.version for o in model.opset_import}
+    return GraphFacts(nodes, tensors, opsets, model.ir_version, model.producer_name)
+
+
+def _node(onnx: Any, node: Any) -> Node:
+    integers = {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
+    kind = node.op_type if node.domain in ("", _EMPTY_DOMAIN) else f"{node.domain}:{node.op_type}"
+    return Node(kind, node.name, tuple(node.input), integers)
+
+
+def _tensor(onnx: Any, tensor: Any) -> Tensor:
+    dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    shape = tuple(tensor.dims)
+    bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(dtype)
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    entries = {e.key: e.value for e in tensor.external_data}
+    place = (entries["location"], int(entries.get("offset", 0))) if "location" in entries else None
+    return Tensor(tensor.name, dtype, shape, (prod(shape) * bits + 7) // 8, place)
+
+
+def _layer_of(tensor: Tensor) -> int | None:
+    """By its own name, else by the name of the one layer whose nodes read it."""
+    if match := _LAYER.search(tensor.name):
+        return int(match[1])
+    layers = {match[1] if (match := _LAYER.search(node.name)) else None for node, _ in tensor.readers}
+    only = layers.pop() if len(layers) == 1 else None
+    # Shapes, axes and scalars are no weights, although a layer's nodes read them.
+    return int(only) if only is not None and tensor.dtype not in ("int64", "int32", "bool") and tensor.shape else None
+
+
+def _parameters_of(tensor: Tensor) -> int:
+    if not tensor.readers or tensor.layer is None:
+        return 0
+    node, position = tensor.readers[0]
+    kind = node.kind.split(":")[-1]
+    if kind == "MatMulNBits" and position in (1, 2, 3):
+        return node.attributes["K"] * node.attributes["N"] if position == 1 else 0
+    if kind == "DequantizeLinear" and position in (1, 2):
+        return 0
+    return prod(tensor.shape)
