@@ -1,4 +1,9 @@
-"""Files beside the graph that let other programs run a bundle: genai_config.json for onnxruntime-genai."""
+"""Files beside the graph that let other programs run a bundle.
+
+``genai_config.json`` is for onnxruntime-genai, ``config.json`` for optimum's ``ORTModelForCausalLM``. The latter's
+batches must not be padded on bundles of the ``cpu`` target: their operator takes padding on the left for text.
+``export.ort_model`` has no such limit.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import DECODE_GRAPH, BundleManifest
+from export.tokenizer import BundleTokenizer
 
 GENAI_CONFIG = "genai_config.json"
+CONFIG = "config.json"
+PROBES = (  # what tokenizers disagree about: spaces, digits, code, other scripts, joined emoji, special tokens
+    "The quick brown fox jumps over the lazy dog.",
+    " It's I'LL  don't\n\n  two\tspaces\r\n",
+    "In 1998: 1234567 x 3.14159, 12:30.",
+    "def f(x):\n    return x ** 2  # {'a': [1]}",
+    "naïve café, Ελλάδα, 日本語, 👩\u200d👩\u200d👧 🤷🏽",
+)
 
 
 def genai_config(
@@ -69,9 +83,69 @@ def write_genai_config(
     search: dict[str, Any] | None = None,
 ) -> Path:
     """Write :func:`genai_config` into ``directory``, by rename; to be called before the manifest hashes the files."""
-    path = Path(directory) / GENAI_CONFIG
-    partial = path.with_name(path.name + ".partial")
     document = genai_config(manifest, pad_token_id=pad_token_id, search=search)
+    return _write(Path(directory) / GENAI_CONFIG, document)
+
+
+def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str, Any] | None:
+    """The ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
+
+    optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
+    head size (optimum-onnx 0.1.0 reads ``head_dim`` for few model types only). So the layers with attention must have
+    equal KV heads, and ``num_attention_heads`` is the number that gives the right quotient, not the one of any layer.
+
+    Args:
+        config: of the exported model directory.
+        manifest: of the bundle.
+    """
+    kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
+    if len(kv_heads) != 1 or manifest.hidden_size % manifest.head_dim:
+        return None
+    ours = ("slim_layers", "slim_quant", "auto_map", "quantization_config", "_name_or_path")
+    return {
+        **{key: value for key, value in config.items() if key not in ours},
+        "model_type": str(config["model_type"]).removeprefix("saap_"),
+        "num_hidden_layers": len(manifest.kv_layers),
+        "num_attention_heads": manifest.hidden_size // manifest.head_dim,
+        "num_key_value_heads": kv_heads.pop(),
+        "head_dim": manifest.head_dim,
+    }
+
+
+def write_optimum_config(directory: str | Path, config: dict[str, Any], manifest: BundleManifest) -> Path | None:
+    """Write :func:`optimum_config`, if there is one, into ``directory``; before the manifest hashes the files."""
+    document = optimum_config(config, manifest)
+    return None if document is None else _write(Path(directory) / CONFIG, document)
+
+
+def genai_tokenizer_note(directory: str | Path) -> str | None:
+    """None when onnxruntime-genai's own tokenizer agrees with the bundle's; else one line that says where it does not.
+
+    It loads the tokenizer only, not the model. A bundle with a note still runs in genai: give it ids.
+    """
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return "onnxruntime-genai is not installed, so its tokenizer was not compared"
+    name = f"onnxruntime-genai {genai.__version__}"
+    ours = BundleTokenizer(directory)
+    try:
+        theirs = genai.Tokenizer(str(directory))
+        for text in PROBES:
+            ids, expected = [int(token) for token in theirs.encode(text)], ours.encode(text)
+            if ids != expected:
+                return f"{name} encodes {text!r} as {ids}, not {expected}: give it ids"
+            stream = theirs.create_stream()
+            pieces = "".join(stream.decode(token) for token in ids)
+            if pieces != ours.decode(ids):
+                return f"{name} decodes {ids} to {pieces!r}, not {ours.decode(ids)!r}: decode with another tokenizer"
+    except RuntimeError as error:  # what its binding raises for a tokenizer that it does not know
+        return f"{name} cannot read the tokenizer ({str(error).splitlines()[0]}): give it ids"
+    return None
+
+
+def _write(path: Path, document: dict[str, Any]) -> Path:
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
     return path

@@ -1,167 +1,32 @@
 """Running a bundle: text out of a prompt, and the log-probabilities of a given text.
 
-No torch and no transformers here: this is what runs on a board. Generation takes any decoder that has the three
-methods of :class:`Decoder`; the command line passes the one that the benchmark measures.
+No torch and no transformers here: this is what runs on a board.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import SCORING_GRAPH, BundleManifest, read_manifest
-from export.tokenizer import BundleTokenizer, RunError, TextStream
+from export.generation import Decoder, Generation, generate
+from export.sampling import Logits, Sampling
+from export.tokenizer import BundleTokenizer, RunError
 
-__all__ = ["BundleScorer", "BundleTokenizer", "Decoder", "Generation", "RunError", "generate", "next_token_logprobs"]
-
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
-
-
-class Decoder(Protocol):
-    """A model with a KV cache, one sequence at a time."""
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the cache holds: prompt and generated tokens together."""
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-
-    def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
-
-    def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
-
-
-class Generation:
-    """The text of :func:`generate` as it is made: iterate once; the numbers are complete when the iteration ends.
-
-    Attributes:
-        prompt_tokens: length of the prompt in tokens, template included.
-        tokens: tokens drawn, an end-of-text token included.
-        prefill_seconds: from the start to the logits of the first token.
-        decode_seconds: from there to the end.
-        stop_reason: ``eos``, ``length`` (max_tokens reached), ``context`` (the cache is full), or None while running.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: BundleTokenizer,
-        ids: list[int],
-        *,
-        stream: TextStream,
-        stop_ids: frozenset[int],
-        max_tokens: int,
-        draw: Callable[[Logits], int],
-        clock: Callable[[], float],
-    ) -> None:
-        self._decoder, self._ids, self._stream = decoder, ids, stream
-        self._stop_ids, self._max_tokens = stop_ids, max_tokens
-        self._draw, self._clock = draw, clock
-        self.prompt_tokens = len(ids)
-        self.tokens = 0
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
-        self.stop_reason: str | None = None
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of prefill and decode together."""
-        return self.prefill_seconds + self.decode_seconds
-
-    def _run(self) -> Iterator[str]:
-        start = self._clock()
-        self._decoder.reset()
-        logits = self._decoder.prefill(np.asarray(self._ids, dtype=np.int64))
-        filled = self._clock()
-        self.prefill_seconds = filled - start
-        while self.stop_reason is None:
-            token = self._draw(logits)
-            self.tokens += 1
-            self.stop_reason = self._reason_to_stop(token)
-            piece = "" if self.stop_reason == "eos" else self._stream.push(token)
-            self.decode_seconds = self._clock() - filled
-            if piece:
-                yield piece
-            if self.stop_reason is None:
-                logits = self._decoder.step(token)
-        rest = self._stream.flush()
-        if rest:
-            yield rest
-
-    def _reason_to_stop(self, token: int) -> str | None:
-        if token in self._stop_ids:
-            return "eos"
-        if self.tokens >= self._max_tokens:
-            return "length"
-        # The drawn token would need a place in the cache before it can be followed by another.
-        if self.prompt_tokens + self.tokens > self._decoder.max_length:
-            return "context"
-        return None
-
-
-def generate(
-    decoder: Decoder,
-    tokenizer: BundleTokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = True,
-    stop_ids: Collection[int] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Generation:
-    """Text that follows ``prompt``, in pieces that never split a character.
-
-    Args:
-        decoder: the model; it is reset first.
-        tokenizer: the bundle's.
-        prompt: a user's turn when ``chat``, else a text to continue.
-        max_tokens: tokens to draw at most.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        seed: of the draws.
-        chat: put the prompt into the model's chat template.
-        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
-        clock: seconds.
-
-    Raises:
-        RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
-    """
-    if max_tokens < 1:
-        raise RunError(f"{max_tokens} tokens cannot be generated: ask for 1 or more")
-    draw = _sampler(temperature, seed)
-    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
-    if not ids or not prompt.strip():
-        raise RunError("the prompt is empty: give some text")
-    if len(ids) > decoder.max_length:
-        raise RunError(f"the prompt has {len(ids)} tokens, the context holds {decoder.max_length}: shorten it")
-    return Generation(
-        decoder,
-        tokenizer,
-        ids,
-        # A continuation keeps the space that its first word needs; an answer starts a text of its own.
-        stream=TextStream(tokenizer, () if chat else ids),
-        stop_ids=frozenset(tokenizer.eos_token_ids if stop_ids is None else stop_ids),
-        max_tokens=max_tokens,
-        draw=draw,
-        clock=clock,
-    )
+__all__ = [
+    "BundleScorer",
+    "BundleTokenizer",
+    "Decoder",
+    "Generation",
+    "RunError",
+    "Sampling",
+    "cpu_session",
+    "generate",
+    "next_token_logprobs",
+]
 
 
 def next_token_logprobs(logits: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.float64]:
@@ -244,22 +109,3 @@ def empty_past(manifest: BundleManifest, batch: int) -> dict[str, NDArray[Any]]:
         for index, layer in enumerate(manifest.kv_layers)
         for part in ("key", "value")
     }
-
-
-def _sampler(temperature: float, seed: int) -> Callable[[Logits], int]:
-    if not 0.0 <= temperature < float("inf"):  # also false for NaN
-        raise RunError(f"temperature {temperature} is out of range: give 0 (greedy) or more, 0.7 is usual")
-    generator = np.random.default_rng(seed)
-
-    def draw(logits: Logits) -> int:
-        if not np.isfinite(logits.max()):
-            raise RunError("the bundle's logits are not finite: export it again")
-        if temperature == 0.0:
-            return int(logits.argmax())
-        shifted = logits.astype(np.float64) - logits.max()
-        with np.errstate(over="ignore"):  # a tiny temperature sends the losers to -inf, which is meant
-            total = np.exp(shifted / temperature).cumsum()
-        drawn = int(total.searchsorted(generator.random() * total[-1], side="right"))
-        return min(drawn, len(total) - 1)  # the product may round up to the total
-
-    return draw

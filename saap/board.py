@@ -13,36 +13,6 @@ from saap.errors import SaapError
 from saap.json_files import read_object
 
 
-def generate_text(
-    bundle: Path, prompt: str, max_tokens: int, temperature: float, seed: int, threads: int | None, chat: bool | None
-) -> None:
-    """Stream an answer to standard output, and one line about its speed to standard error."""
-    from bench.cores import physical_cores
-    from bench.runtime import OrtDecoder
-    from export.bundle import read_manifest
-    from export.run import generate
-    from export.tokenizer import BundleTokenizer
-
-    manifest = read_manifest(bundle)
-    tokenizer = BundleTokenizer(bundle)
-    chat = tokenizer.has_chat_template if chat is None else chat
-    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
-    length = min(manifest.context_length, max(1, len(ids) + max(max_tokens, 0)))
-    decoder = OrtDecoder(bundle, threads or physical_cores(), length)
-    generation = generate(
-        decoder, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat
-    )
-    for piece in generation:
-        click.echo(piece, nl=False)
-    click.echo()
-    rate = (generation.tokens - 1) / generation.decode_seconds if generation.decode_seconds else 0.0
-    click.echo(
-        f"[{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s, "
-        f"{generation.tokens} tokens at {rate:.1f} tok/s, stop: {generation.stop_reason}]",
-        err=True,
-    )
-
-
 def bench_specs(
     specs: list[str],
     *,

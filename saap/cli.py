@@ -187,20 +187,32 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
 
 @cli.command()
 @click.argument("bundle", type=directory)
-@click.argument("prompt")
-@click.option("--max-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one answer.")
+@click.option("--chat/--no-chat", " /--raw", default=None, help="Use the chat template; default: where there is one.")
+@click.option("--system", help="What the model is told before the first turn.")
+@click.option("--sample", is_flag=True, help="Draw tokens, with the settings that the model comes with.")
+@click.option("--temperature", type=float, help="Above 0 draws tokens; default: 0, or the model's with --sample.")
+@click.option("--top-k", type=int, help="Draw from this many likeliest tokens.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability together.")
+@click.option("--min-p", type=float, help="Draw from tokens at least this times as likely as the likeliest.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens less likely that were there before.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--threads", type=int, help="Default: all physical cores.")
-@click.option("--chat/--no-chat", default=None, help="Use the model's chat template; default: where it has one.")
-def generate(bundle: Path, prompt: str, **options: Any) -> None:
+@click.option("--context", type=int, help="Tokens that the cache holds; default: as needed, 4096 for a conversation.")
+@click.option("--json", "as_json", is_flag=True, help="One document with texts, ids and times, for machines.")
+def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     """Stream text from a bundle; needs no torch.
+
+    Without a prompt it is a conversation: at a terminal, or with --chat one turn per line of standard input. A prompt
+    of - is read from standard input.
 
     \b
     Example:
       saap generate out/demo/slim-int4 "Why is the sky blue?"
+      saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
     """
-    from saap.board import generate_text
+    from saap.chat import generate_text
 
     generate_text(bundle, prompt, **options)
 

@@ -5,10 +5,24 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
+from test_surgery import cut
 from tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
+from bench.runtime import OrtDecoder
 from export.bundle import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
-from export.clients import genai_config, write_genai_config
+from export.clients import (
+    genai_config,
+    genai_tokenizer_note,
+    optimum_config,
+    write_genai_config,
+    write_optimum_config,
+)
+from export.export import export_bundle
+from export.run import generate
+from export.tokenizer import BundleTokenizer
+from saap.checkpoint import load_model, read_config
+from saap.structures import LayerPlan, PrunePlan
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +79,80 @@ def test_writer_leaves_the_document_and_nothing_beside_it(tmp_path, bundle):
     assert [p.name for p in tmp_path.iterdir()] == ["genai_config.json"]
 
 
-def test_onnxruntime_genai_draws_the_tokens_that_the_graph_says(tmp_path):
-    og = pytest.importorskip("onnxruntime_genai")
-    from bench.runtime import OrtDecoder
+IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+UNEVEN = (
+    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
+    LayerPlan((0, 1, 2, 3, 4, 5), (0, 1, 2), tuple(range(64))),
+    LayerPlan((2, 3), (1,), ()),  # another number of KV heads, and no FFN
+)
+NARROW = tuple(LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(width))) for width in (32, 96, 64))  # KV heads alike
 
-    directory = tiny_bundle(tmp_path / "bundle")
-    write_genai_config(directory, read_manifest(directory))
-    # genai sizes its logits buffer by this dimension, so it has to be a number.
-    model = onnx.load(directory / DECODE_GRAPH, load_external_data=False)
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
-    onnx.save(model, directory / DECODE_GRAPH)
-    decoder, ours = OrtDecoder(directory, 1, 32, verify=False), []
-    logits = decoder.prefill(np.array([1, 5, 9, 7]))
-    for _ in range(12):
-        ours.append(int(logits.argmax()))
-        logits = decoder.step(ours[-1])
+
+def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai")
+    slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle"
+    export_bundle(slim, directory)
+    tokenizer = BundleTokenizer(directory)
+    ours = generate(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", max_tokens=24, stop_ids=())
+    text, ids = "".join(ours), tokenizer.encode_chat("The quick brown fox")
     model = og.Model(str(directory))
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=32)
-    generator, theirs = og.Generator(model, parameters), []
-    generator.append_tokens(np.array([[1, 5, 9, 7]], np.int32))
-    while len(theirs) < len(ours) and not generator.is_done():
+    parameters.set_search_options(max_length=64)
+    generator, theirs = og.Generator(model, parameters), og.Tokenizer(model)
+    prompt = theirs.apply_chat_template(
+        '[{"role": "user", "content": "The quick brown fox"}]', add_generation_prompt=True
+    )
+    assert theirs.encode(prompt).tolist() == ids
+    generator.append_tokens(np.array([ids], np.int32))
+    stream, drawn, pieces = theirs.create_stream(), [], []
+    while len(drawn) < 24 and not generator.is_done():
         generator.generate_next_token()
-        theirs.append(int(generator.get_next_tokens()[0]))
-    assert theirs == ours[: len(theirs)]
-    assert len(theirs) > 3
+        drawn.append(int(generator.get_next_tokens()[0]))
+        pieces.append(stream.decode(drawn[-1]))
+    assert len(drawn) == 24
+    assert drawn == ours.drawn
+    assert "".join(pieces).rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+def test_genai_tokenizer_that_agrees_needs_no_note(tiny_model, tmp_path):
+    pytest.importorskip("onnxruntime_genai")
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    assert genai_tokenizer_note(tmp_path / "bundle") is None
+
+
+def test_genai_tokenizer_that_differs_gets_a_note(tiny_model, tmp_path):
+    pytest.importorskip("onnxruntime_genai")
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    path = tmp_path / "bundle/tokenizer.json"
+    # A split that ours obeys and genai 0.18 does not know.
+    document = json.loads(path.read_text())
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"String": "o"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}  # fmt: skip
+    path.write_text(json.dumps(document))
+    note = genai_tokenizer_note(tmp_path / "bundle")
+    assert note is not None and "encodes 'The quick brown fox" in note and "give it ids" in note
+
+
+def test_optimum_draws_the_tokens_of_torch_where_kv_heads_are_alike(tiny_model, tmp_path):
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(NARROW)), tmp_path / "bundle"
+    manifest = export_bundle(slim, directory, bits=32)
+    assert write_optimum_config(directory, read_config(slim), manifest) == directory / "config.json"
+    theirs = optimum.ORTModelForCausalLM.from_pretrained(directory, file_name=DECODE_GRAPH, local_files_only=True)
+    torch_model = load_model(slim)
+    for options in ({}, {"num_beams": 3}):
+        options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 2, **options}
+        assert theirs.generate(IDS, **options).tolist() == torch_model.generate(IDS, **options).tolist()
+
+
+def test_optimum_has_no_config_where_kv_heads_differ(bundle, tmp_path):
+    manifest = read_manifest(bundle)  # KV heads 2 and 1
+    assert optimum_config({"model_type": "llama"}, manifest) is None
+    assert write_optimum_config(tmp_path, {"model_type": "llama"}, manifest) is None
+    assert list(tmp_path.iterdir()) == []
+    alike = without(manifest, layers=[LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(2, 2, 96)])
+    config = optimum_config({"model_type": "saap_llama", "slim_layers": [], "auto_map": {}, "rms_norm_eps": 1.0}, alike)
+    assert config == {"model_type": "llama", "rms_norm_eps": 1.0, "num_hidden_layers": 2, "num_attention_heads": 4,
+                      "num_key_value_heads": 2, "head_dim": HEAD_DIM}  # fmt: skip
+    assert optimum_config({"model_type": "llama"}, without(alike, hidden_size=HIDDEN + 8)) is None

@@ -1,0 +1,88 @@
+"""A conversation of several turns that reads only what is new in each: the KV cache stays between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+from export.generation import Decoder, Generation, HeldSequence, check_request
+from export.sampling import GREEDY, Sampling
+from export.tokenizer import BundleTokenizer, RunError, TextStream
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    Every turn renders the whole conversation with the model's chat template, so the model always sees exactly what it
+    would see if it were prompted afresh. What the cache already holds of it, from the start, is kept: with a template
+    that only appends, that is all but the new turn; one that rewrites earlier turns costs as much as it rewrites.
+
+    Args:
+        decoder: the model; it is reset first.
+        tokenizer: the bundle's; it must have a chat template.
+        system: what the model is told first; None leaves it to the template.
+        max_tokens: tokens of an answer at most.
+        sampling: how each is drawn; the draws of all turns come from one seed.
+        stop_ids: ids that end an answer; None means every end-of-text id of the tokenizer.
+        clock: seconds.
+
+    Attributes:
+        messages: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
+
+    Raises:
+        RunError: no chat template, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: BundleTokenizer,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if not tokenizer.has_chat_template:
+            raise RunError(f"{tokenizer.directory} has no chat template: give a prompt to continue instead of a chat")
+        self._sequence, self._tokenizer, self._system = HeldSequence(decoder), tokenizer, system
+        self._max_tokens, self._draw, self._clock = max_tokens, sampling.sampler(), clock
+        self._stop_ids = tokenizer.eos_token_ids if stop_ids is None else stop_ids
+        self.reset()
+
+    @property
+    def held_ids(self) -> list[int]:
+        """The ids that the cache holds."""
+        return list(self._sequence.ids)
+
+    def reset(self) -> None:
+        """Begin anew; what the cache holds of the system prompt is kept."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self._answer: Generation | None = None
+
+    def ask(self, text: str) -> Generation:
+        """The answer to the user's next turn, as it is made.
+
+        Raises:
+            RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then
+                as it was.
+        """
+        check_request(text, self._max_tokens)
+        if self._answer is not None:
+            self.messages.append({"role": "assistant", "content": self._answer.text})
+            self._answer = None
+        turns = [*self.messages, {"role": "user", "content": text}]
+        ids = self._tokenizer.encode(self._tokenizer.render_chat(turns), add_special_tokens=False)
+        room = self._sequence.decoder.max_length
+        if len(ids) > room:
+            raise RunError(
+                f"the context is full: the conversation has {len(ids)} tokens with this turn and {room} fit; "
+                "say it shorter, or start again with /reset"
+            )
+        self.messages = turns
+        self._answer = Generation(
+            self._sequence, ids, stream=TextStream(self._tokenizer), stop_ids=self._stop_ids,
+            max_tokens=self._max_tokens, draw=self._draw, clock=self._clock,
+        )  # fmt: skip
+        return self._answer

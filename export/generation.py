@@ -1,0 +1,234 @@
+"""Text out of a prompt, from any decoder that has the methods of :class:`Decoder`. No torch and no transformers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.sampling import GREEDY, Draw, Logits, Sampling
+from export.tokenizer import BundleTokenizer, RunError, TextStream
+
+Ids = NDArray[np.int64]
+# The operator's scratch grows with prompt x cache: pieces keep it small and cost no time.
+PREFILL_CHUNK = 256
+
+
+class Decoder(Protocol):
+    """A model with a KV cache, one sequence at a time."""
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the cache holds: prompt and generated tokens together."""
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` positions."""
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+
+
+class HeldSequence:
+    """A decoder together with the ids that its cache holds, so that a longer text costs only what is new in it.
+
+    Args:
+        decoder: it is reset.
+
+    Attributes:
+        ids: what the cache holds.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        decoder.reset()
+        self.decoder = decoder
+        self.ids: list[int] = []
+
+    def continue_to(self, ids: Sequence[int]) -> tuple[Logits, int]:
+        """Make the cache hold ``ids``, keeping what it already has of them from the start.
+
+        Returns:
+            The logits [vocab] after the last id, and the number of tokens that had to be read.
+        """
+        # The logits after the last id come only from reading it.
+        kept = min(_common_prefix(self.ids, ids), len(ids) - 1)
+        if kept < len(self.ids):
+            self.decoder.rewind(kept)
+            del self.ids[kept:]
+        for start in range(kept, len(ids), PREFILL_CHUNK):
+            piece = ids[start : start + PREFILL_CHUNK]
+            logits = self.decoder.prefill(np.asarray(piece, dtype=np.int64))
+            self.ids += piece
+        return logits, len(ids) - kept
+
+    def step(self, token: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+        logits = self.decoder.step(token)
+        self.ids.append(token)
+        return logits
+
+
+class Generation:
+    """The text of :func:`generate` as it is made: iterate once; the numbers are complete when the iteration ends.
+
+    Attributes:
+        prompt_ids: the prompt, template included.
+        read_tokens: how many of them were not in the cache.
+        drawn: ids drawn, one that ends the text included.
+        text: what has been given out.
+        prefill_seconds: from the start to the logits of the first token.
+        decode_seconds: from there to the end.
+        stop_reason: ``eos``, ``length`` (max_tokens reached), ``context`` (the cache is full), ``interrupted``
+            (:meth:`stop`), or None while running.
+    """
+
+    def __init__(
+        self,
+        sequence: HeldSequence,
+        ids: list[int],
+        *,
+        stream: TextStream,
+        stop_ids: Collection[int],
+        max_tokens: int,
+        draw: Draw,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._sequence, self._stream = sequence, stream
+        self._stop_ids, self._max_tokens = frozenset(stop_ids), max_tokens
+        self._draw, self._clock = draw, clock
+        self._stopped = False
+        self.prompt_ids = ids
+        self.read_tokens = 0
+        self.drawn: list[int] = []
+        self.text = ""
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.stop_reason: str | None = None
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def stop(self) -> None:
+        """End the text after the token that is being computed; may be called from a signal handler."""
+        self._stopped = True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt, template included."""
+        return len(self.prompt_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens drawn, one that ends the text included."""
+        return len(self.drawn)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of prefill and decode together."""
+        return self.prefill_seconds + self.decode_seconds
+
+    def _run(self) -> Iterator[str]:
+        start = self._clock()
+        logits, self.read_tokens = self._sequence.continue_to(self.prompt_ids)
+        filled = self._clock()
+        self.prefill_seconds = filled - start
+        while self.stop_reason is None:
+            token = self._draw(logits, self._sequence.ids)
+            self.drawn.append(token)
+            self.stop_reason = self._reason_to_stop(token)
+            piece = "" if self.stop_reason == "eos" else self._stream.push(token)
+            self.decode_seconds = self._clock() - filled
+            if piece:
+                yield piece
+            if self.stop_reason is None:
+                logits = self._sequence.step(token)
+        rest = self._stream.flush()
+        if rest:
+            yield rest
+
+    def _reason_to_stop(self, token: int) -> str | None:
+        if token in self._stop_ids:
+            return "eos"
+        if self._stopped:
+            return "interrupted"
+        if len(self.drawn) >= self._max_tokens:
+            return "length"
+        # The drawn token would need a place in the cache before it can be followed by another.
+        if len(self.prompt_ids) + len(self.drawn) > self._sequence.decoder.max_length:
+            return "context"
+        return None
+
+
+def generate(
+    decoder: Decoder,
+    tokenizer: BundleTokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    chat: bool = True,
+    stop_ids: Collection[int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generation:
+    """Text that follows ``prompt``, in pieces that never split a character.
+
+    Args:
+        decoder: the model; it is reset first.
+        tokenizer: the bundle's.
+        prompt: a user's turn when ``chat``, else a text to continue.
+        max_tokens: tokens to draw at most.
+        sampling: how each is drawn.
+        chat: put the prompt into the model's chat template.
+        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
+        clock: seconds.
+
+    Raises:
+        RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
+    """
+    check_request(prompt, max_tokens)
+    ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
+    check_length(ids, decoder)
+    return Generation(
+        HeldSequence(decoder),
+        ids,
+        # A continuation keeps the space that its first word needs; an answer starts a text of its own.
+        stream=TextStream(tokenizer, () if chat else ids),
+        stop_ids=tokenizer.eos_token_ids if stop_ids is None else stop_ids,
+        max_tokens=max_tokens,
+        draw=sampling.sampler(),
+        clock=clock,
+    )
+
+
+def check_request(prompt: str, max_tokens: int) -> None:
+    """Refuse an empty prompt, or less than one token."""
+    if max_tokens < 1:
+        raise RunError(f"{max_tokens} tokens cannot be generated: ask for 1 or more")
+    if not prompt.strip():
+        raise RunError("the prompt is empty: give some text")
+
+
+def check_length(ids: Sequence[int], decoder: Decoder) -> None:
+    """Refuse a prompt that the cache cannot hold, or one of no tokens."""
+    if not ids:
+        raise RunError("the prompt is empty: give some text")
+    if len(ids) > decoder.max_length:
+        raise RunError(f"the prompt has {len(ids)} tokens, the context holds {decoder.max_length}: shorten it")
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
