@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_surgery import cut
 
 from export.gguf_write import export_gguf
 from saap.checkpoint import load_model, weights_hash
 from saap.errors import SaapError
+from saap.models import load_tokenizer
+from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 SIZES = {
@@ -51,6 +54,25 @@ def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config,
     context = gguf.GGUFReader(tmp_path / "model.gguf").get_field("llama.context_length").contents()
     assert context == window
     assert len(report["notes"]) == (window < 256)
+
+
+def test_the_real_model_cut_unevenly(real_model, tmp_path):
+    whole = whole_layer(LayerSizes(9, 3, 1536))
+    layers = [whole] * 6 + [LayerPlan((), (), ())] * 24  # the sizes of all thirty cost seconds and show no more
+    layers[0] = LayerPlan((), (), whole.ffn)
+    layers[2] = LayerPlan((0, 1, 3, 4), (0, 1), whole.ffn[:1000])
+    layers[4] = LayerPlan(whole.query_heads, whole.kv_heads, ())
+    path = cut(real_model, tmp_path / "slim", PrunePlan(tuple(layers)))
+    export_gguf(path, tmp_path / "model.gguf", kind="F32")
+    ids = load_tokenizer(real_model)("The river rose by 12 centimetres, and", return_tensors="pt").input_ids
+    model = load_model(path)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        tokens = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=2)
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=ids[0].tolist(), greedy=16)
+    assert np.abs(found["logits"] - expected).max() <= 2e-3
+    assert found["tokens"] == tokens[0, ids.shape[1] :].tolist()
+    assert found["architecture"] == "deci"
 
 
 def test_where_the_file_comes_from_is_in_it(tiny_model, tmp_path):
