@@ -142,7 +142,20 @@ def architecture_of(config: Any) -> Architecture:
     activation = _get(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
         raise SaapError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
+    if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
+        _require_transformers5()
     return architecture
+
+
+def _require_transformers5() -> None:
+    """Older ones overlook ``rope_parameters`` and turn by another base, without a word."""
+    from transformers import __version__
+
+    if int(__version__.split(".")[0]) < 5:
+        raise SaapError(
+            f"config.json is of transformers 5 (it has rope_parameters), which {__version__} misreads: install "
+            "transformers 5, or write rope_theta and rope_scaling there"
+        )
 
 
 def require_llama(config: Any, what: str) -> None:

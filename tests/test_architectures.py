@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from export.export import export_bundle
 from saap.architectures import ARCHITECTURES, LayerTraits, Traits, shape_of, traits_of
@@ -87,6 +88,18 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tiny_family, tmp_path, c
         export_bundle(path, tmp_path / "bundle", bits=32)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="transformers 5 reads its own configs")
+def test_a_config_that_transformers_4_would_misread(tiny_family):
+    rope = {"rope_theta": 500000.0, "rope_type": "default"}
+    path = with_config(tiny_family("llama"), rope_parameters=rope)
+    config = read_config(path)
+    del config["rope_theta"]
+    assert transformers.LlamaConfig.from_dict(config).rope_theta == 10000, "no longer misread: the check can go"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SaapError, match=r"of transformers 5 .* install transformers 5, or write rope_theta"):
+        load_model(path)
 
 
 SIZES = {
