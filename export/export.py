@@ -137,6 +137,8 @@ def make_manifest(source: ModelSource, precision: Precision, config: Any) -> Bun
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
             "method": record.get("method"),
+            "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
+            "tuning": record.get("tuning", {}).get("text"),
             **record.get("lineage", {}),
         },
     )

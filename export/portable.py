@@ -1,7 +1,7 @@
 """The portable target: standard operators only, for TensorRT and other runtimes that do not take com.microsoft.
 
-Uniform float32 models go through optimum where it is installed; the others (layers of their own sizes, integers) are
-written by :mod:`export.standard_graph`. Both take ``position_ids`` and grow the KV cache by Concat.
+Uniform float32 LLaMA models go through optimum where it is installed; all others (layers of their own sizes, integers,
+other families) are written by :mod:`export.standard_graph`. Both take ``position_ids`` and grow the KV cache by Concat.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import onnx_ir as ir
 from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
 from export.clients import write_genai_config
 from export.export import make_manifest, transformers_config
-from export.rotary import rotary_tables
+from export.rotary import all_rotary_tables
 from export.standard_graph import StandardGraph
 from export.standard_weights import write_standard_weights
 from export.weights import ModelSource, Precision, Progress, WeightFile
-from saap.architectures import require_llama
+from saap.architectures import traits_of
 from saap.checkpoint import writing_directory
 from saap.models import copy_sidecars
 
@@ -37,7 +37,6 @@ def export_portable(
     bits: int | None = None,
     block: int | None = None,
     head_bits: int | None = None,
-    symmetric: bool = False,
     writer: str | None = None,
     parity: Callable[[Path], dict[str, Any]] | None = None,
     progress: Progress | None = None,
@@ -48,8 +47,7 @@ def export_portable(
         bits: 4, 8 or 32 for the linears; None is 32, or what a tuned directory holds.
         block: quantisation group; None is 32, or what a tuned directory holds.
         head_bits: of embedding and head; None is as ``bits``.
-        symmetric: round the linears without zero points, as TensorRT demands of integer weights; coarser.
-        writer: ``optimum`` or ``saap``; None takes optimum where it can: uniform, float32, installed.
+        writer: ``optimum`` or ``saap``; None takes optimum where it can: uniform LLaMA, float32, installed.
         parity: is given the finished files before the bundle appears, returns the parity report, raises on failure.
 
     Raises:
@@ -64,10 +62,10 @@ def export_portable(
         if writer == "optimum":
             _write_by_optimum(source, partial, progress)
         else:
-            read = _write_by_ourselves(source, precision, partial, symmetric, progress)
+            read = _write_by_ourselves(source, precision, partial, progress)
         copy_sidecars(source.directory, partial)
         manifest = make_manifest(source, precision, transformers_config(source))
-        lineage = {**manifest.lineage, "graph_writer": writer, "symmetric": symmetric}
+        lineage = {**manifest.lineage, "graph_writer": writer}
         manifest = replace(manifest, target="portable", onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
         if read is not None:
             manifest = replace(manifest, weight_bytes_per_token=read)
@@ -80,23 +78,22 @@ def export_portable(
 
 
 def _writer(source: ModelSource, precision: Precision) -> str:
-    uniform = not source.config["model_type"].startswith("saap_")
+    uniform = source.config["model_type"] == "llama"  # the other families' windows and norms are tried in ours only
     return "optimum" if uniform and precision.bits == 32 and find_spec("optimum") is not None else "saap"
 
 
-def _write_by_ourselves(
-    source: ModelSource, precision: Precision, out: Path, symmetric: bool, progress: Progress | None
-) -> int:
+def _write_by_ourselves(source: ModelSource, precision: Precision, out: Path, progress: Progress | None) -> int:
     """Write weights and graphs; the bytes of weights that one token reads."""
-    require_llama(source.config, "a portable graph of ours")
     config = transformers_config(source)
+    traits = traits_of(config)
+    rotary = all_rotary_tables(config, traits)
     file = WeightFile(out)
-    write_standard_weights(source, precision, file, symmetric=symmetric, progress=progress)
-    for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+    write_standard_weights(source, precision, file, progress)
+    for name, table in rotary.items():
         file.add(name, table)
     file.close()
     for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-        graph = StandardGraph(source.shape, precision, file.tensors, config.rms_norm_eps)
+        graph = StandardGraph(source.shape, traits, precision, file.tensors, config.rms_norm_eps)
         ir.save(graph.build(scoring), out / name)
     return sum(t.nbytes for name, t in file.tensors.items() if name.startswith(("layers.", "head.", "norm")))
 

@@ -5,19 +5,21 @@ ONNX Runtime fuses with the MatMul behind them. The KV cache grows by Concat, so
 Attention multiplies all query heads of a KV group at once ([batch, kv, group * sequence, head_dim] x [batch, kv,
 head_dim, total]), so keys and values are never repeated.
 
-Beside the usual inputs the graph takes ``position_ids`` [batch, sequence] int64. Masked are the keys behind a query and
-those whose ``attention_mask`` is 0 (padding).
+Beside the usual inputs the graph takes ``position_ids`` [batch, sequence] int64. Masked are the keys behind a query,
+those before the layer's window, and those whose ``attention_mask`` is 0 (padding). What a family has beyond LLaMA is in
+its :class:`saap.architectures.Traits`, or simply in the data file: a bias or a norm that is there is applied.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from export.graph_builder import GraphBuilder
+from export.rotary import Table, rotary_names
 from export.weights import Precision
+from saap.architectures import Traits
 from saap.structures import LayerSizes, ModelShape
 
 OPSET = 21  # the first one with 4-bit integers and DequantizeLinear in blocks
@@ -32,64 +34,83 @@ class StandardGraph:
     """Builds one graph over weights that :func:`export.standard_weights.write_standard_weights` wrote."""
 
     def __init__(
-        self, shape: ModelShape, precision: Precision, tensors: Mapping[str, ir.TensorProtocol], epsilon: float
+        self,
+        shape: ModelShape,
+        traits: Traits,
+        precision: Precision,
+        tensors: Mapping[str, ir.TensorProtocol],
+        epsilon: float,
     ) -> None:
-        self.shape, self.precision, self.epsilon = shape, precision, epsilon
+        self.shape, self.traits, self.precision, self.epsilon = shape, traits, precision, epsilon
         self._graph = GraphBuilder(tensors)
         self._ids = self._graph.input("input_ids", INT64, ["batch", "sequence"])
         self._mask = self._graph.input("attention_mask", INT64, ["batch", "total"])
         self._positions = self._graph.input("position_ids", INT64, ["batch", "sequence"])
+        self._biases: dict[int, ir.Value] = {}  # by window
+        self._rotations: dict[str, ir.Value] = {}  # by table
 
     def build(self, scoring: bool) -> ir.Model:
         """The decode graph, or the scoring graph with the logits of all positions."""
         g = self._graph
         self._measure()
-        bias, cos, sin = self._attention_bias(), self._rotation("cos"), self._rotation("sin")
         x, kv_index = self._embed(), 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
             if sizes.query_heads:
-                normed = self._norm(x, f"{name}.attention_norm")
-                x = g.op("Add", x, self._attention(normed, name, sizes, kv_index, bias, cos, sin))
+                mixed = self._attention(self._norm(x, f"{name}.attention_norm"), index, kv_index)
+                x = g.op("Add", x, self._norm(mixed, f"{name}.attention_post_norm"))
                 kv_index += 1
             if sizes.ffn:
-                x = g.op("Add", x, self._feed_forward(self._norm(x, f"{name}.ffn_norm"), name, sizes))
+                added = self._feed_forward(self._norm(x, f"{name}.ffn_norm"), name, sizes)
+                x = g.op("Add", x, self._norm(added, f"{name}.ffn_post_norm"))
         x = self._norm(x, "norm")
         if not scoring:
             x = g.op("Gather", x, g.constant("last", [-1]), axis=1)
-        logits = self._matrix_product(x, "head", self.precision.head_bits)
+        logits = self._capped(self._matrix_product(x, "head", self.precision.head_bits))
         g.output(logits, "logits", FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
         return g.model({"": OPSET}, IR_VERSION)
 
     # What all layers share
 
     def _measure(self) -> None:
-        """The lengths of the new tokens and of all, each as a tensor [1]."""
+        """The lengths of the new tokens and of all, each as a tensor [1], and how far each key is from each query."""
         g = self._graph
-        axis = g.constant("1", [1])
+        axis, zero, one = g.constant("1", [1]), g.constant("scalar.0", 0), g.constant("scalar.1", 1)
         self._sequence = g.op("Gather", g.op("Shape", self._ids), axis)
         self._total = g.op("Gather", g.op("Shape", self._mask), axis)
-
-    def _attention_bias(self) -> ir.Value:
-        """[batch, 1, 1, sequence, total]: 0 where a query may look, else far below."""
-        g = self._graph
-        zero, one = g.constant("scalar.0", 0), g.constant("scalar.1", 1)
         keys = g.op("Range", zero, g.op("Squeeze", self._total), one)
         past = g.op("Sub", self._total, self._sequence)
         queries = g.op("Range", g.op("Squeeze", past), g.op("Squeeze", self._total), one)
-        causal = g.op("LessOrEqual", keys, g.op("Unsqueeze", queries, g.constant("1", [1])))
+        self._distance = g.op("Sub", g.op("Unsqueeze", queries, axis), keys)
         real = g.op("Cast", self._mask, to=ir.DataType.BOOL.value)
-        real = g.op("Unsqueeze", real, g.constant("1.2.3", [1, 2, 3]))
-        seen = g.op("And", causal, real)
-        return g.op("Where", seen, g.constant("0.0", 0.0), g.constant("hidden_score", HIDDEN_SCORE))
+        self._real = g.op("Unsqueeze", real, g.constant("1.2.3", [1, 2, 3]))
+
+    def _attention_bias(self, window: int) -> ir.Value:
+        """[batch, 1, 1, sequence, total]: 0 where a query may look, else far below."""
+        g = self._graph
+        if window not in self._biases:
+            seen = g.op("GreaterOrEqual", self._distance, g.constant("scalar.0", 0))
+            if window:
+                near = g.op("Less", self._distance, g.constant(f"scalar.{window}", window))
+                seen = g.op("And", seen, near)
+            seen = g.op("And", seen, self._real)
+            scores = g.constant("0.0", 0.0), g.constant("hidden_score", HIDDEN_SCORE)
+            self._biases[window] = g.op("Where", seen, *scores)
+        return self._biases[window]
 
     def _rotation(self, table: str) -> ir.Value:
-        """cos or sin of the positions: [batch, sequence, 1, head_dim / 2]."""
+        """cos or sin of the positions: [batch, sequence, 1, rotary_dim / 2]."""
         g = self._graph
-        rows = g.op("Gather", g.weight(table), self._positions, axis=0)
-        return g.op("Unsqueeze", rows, g.constant("2", [2]))
+        if table not in self._rotations:
+            rows = g.op("Gather", g.weight(table), self._positions, axis=0)
+            self._rotations[table] = g.op("Unsqueeze", rows, g.constant("2", [2]))
+        return self._rotations[table]
 
     def _embed(self) -> ir.Value:
+        scale, rows = self.traits.embedding_scale, self._embedding_rows()
+        return rows if scale is None else self._graph.op("Mul", rows, self._graph.constant("embedding_scale", scale))
+
+    def _embedding_rows(self) -> ir.Value:
         """[batch, sequence, hidden]."""
         g, bits = self._graph, self.precision.head_bits
         tied = self.shape.tied
@@ -133,43 +154,54 @@ class StandardGraph:
     # Pieces of a layer
 
     def _norm(self, x: ir.Value, weight: str) -> ir.Value:
-        """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
+        """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467); x where there is no weight."""
         g = self._graph
+        if weight not in g.tensors:
+            return x
         squares = g.op("Pow", x, g.constant("2.0", 2.0))
         mean = g.op("ReduceMean", squares, g.constant("-1", [-1]), keepdims=1)
         deviation = g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon))))
         return g.op("Mul", g.op("Div", x, deviation), g.weight(weight))
 
-    def _attention(
-        self, x: ir.Value, name: str, sizes: LayerSizes, kv_index: int, bias: ir.Value, cos: ir.Value, sin: ir.Value
-    ) -> ir.Value:
-        g, dim, kv = self._graph, self.shape.head_dim, sizes.kv_heads
-        heads, group = sizes.query_heads, sizes.heads_per_group
-        qkv = self._linear(x, f"{name}.qkv")
-        q, k, v = g.split(qkv, [heads * dim, kv * dim, kv * dim])
-        q = self._rotate(g.op("Reshape", q, self._shape(0, 0, heads, dim)), cos, sin)
-        k = self._rotate(g.op("Reshape", k, self._shape(0, 0, kv, dim)), cos, sin)
+    def _attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
+        sizes, traits = self.shape.layers[index], self.traits.layers[index]
+        g, name, dim = self._graph, f"layers.{index}", self.shape.head_dim
+        heads, kv, group = sizes.query_heads, sizes.kv_heads, sizes.heads_per_group
+        q, k, v = g.split(self._linear(x, f"{name}.qkv"), [heads * dim, kv * dim, kv * dim])
+        q = self._placed(q, heads, f"{name}.query_norm", traits.rotary)
+        k = self._placed(k, kv, f"{name}.key_norm", traits.rotary)
         v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
         keys, values = (self._cached(new, part, kv, kv_index) for new, part in ((k, "key"), (v, "value")))
-        q = g.op("Mul", q, g.constant("scale", 1 / math.sqrt(dim)))
+        q = g.op("Mul", q, g.constant("scale", self.traits.attention_scale or dim**-0.5))
         q = g.op("Transpose", g.op("Reshape", q, self._shape(0, 0, kv, group, dim)), perm=[0, 2, 3, 1, 4])
         q = g.op("Reshape", q, self._shape(0, kv, -1, dim))
         scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
         by_query = g.op("Concat", self._shape(0, kv, group), self._sequence, g.constant("-1", [-1]), axis=0)
-        weights = g.op("Softmax", g.op("Add", g.op("Reshape", scores, by_query), bias), axis=-1)
+        masked = g.op("Add", g.op("Reshape", scores, by_query), self._attention_bias(traits.window))
+        weights = g.op("Softmax", masked, axis=-1)
         by_group = g.op("Concat", self._shape(0, kv, -1), self._total, axis=0)
         mixed = g.op("MatMul", g.op("Reshape", weights, by_group), values)
         mixed = g.op("Reshape", mixed, self._shape(0, kv, group, -1, dim))
         mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
         return self._linear(g.op("Reshape", mixed, self._shape(0, 0, heads * dim)), f"{name}.o")
 
-    def _rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        """Rotate the pairs (i, i + head_dim / 2) of [batch, sequence, heads, head_dim]."""
-        g, half = self._graph, self.shape.head_dim // 2
-        left, right = g.split(x, [half, half])
+    def _placed(self, x: ir.Value, heads: int, norm: str, table: Table | None) -> ir.Value:
+        """Queries or keys as [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
+        g, dim = self._graph, self.shape.head_dim
+        x = self._norm(g.op("Reshape", x, self._shape(0, 0, heads, dim)), norm)
+        return x if table is None else self._rotate(x, *rotary_names(table))
+
+    def _rotate(self, x: ir.Value, cos_table: str, sin_table: str) -> ir.Value:
+        """Rotate the pairs (i, i + rotary_dim / 2); what a partial rotary embedding leaves out stays as it is."""
+        g, cos, sin = self._graph, self._rotation(cos_table), self._rotation(sin_table)
+        width = g.tensors[cos_table].shape[1]
+        assert isinstance(width, int), "tensors of the data file have concrete shapes"
+        half = width
+        rest = self.shape.head_dim - 2 * half
+        left, right, *rest_of_head = g.split(x, [half, half, *([rest] if rest else [])])
         turned = g.op("Sub", g.op("Mul", left, cos), g.op("Mul", right, sin))
         other = g.op("Add", g.op("Mul", right, cos), g.op("Mul", left, sin))
-        return g.op("Concat", turned, other, axis=-1)
+        return g.op("Concat", turned, other, *rest_of_head, axis=-1)
 
     def _cached(self, new: ir.Value, part: str, kv_heads: int, kv_index: int) -> ir.Value:
         """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
@@ -182,8 +214,20 @@ class StandardGraph:
     def _feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
         g = self._graph
         gate, up = g.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
-        silu = g.op("Mul", gate, g.op("Sigmoid", gate))
-        return self._linear(g.op("Mul", silu, up), f"{name}.down")
+        return self._linear(g.op("Mul", self._activation(gate), up), f"{name}.down")
+
+    def _activation(self, x: ir.Value) -> ir.Value:
+        g = self._graph
+        if self.traits.activation == "gelu_pytorch_tanh":
+            return g.op("Gelu", x, approximate="tanh")
+        return g.op("Mul", x, g.op("Sigmoid", x))
+
+    def _capped(self, logits: ir.Value) -> ir.Value:
+        g = self._graph
+        if self.traits.logit_cap is None:
+            return logits
+        cap = g.constant("logit_cap", float(self.traits.logit_cap))
+        return g.op("Mul", g.op("Tanh", g.op("Div", logits, cap)), cap)
 
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         g = self._graph

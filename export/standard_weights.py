@@ -13,53 +13,43 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.weights import ModelSource, Precision, Progress, WeightFile
+from export.weights import ATTENTION_NORMS, FFN_NORMS, ModelSource, Precision, Progress, WeightFile
 from saap.errors import SaapError
-from saap.group_quant import QuantMatrix
+from saap.group_quant import QuantMatrix, quantize
 from saap.modeling_slim import unpack_codes, unpack_zero_points
 
 
 def write_standard_weights(
-    source: ModelSource,
-    precision: Precision,
-    file: WeightFile,
-    *,
-    symmetric: bool = False,
-    progress: Progress | None = None,
+    source: ModelSource, precision: Precision, file: WeightFile, progress: Progress | None = None
 ) -> None:
-    """Write all tensors of the portable graph, one layer at a time.
-
-    Args:
-        symmetric: round the linears to integers without zero points, which some compilers insist on; coarser.
-    """
+    """Write all tensors of the portable graph, one layer at a time."""
     arch, count = source.architecture, len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
         if progress:
             progress("writing weights", index, count)
         name, prefix = f"layers.{index}", f"{arch.layers}.{index}."
         groups: dict[str, tuple[str, ...]] = {}
-        norms: dict[str, str] = {}
+        norms: tuple[str, ...] = ()
         if sizes.query_heads:
-            groups |= {"qkv": (arch.query, arch.key, arch.value), "o": (arch.output,)}
-            norms["attention_norm"] = arch.attention_norm
+            groups |= {"qkv": arch.qkv, "o": (arch.output,)}
+            norms += ATTENTION_NORMS
         if sizes.ffn:
-            groups |= {"gate_up": (arch.gate, arch.up), "down": (arch.down,)}
-            norms["ffn_norm"] = arch.ffn_norm
+            groups |= {"gate_up": arch.gate_up, "down": (arch.down,)}
+            norms += FFN_NORMS
         for part, modules in groups.items():
-            _write_linear(source, precision, file, f"{name}.{part}", [prefix + m for m in modules], symmetric)
-        for part, module in norms.items():
-            file.add(f"{name}.{part}", source.read(f"{prefix}{module}.weight").float().numpy())
-    file.add("norm", source.read(f"{arch.final_norm}.weight").float().numpy())
+            _write_linear(source, precision, file, f"{name}.{part}", [prefix + m for m in modules])
+        for norm in norms:
+            if module := getattr(arch, norm):
+                file.add(f"{name}.{norm}", source.norm(prefix + module))
+    file.add("norm", source.norm(arch.final_norm))
     _write_vocabulary(source, precision, file)
     if progress:
         progress("writing weights", count, count)
 
 
-def _write_linear(
-    source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str], symmetric: bool
-) -> None:
+def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str]) -> None:
     """One or several linears over the same input as one matrix: they stand side by side along N."""
-    parts = [source.matrix(module, precision.bits, precision.block, symmetric) for module in modules]
+    parts = [source.matrix(module, precision.bits, precision.block) for module in modules]
     rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
     packed = [p for p in parts if isinstance(p, QuantMatrix)]
     if packed:
@@ -76,8 +66,7 @@ def _write_linear(
 def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:
     """The head [hidden, vocab]. A tied embedding is the head's columns; one of its own stands row by row."""
     arch, tied = source.architecture, source.shape.tied
-    head = source.matrix(arch.embedding if tied else arch.head, precision.head_bits, precision.block, symmetric=True)
-    _require_symmetric(head, arch.head)
+    head = _vocabulary_matrix(source, precision, arch.embedding if tied else arch.head)
     if isinstance(head, QuantMatrix):
         _write_integers(file, "head", head)
         if tied:
@@ -86,13 +75,24 @@ def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFil
         _write_float(file, "head", head)
     if tied:
         return
-    table = source.matrix(arch.embedding, precision.head_bits, precision.block, symmetric=True)
-    _require_symmetric(table, arch.embedding)
+    table = _vocabulary_matrix(source, precision, arch.embedding)
     if isinstance(table, QuantMatrix):
         file.add("embedding.codes", _rows_of_codes(table))
         file.add("embedding.scales", table.scales.float().numpy())
     else:
         file.add("embedding.weight", table.numpy())
+
+
+def _vocabulary_matrix(source: ModelSource, precision: Precision, module: str) -> torch.Tensor | QuantMatrix:
+    """Head or embedding [N, K], its integers without zero points: the embedding's nodes know of none."""
+    bits, block = precision.head_bits, precision.block
+    if not source.quant:
+        weight = source.tensor(f"{module}.weight").float()
+        return weight if bits == 32 else quantize(weight, bits, block, symmetric=True)
+    table = source.matrix(module, bits, block)
+    if isinstance(table, QuantMatrix) and not is_symmetric(table):
+        raise SaapError(f"{module} has zero points other than {2 ** (bits - 1)}: quantise it symmetrically")
+    return table
 
 
 def _name_for_gather(file: WeightFile, hidden: int, vocab: int, bits: int) -> None:
@@ -156,8 +156,3 @@ def is_symmetric(matrix: QuantMatrix) -> bool:
     """Whether every zero point is the middle, 2^(bits-1)."""
     zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
     return bool((zero_points == 2 ** (matrix.bits - 1)).all())
-
-
-def _require_symmetric(table: torch.Tensor | QuantMatrix, module: str) -> None:
-    if isinstance(table, QuantMatrix) and not is_symmetric(table):
-        raise SaapError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")

@@ -31,8 +31,6 @@ def streamed_logits(
     model_dir: str | Path,
     ids: torch.Tensor,
     precision: Precision,
-    *,
-    symmetric: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[torch.Tensor]:
     """Logits [tokens, vocab] float32 of each row of ids [rows, tokens], in order.
@@ -42,17 +40,16 @@ def streamed_logits(
     Args:
         model_dir: a dense, slim or tuned directory.
         precision: what its matrices are rounded to, as the exporter rounds them; a tuned directory has its integers.
-        symmetric: the linears are rounded without zero points.
     """
-    reference = StreamedModel(ModelSource(Path(model_dir)), precision, symmetric)
+    reference = StreamedModel(ModelSource(Path(model_dir)), precision)
     return reference.logits(reference.hidden_states(ids, progress))
 
 
 class StreamedModel:
     """A model directory that runs layer by layer. The arguments are those of :func:`streamed_logits`."""
 
-    def __init__(self, source: ModelSource, precision: Precision, symmetric: bool = False) -> None:
-        self._source, self._precision, self._symmetric = source, precision, symmetric
+    def __init__(self, source: ModelSource, precision: Precision) -> None:
+        self._source, self._precision = source, precision
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         if source.quant:
@@ -124,12 +121,12 @@ class StreamedModel:
             if parent in linears and part == "weight":
                 state[key] = self._linear(f"{name}.{parent}")
             else:
-                state[key] = self._source.read(f"{name}.{key}").float()
+                state[key] = self._source.tensor(f"{name}.{key}").float()
         module.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
 
     def _linear(self, module: str) -> torch.Tensor:
         precision = self._precision
-        return dequantised(self._source.matrix(module, precision.bits, precision.block, self._symmetric))
+        return dequantised(self._source.matrix(module, precision.bits, precision.block))
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""
@@ -148,11 +145,11 @@ class StreamedModel:
         if self._source.quant:
             qweight, scales, zero_points = (self._source.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
             return lambda rows: dequantised(QuantMatrix(qweight[rows], scales[rows], zero_points[rows], bits, block))
-        weight = self._source.read(f"{module}.weight")
+        weight = self._source.tensor(f"{module}.weight")
         if bits == 32:
             return lambda rows: weight[rows].float()
         check_blocks(weight.shape[1], block, module)
-        return lambda rows: dequantised(quantize(weight[rows].float(), bits, block, symmetric=True))
+        return lambda rows: dequantised(quantize(weight[rows].float(), bits, block))
 
 
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:

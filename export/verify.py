@@ -49,9 +49,7 @@ def check_parity(
         SaapError: the two do not agree within what the precision allows.
     """
     manifest = read_manifest(bundle)
-    reference = StreamedModel(
-        ModelSource(Path(model_dir)), _precision(manifest), manifest.lineage.get("symmetric", False)
-    )
+    reference = StreamedModel(ModelSource(Path(model_dir)), _precision(manifest))
     states = reference.hidden_states(ids, progress)
     scorer = BundleScorer(bundle, threads)  # only now: the layers are out of memory again
     sums, largest = np.zeros(4), 0.0

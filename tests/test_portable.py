@@ -11,6 +11,8 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from test_export import IDS, MODELS, UNEVEN, logits_of
+from test_graph_families import FAMILIES, WINDOW, largest_differences
+from test_graph_families import IDS as FAMILY_IDS
 from test_surgery import WHOLE, cut
 
 from bench.runtime import OrtDecoder
@@ -18,9 +20,12 @@ from export.export import export_bundle
 from export.inspect import inspect_bundle
 from export.portable import export_portable
 from export.run import BundleScorer, empty_past
+from export.streamed import streamed_logits
 from export.verify import check_parity, reference_model
+from export.weights import Precision
 from saap.checkpoint import load_model
 from saap.errors import SaapError
+from saap.group_quant import quantize
 from saap.structures import PrunePlan
 from saap.tune import TuneOptions, tune
 
@@ -64,6 +69,43 @@ def test_fp32_prefill_chunked_prefill_and_decode(any_model, tmp_path):
     assert np.abs(decoder.prefill(row[17:30]) - expected[0, 29]).max() <= 1e-4
     for position in range(30, 40):
         assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_transformers(family, tiny_family, tmp_path):
+    model_type, overrides = FAMILIES[family]
+    path = tiny_family(model_type, **overrides)
+    manifest = export(path, tmp_path / "bundle")
+    check_standard(tmp_path / "bundle")
+    expected = logits_of(load_model(path), FAMILY_IDS)
+    assert expected.std() > 0.3
+    for difference in largest_differences(tmp_path / "bundle", expected):
+        assert difference <= 1e-4
+    ids = FAMILY_IDS[:, :12].numpy()
+    found = ReferenceEvaluator(str(tmp_path / "bundle/scoring.onnx")).run(["logits"], feed(manifest, ids))[0]
+    assert np.abs(found - expected[:, :12]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma3"])
+def test_integers_of_packed_and_offset_families(family, tiny_family, tmp_path):
+    model_type, overrides = FAMILIES[family]
+    path = tiny_family(model_type, **overrides)
+    manifest = export_portable(
+        path, tmp_path / "bundle", bits=4, parity=lambda b: check_parity(b, path, FAMILY_IDS, "dice")
+    )
+    ids = FAMILY_IDS[:, :12]
+    found = ReferenceEvaluator(str(tmp_path / "bundle/scoring.onnx")).run(["logits"], feed(manifest, ids.numpy()))[0]
+    assert np.abs(found - logits_of(reference_model(path, 4, 32, 4), ids)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])
+def test_a_window_that_is_one_off_is_seen(wrong, tiny_family, tmp_path):
+    path = tiny_family("mistral", sliding_window=wrong)
+    export(path, tmp_path / "bundle")
+    model = load_model(path)
+    model.config.sliding_window = WINDOW
+    for difference in largest_differences(tmp_path / "bundle", logits_of(model, FAMILY_IDS)):
+        assert difference > 1e-2
 
 
 def feed(manifest, ids, mask=None, positions=None):
@@ -136,15 +178,20 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
         export_portable(tmp_path / "tuned", tmp_path / "bundle", bits=32)
 
 
-def test_symmetric_has_no_zero_points(tiny_model, tmp_path):
-    path = tiny_model()
-    export(path, tmp_path / "bundle", bits=4, symmetric=True)
-    nodes = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph.node
-    dequantised = [n for n in nodes if n.op_type == "DequantizeLinear"]
-    assert {len(n.input) for n in dequantised} == {2}
-    export(path, tmp_path / "bundle", bits=4)
-    nodes = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph.node
-    assert sorted(len(n.input) for n in nodes if n.op_type == "DequantizeLinear") == [2] + [3] * 12
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.weights.quantize", lambda weight, bits, block, *_: quantize(weight, bits, block, False))
+    manifest = export(uneven, tmp_path / "bundle", bits=bits)
+    check_standard(tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
+    dequantised = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert sorted(len(n.input) for n in dequantised) == [2] + [3] * 8, "the head alone has none"
+    ids = IDS[:, :6]
+    found = ReferenceEvaluator(str(tmp_path / "bundle/scoring.onnx")).run(["logits"], feed(manifest, ids.numpy()))[0]
+    expected = torch.stack(list(streamed_logits(uneven, ids, Precision(bits, 32, bits))))
+    assert np.abs(found - expected.numpy()).max() <= 1e-4
+    in_onnx_runtime = BundleScorer(tmp_path / "bundle").logits(ids.numpy())
+    assert np.corrcoef(in_onnx_runtime.ravel(), found.ravel())[0, 1] > 0.999
 
 
 def test_the_file_is_as_small_as_the_cpu_bundle(any_model, tmp_path):
