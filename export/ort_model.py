@@ -3,7 +3,8 @@
 optimum's ``ORTModelForCausalLM`` reads one KV shape from the config, so it runs uniform bundles only; here each layer's
 shape comes from the graph. GroupQueryAttention counts a row's tokens from its start, so padding on the left would be
 taken for text: rows are moved to the start of their cache instead. That is also why a prompt is prefilled row by row
-(the operator refuses several rows of several tokens over a past), while decoding runs all rows at once.
+(the operator refuses several rows of several tokens over a past), while decoding runs all rows at once. The portable
+graph reads the mask and takes positions, so there padding stays where it is and the cache grows by a column at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class BundleCache:
 
 
 class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as transformers' own models are
-    """A bundle of the ``cpu`` target as a transformers model for ``generate``; it has no weights of its own.
+    """A bundle as a transformers model for ``generate``; it has no weights of its own.
 
     ``BundleForCausalLM.from_bundle("out/bundle").generate(ids, max_new_tokens=20)``
     """
@@ -117,6 +118,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self._names = [given.name.removeprefix("past_key_values.") for given in cached]
         self._shapes = [(given.shape[1], given.shape[3]) for given in cached[::2]]
         self._kv_dtype = KV_TYPES[cached[0].type]
+        self._grows = "position_ids" in inputs
 
     @classmethod
     def from_bundle(cls, directory: str | Path, threads: int = 1, verify: bool = True) -> BundleForCausalLM:
@@ -129,12 +131,10 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Raises:
             BundleError: no bundle there, or one that does not verify.
-            RunError: a portable bundle, or a graph that this ONNX Runtime cannot load.
+            RunError: a graph that this ONNX Runtime cannot load.
         """
         directory = Path(directory)
         manifest = verify_files(directory) if verify else read_manifest(directory)
-        if manifest.target == "portable":
-            raise RunError(f"{directory} is a portable bundle: load it with optimum's ORTModelForCausalLM")
         model = cls(BundleConfig.of(manifest), directory, manifest, threads)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
@@ -191,18 +191,35 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         longest = int((state.lengths + new.sum(1)).max())
         if longest > limit:
             raise RunError(f"{longest} tokens do not fit the context of {limit}: shorten the prompt or max_new_tokens")
-        state.reserve(longest, limit)
-        if count == 1 and not fresh:
-            state.lengths += 1
-            logits = self._run_graph(input_ids, state.lengths, state.buffers)
+        if self._grows:
+            logits = self._append_columns(input_ids, attention_mask, new, state)
         else:
-            logits = self._prefill_rows(input_ids, new, state, fresh)
+            state.reserve(longest, limit)
+            logits = self._append_tokens(input_ids, new, state, fresh)
         state.columns += count
         output: dict[str, Any] = {"logits": logits, CACHE: state}
         return CausalLMOutputWithPast(**output)
 
-    def _prefill_rows(self, ids: torch.Tensor, new: torch.Tensor, state: BundleCache, fresh: bool) -> torch.Tensor:
-        """Row by row; beams of one prompt, equal rows of an empty cache, are computed once."""
+    def _append_columns(
+        self, ids: torch.Tensor, mask: torch.Tensor, new: torch.Tensor, state: BundleCache
+    ) -> torch.Tensor:
+        """Where the cache grows: all rows at once, padding as a column like any other."""
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, state.columns :]
+        total = state.columns + ids.shape[1]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        present = [buffer.new_empty(*buffer.shape[:2], total, buffer.shape[3]) for buffer in state.buffers]
+        logits = self._run_graph(given, state.buffers, present)
+        state.buffers, state.lengths = present, state.lengths + new.sum(1)
+        return logits
+
+    def _append_tokens(self, ids: torch.Tensor, new: torch.Tensor, state: BundleCache, fresh: bool) -> torch.Tensor:
+        """Where past and present are one buffer: single tokens all rows at once, longer pieces row by row.
+
+        Beams of one prompt, equal rows of an empty cache, are computed once.
+        """
+        if ids.shape[1] == 1 and not fresh:
+            state.lengths += 1
+            return self._run_shared(ids, state.lengths, state.buffers)
         seen: dict[tuple[int, ...], int] = {}
         logits = torch.empty(len(ids), 1, self.manifest.vocab_size)
         for row in range(len(ids)):
@@ -211,25 +228,28 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             state.lengths[row] += len(tokens)
             if twin == row:
                 views = [buffer[row : row + 1] for buffer in state.buffers]
-                logits[row] = self._run_graph(tokens[None], state.lengths[row : row + 1], views)[0]
+                logits[row] = self._run_shared(tokens[None], state.lengths[row : row + 1], views)[0]
             else:
                 logits[row] = logits[twin]
                 for buffer in state.buffers:
                     buffer[row] = buffer[twin]
         return logits
 
-    def _run_graph(self, ids: torch.Tensor, lengths: torch.Tensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One call of the graph: ids [b, n], whose rows are ``lengths`` long with them, over contiguous buffers."""
-        mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
-        logits = torch.empty(len(ids), 1, self.manifest.vocab_size)
+    def _run_shared(self, ids: torch.Tensor, lengths: torch.Tensor, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of ids [b, n] that are ``lengths`` long with them."""
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return self._run_graph({"input_ids": ids, "attention_mask": mask}, buffers, buffers)
+
+    def _run_graph(
+        self, given: dict[str, torch.Tensor], past: Sequence[torch.Tensor], present: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """One call of the graph over contiguous buffers, without a copy."""
+        logits = torch.empty(len(given["input_ids"]), 1, self.manifest.vocab_size)
+        inputs = {name: tensor.long().contiguous() for name, tensor in given.items()}
+        inputs |= {f"past_key_values.{name}": buffer for name, buffer in zip(self._names, past, strict=True)}
+        outputs = {f"present.{name}": buffer for name, buffer in zip(self._names, present, strict=True)}
         binding = self._session.io_binding()
-        given = {"input_ids": ids.long().contiguous(), "attention_mask": mask}
-        past = {f"past_key_values.{name}": buffer for name, buffer in zip(self._names, buffers, strict=True)}
-        present = {f"present.{name}": buffer for name, buffer in zip(self._names, buffers, strict=True)}
-        for bind, tensors in (
-            (binding.bind_input, {**given, **past}),
-            (binding.bind_output, {"logits": logits, **present}),
-        ):
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, {"logits": logits, **outputs})):
             for name, tensor in tensors.items():
                 bind(name, "cpu", 0, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr())
         self._session.run_with_iobinding(binding)
