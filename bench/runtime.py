@@ -35,9 +35,6 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Forget the sequence."""
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
-
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n]; the logits [vocab] after the last of them, valid until the next call."""
 

@@ -60,18 +60,20 @@ def generate_text(
     text = prompt if prompt != "-" else _decoded(sys.stdin.buffer.read())
     for given in (text, system):
         _check_text(given)
-    prepare = _conversation if templated else _continuation
-    ask, talk, setup = prepare(bundle, manifest, tokenizer, text, system, sampling, options)
-    if interactive:
-        assert talk is not None
-        _hold(ask, talk, _typed())
+    if text is not None and not templated:
+        ask, setup = _continuation(bundle, manifest, tokenizer, text, sampling, options)
+        talk = None
+    else:
+        talk, setup = _conversation(bundle, manifest, tokenizer, text, system, sampling, options)
+        ask = talk.ask
+    if not as_json:
+        turns = _typed() if interactive else _lines() if text is None else iter([text])
+        _hold(ask, talk if text is None else None, turns)
         return
-    turns = _lines() if text is None else iter([text])
-    answers = _quietly(ask, turns) if as_json else _hold(ask, talk if text is None else None, turns)
-    if as_json:
-        document = {"bundle": str(bundle), "bundle_sha256": manifest.content_hash, **setup, "system": system,
-                    "sampling": asdict(sampling), "turns": answers, "peak_memory_bytes": _peak()}  # fmt: skip
-        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    answers = _quietly(ask, _lines() if text is None else iter([text]))
+    document = {"bundle": str(bundle), "bundle_sha256": manifest.content_hash, **setup, "system": system,
+                "sampling": asdict(sampling), "turns": answers, "peak_memory_bytes": _peak()}  # fmt: skip
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
@@ -122,8 +124,8 @@ def _check_mode(
 
 def _conversation(
     bundle: Path, manifest: Any, tokenizer: Any, text: str | None, system: str | None, sampling: Any, options: Any
-) -> tuple[Ask, Conversation | None, dict[str, Any]]:
-    """How to ask with the chat template."""
+) -> tuple[Conversation, dict[str, Any]]:
+    """With the chat template, over a cache that one prompt needs or a conversation may."""
     from export.chat import Conversation
 
     needed = CHAT_CONTEXT
@@ -133,13 +135,13 @@ def _conversation(
         needed = len(tokenizer.encode(rendered, add_special_tokens=False)) + options["max_tokens"]
     decoder, setup = _decoder(bundle, manifest, needed, options)
     talk = Conversation(decoder, tokenizer, system=system, max_tokens=options["max_tokens"], sampling=sampling)
-    return talk.ask, talk, {**setup, "chat_template": True}
+    return talk, {**setup, "chat_template": True}
 
 
 def _continuation(
-    bundle: Path, manifest: Any, tokenizer: Any, text: str, system: None, sampling: Any, options: Any
-) -> tuple[Ask, None, dict[str, Any]]:
-    """How to have a plain text continued."""
+    bundle: Path, manifest: Any, tokenizer: Any, text: str, sampling: Any, options: Any
+) -> tuple[Ask, dict[str, Any]]:
+    """A plain text that is continued."""
     from export.generation import generate
 
     needed = len(tokenizer.encode(text)) + options["max_tokens"]
@@ -148,7 +150,7 @@ def _continuation(
     def ask(prompt: str) -> Generation:
         return generate(decoder, tokenizer, prompt, max_tokens=options["max_tokens"], sampling=sampling, chat=False)
 
-    return ask, None, {**setup, "chat_template": False}
+    return ask, {**setup, "chat_template": False}
 
 
 def _decoder(bundle: Path, manifest: Any, needed: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
