@@ -160,8 +160,6 @@ class _Cursor:
     def skip_string(self) -> bytes:
         size = self.count()
         start, self.position = self.position, self.position + size
-        if self.position > len(self.data):
-            raise IndexError(self.position)
         return self.data[start : self.position]
 
     def value(self, kind: int) -> Any:

@@ -42,7 +42,6 @@ class OptimumDecoder:
             local_files_only=True,
         )
         self._mask = torch.ones(1, max_length, dtype=torch.int64)
-        self._positions = torch.arange(max_length).view(1, -1)
         self.reset()
 
     def reset(self) -> None:
@@ -58,7 +57,6 @@ class OptimumDecoder:
             out = self.model(
                 input_ids=torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1),
                 attention_mask=self._mask[:, :end],
-                position_ids=self._positions[:, self._length : end],
                 past_key_values=self._cache,
             )
         self._cache, self._length = out.past_key_values, end
