@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -190,13 +189,9 @@ def _hold(ask: Ask, talk: Conversation | None, turns: Iterable[str]) -> None:
 def _stream(generation: Generation) -> None:
     """Print an answer as it comes; to a terminal no control characters, which could do more than be shown."""
     terminal = sys.stdout.isatty()
-    try:
-        for piece in generation:
-            click.echo(piece.translate(CONTROL) if terminal else piece, nl=False)
-        click.echo()
-    except BrokenPipeError:  # whoever read the answer has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    for piece in generation:
+        click.echo(piece.translate(CONTROL) if terminal else piece, nl=False)
+    click.echo()
 
 
 def _quietly(ask: Ask, turns: Iterable[str]) -> list[dict[str, Any]]:
