@@ -55,7 +55,7 @@ class FileEntry:
 class BundleManifest:
     """``bundle.json``. Sizes are in bytes; ``None`` is unknown."""
 
-    target: str  # cpu | portable
+    target: str  # cpu | cuda | portable
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -68,7 +68,7 @@ class BundleManifest:
     parameters: int
     weight_bytes_per_token: int  # read once per generated token
     kv_bytes_per_token: int  # added to the cache per token
-    kv_dtype: str  # float32
+    kv_dtype: str  # float32 | float16 | int8
     bos_token_id: int | None
     eos_token_ids: list[int]
     onnxruntime_min: str

@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from export.bundle import (
     DECODE_GRAPH,
@@ -19,15 +21,14 @@ from export.bundle import (
 )
 from export.clients import write_genai_config
 from export.graph import DecoderGraph, check_attention
+from export.kv_cache import cache_scales
 from export.rotary import all_rotary_tables
+from export.targets import CPU, Target, oldest_runtime
 from export.weights import ModelSource, Precision, Progress, WeightFile, write_weights
-from saap.architectures import traits_of
+from saap.architectures import Traits, traits_of
 from saap.checkpoint import read_record, weights_hash, writing_directory
 from saap.errors import SaapError
 from saap.models import copy_sidecars
-from saap.structures import ModelShape
-
-ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
 
 
 def export_bundle(
@@ -37,41 +38,52 @@ def export_bundle(
     bits: int | None = None,
     block: int | None = None,
     head_bits: int | None = None,
+    kv_bits: int = 32,
+    calibration: torch.Tensor | None = None,
     accuracy_level: int = 4,
+    target: Target = CPU,
     parity: Callable[[Path], dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> BundleManifest:
-    """Export a dense, slim or tuned directory for the CPU.
+    """Export a dense, slim or tuned directory for the CPU or for CUDA.
 
     Args:
-        bits: 4, 8 or 32 for the linears; None is 4, or what a tuned directory holds.
+        bits: 4, 8 or 32 for the linears, 16 on CUDA; None is 4, or what a tuned directory holds.
         block: quantisation group; None is 32, or what a tuned directory holds.
         head_bits: of embedding and head; None is as ``bits``.
-        accuracy_level: of MatMulNBits; 4 computes in int8, 0 in float32 (slow, for checks).
-        parity: is given the finished files before the bundle appears, returns the parity report, raises on failure.
+        kv_bits: 8 for a KV cache of integers, scaled per channel by what ``calibration`` fills it with.
+        calibration: ids [rows, tokens]; needed at ``kv_bits`` 8 only.
+        accuracy_level: of MatMulNBits on the CPU; 4 computes in int8, 0 in float32 (slow, for checks).
+        parity: is given the finished files before the bundle appears, returns the parity report, raises on failure;
+            None leaves the bundle unverified.
 
     Raises:
-        SaapError: unsupported architecture, precision or sizes.
+        SaapError: unsupported architecture, precision, sizes or target.
     """
     source = ModelSource(Path(model_dir))
-    precision = source.precision(bits, block, head_bits)
-    precision = Precision(precision.bits, precision.block, precision.head_bits, accuracy_level)
-    check_kernels(precision)
+    if bits == 16 and target.name == "cuda":
+        bits = 32  # floats, of the target's type
+    precision = target.precision(source.precision(bits, block, head_bits), kv_bits, accuracy_level)
+    target.check(source.shape, precision)
     config = transformers_config(source)
     traits = traits_of(config)
     rotary = all_rotary_tables(config, traits)
     check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
+    if precision.kv == "int8" and calibration is None:
+        raise SaapError("an int8 cache needs text to find its scales: give --text FILE")
     with writing_directory(out) as partial:
         copy_sidecars(source.directory, partial)
-        file = WeightFile(partial)
+        file = WeightFile(partial, precision.floats)
         write_weights(source, precision, file, progress)
         for name, table in rotary.items():
             file.add(name, table)
+        if precision.kv == "int8" and calibration is not None:
+            _add_cache_scales(source, traits, precision, file, config.rms_norm_eps, calibration)
         file.close()
         for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
             graph = DecoderGraph(source.shape, traits, precision, file, config.rms_norm_eps)
             ir.save(graph.build(scoring), partial / name)
-        manifest = make_manifest(source, precision, config)
+        manifest = make_manifest(source, precision, config, file.bytes_per_token(source.shape.tied), target.name)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
@@ -80,59 +92,49 @@ def export_bundle(
     return complete
 
 
-def check_kernels(precision: Precision) -> None:
-    """Refuse what ONNX Runtime runs 200 times slower: 8 bit has an int8-activation kernel only."""
-    eight = 8 in (precision.bits, precision.head_bits)
-    if eight and precision.accuracy_level != 4:
-        raise SaapError(f"8 bit needs accuracy level 4, not {precision.accuracy_level}: it has no other fast kernel")
+def _add_cache_scales(
+    source: ModelSource, traits: Traits, precision: Precision, file: WeightFile, epsilon: float, ids: torch.Tensor
+) -> None:
+    """Probe the graph with a float cache, then add the scales of the integer one to the data file."""
+    file.flush()
+    probe = file.directory / "probe.onnx"
+    ir.save(DecoderGraph(source.shape, traits, replace(precision, kv="float32"), file, epsilon).build(True), probe)
+    layers = [LayerSizes(**asdict(sizes)) for sizes in source.shape.layers]
+    for name, scales in cache_scales(probe, layers, source.shape.head_dim, ids.numpy()).items():
+        file.add(name, scales)
+    probe.unlink()
 
 
-def weight_bytes(shape: ModelShape, precision: Precision) -> tuple[int, int]:
-    """(bytes of the decoder's layers and norms, bytes of one pass over the head), as stored."""
+def make_manifest(
+    source: ModelSource, precision: Precision, config: Any, bytes_per_token: int, target: str
+) -> BundleManifest:
+    """The manifest of a bundle, without its files and parity.
 
-    def matrix(n: int, k: int, bits: int, zero_points: bool) -> int:
-        if bits == 32:
-            return 4 * n * k
-        groups = k // precision.block
-        return n * k * bits // 8 + 4 * n * groups + (n * ((groups * bits + 7) // 8) if zero_points else 0)
-
-    layers, norms = 4 * shape.hidden, 4 * shape.norms * shape.hidden
-    for sizes in shape.layers:
-        q, kv = sizes.query_heads * shape.head_dim, sizes.kv_heads * shape.head_dim
-        if q:
-            layers += matrix(q + 2 * kv, shape.hidden, precision.bits, True) + norms
-            layers += 4 * 2 * shape.head_dim * shape.qk_norm
-            layers += matrix(shape.hidden, q, precision.bits, True)
-        if sizes.ffn:
-            layers += matrix(2 * sizes.ffn, shape.hidden, precision.bits, True) + norms
-            layers += matrix(shape.hidden, sizes.ffn, precision.bits, True)
-    return layers, matrix(shape.vocab, shape.hidden, precision.head_bits, False)
-
-
-def make_manifest(source: ModelSource, precision: Precision, config: Any) -> BundleManifest:
-    """The manifest of a CPU bundle, without its files and parity."""
+    Args:
+        bytes_per_token: of weights that are read for each token.
+    """
     shape = source.shape
-    layers, head = weight_bytes(shape, precision)
     kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
     record = read_record(source.directory)
+    half = precision.floats == "float16"
     return BundleManifest(
-        target="cpu",
+        target=target,
         model_type=config.model_type,
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         head_dim=shape.head_dim,
         context_length=config.max_position_embeddings,
         layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
-        bits=precision.bits,
+        bits=16 if half and precision.bits == 32 else precision.bits,
         block=precision.block,
         accuracy_level=precision.accuracy_level,
         parameters=shape.parameters,
-        weight_bytes_per_token=layers + head,
-        kv_bytes_per_token=2 * 4 * kv_heads * shape.head_dim,
-        kv_dtype="float32",
+        weight_bytes_per_token=bytes_per_token,
+        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
+        kv_dtype=precision.kv,
         bos_token_id=config.bos_token_id,
         eos_token_ids=_eos_ids(source.directory, config),
-        onnxruntime_min=ONNXRUNTIME_MIN,
+        onnxruntime_min=oldest_runtime(precision),
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,

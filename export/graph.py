@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
@@ -27,6 +28,7 @@ from saap.structures import LayerSizes, ModelShape
 MICROSOFT = "com.microsoft"
 OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.microsoft
 IR_VERSION = 10
+KV_SCALES = 12  # place of the cache's scales among GroupQueryAttention's inputs
 
 
 def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str, int]) -> None:
@@ -63,6 +65,8 @@ class DecoderGraph:
     ) -> None:
         self.shape, self.traits, self.precision, self.epsilon = shape, traits, precision, epsilon
         self._tensors = file.tensors
+        self._float = ir.DataType.from_numpy(np.dtype(precision.floats))
+        self._kv = ir.DataType.from_numpy(np.dtype(precision.kv))
         self._initializers: dict[str, ir.Value] = {}
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
@@ -89,6 +93,8 @@ class DecoderGraph:
         if not scoring:
             normed = self._op("Gather", [normed, self._constant("last", [-1])], axis=1)
         logits = self._capped(self._head(normed))
+        if self._float != ir.DataType.FLOAT:
+            logits = self._op("Cast", [logits], to=ir.DataType.FLOAT.value)
         self._output(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
         self._outputs.insert(0, self._outputs.pop())
         return self._model()
@@ -148,18 +154,19 @@ class DecoderGraph:
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
         past = [
-            self._input(f"past_key_values.{kv_index}.{part}", ir.DataType.FLOAT, ["batch", sizes.kv_heads, "past", dim])
+            self._input(f"past_key_values.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
         inputs = [*self._normed_heads(qkv, name, sizes), *past, lengths, total, *self._rotary(traits)]
+        if self._kv == ir.DataType.INT8:
+            unused = [None] * (KV_SCALES - len(inputs))
+            inputs += [*unused, *(self._weight(f"{name}.{part}_scale") for part in ("key", "value"))]
         outputs = self._multi(
             "GroupQueryAttention", inputs, 3, MICROSOFT, num_heads=sizes.query_heads, kv_num_heads=sizes.kv_heads,
             do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
         for part, value in zip(("key", "value"), outputs[1:], strict=True):
-            self._output(
-                value, f"present.{kv_index}.{part}", ir.DataType.FLOAT, ["batch", sizes.kv_heads, "total_or_past", dim]
-            )
+            self._output(value, f"present.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "total_or_past", dim])
         return self._linear(outputs[0], f"{name}.o", sizes.query_heads * dim, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
@@ -182,8 +189,10 @@ class DecoderGraph:
         return [] if traits.rotary is None else [self._weight(name) for name in rotary_names(traits.rotary)]
 
     def _attention_options(self, traits: LayerTraits) -> dict[str, Any]:
-        """Attributes that only some families set."""
+        """Attributes that only some families and caches set."""
         options: dict[str, Any] = {}
+        if self._kv == ir.DataType.INT8:
+            options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         if traits.window:
             options["local_window_size"] = traits.window
         if self.traits.attention_scale is not None:
@@ -220,7 +229,10 @@ class DecoderGraph:
         if self.precision.bits == 32:
             y = self._op("MatMul", [x, self._weight(f"{name}.weight")])
             return y if bias is None else self._op("Add", [y, bias])
-        inputs = [x, *(self._weight(f"{name}.{part}") for part in ("qweight", "scales", "zero_points"))]
+        zero_points = f"{name}.zero_points"
+        inputs: list[ir.Value | None] = [x, self._weight(f"{name}.qweight"), self._weight(f"{name}.scales")]
+        if zero_points in self._tensors or bias is not None:
+            inputs.append(self._weight(zero_points) if zero_points in self._tensors else None)
         return self._quantised([*inputs, None, bias] if bias is not None else inputs, k, n, self.precision.bits)
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
@@ -245,10 +257,10 @@ class DecoderGraph:
         return self._initializers[name]
 
     def _constant(self, name: str, value: float | list[int]) -> ir.Value:
-        """A float32 or, for integers, int64 tensor in the graph."""
+        """A float or, for integers, int64 tensor in the graph."""
         name = f"constant.{name}"
         if name not in self._initializers:
-            dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
+            dtype = self._float if isinstance(value, float) else ir.DataType.INT64
             self._add_initializer(name, ir.tensor(value, dtype=dtype, name=name))
         return self._initializers[name]
 

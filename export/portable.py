@@ -58,17 +58,16 @@ def export_portable(
     precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
     writer = writer or _writer(source, precision)
     with writing_directory(out) as partial:
-        read = None
         if writer == "optimum":
+            shape = source.shape
+            read = 4 * (shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden))
             _write_by_optimum(source, partial, progress)
         else:
             read = _write_by_ourselves(source, precision, partial, progress)
         copy_sidecars(source.directory, partial)
-        manifest = make_manifest(source, precision, transformers_config(source))
+        manifest = make_manifest(source, precision, transformers_config(source), read, "portable")
         lineage = {**manifest.lineage, "graph_writer": writer}
-        manifest = replace(manifest, target="portable", onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
-        if read is not None:
-            manifest = replace(manifest, weight_bytes_per_token=read)
+        manifest = replace(manifest, onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
         write_genai_config(partial, manifest)
         write_manifest(partial, manifest)
         if parity is not None:

@@ -125,8 +125,8 @@ class StandardGraph:
         if tied:
             two = g.constant("scalar.2", 2)
             both = self._columns("gathered.codes", g.op("Div", self._ids, two))
-            half = g.op("Cast", g.op("Mod", self._ids, two), to=ir.DataType.UINT8.value)
-            shift = g.op("Unsqueeze", g.op("Mul", half, four), g.constant("2", [2]))
+            bits_down = g.op("Mul", g.op("Mod", self._ids, two), g.constant("scalar.4", 4))
+            shift = g.op("Cast", g.op("Unsqueeze", bits_down, g.constant("2", [2])), to=ir.DataType.UINT8.value)
             codes = g.op("BitwiseAnd", g.op("BitShift", both, shift, direction="RIGHT"), low)
         else:
             both = self._rows("embedding.codes")

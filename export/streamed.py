@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import saap.checkpoint  # noqa: F401  registers our model type
 from export.weights import ModelSource, Precision, Progress
 from saap.group_quant import QuantMatrix, check_blocks, quantize
-from saap.modeling_slim import unpack_codes, unpack_zero_points
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -154,11 +153,7 @@ class StreamedModel:
 
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:
     """The numbers [N, K] float32 that integers stand for; a float matrix as it is."""
-    if isinstance(matrix, torch.Tensor):
-        return matrix
-    codes = unpack_codes(matrix.qweight, matrix.bits, matrix.block).to(torch.int16)
-    zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1]).to(torch.int16)
-    return ((codes - zero_points.unsqueeze(-1)).float() * matrix.scales.float().unsqueeze(-1)).flatten(1)
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()
 
 
 @contextmanager

@@ -83,7 +83,8 @@ def check_parity(
 def _precision(manifest: BundleManifest) -> Precision:
     """What the exporter rounded to."""
     head_bits = int(manifest.lineage["head_bits"])
-    return Precision(manifest.bits, manifest.block, head_bits, manifest.accuracy_level)
+    bits = 32 if manifest.bits == 16 else manifest.bits  # float weights, whatever their type
+    return Precision(bits, manifest.block, head_bits, manifest.accuracy_level)
 
 
 def _row_sums(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -30,10 +30,10 @@ Progress = Callable[[str, float, float], None]
 
 
 class WeightFile:
-    """Appends arrays to the external data file and remembers where each went."""
+    """Appends arrays to the external data file and remembers where each went; floats are stored as ``floats``."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, floats: str = "float32") -> None:
+        self.directory, self.floats = directory, np.dtype(floats)
         self.tensors: dict[str, ir.ExternalTensor] = {}
         self._file = (directory / WEIGHTS).open("wb")
 
@@ -41,7 +41,7 @@ class WeightFile:
         """Write an array under a name."""
         self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
         offset = self._file.tell()
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array, dtype=self.floats if array.dtype.kind == "f" else None)
         self._file.write(array.data if array.ndim else array.tobytes())
         self.tensors[name] = self._reference(name, offset, array.nbytes, array.dtype, array.shape)
 
@@ -61,6 +61,16 @@ class WeightFile:
             base_dir=str(self.directory),
         )
 
+    def bytes_per_token(self, tied: bool) -> int:
+        """Bytes of layers, norms and head, which every token reads; an embedding of its own is only looked up."""
+        head = "embedding." if tied else "head."
+        read = [t for name, t in self.tensors.items() if name.startswith(("layers.", head)) or name == "norm"]
+        return sum({tensor.offset: tensor.nbytes for tensor in read}.values())  # two names of one tensor count once
+
+    def flush(self) -> None:
+        """Let others read what was written so far."""
+        self._file.flush()
+
     def close(self) -> None:
         """Finish the file."""
         self._file.close()
@@ -68,12 +78,23 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the linears are stored: ``bits`` 4, 8 or 32; ``head_bits`` those of embedding and head."""
+    """What the graph computes in and how its weights are stored.
+
+    Attributes:
+        bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
+        block: quantisation group; 0 at 32 bit.
+        head_bits: of embedding and head.
+        accuracy_level: of MatMulNBits.
+        floats: type of activations, scales, norms and float weights: float32 or float16.
+        kv: type of the KV cache: ``floats``, or int8.
+    """
 
     bits: int = 4
     block: int = 32
     head_bits: int = 4
     accuracy_level: int = 4
+    floats: str = "float32"
+    kv: str = "float32"
 
 
 class ModelSource:
@@ -102,7 +123,7 @@ class ModelSource:
             raise SaapError(f"{bits} bits are not supported; allowed: 4, 8, 32")
         return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
 
-    def matrix(self, module: str, bits: int, block: int, symmetric: bool = False) -> torch.Tensor | QuantMatrix:
+    def matrix(self, module: str, bits: int, block: int) -> torch.Tensor | QuantMatrix:
         """One linear (or the embedding): float [N, K] at 32 bit, integers otherwise."""
         if self.quant:
             qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
@@ -111,7 +132,7 @@ class ModelSource:
         if bits == 32:
             return weight
         check_blocks(weight.shape[1], block, module)
-        return quantize(weight, bits, block, symmetric)
+        return quantize(weight, bits, block)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint.
@@ -171,7 +192,8 @@ def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, n
     if packed:
         file.add(f"{name}.qweight", torch.cat([p.qweight for p in packed]).numpy())
         file.add(f"{name}.scales", torch.cat([p.scales.float() for p in packed]).flatten().numpy())
-        file.add(f"{name}.zero_points", torch.cat([p.zero_points for p in packed]).flatten().numpy())
+        if not all(symmetric(p) for p in packed):  # without zero points the kernel takes the midpoint and is faster
+            file.add(f"{name}.zero_points", torch.cat([p.zero_points for p in packed]).flatten().numpy())
     else:
         stacked = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
         file.add(f"{name}.weight", stacked.t().contiguous().numpy())
@@ -187,7 +209,7 @@ def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFil
     for name, module in (("embedding", arch.embedding), ("head", arch.head)):
         if name == "head" and source.shape.tied:
             continue
-        table = source.matrix(module, precision.head_bits, precision.block, symmetric=True)
+        table = source.matrix(module, precision.head_bits, precision.block)
         if isinstance(table, QuantMatrix):
             _require_midpoint(table, module)
             file.add(f"{name}.qweight", table.qweight.numpy())
@@ -200,8 +222,14 @@ def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFil
 
 def _require_midpoint(table: QuantMatrix, module: str) -> None:
     """The graph leaves the zero points of the vocabulary out, which means 2^(bits-1)."""
-    expected = 0x88 if table.bits == 4 else 0x80
-    groups = table.scales.shape[1]
-    whole = table.zero_points if table.bits == 8 or groups % 2 == 0 else table.zero_points[:, :-1]
-    if not bool((whole == expected).all()):
+    if not symmetric(table):
         raise SaapError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
+
+
+def symmetric(matrix: QuantMatrix) -> bool:
+    """Is every zero point 2^(bits-1)?"""
+    expected = 0x88 if matrix.bits == 4 else 0x80
+    padded = matrix.bits == 4 and matrix.scales.shape[1] % 2
+    whole = matrix.zero_points[:, :-1] if padded else matrix.zero_points
+    last = matrix.zero_points[:, -1] & 15 if padded else torch.tensor(8)
+    return bool((whole == expected).all() and (last == 8).all())

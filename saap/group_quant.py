@@ -7,6 +7,7 @@ always representable, as the unsigned zero point demands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,11 @@ from saap.errors import SaapError
 from saap.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
+CHUNK = 1 << 18  # elements
+# How far the codes reach past the largest value, relative to it; below 1 clips it, a negative one flips the side that
+# has the extra code. Clipping pays at 4 bit and not at 8.
+SYMMETRIC_RANGES = {4: (1.0, 1.06, 0.96, 0.92, 0.87, 0.82, -1.14, -1.05, -0.97, -0.9), 8: (1.0, 1.008)}
+RANGE_SHARES = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78), 8: (1.0,)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,13 @@ class QuantMatrix:
 
     PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
 
+    def dequantize(self) -> torch.Tensor:
+        """The numbers [N, K] float32 that the integers stand for."""
+        rows, groups = self.scales.shape
+        holder = GroupQuantTable(rows, groups * self.block, self.bits, self.block)
+        fill(holder, self)
+        return holder.dequantize()
+
 
 def check_blocks(columns: int, block: int, what: str) -> None:
     """Raise SaapError when ``columns`` is not whole groups."""
@@ -47,25 +60,64 @@ def check_blocks(columns: int, block: int, what: str) -> None:
         )
 
 
-def quantize(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> QuantMatrix:
-    """Round-to-nearest quantisation of a matrix [N, K]."""
+def quantize(weight: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+    """Quantisation of a matrix [N, K] without data: in each group, the scale with the least squared error."""
     check_blocks(weight.shape[1], block, "a matrix")
     groups = weight.detach().float().view(weight.shape[0], -1, block)
+    scale, zero = best_scales(groups, bits, symmetric)
     top = 2**bits - 1
-    if symmetric:
-        scale = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
-        scale = _float16(scale)
-        zero = torch.full_like(scale, 2 ** (bits - 1))
-    else:
-        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        scale = _float16((high - low) / top)
-        zero = torch.round(-low / scale).clamp_(0, top)
     codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top).to(torch.uint8)
     return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, block)
 
 
+def best_scales(
+    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each group, float16-representable and whole: the best of a small grid of ranges.
+
+    A symmetric range has one code more below zero than above: the scale's sign puts it where the group's largest value
+    is, or on the other side where that leaves less error.
+
+    Args:
+        groups: [N, groups, block].
+        importance: [block] weight of each column's squared error; None is all alike.
+
+    Returns:
+        scales [N, groups] and zero points [N, groups], both float32.
+    """
+    rows = max(1, CHUNK // groups[0].numel())  # pieces that stay in the cache
+    pieces = [_best_scales(piece, bits, symmetric, importance) for piece in groups.split(rows)]
+    return torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])
+
+
+def _best_scales(
+    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    half, top = 2 ** (bits - 1), 2**bits - 1
+    if symmetric:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        candidates = [(largest / (-half * range_), None) for range_ in SYMMETRIC_RANGES[bits]]
+    else:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        candidates = [((high - low) * (share / top), low * share) for share in RANGE_SHARES[bits]]
+    best = torch.full(groups.shape[:-1], torch.inf)
+    scales, zeros = torch.ones_like(best), torch.full_like(best, half)
+    for wide, low in candidates:
+        scale = _float16(wide)
+        zero = torch.full_like(scale, half) if low is None else torch.round(-low / scale).clamp_(0, top)
+        codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top)
+        error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_()
+        total = error.sum(-1) if importance is None else error @ importance
+        better = total < best
+        best = torch.where(better, total, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros
+
+
 def _float16(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp_min(SMALLEST_SCALE).half().float()
+    """Rounded to what float16 holds; never 0, so that a group of zeros divides."""
+    size = scale.abs().clamp_min(SMALLEST_SCALE).half().float()
+    return torch.where(scale < 0, -size, size)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -82,8 +134,17 @@ def pack_zero_points(zero: torch.Tensor, bits: int) -> torch.Tensor:
     return zero[:, 0::2] | (zero[:, 1::2] << 4)
 
 
-def quantize_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: int) -> dict[str, int | bool]:
-    """Replace linears, embedding and head by holders of round-to-nearest integers, in place.
+def quantize_model(
+    model: PreTrainedModel,
+    bits: int,
+    block: int,
+    embedding_bits: int,
+    matrices: Mapping[str, QuantMatrix] | None = None,
+) -> dict[str, int | bool]:
+    """Replace linears, embedding and head by holders of integers, in place.
+
+    Args:
+        matrices: integers by module name; those that are not named are chosen without data, symmetric.
 
     Returns:
         the ``slim_quant`` entry of the config.
@@ -99,29 +160,25 @@ def quantize_model(model: PreTrainedModel, bits: int, block: int, embedding_bits
     for name, holder in model.named_modules():
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
-        of_vocabulary = name in (architecture.embedding, architecture.head)
         source: Any = table if name == architecture.embedding else originals[name]
-        fill(holder, quantize(source.weight, holder.bits, block, symmetric=of_vocabulary))
+        known = (matrices or {}).get(name)
+        fill(holder, quantize(source.weight, holder.bits, block) if known is None else known)
         if getattr(source, "bias", None) is not None:
             holder.bias = source.bias
     return quant
 
 
 def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: int) -> None:
-    """Give linears, embedding and head the numbers that round-to-nearest integers hold, in place, of any family."""
+    """Give linears, embedding and head the numbers that :func:`quantize` holds, in place, of any family."""
     architecture = architecture_of(model.config)
     vocabulary = (architecture.embedding, architecture.head)
     for name, module in model.named_modules():
         tied = name == architecture.head and module.weight is model.get_input_embeddings().weight
         if tied or not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        own_bits, of_vocabulary = (embedding_bits, True) if name in vocabulary else (bits, False)
+        own_bits = embedding_bits if name in vocabulary else bits
         check_blocks(module.weight.shape[1], block, name)
-        matrix = quantize(module.weight, own_bits, block, symmetric=of_vocabulary)
-        rows, columns = module.weight.shape
-        holder = GroupQuantTable(rows, columns, own_bits, block)
-        fill(holder, matrix)
-        module.weight.data = holder.dequantize()
+        module.weight.data = quantize(module.weight, own_bits, block).dequantize()
 
 
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:

@@ -1,6 +1,7 @@
 """Group-wise tuning of a quantised slim model: what is trained is what is deployed.
 
-The integers are fixed by round-to-nearest; one factor per group is trained (multiplicative "scale" fold):
+The integers are chosen first, with their errors compensated on the first rows of the text (:mod:`saap.gptq`), and stay;
+one factor per group is trained (multiplicative "scale" fold):
 
     W = s (1 + D) (q - z),  D = 0 at the start,  dL/dD = s * sum_{k in group} (q - z)_k dL/dW_k
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from saap.architectures import architecture_of, require_llama
 from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, weights_hash, write_slim
 from saap.errors import SaapError
+from saap.gptq import compensated_matrices
 from saap.group_quant import quantize_model
 from saap.importance import Progress
 from saap.modeling_slim import GroupQuantLinear
@@ -40,6 +42,8 @@ class TuneOptions:
     Attributes:
         bits, block: of the linears.
         head_bits: of embedding and head, which are quantised and not trained; None is ``bits``.
+        integers: ``gptq`` (:mod:`saap.gptq`) or ``nearest``, which takes each matrix by itself.
+        calibration_rows: sequences that gptq looks at.
         rows_per_step: sequences per optimiser step.
         learning_rate: peak of the cosine schedule, for D (relative to the scales).
         norm_learning_rate: peak for the norms' weights.
@@ -49,6 +53,8 @@ class TuneOptions:
     bits: int = 4
     block: int = 32
     head_bits: int | None = None
+    integers: str = "gptq"
+    calibration_rows: int = 16
     rows_per_step: int = 4
     learning_rate: float = 3e-3
     norm_learning_rate: float = 1e-3
@@ -129,9 +135,15 @@ def tune(
             f"{len(rows)} sequences of tuning text are fewer than one step's {options.rows_per_step}: give more"
         )
     model = load_model(slim_dir)
-    quant = quantize_model(model, options.bits, options.block, options.head_bits or options.bits)
-    groups = attach(model)
     start = time.monotonic()
+    head_bits = options.head_bits or options.bits
+    matrices = None
+    if options.integers == "gptq":
+        matrices = compensated_matrices(
+            model, rows[: options.calibration_rows], options.bits, options.block, head_bits, progress
+        )
+    quant = quantize_model(model, options.bits, options.block, head_bits, matrices)
+    groups = attach(model)
     losses = train(model, groups, rows, options, teacher=teacher, progress=progress)
     detach(model)
     from saap.architectures import shape_of

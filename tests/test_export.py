@@ -9,12 +9,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
 from bench.runtime import OrtDecoder
 from export.bundle import BundleError, read_manifest, verify_files
 from export.export import export_bundle
 from export.run import BundleScorer
+from export.targets import Target
 from export.verify import check_parity, reference_model
 from saap.checkpoint import load_model, read_config, tensor_reader
 from saap.errors import SaapError
@@ -104,7 +106,7 @@ def test_tuned_integers_are_in_the_file_bit_for_bit(tiny_model, tmp_path):
             stacked = torch.cat([read(f"model.layers.{layer}.{m}.{part}") for m in fused[matrix]]).numpy()
             assert array.reshape(-1).tobytes() == stacked.reshape(-1).tobytes(), name
             checked += 1
-    assert checked == 3 * (2 + 4 + 2)
+    assert checked == 2 * (2 + 4 + 2)  # symmetric: the kernel knows the zero points
     table = read("model.embed_tokens.qweight").numpy()
     assert found["embedding.qweight"].tobytes() == table.tobytes()
     norm = read("model.norm.weight").numpy()
@@ -123,9 +125,7 @@ def test_only_fast_kernels_are_written(any_model, tmp_path):
         assert quantised
         for node in quantised:
             assert len(node.input) < 5 or not node.input[4], "g_idx switches the packing off"
-            assert len(node.input) < 4 or tensors[node.input[3]].dtype == np.uint8, (
-                "float zero points are 210 times slower"
-            )
+            assert len(node.input) < 4 or not node.input[3], "symmetric groups need no zero points and are faster"
             assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
             assert node.input[1] in tensors, "the weight must be a constant"
 
@@ -161,9 +161,7 @@ def test_weight_bytes_per_token_are_what_the_file_holds(any_model, tmp_path):
         tensors = tensors_of(tmp_path / "bundle")
         tied = read_config(any_model).get("tie_word_embeddings", True) is not False
         skip = ("cos", "sin", "embedding.scales3") + (() if tied else ("embedding.qweight", "embedding.weight"))
-        read = sum(
-            a.nbytes for n, a in tensors.items() if n not in skip and not n.startswith("constant.") and "bias" not in n
-        )
+        read = sum(a.nbytes for n, a in tensors.items() if n not in skip and not n.startswith("constant."))
         assert manifest.weight_bytes_per_token == read
 
 
@@ -219,3 +217,69 @@ def test_unsupported_input_is_refused(tiny_model, tmp_path):
     with pytest.raises(SaapError, match="3 bits are not supported"):
         export_bundle(tiny_model("again2"), tmp_path / "bundle", bits=3)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
+    tune(tiny_model(), tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions())
+    file = tmp_path / "tuned/model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.zero_points"
+    tensors[name] = torch.full_like(tensors[name], 0x66)
+    save_file(tensors, file)
+    export_bundle(
+        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
+    )
+    counts = {n.name or n.output[0]: len(n.input) for n in nodes_of(tmp_path / "bundle") if n.op_type == "MatMulNBits"}
+    assert sorted(counts.values()) == [3] * (len(counts) - 1) + [4]
+
+
+def test_an_int8_cache_is_close_to_a_float_one(tiny_model, tmp_path):
+    model = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    plain = export_bundle(model, tmp_path / "plain", bits=32)
+    manifest = export_bundle(model, tmp_path / "int8", bits=32, kv_bits=8, calibration=IDS)
+    assert manifest.kv_dtype == "int8"
+    assert manifest.kv_bytes_per_token * 4 == plain.kv_bytes_per_token
+    assert not (tmp_path / "int8/probe.onnx").exists()
+    found = BundleScorer(tmp_path / "int8").logits(IDS.numpy())
+    expected = BundleScorer(tmp_path / "plain").logits(IDS.numpy())
+    spread = expected.std()
+    assert 0 < np.abs(found - expected).max() < 0.2 * spread
+    stepwise = OrtDecoder(tmp_path / "int8", 1, 32)
+    rows = [stepwise.prefill(IDS[0, :9].numpy()), *(stepwise.step(int(t)).copy() for t in IDS[0, 9:12])]
+    assert np.abs(rows[-1] - found[0, 11]).max() < 1e-3
+
+
+def test_an_int8_cache_without_text_is_refused(tiny_model, tmp_path):
+    with pytest.raises(SaapError, match="needs text"):
+        export_bundle(tiny_model(), tmp_path / "bundle", kv_bits=8)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_path, bits):
+    """ONNX Runtime's CPU kernels run the float16 graph too: what it computes is checked, its speed on a GPU is not."""
+    model = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    manifest = export_bundle(model, tmp_path / "cuda", bits=bits, target=Target("cuda"))
+    assert (manifest.target, manifest.kv_dtype, manifest.bits) == ("cuda", "float16", bits)
+    graph = onnx.load(tmp_path / "cuda/model.onnx", load_external_data=False).graph
+    floats = {i.data_type for i in graph.initializer} - {onnx.TensorProto.UINT8, onnx.TensorProto.INT64}
+    assert floats == {onnx.TensorProto.FLOAT16}
+    reference = export_bundle(model, tmp_path / "cpu", bits=4 if bits == 4 else 32, accuracy_level=0)
+    assert reference.kv_dtype == "float32"
+    found = BundleScorer(tmp_path / "cuda").logits(IDS.numpy())
+    expected = BundleScorer(tmp_path / "cpu").logits(IDS.numpy())
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_targets_refuse_what_they_have_no_kernel_for(tiny_model, tmp_path):
+    for options, message in (
+        ({"bits": 8, "target": Target(dotprod=False)}, "without dot product has no 8-bit kernel"),
+        ({"kv_bits": 8, "target": Target("cuda")}, "cache in float16"),
+        ({"kv_bits": 8, "target": Target(onnxruntime="1.23")}, "1.23 has no int8 cache"),
+        ({"target": Target(onnxruntime="1.19")}, "1.19 is too old"),
+        ({"target": Target(onnxruntime="new")}, "no version of ONNX Runtime"),
+        ({"bits": 16}, "16 bits are not supported"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            export_bundle(tiny_model(), tmp_path / "bundle", **options)
+    manifest = export_bundle(tiny_model(), tmp_path / "old", target=Target(dotprod=False))
+    assert manifest.accuracy_level == 0

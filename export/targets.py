@@ -1,0 +1,87 @@
+"""What each target computes in, and what its kernels refuse.
+
+* ``cpu``: float32 activations, integers by the int8-activation kernels (accuracy level 4).
+* ``cpu`` without dot product (Raspberry Pi 3 and 4): the float32 kernels, which 8 bit does not have.
+* ``cuda``: float16 throughout, since attention on CUDA takes no float32, and MatMulNBits' fast kernels want symmetric
+  groups, N and K that 8 divides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from export.weights import Precision
+from saap.errors import SaapError
+from saap.structures import ModelShape
+
+ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
+ONNXRUNTIME_INT8_CACHE = "1.25"  # GroupQueryAttention with an int8 cache on a CPU
+CUDA_STEP = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a bundle shall run.
+
+    Attributes:
+        name: ``cpu`` or ``cuda``.
+        dotprod: the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer).
+        onnxruntime: oldest version that must load it, such as ``1.23``; None is whatever the graph needs.
+    """
+
+    name: str = "cpu"
+    dotprod: bool = True
+    onnxruntime: str | None = None
+
+    def precision(self, precision: Precision, kv_bits: int, accuracy_level: int) -> Precision:
+        """``precision`` as this target computes it.
+
+        Raises:
+            SaapError: a combination that the target has no fast kernel for.
+        """
+        if self.name == "cuda":
+            if kv_bits == 8:
+                raise SaapError("the cuda target keeps its cache in float16: leave --kv out")
+            return replace(precision, accuracy_level=0, floats="float16", kv="float16")
+        level = accuracy_level if self.dotprod else 0
+        if 8 in (precision.bits, precision.head_bits) and level != 4:
+            why = "a CPU without dot product has no 8-bit kernel" if not self.dotprod else "8 bit has no other kernel"
+            raise SaapError(f"8 bit needs accuracy level 4, not {level}: {why}; export at 4 bit")
+        if kv_bits == 8 and self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_INT8_CACHE):
+            raise SaapError(
+                f"ONNX Runtime {self.onnxruntime} has no int8 cache, {ONNXRUNTIME_INT8_CACHE} has: leave --kv out"
+            )
+        return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
+
+    def check(self, shape: ModelShape, precision: Precision) -> None:
+        """Refuse sizes that the target's kernels refuse, and versions that lack what every graph uses.
+
+        Raises:
+            SaapError: names the size or the version.
+        """
+        if self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_MIN):
+            raise SaapError(f"ONNX Runtime {self.onnxruntime} is too old, {ONNXRUNTIME_MIN} or newer is needed")
+        if self.name != "cuda" or precision.bits == 32:
+            return
+        for index, sizes in enumerate(shape.layers):
+            for width in (shape.hidden, sizes.query_heads * shape.head_dim, sizes.ffn):
+                if width % CUDA_STEP:
+                    raise SaapError(
+                        f"layer {index} has a width of {width}, not a multiple of {CUDA_STEP} as CUDA's kernels "
+                        "want: prune with --block 32 or larger"
+                    )
+
+
+CPU = Target()
+
+
+def oldest_runtime(precision: Precision) -> str:
+    """The oldest ONNX Runtime that runs a graph of this precision."""
+    return ONNXRUNTIME_INT8_CACHE if precision.kv == "int8" else ONNXRUNTIME_MIN
+
+
+def _version(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(".")[:2])
+    except ValueError:
+        raise SaapError(f"{text!r} is no version of ONNX Runtime: write something like {ONNXRUNTIME_MIN}") from None

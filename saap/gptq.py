@@ -1,0 +1,182 @@
+"""Error-compensating integers: what rounding one column breaks, the columns after it repair.
+
+GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): with H = X X^T over calibration inputs and U the upper Cholesky
+factor of H^-1, column k is rounded and its error divided by U_kk is taken off the later columns along U_k. Groups are
+symmetric by default, which needs no zero points at run time; the scale of a group is the one of a small grid with
+the least error weighted by diag(H). Columns stay in their order, since permuted groups have no fast kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.architectures import architecture_of
+from saap.errors import SaapError
+from saap.group_quant import (
+    QuantMatrix,
+    best_scales,
+    check_blocks,
+    pack_codes,
+    pack_zero_points,
+    quantize,
+)
+
+DAMPING = 0.01  # of the mean of diag(H), as in the paper
+ROWS = 8  # sequences of one forward pass
+Progress = Callable[[str, float, float], None]
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+    """Quantise a matrix.
+
+    Args:
+        weight: [N, K].
+        hessian: X X^T [K, K] of its inputs, any positive factor.
+        block: group of input columns that share a scale; divides K.
+        symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
+
+    Raises:
+        SaapError: K is not whole groups, or the inputs were not finite.
+    """
+    check_blocks(weight.shape[1], block, "a matrix")
+    inverse = _inverse_factor(hessian.double()).float()
+    rest = weight.detach().float().t().contiguous()  # [K, N]: a column of the matrix is one run of memory
+    importance = hessian.diagonal().float()
+    top = 2**bits - 1
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    for start in range(0, len(rest), block):
+        end = start + block
+        group = rest[start:end]
+        scale, zero = (
+            part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
+        )
+        gaps = torch.empty_like(group)
+        for k in range(block):
+            code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
+            codes[start + k] = code.to(torch.uint8)
+            gaps[k] = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
+            group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gaps[k], alpha=-1)
+        rest[end:].addmm_(inverse[start:end, end:].t(), gaps, alpha=-1)
+        scales.append(scale)
+        zeros.append(zero)
+    packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
+    zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
+    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block)
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U upper triangular with U^T U = (H + damping)^-1; an input that is always 0 gets a unit diagonal."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise SaapError("calibration inputs are not finite: the model's activations overflow on this text")
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+class _Stop(Exception):  # noqa: N818  not an error: the first layer's inputs are known
+    pass
+
+
+@torch.no_grad()
+def compensated_matrices(
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    bits: int,
+    block: int,
+    head_bits: int,
+    progress: Progress | None = None,
+) -> dict[str, QuantMatrix]:
+    """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
+
+    The weights of ``model`` are replaced by the numbers that the integers hold. A tied table is chosen for its use as
+    the head, where an error meets every token.
+
+    Args:
+        rows: calibration ids [sequences, tokens].
+
+    Returns:
+        module name -> integers.
+    """
+    architecture = architecture_of(model.config)
+    layers: Any = model.get_submodule(architecture.layers)
+    matrices: dict[str, QuantMatrix] = {}
+    batches = _first_inputs(model, layers[0], rows)
+    for index, layer in enumerate(layers):
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        hessians = _hessians(layer, linears, batches)
+        for name, linear in linears.items():
+            matrix = gptq(linear.weight, hessians[name], bits, block)
+            linear.weight.copy_(matrix.dequantize())
+            matrices[f"{architecture.layers}.{index}.{name}"] = matrix
+        batches = [(_run(layer, hidden, given), given) for hidden, given in batches]
+        if progress:
+            progress("choosing integers", index + 1, len(layers))
+    norm = model.get_submodule(architecture.final_norm)
+    final = [norm(hidden).flatten(0, -2).float() for hidden, _ in batches]
+    head: Any = model.get_submodule(architecture.head)
+    table: Any = model.get_submodule(architecture.embedding)
+    matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), head_bits, block)
+    tied = head.weight is table.weight
+    matrices[architecture.embedding] = matrices[architecture.head] if tied else quantize(table.weight, head_bits, block)
+    return matrices
+
+
+def _first_inputs(model: PreTrainedModel, first: nn.Module, rows: torch.Tensor) -> list[tuple[torch.Tensor, Any]]:
+    """(hidden states, keyword arguments) that the decoder hands to its first layer, per batch of rows."""
+    seen: list[tuple[torch.Tensor, Any]] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen.append((hidden, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in rows.split(ROWS):
+            try:
+                model(input_ids=batch, use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return seen
+
+
+def _run(layer: nn.Module, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    out = layer(hidden, **given)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _hessians(
+    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Any]]
+) -> dict[str, torch.Tensor]:
+    """X X^T of every linear's inputs; linears that are fed one tensor share the product."""
+    sums: dict[str, torch.Tensor] = {}
+    last: list[Any] = [None, None]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if last[0] is not args[0]:
+                x = args[0].flatten(0, -2).float()
+                last[:] = args[0], x.t() @ x
+            sums[name] = sums[name] + last[1] if name in sums else last[1]
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        for hidden, given in batches:
+            _run(layer, hidden, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums

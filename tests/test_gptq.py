@@ -1,0 +1,77 @@
+"""Integers whose errors are compensated, against rounding to nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.gptq import compensated_matrices, gptq
+from saap.group_quant import quantize, quantize_model
+
+GENERATOR = torch.Generator().manual_seed(3)
+# Inputs that depend on one another, as a model's do: without that there is nothing to compensate with.
+INPUTS = torch.randn(400, 24, generator=GENERATOR) @ torch.randn(24, 96, generator=GENERATOR)
+INPUTS += 0.1 * torch.randn(400, 96, generator=GENERATOR)
+WEIGHT = torch.randn(40, 96, generator=GENERATOR)
+IDS = torch.randint(320, (20, 40), generator=torch.Generator().manual_seed(5))
+
+
+def output_error(matrix):
+    return (INPUTS @ (matrix.dequantize() - WEIGHT).t()).square().mean().item()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [32, 96])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_output_error_is_far_below_that_of_rounding(bits, block, symmetric):
+    hessian = INPUTS.t() @ INPUTS
+    compensated = gptq(WEIGHT, hessian, bits, block, symmetric)
+    assert output_error(compensated) < 0.5 * output_error(quantize(WEIGHT, bits, block, symmetric))
+    if symmetric:
+        assert (compensated.zero_points == (0x88 if bits == 4 else 0x80)).logical_or(compensated.zero_points == 8).all()
+
+
+def test_independent_inputs_leave_rounding_as_it_is():
+    weight = torch.arange(-8.0, 8).repeat(4, 6)  # on the grid: nothing to compensate
+    assert torch.equal(gptq(weight, torch.eye(96), 4, 32).dequantize(), weight)
+
+
+def test_an_input_that_is_always_zero_does_not_spoil_the_others():
+    inputs = INPUTS.clone()
+    inputs[:, 5] = 0
+    matrix = gptq(WEIGHT, inputs.t() @ inputs, 4, 32)
+    assert torch.isfinite(matrix.dequantize()).all()
+    error, rounded = (
+        (inputs @ (m.dequantize() - WEIGHT).t()).square().mean() for m in (matrix, quantize(WEIGHT, 4, 32))
+    )
+    assert error < 0.5 * rounded
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    with pytest.raises(SaapError, match="not finite"):
+        gptq(WEIGHT, torch.full((96, 96), torch.nan), 4, 32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_is_closer_to_itself_than_after_rounding(tiny_model, tied):
+    path = tiny_model(tie_word_embeddings=tied)
+    model, nearest = load_model(path), load_model(path)
+    with torch.inference_mode():
+        expected = load_model(path)(input_ids=IDS).logits
+    matrices = compensated_matrices(model, IDS, 4, 32, 4)
+    with torch.inference_mode():
+        walked = model(input_ids=IDS).logits
+    held = load_model(path)
+    quantize_model(held, 4, 32, 4, matrices)
+    quantize_model(nearest, 4, 32, 4)
+    with torch.inference_mode():
+        found, rounded = held(input_ids=IDS).logits, nearest(input_ids=IDS).logits
+    gain = (found - expected).square().mean() / (rounded - expected).square().mean()
+    assert gain < 0.9
+    assert len(matrices) == 3 * 7 + 2
+    # The walk leaves the same numbers in the layers; the head and the table are replaced at the end only.
+    name = "model.layers.2.mlp.down_proj"
+    assert torch.equal(model.get_submodule(name).weight, matrices[name].dequantize())
+    assert walked.shape == found.shape
