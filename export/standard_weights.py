@@ -2,7 +2,8 @@
 MatMul, as float32 or as integers for a blockwise DequantizeLinear along axis 0.
 
 ONNX Runtime turns DequantizeLinear + MatMul into its fast MatMulNBits only in this orientation: with the matrix stored
-[N, K], behind a Transpose or in a Gemm, it would dequantise the whole matrix at every call.
+[N, K], behind a Transpose or in a Gemm, it would dequantise the whole matrix at every call. Seen: 4 bit is fused by
+1.20.1, 1.23.2 and 1.32.0, 8 bit by 1.32.0 alone; the other two run 8 bit, dequantising at every call.
 """
 
 from __future__ import annotations
