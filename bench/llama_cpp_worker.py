@@ -36,7 +36,8 @@ class LlamaCppDecoder:
         self._lib: Any = llama_cpp
         self.path = path
         self.max_length = max_length
-        self._errors = _listen(llama_cpp)
+        self._errors: list[str] = []
+        self._callback = _listen(llama_cpp, self._errors)  # the library calls it as long as we decode
         llama_cpp.llama_backend_init()
         self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), self._model_options()))
         self.options = self._context_options(threads, max_length)
@@ -92,23 +93,17 @@ class LlamaCppDecoder:
         return self._errors[0] if self._errors else "it gave no reason"
 
 
-def _listen(lib: Any) -> list[str]:
-    """Errors that the library logs, in order; what else it logs is dropped."""
-    errors: list[str] = []
+def _listen(lib: Any, errors: list[str]) -> Any:
+    """Add the errors that the library logs to ``errors``, in order, and drop what else it logs; the callback."""
 
     def note(level: int, text: bytes, _: Any) -> None:
         if level == _ERROR and text.strip():
-            line = text.decode(errors="replace").strip()
-            errors.append(line)
-            print(line, file=sys.stderr)
+            errors.append(text.decode(errors="replace").strip())
+            print(errors[-1], file=sys.stderr)
 
     callback = lib.llama_log_callback(note)
     lib.llama_log_set(callback, ctypes.c_void_p(0))
-    errors_keep.append(callback)
-    return errors
-
-
-errors_keep: list[Any] = []  # the library calls it as long as the process lives
+    return callback
 
 
 def facts(decoder: Decoder) -> dict[str, Any]:
