@@ -11,7 +11,9 @@ from test_surgery import EMPTY, PLANS, WHOLE, cut
 
 from export.gguf_layout import rotary_order
 from export.gguf_write import export_gguf
-from saap.checkpoint import load_model, tensor_reader
+from saap.architectures import shape_of
+from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.group_quant import quantize, quantize_model
 from saap.structures import LayerPlan, PrunePlan
 from saap.tune import TuneOptions, tune
 
@@ -169,17 +171,24 @@ def packed(read, name, bits, block):
 
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-FAST = {"learning_rate": 2e-2}
 
 
-def tuned(tiny_model, tmp_path, **options):
-    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    tune(path, tmp_path / "tuned", IDS.repeat(8, 1), TuneOptions(**FAST, **options))
-    return tmp_path / "tuned"
+def integers(path, out, bits=4, block=32):
+    """A directory as tuning writes it, with zero points of their own in the layers; tuning itself chooses none."""
+    model = load_model(path)
+    linears = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    matrices = {f"model.{n}": quantize(m.weight, bits, block, symmetric=False) for n, m in linears.items()}
+    config = read_config(path)
+    entry = quantize_model(model, bits, block, bits, matrices)
+    return write_slim(out, path, slim_config(config, shape_of(config), entry), iter(model.state_dict().items()), {})
+
+
+def uneven_integers(tiny_model, tmp_path, bits=4):
+    return integers(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "tuned", bits)
 
 
 def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
-    path = tuned(tiny_model, tmp_path)
+    path = uneven_integers(tiny_model, tmp_path)
     report = export_gguf(path, tmp_path / "model.gguf")
     read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
     assert report["tensors"]["token_embd.weight"] == {"type": "Q4_0", "relative_error": 0.0, "carried": 1.0}
@@ -203,8 +212,27 @@ def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
     assert report["worst_error_rounded"] is None and report["notes"] == []
 
 
+def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
+    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    for bits, kind, size in ((4, "Q4_0", 18), (8, "Q8_0", 34)):
+        tune(path, tmp_path / "tuned", IDS.repeat(8, 1), TuneOptions(bits=bits, learning_rate=2e-2))
+        report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
+        read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
+        signs = set()
+        for name, entry in report["tensors"].items():
+            assert entry == {"type": kind, "relative_error": 0.0, "carried": 1.0}, name
+            codes, _, scales = packed(read, name, bits, 32)
+            blocks = tensors[name].data.reshape(*scales.shape, size)
+            assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+            found = nibbles(blocks[..., 2:]) if bits == 4 else blocks[..., 2:] ^ 0x80
+            assert np.array_equal(found, codes), name
+            signs |= set(np.sign(scales).flatten().tolist())
+        assert signs == {-1.0, 1.0}
+        assert report["worst_error_carried"] == 0 and report["notes"] == []
+
+
 def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
-    tune(tiny_model(**WIDE), tmp_path / "tuned", IDS.repeat(8, 1), TuneOptions(**FAST, block=64))
+    integers(tiny_model(**WIDE), tmp_path / "tuned", block=64)
     report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
     read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
     assert {entry["carried"] for entry in report["tensors"].values()} == {1.0}
@@ -216,7 +244,7 @@ def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
 
 
 def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_model, tmp_path):
-    path = tuned(tiny_model, tmp_path, bits=8)
+    path = uneven_integers(tiny_model, tmp_path, bits=8)
     report = export_gguf(path, tmp_path / "model.gguf")
     read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
     assert report["tensors"]["token_embd.weight"] == {"type": "Q8_0", "relative_error": 0.0, "carried": 1.0}
@@ -235,7 +263,7 @@ def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_mod
 
 
 def test_another_type_holds_tuned_integers_exactly_or_says_how_far_off(tiny_model, tmp_path):
-    path = tuned(tiny_model, tmp_path)
+    path = uneven_integers(tiny_model, tmp_path)
     exact = export_gguf(path, tmp_path / "q8.gguf", kind="Q8_0")
     assert exact["worst_error_carried"] == 0 and exact["worst_error_rounded"] is None
     coarse = export_gguf(path, tmp_path / "q4.gguf", kind="Q4_0")
