@@ -1,7 +1,7 @@
 """What can be measured: a bundle, or a model in another runtime, each in a process of its own.
 
-A plain path is a bundle; ``torch:DIR`` a model directory in transformers; ``llama.cpp:FILE.gguf``, ``genai:DIR`` and
-``optimum:DIR`` are in ``bench.foreign``.
+A plain path is a bundle, ``prepacked:BUNDLE`` one whose packed weights are kept on this device, ``torch:DIR`` a model
+directory in transformers; ``llama.cpp:FILE.gguf``, ``genai:DIR`` and ``optimum:DIR`` are in ``bench.foreign``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from bench.foreign import GENAI, LLAMA_CPP, OPTIMUM, bundle_facts, genai_peer, l
 from bench.peer import Peer, PeerError, unknown_facts
 from bench.result import ModelFacts
 from bench.runtime import check_context
-from export.bundle import verify_files
+from bench.session import prepack
+from export.bundle import DECODE_GRAPH, read_manifest, verify_files
 
 __all__ = ["FORMS", "Peer", "PeerError", "read_peers"]
 
 TORCH = "torch:"
-FORMS = "a bundle's path, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
+PREPACKED = "prepacked:"
+FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
 
 
 def read_peers(specs: Sequence[str], length: int, names: Sequence[str] | None = None) -> list[Peer]:
@@ -45,7 +48,13 @@ def read_peers(specs: Sequence[str], length: int, names: Sequence[str] | None = 
 
 
 def _reader(spec: str) -> Callable[[str, int], Peer]:
-    readers = {TORCH: _torch, LLAMA_CPP: llama_cpp_peer, GENAI: genai_peer, OPTIMUM: optimum_peer}
+    readers = {
+        PREPACKED: _prepacked,
+        TORCH: _torch,
+        LLAMA_CPP: llama_cpp_peer,
+        GENAI: genai_peer,
+        OPTIMUM: optimum_peer,
+    }
     return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
 
 
@@ -67,6 +76,13 @@ def _bundle(spec: str, length: int) -> Peer:
         model=bundle_facts(manifest),
         unknown={},
     )
+
+
+def _prepacked(spec: str, length: int) -> Peer:
+    peer = _bundle(spec.removeprefix(PREPACKED), length)
+    # Made before anything is measured: the first start packs, all later ones map.
+    prepack(peer.path / DECODE_GRAPH, read_manifest(peer.path))
+    return replace(peer, name=f"{peer.name} (prepacked)", spec=spec, worker="bench.prepacked_worker")
 
 
 def _torch(spec: str, length: int) -> Peer:

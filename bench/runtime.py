@@ -13,16 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.huge_pages import collapse
+from bench.session import DecoderError, open_session, prepacked_session
 from export.bundle import DECODE_GRAPH, SCORING_GRAPH, BundleManifest, read_manifest, verify_files
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-
-
-class DecoderError(ValueError):
-    """The bundle, the context or the threads that were asked for cannot be run here."""
-
-    exit_code = 2
+RUNS_HERE = ("cpu", "portable")
+HUGE_PAGES_LIMIT = 1 << 30  # moving takes about 3 ms per MB; a larger model would wait too long for it
 
 
 class Decoder(Protocol):
@@ -70,6 +68,11 @@ class OrtDecoder:
         session_options: ONNX Runtime session config entries that override the defaults, e.g.
             ``{"session.intra_op.allow_spinning": "0"}``.
         verify: check the files' hashes first, which reads them all.
+        prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
+            memory and no packing at the next start, but no huge pages.
+
+    Attributes:
+        huge_page_bytes: of memory that was moved to huge pages.
 
     Raises:
         BundleError: the bundle does not verify.
@@ -85,15 +88,24 @@ class OrtDecoder:
         session_options: dict[str, str] | None = None,
         *,
         verify: bool = True,
+        prepacked: bool = False,
     ) -> None:
         directory = Path(bundle_dir)
         self.manifest = verify_files(directory) if verify else read_manifest(directory)
+        if self.manifest.target not in RUNS_HERE:
+            raise DecoderError(f"{directory} is a bundle for {self.manifest.target}: export it with --target cpu")
         check_context(self.manifest, max_length, str(directory))
         check_threads(threads)
         self._max_length = max_length
         self._scoring = scoring
         graph = directory / (SCORING_GRAPH if scoring else DECODE_GRAPH)
-        self._session = _session(graph, threads, session_options or {})
+        if prepacked and not scoring:
+            self._session = prepacked_session(graph, self.manifest, threads, session_options or {})
+        else:
+            self._session = open_session(graph, threads, session_options)
+        # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
+        move = not prepacked and self.manifest.weight_bytes_per_token <= HUGE_PAGES_LIMIT
+        self.huge_page_bytes = collapse() if move else 0
         self._binding = self._session.io_binding()
         self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.
@@ -208,21 +220,3 @@ class OrtDecoder:
         kept = [(name, np.ascontiguousarray(value.numpy()[:, :, :length])) for name, value in self._past]
         self._past = [(name, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in kept]
         self._bind_cache(self._past)
-
-
-def _session(graph: Path, threads: int, entries: dict[str, str]) -> Any:
-    """An ONNX Runtime session; threads spin between operators, since a decode step has hundreds of short ones."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
-        options.add_session_config_entry(key, value)
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first}") from error

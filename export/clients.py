@@ -8,6 +8,7 @@ batches must not be padded on bundles of the ``cpu`` target: their operator take
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str
         "num_key_value_heads": kv_heads.pop(),
         "head_dim": manifest.head_dim,
     }
+
+
+def write_client_files(directory: Path, config: dict[str, Any], manifest: BundleManifest) -> BundleManifest:
+    """Write what onnxruntime-genai and optimum read; the manifest, with what is known of genai's tokenizer."""
+    write_genai_config(directory, manifest)
+    write_optimum_config(directory, config, manifest)
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    note = genai_tokenizer_note(directory) if has_tokenizer else "not compared: the model came without tokenizer.json"
+    return replace(manifest, lineage={**manifest.lineage, "genai_tokenizer": note})
 
 
 def write_optimum_config(directory: str | Path, config: dict[str, Any], manifest: BundleManifest) -> Path | None:

@@ -19,7 +19,7 @@ from export.bundle import (
     LayerSizes,
     write_manifest,
 )
-from export.clients import write_genai_config
+from export.clients import write_client_files
 from export.graph import DecoderGraph, check_attention
 from export.kv_cache import cache_scales
 from export.rotary import all_rotary_tables
@@ -84,7 +84,7 @@ def export_bundle(
             graph = DecoderGraph(source.shape, traits, precision, file, config.rms_norm_eps)
             ir.save(graph.build(scoring), partial / name)
         manifest = make_manifest(source, precision, config, file.bytes_per_token(source.shape.tied), target.name)
-        write_genai_config(partial, manifest)
+        manifest = write_client_files(partial, source.config, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
             manifest = replace(manifest, parity=parity(partial))

@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
-from export.clients import write_genai_config
+from export.clients import write_client_files
 from export.export import make_manifest, transformers_config
 from export.rotary import all_rotary_tables
 from export.standard_graph import StandardGraph
@@ -68,7 +68,7 @@ def export_portable(
         manifest = make_manifest(source, precision, transformers_config(source), read, "portable")
         lineage = {**manifest.lineage, "graph_writer": writer}
         manifest = replace(manifest, onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
-        write_genai_config(partial, manifest)
+        manifest = write_client_files(partial, source.config, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
             manifest = replace(manifest, parity=parity(partial))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import SCORING_GRAPH, BundleManifest, read_manifest
+from export.external_data import check_external_data
 from export.generation import Decoder, Generation, generate
 from export.sampling import Logits, Sampling
 from export.tokenizer import BundleTokenizer, RunError
@@ -86,9 +87,12 @@ def cpu_session(graph: Path, threads: int) -> Any:
     """An ONNX Runtime session of a graph on the CPU.
 
     Raises:
+        BundleError: its weights are missing or lie outside its folder.
         RunError: this ONNX Runtime cannot load it.
     """
     import onnxruntime
+
+    check_external_data(graph)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

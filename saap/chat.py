@@ -158,7 +158,10 @@ def _decoder(bundle: Path, manifest: Any, needed: int, options: dict[str, Any]) 
 
     threads = physical_cores() if options["threads"] is None else options["threads"]
     context = max(1, min(manifest.context_length, needed)) if options["context"] is None else options["context"]
-    return OrtDecoder(bundle, threads, context), {"threads": threads, "context": context}
+    return OrtDecoder(bundle, threads, context, prepacked=options["prepacked"]), {
+        "threads": threads,
+        "context": context,
+    }
 
 
 def _hold(ask: Ask, talk: Conversation | None, turns: Iterable[str]) -> None:

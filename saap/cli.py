@@ -137,30 +137,47 @@ def tune(slim: Path, out: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("path", type=directory)
-@click.option("-o", "--out", type=directory, required=True, help="The bundle to write.")
+@click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
 @click.option(
     "--target",
-    type=click.Choice(["cpu", "portable"]),
+    type=click.Choice(["cpu", "cuda", "portable", "gguf"]),
     default="cpu",
     show_default=True,
-    help="portable: standard operators by optimum, fp32, uniform models only.",
+    help="portable: standard operators, for TensorRT and others; gguf: one file for llama.cpp.",
 )
-@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of the linears; default: 4, or what was tuned.")
+@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), help="Of the linears; default: 4, or as tuned.")
+@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Weights per scale; default: 32, or as tuned.")
+@click.option("--head-bits", type=click.Choice(["4", "8"]), help="Of embedding and head; default: as --bits.")
+@click.option("--kv", type=click.Choice(["8", "32"]), default="32", show_default=True, help="Bits of the KV cache.")
+@click.option("--no-dotprod", "dotprod", is_flag=True, default=True, flag_value=False, help="For Raspberry Pi 3 and 4.")
+@click.option("--ort", "onnxruntime", help="Oldest ONNX Runtime that must load it, such as 1.23 (JetPack 6).")
+@click.option("--type", "gguf_type", help="GGUF type: F32, F16, Q8_0, Q4_0 or Q4_1.")
 @click.option(
-    "--group", type=click.Choice(["32", "64", "128"]), help="Weights per scale; default: 32, or what was tuned."
+    "--parity",
+    type=click.Choice(["full", "none"]),
+    default="full",
+    show_default=True,
+    help="none: faster, and the bundle is marked UNVERIFIED.",
 )
-@click.option(
-    "--text", help="Text that parity is checked on; default: SAAP_DATA's calibration text, else random tokens."
-)
-def export(path: Path, out: Path, **options: Any) -> None:
-    """Write any model directory as an ONNX bundle, with parity checked.
+@click.option("--text", help="Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
+@click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle PATH.")
+@click.option("--json", "as_json", is_flag=True, help="With --inspect, for machines.")
+def export(path: Path, out: Path | None, inspect: bool, as_json: bool, **options: Any) -> None:
+    """Write any model directory as a bundle, with parity checked; or look into a bundle.
 
     \b
     Example:
       saap export out/tuned -o out/bundle
+      saap export out/slim -o out/slim.gguf --target gguf --bits 8
+      saap export --inspect out/bundle
     """
-    from saap.steps import export_step
+    from saap.export_command import export_step, inspect_step
 
+    if inspect:
+        inspect_step(path, as_json)
+        return
+    if out is None:
+        raise click.UsageError("give -o OUT, where the bundle shall be written, or --inspect to look into one")
     with Console() as console:
         export_step(path, out, options, console)
 
@@ -200,6 +217,7 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option("--threads", type=int, help="Default: all physical cores.")
 @click.option("--context", type=int, help="Tokens that the cache holds; default: as needed, 4096 for a conversation.")
+@click.option("--prepacked", is_flag=True, help="Keep packed weights in the cache: less memory, faster next start.")
 @click.option("--json", "as_json", is_flag=True, help="One document with texts, ids and times, for machines.")
 def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     """Stream text from a bundle; needs no torch.
@@ -227,11 +245,15 @@ def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
 )
 @click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included.")
 def bench(specs: tuple[str, ...], **options: Any) -> None:
-    """Measure bundles, interleaved, each run in a fresh process; ``torch:DIR`` is a transformers peer.
+    """Measure bundles and other runtimes, interleaved, each run in a fresh process.
+
+    A is a bundle, prepacked:BUNDLE (packed weights kept in the cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
+    optimum:DIR. Peers need their packages, here or in the Python that SAAP_PEER_PYTHON names.
 
     \b
     Example:
       saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
+      saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
     """
     from saap.board import bench_specs
 

@@ -94,6 +94,7 @@ def _best_scales(
     groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     half, top = 2 ** (bits - 1), 2**bits - 1
+    candidates: list[tuple[torch.Tensor, torch.Tensor | None]]
     if symmetric:
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
         candidates = [(largest / (-half * range_), None) for range_ in SYMMETRIC_RANGES[bits]]
@@ -102,9 +103,9 @@ def _best_scales(
         candidates = [((high - low) * (share / top), low * share) for share in RANGE_SHARES[bits]]
     best = torch.full(groups.shape[:-1], torch.inf)
     scales, zeros = torch.ones_like(best), torch.full_like(best, half)
-    for wide, low in candidates:
+    for wide, lowest in candidates:
         scale = _float16(wide)
-        zero = torch.full_like(scale, half) if low is None else torch.round(-low / scale).clamp_(0, top)
+        zero = torch.full_like(scale, half) if lowest is None else torch.round(-lowest / scale).clamp_(0, top)
         codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top)
         error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_()
         total = error.sum(-1) if importance is None else error @ importance

@@ -22,10 +22,11 @@ from saap import models
 from saap.board import bench_specs, read_run, show_result
 from saap.checkpoint import check_output, read_record
 from saap.console import Console
+from saap.export_command import DEFAULTS, export_step
 from saap.json_files import write_json
 from saap.prune import Requirement
 from saap.rows import Rows, evaluation_rows
-from saap.steps import export_step, prune_step, quality_of, say_text, show_quality, tune_step
+from saap.steps import prune_step, quality_of, say_text, show_quality, tune_step
 
 TUNE_LENGTH = 256
 PROMPTS = (
@@ -168,7 +169,7 @@ def _export(state: _State, name: str, source: Path, shown: str, made_from: Any, 
     from export.bundle import read_manifest
 
     def work() -> dict[str, Any]:
-        settings = {"target": "cpu", "bits": None, "group": None, "text": options.calibration}
+        settings = {**DEFAULTS, "text": options.calibration}
         export_step(source, state.out / name, settings, state.console)
         return {"parity": {**state.run.get("parity", {}), name: read_manifest(state.out / name).parity}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from saap.prune import prune as prune_model
 from saap.rows import Rows, evaluation_rows, training_rows
 from saap.tune import TuneOptions
 from saap.tune import tune as tune_model
-
-PARITY_ROWS, PARITY_TOKENS = 4, 256
 
 
 def prune_step(model: str, out: Path, options: dict[str, Any], console: Console, name: str | None = None) -> None:
@@ -86,72 +83,6 @@ def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) 
         slim, out, rows.ids, options_, teacher=load_model(teacher_dir) if teacher_dir else None,
         lineage={"text": rows.lineage()}, progress=console.report,
     )  # fmt: skip
-
-
-def export_step(path: Path, out: Path, options: dict[str, Any], console: Console) -> None:
-    """``saap export``."""
-    check_output(out)
-    bits = int(options["bits"]) if options["bits"] else None
-    block = int(options["group"]) if options["group"] else None
-    if options["target"] == "portable":
-        if bits not in (None, 32) or block:
-            raise SaapError("the portable target is fp32: leave --bits and --group out")
-        from export.portable import export_portable
-
-        export_portable(path, out, parity=_parity(path, options["text"], console), progress=console.report)
-    else:
-        from export.export import export_bundle
-
-        export_bundle(
-            path, out, bits=bits, block=block, parity=_parity(path, options["text"], console), progress=console.report
-        )
-    console.finish()
-    show_bundle(out)
-
-
-def _parity(path: Path, text: str | None, console: Console) -> Callable[[Path], dict[str, Any]]:
-    from export.verify import check_parity
-
-    def check(bundle: Path) -> dict[str, Any]:
-        console.report("checking parity", 0, 1)
-        ids, sample = parity_sample(path, text)
-        report = check_parity(bundle, path, ids, sample)
-        console.report("checking parity", 1, 1)
-        return report
-
-    return check
-
-
-def parity_sample(path: Path, text: str | None) -> tuple[torch.Tensor, str]:
-    """Rows to compare graphs on: real text where there is some, else random tokens."""
-    from saap.text import load_documents, pack
-
-    documents = load_documents(text, split="calibration")
-    config = read_config(path)
-    length = min(PARITY_TOKENS, config["max_position_embeddings"])
-    if documents is not None:
-        return pack(documents.texts, models.load_tokenizer(path), length, PARITY_ROWS, 1), documents.source
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config["vocab_size"], (PARITY_ROWS, length), generator=generator), "random tokens"
-
-
-def show_bundle(bundle: Path) -> None:
-    """One paragraph about a bundle."""
-    from export.bundle import read_manifest
-
-    manifest = read_manifest(bundle)
-    size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
-    parity = manifest.parity or {}
-    click.echo(
-        f"{bundle}: {manifest.parameters / 1e6:.1f} M parameters, {manifest.bits} bit, {size / 1e6:.1f} MB, "
-        f"{manifest.weight_bytes_per_token / 1e6:.1f} MB read per token"
-    )
-    if parity:
-        click.echo(
-            f"  parity on {parity['tokens']} tokens ({parity['sample']}): logit difference "
-            f"{parity['max_abs_logit_difference']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}, "
-            f"perplexity x {parity['perplexity_ratio']:.4f}"
-        )
 
 
 def scorer_of(path: Path, threads: int) -> Score:

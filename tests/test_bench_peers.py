@@ -310,7 +310,7 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (f"genai:{tmp_path}", 8, "no genai_config.json"),
         (f"optimum:{bundle}", 8, "no config.json"),
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
-        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, torch:DIR, llama.cpp:FILE.gguf"),
+        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             read_peers([spec], length)

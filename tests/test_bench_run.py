@@ -93,7 +93,7 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
     result = bench([str(broken), str(bundles[1])], prompt=4, generate=3, threads=1, repetitions=3, warmup=0)
     bad, good = result.measurements
     assert bad.status == INVALID and bad.samples == []
-    assert "exit 1" in bad.reasons[0] and "cannot load" in bad.reasons[0] and "\n" not in bad.reasons[0]
+    assert "exit 1" in bad.reasons[0] and "not an ONNX file" in bad.reasons[0] and "\n" not in bad.reasons[0]
     assert len(good.samples) == 3 and good.status != INVALID
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from bench.runtime import DecoderError, OrtDecoder
@@ -138,6 +139,11 @@ def test_broken_graph_is_one_line(bundle: Path, tmp_path: Path) -> None:
     for path in bundle.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="is not an ONNX file"):
+        OrtDecoder(tmp_path, 1, 8, verify=False)
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(DecoderError, match="cannot load") as caught:
         OrtDecoder(tmp_path, 1, 8, verify=False)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,124 @@
+"""ONNX Runtime sessions as decode wants them, and weights that stay packed between processes.
+
+ONNX Runtime copies every quantised matrix into the layout of this CPU's kernels when a session is made. With
+``prepacked`` that copy is made once, written beside its graph into the user's cache, and memory-mapped from then on:
+those pages are the file's, so the system may drop and reread them, and the next start does not pack again. The file
+belongs to one bundle, one version of ONNX Runtime and one kind of CPU, which its folder is named after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from export.bundle import BundleManifest
+from export.external_data import check_external_data
+
+CACHE = "SAAP_CACHE"
+PREPACKED = "model.onnx"
+
+
+class DecoderError(ValueError):
+    """The bundle, the context or the threads that were asked for cannot be run here."""
+
+    exit_code = 2
+
+
+def open_session(graph: Path, threads: int, entries: dict[str, str] | None = None) -> Any:
+    """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
+
+    Args:
+        entries: session config entries that override the defaults.
+
+    Raises:
+        BundleError: weights outside the graph's folder, or none there.
+        DecoderError: ONNX Runtime refuses the graph.
+    """
+    check_external_data(graph)
+    return _session(graph, _options(threads, entries or {}))
+
+
+def prepacked_session(graph: Path, manifest: BundleManifest, threads: int, entries: dict[str, str]) -> Any:
+    """A session over packed weights in the user's cache, which the first call makes.
+
+    Raises:
+        BundleError, DecoderError: as :func:`open_session`.
+    """
+    return open_session(prepack(graph, manifest), threads, entries)
+
+
+def prepacked_directory(manifest: BundleManifest) -> Path:
+    """Where the packed weights of a bundle are for this machine; ``SAAP_CACHE`` moves the cache."""
+    import onnxruntime as ort
+
+    home = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "saap")
+    key = f"{manifest.content_hash}-{ort.__version__}-{_cpu()}"
+    return home / "prepacked" / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def prepack(graph: Path, manifest: BundleManifest) -> Path:
+    """The graph over packed weights, made where it is not there yet.
+
+    Raises:
+        BundleError, DecoderError: as :func:`open_session`.
+    """
+    directory = prepacked_directory(manifest)
+    if (directory / PREPACKED).is_file():
+        return directory / PREPACKED
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    check_external_data(graph)
+    options = _options(
+        1,
+        {
+            "session.save_external_prepacked_constant_initializers": "1",
+            "session.optimized_model_external_initializers_file_name": PREPACKED + ".data",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        },
+    )
+    options.optimized_model_filepath = str(partial / PREPACKED)
+    try:
+        _session(graph, options)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory / PREPACKED
+
+
+def _options(threads: int, entries: dict[str, str]) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _session(graph: Path, options: Any) -> Any:
+    import onnxruntime as ort
+
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first}") from error
+
+
+def _cpu() -> str:
+    """What the packed layout depends on: architecture and instruction sets."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine() + platform.processor()
+    lines = {line for line in text.splitlines() if line.split(":")[0].strip() in ("flags", "Features", "model name")}
+    return platform.machine() + "".join(sorted(lines))
