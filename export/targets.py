@@ -15,7 +15,7 @@ from saap.errors import SaapError
 from saap.structures import ModelShape
 
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
-ONNXRUNTIME_INT8_CACHE = "1.25"  # GroupQueryAttention with an int8 cache on a CPU
+ONNXRUNTIME_INT8_CACHE = "1.27"  # GroupQueryAttention with an int8 cache on a CPU
 CUDA_STEP = 8
 
 
