@@ -94,7 +94,8 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
     export_bundle(slim, directory)
     tokenizer = BundleTokenizer(directory)
     ours = generate(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", max_tokens=24, stop_ids=())
-    text, ids = "".join(ours), tokenizer.encode_chat("The quick brown fox")
+    assert "".join(ours)
+    ids = tokenizer.encode_chat("The quick brown fox")
     model = og.Model(str(directory))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=64)
@@ -104,14 +105,15 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
     )
     assert theirs.encode(prompt).tolist() == ids
     generator.append_tokens(np.array([ids], np.int32))
-    stream, drawn, pieces = theirs.create_stream(), [], []
+    drawn = []
     while len(drawn) < 24 and not generator.is_done():
         generator.generate_next_token()
         drawn.append(int(generator.get_next_tokens()[0]))
-        pieces.append(stream.decode(drawn[-1]))
     assert len(drawn) == 24
     assert drawn == ours.drawn
-    assert "".join(pieces).rstrip("\ufffd") == text.rstrip("\ufffd")
+    # genai's stream swallows what follows a byte that is no UTF-8, which a random model may draw: a real text instead.
+    stream, sentence = theirs.create_stream(), "naïve 日本 foxes, 12 of them"
+    assert "".join(stream.decode(token) for token in tokenizer.encode(sentence)) == sentence
 
 
 def test_genai_tokenizer_that_agrees_needs_no_note(tiny_model, tmp_path):

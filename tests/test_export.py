@@ -39,16 +39,20 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=[*MODELS, "uneven"])
-def any_model(request, tiny_model, tmp_path):
-    path = tiny_model(**MODELS.get(request.param, {}))
-    if request.param == "biased":
+def model_of(kind, tiny_model, directory):
+    path = tiny_model(**MODELS.get(kind, {}))
+    if kind == "biased":
         model = load_model(path)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(path)
-    return cut(path, tmp_path / "slim", PrunePlan(UNEVEN)) if request.param == "uneven" else path
+    return path if kind in MODELS else cut(path, directory / "slim", PrunePlan(UNEVEN))
+
+
+@pytest.fixture(params=[*MODELS, "uneven"])
+def any_model(request, tiny_model, tmp_path):
+    return model_of(request.param, tiny_model, tmp_path)
 
 
 def logits_of(model, ids):

@@ -137,9 +137,8 @@ def test_no_bundle_and_a_damaged_one_are_refused(slim, tmp_path):
     (tmp_path / "bundle/model.onnx").write_bytes(b"nothing")
     with pytest.raises(BundleError, match="does not match the hash"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle")
-    with pytest.raises(RunError, match="cannot load") as caught:
+    with pytest.raises(BundleError, match="is not an ONNX file"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle", verify=False)
-    assert "\n" not in str(caught.value)
 
 
 def test_text_generation_pipeline(pair, tiny_tokenizer):

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from test_export import IDS, MODELS, UNEVEN, logits_of
+from test_export import IDS, MODELS, UNEVEN, logits_of, model_of
 from test_graph_families import FAMILIES, WINDOW, largest_differences
 from test_graph_families import IDS as FAMILY_IDS
 from test_surgery import WHOLE, cut
@@ -32,14 +32,7 @@ from saap.tune import TuneOptions, tune
 
 @pytest.fixture(params=[*MODELS, "uneven"])
 def any_model(request, tiny_model, tmp_path):
-    path = tiny_model(**MODELS.get(request.param, {}))
-    if request.param == "biased":
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
-    return cut(path, tmp_path / "slim", PrunePlan(UNEVEN)) if request.param == "uneven" else path
+    return model_of(request.param, tiny_model, tmp_path)
 
 
 @pytest.fixture

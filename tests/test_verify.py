@@ -8,8 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from test_export import IDS, MODELS, UNEVEN, logits_of
-from test_surgery import cut
+from test_export import IDS, MODELS, logits_of, model_of
 
 import export.streamed
 from export.bundle import read_manifest
@@ -17,23 +16,13 @@ from export.export import export_bundle
 from export.streamed import StreamedModel, streamed_logits
 from export.verify import check_parity, reference_model
 from export.weights import ModelSource, Precision
-from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.structures import PrunePlan
 from saap.tune import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven", "tuned"])
 def any_model(request, tiny_model, tmp_path):
-    path = tiny_model(**MODELS.get(request.param, {}))
-    if request.param == "biased":
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
-    if request.param in ("uneven", "tuned"):
-        path = cut(path, tmp_path / "slim", PrunePlan(UNEVEN))
+    path = model_of(request.param, tiny_model, tmp_path)
     if request.param == "tuned":
         tune(path, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
         path = tmp_path / "tuned"
