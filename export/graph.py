@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
+from export.graph_builder import GraphBuilder
 from export.rotary import rotary_names
 from export.weights import Precision, WeightFile
 from saap.architectures import LayerTraits, Traits
@@ -67,15 +67,12 @@ class DecoderGraph:
         self._tensors = file.tensors
         self._float = ir.DataType.from_numpy(np.dtype(precision.floats))
         self._kv = ir.DataType.from_numpy(np.dtype(precision.kv))
-        self._initializers: dict[str, ir.Value] = {}
-        self._tape = Tape()
-        self._inputs: list[ir.Value] = []
-        self._outputs: list[ir.Value] = []
+        self._builder = GraphBuilder(file.tensors)
 
     def build(self, scoring: bool) -> ir.Model:
         """The decode graph, or the scoring graph with the logits of all positions."""
-        ids = self._input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        ids = self._builder.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        mask = self._builder.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         lengths, total = self._lengths(mask)
         residual, delta = self._embed(ids), None
         kv_index = 0
@@ -95,20 +92,10 @@ class DecoderGraph:
         logits = self._capped(self._head(normed))
         if self._float != ir.DataType.FLOAT:
             logits = self._op("Cast", [logits], to=ir.DataType.FLOAT.value)
-        self._output(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
-        self._outputs.insert(0, self._outputs.pop())
-        return self._model()
-
-    def _model(self) -> ir.Model:
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._tape.nodes,
-            initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="decoder",
+        self._builder.output(
+            logits, "logits", ir.DataType.FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab]
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="saap")
+        return self._builder.model({"": OPSET, MICROSOFT: 1}, IR_VERSION)
 
     # Pieces of the decoder
 
@@ -154,7 +141,7 @@ class DecoderGraph:
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
         past = [
-            self._input(f"past_key_values.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "past", dim])
+            self._builder.input(f"past_key_values.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
         inputs = [*self._normed_heads(qkv, name, sizes), *past, lengths, total, *self._rotary(traits)]
@@ -166,7 +153,9 @@ class DecoderGraph:
             do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
         for part, value in zip(("key", "value"), outputs[1:], strict=True):
-            self._output(value, f"present.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "total_or_past", dim])
+            self._builder.output(
+                value, f"present.{kv_index}.{part}", self._kv, ["batch", sizes.kv_heads, "total_or_past", dim]
+            )
         return self._linear(outputs[0], f"{name}.o", sizes.query_heads * dim, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
@@ -244,36 +233,16 @@ class DecoderGraph:
     # Plumbing
 
     def _op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        return self._tape.op(kind, inputs, attributes, domain=domain)
+        return self._builder.op(kind, *inputs, domain=domain, **attributes)
 
     def _multi(
         self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
     ) -> list[ir.Value]:
-        return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
+        return self._builder.multi(kind, inputs, outputs, domain=domain, **attributes)
 
     def _weight(self, name: str) -> ir.Value:
-        if name not in self._initializers:
-            self._add_initializer(name, self._tensors[name])
-        return self._initializers[name]
+        return self._builder.weight(name)
 
     def _constant(self, name: str, value: float | list[int]) -> ir.Value:
         """A float or, for integers, int64 tensor in the graph."""
-        name = f"constant.{name}"
-        if name not in self._initializers:
-            dtype = self._float if isinstance(value, float) else ir.DataType.INT64
-            self._add_initializer(name, ir.tensor(value, dtype=dtype, name=name))
-        return self._initializers[name]
-
-    def _add_initializer(self, name: str, tensor: Any) -> None:
-        self._initializers[name] = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-
-    def _input(self, name: str, dtype: ir.DataType, shape: list[Any]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self._inputs.append(value)
-        return value
-
-    def _output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: list[Any]) -> None:
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
-        self._outputs.append(value)
+        return self._builder.constant(name, value, self._float if isinstance(value, float) else None)

@@ -27,11 +27,16 @@ class GraphBuilder:
         """A node with one output."""
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
+    def multi(
+        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """A node with several outputs."""
+        return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
+
     def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
         """Pieces of the last axis, of the given sizes."""
         name = "split." + ".".join(map(str, sizes))
-        inputs = [x, self.constant(name, list(sizes))]
-        return list(self._tape.op_multi_out("Split", inputs, {"axis": -1}, num_outputs=len(sizes)))
+        return self.multi("Split", [x, self.constant(name, list(sizes))], len(sizes), axis=-1)
 
     def weight(self, name: str) -> ir.Value:
         """A tensor of the data file."""

@@ -6,6 +6,7 @@ are what the int8 cache will have to hold.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import LayerSizes
+from export.run import cpu_session
 from saap.errors import SaapError
 
 LARGEST = 127
@@ -34,11 +36,7 @@ def cache_scales(graph: Path, layers: list[LayerSizes], head_dim: int, ids: NDAr
     Raises:
         SaapError: a cache that is not finite.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(graph, os.cpu_count() or 1)
     attending = [(index, sizes) for index, sizes in enumerate(layers) if sizes.query_heads]
     names = [f"{n}.{part}" for n in range(len(attending)) for part in PARTS]
     ranges = {name: np.zeros(1, np.float32) for name in names}

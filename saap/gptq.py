@@ -25,10 +25,10 @@ from saap.group_quant import (
     pack_zero_points,
     quantize,
 )
+from saap.importance import Progress
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
 ROWS = 8  # sequences of one forward pass
-Progress = Callable[[str, float, float], None]
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
