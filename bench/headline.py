@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.result import INVALID, Measurement, Result, table_rows
+from bench.result import INVALID, Measurement, Result
 from bench.stats import bootstrap_ratio
+from bench.table import table_rows
 from bench.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
 
 

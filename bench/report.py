@@ -12,7 +12,8 @@ from typing import Any
 
 from bench import plots
 from bench.headline import Entry, cards_of, entries_of, pair_of
-from bench.result import Result, read_result
+from bench.result import Result
+from bench.store import read_result
 from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain
 
 

@@ -1,30 +1,33 @@
 """One JSON document per bench run: what was measured, where, how, raw samples, and whether it may be believed.
 
-Base units (seconds, bytes, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why. Only raw
-samples are stored; medians and spreads are computed on reading (``bench.stats``). Field names follow llama-bench where
-they mean the same: ``n_prompt, n_gen, n_threads``, and the properties ``avg_ts, stddev_ts``.
+Base units (seconds, bytes, joules, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why.
+Only raw samples are stored; medians and spreads are computed on reading (``bench.stats``). Field names follow
+llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties ``avg_ts, stddev_ts``.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.stats import Summary, summarize
 
-SCHEMA = 1
+SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
 CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
 
 
-class ResultError(ValueError):
-    """A result file that cannot be used; the message names the file and what to do."""
+@dataclass(frozen=True)
+class Energy:
+    """What a sensor saw of one decode window. ``idle_w`` was taken before the process started, never subtracted."""
 
-    exit_code = 2
+    decode_j: float
+    window_s: float
+    idle_w: float | None
+    scope: str  # module_input | rails_sum | package | wall | estimate
+    source: str  # the sensor's name
+    rate_hz: float  # readings per second in the window
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Sample:
 
     started_at: str  # ISO 8601, UTC
     order: int  # position in the interleaved schedule, from 0
-    load_s: float  # files to a session that is ready to run
+    load_s: float | None  # files to a session that is ready to run; None in results of others
     warmup_s: list[float]  # warm-up steps, first (prefill) included; never part of a statistic
-    prefill_s: float
-    ttft_s: float
+    prefill_s: float | None  # None without a prompt
+    ttft_s: float | None
     token_s: list[float]
     peak_load_bytes: int | None  # VmHWM once loaded
     peak_decode_bytes: int | None  # VmHWM from there to the end of decode
@@ -48,6 +51,19 @@ class Sample:
     file_bytes: int | None  # of the resident set at the end of decode
     counters: dict[str, float | None] = field(default_factory=dict)  # what bench.validity judges
     unknown: dict[str, str] = field(default_factory=dict)  # field -> why it is null
+    decode_s: float | None = None  # the whole decode, where its single tokens are not known (results of others)
+    startup_s: float | None = None  # process started -> ready to load a model
+    base_bytes: int | None = None  # resident set then
+    pss_bytes: int | None = None  # proportional set size at the end of decode
+    available_drop_bytes: int | None = None  # MemAvailable before the process, less that at the end of decode
+    gpu_bytes: int | None = None  # of the process, or of the whole GPU where only that is told
+    steady: bool | None = None  # whether warm-up steps had stopped changing when it ended
+    energy: Energy | None = None
+
+    @property
+    def decoding_s(self) -> float:
+        """Seconds of all decode steps."""
+        return self.decode_s if self.decode_s is not None else sum(self.token_s)
 
 
 @dataclass(frozen=True)
@@ -81,36 +97,56 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All repetitions of one spec at one thread count."""
+    """All repetitions of one spec with one setting."""
 
     name: str
     spec: str
-    kind: str  # onnx | torch
+    kind: str  # onnx | torch | llama.cpp | genai | optimum
     bundle_hash: str | None
     model: ModelFacts
-    n_prompt: int
-    n_gen: int
+    n_prompt: int  # tokens of the timed prefill; 0: none
+    n_gen: int  # timed decode steps; 0: none
     n_threads: int
     affinity: list[int]
     samples: list[Sample]
     status: str  # OK | WARN | INVALID
     reasons: list[str] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
+    n_depth: int = 0  # tokens in the cache before the prompt, not timed
+    provider: str = "cpu"  # of ONNX Runtime, as asked for
+    cold_load_s: float | None = None  # load with the files dropped from the page cache first
+    stderr: list[str] = field(default_factory=list)  # last lines of a worker that failed
+
+    @property
+    def key(self) -> tuple[str, int, int, int, int]:
+        """What makes two measurements the same one, measured again."""
+        return self.name, self.n_prompt, self.n_gen, self.n_depth, self.n_threads
+
+    @property
+    def test(self) -> str:
+        """The setting in llama-bench's words, such as ``pp128+tg128@d1024``."""
+        parts = [f"{kind}{count}" for kind, count in (("pp", self.n_prompt), ("tg", self.n_gen)) if count]
+        return "+".join(parts) + (f"@d{self.n_depth}" if self.n_depth else "")
 
     @property
     def prefill_ts(self) -> list[float]:
         """Prompt tokens per second, one value per repetition."""
-        return [self.n_prompt / s.prefill_s for s in self.samples]
+        return [self.n_prompt / s.prefill_s for s in self.samples if s.prefill_s]
 
     @property
     def decode_ts(self) -> list[float]:
         """Generated tokens per second, one value per repetition."""
-        return [len(s.token_s) / sum(s.token_s) for s in self.samples]
+        return [self.n_gen / s.decoding_s for s in self.samples if self.n_gen]
 
     @property
     def token_s(self) -> list[float]:
         """Mean seconds per generated token, one value per repetition (the reciprocal of ``decode_ts``)."""
-        return [sum(s.token_s) / len(s.token_s) for s in self.samples]
+        return [s.decoding_s / self.n_gen for s in self.samples if self.n_gen]
+
+    @property
+    def steps_s(self) -> list[float]:
+        """Seconds of every single decode step of all repetitions; empty where only sums are known."""
+        return [t for s in self.samples for t in s.token_s]
 
     @property
     def decode(self) -> Summary | None:
@@ -128,12 +164,28 @@ class Measurement:
         return self.decode.stddev if self.decode else None
 
     @property
+    def positions(self) -> int:
+        """Positions of the cache at the end of the run."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of the cache at the end of the run."""
+        per_token = self.model.kv_bytes_per_token
+        return None if per_token is None else per_token * self.positions
+
+    @property
     def bytes_per_token(self) -> float | None:
         """Bytes read per decode step: the weights once, and the cache at its mean length over the run."""
         weights, kv = self.model.weight_bytes_per_token, self.model.kv_bytes_per_token
         if weights is None or kv is None:
             return None
-        return weights + kv * (self.n_prompt + (self.n_gen + 1) / 2)
+        return weights + kv * (self.n_depth + self.n_prompt + (self.n_gen + 1) / 2)
+
+    @property
+    def joules_per_token(self) -> list[float]:
+        """Joules per generated token over the decode window, idle power included, where a sensor was read."""
+        return [s.energy.decode_j / self.n_gen for s in self.samples if s.energy and self.n_gen]
 
     def peak(self, name: str) -> int | None:
         """Largest value of a Sample's memory field over the repetitions, e.g. ``peak_decode_bytes``."""
@@ -143,7 +195,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """A bench run. ``device`` is ``devices.probe.probe()`` as it was; ``quality`` is filled by the evaluation."""
+    """A bench run. ``device`` is ``devices.probe.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
 
     device: dict[str, Any]
     measurements: list[Measurement]
@@ -151,9 +203,13 @@ class Result:
     command: list[str]
     versions: dict[str, str]
     created: str  # ISO 8601, UTC
-    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, warmup, timeout_s
+    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, warmup, timeout_s, ...
     quality: dict[str, Any] | None = None
     schema: int = SCHEMA
+
+    def of(self, name: str) -> Iterator[Measurement]:
+        """The measurements of one spec."""
+        return (m for m in self.measurements if m.name == name)
 
     def bandwidth_bytes_per_s(self, n_threads: int) -> float | None:
         """Probed read bandwidth for that many threads, None where it was not probed."""
@@ -163,128 +219,10 @@ class Result:
         """Tokens per second at which memory would be read at full probed bandwidth.
 
         None when a part is unknown, or when a token reads so little that it may come from cache instead. A cache of
-        unknown size counts as none.
+        unknown size counts as none. A GPU has its own memory, which is not probed.
         """
         probe = next((b for b in self.bandwidth if b.n_threads == measurement.n_threads), None)
         needed = measurement.bytes_per_token
-        if probe is None or probe.bytes_per_s is None or needed is None:
+        if probe is None or probe.bytes_per_s is None or needed is None or measurement.provider != "cpu":
             return None
         return probe.bytes_per_s / needed if needed > CACHE_FACTOR * (probe.last_level_cache_bytes or 0) else None
-
-
-def write_result(path: str | Path, result: Result) -> None:
-    """Write the document beside ``path`` and rename it into place."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(asdict(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_result(path: str | Path) -> Result:
-    """Read a document written by ``write_result``.
-
-    Raises:
-        ResultError: no such file, truncated, of another schema, or with values that no run can have.
-    """
-    path = Path(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"cannot read result {path}: {error.strerror}; make one with `saap bench --json`") from None
-    except ValueError:
-        raise ResultError(f"{path} is truncated or not JSON: run `saap bench --json` again") from None
-    if not isinstance(raw, dict) or "measurements" not in raw:
-        raise ResultError(f"{path} is not a bench result: make one with `saap bench --json`")
-    if raw.get("schema") != SCHEMA:
-        raise ResultError(
-            f"{path} has result schema {raw.get('schema')!r}, this saap reads {SCHEMA}: run the bench again"
-        )
-    try:
-        return result_from_dict(raw)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ResultError(f"{path} is damaged ({error}): run `saap bench --json` again") from None
-
-
-def result_from_dict(raw: Mapping[str, Any]) -> Result:
-    """The dataclasses from parsed JSON; TypeError, KeyError or ValueError where it does not fit."""
-    fields = dict(raw)
-    fields["measurements"] = [_measurement(m) for m in raw["measurements"]]
-    fields["bandwidth"] = [Bandwidth(**b) for b in raw["bandwidth"]]
-    for bandwidth in fields["bandwidth"]:
-        _positive("bandwidth samples", bandwidth.samples)
-    return Result(**fields)
-
-
-def _measurement(raw: Mapping[str, Any]) -> Measurement:
-    samples = [Sample(**s) for s in raw["samples"]]
-    for sample in samples:
-        _positive("token_s", sample.token_s)
-        _positive("load_s, prefill_s, ttft_s", [sample.load_s, sample.prefill_s, sample.ttft_s])
-        if len(sample.token_s) != raw["n_gen"]:
-            raise ValueError(f"{len(sample.token_s)} token times for n_gen {raw['n_gen']}")
-    if raw["status"] not in (OK, WARN, INVALID):
-        raise ValueError(f"status {raw['status']!r}")
-    return Measurement(**{**raw, "samples": samples, "model": ModelFacts(**raw["model"])})
-
-
-def _positive(name: str, values: list[float]) -> None:
-    if not values or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
-        raise ValueError(f"{name} must be positive numbers")
-
-
-TABLE_HEADER = (
-    "name", "threads", "prefill tok/s", "decode tok/s", "decode IQR", "first token ms",
-    "peak load MB", "peak decode MB", "model MB", "% of ceiling", "status",
-)  # fmt: skip
-
-
-def table_rows(result: Result) -> list[dict[str, Any]]:
-    """One row per measurement in base units; medians over repetitions, peaks as maxima, None where unknown."""
-    rows = []
-    for m in result.measurements:
-        prefill, decode, ttft = summarize(m.prefill_ts), m.decode, summarize([s.ttft_s for s in m.samples])
-        ceiling = result.ceiling_ts(m)
-        rows.append(
-            {
-                "name": m.name,
-                "n_threads": m.n_threads,
-                "prefill_ts": prefill.median if prefill else None,
-                "decode_ts": decode.median if decode else None,
-                "decode_q1": decode.q1 if decode else None,
-                "decode_q3": decode.q3 if decode else None,
-                "ttft_s": ttft.median if ttft else None,
-                "peak_load_bytes": m.peak("peak_load_bytes"),
-                "peak_decode_bytes": m.peak("peak_decode_bytes"),
-                "model_bytes": m.model.model_bytes,
-                "ceiling_ts": ceiling,
-                "ceiling_fraction": decode.median / ceiling if decode and ceiling else None,
-                "status": m.status,
-                "reasons": m.reasons,
-            }
-        )
-    return rows
-
-
-def table_text(result: Result) -> list[list[str]]:
-    """The rows as text in the order of ``TABLE_HEADER``; MB are 10^6 bytes, unknown is '-'."""
-
-    def show(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
-        return "-" if value is None else f"{value * scale:.{digits}f}"
-
-    return [
-        [
-            row["name"],
-            str(row["n_threads"]),
-            show(row["prefill_ts"]),
-            show(row["decode_ts"]),
-            "-" if row["decode_q1"] is None else f"{row['decode_q1']:.1f}-{row['decode_q3']:.1f}",
-            show(row["ttft_s"], 1e3),
-            show(row["peak_load_bytes"], 1e-6),
-            show(row["peak_decode_bytes"], 1e-6),
-            show(row["model_bytes"], 1e-6),
-            show(row["ceiling_fraction"], 100, 0),
-            row["status"],
-        ]
-        for row in table_rows(result)
-    ]

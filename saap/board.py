@@ -26,8 +26,8 @@ def bench_specs(
     show: bool = True,
 ) -> None:
     """Measure, print the table and the comparison with the first spec, and write the result."""
-    from bench.result import write_result
     from bench.run import bench
+    from bench.store import write_result
 
     result = bench(
         specs, prompt=prompt, generate=generate, threads=threads, repetitions=repetitions, names=names,
@@ -43,7 +43,7 @@ def bench_specs(
 def show_result(result: Any) -> None:
     """The table of a bench result, the reasons behind a status, and each spec against the first."""
     from bench.compare import compare_within
-    from bench.result import TABLE_HEADER, table_rows, table_text
+    from bench.table import TABLE_HEADER, table_rows, table_text
 
     first = result.measurements[0]
     title = f"{first.n_prompt} prompt + {first.n_gen} generated tokens, median of {len(first.samples)} interleaved runs"
@@ -64,7 +64,7 @@ def show_result(result: Any) -> None:
 def compare_results(old: Path, new: Path, min_effect: float, fail_on_regression: bool) -> int:
     """Print one row per name; the exit code."""
     from bench.compare import compare
-    from bench.result import read_result
+    from bench.store import read_result
 
     comparison = compare(read_result(old), read_result(new), min_effect)
     rows = []

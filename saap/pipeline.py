@@ -270,7 +270,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import transformers
 
     from bench.report import write_report
-    from bench.result import read_result
+    from bench.store import read_result
     from saap import __version__
 
     out = state.out

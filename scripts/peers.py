@@ -117,8 +117,8 @@ def describe(work: Path) -> None:
 
 
 def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, prompt: int, generate: int) -> None:
-    from bench.result import write_result
     from bench.run import bench
+    from bench.store import write_result
 
     os.environ.setdefault("SAAP_PEER_PYTHON", str(python_of(work / "venv")))
     graphs = [f"genai:{work / name}" for name in GRAPHS if (work / name).is_dir()]
@@ -132,7 +132,7 @@ def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, pro
 
 
 def report(result, bundles: int) -> None:
-    from bench.result import TABLE_HEADER, table_text
+    from bench.table import TABLE_HEADER, table_text
 
     for row in (TABLE_HEADER, ["---"] * len(TABLE_HEADER), *table_text(result)):
         print(f"| {' | '.join(row)} |")

@@ -15,9 +15,10 @@ from bench.child import ChildFailedError, call
 from bench.cores import choose_cores
 from bench.measure import measure
 from bench.peers import PeerError, read_peers
-from bench.result import INVALID, Result, read_result, write_result
+from bench.result import INVALID, Result
 from bench.run import bench, prompt_tokens, schedule
 from bench.runtime import DecoderError, OrtDecoder
+from bench.store import read_result, write_result
 from export.bundle import BundleError
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 

@@ -12,7 +12,8 @@ import pytest
 
 from bench.headline import cards_of, entries_of, pair_of
 from bench.report import write_report
-from bench.result import Bandwidth, Measurement, ModelFacts, Result, ResultError, Sample, write_result
+from bench.result import Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.store import ResultError, write_result
 
 HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07\ud800"
 RUN = {

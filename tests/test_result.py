@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.result import (
-    INVALID,
-    TABLE_HEADER,
-    ModelFacts,
-    ResultError,
-    read_result,
-    table_rows,
-    table_text,
-    write_result,
-)
+from bench.result import INVALID, ModelFacts
+from bench.store import ResultError, read_result, write_result
+from bench.table import TABLE_HEADER, table_rows, table_text
 from tests.bench_samples import measurement, result, sample
 
 
@@ -91,13 +84,13 @@ def _edited(path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, r"schema 2, this saap reads 1"),
+        ({"schema": 3}, r"schema 3, this saap reads 2"),
         ({"measurements": 3}, "damaged"),
         ({"novelty": 1}, "damaged"),
         ({"s__token_s": [0.1, 0.1]}, "2 token times for n_gen 4"),
         ({"s__token_s": [0.1, 0.1, 0.1, 0]}, "token_s must be positive"),
         ({"s__prefill_s": "fast"}, "must be positive"),
-        ({"s__load_s": None}, "must be positive"),
+        ({"s__load_s": 0}, "must be positive"),
     ],
 )
 def test_wrong_documents_are_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
