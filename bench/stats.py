@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+# One process is judged by a low quantile of its steps. What disturbs a process (another program, an interrupt) only
+# ever makes steps slower and often hits a part of them, so the undisturbed ones tell more; a slower model slows all.
+TYPICAL_PERCENT = 25
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ def relative_slope(values: Sequence[float]) -> float | None:
     return slope * (len(array) - 1) / median
 
 
+def typical(step_s: Sequence[float]) -> float:
+    """The value by which one process is compared with others, from the seconds of its steps (at least one)."""
+    return float(np.percentile(np.asarray(step_s, dtype=np.float64), TYPICAL_PERCENT))
+
+
 def bootstrap_ratio(
     old: Sequence[float],
     new: Sequence[float],
@@ -63,27 +74,71 @@ def bootstrap_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Ratio of medians ``new / old`` with a percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
+    """Ratio ``new / old`` with a percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        old, new: positive values of the repetitions.
-        paired: value i of both was taken in the same round, so noise that hit one hit the other; they are resampled
-            together. Series of different lengths (a repetition failed) are not.
+        old, new: positive values, one per process.
+        paired: value i of both was taken in the same round, so noise that hit one hit the other. The ratio is then the
+            Hodges-Lehmann estimate over the ratios of the pairs, which are resampled; without pairs it is the ratio of
+            medians, and the processes of each side are resampled. Series of different lengths are not pairs.
 
     Returns:
         (ratio, low, high). A single value carries no spread: the interval is then unbounded, (ratio, 0, inf).
     """
-    a, b = np.asarray(old, dtype=np.float64), np.asarray(new, dtype=np.float64)
-    if not len(a) or not len(b):
-        raise ValueError("a ratio needs at least one value on each side")
-    ratio = float(np.median(b) / np.median(a))
-    if min(len(a), len(b)) < 2:
-        return ratio, 0.0, math.inf
+    a, b = _logarithms(old), _logarithms(new)
     random = np.random.default_rng(seed)
-    pick_a = random.integers(len(a), size=(resamples, len(a)))
-    together = paired and len(a) == len(b)
-    pick_b = pick_a if together else random.integers(len(b), size=(resamples, len(b)))
-    ratios = np.median(b[pick_b], axis=1) / np.median(a[pick_a], axis=1)
+    if paired and len(a) == len(b):
+        ratio, least = float(_hodges_lehmann((b - a)[None])[0]), len(a)
+        resampled = _hodges_lehmann((b - a)[random.integers(len(a), size=(resamples, len(a)))]) if least > 1 else None
+    else:
+        ratio, least = float(np.median(b) - np.median(a)), min(len(a), len(b))
+        picks = [side[random.integers(len(side), size=(resamples, len(side)))] for side in (a, b)]
+        resampled = np.median(picks[1], axis=1) - np.median(picks[0], axis=1) if least > 1 else None
+    if resampled is None:
+        return math.exp(ratio), 0.0, math.inf
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return ratio, float(low), float(high)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return math.exp(ratio), math.exp(low), math.exp(high)
+
+
+def relative_half_width(old: Sequence[float], new: Sequence[float], paired: bool) -> float:
+    """Half the width of the ratio's 95 % interval, as a fraction of the ratio; infinite for a single value."""
+    ratio, low, high = bootstrap_ratio(old, new, paired=paired)
+    return (high - low) / 2 / ratio
+
+
+def difference_p_value(old: Sequence[float], new: Sequence[float], paired: bool) -> tuple[float, str]:
+    """Two-sided p-value that the ratio is 1, and the name of its test.
+
+    Pairs: Wilcoxon's signed-rank test on the log ratios (two-sided and exact up to 50 pairs), which asks for no more
+    than symmetry, and two runs of one thing are symmetric whatever the noise. Otherwise Mann and Whitney's U test.
+    """
+    from scipy.stats import mannwhitneyu, wilcoxon
+
+    a, b = _logarithms(old), _logarithms(new)
+    if not (paired and len(a) == len(b)):
+        return float(mannwhitneyu(a, b).pvalue), "mann-whitney"
+    differences = (b - a)[b != a]  # an exact zero has no sign
+    if not len(differences):
+        return 1.0, "wilcoxon"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of ties, which rounded times may have
+        p = wilcoxon(differences, method="exact" if len(differences) <= 50 else "approx").pvalue
+    return float(p), "wilcoxon"
+
+
+def least_p_value(old: int, new: int, paired: bool) -> float:
+    """The smallest p-value that so many values can give: with fewer than 6 pairs it stays above 0.05."""
+    return 2 * 0.5**old if paired and old == new else 2 / math.comb(old + new, old)
+
+
+def _logarithms(values: Sequence[float]) -> Any:
+    if not len(values):
+        raise ValueError("a ratio needs at least one value on each side")
+    return np.log(np.asarray(values, dtype=np.float64))
+
+
+def _hodges_lehmann(rows: Any) -> Any:
+    """Median of all pairwise means of each row, itself included (Hodges and Lehmann 1963); [rows, n] -> [rows]."""
+    i, j = np.triu_indices(rows.shape[1])
+    return np.median((rows[:, i] + rows[:, j]) / 2, axis=1, overwrite_input=True)
