@@ -1,105 +1,97 @@
-"""May a measurement be believed? What went on around it, and the rules that turn this into OK, WARN or INVALID.
+"""May a measurement be believed? The rules that turn what went on around it into OK, WARN or INVALID.
 
 A rule is applied to every repetition. A median stands while fewer than half of its repetitions are hit, so a rule that
-would make a measurement INVALID only warns until half of them are.
+would make a measurement INVALID only warns until half of them are. What a rule looks at is in the table of
+``bench.host_state``, and besides:
+
+| key | unit | what |
+|---|---|---|
+| clock_drift, clock_limit | share | of ``bench.clock_probe``, around decode |
+| clock_s | s | ``clock_probe.level`` before decode |
+| provider_fallback | 0 or 1 | whether ONNX Runtime ran another provider than it was asked for |
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from bench.result import INVALID, OK, WARN, Measurement, Sample
 from bench.stats import relative_slope, summarize
 
-STEAL_WARN, STEAL_INVALID = 0.02, 0.10  # share of the cores' time taken by the hypervisor
-OTHERS_WARN = 0.05  # share of the cores' time used by other processes
-WAIT_WARN = 0.02  # share of the wall time that the main thread waited for a core
-READ_INVALID = 1 << 20  # bytes; a page or two of code may be read late, weights must not
 SLOPE_WARN = 0.05
 CEILING_MARGIN = 1.05
+NEIGHBOURS_WARN = 0.10  # CPU seconds of others per second
+NEIGHBOURS_LEAST_S = 0.05  # and in all: five ticks, the grain of CPU times
+MEMORY_SHARE, MEMORY_LEAST = 0.05, 256e6  # of RAM, and bytes: what the rest of a quiet host may move by
+CLOCK_SPREAD_WARN = 0.10  # between repetitions, where a boost that comes and goes makes a few percent
+
+Values = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Counters of the host and of this process at one moment; None where the kernel does not tell."""
+class Finding:
+    """A rule that one repetition broke."""
 
-    wall_s: float
-    process_s: float  # CPU time of all threads
-    busy_s: float | None  # CPU time of the chosen cores, by anyone
-    steal_s: float | None
-    swapped_pages: int | None  # in and out, whole host
-    read_bytes: int | None  # from storage, by this process
-    wait_s: float | None  # main thread, in the run queue
+    key: str  # the rule's
+    status: str
+    value: float  # how badly: of several repetitions the worst is told
+    reason: str
 
 
-def snapshot(cpus: Sequence[int], proc: Path = Path("/proc")) -> Snapshot:
-    """Read the counters now, for the cores ``cpus``."""
-    busy, steal = _cpu_times(cpus, proc / "stat")
-    swap = [_field(proc / "vmstat", key) for key in ("pswpin", "pswpout")]
-    wait = _words(proc / "self/schedstat")
-    return Snapshot(
-        wall_s=time.perf_counter(),
-        process_s=time.process_time(),
-        busy_s=busy,
-        steal_s=steal,
-        swapped_pages=None if None in swap else sum(value or 0 for value in swap),
-        read_bytes=_field(proc / "self/io", "read_bytes:"),
-        wait_s=int(wait[1]) * 1e-9 if len(wait) > 1 else None,
-    )
+@dataclass(frozen=True)
+class Rule:
+    """One counter against one limit. ``reason`` is a format string of ``value`` and of ``mb``, its millions."""
+
+    key: str
+    status: str
+    breaks: Callable[[float], bool]
+    reason: str
+
+    def find(self, values: Values) -> Finding | None:
+        """What this rule says of one repetition; an unknown counter breaks none."""
+        value = values.get(self.key)
+        if value is None or not self.breaks(value):
+            return None
+        return Finding(self.key, self.status, value, self.reason.format(value=value, mb=value / 1e6))
 
 
-def counters(before: Snapshot, after: Snapshot, cores: int) -> dict[str, float | None]:
-    """What happened in between: shares of the cores' time (0..1), pages and bytes; None where unknown.
-
-    CPU time is counted in ticks of 10 ms, so shares of an interval under 0.2 s are noise and given as None.
-    """
-    wall = after.wall_s - before.wall_s
-    long_enough = wall >= 0.2
-
-    def change(name: str) -> float | None:
-        start, end = getattr(before, name), getattr(after, name)
-        return None if start is None or end is None else float(end - start)
-
-    busy, steal, wait = change("busy_s"), change("steal_s"), change("wait_s")
-    own = after.process_s - before.process_s
-    others = None if busy is None or not long_enough else max(0.0, busy - own) / (wall * cores)
-    return {
-        "wall_s": wall,
-        "steal_share": None if steal is None or not long_enough else steal / (wall * cores),
-        "others_share": others,
-        "wait_share": None if wait is None or not long_enough else wait / wall,
-        "swapped_pages": change("swapped_pages"),
-        "read_bytes": change("read_bytes"),
-    }
+def _above(limit: float) -> Callable[[float], bool]:
+    return lambda value: value > limit
 
 
-def judge_sample(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
+def _below(limit: float) -> Callable[[float], bool]:
+    return lambda value: value < limit
+
+
+# Of two rules for one counter the first that is broken speaks.
+RULES = (
+    Rule("provider_fallback", INVALID, _above(0), "ran on CPUExecutionProvider instead of the provider asked for"),
+    Rule("throttle_events", INVALID, _above(0), "the CPU throttled {value:.0f} times for heat: cool it better"),
+    Rule("cooling_state", INVALID, _above(0), "cooling slowed the processor (state {value:.0f}): let it cool down"),
+    Rule("oc1_events", INVALID, _above(0), "under-voltage, {value:.0f} OC1 events: use a stronger power supply"),
+    Rule("swapped_pages", INVALID, _above(0), "the host swapped {value:.0f} pages during decode: free memory"),
+    # A page or two of code may be read late, weights must not.
+    Rule("read_bytes", INVALID, _above(1 << 20), "{mb:.0f} MB were read from storage during decode: free memory"),
+    Rule("memory_stall_share", INVALID, _above(0.01), "tasks waited {value:.0%} of the time for memory: free some"),
+    Rule("steal_share", INVALID, _above(0.10), "the hypervisor took {value:.0%} of the cores' time"),
+    Rule("steal_share", WARN, _above(0.02), "the hypervisor took {value:.0%} of the cores' time"),
+    Rule("oc2_events", WARN, _above(0), "the board drew too much current, {value:.0f} OC2 events"),
+    Rule("oc3_events", WARN, _above(0), "the board drew too much current, {value:.0f} OC3 events"),
+    Rule("wait_share", WARN, _above(0.02), "waited for a core {value:.0%} of the time"),
+    Rule("fixed_clock", WARN, _below(1), "the governor moves the clock: set it to performance"),
+    Rule("clock_share", WARN, _below(0.95), "a core ran at {value:.0%} of its highest clock"),
+    Rule("mixed_cores", WARN, _above(0), "fast and slow cores were mixed: use as many threads as there are fast cores"),
+    Rule("smt_siblings", WARN, _above(0), "{value:.0f} CPUs shared cores: use one thread per physical core"),
+)
+FIRMWARE_FLAGS = {1: "under-voltage", 2: "a capped clock", 4: "throttling", 8: "the soft temperature limit"}
+
+
+def judge_sample(values: Values) -> list[tuple[str, str]]:
     """(status, reason) of every rule that one repetition's counters break; what is unknown breaks none."""
-
-    def get(name: str) -> float:
-        return values.get(name) or 0.0
-
-    found = []
-    if get("swapped_pages") > 0:
-        found.append((INVALID, "the host swapped during decode"))
-    if get("read_bytes") > READ_INVALID:
-        found.append((INVALID, "weights were read from storage during decode"))
-    if get("steal_share") > STEAL_WARN:
-        status = INVALID if get("steal_share") > STEAL_INVALID else WARN
-        limit = STEAL_INVALID if status == INVALID else STEAL_WARN
-        found.append((status, f"the hypervisor took more than {limit:.0%} of the cores"))
-    if get("others_share") > OTHERS_WARN:
-        found.append((WARN, f"other processes used more than {OTHERS_WARN:.0%} of the cores"))
-    if get("wait_share") > WAIT_WARN:
-        found.append((WARN, f"waited for a core more than {WAIT_WARN:.0%} of the time"))
-    return found
+    return [(finding.status, finding.reason) for finding in _findings(values)]
 
 
 def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int | None) -> tuple[str, list[str]]:
@@ -110,15 +102,12 @@ def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int |
         ceiling_ts: ``Result.ceiling_ts``, tokens per second at full memory bandwidth.
         cache_bytes: last-level cache; while it is unknown, a ceiling is shown but not held against a measurement.
     """
-    found: list[tuple[str, str]] = []
-    total = len(measurement.samples)
-    hits = Counter(hit for sample in measurement.samples for hit in judge_sample(sample.counters))
-    for (status, reason), count in hits.items():
-        found.append((status if 2 * count >= total else WARN, f"{reason} ({count} of {total} repetitions)"))
-    slope = drift(measurement.samples)
-    if slope is not None and abs(slope) > SLOPE_WARN:
-        found.append((WARN, f"time per token drifted by {slope:+.0%} over the run"))
-    found.extend(_above_ceiling(measurement, ceiling_ts, cache_bytes))
+    samples = measurement.samples
+    found = [
+        *_of_repetitions(samples),
+        *_between_repetitions(samples),
+        *_above_ceiling(measurement, ceiling_ts, cache_bytes),
+    ]
     statuses = {status for status, _ in found}
     return next((s for s in (INVALID, WARN) if s in statuses), OK), [reason for _, reason in found]
 
@@ -126,50 +115,112 @@ def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int |
 def drift(samples: Sequence[Sample]) -> float | None:
     """Slope of time per token from the first repetition to the last, as a fraction; None below two repetitions.
 
-    Decode slows with depth by nature, so every token time is first divided by the median at its depth.
+    Decode slows with depth by nature, so every token time is first divided by the median at its depth. Repetitions
+    whose single tokens are not known are left out.
     """
-    if len(samples) < 2:
+    timed = [s.token_s for s in sorted(samples, key=lambda s: s.order) if s.token_s]
+    if len(timed) < 2:
         return None
-    times = np.array([s.token_s for s in sorted(samples, key=lambda s: s.order)])
+    depths = min(map(len, timed))
+    times = np.array([token_s[:depths] for token_s in timed])
     flat = (times / np.median(times, axis=0)).ravel()
     blocks = np.array_split(flat, min(len(flat), 200))  # the slope looks at all pairs
     return relative_slope([float(np.median(block)) for block in blocks])
 
 
-def _above_ceiling(m: Measurement, ceiling_ts: float | None, cache_bytes: int | None) -> list[tuple[str, str]]:
+def _findings(values: Values) -> Iterator[Finding]:
+    """One per broken rule."""
+    seen = set()
+    for rule in RULES:
+        finding = rule.find(values)
+        if finding and rule.key not in seen:
+            seen.add(rule.key)
+            yield finding
+    for special in (_firmware, _clock_moved, _neighbours, _memory_taken):
+        yield from special(values)
+
+
+def _firmware(values: Values) -> Iterator[Finding]:
+    bits = int(values.get("firmware_throttled") or 0)
+    flags = ", ".join(name for bit, name in FIRMWARE_FLAGS.items() if bits & bit)
+    if flags:
+        yield Finding("firmware_throttled", INVALID, bits, f"the firmware reported {flags}: mend supply or cooling")
+
+
+def _clock_moved(values: Values) -> Iterator[Finding]:
+    change, limit = values.get("clock_drift"), values.get("clock_limit")
+    if change is not None and limit is not None and abs(change) > limit:
+        reason = f"the same work took {change:+.0%} time after decode (limit {limit:.0%}): the core's clock changed"
+        yield Finding("clock_drift", INVALID, abs(change), reason)
+
+
+def _neighbours(values: Values) -> Iterator[Finding]:
+    """Other processes, on the chosen cores and elsewhere apart: the ones take time, the others bandwidth."""
+    cores, elsewhere = values.get("neighbours_cores"), values.get("elsewhere_cores") or 0.0
+    if cores is None:  # too short for ticks
+        threads = values.get("runnable_others") or 0.0
+        if threads:
+            yield Finding("neighbours", WARN, threads, f"{threads:.0f} threads of other processes were running")
+        return
+    limit = max(NEIGHBOURS_WARN, NEIGHBOURS_LEAST_S / (values.get("wall_s") or 1.0))
+    here = cores - elsewhere
+    if here > limit:
+        yield Finding("neighbours", WARN, here, f"other processes used {here:.1f} of the chosen cores: stop them")
+    if elsewhere > limit:
+        reason = f"other processes used {elsewhere:.1f} of the other cores, which share the memory: stop them"
+        yield Finding("elsewhere", WARN, elsewhere, reason)
+
+
+def _memory_taken(values: Values) -> Iterator[Finding]:
+    taken = values.get("taken_bytes") or 0.0
+    if taken > _memory_limit(values):
+        yield Finding("memory", WARN, taken, f"other processes took {taken / 1e6:.0f} MB of memory during decode")
+
+
+def _memory_limit(values: Values) -> float:
+    return max(MEMORY_LEAST, MEMORY_SHARE * (values.get("memory_bytes") or 0.0))
+
+
+def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+    """Rules on single repetitions, the worst of each told."""
+    by_rule: dict[str, list[Finding]] = {}
+    for sample in samples:
+        for finding in (*_findings(sample.counters), *_unsteady(sample)):
+            by_rule.setdefault(finding.key, []).append(finding)
+    for findings in by_rule.values():
+        invalid = sum(finding.status == INVALID for finding in findings)
+        worst = max(findings, key=lambda finding: finding.value)
+        status = INVALID if invalid and 2 * invalid >= len(samples) else WARN
+        yield status, f"{worst.reason} ({len(findings)} of {len(samples)} repetitions)"
+
+
+def _unsteady(sample: Sample) -> Iterator[Finding]:
+    if sample.steady is False:
+        yield Finding("steady", WARN, 1.0, "warm-up had not become steady when it ended: give more --warmup")
+
+
+def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+    """Rules on what moved from one repetition to another."""
+    boots, levels, room = (_known(samples, key) for key in ("boot_id", "clock_s", "room_bytes"))
+    if len(set(boots)) > 1:
+        yield INVALID, "the host was restarted between repetitions"
+    if levels and max(levels) / min(levels) - 1 > CLOCK_SPREAD_WARN:
+        yield WARN, f"the core's clock differed by {max(levels) / min(levels) - 1:.0%} between repetitions"
+    if room and max(room) - min(room) > _memory_limit(samples[0].counters):
+        yield WARN, f"memory that other processes leave moved by {(max(room) - min(room)) / 1e6:.0f} MB during the run"
+    slope = drift(samples)
+    if slope is not None and abs(slope) > SLOPE_WARN:
+        # Only a warning: interleaved measurements share it, and their ratio stands.
+        yield WARN, f"time per token drifted by {slope:+.0%} over the run"
+
+
+def _known(samples: Sequence[Sample], key: str) -> list[float]:
+    return [value for s in samples if (value := s.counters.get(key)) is not None]
+
+
+def _above_ceiling(m: Measurement, ceiling_ts: float | None, cache_bytes: int | None) -> Iterator[tuple[str, str]]:
     decode = summarize(m.decode_ts)
     if decode is None or ceiling_ts is None or cache_bytes is None:
-        return []
-    if decode.median <= ceiling_ts * CEILING_MARGIN:
-        return []
-    return [(INVALID, f"{decode.median:.1f} tok/s is above the memory ceiling of {ceiling_ts:.1f} tok/s")]
-
-
-def _cpu_times(cpus: Sequence[int], stat: Path) -> tuple[float | None, float | None]:
-    """(busy, steal) seconds summed over ``cpus``; fields of /proc/stat in proc(5): user nice system idle iowait ..."""
-    try:
-        lines = stat.read_text().splitlines()
-    except OSError:
-        return None, None
-    wanted = {f"cpu{cpu}" for cpu in cpus}
-    rows = [[int(v) for v in words[1:]] for words in map(str.split, lines) if words and words[0] in wanted]
-    if len(rows) != len(wanted) or any(len(row) < 8 for row in rows):
-        return None, None
-    tick = 1 / os.sysconf("SC_CLK_TCK")
-    busy = sum(row[0] + row[1] + row[2] + row[5] + row[6] for row in rows)
-    return busy * tick, sum(row[7] for row in rows) * tick
-
-
-def _field(path: Path, key: str) -> int | None:
-    try:
-        words = path.read_text().split()
-    except OSError:
-        return None
-    return int(words[words.index(key) + 1]) if key in words else None
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
+        return
+    if decode.median > ceiling_ts * CEILING_MARGIN:
+        yield INVALID, f"{decode.median:.1f} tok/s is above the memory ceiling of {ceiling_ts:.1f} tok/s"

@@ -1,0 +1,141 @@
+"""What a board tells of itself at one moment: clocks, temperatures and signs of throttling, read from /sys.
+
+Every path hangs below ``root``, so that a tree of files stands in for a board. What is not there is None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CPU = "sys/devices/system/cpu"
+FIXED_GOVERNORS = ("performance", "userspace")
+MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less
+
+# Jetson boards name the directory by release; the names of the files are their own.
+_OVER_CURRENT = (
+    "sys/class/hwmon/hwmon*/oc{n}_event_cnt",
+    "sys/devices/platform/soctherm*/oc{n}_event_cnt",
+    "sys/devices/platform/soctherm*/hwmon/hwmon*/oc{n}_event_cnt",
+)
+# Devices that slow a processor or its memory; fans are not throttling.
+_COOLS_BY_SLOWING = re.compile(r"cpu|processor|devfreq|powerclamp", re.IGNORECASE)
+_NEAR_THE_CORES = re.compile(r"cpu|soc|x86_pkg|^tj", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BoardState:
+    """Facts of one moment, of the chosen CPUs where a fact belongs to a CPU; None where /sys does not tell."""
+
+    clock_share: float | None  # lowest clock over that CPU's highest sustained one
+    fixed_clock: bool | None  # whether every governor keeps the clock where it is
+    temperature_c: float | None  # the hottest zone at the cores
+    firmware_bits: int | None  # Raspberry Pi's get_throttled: 0-3 are now, 16-19 have been since they were last read
+    throttle_count: int | None  # x86: thermal throttling since boot
+    cooling_state: int | None  # highest state of a device that cools by slowing; 0 is off
+    over_current: tuple[int | None, ...]  # Jetson: events OC1, OC2, OC3 since boot
+    mixed_cores: bool | None  # big and little ones
+    smt_siblings: int | None  # CPUs that share their core with another chosen one
+
+
+def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
+    """Read it now, for the CPUs ``cpus``."""
+    places = [root / CPU / f"cpu{cpu}" for cpu in cpus]
+    governors = {_text(place / "cpufreq/scaling_governor") for place in places}
+    return BoardState(
+        clock_share=_least(map(_clock_share, places)),
+        fixed_clock=None if None in governors else governors <= set(FIXED_GOVERNORS),
+        temperature_c=temperature(root),
+        firmware_bits=_firmware_bits(root),
+        throttle_count=_throttle_count(places),
+        cooling_state=_cooling_state(root),
+        over_current=tuple(_over_current(root, n) for n in (1, 2, 3)),
+        mixed_cores=_mixed(places),
+        smt_siblings=_siblings(places),
+    )
+
+
+def temperature(root: Path = Path("/")) -> float | None:
+    """Degrees Celsius of the hottest thermal zone at the cores (not of a power chip, which may be a dummy of 100)."""
+    hottest = None
+    for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
+        millidegrees = _number(zone / "temp")  # a gated zone cannot be read, or tells something impossible
+        if millidegrees is None or not -40_000 < millidegrees < 150_000:
+            continue
+        if _NEAR_THE_CORES.search(_text(zone / "type") or ""):
+            hottest = max(millidegrees / 1000, -40.0 if hottest is None else hottest)
+    return hottest
+
+
+def _clock_share(cpu: Path) -> float | None:
+    """Clock over the highest that the CPU keeps on all its cores: a boost above that comes and goes by design."""
+    now = _number(cpu / "cpufreq/scaling_cur_freq")
+    nominal_mhz = _number(cpu / "acpi_cppc/nominal_freq")
+    limits = [_number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
+    highest = _least([*limits, nominal_mhz * 1000 if nominal_mhz else None])
+    return min(1.0, now / highest) if now and highest else None
+
+
+def _firmware_bits(root: Path) -> int | None:
+    for path in (root / "sys/devices/platform").glob("soc*/soc*firmware/get_throttled"):
+        text = _text(path)
+        if text and re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):
+            return int(text, 16)
+    return None
+
+
+def _throttle_count(places: Sequence[Path]) -> int | None:
+    counts = [
+        _number(place / "thermal_throttle" / f"{part}_throttle_count")
+        for place in places
+        for part in ("core", "package")
+    ]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _cooling_state(root: Path) -> int | None:
+    states = [
+        _number(device / "cur_state")
+        for device in (root / "sys/class/thermal").glob("cooling_device*")
+        if _COOLS_BY_SLOWING.search(_text(device / "type") or "")
+    ]
+    # powerclamp tells -1 while it is off
+    return max((max(0, state) for state in states if state is not None), default=None)
+
+
+def _over_current(root: Path, n: int) -> int | None:
+    for pattern in _OVER_CURRENT:
+        for path in root.glob(pattern.format(n=n)):
+            return _number(path)
+    return None
+
+
+def _mixed(places: Sequence[Path]) -> bool | None:
+    known = [value for value in (_number(place / "cpu_capacity") for place in places) if value is not None]
+    return min(known) < MIXED_BELOW * max(known) if known else None
+
+
+def _siblings(places: Sequence[Path]) -> int | None:
+    cores = [_text(place / "topology/thread_siblings_list") for place in places]
+    if None in cores:
+        return None
+    return sum(cores.count(core) > 1 for core in cores)
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and re.fullmatch(r"-?\d+", text) else None
