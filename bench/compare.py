@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.result import INVALID, Measurement, Result
 from bench.stats import bootstrap_ratio, difference_p_value, least_p_value, typical
+from bench.wording import threads
 
 FASTER, SLOWER, SAME, NOT_COMPARABLE = "faster", "slower", "same", "not comparable"
 DECODE, PREFILL = "decode", "prefill"
@@ -211,7 +212,7 @@ def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Resu
     found = old or new
     assert found is not None
     reason = f"only in the {'old' if old else 'new'} result"
-    settings = [f"{m.test} with {m.n_threads} threads" for m in elsewhere.of(found.name)]
+    settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(found.name)]
     if settings:
         reason += f", where {found.name} was measured with {found.test}; the other has {', '.join(settings)}"
     return Row(found.name, found.n_threads, NOT_COMPARABLE, found.test, reason=reason)

@@ -35,18 +35,24 @@ def result_text(result: Result, indent: int | None = None) -> str:
 
 
 def read_result(path: str | Path) -> Result:
-    """Read a document written by ``write_result``.
+    """Read a document written by ``write_result``, or one that llama-bench printed as JSON or JSONL.
 
     Raises:
         ResultError: no such file, truncated, of another schema, or with values that no run can have.
     """
+    from bench.llama_bench import from_llama_bench, is_llama_bench
+
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        theirs = is_llama_bench(text)
+        raw = None if theirs else json.loads(text)
     except OSError as error:
         raise ResultError(f"cannot read result {path}: {error.strerror}; make one with `saap bench --json`") from None
     except ValueError:
         raise ResultError(f"{path} is truncated or not JSON: run `saap bench --json` again") from None
+    if theirs:
+        return from_llama_bench(text, str(path))
     if not isinstance(raw, dict) or "measurements" not in raw:
         raise ResultError(f"{path} is not a bench result: make one with `saap bench --json`")
     if raw.get("schema") not in READABLE:

@@ -1,64 +1,181 @@
-"""The table of a result: medians over repetitions for people and machines."""
+"""The tables of a result: medians over repetitions, for people and machines."""
 
 from __future__ import annotations
 
-from typing import Any
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from bench.result import Result
-from bench.stats import summarize
+from bench.result import Measurement, Result
+from bench.stats import percentile, summarize
 
-TABLE_HEADER = (
-    "name", "threads", "prefill tok/s", "decode tok/s", "decode IQR", "first token ms",
-    "peak load MB", "peak decode MB", "model MB", "% of ceiling", "status",
-)  # fmt: skip
+FORMATS = ("md", "csv", "json", "jsonl")
+_MARKS = re.compile(r"([\\`*_\[\]~$])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
 
 
-def table_rows(result: Result) -> list[dict[str, Any]]:
+class Table(NamedTuple):
+    """Text of a table; unknown is '-'."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def table_rows(result: Result) -> list[Row]:
     """One row per measurement in base units; medians over repetitions, peaks as maxima, None where unknown."""
-    rows = []
-    for m in result.measurements:
-        prefill, decode, ttft = summarize(m.prefill_ts), m.decode, summarize([s.ttft_s for s in m.samples if s.ttft_s])
-        ceiling = result.ceiling_ts(m)
-        rows.append(
-            {
-                "name": m.name,
-                "n_threads": m.n_threads,
-                "prefill_ts": prefill.median if prefill else None,
-                "decode_ts": decode.median if decode else None,
-                "decode_q1": decode.q1 if decode else None,
-                "decode_q3": decode.q3 if decode else None,
-                "ttft_s": ttft.median if ttft else None,
-                "peak_load_bytes": m.peak("peak_load_bytes"),
-                "peak_decode_bytes": m.peak("peak_decode_bytes"),
-                "model_bytes": m.model.model_bytes,
-                "ceiling_ts": ceiling,
-                "ceiling_fraction": decode.median / ceiling if decode and ceiling else None,
-                "status": m.status,
-                "reasons": m.reasons,
-            }
-        )
-    return rows
+    return [_row(result, m) for m in result.measurements]
 
 
-def table_text(result: Result) -> list[list[str]]:
-    """The rows as text in the order of ``TABLE_HEADER``; MB are 10^6 bytes, unknown is '-'."""
-
-    def show(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
-        return "-" if value is None else f"{value * scale:.{digits}f}"
-
-    return [
-        [
-            row["name"],
-            str(row["n_threads"]),
-            show(row["prefill_ts"]),
-            show(row["decode_ts"]),
-            "-" if row["decode_q1"] is None else f"{row['decode_q1']:.1f}-{row['decode_q3']:.1f}",
-            show(row["ttft_s"], 1e3),
-            show(row["peak_load_bytes"], 1e-6),
-            show(row["peak_decode_bytes"], 1e-6),
-            show(row["model_bytes"], 1e-6),
-            show(row["ceiling_fraction"], 100, 0),
-            row["status"],
-        ]
-        for row in table_rows(result)
+def main_table(result: Result) -> Table:
+    """What is asked for first; the test stands in it where there are several, energy where a sensor was read."""
+    rows = table_rows(result)
+    columns = [
+        _name,
+        *_test(rows),
+        _threads,
+        _number("prefill tok/s", "prefill_ts"),
+        _number("decode tok/s", "decode_ts"),
+        ("decode IQR", _quartiles),
+        _number("first token ms", "ttft_s", 1e3),
+        _number("peak load MB", "peak_load_bytes", 1e-6),
+        _number("peak decode MB", "peak_decode_bytes", 1e-6),
+        _number("% of ceiling", "ceiling_fraction", 100, 0),
+        *_where_known(rows, _number("J/ token", "joules_per_token", digits=3), "joules_per_token"),
+        ("status", lambda row: str(row["status"])),
     ]
+    return _table(rows, columns)
+
+
+def detail_table(result: Result) -> Table:
+    """Loads, percentiles of single steps, bandwidth, and where the memory is."""
+    rows = table_rows(result)
+    columns = [
+        _name,
+        *_test(rows),
+        _threads,
+        _number("load ms", "load_s", 1e3, 0),
+        _number("cold load ms", "cold_load_s", 1e3, 0),
+        _number("token p50 ms", "step_p50_s", 1e3, 2),
+        _number("p90 ms", "step_p90_s", 1e3, 2),
+        _number("p99 ms", "step_p99_s", 1e3, 2),
+        _number("read GB/s", "achieved_bytes_per_s", 1e-9),
+        _number("private MB", "anonymous_bytes", 1e-6),
+        _number("files MB", "file_bytes", 1e-6),
+        _number("PSS MB", "pss_bytes", 1e-6),
+        _number("available drop MB", "available_drop_bytes", 1e-6),
+        *_where_known(rows, _number("GPU MB", "gpu_bytes", 1e-6), "gpu_bytes"),
+        _number("KV MB", "kv_bytes", 1e-6),
+        _number("model MB", "model_bytes", 1e-6),
+    ]
+    return _table(rows, columns)
+
+
+def formatted(result: Result, form: str) -> str:
+    """The result in one of ``FORMATS``, ending with a newline.
+
+    ``md`` holds both tables; ``csv`` one line per measurement in base units; ``json`` and ``jsonl`` are llama-bench's
+    (:mod:`bench.llama_bench`).
+    """
+    if form == "md":
+        return f"{markdown(main_table(result))}\n{markdown(detail_table(result))}"
+    if form == "csv":
+        return _csv(table_rows(result))
+    from bench.llama_bench import to_llama_bench
+
+    entries = to_llama_bench(result)
+    if form == "json":
+        return json.dumps(entries, indent=2, allow_nan=False) + "\n"
+    return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+
+
+def markdown(table: Table) -> str:
+    """A table of GitHub's Markdown, in which every cell is plain text."""
+    lines = [table.header, ["---"] * len(table.header), *([markdown_cell(c) for c in row] for row in table.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Text that stays text in a table of GitHub's Markdown: no markup, no column, no line of its own."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return re.sub(r"[&<>|]", lambda found: _ENTITIES[found[0]], _MARKS.sub(r"\\\1", text))
+
+
+def _row(result: Result, m: Measurement) -> Row:
+    decode, ceiling, needed = m.decode, result.ceiling_ts(m), m.bytes_per_token
+    row = {
+        "name": m.name,
+        "test": m.test,
+        "n_prompt": m.n_prompt,
+        "n_gen": m.n_gen,
+        "n_depth": m.n_depth,
+        "n_threads": m.n_threads,
+        "provider": m.provider,
+        "repetitions": len(m.samples),
+        "prefill_ts": _median(m.prefill_ts),
+        "decode_ts": decode.median if decode else None,
+        "decode_q1": decode.q1 if decode else None,
+        "decode_q3": decode.q3 if decode else None,
+        **{f"step_p{percent}_s": percentile(m.steps_s, percent) for percent in (50, 90, 99)},
+        "ttft_s": _median([s.ttft_s for s in m.samples]),
+        "load_s": _median([s.load_s for s in m.samples]),
+        "cold_load_s": m.cold_load_s,
+    }
+    for name in ("peak_load", "peak_decode", "anonymous", "file", "pss", "available_drop", "gpu"):
+        row[f"{name}_bytes"] = m.peak(f"{name}_bytes")
+    return row | {
+        "kv_bytes": m.kv_bytes,
+        "model_bytes": m.model.model_bytes,
+        "bytes_per_token": needed,
+        "achieved_bytes_per_s": decode.median * needed if decode and needed is not None else None,
+        "ceiling_ts": ceiling,
+        "ceiling_fraction": decode.median / ceiling if decode and ceiling else None,
+        "joules_per_token": _median(m.joules_per_token),
+        "energy_scope": next((s.energy.scope for s in m.samples if s.energy), None),
+        "status": m.status,
+        "reasons": m.reasons,
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    summary = summarize([value for value in values if value is not None])
+    return summary.median if summary else None
+
+
+_name: Column = ("name", lambda row: str(row["name"]))
+_threads: Column = ("threads", lambda row: str(row["n_threads"]))
+
+
+def _test(rows: Sequence[Row]) -> list[Column]:
+    return [("test", lambda row: str(row["test"]))] if len({row["test"] for row in rows}) > 1 else []
+
+
+def _where_known(rows: Sequence[Row], column: Column, key: str) -> list[Column]:
+    return [column] if any(row[key] is not None for row in rows) else []
+
+
+def _number(header: str, key: str, scale: float = 1.0, digits: int = 1) -> Column:
+    return header, lambda row: "-" if row[key] is None else f"{row[key] * scale:.{digits}f}"
+
+
+def _quartiles(row: Row) -> str:
+    return "-" if row["decode_q1"] is None else f"{row['decode_q1']:.1f}-{row['decode_q3']:.1f}"
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    return Table([header for header, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if rows:
+        writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow("; ".join(value) if isinstance(value, list) else value for value in row.values())
+    return text.getvalue()

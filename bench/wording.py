@@ -12,6 +12,11 @@ TIMES = "\u00d7"
 DASH = "\u2013"
 
 
+def threads(count: int) -> str:
+    """A count of threads."""
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def command_line(command: Any) -> str | None:
     """A command as it is typed in a shell; a list of arguments is quoted."""
     return shlex.join(map(str, command)) if isinstance(command, list | tuple) else command

@@ -132,10 +132,9 @@ def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, pro
 
 
 def report(result, bundles: int) -> None:
-    from bench.table import TABLE_HEADER, table_text
+    from bench.table import main_table, markdown
 
-    for row in (TABLE_HEADER, ["---"] * len(TABLE_HEADER), *table_text(result)):
-        print(f"| {' | '.join(row)} |")
+    print(markdown(main_table(result)), end="")
     for m in result.measurements:
         for reason in m.reasons:
             print(f"{m.name}: {m.status}: {reason}")

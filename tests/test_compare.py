@@ -83,7 +83,7 @@ def test_a_change_that_so_few_repetitions_cannot_show_is_neither_said_nor_denied
 def test_other_settings_are_told() -> None:
     old, new = compare(_run(1.0), _run(1.0, n_prompt=64)).rows
     assert old.verdict == new.verdict == NOT_COMPARABLE
-    told = "only in the old result, where m was measured with pp8+tg4; the other has pp64+tg4 with 1 threads"
+    told = "only in the old result, where m was measured with pp8+tg4; the other has pp64+tg4 with 1 thread"
     assert old.reason == told
     assert new.reason.startswith("only in the new result, where m was measured with pp64+tg4")
 

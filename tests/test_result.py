@@ -8,7 +8,6 @@ import pytest
 
 from bench.result import INVALID, ModelFacts
 from bench.store import ResultError, read_result, write_result
-from bench.table import TABLE_HEADER, table_rows, table_text
 from tests.bench_samples import measurement, result, sample
 
 
@@ -48,18 +47,6 @@ def test_ceiling() -> None:
     assert r.ceiling_ts(replace(m, model=ModelFacts())) is None
     in_cache = replace(r.bandwidth[0], last_level_cache_bytes=2_000_000)
     assert replace(r, bandwidth=[in_cache]).ceiling_ts(m) is None
-
-
-def test_table_shows_unknown_as_a_dash() -> None:
-    r = result(measurement("dense", [0.02, 0.025, 0.04]), measurement("broken", [], status=INVALID, model=ModelFacts()))
-    row, broken = table_rows(r)
-    assert row["decode_ts"] == pytest.approx(40)
-    assert row["ceiling_fraction"] == pytest.approx(40 / (1e10 / 2_010_500))
-    assert broken["decode_ts"] is None and broken["peak_load_bytes"] is None
-    text, dashes = table_text(r)
-    assert len(text) == len(dashes) == len(TABLE_HEADER)
-    assert text[:6] == ["dense", "1", "400.0", "40.0", "32.5-45.0", "21.0"]
-    assert dashes == ["broken", "1", *["-"] * 8, "INVALID"]
 
 
 def test_largest_peak_ignores_unknown() -> None:

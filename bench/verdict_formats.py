@@ -1,0 +1,112 @@
+"""Verdicts for continuous integration: JUnit XML, a GitHub step summary, the JSON of github-action-benchmark."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from typing import Any
+
+from bench.compare import NOT_COMPARABLE, SLOWER, Comparison, Row
+from bench.result import INVALID, Measurement, Result
+from bench.stats import summarize
+from bench.table import Table, markdown
+from bench.wording import threads
+
+# What XML 1.0 may hold (its section 2.2); the rest of JSON's strings cannot be escaped in it either.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit_xml(comparison: Comparison) -> str:
+    """A test case per row: slower is a failure, not comparable an error, as both make the exit code differ from 0."""
+    failures = [row for row in comparison.rows if row.verdict == SLOWER]
+    errors = [row for row in comparison.rows if row.verdict == NOT_COMPARABLE]
+    counts = {"tests": len(comparison.rows), "failures": len(failures), "errors": len(errors), "skipped": 0}
+    suite = ElementTree.Element("testsuite", {"name": "saap compare", **{k: str(v) for k, v in counts.items()}})
+    for row in comparison.rows:
+        name = _for_xml(f"{row.name}, {row.setting}, {threads(row.n_threads)}")
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "saap.compare", "name": name})
+        told = _for_xml(verdict_text(row))
+        if row in failures:
+            ElementTree.SubElement(case, "failure", {"type": SLOWER, "message": told}).text = told
+        elif row in errors:
+            ElementTree.SubElement(case, "error", {"type": NOT_COMPARABLE, "message": told}).text = told
+        else:
+            ElementTree.SubElement(case, "system-out").text = told
+    suites = ElementTree.Element("testsuites")
+    suites.append(suite)
+    ElementTree.indent(suites)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(suites, encoding="unicode")}\n'
+
+
+def step_summary(comparison: Comparison) -> str:
+    """A table for the file that ``GITHUB_STEP_SUMMARY`` names, which is appended to; slower rows come first."""
+    header = ["verdict", "name", "test", "threads", "time, new / old", "95 %", "p", "reason"]
+    order = sorted(comparison.rows, key=lambda row: (row.verdict != SLOWER, row.verdict != NOT_COMPARABLE))
+    rows = [
+        [
+            row.verdict,
+            row.name,
+            row.setting,
+            str(row.n_threads),
+            "-" if row.ratio is None else f"{row.ratio:.3f}",
+            "-" if row.low is None or row.high is None else f"{row.low:.3f}-{row.high:.3f}",
+            "-" if row.p_value is None else f"{row.p_value:.4f}",
+            row.reason or "",
+        ]
+        for row in order
+    ]
+    note = f"Changes below {100 * comparison.min_effect:g} % do not count; a ratio above 1 is slower."
+    return f"### saap compare: {_headline(comparison)}\n\n{markdown(Table(header, rows))}\n{note}\n"
+
+
+def action_benchmark(result: Result) -> str:
+    """The list that github-action-benchmark takes as ``customSmallerIsBetter``: times and memory, no INVALID ones.
+
+    ``value`` is the median over repetitions and ``range`` half of the interquartile range.
+    """
+    entries = [entry for m in result.measurements if m.status != INVALID for entry in _action_entries(result, m)]
+    return json.dumps(entries, indent=2, allow_nan=False) + "\n"
+
+
+def verdict_text(row: Row) -> str:
+    """One row as a sentence for people."""
+    if row.ratio is None:
+        return f"{row.verdict}: {row.reason}"
+    interval = f"95 %: {row.low:.3f} to {row.high:.3f}"
+    told = f"{row.verdict}: {row.metric} takes {row.ratio:.3f} times as long ({interval}, p = {row.p_value:.2g}"
+    told += f", {row.test})"
+    if row.confirmed:
+        told += ", confirmed by a second run"
+    return f"{told}; {row.reason}" if row.reason else told
+
+
+def _headline(comparison: Comparison) -> str:
+    verdicts = [row.verdict for row in comparison.rows]
+    counted = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+    return ", ".join(counted) or "nothing to compare"
+
+
+def _action_entries(result: Result, m: Measurement) -> list[dict[str, Any]]:
+    label = f"{m.name}, {m.test}, {threads(m.n_threads)}"
+    device = result.device.get("board") or result.device.get("cpu_model") or "unknown device"
+    extra = "\n".join([f"{len(m.samples)} repetitions, {m.status}", *m.reasons, str(device)])
+    series: list[tuple[str, str, float, Sequence[float | None]]] = [
+        ("time per token", "ms", 1e3, m.token_s),
+        ("prefill", "ms", 1e3, [s.prefill_s for s in m.samples]),
+        ("first token", "ms", 1e3, [s.ttft_s for s in m.samples]),
+        ("load", "ms", 1e3, [s.load_s for s in m.samples]),
+        ("peak memory", "MB", 1e-6, [s.peak_decode_bytes for s in m.samples]),
+    ]
+    entries = []
+    for what, unit, scale, values in series:
+        if summary := summarize([scale * value for value in values if value is not None]):
+            spread = f"± {summary.iqr / 2:.4g}"
+            entry = {"name": f"{label}: {what}", "unit": unit, "value": summary.median, "range": spread, "extra": extra}
+            entries.append(entry)
+    return entries
+
+
+def _for_xml(text: str) -> str:
+    return _NOT_XML.sub("?", text)

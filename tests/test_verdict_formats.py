@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from bench.compare import FASTER, NOT_COMPARABLE, SAME, SLOWER, Comparison, Row
+from bench.result import INVALID, WARN
+from bench.verdict_formats import action_benchmark, junit_xml, step_summary
+from tests.bench_samples import measurement, result
+
+HOSTILE = "a|b <i>&\"']]> [x](y)\x07\x00\ud800\n\u2028"
+NUMBERS = {"metric": "decode", "ratio": 1.05, "low": 1.03, "high": 1.07, "p_value": 0.001, "test": "wilcoxon"}
+COMPARISON = Comparison(
+    0.02,
+    [
+        Row("dense", 1, SAME, "pp8+tg4", **NUMBERS),
+        Row("slim", 1, SLOWER, "pp8+tg4", confirmed=True, **NUMBERS),
+        Row(HOSTILE, 2, NOT_COMPARABLE, "pp8+tg4", reason=HOSTILE),
+        Row("fast", 1, FASTER, "tg4", **NUMBERS),
+    ],
+)
+
+
+def test_junit_counts_failures_and_errors() -> None:
+    suite = ElementTree.fromstring(junit_xml(COMPARISON).encode()).find("testsuite")
+    assert suite is not None
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "0"]
+    same, slower, refused, _ = suite.findall("testcase")
+    assert same.get("name") == "dense, pp8+tg4, 1 thread"
+    assert [child.tag for child in same] == ["system-out"]
+    failure = slower.find("failure")
+    assert failure is not None
+    told = "slower: decode takes 1.050 times as long (95 %: 1.030 to 1.070, p = 0.001, wilcoxon), confirmed by a second"
+    assert failure.get("message") == f"{told} run"
+    error = refused.find("error")
+    assert error is not None and error.text == "not comparable: a|b <i>&\"']]> [x](y)???\n\u2028"
+
+
+def test_step_summary_is_a_table_with_the_slower_rows_first() -> None:
+    lines = step_summary(COMPARISON).splitlines()
+    assert lines[0] == "### saap compare: 1 same, 1 slower, 1 not comparable, 1 faster"
+    table = [line for line in lines if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| slower", "| not comparable", "| same", "| faster"]
+    assert len({line.count("|") for line in table}) == 1
+    assert "| 1.050 | 1.030-1.070 | 0.0010 |" in table[2]
+    assert "a&#124;b &lt;i&gt;&amp;" in table[3] and "<i>" not in "".join(lines)
+    assert lines[-1] == "Changes below 2 % do not count; a ratio above 1 is slower."
+    step_summary(COMPARISON).encode()
+
+
+def test_action_benchmark_lists_what_is_better_when_smaller() -> None:
+    document = result(
+        measurement("dense", [0.02, 0.04, 0.03], status=WARN, reasons=["governor is powersave"]),
+        measurement("broken", [0.02], status=INVALID),
+        measurement(HOSTILE, [], samples=[]),
+    )
+    entries = json.loads(action_benchmark(document))
+    assert [entry["name"].split(": ")[1] for entry in entries] == [
+        "time per token", "prefill", "first token", "load", "peak memory",
+    ]  # fmt: skip
+    assert entries[0] == {
+        "name": "dense, pp8+tg4, 1 thread: time per token", "unit": "ms", "value": pytest.approx(30),
+        "range": "± 5", "extra": "3 repetitions, WARN\ngovernor is powersave\ntest",
+    }  # fmt: skip
+    assert (entries[4]["value"], entries[4]["unit"]) == (120.0, "MB")
