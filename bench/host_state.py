@@ -177,8 +177,8 @@ def _others_runnable(running: int | None, proc: Path) -> int | None:
 
 
 def _field(text: str, key: str) -> int | None:
-    words = text.split()
-    return int(words[words.index(key) + 1]) if key in words else None
+    match = re.search(rf"^{key}\s+(\d+)", text, re.MULTILINE)
+    return int(match.group(1)) if match else None
 
 
 def _read(path: Path) -> str:

@@ -109,7 +109,10 @@ class Recorder:
             times, values = np.array(self._times), np.array(self._values)
         joules, count = self._joules(times, values, start, end)
         if joules is None:
-            return None, f"{count} power readings in {end - start:.2f} s of decode, 2 are the least: generate more"
+            return (
+                None,
+                f"{count} power readings in {end - start:.2f} s of decode, 2 are the least: generate more tokens",
+            )
         resting = self._joules(times, values, *idle)[0] if idle else None
         idle_w = None if idle is None or resting is None else resting / (idle[1] - idle[0])
         rate = count / (end - start)

@@ -150,7 +150,8 @@ def _firmware(values: Values) -> Iterator[Finding]:
 def _clock_moved(values: Values) -> Iterator[Finding]:
     change, limit = values.get("clock_drift"), values.get("clock_limit")
     if change is not None and limit is not None and abs(change) > limit:
-        reason = f"the same work took {change:+.0%} time after decode (limit {limit:.0%}): the core's clock changed"
+        more = "more" if change > 0 else "less"
+        reason = f"fixed work took {abs(change):.0%} {more} time after decode than before it: the core's clock moved"
         yield Finding("clock_drift", INVALID, abs(change), reason)
 
 
@@ -207,7 +208,7 @@ def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]
     if levels and max(levels) / min(levels) - 1 > CLOCK_SPREAD_WARN:
         yield WARN, f"the core's clock differed by {max(levels) / min(levels) - 1:.0%} between repetitions"
     if room and max(room) - min(room) > _memory_limit(samples[0].counters):
-        yield WARN, f"memory that other processes leave moved by {(max(room) - min(room)) / 1e6:.0f} MB during the run"
+        yield WARN, f"other processes took or freed {(max(room) - min(room)) / 1e6:.0f} MB of memory during the run"
     slope = drift(samples)
     if slope is not None and abs(slope) > SLOPE_WARN:
         # Only a warning: interleaved measurements share it, and their ratio stands.
