@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.huge_pages import collapse
+from bench.providers import check_provider
 from bench.session import DecoderError, open_session, prepacked_session
 from export.bundle import DECODE_GRAPH, SCORING_GRAPH, BundleManifest, read_manifest, verify_files
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-RUNS_HERE = ("cpu", "portable")
 HUGE_PAGES_LIMIT = 1 << 30  # moving takes about 3 ms per MB; a larger model would wait too long for it
 
 
@@ -92,8 +92,7 @@ class OrtDecoder:
     ) -> None:
         directory = Path(bundle_dir)
         self.manifest = verify_files(directory) if verify else read_manifest(directory)
-        if self.manifest.target not in RUNS_HERE:
-            raise DecoderError(f"{directory} is a bundle for {self.manifest.target}: export it with --target cpu")
+        check_provider(self.manifest, "cpu", str(directory))
         check_context(self.manifest, max_length, str(directory))
         check_threads(threads)
         self._max_length = max_length

@@ -39,7 +39,7 @@ def open_session(graph: Path, threads: int, entries: dict[str, str] | None = Non
         DecoderError: ONNX Runtime refuses the graph.
     """
     check_external_data(graph)
-    return _session(graph, _options(threads, entries or {}))
+    return _session(graph, session_options(threads, entries or {}))
 
 
 def prepacked_session(graph: Path, manifest: BundleManifest, threads: int, entries: dict[str, str]) -> Any:
@@ -51,13 +51,17 @@ def prepacked_session(graph: Path, manifest: BundleManifest, threads: int, entri
     return open_session(prepack(graph, manifest), threads, entries)
 
 
+def cache_directory() -> Path:
+    """The user's cache; ``SAAP_CACHE`` moves it."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "saap")
+
+
 def prepacked_directory(manifest: BundleManifest) -> Path:
-    """Where the packed weights of a bundle are for this machine; ``SAAP_CACHE`` moves the cache."""
+    """Where the packed weights of a bundle are for this machine."""
     import onnxruntime as ort
 
-    home = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "saap")
     key = f"{manifest.content_hash}-{ort.__version__}-{_cpu()}"
-    return home / "prepacked" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return cache_directory() / "prepacked" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def prepack(graph: Path, manifest: BundleManifest) -> Path:
@@ -73,7 +77,7 @@ def prepack(graph: Path, manifest: BundleManifest) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     check_external_data(graph)
-    options = _options(
+    options = session_options(
         1,
         {
             "session.save_external_prepacked_constant_initializers": "1",
@@ -91,13 +95,20 @@ def prepack(graph: Path, manifest: BundleManifest) -> Path:
     return directory / PREPACKED
 
 
-def _options(threads: int, entries: dict[str, str]) -> Any:
-    import onnxruntime as ort
+def session_options(threads: int, entries: dict[str, str], runtime: Any = None) -> Any:
+    """Options of every session: one stream of operators, whose threads spin where there is more than one.
 
-    options = ort.SessionOptions()
+    Args:
+        entries: session config entries that override the defaults.
+        runtime: the onnxruntime module, or another one in its place.
+    """
+    if runtime is None:
+        import onnxruntime as runtime  # type: ignore[no-redef]
+
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
         options.add_session_config_entry(key, value)
@@ -110,8 +121,12 @@ def _session(graph: Path, options: Any) -> Any:
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first}") from error
+        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says is wrong, without the lines on where."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cpu() -> str:

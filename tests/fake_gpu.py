@@ -1,0 +1,171 @@
+"""An onnxruntime with a GPU that is not there: it computes on the CPU and moves data as CUDA does.
+
+What it is strict about is what goes wrong on a GPU without a word: a value of the host is copied when it is bound and
+never again; what a run wrote on the device must not be read before it was waited for; a captured graph replays the
+buffers and shapes of its capture, whatever is bound later; a cache of no positions is no shape for TensorRT.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+
+
+class Memory:
+    """A value somewhere. ``log`` is the machine's, of everything that happened."""
+
+    def __init__(self, array: np.ndarray, device: str, log: list[str]) -> None:
+        self.array, self.device, self.log, self.running = array, device, log, False
+
+    def numpy(self) -> np.ndarray:
+        assert not self.running, "read before the GPU was waited for"
+        self.log.append("read")
+        return self.array.copy()
+
+    def update_inplace(self, values: np.ndarray) -> None:
+        assert values.shape == self.array.shape and values.dtype == self.array.dtype
+        self.array[:] = values
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def device_name(self) -> str:
+        return self.device
+
+
+class Binding:
+    def __init__(self, session: Session) -> None:
+        self.session, self.inputs, self.outputs = session, {}, {}
+
+    def bind_ortvalue_input(self, name: str, value: Memory) -> None:
+        self.inputs[name] = value
+
+    def bind_input(self, name: str, device: str, _: int, dtype: Any, shape: tuple[int, ...], pointer: int) -> None:
+        owner = next(m for m in self.session.machine.memory if m.data_ptr() == pointer)
+        view = owner.array.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+        assert view.dtype == dtype
+        array = view if device == owner.device == "cuda" else view.copy()
+        self.inputs[name] = Memory(array, device, owner.log)
+
+    def bind_ortvalue_output(self, name: str, value: Memory) -> None:
+        self.outputs[name] = value
+
+    def bind_output(self, name: str, device: str = "cpu", _: int = 0) -> None:
+        self.outputs[name] = device
+
+    def synchronize_outputs(self) -> None:
+        self.session.machine.log.append("wait")
+        for memory in self.session.machine.memory:
+            memory.running = False
+
+    def get_outputs(self) -> list[Memory]:
+        return list(self.results)
+
+
+class Session:
+    """``InferenceSession``; providers that do not start are replaced by the CPU, as ONNX Runtime does."""
+
+    def __init__(self, machine: Machine, graph: str, options: Any, providers: list[Any], enable_fallback: int) -> None:
+        self.machine, self.asked, self.captured = machine, dict(providers), {}
+        assert not enable_fallback
+        for key, value in machine.fails.items():
+            if key in self.asked:
+                raise RuntimeError(value)
+        self.real = ort.InferenceSession(graph, options, providers=[CPU])
+        self.first = next(iter(self.asked)) if machine.starts else CPU
+        if hasattr(type(self), "get_provider_graph_assignment_info"):
+            assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+
+    def get_providers(self) -> list[str]:
+        return list(dict.fromkeys([self.first, *(self.asked if self.machine.starts else ()), CPU]))
+
+    def get_inputs(self) -> list[Any]:
+        return self.real.get_inputs()
+
+    def io_binding(self) -> Binding:
+        return Binding(self)
+
+    def end_profiling(self) -> str:
+        self.machine.log.append("profile ends")
+        return self.real.end_profiling()
+
+    def run_with_iobinding(self, binding: Binding, run_options: Any = None) -> None:
+        self.machine.log.append("run")
+        graph_id = run_options.get_run_config_entry("gpu_graph_id") if run_options else "-1"
+        capture = "enable_cuda_graph" in self.asked.get(CUDA, {}) and graph_id != "-1"
+        inputs, outputs = binding.inputs, binding.outputs
+        if capture:
+            inputs, outputs = self.captured.setdefault(graph_id, (dict(inputs), dict(outputs)))
+            assert all(
+                isinstance(value, Memory) and value.device == "cuda" for value in [*inputs.values(), *outputs.values()]
+            )
+        for value in inputs.values():
+            assert value.device == "cuda"
+            assert TENSORRT not in self.asked or 0 not in value.array.shape
+        real = self.real.io_binding()
+        for name, value in inputs.items():
+            a = value.array
+            real.bind_input(name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+        for name, value in outputs.items():
+            if isinstance(value, Memory):
+                a = value.array
+                real.bind_output(name, "cpu", 0, a.dtype.type, a.shape, a.ctypes.data)
+            else:
+                real.bind_output(name, "cpu")
+        self.real.run_with_iobinding(real)
+        binding.results = []
+        for (_, value), result in zip(outputs.items(), real.get_outputs(), strict=True):
+            memory = value if isinstance(value, Memory) else self.machine.put(result.numpy(), value)
+            memory.running = True
+            binding.results.append(memory)
+
+
+class Placing(Session):
+    """A session of a newer ONNX Runtime, which tells where its nodes are."""
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return [
+            SimpleNamespace(ep_name=provider, get_nodes=lambda ops=operators: [SimpleNamespace(op_type=o) for o in ops])
+            for provider, operators in self.machine.nodes.items()
+        ]
+
+
+class Machine:
+    """Stands for the module. ``nodes`` is where newer sessions say their operators are, None for an older runtime."""
+
+    __version__ = "1.99.0"
+    SessionOptions, RunOptions, ExecutionMode = ort.SessionOptions, ort.RunOptions, ort.ExecutionMode
+
+    def __init__(
+        self,
+        nodes: dict[str, list[str]] | None = None,
+        available: tuple[str, ...] = (TENSORRT, CUDA, CPU),
+        starts: bool = True,
+        fails: dict[str, str] | None = None,
+    ) -> None:
+        self.nodes, self.available, self.starts, self.fails = nodes, available, starts, fails or {}
+        self.memory: list[Memory] = []
+        self.log: list[str] = []
+        self.sessions: list[Session] = []
+        machine = self
+        base = Session if nodes is None else Placing
+
+        class InferenceSession(base):  # type: ignore[misc, valid-type]
+            def __init__(self, graph: str, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
+                super().__init__(machine, graph, options, providers, enable_fallback)
+                machine.sessions.append(self)
+
+        self.InferenceSession = InferenceSession
+        self.OrtValue = SimpleNamespace(ortvalue_from_numpy=lambda values, device, _: self.put(values, device))
+
+    def get_available_providers(self) -> list[str]:
+        return list(self.available)
+
+    def put(self, values: np.ndarray, device: str) -> Memory:
+        self.memory.append(Memory(np.array(values), device, self.log))
+        return self.memory[-1]

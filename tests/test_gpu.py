@@ -1,0 +1,178 @@
+"""GPU memory and clocks on fake boards: their trees, and NVML modules that answer as their drivers do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bench.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
+
+MIB = 1 << 20
+CLIENTS = """\
+CLIENT                        PROCESS      PID        SIZE
+user                         gnome-shell     2324      8372K
+user                    python3 -m bench     4711    204800K
+user                    python3 -m bench     4711      1024K
+user                             python3    14711      4096K
+total                                                218292K
+"""
+
+
+class Nvml:
+    """An NVML module; an answer of None is a driver that does not support the question."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, processes=None, used=None, busy=None, clocks=None, count=1) -> None:
+        self.processes, self.used, self.busy, self.clocks, self.count = processes, used, busy, clocks or {}, count
+        self.asked: list[object] = []
+
+    def _answer(self, value):
+        if value is None:
+            raise self.NVMLError("not supported")
+        return value
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        self.asked.append(index)
+        return self._answer(index if index < self.count else None)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        self.asked.append(uuid)
+        return uuid
+
+    def nvmlDeviceGetComputeRunningProcesses(self, _):  # noqa: N802
+        return [SimpleNamespace(pid=p, usedGpuMemory=m) for p, m in self._answer(self.processes)]
+
+    def nvmlDeviceGetMemoryInfo(self, _):  # noqa: N802
+        return SimpleNamespace(used=self._answer(self.used))
+
+    def nvmlDeviceGetUtilizationRates(self, _):  # noqa: N802
+        return SimpleNamespace(gpu=self._answer(self.busy))
+
+    def nvmlDeviceGetClockInfo(self, _, kind):  # noqa: N802
+        return self._answer(self.clocks.get(kind))
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def orin(root: Path, privileged: bool) -> Path:
+    secret = {
+        "sys/kernel/debug/nvmap/iovmm/clients": CLIENTS,
+        "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
+    }
+    return tree(
+        root,
+        {
+            "proc/meminfo": "MemTotal: 7802040 kB\nNvMapMemFree:  0 kB\nNvMapMemUsed:  218292 kB\n",
+            "sys/class/devfreq/17000000.gpu/cur_freq": "918000000\n",
+            "sys/class/devfreq/17000000.gpu/device/load": "985\n",
+            **(secret if privileged else {}),
+        },
+    )
+
+
+def test_a_discrete_gpu_tells_what_the_process_holds(tmp_path) -> None:
+    nvml = Nvml([(7, 100 * MIB), (4711, 900 * MIB)], used=1200 * MIB, busy=97, clocks={1: 1980, 2: 2619})
+    assert gpu_memory(4711, tmp_path, nvml) == (900 * MIB, None)
+    assert gpu_in_use(tmp_path, nvml) == 1200 * MIB
+    facts = gpu_facts(tmp_path, nvml)
+    assert facts == {"gpu_clock_hz": 1.98e9, "gpu_memory_clock_hz": 2.619e9, "gpu_busy": 0.97}
+
+
+@pytest.mark.parametrize("processes", [[(99, 5 * MIB)], [(4711, None)], None])  # a container, no answer, no support
+def test_where_the_process_is_not_told_the_growth_of_all_is(tmp_path, processes) -> None:
+    nvml = Nvml(processes, used=1200 * MIB)
+    size, why = gpu_memory(4711, tmp_path, nvml, baseline=300 * MIB)
+    assert size == 900 * MIB and "growth since before the process" in why
+    size, why = gpu_memory(4711, tmp_path, nvml)
+    assert size == 1200 * MIB and "of all processes" in why
+    assert gpu_memory(4711, tmp_path, nvml, baseline=1300 * MIB)[0] == 0
+
+
+def test_orin_as_root_lists_its_clients(tmp_path) -> None:
+    root = orin(tmp_path, privileged=True)
+    assert gpu_memory(4711, root) == (201 * MIB, None)
+    assert gpu_facts(root) == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": 3.199e9, "gpu_busy": 0.985}
+
+
+def test_orin_without_root_knows_the_board_only(tmp_path) -> None:
+    root = orin(tmp_path, privileged=False)
+    assert gpu_in_use(root) == 218292 * 1024
+    size, why = gpu_memory(4711, root, baseline=18292 * 1024)
+    assert size == 200000 * 1024 and "of all on the GPU" in why
+    assert gpu_facts(root) == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": None, "gpu_busy": 0.985}
+
+
+def test_thor_reads_0_in_nvmap_and_answers_per_process(tmp_path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/meminfo": "MemTotal: 128000000 kB\nNvMapMemUsed:  0 kB\n",
+            "sys/kernel/debug/nvmap/iovmm/clients": "user  python3  4711  0K\ntotal  0K\n",
+            "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
+            "sys/class/devfreq/gpu-nvd-0/cur_freq": "1692000000\n",
+        },
+    )
+    nvml = Nvml([(4711, 3000 * MIB)])
+    assert gpu_memory(4711, root, nvml) == (3000 * MIB, None)
+    assert gpu_in_use(root, nvml) is None
+    facts = gpu_facts(root, nvml)
+    assert facts == {
+        "gpu_clock_hz": 1.575e9,
+        "gpu_memory_clock_hz": None,
+        "gpu_busy": None,
+    }  # its load is unknown, not 0
+    size, why = gpu_memory(1, root, nvml)
+    assert size is None and "neither what a process holds" in why
+
+
+@pytest.mark.parametrize(
+    "name", ["57000000.gpu", "17000000.gp10b", "17000000.gv11b", "17000000.ga10b", "57000000.gm20b"]
+)
+def test_every_jetson_calls_its_gpu_something_else(tmp_path, name) -> None:
+    root = tree(tmp_path, {f"sys/class/devfreq/{name}/cur_freq": "76800000\n"})
+    tree(root, {"sys/kernel/debug/clk/emc/clk_rate": "1600000000\n", "sys/class/devfreq/13d40000.bpmp/cur_freq": "1\n"})
+    assert gpu_facts(root) == {"gpu_clock_hz": 76.8e6, "gpu_memory_clock_hz": 1.6e9, "gpu_busy": None}
+
+
+def test_a_host_without_a_gpu_says_why_it_knows_nothing(tmp_path) -> None:
+    assert gpu_facts(tmp_path) == {"gpu_clock_hz": None, "gpu_memory_clock_hz": None, "gpu_busy": None}
+    assert gpu_in_use(tmp_path) is None
+    size, why = gpu_memory(1, tmp_path)
+    assert size is None and "pip install nvidia-ml-py" in why
+    size, why = gpu_memory(1, tree(tmp_path, {"sys/class/devfreq/17000000.gpu/cur_freq": "1"}))
+    assert size is None and "this board's nvmap tells nothing" in why
+
+
+@pytest.mark.parametrize(("visible", "asked"), [("", 0), ("1,0", 1), ("GPU-8a5f", "GPU-8a5f"), ("-1", 0)])
+def test_the_gpu_is_the_first_that_cuda_may_see(tmp_path, monkeypatch, visible, asked) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml = Nvml(busy=10, count=2)
+    assert gpu_facts(tmp_path, nvml)["gpu_busy"] == 0.1
+    assert set(nvml.asked) == {asked}
+
+
+def test_nvml_is_optional(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert open_nvml() is None
+
+    class NoDriver(Nvml):
+        def nvmlInit(self) -> None:  # noqa: N802
+            raise self.NVMLError("driver not loaded")
+
+    monkeypatch.setitem(sys.modules, "pynvml", NoDriver())
+    assert open_nvml() is None
+    working = SimpleNamespace(nvmlInit=lambda: None, NVMLError=Nvml.NVMLError)
+    monkeypatch.setitem(sys.modules, "pynvml", working)
+    assert open_nvml() is working
