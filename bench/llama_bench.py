@@ -131,7 +131,9 @@ def _parse(text: str, source: str) -> list[dict[str, Any]]:
     except ValueError:
         raise ResultError(f"{source} is truncated or not JSON: run `llama-bench -o json` again") from None
     if not isinstance(raw, list) or not raw or not all(isinstance(entry, dict) for entry in raw):
-        raise ResultError(f"{source} is no list of llama-bench entries: run `llama-bench -o json` again")
+        raise ResultError(
+            f"{source} is not a bench result, nor a list of llama-bench entries: run `llama-bench -o json` again"
+        )
     return raw
 
 

@@ -19,8 +19,8 @@ from bench.result import INVALID, Measurement
 from bench.stats import summarize
 
 SERIES = 6  # colours that the page has, --s1 to --s6
-_INK, _MUTED, _GRID, _SURFACE = "#010203", "#010204", "#010205", "#010206"
-_COLOURS = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line", _SURFACE: "--surface"} | {
+INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
+_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"} | {
     f"#0a0b{index:02x}": f"--s{index}" for index in range(1, SERIES + 1)
 }
 _WIDTH = 4.4  # inches at 100 px: narrow, so that letters stay legible on a phone
@@ -44,23 +44,23 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
             axes.scatter(rates, row + spread, s=22, facecolors=fill, edgecolors=series_colour(row), alpha=0.8)
             told = ""
             if centre := summarize(rates):
-                axes.plot([centre.median] * 2, [row - 0.26, row + 0.26], color=_INK, linewidth=1.6)
+                axes.plot([centre.median] * 2, [row - 0.26, row + 0.26], color=INK, linewidth=1.6)
                 told = f"{centre.median:.1f}"
             if ceiling is not None:
-                axes.plot([ceiling] * 2, [row - 0.26, row + 0.26], color=_MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
+                axes.plot([ceiling] * 2, [row - 0.26, row + 0.26], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
                 told += f", ceiling {ceiling:.0f}"
             # Name and numbers have a line of their own, where no dot can meet them.
             across = axes.get_yaxis_transform()
-            axes.text(0, row - 0.33, label(names[row]), va="bottom", color=_INK, transform=across)
-            axes.text(1, row - 0.33, told, va="bottom", ha="right", color=_INK, transform=across)
+            axes.text(0, row - 0.33, label(names[row]), va="bottom", color=INK, transform=across)
+            axes.text(1, row - 0.33, told, va="bottom", ha="right", color=INK, transform=across)
         axes.set_yticks([])
         axes.set_ylim(len(names) - 0.5, -0.75)
         axes.set_xlim(left=0)
         axes.set_xlabel("generated tokens per second")
         axes.spines["left"].set_visible(False)
-        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
 
-    return _svg(draw, 0.75 * len(names) + 0.7, "decode")
+    return drawing(draw, 0.75 * len(names) + 0.7, "decode")
 
 
 def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
@@ -86,10 +86,10 @@ def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> st
         axes.set_xlim(left=0)
         axes.set_xlabel("generated token")
         axes.set_ylabel("ms per token (log)" if far_apart else "ms per token")
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         _legend(axes)
 
-    return _svg(draw, 2.9, "times")
+    return drawing(draw, 2.9, "times")
 
 
 def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
@@ -108,20 +108,20 @@ def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> 
                 value = measurement.peak(field)
                 at = row - 0.4 + height * (index + 0.5)
                 if value is None:
-                    axes.annotate(" unknown", (0, at), va="center", color=_MUTED, fontsize=9)
+                    axes.annotate(" unknown", (0, at), va="center", color=MUTED, fontsize=9)
                     continue
                 name = label(names[index]) if row == 1 else None
                 axes.barh(at, value / 1e6, height * 0.86, color=series_colour(index), alpha=alpha, label=name)
-                axes.annotate(f" {value / 1e6:.0f}", (value / 1e6, at), va="center", color=_INK, fontsize=9)
+                axes.annotate(f" {value / 1e6:.0f}", (value / 1e6, at), va="center", color=INK, fontsize=9)
         axes.set_yticks(range(len(phases)), [name for name, _, _ in phases])
         axes.set_ylim(len(phases) - 0.5, -0.5)
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
         axes.set_xlabel("MB (10⁶ bytes)")
-        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
         _legend(axes)
 
-    return _svg(draw, 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)), "memory")
+    return drawing(draw, 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)), "memory")
 
 
 def kept_structures(layers: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> str:
@@ -130,7 +130,7 @@ def kept_structures(layers: Sequence[Mapping[str, Any]], dense: Sequence[Mapping
 
     def draw(figure_axes: Any) -> None:
         for axes, (field, title) in zip(figure_axes, rows, strict=True):
-            for sizes, colour in ((dense, _GRID), (layers, series_colour(1))):
+            for sizes, colour in ((dense, GRID), (layers, series_colour(1))):
                 heights = [float(layer.get(field) or 0) for layer in sizes]
                 axes.bar(range(len(heights)), heights, width=0.78, color=colour)
             axes.set_ylabel(title)
@@ -139,7 +139,7 @@ def kept_structures(layers: Sequence[Mapping[str, Any]], dense: Sequence[Mapping
         figure_axes[-1].set_xlabel("layer")
         figure_axes[-1].locator_params(axis="x", integer=True)
 
-    return _svg(draw, 3.9, "kept", panels=len(rows), width=1.15 * _WIDTH)
+    return drawing(draw, 3.9, "kept", panels=len(rows), width=1.15 * _WIDTH)
 
 
 def label(name: str, most: int = 34) -> str:
@@ -169,7 +169,7 @@ def _plain_log_scale(axes: Any) -> None:
 
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=_INK, ncols=1)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, ncols=1)
 
 
 def _style(salt: str) -> AbstractContextManager[None]:
@@ -181,12 +181,12 @@ def _style(salt: str) -> AbstractContextManager[None]:
             "svg.hashsalt": salt,  # ids are the same in every run, and differ between the plots of a page
             "text.parse_math": False,  # a $ in a model's name is a $
             "font.size": 10,
-            "axes.edgecolor": _MUTED,
-            "axes.labelcolor": _MUTED,
-            "xtick.color": _MUTED,
-            "ytick.color": _MUTED,
-            "xtick.labelcolor": _INK,
-            "ytick.labelcolor": _INK,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": MUTED,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "xtick.labelcolor": INK,
+            "ytick.labelcolor": INK,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.axisbelow": True,
@@ -194,7 +194,8 @@ def _style(salt: str) -> AbstractContextManager[None]:
     )
 
 
-def _svg(draw: Callable[[Any], None], height: float, salt: str, panels: int = 1, width: float = _WIDTH) -> str:
+def drawing(draw: Callable[[Any], None], height: float, salt: str, panels: int = 1, width: float = _WIDTH) -> str:
+    """What ``draw`` draws on axes (a list of them for several panels), in the page's colours. ``salt`` makes ids."""
     from matplotlib.figure import Figure
 
     with _style(salt), warnings.catch_warnings():

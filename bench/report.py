@@ -14,10 +14,12 @@ from bench import plots
 from bench.headline import Entry, cards_of, entries_of, pair_of
 from bench.result import Result
 from bench.store import read_result
-from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain
+from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain, threads
 
 
-def write_report(results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None) -> Path:
+def write_report(
+    results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None, history: Path | None = None
+) -> Path:
     """Write the page, by rename.
 
     Args:
@@ -25,12 +27,13 @@ def write_report(results: Sequence[Path], out: Path, *, run: dict[str, Any] | No
         out: the HTML file.
         run: what ``saap run`` recorded: ``model``, ``steps``, ``plan``, ``quality``, ``parity``, ``texts``,
             ``versions``; every key may be missing.
+        history: a folder of results over time (:mod:`bench.history`).
 
     Returns:
         ``out``.
 
     Raises:
-        ResultError: a result cannot be read.
+        ResultError: a result, or a document of the history, cannot be read.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -43,9 +46,17 @@ def write_report(results: Sequence[Path], out: Path, *, run: dict[str, Any] | No
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, millions=millions, command_line=command_line, megabytes=megabytes, plain=plain, percent=percent
+        number=number,
+        millions=millions,
+        command_line=command_line,
+        megabytes=megabytes,
+        plain=plain,
+        percent=percent,
+        threads=threads,
     )
-    page = environment.get_template("report.html.jinja").render(_context(documents, run or {}))
+    page = environment.get_template("report.html.jinja").render(
+        _context(documents, run or {}), history=_history(history)
+    )
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     # JSON may hold half a surrogate pair, which no file can.
@@ -109,6 +120,15 @@ def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             "svg": Markup(plots.memory_phases(measurements, names)),
         },
     ]
+
+
+def _history(folder: Path | None) -> list[dict[str, Any]]:
+    if folder is None:
+        return []
+    from bench.history import series
+    from bench.history_plot import history_panels
+
+    return history_panels(series(folder))
 
 
 def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:

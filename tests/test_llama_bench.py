@@ -97,8 +97,8 @@ def test_files_are_recognised_and_never_compared_with_ours(tmp_path: Path, lines
     ("text", "told"),
     [
         ("[", "truncated or not JSON"),
-        ("[]", "no list of llama-bench entries"),
-        ("[3]", "no list of llama-bench entries"),
+        ("[]", "nor a list of llama-bench entries"),
+        ("[3]", "nor a list of llama-bench entries"),
         (json.dumps([{}]), "entry 1: no n_prompt"),
         (json.dumps([entry(samples_ns=[])]), "entry 1: samples_ns must be positive"),
         (json.dumps([entry(), entry(samples_ns=[1, -1])]), "entry 2: samples_ns must be positive"),

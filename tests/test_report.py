@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench.headline import cards_of, entries_of, pair_of
+from bench.history import add
 from bench.report import write_report
 from bench.result import Bandwidth, Measurement, ModelFacts, Result, Sample
 from bench.store import ResultError, write_result
@@ -320,3 +321,18 @@ def _contrast(one, other):
 
     low, high = sorted([luminance(one), luminance(other)])
     return (high + 0.05) / (low + 0.05)
+
+
+def test_history_has_a_section_with_its_changes(tmp_path):
+    for day in range(24):
+        created = f"2025-01-{day + 1:02d}T00:00:00+00:00"
+        milliseconds = (10.0 if day < 12 else 11.0) + 0.02 * (day % 3)
+        document = result(measurement(HOSTILE.replace("\ud800", ""), milliseconds), created=created)
+        add(tmp_path / "history", replace(document, device={"fingerprint": "f" * 16, "cpu_model": "Some CPU"}))
+    out = write_report([], tmp_path / "report.html", history=tmp_path / "history")
+    text = out.read_text()
+    Elements(text)
+    assert "<script" not in text
+    assert "Some CPU, 1 thread, 24 runs" in text
+    assert "10.0 % slower from 2025-01-13 00:00 on (20250113T000000Z-" in text
+    assert "<h2>History</h2>" not in write_report([], tmp_path / "plain.html").read_text()

@@ -1,0 +1,210 @@
+"""A folder of results over time: one document per run, series per device and setting, and where they step.
+
+Beside the documents lies an index with what the series need, so that a report over thousands of runs opens none of
+them. It is only a cache: it may be deleted, and what it lacks is read from the documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.compare import decisive_values, metric_of
+from bench.result import INVALID, Measurement, Result
+from bench.stats import summarize
+from bench.store import ResultError, read_result, result_text, write_result
+
+INDEX = "history-index.jsonl"
+LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of one setting: seconds (per token, or of the prompt where nothing is generated), over its processes."""
+
+    created: str  # ISO 8601, UTC
+    file: str
+    median_s: float
+    q1_s: float
+    q3_s: float
+    repetitions: int
+    status: str  # OK | WARN
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one ``Measurement.key`` on one device in the order of time; INVALID ones are left out."""
+
+    fingerprint: str
+    device: str  # its name for people
+    name: str
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_threads: int
+    setting: str  # Measurement.test
+    metric: str  # decode | prefill
+    points: list[Point]
+
+    @property
+    def median_s(self) -> list[float]:
+        """The runs' medians."""
+        return [point.median_s for point in self.points]
+
+
+class _Document(NamedTuple):
+    """A line of the index: a file, its size then, and per measurement the fields of its series and its point."""
+
+    file: str
+    size: int
+    runs: list[tuple[tuple[Any, ...], Point]]
+
+
+def add(folder: Path, result: Result) -> Path:
+    """Keep a result as ``<created>-<hash>.json``; the same one again changes nothing.
+
+    Raises:
+        ResultError: ``created`` is no time.
+    """
+    digest = hashlib.sha256(result_text(result).encode()).hexdigest()[:12]
+    path = folder / f"{_moment(result.created, 'the result'):%Y%m%dT%H%M%SZ}-{digest}.json"
+    if path.exists():
+        return path
+    write_result(path, result)
+    # One write in append mode: two runs that end at once do not mix their lines.
+    with (folder / INDEX).open("ab", buffering=0) as index:
+        index.write(_line(_document(path, result)))
+    return path
+
+
+def series(folder: Path, progress: Progress | None = None) -> list[Series]:
+    """All series of a folder, ordered by device, name and setting.
+
+    A document is read only if the index does not hold it with the size that it has now. Documents without a device
+    fingerprint are in no series: they may be of any device.
+
+    Raises:
+        ResultError: no such folder, or a document that cannot be read; delete it.
+    """
+    if not folder.is_dir():
+        raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
+    found: dict[tuple[Any, ...], list[Point]] = {}
+    for document in _indexed(folder, progress):
+        for key, point in document.runs:
+            found.setdefault(key, []).append(point)
+    return [Series(*(*key, sorted(found[key], key=lambda p: (p.created, p.file)))) for key in sorted(found)]
+
+
+def change_points(values: Sequence[float]) -> list[int]:
+    """Indices at which the level of a series changes; each is the first value of a new level.
+
+    The logarithms are cut by PELT with a squared cost (Killick, Fearnhead and Eckley 2012; the package ``ruptures``)
+    and a penalty of 3 log n per cut (modified BIC, Zhang and Siegmund 2007), in units of the noise, which is told from
+    neighbours' differences. Outliers are drawn to 1.5 noises from the running median before, and a cut must then hold
+    on the values themselves: a Mann-Whitney test of the levels beside it.
+
+    Args:
+        values: positive, in the order of time.
+    """
+    import ruptures
+    from scipy.ndimage import median_filter
+
+    logs = np.log(np.asarray(values, dtype=np.float64))
+    if len(logs) < 2 * LEAST_SEGMENT:
+        return []
+    noise = float(np.median(np.abs(np.diff(logs)))) * 1.4826 / np.sqrt(2)
+    noise = max(noise, 1e-6)  # equal values have none, and still step
+    running = median_filter(logs, size=2 * LEAST_SEGMENT - 3, mode="nearest")
+    clipped = np.clip(logs, running - 1.5 * noise, running + 1.5 * noise) / noise
+    search = ruptures.KernelCPD(kernel="linear", min_size=LEAST_SEGMENT).fit(clipped[:, None])
+    cuts: list[int] = search.predict(pen=3 * np.log(len(logs)))[:-1]
+    return _holding(logs, cuts)
+
+
+def _holding(logs: Any, cuts: list[int]) -> list[int]:
+    """The cuts without those whose levels do not differ, the weakest first, since its neighbours then grow."""
+    from scipy.stats import mannwhitneyu
+
+    alpha = min(0.01, 0.5 / len(logs))  # longer series offer more cuts to be wrong about
+    while cuts:
+        levels = np.split(logs, cuts)
+        p = [float(mannwhitneyu(a, b).pvalue) for a, b in pairwise(levels)]
+        weakest = int(np.argmax(p))
+        if p[weakest] < alpha:
+            break
+        cuts = cuts[:weakest] + cuts[weakest + 1 :]
+    return cuts
+
+
+def _indexed(folder: Path, progress: Progress | None) -> list[_Document]:
+    """Every document's entry; the index is written anew when it did not hold exactly those."""
+    with os.scandir(folder) as listing:
+        sizes = {item.name: item.stat().st_size for item in listing if item.name.endswith(".json") and item.is_file()}
+    lines = list(_read_index(folder / INDEX))
+    known = {document.file: document for document in lines if document and sizes.get(document.file) == document.size}
+    missing = sorted(sizes.keys() - known.keys())
+    for done, name in enumerate(missing):
+        known[name] = _document(folder / name, read_result(folder / name))
+        if progress:
+            progress("reading results", done + 1, len(missing))
+    documents = [known[name] for name in sorted(known)]
+    if missing or len(lines) != len(documents):
+        partial = folder / f"{INDEX}.{os.getpid()}.partial"
+        partial.write_bytes(b"".join(map(_line, documents)))
+        partial.replace(folder / INDEX)
+    return documents
+
+
+def _read_index(path: Path) -> Iterator[_Document | None]:
+    """Every line; None for one that is not whole, whose document is read again."""
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                raw = json.loads(line)
+                runs = [(tuple(key), Point(**point)) for key, point in raw["runs"]]
+                yield _Document(raw["file"], raw["size"], runs)
+            except (ValueError, KeyError, TypeError):
+                yield None
+
+
+def _line(document: _Document) -> bytes:
+    return json.dumps(document._asdict() | {"runs": [(key, asdict(p)) for key, p in document.runs]}).encode() + b"\n"
+
+
+def _document(path: Path, result: Result) -> _Document:
+    created = _moment(result.created, str(path)).isoformat()
+    runs = []
+    for m in result.measurements:
+        summary = summarize(decisive_values(m)[0]) if m.status != INVALID and m.samples else None
+        if summary and result.device.get("fingerprint") is not None:
+            centre = (summary.median, summary.q1, summary.q3)
+            runs.append((_key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)))
+    return _Document(path.name, path.stat().st_size, runs)
+
+
+def _key(device: dict[str, Any], m: Measurement) -> tuple[Any, ...]:
+    """The fields of ``Series`` before its points."""
+    name = str(device.get("board") or device.get("cpu_model") or "unknown device")
+    return (str(device["fingerprint"]), name, *m.key, m.test, metric_of(m))
+
+
+def _moment(created: str, source: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    except ValueError:
+        raise ResultError(
+            f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
+        ) from None
+    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
