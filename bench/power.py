@@ -176,7 +176,7 @@ def _rapl(root: Path) -> tuple[Sensor | None, str | None]:
     domains = [
         domain
         for domain in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
-        if re.fullmatch(r"intel-rapl:\d+", domain.name) and (domain / "name").read_text().startswith("package")
+        if (domain / "name").read_text().startswith("package")  # not its parts, nor psys, which holds it
     ]
     if not domains:
         return None, NO_SENSOR

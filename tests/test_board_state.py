@@ -112,6 +112,10 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
     assert board_state([0], tmp_path).smt_siblings == 0
 
 
+def test_a_power_clamp_that_is_off(tmp_path: Path) -> None:
+    assert board_state([0], plant(tmp_path, cooling(0, "intel_powerclamp", -1))).cooling_state == 0
+
+
 def test_amd_nominal_clock(tmp_path: Path) -> None:
     plant(tmp_path, clocks(0, 3_000_000, 5_200_000, "powersave") | {f"{CPU}/cpu0/acpi_cppc/nominal_freq": "4000\n"})
     assert board_state([0], tmp_path).clock_share == 0.75

@@ -56,7 +56,7 @@ def test_jetson_orin_nano_has_an_input_rail(tmp_path: Path) -> None:
 
 def test_jetson_agx_orin_has_rails_only(tmp_path: Path) -> None:
     first = {1: ("VDD_GPU_SOC", 20000, 500), 2: ("VDD_CPU_CV", 20000, 100), 3: ("VIN_SYS_5V0", 5000, 800)}
-    second = {1: ("NC", 5000, 10), 2: ("VDDQ_VDD2_1V8AO", 5000, 200), 3: ("NC", 5000, 10)}
+    second = {1: ("NC", 5000, 10), 2: ("VDDQ_VDD2_1V8AO", 5000, 200), 7: ("sum of shunt voltages", 9000, 9000)}
     sensor = sensor_of(plant(tmp_path, hwmon("1-0040", first) | hwmon("1-0041", second)))
     assert sensor.scope == "rails_sum" and "VIN_SYS_5V0" in sensor.source and "NC" not in sensor.source
     assert sensor.read() == pytest.approx(10 + 2 + 4 + 1)
@@ -71,11 +71,11 @@ def test_jetson_xavier_nx_on_jetpack_4(tmp_path: Path) -> None:
 
 
 def test_x86_packages_without_their_parts(tmp_path: Path) -> None:
-    plant(tmp_path, rapl(0, "package-0", 5_000_000) | rapl(1, "package-1", 7_000_000) | rapl(2, "psys", 1))
+    plant(tmp_path, rapl(0, "package-0", 5_000_000) | rapl(1, "package-1", 7_000_000) | rapl(2, "psys", 1_000_000))
     plant(tmp_path, {f"{RAPL.format(n='0')}:0/name": "core\n", f"{RAPL.format(n='0:0')}/energy_uj": "1\n"})
     sensor = sensor_of(tmp_path)
     assert (sensor.source, sensor.scope, sensor.counts) == ("RAPL", "package", True)
-    plant(tmp_path, rapl(0, "package-0", 6_500_000) | rapl(1, "package-1", 7_250_000))
+    plant(tmp_path, rapl(0, "package-0", 6_500_000) | rapl(1, "package-1", 7_250_000) | rapl(2, "psys", 9_000_000))
     assert sensor.read() == pytest.approx(1.75)
     assert sensor.read() == pytest.approx(1.75)
 
