@@ -83,7 +83,7 @@ def facts(decoder: Decoder) -> dict[str, Any]:
 
 def load(job: Job) -> Decoder:
     """The directory, with a cache for the prompt and the generated tokens."""
-    return GenaiDecoder(Path(job.path), job.threads, len(job.prompt) + job.n_gen)
+    return GenaiDecoder(Path(job.path), job.threads, job.positions)
 
 
 def main() -> None:

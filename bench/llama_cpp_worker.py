@@ -136,7 +136,7 @@ def facts(decoder: Decoder) -> dict[str, Any]:
 
 def load(job: Job) -> Decoder:
     """The file, with a cache for the prompt and the generated tokens."""
-    return LlamaCppDecoder(Path(job.path), job.threads, len(job.prompt) + job.n_gen)
+    return LlamaCppDecoder(Path(job.path), job.threads, job.positions)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.cgroup import memory_left
+
 SELF = Path("/proc/self")
 
 
@@ -17,6 +19,7 @@ class Split:
 
     anonymous: int
     file: int
+    pss: int | None = None  # pages shared with other processes counted in parts
 
 
 def peak_rss(process: Path = SELF) -> int | None:
@@ -40,7 +43,18 @@ def resident_split(process: Path = SELF) -> Split | None:
     if rss is None or anonymous is None:
         return None
     shared = _kilobytes(process / "status", "RssShmem:") or 0
-    return Split(anonymous + shared, max(0, rss - anonymous - shared))
+    return Split(anonymous + shared, max(0, rss - anonymous - shared), _kilobytes(rollup, "Pss:"))
+
+
+def resident(process: Path = SELF) -> int | None:
+    """The present resident set."""
+    return _kilobytes(process / "status", "VmRSS:")
+
+
+def available(root: Path = Path("/")) -> int | None:
+    """MemAvailable of the host, or what is left below a cgroup's limit where that is less."""
+    sizes = [_kilobytes(root / "proc/meminfo", "MemAvailable:"), memory_left(root)]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _kilobytes(path: Path, key: str) -> int | None:

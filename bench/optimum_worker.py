@@ -82,7 +82,7 @@ def load(job: Job) -> Decoder:
     import torch
 
     torch.set_num_threads(job.threads)
-    return OptimumDecoder(Path(job.path), job.threads, len(job.prompt) + job.n_gen)
+    return OptimumDecoder(Path(job.path), job.threads, job.positions)
 
 
 def main() -> None:

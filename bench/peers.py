@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.foreign import GENAI, LLAMA_CPP, OPTIMUM, bundle_facts, genai_peer, llama_cpp_peer, optimum_peer
 from bench.peer import Peer, PeerError, unknown_facts
+from bench.providers import check_provider
 from bench.result import ModelFacts
 from bench.runtime import check_context
 from bench.session import prepack
@@ -24,16 +25,25 @@ __all__ = ["FORMS", "Peer", "PeerError", "read_peers"]
 
 TORCH = "torch:"
 PREPACKED = "prepacked:"
+WORKER = "bench.worker"
 FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
 
 
-def read_peers(specs: Sequence[str], length: int, names: Sequence[str] | None = None) -> list[Peer]:
+def read_peers(
+    specs: Sequence[str],
+    length: int,
+    names: Sequence[str] | None = None,
+    provider: str = "cpu",
+    cuda_graph: bool = False,
+) -> list[Peer]:
     """Check every spec before anything is measured.
 
     Args:
         specs: bundles as plain paths, the others by their prefix.
         length: positions that each must hold.
         names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
+        provider: of ONNX Runtime, which only plain bundles take.
+        cuda_graph: replay decode steps as a CUDA graph.
 
     Raises:
         PeerError, BundleError, DecoderError, GgufHeaderError: naming the spec and what to do.
@@ -41,6 +51,13 @@ def read_peers(specs: Sequence[str], length: int, names: Sequence[str] | None = 
     if not specs:
         raise PeerError(f"nothing to measure: give {FORMS}")
     peers = [_reader(spec)(spec, length) for spec in specs]
+    for peer in peers:
+        if peer.worker == WORKER:
+            check_provider(read_manifest(peer.path), provider, peer.spec, cuda_graph=cuda_graph)
+        elif provider != "cpu" or cuda_graph:
+            raise PeerError(
+                f"{peer.spec} runs on the CPU only: leave --provider and --cuda-graph out, or give a bundle"
+            )
     chosen = list(names) if names is not None else _distinct([peer.name for peer in peers])
     if len(chosen) != len(peers) or len(set(chosen)) != len(chosen):
         raise PeerError(f"{len(peers)} specs need as many different names, not {', '.join(chosen) or 'none'}")
@@ -70,7 +87,7 @@ def _bundle(spec: str, length: int) -> Peer:
         spec=spec,
         kind="onnx",
         path=path,
-        worker="bench.worker",
+        worker=WORKER,
         vocab_size=manifest.vocab_size,
         bundle_hash=manifest.content_hash,
         model=bundle_facts(manifest),

@@ -10,7 +10,7 @@ from bench.worker import Job, serve
 
 def load(job: Job) -> Decoder:
     """The parent has made the cache and checked the hashes."""
-    return OrtDecoder(job.path, job.threads, len(job.prompt) + job.n_gen, verify=False, prepacked=True)
+    return OrtDecoder(job.path, job.threads, job.positions, verify=False, prepacked=True)
 
 
 def facts(decoder: Decoder) -> dict[str, Any]:

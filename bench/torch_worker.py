@@ -96,7 +96,7 @@ def load(job: Job) -> Decoder:
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         model.eval()
-    return TorchDecoder(model, path, len(job.prompt) + job.n_gen)
+    return TorchDecoder(model, path, job.positions)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""The process that measures one repetition: ``python -m bench.worker``, config as JSON on stdin, one JSON line out.
+"""The process that measures one repetition: ``python -m bench.worker``, config as JSON on stdin, JSON lines out.
 
-A fresh process each time, so that nothing of an earlier repetition (allocator, page tables, clocks) is inherited.
+A fresh process each time, so that nothing of an earlier repetition (allocator, page tables, clocks) is inherited. The
+last line is the answer; those before it tell the rate of the moment.
 """
 
 from __future__ import annotations
@@ -10,57 +11,76 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.clock_probe import drift, level, probe_clock
 from bench.cores import pin
-from bench.measure import measure, warm_up
-from bench.memory import peak_rss, reset_peak, resident_split
+from bench.decoders import make_decoder
+from bench.host_state import counters, snapshot
+from bench.measure import Live, measure, warm_up
+from bench.memory import available, peak_rss, reset_peak, resident, resident_split
 from bench.result import Sample
-from bench.runtime import Decoder, OrtDecoder
-from bench.validity import counters, snapshot
+from bench.runtime import Decoder
+
+NOT_LINUX = "this kernel does not tell"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does."""
+    """What one worker does. ``context`` goes in untimed before ``prompt``."""
 
     path: str
     prompt: list[int]
     n_gen: int
-    warmup: int
+    warmup: int | None
     threads: int
     cpus: list[int]
     order: int
+    context: list[int] = field(default_factory=list)
+    provider: str = "cpu"
+    cuda_graph: bool = False
+    only_load: bool = False  # time the load and end
+    spawned_at: float | None = None  # time.monotonic of the parent, which is the same clock on Linux
+    available_before: int | None = None  # MemAvailable before this process
+    root: str = "/"  # of /proc and /sys
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache."""
+        return len(self.context) + len(self.prompt) + self.n_gen
 
 
-def sample(job: Job, load: Callable[[Job], Decoder]) -> tuple[Sample, Decoder]:
-    """Load, warm up, measure once; memory is read between the parts."""
+Load = Callable[[Job], Decoder]
+
+
+def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, Any], Decoder]:
+    """Load, warm up, measure once; clocks, memory and the host's counters are read between the parts.
+
+    Returns:
+        ``{"sample": ..., "window": (start, end) of decode on time.monotonic}``, and the decoder.
+    """
+    startup_s = time.monotonic() - job.spawned_at if job.spawned_at is not None and _linux() else None
     pin(job.cpus)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    clock = time.perf_counter
+    base, clock = resident(), time.monotonic
     begin = clock()
     decoder = load(job)
     load_s = clock() - begin
-    unknown: dict[str, str] = {}
-    peak_load = peak_rss()
-    apart = reset_peak()
-    prompt = np.asarray(job.prompt, np.int64)
-    warmup_s = warm_up(decoder, prompt, job.warmup, clock)
-    before = snapshot(job.cpus)
-    done = measure(decoder, prompt, job.n_gen, clock)
-    happened = counters(before, snapshot(job.cpus), len(job.cpus))
-    peak_decode, split = (peak_rss() if apart else None), resident_split()
-    if peak_load is None:
-        unknown["peak_load_bytes"] = "this kernel has no VmHWM"
-    if peak_decode is None:
-        unknown["peak_decode_bytes"] = "this kernel does not let VmHWM be reset"
-    if split is None:
-        unknown["anonymous_bytes"] = unknown["file_bytes"] = "this kernel has no smaps_rollup"
-    unknown.update({f"counters.{k}": "not told by this kernel, or too short" for k, v in happened.items() if v is None})
+    if live is not None:
+        live("warm-up", 0.0)
+    peak_load, apart = peak_rss(), reset_peak()
+    prompt, context = np.asarray(job.prompt, np.int64), np.asarray(job.context, np.int64)
+    warmup_s, steady = warm_up(decoder, prompt, job.warmup, clock, context, job.n_gen)
+    probes, before = probe_clock(), snapshot(job.cpus, Path(job.root))
+    done = measure(decoder, prompt, job.n_gen, clock, context, live)
+    happened = counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus))
+    happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
+    happened["clock_s"] = level(probes)
     taken = Sample(
         started_at=started,
         order=job.order,
@@ -69,32 +89,72 @@ def sample(job: Job, load: Callable[[Job], Decoder]) -> tuple[Sample, Decoder]:
         prefill_s=done.prefill_s,
         ttft_s=done.ttft_s,
         token_s=done.token_s,
-        peak_load_bytes=peak_load,
-        peak_decode_bytes=peak_decode,
-        anonymous_bytes=split.anonymous if split else None,
-        file_bytes=split.file if split else None,
         counters=happened,
-        unknown=unknown,
+        startup_s=startup_s,
+        base_bytes=base,
+        steady=steady,
+        **_memory(job, peak_load, apart),
     )
-    return taken, decoder
+    unknown = {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None}
+    unknown.update({f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in happened.items() if v is None})
+    return {"sample": {**asdict(taken), "unknown": unknown}, "window": done.window}, decoder
 
 
-def serve(load: Callable[[Job], Decoder], facts: Callable[[Decoder], dict[str, Any]]) -> None:
-    """Read the job from stdin, write ``{"sample": ..., **facts}`` to stdout.
+_MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_bytes", "pss_bytes", "available_drop_bytes")
 
-    What libraries print goes to stderr, so that the answer is the only line on stdout.
+
+def _memory(job: Job, peak_load: int | None, apart: bool) -> dict[str, Any]:
+    """The present memory, by the names of ``_MEMORY``; a peak that could not be reset is none of decode."""
+    split, left = resident_split(), available(Path(job.root))
+    drop = None if job.available_before is None or left is None else job.available_before - left
+    return {
+        "peak_load_bytes": peak_load,
+        "peak_decode_bytes": peak_rss() if apart else None,
+        "anonymous_bytes": split.anonymous if split else None,
+        "file_bytes": split.file if split else None,
+        "pss_bytes": split.pss if split else None,
+        "available_drop_bytes": drop,
+    }
+
+
+def serve(load: Load, facts: Callable[[Decoder], dict[str, Any]]) -> None:
+    """Read the job from stdin, write ``{"sample": ..., "window": ..., **facts}`` to stdout.
+
+    What libraries print goes to stderr, so that stdout holds our lines only.
     """
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def tell(document: dict[str, Any]) -> None:
+        answer.write(json.dumps(document) + "\n")
+        answer.flush()
+
     job = Job(**json.load(sys.stdin))
-    taken, decoder = sample(job, load)
-    answer.write(json.dumps({"sample": asdict(taken), **facts(decoder)}) + "\n")
-    answer.flush()
+    if job.only_load:
+        tell(_loaded(job, load))
+        return
+    taken, decoder = sample(job, load, lambda phase, rate: tell({"phase": phase, "rate": rate}))
+    tell({**taken, **facts(decoder)})
+
+
+def _loaded(job: Job, load: Load) -> dict[str, Any]:
+    """Seconds of a load, and what it read from storage."""
+    pin(job.cpus)
+    before, begin = snapshot(job.cpus), time.monotonic()
+    load(job)
+    load_s = time.monotonic() - begin
+    after = snapshot(job.cpus)
+    known = before.read_bytes is not None and after.read_bytes is not None
+    return {"load_s": load_s, "read_bytes": after.read_bytes - before.read_bytes if known else None}  # type: ignore[operator]
+
+
+def _linux() -> bool:
+    return sys.platform.startswith("linux")
 
 
 def _load(job: Job) -> Decoder:
     # The parent has checked the hashes once; doing it here would time the disk and the hash.
-    return OrtDecoder(job.path, job.threads, len(job.prompt) + job.n_gen, verify=False)
+    return make_decoder(job.path, job.threads, job.positions, job.provider, job.cuda_graph)
 
 
 def _facts(decoder: Decoder) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from devices.cgroup import memory_limit
+
 # Kernel name of a CPU feature -> the name used in profiles and results. Those that decide which int4, int8 and
 # half-precision kernels ONNX Runtime takes.
 ISA_FEATURES = {
@@ -220,27 +222,7 @@ def _kibibytes(text: str | None) -> int | None:
 def _memory(root: Path, host: bool) -> int | None:
     match = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
     total = int(match.group(1)) * 1024 if match else (int(psutil.virtual_memory().total) if host else None)
-    return min((size for size in (total, _cgroup_limit(root)) if size), default=None)
-
-
-def _cgroup_limit(root: Path) -> int | None:
-    """The tightest memory limit, bytes, from this process's cgroup up to the root, of version 1 or 2."""
-    limits = []
-    mount = root / "sys/fs/cgroup"
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            places = [(mount, "memory.max"), (mount / "unified", "memory.max")]
-        elif "memory" in controllers.split(","):
-            places = [(mount / "memory", "memory.limit_in_bytes")]
-        else:
-            continue
-        for base, name in places:
-            # Inside a container the path may be the host's; only the levels that exist here are read.
-            parts = [part for part in path.split("/") if part not in ("", "..")]
-            levels = (base.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
-            limits += [_number(level / name) for level in levels]
-    return min((limit for limit in limits if limit), default=None)
+    return min((size for size in (total, memory_limit(root)) if size), default=None)
 
 
 def _policies(root: Path) -> list[Path]:

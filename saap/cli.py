@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from saap.cli_bench import bench, compare, devices, report
+from saap.cli_types import LayerRange, directory
 from saap.console import Console
 
 EXTRAS = {
@@ -15,27 +17,6 @@ EXTRAS = {
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
     "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",
 }  # fmt: skip
-
-directory = click.Path(path_type=Path)
-
-
-class LayerRange(click.ParamType):
-    """Layers such as ``0-2,29``."""
-
-    name = "layers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
-        """``0-2,29`` -> {0, 1, 2, 29}."""
-        if isinstance(value, frozenset):
-            return value
-        layers: set[int] = set()
-        try:
-            for part in value.split(","):
-                first, _, last = part.partition("-")
-                layers.update(range(int(first), int(last or first) + 1))
-        except ValueError:
-            self.fail(f"{value!r} names no layers: write something like 0-2,29", param, ctx)
-        return frozenset(layers)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -235,108 +216,8 @@ def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     generate_text(bundle, prompt, **options)
 
 
-@cli.command()
-@click.argument("specs", nargs=-1, required=True, metavar="A [B ...]")
-@click.option("-p", "--prompt", type=int, default=128, show_default=True, help="Prompt tokens.")
-@click.option("-n", "--generate", type=int, default=128, show_default=True, help="Generated tokens.")
-@click.option("-t", "--threads", type=int, help="Default: all physical cores.")
-@click.option(
-    "-r", "--repetitions", type=int, default=5, show_default=True, help="Fresh processes per spec, interleaved."
-)
-@click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included.")
-def bench(specs: tuple[str, ...], **options: Any) -> None:
-    """Measure bundles and other runtimes, interleaved, each run in a fresh process.
-
-    A is a bundle, prepacked:BUNDLE (packed weights kept in the cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
-    optimum:DIR. Peers need their packages, here or in the Python that SAAP_PEER_PYTHON names.
-
-    \b
-    Example:
-      saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
-      saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
-    """
-    from saap.board import bench_specs
-
-    with Console() as console:
-        bench_specs(list(specs), console=console, **options)
-
-
-@cli.command()
-@click.argument("old", type=directory)
-@click.argument("new", type=directory)
-@click.option("--min-effect", type=float, default=0.02, show_default=True, help="Smallest change that counts.")
-@click.option("--fail-on", type=click.Choice(["regression"]), help="Exit with 1 when something became slower.")
-def compare(old: Path, new: Path, min_effect: float, fail_on: str | None) -> None:
-    """Is the new result faster or slower than the old one? Exit 3 when they do not compare.
-
-    \b
-    Example:
-      saap compare before.json after.json --fail-on regression
-    """
-    from saap.board import compare_results
-
-    sys.exit(compare_results(old, new, min_effect, fail_on == "regression"))
-
-
-@cli.group()
-def devices() -> None:
-    """Known devices and this host."""
-
-
-@devices.command(name="list")
-def devices_list() -> None:
-    """The devices that have a profile.
-
-    \b
-    Example:
-      saap devices list
-    """
-    from saap.board import list_devices
-
-    list_devices()
-
-
-@devices.command(name="show")
-@click.argument("name")
-def devices_show(name: str) -> None:
-    """A profile: every number with its unit, source and level.
-
-    \b
-    Example:
-      saap devices show raspberry-pi-5
-    """
-    from saap.board import show_device
-
-    show_device(name)
-
-
-@devices.command(name="probe")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-def devices_probe(as_json: bool) -> None:
-    """What this host is.
-
-    \b
-    Example:
-      saap devices probe
-    """
-    from saap.board import probe_host
-
-    probe_host(as_json)
-
-
-@cli.command()
-@click.argument("results", type=directory, nargs=-1, required=True)
-@click.option("-o", "--out", type=directory, required=True, help="The HTML file to write.")
-def report(results: tuple[Path, ...], out: Path) -> None:
-    """One self-contained page from bench results, or from the directory of a run.
-
-    \b
-    Example:
-      saap report out/demo -o report.html
-    """
-    from saap.board import make_report
-
-    make_report(list(results), out)
+for command in (bench, compare, devices, report):
+    cli.add_command(command)
 
 
 def check_packages() -> None:

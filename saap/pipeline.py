@@ -19,7 +19,8 @@ import click
 import torch
 
 from saap import models
-from saap.board import bench_specs, read_run, show_result
+from saap.bench_command import keep, measured, show_result
+from saap.board import read_run
 from saap.checkpoint import check_output, read_record
 from saap.console import Console
 from saap.export_command import DEFAULTS, export_step
@@ -214,10 +215,11 @@ def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Pat
 
 
 def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> None:
-    bench_specs(
-        [str(state.out / name) for name in BUNDLES], names=list(BUNDLES), prompt=128, generate=128, threads=threads,
-        repetitions=repetitions, json_path=result, console=state.console, show=False,
-    )  # fmt: skip
+    from bench.plan import Plan
+
+    specs = [str(state.out / name) for name in BUNDLES]
+    plan = Plan(threads=threads, repetitions=repetitions)
+    keep(measured(specs, plan, state.console, list(BUNDLES)), result)
 
 
 def _evaluation(directory: Path, options: RunOptions, console: Console) -> Rows:

@@ -11,6 +11,7 @@ import statistics
 import sys
 
 from bench.compare import compare_within
+from bench.plan import Plan
 from bench.run import bench
 
 
@@ -23,9 +24,11 @@ def speedup(result, base: str, other: str) -> str:
 
 def main(run: str, dense: str, repetitions: int = 12) -> None:
     specs, names = [f"{run}/dense-int4", f"{run}/slim-int4"], ["dense-int4", "slim-int4"]
-    pairs = bench(specs, threads=1, repetitions=repetitions, names=names)
+    pairs = bench(specs, Plan(threads=1, repetitions=repetitions, cold=False), names=names)
     print(f"| 20 %-pruned against dense, int4, 1 thread, {repetitions} pairs | {speedup(pairs, *names)} |")
-    peers = bench([specs[0], f"torch:{dense}"], threads=2, repetitions=5, names=["dense-int4", "transformers"])
+    peers = bench(
+        [specs[0], f"torch:{dense}"], Plan(threads=2, repetitions=5, cold=False), names=["dense-int4", "transformers"]
+    )
     print(
         f"| dense int4 against transformers fp32, 2 threads, 5 pairs | {speedup(peers, 'transformers', 'dense-int4')} |"
     )

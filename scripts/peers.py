@@ -117,6 +117,7 @@ def describe(work: Path) -> None:
 
 
 def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, prompt: int, generate: int) -> None:
+    from bench.plan import Plan
     from bench.run import bench
     from bench.store import write_result
 
@@ -124,7 +125,7 @@ def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, pro
     graphs = [f"genai:{work / name}" for name in GRAPHS if (work / name).is_dir()]
     specs = [*bundles, f"llama.cpp:{work / Q4_1}", f"llama.cpp:{work / Q4_0}", *graphs]
     for count in threads:
-        result = bench(specs, prompt=prompt, generate=generate, threads=count, repetitions=rounds)
+        result = bench(specs, Plan(prompt=prompt, generate=generate, threads=count, repetitions=rounds, cold=False))
         path = work / f"peers-p{prompt}-n{generate}-t{count}.json"
         write_result(path, result)
         print(f"\n{prompt} prompt + {generate} generated tokens, {count} threads, {rounds} interleaved rounds: {path}")

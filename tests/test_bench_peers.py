@@ -16,8 +16,10 @@ from bench.measure import measure, warm_up
 from bench.onnx_facts import graph_facts
 from bench.peer import PEER_PYTHON, PeerError, python_with
 from bench.peers import read_peers
+from bench.plan import Plan
 from bench.result import INVALID
-from bench.run import bench, prompt_tokens
+from bench.rounds import prompt_tokens
+from bench.run import bench
 from bench.runtime import OrtDecoder
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
@@ -161,7 +163,7 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
     unknown = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
     specs = [str(bundle), f"llama.cpp:{path}", f"llama.cpp:{unknown}"]
-    result = bench(specs, prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60)
+    result = bench(specs, Plan(prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60, cold=False))
     ours, theirs, broken = result.measurements
     assert (theirs.name, theirs.kind) == ("tiny (llama.cpp)", "llama.cpp")
     assert len(ours.samples) == len(theirs.samples) == 2 and len(theirs.samples[0].token_s) == 5
@@ -200,7 +202,8 @@ def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
 def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     result = bench(
-        [str(genai_bundle), f"genai:{genai_bundle}"], prompt=6, generate=5, threads=1, repetitions=1, warmup=2
+        [str(genai_bundle), f"genai:{genai_bundle}"],
+        Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
     )
     ours, theirs = result.measurements
     assert len(theirs.samples) == 1, theirs.reasons
@@ -277,7 +280,8 @@ def test_a_peer_in_another_python_that_crashes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(PEER_PYTHON, str(python))
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
     result = bench(
-        [f"llama.cpp:{path}", str(bundle)], prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60
+        [f"llama.cpp:{path}", str(bundle)],
+        Plan(prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60, cold=False),
     )
     crashed, ours = result.measurements
     assert crashed.status == INVALID and crashed.samples == []

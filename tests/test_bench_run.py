@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from bench.child import ChildFailedError, call
 from bench.cores import choose_cores
 from bench.measure import measure
 from bench.peers import PeerError, read_peers
+from bench.plan import Plan
 from bench.result import INVALID, Result
-from bench.run import bench, prompt_tokens, schedule
+from bench.rounds import prompt_tokens, turn
+from bench.run import bench
 from bench.runtime import DecoderError, OrtDecoder
 from bench.store import read_result, write_result
 from export.bundle import BundleError
@@ -36,11 +39,7 @@ def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
     calls: list[tuple[str, float, float]] = []
     result = bench(
         [str(b) for b in bundles],
-        prompt=12,
-        generate=10,
-        threads=1,
-        repetitions=2,
-        warmup=3,
+        Plan(prompt=12, generate=10, threads=1, repetitions=2, warmup=3, cold=False),
         progress=lambda *call: calls.append(call),
     )
     return result, calls
@@ -67,10 +66,55 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
     assert read_result(tmp_path / "r.json") == result
 
 
+def test_what_a_repetition_holds(two: tuple[Result, object]) -> None:
+    for s in (s for m in two[0].measurements for s in m.samples):
+        assert s.startup_s is not None and 0 < s.startup_s < 30
+        assert s.base_bytes is not None and 20e6 < s.base_bytes <= s.peak_load_bytes
+        assert s.pss_bytes is not None and s.pss_bytes <= s.anonymous_bytes + s.file_bytes
+        assert s.available_drop_bytes is not None
+        assert s.counters["clock_limit"] >= 0.03 and s.counters["clock_s"] > 0
+        assert s.energy is not None or "power" in s.unknown["energy"]
+
+
+def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path]) -> None:
+    plan = Plan(prompt=(4, 0), generate=3, depth=(0, 5), threads=1, pairs=[(7, 0)], repetitions=1, warmup=0, cold=False)
+    result = bench([str(b) for b in bundles], plan)
+    assert [m.test for m in result.of("dense")] == ["tg3", "pp4+tg3", "pp7", "tg3@d5", "pp4+tg3@d5", "pp7@d5"]
+    assert len({m.key for m in result.measurements}) == 12
+    for m in result.measurements:
+        (s,) = m.samples
+        assert (s.prefill_s is None) == (m.n_prompt == 0) and len(s.token_s) == m.n_gen
+    with pytest.raises(DecoderError, match="do not fit"):
+        bench([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
+
+
+def test_repetitions_end_when_the_ratio_is_known_or_time_is_up(bundles: list[Path]) -> None:
+    plan = Plan(prompt=4, generate=3, threads=1, warmup=0, cold=False, precision=0.99, max_time_s=60)
+    loose = bench([str(b) for b in bundles], plan)
+    assert {len(m.samples) for m in loose.measurements} == {5}
+    hurried = bench([str(bundles[0])], replace(plan, precision=1e-9, max_time_s=0.01))
+    assert len(hurried.measurements[0].samples) == 5
+
+
+def test_cold_load_reads_the_files_again(bundles: list[Path]) -> None:
+    (m,) = bench([str(bundles[0])], Plan(prompt=2, generate=2, threads=1, repetitions=1, warmup=0)).measurements
+    # A file system in memory has no cache to drop.
+    assert (m.cold_load_s is not None and m.cold_load_s > 0) or "were read" in m.unknown["cold_load_s"]
+
+
+def test_too_little_memory_is_refused_with_the_sum(bundles: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 100000 kB\nMemAvailable: 40000 kB\n")
+    with pytest.raises(PeerError, match=r"needs about \d+ MB \(weights \d+ \+ runtime 67 \+ cache \d+\) and 41 MB"):
+        bench([str(bundles[0])], Plan(threads=1, prompt=8, generate=8, root=tmp_path))
+
+
 def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, float]]]) -> None:
     _, calls = two
-    assert [done for _, done, _ in calls] == [0, 1, 2, 3, 4]
-    assert calls[1] == ("bench, slim", 1, 4)
+    rounds = [(label, done) for label, done, _ in calls if ": round" in label or label == "bench"]
+    assert [done for label, done in rounds if "," not in label.split(":")[-1]] == [0, 1, 2, 3, 4]
+    assert ("bench, slim: round 1", 1, 4.0) in calls and calls[-1] == ("bench", 4, 4)
+    assert any("warm-up" in label for label, _, _ in calls)
 
 
 def test_the_worker_adds_little_memory(two: tuple[Result, object]) -> None:
@@ -85,13 +129,15 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
     tiny_bundle(broken)
     check = bench_run.read_peers
 
-    def then_break(specs: Sequence[str], length: int, names: Sequence[str] | None = None) -> object:
-        peers = check(specs, length, names)
+    def then_break(*given: object) -> object:
+        peers = check(*given)
         (broken / "model.onnx").write_bytes(b"no longer a graph")
         return peers
 
     monkeypatch.setattr(bench_run, "read_peers", then_break)
-    result = bench([str(broken), str(bundles[1])], prompt=4, generate=3, threads=1, repetitions=3, warmup=0)
+    result = bench(
+        [str(broken), str(bundles[1])], Plan(prompt=4, generate=3, threads=1, repetitions=3, warmup=0, cold=False)
+    )
     bad, good = result.measurements
     assert bad.status == INVALID and bad.samples == []
     assert "exit 1" in bad.reasons[0] and "not an ONNX file" in bad.reasons[0] and "\n" not in bad.reasons[0]
@@ -99,7 +145,7 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
 
 
 def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path]) -> None:
-    result = bench([str(bundles[0])], prompt=4, generate=3, threads=1, repetitions=2, timeout_s=0.01)
+    result = bench([str(bundles[0])], Plan(prompt=4, generate=3, threads=1, repetitions=2, timeout_s=0.01, cold=False))
     (m,) = result.measurements
     assert m.status == INVALID and m.samples == [] and "no answer within 0.01 s" in m.reasons[0]
 
@@ -114,11 +160,11 @@ def test_measured_tokens_are_the_model_s_own(bundles: list[Path]) -> None:
 
 
 def test_schedule_is_balanced() -> None:
-    assert schedule(2, 4) == [0, 1, 1, 0, 1, 0, 0, 1]
-    assert schedule(1, 3) == [0, 0, 0]
-    order = schedule(3, 6)
-    assert [sorted(order[i : i + 3]) for i in range(0, 18, 3)] == [[0, 1, 2]] * 6
-    assert sum(p for p, index in enumerate(order) if index == 1) == sum(p for p, i in enumerate(order) if i == 0)
+    assert [turn(2, n) for n in range(4)] == [[0, 1], [1, 0], [1, 0], [0, 1]]
+    assert turn(1, 7) == [0]
+    rounds = [turn(3, n) for n in range(6)]
+    assert all(sorted(order) == [0, 1, 2] for order in rounds)
+    assert {sum(order.index(spec) for order in rounds) for spec in range(3)} == {6}
 
 
 def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
@@ -131,7 +177,14 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
     ("specs", "options", "error", "message"),
     [
         ([], {}, PeerError, "nothing to measure"),
-        (["{b}"], {"prompt": 0}, PeerError, "--prompt 0"),
+        (["{b}"], {"prompt": -1}, PeerError, "--prompt -1"),
+        (["{b}"], {"prompt": 0, "generate": 0}, PeerError, "nothing to time"),
+        (["{b}"], {"depth": (0, -2)}, PeerError, "--depth -2"),
+        (["{b}"], {"pairs": [(4, -1)]}, PeerError, "-pg takes"),
+        (["{b}"], {"precision": 2.0}, PeerError, "--precision 2.0"),
+        (["{b}"], {"max_time_s": 0.0}, PeerError, "time limit"),
+        (["{b}"], {"warmup": -1}, PeerError, "-1 warm-up steps"),
+        (["{b}"], {"provider": "cuda"}, DecoderError, "cuda"),
         (["{b}"], {"repetitions": 0}, PeerError, "--repetitions 0"),
         (["{b}"], {"timeout_s": float("nan")}, PeerError, "time limit"),
         (["{b}"], {"generate": CONTEXT}, DecoderError, "tokens of context do not fit"),
@@ -147,8 +200,14 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
 def test_bad_input_is_one_line(
     bundles: list[Path], specs: list[str], options: dict[str, object], error: type[ValueError], message: str
 ) -> None:
+    given = {key: value for key, value in options.items() if key != "names"}
+    names = options.get("names")
     with pytest.raises(error, match=message) as caught:
-        bench([spec.format(b=bundles[0]) for spec in specs], **{"threads": 1, "prompt": 8, "generate": 8, **options})
+        bench(
+            [spec.format(b=bundles[0]) for spec in specs],
+            Plan(**{"threads": 1, "prompt": 8, "generate": 8, **given}),
+            names=names,
+        )
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -185,7 +244,8 @@ def test_torch_beside_a_bundle(bundles: list[Path], tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "tiny")
     result = bench(
-        [str(bundles[0]), f"torch:{tmp_path / 'tiny'}"], prompt=6, generate=5, threads=1, repetitions=1, warmup=2
+        [str(bundles[0]), f"torch:{tmp_path / 'tiny'}"],
+        Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
     )
     torch = result.measurements[1]
     assert torch.reasons == [] or torch.status != INVALID, torch.reasons
@@ -233,8 +293,37 @@ def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         call("mute", {}, 20)
     with pytest.raises(ChildFailedError, match="no answer within 3 s"):
         call("sleeps", {}, 3)
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    assert _ends((tmp_path / "pid").read_text(), within_s=5)
+
+
+def _ends(pid: str, within_s: float) -> bool:
+    """Whether a process that was killed is gone, or waits for its parent only."""
+    for _ in range(int(within_s / 0.05)):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    (tmp_path / "counts.py").write_text(
+        "import json\nprint(json.dumps({'n': 1}))\nprint('noise')\nprint(json.dumps({'n': 2}))\n"
+        "print(json.dumps({'n': 3}), end='')"
+    )
+    (tmp_path / "pours.py").write_text("while True: print('x' * 1000000)")
+    (tmp_path / "explains.py").write_text("import sys; sys.exit('\\n'.join(f'line {n}' for n in range(30)))")
+    told: list[dict[str, int]] = []
+    assert call("counts", {}, 20, told=told.append) == {"n": 3}
+    assert told == [{"n": 1}, {"n": 2}]
+    with pytest.raises(ChildFailedError, match="printed without end"):
+        call("pours", {}, 20)
+    with pytest.raises(ChildFailedError, match="exit 1: line 29") as caught:
+        call("explains", {}, 20)
+    assert caught.value.stderr == [f"line {n}" for n in range(18, 30)]
 
 
 def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path]) -> None:
@@ -254,7 +343,7 @@ w.serve(load, w._facts)
         text=True,
         check=True,
     )
-    assert len(json.loads(done.stdout)["sample"]["token_s"]) == 2
+    assert len(json.loads(done.stdout.splitlines()[-1])["sample"]["token_s"]) == 2
     assert "noise" in done.stderr
 
 
@@ -289,7 +378,9 @@ def test_slim_directory_in_torch(tmp_path: Path) -> None:
     tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     (tmp_path / "base").mkdir()
     slim = checkpoint.write_slim(tmp_path / "slim", tmp_path / "base", config, iter(tensors.items()), {})
-    (m,) = bench([f"torch:{slim}"], prompt=6, generate=4, threads=1, repetitions=1, warmup=0).measurements
+    (m,) = bench(
+        [f"torch:{slim}"], Plan(prompt=6, generate=4, threads=1, repetitions=1, warmup=0, cold=False)
+    ).measurements
     assert len(m.samples) == 1, m.reasons
     assert m.model.parameters == sum(t.numel() for t in tensors.values())
     assert m.model.kv_bytes_per_token == 2 * 1 * 8 * 4

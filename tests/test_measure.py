@@ -28,12 +28,12 @@ class CountingDecoder:
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         self.fed.extend(ids.tolist())
         self.clock.now += 10 * len(ids)
-        return np.eye(32, dtype=np.float32)[ids[-1] + 1]
+        return np.eye(128, dtype=np.float32)[ids[-1] + 1]
 
     def step(self, token_id: int) -> np.ndarray:
         self.fed.append(token_id)
         self.clock.now += len(self.fed)
-        return np.eye(32, dtype=np.float32)[token_id + 1]
+        return np.eye(128, dtype=np.float32)[token_id + 1]
 
 
 def test_exact_counts_and_times() -> None:
@@ -46,15 +46,64 @@ def test_exact_counts_and_times() -> None:
     assert done.token_s == [3, 4, 5]
 
 
+def test_context_goes_in_untimed() -> None:
+    clock = Clock()
+    decoder = CountingDecoder(clock)
+    done = measure(decoder, np.array([4]), 2, clock, np.array([1, 2, 3]))
+    assert decoder.fed == [1, 2, 3, 4, 5, 6]
+    assert (done.prefill_s, done.token_s) == (10, [5, 6])
+    assert done.window == (40, 51)
+
+
+def test_without_a_prompt_only_steps_are_timed() -> None:
+    clock = Clock()
+    done = measure(CountingDecoder(clock), np.array([], np.int64), 2, clock, np.array([7]))
+    assert (done.prefill_s, done.ttft_s) == (None, None)
+    assert done.tokens == [8, 9, 10] and done.token_s == [2, 3]
+
+
+def test_telling_the_rate_is_not_timed() -> None:
+    clock = Clock()
+    told: list[tuple[str, float]] = []
+
+    def slow(phase: str, rate: float) -> None:
+        told.append((phase, rate))
+        clock.now += 1000
+
+    done = measure(CountingDecoder(clock), np.array([4, 5]), 3, clock, live=slow)
+    assert done.token_s == [3, 4, 5]
+    assert told == [("decode", 1 / 3), ("decode", 2 / 7), ("decode", 3 / 12)]
+
+
 def test_warm_up_is_kept_apart() -> None:
     clock = Clock()
     decoder = CountingDecoder(clock)
-    assert warm_up(decoder, np.array([1]), 3, clock) == [10, 2, 3]
+    assert warm_up(decoder, np.array([1]), 3, clock) == ([10, 2, 3], None)
     assert measure(decoder, np.array([1]), 1, clock).token_s == [2]
     assert decoder.resets == 2
 
 
 def test_no_warm_up_runs_nothing() -> None:
     decoder = CountingDecoder(Clock())
-    assert warm_up(decoder, np.array([1]), 0, decoder.clock) == []
+    assert warm_up(decoder, np.array([1]), 0, decoder.clock) == ([], None)
     assert decoder.fed == []
+
+
+class SettlingDecoder(CountingDecoder):
+    """Steps take 5 s at first and 1 s from the twentieth on."""
+
+    def step(self, token_id: int) -> np.ndarray:
+        self.fed.append(token_id)
+        self.clock.now += 5 if len(self.fed) < 20 else 1
+        return np.eye(32, dtype=np.float32)[1]
+
+
+def test_warm_up_ends_once_steps_are_steady() -> None:
+    clock = Clock()
+    times, steady = warm_up(CountingDecoder(clock), np.array([1]), None, clock, most=64)
+    assert steady is False and len(times) == 65  # each step is a second longer: never steady
+    alike = SettlingDecoder(clock)
+    times, steady = warm_up(alike, np.array([1]), None, clock, most=64)
+    assert steady is True and len(times) == 1 + 16
+    few, unknown = warm_up(SettlingDecoder(clock), np.array([1]), None, clock, most=8)
+    assert unknown is None and len(few) == 9

@@ -17,7 +17,7 @@ def test_fake_process(tmp_path: Path) -> None:
         "0-1 ---p 0 00:00 0 [rollup]\nRss: 2000 kB\nPss: 900 kB\nAnonymous: 500 kB\n"
     )
     assert peak_rss(tmp_path) == 13900 * 1024
-    assert resident_split(tmp_path) == Split(anonymous=516 * 1024, file=1484 * 1024)
+    assert resident_split(tmp_path) == Split(anonymous=516 * 1024, file=1484 * 1024, pss=900 * 1024)
 
 
 def test_unknown_where_the_kernel_does_not_tell(tmp_path: Path) -> None:
