@@ -121,6 +121,7 @@ def test_a_profile_counts_nodes_not_runs() -> None:
 
     events = [event("a_kernel_time", "MatMul", CUDA), event("b_kernel_time", "MatMul", CUDA)] * 3
     other = [{"cat": "Session", "name": "model_run"}, {"cat": "Node", "name": "a_fence_before", "args": {}}]
+    other.append({**event("ampere_gemm", "MatMul", CUDA), "cat": "Kernel"})  # of a build that traces the GPU
     expected = {CUDA: Counter(MatMul=2), CPU: Counter(Shape=1)}
     assert placed_by_profile([*events, *other, event("c_kernel_time", "Shape", CPU)]) == expected
 
@@ -148,6 +149,6 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle,
     (bundle / "model.onnx.data").rename(tmp_path / "data")
     (bundle / "model.onnx.data").symlink_to(tmp_path / "data")
     machine = Machine(nodes={})
-    with pytest.raises(BundleError, match="outside"):
-        make_decoder(bundle, 1, 16, "cuda", runtime=machine)
+    with pytest.raises(BundleError, match="outside the bundle's folder"):
+        GpuSession(bundle / "model.onnx", 1, [(CUDA, {})], machine)
     assert machine.sessions == []
