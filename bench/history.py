@@ -127,8 +127,8 @@ def change_points(values: Sequence[float]) -> list[int]:
     running = median_filter(logs, size=2 * LEAST_SEGMENT - 3, mode="nearest")
     clipped = np.clip(logs, running - 1.5 * noise, running + 1.5 * noise) / noise
     search = ruptures.KernelCPD(kernel="linear", min_size=LEAST_SEGMENT).fit(clipped[:, None])
-    cuts: list[int] = search.predict(pen=3 * np.log(len(logs)))[:-1]
-    return _holding(logs, cuts)
+    cuts = search.predict(pen=3 * np.log(len(logs)))[:-1]
+    return _holding(logs, [int(cut) for cut in cuts])
 
 
 def _holding(logs: Any, cuts: list[int]) -> list[int]:

@@ -29,7 +29,9 @@ def history_plot(series: Series, changes: Sequence[int], salt: str) -> str:
         times = np.array([datetime.fromisoformat(point.created).timestamp() for point in series.points])
         days = times / 86400
         values = 1e3 * np.array([[p.median_s, p.q1_s, p.q3_s] for p in series.points])
-        _draw_runs(axes, days, values)
+        low, high = _limits(values[:, 0])
+        _draw_runs(axes, days, np.clip(values, low, high))
+        axes.set_ylim(low, high)
         edges = [0, *changes, len(days)]
         for first, last in pairwise(edges):
             level = np.median(values[first:last, 0])
@@ -37,9 +39,6 @@ def history_plot(series: Series, changes: Sequence[int], salt: str) -> str:
         for change in changes:
             axes.axvline(days[change], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
         _date_axis(axes, days)
-        low, high = np.percentile(values[:, 0], [1, 99])
-        room = max(high - low, 0.02 * high)
-        axes.set_ylim(low - room / 2, high + room / 2)
         axes.set_ylabel(_UNITS[series.metric])
         axes.grid(axis="y", color=GRID, linewidth=0.8)
 
@@ -85,7 +84,14 @@ def _draw_runs(axes: Any, days: Any, values: Any) -> None:
         days = np.array([np.median(days[part]) for part in parts])
         values = np.array([np.median(values[part], axis=0) for part in parts])
     axes.fill_between(days, values[:, 1], values[:, 2], color=colour, alpha=0.18, linewidth=0)
-    axes.scatter(days, values[:, 0], s=10, color=colour, linewidths=0)
+    axes.scatter(days, values[:, 0], s=10, color=colour, linewidths=0, clip_on=False)
+
+
+def _limits(medians: Any) -> tuple[float, float]:
+    """Of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
+    low, high = np.percentile(medians, [5, 95])
+    room = max(high - low, 0.02 * high)
+    return low - room, high + room
 
 
 def _date_axis(axes: Any, days: Any) -> None:
@@ -93,7 +99,7 @@ def _date_axis(axes: Any, days: Any) -> None:
     from matplotlib import dates
 
     untyped: Any = dates
-    axes.xaxis.set_major_locator(untyped.AutoDateLocator(minticks=2, maxticks=5))
+    axes.xaxis.set_major_locator(untyped.AutoDateLocator(minticks=2, maxticks=4))
     axes.xaxis.set_major_formatter(untyped.DateFormatter("%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"))
     if len(days) == 1:
         axes.set_xlim(days[0] - 1, days[0] + 1)

@@ -141,4 +141,8 @@ def _logarithms(values: Sequence[float]) -> Any:
 def _hodges_lehmann(rows: Any) -> Any:
     """Median of all pairwise means of each row, itself included (Hodges and Lehmann 1963); [rows, n] -> [rows]."""
     i, j = np.triu_indices(rows.shape[1])
-    return np.median((rows[:, i] + rows[:, j]) / 2, axis=1, overwrite_input=True)
+    sums = np.take(rows, i, axis=1)
+    sums += np.take(rows, j, axis=1)
+    sums.sort(axis=1)  # several times faster than np.median, which partitions
+    count = sums.shape[1]
+    return (sums[:, (count - 1) // 2] + sums[:, count // 2]) / 4

@@ -49,6 +49,21 @@ def test_noise_wider_than_the_difference_is_the_same() -> None:
     assert row.verdict == SAME and row.low < 1 < row.high
 
 
+def test_interval_and_test_must_both_see_a_change() -> None:
+    old = [1.057, 1.017, 0.973, 0.939, 0.91, 1.001, 0.96, 0.957]
+    new = [1.029, 1.037, 0.928, 1.089, 0.94, 1.141, 1.071, 1.016]
+    for a, b in ((old, new), (new, old)):
+        (row,) = compare_within(result(measurement("a", a), measurement("b", b)), "a", "b").rows
+        assert not row.low <= 1 <= row.high and row.p_value > 0.05 and row.verdict == SAME
+    old = [1.096, 0.857, 1.049, 1.003, 1.068, 1.019, 1.096, 1.002, 0.975, 1.029, 1.022, 0.982, 0.988, 1.037, 1.036]
+    old += [0.976, 0.982, 0.914, 1.088, 0.989]
+    new = [1.101, 1.052, 1.135, 1.112, 1.047, 1.109, 0.982, 1.097, 0.957, 1.048, 1.086, 1.042, 1.011, 0.989, 1.012]
+    new += [1.086, 1.077, 1.017, 0.968, 1.065]
+    for a, b in ((old, new), (new, old)):
+        (row,) = compare(result(measurement("a", a)), result(measurement("a", b))).rows
+        assert row.low <= 1 <= row.high and row.p_value < 0.05 and row.verdict == SAME
+
+
 def test_exit_codes() -> None:
     slower, faster = compare(_run(1.0), _run(1.3)), compare(_run(1.0), _run(0.7))
     assert [slower.exit_code(), slower.exit_code(True), faster.exit_code(True)] == [0, 1, 0]

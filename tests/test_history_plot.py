@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timedelta, timezone
 
 from bench.history import Point, Series
 from bench.history_plot import changes_text, history_panels, history_plot
 
+START = datetime(2025, 1, 1, 12, tzinfo=timezone.utc)
+
 
 def history(medians: list[float]) -> Series:
     points = [
-        Point(f"2025-{1 + i // 28:02d}-{1 + i % 28:02d}T12:00:00+00:00", f"{i}.json", m, 0.99 * m, 1.01 * m, 5, "OK")
+        Point((START + timedelta(days=i)).isoformat(), f"{i}.json", m, 0.99 * m, 1.01 * m, 5, "OK")
         for i, m in enumerate(medians)
     ]
     return Series("f" * 16, "Some Board", "dense $x$", 8, 4, 0, 2, "pp8+tg4", "decode", points)
@@ -29,5 +32,5 @@ def test_a_change_is_marked_and_told() -> None:
 
 
 def test_long_histories_stay_small_and_single_runs_are_drawn() -> None:
-    assert len(history_plot(history([0.01, 0.011] * 160), [], "a")) < 60_000
+    assert len(history_plot(history([0.01, 0.011] * 1000), [], "a")) < 60_000
     assert "<svg" in history_plot(history([0.01]), [], "b")

@@ -114,6 +114,7 @@ def test_exact_p_values() -> None:
 
 def test_ties_leave_the_p_value_exact() -> None:
     assert difference_p_value([1.0] * 5, [0.9] * 5, True)[0] == pytest.approx(2 / 32)
+    assert difference_p_value([1.0] * 20, [0.9] * 20, True)[0] == pytest.approx(2 / 2**20)
 
 
 def test_typical_step_ignores_a_burst() -> None:
