@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bench.cores import physical_cores
 from bench.peer import PeerError
+from bench.providers import EXECUTION
 
 Counts = int | Sequence[int]  # one value, or a sweep
-PROVIDERS = ("cpu", "cuda", "tensorrt")
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 
 
@@ -114,8 +114,8 @@ class Plan:
             raise PeerError("a time limit of 0 s or less ends every measurement: give more")
         if not 0 < self.precision < 1:
             raise PeerError(f"--precision {self.precision} is no fraction: give e.g. 0.02 for 2 %")
-        if self.provider not in PROVIDERS:
-            raise PeerError(f"--provider {self.provider} is not known: give {', '.join(PROVIDERS)}")
+        if self.provider not in EXECUTION:
+            raise PeerError(f"--provider {self.provider} is not known: give {', '.join(EXECUTION)}")
 
 
 def counts(values: Counts) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ CACHE_FACTOR = 2  # a model within this many last-level caches may run from cach
 
 @dataclass(frozen=True)
 class Energy:
-    """What a sensor saw of one decode window. ``idle_w`` was taken before the process started, never subtracted."""
+    """What a sensor saw of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
 
     decode_j: float
     window_s: float

@@ -21,6 +21,8 @@ from bench.result import ModelFacts, Sample
 from bench.stats import relative_half_width, typical
 from bench.store import sample_from_dict
 
+IDLE_S = 2.0
+
 Progress = Callable[[str, float, float], None]
 
 
@@ -59,9 +61,17 @@ class Rounds:
     def __init__(self, peers: Sequence[Peer], plan: Plan, recorder: Recorder, progress: Progress | None) -> None:
         self.plan, self.recorder, self._progress = plan, recorder, progress
         self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
+        self._idle: tuple[float, float] | None = None
         self._vocab = min(peer.vocab_size for peer in peers)
         self._order = self._round = 0
         self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or LEAST_ROUNDS))
+
+    def rest(self) -> None:
+        """A pause without any work, which the power of an idle host is taken from."""
+        if self.recorder.sensor is not None:
+            begun = time.monotonic()
+            time.sleep(IDLE_S)
+            self._idle = (begun, time.monotonic())
 
     def run(self) -> None:
         """All rounds; a setting whose ratios are known well enough is left out of further ones."""
@@ -113,7 +123,7 @@ class Rounds:
         )  # fmt: skip
         taken = sample_from_dict(answer["sample"])
         start, end = answer["window"]
-        energy, why = self.recorder.energy(start, end, idle=(begun - 1.0, begun))
+        energy, why = self.recorder.energy(start, end, idle=self._idle)
         unknown = taken.unknown if energy else {**taken.unknown, "energy": why or "no decode window"}
         outcome.samples.append(replace(taken, energy=energy, unknown=unknown))
         if "model" in answer:

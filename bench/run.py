@@ -57,6 +57,7 @@ def bench(
     before = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
     with Recorder(plan.root) as recorder:
         rounds = Rounds(peers, plan, recorder, progress)
+        rounds.rest()
         if plan.cold:
             rounds.load_cold()
         rounds.run()

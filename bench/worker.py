@@ -20,7 +20,8 @@ import numpy as np
 
 from bench.clock_probe import drift, level, probe_clock
 from bench.cores import pin
-from bench.decoders import make_decoder
+from bench.decoders import make_decoder, provider_facts
+from bench.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
 from bench.host_state import counters, snapshot
 from bench.measure import Live, measure, warm_up
 from bench.memory import available, peak_rss, reset_peak, resident, resident_split
@@ -68,6 +69,8 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     pin(job.cpus)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     base, clock = resident(), time.monotonic
+    nvml = open_nvml() if job.provider != "cpu" else None
+    held = gpu_in_use(Path(job.root), nvml) if job.provider != "cpu" else None
     begin = clock()
     decoder = load(job)
     load_s = clock() - begin
@@ -78,9 +81,16 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     warmup_s, steady = warm_up(decoder, prompt, job.warmup, clock, context, job.n_gen)
     probes, before = probe_clock(), snapshot(job.cpus, Path(job.root))
     done = measure(decoder, prompt, job.n_gen, clock, context, live)
-    happened = counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus))
+    # A GPU's clocks fall within moments.
+    clocks = gpu_facts(Path(job.root), nvml) if job.provider != "cpu" else {}
+    happened = {**counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus)), **clocks}
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
     happened["clock_s"] = level(probes)
+    gpu_bytes: int | None = None
+    no_gpu: str | None = "the CPU computed"
+    if job.provider != "cpu":
+        happened["provider_fallback"] = float(provider_facts(decoder).fallback)
+        gpu_bytes, no_gpu = gpu_memory(os.getpid(), Path(job.root), nvml, held)
     taken = Sample(
         started_at=started,
         order=job.order,
@@ -93,9 +103,12 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
         startup_s=startup_s,
         base_bytes=base,
         steady=steady,
+        gpu_bytes=gpu_bytes,
         **_memory(job, peak_load, apart),
     )
     unknown = {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None}
+    if no_gpu:
+        unknown["gpu_bytes"] = no_gpu
     unknown.update({f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in happened.items() if v is None})
     return {"sample": {**asdict(taken), "unknown": unknown}, "window": done.window}, decoder
 
@@ -158,7 +171,12 @@ def _load(job: Job) -> Decoder:
 
 
 def _facts(decoder: Decoder) -> dict[str, Any]:
-    return {}  # the parent has them from the manifest
+    """Sizes are in the manifest, which the parent has; what a GPU's session really ran on is only known here."""
+    facts = provider_facts(decoder)
+    if facts.asked == "cpu":
+        return {}
+    on_cpu = f", on the CPU: {', '.join(facts.on_cpu)}" if facts.on_cpu else ""
+    return {"versions": {"provider": f"{facts.active}, nodes {facts.nodes}{on_cpu}"}}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def lengths(command: Any) -> Any:
         (
             click.option("-p", "--prompt", type=Counts(), default="128", show_default=True, help="Prompt tokens."),
             click.option("-n", "--generate", type=Counts(), default="128", show_default=True, help="Generated tokens."),
-            click.option("-d", "--depth", type=Counts(), default="0", show_default=True, help="Tokens before the prompt."),
+            click.option("-d", "--depth", type=Counts(), default="0", show_default=True, help="Tokens before them."),
             click.option("-t", "--threads", type=Counts(), help="Default: all physical cores."),
             click.option(
                 "-r", "--repetitions", type=int,

@@ -64,7 +64,7 @@ def test_a_host_that_tells_nothing_breaks_no_rule() -> None:
 @pytest.mark.parametrize(
     ("change", "status", "reason"),
     [
-        ({"provider_fallback": 1}, INVALID, "ran on CPUExecutionProvider instead of the provider asked for"),
+        ({"provider_fallback": 1}, INVALID, "another provider than the one asked for"),
         ({"firmware_throttled": 5}, INVALID, "the firmware reported under-voltage, throttling: "),
         ({"firmware_throttled": 10}, INVALID, "the firmware reported a capped clock, the soft temperature limit: "),
         ({"throttle_events": 3}, INVALID, "the CPU throttled 3 times for heat"),
