@@ -1,0 +1,133 @@
+"""What a model's decode step is made of, read from a config or a manifest: enough for graphs that take its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from export.bundle import MANIFEST, BundleManifest, read_manifest
+from export.targets import CPU
+from export.weights import Precision
+from saap.architectures import Architecture, Traits, architecture_of, shape_of, traits_of
+from saap.checkpoint import read_config
+from saap.errors import SaapError
+from saap.group_quant import check_blocks
+from saap.structures import LayerSizes, ModelShape
+
+WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
+LEAST_LAYERS = 4
+CONTEXT = 4096  # positions of the rotary tables; a step reads one of them
+
+
+@dataclass(frozen=True)
+class ProbeModel:
+    """A model without its weights.
+
+    Attributes:
+        shape: its layers are all alike, each as large as the largest of the model.
+        config: as transformers reads it.
+    """
+
+    shape: ModelShape
+    traits: Traits
+    architecture: Architecture
+    precision: Precision
+    config: Any
+
+
+def read_probe_model(
+    directory: Path, bits: int | None = None, block: int | None = None, weight_limit: int = WEIGHT_LIMIT
+) -> ProbeModel:
+    """Read a model directory, of which ``config.json`` is enough, or a bundle.
+
+    Args:
+        bits: 4, 8 or 32, of all matrices; None is 4, or what a bundle or a tuned directory holds.
+        block: quantisation group; None is 32, or what a bundle or a tuned directory holds.
+        weight_limit: bytes; a model of more is probed with fewer layers. It should be several times the device's
+            last-level cache.
+
+    Raises:
+        SaapError: no config, an unsupported architecture, precision or size.
+        BundleError: a damaged bundle.
+    """
+    config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
+    precision = _precision(own, bits, block)
+    dense = shape_of(config)
+    groups = max(sizes.kv_heads for sizes in dense.layers)
+    per_group = max(sizes.heads_per_group for sizes in dense.layers)
+    largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
+    count = _layer_count(dense.with_layers((largest,)), precision, len(dense.layers), weight_limit)
+    if precision.block:
+        check_blocks(dense.hidden, precision.block, "the hidden state")
+        check_blocks(largest.query_heads * dense.head_dim, precision.block, "o_proj")
+        check_blocks(largest.ffn, precision.block, "down_proj")
+    traits = traits_of(config)
+    traits = replace(traits, layers=tuple(traits.layers[i % len(traits.layers)] for i in range(count)))
+    config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
+    return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config)
+
+
+def _of_model(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The config, and the quantisation of a tuned directory."""
+    from transformers import AutoConfig
+
+    import saap.checkpoint  # noqa: F401  registers our model type
+
+    raw = read_config(directory)
+    architecture_of(raw)
+    return AutoConfig.from_pretrained(directory, local_files_only=True), dict(raw.get("slim_quant") or {})
+
+
+def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """A config with the sizes of a manifest, and the bundle's quantisation."""
+    from transformers import AutoConfig
+
+    import saap.checkpoint  # noqa: F401  registers our model type
+
+    manifest = read_manifest(directory)
+    common = {
+        "vocab_size": manifest.vocab_size,
+        "hidden_size": manifest.hidden_size,
+        "head_dim": manifest.head_dim,
+        "max_position_embeddings": manifest.context_length,
+        "num_hidden_layers": len(manifest.layers),
+        "tie_word_embeddings": _tied(manifest),
+    }
+    largest = LayerSizes(*(max(getattr(s, n) for s in manifest.layers) for n in ("query_heads", "kv_heads", "ffn")))
+    if manifest.model_type in ("llama", "saap_llama"):
+        own = {"slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers]}
+        config = AutoConfig.for_model("saap_llama", **common, **own)
+    else:
+        heads = {"num_attention_heads": largest.query_heads, "num_key_value_heads": largest.kv_heads}
+        config = AutoConfig.for_model(manifest.model_type, **common, **heads, intermediate_size=largest.ffn)
+    quant = {
+        "bits": manifest.bits,
+        "block": manifest.block,
+        "embedding_bits": manifest.lineage.get("head_bits", manifest.bits),
+    }
+    return config, quant
+
+
+def _tied(manifest: BundleManifest) -> bool:
+    """The count of parameters tells whether the head is a matrix of its own."""
+    layers = tuple(LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers)
+    shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers)
+    return manifest.parameters < shape.parameters
+
+
+def _precision(own: dict[str, Any], bits: int | None, block: int | None) -> Precision:
+    bits = bits or own.get("bits", 4)
+    if bits not in (4, 8, 32):
+        raise SaapError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
+    if bits == 32:
+        return Precision(32, 0, 32)
+    head_bits = own["embedding_bits"] if own.get("bits") == bits else bits
+    return CPU.precision(Precision(bits, block or own.get("block") or 32, head_bits), 32, 4)
+
+
+def _layer_count(one: ModelShape, precision: Precision, wanted: int, limit: int) -> int:
+    """As many layers as the model has, or as fit into the limit."""
+    per_weight = precision.bits / 8 + (4 / precision.block if precision.block else 0)  # with the scales
+    free = limit - one.vocab * one.hidden * per_weight
+    return max(LEAST_LAYERS, min(wanted, int(free // (one.layer_weights * per_weight))))

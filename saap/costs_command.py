@@ -1,0 +1,95 @@
+"""``saap devices probe --costs``: times the shapes of a model on this device. The command line's room."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.console import Console, print_table
+from saap.errors import SaapError
+
+CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
+
+
+def probe_costs_step(
+    model: str,
+    out: Path,
+    *,
+    threads: Sequence[int] | None,
+    bits: int | None,
+    block: int | None,
+    depth: int | None,
+    console: Console,
+) -> None:
+    """``saap devices probe --costs MODEL -o cost.json``: measure, write, and show what was found."""
+    document = probe_costs(model, out, threads=threads, bits=bits, block=block, depth=depth, progress=console.report)
+    console.finish()
+    show_costs(out, document)
+
+
+def probe_costs(
+    model: str | Path,
+    out: Path,
+    *,
+    threads: Sequence[int] | None = None,
+    bits: int | None = None,
+    block: int | None = None,
+    depth: int | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> dict[str, Any]:
+    """Time a model's layers at all their sizes on this device and write the table.
+
+    Args:
+        model: a model directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes.
+        out: the JSON file.
+        threads: counts, each measured by itself; None is the number of physical cores.
+        bits: 4, 8 or 32; None is 4, or what a bundle or a tuned directory holds.
+        block: quantisation group; None is 32, or what a bundle or a tuned directory holds.
+        depth: tokens in the cache; None is 192, the middle of 128 tokens after a prompt of 128.
+
+    Returns:
+        The document.
+
+    Raises:
+        SaapError, BundleError, CostsError, DecoderError: the user's input, or too little memory.
+    """
+    from bench.cores import physical_cores
+    from bench.costs import DEPTH, measure_costs, write_costs
+    from devices.probe import probe
+    from export.probe_graphs import write_probe_stacks
+    from export.probe_model import WEIGHT_LIMIT, read_probe_model
+    from saap.models import resolve
+
+    if out.is_dir():
+        raise SaapError(f"{out} is a directory: give the JSON file to write")
+    path = Path(model)
+    if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
+        path = resolve(model, progress=progress)
+    limit = max(WEIGHT_LIMIT, CACHES * (probe()["last_level_cache_bytes"] or 0))
+    source = read_probe_model(path, bits, block, limit)
+    with tempfile.TemporaryDirectory(prefix="saap-costs-") as work:
+        stacks = write_probe_stacks(source, Path(work), progress=progress)
+        counts = list(dict.fromkeys(threads)) if threads else [physical_cores()]
+        document = measure_costs(stacks, counts, depth=DEPTH if depth is None else depth, progress=progress)
+    write_costs(out, document)
+    return document
+
+
+def show_costs(out: Path, document: dict[str, Any]) -> None:
+    """A table per thread count, and what a step is made of."""
+    for table in document["threads"]:
+        attention = [(f"{c['query_heads']} query, {c['kv_heads']} KV heads", c["ms"]) for c in table["attention"]]
+        ffn = [(f"FFN {c['width']}", c["ms"]) for c in table["ffn"]]
+        rows = [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]]
+        title = f"one layer, {table['n_threads']} threads, {document['depth']} tokens in the cache"
+        print_table(title, ["part", "us per step"], rows)
+        node = "unknown" if table["node_ms"] is None else f"{1000 * table['node_ms']:.1f} us"
+        click.echo(
+            f"  a step of the model as probed takes {table['step_ms']:.2f} ms, {table['constant_ms']:.2f} ms of it "
+            f"outside the layers; a node costs {node} beside its arithmetic"
+        )
+    click.echo(f"{out}: written")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saap.cost import CostError, CostTable, read_costs
+from saap.structures import LayerSizes, ModelShape
+
+SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
+ATTENTION = {(1, 1): 10.0, (3, 1): 14.0, (3, 3): 30.0, (9, 3): 42.0}
+FFN = {64: 5.0, 256: 8.0, 1536: 40.0}
+TABLE = CostTable(1, 192, 100.0, 0.5, ATTENTION, FFN)
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    table = {
+        "n_threads": 1,
+        "constant_ms": 100.0,
+        "node_ms": 0.5,
+        "attention": [{"query_heads": q, "kv_heads": kv, "ms": ms} for (q, kv), ms in ATTENTION.items()],
+        "ffn": [{"width": width, "ms": ms} for width, ms in FFN.items()],
+    }
+    whole = {
+        "kind": "saap costs",
+        "schema": 1,
+        "device": {"fingerprint": "abc", "onnxruntime": "1.32.0"},
+        "model": {"hidden": 576, "head_dim": 64, "vocab": 49152, "bits": 4, "block": 32},
+        "depth": 192,
+        "threads": [table],
+    }
+    return {**whole, **changes}
+
+
+def written(path: Path, content: dict[str, Any] | str) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_measured_sizes_cost_what_was_measured() -> None:
+    assert [TABLE.attention_ms(q, kv) for q, kv in ATTENTION] == list(ATTENTION.values())
+    assert [TABLE.ffn_ms(width) for width in FFN] == list(FFN.values())
+
+
+def test_sizes_between_are_interpolated_and_smaller_ones_cost_the_smallest() -> None:
+    assert TABLE.ffn_ms(896) == pytest.approx(24.0)
+    assert TABLE.ffn_ms(32) == 5.0
+    assert TABLE.attention_ms(2, 1) == pytest.approx(12.0)
+    assert TABLE.attention_ms(2, 2) == pytest.approx(20.0)  # between 1 on 1 and 3 on 3
+    assert TABLE.attention_ms(4, 2) == pytest.approx((12 + 36) / 2)
+
+
+def test_what_is_left_out_costs_nothing_and_a_step_is_the_sum() -> None:
+    assert TABLE.layer_ms(0, 0, 0) == 0
+    assert TABLE.layer_ms(9, 3, 0) == 42 and TABLE.layer_ms(0, 0, 1536) == 40
+    assert TABLE.total_ms([LayerSizes(9, 3, 1536), LayerSizes(0, 0, 64), LayerSizes(3, 1, 0)]) == 100 + 82 + 5 + 14
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((9, 3, 2048), "costs were measured up to an FFN width of 1536, not for 2048"),
+        ((12, 3, 64), "up to 3 KV heads of 3 query heads each, not for 3 of 4"),
+        ((4, 4, 64), "up to 3 KV heads of 3 query heads each, not for 4 of 1"),
+        ((4, 3, 64), "4 query heads on 3 KV heads have no cost"),
+    ],
+)
+def test_larger_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(CostError, match=message):
+        TABLE.layer_ms(*sizes)
+
+
+def test_a_table_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "cost.json", document())
+    found = read_costs(path, SHAPE, bits=4, block=32, threads=1, fingerprint="abc", onnxruntime="1.32.0")
+    assert found == TABLE
+    assert read_costs(path, SHAPE, bits=4, block=32) == TABLE
+
+
+def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
+    one = document()["threads"][0]
+    path = written(tmp_path / "cost.json", document(threads=[one, {**one, "n_threads": 2, "constant_ms": 60.0}]))
+    assert read_costs(path, SHAPE, bits=4, block=32, threads=2).constant_ms == 60
+    with pytest.raises(CostError, match="holds costs for 1, 2 threads, say for how many threads: choose one"):
+        read_costs(path, SHAPE, bits=4, block=32)
+    with pytest.raises(CostError, match="holds costs for 1, 2 threads, it has none for 4"):
+        read_costs(path, SHAPE, bits=4, block=32, threads=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fingerprint": "xyz"}, "was measured for device abc, not xyz"),
+        ({"onnxruntime": "1.33.0"}, "was measured for ONNX Runtime 1.32.0, not 1.33.0"),
+        ({"bits": 8}, "was measured for a model with bits 4, not bits 8"),
+        ({"block": 64}, "was measured for a model with block 32, not block 64"),
+        (
+            {"shape": ModelShape(512, 64, 300, True, ())},
+            "a model with hidden 576, vocab 49152, not hidden 512, vocab 300",
+        ),
+    ],
+)
+def test_another_device_or_model_is_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    path = written(tmp_path / "cost.json", document())
+    with pytest.raises(CostError, match=message) as error:
+        read_costs(path, **{"shape": SHAPE, "bits": 4, "block": 32, **asked})
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_the_block_means_nothing_for_floats(tmp_path: Path) -> None:
+    model = {**document()["model"], "bits": 32, "block": 0}
+    path = written(tmp_path / "cost.json", document(model=model))
+    assert read_costs(path, SHAPE, bits=32, block=32) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(document())[:-40], "is damaged"),
+        ("[1]", "is damaged .not an object"),
+        (document(kind=None), "is not a table of costs"),
+        ({"measurements": []}, "is not a table of costs"),
+        (document(schema=2), "has schema 2 of costs, this saap reads 1"),
+        (document(threads=[{"n_threads": 1}]), "is damaged .KeyError 'constant_ms'"),
+        (document(threads=[{**document()["threads"][0], "ffn": []}]), "is damaged"),
+        (document(threads=[{**document()["threads"][0], "constant_ms": None}]), "is damaged"),
+        (document(threads=[{**document()["threads"][0], "constant_ms": float("nan")}]), "is damaged .*nan ms"),
+        (document(threads=3), "is damaged"),
+        (document(device=None), "is damaged"),
+    ],
+)
+def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    path = written(tmp_path / "cost.json", content)
+    with pytest.raises(CostError, match=message) as error:
+        read_costs(path, SHAPE, bits=4, block=32)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CostError, match="is not a file: make one with `saap devices probe --costs MODEL"):
+        read_costs(tmp_path / "cost.json", SHAPE, bits=4, block=32)

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import costs
+from bench.cost_fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
+from bench.costs import CostsError, measure_costs, schedule, write_costs
+from bench.costs_worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
+from bench.result import Bandwidth
+from export.bundle import LayerSizes, read_manifest
+
+BANDWIDTH = Bandwidth(1, 1, [1e9])
+
+# A machine on which a block costs node + slope * size: 3 us + 2 us per query head + 1 us per KV head; 7 us + 10 ns per
+# channel of FFN; and 500 us outside the layers.
+FULL, LAYERS, FFN_NODES = LayerSizes(4, 2, 512), 10, 7
+
+
+def microseconds(sizes: LayerSizes) -> float:
+    attention = 3 + 2 * sizes.query_heads + sizes.kv_heads if sizes.query_heads else 0
+    return attention + (7 + 0.01 * sizes.ffn if sizes.ffn else 0)
+
+
+def stack(option: LayerSizes) -> Stack:
+    changed = 0 if option == FULL else LAYERS // 2
+    missing = (5 if not option.query_heads else 0) + (FFN_NODES if not option.ffn else 0)
+    return Stack(option, changed, LAYERS, 150 - changed * missing, 1 << 20)
+
+
+STACKS = [
+    stack(option)
+    for option in (
+        FULL, LayerSizes(4, 2, 0), LayerSizes(0, 0, 512), LayerSizes(4, 2, 64), LayerSizes(4, 2, 256),
+        LayerSizes(1, 1, 512), LayerSizes(2, 1, 512), LayerSizes(2, 2, 512),
+    )
+]  # fmt: skip
+
+
+def step_ns(which: Stack) -> float:
+    layers = which.changed * microseconds(which.option) + (LAYERS - which.changed) * microseconds(FULL)
+    return 1000 * (500 + layers)
+
+
+def processes(noise: float = 0.0, spoilt: int | None = None) -> list[CostProcess]:
+    """Each process is slower by a factor of its own, and the first stack in it by 3 %."""
+    drawn = random.Random(1)
+    found = []
+    for index, group in enumerate(schedule(len(STACKS), 8, 4)):
+        pace = 1 + drawn.random()
+        samples = []
+        for place, which in enumerate(group):
+            ns = step_ns(STACKS[which]) * pace * (1.03 if place == 0 else 1) * math.exp(drawn.gauss(0, noise))
+            ns *= 3 if index == spoilt and which else 1
+            samples.append([[round(ns) + 2000] * TURN] * LEAST_TURNS)
+        found.append(CostProcess(group, samples, [[[2000] * TURN] * LEAST_TURNS] * len(group)))
+    return found
+
+
+def test_costs_are_what_the_parts_took() -> None:
+    quiet = [CostProcess([*range(8)], [[[round(step_ns(s))] * 3] * 2 for s in STACKS], [[[0] * 3] * 2] * 8)]
+    found = costs_from(STACKS, quiet, [0], BANDWIDTH)
+    assert found.step_ms == pytest.approx(step_ns(STACKS[0]) / 1e6)
+    assert found.constant_ms == pytest.approx(0.5, rel=1e-4)
+    assert [(c.query_heads, c.kv_heads) for c in found.attention] == [(1, 1), (2, 1), (2, 2), (4, 2)]
+    assert [c.ms for c in found.attention] == pytest.approx([0.006, 0.008, 0.009, 0.013], rel=1e-4)
+    assert [c.width for c in found.ffn] == [64, 256, 512]
+    assert [c.ms for c in found.ffn] == pytest.approx([0.00764, 0.00956, 0.01212], rel=1e-4)
+    assert found.node_ms == pytest.approx(0.007 / FFN_NODES, rel=1e-3)
+
+
+def test_paces_of_processes_and_the_first_place_cancel() -> None:
+    expected = [step_ns(s) / step_ns(STACKS[0]) for s in STACKS]
+    assert fit_ratios(processes(), len(STACKS)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_spoilt_process_hardly_moves_the_ratios() -> None:
+    expected = [step_ns(s) / step_ns(STACKS[0]) for s in STACKS]
+    found = fit_ratios(processes(noise=0.005, spoilt=5), len(STACKS))
+    assert found == pytest.approx(expected, rel=0.015)
+
+
+def test_time_in_the_run_queue_is_no_cost() -> None:
+    process = CostProcess([0, 3], [[[5_000_000, 9_000_000, 5_100_000]], [[1, 1, 1]]], [[[0, 4_200_000, 0]], [[0] * 3]])
+    assert process.turns_ms(0) == [5.0] and process.turns_ms(3) == [1e-6]
+
+
+def test_every_round_times_each_stack_once_and_the_base_in_all_processes() -> None:
+    groups = schedule(18, 3, 4)
+    assert all(group.count(0) == 1 and len(group) <= 4 for group in groups)
+    assert sorted(i for group in groups for i in group if i) == sorted([*range(1, 18)] * 3)
+    assert len({group.index(0) for group in groups}) > 1  # the base is not always loaded first
+    assert groups[:6] != groups[6:12]
+    assert schedule(1, 2, 4) == [[0], [0]]
+
+
+class FakeDecoder:
+    """A decoder that takes a fixed time of a fake clock for a step."""
+
+    def __init__(self, world: dict[str, Any], name: str, ns: int) -> None:
+        self._world, self._name, self._ns = world, name, ns
+
+    def place(self, length: int) -> None:
+        self._world["log"].append((self._name, length))
+
+    def step(self, token_id: int) -> Any:
+        self._world["now"] += self._ns
+        self._world["waited"] += self._ns // 10
+        return np.array([0.0, 1.0], np.float32)
+
+
+def test_decoders_take_turns_forwards_and_backwards_at_one_depth() -> None:
+    world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
+    pair = [FakeDecoder(world, "a", 100), FakeDecoder(world, "b", 70)]
+    taken = take_turns(pair, 50, 0.0, lambda: world["now"], lambda: world["waited"])
+    assert taken[0] == [[Step(100, 10)] * TURN] * LEAST_TURNS
+    assert taken[1] == [[Step(70, 7)] * TURN] * LEAST_TURNS
+    assert [name for name, _ in world["log"]] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
+    assert {length for _, length in world["log"]} == {50 - SKIPPED}
+
+
+def test_turns_go_on_until_the_time_is_up() -> None:
+    world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
+    taken = take_turns([FakeDecoder(world, "a", 1000)], 50, 100e-6, lambda: world["now"])
+    assert len(taken[0]) == 10  # of 10 us each
+    assert taken[0][0][0].waited_ns == 0
+
+
+def test_the_waiting_clock_reads_the_second_number_of_schedstat(tmp_path: Path) -> None:
+    (tmp_path / "schedstat").write_text("123456 789 42\n")
+    with waiting_clock(tmp_path / "schedstat") as waited:
+        assert waited() == 789
+    with waiting_clock(tmp_path / "none") as waited:
+        assert waited() == 0
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four stacks of a tiny model: whole, without FFN, without attention, and with a narrower FFN."""
+    pytest.importorskip("onnx_ir")
+    from export.probe_graphs import write_probe_stacks
+    from export.probe_model import read_probe_model
+    from saap.structures import LayerSizes as Sizes
+
+    root = tmp_path_factory.mktemp("stacks")
+    config = {
+        "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    (root / "config.json").write_text(json.dumps(config))
+    (out := root / "out").mkdir()
+    full = Sizes(4, 2, 128)
+    options = [full, Sizes(4, 2, 0), Sizes(0, 0, 128), Sizes(4, 2, 32)]
+    stacks = [[full, option, full, option] for option in options]
+    return write_probe_stacks(read_probe_model(root), out, stacks=stacks)
+
+
+def test_stacks_are_read_from_their_manifests(bundles: list[Path]) -> None:
+    stacks = read_stacks([read_manifest(path) for path in bundles])
+    assert [(s.option, s.changed) for s in stacks] == [
+        (LayerSizes(4, 2, 128), 0), (LayerSizes(4, 2, 0), 2), (LayerSizes(0, 0, 128), 2), (LayerSizes(4, 2, 32), 2),
+    ]  # fmt: skip
+    assert stacks[0].nodes - stacks[1].nodes == 2 * FFN_NODES
+    assert stacks[0].nodes - stacks[2].nodes == 2 * 4  # norm, qkv, attention, o
+
+
+def test_a_real_probe_writes_costs_with_their_raw_steps(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "probe_bandwidth", lambda cpus, cache: BANDWIDTH)
+    seen: list[tuple[float, float]] = []
+    document = measure_costs(
+        bundles, [1], depth=20, rounds=1, seconds=0.0, progress=lambda _, done, total: seen.append((done, total))
+    )
+    write_costs(tmp_path / "new" / "cost.json", document)
+    read = json.loads((tmp_path / "new" / "cost.json").read_text())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cost.json"] and seen == [(0, 1), (1, 1)]
+    (table,) = read["threads"]
+    assert (read["kind"], read["schema"], read["depth"], table["n_threads"]) == ("saap costs", 1, 20, 1)
+    assert read["model"] == {
+        "model_type": "llama", "hidden": 64, "head_dim": 16, "vocab": 128, "bits": 4, "block": 32, "head_bits": 4,
+        "kv_dtype": "float32",
+    }  # fmt: skip
+    (process,) = table["processes"]
+    assert sorted(process["stacks"]) == [0, 1, 2, 3]
+    steps = np.array(process["samples_ns"])
+    assert steps.shape == (4, LEAST_TURNS, TURN) and steps.min() > 1000
+    assert 0 < table["step_ms"] < 1000 and table["bandwidth"]["samples"] == [1e9]
+    assert [(c["query_heads"], c["kv_heads"]) for c in table["attention"]] == [(4, 2)]
+    assert [c["width"] for c in table["ffn"]] == [32, 128]
+    assert read["device"]["fingerprint"] and read["versions"]["onnxruntime"]
+
+
+def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
+        measure_costs(bundles, [1], depth=57)
+    with pytest.raises(ValueError, match="threads cannot be used"):
+        measure_costs(bundles, [10_000], depth=20)
+    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(CostsError, match="MB of memory and 0 MB are free"):
+        measure_costs(bundles, [1], depth=20)
+
+
+def test_a_worker_that_fails_is_one_line(bundles: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "bundle.json").write_text((bundles[1] / "bundle.json").read_text())
+    with pytest.raises(CostsError, match=r"the process that times the operators failed .*is missing") as error:
+        measure_costs([bundles[0], broken, bundles[2]], [1], depth=20, rounds=1, seconds=0.0)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("free", "together"), [(10_000, 4), (1400, 2), (1600, 3)])
+def test_as_many_stacks_share_a_process_as_half_the_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, free: int, together: int
+) -> None:
+    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert costs._stacks_together(100) == together

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnx_ir")
+
+from bench.costs_worker import PlacedDecoder
+from export.bundle import WEIGHTS, BundleError, read_manifest
+from export.export import export_bundle
+from export.graph_facts import read_graph
+from export.probe_graphs import stack_layers, write_probe_stacks
+from export.probe_model import LEAST_LAYERS, read_probe_model
+from saap.errors import SaapError
+from saap.structures import LayerSizes
+
+SMOLLM2 = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
+    "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "head_dim": 64, "max_position_embeddings": 8192, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def config_only(directory: Path, **overrides: Any) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({**SMOLLM2, **overrides}))
+    return directory
+
+
+def test_the_stacks_of_a_model_vary_every_second_layer(tmp_path: Path) -> None:
+    stacks = stack_layers(read_probe_model(config_only(tmp_path / "m")))
+    full = LayerSizes(9, 3, 1536)
+    assert stacks[0] == (full,) * 30
+    assert all(stack[::2] == (full,) * 15 and len(set(stack[1::2])) == 1 for stack in stacks[1:])
+    options = [stack[1] for stack in stacks[1:]]
+    assert [o.ffn for o in options[:8]] == [0, 64, 256, 512, 704, 896, 1088, 1344]
+    heads = [(o.query_heads, o.kv_heads) for o in options[8:]]
+    assert heads == [(0, 0), (1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (6, 2), (3, 3), (6, 3)]
+
+
+def test_a_large_model_is_probed_with_fewer_layers_that_fill_the_limit(tmp_path: Path) -> None:
+    directory = config_only(tmp_path / "m")
+    layer, head = 3540096 * 0.625, 49152 * 576 * 0.625
+    assert len(read_probe_model(directory, weight_limit=int(head + 10.5 * layer)).shape.layers) == 10
+    assert len(read_probe_model(directory, weight_limit=1).shape.layers) == LEAST_LAYERS
+
+
+def facts(directory: Path) -> tuple[list[str], dict[str, tuple[str, tuple[int, ...]]]]:
+    graph = read_graph(directory / "model.onnx")
+    return [n.kind for n in graph.nodes], {t.name: (t.dtype, t.shape) for t in graph.tensors.values()}
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_the_first_stack_is_the_graph_that_export_writes(
+    tiny_model: Callable[..., Path], tmp_path: Path, bits: int
+) -> None:
+    model = tiny_model(num_hidden_layers=4)
+    exported = export_bundle(model, tmp_path / "bundle", bits=bits)
+    (stacks := tmp_path / "stacks").mkdir()
+    written = write_probe_stacks(read_probe_model(model, bits), stacks)
+    assert facts(written[0]) == facts(tmp_path / "bundle")
+    manifest = read_manifest(written[0])
+    assert manifest.weight_bytes_per_token == exported.weight_bytes_per_token
+    assert manifest.layers == exported.layers and manifest.lineage["nodes"] == len(facts(written[0])[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3"])
+def test_norms_and_biases_of_other_families_are_in_the_stack(
+    tiny_family: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    model = tiny_family(family, num_hidden_layers=4, tie_word_embeddings=False)
+    export_bundle(model, tmp_path / "bundle")
+    (stacks := tmp_path / "stacks").mkdir()
+    source = read_probe_model(model)
+    written = write_probe_stacks(source, stacks, stacks=[source.shape.layers])
+    assert facts(written[0]) == facts(tmp_path / "bundle")
+
+
+def test_a_bundle_gives_the_sizes_of_its_largest_layer(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model(num_hidden_layers=5)
+    raw = json.loads((model / "config.json").read_text())
+    sizes = [[6, 3, 64], [0, 0, 96], [2, 1, 128], [2, 2, 0], [6, 3, 32]]
+    (model / "config.json").write_text(json.dumps({**raw, "model_type": "saap_llama", "slim_layers": sizes}))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    manifest = {
+        "target": "cpu", "model_type": "saap_llama", "vocab_size": 320, "hidden_size": 96, "head_dim": 16,
+        "context_length": 256, "layers": [dict(zip(("query_heads", "kv_heads", "ffn"), s, strict=True)) for s in sizes],
+        "bits": 8, "block": 32, "accuracy_level": 4, "parameters": read_probe_model(model).shape.hidden * 320,
+        "weight_bytes_per_token": 1, "kv_bytes_per_token": 1, "kv_dtype": "float32", "bos_token_id": None,
+        "eos_token_ids": [], "onnxruntime_min": "1.23", "lineage": {"head_bits": 8}, "files": {}, "format": 1,
+    }  # fmt: skip
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    of_model, of_bundle = read_probe_model(model), read_probe_model(bundle)
+    assert of_model.shape.layers == of_bundle.shape.layers == (LayerSizes(6, 3, 128),) * 5
+    assert of_bundle.shape.tied and of_model.precision.bits == 4 and of_bundle.precision.bits == 8
+    (bundle / "bundle.json").write_text("{")
+    with pytest.raises(BundleError, match="is damaged"):
+        read_probe_model(bundle)
+
+
+def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
+    directory = config_only(
+        tmp_path / "m", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    (out := tmp_path / "stacks").mkdir()
+    seen: list[tuple[float, float]] = []
+    source = read_probe_model(directory)
+    stacks = write_probe_stacks(source, out, progress=lambda _, done, total: seen.append((done, total)))
+    assert len(stacks) == len(stack_layers(source)) == seen[-1][0] == seen[-1][1]
+    for path in stacks:
+        decoder = PlacedDecoder(path, 1, 40)  # checks the hashes too
+        decoder.place(31)
+        logits = decoder.step(5)
+        assert decoder.length == 32 and abs(logits).max() < 100 and logits.std() > 0.01
+    assert len({(path / WEIGHTS).stat().st_ino for path in stacks}) == 1
+
+
+def test_without_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    directory = config_only(tmp_path / "m", vocab_size=128, num_hidden_layers=4, intermediate_size=64)
+    (out := tmp_path / "stacks").mkdir()
+    source = read_probe_model(directory)
+    (path,) = write_probe_stacks(source, out, stacks=[source.shape.layers])
+    assert (path / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"model_type": "gpt2"}, {}, "model type 'gpt2' is not supported"),
+        ({}, {"bits": 3}, "3 bits cannot be probed on a CPU; allowed: 4, 8, 32"),
+        ({"intermediate_size": 1500}, {}, "down_proj has 1500 input columns, not a multiple of the group size 32"),
+        ({"hidden_size": 560}, {"block": 64}, "the hidden state has 560 input columns"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(
+    tmp_path: Path, config: dict[str, Any], options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(SaapError, match=message):
+        read_probe_model(config_only(tmp_path / "m", **config), **options)
+
+
+def test_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SaapError, match=r"has no config\.json"):
+        read_probe_model(tmp_path)
