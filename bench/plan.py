@@ -12,7 +12,7 @@ from bench.peer import PeerError
 from bench.providers import EXECUTION
 
 Counts = int | Sequence[int]  # one value, or a sweep
-LEAST_ROUNDS, MOST_ROUNDS = 5, 60
+LEAST_ROUNDS, MOST_ROUNDS = 6, 60  # with fewer pairs no test can tell a difference
 
 
 @dataclass(frozen=True, order=True)
@@ -45,7 +45,7 @@ class Plan:
         depth: tokens that are in the cache before.
         threads: of every spec; None is the number of physical cores.
         pairs: (prompt, generate) that are measured beside the product, as llama-bench's -pg.
-        repetitions: fresh processes per spec and setting, interleaved. None: at least 5, and then until ``precision``
+        repetitions: fresh processes per spec and setting, interleaved. None: at least 6, and then until ``precision``
             or ``max_time_s``.
         precision: half width of the 95 % interval, as a fraction, of each ratio to the first spec (of the rate, where
             there is one spec only) at which repetitions may end.

@@ -127,10 +127,10 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
     from bench.plan import Plan
     from bench.store import read_result
 
-    files = [Path(spec).is_file() and not spec.endswith(".gguf") for spec in (old, new)]
+    files = [_is_result(spec) for spec in (old, new)]
     minimum, fail = options["min_effect"], options["fail_on"] == "regression"
     plan = Plan(**{name: options[name] for name in PLAN if name in options})
-    if all(files) or not any(Path(spec).exists() or ":" in spec for spec in (old, new)):
+    if all(files):
         results = read_result(old), read_result(new)
         comparison = compare(*results, minimum)
         if options["confirm"] and comparison.regressed:
@@ -146,6 +146,12 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
     show_comparison(comparison)
     _write_verdicts(comparison, newest, options)
     return int(comparison.exit_code(fail))
+
+
+def _is_result(spec: str) -> bool:
+    """A file, there or not, and not a spec of something to measure."""
+    path = Path(spec)
+    return path.suffix != ".gguf" and (path.is_file() or (path.suffix in (".json", ".jsonl") and not path.exists()))
 
 
 def show_comparison(comparison: Any) -> None:

@@ -40,7 +40,7 @@ def cli() -> None:
 @click.option("--data", help="Text for tuning, likewise.")
 @click.option("--text", help="Text for evaluation, likewise; never the same as the others.")
 @click.option("--tokens", type=int, default=24576, show_default=True, help="Tuning tokens.")
-@click.option("--repetitions", type=int, default=5, show_default=True, help="Interleaved bench repetitions.")
+@click.option("--repetitions", type=int, default=6, show_default=True, help="Interleaved bench repetitions.")
 @click.option("--threads", type=int, help="Threads of the bench; default: 1, and all physical cores.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def run(model: str, out: Path, **options: Any) -> None:

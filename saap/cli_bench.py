@@ -22,7 +22,7 @@ def lengths(command: Any) -> Any:
             click.option("-t", "--threads", type=Counts(), help="Default: all physical cores."),
             click.option(
                 "-r", "--repetitions", type=int,
-                help="Fresh processes per spec, interleaved; default: 5, then as --precision and --max-time say.",
+                help="Fresh processes per spec, interleaved; default: 6, then as --precision and --max-time say.",
             ),
             click.option(
                 "--precision", type=float, default=0.02, show_default=True,

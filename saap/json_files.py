@@ -17,10 +17,12 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what to do when it is damaged, such as ``make the directory again``.
 
     Raises:
-        SaapError: not JSON, or not an object.
+        SaapError: not there, not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SaapError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SaapError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(value, dict):

@@ -47,7 +47,7 @@ class RunOptions:
     data: str | None = None
     text: str | None = None
     tokens: int = 24576
-    repetitions: int = 5
+    repetitions: int = 6
     threads: int | None = None
     seed: int = 0
     sequences: int = 64

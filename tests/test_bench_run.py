@@ -91,9 +91,9 @@ def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path]) -
 def test_repetitions_end_when_the_ratio_is_known_or_time_is_up(bundles: list[Path]) -> None:
     plan = Plan(prompt=4, generate=3, threads=1, warmup=0, cold=False, precision=0.99, max_time_s=60)
     loose = bench([str(b) for b in bundles], plan)
-    assert {len(m.samples) for m in loose.measurements} == {5}
+    assert {len(m.samples) for m in loose.measurements} == {6}
     hurried = bench([str(bundles[0])], replace(plan, precision=1e-9, max_time_s=0.01))
-    assert len(hurried.measurements[0].samples) == 5
+    assert len(hurried.measurements[0].samples) == 6
 
 
 def test_cold_load_reads_the_files_again(bundles: list[Path]) -> None:

@@ -32,7 +32,7 @@ def here(*arguments, code=0):
                 status = stop.code or 0
     finally:
         sys.argv = before
-    assert status == code, f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
+    assert code in (status, None), f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
@@ -190,7 +190,8 @@ def test_run_ends_with_a_table_and_a_page_and_resumes(tmp_path, tiny_model, text
     out = tmp_path / "demo"
     arguments = run_arguments(model, out, text_file, evaluation_file)
     done = here(*arguments)
-    assert "decodes" in done.stdout and "perplexity" in done.stdout
+    assert "slim-int4, pp128+tg128, 1 thread: decode" in done.stdout or "not comparable with dense-int4" in done.stdout
+    assert "perplexity" in done.stdout
     page = (out / "report.html").read_text()
     assert "slim-int4" in page and "<svg" in page
     run = json.loads((out / "run.json").read_text())

@@ -12,7 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"saap", "export", "bench", "devices"}
 # The command line's room, which may import everything, but the light part at module level only.
-COMMANDS = {f"saap/{name}.py" for name in ("cli", "board", "chat", "export_command", "pipeline", "steps", "console")}
+COMMANDS = {
+    f"saap/{name}.py"
+    for name in (
+        "cli",
+        "cli_bench",
+        "board",
+        "bench_command",
+        "costs_command",
+        "chat",
+        "export_command",
+        "pipeline",
+        "steps",
+        "console",
+    )
+}
 # Peers that run as __main__ in a process of their own.
 PEERS = {"torch_worker.py", "optimum_worker.py"}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "optimum", "peft", "lm_eval"}
