@@ -22,6 +22,7 @@ from bench.result import Bandwidth
 from export.bundle import BundleManifest, LayerSizes
 
 HUBER_TUNING, HUBER_ROUNDS = 1.345, 20
+QUIET = 10  # percent
 FINEST = 1e-4  # relative spread of steps, below which nothing is an outlier
 
 
@@ -44,13 +45,15 @@ class CostProcess:
     samples_ns: list[list[list[int]]]
     waited_ns: list[list[list[int]]]
 
-    def turns_ms(self, stack: int) -> list[float]:
-        """Milliseconds of a step on its core, one median per turn."""
+    def step_ms(self, stack: int) -> float:
+        """Milliseconds of an undisturbed step on its core: the tenth percentile.
+
+        With several threads a step waits for the one that lost its core to another program, which the main thread's
+        run queue does not tell; steps that nothing hit are the fast ones.
+        """
         place = self.stacks.index(stack)
-        return [
-            statistics.median(ns - waited for ns, waited in zip(turn, waits, strict=True)) / 1e6
-            for turn, waits in zip(self.samples_ns[place], self.waited_ns[place], strict=True)
-        ]
+        steps = np.array(self.samples_ns[place]) - np.array(self.waited_ns[place])
+        return float(np.percentile(steps, QUIET)) / 1e6
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def costs_from(
         stacks: the base first; one of them without attention, one without FFN.
         processes: all with the base in them.
     """
-    base, full = statistics.median(t for p in processes for t in p.turns_ms(0)), stacks[0].option
+    base = statistics.median(process.step_ms(0) for process in processes)
+    full = stacks[0].option
     ratios = fit_ratios(processes, len(stacks))
     saved = {i: base * (1 - ratios[i]) / stacks[i].changed for i in range(1, len(stacks))}
     no_attention = next(i for i in saved if not stacks[i].option.query_heads)
@@ -142,7 +146,7 @@ def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:
             row[[stack, count + index]] = 1
             row[-1] = place == 0
             rows.append(row)
-            steps.append(math.log(statistics.median(process.turns_ms(stack))))
+            steps.append(math.log(process.step_ms(stack)))
     # So that few processes, which cannot tell the share of the first place, leave it at nothing.
     rows.append(np.append(np.zeros(count + len(processes)), 1e-3))
     design, logs = np.array(rows), np.array([*steps, 0.0])

@@ -114,7 +114,7 @@ def _stacks_together(weight_bytes: int) -> int:
             f"timing this model takes {2 * needed / 1e6:.0f} MB of memory and {free / 1e6:.0f} MB are free: "
             "end other programs, or probe at fewer bits"
         )
-    return int(min(TOGETHER, free / 2 // needed)) if free / 2 > 2 * needed else 2
+    return max(2, min(TOGETHER, int(free / 2 // needed)))
 
 
 def _process(job: CostsJob, group: list[int], timeout_s: float) -> CostProcess:

@@ -64,8 +64,7 @@ def probe_costs(
     from export.probe_model import WEIGHT_LIMIT, read_probe_model
     from saap.models import resolve
 
-    if out.is_dir():
-        raise SaapError(f"{out} is a directory: give the JSON file to write")
+    _check_place(out)
     path = Path(model)
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)
@@ -79,17 +78,29 @@ def probe_costs(
     return document
 
 
+def _check_place(out: Path) -> None:
+    """Refuse, before minutes of measuring, a file that could not be written."""
+    if out.is_dir():
+        raise SaapError(f"{out} is a directory: give the JSON file to write")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise SaapError(f"{out} cannot be written ({error.strerror}): give another place") from None
+
+
 def show_costs(out: Path, document: dict[str, Any]) -> None:
     """A table per thread count, and what a step is made of."""
     for table in document["threads"]:
+        count = table["n_threads"]
+        click.echo(f"one layer with {count} {'thread' if count == 1 else 'threads'} at {document['depth']} tokens:")
         attention = [(f"{c['query_heads']} query, {c['kv_heads']} KV heads", c["ms"]) for c in table["attention"]]
         ffn = [(f"FFN {c['width']}", c["ms"]) for c in table["ffn"]]
-        rows = [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]]
-        title = f"one layer, {table['n_threads']} threads, {document['depth']} tokens in the cache"
-        print_table(title, ["part", "us per step"], rows)
-        node = "unknown" if table["node_ms"] is None else f"{1000 * table['node_ms']:.1f} us"
+        print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]])
+        node = "an unknown time" if table["node_ms"] is None else f"{1000 * table['node_ms']:.1f} us"
         click.echo(
-            f"  a step of the model as probed takes {table['step_ms']:.2f} ms, {table['constant_ms']:.2f} ms of it "
-            f"outside the layers; a node costs {node} beside its arithmetic"
+            f"  a step of the whole stack takes {table['step_ms']:.2f} ms, {table['constant_ms']:.2f} ms of it outside "
+            f"its layers; a node costs {node} apart from its arithmetic"
         )
     click.echo(f"{out}: written")

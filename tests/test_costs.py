@@ -87,9 +87,11 @@ def test_a_spoilt_process_hardly_moves_the_ratios() -> None:
     assert found == pytest.approx(expected, rel=0.015)
 
 
-def test_time_in_the_run_queue_is_no_cost() -> None:
-    process = CostProcess([0, 3], [[[5_000_000, 9_000_000, 5_100_000]], [[1, 1, 1]]], [[[0, 4_200_000, 0]], [[0] * 3]])
-    assert process.turns_ms(0) == [5.0] and process.turns_ms(3) == [1e-6]
+def test_a_step_is_the_fast_one_without_its_time_in_the_run_queue() -> None:
+    steps, waits = [9_000_000, *[9_500_000] * 9, 9_900_000], [4_000_000, *[0] * 9, 2_000_000]
+    process = CostProcess([3, 0], [[steps], [[1_000_000] * 11]], [[waits], [[0] * 11]])
+    assert process.step_ms(0) == 1.0
+    assert process.step_ms(3) == pytest.approx(7.9)  # of 5.0, 7.9 and nine of 9.5
 
 
 def test_every_round_times_each_stack_once_and_the_base_in_all_processes() -> None:
