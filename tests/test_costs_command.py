@@ -76,5 +76,5 @@ def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> 
         probe_costs("nothing", tmp_path / "cost.json")
     with pytest.raises(SaapError, match="is a directory: give the JSON file to write"):
         probe_costs(model, tmp_path)
-    with pytest.raises(SaapError, match="cannot be written .*: give another place"):
+    with pytest.raises(SaapError, match=r"cannot be written .*: give another place"):
         probe_costs(model, model / "config.json" / "cost.json")
