@@ -12,7 +12,9 @@ from bench.peer import PeerError
 from bench.providers import EXECUTION
 
 Counts = int | Sequence[int]  # one value, or a sweep
-LEAST_ROUNDS, MOST_ROUNDS = 6, 60  # with fewer pairs no test can tell a difference
+LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
+KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
+MOST_ROUNDS = 60
 
 
 @dataclass(frozen=True, order=True)
@@ -45,8 +47,8 @@ class Plan:
         depth: tokens that are in the cache before.
         threads: of every spec; None is the number of physical cores.
         pairs: (prompt, generate) that are measured beside the product, as llama-bench's -pg.
-        repetitions: fresh processes per spec and setting, interleaved. None: at least 6, and then until ``precision``
-            or ``max_time_s``.
+        repetitions: fresh processes per spec and setting, interleaved. None: at least 6, at least 10 where time allows,
+            and then until ``precision`` or ``max_time_s``.
         precision: half width of the 95 % interval, as a fraction, of each ratio to the first spec (of the rate, where
             there is one spec only) at which repetitions may end.
         max_time_s: no round is begun that would end later; the least repetitions are made all the same.
@@ -55,6 +57,7 @@ class Plan:
         seed: of the prompt's tokens, the same for all specs and valid in all their vocabularies.
         provider: of ONNX Runtime, for bundles.
         cuda_graph: replay decode steps as a CUDA graph.
+        cool_down_s: longest wait before a repetition until the cores are within 3 degrees of their start.
         cold: load once more with the files dropped from the page cache.
         root: of /proc and /sys, for a recorded host.
     """
@@ -72,6 +75,7 @@ class Plan:
     seed: int = 0
     provider: str = "cpu"
     cuda_graph: bool = False
+    cool_down_s: float = 0.0
     cold: bool = True
     root: Path = field(default_factory=lambda: Path("/"))
 
@@ -112,6 +116,8 @@ class Plan:
             raise PeerError(f"{self.warmup} warm-up steps cannot be made: give 0 or more")
         if not self.timeout_s > 0 or not self.max_time_s > 0:
             raise PeerError("a time limit of 0 s or less ends every measurement: give more")
+        if not self.cool_down_s >= 0:
+            raise PeerError(f"--cool-down {self.cool_down_s} s cannot be waited: give 0 or more")
         if not 0 < self.precision < 1:
             raise PeerError(f"--precision {self.precision} is no fraction: give e.g. 0.02 for 2 %")
         if self.provider not in EXECUTION:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from bench.child import ChildFailedError, call
+from bench.cooling import CoolDown
 from bench.cores import choose_cores
 from bench.memory import available
 from bench.peer import Peer
-from bench.plan import LEAST_ROUNDS, Plan, Setting
+from bench.plan import KNOWN_ROUNDS, LEAST_ROUNDS, Plan, Setting
 from bench.power import Recorder
 from bench.result import ModelFacts, Sample
 from bench.stats import relative_half_width, typical
@@ -61,10 +62,11 @@ class Rounds:
     def __init__(self, peers: Sequence[Peer], plan: Plan, recorder: Recorder, progress: Progress | None) -> None:
         self.plan, self.recorder, self._progress = plan, recorder, progress
         self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
+        self._cooling = CoolDown(plan.cool_down_s, plan.root)
         self._idle: tuple[float, float] | None = None
         self._vocab = min(peer.vocab_size for peer in peers)
         self._order = self._round = 0
-        self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or LEAST_ROUNDS))
+        self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or KNOWN_ROUNDS))
 
     def rest(self) -> None:
         """A pause without any work, which the power of an idle host is taken from."""
@@ -84,7 +86,8 @@ class Rounds:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
-                active = [setting for setting in active if self._goes_on(setting)]
+                if self._round >= KNOWN_ROUNDS:
+                    active = [setting for setting in active if self._goes_on(setting)]
                 now = time.monotonic()
                 if now - begun + (now - started) > self.plan.max_time_s:
                     break
@@ -114,6 +117,7 @@ class Rounds:
 
     def _measure(self, outcome: Outcome) -> None:
         peer, setting = outcome.peer, outcome.setting
+        self._cooling.wait()
         begun = time.monotonic()
         job = {**self._job(setting), "path": str(peer.path), "spawned_at": begun}
         job["available_before"] = available(self.plan.root)

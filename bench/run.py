@@ -76,8 +76,8 @@ def bench(
 
 
 def _record(plan: Plan) -> dict[str, Any]:
-    names = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "provider", "cuda_graph")
-    return {name: getattr(plan, name) for name in names}
+    kept = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
+    return {name: getattr(plan, name) for name in kept}
 
 
 def _measurement(outcome: Outcome, plan: Plan) -> Measurement:

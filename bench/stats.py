@@ -13,6 +13,7 @@ import numpy as np
 # One process is judged by a low quantile of its steps. What disturbs a process (another program, an interrupt) only
 # ever makes steps slower and often hits a part of them, so the undisturbed ones tell more; a slower model slows all.
 TYPICAL_PERCENT = 25
+MOST_SUMS = 1 << 22  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,12 @@ def _logarithms(values: Sequence[float]) -> Any:
 def _hodges_lehmann(rows: Any) -> Any:
     """Median of all pairwise means of each row, itself included (Hodges and Lehmann 1963); [rows, n] -> [rows]."""
     i, j = np.triu_indices(rows.shape[1])
+    some = max(1, MOST_SUMS // len(i))
+    return np.concatenate([_medians_of_means(rows[n : n + some], i, j) for n in range(0, len(rows), some)])
+
+
+def _medians_of_means(rows: Any, i: Any, j: Any) -> Any:
+    """Of each row the median of the means of its values ``i`` and ``j``."""
     sums = np.take(rows, i, axis=1)
     sums += np.take(rows, j, axis=1)
     sums.sort(axis=1)  # several times faster than np.median, which partitions

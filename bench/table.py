@@ -59,6 +59,7 @@ def detail_table(result: Result) -> Table:
         _name,
         *_test(rows),
         _threads,
+        _number("warm-up steps", "warmup_steps", 1.0, 0),
         _number("load ms", "load_s", 1e3, 0),
         _number("cold load ms", "cold_load_s", 1e3, 0),
         _number("token p50 ms", "step_p50_s", 1e3, 2),
@@ -123,6 +124,7 @@ def _row(result: Result, m: Measurement) -> Row:
         "decode_q3": decode.q3 if decode else None,
         **{f"step_p{percent}_s": percentile(m.steps_s, percent) for percent in (50, 90, 99)},
         "ttft_s": _median([s.ttft_s for s in m.samples]),
+        "warmup_steps": _median([len(s.warmup_s) for s in m.samples]),
         "load_s": _median([s.load_s for s in m.samples]),
         "cold_load_s": m.cold_load_s,
     }

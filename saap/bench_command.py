@@ -19,7 +19,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the s
 NOTHING_MEASURED = 3
 PLAN = (
     "prompt", "generate", "depth", "threads", "pairs", "repetitions", "precision", "max_time_s", "timeout_s", "seed",
-    "provider", "cuda_graph", "cold",
+    "provider", "cuda_graph", "cool_down_s", "cold",
 )  # fmt: skip
 
 
@@ -93,7 +93,6 @@ def show_reasons(result: Any, to_stderr: bool = False) -> None:
 
 def _show_against(result: Any, base: str, other: str, floor: float | None) -> None:
     from bench.compare import compare_within
-    from bench.verdict_formats import verdict_text
 
     for row in compare_within(result, base, other).rows:
         if row.ratio is None or not row.low or not row.high:
@@ -101,10 +100,9 @@ def _show_against(result: Any, base: str, other: str, floor: float | None) -> No
             continue
         speed = f"{1 / row.ratio:.3f}x as fast as {base} (95 %: {1 / row.high:.3f} to {1 / row.low:.3f})"
         within = floor is not None and abs(row.ratio - 1) <= floor
-        click.echo(
-            f"  {other}, {row.setting}, {row.n_threads} thread{'s' * (row.n_threads > 1)}: {row.metric} {speed}, "
-            f"{'within the noise floor' if within else verdict_text(row)}"
-        )
+        verdict = "within the noise floor" if within else row.reason or row.verdict
+        threads = f"{row.n_threads} thread{'s' * (row.n_threads > 1)}"
+        click.echo(f"  {other}, {row.setting}, {threads}: {row.metric} {speed}: {verdict}")
 
 
 def _noise_floor(result: Any, names: list[str]) -> float | None:

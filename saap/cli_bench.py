@@ -22,7 +22,7 @@ def lengths(command: Any) -> Any:
             click.option("-t", "--threads", type=Counts(), help="Default: all physical cores."),
             click.option(
                 "-r", "--repetitions", type=int,
-                help="Fresh processes per spec, interleaved; default: 6, then as --precision and --max-time say.",
+                help="Fresh processes per spec, interleaved; default: 10, then as --precision and --max-time say.",
             ),
             click.option(
                 "--precision", type=float, default=0.02, show_default=True,
@@ -52,6 +52,14 @@ def lengths(command: Any) -> Any:
     help="Of ONNX Runtime, for bundles.",
 )
 @click.option("--cuda-graph", is_flag=True, help="Replay decode steps as a CUDA graph.")
+@click.option(
+    "--cool-down",
+    "cool_down_s",
+    type=float,
+    default=0,
+    show_default=True,
+    help="Seconds to wait at most before each run, until the cores are within 3 C of their start.",
+)
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also time a load from storage.")
 @click.option("--noise-floor", is_flag=True, help="Measure A against itself too: what a ratio must exceed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompt's tokens.")
