@@ -38,17 +38,19 @@ class Card:
 
 
 def entries_of(results: Sequence[Result]) -> list[Entry]:
-    """All measurements in order; the thread count joins the name where it varies."""
+    """All measurements in order; the test and the thread count join the name where they vary."""
     found = [
         (result, measurement, row)
         for result in results
         for measurement, row in zip(result.measurements, table_rows(result), strict=True)
     ]
-    several = len({m.n_threads for _, m, _ in found}) > 1
-    return [
-        Entry(result, m, row, f"{m.name}, {m.n_threads} thread{'s' * (m.n_threads != 1)}" if several else m.name)
-        for result, m, row in found
-    ]
+    tests, widths = ({getattr(m, name) for _, m, _ in found} for name in ("test", "n_threads"))
+
+    def name(m: Measurement) -> str:
+        threads = f"{m.n_threads} thread{'s' * (m.n_threads != 1)}"
+        return ", ".join([m.name, *([m.test] * (len(tests) > 1)), *([threads] * (len(widths) > 1))])
+
+    return [Entry(result, m, row, name(m)) for result, m, row in found]
 
 
 def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
@@ -59,7 +61,7 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     """
 
     def settings(entry: Entry) -> tuple[Any, ...]:
-        return id(entry.result), entry.measurement.n_prompt, entry.measurement.n_gen, entry.measurement.n_threads
+        return id(entry.result), *entry.measurement.key[1:]
 
     measured = [entry for entry in entries if entry.measurement.samples]
     bundles = [entry for entry in measured if entry.measurement.kind == "onnx"]

@@ -14,6 +14,7 @@ from bench import plots
 from bench.headline import Entry, cards_of, entries_of, pair_of
 from bench.result import Result
 from bench.store import read_result
+from bench.table import detail_table
 from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain, threads
 
 
@@ -81,6 +82,8 @@ def _context(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any
         "steps": [_step(step) for step in as_list(run.get("steps"))],
         "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
         "unknown": _unknown(entries),
+        "details": [detail_table(result) for result in results],
+        "several_tests": len({entry.measurement.test for entry in entries}) > 1,
         "several_devices": len({_device_name(result) for result in results}) > 1,
         "device_name": _device_name,
         "device_facts": _device_facts,

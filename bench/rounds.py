@@ -86,6 +86,7 @@ class Rounds:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
+                active = [setting for setting in active if self._working(setting)]
                 if self._round >= KNOWN_ROUNDS:
                     active = [setting for setting in active if self._goes_on(setting)]
                 now = time.monotonic()
@@ -149,8 +150,11 @@ class Rounds:
             "root": str(self.plan.root),
         }
 
+    def _working(self, setting: Setting) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
+
     def _goes_on(self, setting: Setting) -> bool:
-        outcomes = [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
+        outcomes = self._working(setting)
         return bool(outcomes) and half_width(outcomes) > self.plan.precision
 
     def _estimate(self, active: Sequence[Setting], begun: float, now: float) -> None:
@@ -158,7 +162,7 @@ class Rounds:
         each = (now - begun) / max(1, self._order)
         left = 0.0
         for setting in active:
-            wider = half_width(self.outcomes[setting]) / self.plan.precision
+            wider = half_width(self._working(setting)) / self.plan.precision
             rounds = min(self._round * (wider**2 - 1), self.plan.most_rounds - self._round)
             left += max(1.0, rounds) * len(self.outcomes[setting])
         by_time = max(0.0, self.plan.max_time_s - (now - begun)) / each

@@ -336,3 +336,15 @@ def test_history_has_a_section_with_its_changes(tmp_path):
     assert "Some CPU, 1 thread, 24 runs" in text
     assert "10.0 % slower from 2025-01-13 00:00 on (20250113T000000Z-" in text
     assert "<h2>History</h2>" not in write_report([], tmp_path / "plain.html").read_text()
+
+
+def test_a_sweep_names_its_tests_and_details(page):
+    deep = measurement("dense", 12.0, n_depth=1024, cold_load_s=1.75)
+    found = result(measurement("dense", 10.0), measurement("slim", 8.0), deep)
+    assert [entry.name for entry in entries_of([found])] == [
+        "dense, pp128+tg16", "slim, pp128+tg16", "dense, pp128+tg16@d1024"
+    ]  # fmt: skip
+    old, new = pair_of(entries_of([found]))
+    assert (old.measurement.name, new.measurement.name) == ("dense", "slim")
+    text = page(found)
+    assert text.count("pp128+tg16@d1024") >= 2 and "cold load ms" in text and "1750" in text
