@@ -14,11 +14,24 @@ from typing import Any
 
 from bench.result import INVALID, Measurement, Result
 from bench.stats import bootstrap_ratio, difference_p_value, least_p_value, typical
-from bench.wording import threads
+from bench.wording import plain, threads
 
 FASTER, SLOWER, SAME, NOT_COMPARABLE = "faster", "slower", "same", "not comparable"
 DECODE, PREFILL = "decode", "prefill"
 LEAST_REPETITIONS = 3
+# What a device's fingerprint is made of, as a person knows it.
+IDENTITY = (
+    "board",
+    "cpu_model",
+    "architecture",
+    "isa",
+    "cores",
+    "memory_bytes",
+    "governor",
+    "os",
+    "python",
+    "onnxruntime",
+)
 ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
 
 
@@ -235,4 +248,8 @@ def _device_differs(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     prints = old.get("fingerprint"), new.get("fingerprint")
     if None in prints:
         return "a result does not say which device it was measured on"
-    return None if prints[0] == prints[1] else f"measured on different devices: {prints[0]} and {prints[1]}"
+    if prints[0] == prints[1]:
+        return None
+    pairs = [(name, old.get(name), new.get(name)) for name in IDENTITY]
+    differ = [f"{name} {plain(a)} and {plain(b)}" for name, a, b in pairs if a != b]
+    return f"measured on different devices: {'; '.join(differ) or f'{prints[0]} and {prints[1]}'}"

@@ -75,7 +75,11 @@ def test_exit_codes() -> None:
     ("new", "reason"),
     [
         (_run(1.0, status=INVALID, reasons=["the host swapped"]), "new measurement is INVALID: the host swapped"),
-        (replace(_run(1.0), device={"fingerprint": "0" * 16}), "different devices"),
+        (replace(_run(1.0), device={"fingerprint": "0" * 16}), "different devices: cpu_model test and"),
+        (
+            replace(_run(1.0), device={"fingerprint": "0" * 16, "cpu_model": "test", "onnxruntime": "1.99"}),
+            "different devices: onnxruntime \u2013 and 1.99",
+        ),
         (replace(_run(1.0), device={}), "does not say which device"),
         (result(measurement("m", BASE[:2])), "2 repetitions, 3 are needed"),
         (_run(1.0, provider="cuda"), "provider differs: cpu and cuda"),
