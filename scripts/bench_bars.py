@@ -236,7 +236,10 @@ def summary(out: Path, rounds: int) -> None:
         found = records(path)
         verdicts = {v: sum(r["verdict"] == v for r in found) for v in sorted({r["verdict"] for r in found})}
         slowest = max(r["seconds"] for r in found)
-        print(f"{path.stem}: {verdicts} of {len(found)}, longest {slowest:.0f} s")
+        pairs = [(typical(a), typical(b)) for record in found for a, b in rounds_of(record)]
+        hits = list(resampled(path, rounds))
+        print(f"{path.stem}: {verdicts} of {len(found)}, longest {slowest:.0f} s; time ratio {ratio_of(pairs)} over")
+        print(f"  {len(pairs)} pairs; of {rounds} drawn, confirmed by {rounds}: slower in {sum(hits)} of {len(hits)}")
     for kind in sorted({r["kind"] for r in records(out / "disturb.jsonl")}):
         found = [r for r in records(out / "disturb.jsonl") if r["kind"] == kind]
         print(f"{kind}: {sum(r['status'] != 'OK' for r in found)} of {len(found)}; {found[-1]['reasons']}")
