@@ -98,6 +98,22 @@ def gpu_memory(
     return grown, "growth since before the process, of all on the GPU: it does not tell what this one holds"
 
 
+class GpuWatch:
+    """The GPU of this process: made before a model is loaded, asked once it has run."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root, self._nvml = root, open_nvml()
+        self._held = gpu_in_use(root, self._nvml)
+
+    def clocks(self) -> dict[str, float | None]:
+        """As ``gpu_facts``."""
+        return gpu_facts(self._root, self._nvml)
+
+    def memory(self) -> tuple[int | None, str | None]:
+        """As ``gpu_memory``, over what was held before."""
+        return gpu_memory(os.getpid(), self._root, self._nvml, self._held)
+
+
 def _why(root: Path, nvml: Any | None) -> str:
     if nvml is not None:
         return "NVML of this GPU tells neither what a process holds nor all of it"

@@ -21,7 +21,7 @@ import numpy as np
 from bench.clock_probe import drift, level, probe_clock
 from bench.cores import pin
 from bench.decoders import make_decoder, provider_facts
-from bench.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
+from bench.gpu import GpuWatch
 from bench.host_state import counters, snapshot
 from bench.measure import Live, measure, warm_up
 from bench.memory import available, peak_rss, reset_peak, resident, resident_split
@@ -69,8 +69,7 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     pin(job.cpus)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     base, clock = resident(), time.monotonic
-    nvml = open_nvml() if job.provider != "cpu" else None
-    held = gpu_in_use(Path(job.root), nvml) if job.provider != "cpu" else None
+    gpu = GpuWatch(Path(job.root)) if job.provider != "cpu" else None
     begin = clock()
     decoder = load(job)
     load_s = clock() - begin
@@ -81,16 +80,13 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     warmup_s, steady = warm_up(decoder, prompt, job.warmup, clock, context, job.n_gen)
     probes, before = probe_clock(), snapshot(job.cpus, Path(job.root))
     done = measure(decoder, prompt, job.n_gen, clock, context, live)
-    # A GPU's clocks fall within moments.
-    clocks = gpu_facts(Path(job.root), nvml) if job.provider != "cpu" else {}
+    clocks = gpu.clocks() if gpu else {}  # first: they fall within moments
     happened = {**counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus)), **clocks}
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
     happened["clock_s"] = level(probes)
-    gpu_bytes: int | None = None
-    no_gpu: str | None = "the CPU computed"
-    if job.provider != "cpu":
+    if gpu:
         happened["provider_fallback"] = float(provider_facts(decoder).fallback)
-        gpu_bytes, no_gpu = gpu_memory(os.getpid(), Path(job.root), nvml, held)
+    gpu_bytes, no_gpu = gpu.memory() if gpu else (None, "the CPU computed")
     taken = Sample(
         started_at=started,
         order=job.order,
@@ -106,11 +102,14 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
         gpu_bytes=gpu_bytes,
         **_memory(job, peak_load, apart),
     )
-    unknown = {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None}
-    if no_gpu:
-        unknown["gpu_bytes"] = no_gpu
-    unknown.update({f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in happened.items() if v is None})
+    unknown = {**_unknown(taken), **({"gpu_bytes": no_gpu} if no_gpu else {})}
     return {"sample": {**asdict(taken), "unknown": unknown}, "window": done.window}, decoder
+
+
+def _unknown(taken: Sample) -> dict[str, str]:
+    """Why memory and counters are null."""
+    counted = {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in taken.counters.items() if v is None}
+    return {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None} | counted
 
 
 _MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_bytes", "pss_bytes", "available_drop_bytes")

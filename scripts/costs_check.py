@@ -61,6 +61,7 @@ def main() -> None:
     model = read_probe_model(resolve(given.model))
     full = model.shape.layers[0]
     models = [tuple(model.shape.layers), *random_models(full, model.precision.block)]
+    given.work.mkdir(parents=True, exist_ok=True)
     bundles = write_probe_stacks(model, given.work, models)
     table = read_costs(
         given.costs, model.shape, bits=model.precision.bits, block=model.precision.block, threads=given.threads

@@ -14,8 +14,8 @@ from bench.plan import Plan
 from bench.result import INVALID, OK, WARN
 from bench.run import bench
 
-SPIN = "while True: pass"
-HOG = "import time; block = bytearray(4 << 30); block[::4096] = bytes(len(block[::4096])); time.sleep(600)"
+SPIN = "print(flush=True)\nwhile True: pass"
+HOG = "import time; block = bytearray(4 << 30); block[::4096] = bytes(len(block[::4096])); print(flush=True); time.sleep(600)"
 MIDDLE = 3  # rounds before it begins
 ROUNDS = 6
 
@@ -43,7 +43,7 @@ def throttled_clock(root: Path) -> Iterator[None]:
 
 DISTURBANCES = {"neighbours": neighbours, "memory hog": memory_hog, "throttled clock": throttled_clock}
 WORDS = {
-    "neighbours": ("other processes used",),
+    "neighbours": ("other processes used", "of other processes were running"),
     "memory hog": ("memory",),
     "throttled clock": ("of its highest clock",),
 }
@@ -85,10 +85,13 @@ def set_clock(root: Path, khz: int) -> None:
 
 @contextlib.contextmanager
 def _running(code: str, count: int) -> Iterator[None]:
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    """Processes that have said that they are where they shall be."""
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(count)]
     try:
+        for process in started:
+            assert process.stdout is not None and process.stdout.readline()
         yield
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()

@@ -30,7 +30,7 @@ def test_details_are_of_single_steps_and_of_memory() -> None:
     samples = [sample([0.01, 0.02, 0.03, 0.04], order, pss_bytes=90_000_000 + order) for order in (0, 1)]
     (row,) = detail_table(result(measurement("dense", [], samples=samples, cold_load_s=1.5))).rows
     assert row == [
-        "dense", "1", "500", "1500", "25.00", "40.00", "40.00", "0.1", "60.0", "50.0", "90.0", "-", "0.0", "3.0",
+        "dense", "1", "2", "500", "1500", "25.00", "40.00", "40.00", "0.1", "60.0", "50.0", "90.0", "-", "0.0", "3.0",
     ]  # fmt: skip
 
 
