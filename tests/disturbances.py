@@ -15,7 +15,13 @@ from bench.result import INVALID, OK, WARN
 from bench.run import bench
 
 SPIN = "print(flush=True)\nwhile True: pass"
-HOG = "import time; block = bytearray(4 << 30); block[::4096] = bytes(len(block[::4096])); print(flush=True); time.sleep(600)"
+HOG = """
+import time
+block = bytearray(4 << 30)
+block[::4096] = bytes(len(block[::4096]))
+print(flush=True)
+time.sleep(600)
+"""
 MIDDLE = 3  # rounds before it begins
 ROUNDS = 6
 
