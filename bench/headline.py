@@ -65,10 +65,12 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
 
     measured = [entry for entry in entries if entry.measurement.samples]
     bundles = [entry for entry in measured if entry.measurement.kind == "onnx"]
-    pool = bundles if len(bundles) > 1 else measured
+    # One spec twice is there for the noise floor.
+    pool = bundles if len({entry.measurement.spec for entry in bundles}) > 1 else measured
     for baseline in sorted(pool, key=lambda entry: "dense" not in entry.measurement.name.lower()):
         for candidate in pool:
-            if candidate is not baseline and settings(candidate) == settings(baseline):
+            other = candidate.measurement.spec != baseline.measurement.spec
+            if other and settings(candidate) == settings(baseline):
                 return baseline, candidate
     return (pool[0], pool[0]) if pool else None
 

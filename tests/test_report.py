@@ -348,3 +348,12 @@ def test_a_sweep_names_its_tests_and_details(page):
     assert (old.measurement.name, new.measurement.name) == ("dense", "slim")
     text = page(found)
     assert text.count("pp128+tg16@d1024") >= 2 and "cold load ms" in text and "1750" in text
+
+
+def test_the_noise_floor_s_second_run_is_no_headline():
+    again = measurement("dense #2", 10.1, spec="out/dense")
+    peer = measurement("dense (torch)", 70.0, kind="torch", spec="torch:dense")
+    old, new = pair_of(entries_of([result(measurement("dense", 10.0), again, peer)]))
+    assert (old.measurement.name, new.measurement.name) == ("dense", "dense (torch)")
+    alone = pair_of(entries_of([result(measurement("dense", 10.0), again)]))
+    assert alone[0] is alone[1]
