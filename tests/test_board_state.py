@@ -6,16 +6,9 @@ import pytest
 
 from bench.board_state import board_state, temperature
 from bench.host_state import counters, snapshot
+from tests.fake_trees import plant
 
 CPU = "sys/devices/system/cpu"
-
-
-def plant(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return root
 
 
 def clocks(cpu: int, now: int, highest: int, governor: str) -> dict[str, str]:

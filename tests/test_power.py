@@ -9,7 +9,7 @@ import pytest
 
 from bench.power import NO_SENSOR, NOT_ALLOWED, Recorder, Sensor, find_sensor
 from bench.result import Energy
-from tests.test_board_state import plant
+from tests.fake_trees import plant
 
 I2C = "sys/bus/i2c/drivers"
 RAPL = "sys/class/powercap/intel-rapl:{n}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from devices.probe import fingerprint, parse_cpu_list, probe
+from tests.fake_trees import plant
 
 A76 = """processor\t: {n}
 BogoMIPS\t: 108.00
@@ -25,14 +26,6 @@ physical id\t: 0
 core id\t\t: {core}
 flags\t\t: fpu lm sse2 fma f16c avx2 avx512f avx512_vnni avx_vnni
 """
-
-
-def plant(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return root
 
 
 @pytest.fixture
