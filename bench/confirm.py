@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.compare import SLOWER, Comparison, Row, compare, compare_within, confirmed
+from bench.compare import confirm as confirm_rows
 from bench.plan import Plan
 from bench.result import Measurement, Result
 from bench.rounds import Progress
@@ -54,11 +55,8 @@ def compare_live(
     if not (confirm and comparison.regressed):
         return Confirmed(comparison, [first])
     second = bench(specs, replace(plan, cold=False), names=[base, other], progress=progress)
-    again = {(row.setting, row.n_threads): row for row in compare_within(second, base, other, min_effect).rows}
-    rows = [
-        confirmed(row, again[row.setting, row.n_threads]) if row.verdict == SLOWER else row for row in comparison.rows
-    ]
-    return Confirmed(replace(comparison, rows=rows), [first, second])
+    again = compare_within(second, base, other, min_effect)
+    return Confirmed(confirm_rows(comparison, again), [first, second])
 
 
 def confirm_files(

@@ -49,8 +49,3 @@ def provider_facts(decoder: Decoder) -> ProviderFacts:
     if isinstance(decoder, DeviceDecoder):
         return decoder.gpu.facts(decoder.provider)
     return ProviderFacts("cpu", "cpu")
-
-
-def active_provider(decoder: Decoder) -> str:
-    """The provider that comes first in the decoder's session: cpu, cuda or tensorrt."""
-    return provider_facts(decoder).active

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -127,11 +127,3 @@ class Plan:
 def counts(values: Counts) -> tuple[int, ...]:
     """One value or several, as a tuple."""
     return (values,) if isinstance(values, int) else tuple(values)
-
-
-def names_of(settings: Sequence[Setting]) -> Iterator[str]:
-    """What tells the settings apart, in llama-bench's words."""
-    several = len({setting.threads for setting in settings}) > 1
-    for s in settings:
-        parts = [f"{kind}{count}" for kind, count in (("pp", s.prompt), ("tg", s.generate)) if count]
-        yield "+".join(parts) + (f"@d{s.depth}" if s.depth else "") + (f" t{s.threads}" if several else "")

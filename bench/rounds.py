@@ -86,13 +86,13 @@ class Rounds:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
-                active = [setting for setting in active if self._working(setting)]
-                if self._round >= KNOWN_ROUNDS:
-                    active = [setting for setting in active if self._goes_on(setting)]
+                widths = {s: half_width(working) for s in active if (working := self._working(s))}
+                known = self.plan.precision if self._round >= KNOWN_ROUNDS else 0.0
+                active = [setting for setting, width in widths.items() if width > known]
                 now = time.monotonic()
                 if now - begun + (now - started) > self.plan.max_time_s:
                     break
-                self._estimate(active, begun, now)
+                self._estimate({setting: widths[setting] for setting in active}, begun, now)
         if self._progress:
             self._progress("bench", self._order, self._order)
 
@@ -153,16 +153,12 @@ class Rounds:
     def _working(self, setting: Setting) -> list[Outcome]:
         return [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
 
-    def _goes_on(self, setting: Setting) -> bool:
-        outcomes = self._working(setting)
-        return bool(outcomes) and half_width(outcomes) > self.plan.precision
-
-    def _estimate(self, active: Sequence[Setting], begun: float, now: float) -> None:
+    def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
         """How many processes there will be: an interval shrinks with the root of their number, and time is limited."""
         each = (now - begun) / max(1, self._order)
         left = 0.0
-        for setting in active:
-            wider = half_width(self._working(setting)) / self.plan.precision
+        for setting, width in widths.items():
+            wider = width / self.plan.precision
             rounds = min(self._round * (wider**2 - 1), self.plan.most_rounds - self._round)
             left += max(1.0, rounds) * len(self.outcomes[setting])
         by_time = max(0.0, self.plan.max_time_s - (now - begun)) / each

@@ -242,7 +242,8 @@ def summary(out: Path, rounds: int) -> None:
         print(f"  {len(pairs)} pairs; of {rounds} drawn, confirmed by {rounds}: slower in {sum(hits)} of {len(hits)}")
     for kind in sorted({r["kind"] for r in records(out / "disturb.jsonl")}):
         found = [r for r in records(out / "disturb.jsonl") if r["kind"] == kind]
-        print(f"{kind}: {sum(r['status'] != 'OK' for r in found)} of {len(found)}; {found[-1]['reasons']}")
+        named = sum(r["status"] != "OK" and bool(r["reasons"]) for r in found)  # kept are reasons of its kind only
+        print(f"{kind}: {named} of {len(found)}; {found[-1]['reasons']}")
     for record in records(out / "memory.jsonl"):
         print("memory:", record)
 

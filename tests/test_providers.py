@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bench.decoders import active_provider, make_decoder, provider_facts
+from bench.decoders import make_decoder, provider_facts
 from bench.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
 from bench.session import DecoderError
 from export.bundle import BundleError, read_manifest
@@ -78,7 +78,7 @@ def test_shapes_on_the_cpu_are_no_fallback_and_matrices_are(bundle, nodes, on_cp
     facts = provider_facts(decoder)
     assert (facts.asked, facts.active, facts.on_cpu, facts.fallback) == ("cuda", "cuda", on_cpu, fallback)
     assert facts.nodes == {"cuda" if key == CUDA else "cpu": len(value) for key, value in nodes.items()}
-    assert active_provider(decoder) == "cuda"
+    assert provider_facts(decoder).active == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_decoder_of_the_cpu_has_no_fallback(tmp_path) -> None:
     decoder = make_decoder(tiny_bundle(tmp_path / "bundle"), 1, 16)
     facts = provider_facts(decoder)
     assert facts == ProviderFacts("cpu", "cpu", None, ()) and not facts.fallback
-    assert active_provider(decoder) == "cpu"
+    assert provider_facts(decoder).active == "cpu"
 
 
 def test_a_provider_that_is_not_installed_is_refused_before_anything_is_loaded(bundle) -> None:
