@@ -1,0 +1,50 @@
+"""Where a layer's logical matrices are, packed or not, dense or slim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from saap.architectures import ARCHITECTURES, shape_of
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.matrices import ROLES, matrices_of
+
+FAMILIES = [name for name in ARCHITECTURES if not name.startswith("saap_")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_the_seven_roles(tiny_family, family):
+    model = load_model(tiny_family(family))
+    shape = shape_of(model.config)
+    matrices = matrices_of(model, shape)
+    assert [(m.layer, m.role) for m in matrices] == [(i, role) for i in range(3) for role in ROLES]
+    sizes = {m.role: tuple(m.linear.weight[m.rows].shape) for m in matrices}
+    assert sizes == {"query": (96, 96), "key": (32, 96), "value": (32, 96), "output": (96, 96), "gate": (128, 96),
+                     "up": (128, 96), "down": (96, 128)}  # fmt: skip
+    linears = {id(m.linear): m.linear for m in matrices}.values()
+    assert {id(m) for m in model.model.layers.modules() if isinstance(m, nn.Linear)} == {id(m) for m in linears}
+    covered = sum(m.linear.weight[m.rows].numel() for m in matrices)
+    assert covered == sum(linear.weight.numel() for linear in linears)
+
+
+def test_rows_of_a_packed_matrix_are_its_queries_keys_and_values(tiny_family):
+    model = load_model(tiny_family("phi3"))
+    first = {m.role: m for m in matrices_of(model, shape_of(model.config))[:7]}
+    assert first["query"].linear is first["key"].linear is first["value"].linear
+    assert [(first[role].rows.start, first[role].rows.stop) for role in ROLES] == [
+        (0, 96), (96, 128), (128, 160), (0, 96), (0, 128), (128, 256), (0, 96)
+    ]  # fmt: skip
+    hidden = torch.randn(2, 96)
+    layer = model.model.layers[0]
+    gate, up = (nn.functional.linear(hidden, first[r].linear.weight[first[r].rows]) for r in ("gate", "up"))
+    expected = nn.functional.linear(nn.functional.silu(gate) * up, layer.mlp.down_proj.weight)
+    assert torch.allclose(layer.mlp(hidden), expected, atol=1e-6)
+
+
+def test_a_shape_of_another_model(tiny_family):
+    model = load_model(tiny_family("llama"))
+    shape = shape_of(model.config)
+    with pytest.raises(SaapError, match="the shape has 2 layers, the model has 3"):
+        matrices_of(model, shape.with_layers(shape.layers[:2]))
