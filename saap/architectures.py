@@ -61,11 +61,6 @@ class Architecture:
     skips_rotary: bool = False
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        """The prunable linears of a layer."""
-        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-
-    @property
     def qkv(self) -> tuple[str, ...]:
         """The modules whose rows, stacked, are queries, keys and values."""
         return (self.packed_qkv,) if self.packed_qkv else (self.query, self.key, self.value)
@@ -75,12 +70,18 @@ class Architecture:
         """The modules whose rows, stacked, are gate and up."""
         return (self.packed_gate_up,) if self.packed_gate_up else (self.gate, self.up)
 
+    def in_attention(self, module: str) -> bool:
+        """Whether a module, relative to its layer, goes where the layer's attention goes."""
+        inside = module.startswith(self.output.rpartition(".")[0] + ".")
+        return inside or module in (self.attention_norm, self.attention_post_norm)
 
+
+SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
+PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture()
-ARCHITECTURES = {
+FAMILIES = {
     "llama": LLAMA,
-    "saap_llama": LLAMA,
     "mistral": Architecture("Mistral", window="all"),
     "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer"),
     "qwen3": Architecture("Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer"),
@@ -95,6 +96,7 @@ ARCHITECTURES = {
     ),
     "smollm3": Architecture("SmolLM3", window="by layer", skips_rotary=True),
 }  # fmt: skip
+ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,7 @@ def architecture_of(config: Any) -> Architecture:
     """
     name = _get(config, "model_type")
     if name not in ARCHITECTURES:
-        known = ", ".join(k for k in ARCHITECTURES if not k.startswith("saap_"))
-        raise SaapError(f"model type {name!r} is not supported; supported: {known}")
+        raise SaapError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
     activation = _get(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
@@ -169,7 +170,11 @@ def require_llama(config: Any, what: str) -> None:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Read a model's sizes from its config (or the config's dict)."""
+    """Read a model's sizes from its config (or the config's dict).
+
+    Raises:
+        SaapError: query heads that are not a multiple of their layer's KV heads.
+    """
     architecture = architecture_of(config)
     config = with_defaults(config)
     heads, hidden = _get(config, "num_attention_heads"), _get(config, "hidden_size")
@@ -179,6 +184,12 @@ def shape_of(config: Any) -> ModelShape:
     else:
         kv_heads = _get(config, "num_key_value_heads") or heads
         layers = (LayerSizes(heads, kv_heads, _get(config, "intermediate_size")),) * _get(config, "num_hidden_layers")
+    for index, sizes in enumerate(layers):
+        if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
+            raise SaapError(
+                f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple; "
+                "mend config.json"
+            )
     quant = _get(config, "slim_quant")
     return ModelShape(
         hidden=hidden,
@@ -191,6 +202,7 @@ def shape_of(config: Any) -> ModelShape:
         output_bias=not architecture.qkv_bias,
         qk_norm=bool(architecture.query_norm),
         norms=2 if architecture.attention_post_norm else 1,
+        added_bias=bool(_get(config, "slim_bias")),
     )
 
 
@@ -239,7 +251,7 @@ def with_defaults(config: Any) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
     except (KeyError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error

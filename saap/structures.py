@@ -41,6 +41,7 @@ class ModelShape:
         output_bias: whether the output projection has one too where attention has biases.
         qk_norm: whether queries and keys pass a norm of one head's width.
         norms: norms of the hidden width that each block owns.
+        added_bias: whether pruning gave the output and the down projections biases that their family does not have.
     """
 
     hidden: int
@@ -53,13 +54,24 @@ class ModelShape:
     output_bias: bool = True
     qk_norm: bool = False
     norms: int = 1
+    added_bias: bool = False
+
+    @property
+    def biased_output(self) -> bool:
+        """Whether the output projection of an attention has a bias."""
+        return self.added_bias or (self.attention_bias and self.output_bias)
+
+    @property
+    def biased_down(self) -> bool:
+        """Whether the down projection of a feed-forward block has a bias."""
+        return self.added_bias or self.mlp_bias
 
     def attention_weights(self, layer: LayerSizes) -> int:
         """Weights of one attention block with its norms."""
         if not layer.query_heads:
             return 0
         rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
-        biases = (rows + self.hidden * self.output_bias) if self.attention_bias else 0
+        biases = rows * self.attention_bias + self.hidden * self.biased_output
         norms = self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         return rows * self.hidden + layer.query_heads * self.head_dim * self.hidden + norms + biases
 
@@ -67,7 +79,7 @@ class ModelShape:
         """Weights of one feed-forward block with its norms."""
         if not layer.ffn:
             return 0
-        biases = (2 * layer.ffn + self.hidden) if self.mlp_bias else 0
+        biases = 2 * layer.ffn * self.mlp_bias + self.hidden * self.biased_down
         return 3 * layer.ffn * self.hidden + self.norms * self.hidden + biases
 
     @property
@@ -110,10 +122,14 @@ class PrunePlan:
     requirement: dict[str, dict[str, float]] = field(default_factory=dict)  # asked and planned
     price: float = 0.0  # predicted loss, nats per token
 
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices, in the base model, of the layers that are not dropped."""
+        return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
+
     def kept_shape(self, dense: ModelShape) -> ModelShape:
         """Shape of the slim model."""
-        kept = tuple(plan.sizes for plan in self.layers if plan.query_heads or plan.ffn)
-        return dense.with_layers(kept)
+        return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))
 
 
 def whole_layer(sizes: LayerSizes) -> LayerPlan:

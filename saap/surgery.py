@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 
 from saap.architectures import Architecture
+from saap.matrices import placed_roles
 from saap.structures import LayerPlan, ModelShape, PrunePlan, check_plan
 
 Read = Callable[[str], torch.Tensor]
@@ -20,7 +21,12 @@ def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
 
 
 def cut_tensors(
-    names: list[str], read: Read, plan: PrunePlan, shape: ModelShape, architecture: Architecture
+    names: list[str],
+    read: Read,
+    plan: PrunePlan,
+    shape: ModelShape,
+    architecture: Architecture,
+    replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the slim model's (name, tensor), reading one tensor of the dense model at a time.
 
@@ -28,45 +34,78 @@ def cut_tensors(
         names: tensor names of the dense checkpoint.
         read: gives the tensor of a name.
         plan: what to keep of each layer; layers left with nothing are dropped and the rest renumbered.
+        shape: sizes of the dense model.
+        replaced: tensors of the slim model, by their names and in their sizes there, that take the place of the cut
+            ones; also biases of output and down projections that the dense model does not have.
+
+    Raises:
+        SaapError: the plan does not fit the model.
+        ValueError: ``replaced`` names a tensor that the slim model does not have.
     """
     check_plan(plan, shape)
+    fresh = dict(replaced or {})
     prefix = architecture.layers + "."
-    kept = [i for i, layer in enumerate(plan.layers) if layer.query_heads or layer.ffn]
-    renumbered = {old: new for new, old in enumerate(kept)}
+    renumbered = {old: new for new, old in enumerate(plan.kept_layers)}
     for name in names:
-        if not name.startswith(prefix):
-            yield name, read(name)
-            continue
-        index_text, rest = name[len(prefix) :].split(".", 1)
-        index = int(index_text)
-        if index in renumbered:
-            cut = cut_layer_tensor(rest, partial(read, name), plan.layers[index], shape.head_dim, architecture)
-            if cut is not None:
-                yield f"{prefix}{renumbered[index]}.{rest}", cut
+        slim_name, cut = name, partial(read, name)
+        if name.startswith(prefix):
+            index_text, rest = name[len(prefix) :].split(".", 1)
+            index = int(index_text)
+            if not _is_kept(rest, plan.layers[index], architecture):
+                continue
+            slim_name = f"{prefix}{renumbered[index]}.{rest}"
+            cut = partial(cut_layer_tensor, rest, cut, plan.layers[index], index, shape, architecture)
+        yield slim_name, fresh.pop(slim_name) if slim_name in fresh else cut()
+    yield from _added_biases(fresh, plan, architecture)
 
 
 def cut_layer_tensor(
-    name: str, read: Callable[[], torch.Tensor], keep: LayerPlan, head_dim: int, architecture: Architecture
-) -> torch.Tensor | None:
-    """One tensor of one layer, cut to what the plan keeps; None where its module is gone."""
+    name: str,
+    read: Callable[[], torch.Tensor],
+    keep: LayerPlan,
+    index: int,
+    shape: ModelShape,
+    architecture: Architecture,
+) -> torch.Tensor:
+    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps of its module.
+
+    Norms are kept whole: those of heads are one head wide.
+    """
     module, kind = name.rsplit(".", 1)
-    attention = (
-        architecture.query,
-        architecture.key,
-        architecture.value,
-        architecture.output,
-        architecture.attention_norm,
-    )
-    if not (keep.query_heads if module in attention else keep.ffn):
-        return None
-    tensor = read()
-    queries, keys = head_rows(keep.query_heads, head_dim), head_rows(keep.kv_heads, head_dim)
+    queries, keys = head_rows(keep.query_heads, shape.head_dim), head_rows(keep.kv_heads, shape.head_dim)
     channels = torch.tensor(keep.ffn, dtype=torch.long)
-    rows = {architecture.query: queries, architecture.key: keys, architecture.value: keys}
-    rows |= {architecture.gate: channels, architecture.up: channels}
+    kept = {"query": queries, "key": keys, "value": keys, "gate": channels, "up": channels}
+    placed = [
+        rows.start + kept[role]
+        for role, place, rows in placed_roles(shape.layers[index], shape, architecture)
+        if place == module and role in kept
+    ]
+    if placed:
+        return read().index_select(0, torch.cat(placed))
     columns = {architecture.output: queries, architecture.down: channels}
-    if module in rows:
-        return tensor.index_select(0, rows[module])
     if module in columns and kind == "weight":
-        return tensor.index_select(1, columns[module])
-    return tensor.clone()
+        return read().index_select(1, columns[module])
+    return read().clone()
+
+
+def _is_kept(name: str, keep: LayerPlan, architecture: Architecture) -> bool:
+    """Whether the module of a layer's tensor is still there."""
+    return bool(keep.query_heads if architecture.in_attention(name.rsplit(".", 1)[0]) else keep.ffn)
+
+
+def _added_biases(
+    biases: Mapping[str, torch.Tensor], plan: PrunePlan, architecture: Architecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is left of the replacements: new biases of modules that the slim model has."""
+    allowed = {
+        f"{architecture.layers}.{new}.{module}.bias"
+        for new, old in enumerate(plan.kept_layers)
+        for module, there in (
+            (architecture.output, plan.layers[old].query_heads),
+            (architecture.down, plan.layers[old].ffn),
+        )
+        if there
+    }
+    if wrong := sorted(set(biases) - allowed):
+        raise ValueError(f"{wrong[0]} is no tensor of the slim model")
+    yield from biases.items()
