@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from saap import modeling_slim
-from saap.architectures import architecture_of
+from saap.architectures import PER_LAYER, SLIM, architecture_of, with_defaults
 from saap.errors import SaapError
 from saap.json_files import read_object
-from saap.modeling_slim import GroupQuantTable, SlimLlamaConfig, SlimLlamaForCausalLM, TiedHead
+from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
 from saap.structures import ModelShape
 
 FORMAT = 1
 RECORD = "saap.json"
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
-AutoConfig.register(SlimLlamaConfig.model_type, SlimLlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(SlimLlamaConfig, SlimLlamaForCausalLM, exist_ok=True)
+for _classes in SLIM_CLASSES.values():
+    AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
+    AutoModelForCausalLM.register(_classes.config, _classes.model, exist_ok=True)
 
 
 def load_model(path: str | Path, *, materialise: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -124,33 +125,91 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     return sorted(where), read
 
 
-def slim_config(config: dict[str, Any], shape: ModelShape, quant: dict[str, Any] | None = None) -> dict[str, Any]:
-    """``config.json`` of a model cut to ``shape``: plain where all layers are alike, ours where not or quantised."""
-    slim = {k: v for k, v in config.items() if k not in ("slim_layers", "slim_quant", "auto_map", "_name_or_path")}
+def slim_config(
+    config: dict[str, Any],
+    shape: ModelShape,
+    quant: dict[str, Any] | None = None,
+    *,
+    kept: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """``config.json`` of a model cut to ``shape``: of its own family where all layers are alike, ours where not.
+
+    Ours is also what is quantised, or has biases that the family does not have.
+
+    Args:
+        config: of the model that is cut, dense or slim.
+        quant: the ``slim_quant`` entry of a model that holds integers.
+        kept: which layers of that model are left, ``plan.kept_layers``; None is all of them.
+
+    Raises:
+        ValueError: ``kept`` is needed to know what each layer does.
+    """
+    architecture = architecture_of(config)
+    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")
+    slim = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
     slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
-    first = shape.layers[0]
-    # transformers 5 refuses query heads that do not divide the hidden size in its own classes.
-    plain = len(set(shape.layers)) == 1 and first.ffn and first.query_heads and shape.hidden % first.query_heads == 0
-    if quant is None and plain:
+    family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
+    biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
+    if quant is None and not biased and _is_plain(slim, shape):
         return slim | {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
+            "model_type": family,
+            "architectures": [f"{architecture.family}ForCausalLM"],
             "num_attention_heads": first.query_heads,
             "num_key_value_heads": first.kv_heads,
             "intermediate_size": first.ffn,
         }
+    classes = SLIM_CLASSES[family]
     slim |= {
-        "model_type": SlimLlamaConfig.model_type,
-        "architectures": [SlimLlamaForCausalLM.__name__],
+        "model_type": classes.config.model_type,
+        "architectures": [classes.model.__name__],
         "auto_map": {
-            "AutoConfig": f"modeling_slim.{SlimLlamaConfig.__name__}",
-            "AutoModelForCausalLM": f"modeling_slim.{SlimLlamaForCausalLM.__name__}",
+            "AutoConfig": f"modeling_slim.{classes.config.__name__}",
+            "AutoModelForCausalLM": f"modeling_slim.{classes.model.__name__}",
         },
         "slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in shape.layers],
     }
+    if biased:
+        slim["slim_bias"] = True
     if quant is not None:
         slim |= {"slim_quant": quant, "tie_word_embeddings": False}  # the integers are tied, not a float weight
     return slim
+
+
+def _is_plain(slim: dict[str, Any], shape: ModelShape) -> bool:
+    """Whether the family's own class in transformers builds the model."""
+    first, base_heads = shape.layers[0], slim.get("num_attention_heads")
+    alike = len(set(shape.layers)) == 1 and bool(first.ffn and first.query_heads)
+    if not alike or first.query_heads == base_heads:
+        return alike
+    # transformers 5 refuses query heads that do not divide the hidden size, and Phi-3 counts the factors of its long
+    # rotary embedding by hidden size / heads.
+    scaling = slim.get("rope_parameters") or slim.get("rope_scaling") or {}
+    return shape.hidden % first.query_heads == 0 and "short_factor" not in scaling
+
+
+def _layer_lists(config: dict[str, Any], shape: ModelShape, kept: Sequence[int] | None) -> dict[str, Any]:
+    """The config's lists with one entry per layer, also those that it leaves to defaults, cut to the kept layers.
+
+    A layer without attention takes the type of one that attends: so the first layer's type, by which transformers
+    measures how long a KV cache is, is one that has keys and values.
+    """
+    if architecture_of(config).window != "by layer":
+        return {}
+    full = with_defaults(config)
+    count = full.num_hidden_layers
+    if kept is None and count != len(shape.layers):
+        raise ValueError(f"{count} layers become {len(shape.layers)}: say which are kept")
+    lists = {key: getattr(full, key, None) for key in PER_LAYER}
+    cut = {
+        key: [entries[i] for i in (range(count) if kept is None else kept)] for key, entries in lists.items() if entries
+    }
+    if "layer_types" in cut:
+        kinds = cut["layer_types"]
+        attending = [kind for kind, sizes in zip(kinds, shape.layers, strict=True) if sizes.query_heads]
+        cut["layer_types"] = [
+            kind if sizes.query_heads else attending[0] for kind, sizes in zip(kinds, shape.layers, strict=True)
+        ]
+    return cut
 
 
 def write_slim(
@@ -168,7 +227,7 @@ def write_slim(
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_sidecars(Path(base), partial)
-        if config["model_type"] == SlimLlamaConfig.model_type:
+        if config["model_type"].startswith(SLIM):
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
         complete = {"format": FORMAT, **record}
         (partial / RECORD).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")

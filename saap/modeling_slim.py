@@ -1,26 +1,22 @@
-"""LLaMA with its own sizes in every layer, and integer weights where it was tuned.
+"""The families of decoders with their own sizes in every layer, and integer weights where one was tuned.
 
 This file is shipped inside every slim directory that plain transformers cannot build, so it imports torch and
-transformers only. Two keys of ``config.json`` drive it:
+transformers only. Three keys of ``config.json`` drive it:
 
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer; 0 query heads means no attention, 0 ffn no MLP.
+* ``slim_bias``: true where the output and the down projections have biases that their family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits"}`` when the linears and the embedding hold group-wise integers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class SlimLlamaConfig(LlamaConfig):
-    """A LlamaConfig; the extra keys are kept as plain attributes."""
-
-    model_type = "saap_llama"
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
@@ -108,6 +104,8 @@ class TiedHead(nn.Module):
 class NoAttention(nn.Module):
     """Stands where a layer lost its attention: adds nothing to the residual stream."""
 
+    is_sliding = False  # Gemma 3 asks which rotary embedding to hand in
+
     def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
         """[b, s, hidden] -> zeros of that shape."""
         return torch.zeros_like(hidden_states), None
@@ -121,59 +119,152 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class SlimLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM whose layers are cut to ``config.slim_layers``."""
+class LayerConfig:
+    """A model's config with one layer's number of query heads."""
 
-    config_class: Any = SlimLlamaConfig
+    def __init__(self, config: Any, query_heads: int) -> None:
+        self._config, self.num_attention_heads = config, query_heads
 
-    def __init__(self, config: SlimLlamaConfig) -> None:
-        super().__init__(config)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked for by copy, before there is a config
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+class SlimDecoder:
+    """What the slim classes add to their family's class: layers cut to ``config.slim_layers``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
         sizes = getattr(config, "slim_layers", None)
         quant = getattr(config, "slim_quant", None)
         if sizes:
-            resize_layers(self, [tuple(s) for s in sizes])
+            resize_layers(self, [tuple(s) for s in sizes], bool(getattr(config, "slim_bias", False)))
         if quant:
             quantize_modules(self, quant)
 
 
-def resize_layers(model: Any, sizes: list[tuple[int, ...]]) -> None:
+class SlimLlamaConfig(LlamaConfig):
+    """A LlamaConfig; the extra keys are kept as plain attributes."""
+
+    model_type = "saap_llama"
+
+
+class SlimLlamaForCausalLM(SlimDecoder, LlamaForCausalLM):  # type: ignore[misc]  # transformers' own bases disagree
+    """LlamaForCausalLM whose layers are cut to ``config.slim_layers``."""
+
+    config_class: Any = SlimLlamaConfig
+
+
+class SlimClasses(NamedTuple):
+    """The two classes of a family, as transformers registers them."""
+
+    config: Any
+    model: Any
+
+
+_ENDS = ("Config", "ForCausalLM")
+OTHERS = {  # model type of a family: stems of its config and its model class in transformers
+    "mistral": ("Mistral", "Mistral"),
+    "qwen2": ("Qwen2", "Qwen2"),
+    "qwen3": ("Qwen3", "Qwen3"),
+    "phi3": ("Phi3", "Phi3"),
+    "gemma3_text": ("Gemma3Text", "Gemma3"),
+    "smollm3": ("SmolLM3", "SmolLM3"),
+}
+SLIM_CLASSES = {"llama": SlimClasses(SlimLlamaConfig, SlimLlamaForCausalLM)}  # of the families that transformers has
+
+
+def _derive(name: str, stems: tuple[str, str]) -> SlimClasses | None:
+    """The slim classes of a family, found under their names in this module; None where transformers lacks it."""
+    parents: list[Any] = [getattr(transformers, stem + end, None) for stem, end in zip(stems, _ENDS, strict=True)]
+    if None in parents:
+        return None
+    place = {"__module__": __name__, "__doc__": f"The {stems[1]} family with sizes of their own in its layers."}
+    config = type(f"Slim{stems[0]}{_ENDS[0]}", (parents[0],), {**place, "model_type": f"saap_{name}"})
+    model = type(f"Slim{stems[1]}{_ENDS[1]}", (SlimDecoder, parents[1]), {**place, "config_class": config})
+    globals().update({kind.__name__: kind for kind in (config, model)})
+    return SlimClasses(config, model)
+
+
+for _name, _stems in OTHERS.items():
+    if (_classes := _derive(_name, _stems)) is not None:
+        SLIM_CLASSES[_name] = _classes
+
+
+def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = False) -> None:
     """Replace each layer's linears by ones of its own sizes, in place; the weights are fresh."""
-    if len(sizes) != len(model.model.layers):
-        raise ValueError(f"slim_layers has {len(sizes)} entries, the model has {len(model.model.layers)} layers")
-    cache_index = 0
-    for layer, (query_heads, kv_heads, ffn) in zip(model.model.layers, sizes, strict=True):
+    layers = model.model.layers
+    if len(sizes) != len(layers):
+        raise ValueError(f"slim_layers has {len(sizes)} entries, the model has {len(layers)} layers")
+    places = cache_places(getattr(model.config, "layer_types", None) or [""] * len(sizes), sizes)
+    for index, (layer, (query_heads, kv_heads, ffn)) in enumerate(zip(layers, sizes, strict=True)):
+        attention_norms, ffn_norms = _norms(layer)
         if query_heads:
-            _resize_attention(layer.self_attn, query_heads, kv_heads)
-            layer.self_attn.layer_idx = cache_index  # the cache has one entry per layer that attends
-            cache_index += 1
+            _resize_attention(layer.self_attn, query_heads, kv_heads, added_bias)
+            layer.self_attn.layer_idx = places[index]
         else:
-            layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+            layer.self_attn = NoAttention()
+            _remove(layer, attention_norms)
         if ffn:
-            _resize_mlp(layer.mlp, ffn)
+            _resize_mlp(layer.mlp, ffn, added_bias)
         else:
-            layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
+            layer.mlp = NoFeedForward()
+            _remove(layer, ffn_norms)
 
 
-def _resize_attention(attention: Any, query_heads: int, kv_heads: int) -> None:
-    dim, hidden = attention.head_dim, attention.q_proj.in_features
-    attention.num_key_value_groups = query_heads // kv_heads
-    attention.q_proj = _linear_like(attention.q_proj, hidden, query_heads * dim)
-    attention.k_proj = _linear_like(attention.k_proj, hidden, kv_heads * dim)
-    attention.v_proj = _linear_like(attention.v_proj, hidden, kv_heads * dim)
-    attention.o_proj = _linear_like(attention.o_proj, query_heads * dim, hidden)
+def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, int]:
+    """Which entry of the KV cache each layer that attends uses.
+
+    The cache has one entry for each layer, sliding or not as the layer is. Of each kind, transformers reads lengths
+    from the first entry: so the layers that attend take the first entries of their kind, and the last stay empty.
+    """
+    places: dict[int, int] = {}
+    for kind in set(kinds):
+        entries = [index for index, of in enumerate(kinds) if of == kind]
+        places.update(zip((index for index in entries if sizes[index][0]), entries, strict=False))
+    return places
 
 
-def _resize_mlp(mlp: Any, ffn: int) -> None:
-    hidden = mlp.gate_proj.in_features
+def _norms(layer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the norms that go with a layer's attention, and with its MLP."""
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        return ("input_layernorm", "post_attention_layernorm"), after
+    return ("input_layernorm",), ("post_attention_layernorm",)
+
+
+def _remove(layer: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(layer, name, nn.Identity())
+
+
+def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bias: bool) -> None:
+    queries, keys = query_heads * attention.head_dim, kv_heads * attention.head_dim
+    attention.num_key_value_groups, attention.num_key_value_heads = query_heads // kv_heads, kv_heads
+    if hasattr(attention, "qkv_proj"):  # whose place in the packed rows Phi-3 asks its config for
+        attention.config = LayerConfig(attention.config, query_heads)
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": queries + 2 * keys}
+    _resize_rows(attention, rows)
+    attention.o_proj = _linear_like(attention.o_proj, queries, attention.o_proj.out_features, added_bias)
+
+
+def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
     mlp.intermediate_size = ffn
-    mlp.gate_proj = _linear_like(mlp.gate_proj, hidden, ffn)
-    mlp.up_proj = _linear_like(mlp.up_proj, hidden, ffn)
-    mlp.down_proj = _linear_like(mlp.down_proj, ffn, hidden)
+    _resize_rows(mlp, {"gate_proj": ffn, "up_proj": ffn, "gate_up_proj": 2 * ffn})
+    mlp.down_proj = _linear_like(mlp.down_proj, ffn, mlp.down_proj.out_features, added_bias)
 
 
-def _linear_like(old: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    weight = old.weight
-    return nn.Linear(in_features, out_features, bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
+def _resize_rows(parent: Any, rows: dict[str, int]) -> None:
+    """Give those of the named linears that are there other numbers of rows."""
+    for name in set(rows) & set(dict(parent.named_children())):
+        old = getattr(parent, name)
+        setattr(parent, name, _linear_like(old, old.in_features, rows[name]))
+
+
+def _linear_like(old: nn.Linear, in_features: int, out_features: int, added_bias: bool = False) -> nn.Linear:
+    weight, bias = old.weight, added_bias or old.bias is not None
+    return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
 def quantize_modules(model: Any, quant: dict[str, Any]) -> None:

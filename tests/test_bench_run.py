@@ -371,9 +371,10 @@ def test_slim_directory_in_torch(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     shape = ModelShape(hidden=32, head_dim=8, vocab=64, tied=True, layers=layers)
+    classes = checkpoint.SLIM_CLASSES["llama"]
     config = checkpoint.slim_config({**dense.to_dict(), "architectures": ["LlamaForCausalLM"]}, shape)
     torch.manual_seed(0)
-    model = checkpoint.SlimLlamaForCausalLM(checkpoint.SlimLlamaConfig.from_dict(config))
+    model = classes.model(classes.config.from_dict(config))
     tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     (tmp_path / "base").mkdir()
     slim = checkpoint.write_slim(tmp_path / "slim", tmp_path / "base", config, iter(tensors.items()), {})
