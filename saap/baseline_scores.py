@@ -1,6 +1,7 @@
 """Scores of the baselines: one number for each FFN channel and each KV group with its query heads.
 
-A structure's slices are its rows of query, key, value, gate and up and its columns of output and down. A group counts each row and column of its heads on its own, as the references do for a head.
+A structure's slices are its rows of query, key, value, gate and up and its columns of output and down. A group counts
+each row and column of its heads on its own, as the references do for a head.
 
 * magnitude: sum of w^2, LLM-Pruner's ``l2``.
 * LLM-Pruner (arXiv 2305.11627, section 3.2), g the gradient of the mean loss, g_j that of sequence j:

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saap.activations import collect
+from saap.architectures import shape_of
+from saap.baseline_scores import magnitude_scores
+from saap.baselines import BASELINES, published, rank
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.structures import check_plan
+
+IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def shaped(model):
+    return shape_of(model.config)
+
+
+def test_shortgpt_drops_the_layers_that_change_least(tiny_model):
+    model = load_model(tiny_model(num_hidden_layers=5))
+    shape = shaped(model)
+    influence = collect(model, shape, IDS).influence
+    ranking = rank("shortgpt", model, shape, IDS, heads=False, block=32, seed=0)
+    order = torch.argsort(influence).tolist()
+    assert [step.layer for step in ranking.steps] == order[:4]
+    for share, gone in ((0.1, 1), (0.2, 1), (0.2001, 2), (0.8, 4)):
+        plan = ranking.plan_at(share)
+        assert [i for i, layer in enumerate(plan.layers) if not layer.ffn] == sorted(order[:gone])
+        check_plan(plan, shape)
+    assert sum(not layer.ffn for layer in ranking.plan_below(0.39).layers) == 1
+    assert sum(not layer.ffn for layer in ranking.plan_below(0.4).layers) == 2
+    with pytest.raises(SaapError, match=r"at most here, 90\.00% was asked"):
+        ranking.plan_at(0.9)
+    spared = rank("shortgpt", model, shape, IDS, keep_layers=frozenset({order[0]}), heads=False, block=32, seed=0)
+    assert [step.layer for step in spared.steps] == order[1:]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("heads", [False, True])
+def test_every_method_plans_legal_models_and_leaves_the_model_alone(tiny_model, method, heads):
+    model = load_model(tiny_model(num_hidden_layers=4))
+    shape = shaped(model)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    calls = []
+    ranking = rank(method, model, shape, IDS, heads=heads, block=32, seed=0, progress=lambda *c: calls.append(c))
+    plan = ranking.plan_at(0.3)
+    check_plan(plan, shape)
+    assert 1 - plan.kept_shape(shape).layer_weights / shape.layer_weights >= 0.3
+    if method != "shortgpt":
+        assert {step.kind for step in ranking.steps} == ({"ffn", "group"} if heads else {"ffn"})
+        assert all(layer.ffn and layer.query_heads for layer in plan.layers)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    assert not model.training
+    assert bool(calls) == (method not in ("random", "magnitude"))
+    again = rank(method, model, shape, IDS, heads=heads, block=32, seed=0)
+    assert again.plan_at(0.3) == plan
+
+
+def test_the_seed_is_of_random_only(tiny_model):
+    model = load_model(tiny_model())
+    shape = shaped(model)
+    plans = {
+        (method, seed): rank(method, model, shape, IDS, heads=True, block=32, seed=seed).plan_at(0.4)
+        for method in ("random", "magnitude")
+        for seed in (0, 1)
+    }
+    assert plans["random", 0] != plans["random", 1]
+    assert plans["magnitude", 0] == plans["magnitude", 1]
+
+
+def test_the_lowest_scores_go(tiny_model):
+    model = load_model(tiny_model())
+    scores = magnitude_scores(model, shaped(model))
+    plan = rank("magnitude", model, shaped(model), IDS, heads=True, block=32, seed=0).plan_at(0.45)
+    for layer, keep in enumerate(plan.layers):
+        gone = [i for i in range(128) if i not in keep.ffn]
+        assert gone and scores.ffn[layer][gone].max() <= scores.ffn[layer][list(keep.ffn)].min()
+    lost = [i for i, keep in enumerate(plan.layers) if len(keep.kv_heads) < 3]
+    assert lost and all(int(scores.group[i].argmin()) not in plan.layers[i].kv_heads for i in lost)
+
+
+def test_llm_pruner_keeps_the_ends_unless_told(tiny_model):
+    model = load_model(tiny_model(num_hidden_layers=16))
+    shape = shaped(model)
+
+    def touched(method, keep_layers):
+        ranking = rank(method, model, shape, IDS, keep_layers=keep_layers, heads=True, block=32, seed=0)
+        return {step.layer for step in ranking.steps}
+
+    assert touched("vector", frozenset()) == set(range(4, 14))
+    assert touched("vector", frozenset({7})) == set(range(16)) - {7}
+    assert touched("vector", None) == set(range(16))
+    assert touched("magnitude", frozenset()) == set(range(16))
+    with pytest.raises(SaapError, match=r"^layer 16 is to be kept; the model has layers 0 to 15$"):
+        touched("vector", frozenset({16}))
+
+
+def test_published_settings():
+    assert [published(m).sequences for m in BASELINES] == [0, 0, 10, 10, 10, 10, 128, 1024, None]
+    assert [published(m).tokens for m in BASELINES] == [0, 0, 64, 64, 64, 64, 128, 128, 256]
+    assert published("param_mix").kept(32) == {0, 1, 2, 3, 30, 31}
+    assert published("param_mix").kept(30) == {0, 1, 2, 3, 28, 29}
+    assert published("param_mix").kept(3) == published("flap").kept(32) == frozenset()
+    assert all(published(m).source and published(m).text for m in BASELINES)
+    with pytest.raises(SaapError, match="method 'wanda' is not known; known: random, magnitude, vector"):
+        published("wanda")
+
+
+@pytest.mark.parametrize("method", BASELINES[2:])
+def test_a_model_that_is_not_finite_is_refused(tiny_model, method):
+    model = load_model(tiny_model())
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(SaapError, match=r"the loss is nan on calibration sequence 0|layer 1: .* not finite"):
+        rank(method, model, shaped(model), IDS, keep_layers=None, heads=True, block=32, seed=0)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
