@@ -5,11 +5,31 @@ import itertools
 import numpy as np
 import pytest
 
+from saap.budget import Budget, StepTime, Weights
+from saap.cost import CostTable
 from saap.errors import SaapError
-from saap.search import Prices, modules_of, plan_from, solve
-from saap.structures import LayerSizes, ModelShape, check_plan
+from saap.search import Prices, check_floor, meet, modules_of, plan_from, solve
+from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
+TABLE = CostTable(1, 192, 1.0, None, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
+
+
+def weights(limit, shape=SHAPE):
+    return Budget("weights", limit, Weights(False), {"ratio": 1 - limit / shape.layer_weights}, shape, shape)
+
+
+def milliseconds(limit):
+    return Budget("ms", limit, StepTime(TABLE), {"ms_per_token": limit}, SHAPE, SHAPE, table=TABLE)
+
+
+def options_of(prices, budget, keep=frozenset()):
+    return modules_of(SHAPE, prices, 32, keep, budget)
+
+
+def solved(prices, budget, keep=frozenset()):
+    modules = options_of(prices, budget, keep)
+    return plan_from(modules, solve(modules, budget), SHAPE)
 
 
 def prices(seed=0, modules=True, alpha=0.0):
@@ -26,41 +46,58 @@ def prices(seed=0, modules=True, alpha=0.0):
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_choice_is_the_cheapest_of_all(seed, share):
-    modules = modules_of(SHAPE, prices(seed), 32)
-    budget = share * SHAPE.layer_weights
+@pytest.mark.parametrize("budget_of", [weights, milliseconds])
+def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of):
+    whole = budget_of(1).total(SHAPE)
+    budget = budget_of(share * whole + (1 - share) * budget_of(1).fixed)
+    modules = options_of(prices(seed), budget)
     every = itertools.product(*(m.options for m in modules))
-    legal = [c for c in every if sum(o.cost for o in c) <= budget and any(o.keep.query_heads for o in c)]
+    costs = ((c, budget.fixed + sum(o.cost for o in c)) for c in every if any(o.keep.query_heads for o in c))
+    legal = [c for c, cost in costs if budget.fits(cost)]
     best = min(sum(o.price for o in c) for c in legal)
-    chosen = solve(modules, budget, "weights")
-    assert sum(o.cost for o in chosen) <= budget
-    assert sum(o.price for o in chosen) == pytest.approx(best, rel=1e-4)
-    check_plan(plan_from(modules, chosen, SHAPE), SHAPE)
+    chosen = solve(modules, budget)
+    assert sum(o.price for o in chosen) == pytest.approx(best, rel=1e-9)
+    plan = plan_from(modules, chosen, SHAPE)
+    check_plan(plan, SHAPE)
+    assert budget.meets(plan.kept_shape(SHAPE))
 
 
 def test_keeping_everything_is_free_and_the_costs_are_the_models():
-    modules = modules_of(SHAPE, prices(), 32)
-    chosen = solve(modules, SHAPE.layer_weights, "weights")
+    budget = weights(SHAPE.layer_weights)
+    modules = options_of(prices(), budget)
+    chosen = solve(modules, budget)
     assert sum(o.price for o in chosen) == 0
     assert sum(o.cost for o in chosen) == SHAPE.layer_weights
     assert plan_from(modules, chosen, SHAPE).kept_shape(SHAPE) == SHAPE
 
 
+def test_costs_are_in_the_budgets_unit():
+    modules = options_of(prices(), milliseconds(2.0))
+    assert max(o.cost for o in modules[0].options) == 0.9  # six query heads in three groups
+    assert {round(o.cost, 9) for o in modules[1].options} == {0, 0.25, 0.45, 0.65, 0.85}  # widths 0, 32, 64, 96, 128
+
+
+def test_a_budget_that_fits_exactly_is_met_exactly():
+    """A solver's tolerance must not become a model that is a little too large."""
+    for width in range(32, 129, 32):
+        kept = SHAPE.with_layers((LayerSizes(6, 3, width), LayerSizes(6, 3, 96)))
+        budget = weights(kept.layer_weights)
+        assert solved(prices(modules=False), budget).kept_shape(SHAPE).layer_weights <= kept.layer_weights
+
+
 def test_widths_are_whole_groups_and_attention_never_goes_everywhere():
-    modules = modules_of(SHAPE, prices(), 32)
+    modules = options_of(prices(), weights(1))
     assert all(len(o.keep.ffn) % 32 == 0 and len(o.keep.query_heads) * 16 % 32 == 0 for m in modules for o in m.options)
-    floor = sum(min(o.cost for o in m.options) for m in modules)
-    # One attention block has to stay, so the floor itself cannot be met.
-    with pytest.raises(SaapError, match="no choice of options"):
-        solve(modules, floor, "weights")
+    least = min(o.cost for o in modules[0].options if o.keep.query_heads)
+    budget = weights(least)  # everything may go but one attention block of the fewest heads
+    plan = plan_from(modules, solve(modules, budget), SHAPE)
+    assert sorted(len(layer.query_heads) for layer in plan.layers) == [0, 2]
+    with pytest.raises(SaapError, match="the largest that these options allow is"):
+        solve(modules, weights(least - 1))
 
 
 def test_kept_layers_stay_whole():
-    plan = plan_from(
-        *(lambda m: (m, solve(m, 0.7 * SHAPE.layer_weights, "weights"), SHAPE))(
-            modules_of(SHAPE, prices(modules=False), 32, frozenset({1}))
-        )
-    )
+    plan = solved(prices(modules=False), weights(0.7 * SHAPE.layer_weights), frozenset({1}))
     assert plan.layers[1].sizes == SHAPE.layers[1]
     assert plan.layers[0].sizes != SHAPE.layers[0]
 
@@ -71,13 +108,62 @@ def test_interaction_spreads_the_removal():
     flat.ffn[:] = [np.ones(128), np.ones(128)]
     flat.group[:] = [np.full(3, 1e6)] * 2
     flat.head[:] = [np.full(6, 1e6)] * 2
-    plan = plan_from(
-        *(lambda m: (m, solve(m, 0.8 * SHAPE.layer_weights, "weights"), SHAPE))(modules_of(SHAPE, flat, 32))
-    )
+    plan = solved(flat, weights(0.8 * SHAPE.layer_weights))
     widths = [len(layer.ffn) for layer in plan.layers]
     assert abs(widths[0] - widths[1]) <= 32
 
 
-def test_a_budget_below_the_floor_names_the_floor():
-    with pytest.raises(SaapError, match="below the floor of"):
-        solve(modules_of(SHAPE, prices(modules=False), 32), 10, "weights")
+def test_the_named_floor_can_be_met_and_less_cannot():
+    keep = frozenset({1})
+    floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
+    check_floor(SHAPE, 32, keep, False, milliseconds(floor))
+    assert milliseconds(floor).meets(solved(prices(modules=False), milliseconds(floor), keep).kept_shape(SHAPE))
+    with pytest.raises(SaapError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
+        check_floor(SHAPE, 32, keep, False, milliseconds(floor - 0.01))
+    with pytest.raises(SaapError, match=r"the smallest that these options allow is 1\.4 ms"):
+        check_floor(SHAPE, 32, frozenset(), True, milliseconds(1.3))
+
+
+def uniform(share):
+    """Every FFN loses as much: what a method plans that knows only shares of weights."""
+    if share > 0.4:
+        raise SaapError("no more than 0.4 can go")
+    gone = min(n for n in range(0, 129) if 2 * 3 * 96 * n >= share * SHAPE.layer_weights)
+    return PrunePlan(tuple(LayerPlan(*whole_layer(s).__dict__.values()) for s in narrowed(gone)))
+
+
+def narrowed(gone):
+    return (LayerSizes(6, 3, 128 - gone),) * 2
+
+
+@pytest.mark.parametrize("budget", [milliseconds(4.0), weights(0.8 * SHAPE.layer_weights), milliseconds(4.49)])
+def test_meet_finds_the_least_share(budget):
+    plan = meet(uniform, budget, SHAPE)
+    gone = 128 - len(plan.layers[0].ffn)
+    first = min(n for n in range(129) if budget.meets(SHAPE.with_layers(narrowed(n))))
+    assert budget.meets(plan.kept_shape(SHAPE)) and gone == first
+
+
+def test_meet_returns_what_meets_although_plans_are_not_monotone():
+    """Where a larger share costs more again, what was tried last may not meet the budget."""
+    budget = milliseconds(4.2)
+
+    def jagged(share):
+        return uniform(share - 0.1 if int(share * 100) % 3 == 0 and share > 0.1 else share)
+
+    plan = meet(jagged, budget, SHAPE)
+    assert budget.meets(plan.kept_shape(SHAPE))
+
+
+def test_meet_fails_with_the_least_that_can_be_had():
+    least = 1 + 2 * (0.9 + TABLE.ffn_ms(128 - next(n for n in range(129) if 576 * n >= 0.3999 * SHAPE.layer_weights)))
+    with pytest.raises(SaapError, match="asked 2 ms per token, the smallest that these options allow is") as error:
+        meet(uniform, milliseconds(2.0), SHAPE)
+    named = float(str(error.value).split("allow is ")[1].split()[0])
+    assert named == pytest.approx(least, rel=0.01)
+    with pytest.raises(SaapError, match="nothing can go"):
+        meet(refusing, milliseconds(2.0), SHAPE)
+
+
+def refusing(share):
+    raise SaapError("nothing can go")
