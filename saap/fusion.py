@@ -1,31 +1,114 @@
-"""Fusion of the vector-wise and the element-wise score by homoscedastic uncertainty.
+"""Fusion of the scores of a structure by homoscedastic uncertainty.
 
-The two scores are taken as outputs with observation noise sigma_v and sigma_e (Kendall, Gal & Cipolla 2018, eq. 7):
+The scores I_m are taken as outputs with observation noise sigma_m (Kendall, Gal & Cipolla 2018, eq. 7):
 
-    I(G) = I_v(G) / (2 sigma_v^2) + I_e(G) / (2 sigma_e^2) + log(sigma_v sigma_e)
+    I(G) = sum_m I_m(G) / (2 sigma_m^2) + sum_m log sigma_m
 
 The sigmas minimise the sum of I(G) over the structures that share them; setting the derivative to zero gives
-sigma_m^2 = mean_G I_m(G). Here they are shared per structure type over the whole model, so that layers stay comparable.
-For selection only the non-negative part counts: the log term is one offset for all structures of a type.
+sigma_m^2 = mean_G I_m(G). For selection only the non-negative part P(G) = sum_m I_m / (2 sigma_m^2) counts: the log
+term is one offset for all structures that share the sigmas.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
-from saap.importance import TYPES, Scores
+from saap.importance import TYPES, Scores, Slices
+from saap.stability import stability_factor
+from saap.structures import ModelShape
+
+Term = Literal["vector", "element", "token"]
+Scope = Literal["type", "layer"]
+FUSIONS: dict[str, tuple[Term, ...]] = {
+    "vector": ("vector",),
+    "element": ("element",),
+    "token": ("token",),
+    "fused": ("vector", "element"),
+    "fused-token": ("vector", "element", "token"),
+}
 
 
-def fuse(scores: Scores) -> dict[str, list[torch.Tensor]]:
-    """P(G) = I_v / (2 sigma_v^2) + I_e / (2 sigma_e^2), per structure type and layer; its mean over a type is 1."""
+@dataclass(frozen=True)
+class FusionOptions:
+    """How scores become one number per structure.
+
+    Attributes:
+        score: which scores enter, a name of :data:`FUSIONS`.
+        slices: a structure's slices that enter vector and element scores: all, or those of the output side alone.
+        sigma: the structures that share a sigma: of a type over the whole model, or of a type and a layer.
+        learned: find the log-variances by gradient descent instead of in closed form; both agree.
+        stability: lambda in P exp(lambda ASI); below 0 structures whose importance fluctuates are pruned first, above 0
+            they are kept, 0 is off.
+    """
+
+    score: str = "fused"
+    slices: Slices = "all"
+    sigma: Scope = "type"
+    learned: bool = False
+    stability: float = 0.0
+
+
+def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:
+    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures].
+
+    The mean of P over the structures that share the sigmas is half the number of scores.
+    """
+    options = options or FusionOptions()
     fused = {}
     for kind in TYPES:
-        vector, element = scores.vector(kind), scores.element[kind]
-        var_v, var_e = closed_form_variance(vector), closed_form_variance(element)
-        fused[kind] = [v / (2 * var_v) + e / (2 * var_e) for v, e in zip(vector, element, strict=True)]
+        terms = [_term(scores, term, kind, shape, options.slices) for term in FUSIONS[options.score]]
+        total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term, options) for term in terms), strict=True)]
+        if options.stability:
+            factors = stability_factor(
+                scores.fluctuating(kind, shape, options.slices), options.stability, options.sigma
+            )
+            total = [row * factor for row, factor in zip(total, factors, strict=True)]
+        fused[kind] = total
     return fused
+
+
+def _term(scores: Scores, term: Term, kind: str, shape: ModelShape, slices: Slices) -> list[torch.Tensor]:
+    if term == "vector":
+        return scores.vector(kind, shape, slices)
+    return scores.fine(kind, shape, slices) if term == "element" else scores.tokenwise(kind, shape)
+
+
+def _scaled(rows: list[torch.Tensor], options: FusionOptions) -> list[torch.Tensor]:
+    """I / (2 sigma^2) per layer."""
+    variance = learned_variance if options.learned else closed_form_variance
+    if options.sigma == "layer":
+        return [row / (2 * variance([row])) if len(row) else row for row in rows]
+    shared = variance(rows)
+    return [row / (2 * shared) for row in rows]
 
 
 def closed_form_variance(scores: list[torch.Tensor]) -> torch.Tensor:
     """sigma^2 = mean of the scores of all structures, which minimises sum_G I(G) / (2 sigma^2) + log sigma."""
-    return torch.cat(scores).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    flat = torch.cat(scores)
+    return (flat.mean() if len(flat) else flat.new_ones(())).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tensor:
+    """sigma^2 by gradient descent on s = log sigma^2 of mean_G I(G) exp(-s) / 2 + s / 2, which is convex in s.
+
+    Started at the geometric mean, and scaled by it so that scores of any size take the same number of steps.
+    """
+    flat = torch.cat(scores).double()
+    if not len(flat) or not bool((flat > 0).any()):
+        return closed_form_variance(scores)
+    origin = flat[flat > 0].log().mean()
+    mean = (flat / origin.exp()).mean()
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([s], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mean * torch.exp(-s) / 2 + s / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (s.detach() + origin).exp().to(scores[0].dtype)

@@ -1,53 +1,108 @@
-"""Estimation: vector-wise and element-wise importance of coupled structures, streamed sequence by sequence.
+"""Estimation: how much the loss rises when a coupled structure goes, streamed sequence by sequence.
 
-For calibration sequence j with loss L_j (mean NLL per token) and gradient g_j, removing structure G sets its weights w
-to zero, and a second-order Taylor expansion with the empirical Fisher in place of the Hessian gives
+For calibration sequence j of T tokens with loss L_j (mean NLL per token) and gradient g_j, removing structure G sets
+its weights w to zero, and a second-order Taylor expansion with the empirical Fisher in place of the Hessian gives
 
 * vector-wise   I_v(G) = | mean_j t_j - c/2 mean_j t_j^2 |,   t_j(G) = sum_w g_j w
-* element-wise  I_e(G) = mean_j sum_w | g_j w - c/2 (g_j w)^2 |   (streamed: an upper bound of the exact score)
+* element-wise  I_e(G) = sum_w | mean_j(g_j) w - c/2 mean_j (g_j w)^2 |            (exact)
+                I_e(G) = mean_j sum_w | g_j w - c/2 (g_j w)^2 |                     (streamed: an upper bound)
 
-after LLM-Pruner (arXiv 2305.11627) and SAAP (arXiv 2412.15127). With a token-mean loss the Fisher term is about T
-(tokens per sequence) times too small, so c = T is the default; the literature prints c = 1.
+after LLM-Pruner (arXiv 2305.11627) and SAAP (arXiv 2412.15127). Ours is a third one between the two,
 
-Gradients are consumed in post-accumulate hooks and freed at once: peak memory is weights + one layer + activations.
+* token-wise    I_t(G) = 1/2 mean_j T sum_tokens p_jt^2,   p_jt = the product of the structure's output and its gradient
+
+the Fisher of the structure's own mask, token by token: sum_tokens p_jt = t_j over the output slices. It rests on
+tokens, not on sequences, so that the same text says more.
+
+Gradients are consumed in post-accumulate hooks and freed at once: peak memory is weights + one layer + activations;
+the exact element score keeps two numbers per weight of the layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from saap.architectures import Architecture, architecture_of
 from saap.errors import SaapError
+from saap.matrices import Matrix, matrices_of
 from saap.structures import ModelShape
 
 Progress = Callable[[str, float, float], None]
+Slices = Literal["all", "output"]
 TYPES = ("ffn", "head", "group")
+INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per structure type (ffn, head, group) one tensor per layer.
+    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head.
 
-    ``products[type][layer]`` is t_j(G), [sequences, structures]; ``element[type][layer]`` is I_e(G), [structures].
-    A group's numbers include its query heads.
+    Attributes:
+        products: t_j of the matrix's slice, [sequences, structures].
+        element: the element-wise score of the slice, [structures].
+        token: the token-wise score, [structures], of the roles output and down.
+        c: weight of the second-order term.
+        loss: mean over the sequences, nats per token.
     """
 
-    products: dict[str, list[torch.Tensor]]
-    element: dict[str, list[torch.Tensor]]
+    products: dict[tuple[int, str], torch.Tensor]
+    element: dict[tuple[int, str], torch.Tensor]
+    token: dict[tuple[int, str], torch.Tensor]
     c: float
     loss: float
 
-    def vector(self, kind: str) -> list[torch.Tensor]:
-        """I_v(G) per layer, [structures]."""
-        return [(t.mean(0) - self.c / 2 * t.square().mean(0)).abs() for t in self.products[kind]]
+    def vector(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_v(G) of structure type ``kind`` per layer, [structures]."""
+        return [
+            (t.mean(0) - self.c / 2 * t.square().mean(0)).abs()
+            for t in per_structure(self.products, kind, shape, slices)
+        ]
+
+    def fluctuating(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_j(G) = |t_j - c/2 t_j^2| per layer, [sequences, structures]: what stability looks at."""
+        return [(t - self.c / 2 * t.square()).abs() for t in per_structure(self.products, kind, shape, slices)]
+
+    def fine(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_e(G) per layer, [structures]."""
+        return per_structure(self.element, kind, shape, slices)
+
+    def tokenwise(self, kind: str, shape: ModelShape) -> list[torch.Tensor]:
+        """I_t(G) per layer, [structures]."""
+        return per_structure(self.token, kind, shape, "output")
+
+
+def per_structure(
+    sums: dict[tuple[int, str], torch.Tensor], kind: str, shape: ModelShape, slices: Slices = "all"
+) -> list[torch.Tensor]:
+    """Add up the matrices that a structure has slices in, per layer [..., structures].
+
+    The chain rule makes t_j of a channel's slices in up_proj and down_proj the same number, so that ``all`` counts a
+    channel two to three times against a head; ``output`` takes the columns of down_proj and o_proj alone. A group's
+    numbers include its query heads.
+    """
+    lead = next(iter(sums.values())).shape[:-1]
+    result = []
+    for index, layer in enumerate(shape.layers):
+        if not (layer.ffn if kind == "ffn" else layer.query_heads):
+            result.append(torch.zeros(*lead, 0))
+        elif kind == "ffn":
+            roles = INPUT_WIDE if slices == "all" else ("down",)
+            result.append(torch.stack([sums[index, role] for role in roles]).sum(0))
+        else:
+            heads = sums[index, "output"] if slices == "output" else sums[index, "query"] + sums[index, "output"]
+            if kind == "group":
+                heads = heads.unflatten(-1, (layer.kv_heads, layer.heads_per_group)).sum(-1)
+                if slices == "all":
+                    heads = heads + sums[index, "key"] + sums[index, "value"]
+            result.append(heads)
+    return result
 
 
 def estimate(
@@ -56,109 +111,117 @@ def estimate(
     ids: torch.Tensor,
     *,
     c: float | None = None,
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every structure of ``model`` on calibration sequences.
 
     Args:
         ids: [sequences, tokens] int64.
-        c: weight of the second-order term; None is the number of tokens per sequence.
+        c: weight of the second-order term; None is the number of tokens per sequence, which makes up for the loss being
+            a mean over tokens (the literature prints 1).
+        exact: the exact element score, at two more numbers per weight of the layers.
 
     Raises:
         SaapError: the loss is not finite on a sequence.
     """
-    architecture = architecture_of(model.config)
     c = float(ids.shape[1]) if c is None else c
-    slices = _SliceSums(shape, c)
+    sums = _Sums(shape.head_dim, c, exact)
     losses = []
-    with _gradient_hooks(model, architecture, slices):
+    with _hooks(model, matrices_of(model, shape), sums):
         for index, row in enumerate(ids):
             if progress:
                 progress("scoring", index, len(ids))
-            slices.start_sequence()
-            loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
-            if not torch.isfinite(loss):
-                raise SaapError(
-                    f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text"
-                )
-            loss.backward()
-            losses.append(loss.item())
+            losses.append(_backward(model, row, index))
     if progress:
         progress("scoring", len(ids), len(ids))
-    return slices.scores(sum(losses) / len(losses))
+    return sums.scores(len(ids), sum(losses) / len(losses))
 
 
-class _SliceSums:
-    """Collects, per matrix, the sums over each structure's slice of this matrix."""
+def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
+    loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+    if not torch.isfinite(loss):
+        raise SaapError(f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text")
+    loss.backward()
+    return float(loss.item())
 
-    def __init__(self, shape: ModelShape, c: float) -> None:
-        self.shape, self.c = shape, c
-        self.vector: dict[tuple[int, str], list[torch.Tensor]] = {}
-        self.element: dict[tuple[int, str], torch.Tensor] = {}
-        self.sequences = 0
 
-    def start_sequence(self) -> None:
-        self.sequences += 1
+@dataclass
+class _Sums:
+    """Collects, per logical matrix, sums over each structure's slice."""
 
-    def consume(self, layer: int, matrix: str, weight: nn.Parameter) -> None:
-        """Reduce this sequence's gradient of one matrix to one number per structure and free it."""
+    head_dim: int
+    c: float
+    exact: bool
+    vector: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)
+    element: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    token: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    # Exact scores only: sums over sequences of g and g^2 per weight, and the weights.
+    whole: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def consume(self, matrices: list[Matrix], weight: nn.Parameter) -> None:
+        """Reduce this sequence's gradient of one linear to one number per structure and free it."""
         assert weight.grad is not None
-        product = weight.grad.mul_(weight.detach())
-        weight.grad = None
-        by_column = matrix in ("output", "down")
-        axis = 0 if by_column else 1
-        sums = product.sum(axis)
-        # Few passes over memory: they cost as much as the backward pass itself.
-        fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
-        width = 1 if matrix in ("gate", "up", "down") else self.shape.head_dim
-        key = (layer, matrix)
-        self.vector.setdefault(key, []).append(sums.view(-1, width).sum(1))
-        self.element[key] = self.element.get(key, 0) + fine.view(-1, width).sum(1)
+        gradient, weight.grad = weight.grad, None
+        for matrix in matrices:
+            self._reduce(matrix, gradient[matrix.rows], weight.detach()[matrix.rows])
 
-    def scores(self, loss: float) -> Scores:
-        vector = {key: torch.stack(rows) for key, rows in self.vector.items()}
-        element = {key: (total / self.sequences)[None] for key, total in self.element.items()}
+    def _reduce(self, matrix: Matrix, gradient: torch.Tensor, weight: torch.Tensor) -> None:
+        key, axis = (matrix.layer, matrix.role), _axis(matrix.role)
+        if self.exact:
+            first, second, _ = self.whole.get(key) or (torch.zeros_like(weight), torch.zeros_like(weight), weight)
+            self.whole[key] = (first.add_(gradient), second.addcmul_(gradient, gradient), weight)
+        product = gradient.mul_(weight)
+        self.vector.setdefault(key, []).append(self._by_structure(product.sum(axis), matrix.role))
+        if not self.exact:
+            # Few passes over memory: they cost as much as the backward pass itself.
+            fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
+            self.element[key] = self.element.get(key, 0) + self._by_structure(fine, matrix.role)
+
+    def consume_output(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add the squared products of a structure's output and its gradient, inputs and gradient [1, tokens, K]."""
+        product = (inputs.detach() * gradient).flatten(0, 1)
+        if matrix.role == "output":
+            product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
+        key = (matrix.layer, matrix.role)
+        self.token[key] = self.token.get(key, 0) + len(product) / 2 * product.square().sum(0)
+
+    def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
+        return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
+
+    def scores(self, sequences: int, loss: float) -> Scores:
+        for key, (first, second, weight) in self.whole.items():
+            taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
+            total = torch.linalg.vector_norm(taylor, 1, dim=_axis(key[1]))
+            self.element[key] = self._by_structure(total, key[1])
         return Scores(
-            products={kind: self._per_structure(vector, kind) for kind in TYPES},
-            element={kind: [t[0] for t in self._per_structure(element, kind)] for kind in TYPES},
+            products={key: torch.stack(rows) for key, rows in self.vector.items()},
+            element={key: total / sequences for key, total in self.element.items()},
+            token={key: total / sequences for key, total in self.token.items()},
             c=self.c,
             loss=loss,
         )
 
-    def _per_structure(self, sums: dict[tuple[int, str], torch.Tensor], kind: str) -> list[torch.Tensor]:
-        rows = next(iter(sums.values())).shape[0]
-        result = []
-        for index, layer in enumerate(self.shape.layers):
-            if kind == "ffn":
-                parts = [sums[index, m] for m in ("gate", "up", "down")] if layer.ffn else [torch.zeros(rows, 0)]
-                result.append(torch.stack(parts).sum(0))
-                continue
-            if not layer.query_heads:
-                result.append(torch.zeros(rows, 0))
-                continue
-            heads = sums[index, "query"] + sums[index, "output"]
-            if kind == "group":
-                own = sums[index, "key"] + sums[index, "value"]
-                heads = heads.view(rows, layer.kv_heads, layer.heads_per_group).sum(2) + own
-            result.append(heads)
-        return result
+
+def _axis(role: str) -> int:
+    """The axis to sum over: a structure is a column of output and down, a row of the others."""
+    return 0 if role in ("output", "down") else 1
 
 
 @contextmanager
-def _gradient_hooks(model: PreTrainedModel, architecture: Architecture, slices: _SliceSums) -> Iterator[None]:
+def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Iterator[None]:
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    handles = []
+    handles: list[Any] = []
     for parameter in wanted:
         parameter.requires_grad_(False)
-    layers: Any = model.get_submodule(architecture.layers)
-    for index, layer in enumerate(layers):
-        modules = dict(layer.named_modules())
-        for matrix in ("query", "key", "value", "output", "gate", "up", "down"):
-            linear = modules.get(getattr(architecture, matrix))
-            if linear is not None:
-                linear.weight.requires_grad_(True)
-                hook = partial(slices.consume, index, matrix)
-                handles.append(linear.weight.register_post_accumulate_grad_hook(hook))
+    by_linear: dict[nn.Linear, list[Matrix]] = {}
+    for matrix in matrices:
+        by_linear.setdefault(matrix.linear, []).append(matrix)
+    for linear, held in by_linear.items():
+        linear.weight.requires_grad_(True)
+        handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
+        if held[0].role in ("output", "down"):
+            handles.append(linear.register_forward_pre_hook(partial(_watch_input, held[0], sums)))
     try:
         yield
     finally:
@@ -167,3 +230,8 @@ def _gradient_hooks(model: PreTrainedModel, architecture: Architecture, slices: 
         for parameter, before in wanted.items():
             parameter.requires_grad_(before)
             parameter.grad = None
+
+
+def _watch_input(matrix: Matrix, sums: _Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
+    (inputs,) = args
+    inputs.register_hook(partial(sums.consume_output, matrix, inputs))

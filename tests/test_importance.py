@@ -6,8 +6,10 @@ import torch
 from saap.architectures import shape_of
 from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.fusion import closed_form_variance, fuse
-from saap.importance import estimate
+from saap.fusion import FusionOptions, closed_form_variance, fuse, learned_variance
+from saap.importance import TYPES, estimate, per_structure
+from saap.score_cache import cached_scores
+from saap.stability import stability_factor
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 
@@ -54,15 +56,84 @@ def brute_force(model, ids, c):
 @pytest.mark.parametrize("c", [1.0, 16.0])
 def test_scores_are_those_of_the_formulas(tiny_model, c):
     model = load_model(tiny_model())
-    scores = estimate(model, shape_of(model.config), IDS, c=c)
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS, c=c)
     vectors, elements = brute_force(model, IDS, c)
     for (kind, layer, n), t in vectors.items():
-        assert scores.products[kind][layer][:, n].tolist() == pytest.approx(t, rel=1e-3, abs=1e-6)
+        assert per_structure(scores.products, kind, shape)[layer][:, n].tolist() == pytest.approx(t, rel=1e-3, abs=1e-6)
         t = torch.tensor(t)
         expected = (t.mean() - c / 2 * t.square().mean()).abs().item()
-        assert scores.vector(kind)[layer][n].item() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert scores.vector(kind, shape)[layer][n].item() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert scores.fluctuating(kind, shape)[layer][:, n].tolist() == pytest.approx(
+            (t - c / 2 * t**2).abs().tolist(), rel=1e-3, abs=1e-7
+        )
         expected = sum(elements[kind, layer, n]) / len(IDS)
-        assert scores.element[kind][layer][n].item() == pytest.approx(expected, rel=1e-3)
+        assert scores.fine(kind, shape)[layer][n].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_exact_element_score_takes_the_absolute_value_last(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    exact = estimate(model, shape, IDS, c=3.0, exact=True)
+    first, second = 0, 0
+    for row in IDS:
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        gradient = model.model.layers[1].mlp.down_proj.weight.grad
+        first, second = first + gradient / 3, second + gradient**2 / 3
+    model.zero_grad()
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
+    expected = (first * weight - 1.5 * second * weight**2).abs().sum(0)
+    assert torch.allclose(exact.fine("ffn", shape, "output")[1], expected, rtol=1e-3)
+    # The streamed score is an upper bound of it, and ranks alike.
+    streamed = estimate(model, shape, IDS, c=3.0)
+    for kind in TYPES:
+        for upper, lower in zip(streamed.fine(kind, shape), exact.fine(kind, shape), strict=True):
+            assert (upper >= lower * (1 - 1e-5)).all()
+    for a, b in zip(streamed.products.values(), exact.products.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_output_slices_leave_the_other_matrices_out(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS)
+    for layer in range(3):
+        heads = scores.products[layer, "output"]
+        assert torch.equal(
+            per_structure(scores.products, "ffn", shape, "output")[layer], scores.products[layer, "down"]
+        )
+        assert torch.equal(per_structure(scores.products, "head", shape, "output")[layer], heads)
+        groups = per_structure(scores.products, "group", shape, "output")[layer]
+        assert torch.allclose(groups, heads.view(3, 3, 2).sum(2))
+        # The chain rule: what the slices of up_proj and down_proj say is the same number.
+        assert torch.allclose(scores.products[layer, "up"], scores.products[layer, "down"], rtol=1e-3, atol=1e-6)
+
+
+def test_the_token_score_is_the_fisher_of_a_mask(tiny_model):
+    """Brute force: one mask per token on the input of down_proj and on each head; its squared gradients, summed."""
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS)
+    attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    channels, heads = torch.zeros(128), torch.zeros(6)
+    for row in IDS:
+        mask = torch.ones(1, 16, 128, requires_grad=True)
+        per_head = torch.ones(1, 16, 6, requires_grad=True)
+        handles = [
+            mlp.down_proj.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,)),
+            attn.o_proj.register_forward_pre_hook(
+                lambda _, args, mask=per_head: (args[0] * mask.repeat_interleave(16, dim=-1),)
+            ),
+        ]
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        for handle in handles:
+            handle.remove()
+        channels += 16 / 2 * mask.grad[0].square().sum(0) / 3
+        heads += 16 / 2 * per_head.grad[0].square().sum(0) / 3
+    assert torch.allclose(scores.tokenwise("ffn", shape)[1], channels, rtol=1e-3, atol=1e-9)
+    assert torch.allclose(scores.tokenwise("head", shape)[1], heads, rtol=1e-3, atol=1e-9)
+    assert torch.allclose(scores.tokenwise("group", shape)[1], heads.view(3, 2).sum(1), rtol=1e-3, atol=1e-9)
 
 
 def test_the_default_c_is_the_number_of_tokens(tiny_model):
@@ -87,21 +158,66 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
         estimate(model, shape_of(model.config), IDS)
 
 
-def test_fused_scores_have_mean_one_per_type(tiny_model):
+@pytest.mark.parametrize(("score", "mean"), [("vector", 0.5), ("element", 0.5), ("fused", 1.0), ("fused-token", 1.5)])
+@pytest.mark.parametrize("sigma", ["type", "layer"])
+def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(tiny_model, score, mean, sigma):
     model = load_model(tiny_model())
-    for rows in fuse(estimate(model, shape_of(model.config), IDS)).values():
-        assert torch.cat(rows).mean().item() == pytest.approx(1.0, rel=1e-5)
+    shape = shape_of(model.config)
+    fused = fuse(estimate(model, shape, IDS), shape, FusionOptions(score=score, sigma=sigma))
+    for rows in fused.values():
+        for row in rows if sigma == "layer" else [torch.cat(rows)]:
+            assert row.mean().item() == pytest.approx(mean, rel=1e-5)
         assert min(row.min().item() for row in rows) >= 0
 
 
-def test_closed_form_variance_is_what_a_learned_one_converges_to():
-    scores = [torch.rand(50, generator=torch.Generator().manual_seed(i)) * 3 for i in range(4)]
-    flat = torch.cat(scores)
-    log_variance = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.Adam([log_variance], lr=0.05)
-    for _ in range(400):
-        optimizer.zero_grad()
-        # sum_G I(G) / (2 sigma^2) + log sigma, with log sigma = log_variance / 2
-        (flat / (2 * log_variance.exp()) + log_variance / 2).mean().backward()
-        optimizer.step()
-    assert log_variance.exp().item() == pytest.approx(closed_form_variance(scores).item(), rel=1e-3)
+def test_stability_multiplies_the_fused_score(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS)
+    plain, steady = (fuse(scores, shape, FusionOptions(stability=s)) for s in (0.0, -0.7))
+    for kind in TYPES:
+        factors = stability_factor(scores.fluctuating(kind, shape), -0.7)
+        for before, after, factor in zip(plain[kind], steady[kind], factors, strict=True):
+            assert torch.allclose(after, before * factor)
+            assert factor.std() > 0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
+def test_a_learned_variance_converges_to_the_closed_form(scale):
+    scores = [torch.rand(50, generator=torch.Generator().manual_seed(i)) * scale for i in range(4)]
+    assert learned_variance(scores).item() == pytest.approx(closed_form_variance(scores).item(), rel=1e-5)
+
+
+def test_learned_and_closed_form_fuse_alike(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS)
+    closed, learned = (fuse(scores, shape, FusionOptions(learned=flag)) for flag in (False, True))
+    for kind in TYPES:
+        for a, b in zip(closed[kind], learned[kind], strict=True):
+            assert torch.allclose(a, b, rtol=1e-4)
+
+
+def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return estimate(model, shape, IDS)
+
+    first, hit = cached_scores("weights", IDS, {"c": None}, compute)
+    assert not hit
+    again, hit = cached_scores("weights", IDS, {"c": None}, compute)
+    assert hit and len(calls) == 1
+    assert (again.c, again.loss) == (first.c, first.loss)
+    for part in ("products", "element", "token"):
+        assert getattr(first, part).keys() == getattr(again, part).keys()
+        assert all(torch.equal(getattr(again, part)[key], tensor) for key, tensor in getattr(first, part).items())
+    for other in (("others", IDS, {"c": None}), ("weights", IDS + 1, {"c": None}), ("weights", IDS, {"c": 1})):
+        assert not cached_scores(*other, lambda: first)[1]
+    for entry in (tmp_path / "cache" / "scores").glob("*.safetensors"):
+        entry.write_bytes(b"torn")
+    assert not cached_scores("weights", IDS, {"c": None}, compute)[1]
