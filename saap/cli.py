@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from saap.cli_bench import bench, compare, devices, report
-from saap.cli_types import LayerRange, directory
+from saap.cli_prune import prune
+from saap.cli_types import directory
 from saap.console import Console
 
 EXTRAS = {
@@ -56,39 +57,6 @@ def run(model: str, out: Path, **options: Any) -> None:
 
     with Console() as console:
         run_all(model, out, RunOptions(**options), console)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
-@click.option("--ratio", type=float, help="Share of the decoder layers' weights to remove, such as 0.2.")
-@click.option("--max-params", type=int, help="Most parameters of the whole model, embedding included.")
-@click.option("--keep-layers", type=LayerRange(), default=frozenset(), help="Layers that stay whole, such as 0-2,29.")
-@click.option("--modules", is_flag=True, help="Let whole attention and FFN blocks go too (each is measured: slower).")
-@click.option(
-    "--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written."
-)
-@click.option("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
-@click.option("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
-@click.option(
-    "--block",
-    type=click.Choice(["32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Quantisation group that every width is a multiple of.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
-def prune(model: str, out: Path, **options: Any) -> None:
-    """Remove the coupled structures that matter least.
-
-    \b
-    Example:
-      saap prune smollm2-135m -o out/slim --ratio 0.2
-    """
-    from saap.steps import prune_step
-
-    with Console() as console:
-        prune_step(model, out, options, console)
 
 
 @cli.command()
@@ -216,7 +184,7 @@ def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     generate_text(bundle, prompt, **options)
 
 
-for command in (bench, compare, devices, report):
+for command in (prune, bench, compare, devices, report):
     cli.add_command(command)
 
 

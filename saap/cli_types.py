@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,49 @@ class PromptAndGenerated(Counts):
         if len(pair) != 2:
             self.fail(f"{value!r} is no pair: write prompt and generated tokens, such as 512,128", param, ctx)
         return pair
+
+
+class Amount(click.ParamType):
+    """A count that may end with a unit, such as ``80MB``."""
+
+    def __init__(self, name: str, units: dict[str, int], example: str) -> None:
+        self.name, self.units, self.example = name, units, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """``1.5G`` -> 1500000000; upper and lower case are alike."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().replace("_", "").lower())
+        if match is None or match[2] not in self.units:
+            self.fail(f"{value!r} is no number of {self.name}: write something like {self.example}", param, ctx)
+        return int(Fraction(match[1]) * self.units[match[2]])
+
+
+BYTE_UNITS = {"": 1, "b": 1}
+for power, letter in enumerate("kmgt", 1):
+    BYTE_UNITS |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+BYTES = Amount("bytes", BYTE_UNITS, "80MB, 80MiB or 1.5G")
+PARAMETERS = Amount("parameters", {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}, "100M or 1.5B")
+
+
+class InSection(click.Option):
+    """An option that help shows under a heading of its own."""
+
+    def __init__(self, *arguments: Any, section: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.section = section
+
+
+class Sections(click.Command):
+    """A command whose help has a section for each heading of its options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The sections in the order of their first options; options without a heading come last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for param in sorted(options, key=lambda option: not isinstance(option, InSection)):
+            if record := param.get_help_record(ctx):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for heading, rows in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)

@@ -11,36 +11,78 @@ import click
 import torch
 
 from saap import models
+from saap.architectures import shape_of
+from saap.budget import Budget
 from saap.checkpoint import check_output, load_model, read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, make_protocol, torch_scorer
-from saap.json_files import write_json
-from saap.prune import PruneOptions, Requirement
+from saap.json_files import read_object, write_json
+from saap.prune import PruneOptions, budget_of
 from saap.prune import prune as prune_model
+from saap.requirement import KINDS, Requirement
 from saap.rows import Rows, evaluation_rows, training_rows
 from saap.tune import TuneOptions
 from saap.tune import tune as tune_model
 
+NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
+REPORTED = (
+    ("ratio", "layers' weights removed, %", 0.01, ".2f"),
+    ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),
+    ("parameters", "parameters, M", 1e6, ".3f"),
+    ("bytes", "weights file at {bits} bit, MB", 1e6, ".3f"),
+    ("ms_per_token", "ms per token by the table", 1, ".3f"),
+    ("speedup", "speed-up by the table", 1, ".3f"),
+)
+
 
 def prune_step(model: str, out: Path, options: dict[str, Any], console: Console, name: str | None = None) -> None:
     """``saap prune``."""
-    requirement = Requirement(options["ratio"], options["max_params"])
+    requirement = requirement_of(options)
     requirement.check()
     check_output(out)
     directory = models.resolve(model, progress=console.report)
+    prune_options = PruneOptions(
+        requirement, int(options["block"]), None, options["keep_layers"], options["modules"], options["seed"]
+    )
+    budget = budget_of(directory, prune_options)  # what cannot be met is refused before a text is read
     rows = training_rows(
         directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
         console.report,
     )  # fmt: skip
     say_text("calibration", rows, console)
-    prune_options = PruneOptions(
-        requirement, int(options["block"]), None, options["keep_layers"], options["modules"], options["seed"]
-    )
     lineage = {"base": name or model, "calibration": rows.lineage()}
     prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
-    show_plan(out)
+    show_plan(out, budget)
+
+
+def requirement_of(options: dict[str, Any]) -> Requirement:
+    """The requirement among the options of ``saap prune``."""
+    given = {kind: options.get(kind) for kind in KINDS}
+    costs = options.get("costs")
+    return Requirement(
+        **given, costs=costs, threads=options.get("threads"), bits=int(options.get("bits") or 4),
+        block=int(options["block"]), onnxruntime=runtime_here(costs) if costs else None,
+    )  # fmt: skip
+
+
+def runtime_here(costs: Path) -> str | None:
+    """The version of ONNX Runtime here, if the table of costs was measured on this machine; else None.
+
+    A table of another machine is taken as it is, since the device is rarely where the model is pruned. One of this
+    machine has to be of the version that will run the bundle.
+    """
+    from devices.probe import fingerprint, probe
+
+    try:
+        device = read_object(costs, "").get("device")
+        here = probe()
+        versions = {name: here[name] for name in ("python", "onnxruntime")}
+        same = fingerprint({**device, **versions}) == here["fingerprint"]  # type: ignore[dict-item]
+    except (SaapError, KeyError, TypeError):
+        return None  # read_costs says what is wrong with the file
+    return here["onnxruntime"] if same else None
 
 
 def say_text(purpose: str, rows: Rows, console: Console) -> None:
@@ -49,18 +91,32 @@ def say_text(purpose: str, rows: Rows, console: Console) -> None:
     console.say(f"  {purpose} text: {rows.source}{why}")
 
 
-def show_plan(slim: Path) -> None:
-    """The plan of a slim directory as a small chart, and asked / planned / achieved."""
-    plan = read_record(slim)["plan"]
+def show_plan(slim: Path, budget: Budget) -> None:
+    """The plan of a slim directory as a small chart, and what was asked, planned and achieved.
+
+    What was achieved is counted from the directory as it was written.
+    """
+    plan, config = read_record(slim)["plan"], read_config(slim)
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
-    achieved = plan["achieved"]
-    asked = ", ".join(f"{k} {v:g}" for k, v in plan["asked"].items())
-    click.echo(
-        f"asked {asked}; planned {plan['planned']['ratio']:.2%}, "
-        f"achieved {achieved['ratio']:.2%} of the layers' weights "
-        f"({achieved['ratio_of_all']:.2%} of all): {achieved['dense_parameters'] / 1e6:.1f} M -> "
-        f"{achieved['parameters'] / 1e6:.1f} M parameters"
-    )
+    columns = [
+        budget.report(budget.dense),
+        {NAMES.get(kind, kind): value for kind, value in budget.asked.items()},
+        plan["planned"],
+        budget.report(shape_of(config), config),
+    ]
+    rows = [
+        [title.format(bits=budget.bits), *("-" if c.get(key) is None else format(c[key] / unit, form) for c in columns)]
+        for key, title, unit, form in REPORTED
+        if key in columns[0]
+    ]
+    print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
+    if costs := budget.costs:
+        threads = f"{costs['threads']} thread{'s' * (costs['threads'] > 1)}"
+        click.echo(
+            f"  times are by {costs['file']} ({costs['cpu_model'] or costs['board'] or 'an unnamed device'}, "
+            f"ONNX Runtime {costs['onnxruntime']}, {threads}, {costs['depth']} tokens in the cache), not measured: "
+            "export the model and its base, and `saap bench` them"
+        )
 
 
 def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) -> None:
@@ -131,8 +187,6 @@ def quality_of(paths: dict[str, Path], rows: Rows, reference: str | None, consol
 
 
 def _size_of(path: Path) -> dict[str, Any]:
-    from saap.architectures import shape_of
-
     if (path / "bundle.json").is_file():
         from export.bundle import read_manifest
 

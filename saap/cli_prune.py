@@ -1,0 +1,68 @@
+"""The command line: ``saap prune``. Heavy imports live inside the command."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.cli_types import BYTES, PARAMETERS, InSection, LayerRange, Sections, directory
+from saap.console import Console
+
+required = partial(click.option, cls=InSection, section="What the model must meet (one of these)")
+planned = partial(click.option, cls=InSection, section="What is planned for")
+removed = partial(click.option, cls=InSection, section="What may go")
+scored = partial(click.option, cls=InSection, section="What is scored on")
+
+
+@click.command(cls=Sections)
+@click.argument("model")
+@required("--ratio", type=float, metavar="SHARE", help="Share of the decoder layers' weights to remove, such as 0.2.")
+@required("--max-params", type=PARAMETERS, metavar="COUNT", help="Most parameters, with the embedding, such as 100M.")
+@required("--max-bytes", type=BYTES, metavar="SIZE", help="Largest weights file of the bundle, such as 80MB or 80MiB.")
+@required(
+    "--speedup", type=float, metavar="FACTOR", help="Times as many tokens per second, such as 1.25; with --costs."
+)
+@required("--ms-per-token", type=float, metavar="MS", help="Longest decode step in milliseconds; with --costs.")
+@planned("--costs", type=directory, metavar="FILE", help="What `saap devices probe --costs` measured on the device.")
+@planned("--threads", type=int, metavar="N", help="Which of the table's thread counts; default: its only one.")
+@planned(
+    "--bits",
+    type=click.Choice(["4", "8", "32"]),
+    default="4",
+    show_default=True,
+    help="Of the bundle, for its size and time.",
+)
+@planned(
+    "--block",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Its quantisation group; every width is a multiple of it.",
+)
+@removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
+@removed("--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these layers, such as 0-2,29.")
+@scored("--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
+@scored("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
+@scored("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
+@scored("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
+def prune(model: str, out: Path, **options: Any) -> None:
+    """Remove the coupled structures that matter least.
+
+    A time is met by the table of costs, which may have been measured on another device than this one; what the slim
+    model takes in truth, `saap bench` measures.
+
+    \b
+    Example:
+      saap prune smollm2-135m -o out/slim --ratio 0.2
+      saap prune smollm2-135m -o out/slim --max-bytes 60MB
+      saap devices probe --costs smollm2-135m -t 1 -o cost.json
+      saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
+    """
+    from saap.steps import prune_step
+
+    with Console() as console:
+        prune_step(model, out, options, console)
