@@ -14,6 +14,7 @@ from typing import Any
 
 from export.bundle import DECODE_GRAPH, BundleManifest
 from export.tokenizer import BundleTokenizer
+from saap.architectures import PER_LAYER, SLIM
 
 GENAI_CONFIG = "genai_config.json"
 CONFIG = "config.json"
@@ -102,10 +103,13 @@ def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str
     kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
     if len(kv_heads) != 1 or manifest.hidden_size % manifest.head_dim:
         return None
-    ours = ("slim_layers", "slim_quant", "auto_map", "quantization_config", "_name_or_path")
+    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "quantization_config", "_name_or_path")
+    cached = [index for index, layer in enumerate(manifest.layers) if layer.query_heads]
+    lists = {key: [config[key][index] for index in cached] for key in PER_LAYER if config.get(key)}
     return {
         **{key: value for key, value in config.items() if key not in ours},
-        "model_type": str(config["model_type"]).removeprefix("saap_"),
+        **lists,
+        "model_type": str(config["model_type"]).removeprefix(SLIM),
         "num_hidden_layers": len(manifest.kv_layers),
         "num_attention_heads": manifest.hidden_size // manifest.head_dim,
         "num_key_value_heads": kv_heads.pop(),

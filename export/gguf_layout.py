@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from export.gguf_tensors import BLOCK, natural_kind
-from saap.architectures import architecture_of, shape_of
+from saap.architectures import SLIM, architecture_of, shape_of
 from saap.checkpoint import read_config, tensor_reader
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix
 from saap.structures import LayerSizes
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "saap_llama")  # Qwen2 is LLaMA with biases
+MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class GGUFSource:
     def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
         self.directory = directory
         self.config = read_config(directory)
-        model_type = self.config.get("model_type")
-        if model_type not in MODEL_TYPES:
+        model_type = str(self.config.get("model_type"))
+        if model_type.removeprefix(SLIM) not in MODEL_TYPES:
             raise SaapError(
                 f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama, mistral and "
                 "qwen2 models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"

@@ -32,7 +32,7 @@ KV_SCALES = 12  # place of the cache's scales among GroupQueryAttention's inputs
 
 
 def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str, int]) -> None:
-    """Refuse head sizes and counts that GroupQueryAttention refuses when it runs.
+    """Refuse head sizes that GroupQueryAttention refuses when it runs.
 
     Args:
         rotary_dims: elements of a head that each of the rotary tables turns.
@@ -49,11 +49,6 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
         if dims % 16:
             raise SaapError(
                 f"rotary embedding of {dims} elements of a head cannot be exported: ONNX Runtime takes multiples of 16"
-            )
-    for index, sizes in enumerate(shape.layers):
-        if sizes.query_heads and sizes.query_heads % sizes.kv_heads:
-            raise SaapError(
-                f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple"
             )
 
 
@@ -220,9 +215,11 @@ class DecoderGraph:
             return y if bias is None else self._op("Add", [y, bias])
         zero_points = f"{name}.zero_points"
         inputs: list[ir.Value | None] = [x, self._weight(f"{name}.qweight"), self._weight(f"{name}.scales")]
-        if zero_points in self._tensors or bias is not None:
+        inside = bias is not None and self._float == ir.DataType.FLOAT  # ONNX Runtime's CUDA kernel took none for long
+        if zero_points in self._tensors or inside:
             inputs.append(self._weight(zero_points) if zero_points in self._tensors else None)
-        return self._quantised([*inputs, None, bias] if bias is not None else inputs, k, n, self.precision.bits)
+        y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, self.precision.bits)
+        return y if bias is None or inside else self._op("Add", [y, bias])
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
         return self._op(

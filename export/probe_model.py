@@ -9,7 +9,7 @@ from typing import Any
 from export.bundle import MANIFEST, BundleManifest, read_manifest
 from export.targets import CPU
 from export.weights import Precision
-from saap.architectures import Architecture, Traits, architecture_of, shape_of, traits_of
+from saap.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
 from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.group_quant import check_blocks
@@ -95,12 +95,13 @@ def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
         "tie_word_embeddings": _tied(manifest),
     }
     largest = LayerSizes(*(max(getattr(s, n) for s in manifest.layers) for n in ("query_heads", "kv_heads", "ffn")))
-    if manifest.model_type in ("llama", "saap_llama"):
-        own = {"slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers]}
+    own = {"slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers]}
+    if manifest.model_type == "llama":
         config = AutoConfig.for_model("saap_llama", **common, **own)
     else:
         heads = {"num_attention_heads": largest.query_heads, "num_key_value_heads": largest.kv_heads}
-        config = AutoConfig.for_model(manifest.model_type, **common, **heads, intermediate_size=largest.ffn)
+        own = own if manifest.model_type.startswith(SLIM) else {}
+        config = AutoConfig.for_model(manifest.model_type, **common, **heads, intermediate_size=largest.ffn, **own)
     quant = {
         "bits": manifest.bits,
         "block": manifest.block,

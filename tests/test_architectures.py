@@ -9,14 +9,12 @@ import torch
 import transformers
 
 from export.export import export_bundle
-from saap.architectures import ARCHITECTURES, LayerTraits, Traits, shape_of, traits_of
+from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
-from saap.prune import PruneOptions, Requirement, prune
 from saap.tune import TuneOptions, tune
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
-FAMILIES = [name for name in ARCHITECTURES if not name.startswith("saap_")]
 # What google/gemma-3-1b-it's config.json says and, above all, leaves out.
 GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
           "num_key_value_heads": 1, "num_hidden_layers": 26, "head_dim": 256, "sliding_window": 512,
@@ -28,7 +26,7 @@ GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size":
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
     model = load_model(tiny_family(family))
-    row = ARCHITECTURES[family]
+    row = FAMILIES[family]
     for name in (row.embedding, row.final_norm, row.head):
         assert model.get_submodule(name).weight.shape[-1] == 96
     layer = model.get_submodule(row.layers)[0]
@@ -57,6 +55,20 @@ def test_what_a_config_leaves_out_is_the_familys_default():
 def test_llama_has_no_traits_of_its_own():
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 96, "sliding_window": 8}
     assert traits_of(config) == Traits((LayerTraits(),) * 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slim_model_is_of_its_family(family):
+    assert architecture_of({"model_type": f"saap_{family}"}) is FAMILIES[family]
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 4}, {"slim_layers": [[3, 1, 8], [3, 2, 8]]}])
+def test_heads_that_their_kv_groups_do_not_divide(changes):
+    config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3,
+              "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 320}  # fmt: skip
+    assert shape_of(config).layers[0].heads_per_group == 2
+    with pytest.raises(SaapError, match=r"layer \d has \d query heads on \d KV heads: must be a multiple; mend config"):
+        shape_of(config | changes)
 
 
 def with_config(path, **changes):
@@ -138,10 +150,8 @@ def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
-def test_pruning_and_tuning_of_other_families_say_so(tiny_family, tmp_path, family):
+def test_tuning_of_other_families_says_so(tiny_family, tmp_path, family):
     path = tiny_family(family)
-    with pytest.raises(SaapError, match=f"pruning of model type '{family}' is not offered yet; offered: llama"):
-        prune(path, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.2)))
     with pytest.raises(SaapError, match=f"tuning of model type '{family}' is not offered yet; offered: llama"):
         tune(path, tmp_path / "tuned", IDS, TuneOptions())
     assert read_config(path)["model_type"] == family

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from saap.architectures import ARCHITECTURES, shape_of
+from saap.architectures import FAMILIES, shape_of
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.matrices import ROLES, matrices_of
-
-FAMILIES = [name for name in ARCHITECTURES if not name.startswith("saap_")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

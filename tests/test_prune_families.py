@@ -7,12 +7,13 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from export.export import export_bundle
+from export.ort_model import CACHE
 from export.verify import check_parity
 from saap.architectures import FAMILIES as ROWS
 from saap.architectures import architecture_of, shape_of, traits_of
@@ -71,20 +72,23 @@ PLANS = {
 }
 
 
+EXPORTED = PrunePlan(
+    (ALL, NARROW, EMPTY, LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1, 4, 5), (0, 2), ()), ALL)
+)
+
+
 @pytest.fixture
 def dense_dir(tiny_family):
     def make(case, **more):
         model_type, overrides = CASES[case]
         sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS,
                  "head_dim": 16, "intermediate_size": CHANNELS}  # fmt: skip
-        return tiny_family(model_type, **sizes, **overrides, **more)
+        return tiny_family(model_type, **{**sizes, **overrides, **more})
 
     return make
 
 
 def cut(path, out, plan, replaced=None, **shape_changes):
-    from dataclasses import replace
-
     config = read_config(path)
     shape = shape_of(config)
     names, read = tensor_reader(path)
@@ -128,7 +132,7 @@ def check_generation(model):
     assert (cached == plain).all()
     with torch.inference_mode():
         first = model(input_ids=IDS[:, :25], use_cache=True)
-        rest = model(input_ids=IDS[:, 25:], past_key_values=first.past_key_values, use_cache=True).logits
+        rest = model(input_ids=IDS[:, 25:], use_cache=True, **{CACHE: getattr(first, CACHE)}).logits
     assert (rest - logits(model)[:, 25:]).abs().max() <= 1e-4
 
 
@@ -187,6 +191,23 @@ def test_a_slim_model_is_pruned_again(dense_dir, tmp_path, case):
     check_generation(second)
 
 
+def test_slim_models_load_elsewhere_with_the_shipped_file(dense_dir, tmp_path):
+    """Without saap, by trust_remote_code, in a fresh process."""
+    slims = [cut(dense_dir(case), tmp_path / f"slim-{case}", EXPORTED) for case in CASES]
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        "models = [A.from_pretrained(p, trust_remote_code=True).eval() for p in sys.argv[1:]];"
+        "assert 'saap' not in sys.modules;"
+        "print(*(m(input_ids=torch.tensor([[5, 6, 7]])).logits.double().sum().item() for m in models))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *map(str, slims)], capture_output=True, text=True, check=True,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    expected = [logits(load_model(slim), torch.tensor([[5, 6, 7]])).double().sum().item() for slim in slims]
+    assert [float(text) for text in done.stdout.split()] == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
     path = cut(dense_dir(case), tmp_path / "slim", EXPORTED)
@@ -197,11 +218,6 @@ def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
     assert [(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == [
         (6, 3, 64), (2, 2, 32), (0, 0, 32), (4, 2, 0), (6, 3, 64)
     ]  # fmt: skip
-
-
-EXPORTED = PrunePlan(
-    (ALL, NARROW, EMPTY, LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1, 4, 5), (0, 2), ()), ALL)
-)
 
 
 def test_all_families_are_here():
