@@ -50,7 +50,7 @@ class BundleSize:
         arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * shape.head_dim] * (2 * shape.qk_norm)
         if shape.attention_bias:
             arrays.append(FLOAT * (queries + both))
-        if _output_bias(shape):
+        if shape.biased_output:
             arrays.append(FLOAT * shape.hidden)
         return sum(map(_paged, arrays))
 
@@ -62,7 +62,7 @@ class BundleSize:
         arrays += [FLOAT * shape.hidden] * shape.norms
         if shape.mlp_bias:
             arrays.append(FLOAT * 2 * sizes.ffn)
-        if _down_bias(shape):
+        if shape.biased_down:
             arrays.append(FLOAT * shape.hidden)
         return sum(map(_paged, arrays))
 
@@ -117,18 +117,6 @@ def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
     half = -(-int(width * share) // 2)
     tables = len({layer.rotary for layer in traits.layers if layer.rotary})
     return BundleSize(bits, block, tables, FLOAT * (get("max_position_embeddings") or POSITIONS) * half)
-
-
-def _output_bias(shape: ModelShape) -> bool:
-    return bool(shape.attention_bias and shape.output_bias) or _added(shape)
-
-
-def _down_bias(shape: ModelShape) -> bool:
-    return shape.mlp_bias or _added(shape)
-
-
-def _added(shape: ModelShape) -> bool:
-    return bool(getattr(shape, "added_bias", False))
 
 
 def _paged(size: int) -> int:

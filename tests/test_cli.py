@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -11,46 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from command_line import here, refused, saap
 
-from saap import cli
 from saap.checkpoint import load_model
-
-
-def here(*arguments, code=0):
-    """The command in this process, which spares the import of torch."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["saap", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-                status = 0
-            except SystemExit as stop:
-                status = stop.code or 0
-    finally:
-        sys.argv = before
-    assert code in (status, None), f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def saap(*arguments, env=None, code=0, **kwargs):
-    done = subprocess.run(
-        [sys.executable, "-m", "saap.cli", *map(str, arguments)], capture_output=True, text=True, check=False,
-        env={**os.environ, "COLUMNS": "160", **(env or {})}, **kwargs,
-    )  # fmt: skip
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def refused(*arguments, call=here, **kwargs):
-    """The one line that a mistake gets."""
-    done = call(*arguments, code=2, **kwargs)
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
-    return lines[-1]
 
 
 def test_help_is_instant_and_has_no_torch():

@@ -1,0 +1,46 @@
+"""The command line in this process or in one of its own, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from saap import cli
+
+
+def here(*arguments, code=0):
+    """The command in this process, which spares the import of torch."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["saap", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+    finally:
+        sys.argv = before
+    assert code in (status, None), f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def saap(*arguments, env=None, code=0, **kwargs):
+    done = subprocess.run(
+        [sys.executable, "-m", "saap.cli", *map(str, arguments)], capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": "160", **(env or {})}, **kwargs,
+    )  # fmt: skip
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def refused(*arguments, call=here, **kwargs):
+    """The one line that a mistake gets."""
+    done = call(*arguments, code=2, **kwargs)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
+    return lines[-1]

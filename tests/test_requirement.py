@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saap.architectures import shape_of
+from saap.errors import SaapError
+from saap.requirement import Requirement
+from saap.structures import LayerSizes, ModelShape
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,
+    "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 320, "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+DENSE = shape_of(CONFIG)
+SLIM = DENSE.with_layers((LayerSizes(6, 3, 96), LayerSizes(2, 1, 64), LayerSizes(0, 0, 32)))
+LINEARS = {"attention": 96 * 96 * 2 + 96 * 96, "ffn": 3 * 96 * 128}  # of a dense layer: q and o, k and v; three of 128
+
+
+@pytest.fixture
+def costs(tmp_path: Path) -> Path:
+    return cost_file(tmp_path / "cost.json")
+
+
+def cost_file(path: Path, **changes: Any) -> Path:
+    """A dense step of the tiny model takes 1 + 3 * (0.9 + 0.8) = 6.1 ms."""
+    model = {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}
+    attention = {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}
+    table = {
+        "n_threads": 1,
+        "constant_ms": 1.0,
+        "node_ms": None,
+        "attention": [{"query_heads": q, "kv_heads": kv, "ms": ms} for (q, kv), ms in attention.items()],
+        "ffn": [{"width": 32, "ms": 0.2}, {"width": 128, "ms": 0.8}],
+    }
+    device = {"board": None, "cpu_model": "Cortex-A76", "fingerprint": "abc", "onnxruntime": "1.23.0"}
+    whole = {"kind": "saap costs", "schema": 1, "device": device, "model": model, "depth": 192, "threads": [table]}
+    path.write_text(json.dumps({**whole, **changes}))
+    return path
+
+
+def test_a_ratio_is_a_share_of_the_layers_weights() -> None:
+    budget = Requirement(ratio=0.25).budget(DENSE, CONFIG)
+    assert budget.unit == "weights" and budget.fixed == 0
+    assert budget.limit == 0.75 * 3 * (sum(LINEARS.values()) + 2 * 96)
+    assert budget.attention_cost(LayerSizes(6, 3, 0)) == LINEARS["attention"] + 96
+    assert budget.ffn_cost(LayerSizes(0, 0, 64)) == LINEARS["ffn"] // 2 + 96
+    assert budget.total(SLIM) == SLIM.layer_weights
+
+
+def test_parameters_count_the_embedding() -> None:
+    budget = Requirement(max_params=200_000).budget(DENSE, CONFIG)
+    assert budget.unit == "parameters" and budget.fixed == 320 * 96 + 96
+    assert budget.limit == 200_000 - 320 * 96 - 96
+    assert budget.total(SLIM) == SLIM.parameters
+    assert budget.meets(SLIM)
+
+
+def test_bytes_are_those_of_the_weights_file() -> None:
+    budget = Requirement(max_bytes=200_000).budget(DENSE, CONFIG)
+    # In pages of 4096 bytes: integers, scales, norm. The last rotary table is no whole page.
+    assert budget.ffn_cost(LayerSizes(0, 0, 128)) == (3 + 1 + 2 + 1 + 1) * 4096
+    assert budget.attention_cost(LayerSizes(6, 3, 0)) == (3 + 1 + 2 + 1 + 1) * 4096
+    assert budget.fixed == (1 + 4 + 1 + 2) * 4096 + 256 * 8 * 4
+    assert budget.total(SLIM) == budget.report(SLIM)["bytes"]
+    wider = Requirement(max_bytes=700_000, bits=32).budget(DENSE, CONFIG)
+    assert wider.ffn_cost(LayerSizes(0, 0, 128)) == LINEARS["ffn"] * 4 + 4096
+
+
+def test_milliseconds_are_the_tables(costs: Path) -> None:
+    budget = Requirement(ms_per_token=4.0, costs=costs).budget(DENSE, CONFIG)
+    assert budget.unit == "ms" and (budget.fixed, budget.limit) == (1, 3)
+    assert budget.attention_cost(LayerSizes(2, 1, 0)) == 0.4 and budget.ffn_cost(LayerSizes(0, 0, 80)) == 0.5
+    assert budget.total(DENSE) == pytest.approx(6.1)
+    assert budget.total(SLIM) == pytest.approx(1 + 0.9 + 0.6 + 0.4 + 0.4 + 0.2)
+
+
+def test_a_speed_up_is_a_share_of_the_dense_models_time(costs: Path) -> None:
+    budget = Requirement(speedup=1.25, costs=costs).budget(DENSE, CONFIG)
+    assert budget.most == pytest.approx(6.1 / 1.25)
+    assert budget.report(SLIM)["speedup"] == pytest.approx(6.1 / 3.5)
+    assert budget.meets(SLIM) and not budget.meets(DENSE)
+
+
+def test_a_report_is_in_all_units_that_are_known(costs: Path) -> None:
+    plain = Requirement(ratio=0.2).budget(DENSE, CONFIG)
+    assert plain.report(SLIM) == {
+        "ratio": 1 - SLIM.layer_weights / DENSE.layer_weights,
+        "ratio_of_all": 1 - SLIM.parameters / DENSE.parameters,
+        "parameters": SLIM.parameters,
+        "bytes": Requirement(max_bytes=100_000).budget(DENSE, CONFIG).total(SLIM),
+    }
+    timed = Requirement(speedup=1.2, costs=costs).budget(DENSE, CONFIG).report(SLIM)
+    assert set(timed) == {"ratio", "ratio_of_all", "parameters", "bytes", "ms_per_token", "speedup"}
+
+
+def test_bytes_are_unknown_where_no_bundle_can_be_made() -> None:
+    config = {**CONFIG, "hidden_size": 80}
+    budget = Requirement(ratio=0.2).budget(shape_of(config), config)
+    assert budget.report(shape_of(config))["bytes"] is None
+    with pytest.raises(SaapError, match="the hidden size is 80 wide, which groups of 32 do not divide"):
+        Requirement(max_bytes=100).budget(shape_of(config), config)
+
+
+def test_added_biases_are_counted_for_what_is_cut_only() -> None:
+    cut = replace(DENSE, added_bias=True)
+    budget = Requirement(ratio=0.25).budget(DENSE, CONFIG, cut=cut)
+    assert budget.most == 0.75 * DENSE.layer_weights
+    assert budget.ffn_cost(LayerSizes(0, 0, 64)) == DENSE.ffn_weights(LayerSizes(0, 0, 64)) + 96
+
+
+def test_the_record_names_the_table(costs: Path) -> None:
+    record = Requirement(speedup=1.25, costs=costs).budget(DENSE, CONFIG).record()
+    assert record["asked"] == {"speedup": 1.25}
+    assert record["costs"]["sha256"] == hashlib.sha256(costs.read_bytes()).hexdigest()
+    assert record["costs"]["cpu_model"] == "Cortex-A76" and record["costs"]["threads"] == 1
+    assert record["dense"]["ms_per_token"] == pytest.approx(6.1)
+    assert record["bundle"] == {"bits": 4, "block": 32}
+    assert "costs" not in Requirement(ratio=0.2, bits=32).budget(DENSE, CONFIG).record()
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_part_of_the_way(costs: Path) -> None:
+    budget = Requirement(speedup=2, costs=costs).budget(DENSE, CONFIG)
+    assert budget.partway(0).most == budget.total(DENSE)
+    assert budget.partway(0.5).most == pytest.approx(6.1 * 0.75)
+    assert budget.partway(1).most == pytest.approx(budget.most)
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio": 0.2, "max_bytes": 10}, {"speedup": 2.0, "ms_per_token": 3.0}])
+def test_one_requirement_only(given: dict[str, Any]) -> None:
+    with pytest.raises(SaapError, match="give one requirement: --ratio, --max-params, --max-bytes, --speedup or"):
+        Requirement(**given).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ratio": math.nan}, "ratio nan is not allowed: give a share between 0 and 1"),
+        ({"ratio": 1.0}, "give a share between 0 and 1"),
+        ({"max_params": 0}, "max-params 0 is not allowed: give a positive number of parameters"),
+        ({"max_bytes": -1}, "max-bytes -1 is not allowed: give a positive number of bytes"),
+        ({"speedup": 1.0}, r"speedup 1.0 is not allowed: give a factor above 1"),
+        ({"speedup": math.inf}, "speedup inf is not allowed"),
+        ({"ms_per_token": math.nan}, "ms-per-token nan is not allowed: give a positive number of milliseconds"),
+        ({"ms_per_token": -2.0}, r"ms-per-token -2.0 is not allowed"),
+        ({"speedup": 1.5}, "--speedup needs --costs FILE: measure one on the device with `saap devices probe"),
+        ({"ratio": 0.2, "costs": Path("cost.json")}, "--costs is for --speedup and --ms-per-token: leave it out"),
+        ({"max_bytes": 9, "threads": 1}, "--threads is for --speedup and --ms-per-token"),
+        ({"ratio": 0.2, "bits": 3}, "3 bits are not supported; allowed: 4, 8, 32"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaapError, match=message) as error:
+        Requirement(**given).check()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_params": 10**9}, "the model has 224,928 parameters already, which meets 1,000,000,000 parameters"),
+        ({"max_bytes": 10**9}, r"the model has 0.24 MB at 4 bit .237,568 bytes. already, which meets 1,000.00 MB"),
+        ({"ms_per_token": 6.2}, r"the model has 6.1 ms per token already, which meets 6.2 ms per token"),
+    ],
+)
+def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str, costs: Path) -> None:
+    timed = {"costs": costs} if "ms_per_token" in given else {}
+    with pytest.raises(SaapError, match=message):
+        Requirement(**given, **timed).budget(DENSE, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ratio": 0.9}, "asked a ratio of 0.9, the largest that these options allow is "),
+        ({"speedup": 3.0}, r"asked a speed-up of 3, the largest that these options allow is 1.742: ask for less"),
+        ({"ms_per_token": 3.1}, r"asked 3.1 ms per token, the smallest that these options allow is 3.5 ms per token"),
+        ({"max_params": 40_000}, "asked 40,000 parameters, the smallest that these options allow is "),
+        ({"max_bytes": 50_000}, r"asked 0.05 MB at 4 bit .50,000 bytes., the smallest that these options allow is 0.1"),
+    ],
+)
+def test_the_floor_is_named_in_the_unit_that_was_asked_in(given: dict[str, Any], message: str, costs: Path) -> None:
+    timed = {"costs": costs} if {"speedup", "ms_per_token"} & set(given) else {}
+    budget = Requirement(**given, **timed).budget(DENSE, CONFIG)
+    with pytest.raises(SaapError, match=message):
+        raise budget.below_floor(budget.total(SLIM))
+
+
+@pytest.mark.parametrize("kind", ["ratio", "speedup", "ms_per_token"])
+def test_the_floor_that_is_named_can_be_asked_for(kind: str, costs: Path) -> None:
+    timed = {} if kind == "ratio" else {"costs": costs}
+    tight = {"ratio": 0.99, "speedup": 6.0, "ms_per_token": 1.0}[kind]
+    shape = DENSE.with_layers((LayerSizes(2, 1, 71), LayerSizes(0, 0, 37)))
+    budget = Requirement(**{kind: tight}, **timed).budget(DENSE, CONFIG)
+    words = str(budget.below_floor(budget.total(shape)))
+    named = float(words.split("allow is ")[1].split()[0].rstrip(":"))
+    assert Requirement(**{kind: named}, **timed).budget(DENSE, CONFIG).meets(shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"hidden": 576, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}}, "hidden 576, not hidden 96"),
+        ({"model": {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 8, "block": 32}}, "bits 8, not bits 4"),
+        ({"threads": []}, "holds costs for"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = cost_file(tmp_path / "other.json", **changes)
+    with pytest.raises(SaapError, match=message):
+        Requirement(speedup=1.2, costs=path).budget(DENSE, CONFIG)
+
+
+def test_a_table_of_another_runtime_is_refused_where_one_is_named(costs: Path) -> None:
+    Requirement(speedup=1.2, costs=costs).budget(DENSE, CONFIG)
+    with pytest.raises(SaapError, match=r"was measured for ONNX Runtime 1.23.0, not 1.24.0"):
+        Requirement(speedup=1.2, costs=costs, onnxruntime="1.24.0").budget(DENSE, CONFIG)
+
+
+def test_a_model_wider_than_the_table_is_refused(costs: Path) -> None:
+    wide: ModelShape = DENSE.with_layers((LayerSizes(6, 3, 256),))
+    with pytest.raises(SaapError, match="costs were measured up to an FFN width of 128, not for 256"):
+        Requirement(speedup=1.2, costs=costs).budget(wide, CONFIG)
