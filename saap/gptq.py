@@ -26,9 +26,9 @@ from saap.group_quant import (
     quantize,
 )
 from saap.importance import Progress
+from saap.layer_walk import layer_inputs, layers_of, run_layer
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
-ROWS = 8  # sequences of one forward pass
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
@@ -82,10 +82,6 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-class _Stop(Exception):  # noqa: N818  not an error: the first layer's inputs are known
-    pass
-
-
 @torch.no_grad()
 def compensated_matrices(
     model: PreTrainedModel,
@@ -106,54 +102,29 @@ def compensated_matrices(
     Returns:
         module name -> integers.
     """
-    architecture = architecture_of(model.config)
-    layers: Any = model.get_submodule(architecture.layers)
+    architecture, layers = architecture_of(model.config), layers_of(model)
     matrices: dict[str, QuantMatrix] = {}
-    batches = _first_inputs(model, layers[0], rows)
+    walk = layer_inputs(model, rows)
+    hidden = [batch.hidden for batch in walk]
     for index, layer in enumerate(layers):
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
         hessians = _hessians(layer, linears, batches)
         for name, linear in linears.items():
             matrix = gptq(linear.weight, hessians[name], bits, block)
             linear.weight.copy_(matrix.dequantize())
             matrices[f"{architecture.layers}.{index}.{name}"] = matrix
-        batches = [(_run(layer, hidden, given), given) for hidden, given in batches]
+        hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
             progress("choosing integers", index + 1, len(layers))
     norm = model.get_submodule(architecture.final_norm)
-    final = [norm(hidden).flatten(0, -2).float() for hidden, _ in batches]
+    final = [norm(x).flatten(0, -2).float() for x in hidden]
     head: Any = model.get_submodule(architecture.head)
     table: Any = model.get_submodule(architecture.embedding)
     matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), head_bits, block)
     tied = head.weight is table.weight
     matrices[architecture.embedding] = matrices[architecture.head] if tied else quantize(table.weight, head_bits, block)
     return matrices
-
-
-def _first_inputs(model: PreTrainedModel, first: nn.Module, rows: torch.Tensor) -> list[tuple[torch.Tensor, Any]]:
-    """(hidden states, keyword arguments) that the decoder hands to its first layer, per batch of rows."""
-    seen: list[tuple[torch.Tensor, Any]] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen.append((hidden, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for batch in rows.split(ROWS):
-            try:
-                model(input_ids=batch, use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
-    return seen
-
-
-def _run(layer: nn.Module, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-    out = layer(hidden, **given)
-    return out[0] if isinstance(out, tuple) else out
 
 
 def _hessians(
@@ -175,7 +146,7 @@ def _hessians(
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
         for hidden, given in batches:
-            _run(layer, hidden, given)
+            run_layer(layer, hidden, given)
     finally:
         for handle in handles:
             handle.remove()

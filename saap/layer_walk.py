@@ -1,0 +1,81 @@
+"""Walk a decoder layer by layer: what reaches each layer, one layer's run, and the inputs of modules within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.architectures import architecture_of
+
+ROWS = 8  # sequences of one forward pass
+
+
+@dataclass
+class Batch:
+    """Some sequences on their way through the decoder.
+
+    Attributes:
+        hidden: what reaches the first layer, [sequences, tokens, hidden].
+        given: the other arguments of each layer: masks and rotary tables, which families vary by layer.
+    """
+
+    hidden: torch.Tensor
+    given: list[dict[str, Any]] = field(default_factory=list)
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    """The decoder layers."""
+    return model.get_submodule(architecture_of(model.config).layers)
+
+
+@torch.no_grad()
+def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) -> list[Batch]:
+    """What the decoder hands to its layers for rows of ids [sequences, tokens]; costs one pass without the head."""
+    found: list[Batch] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not found or len(found[-1].given) == len(layers):
+            found.append(Batch(hidden))
+        found[-1].given.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    layers = layers_of(model)
+    handles = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
+    try:
+        for part in rows.split(batch):
+            model.base_model(input_ids=part, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """One layer's output, [sequences, tokens, hidden]."""
+    out = layer(hidden, **given)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dict that holds, after each run, the last input of every named module."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            (seen[name],) = args
+
+        return see
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
