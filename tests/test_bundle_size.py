@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from test_added_bias import compensated, dense_dir
 
 from saap.architectures import shape_of
 from saap.bundle_size import bundle_size
@@ -10,6 +11,7 @@ from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape
 
+__all__ = ["compensated", "dense_dir"]
 FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3"]
 
 
@@ -62,6 +64,14 @@ def test_so_is_that_of_a_model_of_real_size(tiny_model, tmp_path):
     planned, real = planned_and_real(model, tmp_path / "bundle", 4)
     assert planned == real
     assert real > 10e6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_so_is_that_of_a_slim_model_with_biases_of_its_own(compensated, tmp_path, family):
+    slim, _ = compensated(family)
+    assert shape_of(read_config(slim)).added_bias
+    planned, real = planned_and_real(slim, tmp_path / "bundle", 4)
+    assert planned == real
 
 
 def test_a_matrix_takes_its_integers_and_its_scales():

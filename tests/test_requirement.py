@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saap.architectures import shape_of
+from saap.baselines import rank
+from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.requirement import Requirement
+from saap.search import meet
 from saap.structures import LayerSizes, ModelShape
 
 CONFIG: dict[str, Any] = {
@@ -229,3 +233,16 @@ def test_a_model_wider_than_the_table_is_refused(costs: Path) -> None:
     wide: ModelShape = DENSE.with_layers((LayerSizes(6, 3, 256),))
     with pytest.raises(SaapError, match="costs were measured up to an FFN width of 128, not for 256"):
         Requirement(speedup=1.2, costs=costs).budget(wide, CONFIG)
+
+
+@pytest.mark.parametrize("given", [{"max_bytes": 200_000}, {"ms_per_token": 5.0}, {"max_params": 180_000}])
+@pytest.mark.parametrize("method", ["magnitude", "shortgpt"])
+def test_a_baseline_is_brought_to_a_requirement(tiny_model: Any, costs: Path, method: str, given: Any) -> None:
+    path = tiny_model()
+    ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(3))
+    heads = method == "magnitude"
+    ranking = rank(method, load_model(path), DENSE, ids, heads=heads, block=32, seed=0)
+    requirement = Requirement(**given, costs=costs if "ms_per_token" in given else None)
+    budget = requirement.budget(DENSE, read_config(path))
+    kept = meet(ranking.plan_at, budget, DENSE).kept_shape(DENSE)
+    assert budget.meets(kept) and budget.total(kept) > 0.6 * budget.most
