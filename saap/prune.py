@@ -100,8 +100,8 @@ def make_plan(
     model = load_model(model_dir)
     scores = estimate(model, shape, calibration[:-held], c=options.c, progress=progress)
     prices = fit_prices(
-        model, shape, fuse(scores, shape), calibration[-held:], keep_layers=options.keep_layers, modules=options.modules,
-        progress=progress,
+        model, shape, fuse(scores, shape), calibration[-held:], keep_layers=options.keep_layers,
+        modules=options.modules, progress=progress,
     )  # fmt: skip
     modules = modules_of(shape, prices, options.block, options.keep_layers, budget)
     plan = plan_from(modules, solve(modules, budget), shape)
