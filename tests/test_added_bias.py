@@ -20,6 +20,7 @@ from saap.checkpoint import load_model, read_config, slim_config
 from saap.errors import SaapError
 from saap.masking import masked
 from saap.structures import LayerPlan, PrunePlan
+from saap.tune import TuneOptions, tune
 
 __all__ = ["dense_dir"]
 FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
@@ -101,6 +102,20 @@ def test_bundles_carry_the_biases(compensated, tmp_path, case):
     float32, float16 = (BundleScorer(tmp_path / name).logits(IDS.numpy()) for name in ("cpu", "cuda"))
     assert np.abs(float32 - float16).max() <= 0.05
     assert on_cpu.parameters == shape_of(read_config(directory)).parameters
+
+
+def test_a_compensated_llama_is_tuned_and_exported(compensated, tmp_path):
+    directory, _ = compensated("llama")
+    tune(directory, tmp_path / "tuned", IDS.repeat(2, 1), TuneOptions())
+    config, state = read_config(tmp_path / "tuned"), load_model(directory).state_dict()
+    assert config["slim_bias"] is True
+    tuned = load_model(tmp_path / "tuned")
+    for name, bias in state.items():
+        if name.endswith("bias"):
+            assert torch.equal(tuned.state_dict()[name], bias)
+    export_bundle(
+        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
+    )
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2"])

@@ -14,12 +14,13 @@ import torch
 
 from export.export import export_bundle
 from export.ort_model import CACHE
+from export.probe_model import read_probe_model
 from export.verify import check_parity
 from saap.architectures import FAMILIES as ROWS
 from saap.architectures import architecture_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
 from saap.masking import masked
-from saap.structures import LayerPlan, PrunePlan, whole_layer
+from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.surgery import cut_tensors
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -218,6 +219,29 @@ def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
     assert [(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == [
         (6, 3, 64), (2, 2, 32), (0, 0, 32), (4, 2, 0), (6, 3, 64)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slim_models_and_their_bundles_are_probed(dense_dir, tmp_path, case):
+    path = cut(dense_dir(case), tmp_path / "slim", EXPORTED)
+    export_bundle(path, tmp_path / "bundle", bits=4)
+    for directory in (path, tmp_path / "bundle"):
+        probed = read_probe_model(directory)
+        assert probed.architecture is ROWS[CASES[case][0]]
+        assert probed.shape.layers == (LayerSizes(6, 3, 64),) * 5
+        assert probed.config.model_type == f"saap_{CASES[case][0]}"
+
+
+def test_optimum_is_told_what_the_layers_with_a_cache_do(dense_dir, tmp_path):
+    """Its config counts the layers that attend, so lists with one entry per layer are cut to these."""
+    alike = PrunePlan((ALL, ALL, EMPTY, LayerPlan((), (), (1, 2)), LayerPlan(ALL.query_heads, ALL.kv_heads, ()), ALL))
+    path = cut(dense_dir("smollm3"), tmp_path / "slim", alike)
+    export_bundle(path, tmp_path / "bundle", bits=32)
+    config = read_config(tmp_path / "bundle")
+    assert (config["model_type"], config["num_hidden_layers"]) == ("smollm3", 4)
+    assert config["no_rope_layers"] == [1, 0, 1, 0]
+    assert config["layer_types"] == ["full_attention", "sliding_attention"] * 2
+    assert "slim_layers" not in config
 
 
 def test_all_families_are_here():
