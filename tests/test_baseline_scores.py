@@ -80,15 +80,26 @@ def test_the_second_order_term_counts(tiny_model):
     assert (first - mix).abs().max() > 1e-3 * first.max()
 
 
-def test_packed_matrices_score_their_own_rows(tiny_family):
+@pytest.mark.parametrize("method", TAYLOR)
+def test_packed_matrices_score_their_own_rows(tiny_family, method):
     model = load_model(tiny_family("phi3"))
-    scores = taylor_scores("param_first", model, shaped(model), IDS)
-    first, _ = gradients(model, IDS)
-    packed, down = model.model.layers[1].mlp.gate_up_proj.weight, model.model.layers[1].mlp.down_proj.weight
+    scores = taylor_scores(method, model, shaped(model), IDS)
+    first, second = gradients(model, IDS)
+    mlp = model.model.layers[1].mlp
     for n in (0, 77):
-        expected = sum((first[id(packed)][row] * packed[row]).abs().sum().item() for row in (n, 128 + n))
-        expected += (first[id(down)][:, n] * down[:, n]).abs().sum().item()
+        expected = brute_taylor(method, mlp.gate_up_proj.weight, first, second, (n, 128 + n), False)
+        expected += brute_taylor(method, mlp.down_proj.weight, first, second, (n,), True)
         assert scores.ffn[1][n].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_gradient_that_was_there_stays_and_does_not_count(tiny_model):
+    model = load_model(tiny_model())
+    expected = taylor_scores("vector", model, shaped(model), IDS)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.grad = torch.ones_like(weight)
+    found = taylor_scores("vector", model, shaped(model), IDS)
+    assert torch.equal(found.ffn[0], expected.ffn[0])
+    assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 def test_magnitude_is_the_squared_norm_of_all_slices(tiny_model):
