@@ -14,7 +14,12 @@ from saap.console import Console
 required = partial(click.option, cls=InSection, section="What the model must meet (one of these)")
 planned = partial(click.option, cls=InSection, section="What is planned for")
 removed = partial(click.option, cls=InSection, section="What may go")
+how = partial(click.option, cls=InSection, section="How it is chosen")
 scored = partial(click.option, cls=InSection, section="What is scored on")
+ours = partial(click.option, cls=InSection, section="How SAAP scores (the defaults are the ablation's)")
+METHODS = (
+    "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt",
+)  # fmt: skip
 
 
 @click.command(cls=Sections)
@@ -42,12 +47,28 @@ scored = partial(click.option, cls=InSection, section="What is scored on")
     show_default=True,
     help="Its quantisation group; every width is a multiple of it.",
 )
+@how("--method", type=click.Choice(METHODS), default="saap", show_default=True, help="SAAP, or a baseline.")
+@how(
+    "--compensate",
+    type=click.Choice(["none", "bias", "refit"]),
+    help="How what stays makes up for what goes; default: refit for saap, bias for flap, none for others.",
+)
+@how("--iterative-steps", type=int, metavar="N", default=1, show_default=True, help="Score anew so many times (saap).")
+@how("--corrections", type=int, metavar="N", default=0, show_default=True, help="Correct prices by loss (saap).")
+@how("--explain", is_flag=True, help="Say why each layer lost what it lost.")
+@removed("--heads/--no-heads", default=None, help="Query heads and KV groups too; default: where it pays.")
 @removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
 @removed("--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these layers, such as 0-2,29.")
 @scored("--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
 @scored("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
 @scored("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
 @scored("--seed", type=int, default=0, show_default=True)
+@ours("--score", type=click.Choice(["vector", "element", "token", "fused", "fused-token"]), default="fused")
+@ours("--c", type=float, help="Weight of the second-order term; default: tokens per sequence; papers print 1.")
+@ours("--exact", is_flag=True, help="The exact element score: two more numbers per weight in memory.")
+@ours("--slices", type=click.Choice(["all", "output"]), default="all", help="Slices of a structure that are summed.")
+@ours("--sigma", type=click.Choice(["type", "layer"]), default="type", help="Structures that share a sigma.")
+@ours("--stability", type=float, default=0.0, help="Lambda: below 0 prunes what fluctuates, above keeps it.")
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
 def prune(model: str, out: Path, **options: Any) -> None:
     """Remove the coupled structures that matter least.

@@ -2,15 +2,14 @@
 
 * ``bias``: the mean of what the removed structures added, as a bias on o_proj and down_proj; FLAP, arXiv 2312.11983,
   eq. 6: b = W_gone mean(x_gone).
-* ``refit``: least squares on o_proj and down_proj. The layers are walked in order with two streams of hidden states,
-  the dense model's and the slim one's. With x the slim model's inputs of a matrix and y what the matrix should add,
+* ``refit``: ridge regression of what a matrix added on the inputs that stay,
 
-      W' = W + R x^T (x x^T + lambda I)^-1,   R = y - W x,   y = dense hidden state after the block - slim one before it
+      W' = W_kept + W_gone X_gone X_kept^T (X_kept X_kept^T + lambda D)^-1,   D = diag(X_kept X_kept^T)
 
-  so that a block also repairs what the blocks before it broke. lambda is a share of the mean of diag(x x^T) and draws
-  towards the weights that were there. It adds no parameter.
-
-Blocks whose output passes a norm of its own (Gemma 3) are fitted to what their matrix adds in the dense model.
+  The layers are walked in order and X is what reaches the matrix in the model that is already cut and refitted: fitting
+  the dense model's outputs instead shrinks whatever an earlier cut made noisy (regression dilution). A token counts by
+  one over the mean square of its hidden state, since the next norm divides by that. lambda is chosen per matrix on
+  sequences that the fit does not see, among values that include leaving the weights alone. It adds no parameter.
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ from transformers import PreTrainedModel
 
 from saap.architectures import Architecture, architecture_of
 from saap.importance import Progress
-from saap.layer_walk import inputs_of, layer_inputs, layers_of, run_layer
+from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, run_layer
 from saap.structures import LayerPlan, ModelShape, PrunePlan
 from saap.surgery import head_rows
 
 Compensation = Literal["none", "bias", "refit"]
 COMPENSATIONS = ("none", "bias", "refit")
-DAMPING = 0.03  # lambda, of the mean of diag(x x^T)
+LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+HELD_SHARE = 6  # one sixth of the batches chooses lambda
+LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 0 is not worth a large weight
 
 
 @dataclass
@@ -41,9 +42,15 @@ class _Block:
 
     matrix: str  # its name within the layer
     linear: nn.Linear
+    norm: nn.Module  # reads the stream before the block
     kept: torch.Tensor  # columns
-    after: str | None  # the norm that reads the stream after this block; None: the layer's output is that
-    post_norm: bool
+
+    @property
+    def gone(self) -> torch.Tensor:
+        """The other columns, as a mask."""
+        gone = torch.ones(self.linear.in_features, dtype=torch.bool)
+        gone[self.kept] = False
+        return gone
 
 
 @torch.no_grad()
@@ -54,7 +61,6 @@ def compensate(
     plan: PrunePlan,
     ids: torch.Tensor,
     *,
-    damping: float = DAMPING,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """New weights and biases of o_proj and down_proj for a plan; the model is left as it was.
@@ -70,9 +76,8 @@ def compensate(
     if kind == "none":
         return {}
     architecture = architecture_of(model.config)
-    batches = layer_inputs(model, ids)
-    dense = [batch.hidden for batch in batches]
-    slim = list(dense)
+    batches = layer_inputs(model, ids, batch=max(1, min(ROWS, len(ids) // 2)))
+    stream = [batch.hidden for batch in batches]
     found: dict[str, torch.Tensor] = {}
     number = 0
     for index, layer in enumerate(layers_of(model)):
@@ -80,10 +85,9 @@ def compensate(
         blocks = _blocks(layer, keep, shape.head_dim, architecture)
         given = [batch.given[index] for batch in batches]
         with _restored(blocks):
-            if kind == "bias":
-                new, dense = _biases(layer, blocks, dense, given)
-            else:
-                new, dense, slim = _refitted(layer, blocks, dense, slim, given, damping)
+            new = _biases(layer, blocks, stream, given) if kind == "bias" else _refitted(layer, blocks, stream, given)
+            # Biases are means of the dense model, as in FLAP: there the stream stays dense.
+            stream = [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
         if keep.query_heads or keep.ffn:
             found |= {f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()}
             number += 1
@@ -95,13 +99,10 @@ def compensate(
 def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
     modules = dict(layer.named_modules())
     sizes = (
-        (architecture.output, head_rows(keep.query_heads, head_dim), architecture.attention_post_norm),
-        (architecture.down, torch.tensor(keep.ffn, dtype=torch.long), architecture.ffn_post_norm),
+        (architecture.output, architecture.attention_norm, head_rows(keep.query_heads, head_dim)),
+        (architecture.down, architecture.ffn_norm, torch.tensor(keep.ffn, dtype=torch.long)),
     )
-    found = [_Block(name, modules[name], kept, None, bool(post)) for name, kept, post in sizes if name in modules]
-    if len(found) == 2:
-        found[0].after = architecture.ffn_norm
-    return found
+    return [_Block(name, modules[name], modules[norm], kept) for name, norm, kept in sizes if name in modules]
 
 
 @contextmanager
@@ -115,92 +116,81 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
             linear.bias = bias
 
 
-def _gone(block: _Block) -> torch.Tensor:
-    gone = torch.ones(block.linear.in_features, dtype=torch.bool)
-    gone[block.kept] = False
-    return gone
-
-
 def _biases(
-    layer: nn.Module, blocks: list[_Block], dense: list[torch.Tensor], given: list[dict[str, Any]]
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The mean of what goes, per block that keeps something; and the dense stream after the layer."""
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """The mean of what goes, per block that keeps something."""
     totals = {block.matrix: torch.zeros(block.linear.in_features, dtype=torch.float64) for block in blocks}
-    after, tokens = [], 0
-    for hidden, arguments in zip(dense, given, strict=True):
+    for hidden, arguments in zip(stream, given, strict=True):
         with inputs_of({block.matrix: block.linear for block in blocks}) as seen:
-            after.append(run_layer(layer, hidden, arguments))
+            run_layer(layer, hidden, arguments)
         for name, inputs in seen.items():
             totals[name] += inputs.flatten(0, -2).double().sum(0)
-        tokens += hidden.shape[0] * hidden.shape[1]
+    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
     new = {}
     for block in blocks:
         if len(block.kept):
-            gone = _gone(block)
-            bias = block.linear.weight[:, gone] @ (totals[block.matrix][gone] / tokens).to(block.linear.weight.dtype)
+            weight, gone = block.linear.weight, block.gone
+            bias = weight[:, gone] @ (totals[block.matrix][gone] / tokens).to(weight.dtype)
             new[f"{block.matrix}.bias"] = bias + (block.linear.bias if block.linear.bias is not None else 0)
-    return new, after
+    return new
 
 
 def _refitted(
-    layer: nn.Module,
-    blocks: list[_Block],
-    dense: list[torch.Tensor],
-    slim: list[torch.Tensor],
-    given: list[dict[str, Any]],
-    damping: float,
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Refitted weights of a layer, and both streams after it."""
-    modules = dict(layer.named_modules())
-    watched = {block.matrix: block.linear for block in blocks}
-    watched |= {block.after: modules[block.after] for block in blocks if block.after}
-    aims: dict[str, list[torch.Tensor]] = {block.matrix: [] for block in blocks}
-    after = []
-    for hidden, arguments in zip(dense, given, strict=True):
-        with inputs_of(watched) as seen:
-            after.append(run_layer(layer, hidden, arguments))
-        for block in blocks:
-            stream = seen[block.after] if block.after else after[-1]
-            aims[block.matrix].append(block.linear(seen[block.matrix]) if block.post_norm else stream)
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Refitted weights of the blocks that lose something; the layer is cut and refitted when this returns."""
     new = {}
-    for position, block in enumerate(blocks):
-        block.linear.weight[:, _gone(block)] = 0
-        if not len(block.kept):
-            if block.linear.bias is not None:
-                block.linear.bias = None
+    for block in blocks:
+        weight, gone = block.linear.weight, block.gone
+        if not gone.any():
             continue
-        # The stream before the second block is what the first block's watched norm reads.
-        before = blocks[position - 1].after if position else None
-        block.linear.weight[:, block.kept] = _least_squares(
-            layer, block, before, slim, given, aims[block.matrix], modules, damping
-        )
-        new[f"{block.matrix}.weight"] = block.linear.weight[:, block.kept].clone()
-    return new, after, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(slim, given, strict=True)]
+        if len(block.kept):
+            fitted = _ridge(layer, block, stream, given)
+            new[f"{block.matrix}.weight"] = fitted
+            weight[:, block.kept] = fitted
+        weight[:, gone] = 0
+        if not len(block.kept):
+            block.linear.register_parameter("bias", None)
+    return new
 
 
-def _least_squares(
-    layer: nn.Module,
-    block: _Block,
-    before: str | None,
-    slim: list[torch.Tensor],
-    given: list[dict[str, Any]],
-    aims: list[torch.Tensor],
-    modules: dict[str, nn.Module],
-    damping: float,
-) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], fitted to its aims on the slim stream."""
-    watched = {block.matrix: block.linear} | ({before: modules[before]} if before else {})
-    kept = block.linear.weight[:, block.kept]
-    squares = torch.zeros(len(block.kept), len(block.kept), dtype=torch.float64)
-    crossed = torch.zeros(kept.shape[0], len(block.kept), dtype=torch.float64)
-    for hidden, arguments, aim in zip(slim, given, aims, strict=True):
-        with inputs_of(watched) as seen:
+@dataclass
+class _Sums:
+    """X_kept X_kept^T, R X_kept^T and |R|^2 over tokens, R = W_gone X_gone."""
+
+    squares: torch.Tensor
+    crossed: torch.Tensor
+    rest: float = 0.0
+
+    def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
+        """Add tokens, kept [tokens, K] and rest [tokens, hidden]."""
+        self.squares.addmm_(kept.t(), kept)
+        self.crossed.addmm_(rest.t(), kept)
+        self.rest += float(rest.square().sum())
+
+    def error(self, change: torch.Tensor) -> float:
+        """|R - change X_kept|^2."""
+        return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
+
+
+def _ridge(layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: list[dict[str, Any]]) -> torch.Tensor:
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
+    weight, gone, size = block.linear.weight, block.gone, len(block.kept)
+    fit, held = (_Sums(torch.zeros(size, size), torch.zeros(len(weight), size)) for _ in range(2))
+    first_held = len(stream) - max(1, len(stream) // HELD_SHARE)
+    for number, (hidden, arguments) in enumerate(zip(stream, given, strict=True)):
+        with inputs_of({"x": block.linear, "stream": block.norm}) as seen:
             run_layer(layer, hidden, arguments)
-        inputs = seen[block.matrix]
-        stream = seen[before] if before else hidden
-        rest = aim - block.linear(inputs) - (0 if block.post_norm else stream)
-        x, rest = inputs.flatten(0, -2)[:, block.kept], rest.flatten(0, -2)
-        squares += (x.t() @ x).double()
-        crossed += (rest.t() @ x).double()
-    squares.diagonal().add_(damping * squares.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    return kept + torch.linalg.solve(squares, crossed.t()).t().to(kept.dtype)
+        x = (seen["x"] * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
+        (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
+    scale = fit.squares.diagonal()
+    scale = scale.clamp_min(LEAST_SQUARE * float(scale.mean()) + torch.finfo(torch.float32).tiny).sqrt()
+    correlation, crossed = fit.squares / scale / scale[:, None], (fit.crossed / scale).t()
+    best, least = torch.zeros_like(fit.crossed), held.rest
+    for damping in LAMBDAS:
+        factor = torch.linalg.cholesky(correlation + damping * torch.eye(size))
+        change = torch.cholesky_solve(crossed, factor).t() / scale
+        if (error := held.error(change)) < least:
+            best, least = change, error
+    return weight[:, block.kept] + best.to(weight.dtype)

@@ -102,7 +102,9 @@ def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tenso
     origin = flat[flat > 0].log().mean()
     mean = (flat / origin.exp()).mean()
     s = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([s], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0)
+    optimizer = torch.optim.LBFGS(
+        [s], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

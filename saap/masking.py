@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of
-from saap.structures import LayerPlan, LayerSizes
+from saap.structures import LayerPlan
 from saap.surgery import head_rows
 
 
@@ -54,11 +54,11 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
     return sum(losses) / len(ids)
 
 
-def without_attention(sizes: LayerSizes) -> LayerPlan:
+def without_attention(keep: LayerPlan) -> LayerPlan:
     """Keeps the FFN only."""
-    return LayerPlan((), (), tuple(range(sizes.ffn)))
+    return LayerPlan((), (), keep.ffn)
 
 
-def without_ffn(sizes: LayerSizes) -> LayerPlan:
+def without_ffn(keep: LayerPlan) -> LayerPlan:
     """Keeps the attention only."""
-    return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), ())
+    return LayerPlan(keep.query_heads, keep.kv_heads, ())

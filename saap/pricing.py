@@ -1,7 +1,6 @@
 """From scores to nats: what removing a structure costs, fitted to the calibration loss.
 
-Fused scores have mean 1 within a type, so they rank structures of one type but do not compare types. Two numbers per
-type turn them into a loss,
+Fused scores rank structures of one type but do not compare types. Two numbers per type turn them into a loss,
 
     price(module option) = kappa * sum of P over what goes * (1 + alpha * share of the module that goes)
 
@@ -21,12 +20,16 @@ from transformers import PreTrainedModel
 
 from saap.importance import TYPES, Progress
 from saap.masking import masked, mean_nll, without_attention, without_ffn
-from saap.search import Prices
-from saap.structures import LayerPlan, LayerSizes, ModelShape, whole_layer
+from saap.search import Module, Option, Prices
+from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.working_point import WorkingPoint
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
 FFN_LEVELS = (0.125, 0.25)
 MODULES_TOGETHER = 5
+# How far one measurement may move a price, and the least that anything costs, nats per token.
+FACTOR_LIMIT = 10.0
+LEAST_PRICE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,25 @@ def fit_prices(
     fused: dict[str, list[torch.Tensor]],
     ids: torch.Tensor,
     *,
+    cut: dict[int, LayerPlan] | None = None,
     keep_layers: frozenset[int] = frozenset(),
+    heads: bool = True,
     modules: bool = False,
     progress: Progress | None = None,
 ) -> Prices:
     """Price every structure and every whole module in nats per token.
 
     Args:
+        model: with the structures that ``cut`` does not keep already silenced; they cost nothing more.
         fused: P(G) per type and layer, from :func:`saap.fusion.fuse`.
         ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
+        cut: what the layers keep that lost something in an earlier step.
+        heads: whether query heads and KV groups may go.
         modules: price whole attention and FFN blocks too, each silenced by itself (two forward passes per layer).
     """
-    steps = 2 * len(TYPES) + 1 + (2 * len(shape.layers) + 2 if modules else 0)
+    kinds = TYPES if heads else ("ffn",)
+    free = [i for i in range(len(shape.layers)) if i not in keep_layers]
+    steps = 2 * len(kinds) + 1 + (2 * len(shape.layers) + 2 if modules else 0)
     done = 0
 
     def loss_of(plans: dict[int, LayerPlan]) -> float:
@@ -66,38 +76,42 @@ def fit_prices(
             return mean_nll(model, ids)
 
     base = loss_of({})
-    curves = {kind: _fit_curve(kind, shape, fused[kind], base, loss_of, keep_layers) for kind in TYPES}
+    now = [(cut or {}).get(i, whole_layer(sizes)) for i, sizes in enumerate(shape.layers)]
+    curves = {kind: _fit_curve(kind, shape, now, fused[kind], base, loss_of, free) for kind in kinds}
+    curves = {kind: curves.get(kind, Curve(0.0, 0.0)) for kind in TYPES}
     priced = {kind: [(curves[kind].kappa * p).double().numpy() for p in fused[kind]] for kind in TYPES}
     no_attention: list[float | None] = [None] * len(shape.layers)
     no_ffn = no_attention
     if modules:
-        no_attention = _module_prices(shape, base, loss_of, keep_layers, "query_heads", without_attention)
-        no_ffn = _module_prices(shape, base, loss_of, keep_layers, "ffn", without_ffn)
+        no_attention = _module_prices(shape, now, base, loss_of, free, "query_heads", without_attention)
+        no_ffn = _module_prices(shape, now, base, loss_of, free, "ffn", without_ffn)
     if progress:
         progress("pricing", steps, steps)
     alpha = {kind: curve.alpha for kind, curve in curves.items()}
-    return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha)
+    return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha, heads)
 
 
 def _fit_curve(
     kind: str,
     shape: ModelShape,
+    now: list[LayerPlan],
     scores: list[torch.Tensor],
     base: float,
     loss_of: Callable[[dict[int, LayerPlan]], float],
-    keep_layers: frozenset[int],
+    free: list[int],
 ) -> Curve:
     rows, increases = [], []
     for level in (0, 1):
         plans, scored, weighted = {}, 0.0, 0.0
-        for layer, sizes in enumerate(shape.layers):
-            lost = [] if layer in keep_layers else _cheapest(kind, sizes, scores[layer], level)
+        for layer in free:
+            sizes = shape.layers[layer]
+            lost = _cheapest(kind, sizes, now[layer], scores[layer], level)
             if lost:
-                plans[layer] = _without(kind, sizes, set(lost))
+                plans[layer] = _without(kind, sizes, now[layer], set(lost))
                 total, share = float(scores[layer][lost].sum()), len(lost) / len(scores[layer])
                 scored, weighted = scored + total, weighted + total * share
         rows.append((scored, weighted))
-        increases.append(max(loss_of(plans) - base, 1e-4))
+        increases.append(max(loss_of(plans) - base, LEAST_PRICE))
     if not all(total for total, _ in rows):
         return Curve(0.0, 0.0)
     # Two equations: kappa * scored + (kappa * alpha) * weighted = increase; neither term may be negative.
@@ -109,40 +123,125 @@ def _fit_curve(
     return Curve(float(linear), float(interaction / linear))
 
 
-def _cheapest(kind: str, sizes: LayerSizes, scores: torch.Tensor, level: int) -> list[int]:
-    """The structures that go at a level: FFN channels by share, one or two heads of each group, one or two groups."""
+def _cheapest(kind: str, sizes: LayerSizes, now: LayerPlan, scores: torch.Tensor, level: int) -> list[int]:
+    """The structures that go next at a level: FFN channels by share, one or two heads of each group, one or two groups.
+
+    One of each stays where attention is still there at all.
+    """
     order = torch.argsort(scores, stable=True).tolist()
     if kind == "ffn":
-        return order[: round(FFN_LEVELS[level] * len(order))]
+        left = [i for i in order if i in set(now.ffn)]
+        return left[: min(round(FFN_LEVELS[level] * len(order)), len(left) - 1)] if left else []
     if kind == "group":
-        return order[: min(level + 1, sizes.kv_heads - 1)]
-    each = min(level + 1, sizes.heads_per_group - 1)
-    groups = range(sizes.kv_heads)
-    return [h for g in groups for h in [i for i in order if i // sizes.heads_per_group == g][:each]]
+        left = [i for i in order if i in now.kv_heads]
+        return left[: min(level + 1, len(left) - 1)] if left else []
+    lost = []
+    for group in now.kv_heads:
+        left = [i for i in order if i // sizes.heads_per_group == group and i in now.query_heads]
+        lost += left[: min(level + 1, len(left) - 1)]
+    return lost
 
 
-def _without(kind: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
-    whole = whole_layer(sizes)
+def _without(kind: str, sizes: LayerSizes, now: LayerPlan, lost: set[int]) -> LayerPlan:
     if kind == "ffn":
-        return LayerPlan(whole.query_heads, whole.kv_heads, tuple(i for i in whole.ffn if i not in lost))
+        return LayerPlan(now.query_heads, now.kv_heads, tuple(i for i in now.ffn if i not in lost))
     if kind == "group":
-        lost = {head for head in whole.query_heads if head // sizes.heads_per_group in lost}
-    return LayerPlan(tuple(h for h in whole.query_heads if h not in lost), whole.kv_heads, whole.ffn)
+        lost = {head for head in now.query_heads if head // sizes.heads_per_group in lost}
+    return LayerPlan(tuple(h for h in now.query_heads if h not in lost), now.kv_heads, now.ffn)
 
 
 def _module_prices(
     shape: ModelShape,
+    now: list[LayerPlan],
     base: float,
     loss_of: Callable[[dict[int, LayerPlan]], float],
-    keep_layers: frozenset[int],
+    free: list[int],
     size: str,
-    without: Callable[[LayerSizes], LayerPlan],
+    without: Callable[[LayerPlan], LayerPlan],
 ) -> list[float | None]:
-    allowed = [i for i, s in enumerate(shape.layers) if getattr(s, size) and i not in keep_layers]
-    single = {i: max(loss_of({i: without(shape.layers[i])}) - base, 1e-4) for i in allowed}
+    """Measured loss without each module, times what the cheapest cost more together than one by one."""
+    allowed = [i for i in free if getattr(shape.layers[i], size)]
+    single = {i: max(loss_of({i: without(now[i])}) - base, LEAST_PRICE) for i in allowed}
     cheapest = sorted(single, key=single.__getitem__)[:MODULES_TOGETHER]
     if len(cheapest) < 2:
         return [single.get(i) for i in range(len(shape.layers))]
-    together = loss_of({i: without(shape.layers[i]) for i in cheapest}) - base
+    together = loss_of({i: without(now[i]) for i in cheapest}) - base
     factor = max(1.0, together / sum(single[i] for i in cheapest))
     return [single[i] * factor if i in single else None for i in range(len(shape.layers))]
+
+
+def correct_prices(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    prices: Prices,
+    modules: list[Module],
+    chosen: list[Option],
+    plan: PrunePlan,
+    ids: torch.Tensor,
+    *,
+    progress: Progress | None = None,
+) -> tuple[Prices, float]:
+    """Scale each module's prices so that they agree with a loss measured where all others are cut as planned.
+
+    A module that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
+    number per module is measured: what its removal costs on top of all the others.
+
+    Args:
+        modules: the options that the plan was chosen from, at these prices; ``chosen``: one of each.
+        ids: calibration ids [sequences, tokens] other than what the scores were computed on.
+
+    Returns:
+        the corrected prices, and the loss of the plan itself on ``ids``, nats per token.
+    """
+    factors: dict[tuple[int, str], float] = {}
+    cut = {i: keep for i, keep in enumerate(plan.layers) if keep != whole_layer(shape.layers[i])}
+    with WorkingPoint(model, shape, cut, ids).entered() as here:
+        for done, (module, option) in enumerate(zip(modules, chosen, strict=True)):
+            if progress:
+                progress("correcting prices", done, len(modules))
+            whole = max(module.options, key=_kept)
+            other = whole if option is not whole else _probe(module)
+            if other is option:
+                continue
+            loss = here.loss_with(module.layer, _with_option(plan.layers[module.layer], module.kind, other))
+            measured = max((here.loss - loss) if other is whole else (loss - here.loss), LEAST_PRICE)
+            predicted = max(option.price if other is whole else other.price, LEAST_PRICE)
+            factors[module.layer, module.kind] = min(max(measured / predicted, 1 / FACTOR_LIMIT), FACTOR_LIMIT)
+        loss = here.loss
+    if progress:
+        progress("correcting prices", len(modules), len(modules))
+    return scaled_prices(prices, factors), loss
+
+
+def scaled_prices(prices: Prices, factors: dict[tuple[int, str], float]) -> Prices:
+    """Prices of each module, (layer, ``attention`` or ``ffn``), times a factor."""
+
+    def scaled(values: list, kind: str) -> list:
+        return [None if v is None else v * factors.get((i, kind), 1.0) for i, v in enumerate(values)]
+
+    return Prices(
+        scaled(prices.ffn, "ffn"),
+        scaled(prices.head, "attention"),
+        scaled(prices.group, "attention"),
+        scaled(prices.no_attention, "attention"),
+        scaled(prices.no_ffn, "ffn"),
+        prices.alpha,
+        prices.heads,
+    )
+
+
+def _kept(option: Option) -> int:
+    return len(option.keep.query_heads) + len(option.keep.ffn)
+
+
+def _probe(module: Module) -> Option:
+    """The option that keeps closest to three quarters of the module; the cheaper of two."""
+    most = max(map(_kept, module.options))
+    rest = [option for option in module.options if 0 < _kept(option) < most] or list(module.options)
+    return min(rest, key=lambda option: (abs(_kept(option) - 0.75 * most), option.price))
+
+
+def _with_option(layer: LayerPlan, kind: str, option: Option) -> LayerPlan:
+    if kind == "ffn":
+        return LayerPlan(layer.query_heads, layer.kv_heads, option.keep.ffn)
+    return LayerPlan(option.keep.query_heads, option.keep.kv_heads, layer.ffn)

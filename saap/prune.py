@@ -1,40 +1,78 @@
-"""SAAP, start to end: discover, estimate, fuse, price, search, cut (arXiv 2412.15127, and what is ours)."""
+"""Pruning, start to end: choose what to keep, by SAAP or a baseline, make up for what goes, cut, write."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from saap.adaptive import AdaptiveOptions, adaptive_plan
 from saap.architectures import architecture_of, shape_of
+from saap.baselines import BASELINES, rank
 from saap.budget import Budget
 from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, tensor_reader, weights_hash
 from saap.checkpoint import write_slim as write
+from saap.compensate import COMPENSATIONS, Compensation, compensate
 from saap.errors import SaapError
-from saap.fusion import fuse
-from saap.importance import Progress, estimate
-from saap.pricing import fit_prices
+from saap.importance import Progress
 from saap.requirement import Requirement
-from saap.search import check_floor, modules_of, plan_from, solve
+from saap.search import check_floor, meet
 from saap.structures import ModelShape, PrunePlan
 from saap.surgery import cut_tensors
 
-PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
+METHODS = ("saap", *BASELINES)
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How to prune. ``block`` is the quantisation group that every width must be a multiple of."""
+    """How to prune.
+
+    Attributes:
+        requirement: what the slim model must meet.
+        method: ``saap`` or one of :data:`saap.baselines.BASELINES`.
+        compensate: how what stays makes up for what goes; None is the method's own: a refit for saap, a bias for flap.
+        heads: whether attention loses heads or KV groups; None lets saap weigh it, and baselines where every query head
+            has its own KV head: whole groups are dear.
+        block: the quantisation group that every width must be a multiple of.
+        adaptive: how saap chooses.
+        keep_layers: layers that stay whole.
+        seed: of the method ``random``.
+    """
 
     requirement: Requirement
+    method: str = "saap"
+    compensate: Compensation | None = None
+    heads: bool | None = None
     block: int = 32
-    c: float | None = None
+    adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     keep_layers: frozenset[int] = frozenset()
-    modules: bool = False
     seed: int = 0
+
+    @property
+    def compensation(self) -> Compensation:
+        """The kind that is used."""
+        own: dict[str, Compensation] = {"saap": "refit", "flap": "bias"}
+        return self.compensate or own.get(self.method, "none")
+
+    def prunes_heads(self, shape: ModelShape) -> bool:
+        """Whether attention loses heads or KV groups in a model of this shape."""
+        if self.heads is not None:
+            return self.heads
+        return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
+
+    def check(self) -> None:
+        """Raise SaapError for names that are not known and numbers that are not allowed."""
+        self.requirement.check()
+        self.adaptive.check()
+        if self.method not in METHODS:
+            raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
+        if self.compensation not in COMPENSATIONS:
+            raise SaapError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
 
 
 def prune(
@@ -49,7 +87,7 @@ def prune(
     """Prune a model directory into a slim directory.
 
     Args:
-        calibration: [sequences, tokens] int64; the last eighth prices what the others scored.
+        calibration: [sequences, tokens] int64.
         lineage: what to record about the base model and the text, beside what is found here.
 
     Raises:
@@ -58,12 +96,15 @@ def prune(
     check_output(out)
     budget = budget_of(model_dir, options)
     config, shape = read_config(model_dir), budget.dense
-    plan = make_plan(model_dir, shape, calibration, options, budget, progress)
+    model, weights = load_model(model_dir), weights_hash(model_dir)
+    plan = make_plan(model, shape, calibration, options, budget, weights=weights, progress=progress)
+    replaced = compensate(options.compensation, model, shape, plan, calibration, progress=progress)
+    del model
     names, read = tensor_reader(model_dir)
-    tensors = cut_tensors(names, read, plan, shape, architecture_of(config))
-    written = slim_config(config, plan.kept_shape(shape), kept=plan.kept_layers)
+    tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
+    written = slim_config(config, plan.kept_shape(budget.cut), kept=plan.kept_layers)
     achieved = budget.report(shape_of(written), written)
-    record = _record(Path(model_dir), shape, plan, achieved, options, calibration, dict(lineage or {}))
+    record = _record(Path(model_dir), weights, shape, plan, achieved, options, calibration, dict(lineage or {}))
     write(out, model_dir, written, tensors, record)
     return plan
 
@@ -74,37 +115,51 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     Raises:
         SaapError: the model cannot be pruned, or no choice of options can meet the requirement.
     """
-    options.requirement.check()
+    options.check()
     config = read_config(model_dir)
     if config.get("slim_quant"):
         raise SaapError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)
     _check_layers(options.keep_layers, shape)
-    budget = options.requirement.budget(shape, config)
-    check_floor(shape, options.block, options.keep_layers, options.modules, budget)
+    cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
+    budget = options.requirement.budget(shape, config, cut=cut)
+    if options.method == "saap":
+        check_floor(
+            shape, options.block, options.keep_layers, options.adaptive.modules, budget, options.prunes_heads(shape)
+        )
     return budget
 
 
 def make_plan(
-    model_dir: str | Path,
+    model: PreTrainedModel,
     shape: ModelShape,
     calibration: torch.Tensor,
     options: PruneOptions,
     budget: Budget,
+    *,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> PrunePlan:
-    """Score, price and search; nothing is written."""
-    held = max(1, len(calibration) // PRICING_SHARE)
-    if len(calibration) < 2:
-        raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
-    model = load_model(model_dir)
-    scores = estimate(model, shape, calibration[:-held], c=options.c, progress=progress)
-    prices = fit_prices(
-        model, shape, fuse(scores, shape), calibration[-held:], keep_layers=options.keep_layers,
-        modules=options.modules, progress=progress,
-    )  # fmt: skip
-    modules = modules_of(shape, prices, options.block, options.keep_layers, budget)
-    plan = plan_from(modules, solve(modules, budget), shape)
+    """Choose what to keep of ``model``, which is left as it was; nothing is written.
+
+    Args:
+        weights: hash of the model's weights, under which scores are kept; None keeps none.
+
+    Raises:
+        SaapError: the requirement cannot be met, or the model is not finite on the text.
+    """
+    heads = options.prunes_heads(shape)
+    if options.method == "saap":
+        plan = adaptive_plan(
+            model, shape, calibration, budget, replace(options.adaptive, heads=heads), block=options.block,
+            keep_layers=options.keep_layers, weights=weights, progress=progress,
+        )  # fmt: skip
+    else:
+        ranking = rank(
+            options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
+            block=options.block, seed=options.seed, progress=progress,
+        )  # fmt: skip
+        plan = meet(ranking.plan_at, budget, budget.cut)
     requirement: dict[str, Any] = {**budget.record(), "planned": budget.report(plan.kept_shape(budget.cut))}
     return replace(plan, requirement=requirement)
 
@@ -117,6 +172,7 @@ def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
 
 def _record(
     model_dir: Path,
+    weights: str,
     shape: ModelShape,
     plan: PrunePlan,
     achieved: dict[str, float | None],
@@ -124,14 +180,12 @@ def _record(
     calibration: torch.Tensor,
     lineage: dict[str, Any],
 ) -> dict[str, Any]:
-    import hashlib
-
     import transformers
 
     from saap import __version__
 
     return {
-        "method": "saap",
+        "method": options.method,
         "plan": {
             **plan.requirement,
             "achieved": achieved,
@@ -141,14 +195,15 @@ def _record(
         },
         "options": {
             "block": options.block,
-            "c": options.c,
+            "compensate": options.compensation,
+            "heads": options.prunes_heads(shape),
             "keep_layers": sorted(options.keep_layers),
-            "modules": options.modules,
             "seed": options.seed,
+            **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
         },
         "lineage": {
             **lineage,
-            "base_sha256": weights_hash(model_dir),
+            "base_sha256": weights,
             "base_record": read_record(model_dir).get("lineage"),
             "calibration": {
                 "sequences": len(calibration),

@@ -53,6 +53,7 @@ class Prices:
     no_attention: list[float | None]
     no_ffn: list[float | None]
     alpha: dict[str, float]  # interaction per type: price * (1 + alpha * share of the module's structures that goes)
+    heads: bool = True  # whether query heads and KV groups may go one by one
 
 
 def modules_of(
@@ -94,8 +95,9 @@ def _attention_options(
     shape: ModelShape, sizes: LayerSizes, prices: Prices, index: int, block: int, whole: bool, budget: Budget
 ) -> list[Option]:
     options = []
-    for groups in [sizes.kv_heads] if whole else range(1, sizes.kv_heads + 1):
-        for per_group in [sizes.heads_per_group] if whole else range(1, sizes.heads_per_group + 1):
+    fixed = whole or not prices.heads
+    for groups in [sizes.kv_heads] if fixed else range(1, sizes.kv_heads + 1):
+        for per_group in [sizes.heads_per_group] if fixed else range(1, sizes.heads_per_group + 1):
             kept = LayerSizes(groups * per_group, groups, 0)
             if kept != LayerSizes(sizes.query_heads, sizes.kv_heads, 0) and kept.query_heads * shape.head_dim % block:
                 continue
@@ -124,12 +126,18 @@ def _cheapest_heads(
 
 
 def check_floor(
-    shape: ModelShape, block: int, keep_layers: frozenset[int], remove_modules: bool, budget: Budget
+    shape: ModelShape,
+    block: int,
+    keep_layers: frozenset[int],
+    remove_modules: bool,
+    budget: Budget,
+    heads: bool = True,
 ) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet.
 
     Args:
         remove_modules: whether whole attention and feed-forward blocks may go.
+        heads: whether query heads and KV groups may.
 
     Raises:
         SaapError: names the floor in the unit that was asked in.
@@ -142,6 +150,7 @@ def check_floor(
         no_attention=gone,
         no_ffn=gone,
         alpha={"ffn": 0.0, "head": 0.0, "group": 0.0},
+        heads=heads,
     )
     _check_floor(modules_of(shape, free, block, keep_layers, budget), budget)
 

@@ -11,12 +11,14 @@ import click
 import torch
 
 from saap import models
+from saap.adaptive import AdaptiveOptions
 from saap.architectures import shape_of
 from saap.budget import Budget
 from saap.checkpoint import check_output, load_model, read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, make_protocol, torch_scorer
+from saap.fusion import FusionOptions
 from saap.json_files import read_object, write_json
 from saap.prune import PruneOptions, budget_of
 from saap.prune import prune as prune_model
@@ -42,9 +44,7 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     requirement.check()
     check_output(out)
     directory = models.resolve(model, progress=console.report)
-    prune_options = PruneOptions(
-        requirement, int(options["block"]), None, options["keep_layers"], options["modules"], options["seed"]
-    )
+    prune_options = prune_options_of(options, requirement)
     budget = budget_of(directory, prune_options)  # what cannot be met is refused before a text is read
     rows = training_rows(
         directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
@@ -55,6 +55,20 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
     show_plan(out, budget)
+
+
+def prune_options_of(options: dict[str, Any], requirement: Requirement) -> PruneOptions:
+    """The options of ``saap prune``; what is missing is at its default."""
+    fusion = {name: options[name] for name in ("score", "slices", "sigma", "stability") if name in options}
+    chosen = {
+        mine: options[theirs]
+        for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("steps", "iterative_steps"),
+                             ("corrections", "corrections"))
+        if theirs in options
+    }  # fmt: skip
+    rest = {name: options[name] for name in ("method", "compensate", "heads", "keep_layers", "seed") if name in options}
+    adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
+    return PruneOptions(requirement, block=int(options["block"]), adaptive=adaptive, **rest)
 
 
 def requirement_of(options: dict[str, Any]) -> Requirement:

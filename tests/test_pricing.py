@@ -9,6 +9,7 @@ from saap.fusion import fuse
 from saap.importance import estimate
 from saap.masking import masked, mean_nll, without_attention
 from saap.pricing import fit_prices
+from saap.structures import whole_layer
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
 
@@ -17,7 +18,7 @@ IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
 def scored(tiny_model):
     model = load_model(tiny_model())
     shape = shape_of(model.config)
-    return model, shape, fuse(estimate(model, shape, IDS[:2]))
+    return model, shape, fuse(estimate(model, shape, IDS[:2]), shape)
 
 
 def test_mean_nll_is_the_models_own_loss(scored):
@@ -29,7 +30,7 @@ def test_module_prices_are_measured_losses(scored):
     model, shape, fused = scored
     prices = fit_prices(model, shape, fused, IDS[2:], modules=True)
     base = mean_nll(model, IDS[2:])
-    with masked(model, {1: without_attention(shape.layers[1])}, 16):
+    with masked(model, {1: without_attention(whole_layer(shape.layers[1]))}, 16):
         increase = mean_nll(model, IDS[2:]) - base
     # Single prices share one factor, at least 1, for what removing several together costs more.
     assert prices.no_attention[1] >= max(increase, 1e-4) - 1e-6

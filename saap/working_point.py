@@ -1,0 +1,74 @@
+"""Losses around a plan: what one block costs where the others are already cut.
+
+The hidden states before every layer are kept for the plan as it stands, so that trying another cut of one layer runs
+only the layers from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from saap.architectures import architecture_of, traits_of
+from saap.layer_walk import layer_inputs, layers_of, run_layer
+from saap.masking import masked
+from saap.structures import LayerPlan, ModelShape
+
+HEAD_ROWS = 2  # sequences whose logits are held at once
+
+
+class WorkingPoint:
+    """The model cut to a plan by silencing, with its hidden states before every layer.
+
+    Args:
+        model: the dense model; silenced inside :meth:`entered` only.
+        plans: what the layers that are cut keep.
+        ids: [sequences, tokens].
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: ModelShape, plans: dict[int, LayerPlan], ids: torch.Tensor):
+        self.model, self.shape, self.plans, self.ids = model, shape, plans, ids
+        self.loss = 0.0
+        self._hidden: list[list[torch.Tensor]] = []
+
+    @contextmanager
+    def entered(self) -> Iterator[WorkingPoint]:
+        """Silence what the plans do not keep and run once; ``loss`` is then that of the plan, nats per token."""
+        with torch.inference_mode():
+            self._batches = layer_inputs(self.model, self.ids)
+            self._hidden = [[batch.hidden for batch in self._batches]]
+            with masked(self.model, self.plans, self.shape.head_dim):
+                for index, layer in enumerate(layers_of(self.model)):
+                    self._hidden.append(self._run(layer, index, self._hidden[-1]))
+                self.loss = self._loss(self._hidden[-1])
+            yield self
+            self._hidden, self._batches = [], []
+
+    def loss_with(self, index: int, keep: LayerPlan) -> float:
+        """Loss where layer ``index`` keeps this instead, nats per token."""
+        plans = {**self.plans, index: keep}
+        with masked(self.model, {i: plan for i, plan in plans.items() if i >= index}, self.shape.head_dim):
+            hidden = self._hidden[index]
+            for number, layer in enumerate(layers_of(self.model)[index:], index):
+                hidden = self._run(layer, number, hidden)
+        return self._loss(hidden)
+
+    def _run(self, layer: torch.nn.Module, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, self._batches, strict=True)]
+
+    def _loss(self, hidden: list[torch.Tensor]) -> float:
+        """Mean negative log-likelihood of the ids after the last layer."""
+        architecture = architecture_of(self.model.config)
+        norm, head = (self.model.get_submodule(name) for name in (architecture.final_norm, architecture.head))
+        cap = traits_of(self.model.config).logit_cap
+        total = 0.0
+        for x, ids in zip(torch.cat(hidden).split(HEAD_ROWS), self.ids.split(HEAD_ROWS), strict=True):
+            logits = head(norm(x[:, :-1])).float()
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        return total / (len(self.ids) * (self.ids.shape[1] - 1))
