@@ -1,18 +1,13 @@
 """SAAP's plan: estimate, fuse, price, search, and look again (arXiv 2412.15127, and what is ours).
 
-Two ways to look again, because prices of structures that go one at a time say little about what they cost together:
-
-* in steps: part of the way to the requirement, then scores and prices anew with the chosen structures silenced;
-* corrections: each module's price is scaled to a loss measured where all others are cut as planned, and the search is
-  repeated; the plan with the least measured loss is kept.
+Prices of structures that go one at a time say little about what they cost together. So prices can be corrected: each
+module's price is scaled to a loss measured where all others are cut as planned, and the search is repeated; the plan
+with the least measured loss is kept. Pruning in steps, each with scores of its own, is :mod:`saap.prune`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -40,7 +35,6 @@ class AdaptiveOptions:
         exact: the exact element score instead of the streamed one; two more numbers per weight.
         heads: whether query heads and KV groups may go.
         modules: whether whole attention and feed-forward blocks may go.
-        steps: how many times scores are computed on the way.
         corrections: how many times prices are corrected by measured loss.
     """
 
@@ -49,15 +43,12 @@ class AdaptiveOptions:
     exact: bool = False
     heads: bool = True
     modules: bool = False
-    steps: int = 1
     corrections: int = 0
 
     def check(self) -> None:
-        """Raise SaapError for counts that are not allowed."""
-        if self.steps < 1 or self.corrections < 0:
-            raise SaapError(
-                f"{self.steps} steps and {self.corrections} corrections are not allowed: give 1 and 0 or more"
-            )
+        """Raise SaapError for numbers that are not allowed."""
+        if self.corrections < 0:
+            raise SaapError(f"{self.corrections} corrections are not allowed: give 0 or more")
         if self.c is not None and not self.c >= 0:
             raise SaapError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 
@@ -87,30 +78,24 @@ def adaptive_plan(
         raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(calibration) // PRICING_SHARE)
     scored, priced = calibration[:-held], calibration[-held:]
-    plan = PrunePlan(tuple(whole_layer(sizes) for sizes in shape.layers))
-    for step in range(1, options.steps + 1):
-        cut = cut_layers(plan, shape)
-        with masked(model, cut, shape.head_dim):
-            scores = _scores(model, shape, scored, options, cut, weights, progress)
-            fused = fuse(scores, shape, options.fusion)
-            prices = fit_prices(
-                model, shape, fused, priced, cut=cut, keep_layers=keep_layers, heads=options.heads,
-                modules=options.modules, progress=progress,
-            )  # fmt: skip
-        part = budget.partway(step / options.steps)
-        modules = modules_of(shape, prices, block, keep_layers, part)
-        chosen = solve(modules, part)
+    scores = _scores(model, shape, scored, options, weights, progress)
+    prices = fit_prices(
+        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
+        modules=options.modules, progress=progress,
+    )  # fmt: skip
+    modules = modules_of(shape, prices, block, keep_layers, budget)
+    chosen = solve(modules, budget)
+    plan = plan_from(modules, chosen, shape)
+    best, least = plan, float("inf")
+    for _ in range(options.corrections):
+        prices, loss = correct_prices(model, shape, prices, modules, chosen, plan, priced, progress=progress)
+        best, least = (plan, loss) if loss < least else (best, least)
+        modules = modules_of(shape, prices, block, keep_layers, budget)
+        chosen = solve(modules, budget)
         plan = plan_from(modules, chosen, shape)
-        best, least = plan, float("inf")
-        for _ in range(options.corrections):
-            prices, loss = correct_prices(model, shape, prices, modules, chosen, plan, priced, progress=progress)
-            best, least = (plan, loss) if loss < least else (best, least)
-            modules = modules_of(shape, prices, block, keep_layers, part)
-            chosen = solve(modules, part)
-            plan = plan_from(modules, chosen, shape)
-        if options.corrections:
-            with masked(model, cut_layers(plan, shape), shape.head_dim):
-                plan = plan if mean_nll(model, priced) < least else best
+    if options.corrections:
+        with masked(model, cut_layers(plan, shape), shape.head_dim):
+            return plan if mean_nll(model, priced) < least else best
     return plan
 
 
@@ -124,7 +109,6 @@ def _scores(
     shape: ModelShape,
     ids: torch.Tensor,
     options: AdaptiveOptions,
-    cut: dict[int, LayerPlan],
     weights: str | None,
     progress: Progress | None,
 ) -> Scores:
@@ -133,7 +117,4 @@ def _scores(
 
     if weights is None:
         return compute()
-    gone = json.dumps({i: asdict(keep) for i, keep in cut.items()}, sort_keys=True)
-    settings: dict[str, Any] = {"c": options.c, "exact": options.exact}
-    settings["cut"] = hashlib.sha256(gone.encode()).hexdigest() if cut else None
-    return cached_scores(weights, ids, settings, compute)[0]
+    return cached_scores(weights, ids, {"c": options.c, "exact": options.exact}, compute)[0]

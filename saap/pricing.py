@@ -46,7 +46,6 @@ def fit_prices(
     fused: dict[str, list[torch.Tensor]],
     ids: torch.Tensor,
     *,
-    cut: dict[int, LayerPlan] | None = None,
     keep_layers: frozenset[int] = frozenset(),
     heads: bool = True,
     modules: bool = False,
@@ -55,10 +54,8 @@ def fit_prices(
     """Price every structure and every whole module in nats per token.
 
     Args:
-        model: with the structures that ``cut`` does not keep already silenced; they cost nothing more.
         fused: P(G) per type and layer, from :func:`saap.fusion.fuse`.
         ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
-        cut: what the layers keep that lost something in an earlier step.
         heads: whether query heads and KV groups may go.
         modules: price whole attention and FFN blocks too, each silenced by itself (two forward passes per layer).
     """
@@ -76,15 +73,14 @@ def fit_prices(
             return mean_nll(model, ids)
 
     base = loss_of({})
-    now = [(cut or {}).get(i, whole_layer(sizes)) for i, sizes in enumerate(shape.layers)]
-    curves = {kind: _fit_curve(kind, shape, now, fused[kind], base, loss_of, free) for kind in kinds}
+    curves = {kind: _fit_curve(kind, shape, fused[kind], base, loss_of, free) for kind in kinds}
     curves = {kind: curves.get(kind, Curve(0.0, 0.0)) for kind in TYPES}
     priced = {kind: [(curves[kind].kappa * p).double().numpy() for p in fused[kind]] for kind in TYPES}
     no_attention: list[float | None] = [None] * len(shape.layers)
     no_ffn = no_attention
     if modules:
-        no_attention = _module_prices(shape, now, base, loss_of, free, "query_heads", without_attention)
-        no_ffn = _module_prices(shape, now, base, loss_of, free, "ffn", without_ffn)
+        no_attention = _module_prices(shape, base, loss_of, free, "query_heads", without_attention)
+        no_ffn = _module_prices(shape, base, loss_of, free, "ffn", without_ffn)
     if progress:
         progress("pricing", steps, steps)
     alpha = {kind: curve.alpha for kind, curve in curves.items()}
@@ -94,7 +90,6 @@ def fit_prices(
 def _fit_curve(
     kind: str,
     shape: ModelShape,
-    now: list[LayerPlan],
     scores: list[torch.Tensor],
     base: float,
     loss_of: Callable[[dict[int, LayerPlan]], float],
@@ -105,9 +100,9 @@ def _fit_curve(
         plans, scored, weighted = {}, 0.0, 0.0
         for layer in free:
             sizes = shape.layers[layer]
-            lost = _cheapest(kind, sizes, now[layer], scores[layer], level)
+            lost = _cheapest(kind, sizes, scores[layer], level)
             if lost:
-                plans[layer] = _without(kind, sizes, now[layer], set(lost))
+                plans[layer] = _without(kind, sizes, set(lost))
                 total, share = float(scores[layer][lost].sum()), len(lost) / len(scores[layer])
                 scored, weighted = scored + total, weighted + total * share
         rows.append((scored, weighted))
@@ -123,36 +118,32 @@ def _fit_curve(
     return Curve(float(linear), float(interaction / linear))
 
 
-def _cheapest(kind: str, sizes: LayerSizes, now: LayerPlan, scores: torch.Tensor, level: int) -> list[int]:
-    """The structures that go next at a level: FFN channels by share, one or two heads of each group, one or two groups.
-
-    One of each stays where attention is still there at all.
-    """
+def _cheapest(kind: str, sizes: LayerSizes, scores: torch.Tensor, level: int) -> list[int]:
+    """The structures that go at a level: FFN channels by share, one or two heads of each group, one or two groups."""
     order = torch.argsort(scores, stable=True).tolist()
     if kind == "ffn":
-        left = [i for i in order if i in set(now.ffn)]
-        return left[: min(round(FFN_LEVELS[level] * len(order)), len(left) - 1)] if left else []
+        return order[: round(FFN_LEVELS[level] * len(order))]
     if kind == "group":
-        left = [i for i in order if i in now.kv_heads]
-        return left[: min(level + 1, len(left) - 1)] if left else []
-    lost = []
-    for group in now.kv_heads:
-        left = [i for i in order if i // sizes.heads_per_group == group and i in now.query_heads]
-        lost += left[: min(level + 1, len(left) - 1)]
-    return lost
+        return order[: min(level + 1, max(sizes.kv_heads - 1, 0))]
+    each = min(level + 1, max(sizes.heads_per_group - 1, 0))
+    return [
+        head
+        for group in range(sizes.kv_heads)
+        for head in [i for i in order if i // sizes.heads_per_group == group][:each]
+    ]
 
 
-def _without(kind: str, sizes: LayerSizes, now: LayerPlan, lost: set[int]) -> LayerPlan:
+def _without(kind: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
+    whole = whole_layer(sizes)
     if kind == "ffn":
-        return LayerPlan(now.query_heads, now.kv_heads, tuple(i for i in now.ffn if i not in lost))
+        return LayerPlan(whole.query_heads, whole.kv_heads, tuple(i for i in whole.ffn if i not in lost))
     if kind == "group":
-        lost = {head for head in now.query_heads if head // sizes.heads_per_group in lost}
-    return LayerPlan(tuple(h for h in now.query_heads if h not in lost), now.kv_heads, now.ffn)
+        lost = {head for head in whole.query_heads if head // sizes.heads_per_group in lost}
+    return LayerPlan(tuple(h for h in whole.query_heads if h not in lost), whole.kv_heads, whole.ffn)
 
 
 def _module_prices(
     shape: ModelShape,
-    now: list[LayerPlan],
     base: float,
     loss_of: Callable[[dict[int, LayerPlan]], float],
     free: list[int],
@@ -161,11 +152,11 @@ def _module_prices(
 ) -> list[float | None]:
     """Measured loss without each module, times what the cheapest cost more together than one by one."""
     allowed = [i for i in free if getattr(shape.layers[i], size)]
-    single = {i: max(loss_of({i: without(now[i])}) - base, LEAST_PRICE) for i in allowed}
+    single = {i: max(loss_of({i: without(whole_layer(shape.layers[i]))}) - base, LEAST_PRICE) for i in allowed}
     cheapest = sorted(single, key=single.__getitem__)[:MODULES_TOGETHER]
     if len(cheapest) < 2:
         return [single.get(i) for i in range(len(shape.layers))]
-    together = loss_of({i: without(now[i]) for i in cheapest}) - base
+    together = loss_of({i: without(whole_layer(shape.layers[i])) for i in cheapest}) - base
     factor = max(1.0, together / sum(single[i] for i in cheapest))
     return [single[i] * factor if i in single else None for i in range(len(shape.layers))]
 

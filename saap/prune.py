@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from saap.errors import SaapError
 from saap.importance import Progress
 from saap.requirement import Requirement
 from saap.search import check_floor, meet
-from saap.structures import ModelShape, PrunePlan
+from saap.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.surgery import cut_tensors
 
 METHODS = ("saap", *BASELINES)
@@ -40,6 +41,7 @@ class PruneOptions:
             has its own KV head: whole groups are dear.
         block: the quantisation group that every width must be a multiple of.
         adaptive: how saap chooses.
+        steps: how many times saap scores, cuts and makes up for it on the way to the requirement.
         keep_layers: layers that stay whole.
         seed: of the method ``random``.
     """
@@ -50,6 +52,7 @@ class PruneOptions:
     heads: bool | None = None
     block: int = 32
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+    steps: int = 1
     keep_layers: frozenset[int] = frozenset()
     seed: int = 0
 
@@ -69,6 +72,8 @@ class PruneOptions:
         """Raise SaapError for names that are not known and numbers that are not allowed."""
         self.requirement.check()
         self.adaptive.check()
+        if self.steps < 1:
+            raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
         if self.method not in METHODS:
             raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if self.compensation not in COMPENSATIONS:
@@ -95,18 +100,59 @@ def prune(
     """
     check_output(out)
     budget = budget_of(model_dir, options)
-    config, shape = read_config(model_dir), budget.dense
-    model, weights = load_model(model_dir), weights_hash(model_dir)
-    plan = make_plan(model, shape, calibration, options, budget, weights=weights, progress=progress)
+    lineage = dict(lineage or {})
+    steps = options.steps if options.method == "saap" else 1
+    plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
+    source = Path(model_dir)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saap-steps-", dir=Path(out).parent) as scratch:
+        for step in range(1, steps + 1):
+            say = _in_step(progress, step, steps)
+            part = budget.partway(step / steps)
+            target = Path(out) if step == steps else Path(scratch) / str(step)
+            plan, source = _prune_once(Path(model_dir), source, target, plan, part, calibration, options, lineage, say)
+    return plan
+
+
+def _prune_once(
+    base: Path,
+    source: Path,
+    out: Path,
+    before: PrunePlan,
+    budget: Budget,
+    calibration: torch.Tensor,
+    options: PruneOptions,
+    lineage: dict[str, Any],
+    progress: Progress | None,
+) -> tuple[PrunePlan, Path]:
+    """Prune ``source``, which is ``base`` cut by the plan ``before``, into ``out``: the plan of ``base`` for both."""
+    config, weights = read_config(source), weights_hash(source)
+    shape = shape_of(config)
+    model = load_model(source)
+    kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in options.keep_layers)
+    cut = replace(shape, added_bias=budget.cut.added_bias)
+    here = replace(options, keep_layers=kept)
+    plan = make_plan(
+        model, shape, calibration, here, replace(budget, dense=shape, cut=cut), weights=weights, progress=progress
+    )
     replaced = compensate(options.compensation, model, shape, plan, calibration, progress=progress)
     del model
-    names, read = tensor_reader(model_dir)
+    names, read = tensor_reader(source)
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
-    written = slim_config(config, plan.kept_shape(budget.cut), kept=plan.kept_layers)
+    written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
+    whole = composed(before, plan)
+    whole = replace(whole, requirement={**budget.record(), "planned": budget.report(whole.kept_shape(budget.cut))})
     achieved = budget.report(shape_of(written), written)
-    record = _record(Path(model_dir), weights, shape, plan, achieved, options, calibration, dict(lineage or {}))
-    write(out, model_dir, written, tensors, record)
-    return plan
+    record = _record(base, whole, achieved, options, budget, calibration, lineage)
+    write(out, source, written, tensors, record)
+    return whole, out
+
+
+def _in_step(progress: Progress | None, step: int, steps: int) -> Progress | None:
+    """Progress whose labels name the step."""
+    if progress is None or steps == 1:
+        return progress
+    return lambda label, done, total: progress(f"{label}, step {step} of {steps}", done, total)
 
 
 def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
@@ -150,18 +196,15 @@ def make_plan(
     """
     heads = options.prunes_heads(shape)
     if options.method == "saap":
-        plan = adaptive_plan(
+        return adaptive_plan(
             model, shape, calibration, budget, replace(options.adaptive, heads=heads), block=options.block,
             keep_layers=options.keep_layers, weights=weights, progress=progress,
         )  # fmt: skip
-    else:
-        ranking = rank(
-            options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
-            block=options.block, seed=options.seed, progress=progress,
-        )  # fmt: skip
-        plan = meet(ranking.plan_at, budget, budget.cut)
-    requirement: dict[str, Any] = {**budget.record(), "planned": budget.report(plan.kept_shape(budget.cut))}
-    return replace(plan, requirement=requirement)
+    ranking = rank(
+        options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
+        block=options.block, seed=options.seed, progress=progress,
+    )  # fmt: skip
+    return meet(ranking.plan_at, budget, budget.cut)
 
 
 def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
@@ -172,11 +215,10 @@ def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
 
 def _record(
     model_dir: Path,
-    weights: str,
-    shape: ModelShape,
     plan: PrunePlan,
     achieved: dict[str, float | None],
     options: PruneOptions,
+    budget: Budget,
     calibration: torch.Tensor,
     lineage: dict[str, Any],
 ) -> dict[str, Any]:
@@ -190,20 +232,21 @@ def _record(
             **plan.requirement,
             "achieved": achieved,
             "price_nats": plan.price,
-            "dense_layers": [asdict(sizes) for sizes in shape.layers],
+            "dense_layers": [asdict(sizes) for sizes in budget.dense.layers],
             "layers": [asdict(layer) for layer in plan.layers],
         },
         "options": {
             "block": options.block,
             "compensate": options.compensation,
-            "heads": options.prunes_heads(shape),
+            "heads": options.prunes_heads(budget.dense),
+            "steps": options.steps,
             "keep_layers": sorted(options.keep_layers),
             "seed": options.seed,
             **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
         },
         "lineage": {
             **lineage,
-            "base_sha256": weights,
+            "base_sha256": weights_hash(model_dir),
             "base_record": read_record(model_dir).get("lineage"),
             "calibration": {
                 "sequences": len(calibration),

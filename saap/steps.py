@@ -62,13 +62,14 @@ def prune_options_of(options: dict[str, Any], requirement: Requirement) -> Prune
     fusion = {name: options[name] for name in ("score", "slices", "sigma", "stability") if name in options}
     chosen = {
         mine: options[theirs]
-        for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("steps", "iterative_steps"),
-                             ("corrections", "corrections"))
+        for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("corrections", "corrections"))
         if theirs in options
     }  # fmt: skip
     rest = {name: options[name] for name in ("method", "compensate", "heads", "keep_layers", "seed") if name in options}
     adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
-    return PruneOptions(requirement, block=int(options["block"]), adaptive=adaptive, **rest)
+    return PruneOptions(
+        requirement, block=int(options["block"]), adaptive=adaptive, steps=options.get("iterative_steps", 1), **rest
+    )
 
 
 def requirement_of(options: dict[str, Any]) -> Requirement:

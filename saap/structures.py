@@ -14,6 +14,7 @@ of query heads. Layers may differ from one another.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from saap.errors import SaapError
 
@@ -119,7 +120,7 @@ class PrunePlan:
     """
 
     layers: tuple[LayerPlan, ...]
-    requirement: dict[str, dict[str, float]] = field(default_factory=dict)  # asked and planned
+    requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
     price: float = 0.0  # predicted loss, nats per token
 
     @property
@@ -135,6 +136,20 @@ class PrunePlan:
 def whole_layer(sizes: LayerSizes) -> LayerPlan:
     """The plan that keeps everything of a layer."""
     return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
+
+
+def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
+    nothing = LayerPlan((), (), ())
+    layers = [nothing] * len(first.layers)
+    for index, keep in zip(first.kept_layers, second.layers, strict=True):
+        before = first.layers[index]
+        layers[index] = LayerPlan(
+            tuple(before.query_heads[i] for i in keep.query_heads),
+            tuple(before.kv_heads[i] for i in keep.kv_heads),
+            tuple(before.ffn[i] for i in keep.ffn),
+        )
+    return PrunePlan(tuple(layers), second.requirement, first.price + second.price)
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

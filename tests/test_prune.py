@@ -9,6 +9,7 @@ from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record
 from saap.errors import SaapError
 from saap.prune import PruneOptions, Requirement, prune
+from saap.structures import whole_layer
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
@@ -95,3 +96,24 @@ def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
     wrong = PruneOptions(Requirement(ratio=0.2), keep_layers=frozenset({7}))
     with pytest.raises(SaapError, match="layer 7; the model has layers 0 to 2"):
         prune(tiny_model(), tmp_path / "slim", IDS, wrong)
+
+
+def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
+    """The plan indexes into the base model, whatever lay between."""
+    path = tiny_model()
+    in_steps = PruneOptions(Requirement(ratio=0.4), steps=3, compensate="none")
+    plan = prune(path, tmp_path / "slim", IDS, in_steps)
+    record = read_record(tmp_path / "slim")["plan"]
+    assert record["achieved"]["ratio"] >= 0.4
+    assert [layer["ffn"] for layer in record["layers"]] == [list(layer.ffn) for layer in plan.layers]
+    dense, slim = load_model(path), load_model(tmp_path / "slim")
+    for keep, before, after in zip(plan.layers, dense.model.layers, slim.model.layers, strict=True):
+        assert torch.equal(before.mlp.down_proj.weight[:, list(keep.ffn)], after.mlp.down_proj.weight)
+    assert not list(tmp_path.glob(".saap-steps-*"))
+
+
+def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
+    options = PruneOptions(Requirement(ratio=0.3), steps=2, keep_layers=frozenset({1}))
+    plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
+    assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
+    assert len(plan.layers[1].ffn) == 128

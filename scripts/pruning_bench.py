@@ -1,0 +1,200 @@
+"""What pruning costs in nats: one small JSON per cell, so that a table may take more than one sitting.
+
+    python scripts/pruning_bench.py ablation            # held-out calibration text; chooses the defaults
+    python scripts/pruning_bench.py table               # WikiText-2 raw test; only after the ablation is committed
+    python scripts/pruning_bench.py show ablation       # the cells that are there, as Markdown
+
+A cell is what `saap prune` writes with these settings, loaded and evaluated: no cell is a mask. Finished cells are not
+made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from saap import __version__, models
+from saap.adaptive import AdaptiveOptions
+from saap.baselines import published
+from saap.checkpoint import load_model, read_record
+from saap.errors import SaapError
+from saap.fusion import FusionOptions
+from saap.masking import mean_nll
+from saap.models import load_tokenizer
+from saap.prune import PruneOptions, prune
+from saap.requirement import Requirement
+from saap.rows import training_rows
+from saap.text import chunks, pack, read_file
+
+HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "pruning"
+SEQUENCES, LENGTH, HELD = 64, 256, 40
+
+Variant = dict[str, Any]  # options of PruneOptions, with fusion's and adaptive's under their own names
+
+
+def options_of(variant: Variant) -> PruneOptions:
+    """PruneOptions from a flat dict."""
+    given = {
+        part: {name: variant[name] for name in names if name in variant}
+        for part, names in (
+            ("fusion", ("score", "slices", "sigma", "learned", "stability")),
+            ("adaptive", ("c", "exact", "modules", "corrections")),
+            ("rest", ("method", "compensate", "heads", "seed", "steps")),
+        )
+    }
+    adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
+    kept = frozenset(variant.get("keep_layers", ()))
+    return PruneOptions(Requirement(ratio=variant["ratio"]), adaptive=adaptive, keep_layers=kept, **given["rest"])
+
+
+class Texts:
+    """Calibration rows by seed, and what is evaluated on."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir, self.data = model_dir, Path(os.environ["SAAP_DATA"])
+        self.tokenizer = load_tokenizer(model_dir)
+        self._rows: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def alike(self, seed: int, sequences: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
+        """Our own text, [sequences, length]."""
+        return self._own(seed)[: sequences * length // LENGTH].reshape(sequences, length)
+
+    def held(self, seed: int) -> torch.Tensor:
+        """The rows after those, [40, 256], which no score, price or refit sees."""
+        return self._own(seed)[SEQUENCES:]
+
+    def _own(self, seed: int) -> torch.Tensor:
+        if (seed,) not in self._rows:
+            self._rows[seed,] = training_rows(self.model_dir, None, "calibration", SEQUENCES + HELD, LENGTH, seed).ids
+        return self._rows[seed,]
+
+    def published(self, method: str, seed: int) -> torch.Tensor:
+        """As many sequences and tokens as a method's authors take, of the text here that is closest to theirs."""
+        settings = published(method)
+        tokens, count = settings.tokens or 64, settings.sequences
+        if settings.text.startswith("WikiText"):
+            texts = read_file(self.data / "wikitext2_train_raw_head1MB.txt")
+        elif settings.text.startswith("C4"):
+            texts = read_file(self.data / "c4_sample300.jsonl")
+        else:  # books: running prose is what the encyclopedia comes closest to
+            texts = read_file(self.data / "wikipedia_docs.jsonl.gz")
+        return pack(texts, self.tokenizer, tokens, count or 64, seed)
+
+    def test(self, count: int) -> torch.Tensor:
+        """The first chunks of WikiText-2 raw test, as it is."""
+        return chunks(read_file(self.data / "wikitext2_test_raw.txt", whole=True)[0], self.tokenizer, LENGTH)[:count]
+
+
+def slug(variant: Variant) -> str:
+    """A file name for a cell."""
+    parts = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in sorted(variant.items())]
+    return "_".join(parts).replace("/", "-") or "dense"
+
+
+def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, texts: dict[str, torch.Tensor]) -> None:
+    """Prune, load, evaluate, write."""
+    path = where / f"{slug(variant)}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    missing = {name: rows for name, rows in texts.items() if name not in known.get("nll", {})}
+    if not missing:
+        return
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "slim"
+        try:
+            prune(model_dir, out, ids, options_of(variant))
+        except SaapError as error:
+            print(f"{slug(variant)}: {error}", flush=True)
+            return
+        pruned = time.monotonic() - began
+        record = read_record(out)
+        model = load_model(out)
+        nll = {name: mean_nll(model, rows) for name, rows in missing.items()}
+    plan = record["plan"]
+    cell = {
+        "variant": variant,
+        "calibration": record["lineage"]["calibration"],
+        "achieved": plan["achieved"],
+        "sizes": [[len(k["query_heads"]), len(k["kv_heads"]), len(k["ffn"])] for k in plan["layers"]],
+        "price": plan["price_nats"],
+        "nll": {**known.get("nll", {}), **nll},
+        "seconds": round(pruned, 1),
+        "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    where.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(cell, indent=1) + "\n")
+    partial.replace(path)
+    print(f"{slug(variant)}: {nll} ({pruned:.0f} s)", flush=True)
+
+
+def ablation_variants() -> list[Variant]:
+    """One thing at a time, without compensation, then compensation and what looks again."""
+    base: Variant = {"method": "saap", "compensate": "none"}
+    scores = [{"score": s} for s in ("vector", "element", "token", "fused", "fused-token")]
+    others = [
+        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"exact": True}, {"stability": 0.5}, {"stability": -0.5},
+        {"heads": False}, {"modules": True}, {"steps": 2}, {"steps": 4}, {"corrections": 1}, {"corrections": 2},
+    ]  # fmt: skip
+    return [{**base, **extra} for extra in scores + others]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ablation", "table", "cell", "show"])
+    parser.add_argument("rest", nargs="*", help="show: which; cell: key=value")
+    parser.add_argument("--ratios", default="0.2,0.5")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--where", default="ablation")
+    given = parser.parse_args()
+    if given.what == "show":
+        show(HERE / given.rest[0])
+        return
+    ratios, seeds = [float(r) for r in given.ratios.split(",")], [int(s) for s in given.seeds.split(",")]
+    model_dir = Path(models.resolve("smollm2-135m"))
+    texts = Texts(model_dir)
+    if given.what == "cell":
+        variants = [{k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}]
+    else:
+        variants = ablation_variants()
+    for seed in seeds:
+        for ratio in ratios:
+            for variant in variants:
+                run_cell(
+                    HERE / given.where, {**variant, "ratio": ratio, "seed": seed}, model_dir, texts.alike(seed),
+                    {"held": texts.held(seed)},
+                )  # fmt: skip
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text.lower())
+    except json.JSONDecodeError:
+        return text
+
+
+def show(where: Path) -> None:
+    """Cells as Markdown: mean over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(where.glob("*.json")):
+        cell = json.loads(path.read_text())
+        groups.setdefault(slug({k: v for k, v in cell["variant"].items() if k != "seed"}), []).append(cell)
+    print("| settings | seeds | removed | NLL |\n|---|---|---|---|")
+    for name, cells in groups.items():
+        removed = sum(c["achieved"]["ratio"] for c in cells) / len(cells)
+        means = {t: sum(c["nll"][t] for c in cells) / len(cells) for t in cells[0]["nll"]}
+        print(f"| {name} | {len(cells)} | {removed:.4f} | {', '.join(f'{t} {v:.4f}' for t, v in means.items())} |")
+
+
+if __name__ == "__main__":
+    main()
