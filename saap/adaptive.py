@@ -7,19 +7,20 @@ with the least measured loss is kept. Pruning in steps, each with scores of its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from saap.budget import Budget
 from saap.errors import SaapError
+from saap.explain import reasons_of
 from saap.fusion import FusionOptions, fuse
 from saap.importance import Progress, Scores, estimate
 from saap.masking import masked, mean_nll
 from saap.pricing import correct_prices, fit_prices
 from saap.score_cache import cached_scores
-from saap.search import modules_of, plan_from, solve
+from saap.search import Module, Option, Prices, modules_of, plan_from, solve
 from saap.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
@@ -83,20 +84,25 @@ def adaptive_plan(
         model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
         modules=options.modules, progress=progress,
     )  # fmt: skip
-    modules = modules_of(shape, prices, block, keep_layers, budget)
-    chosen = solve(modules, budget)
-    plan = plan_from(modules, chosen, shape)
+    modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     best, least = plan, float("inf")
     for _ in range(options.corrections):
         prices, loss = correct_prices(model, shape, prices, modules, chosen, plan, priced, progress=progress)
         best, least = (plan, loss) if loss < least else (best, least)
-        modules = modules_of(shape, prices, block, keep_layers, budget)
-        chosen = solve(modules, budget)
-        plan = plan_from(modules, chosen, shape)
+        modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     if options.corrections:
         with masked(model, cut_layers(plan, shape), shape.head_dim):
             return plan if mean_nll(model, priced) < least else best
     return plan
+
+
+def _search(
+    shape: ModelShape, prices: Prices, block: int, keep_layers: frozenset[int], budget: Budget
+) -> tuple[list[Module], list[Option], PrunePlan]:
+    modules = modules_of(shape, prices, block, keep_layers, budget)
+    chosen = solve(modules, budget)
+    plan = plan_from(modules, chosen, shape)
+    return modules, chosen, replace(plan, reasons=reasons_of(modules, chosen, budget.unit))
 
 
 def cut_layers(plan: PrunePlan, shape: ModelShape) -> dict[int, LayerPlan]:

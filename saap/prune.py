@@ -20,6 +20,7 @@ from saap.checkpoint import check_output, load_model, read_config, read_record, 
 from saap.checkpoint import write_slim as write
 from saap.compensate import COMPENSATIONS, Compensation, compensate
 from saap.errors import SaapError
+from saap.explain import after, sizes_lost
 from saap.importance import Progress
 from saap.requirement import Requirement
 from saap.search import check_floor, meet
@@ -141,7 +142,9 @@ def _prune_once(
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
     written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
     whole = composed(before, plan)
-    whole = replace(whole, requirement={**budget.record(), "planned": budget.report(whole.kept_shape(budget.cut))})
+    requirement = {**budget.record(), "planned": budget.report(whole.kept_shape(budget.cut))}
+    reasons = after(before.reasons, plan.reasons, before.kept_layers)
+    whole = replace(whole, requirement=requirement, reasons=reasons)
     achieved = budget.report(shape_of(written), written)
     record = _record(base, whole, achieved, options, budget, calibration, lineage)
     write(out, source, written, tensors, record)
@@ -204,7 +207,8 @@ def make_plan(
         options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
         block=options.block, seed=options.seed, progress=progress,
     )  # fmt: skip
-    return meet(ranking.plan_at, budget, budget.cut)
+    plan = meet(ranking.plan_at, budget, budget.cut)
+    return replace(plan, reasons=sizes_lost(plan, budget))
 
 
 def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
@@ -232,6 +236,7 @@ def _record(
             **plan.requirement,
             "achieved": achieved,
             "price_nats": plan.price,
+            "reasons": plan.reasons.record() if plan.reasons else None,
             "dense_layers": [asdict(sizes) for sizes in budget.dense.layers],
             "layers": [asdict(layer) for layer in plan.layers],
         },

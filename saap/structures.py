@@ -14,9 +14,12 @@ of query heads. Layers may differ from one another.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saap.errors import SaapError
+
+if TYPE_CHECKING:
+    from saap.explain import Reasons
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class PrunePlan:
     layers: tuple[LayerPlan, ...]
     requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
     price: float = 0.0  # predicted loss, nats per token
+    reasons: Reasons | None = None  # why each block lost what it lost
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
