@@ -180,7 +180,7 @@ class _Sums:
 
     def consume_output(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add the squared products of a structure's output and its gradient, inputs and gradient [1, tokens, K]."""
-        product = (inputs.detach() * gradient).flatten(0, 1)
+        product = (inputs * gradient).flatten(0, 1)
         if matrix.role == "output":
             product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
         key = (matrix.layer, matrix.role)
@@ -234,4 +234,5 @@ def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Itera
 
 def _watch_input(matrix: Matrix, sums: _Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
     (inputs,) = args
-    inputs.register_hook(partial(sums.consume_output, matrix, inputs))
+    # Detached: a tensor whose hook holds itself is never freed, nor is the graph behind it.
+    inputs.register_hook(partial(sums.consume_output, matrix, inputs.detach()))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -221,3 +223,16 @@ def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
     for entry in (tmp_path / "cache" / "scores").glob("*.safetensors"):
         entry.write_bytes(b"torn")
     assert not cached_scores("weights", IDS, {"c": None}, compute)[1]
+
+
+def test_the_graph_of_a_sequence_is_freed(tiny_model):
+    """A hook that holds its own tensor keeps every sequence's activations for good."""
+    model = load_model(tiny_model())
+    seen = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(weakref.ref(args[0]))
+    )
+    estimate(model, shape_of(model.config), IDS)
+    handle.remove()
+    assert len(seen) == 3
+    assert [ref() for ref in seen] == [None] * 3
