@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from saap.architectures import Architecture, architecture_of
 from saap.importance import Progress
-from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, run_layer
+from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, run_layer, run_until
 from saap.structures import LayerPlan, ModelShape, PrunePlan
 from saap.surgery import head_rows
 
@@ -85,9 +85,10 @@ def compensate(
         blocks = _blocks(layer, keep, shape.head_dim, architecture)
         given = [batch.given[index] for batch in batches]
         with _restored(blocks):
-            new = _biases(layer, blocks, stream, given) if kind == "bias" else _refitted(layer, blocks, stream, given)
-            # Biases are means of the dense model, as in FLAP: there the stream stays dense.
-            stream = [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
+            if kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
+                new, stream = _biases(layer, blocks, stream, given)
+            else:
+                new, stream = _refitted(layer, blocks, stream, given)
         if keep.query_heads or keep.ffn:
             found |= {f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()}
             number += 1
@@ -118,12 +119,13 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
 
 def _biases(
     layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """The mean of what goes, per block that keeps something."""
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The mean of what goes, per block that keeps something; and the stream after the layer."""
     totals = {block.matrix: torch.zeros(block.linear.in_features, dtype=torch.float64) for block in blocks}
+    after = []
     for hidden, arguments in zip(stream, given, strict=True):
         with inputs_of({block.matrix: block.linear for block in blocks}) as seen:
-            run_layer(layer, hidden, arguments)
+            after.append(run_layer(layer, hidden, arguments))
         for name, inputs in seen.items():
             totals[name] += inputs.flatten(0, -2).double().sum(0)
     tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
@@ -133,13 +135,13 @@ def _biases(
             weight, gone = block.linear.weight, block.gone
             bias = weight[:, gone] @ (totals[block.matrix][gone] / tokens).to(weight.dtype)
             new[f"{block.matrix}.bias"] = bias + (block.linear.bias if block.linear.bias is not None else 0)
-    return new
+    return new, after
 
 
 def _refitted(
     layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """Refitted weights of the blocks that lose something; the layer is cut and refitted when this returns."""
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
     new = {}
     for block in blocks:
         weight, gone = block.linear.weight, block.gone
@@ -152,7 +154,7 @@ def _refitted(
         weight[:, gone] = 0
         if not len(block.kept):
             block.linear.register_parameter("bias", None)
-    return new
+    return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
 
 
 @dataclass
@@ -180,9 +182,8 @@ def _ridge(layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: l
     fit, held = (_Sums(torch.zeros(size, size), torch.zeros(len(weight), size)) for _ in range(2))
     first_held = len(stream) - max(1, len(stream) // HELD_SHARE)
     for number, (hidden, arguments) in enumerate(zip(stream, given, strict=True)):
-        with inputs_of({"x": block.linear, "stream": block.norm}) as seen:
-            run_layer(layer, hidden, arguments)
-        x = (seen["x"] * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
+        x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
+        x = (x * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
     scale = fit.squares.diagonal()
     scale = scale.clamp_min(LEAST_SQUARE * float(scale.mean()) + torch.finfo(torch.float32).tiny).sqrt()

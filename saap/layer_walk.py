@@ -62,6 +62,31 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) 
     return out[0] if isinstance(out, tuple) else out
 
 
+class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is known
+    pass
+
+
+def run_until(
+    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any], last: nn.Module, also: Mapping[str, nn.Module]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run a layer until module ``last`` is about to run: its input, and those of other modules before it."""
+    reached: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        reached.append(args[0])
+        raise _Reached
+
+    with inputs_of(also) as seen:
+        handle = last.register_forward_pre_hook(stop)
+        try:
+            run_layer(layer, hidden, given)
+        except _Reached:
+            return reached[0], seen
+        finally:
+            handle.remove()
+    raise RuntimeError("the layer does not run that module")
+
+
 @contextmanager
 def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
     """A dict that holds, after each run, the last input of every named module."""
