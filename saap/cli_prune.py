@@ -32,6 +32,7 @@ METHODS = (
 )
 @required("--ms-per-token", type=float, metavar="MS", help="Longest decode step in milliseconds; with --costs.")
 @planned("--costs", type=directory, metavar="FILE", help="What `saap devices probe --costs` measured on the device.")
+@planned("--here", is_flag=True, help="The bundle is for this machine: refuse a table of costs of another one.")
 @planned("--threads", type=int, metavar="N", help="Which of the table's thread counts; default: its only one.")
 @planned(
     "--bits",

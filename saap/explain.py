@@ -48,6 +48,8 @@ class Reason:
         price: predicted loss of what went, nats per token; None where the method has no prices.
         last: the dearest part of the way to the chosen option; None where nothing went.
         next: the cheapest way on, per unit; None where nothing smaller is on offer.
+        quarter: losing the part of the whole block that is nearest a quarter, by which blocks compare; of the first
+            search where there were several. None where nothing between all and nothing is on offer.
     """
 
     layer: int
@@ -59,6 +61,7 @@ class Reason:
     price: float | None = None
     last: Move | None = None
     next: Move | None = None
+    quarter: Move | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def reasons_of(modules: Sequence[Module], chosen: Sequence[Option], unit: str) -
 
 
 def _reason(module: Module, chosen: Option) -> Reason:
-    whole = max(module.options, key=lambda o: len(o.keep.query_heads) + len(o.keep.ffn))
+    whole = max(module.options, key=_kept)
+    parts = [o for o in module.options if 0 < _kept(o) < _kept(whole) and o.cost < whole.cost]
+    quarter = min(parts, key=lambda o: (abs(_kept(o) - 0.75 * _kept(whole)), o.price), default=None)
     taken = [_move(o, chosen) for o in module.options if o.cost > chosen.cost] if chosen is not whole else []
     left = [_move(chosen, o) for o in module.options if o.cost < chosen.cost]
     return Reason(
@@ -117,7 +122,12 @@ def _reason(module: Module, chosen: Option) -> Reason:
         chosen.price,
         max(taken, key=lambda move: move.per_unit, default=None),
         min(left, key=lambda move: move.per_unit, default=None),
+        _move(whole, quarter) if quarter else None,
     )  # fmt: skip
+
+
+def _kept(option: Option) -> int:
+    return len(option.keep.query_heads) + len(option.keep.ffn)
 
 
 def _move(start: Option, end: Option) -> Move:
@@ -167,4 +177,6 @@ def _added(before: Reason, now: Reason | None) -> Reason:
         return replace(before, last=None, next=None)
     known = before.price is not None and now.price is not None
     price = before.price + now.price if known else None  # type: ignore[operator]
-    return replace(now, had=before.had, whole=before.whole, saved=before.saved + now.saved, price=price)
+    return replace(
+        now, had=before.had, whole=before.whole, saved=before.saved + now.saved, price=price, quarter=before.quarter
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from saap.checkpoint import check_output, load_model, read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, make_protocol, torch_scorer
+from saap.explain import Reasons
+from saap.explain_words import layer_table, sentences
 from saap.fusion import FusionOptions
 from saap.json_files import read_object, write_json
 from saap.prune import PruneOptions, budget_of
@@ -52,9 +55,11 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     )  # fmt: skip
     say_text("calibration", rows, console)
     lineage = {"base": name or model, "calibration": rows.lineage()}
-    prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
+    plan = prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
     show_plan(out, budget)
+    if options.get("explain") and plan.reasons:
+        show_reasons(plan.reasons, prune_options)
 
 
 def prune_options_of(options: dict[str, Any], requirement: Requirement) -> PruneOptions:
@@ -76,9 +81,12 @@ def requirement_of(options: dict[str, Any]) -> Requirement:
     """The requirement among the options of ``saap prune``."""
     given = {kind: options.get(kind) for kind in KINDS}
     costs = options.get("costs")
+    onnxruntime = runtime_here(costs) if costs else None
+    if options.get("here") and onnxruntime is None:
+        refuse_elsewhere(costs)
     return Requirement(
         **given, costs=costs, threads=options.get("threads"), bits=int(options.get("bits") or 4),
-        block=int(options["block"]), onnxruntime=runtime_here(costs) if costs else None,
+        block=int(options["block"]), onnxruntime=onnxruntime,
     )  # fmt: skip
 
 
@@ -98,6 +106,25 @@ def runtime_here(costs: Path) -> str | None:
     except (SaapError, KeyError, TypeError):
         return None  # read_costs says what is wrong with the file
     return here["onnxruntime"] if same else None
+
+
+def refuse_elsewhere(costs: Path | None) -> None:
+    """Raise SaapError for a table of costs of another machine; what is no table is left to who reads it."""
+    from devices.probe import probe
+
+    if costs is None:
+        raise SaapError("--here is about the table of --costs: give one, or leave --here out")
+    try:
+        there = read_object(costs, "")["device"]
+        name = there.get("board") or there.get("cpu_model") or "an unnamed device"
+        measured = f"{name} (fingerprint {there['fingerprint']})"
+    except (SaapError, KeyError, TypeError, AttributeError):
+        return
+    here = probe()
+    raise SaapError(
+        f"{costs} was measured on {measured}, this machine is {here['board'] or here['cpu_model']} (fingerprint "
+        f"{here['fingerprint']}): measure here with `saap devices probe --costs MODEL`, or leave --here out"
+    )
 
 
 def say_text(purpose: str, rows: Rows, console: Console) -> None:
@@ -132,6 +159,13 @@ def show_plan(slim: Path, budget: Budget) -> None:
             f"ONNX Runtime {costs['onnxruntime']}, {threads}, {costs['depth']} tokens in the cache), not measured: "
             "export the model and its base, and `saap bench` them"
         )
+
+
+def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
+    """Why each layer lost what it lost: a row each, then in words."""
+    print_table(*layer_table(reasons))
+    for sentence in sentences(reasons, options.method, options.keep_layers):
+        click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) -> None:
