@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -124,24 +124,6 @@ def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> 
     return drawing(draw, 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)), "memory")
 
 
-def kept_structures(layers: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]]) -> str:
-    """Query heads, KV groups and FFN width per layer: what was kept, on the pale bar of what was there."""
-    rows = [("query_heads", "query heads"), ("kv_heads", "KV groups"), ("ffn", "FFN width")]
-
-    def draw(figure_axes: Any) -> None:
-        for axes, (field, title) in zip(figure_axes, rows, strict=True):
-            for sizes, colour in ((dense, GRID), (layers, series_colour(1))):
-                heights = [float(layer.get(field) or 0) for layer in sizes]
-                axes.bar(range(len(heights)), heights, width=0.78, color=colour)
-            axes.set_ylabel(title)
-            axes.locator_params(axis="y", nbins=4, integer=True)
-            axes.set_xlim(-0.6, max(len(layers), len(dense)) - 0.4)
-        figure_axes[-1].set_xlabel("layer")
-        figure_axes[-1].locator_params(axis="x", integer=True)
-
-    return drawing(draw, 3.9, "kept", panels=len(rows), width=1.15 * _WIDTH)
-
-
 def label(name: str, most: int = 34) -> str:
     """A name that a plot can hold: printable, and shortened in the middle, since both ends tell models apart."""
     text = "".join(character if character.isprintable() else "?" for character in name)
@@ -194,15 +176,26 @@ def _style(salt: str) -> AbstractContextManager[None]:
     )
 
 
-def drawing(draw: Callable[[Any], None], height: float, salt: str, panels: int = 1, width: float = _WIDTH) -> str:
-    """What ``draw`` draws on axes (a list of them for several panels), in the page's colours. ``salt`` makes ids."""
+def drawing(
+    draw: Callable[[Any], None],
+    height: float,
+    salt: str,
+    panels: int = 1,
+    width: float = _WIDTH,
+    ratios: Sequence[float] | None = None,
+) -> str:
+    """What ``draw`` draws on axes (a list of them for several panels), in the page's colours. ``salt`` makes ids.
+
+    Args:
+        height: inches, as ``width``; ``ratios``: of the panels' heights.
+    """
     from matplotlib.figure import Figure
 
     with _style(salt), warnings.catch_warnings():
         # Letters that matplotlib's own font lacks are drawn by the page's.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.subplots(panels, 1, sharex=True) if panels > 1 else figure.subplots())
+        draw(figure.subplots(panels, 1, sharex=True, height_ratios=ratios) if panels > 1 else figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_the_page(text.getvalue())

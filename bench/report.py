@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import plots
 from bench.headline import Entry, cards_of, entries_of, pair_of
+from bench.plan_plot import kept_of, kept_picture, told_shares, told_threshold
 from bench.result import Result
 from bench.store import read_result
 from bench.table import detail_table
@@ -140,13 +141,13 @@ def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
     plan = as_dict(run.get("plan"))
     if not plan:
         return None
-    layers = [as_dict(layer) for layer in as_list(plan.get("layers"))]
-    dense = [as_dict(layer) for layer in as_list(plan.get("dense_layers"))]
-    svg = Markup(plots.kept_structures(layers, dense)) if layers else None
+    kept = kept_of(plan)
     return {
         "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
-        "svg": svg,
-        "layers": layers,
+        "svg": Markup(kept_picture(kept)) if kept else None,
+        "label": f"What is kept: {told_shares(kept)}" if kept else None,
+        "priced": bool(kept and kept.prices is not None),
+        "threshold": told_threshold(plan),
     }
 
 
