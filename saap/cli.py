@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from saap.cli_bench import bench, compare, devices, report
-from saap.cli_prune import prune
-from saap.cli_types import directory
+from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
+from saap.cli_types import Sections, directory
 from saap.console import Console
 
 EXTRAS = {
@@ -31,12 +31,11 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=Sections)
 @click.argument("model")
 @click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
-@click.option(
-    "--ratio", type=float, default=0.2, show_default=True, help="Share of the decoder layers' weights to remove."
-)
+@required("--ratio", type=float, metavar="SHARE", help="Share of the decoder layers' weights to remove; default: 0.2.")
+@together(*REQUIREMENTS, COSTS, *CHOICE)
 @click.option("--calibration", help="Text for scoring: a text, .jsonl or .gz file, or a data set id.")
 @click.option("--data", help="Text for tuning, likewise.")
 @click.option("--text", help="Text for evaluation, likewise; never the same as the others.")
@@ -52,8 +51,10 @@ def run(model: str, out: Path, **options: Any) -> None:
     \b
     Example:
       saap run smollm2-135m -o out/demo --ratio 0.2
+      saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
     """
-    from saap.pipeline import RunOptions, run_all
+    from saap.pipeline import run_all
+    from saap.run_options import RunOptions
 
     with Console() as console:
         run_all(model, out, RunOptions(**options), console)

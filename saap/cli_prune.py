@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -17,21 +18,50 @@ removed = partial(click.option, cls=InSection, section="What may go")
 how = partial(click.option, cls=InSection, section="How it is chosen")
 scored = partial(click.option, cls=InSection, section="What is scored on")
 ours = partial(click.option, cls=InSection, section="How SAAP scores (the defaults are the ablation's)")
+Command = TypeVar("Command", bound=Callable[..., Any])
 METHODS = (
     "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt",
 )  # fmt: skip
 
 
+REQUIREMENTS = (
+    required(
+        "--max-params", type=PARAMETERS, metavar="COUNT", help="Most parameters, with the embedding, such as 100M."
+    ),
+    required("--max-bytes", type=BYTES, metavar="SIZE", help="Largest weights file of the bundle, as 80MB or 80MiB."),
+    required(
+        "--speedup", type=float, metavar="FACTOR", help="Times as many tokens per second, such as 1.25; with --costs."
+    ),
+    required("--ms-per-token", type=float, metavar="MS", help="Longest decode step in milliseconds; with --costs."),
+)
+COSTS = planned(
+    "--costs", type=directory, metavar="FILE", help="What `saap devices probe --costs` measured on the device."
+)
+CHOICE = (
+    how("--method", type=click.Choice(METHODS), default="saap", show_default=True, help="SAAP, or a baseline."),
+    how(
+        "--compensate",
+        type=click.Choice(["none", "bias", "refit"]),
+        help="How what stays makes up for what goes; default: refit for saap, bias for flap, none for others.",
+    ),
+)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 @click.command(cls=Sections)
 @click.argument("model")
 @required("--ratio", type=float, metavar="SHARE", help="Share of the decoder layers' weights to remove, such as 0.2.")
-@required("--max-params", type=PARAMETERS, metavar="COUNT", help="Most parameters, with the embedding, such as 100M.")
-@required("--max-bytes", type=BYTES, metavar="SIZE", help="Largest weights file of the bundle, such as 80MB or 80MiB.")
-@required(
-    "--speedup", type=float, metavar="FACTOR", help="Times as many tokens per second, such as 1.25; with --costs."
-)
-@required("--ms-per-token", type=float, metavar="MS", help="Longest decode step in milliseconds; with --costs.")
-@planned("--costs", type=directory, metavar="FILE", help="What `saap devices probe --costs` measured on the device.")
+@together(*REQUIREMENTS, COSTS)
 @planned("--here", is_flag=True, help="The bundle is for this machine: refuse a table of costs of another one.")
 @planned("--threads", type=int, metavar="N", help="Which of the table's thread counts; default: its only one.")
 @planned(
@@ -48,12 +78,7 @@ METHODS = (
     show_default=True,
     help="Its quantisation group; every width is a multiple of it.",
 )
-@how("--method", type=click.Choice(METHODS), default="saap", show_default=True, help="SAAP, or a baseline.")
-@how(
-    "--compensate",
-    type=click.Choice(["none", "bias", "refit"]),
-    help="How what stays makes up for what goes; default: refit for saap, bias for flap, none for others.",
-)
+@together(*CHOICE)
 @how("--iterative-steps", type=int, metavar="N", default=1, show_default=True, help="Score anew so many times (saap).")
 @how("--corrections", type=int, metavar="N", default=0, show_default=True, help="Correct prices by loss (saap).")
 @how("--explain", is_flag=True, help="Say why each layer lost what it lost.")

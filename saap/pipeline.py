@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,18 @@ from saap.checkpoint import check_output, read_record
 from saap.console import Console
 from saap.export_command import DEFAULTS, export_step
 from saap.json_files import write_json
-from saap.prune import Requirement
+from saap.prune import budget_of
 from saap.rows import Rows, evaluation_rows
-from saap.steps import prune_step, quality_of, say_text, show_quality, tune_step
+from saap.run_options import RunOptions
+from saap.steps import (
+    prune_options_of,
+    prune_step,
+    quality_of,
+    requirement_of,
+    say_text,
+    show_quality,
+    tune_step,
+)
 
 TUNE_LENGTH = 256
 PROMPTS = (
@@ -36,24 +44,6 @@ PROMPTS = (
     "Name three things that plants need to grow.",
 )
 BUNDLES = ("dense-int4", "slim-int4")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """``saap run``."""
-
-    ratio: float = 0.2
-    calibration: str | None = None
-    data: str | None = None
-    text: str | None = None
-    tokens: int = 24576
-    repetitions: int = 6
-    threads: int | None = None
-    seed: int = 0
-    sequences: int = 64
-    length: int = 128
-    chunk: int = 256
-    max_chunks: int = 40
 
 
 class _State:
@@ -99,10 +89,14 @@ class _State:
 
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
-    Requirement(ratio=options.ratio).check()
+    settings = options.prune_settings()
+    requirement = requirement_of(settings)
+    requirement.check()
     check_output(out)
     begun = time.monotonic()
     directory = models.resolve(model, progress=console.report)
+    # What cannot be met is refused before hours are spent.
+    budget_of(directory, prune_options_of(settings, requirement))
     evaluation = _evaluation(directory, options, console)
     say_text("evaluation", evaluation, console)
     out.mkdir(parents=True, exist_ok=True)
@@ -127,25 +121,13 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
 def _prune(state: _State, model: str, directory: Path, options: RunOptions, dense: Any) -> str:
     out = state.out
-    settings: dict[str, Any] = {
-        "ratio": options.ratio,
-        "max_params": None,
-        "calibration": options.calibration,
-        "sequences": options.sequences,
-        "length": options.length,
-        "block": "32",
-        "keep_layers": frozenset(),
-        "modules": False,
-        "seed": options.seed,
-    }
 
     def work() -> dict[str, Any]:
-        prune_step(str(directory), out / "slim", settings, state.console, name=model)
+        prune_step(str(directory), out / "slim", options.prune_settings(), state.console, name=model)
         return {"plan": _plan(out / "slim")}
 
-    command = f"saap prune {model} -o {out}/slim --ratio {options.ratio} --seed {options.seed}"
-    inputs = [dense, {key: str(value) for key, value in settings.items()}]
-    return state.step("prune", command, inputs, ["slim/saap.json"], work)
+    command = options.prune_command(model, out / "slim")
+    return state.step("prune", command, [dense, options.prune_inputs()], ["slim/saap.json"], work)
 
 
 def _tune(state: _State, model: str, directory: Path, options: RunOptions, pruned: str) -> str:
