@@ -22,7 +22,7 @@ def costs(tmp_path):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(200)))
+    path.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(900)))
     return path
 
 
@@ -100,7 +100,7 @@ def test_a_run_to_a_size_by_a_baseline(tiny_model, tmp_path, text):
     )
     out = tmp_path / "demo"
     here("run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
-         "--calibration", text, "--data", text, "--text", other, "--tokens", "512", "--repetitions", "1",
+         "--calibration", text, "--data", text, "--text", other, "--tokens", "1024", "--repetitions", "1",
          "--threads", "1")  # fmt: skip
     assert (
         (out / "slim-int4/model.onnx.data").stat().st_size
