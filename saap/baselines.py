@@ -135,6 +135,7 @@ def _scores(
     method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, seed: int, progress: Progress | None
 ) -> StructureScores:
     if method == "random":
+        _check_weights(model)
         return random_scores(shape, seed)
     if method == "magnitude":
         return magnitude_scores(model, shape)
@@ -155,6 +156,13 @@ def _layer_steps(shape: ModelShape, free: list[int], activations: Activations) -
              0.0, 1.0, float(activations.influence[layer]))
         for layer in order
     ]  # fmt: skip
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse a broken model where no score would show it."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise SaapError(f"{name} is not finite: check the model")
 
 
 def _check_method(method: str) -> None:
