@@ -133,7 +133,8 @@ def _most(layers: list[_Layer], unit: str) -> str:
     others = [layer for layer in layers if layer not in most]
     shares = list(dict.fromkeys(f"{share(layer.share for layer in most):.0%}" for share in (min, max)))
     what = {"ms": "time", "bytes": "bytes"}.get(unit, "weights")
-    text = f"Most went from {_named([layer.index for layer in most])}, {' to '.join(shares)} of their {what}"
+    whose = "its" if len(most) == 1 else "their"
+    text = f"Most went from {_named([layer.index for layer in most])}, {' to '.join(shares)} of {whose} {what}"
     price, saved = sum(layer.price or 0.0 for layer in most), sum(layer.saved for layer in most)
     if any(layer.price is None for layer in most) or saved <= 0:
         return f"{text}."
