@@ -89,7 +89,12 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 @scored("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
 @scored("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
 @scored("--seed", type=int, default=0, show_default=True)
-@ours("--score", type=click.Choice(["vector", "element", "token", "fused", "fused-token"]), default="fused")
+@ours(
+    "--score",
+    type=click.Choice(["vector", "element", "token", "fused", "vector-token", "fused-token"]),
+    default="fused",
+    help="What enters: fused is vector and element; token is ours.",
+)
 @ours("--c", type=float, help="Weight of the second-order term; default: tokens per sequence; papers print 1.")
 @ours("--exact", is_flag=True, help="The exact element score: two more numbers per weight in memory.")
 @ours("--slices", type=click.Choice(["all", "output"]), default="all", help="Slices of a structure that are summed.")

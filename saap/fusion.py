@@ -27,6 +27,7 @@ FUSIONS: dict[str, tuple[Term, ...]] = {
     "element": ("element",),
     "token": ("token",),
     "fused": ("vector", "element"),
+    "vector-token": ("vector", "token"),
     "fused-token": ("vector", "element", "token"),
 }
 

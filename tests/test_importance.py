@@ -160,7 +160,9 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
         estimate(model, shape_of(model.config), IDS)
 
 
-@pytest.mark.parametrize(("score", "mean"), [("vector", 0.5), ("element", 0.5), ("fused", 1.0), ("fused-token", 1.5)])
+@pytest.mark.parametrize(
+    ("score", "mean"), [("vector", 0.5), ("element", 0.5), ("fused", 1.0), ("vector-token", 1.0), ("fused-token", 1.5)]
+)
 @pytest.mark.parametrize("sigma", ["type", "layer"])
 def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(tiny_model, score, mean, sigma):
     model = load_model(tiny_model())
