@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from saap.budget import Budget
 from saap.errors import SaapError
 from saap.explain import reasons_of
-from saap.fusion import FusionOptions, fuse
-from saap.importance import Progress, Scores, estimate
+from saap.fusion import FUSIONS, FusionOptions, fuse
+from saap.importance import Element, Progress, Scores, estimate
 from saap.masking import masked, mean_nll
 from saap.pricing import correct_prices, fit_prices
 from saap.score_cache import cached_scores
@@ -45,6 +45,13 @@ class AdaptiveOptions:
     heads: bool = True
     modules: bool = False
     corrections: int = 0
+
+    @property
+    def element(self) -> Element:
+        """The form of the element score that is needed."""
+        if "element" not in FUSIONS[self.fusion.score]:
+            return "none"
+        return "exact" if self.exact else "streamed"
 
     def check(self) -> None:
         """Raise SaapError for numbers that are not allowed."""
@@ -118,9 +125,13 @@ def _scores(
     weights: str | None,
     progress: Progress | None,
 ) -> Scores:
+    c = float(ids.shape[1]) if options.c is None else options.c
+    element = options.element
+
     def compute() -> Scores:
-        return estimate(model, shape, ids, c=options.c, exact=options.exact, progress=progress)
+        return estimate(model, shape, ids, c=c, element=element, progress=progress)
 
     if weights is None:
         return compute()
-    return cached_scores(weights, ids, {"c": options.c, "exact": options.exact}, compute)[0]
+    settings = {"element": element} if element == "none" else {"element": element, "c": c}
+    return replace(cached_scores(weights, ids, settings, compute)[0], c=c)

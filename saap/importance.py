@@ -14,8 +14,10 @@ after LLM-Pruner (arXiv 2305.11627) and SAAP (arXiv 2412.15127). Ours is a third
 the Fisher of the structure's own mask, token by token: sum_tokens p_jt = t_j over the output slices. It rests on
 tokens, not on sequences, so that the same text says more.
 
-Gradients are consumed in post-accumulate hooks and freed at once: peak memory is weights + one layer + activations;
-the exact element score keeps two numbers per weight of the layers.
+Vector and token scores need no gradient of a weight: by the chain rule t_j over the rows of a matrix is the sum over
+tokens of its output times the output's gradient, and over columns of its input times the input's. The element score
+does; such gradients are consumed in post-accumulate hooks and freed at once. Peak memory is weights + one layer +
+activations; the exact element score keeps two numbers per weight of the layers.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from saap.structures import ModelShape
 
 Progress = Callable[[str, float, float], None]
 Slices = Literal["all", "output"]
+Element = Literal["none", "streamed", "exact"]
 TYPES = ("ffn", "head", "group")
 INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
 
@@ -46,7 +49,7 @@ class Scores:
 
     Attributes:
         products: t_j of the matrix's slice, [sequences, structures].
-        element: the element-wise score of the slice, [structures].
+        element: the element-wise score of the slice, [structures]; empty where it was not asked for.
         token: the token-wise score, [structures], of the roles output and down.
         c: weight of the second-order term.
         loss: mean over the sequences, nats per token.
@@ -111,7 +114,7 @@ def estimate(
     ids: torch.Tensor,
     *,
     c: float | None = None,
-    exact: bool = False,
+    element: Element = "streamed",
     progress: Progress | None = None,
 ) -> Scores:
     """Score every structure of ``model`` on calibration sequences.
@@ -120,13 +123,13 @@ def estimate(
         ids: [sequences, tokens] int64.
         c: weight of the second-order term; None is the number of tokens per sequence, which makes up for the loss being
             a mean over tokens (the literature prints 1).
-        exact: the exact element score, at two more numbers per weight of the layers.
+        element: whether the element score is wanted, which takes half as long again, and which form of it.
 
     Raises:
         SaapError: the loss is not finite on a sequence.
     """
     c = float(ids.shape[1]) if c is None else c
-    sums = _Sums(shape.head_dim, c, exact)
+    sums = _Sums(shape.head_dim, c, element)
     losses = []
     with _hooks(model, matrices_of(model, shape), sums):
         for index, row in enumerate(ids):
@@ -152,7 +155,7 @@ class _Sums:
 
     head_dim: int
     c: float
-    exact: bool
+    kind: Element
     vector: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)
     element: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     token: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
@@ -168,23 +171,32 @@ class _Sums:
 
     def _reduce(self, matrix: Matrix, gradient: torch.Tensor, weight: torch.Tensor) -> None:
         key, axis = (matrix.layer, matrix.role), _axis(matrix.role)
-        if self.exact:
+        if self.kind == "exact":
             first, second, _ = self.whole.get(key) or (torch.zeros_like(weight), torch.zeros_like(weight), weight)
             self.whole[key] = (first.add_(gradient), second.addcmul_(gradient, gradient), weight)
         product = gradient.mul_(weight)
         self.vector.setdefault(key, []).append(self._by_structure(product.sum(axis), matrix.role))
-        if not self.exact:
+        if self.kind == "streamed":
             # Few passes over memory: they cost as much as the backward pass itself.
             fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
             self.element[key] = self.element.get(key, 0) + self._by_structure(fine, matrix.role)
 
-    def consume_output(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the squared products of a structure's output and its gradient, inputs and gradient [1, tokens, K]."""
+    def consume_input(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Products of what structures put into output or down and its gradient, both [1, tokens, K]."""
         product = (inputs * gradient).flatten(0, 1)
         if matrix.role == "output":
             product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
         key = (matrix.layer, matrix.role)
         self.token[key] = self.token.get(key, 0) + len(product) / 2 * product.square().sum(0)
+        if self.kind == "none":
+            self.vector.setdefault(key, []).append(product.sum(0))
+
+    def consume_rows(self, matrices: list[Matrix], outputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """t_j of the rows of a linear, whose outputs without bias and their gradient are [1, tokens, N]."""
+        product = (outputs * gradient).flatten(0, 1).sum(0)
+        for matrix in matrices:
+            summed = self._by_structure(product[matrix.rows], matrix.role)
+            self.vector.setdefault((matrix.layer, matrix.role), []).append(summed)
 
     def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
         return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
@@ -211,17 +223,23 @@ def _axis(role: str) -> int:
 @contextmanager
 def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Iterator[None]:
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    handles: list[Any] = []
     for parameter in wanted:
         parameter.requires_grad_(False)
     by_linear: dict[nn.Linear, list[Matrix]] = {}
     for matrix in matrices:
         by_linear.setdefault(matrix.linear, []).append(matrix)
+    handles: list[Any] = []
+    if sums.kind == "none":  # then nothing else starts a graph
+        embedding: Any = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
     for linear, held in by_linear.items():
-        linear.weight.requires_grad_(True)
-        handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
         if held[0].role in ("output", "down"):
             handles.append(linear.register_forward_pre_hook(partial(_watch_input, held[0], sums)))
+        if sums.kind != "none":
+            linear.weight.requires_grad_(True)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
+        elif held[0].role not in ("output", "down"):
+            handles.append(linear.register_forward_hook(partial(_watch_output, held, sums)))
     try:
         yield
     finally:
@@ -232,7 +250,11 @@ def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Itera
             parameter.grad = None
 
 
+# Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.
 def _watch_input(matrix: Matrix, sums: _Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
-    (inputs,) = args
-    # Detached: a tensor whose hook holds itself is never freed, nor is the graph behind it.
-    inputs.register_hook(partial(sums.consume_output, matrix, inputs.detach()))
+    args[0].register_hook(partial(sums.consume_input, matrix, args[0].detach()))
+
+
+def _watch_output(held: list[Matrix], sums: _Sums, linear: nn.Linear, _: Any, output: torch.Tensor) -> None:
+    plain = output.detach() if linear.bias is None else output.detach() - linear.bias.detach()
+    output.register_hook(partial(sums.consume_rows, held, plain))

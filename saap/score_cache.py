@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from saap.importance import Scores
 from saap.model_cache import cache_directory
 
-FORMAT = 1  # counts up when the same settings would give other numbers
+FORMAT = 2  # counts up when the same settings would give other numbers
 KEPT = 24  # entries; the oldest go
 
 

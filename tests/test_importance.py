@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_formulas(tiny_model, c):
 def test_the_exact_element_score_takes_the_absolute_value_last(tiny_model):
     model = load_model(tiny_model())
     shape = shape_of(model.config)
-    exact = estimate(model, shape, IDS, c=3.0, exact=True)
+    exact = estimate(model, shape, IDS, c=3.0, element="exact")
     first, second = 0, 0
     for row in IDS:
         model.zero_grad()
@@ -238,3 +238,22 @@ def test_the_graph_of_a_sequence_is_freed(tiny_model):
     handle.remove()
     assert len(seen) == 3
     assert [ref() for ref in seen] == [None] * 3
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_without_the_element_score_the_others_are_the_same(tiny_model, overrides):
+    """By the chain rule, without one gradient of a weight; biases are no part of a structure's t_j."""
+    model = load_model(tiny_model(**overrides))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=generator)
+    shape = shape_of(model.config)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    full, light = estimate(model, shape, IDS), estimate(model, shape, IDS, element="none")
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert light.element == {}
+    assert light.products.keys() == full.products.keys() and light.token.keys() == full.token.keys()
+    for part in ("products", "token"):
+        for key, expected in getattr(full, part).items():
+            assert torch.allclose(getattr(light, part)[key], expected, rtol=1e-3, atol=1e-6), (part, key)
