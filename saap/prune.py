@@ -43,7 +43,7 @@ class PruneOptions:
         block: the quantisation group that every width must be a multiple of.
         adaptive: how saap chooses.
         steps: how many times saap scores, cuts and makes up for it on the way to the requirement.
-        keep_layers: layers that stay whole.
+        keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
         seed: of the method ``random``.
     """
 
@@ -54,7 +54,7 @@ class PruneOptions:
     block: int = 32
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     steps: int = 1
-    keep_layers: frozenset[int] = frozenset()
+    keep_layers: frozenset[int] | None = frozenset()
     seed: int = 0
 
     @property
@@ -130,7 +130,9 @@ def _prune_once(
     config, weights = read_config(source), weights_hash(source)
     shape = shape_of(config)
     model = load_model(source)
-    kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in options.keep_layers)
+    kept = options.keep_layers
+    if kept:
+        kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in kept)
     cut = replace(shape, added_bias=budget.cut.added_bias)
     here = replace(options, keep_layers=kept)
     plan = make_plan(
@@ -169,12 +171,17 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     if config.get("slim_quant"):
         raise SaapError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)
-    _check_layers(options.keep_layers, shape)
+    _check_layers(options.keep_layers or frozenset(), shape)
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
     budget = options.requirement.budget(shape, config, cut=cut)
     if options.method == "saap":
         check_floor(
-            shape, options.block, options.keep_layers, options.adaptive.modules, budget, options.prunes_heads(shape)
+            shape,
+            options.block,
+            options.keep_layers or frozenset(),
+            options.adaptive.modules,
+            budget,
+            options.prunes_heads(shape),
         )
     return budget
 
@@ -201,7 +208,7 @@ def make_plan(
     if options.method == "saap":
         return adaptive_plan(
             model, shape, calibration, budget, replace(options.adaptive, heads=heads), block=options.block,
-            keep_layers=options.keep_layers, weights=weights, progress=progress,
+            keep_layers=options.keep_layers or frozenset(), weights=weights, progress=progress,
         )  # fmt: skip
     ranking = rank(
         options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
@@ -245,7 +252,7 @@ def _record(
             "compensate": options.compensation,
             "heads": options.prunes_heads(budget.dense),
             "steps": options.steps,
-            "keep_layers": sorted(options.keep_layers),
+            "keep_layers": sorted(options.keep_layers or ()),
             "seed": options.seed,
             **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
         },

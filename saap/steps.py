@@ -164,7 +164,7 @@ def show_plan(slim: Path, budget: Budget) -> None:
 def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
     """Why each layer lost what it lost: a row each, then in words."""
     print_table(*layer_table(reasons))
-    for sentence in sentences(reasons, options.method, options.keep_layers):
+    for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 

@@ -11,6 +11,7 @@ made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -37,6 +38,9 @@ from saap.text import chunks, pack, read_file
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "pruning"
 SEQUENCES, LENGTH, HELD = 64, 256, 40
 
+STRONGEST_FIRST = (
+    "flap", "param_second", "param_first", "wanda_sp", "param_mix", "vector", "shortgpt", "magnitude", "random",
+)  # fmt: skip
 Variant = dict[str, Any]  # options of PruneOptions, with fusion's and adaptive's under their own names
 
 
@@ -51,7 +55,7 @@ def options_of(variant: Variant) -> PruneOptions:
         )
     }
     adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
-    kept = frozenset(variant.get("keep_layers", ()))
+    kept = None if variant.get("text") == "alike" else frozenset[int]()  # alike: every layer may be pruned
     return PruneOptions(Requirement(ratio=variant["ratio"]), adaptive=adaptive, keep_layers=kept, **given["rest"])
 
 
@@ -138,14 +142,51 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
 
 
 def ablation_variants() -> list[Variant]:
-    """One thing at a time, without compensation, then compensation and what looks again."""
-    base: Variant = {"method": "saap", "compensate": "none"}
-    scores = [{"score": s} for s in ("vector", "element", "token", "fused", "fused-token")]
+    """One thing at a time without compensation; then compensation, and what looks again."""
+    scores = [{"score": s} for s in ("vector", "element", "token", "fused", "vector-token", "fused-token")]
     others = [
-        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"exact": True}, {"stability": 0.5}, {"stability": -0.5},
-        {"heads": False}, {"modules": True}, {"steps": 2}, {"steps": 4}, {"corrections": 1}, {"corrections": 2},
+        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": 0.5}, {"stability": -0.5},
+        {"heads": False}, {"modules": True}, {"corrections": 1}, {"score": "fused", "exact": True},
+        {"steps": 2}, {"steps": 4},
     ]  # fmt: skip
-    return [{**base, **extra} for extra in scores + others]
+    plain = [{"method": "saap", "compensate": "none", **extra} for extra in scores + others]
+    refitted: list[Variant] = [{}, {"steps": 2}, {"steps": 4}, {"score": "fused"}, {"score": "fused-token"}]
+    return plain + [{"method": "saap", "compensate": "refit", **extra} for extra in refitted]
+
+
+def table_variants() -> list[Variant]:
+    """SAAP as it is by default, and every baseline as published and alike, FFN alone and with KV groups.
+
+    Alike is our text, tokens and layers. Compensation: none, the refit, and a bias where a paper has one. What a score
+    and a search do by themselves is read off the rows without compensation.
+    """
+    rows: list[Variant] = [{"method": "saap", "compensate": c} for c in ("refit", "none", "bias")]
+    rows += [{"method": "saap", "compensate": c, "steps": 1} for c in ("refit", "none")]
+    for method in STRONGEST_FIRST:
+        own = "bias" if method == "flap" else "none"
+        kinds = ("bias", "refit", "none") if method in ("flap", "wanda_sp") else ("refit", "none")
+        for heads in (False,) if method == "shortgpt" else (False, True):
+            cell = {"method": method, "heads": heads}
+            rows += [{**cell, "text": "alike", "compensate": compensation} for compensation in kinds]
+            rows.append({**cell, "text": "published", "compensate": own})
+    return rows
+
+
+def remember_rankings() -> None:
+    """Score once for all ratios and compensations: a ranking depends on neither."""
+    from saap import prune as module
+
+    known: dict[tuple[Any, ...], Any] = {}
+    rank = module.rank
+
+    def remembered(method: str, model: Any, shape: Any, ids: torch.Tensor, **options: Any) -> Any:
+        settings = sorted((k, v) for k, v in options.items() if k != "progress")
+        key = (method, str(settings), hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+        if key not in known:
+            known[key] = rank(method, model, shape, ids, **options)
+        return known[key]
+
+    module.rank = remembered
 
 
 def main() -> None:
@@ -155,7 +196,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--chunks", type=int, default=40)
-    parser.add_argument("--where", default="ablation")
+    parser.add_argument("--where", help="folder of the cells; default: by what is run")
     given = parser.parse_args()
     if given.what == "show":
         show(HERE / given.rest[0])
@@ -163,17 +204,20 @@ def main() -> None:
     ratios, seeds = [float(r) for r in given.ratios.split(",")], [int(s) for s in given.seeds.split(",")]
     model_dir = Path(models.resolve("smollm2-135m"))
     texts = Texts(model_dir)
+    remember_rankings()
+    variants = {"ablation": ablation_variants, "table": table_variants}.get(given.what, list)()
     if given.what == "cell":
         variants = [{k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}]
-    else:
-        variants = ablation_variants()
+    where = HERE / (given.where or given.what)
     for seed in seeds:
-        for ratio in ratios:
-            for variant in variants:
-                run_cell(
-                    HERE / given.where, {**variant, "ratio": ratio, "seed": seed}, model_dir, texts.alike(seed),
-                    {"held": texts.held(seed)},
-                )  # fmt: skip
+        judged = (
+            {f"test{given.chunks}": texts.test(given.chunks)} if given.what == "table" else {"held": texts.held(seed)}
+        )
+        for variant in variants:
+            published_text = variant.get("text") == "published"
+            ids = texts.published(variant["method"], seed) if published_text else texts.alike(seed)
+            for ratio in ratios:
+                run_cell(where, {**variant, "ratio": ratio, "seed": seed}, model_dir, ids, judged)
 
 
 def _value(text: str) -> Any:
