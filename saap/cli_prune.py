@@ -79,7 +79,12 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     help="Its quantisation group; every width is a multiple of it.",
 )
 @together(*CHOICE)
-@how("--iterative-steps", type=int, metavar="N", default=1, show_default=True, help="Score anew so many times (saap).")
+@how(
+    "--iterative-steps",
+    type=int,
+    metavar="N",
+    help="Prune in so many steps, each scored anew (saap); default: one for every 15 % of the layers' cost.",
+)
 @how("--corrections", type=int, metavar="N", default=0, show_default=True, help="Correct prices by loss (saap).")
 @how("--explain", is_flag=True, help="Say why each layer lost what it lost.")
 @removed("--heads/--no-heads", default=None, help="Query heads and KV groups too; default: where it pays.")
@@ -87,12 +92,13 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 @removed("--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these layers, such as 0-2,29.")
 @scored("--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
 @scored("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
-@scored("--length", type=int, default=128, show_default=True, help="Tokens per sequence.")
+@scored("--length", type=int, default=256, show_default=True, help="Tokens per sequence.")
 @scored("--seed", type=int, default=0, show_default=True)
 @ours(
     "--score",
     type=click.Choice(["vector", "element", "token", "fused", "vector-token", "fused-token"]),
-    default="fused",
+    default="vector-token",
+    show_default=True,
     help="What enters: fused is vector and element; token is ours.",
 )
 @ours("--c", type=float, help="Weight of the second-order term; default: tokens per sequence; papers print 1.")

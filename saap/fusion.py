@@ -45,7 +45,7 @@ class FusionOptions:
             they are kept, 0 is off.
     """
 
-    score: str = "fused"
+    score: str = "vector-token"
     slices: Slices = "all"
     sigma: Scope = "type"
     learned: bool = False

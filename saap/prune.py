@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,7 @@ from saap.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.surgery import cut_tensors
 
 METHODS = ("saap", *BASELINES)
+SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class PruneOptions:
             has its own KV head: whole groups are dear.
         block: the quantisation group that every width must be a multiple of.
         adaptive: how saap chooses.
-        steps: how many times saap scores, cuts and makes up for it on the way to the requirement.
+        steps: how many times saap scores, cuts and makes up for it on the way to the requirement; None is one for every
+            15 % of what the layers cost that has to go.
         keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
         seed: of the method ``random``.
     """
@@ -53,7 +56,7 @@ class PruneOptions:
     heads: bool | None = None
     block: int = 32
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
-    steps: int = 1
+    steps: int | None = None
     keep_layers: frozenset[int] | None = frozenset()
     seed: int = 0
 
@@ -73,7 +76,7 @@ class PruneOptions:
         """Raise SaapError for names that are not known and numbers that are not allowed."""
         self.requirement.check()
         self.adaptive.check()
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
         if self.method not in METHODS:
             raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
@@ -102,7 +105,7 @@ def prune(
     check_output(out)
     budget = budget_of(model_dir, options)
     lineage = dict(lineage or {})
-    steps = options.steps if options.method == "saap" else 1
+    steps = steps_to(budget, options)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     source = Path(model_dir)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +116,16 @@ def prune(
             target = Path(out) if step == steps else Path(scratch) / str(step)
             plan, source = _prune_once(Path(model_dir), source, target, plan, part, calibration, options, lineage, say)
     return plan
+
+
+def steps_to(budget: Budget, options: PruneOptions) -> int:
+    """How many steps lead to the requirement."""
+    if options.method != "saap":
+        return 1
+    if options.steps is not None:
+        return options.steps
+    share = 1 - budget.limit / (budget.total(budget.dense) - budget.measure.outside(budget.dense))
+    return max(1, math.ceil(share / SHARE_PER_STEP - 1e-9))
 
 
 def _prune_once(
@@ -251,7 +264,7 @@ def _record(
             "block": options.block,
             "compensate": options.compensation,
             "heads": options.prunes_heads(budget.dense),
-            "steps": options.steps,
+            "steps": steps_to(budget, options),
             "keep_layers": sorted(options.keep_layers or ()),
             "seed": options.seed,
             **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),

@@ -41,7 +41,7 @@ class RunOptions:
     threads: int | None = None
     seed: int = 0
     sequences: int = 64
-    length: int = 128
+    length: int = 256
     chunk: int = 256
     max_chunks: int = 40
 

@@ -73,7 +73,7 @@ def prune_options_of(options: dict[str, Any], requirement: Requirement) -> Prune
     rest = {name: options[name] for name in ("method", "compensate", "heads", "keep_layers", "seed") if name in options}
     adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
     return PruneOptions(
-        requirement, block=int(options["block"]), adaptive=adaptive, steps=options.get("iterative_steps", 1), **rest
+        requirement, block=int(options["block"]), adaptive=adaptive, steps=options.get("iterative_steps"), **rest
     )
 
 
