@@ -142,16 +142,17 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
 
 
 def ablation_variants() -> list[Variant]:
-    """One thing at a time without compensation; then compensation, and what looks again."""
-    scores = [{"score": s} for s in ("vector", "element", "token", "fused", "vector-token", "fused-token")]
-    others = [
-        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": 0.5}, {"stability": -0.5},
-        {"heads": False}, {"modules": True}, {"corrections": 1}, {"score": "fused", "exact": True},
-        {"steps": 2}, {"steps": 4},
+    """One thing at a time, without compensation and in one step; then compensation and steps."""
+    base: Variant = {"method": "saap", "compensate": "none", "score": "vector-token", "steps": 1}
+    changes: list[Variant] = [
+        {"score": s} for s in ("vector-token", "fused-token", "fused", "vector", "element", "token")
+    ]
+    changes += [
+        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": -0.5}, {"stability": 0.5}, {"heads": False},
+        {"score": "fused", "exact": True}, {"modules": True}, {"corrections": 1}, {"steps": 2}, {"compensate": "bias"},
+        {"compensate": "refit"}, {"compensate": "refit", "steps": 2}, {"compensate": "refit", "steps": 4},
     ]  # fmt: skip
-    plain = [{"method": "saap", "compensate": "none", **extra} for extra in scores + others]
-    refitted: list[Variant] = [{}, {"steps": 2}, {"steps": 4}, {"score": "fused"}, {"score": "fused-token"}]
-    return plain + [{"method": "saap", "compensate": "refit", **extra} for extra in refitted]
+    return [{**base, **change} for change in changes]
 
 
 def table_variants() -> list[Variant]:
