@@ -19,7 +19,7 @@ from saap.fusion import FUSIONS, FusionOptions, fuse
 from saap.importance import Element, Progress, Scores, estimate
 from saap.masking import masked, mean_nll
 from saap.pricing import correct_prices, fit_prices
-from saap.score_cache import cached_scores
+from saap.score_cache import KnownLosses, cached_scores
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
 from saap.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 
@@ -89,7 +89,7 @@ def adaptive_plan(
     scores = _scores(model, shape, scored, options, weights, progress)
     prices = fit_prices(
         model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
-        modules=options.modules, progress=progress,
+        modules=options.modules, known=KnownLosses(weights, priced), progress=progress,
     )  # fmt: skip
     modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     best, least = plan, float("inf")

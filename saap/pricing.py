@@ -11,6 +11,7 @@ empties a few layers that a first-order score calls cheap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from saap.errors import SaapError
 from saap.importance import TYPES, Progress
 from saap.masking import masked, mean_nll, without_attention, without_ffn
+from saap.score_cache import KnownLosses
 from saap.search import Module, Option, Prices
 from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
 from saap.working_point import WorkingPoint
@@ -49,6 +52,7 @@ def fit_prices(
     keep_layers: frozenset[int] = frozenset(),
     heads: bool = True,
     modules: bool = False,
+    known: KnownLosses | None = None,
     progress: Progress | None = None,
 ) -> Prices:
     """Price every structure and every whole module in nats per token.
@@ -58,6 +62,10 @@ def fit_prices(
         ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
         heads: whether query heads and KV groups may go.
         modules: price whole attention and FFN blocks too, each silenced by itself (two forward passes per layer).
+        known: losses that were measured before, on this model and these ids.
+
+    Raises:
+        SaapError: a loss is not finite.
     """
     kinds = TYPES if heads else ("ffn",)
     free = [i for i in range(len(shape.layers)) if i not in keep_layers]
@@ -69,8 +77,12 @@ def fit_prices(
         if progress:
             progress("pricing", done, steps)
         done += 1
-        with masked(model, plans, shape.head_dim):
-            return mean_nll(model, ids)
+
+        def measure() -> float:
+            with masked(model, plans, shape.head_dim):
+                return finite(mean_nll(model, ids))
+
+        return measure() if known is None else known.of(plans, measure)
 
     base = loss_of({})
     curves = {kind: _fit_curve(kind, shape, fused[kind], base, loss_of, free) for kind in kinds}
@@ -81,10 +93,23 @@ def fit_prices(
     if modules:
         no_attention = _module_prices(shape, base, loss_of, free, "query_heads", without_attention)
         no_ffn = _module_prices(shape, base, loss_of, free, "ffn", without_ffn)
+    if known:
+        known.save()
     if progress:
         progress("pricing", steps, steps)
     alpha = {kind: curve.alpha for kind, curve in curves.items()}
     return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha, heads)
+
+
+def finite(loss: float) -> float:
+    """The loss itself.
+
+    Raises:
+        SaapError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise SaapError(f"the loss is {loss} on the calibration sequences for pricing: check the model and the text")
+    return loss
 
 
 def _fit_curve(

@@ -1,7 +1,8 @@
-"""Scores kept by the hash of what they depend on, so that pruning to another budget takes seconds.
+"""Scores and losses kept by the hash of what they depend on, so that pruning to another budget takes seconds.
 
-An entry is a safetensors file named by sha256 over the weights, the calibration ids and the settings. It is written
-beside its place and renamed; one that cannot be read is made again.
+Scores are a safetensors file named by sha256 over the weights, the calibration ids and the settings; losses a JSON file
+named by the weights and the ids that says what the model's loss is with some structures silenced. Both are written
+beside their place and renamed; what cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saap.importance import Scores
+from saap.json_files import write_json
 from saap.model_cache import cache_directory
+from saap.structures import LayerPlan
 
 FORMAT = 2  # counts up when the same settings would give other numbers
 KEPT = 24  # entries; the oldest go
@@ -41,8 +45,9 @@ def cached_scores(
         return found, True
     scores = compute()
     _write(path, scores)
-    for old in sorted(directory.glob("*.safetensors"), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    for suffix in ("safetensors", "json"):
+        for old in sorted(directory.glob(f"*.{suffix}"), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
     return scores, False
 
 
@@ -80,3 +85,35 @@ def _read(path: Path) -> Scores | None:
         return Scores(**parts, c=float(about["c"]), loss=float(about["loss"]))
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
+
+
+class KnownLosses:
+    """Losses of one model on some ids by what its layers keep, in nats per token; kept in a file of the cache."""
+
+    def __init__(self, weights: str | None, ids: torch.Tensor) -> None:
+        """``weights`` None keeps nothing beyond this object."""
+        self._path = cache_directory() / "scores" / f"{_key(weights, ids, {})}.json" if weights else None
+        self._known: dict[str, float] = {}
+        if self._path and self._path.is_file():
+            try:
+                known = json.loads(self._path.read_text(encoding="utf-8"))
+                self._known = {str(key): float(value) for key, value in known.items()}
+            except (OSError, ValueError, AttributeError, TypeError):
+                self._known = {}
+
+    def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float]) -> float:
+        """The loss with what ``plans`` do not keep silenced, measured where it is not known."""
+        said = json.dumps({index: asdict(plan) for index, plan in sorted(plans.items())})
+        key = hashlib.sha256(said.encode()).hexdigest()
+        if key not in self._known:
+            self._known[key] = measure()
+        return self._known[key]
+
+    def save(self) -> None:
+        """Write the file; a cache that cannot be written costs time only."""
+        if self._path:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._path, self._known)
+            except OSError:
+                return

@@ -5,10 +5,12 @@ import torch
 
 from saap.architectures import shape_of
 from saap.checkpoint import load_model
+from saap.errors import SaapError
 from saap.fusion import fuse
 from saap.importance import estimate
 from saap.masking import masked, mean_nll, without_attention
 from saap.pricing import fit_prices
+from saap.score_cache import KnownLosses
 from saap.structures import whole_layer
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -61,3 +63,29 @@ def test_progress_ends_at_its_total(scored):
         fit_prices(model, shape, fused, IDS[2:], modules=modules, progress=lambda *a, seen=seen: seen.append(a))
         assert [done for _, done, _ in seen] == [*list(range(len(seen) - 1)), seen[-1][2]]
         assert len(seen) == seen[-1][2] + 1
+
+
+def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    model, shape, fused = scored
+    first = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    calls = []
+    monkeypatch.setattr("saap.pricing.mean_nll", lambda *_: calls.append(1) or 1.0)
+    again = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    assert not calls
+    for kind in ("ffn", "head", "group"):
+        assert all((a == b).all() for a, b in zip(getattr(first, kind), getattr(again, kind), strict=True))
+    fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("others", IDS[2:]))
+    count = len(calls)
+    assert 3 <= count <= 7
+    for path in (tmp_path / "scores").glob("*.json"):
+        path.write_text("[torn")
+    fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    assert len(calls) == 2 * count
+
+
+def test_a_price_is_never_made_of_a_loss_that_is_not_finite(scored, monkeypatch):
+    model, shape, fused = scored
+    monkeypatch.setattr("saap.pricing.mean_nll", lambda *_: float("nan"))
+    with pytest.raises(SaapError, match="the loss is nan"):
+        fit_prices(model, shape, fused, IDS[2:])
