@@ -82,15 +82,9 @@ def adaptive_plan(
     Raises:
         SaapError: too little text, a loss that is not finite, or a budget that cannot be met.
     """
-    if len(calibration) < 2:
-        raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
-    held = max(1, len(calibration) // PRICING_SHARE)
-    scored, priced = calibration[:-held], calibration[-held:]
-    scores = _scores(model, shape, scored, options, weights, progress)
-    prices = fit_prices(
-        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
-        modules=options.modules, known=KnownLosses(weights, priced), progress=progress,
-    )  # fmt: skip
+    prices, priced = prices_of(
+        model, shape, calibration, options, keep_layers=keep_layers, weights=weights, progress=progress
+    )
     modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     best, least = plan, float("inf")
     for _ in range(options.corrections):
@@ -101,6 +95,33 @@ def adaptive_plan(
         with masked(model, cut_layers(plan, shape), shape.head_dim):
             return plan if mean_nll(model, priced) < least else best
     return plan
+
+
+def prices_of(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    calibration: torch.Tensor,
+    options: AdaptiveOptions,
+    *,
+    keep_layers: frozenset[int] = frozenset(),
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Prices, torch.Tensor]:
+    """Estimate, fuse and price, before any search: the prices, and the rows that priced, [sequences, tokens].
+
+    Raises:
+        SaapError: too little text, or a loss that is not finite.
+    """
+    if len(calibration) < 2:
+        raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
+    held = max(1, len(calibration) // PRICING_SHARE)
+    scored, priced = calibration[:-held], calibration[-held:]
+    scores = _scores(model, shape, scored, options, weights, progress)
+    prices = fit_prices(
+        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
+        modules=options.modules, known=KnownLosses(weights, priced), progress=progress,
+    )  # fmt: skip
+    return prices, priced
 
 
 def _search(
