@@ -24,7 +24,9 @@ from tests.bench_samples import measurement, result
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import pruning_bars as bars
 import pruning_prices as prices
+import pruning_seeds as seeds
 import pruning_speed as speed
 from pruning_bench import options_of
 from speed_cells import Setup, attempt_name, closest, next_asked, row_variants, show_rows, speed_of
@@ -223,3 +225,12 @@ def test_a_table_of_another_machine_is_refused(setup, tmp_path):
         speed.runtime_of(cost_file(tmp_path / "theirs.json"))
     with pytest.raises(ValueError, match=r"make it with `pruning_speed.py costs`"):
         speed.runtime_of(tmp_path / "none.json")
+
+
+def test_one_seed_twice_writes_the_same_files(setup):
+    options = options_of({"method": "saap", "ratio": 0.3})
+    files = seeds.twice(setup.model_dir, IDS, options)
+    assert bars.twice_bar({"files": files}).reached and "model.safetensors" in files[0]
+    files[1]["model.safetensors"] = "0" * 64
+    bar = bars.twice_bar({"files": files})
+    assert bar.reached is False and "differ: ['model.safetensors']" in bar.found
