@@ -33,6 +33,7 @@ from saap.adaptive import cut_layers, prices_of
 from saap.architectures import shape_of
 from saap.budget import Budget
 from saap.checkpoint import load_model, read_config, weights_hash
+from saap.fusion import FUSIONS
 from saap.json_files import write_json
 from saap.pricing import correct_prices
 from saap.prune import PruneOptions
@@ -228,7 +229,7 @@ def variant_of(given: argparse.Namespace) -> Variant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--score")
+    parser.add_argument("--score", choices=list(FUSIONS))
     parser.add_argument("--c", type=float)
     parser.add_argument("--slices", choices=["all", "output"])
     parser.add_argument("--sigma", choices=["type", "layer"])
