@@ -57,6 +57,11 @@ class AdaptiveOptions:
         """Raise SaapError for numbers that are not allowed."""
         if self.corrections < 0:
             raise SaapError(f"{self.corrections} corrections are not allowed: give 0 or more")
+        if self.exact and self.element == "none":
+            raise SaapError(
+                f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
+                "fused, fused-token or element"
+            )
         if self.c is not None and not self.c >= 0:
             raise SaapError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 

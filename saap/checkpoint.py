@@ -243,25 +243,28 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     check_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    with beside(out, "partial") as partial:
         yield partial
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Delete what killed processes left beside ``out``; a live process keeps its own."""
-    for left in out.parent.glob(f".{out.name}.partial-*"):
+@contextmanager
+def beside(out: str | Path, purpose: str) -> Iterator[Path]:
+    """Give a fresh hidden directory beside ``out`` for the time of the block; those of killed processes are deleted."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.{purpose}-*"):
         owner = left.name.rsplit("-", 1)[1]
         if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
             shutil.rmtree(left, ignore_errors=True)
+    fresh = out.parent / f".{out.name}.{purpose}-{os.getpid()}"
+    fresh.mkdir()
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_output(out: str | Path) -> None:

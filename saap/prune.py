@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,16 @@ from saap.adaptive import AdaptiveOptions, adaptive_plan
 from saap.architectures import architecture_of, shape_of
 from saap.baselines import BASELINES, rank
 from saap.budget import Budget
-from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, tensor_reader, weights_hash
+from saap.checkpoint import (
+    beside,
+    check_output,
+    load_model,
+    read_config,
+    read_record,
+    slim_config,
+    tensor_reader,
+    weights_hash,
+)
 from saap.checkpoint import write_slim as write
 from saap.compensate import COMPENSATIONS, Compensation, compensate
 from saap.errors import SaapError
@@ -76,6 +84,8 @@ class PruneOptions:
         """Raise SaapError for names that are not known and numbers that are not allowed."""
         self.requirement.check()
         self.adaptive.check()
+        if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
+            raise SaapError(f"steps and corrections are for the method saap: leave them out for {self.method}")
         if self.steps is not None and self.steps < 1:
             raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
         if self.method not in METHODS:
@@ -108,13 +118,16 @@ def prune(
     steps = steps_to(budget, options)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     source = Path(model_dir)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saap-steps-", dir=Path(out).parent) as scratch:
+    weights = weights_hash(source)
+    lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
+    with beside(out, "steps") as scratch:
         for step in range(1, steps + 1):
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)
-            target = Path(out) if step == steps else Path(scratch) / str(step)
-            plan, source = _prune_once(Path(model_dir), source, target, plan, part, calibration, options, lineage, say)
+            target = Path(out) if step == steps else scratch / str(step)
+            plan = _prune_once(source, weights, target, plan, part, calibration, options, lineage, say)
+            if step < steps:
+                source, weights = target, weights_hash(target)
     return plan
 
 
@@ -129,8 +142,8 @@ def steps_to(budget: Budget, options: PruneOptions) -> int:
 
 
 def _prune_once(
-    base: Path,
     source: Path,
+    weights: str,
     out: Path,
     before: PrunePlan,
     budget: Budget,
@@ -138,9 +151,9 @@ def _prune_once(
     options: PruneOptions,
     lineage: dict[str, Any],
     progress: Progress | None,
-) -> tuple[PrunePlan, Path]:
-    """Prune ``source``, which is ``base`` cut by the plan ``before``, into ``out``: the plan of ``base`` for both."""
-    config, weights = read_config(source), weights_hash(source)
+) -> PrunePlan:
+    """Prune ``source``, which is the base cut by the plan ``before``, into ``out``: the plan of the base for both."""
+    config = read_config(source)
     shape = shape_of(config)
     model = load_model(source)
     kept = options.keep_layers
@@ -161,9 +174,9 @@ def _prune_once(
     reasons = after(before.reasons, plan.reasons, before.kept_layers)
     whole = replace(whole, requirement=requirement, reasons=reasons)
     achieved = budget.report(shape_of(written), written)
-    record = _record(base, whole, achieved, options, budget, calibration, lineage)
+    record = _record(whole, achieved, options, budget, calibration, lineage)
     write(out, source, written, tensors, record)
-    return whole, out
+    return whole
 
 
 def _in_step(progress: Progress | None, step: int, steps: int) -> Progress | None:
@@ -238,7 +251,6 @@ def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
 
 
 def _record(
-    model_dir: Path,
     plan: PrunePlan,
     achieved: dict[str, float | None],
     options: PruneOptions,
@@ -271,8 +283,6 @@ def _record(
         },
         "lineage": {
             **lineage,
-            "base_sha256": weights_hash(model_dir),
-            "base_record": read_record(model_dir).get("lineage"),
             "calibration": {
                 "sequences": len(calibration),
                 "tokens": calibration.shape[1],

@@ -25,7 +25,7 @@ from saap.model_cache import cache_directory
 from saap.structures import LayerPlan
 
 FORMAT = 2  # counts up when the same settings would give other numbers
-KEPT = 24  # entries; the oldest go
+KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
 
 
 def cached_scores(
@@ -45,10 +45,18 @@ def cached_scores(
         return found, True
     scores = compute()
     _write(path, scores)
-    for suffix in ("safetensors", "json"):
-        for old in sorted(directory.glob(f"*.{suffix}"), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
-            old.unlink(missing_ok=True)
+    _make_room(directory, path)
     return scores, False
+
+
+def _make_room(directory: Path, newest: Path) -> None:
+    sizes = {entry: entry.stat() for entry in directory.glob("*") if entry.is_file()}
+    total = sum(found.st_size for found in sizes.values())
+    for entry in sorted(sizes, key=lambda entry: sizes[entry].st_mtime):
+        if total <= KEPT_BYTES or entry == newest:
+            return
+        entry.unlink(missing_ok=True)
+        total -= sizes[entry].st_size
 
 
 def _key(weights: str, ids: torch.Tensor, settings: dict[str, Any]) -> str:

@@ -84,7 +84,9 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture
-def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
+def tiny_model(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
     """Factory of random Llama directories: ``tiny_model(name="tiny", seed=0, **config)`` -> path.
 
     Hidden 96, six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of
@@ -92,6 +94,9 @@ def tiny_model(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    # Scores are kept by content: those of an older version of the code must not stand in for the tested one.
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path_factory.mktemp("cache")))
 
     def make(name: str = "tiny", seed: int = 0, **overrides: Any) -> Path:
         fields: dict[str, Any] = {

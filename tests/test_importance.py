@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import weakref
 
 import pytest
@@ -225,6 +226,24 @@ def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
     for entry in (tmp_path / "cache" / "scores").glob("*.safetensors"):
         entry.write_bytes(b"torn")
     assert not cached_scores("weights", IDS, {"c": None}, compute)[1]
+
+
+def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    model = load_model(tiny_model())
+    scores = estimate(model, shape_of(model.config), IDS)
+    folder = tmp_path / "cache" / "scores"
+    for number, name in enumerate(("first", "second")):
+        cached_scores(name, IDS, {}, lambda: scores)
+        for entry in folder.iterdir():
+            if entry.stat().st_mtime > 1e6:
+                os.utime(entry, (number, number))
+    size = sum(entry.stat().st_size for entry in folder.iterdir()) // 2
+    monkeypatch.setattr("saap.score_cache.KEPT_BYTES", int(2.5 * size))
+    assert cached_scores("first", IDS, {}, lambda: scores)[1]  # used last now
+    cached_scores("third", IDS, {}, lambda: scores)
+    hits = {name: cached_scores(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
+    assert hits == {"first": True, "third": True, "second": False}
 
 
 def test_the_graph_of_a_sequence_is_freed(tiny_model):

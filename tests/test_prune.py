@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,7 +111,16 @@ def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
     dense, slim = load_model(path), load_model(tmp_path / "slim")
     for keep, before, after in zip(plan.layers, dense.model.layers, slim.model.layers, strict=True):
         assert torch.equal(before.mlp.down_proj.weight[:, list(keep.ffn)], after.mlp.down_proj.weight)
-    assert not list(tmp_path.glob(".saap-steps-*"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["slim", "tiny"]
+
+
+def test_steps_that_a_killed_process_left_are_removed(tiny_model, tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f".slim.steps-{killed.pid}" / "1"
+    left.mkdir(parents=True)
+    prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3), steps=2))
+    assert not left.parent.exists()
 
 
 def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
