@@ -5,7 +5,7 @@
     python scripts/pruning_bench.py show ablation       # the cells that are there, as Markdown
 
 A cell is what `saap prune` writes with these settings, loaded and evaluated: no cell is a mask. Finished cells are not
-made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms.
+made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms (and has 40 too).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from saap.text import chunks, pack, read_file
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "pruning"
 SEQUENCES, LENGTH, HELD = 64, 256, 40
+SCREEN = 40  # chunks of the test on which rows are screened
 
 STRONGEST_FIRST = (
     "flap", "param_second", "param_first", "wanda_sp", "param_mix", "vector", "shortgpt", "magnitude", "random",
@@ -121,7 +122,7 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
         pruned = time.monotonic() - began
         record = read_record(out)
         model = load_model(out)
-        nll = {name: mean_nll(model, rows) for name, rows in missing.items()}
+        nll = means_of(model, missing)
     plan = record["plan"]
     cell = {
         "variant": variant,
@@ -139,6 +140,20 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
     partial.write_text(json.dumps(cell, indent=1) + "\n")
     partial.replace(path)
     print(f"{slug(variant)}: {nll} ({pruned:.0f} s)", flush=True)
+
+
+def means_of(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Mean NLL of texts, nats per token; a text that another begins with is read once."""
+    found: dict[str, float] = {}
+    total, done = 0.0, 0
+    previous: torch.Tensor | None = None
+    for name, rows in sorted(texts.items(), key=lambda item: len(item[1])):
+        if previous is None or not torch.equal(previous, rows[:done]):
+            total, done = 0.0, 0
+        if done < len(rows):
+            total += mean_nll(model, rows[done:]) * (len(rows) - done)
+        found[name], done, previous = total / len(rows), len(rows), rows
+    return found
 
 
 def ablation_variants() -> list[Variant]:
@@ -196,7 +211,8 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="show: which; cell: key=value")
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--chunks", type=int, default=SCREEN, help="of the test; the first 40 have a number of their own")
+    parser.add_argument("--methods", help="of the table, only these, as saap,flap")
     parser.add_argument("--where", help="folder of the cells; default: by what is run")
     given = parser.parse_args()
     if given.what == "show":
@@ -207,12 +223,16 @@ def main() -> None:
     texts = Texts(model_dir)
     remember_rankings()
     variants = {"ablation": ablation_variants, "table": table_variants}.get(given.what, list)()
+    if given.methods:
+        variants = [v for v in variants if v["method"] in given.methods.split(",")]
     if given.what == "cell":
         variants = [{k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}]
     where = HERE / (given.where or given.what)
     for seed in seeds:
         judged = (
-            {f"test{given.chunks}": texts.test(given.chunks)} if given.what == "table" else {"held": texts.held(seed)}
+            {f"test{n}": texts.test(n) for n in sorted({SCREEN, given.chunks})}
+            if given.what == "table"
+            else {"held": texts.held(seed)}
         )
         for variant in variants:
             published_text = variant.get("text") == "published"
