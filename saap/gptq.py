@@ -8,7 +8,7 @@ the least error weighted by diag(H). Columns stay in their order, since permuted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,12 +43,23 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
     Raises:
         SaapError: K is not whole groups, or the inputs were not finite.
     """
+    return gptq_with_latent(weight, hessian, bits, block, symmetric)[0]
+
+
+def gptq_with_latent(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True
+) -> tuple[QuantMatrix, torch.Tensor]:
+    """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32.
+
+    Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
+    integers can be trained on.
+    """
     check_blocks(weight.shape[1], block, "a matrix")
     inverse = _inverse_factor(hessian.double()).float()
     rest = weight.detach().float().t().contiguous()  # [K, N]: a column of the matrix is one run of memory
     importance = hessian.diagonal().float()
     top = 2**bits - 1
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    codes, latent = torch.empty(rest.shape, dtype=torch.uint8), torch.empty_like(rest)
     scales, zeros = [], []
     for start in range(0, len(rest), block):
         end = start + block
@@ -59,7 +70,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
         gaps = torch.empty_like(group)
         for k in range(block):
             code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
-            codes[start + k] = code.to(torch.uint8)
+            codes[start + k], latent[start + k] = code.to(torch.uint8), group[k]
             gaps[k] = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
             group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gaps[k], alpha=-1)
         rest[end:].addmm_(inverse[start:end, end:].t(), gaps, alpha=-1)
@@ -67,7 +78,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
         zeros.append(zero)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
     zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
-    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block)
+    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), latent.t().contiguous()
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -90,6 +101,10 @@ def compensated_matrices(
     block: int,
     head_bits: int,
     progress: Progress | None = None,
+    *,
+    symmetric: bool = True,
+    bits_of: Mapping[str, int] | None = None,
+    latents: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
 
@@ -98,6 +113,9 @@ def compensated_matrices(
 
     Args:
         rows: calibration ids [sequences, tokens].
+        symmetric: of the layers' linears; the vocabulary always is, as the graph demands.
+        bits_of: of the linears that do not have ``bits``, by module name.
+        latents: filled with what was rounded, [N, K], of the layers' linears.
 
     Returns:
         module name -> integers.
@@ -111,9 +129,12 @@ def compensated_matrices(
         batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
         hessians = _hessians(layer, linears, batches)
         for name, linear in linears.items():
-            matrix = gptq(linear.weight, hessians[name], bits, block)
-            linear.weight.copy_(matrix.dequantize())
-            matrices[f"{architecture.layers}.{index}.{name}"] = matrix
+            full = f"{architecture.layers}.{index}.{name}"
+            own = (bits_of or {}).get(full, bits)
+            matrices[full], latent = gptq_with_latent(linear.weight, hessians[name], own, block, symmetric)
+            linear.weight.copy_(matrices[full].dequantize())
+            if latents is not None:
+                latents[full] = latent
         hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
             progress("choosing integers", index + 1, len(layers))

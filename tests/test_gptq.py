@@ -7,8 +7,9 @@ import torch
 
 from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.gptq import compensated_matrices, gptq
-from saap.group_quant import quantize, quantize_model
+from saap.gptq import compensated_matrices, gptq, gptq_with_latent
+from saap.group_quant import fill, quantize, quantize_model
+from saap.modeling_slim import GroupQuantTable, unpack_zero_points
 
 GENERATOR = torch.Generator().manual_seed(3)
 # Inputs that depend on one another, as a model's do: without that there is nothing to compensate with.
@@ -75,3 +76,28 @@ def test_a_model_is_closer_to_itself_than_after_rounding(tiny_model, tied):
     name = "model.layers.2.mlp.down_proj"
     assert torch.equal(model.get_submodule(name).weight, matrices[name].dequantize())
     assert walked.shape == found.shape
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_was_rounded_rounds_to_the_same_integers(symmetric):
+    matrix, latent = gptq_with_latent(WEIGHT, INPUTS.t() @ INPUTS, 4, 32, symmetric)
+    holder = GroupQuantTable(40, 96, 4, 32)
+    fill(holder, matrix)
+    zeros = unpack_zero_points(matrix.zero_points, 4, 3).float().unsqueeze(-1)
+    codes = torch.round(latent.view(40, 3, 32) / matrix.scales.unsqueeze(-1)).add(zeros).clamp(0, 15) - zeros
+    assert torch.equal(codes, holder.centred().float())
+    assert not torch.allclose(latent, WEIGHT, atol=0.1)  # it is not the weight: errors were compensated
+
+
+def test_a_model_s_matrices_have_their_own_bits_and_zero_points(tiny_model):
+    model, latents = load_model(tiny_model()), {}
+    down = "model.layers.1.mlp.down_proj"
+    matrices = compensated_matrices(model, IDS[:8], 4, 32, 8, symmetric=False, bits_of={down: 8}, latents=latents)
+    assert {name: m.bits for name, m in matrices.items() if m.bits == 8} == {
+        down: 8, "lm_head": 8, "model.embed_tokens": 8
+    }  # fmt: skip
+    assert (matrices["lm_head"].zero_points == 128).all()
+    assert len(matrices["model.layers.0.mlp.up_proj"].zero_points.unique()) > 1
+    assert latents.keys() == matrices.keys() - {"lm_head", "model.embed_tokens"}
+    for name, latent in latents.items():
+        assert (latent - matrices[name].dequantize()).abs().max() <= 1.01 * matrices[name].scales.abs().max() * 8
