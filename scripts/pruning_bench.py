@@ -177,7 +177,6 @@ def table_variants() -> list[Variant]:
     and a search do by themselves is read off the rows without compensation.
     """
     rows: list[Variant] = [{"method": "saap", "compensate": c} for c in ("refit", "none", "bias")]
-    rows += [{"method": "saap", "compensate": c, "steps": 1} for c in ("refit", "none")]
     for method in STRONGEST_FIRST:
         own = "bias" if method == "flap" else "none"
         kinds = ("bias", "refit", "none") if method in ("flap", "wanda_sp") else ("refit", "none")
