@@ -70,6 +70,11 @@ class Architecture:
         """The modules whose rows, stacked, are gate and up."""
         return (self.packed_gate_up,) if self.packed_gate_up else (self.gate, self.up)
 
+    @property
+    def matrices(self) -> dict[str, tuple[str, ...]]:
+        """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up`` and ``down`` of a layer."""
+        return {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
+
     def in_attention(self, module: str) -> bool:
         """Whether a module, relative to its layer, goes where the layer's attention goes."""
         inside = module.startswith(self.output.rpartition(".")[0] + ".")

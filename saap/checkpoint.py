@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from saap import modeling_slim
 from saap.architectures import PER_LAYER, SLIM, architecture_of, with_defaults
 from saap.errors import SaapError
+from saap.group_quant import merged
 from saap.json_files import read_object
 from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
 from saap.structures import ModelShape
@@ -89,12 +90,12 @@ def read_record(directory: str | Path) -> dict[str, Any]:
 
 
 def materialise_linears(model: PreTrainedModel) -> None:
-    """Replace holders of integers by ordinary modules with the dequantised numbers, in place."""
+    """Replace holders of integers by ordinary modules with the same numbers, a branch added in, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, modeling_slim.GroupQuantLinear):
                 linear = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                linear.weight = torch.nn.Parameter(child.dequantize(), requires_grad=False)
+                linear.weight = torch.nn.Parameter(merged(child), requires_grad=False)
                 if child.bias is not None:
                     linear.bias = child.bias
                 setattr(parent, name, linear)

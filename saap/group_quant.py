@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of
 from saap.errors import SaapError
-from saap.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
+from saap.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, quantize_modules
+from saap.slim_quant import check_matrices
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
 CHUNK = 1 << 18  # elements
@@ -141,20 +142,33 @@ def quantize_model(
     block: int,
     embedding_bits: int,
     matrices: Mapping[str, QuantMatrix] | None = None,
-) -> dict[str, int | bool]:
+    bits_of: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Replace linears, embedding and head by holders of integers, in place.
 
     Args:
         matrices: integers by module name; those that are not named are chosen without data, symmetric.
+        bits_of: by module name, of linears of the decoder layers that hold other than ``bits``; those in ``matrices``
+            hold what is there.
 
     Returns:
-        the ``slim_quant`` entry of the config.
+        the ``slim_quant`` entry of the config (:mod:`saap.slim_quant`).
+
+    Raises:
+        SaapError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.
+        ValueError: a matrix of other bits or groups than its module is to hold.
     """
     architecture = architecture_of(model.config)
     originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     table: Any = model.get_submodule(architecture.embedding)
     head: Any = model.get_submodule(architecture.head)
-    quant = {"bits": bits, "block": block, "embedding_bits": embedding_bits, "tied": head.weight is table.weight}
+    quant: dict[str, Any] = {"bits": bits, "block": block, "embedding_bits": embedding_bits}
+    quant["tied"] = head.weight is table.weight
+    inside = {name for name in originals if name.startswith(architecture.layers)}
+    given = {name: matrix.bits for name, matrix in (matrices or {}).items() if name in inside} | dict(bits_of or {})
+    if own_bits := {name: own for name, own in sorted(given.items()) if own != bits}:
+        quant["matrices"] = own_bits
+    check_matrices(quant, architecture, inside)
     for name, linear in originals.items():
         check_blocks(linear.in_features, block, name)
     quantize_modules(model, quant)
@@ -183,5 +197,36 @@ def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: i
 
 
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
-    """Put integers into a module."""
+    """Put integers into a module.
+
+    Raises:
+        ValueError: they are of other bits or groups.
+    """
+    if (holder.bits, holder.block) != (matrix.bits, matrix.block):
+        found, wanted = (f"{of.bits} bits in groups of {of.block}" for of in (matrix, holder))
+        raise ValueError(f"integers of {found} are given to a module of {wanted}")
     holder.qweight, holder.scales, holder.zero_points = matrix.qweight, matrix.scales, matrix.zero_points
+
+
+def merged(linear: GroupQuantLinear) -> torch.Tensor:
+    """The one float matrix [out, in] that does what a linear does but for its bias: W and its branch."""
+    weight = linear.dequantize()
+    if linear.branch_a is None or linear.branch_b is None:
+        return weight
+    return weight + expand_branch(linear.branch_a, linear.branch_b, linear.block)
+
+
+def expand_branch(a: torch.Tensor, b: torch.Tensor, block: int) -> torch.Tensor:
+    """B A [N, K], each number of it repeated over the columns of its group; a [rank, K/block], b [N, rank]."""
+    return (b @ a).repeat_interleave(block, dim=1)
+
+
+def branch_entry(model: PreTrainedModel) -> dict[str, int | dict[str, int]]:
+    """What the branches of a model add to its ``slim_quant`` entry: nothing, one rank, or ranks by name."""
+    holders = {name: m for name, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
+    ranks = {name: len(m.branch_a) for name, m in holders.items() if m.branch_a is not None}
+    if not ranks:
+        return {}
+    inside = [name for name in holders if name.startswith(architecture_of(model.config).layers)]
+    one = len(ranks) == len(inside) and len(set(ranks.values())) == 1
+    return {"branch": next(iter(ranks.values())) if one else ranks}

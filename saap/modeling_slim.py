@@ -5,7 +5,8 @@ transformers only. Three keys of ``config.json`` drive it:
 
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer; 0 query heads means no attention, 0 ffn no MLP.
 * ``slim_bias``: true where the output and the down projections have biases that their family does not have.
-* ``slim_quant``: ``{"bits", "block", "embedding_bits"}`` when the linears and the embedding hold group-wise integers.
+* ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
+  ``"matrices"`` are the bits of linears that differ by name, ``"branch"`` is a rank for all linears or by name.
 """
 
 from __future__ import annotations
@@ -58,9 +59,8 @@ class GroupQuantTable(nn.Module):
         packed = self.qweight if rows is None else self.qweight[rows]
         zero_points = self.zero_points if rows is None else self.zero_points[rows]
         codes = unpack_codes(packed, self.bits, self.block).to(torch.int16)
-        return codes - unpack_zero_points(zero_points, self.bits, self.columns // self.block).to(torch.int16).unsqueeze(
-            -1
-        )
+        zeros = unpack_zero_points(zero_points, self.bits, self.columns // self.block).to(torch.int16)
+        return codes - zeros.unsqueeze(-1)
 
     def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """W as float32, [rows, columns]."""
@@ -69,16 +69,30 @@ class GroupQuantTable(nn.Module):
 
 
 class GroupQuantLinear(GroupQuantTable):
-    """y = x W^T (+ bias) with W held as integers."""
+    """y = x W^T + gsum(x) A^T B^T (+ bias): W held as integers, gsum(x) [..., groups] the sums over groups of columns.
 
-    def __init__(self, in_features: int, out_features: int, bits: int, block: int, bias: bool = False) -> None:
+    ``branch_a`` A [rank, groups] and ``branch_b`` B [out, rank] are float32 numbers that float16 represents, or None.
+    """
+
+    branch_a: torch.Tensor | None
+    branch_b: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, block: int, bias: bool = False, branch: int = 0
+    ) -> None:
         super().__init__(out_features, in_features, bits, block)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        for name, shape in (("branch_a", (branch, in_features // block)), ("branch_b", (out_features, branch))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32) if branch else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        y = F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        if self.branch_a is None or self.branch_b is None:
+            return y
+        sums = x.unflatten(-1, (-1, self.block)).sum(-1)
+        return y + F.linear(F.linear(sums, self.branch_a.to(x.dtype)), self.branch_b.to(x.dtype))
 
 
 class GroupQuantEmbedding(GroupQuantTable):
@@ -269,20 +283,17 @@ def _linear_like(old: nn.Linear, in_features: int, out_features: int, added_bias
 
 def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
     """Replace the decoder's linears, the embedding and the head by holders of integers, in place."""
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    fresh = GroupQuantLinear(
-                        child.in_features, child.out_features, quant["bits"], quant["block"], child.bias is not None
-                    )
-                    setattr(parent, name, fresh.to(child.weight.device))
-    table = model.model.embed_tokens
-    rows, columns = table.weight.shape
-    device = table.weight.device
-    embedding = GroupQuantEmbedding(rows, columns, quant["embedding_bits"], quant["block"]).to(device)
+    own_bits, branch = quant.get("matrices", {}), quant.get("branch", 0)
+    for path, child in list(model.model.layers.named_modules(prefix="model.layers")):
+        if isinstance(child, nn.Linear):
+            bits, biased = own_bits.get(path, quant["bits"]), child.bias is not None
+            rank = branch.get(path, 0) if isinstance(branch, dict) else branch
+            fresh = GroupQuantLinear(child.in_features, child.out_features, bits, quant["block"], biased, rank)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, fresh.to(child.weight.device))
+    weight, bits = model.model.embed_tokens.weight, quant["embedding_bits"]
+    rows, columns = weight.shape
+    embedding = GroupQuantEmbedding(rows, columns, bits, quant["block"]).to(weight.device)
     model.model.embed_tokens = embedding
-    if quant["tied"]:
-        model.lm_head = TiedHead(embedding)
-    else:
-        model.lm_head = GroupQuantLinear(columns, rows, quant["embedding_bits"], quant["block"]).to(device)
+    head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, quant["block"])
+    model.lm_head = head.to(weight.device)
