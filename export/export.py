@@ -23,8 +23,9 @@ from export.clients import write_client_files
 from export.graph import DecoderGraph, check_attention
 from export.kv_cache import cache_scales
 from export.rotary import all_rotary_tables
+from export.source import ModelSource, Precision, Progress
 from export.targets import CPU, Target, oldest_runtime
-from export.weights import ModelSource, Precision, Progress, WeightFile, write_weights
+from export.weights import WeightFile, write_weights
 from saap.architectures import Traits, traits_of
 from saap.checkpoint import read_record, weights_hash, writing_directory
 from saap.errors import SaapError
@@ -138,6 +139,7 @@ def make_manifest(
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
+            **{key: source.quant[key] for key in ("matrices", "branch") if source.quant and source.quant.get(key)},
             "method": record.get("method"),
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),

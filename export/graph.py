@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from export.branch import add_branch
 from export.graph_builder import GraphBuilder
 from export.rotary import rotary_names
-from export.weights import Precision, WeightFile
+from export.source import Precision
+from export.weights import WeightFile
 from saap.architectures import LayerTraits, Traits
 from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape
@@ -218,8 +220,10 @@ class DecoderGraph:
         inside = bias is not None and self._float == ir.DataType.FLOAT  # ONNX Runtime's CUDA kernel took none for long
         if zero_points in self._tensors or inside:
             inputs.append(self._weight(zero_points) if zero_points in self._tensors else None)
-        y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, self.precision.bits)
-        return y if bias is None or inside else self._op("Add", [y, bias])
+        bits = self._tensors[f"{name}.qweight"].nbytes * 8 // (n * k)  # each matrix has its own, and the file knows
+        y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, bits)
+        y = y if bias is None or inside else self._op("Add", [y, bias])
+        return add_branch(self._builder, y, x, name, self.precision.block)
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
         return self._op(

@@ -18,9 +18,10 @@ from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, 
 from export.clients import write_client_files
 from export.export import make_manifest, transformers_config
 from export.rotary import all_rotary_tables
+from export.source import ModelSource, Precision, Progress
 from export.standard_graph import StandardGraph
 from export.standard_weights import write_standard_weights
-from export.weights import ModelSource, Precision, Progress, WeightFile
+from export.weights import WeightFile
 from saap.architectures import traits_of
 from saap.checkpoint import writing_directory
 from saap.models import copy_sidecars

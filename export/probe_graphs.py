@@ -26,8 +26,9 @@ from export.bundle import LayerSizes as BundleSizes
 from export.graph import DecoderGraph, check_attention
 from export.probe_model import ProbeModel
 from export.rotary import all_rotary_tables
+from export.source import Precision
 from export.targets import oldest_runtime
-from export.weights import ATTENTION_NORMS, FFN_NORMS, Precision, WeightFile
+from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from saap.architectures import Architecture
 from saap.structures import LayerSizes, ModelShape
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import MANIFEST, BundleManifest, read_manifest
+from export.source import Precision
 from export.targets import CPU
-from export.weights import Precision
 from saap.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
 from saap.checkpoint import read_config
 from saap.errors import SaapError

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from export.branch import add_branch
 from export.graph_builder import GraphBuilder
 from export.rotary import Table, rotary_names
-from export.weights import Precision
+from export.source import Precision
 from saap.architectures import Traits
 from saap.structures import LayerSizes, ModelShape
 
@@ -232,7 +233,8 @@ class StandardGraph:
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         g = self._graph
         y = self._matrix_product(x, name, self.precision.bits)
-        return g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
+        y = g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
+        return add_branch(g, y, x, name, self.precision.block)
 
     def _matrix_product(self, x: ir.Value, name: str, bits: int) -> ir.Value:
         g = self._graph

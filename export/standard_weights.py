@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.weights import ATTENTION_NORMS, FFN_NORMS, ModelSource, Precision, Progress, WeightFile
+from export.source import ModelSource, Precision, Progress, stack_linears
+from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias_and_branch
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, quantize
 from saap.modeling_slim import unpack_codes, unpack_zero_points
@@ -29,16 +30,16 @@ def write_standard_weights(
         if progress:
             progress("writing weights", index, count)
         name, prefix = f"layers.{index}", f"{arch.layers}.{index}."
-        groups: dict[str, tuple[str, ...]] = {}
+        parts: tuple[str, ...] = ()
         norms: tuple[str, ...] = ()
         if sizes.query_heads:
-            groups |= {"qkv": arch.qkv, "o": (arch.output,)}
+            parts += ("qkv", "o")
             norms += ATTENTION_NORMS
         if sizes.ffn:
-            groups |= {"gate_up": arch.gate_up, "down": (arch.down,)}
+            parts += ("gate_up", "down")
             norms += FFN_NORMS
-        for part, modules in groups.items():
-            _write_linear(source, precision, file, f"{name}.{part}", [prefix + m for m in modules])
+        for part in parts:
+            _write_linear(source, precision, file, index, part)
         for norm in norms:
             if module := getattr(arch, norm):
                 file.add(f"{name}.{norm}", source.norm(prefix + module))
@@ -48,20 +49,13 @@ def write_standard_weights(
         progress("writing weights", count, count)
 
 
-def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, name: str, modules: list[str]) -> None:
-    """One or several linears over the same input as one matrix: they stand side by side along N."""
-    parts = [source.matrix(module, precision.bits, precision.block) for module in modules]
-    rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
-    packed = [p for p in parts if isinstance(p, QuantMatrix)]
-    if packed:
-        qweight, scales, zero_points = (torch.cat([getattr(p, part) for p in packed]) for part in QuantMatrix.PARTS)
-        _write_integers(file, name, QuantMatrix(qweight, scales, zero_points, precision.bits, precision.block))
+def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, layer: int, part: str) -> None:
+    name, linear = f"layers.{layer}.{part}", stack_linears(source, precision, layer, part)
+    if isinstance(linear.matrix, QuantMatrix):
+        _write_integers(file, name, linear.matrix)
     else:
-        _write_float(file, name, torch.cat([p for p in parts if isinstance(p, torch.Tensor)]))
-    biases = [source.bias(module) for module in modules]
-    if any(bias is not None for bias in biases):
-        filled = [b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)]
-        file.add(f"{name}.bias", torch.cat(filled).numpy())
+        _write_float(file, name, linear.matrix)
+    write_bias_and_branch(file, name, linear)
 
 
 def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:
@@ -90,7 +84,7 @@ def _vocabulary_matrix(source: ModelSource, precision: Precision, module: str) -
     if not source.quant:
         weight = source.tensor(f"{module}.weight").float()
         return weight if bits == 32 else quantize(weight, bits, block, symmetric=True)
-    table = source.matrix(module, bits, block)
+    table = source.matrix(module, precision)
     if isinstance(table, QuantMatrix) and not is_symmetric(table):
         raise SaapError(f"{module} has zero points other than {2 ** (bits - 1)}: quantise it symmetrically")
     return table

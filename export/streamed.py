@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import saap.checkpoint  # noqa: F401  registers our model type
-from export.weights import ModelSource, Precision, Progress
-from saap.group_quant import QuantMatrix, check_blocks, quantize
+from export.source import ModelSource, Precision, Progress
+from saap.group_quant import QuantMatrix, check_blocks, expand_branch, quantize
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -124,8 +124,8 @@ class StreamedModel:
         module.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
 
     def _linear(self, module: str) -> torch.Tensor:
-        precision = self._precision
-        return dequantised(self._source.matrix(module, precision.bits, precision.block))
+        weight, branch = dequantised(self._source.matrix(module, self._precision)), self._source.branch(module)
+        return weight if branch is None else weight + expand_branch(*branch, self._precision.block)
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""

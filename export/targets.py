@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from export.weights import Precision
+from export.source import Precision
 from saap.errors import SaapError
 from saap.structures import ModelShape
 
@@ -44,7 +44,7 @@ class Target:
                 raise SaapError("the cuda target keeps its cache in float16: leave --kv out")
             return replace(precision, accuracy_level=0, floats="float16", kv="float16")
         level = accuracy_level if self.dotprod else 0
-        if 8 in (precision.bits, precision.head_bits) and level != 4:
+        if 8 in precision.all_bits and level != 4:
             why = "a CPU without dot product has no 8-bit kernel" if not self.dotprod else "8 bit has no other kernel"
             raise SaapError(f"8 bit needs accuracy level 4, not {level}: {why}; export at 4 bit")
         if kv_bits == 8 and self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_INT8_CACHE):

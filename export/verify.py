@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
 from export.run import BundleScorer
+from export.source import ModelSource, Precision, Progress
 from export.streamed import StreamedModel
-from export.weights import ModelSource, Precision, Progress
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.group_quant import round_model

@@ -20,9 +20,9 @@ from export.export import export_bundle
 from export.inspect import inspect_bundle
 from export.portable import export_portable
 from export.run import BundleScorer, empty_past
+from export.source import Precision
 from export.streamed import streamed_logits
 from export.verify import check_parity, reference_model
-from export.weights import Precision
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.group_quant import quantize
@@ -173,7 +173,7 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.weights.quantize", lambda weight, bits, block, *_: quantize(weight, bits, block, False))
+    monkeypatch.setattr("export.source.quantize", lambda weight, bits, block, *_: quantize(weight, bits, block, False))
     manifest = export(uneven, tmp_path / "bundle", bits=bits)
     check_standard(tmp_path / "bundle")
     graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph

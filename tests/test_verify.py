@@ -13,9 +13,9 @@ from test_export import IDS, MODELS, logits_of, model_of
 import export.streamed
 from export.bundle import read_manifest
 from export.export import export_bundle
+from export.source import ModelSource, Precision
 from export.streamed import StreamedModel, streamed_logits
 from export.verify import check_parity, reference_model
-from export.weights import ModelSource, Precision
 from saap.errors import SaapError
 from saap.tune import TuneOptions, tune
 

@@ -1,0 +1,171 @@
+"""A dense, slim or tuned directory as the exporter reads it: one matrix at a time, floats or integers.
+
+What is one matrix in a graph (queries, keys and values; gate and up) comes stacked, with its bias and branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.branch import Branch, stack_branches
+from saap.architectures import Architecture, architecture_of, shape_of
+from saap.checkpoint import read_config, tensor_reader
+from saap.errors import SaapError
+from saap.group_quant import QuantMatrix, check_blocks, quantize
+from saap.slim_quant import branch_rank, module_bits, stacked_bits
+from saap.structures import ModelShape
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the graph computes in and how its weights are stored.
+
+    Attributes:
+        bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
+        block: quantisation group; 0 at 32 bit.
+        head_bits: of embedding and head.
+        accuracy_level: of MatMulNBits.
+        floats: type of activations, scales, norms and float weights: float32 or float16.
+        kv: type of the KV cache: ``floats``, or int8.
+        matrices: bits of the linears that a tuned directory holds at other than ``bits``, by module name.
+    """
+
+    bits: int = 4
+    block: int = 32
+    head_bits: int = 4
+    accuracy_level: int = 4
+    floats: str = "float32"
+    kv: str = "float32"
+    matrices: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def all_bits(self) -> tuple[int, ...]:
+        """Every number of bits that some matrix has, fewest first."""
+        return tuple(sorted({self.bits, self.head_bits, *self.matrices.values()}))
+
+
+class ModelSource:
+    """A dense, slim or tuned directory as the exporter sees it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        self.architecture: Architecture = architecture_of(self.config)
+        self.shape: ModelShape = shape_of(self.config)
+        self.names, self.read = tensor_reader(directory)
+        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+
+    def precision(self, bits: int | None, block: int | None, head_bits: int | None) -> Precision:
+        """What to export at; a tuned directory has its own integers and refuses others."""
+        if self.quant:
+            own = Precision(
+                self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
+                matrices=self.quant.get("matrices", {}),
+            )  # fmt: skip
+            for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
+                if asked is not None and asked != has:
+                    raise SaapError(
+                        f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
+                    )
+            return own
+        bits = 4 if bits is None else bits
+        if bits not in (4, 8, 32):
+            raise SaapError(f"{bits} bits are not supported; allowed: 4, 8, 32")
+        return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
+
+    def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
+
+        Raises:
+            SaapError: widths that are not whole groups, or tuned integers that are not what the config says.
+        """
+        if self.quant:
+            qweight, scales, zero_points = (self.tensor(f"{module}.{part}") for part in QuantMatrix.PARTS)
+            bits, block = module_bits(self.quant, self.architecture, module), int(self.quant["block"])
+            if qweight.shape[2] * 8 != block * bits:
+                raise SaapError(
+                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {block} that "
+                    "config.json says: make the directory again"
+                )
+            return QuantMatrix(qweight, scales, zero_points, bits, block)
+        in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
+        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.tensor(f"{module}.weight").float()
+        if bits == 32:
+            return weight
+        check_blocks(weight.shape[1], precision.block, module)
+        return quantize(weight, bits, precision.block)
+
+    def branch(self, module: str) -> Branch | None:
+        """The branch beside a linear of a layer: A [rank, K/block] and B [N, rank], float32, or None."""
+        if not self.quant or not branch_rank(self.quant, module):
+            return None
+        return self.tensor(f"{module}.branch_a").float(), self.tensor(f"{module}.branch_b").float()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint.
+
+        Raises:
+            SaapError: the checkpoint does not hold what the config promises.
+        """
+        if name not in self.names:
+            raise SaapError(
+                f"{self.directory} has no tensor {name}, which its config.json asks for: get the model again"
+            )
+        return self.read(name)
+
+    def norm(self, module: str) -> np.ndarray:
+        """The factors of a norm, [width] float32."""
+        return (self.tensor(f"{module}.weight").float() + float(self.architecture.offset_norms)).numpy()
+
+    def bias(self, module: str) -> torch.Tensor | None:
+        """The bias of a linear, or None."""
+        name = f"{module}.bias"
+        return self.read(name).float() if name in self.names else None
+
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """One or several linears over the same input as one: rows of N are independent, so they are stacked.
+
+    Attributes:
+        matrix: [N, K], floats or integers.
+        bias: [N] or None.
+        branch: A [rank, K/block] (None is the identity) and B [N, rank], or None.
+    """
+
+    matrix: torch.Tensor | QuantMatrix
+    bias: torch.Tensor | None
+    branch: tuple[torch.Tensor | None, torch.Tensor] | None
+
+
+def stack_linears(source: ModelSource, precision: Precision, layer: int, part: str) -> StackedLinear:
+    """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
+
+    Raises:
+        SaapError: its linears hold different bits.
+    """
+    arch = source.architecture
+    if source.quant:
+        stacked_bits(source.quant, arch, layer, part)
+    modules = [f"{arch.layers}.{layer}.{module}" for module in arch.matrices[part]]
+    parts = [source.matrix(module, precision) for module in modules]
+    packed = [p for p in parts if isinstance(p, QuantMatrix)]
+    rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
+    matrix: torch.Tensor | QuantMatrix
+    if packed:
+        qweight, scales, zero_points = (torch.cat([getattr(p, name) for p in packed]) for name in QuantMatrix.PARTS)
+        matrix = QuantMatrix(qweight, scales.float(), zero_points, packed[0].bits, packed[0].block)
+    else:
+        matrix = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
+    biases, bias = [source.bias(module) for module in modules], None
+    if any(b is not None for b in biases):
+        bias = torch.cat([b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)])
+    return StackedLinear(matrix, bias, stack_branches([source.branch(module) for module in modules], rows))
