@@ -18,13 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saap.conversations import is_conversation, messages_of
 from saap.errors import SaapError
 from saap.self_written import self_written
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Documents", "chunks", "load_documents", "pack", "read_file", "refuse_overlap", "self_written"]
+__all__ = [
+    "Documents", "chunks", "documents_of", "load_documents", "load_rows", "pack", "read_file", "refuse_overlap",
+    "self_written",
+]  # fmt: skip
 
 Split = Literal["calibration", "tuning", "evaluation"]
 
@@ -80,12 +84,19 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
         return _from_environment(split, seed)
     path = Path(source)
     if path.is_file():
-        return _documents(read_file(path, whole=split == "evaluation"), str(source))
-    if path.is_dir():
-        raise SaapError(f"{path} is a directory: give a text, .jsonl or .gz file")
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", str(source)) and not path.suffix:
-        return _documents(_hub_texts(str(source), split), f"data set {source}")
-    raise SaapError(f"no text {str(source)!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
+        return documents_of(read_file(path, whole=split == "evaluation"), str(source))
+    rows = _hub_rows(str(source), split)
+    return documents_of([_row_text(row, where) for where, row in rows], f"data set {source}")
+
+
+def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, Any]] | None:
+    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
+
+    Raises:
+        SaapError: as :func:`load_documents`.
+    """
+    path = Path(source)
+    return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
 
 
 def read_file(path: Path, *, whole: bool = False) -> list[str]:
@@ -94,20 +105,31 @@ def read_file(path: Path, *, whole: bool = False) -> list[str]:
     Raises:
         SaapError: naming the file, and the line where there is one.
     """
+    content = _content(path)
+    rows = _json_rows(path, content)
+    if rows is not None:
+        return [_row_text(row, where) for where, row in rows]
+    return [content] if whole else _cut(content)
+
+
+def _content(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise SaapError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
+
+
+def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind in (".jsonl", ".ndjson"):
-        return [_row_text(_parsed(line, f"{path} line {n}"), f"{path} line {n}") for n, line in _lines(content)]
-    if kind == ".json":
-        rows = _parsed(content, str(path))
-        if not isinstance(rows, list):
-            raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
-        return [_row_text(row, f"{path} row {n}") for n, row in enumerate(rows, 1)]
-    return [content] if whole else _cut(content)
+        return [(f"{path} line {n}", _parsed(line, f"{path} line {n}")) for n, line in _lines(content)]
+    if kind != ".json":
+        return None
+    rows = _parsed(content, str(path))
+    if not isinstance(rows, list):
+        raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
+    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
 def refuse_overlap(training: Documents, evaluation: Documents) -> None:
@@ -182,13 +204,18 @@ def _from_environment(split: Split, seed: int) -> Documents | None:
     if missing:
         raise SaapError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
     if split == "evaluation":
-        return _documents(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
+        return documents_of(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
     texts = [text for name in names for text in read_file(Path(named) / name)]
     random.Random(f"{split} {seed}").shuffle(texts)
-    return _documents(texts, " + ".join(names))
+    return documents_of(texts, " + ".join(names))
 
 
-def _documents(texts: Iterable[str], source: str) -> Documents:
+def documents_of(texts: Iterable[str], source: str) -> Documents:
+    """Texts with their origin and hash; blank ones are left out.
+
+    Raises:
+        SaapError: nothing is left.
+    """
     kept = tuple(text for text in texts if text.strip())
     if not kept:
         raise SaapError(f"{source} holds no text: give a file with text in it")
@@ -219,9 +246,11 @@ def _row_text(row: Any, where: str) -> str:
         if "instruction" in row:
             parts = (row["instruction"], row.get("input", row.get("context")), row.get("output", row.get("response")))
             return "\n".join(str(part) for part in parts if part)
+        if is_conversation(row):
+            return "\n".join(turn["content"] for turn in messages_of(row, where))
         if "choices" in row or "question" in row:
             raise SaapError(f"{where} is a multiple-choice question: those are for evaluation tasks, give running text")
-    raise SaapError(f"{where} has neither 'text' nor 'instruction': give rows with one of these fields")
+    raise SaapError(f"{where} has neither 'text' nor 'instruction' nor 'messages': give rows with one of these fields")
 
 
 def _cut(content: str) -> list[str]:
@@ -235,7 +264,12 @@ def _cut(content: str) -> list[str]:
     return [*documents, "".join(lines)] if lines else documents
 
 
-def _hub_texts(name: str, split: Split) -> list[str]:
+def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
+    """Rows of a hub's data set; whatever is no file comes here to be refused."""
+    if Path(name).is_dir():
+        raise SaapError(f"{name} is a directory: give a text, .jsonl or .gz file")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) or Path(name).suffix:
+        raise SaapError(f"no text {name!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
     try:
         from datasets import load_dataset
     except ImportError:
@@ -252,7 +286,7 @@ def _hub_texts(name: str, split: Split) -> list[str]:
             f"{name} is no file here, and no hub gave its {wanted!r} split ({type(error).__name__}): check the id and "
             "the network, or give a file"
         ) from None
-    return [_row_text(row, f"{name} row {n}") for n, row in enumerate(taken, 1)]
+    return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
 
 
 def _telling_lines(texts: Iterable[str]) -> set[str]:
