@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from saap.architectures import FAMILIES
+from saap.checkpoint import load_model
+from saap.errors import SaapError
+from saap.group_adapter import (
+    GroupAdapterConfig,
+    attach,
+    detach,
+    fold,
+    layers_of,
+    load_adapter,
+    save_adapter,
+    trained_parameters,
+)
+from saap.group_folds import FOLDS, float_zero_point_matrix
+from saap.group_quant import fill, quantize, quantize_model
+from saap.modeling_slim import GroupQuantLinear, unpack_zero_points
+
+IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
+CONFIGS = [
+    GroupAdapterConfig("scale"),
+    GroupAdapterConfig("scale", 2, 4),
+    GroupAdapterConfig("zero-point"),
+    GroupAdapterConfig("zero-point", 2),
+    GroupAdapterConfig("branch", 2, 3),
+]
+NAMES = [f"{config.fold}-{config.rank}" for config in CONFIGS]
+
+
+@pytest.fixture(params=["llama", "phi3"])
+def quantised(request, tiny_model, tiny_family):
+    """A function that makes the same quantised model each time: llama, and phi3 with its packed matrices."""
+    made = {}
+
+    def make(symmetric=True, bits=4, layers=2, **sizes):
+        key = (symmetric, bits, layers, *sizes.items())
+        if key not in made:
+            fields = {"name": f"model{len(made)}", "num_hidden_layers": layers, **sizes}
+            path = tiny_model(**fields) if request.param == "llama" else tiny_family("phi3", **fields)
+            model = load_model(path)
+            linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            matrices = {name: quantize(m.weight, bits, 32, symmetric) for name, m in linears.items()}
+            quantize_model(model, bits, 32, bits, matrices)
+            made[key] = model
+        return copy.deepcopy(made[key])
+
+    return make
+
+
+def holders(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, GroupQuantLinear) and n != "lm_head"}
+
+
+def spread(model, size=0.05):
+    """Give all adapter parameters numbers as training would."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in layers_of(model).values():
+        step = size if not hasattr(layer, "zeros") else size * 60 * layer.base.scales.abs().mean()
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.data += step * torch.randn(parameter.shape, generator=generator)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_folded_model_is_the_adapted_one(quantised, config, symmetric):
+    model = quantised(symmetric)
+    before = {name: (m.qweight.clone(), m.scales.clone(), m.zero_points.clone()) for name, m in holders(model).items()}
+    expected = logits(model)
+    adapted = attach(model, config)
+    assert torch.allclose(logits(adapted), expected, atol=1e-5)  # B is 0: nothing is changed yet
+    spread(adapted)
+    tuned = logits(adapted)
+    assert (tuned - expected).abs().max() > 0.01
+    wanted = {}
+    for name, layer in layers_of(adapted).items():
+        if config.fold == "scale":
+            wanted[name] = layer.scales().detach()
+        elif config.fold == "zero-point":
+            wanted[name] = layer.zero_points().detach()
+        else:
+            wanted[name] = [part.detach() for part in layer.branch()]
+    plain = fold(adapted)
+    assert plain is model and not any("lora" in name for name, _ in plain.named_modules())
+    assert (logits(plain) - tuned).abs().max() <= 1e-6 * max(1, tuned.abs().max())
+    for name, holder in holders(plain).items():
+        codes, scales, zero_points = before[name]
+        assert torch.equal(holder.qweight, codes)
+        assert torch.equal(holder.scales, scales) != (config.fold == "scale")
+        assert torch.equal(holder.zero_points, zero_points) != (config.fold == "zero-point")
+        if config.fold == "scale":
+            assert torch.equal(holder.scales, wanted[name])
+            assert torch.equal(holder.scales, holder.scales.half().float())
+        elif config.fold == "zero-point":
+            assert torch.equal(unpack_zero_points(holder.zero_points, 4, holder.scales.shape[1]).float(), wanted[name])
+        else:
+            a, b = wanted[name]
+            assert a.shape == (2, holder.scales.shape[1]) and b.shape == (holder.out_features, 2)
+            assert torch.equal(holder.branch_a, a) and torch.equal(holder.branch_b, b)
+            assert all(torch.equal(part, part.half().float()) for part in (a, b))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_the_forward_is_what_its_formula_says(config, bits):
+    """Against an independent computation with plain matrices, bias and asymmetric 8-bit codes included."""
+    generator = torch.Generator().manual_seed(5)
+    base = GroupQuantLinear(96, 10, bits, 32, bias=True)
+    fill(base, quantize(torch.randn(10, 96, generator=generator) + 1, bits, 32, symmetric=False))
+    base.bias.data.normal_(generator=generator)
+    rank, alpha = config.rank or 3, config.alpha or config.rank or 3
+    layer = FOLDS[config.fold](base, "default", r=rank, lora_alpha=alpha, free=not config.rank)
+    for p in layer.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    b = layer.lora_B["default"].weight.detach()
+    a = layer.lora_A["default"].weight.detach() if config.rank else torch.eye(3)
+    x = torch.randn(4, 96, generator=generator)
+    zeros = unpack_zero_points(base.zero_points, bits, 3).float()
+    codes, scales = base.centred().float() + zeros.unsqueeze(-1), base.scales
+    sums = torch.stack([x[:, :32].sum(1), x[:, 32:64].sum(1), x[:, 64:].sum(1)], dim=1)
+    factor, extra = b @ a * (alpha / rank), 0
+    if config.fold == "scale":
+        scales = (scales * (1 + factor).clamp_min(0.05)).half().float()
+    elif config.fold == "zero-point":
+        zeros = (zeros - factor / scales).clamp(0, 2**bits - 1).round()
+    else:
+        extra = sums @ a.half().float().T @ (b * (alpha / rank)).half().float().T
+    weight = (scales.unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
+    assert torch.allclose(layer(x), x @ weight.T + extra + base.bias, atol=1e-4)
+
+
+def test_the_reference_of_the_literature_is_the_additive_adapter():
+    generator = torch.Generator().manual_seed(6)
+    base = GroupQuantLinear(64, 5, 4, 32)
+    fill(base, quantize(torch.randn(5, 64, generator=generator), 4, 32, symmetric=False))
+    factor, x = (torch.randn(5, 2, generator=generator), torch.randn(7, 64, generator=generator))
+    sums = x.view(7, 2, 32).sum(-1)
+    assert torch.allclose(
+        x @ float_zero_point_matrix(base, factor).T, F.linear(x, base.dequantize()) + sums @ factor.T, atol=1e-4
+    )
+
+
+def test_a_group_keeps_its_sign_and_zero_points_their_range():
+    base = GroupQuantLinear(64, 5, 4, 32)
+    fill(base, quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(7)), 4, 32))
+    layers = {fold: FOLDS[fold](base, "default", r=2, lora_alpha=2, free=True) for fold in ("scale", "zero-point")}
+    for layer in layers.values():
+        layer.lora_B["default"].weight.data.fill_(-30)
+    assert torch.equal(layers["scale"].scales().sign(), base.scales.sign())
+    zeros = layers["zero-point"].zero_points()
+    assert torch.equal(zeros, torch.where(base.scales > 0, 15.0, 0.0))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_only_adapters_are_trained_and_every_one_learns(quantised, config):
+    model = quantised()
+    adapted = attach(model, config)
+    assert {id(p) for p in adapted.parameters() if p.requires_grad} == {id(p) for p in trained_parameters(adapted)}
+    layers = layers_of(adapted)
+    groups = {name: layer.base.scales.shape[1] for name, layer in layers.items()}
+    shapes = [[(layer.base.out_features, config.rank or groups[name])] for name, layer in layers.items()]
+    if config.rank:
+        shapes = [[(config.rank, groups[n]), *shape] for n, shape in zip(layers, shapes, strict=True)]
+    assert [tuple(p.shape) for p in trained_parameters(adapted)] == [s for shape in shapes for s in shape]
+    spread(adapted, 0.01)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_gradient_checkpointing_and_autocast(quantised, config):
+    """Checkpointing gives the same gradients to the bit, autocast to bfloat16 nearly the same, in float32."""
+
+    def gradients(checkpointing=False, autocast=False):
+        adapted = attach(quantised(), config)
+        spread(adapted, 0.01)
+        adapted.train()
+        if checkpointing:
+            adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = adapted(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in trained_parameters(adapted))
+        return torch.cat([p.grad.flatten() for p in trained_parameters(adapted)])
+
+    for autocast in (False, True):
+        assert torch.equal(gradients(True, autocast), gradients(False, autocast))
+    exact, low = gradients(), gradients(autocast=True)
+    assert 0 < (exact - low).norm() < 0.1 * exact.norm()
+
+
+def test_no_matrix_is_kept_between_forward_and_backward(quantised):
+    adapted = attach(quantised(), GroupAdapterConfig("scale"))
+    own = {layer.centred.data_ptr() for layer in layers_of(adapted).values()}
+    sizes = {layer.centred.numel() for layer in layers_of(adapted).values()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted(input_ids=IDS[:1, :4], labels=IDS[:1, :4], use_cache=False).loss.backward()
+    large = [t for t in kept if t.numel() in sizes]
+    assert len(large) == len(layers_of(adapted)) and {t.data_ptr() for t in large} == own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_the_decoder_has_our_layer_and_nothing_else(family, tiny_family):
+    model = load_model(tiny_family(family))
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert len(linears) == 3 * (4 if family == "phi3" else 7)
+    quantize_model(model, 4, 32, 4)
+    expected = logits(model)
+    adapted = attach(model, GroupAdapterConfig("zero-point"))
+    assert layers_of(adapted).keys() == linears
+    assert all(type(layer) is FOLDS["zero-point"] for layer in layers_of(adapted).values())
+    assert sum("lora_B" in name for name, _ in adapted.named_parameters()) == len(linears)
+    assert torch.equal(logits(detach(adapted)), expected)
+
+
+def test_the_start_is_the_seeds_alone(quantised):
+    torch.manual_seed(1)
+    one = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), CONFIGS[1]))])
+    state = torch.random.get_rng_state()
+    two = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), CONFIGS[1]))])
+    assert torch.equal(one, two)
+    attach(quantised(), CONFIGS[1], seed=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_saved_and_loaded_on_a_fresh_model_it_gives_the_same_logits(quantised, config, tmp_path):
+    adapted = attach(quantised(), config)
+    adapted.get_parameter("base_model.model.model.norm.weight").requires_grad_(True).data.mul_(1.5)
+    spread(adapted)
+    save_adapter(adapted, tmp_path / "adapter")
+    save_adapter(adapted, tmp_path / "adapter")  # over an earlier one
+    assert sorted(f.name for f in tmp_path.joinpath("adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "group_adapter.json",
+    ]  # fmt: skip
+    assert sum("lora_A" in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors")) == (
+        len(layers_of(adapted)) if config.rank else 0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_adapter(quantised(), tmp_path / "adapter")
+    assert loaded.saap_adapter == config
+    assert torch.equal(logits(loaded), logits(adapted))
+    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (adapted, loaded)]
+    assert trained[0] == trained[1]
+    assert torch.equal(logits(fold(loaded)), logits(fold(adapted)))
+
+
+def test_peft_itself_reads_the_adapter_when_the_layer_is_registered(quantised, tmp_path):
+    adapted = attach(quantised(), GroupAdapterConfig("scale", 2))
+    spread(adapted)
+    save_adapter(adapted, tmp_path / "adapter")
+    config = LoraConfig.from_pretrained(tmp_path / "adapter")
+
+    def ours(base, name, **options):
+        return FOLDS["scale"](base, name, free=False, **options)
+
+    config._register_custom_module({GroupQuantLinear: ours})
+    loaded = PeftModel.from_pretrained(quantised(), tmp_path / "adapter", config=config)
+    assert torch.equal(logits(loaded), logits(adapted))
+    assert torch.equal(logits(loaded.merge_and_unload()), logits(fold(adapted)))
+
+
+def test_peft_without_the_registration_refuses_the_adapter(quantised, tiny_model, tmp_path):
+    """What is not silent in PEFT is relied on: a new version that lets it pass fails here."""
+    save_adapter(attach(quantised(), GroupAdapterConfig("scale", 2)), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not supported"):
+        PeftModel.from_pretrained(quantised(), tmp_path / "adapter")
+    with pytest.raises((RuntimeError, ValueError)):
+        PeftModel.from_pretrained(load_model(tiny_model("dense")), tmp_path / "adapter")
+
+
+def test_a_peft_that_ignores_the_registration_is_found_out(quantised, monkeypatch):
+    monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda self, mapping: None)
+    with pytest.raises(SaapError, match="does not take the layers"):
+        attach(quantised(), GroupAdapterConfig())
+    monkeypatch.undo()
+    monkeypatch.setattr("saap.group_adapter._pattern", lambda model, holders: r".*\.1\..*(o_proj|down_proj)")
+    with pytest.raises(SaapError, match=r"put no group adapter on model.layers.0"):
+        attach(quantised(), GroupAdapterConfig())
+
+
+def change(path, edit):
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(quantised, tiny_model, tmp_path):
+    def saved(name, config=CONFIGS[1]):
+        save_adapter(attach(quantised(), config), tmp_path / name)
+        return tmp_path / name
+
+    def refused(path, match, model=None):
+        model = model or quantised()
+        before = logits(model)
+        with warnings.catch_warnings(), pytest.raises(SaapError, match=match) as caught:
+            warnings.simplefilter("error")
+            load_adapter(model, path)
+        assert "\n" not in str(caught.value)
+        assert torch.equal(logits(model), before) and not layers_of(model)
+
+    path = saved("fits")
+    refused(path, "the model wants", quantised(intermediate_size=160))
+    refused(path, "has, and the model has not,", quantised(layers=1))
+    refused(path, "lacks", quantised(layers=3))
+    refused(path, "holds no integers", load_model(tiny_model("dense")))
+    refused(path, "other integers", quantised(bits=8))
+    refused(path, "other integers", quantised(symmetric=False))
+    refused(tmp_path / "absent", "cannot read")
+
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({n: t for n, t in tensors.items() if n != name}, weights)
+    refused(path, f"lacks {name}")
+    save_file(tensors | {f"{name}_2": torch.zeros(1)}, weights)
+    refused(path, "has, and the model has not,")
+    weights.write_bytes(b"torn")
+    refused(path, "cannot be read")
+
+    change(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(fold="merged"))
+    refused(tmp_path / "record", "does not exist")
+    change(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(rank=None, alpha=None))
+    refused(tmp_path / "record", "lora_A")
+    change(saved("record") / "group_adapter.json", lambda value: value["also"].append("model.norm.bias"))
+    refused(tmp_path / "record", "model.norm.bias")
+    change(saved("record") / "adapter_config.json", lambda value: value.update(lora_alpha=64))
+    refused(tmp_path / "record", "changed in 'lora_alpha'")
+    (saved("record") / "group_adapter.json").unlink()
+    refused(tmp_path / "record", "cannot read")
+
+
+def test_bad_options_and_bad_moments(quantised, tmp_path):
+    for options, match in [
+        (("float-zero-point",), "does not exist"),
+        (("branch",), "needs a rank"),
+        (("scale", -1), "negative"),
+        (("scale", None, 4), "needs a rank"),
+        (("scale", 4, 0), "above 0"),
+    ]:
+        with pytest.raises(SaapError, match=match):
+            GroupAdapterConfig(*options)
+    adapted = attach(quantised(), GroupAdapterConfig("branch", 1))
+    with pytest.raises(SaapError, match="adapter already"):
+        attach(adapted.get_base_model(), GroupAdapterConfig())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    with pytest.raises(SaapError, match="holds other files"):
+        save_adapter(adapted, tmp_path / "mine")
+    plain = fold(adapted)
+    with pytest.raises(SaapError, match="before folding"):
+        save_adapter(adapted, tmp_path / "out")
+    with pytest.raises(SaapError, match="branch already"):
+        attach(plain, GroupAdapterConfig())
