@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import os
+from itertools import product
+
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saap import teacher as teacher_module
+from saap.checkpoint import load_model
+from saap.distillation import bucket_shares
+from saap.errors import SaapError
+from saap.teacher import check_same_vocabulary, distillation_loss, teacher_targets
+
+GENERATOR = torch.Generator().manual_seed(0)
+IDS = torch.randint(300, (70, 12), generator=GENERATOR)
+EVERYWHERE = torch.ones(2, 5, dtype=torch.bool)
+
+
+def drawn(*shape, dtype=torch.float64, spread=2.0):
+    return spread * torch.randn(*shape, generator=GENERATOR, dtype=dtype)
+
+
+def likeliest(logits, k, temperature=1.0):
+    values, tokens = (logits / temperature).log_softmax(-1).topk(k)
+    return tokens, values
+
+
+def full_divergence(student, teacher, temperature):
+    """torch's own, with both sides softened."""
+    return temperature**2 * F.kl_div(
+        (student / temperature).log_softmax(-1).flatten(0, 1),
+        (teacher / temperature).log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_all_tokens_kept_is_the_full_divergence(temperature):
+    student, teacher = drawn(2, 5, 40).requires_grad_(), drawn(2, 5, 40)
+    loss = distillation_loss(student, *likeliest(teacher, 40, temperature), EVERYWHERE, temperature)
+    reference = full_divergence(student, teacher, temperature)
+    assert torch.allclose(loss, reference, rtol=1e-10)
+    ours, theirs = (torch.autograd.grad(one, student)[0] for one in (loss, reference))
+    assert torch.allclose(ours, theirs, atol=1e-12) and ours.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_buckets_are_a_divergence_below_the_full_one(temperature):
+    """Against the same buckets written out with torch's softmax; rising with k, 0 for the teacher itself."""
+    student, teacher = drawn(2, 5, 40).requires_grad_(), drawn(2, 5, 40)
+    found = []
+    for k in (1, 4, 16, 30, 40):
+        tokens, logprobs = likeliest(teacher, k, temperature)
+        loss = distillation_loss(student, tokens, logprobs, EVERYWHERE, temperature)
+        if k < 40:
+            q = (student / temperature).softmax(-1).gather(-1, tokens)
+            p = logprobs.exp()
+            p, q = (torch.cat([one, 1 - one.sum(-1, keepdim=True)], -1) for one in (p, q))
+            reference = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+            assert torch.allclose(loss, reference, rtol=1e-9)
+            ours, theirs = (torch.autograd.grad(one, student)[0] for one in (loss, reference))
+            assert torch.allclose(ours, theirs, atol=1e-10)
+        found.append(loss.item())
+        assert distillation_loss(teacher, tokens, logprobs, EVERYWHERE, temperature).abs() < 1e-12
+    assert found == sorted(found) and found[0] > 0
+    assert found[-1] == pytest.approx(full_divergence(student, teacher, temperature).item())
+    assert found[2] < found[-1] - 1e-3
+
+
+@pytest.mark.parametrize(("k", "reduction"), [(3, "mean"), (7, "sum")])
+def test_gradient(k, reduction):
+    student = drawn(2, 4, 7).requires_grad_()
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    targets = likeliest(drawn(2, 3, 7), k, 2.0)
+
+    def loss(logits):  # the last place of a row predicts nothing
+        return 0.3 * distillation_loss(logits, *targets, mask, 2.0, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, (student,))
+    (gradient,) = torch.autograd.grad(loss(student), student)
+    assert (gradient[:, 3] == 0).all() and (gradient[:, :3][~mask] == 0).all()
+    cut = 0.3 * distillation_loss(student[:, :3], *targets, mask, 2.0, reduction=reduction)
+    assert torch.equal(gradient, torch.autograd.grad(cut, student)[0])
+
+
+def test_mask_and_reduction():
+    student, targets = drawn(2, 5, 30), likeliest(drawn(2, 5, 30), 6)
+    mask = torch.rand(2, 5, generator=GENERATOR) < 0.5
+    each = torch.empty(2, 5, dtype=torch.float64)
+    for i, t in product(range(2), range(5)):
+        one = [part[i : i + 1, t : t + 1] for part in (student, *targets, EVERYWHERE)]
+        each[i, t] = distillation_loss(*one)
+    assert torch.allclose(distillation_loss(student, *targets, mask), each[mask].mean())
+    assert torch.allclose(distillation_loss(student, *targets, mask, reduction="sum"), each[mask].sum())
+    assert distillation_loss(student, *targets, torch.zeros_like(mask)) == 0
+
+
+def test_extreme_logits_and_low_precision_stay_finite():
+    teacher = drawn(2, 5, 30, dtype=torch.float32)
+    tokens, logprobs = likeliest(teacher, 4)
+    sure = torch.full((2, 5, 30), -300.0).scatter_(-1, tokens[..., :1], 300.0).requires_grad_()
+    loss = distillation_loss(sure, tokens, logprobs, EVERYWHERE)
+    loss.backward()
+    assert loss.isfinite() and loss > 10 and sure.grad.isfinite().all()
+    half = teacher.bfloat16().requires_grad_()
+    other = likeliest(drawn(2, 5, 30, dtype=torch.float32), 4)
+    loss = distillation_loss(half, *other, EVERYWHERE)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss(half.float(), *other, EVERYWHERE))
+    loss.backward()
+    assert half.grad.dtype == torch.bfloat16 and half.grad.abs().max() > 0
+
+
+def test_at_most_one_tensor_of_the_logits_size_is_made():
+    class Watch(TorchDispatchMode):
+        """Memory of large results; what works in place makes none."""
+
+        def __init__(self):
+            super().__init__()
+            self.made = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.numel() >= student.numel():
+                self.made.add(found.data_ptr())
+            return found
+
+    student = drawn(2, 5, 4000, dtype=torch.float32).requires_grad_()
+    targets = likeliest(drawn(2, 5, 4000, dtype=torch.float32), 8)
+    with Watch() as forward:
+        loss = distillation_loss(student, *targets, EVERYWHERE, 2.0)
+    saved = loss.grad_fn.next_functions[0][0].saved_tensors
+    assert [one.data_ptr() for one in saved if one.numel() >= student.numel()] == [student.data_ptr()]
+    with Watch() as backward:
+        (gradient,) = torch.autograd.grad(loss, student)
+    assert len(forward.made - {student.data_ptr()}) == 1 and backward.made - {student.data_ptr()} == {
+        gradient.data_ptr()
+    }
+
+
+def test_rounded_shares_sum_to_one():
+    for k in (3, 50):
+        _, logprobs = likeliest(drawn(4, 50), k)
+        p, rest = bucket_shares(logprobs.half().float(), 50)
+        assert torch.allclose(p.sum(-1) + rest, torch.ones(4), atol=1e-6) and (rest >= 0).all()
+    p, rest = bucket_shares(torch.tensor([[-0.1, -1.0]]), 50)  # 1.27 together
+    assert rest.item() == 0 and p.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
+    path, student = tiny_model(), load_model(tiny_model("other", seed=1))
+    targets = teacher_targets(path, IDS, k=24, temperature=temperature)
+    assert (len(targets), targets.k, targets.note) == (70, 24, None)
+    with torch.inference_mode():
+        live = load_model(path)(input_ids=IDS).logits[:, :-1] / temperature
+        written = student(input_ids=IDS[20:50]).logits
+    tokens, logprobs = targets.batch(0, 70)
+    assert tokens.shape == logprobs.shape == (70, 11, 24) and tokens.dtype == torch.int64
+    exact = live.log_softmax(-1)
+    assert torch.allclose(logprobs, exact.gather(-1, tokens), atol=5e-3)
+    assert torch.allclose(logprobs, exact.topk(24).values, atol=5e-3)
+    some = targets.batch(20, 50)  # across the border of a shard
+    assert torch.equal(some[0], tokens[20:50]) and torch.equal(some[1], logprobs[20:50])
+    mask = torch.ones(30, 11, dtype=torch.bool)
+    cached = distillation_loss(written, *some, mask, temperature)
+    of_live = distillation_loss(written, *likeliest(live[20:50], 24), mask, temperature)
+    assert cached.item() == pytest.approx(of_live.item(), rel=1e-3)
+    assert cached < full_divergence(written[:, :-1], live[20:50] * temperature, temperature)
+    for start, stop in ((0, 71), (3, 3), (-1, 2)):
+        with pytest.raises(IndexError):
+            targets.batch(start, stop)
+
+
+def counted(monkeypatch):
+    loads = []
+    monkeypatch.setattr(teacher_module, "load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
+    return loads
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(tiny_model, monkeypatch):
+    path, loads, steps = tiny_model(), counted(monkeypatch), []
+
+    def killed(label, done, total):
+        steps.append((label, done, total))
+        if done == 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teacher_targets(path, IDS, k=8, progress=killed)
+    assert steps == [("teacher, 8 likeliest tokens", 32, 70), ("teacher, 8 likeliest tokens", 64, 70)]
+    (entry,) = (teacher_module.cache_directory() / "teacher").iterdir()
+    first = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
+    assert len(first) == 2
+    (entry / f"x.partial-{2**22 + 1}").write_bytes(b"of a process that was killed")
+    targets = teacher_targets(path, IDS, k=8)
+    assert len(loads) == 2 and len(list(entry.iterdir())) == 3
+    assert all((entry / name).stat().st_mtime_ns == time for name, time in first.items())
+    tokens, logprobs = targets.batch(0, 70)
+    again = teacher_targets(path, IDS, k=8, progress=killed)
+    assert len(loads) == 2 and len(steps) == 2 and torch.equal(again.batch(0, 70)[0], tokens)
+    del targets, again
+    (shard,) = entry.glob("00001-*")
+    shard.write_bytes(shard.read_bytes()[:500])
+    mended = teacher_targets(path, IDS, k=8)
+    assert len(loads) == 3 and torch.equal(mended.batch(0, 70)[1], logprobs)
+
+
+def test_what_the_numbers_depend_on_is_in_the_key(tiny_model):
+    path, other = tiny_model(), tiny_model("other", seed=1)
+    entries = [
+        teacher_targets(path, IDS, k=8),
+        teacher_targets(other, IDS, k=8),
+        teacher_targets(path, IDS, k=9),
+        teacher_targets(path, IDS, k=8, temperature=2.0),
+        teacher_targets(path, IDS.flip(0), k=8),
+        teacher_targets(path, IDS.view(140, 6), k=8),
+        teacher_targets(path, IDS, k=8, autocast=True),
+    ]
+    assert len({one.directory for one in entries}) == len(entries)
+    exact, rounded = entries[0].batch(0, 70)[1], entries[-1].batch(0, 70)[1]
+    assert 0 < (exact - rounded).abs().max() < 0.2
+
+
+def test_the_cache_is_bounded(tiny_model):
+    path = tiny_model()
+    each = 70 * 11 * 10 * 4
+    first, second = (teacher_targets(path, IDS.roll(i, 1), k=10, limit_bytes=10 * each).directory for i in range(2))
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    assert teacher_targets(path, IDS, k=10, limit_bytes=10 * each).directory == first  # used again
+    third = teacher_targets(path, IDS.roll(2, 1), k=10, limit_bytes=int(2.5 * each)).directory
+    assert first.is_dir() and third.is_dir() and not second.exists()
+    lowered = teacher_targets(path, IDS, k=10, limit_bytes=each - 1)
+    assert lowered.k == 9 and lowered.batch(0, 1)[0].shape == (1, 11, 9)
+    assert lowered.note == "9 instead of 10 of the teacher's tokens are kept, to fit into 0 MB"
+    assert not first.exists() and not third.exists()
+    with pytest.raises(SaapError, match="do not fit into 0 MB"):
+        teacher_targets(path, IDS, limit_bytes=70 * 11 * 4 - 1)
+
+
+def test_all_tokens_of_a_small_vocabulary(tiny_model):
+    path, student = tiny_model(), load_model(tiny_model("other", seed=1))
+    targets = teacher_targets(path, IDS[:4], k=10**6)
+    assert targets.k == 320 and targets.note is None
+    with torch.inference_mode():
+        live, written = (model(input_ids=IDS[:4]).logits for model in (load_model(path), student))
+    loss = distillation_loss(written, *targets.batch(0, 4), torch.ones(4, 11, dtype=torch.bool))
+    assert loss.item() == pytest.approx(full_divergence(written[:, :-1], live[:, :-1], 1.0).item(), rel=1e-3)
+
+
+def test_refusals(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"k": 0}):
+        with pytest.raises(SaapError, match="is not allowed"):
+            teacher_targets(path, IDS, **options)
+    with pytest.raises(SaapError, match="predict nothing"):
+        teacher_targets(path, IDS[:, :1])
+    with pytest.raises(SaapError, match="is not allowed"):
+        distillation_loss(drawn(2, 5, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE, 0.0)
+    with pytest.raises(ValueError, match="do not belong together"):
+        distillation_loss(drawn(2, 4, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE)
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SaapError, match="set SAAP_CACHE to another place"):
+        teacher_targets(path, IDS)
+
+
+def test_vocabularies(tiny_model, tiny_tokenizer):
+    path, other = tiny_model(), tiny_model("other", seed=1)
+    check_same_vocabulary(path, other)
+    with pytest.raises(SaapError, match=r"tiny has 320 tokens and .*larger 384: a teacher must"):
+        check_same_vocabulary(path, tiny_model("larger", vocab_size=384))
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    assert '"a"' in text
+    (other / "tokenizer.json").write_text(text.replace('"!":', '"\u20ac":'), encoding="utf-8")
+    with pytest.raises(SaapError, match=r"tiny and .*other have tokenizers that differ \(token \d+, '!', first\)"):
+        check_same_vocabulary(path, other)
