@@ -21,6 +21,7 @@ from saap.architectures import SLIM, architecture_of, shape_of
 from saap.checkpoint import read_config, tensor_reader
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix
+from saap.slim_quant import module_bits
 from saap.structures import LayerSizes
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
@@ -70,6 +71,11 @@ class GGUFSource:
         self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
         self.names, self._read = tensor_reader(directory)
         self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        if self.quant and self.quant.get("branch"):
+            raise SaapError(
+                f"{directory} has a branch beside its integers, for which a GGUF file has no place: tune with --fold "
+                "scale or --fold zero-point, or export it for the cpu target"
+            )
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
@@ -178,9 +184,7 @@ class GGUFSource:
 
         load: Callable[[], QuantMatrix | torch.Tensor] = partial(read, "weight")
         if self.quant:
-            block = self.quant["block"]
-            in_layer = module not in (self.architecture.embedding, self.architecture.head)
-            bits = self.quant["bits" if in_layer else "embedding_bits"]
+            block, bits = self.quant["block"], module_bits(self.quant, self.architecture, module)
             kind = kind or natural_kind(self.read(f"{module}.zero_points"), bits, columns // block)
 
             def integers() -> QuantMatrix:

@@ -46,7 +46,10 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         },
         "layers": layers,
         "bytes_per_token": _bytes_per_token(manifest, graph, layers),
-        "precision": {key: getattr(manifest, key) for key in ("bits", "block", "accuracy_level", "kv_dtype")},
+        "precision": {
+            **{key: getattr(manifest, key) for key in ("bits", "block", "accuracy_level", "kv_dtype")},
+            **{key: manifest.lineage[key] for key in ("matrices", "branch") if key in manifest.lineage},
+        },
         "graph": {
             "opsets": graph.opsets,
             "ir_version": graph.ir_version,
@@ -109,6 +112,7 @@ def inspection_lines(report: dict[str, Any]) -> list[str]:
         + ", ".join(f"{name} {version}" for name, version in report["graph"]["opsets"].items()),
         f"  bundle hash {report['hash'][:16]}",
     ]
+    lines += _mixed_lines(report["precision"])
     lines += _parity_lines(report["parity"]) + _provenance_lines(report["provenance"])
     bad = [f"{file['name']} ({file['state']})" for file in report["files"] if file["state"] != "ok"]
     return lines + ([f"  DAMAGED: {', '.join(bad)}: export the bundle again"] if bad else [])
@@ -122,6 +126,19 @@ def _parity_lines(parity: dict[str, Any] | None) -> list[str]:
         f"{parity['max_abs_logit_difference']:.2g}, KL {parity['kl']:.2g}, top-1 agreement "
         f"{parity['top1_agreement']:.2%}, perplexity x {parity['perplexity_ratio']:.4f}"
     ]
+
+
+def _mixed_lines(precision: dict[str, Any]) -> list[str]:
+    """What a bundle of tuned integers has beside its usual bits; nothing for others."""
+    lines = []
+    if own := Counter(precision.get("matrices", {}).values()):
+        linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
+        lines.append(f"  mixed: of the model's linears {linears}, the others of {precision['bits']}")
+    if branch := precision.get("branch"):
+        ranks = sorted(set(branch.values())) if isinstance(branch, dict) else [branch]
+        where = f"{len(branch)} linears" if isinstance(branch, dict) else "every linear"
+        lines.append(f"  branch: of rank {', '.join(map(str, ranks))} beside {where}, computed in floats")
+    return lines
 
 
 def _provenance_lines(lineage: dict[str, Any]) -> list[str]:

@@ -145,8 +145,9 @@ def show_bundle(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
     parity = manifest.parity
+    bits = " and ".join(map(str, sorted({manifest.bits, *manifest.lineage.get("matrices", {}).values()})))
     click.echo(
-        f"{bundle}: {manifest.parameters / 1e6:.1f} M parameters, {manifest.bits} bit, {size / 1e6:.1f} MB, "
+        f"{bundle}: {manifest.parameters / 1e6:.1f} M parameters, {bits} bit, {size / 1e6:.1f} MB, "
         f"{manifest.weight_bytes_per_token / 1e6:.1f} MB read per token"
     )
     if parity is None:

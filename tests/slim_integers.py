@@ -1,0 +1,48 @@
+"""Directories as tuning writes them, without tuning: integers, and branches of random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from export.targets import Target
+from saap.architectures import shape_of
+from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.group_quant import branch_entry, quantize, quantize_model
+
+IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": 256, "num_hidden_layers": 2}  # fmt: skip
+PARTS = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.o_proj"],
+         "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}  # fmt: skip
+QKV_OF_LAYER_1 = {f"model.layers.1.{module}": 8 for module in PARTS["qkv"]}
+MIXED = QKV_OF_LAYER_1 | {"model.layers.0.mlp.down_proj": 8}
+
+
+def write_integers(path, out, bits=4, block=32, *, symmetric=True, bits_of=None, head_bits=None, branches=None):
+    """``branches(name, rows, groups)`` gives A and B of a linear, or None."""
+    model, bits_of = load_model(path), bits_of or {}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
+    matrices = {n: quantize(m.weight, bits_of.get(n, bits), block, symmetric) for n, m in linears.items()}
+    entry = quantize_model(model, bits, block, head_bits or bits, matrices, bits_of)
+    for name in linears if branches else ():
+        holder = model.get_submodule(name)
+        if (pair := branches(name, *holder.scales.shape)) is not None:
+            holder.branch_a, holder.branch_b = pair
+    config = read_config(path)
+    slim = slim_config(config, shape_of(config), entry | branch_entry(model))
+    return write_slim(out, path, slim, iter(model.state_dict().items()), {})
+
+
+def stacked(directory, layer, part, tensor):
+    """One tensor of the directory's linears that are one matrix in a graph, stacked."""
+    read = tensor_reader(directory)[1]
+    return torch.cat([read(f"model.layers.{layer}.{module}.{tensor}") for module in PARTS[part]])
+
+
+class Level0(Target):
+    """The float32 kernels at any number of bits, which for 8 the exporter refuses as far too slow."""
+
+    def precision(self, precision, kv_bits, accuracy_level):
+        return replace(precision, accuracy_level=0)
