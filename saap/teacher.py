@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -91,6 +92,7 @@ def teacher_targets(
         teacher_dir: a model directory; it is not loaded where the cache has all.
         ids: [rows, tokens] int64, at least two tokens.
         k: tokens kept per place; fewer where the rows would not fit into ``limit_bytes``, and then ``note`` says so.
+            64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
         temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
             an entry of its own and costs the teacher one run.
         limit_bytes: of all entries; older ones are removed.
@@ -231,11 +233,15 @@ def _key(teacher_dir: str | Path, ids: torch.Tensor, k: int, temperature: float,
 
 def _make_room(root: Path, entry: Path, allowed: int) -> None:
     """Remove the other entries that were unused longest until they take ``allowed`` bytes at most."""
-    others = [path for path in root.iterdir() if path.is_dir() and path != entry]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+    used, sizes = {}, {}
+    for other in root.iterdir():
+        with suppress(OSError):  # another process may be removing it
+            if other.is_dir() and other != entry:
+                used[other] = other.stat().st_mtime
+                sizes[other] = sum(file.stat().st_size for file in other.iterdir())
     total = sum(sizes.values())
-    for path in sorted(others, key=lambda path: path.stat().st_mtime):
+    for other in sorted(sizes, key=lambda other: used[other]):
         if total <= allowed:
             return
-        shutil.rmtree(path, ignore_errors=True)
-        total -= sizes[path]
+        shutil.rmtree(other, ignore_errors=True)
+        total -= sizes[other]
