@@ -16,6 +16,7 @@ writes into the base what the last forward pass used, to the bit.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
     ) -> None:
         """Wrap ``base_layer``; with ``free``, A is the identity and has no parameters."""
         super().__init__()
-        LoraLayer.__init__(self, base_layer)
+        with warnings.catch_warnings():  # PEFT asks for sizes of kinds of layers that it knows, and warns of ours
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            LoraLayer.__init__(self, base_layer)
         self.name, self.free = adapter_name, free
         self._active_adapter = adapter_name
         groups, device = base_layer.columns // base_layer.block, base_layer.scales.device
@@ -65,10 +68,6 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         centred = base_layer.centred()
         narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
         self.register_buffer("centred", centred.to(torch.int8) if narrow else centred, persistent=False)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[Any, Any]:
-        """PEFT would warn that it does not know this kind of layer."""
-        return module.in_features, module.out_features
 
     @property
     def base(self) -> GroupQuantLinear:

@@ -233,11 +233,27 @@ def test_every_linear_of_the_decoder_has_our_layer_and_nothing_else(family, tiny
 def test_the_start_is_the_seeds_alone(quantised):
     torch.manual_seed(1)
     one = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), CONFIGS[1]))])
+    torch.manual_seed(2)
     state = torch.random.get_rng_state()
     two = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), CONFIGS[1]))])
     assert torch.equal(one, two)
-    attach(quantised(), CONFIGS[1], seed=2)
+    other = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), CONFIGS[1], seed=2))])
+    assert not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_autocast_does_not_touch_what_is_folded(quantised):
+    """bfloat16 would hide steps of D below 1 in 256."""
+    for config in CONFIGS:
+        adapted = attach(quantised(), config)
+        spread(adapted)
+        layer = next(iter(layers_of(adapted).values()))
+        read = {"scale": "scales", "zero-point": "zero_points", "branch": "branch"}[config.fold]
+        expected = getattr(layer, read)()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = getattr(layer, read)()
+        for one, two in zip(expected, found, strict=True):
+            assert torch.equal(one, two) and two.dtype == torch.float32
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
