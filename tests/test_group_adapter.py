@@ -24,8 +24,8 @@ from saap.group_adapter import (
     trained_parameters,
 )
 from saap.group_folds import FOLDS, float_zero_point_matrix
-from saap.group_quant import fill, quantize, quantize_model
-from saap.modeling_slim import GroupQuantLinear, unpack_zero_points
+from saap.group_quant import branch_entry, fill, quantize, quantize_model
+from saap.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
 CONFIGS = [
@@ -277,6 +277,25 @@ def test_saved_and_loaded_on_a_fresh_model_it_gives_the_same_logits(quantised, c
     trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (adapted, loaded)]
     assert trained[0] == trained[1]
     assert torch.equal(logits(fold(loaded)), logits(fold(adapted)))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(config, tmp_path):
+    """Layers of their own sizes, one without attention and one without MLP, written as a directory."""
+    sizes = {"vocab_size": 320, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+    layers = [[2, 1, 64], [0, 0, 128], [6, 3, 0]]
+    torch.manual_seed(0)
+    model = SlimLlamaForCausalLM(SlimLlamaConfig(**sizes, num_hidden_layers=3, slim_layers=layers)).eval()
+    quant = quantize_model(model, 4, 32, 8, bits_of={"model.layers.1.mlp.down_proj": 8})
+    adapted = attach(model, config)
+    assert len(layers_of(adapted)) == 7 + 3 + 4
+    spread(adapted)
+    tuned = logits(adapted)
+    plain = fold(adapted)
+    plain.config.slim_quant = quant | branch_entry(plain)
+    plain.config.tie_word_embeddings = False
+    plain.save_pretrained(tmp_path / "folded")
+    assert torch.allclose(logits(load_model(tmp_path / "folded")), tuned, atol=1e-6)
 
 
 def test_peft_itself_reads_the_adapter_when_the_layer_is_registered(quantised, tmp_path):
