@@ -22,7 +22,7 @@ class Console:
         self._bars: object | None = None
         self._task: object | None = None
         self._label = ""
-        self._started = self._printed = 0.0
+        self._started = self._printed = self._first = 0.0
         self._finished = False
 
     def __enter__(self) -> Console:
@@ -37,6 +37,7 @@ class Console:
         if fresh:
             self._stop()
             self._started = self._printed = time.monotonic()
+            self._first = done  # a run that was continued after a kill did not do these now
             self._finished = False
         self._label = label
         if self._terminal:
@@ -80,7 +81,8 @@ class Console:
             return
         self._printed, self._finished = now, whole
         spent = now - self._started
-        left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        fresh_done = done - self._first
+        left = f", {spent / fresh_done * (total - done):.0f} s left" if fresh_done > 0 and done < total else ""
         click.echo(f"  {label}: {done:.0f}/{total:.0f}, {spent:.0f} s{left}", err=True)
 
     def _stop(self) -> None:

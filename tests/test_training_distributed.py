@@ -1,0 +1,107 @@
+"""Two real processes that meet over gloo, started by ``accelerate launch``, against one with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train_in_processes
+from safetensors.torch import load_file
+
+from saap.errors import SaapError
+from saap.training import TrainOptions
+from saap.training_options import steps_of
+from saap.training_processes import join_processes
+
+DATA_PARALLEL, SHARDED = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
+
+
+def launch(how, model, out, runs):
+    """The runs one after the other in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+        train_in_processes.__file__, str(model), str(out), json.dumps(runs),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def found(out, run, rank=0):
+    """What a process reported about a run, and its trained parameters."""
+    report = json.loads((out / f"{run}-{rank}.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(report=report, tensors=load_file(out / f"{run}-{rank}.safetensors"))
+
+
+def agree(one, other):
+    assert one.report["losses"] == pytest.approx(other.report["losses"], abs=1e-6)
+    for (step, loss), (other_step, other_loss) in zip(one.report["held_out"], other.report["held_out"], strict=True):
+        assert step == other_step and loss == pytest.approx(other_loss, abs=1e-6)
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, value in one.tensors.items():
+        assert torch.allclose(value, other.tensors[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("how", [DATA_PARALLEL, SHARDED], ids=["data parallel", "sharded"])
+def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
+    path = str(tiny_model())
+    train_in_processes.main(path, tmp_path, "alone")
+    train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
+    runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
+    launch(how, path, tmp_path, [*runs, {"state": "poisoned", "poison": 2}])
+    train_in_processes.main(path, tmp_path, "begun-by-two")
+
+    alone, first, second = found(tmp_path, "alone"), found(tmp_path, "two"), found(tmp_path, "two", 1)
+    for process in (first, second):
+        assert process.report["kind"] == ("FSDP" if how == SHARDED else "MULTI_CPU")
+        assert process.report["sharded"] == (how == SHARDED)
+    assert len(alone.report["losses"]) == 3 and len(alone.report["held_out"]) == 4
+    agree(first, alone)
+    # both have the same bits, so that they decide the same
+    for key in ("losses", "held_out", "best_step", "stopped"):
+        assert first.report[key] == second.report[key], key
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    # one talks, and one state is on disk
+    assert len(first.report["said"]) == 3 and second.report["said"] == []
+    assert len(list((tmp_path / "two").iterdir())) == 1
+
+    # one process continues what two began, and the reverse
+    for run, ranks in (("begun-by-two", (0,)), ("begun-by-one", (0, 1))):
+        for rank in ranks:
+            continued = found(tmp_path, run, rank)
+            assert continued.report["resumed_at"] == 2
+            agree(continued, alone)
+
+    # a loss that is not finite in one of them ends both, with the same state
+    poisoned = [found(tmp_path, "poisoned", rank) for rank in (0, 1)]
+    assert poisoned[0].report["error"] == poisoned[1].report["error"]
+    best = poisoned[0].report["best_step"]
+    said = f"the loss became nan at step 2 of 3; the state of step {best} (held-out loss "
+    assert poisoned[0].report["error"].startswith(said)
+    assert all(torch.equal(poisoned[0].tensors[name], value) for name, value in poisoned[1].tensors.items())
+
+
+def test_rows_that_cannot_be_split_are_refused():
+    ids = torch.zeros(8, 4, dtype=torch.int64)
+    assert steps_of({"ids": ids}, TrainOptions(rows_per_step=4, passes=3), 2) == 6
+    with pytest.raises(SaapError, match="4 rows per step cannot be split over 3 processes"):
+        steps_of({"ids": ids}, TrainOptions(rows_per_step=4), 3)
+
+
+def test_processes_that_did_not_meet_are_refused(monkeypatch):
+    """Each would take itself for the main one and write over the other's files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SaapError, match="2 processes were started and 1 met"):
+        join_processes()
