@@ -164,16 +164,6 @@ def _require_transformers5() -> None:
         )
 
 
-def require_llama(config: Any, what: str) -> None:
-    """Refuse, in one line, what is offered for LLaMA only: ``what`` is "pruning", say.
-
-    Raises:
-        SaapError: another family.
-    """
-    if architecture_of(config) is not LLAMA:
-        raise SaapError(f"{what} of model type {_get(config, 'model_type')!r} is not offered yet; offered: llama")
-
-
 def shape_of(config: Any) -> ModelShape:
     """Read a model's sizes from its config (or the config's dict).
 

@@ -102,11 +102,21 @@ def materialise_linears(model: PreTrainedModel) -> None:
     table = model.get_input_embeddings()
     if isinstance(table, GroupQuantTable):
         weight = torch.nn.Parameter(table.dequantize(), requires_grad=False)
-        embedding = torch.nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
-        model.set_input_embeddings(embedding)
+        model.set_input_embeddings(_embedding(weight, getattr(table, "factor", 1.0)))
         if isinstance(model.lm_head, TiedHead):
             model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             model.lm_head.weight = weight
+
+
+def _embedding(weight: torch.nn.Parameter, factor: Any) -> torch.nn.Embedding:
+    rows, columns = weight.shape
+    if factor == 1:
+        return torch.nn.Embedding(rows, columns, _weight=weight)
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    scaled: Any = Gemma3TextScaledWordEmbedding(rows, columns, None, embed_scale=factor)  # type: ignore[arg-type]
+    scaled.weight = weight
+    return scaled
 
 
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:

@@ -10,11 +10,13 @@ import click
 
 from saap.cli_bench import bench, compare, devices, report
 from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
+from saap.cli_tune import tune
 from saap.cli_types import Sections, directory
 from saap.console import Console
 
 EXTRAS = {
     "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",
+    "accelerate": "prune",
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
     "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",
 }  # fmt: skip
@@ -58,31 +60,6 @@ def run(model: str, out: Path, **options: Any) -> None:
 
     with Console() as console:
         run_all(model, out, RunOptions(**options), console)
-
-
-@cli.command()
-@click.argument("slim", type=directory)
-@click.option("-o", "--out", type=directory, required=True, help="The directory with integer weights to write.")
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
-@click.option(
-    "--group", type=click.Choice(["32", "64", "128"]), default="32", show_default=True, help="Weights per scale."
-)
-@click.option("--teacher", help="The dense model: a directory or a name; adds its KL to the loss.")
-@click.option("--data", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.")
-@click.option("--tokens", type=int, default=24576, show_default=True, help="Training tokens.")
-@click.option("--length", type=int, default=256, show_default=True, help="Tokens per sequence.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def tune(slim: Path, out: Path, **options: Any) -> None:
-    """Quantise in groups and tune the groups' scales: the integers that the device will run.
-
-    \b
-    Example:
-      saap tune out/slim -o out/tuned --teacher smollm2-135m
-    """
-    from saap.steps import tune_step
-
-    with Console() as console:
-        tune_step(slim, out, options, console)
 
 
 @cli.command()
@@ -185,7 +162,7 @@ def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     generate_text(bundle, prompt, **options)
 
 
-for command in (prune, bench, compare, devices, report):
+for command in (prune, tune, bench, compare, devices, report):
     cli.add_command(command)
 
 

@@ -96,11 +96,13 @@ class GroupQuantLinear(GroupQuantTable):
 
 
 class GroupQuantEmbedding(GroupQuantTable):
-    """An embedding table held as integers."""
+    """An embedding table held as integers; Gemma multiplies what it looks up by ``factor``."""
+
+    factor = 1.0
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int -> [..., columns] float32."""
-        return self.dequantize(ids.flatten()).reshape(*ids.shape, self.columns)
+        return self.dequantize(ids.flatten()).reshape(*ids.shape, self.columns) * self.factor
 
 
 class TiedHead(nn.Module):
@@ -150,11 +152,9 @@ class SlimDecoder:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        sizes = getattr(config, "slim_layers", None)
-        quant = getattr(config, "slim_quant", None)
-        if sizes:
+        if sizes := getattr(config, "slim_layers", None):
             resize_layers(self, [tuple(s) for s in sizes], bool(getattr(config, "slim_bias", False)))
-        if quant:
+        if quant := getattr(config, "slim_quant", None):
             quantize_modules(self, quant)
 
 
@@ -291,9 +291,9 @@ def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
             fresh = GroupQuantLinear(child.in_features, child.out_features, bits, quant["block"], biased, rank)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, fresh.to(child.weight.device))
-    weight, bits = model.model.embed_tokens.weight, quant["embedding_bits"]
-    rows, columns = weight.shape
-    embedding = GroupQuantEmbedding(rows, columns, bits, quant["block"]).to(weight.device)
-    model.model.embed_tokens = embedding
+    table, bits = model.model.embed_tokens, quant["embedding_bits"]
+    (rows, columns), device = table.weight.shape, table.weight.device
+    model.model.embed_tokens = embedding = GroupQuantEmbedding(rows, columns, bits, quant["block"]).to(device)
+    embedding.factor = float(columns) ** 0.5 if hasattr(table, "embed_scale") else 1.0
     head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, quant["block"])
-    model.lm_head = head.to(weight.device)
+    model.lm_head = head.to(device)

@@ -34,8 +34,8 @@ from saap.steps import (
     requirement_of,
     say_text,
     show_quality,
-    tune_step,
 )
+from saap.tune_command import tune_step
 
 TUNE_LENGTH = 256
 PROMPTS = (

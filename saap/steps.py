@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +26,6 @@ from saap.prune import PruneOptions, budget_of
 from saap.prune import prune as prune_model
 from saap.requirement import KINDS, Requirement
 from saap.rows import Rows, evaluation_rows, training_rows
-from saap.tune import TuneOptions
-from saap.tune import tune as tune_model
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
 REPORTED = (
@@ -166,28 +163,6 @@ def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
     print_table(*layer_table(reasons))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
-
-
-def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) -> None:
-    """``saap tune``."""
-    check_output(out)
-    read_config(slim)
-    length = options["length"]
-    options_ = TuneOptions(bits=int(options["bits"]), block=int(options["group"]))
-    calibrated = read_record(slim).get("lineage", {}).get("calibration", {})
-    # Rows that scored the structures are passed over: the same text twice teaches less.
-    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / length)
-    # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
-    teacher_dir = models.resolve(options["teacher"], progress=console.report) if options["teacher"] else None
-    rows = training_rows(
-        teacher_dir or slim, options["data"], "tuning", max(1, options["tokens"] // length), length, options["seed"],
-        console.report, skip=skip,
-    )  # fmt: skip
-    say_text("tuning", rows, console)
-    tune_model(
-        slim, out, rows.ids, options_, teacher=load_model(teacher_dir) if teacher_dir else None,
-        lineage={"text": rows.lineage()}, progress=console.report,
-    )  # fmt: skip
 
 
 def scorer_of(path: Path, threads: int) -> Score:

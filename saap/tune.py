@@ -1,21 +1,19 @@
 """Group-wise tuning of a quantised slim model: what is trained is what is deployed.
 
-The integers are chosen first, with their errors compensated on the first rows of the text (:mod:`saap.gptq`), and stay;
-one factor per group is trained (multiplicative "scale" fold):
+The integers are chosen first, with their errors compensated on the first rows of the text (:mod:`saap.gptq`). Then one
+number per group of input columns is trained, together with the norms' weights, in the form that the deployed kernel
+takes (:mod:`saap.group_folds`), or a LoRA that is rounded in every forward pass (:mod:`saap.rounded_lora`). The forward
+pass of the last step and the exported graph hold the same integers, scales and zero points, bit for bit.
 
-    W = s (1 + D) (q - z),  D = 0 at the start,  dL/dD = s * sum_{k in group} (q - z)_k dL/dW_k
-
-together with the RMS norms. Scales are rounded to float16-representable numbers inside the forward pass
-(straight-through), so that the trained model and the exported graph hold the same numbers, and the deployed kernel does
-not change at all. The weight gradient of a matrix is formed for one matrix at a time and reduced at once.
+The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
+(:mod:`saap.teacher`). Under ``accelerate launch`` the rows of a step are split over processes (:mod:`saap.training`).
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,233 +22,242 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.architectures import architecture_of, require_llama
+from saap import group_adapter
+from saap.architectures import architecture_of, shape_of
 from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, weights_hash, write_slim
 from saap.errors import SaapError
 from saap.gptq import compensated_matrices
-from saap.group_quant import quantize_model
+from saap.group_quant import QuantMatrix, branch_entry, check_blocks, quantize, quantize_model
 from saap.importance import Progress
-from saap.modeling_slim import GroupQuantLinear
+from saap.mixed_bits import choose_bits
+from saap.precision import autocast_dtype
+from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
+from saap.teacher import TeacherTargets, check_same_vocabulary, distillation_loss, teacher_targets
+from saap.training import Batch, DivergedError, History, LossOf, train
+from saap.training_processes import is_main_process
+from saap.training_state import discard_states
+from saap.tune_options import ROUNDED, TuneOptions
+from saap.tuning_rows import IGNORED, TuningRows, held_out
 
-SMALLEST_FACTOR = 0.05  # 1 + D stays positive: a group must not change its sign
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """Precision and schedule.
-
-    Attributes:
-        bits, block: of the linears.
-        head_bits: of embedding and head, which are quantised and not trained; None is ``bits``.
-        integers: ``gptq`` (:mod:`saap.gptq`) or ``nearest``, which takes each matrix by itself.
-        calibration_rows: sequences that gptq looks at.
-        rows_per_step: sequences per optimiser step.
-        learning_rate: peak of the cosine schedule, for D (relative to the scales).
-        norm_learning_rate: peak for the norms' weights.
-        teacher_weight: share of the loss that is KL to the teacher, where there is one.
-    """
-
-    bits: int = 4
-    block: int = 32
-    head_bits: int | None = None
-    integers: str = "gptq"
-    calibration_rows: int = 16
-    rows_per_step: int = 4
-    learning_rate: float = 3e-3
-    norm_learning_rate: float = 1e-3
-    warmup_share: float = 0.1
-    teacher_weight: float = 0.5
-    clip: float = 1.0
-
-
-class _GroupMatMul(torch.autograd.Function):
-    """y = x (scale * centred)^T; the dequantised matrix is made twice instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """x [..., K], centred [N, groups, block] int8, scale [N, groups] -> [..., N]."""
-        ctx.save_for_backward(x, centred, scale)
-        return F.linear(x, (centred.to(x.dtype) * scale.unsqueeze(-1)).flatten(1))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
-        """Gradients for x and scale."""
-        x, centred, scale = ctx.saved_tensors
-        floats = centred.to(x.dtype)
-        grad_x = grad @ (floats * scale.unsqueeze(-1)).flatten(1) if ctx.needs_input_grad[0] else None
-        weight_grad = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        return grad_x, None, torch.einsum("ngb,ngb->ng", weight_grad.view_as(floats), floats)
-
-
-class TunableGroups(nn.Module):
-    """A GroupQuantLinear with one trainable factor 1 + D per group."""
-
-    def __init__(self, base: GroupQuantLinear) -> None:
-        super().__init__()
-        self.base = base
-        centred = base.centred()
-        self.centred = centred.to(torch.int8) if base.bits < 8 else centred
-        self.delta = nn.Parameter(torch.zeros_like(base.scales))
-
-    def tuned_scales(self) -> torch.Tensor:
-        """[N, groups]: s (1 + D), rounded to what float16 represents; the gradient passes straight through."""
-        exact = self.base.scales * (1 + self.delta).clamp_min(SMALLEST_FACTOR)
-        return exact + (exact.detach().half().float() - exact.detach())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        y = _GroupMatMul.apply(x, self.centred, self.tuned_scales())
-        return y if self.base.bias is None else y + self.base.bias
+__all__ = ["TuneOptions", "tune"]
 
 
 def tune(
     slim_dir: str | Path,
     out: str | Path,
-    rows: torch.Tensor,
-    options: TuneOptions,
+    rows: TuningRows | torch.Tensor,
+    options: TuneOptions | None = None,
     *,
-    teacher: PreTrainedModel | None = None,
-    lineage: dict[str, Any] | None = None,
+    teacher_dir: str | Path | None = None,
+    lineage: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> list[float]:
-    """Quantise a slim (or dense) directory, tune its group scales on text, write a directory with integer weights.
+) -> History:
+    """Quantise a slim (or dense) directory, tune it group by group on text, write a directory with integer weights.
 
     Args:
-        rows: [sequences, tokens] int64 of tuning text, used once each, in this order.
-        teacher: the dense model; adds the KL divergence of its next-token distribution to the loss.
+        rows: the tuning text, used once, in this order; the last of it is held out where there are enough rows. Plain
+            ids [sequences, tokens] are learnt whole.
+        teacher_dir: the dense model's directory; its next-token distribution is learnt too.
 
     Returns:
-        the training loss of every step.
+        the losses. A killed run continues where it was when it is started again.
 
     Raises:
-        SaapError: already tuned, widths that are not whole groups, too little text, a loss that is not finite.
+        DivergedError: a loss that is not finite; the best state before it was written to ``out``.
+        SaapError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
     """
+    options = options or TuneOptions()
+    options.check()
+    if isinstance(rows, torch.Tensor):
+        rows = TuningRows(rows, rows.clone(), "given ids", None, "text")
+    out = Path(out)
     check_output(out)
+    config = _check_input(slim_dir, rows, options)
+    if teacher_dir is not None:
+        check_same_vocabulary(teacher_dir, slim_dir)
+    began = time.monotonic()
+    writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
+    model = load_model(slim_dir)
+    some = options.held_out * len(rows) >= 1
+    learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
+    targets = _targets(teacher_dir, rows, options, progress)
+    quantised = _Quantised(model, rows.ids, options, progress)
+    groups = quantised.prepare()
+    state_dir = out.parent / f".{out.name}.tuning"
+    error = None
+    try:
+        history = train(
+            quantised.model, groups, _tensors(learnt, 0), loss_of(targets, options), options.training,
+            held_out=None if judged is None else _tensors(judged, len(learnt)), held_out_loss=loss_of(None, options),
+            state_dir=state_dir, fingerprint=_fingerprint(slim_dir, teacher_dir, options), progress=progress,
+        )  # fmt: skip
+    except DivergedError as diverged:
+        if not diverged.history.best_step:
+            raise
+        error, history = diverged, diverged.history
+    if writes:
+        quant = quantised.fold()
+        record = {k: v for k, v in read_record(slim_dir).items() if k != "format"}
+        record["tuning"] = {
+            "options": asdict(options),
+            "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
+            "tokens": rows.ids.numel(),
+            "text": rows.lineage(),
+            "teacher": str(teacher_dir) if teacher_dir else None,
+            "seconds": round(time.monotonic() - began, 1),
+            "history": asdict(history),
+            "from_sha256": weights_hash(slim_dir),
+            **(lineage or {}),
+        }
+        tensors = ((name, tensor) for name, tensor in quantised.model.state_dict().items())
+        write_slim(out, slim_dir, slim_config(config, shape_of(config), quant), tensors, record)
+        discard_states(state_dir)
+    if error is not None:
+        raise DivergedError(f"{error}; it was written to {out}", error.step, history)
+    return history
+
+
+def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, Any]:
     config = read_config(slim_dir)
-    require_llama(config, "tuning")
     if config.get("slim_quant"):
         raise SaapError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
-    if len(rows) < options.rows_per_step:
+    shape, block = shape_of(config), options.block
+    check_blocks(shape.hidden, block, "the hidden size")
+    for index, sizes in enumerate(shape.layers):
+        check_blocks(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
+        check_blocks(sizes.ffn, block, f"down_proj of layer {index}")
+    if len(rows) < options.training.rows_per_step:
         raise SaapError(
-            f"{len(rows)} sequences of tuning text are fewer than one step's {options.rows_per_step}: give more"
+            f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
+            "give more text, or shorter sequences"
         )
-    model = load_model(slim_dir)
-    start = time.monotonic()
-    head_bits = options.head_bits or options.bits
-    matrices = None
-    if options.integers == "gptq":
-        matrices = compensated_matrices(
-            model, rows[: options.calibration_rows], options.bits, options.block, head_bits, progress
-        )
-    quant = quantize_model(model, options.bits, options.block, head_bits, matrices)
-    groups = attach(model)
-    losses = train(model, groups, rows, options, teacher=teacher, progress=progress)
-    detach(model)
-    from saap.architectures import shape_of
+    return config
 
-    tensors = ((name, tensor) for name, tensor in model.state_dict().items())
-    record = {k: v for k, v in read_record(slim_dir).items() if k != "format"}
-    record["tuning"] = {
-        "fold": "scale",
-        "options": asdict(options),
-        "tokens": rows.numel(),
-        "teacher": teacher is not None,
-        "seconds": round(time.monotonic() - start, 1),
-        "losses": [round(loss, 5) for loss in losses],
-        "from_sha256": weights_hash(slim_dir),
-        **(lineage or {}),
+
+def _targets(
+    teacher_dir: str | Path | None, rows: TuningRows, options: TuneOptions, progress: Progress | None
+) -> TeacherTargets | None:
+    """The teacher's answers to all rows; processes wait for the one that computes them."""
+    if teacher_dir is None or options.teacher_weight == 0:
+        return None
+    from accelerate import PartialState
+
+    fast = autocast_dtype(options.training.precision, torch.device("cpu")) is not None
+    with PartialState().main_process_first():
+        return teacher_targets(
+            teacher_dir, rows.ids, k=options.kept_tokens, temperature=options.temperature, autocast=fast,
+            progress=progress,
+        )  # fmt: skip
+
+
+class _Quantised:
+    """A float model on its way to integers: quantised, wrapped for training, folded."""
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
+        self.model, self.options = model, options
+        self.head_bits, self.bits_of = options.head_bits or options.bits, dict[str, int]()
+        sample = ids[: options.calibration_rows]
+        if options.max_bytes is not None:
+            choice = choose_bits(model, sample, options.block, options.max_bytes, progress)
+            self.head_bits, self.bits_of = choice.vocabulary, choice.bits_of
+        self.latents: dict[str, torch.Tensor] = {}
+        self.matrices = self._integers(sample, progress)
+
+    def _integers(self, sample: torch.Tensor, progress: Progress | None) -> dict[str, QuantMatrix]:
+        model, options = self.model, self.options
+        if options.integers == "gptq":
+            return compensated_matrices(
+                model, sample, options.bits, options.block, self.head_bits, progress, symmetric=options.symmetric,
+                bits_of=self.bits_of, latents=self.latents if options.fold == ROUNDED else None,
+            )  # fmt: skip
+        architecture = architecture_of(model.config)
+        found = {}
+        for name, linear in linears_of(model).items():
+            bits = self.bits_of.get(name, options.bits)
+            found[name] = quantize(linear.weight, bits, options.block, options.symmetric)
+        for name in (architecture.head, architecture.embedding):
+            weight: Any = model.get_submodule(name).weight
+            found[name] = quantize(weight, self.head_bits, options.block)
+        return found
+
+    def prepare(self) -> list[dict[str, Any]]:
+        """Wrap the model for training; the parameter groups with their peak rates."""
+        options = self.options
+        if options.fold == ROUNDED:
+            return self._prepare_rounded()
+        self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
+        self.matrices.clear()
+        self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
+        adapters = group_adapter.trained_parameters(self.model)
+        return [{"params": adapters, "lr": options.rate}, self._norms()]
+
+    def _prepare_rounded(self) -> list[dict[str, Any]]:
+        model, options, architecture = self.model, self.options, architecture_of(self.model.config)
+        for name, linear in linears_of(model).items():
+            linear.weight.data = self.latents.pop(name, linear.weight.data)
+        for name in (architecture.head, architecture.embedding):  # as they will be deployed
+            weight: Any = model.get_submodule(name).weight
+            weight.data = self.matrices[name].dequantize()
+        starts = {name: self.matrices[name] for name in linears_of(model)}
+        attach_rounded(model, starts, options.own_rank or 1, seed=options.training.seed)
+        layers = [m for m in model.modules() if isinstance(m, RoundedLoraLayer)]
+        return [
+            {"params": [p for layer in layers for p in (layer.a, layer.b)], "lr": options.rate},
+            {"params": [layer.delta for layer in layers], "lr": options.scale_rate},
+            self._norms(),
+        ]
+
+    def _norms(self) -> dict[str, Any]:
+        found = [p for name, p in self.model.named_parameters() if "norm" in name]
+        for norm in found:
+            norm.requires_grad_(True)
+        return {"params": found, "lr": self.options.norm_rate}
+
+    def fold(self) -> dict[str, Any]:
+        """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
+        options = self.options
+        if options.fold == ROUNDED:
+            matrices = {**self.matrices, **fold_rounded(self.model)}
+            return quantize_model(self.model, options.bits, options.block, self.head_bits, matrices)
+        self.model = group_adapter.fold(self.model)  # type: ignore[arg-type]
+        return self.quant | branch_entry(self.model)
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The float linears of the decoder layers by name."""
+    inside = architecture_of(model.config).layers + "."
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)}
+
+
+def _tensors(rows: TuningRows, first: int) -> Batch:
+    """Rows as the training loop slices them, with their numbers in the teacher's answers."""
+    return {"ids": rows.ids, "labels": rows.labels, "row": torch.arange(first, first + len(rows))}
+
+
+def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
+    """The loss of a batch: the sum over its learnt tokens of NLL, mixed with KL(teacher || model), and their number."""
+
+    def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(input_ids=batch["ids"], use_cache=False).logits
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # what a row's last place predicts is not known
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        count = (labels != IGNORED).sum()
+        if targets is None:
+            return nll, count
+        numbers = batch["row"]
+        tokens, logprobs = (
+            part.to(logits.device) for part in targets.batch(int(numbers[0]), int(numbers[-1]) + 1)
+        )  # rows of a batch follow one another
+        learnt = batch["labels"][:, 1:] != IGNORED
+        divergence = distillation_loss(logits, tokens, logprobs, learnt, options.temperature, reduction="sum")
+        return (1 - options.teacher_weight) * nll + options.teacher_weight * divergence, count
+
+    return loss
+
+
+def _fingerprint(slim_dir: str | Path, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, Any]:
+    return {
+        "model": weights_hash(slim_dir),
+        "teacher": weights_hash(teacher_dir) if teacher_dir else None,
+        "tuning": {key: value for key, value in asdict(options).items() if key != "training"},
     }
-    write_slim(out, slim_dir, slim_config(config, shape_of(config), quant), tensors, record)
-    return losses
-
-
-def attach(model: PreTrainedModel) -> list[TunableGroups]:
-    """Wrap every GroupQuantLinear of the decoder layers; everything else but the norms is frozen."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    architecture = architecture_of(model.config)
-    wrapped = []
-    layers: Any = model.get_submodule(architecture.layers)
-    for layer in layers:
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, GroupQuantLinear):
-                    wrapped.append(TunableGroups(child))
-                    setattr(parent, name, wrapped[-1])
-    for norm in norms(model):
-        norm.requires_grad_(True)
-    return wrapped
-
-
-def norms(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Weights of all RMS norms."""
-    return [p for name, p in model.named_parameters() if "norm" in name]
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Write the tuned scales into the integers' holders and take the wrappers off."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, TunableGroups):
-                child.base.scales = child.tuned_scales().detach()
-                setattr(parent, name, child.base)
-
-
-def train(
-    model: PreTrainedModel,
-    groups: list[TunableGroups],
-    rows: torch.Tensor,
-    options: TuneOptions,
-    *,
-    teacher: PreTrainedModel | None,
-    progress: Progress | None,
-) -> list[float]:
-    """AdamW with warm-up and cosine; one pass over ``rows``."""
-    parameters = [
-        {"params": [g.delta for g in groups], "lr": options.learning_rate},
-        {"params": norms(model), "lr": options.norm_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.95))
-    steps = len(rows) // options.rows_per_step
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, options.warmup_share))
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    losses: list[float] = []
-    for step in range(steps):
-        batch = rows[step * options.rows_per_step : (step + 1) * options.rows_per_step]
-        loss = loss_of(model, batch, teacher, options.teacher_weight)
-        if not torch.isfinite(loss):
-            raise SaapError(f"the loss became {loss.item()} at step {step + 1} of {steps}: lower the learning rate")
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, options.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if progress:
-            progress(f"tuning, loss {sum(losses[-8:]) / len(losses[-8:]):.3f}", step + 1, steps)
-    return losses
-
-
-def loss_of(model: PreTrainedModel, ids: torch.Tensor, teacher: PreTrainedModel | None, weight: float) -> torch.Tensor:
-    """Mean NLL per predicted token, mixed with KL(teacher || model) where there is a teacher."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    nll = F.cross_entropy(logits, ids[:, 1:].flatten())
-    if teacher is None:
-        return nll
-    with torch.inference_mode():
-        target = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
-    divergence = F.kl_div(logits.log_softmax(-1), target.clone(), log_target=True, reduction="batchmean")
-    return (1 - weight) * nll + weight * divergence
-
-
-def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:
-    """Factor of the learning rate per step: linear warm-up, then a cosine to a tenth."""
-    warmup = max(1, round(steps * warmup_share))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, steps - warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-    return factor

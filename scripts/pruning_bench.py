@@ -5,7 +5,7 @@
     python scripts/pruning_bench.py show ablation       # the cells that are there, as Markdown
 
 A cell is what `saap prune` writes with these settings, loaded and evaluated: no cell is a mask. Finished cells are not
-made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms (and has 40 too).
+made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="show: which; cell: key=value")
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--chunks", type=int, default=SCREEN, help="of the test; the first 40 have a number of their own")
+    parser.add_argument(
+        "--chunks", type=int, default=SCREEN, help="of the test; the first 40 have a number of their own"
+    )
     parser.add_argument("--methods", help="of the table, only these, as saap,flap")
     parser.add_argument("--where", help="folder of the cells; default: by what is run")
     given = parser.parse_args()

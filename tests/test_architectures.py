@@ -12,7 +12,6 @@ from export.export import export_bundle
 from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
-from saap.tune import TuneOptions, tune
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 # What google/gemma-3-1b-it's config.json says and, above all, leaves out.
@@ -147,11 +146,3 @@ def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
     path = with_config(tiny_family("qwen2", tie_word_embeddings=True), tie_word_embeddings=False)
     with pytest.raises(SaapError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
         export_bundle(path, tmp_path / "bundle")
-
-
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
-def test_tuning_of_other_families_says_so(tiny_family, tmp_path, family):
-    path = tiny_family(family)
-    with pytest.raises(SaapError, match=f"tuning of model type '{family}' is not offered yet; offered: llama"):
-        tune(path, tmp_path / "tuned", IDS, TuneOptions())
-    assert read_config(path)["model_type"] == family

@@ -1,72 +1,52 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from command_line import here
+from torch.nn import functional as F
 
+from saap import tune as tune_module
 from saap.checkpoint import load_model, read_config, read_record
 from saap.errors import SaapError
 from saap.gptq import compensated_matrices
 from saap.group_quant import quantize_model
 from saap.modeling_slim import GroupQuantLinear, GroupQuantTable
 from saap.prune import PruneOptions, Requirement, prune
-from saap.tune import TuneOptions, _GroupMatMul, attach, cosine, detach, loss_of, norms, tune
+from saap.training import DivergedError, TrainOptions
+from saap.tune import TuneOptions, loss_of, tune
+from saap.tuning_rows import TuningRows
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Text with something to learn: every token is followed by the next one.
 ROWS = (torch.arange(24)[None] + torch.randint(300, (32, 1), generator=GENERATOR)) % 320
-FAST = TuneOptions(learning_rate=2e-2, norm_learning_rate=1e-2)
+TRAINING = TrainOptions(rows_per_step=4, checkpointing=False, precision="fp32")
+FAST = TuneOptions(learning_rate=2e-2, norm_rate=1e-2, calibration_rows=8, held_out=0, training=TRAINING)
 
 
-def test_gradients_are_those_of_the_dequantised_matrix():
-    x = torch.randn(2, 5, 64, generator=GENERATOR, dtype=torch.float64, requires_grad=True)
-    centred = torch.randint(-8, 8, (7, 2, 32), generator=GENERATOR).to(torch.int8)
-    scale = torch.rand(7, 2, generator=GENERATOR, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, s: _GroupMatMul.apply(a, centred, s), (x, scale))
-    dense = (centred.double() * scale.detach()[..., None]).flatten(1)
-    assert torch.allclose(_GroupMatMul.apply(x, centred, scale), x @ dense.T)
-
-
-def test_only_factors_and_norms_are_trained(tiny_model):
-    model = load_model(tiny_model())
-    quantize_model(model, 4, 32, 4)
-    groups = attach(model)
-    assert len(groups) == 3 * 7
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trained == {id(g.delta) for g in groups} | {id(p) for p in norms(model)}
-    loss_of(model, ROWS[:2], None, 0.0).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-
-
-def test_before_training_the_wrapped_model_is_the_quantised_one(tiny_model):
-    model = load_model(tiny_model())
-    quantize_model(model, 4, 32, 4)
+def nll_of(model, ids):
     with torch.inference_mode():
-        expected = model(input_ids=ROWS[:2]).logits
-        attach(model)
-        assert torch.allclose(model(input_ids=ROWS[:2]).logits, expected, atol=1e-5)
-        detach(model)
-        assert torch.equal(model(input_ids=ROWS[:2]).logits, expected)
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits.float(), ids[:, 1:].flatten()).item()
 
 
-def held_out(path):
-    with torch.inference_mode():
-        return loss_of(load_model(path), ROWS[28:], None, 0.0).item()
+@pytest.fixture
+def slim(tiny_model, tmp_path):
+    prune(tiny_model(), tmp_path / "slim", ROWS[:8], PruneOptions(Requirement(ratio=0.3)))
+    return tmp_path / "slim"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_tuning_lowers_the_loss_and_keeps_the_integers(tiny_model, tmp_path, bits):
-    path = tiny_model()
-    prune(path, tmp_path / "slim", ROWS[:8], PruneOptions(Requirement(ratio=0.3)))
-    before = load_model(tmp_path / "slim")
-    options = TuneOptions(bits=bits, learning_rate=2e-2, norm_learning_rate=1e-2, calibration_rows=8)
+def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, bits):
+    before = load_model(slim)
     quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], bits, 32, bits))
-    losses = tune(tmp_path / "slim", tmp_path / "tuned", ROWS[:28], options)
-    assert len(losses) == 7
-    with torch.inference_mode():
-        assert held_out(tmp_path / "tuned") < loss_of(before, ROWS[28:], None, 0.0).item() - 0.05
+    history = tune(slim, tmp_path / "tuned", ROWS[:28], replace(FAST, bits=bits))
+    assert len(history.losses) == 7
     after = load_model(tmp_path / "tuned")
+    assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
     changed = 0
     for (name, old), new in zip(before.named_modules(), after.modules(), strict=True):
         if isinstance(old, GroupQuantTable):
@@ -76,13 +56,50 @@ def test_tuning_lowers_the_loss_and_keeps_the_integers(tiny_model, tmp_path, bit
     assert changed == sum(isinstance(m, GroupQuantLinear) for m in before.modules())
 
 
-def test_the_record_keeps_the_plan_and_adds_the_tuning(tiny_model, tmp_path):
-    path = tiny_model()
-    prune(path, tmp_path / "slim", ROWS[:8], PruneOptions(Requirement(ratio=0.3)))
-    tune(tmp_path / "slim", tmp_path / "tuned", ROWS[:8], FAST)
-    slim, tuned = read_record(tmp_path / "slim"), read_record(tmp_path / "tuned")
-    assert tuned["plan"] == slim["plan"]
-    assert tuned["tuning"]["tokens"] == 8 * 24
+@pytest.mark.parametrize("fold", ["zero-point", "branch", "rounded"])
+def test_the_other_folds_lower_the_loss_too(slim, tmp_path, fold):
+    untrained = replace(FAST, fold=fold, learning_rate=0.0, norm_rate=0.0, scale_rate=0.0)
+    tune(slim, tmp_path / "untrained", ROWS[:28], untrained)
+    options = replace(FAST, fold=fold, learning_rate=3e-2, training=replace(TRAINING, passes=3))
+    tune(slim, tmp_path / "tuned", ROWS[:28], options)
+    before, after = (load_model(tmp_path / name) for name in ("untrained", "tuned"))
+    assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
+    quant = read_config(tmp_path / "tuned")["slim_quant"]
+    assert quant.get("branch") == (16 if fold == "branch" else None)
+
+
+def test_without_training_rounded_and_scale_are_the_same_integers(slim, tmp_path):
+    still = replace(FAST, learning_rate=0.0, norm_rate=0.0, scale_rate=0.0)
+    for fold in ("scale", "rounded"):
+        tune(slim, tmp_path / fold, ROWS[:8], replace(still, fold=fold))
+    one, two = (load_model(tmp_path / fold).state_dict() for fold in ("scale", "rounded"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
+    options = replace(FAST, symmetric=False, integers="nearest")
+    tune(slim, tmp_path / "asymmetric", ROWS[:8], options)
+    linear = load_model(tmp_path / "asymmetric").get_submodule("model.layers.0.mlp.up_proj")
+    assert len(linear.zero_points.unique()) > 3
+    tune(slim, tmp_path / "all4", ROWS[:8], FAST)
+    tune(slim, tmp_path / "mixed", ROWS[:8], replace(FAST, max_bytes=260_000))
+    mixed = read_config(tmp_path / "mixed")["slim_quant"]
+    kinds = set(mixed.get("matrices", {}).values()) | {mixed["bits"], mixed["embedding_bits"]}
+    assert kinds == {4, 8}
+    assert nll_of(load_model(tmp_path / "mixed"), ROWS[28:]) < 10
+
+
+def test_the_record_keeps_the_plan_and_adds_the_tuning(slim, tmp_path):
+    rows = TuningRows(ROWS[:8], ROWS[:8].clone(), "a text", "0" * 64, "text")
+    tune(slim, tmp_path / "tuned", rows, FAST)
+    before, record = read_record(slim), read_record(tmp_path / "tuned")
+    assert record["plan"] == before["plan"]
+    tuning = record["tuning"]
+    assert tuning["tokens"] == 8 * 24 and tuning["text"]["source"] == "a text"
+    model = load_model(tmp_path / "tuned")
+    groups = sum(m.scales.numel() for m in model.modules() if isinstance(m, GroupQuantLinear))
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert tuning["trained_parameters"] == groups + norms
     assert read_config(tmp_path / "tuned")["slim_quant"] == {"bits": 4, "block": 32, "embedding_bits": 4, "tied": True}
 
 
@@ -96,24 +113,90 @@ def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_
     assert (tmp_path / "again/model.safetensors").read_bytes() == weights[0]
 
 
-def test_a_teacher_adds_its_divergence(tiny_model):
-    teacher, student = load_model(tiny_model("teacher", seed=1)), load_model(tiny_model("student", seed=2))
+def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    options = replace(FAST, held_out=0.1, training=replace(TRAINING, save_seconds=0.0))
+    history = tune(path, tmp_path / "straight", ROWS, options)
+    calls = []
+
+    def killed(label, done, total):
+        calls.append(label)
+        if label.startswith("tuning") and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(path, tmp_path / "again", ROWS, options, progress=killed)
+    assert not (tmp_path / "again").exists() and (tmp_path / ".again.tuning").is_dir()
+    continued = tune(path, tmp_path / "again", ROWS, options)
+    assert continued.resumed_at == 4 and continued.losses == history.losses
+    assert not (tmp_path / ".again.tuning").exists()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_prompts_are_not_learnt(tiny_model):
+    model = load_model(tiny_model())
+    labels = ROWS[:2].clone()
+    labels[:, :10] = -100
     with torch.inference_mode():
-        nll = loss_of(student, ROWS[:2], None, 0.5).item()
-        both = loss_of(student, ROWS[:2], teacher, 0.5).item()
-        p = teacher(input_ids=ROWS[:2]).logits[:, :-1].log_softmax(-1)
-        q = student(input_ids=ROWS[:2]).logits[:, :-1].log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).mean().item()
-        assert both == pytest.approx(0.5 * nll + 0.5 * kl, rel=1e-4)
-        assert loss_of(teacher, ROWS[:2], teacher, 1.0).item() == pytest.approx(0.0, abs=1e-5)
+        total, count = loss_of(None, FAST)(model, {"ids": ROWS[:2], "labels": labels})
+        logits = model(input_ids=ROWS[:2]).logits[:, 9:-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, ROWS[:2, 10:].flatten(), reduction="sum")
+    assert int(count) == 2 * 14
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_schedule_warms_up_and_ends_at_a_tenth():
-    factor = cosine(100, 0.1)
-    assert factor(0) == pytest.approx(0.1)
-    assert factor(10) == pytest.approx(1.0)
-    assert factor(100) == pytest.approx(0.1)
-    assert all(factor(i) >= factor(i + 1) for i in range(10, 99))
+def test_a_teacher_adds_its_divergence(tiny_model):
+    from saap.teacher import teacher_targets
+
+    teacher_dir = tiny_model("teacher", seed=1)
+    teacher, student = load_model(teacher_dir), load_model(tiny_model("student", seed=2))
+    targets = teacher_targets(teacher_dir, ROWS[:4], k=320)
+    batch = {"ids": ROWS[2:4], "labels": ROWS[2:4], "row": torch.tensor([2, 3])}
+    with torch.inference_mode():
+        nll, count = loss_of(None, FAST)(student, batch)
+        both, _ = loss_of(targets, replace(FAST, teacher_weight=0.25))(student, batch)
+        p = teacher(input_ids=ROWS[2:4]).logits[:, :-1].log_softmax(-1)
+        q = student(input_ids=ROWS[2:4]).logits[:, :-1].log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum().item()
+    assert both.item() == pytest.approx(0.75 * nll.item() + 0.25 * kl, rel=1e-3)
+    assert int(count) == 2 * 23
+
+
+def test_learning_from_a_teacher_comes_closer_to_it(tiny_model, slim, tmp_path):
+    teacher_dir = tmp_path / "tiny"
+    teacher = load_model(teacher_dir)
+    options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=3))
+    for name, weight in (("alone", 0.0), ("taught", 1.0)):
+        tune(slim, tmp_path / name, ROWS[:28], replace(options, teacher_weight=weight), teacher_dir=teacher_dir)
+
+    def divergence(name):
+        with torch.inference_mode():
+            p = teacher(input_ids=ROWS[28:]).logits.log_softmax(-1)
+            q = load_model(tmp_path / name)(input_ids=ROWS[28:]).logits.log_softmax(-1)
+            return F.kl_div(q, p, log_target=True, reduction="sum").item()
+
+    assert divergence("taught") < 0.9 * divergence("alone")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    real, seen = loss_of(None, FAST), []
+
+    def broken(targets, options):
+        def loss(model, batch):
+            total, count = real(model, batch)
+            seen.append(model.training)
+            return (total * float("nan") if sum(seen) > 5 else total), count
+
+        return loss
+
+    monkeypatch.setattr(tune_module, "loss_of", broken)
+    with pytest.raises(DivergedError, match=r"loss became nan at step 6 of 8.*is kept.*it was written to"):
+        tune(path, tmp_path / "out", ROWS, replace(FAST, learning_rate=1e-3, norm_rate=1e-4))
+    monkeypatch.undo()
+    assert read_record(tmp_path / "out")["tuning"]["history"]["best_step"] == 5
+    assert nll_of(load_model(tmp_path / "out"), ROWS) < 20
 
 
 def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
@@ -123,11 +206,44 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
         tune(tmp_path / "tuned", tmp_path / "out", ROWS[:4], FAST)
     with pytest.raises(SaapError, match="fewer than one step"):
         tune(path, tmp_path / "out", ROWS[:3], FAST)
-    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
-        tune(path, tmp_path / "out", ROWS[:4], TuneOptions(block=64))
-    with pytest.raises(SaapError, match=r"(loss became (nan|inf) at step|inputs are not finite)"):
+    with pytest.raises(SaapError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
+        tune(path, tmp_path / "out", ROWS[:4], replace(FAST, block=64))
+    for wrong, message in (
+        ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
+        ({"fold": "magic"}, "'magic' is no fold"),
+        ({"fold": "branch", "rank": 0}, "fold branch needs a rank"),
+        ({"fold": "branch", "max_bytes": 10**9}, "a branch adds bytes"),
+        ({"teacher_weight": 2.0}, "no share of the loss"),
+        ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            tune(path, tmp_path / "out", ROWS[:4], replace(FAST, **wrong))
+    other = tiny_model("other", vocab_size=384)
+    with pytest.raises(SaapError, match=r"has 384 tokens and .* 320"):
+        tune(path, tmp_path / "out", ROWS[:4], FAST, teacher_dir=other)
+    with pytest.raises(SaapError, match=r"(loss became (nan|inf)|inputs are not finite)"):
         broken = load_model(path)
         broken.model.norm.weight.data.fill_(float("nan"))
         broken.save_pretrained(path)
         tune(path, tmp_path / "out", ROWS[:8], FAST)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_tunes_and_shows_it(slim, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
+    chats = tmp_path / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
+            for n in range(300)]  # fmt: skip
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    common = ["--tokens", "2048", "--length", "64", "--batch", "2"]
+    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "rounded", "--rank", "2")
+    assert "rounded fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
+    assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "rounded"
+    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", tmp_path / "tiny")
+    tuning = read_record(tmp_path / "chat")["tuning"]
+    assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(tmp_path / "tiny")
+    assert f"{tuning['text']['learnt_tokens']} of 2048 tokens are answers" in done.stderr
+    assert tuning["text"]["learnt_tokens"] < 1024
+    refused = here("tune", slim, "-o", tmp_path / "no", "--data", text, *common, "--kind", "chat", code=2)
+    assert "holds no conversations" in refused.stderr
