@@ -80,15 +80,15 @@ def tune(
     model = load_model(slim_dir)
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
-    targets = _targets(teacher_dir, rows, options, progress)
+    targets = targets_of(teacher_dir, rows, options, progress)
     quantised = _Quantised(model, rows.ids, options, progress)
     groups = quantised.prepare()
     state_dir = out.parent / f".{out.name}.tuning"
     error = None
     try:
         history = train(
-            quantised.model, groups, _tensors(learnt, 0), loss_of(targets, options), options.training,
-            held_out=None if judged is None else _tensors(judged, len(learnt)), held_out_loss=loss_of(None, options),
+            quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
+            held_out=None if judged is None else tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
             state_dir=state_dir, fingerprint=_fingerprint(slim_dir, teacher_dir, options), progress=progress,
         )  # fmt: skip
     except DivergedError as diverged:
@@ -134,7 +134,7 @@ def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -
     return config
 
 
-def _targets(
+def targets_of(
     teacher_dir: str | Path | None, rows: TuningRows, options: TuneOptions, progress: Progress | None
 ) -> TeacherTargets | None:
     """The teacher's answers to all rows; processes wait for the one that computes them."""
@@ -229,7 +229,7 @@ def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)}
 
 
-def _tensors(rows: TuningRows, first: int) -> Batch:
+def tensors_of(rows: TuningRows, first: int) -> Batch:
     """Rows as the training loop slices them, with their numbers in the teacher's answers."""
     return {"ids": rows.ids, "labels": rows.labels, "row": torch.arange(first, first + len(rows))}
 
