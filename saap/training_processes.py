@@ -151,5 +151,9 @@ def unshard(model: nn.Module) -> None:
                     made[id(parameter)] = nn.Parameter(whole(parameter), parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
     for module in model.modules():
+        for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
+            for number, hook in list(hooks.items()):
+                if "fsdp" in getattr(getattr(hook, "hook", hook), "__module__", ""):
+                    del hooks[number]  # it would put the shards back
         if isinstance(module, FSDPModule):  # whose to() expects shards; fully_shard made a subclass of (this, its own)
             module.__class__ = type(module).__bases__[1]

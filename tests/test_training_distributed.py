@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_in_processes
+from command_line import here
 from safetensors.torch import load_file
 
+from saap.checkpoint import read_record
 from saap.errors import SaapError
 from saap.training import TrainOptions
 from saap.training_options import steps_of
@@ -23,20 +26,21 @@ from saap.training_processes import join_processes
 DATA_PARALLEL, SHARDED = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
 
 
-def launch(how, model, out, runs):
-    """The runs one after the other in two processes."""
+def launch(how, *program):
+    """A program in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-        train_in_processes.__file__, str(model), str(out), json.dumps(runs),
+        *map(str, program),
     ]  # fmt: skip
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def found(out, run, rank=0):
@@ -60,7 +64,8 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
     train_in_processes.main(path, tmp_path, "alone")
     train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
     runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
-    launch(how, path, tmp_path, [*runs, {"state": "poisoned", "poison": 2}])
+    runs.append({"state": "poisoned", "poison": 2})
+    launch(how, train_in_processes.__file__, path, tmp_path, json.dumps(runs))
     train_in_processes.main(path, tmp_path, "begun-by-two")
 
     alone, first, second = found(tmp_path, "alone"), found(tmp_path, "two"), found(tmp_path, "two", 1)
@@ -105,3 +110,38 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SaapError, match="2 processes were started and 1 met"):
         join_processes()
+
+
+@pytest.mark.parametrize(("how", "fold"), [(SHARDED, "scale"), (DATA_PARALLEL, "rounded")], ids=["sharded", "parallel"])
+def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_path, how, fold):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
+    command = [
+        "tune",
+        tiny_model(),
+        "--data",
+        text,
+        "--tokens",
+        "1600",
+        "--length",
+        "64",
+        "--batch",
+        "4",
+        "--fold",
+        fold,
+    ]
+    command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
+    here(*command, "-o", tmp_path / "one")
+    shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
+    done = launch(how, "-m", "saap.cli", *command, "-o", tmp_path / "two")
+    assert done.stdout.count("held-out NLL") == 1  # one of them talks
+    histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("one", "two")]
+    assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
+            assert (values != two[name]).float().mean() < 0.001, name
+        else:
+            assert torch.allclose(values, two[name], rtol=2e-3, atol=1e-6), name
+    assert not list(tmp_path.glob(".two*"))
