@@ -9,8 +9,8 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 ("held") and on WikiText-2 raw test ("test160"). Choices are made by "held"; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
-loss; 0 is none), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true. fold=lora is float LoRA: it is measured
-as it is and, merged, with integers=nearest|gptq as a bundle.
+loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true.
+fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TABLE: tuple[Variant, ...] = (
 
 def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
     """The pruned model with SAAP's defaults."""
-    out = OUT / f"slim-{ratio:g}"
+    out = OUT / f"slim-{model_dir.name}-{ratio:g}"
     if not out.is_dir():
         prune(model_dir, out, texts.alike(SEED), PruneOptions(Requirement(ratio=ratio)))
     return out
@@ -78,9 +78,11 @@ def options_of(variant: Variant) -> TuneOptions:
     return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
 
 
-def run_cell(variant: Variant, model_dir: Path, texts: Texts, test: bool) -> None:
+def run_cell(variant: Variant, test: bool) -> None:
     """Tune, export, measure, write; what is known is not measured again."""
     variant = {**DEFAULTS, **variant}
+    model_dir = Path(variant["model"]) if "model" in variant else Path(models.resolve("smollm2-135m"))
+    texts = Texts(model_dir)
     path, name = CELLS / f"{slug(variant)}.json", slug(variant)
     cell = json.loads(path.read_text()) if path.is_file() else {"variant": variant, "nll": {}}
     wanted = ["held", *([f"test{CHUNKS}"] if test else [])]
@@ -101,7 +103,9 @@ def run_cell(variant: Variant, model_dir: Path, texts: Texts, test: bool) -> Non
         cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
     for text, ids in {"held": held, f"test{CHUNKS}": texts.test(CHUNKS)}.items():
         if text in wanted and text not in cell["nll"]:
-            cell["nll"][text] = nll_of(tuned if variant["fold"] != "lora" else OUT / lora_name(variant), variant, ids)
+            cell["nll"][text] = nll_of(
+                OUT / lora_name(variant) if variant["fold"] == "lora" else tuned, slim, variant, ids
+            )
     cell["versions"] = {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     cell["date"] = time.strftime("%Y-%m-%d")
     write_json(path, cell)
@@ -113,7 +117,7 @@ def lora_name(variant: Variant) -> str:
     return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group")})
 
 
-def nll_of(directory: Path, variant: Variant, ids: torch.Tensor) -> float:
+def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
     """Nats per token: by ONNX Runtime of a bundle with integers, by torch of a float model."""
     integers = variant.get("integers") if variant["fold"] == "lora" else "tuned"
     if integers is None:
@@ -128,7 +132,7 @@ def nll_of(directory: Path, variant: Variant, ids: torch.Tensor) -> float:
             source = OUT / f"integers-{slug(variant)}"
             still = options_of(variant)
             still = replace(still, learning_rate=0.0, norm_rate=0.0, held_out=0.0)
-            rows, _ = rows_of(OUT / f"slim-{variant['ratio']:g}", 16 * LENGTH)
+            rows, _ = rows_of(slim, 16 * LENGTH)
             tune(directory, source, rows, replace(still, training=replace(still.training, rows_per_step=16)))
         export_bundle(source, bundle)
     (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
@@ -212,10 +216,9 @@ def main() -> None:
     if given.what == "show":
         show()
         return
-    model_dir = Path(models.resolve("smollm2-135m"))
     cell: Variant = {k: _value(v) for k, v in (pair.split("=", 1) for pair in given.settings)}
     for variant in [cell] if given.what == "cell" else TABLE:
-        run_cell(variant, model_dir, Texts(model_dir), given.test)
+        run_cell(variant, given.test)
 
 
 if __name__ == "__main__":
