@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from saap.cli_bench import bench, compare, devices, report
+from saap.cli_bench import bench, compare, report
+from saap.cli_devices import devices
 from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
 from saap.cli_tune import tune
 from saap.cli_types import Sections, directory

@@ -1,4 +1,4 @@
-"""The commands of a board: measure, compare, know the device, report."""
+"""The commands of a board: measure, compare, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from saap.cli_types import Counts, PromptAndGenerated, directory
+from saap.cli_types import BYTES, Counts, PromptAndGenerated, directory
 from saap.console import Console
 
 
@@ -61,6 +61,10 @@ def lengths(command: Any) -> Any:
     help="Seconds to wait at most before each run, until the cores are within 3 C of their start.",
 )
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also time a load from storage.")
+@click.option(
+    "--emulate", metavar="DEVICE", help="Give it the cores and the memory of this device; rates stay this host's."
+)
+@click.option("--emulate-memory", type=BYTES, help="In place of the device's, such as 2GB.")
 @click.option("--noise-floor", is_flag=True, help="Measure A against itself too: what a ratio must exceed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompt's tokens.")
 @click.option("--quality", type=directory, help="What `saap eval --json` wrote, to go with the speeds.")
@@ -116,69 +120,6 @@ def compare(old: str, new: str, **options: Any) -> None:
 
     with Console() as console:
         sys.exit(compare_step(old, new, options, console))
-
-
-@click.group()
-def devices() -> None:
-    """Known devices and this host."""
-
-
-@devices.command(name="list")
-def devices_list() -> None:
-    """The devices that have a profile.
-
-    \b
-    Example:
-      saap devices list
-    """
-    from saap.board import list_devices
-
-    list_devices()
-
-
-@devices.command(name="show")
-@click.argument("name")
-def devices_show(name: str) -> None:
-    """A profile: every number with its unit, source and level.
-
-    \b
-    Example:
-      saap devices show raspberry-pi-5
-    """
-    from saap.board import show_device
-
-    show_device(name)
-
-
-@devices.command(name="probe")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-@click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle here.")
-@click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="Of --costs.")
-@click.option("-t", "--threads", type=Counts(), help="Of --costs; default: all physical cores.")
-@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of --costs; default: 4, or the bundle's.")
-@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Of --costs; default: 32, or the bundle's.")
-@click.option("-d", "--depth", type=int, help="Of --costs: tokens in the cache; default: 192.")
-def devices_probe(as_json: bool, costs: str | None, **options: Any) -> None:
-    """What this host is, or with --costs what each layer size of a model takes on it.
-
-    \b
-    Example:
-      saap devices probe
-      saap devices probe --costs smollm2-135m -t 1 -o cost.json
-    """
-    if costs is None:
-        from saap.board import probe_host
-
-        probe_host(as_json)
-        return
-    from saap.costs_command import probe_costs_step
-
-    bits, block = (int(options[name]) if options[name] else None for name in ("bits", "group"))
-    with Console() as console:
-        probe_costs_step(
-            costs, options["out"], threads=options["threads"], bits=bits, block=block, depth=options["depth"],
-            console=console,
-        )  # fmt: skip
 
 
 @click.command()
