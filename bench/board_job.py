@@ -1,0 +1,58 @@
+"""The measuring process of a remote run: ``python -m bench.board_job FOLDER`` on the board.
+
+``FOLDER/job.json`` holds the specs and the plan; lines of JSON on standard output say how far it is, and
+``FOLDER/result.json`` is what :func:`bench.run.bench` returned there, so that a number means what a local one means.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from bench.plan import Plan
+from bench.run import bench
+from bench.store import write_result
+
+EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
+
+
+def main(folder: Path) -> int:
+    """Measure; the exit code, 2 where the request cannot be measured there."""
+    signal.signal(signal.SIGTERM, _end)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    plan = Plan(**job["plan"])
+    specs = [prefix + str(folder / "bundles" / place) for prefix, place in job["specs"]]
+    told_at = 0.0
+
+    def progress(label: str, done: float, total: float) -> None:
+        nonlocal told_at
+        if done >= total or time.monotonic() - told_at >= EVERY_S:
+            told_at = time.monotonic()
+            _tell({"label": label, "done": done, "total": total})
+
+    try:
+        result = bench(specs, plan, names=job["names"], progress=progress)
+    except Exception as error:
+        if getattr(error, "exit_code", None) is None:
+            raise
+        _tell({"refused": str(error).replace(f"{folder}/bundles/", "")})
+        return 2
+    write_result(folder / "result.json", result)
+    return 0
+
+
+def _tell(document: dict[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # by an exception, so that a worker that runs is ended too
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

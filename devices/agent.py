@@ -1,0 +1,159 @@
+"""The board's side of ``saap bench --on``: answers one request and ends. Python >= 3.10, standard library only.
+
+This file and its neighbours ``agent_*.py`` travel with every request, so a board that was never seen before needs
+nothing but Python, and the two sides are always of one version. A request is one line of JSON on standard input, for
+``put`` followed by the file's bytes. Answers are lines of ``MARK`` and JSON on standard output: any number of
+``{"beat"|"at"|"line": ...}``, then ``{"answer": ...}``, or ``{"error": ...}``, one line for a person.
+
+| request | what it does |
+|---|---|
+| hello | Python, memory, disk, clock, boot, and what of the asked files is missing |
+| take | the lock, old runs swept away, room made |
+| put | a file of the store, from where it was cut |
+| install | the bench's code, and its packages in a venv |
+| start, follow, fetch, end | a detached run (``devices.agent_run``) |
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from devices.agent_files import Store, free, full
+from devices.agent_home import AgentError, Lock, boot_id, home
+from devices.agent_install import install, ready
+from devices.agent_run import end, fetch, follow, start, sweep
+
+MARK = "saap-agent-1 "
+EVERY_S = 1.0
+Tell = Callable[[dict[str, Any]], None]
+
+
+def hello(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """What a preflight asks: bytes, seconds since the epoch."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "folder": str(folder),
+        "free_bytes": free(folder),
+        "available_bytes": _available(request["root"]),
+        "time": time.time(),
+        "boot_id": boot_id(request["root"]),
+    }
+
+
+def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The lock; then which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
+
+    Raises:
+        AgentError: another run measures, or what is missing does not fit.
+    """
+    lock = Lock(folder, request["root"])
+    lock.take(request["run"], request["owner"])
+    try:
+        sweep(folder)
+        store = Store(folder, _beat(lock, tell))
+        missing = {}
+        for sha in request["files"]:
+            if (there := store.held(sha)) is not None:
+                missing[sha] = there
+        agent = ready(folder, request["key"])
+        needed = sum(request["files"][sha] - there for sha, there in missing.items())
+        needed += request["reserve"] + (0 if agent else request["agent_bytes"])
+        if store.make_room(request["files"], needed) < needed:
+            raise AgentError(full(folder, needed))
+    except BaseException:
+        lock.release(request["run"])
+        raise
+    return {"missing": missing, "installed": agent is not None}
+
+
+def put(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """A file, or the rest of one."""
+    beat = _beat(Lock(folder, request["root"]), tell)
+    Store(folder, beat).receive(request["sha"], request["size"], request["offset"], sys.stdin.buffer, beat)
+    return {"whole": True}
+
+
+def held(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Bytes that are here of one file; None when it is whole."""
+    return {"held": Store(folder, _beat(Lock(folder, request["root"]), tell)).held(request["sha"])}
+
+
+def installs(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The installation of a key, made where it is missing."""
+    beat = _beat(Lock(folder, request["root"]), tell)
+    return install(folder, request, beat)
+
+
+def follows(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """A run, until it has ended."""
+    for told in follow(folder, request):
+        if "done" in told:
+            return dict(told["done"])
+        tell(told)
+    raise AgentError("the run is gone")
+
+
+REQUESTS: dict[str, Callable[[Path, dict[str, Any], Tell], dict[str, Any]]] = {
+    "hello": hello,
+    "take": take,
+    "held": held,
+    "put": put,
+    "install": installs,
+    "start": lambda folder, request, tell: start(folder, request),
+    "follow": follows,
+    "fetch": lambda folder, request, tell: fetch(folder, request),
+    "end": lambda folder, request, tell: end(folder, request),
+}
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    try:
+        request = json.loads(sys.stdin.buffer.readline())
+        answer: dict[str, Any] = {"answer": REQUESTS[request["do"]](home(), request, say)}
+    except AgentError as error:
+        answer = {"error": str(error), "again": error.again}
+    except BrokenPipeError:
+        os._exit(1)  # nobody listens any more
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        answer = {"error": full(home(), 0)}
+    say(answer)
+
+
+def say(document: dict[str, Any]) -> None:
+    """One line to the other side."""
+    sys.stdout.write(MARK + json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def _beat(lock: Lock, tell: Tell) -> Callable[..., None]:
+    """Keeps the lock, and tells how far it is, at most once in ``EVERY_S``."""
+    last = 0.0
+
+    def beat(done: int | None = None) -> None:
+        nonlocal last
+        if time.monotonic() - last > EVERY_S:
+            last = time.monotonic()
+            lock.touch()
+            tell({"at": done})
+
+    return beat
+
+
+def _available(root: str) -> int | None:
+    try:
+        lines = (Path(root) / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,159 @@
+"""The agent's folder on a board, and the lock that lets one run at a time measure there. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CACHE = "SAAP_CACHE"  # moves the folder, as everywhere in this project
+STALE_S = 120  # a lock that nobody has touched for so long, and whose process is gone, holds nothing
+
+
+class AgentError(Exception):
+    """What went wrong on the board, and what to do: one line without the board's name.
+
+    Args:
+        again: whether the same request may work in a moment.
+    """
+
+    def __init__(self, message: str, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+def home() -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        AgentError: it cannot be written.
+    """
+    chosen = os.environ.get(CACHE)
+    places = [Path(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
+    for place in places:
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    raise AgentError(f"{places[0]} cannot be written: free it, or name another folder there in {CACHE}")
+
+
+def _users() -> list[Path]:
+    with contextlib.suppress(RuntimeError):
+        return [Path.home() / ".cache/saap"]
+    return []
+
+
+def boot_id(root: str) -> str:
+    """Changes with every boot; empty where the kernel has none. ``root`` is that of /proc."""
+    try:
+        return (Path(root) / "proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str | None:
+    """When a process that still runs was started, in ticks: with the pid it names one process. See proc(5), stat."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def alive(pid: int | None, start: str | None) -> bool:
+    """Whether that very process runs."""
+    return pid is not None and start is not None and started(pid) == start
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Beside its place, then renamed."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(document), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object, empty where there is none that can be read."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+class Lock:
+    """``lock.json`` of the folder: who measures here, since when, and by which process.
+
+    Its modification time is the heartbeat. It holds while that is fresh or the process runs, and never over a reboot.
+    """
+
+    def __init__(self, folder: Path, root: str = "/") -> None:
+        self.path, self._guard, self._root = folder / "lock.json", folder / "lock.guard", root
+
+    def take(self, run: str, owner: str) -> None:
+        """For ``run``; taken again by the same run, it stays.
+
+        Raises:
+            AgentError: another run holds it.
+        """
+        with guarded(self._guard):
+            held = read_json(self.path)
+            if held.get("run") == run:
+                self.touch()
+                return
+            if self.path.exists() and not self._stale(held):
+                since = _ago(time.time() - float(held.get("since", time.time())))
+                who, process = held.get("owner", "somebody"), held.get("pid")
+                what = f" (process {process} there)" if process else ""
+                raise AgentError(f"{who} measures there since {since}{what}: wait until that run has ended")
+            write_json(self.path, {"run": run, "owner": owner, "since": time.time(), "boot_id": boot_id(self._root)})
+
+    def process(self, run: str, pid: int) -> None:
+        """Name the process that measures."""
+        with guarded(self._guard):
+            held = read_json(self.path)
+            if held.get("run") == run:
+                write_json(self.path, {**held, "pid": pid, "start": started(pid)})
+
+    def holds(self, run: str) -> bool:
+        """Whether it is this run's."""
+        return read_json(self.path).get("run") == run
+
+    def runs(self) -> bool:
+        """Whether its process runs."""
+        held = read_json(self.path)
+        return alive(held.get("pid"), held.get("start"))
+
+    def touch(self) -> None:
+        """The heartbeat."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def release(self, run: str) -> None:
+        """Give it up, if it is this run's."""
+        with guarded(self._guard):
+            if self.holds(run):
+                self.path.unlink(missing_ok=True)
+
+    def _stale(self, held: dict[str, Any]) -> bool:
+        if held.get("boot_id", boot_id(self._root)) != boot_id(self._root):
+            return True
+        return time.time() - self.path.stat().st_mtime > STALE_S and not alive(held.get("pid"), held.get("start"))
+
+
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """One process at a time: a request whose connection was cut may still be at work when it is made again."""
+    with path.open("a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _ago(seconds: float) -> str:
+    return f"{max(0.0, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,166 @@
+"""The bench's own code on the board, and a Python with what it needs. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from devices.agent_files import Store, inside
+from devices.agent_home import AgentError, guarded, write_json
+
+READY = "ready.json"
+KEPT = 2  # installations, this one included
+INSTALL_S = 3600.0
+_KEY = re.compile(r"[0-9a-f]{16}")
+_CHECK = """
+import importlib.metadata, json
+import numpy, psutil, onnxruntime
+print(json.dumps({"onnxruntime": onnxruntime.__version__, "numpy": numpy.__version__}))
+"""
+_OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
+
+
+def agent_folder(folder: Path, key: str) -> Path:
+    """Where an installation is.
+
+    Raises:
+        AgentError: ``key`` is none.
+    """
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise AgentError(f"{key!r} is no installation: the two sides are not of one version")
+    return folder / f"agent-{key}"
+
+
+def ready(folder: Path, key: str) -> dict[str, Any] | None:
+    """Its python and versions, or None where it is not whole or does not run any more."""
+    place = agent_folder(folder, key)
+    try:
+        python = str(json.loads((place / READY).read_text(encoding="utf-8"))["python"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        versions = _versions(python, place)
+    except AgentError:
+        return None
+    os.utime(place)
+    return {"python": python, "versions": versions}
+
+
+def install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
+    """The installation of a key, made where it is missing; an unfinished one is made anew.
+
+    Args:
+        request: key; code, the sha256 of a stored JSON object of path -> text; requirements; wheels, name -> sha256,
+            or None for the board's index; own, whether it gets a venv (else the Python that runs this is used).
+
+    Raises:
+        AgentError: no venv module, no index and no wheels, or a package that is not there.
+    """
+    with guarded(folder / "install.guard"):
+        return ready(folder, request["key"]) or _install(folder, request, beat)
+
+
+def _install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
+    place, store = agent_folder(folder, request["key"]), Store(folder)
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        _write_code(place / "code", json.loads(store.file(request["code"]).read_text(encoding="utf-8")))
+        python = sys.executable
+        if request["own"]:
+            python = _venv(place / "venv", beat)
+            _fill(python, place, store, request, beat)
+        versions = _versions(python, place)
+        write_json(place / READY, {"python": python})
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    for old in sorted(folder.glob("agent-*"), key=lambda p: p.stat().st_mtime, reverse=True)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return {"python": python, "versions": versions}
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what would lead another Python to other packages."""
+    return {name: value for name, value in os.environ.items() if name not in _OTHERS}
+
+
+def _write_code(place: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = place / inside(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _venv(place: Path, beat: Callable[[], None]) -> str:
+    code, said = _run([sys.executable, "-m", "venv", str(place)], beat)
+    if code:
+        if "ensurepip" in said or "No module named venv" in said:
+            raise AgentError("its Python has no venv: `sudo apt install python3-venv` there")
+        raise AgentError(f"no venv can be made: {_last(said)}")
+    return str(place / "bin/python")
+
+
+def _fill(python: str, place: Path, store: Store, request: dict[str, Any], beat: Callable[[], None]) -> None:
+    source: list[str] = []
+    if request["wheels"] is not None:
+        wheels = place / "wheels"
+        store.lay_out(wheels, request["wheels"])
+        source = ["--no-index", "--find-links", str(wheels)]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+    code, said = _run([*pip, *source, *request["requirements"]], beat)
+    if code and "No space left" in said:
+        raise AgentError("the disk became full while packages were installed: free some 300 MB there")
+    if code:
+        give = "push the right ones" if source else "let it reach a package index, or push wheels with --wheels DIR"
+        raise AgentError(
+            f"its packages cannot be installed: {give}, or take its own with --board-packages: {_last(said)}"
+        )
+    shutil.rmtree(place / "wheels", ignore_errors=True)
+
+
+def _versions(python: str, place: Path) -> dict[str, str]:
+    done = subprocess.run(
+        [python, "-c", _CHECK], cwd=place / "code", env=environment(), capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise AgentError(f"{python} there does not have what the bench needs: {_last(done.stderr)}") from None
+    return {str(name): str(version) for name, version in found.items()}
+
+
+def _run(command: Sequence[str], beat: Callable[[], None]) -> tuple[int, str]:
+    """Exit code and what it printed; ``beat`` is called meanwhile, and may raise to end it."""
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, env=environment()
+        )
+        try:
+            for _ in range(int(INSTALL_S)):
+                beat()
+                try:
+                    process.wait(1.0)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        printed.seek(0)
+        return process.returncode, printed.read().decode(errors="replace")
+
+
+def _last(text: str) -> str:
+    """The last line that is not pip's advice."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "[notice]" not in line]
+    return lines[-1][:300] if lines else "it said nothing"
