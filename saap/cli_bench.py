@@ -67,6 +67,15 @@ def lengths(command: Any) -> Any:
 @click.option("--emulate-memory", type=BYTES, help="In place of the device's, such as 2GB.")
 @click.option("--noise-floor", is_flag=True, help="Measure A against itself too: what a ratio must exceed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompt's tokens.")
+@click.option(
+    "--on",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help="Measure there: ssh://user@host[:port], adb://[serial]; several at once.",
+)
+@click.option("--wheels", type=directory, help="With --on: a folder of wheels for a board that reaches no index.")
+@click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has, make no venv.")
 @click.option("--quality", type=directory, help="What `saap eval --json` wrote, to go with the speeds.")
 @click.option("--history", type=directory, help="A folder that keeps this result, for the report's history.")
 @click.option(
@@ -76,7 +85,7 @@ def lengths(command: Any) -> Any:
     help="Print this instead of tables; json and jsonl as llama-bench.",
 )
 @click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included; - prints it.")
-def bench(specs: tuple[str, ...], **options: Any) -> None:
+def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None:
     """Measure bundles and other runtimes, interleaved, each run in a fresh process.
 
     A is a bundle, prepacked:BUNDLE (packed weights kept in the cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
@@ -87,9 +96,17 @@ def bench(specs: tuple[str, ...], **options: Any) -> None:
     Example:
       saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
+      saap bench out/demo/slim-int4 --on ssh://pi@board
     """  # fmt: skip
     from saap.bench_command import bench_step
 
+    if urls:
+        from saap.remote_command import bench_on_step
+
+        with Console() as console:
+            sys.exit(bench_on_step(list(specs), urls, options, console))
+    if options["wheels"] or options["board_packages"]:
+        raise click.UsageError("--wheels and --board-packages belong to --on: name a board")
     with Console() as console:
         sys.exit(bench_step(list(specs), options, console))
 

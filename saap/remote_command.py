@@ -1,0 +1,92 @@
+"""``saap bench --on``: boards are measured at once, shown one after the other and then side by side."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.bench_command import NOTHING_MEASURED, PLAN, STDOUT, keep, show_reasons, show_result
+from saap.console import Console, print_table
+from saap.errors import SaapError
+from saap.json_files import read_object
+
+ONE_DOCUMENT = ("csv", "json")
+
+
+def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
+    """Measure on boards; the exit code: 2 when one of them could not be used."""
+    from bench.plan import Plan
+    from bench.remote import bench_on
+
+    _check(urls, options)
+    quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
+    answers = bench_on(
+        urls,
+        [*specs, *specs[: int(options["noise_floor"])]],
+        Plan(**{name: options[name] for name in PLAN}),
+        wheels=options["wheels"],
+        own=not options["board_packages"],
+        progress=console.report,
+        say=console.say,
+    )
+    console.finish()
+    if len(answers) == 1 and answers[0].error is not None:
+        raise answers[0].error
+    measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
+    for url, result in measured.items():
+        _show(url, result, options, several=len(answers) > 1)
+        keep(result, _place(options["json_path"], url, len(answers) > 1), options["history"])
+    if len(measured) > 1 and not options["form"]:
+        _side_by_side(measured)
+    failed = [answer.error for answer in answers if answer.error is not None]
+    for error in failed:
+        click.echo(f"saap: {error}", err=True)
+    if failed:
+        return SaapError.exit_code
+    return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
+
+
+def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
+    if options.get("emulate"):
+        raise SaapError("--on measures a board as it is: leave --emulate out")
+    if options["wheels"] is not None and options["board_packages"]:
+        raise SaapError("--wheels fills a venv there, --board-packages makes none: give one of them")
+    if len(urls) > 1 and options["form"] in ONE_DOCUMENT:
+        raise SaapError(f"--format {options['form']} is of one board: give md or jsonl, or --json FILE")
+
+
+def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None:
+    from bench.table import formatted
+
+    if several and options["form"] in (None, "md"):
+        click.echo(f"### {url}: {result.device.get('board') or result.device.get('cpu_model') or 'unknown board'}\n")
+    if options["form"]:
+        click.echo(formatted(result, options["form"]), nl=False)
+        show_reasons(result, to_stderr=True)
+    else:
+        show_result(result, noise_floor=options["noise_floor"])
+
+
+def _place(path: Path | None, url: str, several: bool) -> Path | None:
+    """One document per board: ``result.json`` becomes ``result.pi-board.json``."""
+    if path is None or path == STDOUT or not several:
+        return path
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-") or "local"
+    return path.with_name(f"{path.stem}.{label}{path.suffix}")
+
+
+def _side_by_side(measured: dict[str, Any]) -> None:
+    from bench.table import main_table
+
+    tables = {url: main_table(result) for url, result in measured.items()}
+    columns = list(dict.fromkeys(column for table in tables.values() for column in table.header))
+    rows = []
+    for url, table in tables.items():
+        for row in table.rows:
+            cells = dict(zip(table.header, row, strict=True))
+            rows.append([url, *(cells.get(column, "-") for column in columns)])
+    print_table("side by side", ["board", *columns], rows)
