@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +37,7 @@ def call(
     env: dict[str, str] | None = None,
     python: str = sys.executable,
     told: Told | None = None,
+    launch: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run ``python -m module`` with ``config`` on stdin; the last object that it prints.
 
@@ -45,6 +46,7 @@ def call(
 
     Args:
         told: called with every object that comes before the answer, a line each.
+        launch: a command that starts the rest of its arguments, such as ``devices.cgroup.MemoryGroup.launcher``.
 
     Raises:
         ChildFailedError: with the last line of its stderr.
@@ -53,7 +55,7 @@ def call(
         given.write(json.dumps(config).encode())
         given.seek(0)
         process = subprocess.Popen(
-            [python, "-m", module],
+            [*launch, python, "-m", module],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=err,

@@ -31,6 +31,7 @@ IDENTITY = (
     "os",
     "python",
     "onnxruntime",
+    "emulated",
 )
 ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
 

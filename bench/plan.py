@@ -60,6 +60,7 @@ class Plan:
         cool_down_s: longest wait before a repetition until the cores are within 3 degrees of their start.
         cold: load once more with the files dropped from the page cache.
         root: of /proc and /sys, for a recorded host.
+        launch: a command that every worker is started through, such as one that enters a control group.
     """
 
     prompt: Counts = 128
@@ -78,6 +79,7 @@ class Plan:
     cool_down_s: float = 0.0
     cold: bool = True
     root: Path = field(default_factory=lambda: Path("/"))
+    launch: tuple[str, ...] = ()
 
     @property
     def adaptive(self) -> bool:

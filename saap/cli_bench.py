@@ -100,6 +100,8 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
     """  # fmt: skip
     from saap.bench_command import bench_step
 
+    if urls and options["emulate"]:
+        raise click.UsageError("--emulate limits this host, --on measures on a board: give one of them")
     if urls:
         from saap.remote_command import bench_on_step
 
