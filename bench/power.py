@@ -2,51 +2,60 @@
 
 What a sensor sees is its *scope*, and numbers of different scopes do not compare: ``module_input`` is all that the
 module draws, ``rails_sum`` leaves out what no rail measures (on one board more than half of a wall meter's reading),
-``package`` is the CPU with its caches. Rails are never summed where an input rail exists, which holds them all.
+``package`` is the CPU with its caches, ``pmic_rails`` what a Raspberry Pi's power chip gives out. Rails are never
+summed where an input rail exists, which holds them all.
+
+| sensor | scope | readings per second | trusted |
+|---|---|---|---|
+| INA3221 by files: hwmon from JetPack 5 on, iio before | module_input, else rails_sum | 10 | first |
+| tegrastats, where those files cannot be read | the same | 10 | second |
+| Raspberry Pi 5, ``vcgencmd pmic_read_adc`` | pmic_rails, an estimate of the board's | 2 | third |
+| RAPL | package | 10, of a counter | last |
 """
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.power_commands import Commands, pmic, tegrastats
+from bench.power_sensors import Found, Stream, ina3221, rapl
 from bench.result import Energy
 
-RATE_HZ = 10.0
-INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN", "5V_IN")  # of Jetson modules, by label: numbers differ per release
-NO_SENSOR = "no power sensor was found: neither INA3221 rails nor RAPL"
-NOT_ALLOWED = "the kernel lets only root read RAPL: run as root, or allow reading energy_uj"
+NO_SENSOR = "no power sensor was found: neither INA3221 rails, tegrastats, a Raspberry Pi 5's power chip nor RAPL"
+SILENCE = 5  # times the usual distance of readings; a longer gap is one ...
+SILENT_SHARE = 0.1  # ... where it is also more than this share of the window
 
 
-@dataclass(frozen=True)
-class Sensor:
-    """``read`` gives watts now, or, where it ``counts``, joules since some moment. It raises OSError or ValueError."""
+def find_sensor(root: Path = Path("/"), commands: Commands | None = None) -> Found:
+    """The most trusted sensor below ``root`` that can be read, or None and why.
 
-    source: str
-    scope: str  # as in bench.result.Energy
-    read: Callable[[], float]
-    counts: bool = False
-
-
-def find_sensor(root: Path = Path("/")) -> tuple[Sensor | None, str | None]:
-    """The sensor of widest scope below ``root``, or None and why."""
-    rails = dict(_ina3221_hwmon(root)) or dict(_ina3221_iio(root))
-    if rails:
-        return _of_rails(rails), None
-    return _rapl(root)
+    Args:
+        root: holds the /sys that is read.
+        commands: runs the programs that tell power; None: those of this host, and none for a recorded tree.
+    """
+    if commands is None and root.resolve() == Path("/"):
+        commands = Commands()
+    told = [] if commands is None else [partial(tegrastats, commands), partial(pmic, commands)]
+    reasons: list[str] = []
+    for look in (partial(ina3221, root), *told, partial(rapl, root)):
+        sensor, reason = look()
+        if sensor is not None:
+            return replace(sensor, passed_over=(*reasons, *sensor.passed_over)), None
+        reasons += [reason] if reason else []
+    return None, "; ".join(reasons) or NO_SENSOR
 
 
 class Recorder:
-    """Reads the sensor some ten times a second in a thread of its own, from ``with`` to its end.
+    """Reads the sensor at its rate in a thread of its own, from ``with`` to its end.
 
     Runs beside the process that is measured, not inside, and costs it nothing but those reads. Times are those of
     ``time.monotonic``, which all processes of a Linux host share.
@@ -55,19 +64,28 @@ class Recorder:
     def __init__(
         self,
         root: Path = Path("/"),
-        rate_hz: float = RATE_HZ,
+        rate_hz: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        commands: Commands | None = None,
     ) -> None:
-        """``root`` holds the /sys that is read; without a sensor there is no thread."""
-        self.sensor, self._missing = find_sensor(root)
-        self._clock, self._period = clock, 1 / rate_hz
+        """``root`` and ``commands`` as in ``find_sensor``; without a sensor there is no thread."""
+        self.sensor, self._missing = find_sensor(root, commands)
+        self._clock = clock
+        self._period = 1 / (rate_hz or (self.sensor.rate_hz if self.sensor else 1.0))
         self._times: list[float] = []
         self._values: list[float] = []
+        self._stream: Stream | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="power", daemon=True)
 
     def __enter__(self) -> Recorder:
         """Start reading."""
+        if self.sensor and self.sensor.follow:
+            try:
+                self._stream = self.sensor.follow()
+            except OSError as error:
+                self._missing = f"{self.sensor.source} cannot be started ({error})"
+                self.sensor = None
         if self.sensor:
             self._thread.start()
         return self
@@ -75,20 +93,28 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         """Stop reading; what was read stays."""
         self._ended.set()
+        if self._stream is not None:
+            self._stream.close()
         if self.sensor:
             self._thread.join()
 
-    def take(self) -> None:
-        """One reading now. A reading that fails is left out."""
+    def facts(self) -> dict[str, Any]:
+        """What is read, for a result: source, scope, covers, rate_hz, estimate, and why not something better."""
         if self.sensor is None:
+            return {"source": None, "reasons": [self._missing]}
+        kept = {name: getattr(self.sensor, name) for name in ("source", "scope", "covers", "rate_hz", "estimate")}
+        return {**kept, "reasons": list(self.sensor.passed_over)}
+
+    def take(self) -> None:
+        """One reading now. A reading that fails is left out, and a stream gives its own."""
+        if self.sensor is None or self.sensor.read is None:
             return
         with self._lock:
             try:
                 value = self.sensor.read()
             except (OSError, ValueError):
                 return
-            self._times.append(self._clock())
-            self._values.append(value)
+            self._keep(value)
 
     def energy(
         self, start: float, end: float, idle: tuple[float, float] | None = None
@@ -107,110 +133,57 @@ class Recorder:
         self.take()  # so that the end of a window that has just closed is covered
         with self._lock:
             times, values = np.array(self._times), np.array(self._values)
-        joules, count = self._joules(times, values, start, end)
+        joules, reason = window_joules(times, values, start, end, self.sensor.counts)
         if joules is None:
-            return (
-                None,
-                f"{count} power readings in {end - start:.2f} s of decode, 2 are the least: generate more tokens",
-            )
-        resting = self._joules(times, values, *idle)[0] if idle else None
-        idle_w = None if idle is None or resting is None else resting / (idle[1] - idle[0])
-        rate = count / (end - start)
-        return Energy(joules, end - start, idle_w, self.sensor.scope, self.sensor.source, rate), None
-
-    def _joules(
-        self, times: NDArray[np.float64], values: NDArray[np.float64], start: float, end: float
-    ) -> tuple[float | None, int]:
-        """(joules, readings inside the window)."""
-        inside = (times >= start) & (times <= end)
-        count = int(inside.sum())
-        if count < 2 or self.sensor is None:
-            return None, count
-        at_ends = np.interp([start, end], times, values)
-        if self.sensor.counts:
-            return float(at_ends[1] - at_ends[0]), count
-        x = np.concatenate([[start], times[inside], [end]])
-        y = np.concatenate([at_ends[:1], values[inside], at_ends[1:]])
-        return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2)), count
+            return None, reason
+        resting = window_joules(times, values, *idle, self.sensor.counts)[0] if idle else None
+        return Energy(
+            decode_j=joules,
+            window_s=end - start,
+            idle_w=None if idle is None or resting is None else resting / (idle[1] - idle[0]),
+            scope=self.sensor.scope,
+            source=self.sensor.source,
+            rate_hz=float(np.sum((times >= start) & (times <= end))) / (end - start),
+            estimate=self.sensor.estimate,
+        ), None
 
     def _run(self) -> None:
+        if self._stream is not None:
+            for watts in self._stream:
+                with self._lock:
+                    self._keep(watts)
+            return
         while not self._ended.is_set():
             self.take()
             self._ended.wait(self._period)
 
-
-def _of_rails(rails: dict[str, Callable[[], float]]) -> Sensor:
-    for label in INPUT_RAILS:
-        if label in rails:
-            return Sensor(f"INA3221 {label}", "module_input", rails[label])
-    reads = list(rails.values())
-    return Sensor(f"INA3221 {' + '.join(rails)}", "rails_sum", lambda: sum(read() for read in reads))
+    def _keep(self, value: float) -> None:
+        self._times.append(self._clock())
+        self._values.append(value)
 
 
-def _ina3221_hwmon(root: Path) -> Iterator[tuple[str, Callable[[], float]]]:
-    """(label, watts) of every connected rail, as JetPack 5 and newer show them: millivolts and milliamperes."""
-    for named in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label")):
-        number = re.fullmatch(r"in(\d+)_label", named.name)
-        label = named.read_text().strip()
-        if number is None or not _connected(label):
-            continue
-        volts, amperes = named.with_name(f"in{number[1]}_input"), named.with_name(f"curr{number[1]}_input")
-        if volts.exists() and amperes.exists():
-            yield label, partial(_watts, volts, amperes)
+def window_joules(
+    times: NDArray[np.float64], values: NDArray[np.float64], start: float, end: float, counts: bool
+) -> tuple[float | None, str | None]:
+    """Joules of a window, or None and why.
 
-
-def _ina3221_iio(root: Path) -> Iterator[tuple[str, Callable[[], float]]]:
-    """The same as JetPack 4 shows them: milliwatts."""
-    for named in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*")):
-        label, power = named.read_text().strip(), named.with_name(f"in_power{named.name.rpartition('_')[2]}_input")
-        if _connected(label) and power.exists():
-            yield label, partial(_watts, power)
-
-
-def _connected(label: str) -> bool:
-    return label not in ("", "NC") and "sum of shunt" not in label.lower()
-
-
-def _rapl(root: Path) -> tuple[Sensor | None, str | None]:
-    """All CPU packages together (Linux power capping framework; AMD's counters go by Intel's name)."""
-    domains = [
-        domain
-        for domain in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
-        if (domain / "name").read_text().startswith("package")  # not its parts, nor psys, which holds it
-    ]
-    if not domains:
-        return None, NO_SENSOR
-    counters = [_Counter(domain) for domain in domains]
-    sensor = Sensor("RAPL", "package", lambda: sum(counter.joules() for counter in counters), counts=True)
-    try:
-        sensor.read()
-    except PermissionError:
-        return None, NOT_ALLOWED
-    return sensor, None
-
-
-class _Counter:
-    """An energy counter that starts again at its range: read more often than it wraps, which takes a minute or more."""
-
-    def __init__(self, domain: Path) -> None:
-        self._energy, self._range = domain / "energy_uj", domain / "max_energy_range_uj"
-        self._last: int | None = None
-        self._total = 0
-
-    def joules(self) -> float:
-        """Joules since the first call."""
-        now = _integer(self._energy)
-        if self._last is not None:
-            # The counter goes from its range to 0 (powercap's documentation).
-            self._total += now - self._last + (_integer(self._range) if now < self._last else 0)
-        self._last = now
-        return self._total * 1e-6
-
-
-def _watts(*millis: Path) -> float:
-    """Of milliwatts, or of millivolts and milliamperes."""
-    return math.prod(_integer(path) * 1e-3 for path in millis)
-
-
-def _integer(path: Path) -> int:
-    return int(path.read_text())
+    Args:
+        times: seconds, ascending.
+        values: watts at those times, or joules of a counter.
+        start, end: of the window.
+        counts: whether the values are a counter's.
+    """
+    inside = (times >= start) & (times <= end)
+    count = int(inside.sum())
+    if count < 2:
+        return None, f"{count} power readings in {end - start:.2f} s of decode, 2 are the least: generate more tokens"
+    x = np.concatenate([[start], times[inside], [end]])
+    silent, usual = float(np.max(np.diff(x))), float(np.median(np.diff(times)))
+    if silent > max(SILENCE * usual, SILENT_SHARE * (end - start)):
+        return None, f"the power sensor was silent for {silent:.2f} s of {end - start:.2f} s of decode"
+    at_ends = np.interp([start, end], times, values)
+    y = np.concatenate([at_ends[:1], values[inside], at_ends[1:]])
+    joules = float(y[-1] - y[0]) if counts else float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
+    if joules <= 0:  # a counter that a hypervisor keeps at zero, an unconnected rail
+        return None, f"the power sensor told {joules:g} J in {end - start:.2f} s of decode: it does not work here"
+    return joules, None

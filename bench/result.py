@@ -25,9 +25,10 @@ class Energy:
     decode_j: float
     window_s: float
     idle_w: float | None
-    scope: str  # module_input | rails_sum | package | wall | estimate
+    scope: str  # what the sensor sees: module_input | rails_sum | package | pmic_rails | wall | estimate
     source: str  # the sensor's name
     rate_hz: float  # readings per second in the window
+    estimate: bool = False  # whether it stands for more than was measured
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Result:
     command: list[str]
     versions: dict[str, str]
     created: str  # ISO 8601, UTC
-    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, warmup, timeout_s, ...
+    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, power sensor, ...
     quality: dict[str, Any] | None = None
     schema: int = SCHEMA
 

@@ -70,7 +70,7 @@ def bench(
         command=list(sys.argv),
         versions=_versions(outcomes),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings=_record(plan),
+        settings={**_record(plan), "power": recorder.facts()},
     )
     return _judged(result)
 

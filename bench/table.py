@@ -46,7 +46,7 @@ def main_table(result: Result) -> Table:
         _number("peak load MB", "peak_load_bytes", 1e-6),
         _number("peak decode MB", "peak_decode_bytes", 1e-6),
         _number("% of ceiling", "ceiling_fraction", 100, 0),
-        *_where_known(rows, _number("J/ token", "joules_per_token", digits=3), "joules_per_token"),
+        *_where_known(rows, ("J/ token", _joules), "joules_per_token"),
         ("status", lambda row: str(row["status"])),
     ]
     return _table(rows, columns)
@@ -139,6 +139,7 @@ def _row(result: Result, m: Measurement) -> Row:
         "ceiling_fraction": decode.median / ceiling if decode and ceiling else None,
         "joules_per_token": _median(m.joules_per_token),
         "energy_scope": next((s.energy.scope for s in m.samples if s.energy), None),
+        "energy_estimate": next((s.energy.estimate for s in m.samples if s.energy), None),
         "status": m.status,
         "reasons": m.reasons,
     }
@@ -163,6 +164,11 @@ def _where_known(rows: Sequence[Row], column: Column, key: str) -> list[Column]:
 
 def _number(header: str, key: str, scale: float = 1.0, digits: int = 1) -> Column:
     return header, lambda row: "-" if row[key] is None else f"{row[key] * scale:.{digits}f}"
+
+
+def _joules(row: Row) -> str:
+    about = "~" if row["energy_estimate"] else ""
+    return "-" if row["joules_per_token"] is None else f"{about}{row['joules_per_token']:.3f}"
 
 
 def _quartiles(row: Row) -> str:

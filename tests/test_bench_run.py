@@ -73,7 +73,8 @@ def test_what_a_repetition_holds(two: tuple[Result, object]) -> None:
         assert s.pss_bytes is not None and s.pss_bytes <= s.anonymous_bytes + s.file_bytes
         assert s.available_drop_bytes is not None
         assert s.counters["clock_limit"] >= 0.03 and s.counters["clock_s"] > 0
-        assert s.energy is not None or "power" in s.unknown["energy"]
+        power, why = two[0].settings["power"], s.unknown.get("energy", "")
+        assert s.energy.source == power["source"] if s.energy else "power" in why or [why] == power["reasons"]
 
 
 def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path]) -> None:

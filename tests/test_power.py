@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bench.power import NO_SENSOR, NOT_ALLOWED, Recorder, Sensor, find_sensor
+from bench.power import NO_SENSOR, Recorder, find_sensor, window_joules
+from bench.power_sensors import NOT_ALLOWED, Sensor
 from bench.result import Energy
+from bench.store import sample_from_dict
 from tests.fake_trees import plant
 
 I2C = "sys/bus/i2c/drivers"
@@ -70,6 +74,49 @@ def test_jetson_xavier_nx_on_jetpack_4(tmp_path: Path) -> None:
     assert sensor.source == "INA3221 VDD_IN" and sensor.read() == pytest.approx(4.824)
 
 
+def test_jetson_nano_and_agx_xavier_on_jetpack_4(tmp_path: Path) -> None:
+    nano = {"rail_name_0": "POM_5V_IN\n", "in_power0_input": "1750\n", "rail_name_1": "POM_5V_GPU\n"}
+    nano |= {"in_power1_input": "0\n", "rail_name_2": "POM_5V_CPU\n", "in_power2_input": "366\n"}
+    root = plant(tmp_path / "nano", {f"{I2C}/ina3221x/6-0040/iio:device0/{name}": text for name, text in nano.items()})
+    sensor = sensor_of(root)
+    assert (sensor.source, sensor.scope) == ("INA3221 POM_5V_IN", "module_input")
+    assert sensor.read() == pytest.approx(1.75)
+    xavier = {"1-0040/iio:device0": ("GPU", 18401, "CPU", 2301), "1-0041/iio:device1": ("CV", 0, "VDDRQ", 2914)}
+    for chip, (first, one, second, two) in xavier.items():
+        base = f"{I2C}/ina3221x/{chip}"
+        plant(tmp_path / "agx", {f"{base}/rail_name_0": first, f"{base}/in_power0_input": str(one)})
+        plant(tmp_path / "agx", {f"{base}/rail_name_1": second, f"{base}/in_power1_input": str(two)})
+    sensor = sensor_of(tmp_path / "agx")
+    assert sensor.scope == "rails_sum" and "GPU, CPU, CV, VDDRQ" in sensor.covers
+    assert sensor.read() == pytest.approx(18.401 + 2.301 + 2.914)
+
+
+def test_jetson_thor_has_a_chip_of_its_own_at_the_input(tmp_path: Path) -> None:
+    rails = {1: ("VDD_GPU", 20000, 200), 2: ("VDD_CPU_SOC_MSS", 20000, 300), 3: ("VIN_SYS_5V0", 5000, 1000)}
+    plant(tmp_path, hwmon("2-0040", rails))
+    assert sensor_of(tmp_path).scope == "rails_sum"
+    plant(tmp_path, {f"{I2C}/ina238/2-0044/hwmon/hwmon4/power1_input": "16802000\n"})
+    sensor = sensor_of(tmp_path)
+    assert (sensor.source, sensor.scope) == ("INA3221 VIN", "module_input")
+    assert "carrier" in sensor.covers
+    assert sensor.read() == pytest.approx(16.802)
+
+
+def test_an_input_chip_alone_may_belong_to_anything(tmp_path: Path) -> None:
+    plant(tmp_path, {f"{I2C}/ina238/2-0044/hwmon/hwmon4/power1_input": "16802000\n"})
+    assert find_sensor(tmp_path) == (None, NO_SENSOR)
+
+
+def test_a_channel_that_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
+    plant(tmp_path, hwmon("1-0040", {1: ("VDD_GPU_SOC", 20000, 500), 2: ("VDD_CPU_CV", 20000, 100)}))
+    current = tmp_path / f"{I2C}/ina3221/1-0040/hwmon/hwmon3/curr2_input"
+    current.write_text("\n")
+    sensor = sensor_of(tmp_path)
+    assert sensor.source == "INA3221 VDD_GPU_SOC" and sensor.read() == pytest.approx(10)
+    assert sensor.passed_over == ("INA3221 rail VDD_CPU_CV cannot be read (no number)",)
+    assert Recorder(tmp_path).facts()["reasons"] == list(sensor.passed_over)
+
+
 def test_x86_packages_without_their_parts(tmp_path: Path) -> None:
     plant(tmp_path, rapl(0, "package-0", 5_000_000) | rapl(1, "package-1", 7_000_000) | rapl(2, "psys", 1_000_000))
     plant(tmp_path, {f"{RAPL.format(n='0')}:0/name": "core\n", f"{RAPL.format(n='0:0')}/energy_uj": "1\n"})
@@ -105,6 +152,7 @@ def test_a_plain_virtual_machine(tmp_path: Path) -> None:
     assert find_sensor(tmp_path) == (None, NO_SENSOR)
     with Recorder(tmp_path) as recorder:
         assert recorder.energy(0.0, 1.0) == (None, NO_SENSOR)
+        assert recorder.facts() == {"source": None, "reasons": [NO_SENSOR]}
 
 
 def recorded(root: Path, watts: dict[float, float]) -> Recorder:
@@ -159,6 +207,62 @@ def test_a_counter_is_interpolated_at_the_ends(tmp_path: Path) -> None:
     assert (energy.scope, energy.rate_hz) == ("package", 1.0)
 
 
+def test_a_counter_that_a_hypervisor_keeps_still_is_unknown_and_not_zero(tmp_path: Path) -> None:
+    moments = iter([0.0, 1.0, 2.0, 9.0])
+    recorder = Recorder(plant(tmp_path, rapl(0, "package-0", 0)), clock=lambda: next(moments))
+    for _ in range(3):
+        recorder.take()
+    energy, reason = recorder.energy(0.0, 2.0)
+    assert energy is None and reason == "the power sensor told 0 J in 2.00 s of decode: it does not work here"
+
+
+def test_a_counter_without_its_range_is_told(tmp_path: Path) -> None:
+    plant(tmp_path, rapl(0, "package-0", 1))
+    (tmp_path / RAPL.format(n=0) / "max_energy_range_uj").unlink()
+    assert find_sensor(tmp_path) == (None, "RAPL is there, but its counters cannot be read")
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.05, 0.15), st.floats(1, 50)), min_size=8, max_size=40),
+    st.floats(0.1, 0.4),
+    st.floats(0.6, 0.9),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_integral_is_exact_for_power_that_changes_linearly(
+    readings: list[tuple[float, float]], start: float, end: float
+) -> None:
+    times = np.cumsum([distance for distance, _ in readings])
+    watts = np.array([value for _, value in readings])
+    begin, stop = (times[0] + share * (times[-1] - times[0]) for share in (start, end))
+    joules, reason = window_joules(times, watts, begin, stop, counts=False)
+    if ((times >= begin) & (times <= stop)).sum() < 2:
+        assert joules is None and "readings" in str(reason)
+        return
+    grid = np.union1d(np.linspace(begin, stop, 7), times[(times > begin) & (times < stop)])
+    middle = np.interp((grid[1:] + grid[:-1]) / 2, times, watts)  # exact on every linear piece
+    assert joules == pytest.approx(float(np.sum(middle * np.diff(grid))), rel=1e-9)
+    counter = np.concatenate([[0.0], np.cumsum(np.diff(times) * 7.0)])  # a constant 7 W
+    assert window_joules(times, counter, begin, stop, counts=True)[0] == pytest.approx(7.0 * (stop - begin))
+
+
+def test_a_gap_in_the_readings_is_not_bridged() -> None:
+    times = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 2.9, 3.0, 3.1])
+    watts = np.full(8, 5.0)
+    assert window_joules(times, watts, 0.0, 0.4, False)[0] == pytest.approx(2.0)
+    assert window_joules(times, watts, 0.0, 3.0, False) == (
+        None,
+        "the power sensor was silent for 2.50 s of 3.00 s of decode",
+    )
+    assert window_joules(times, watts, 2.9, 5.0, False)[0] is None  # nothing after 3.1 s
+
+
+def test_results_from_before_estimates(tmp_path: Path) -> None:
+    sample = {"started_at": "", "order": 0, "load_s": 1.0, "warmup_s": [], "prefill_s": None, "ttft_s": None}
+    sample |= {"token_s": [0.1], "peak_load_bytes": None, "peak_decode_bytes": None, "anonymous_bytes": None}
+    energy = {"decode_j": 1.0, "window_s": 1.0, "idle_w": None, "scope": "package", "source": "RAPL", "rate_hz": 9.0}
+    assert sample_from_dict({**sample, "file_bytes": None, "energy": energy}).energy == Energy(**energy, estimate=False)
+
+
 def test_the_thread_reads_at_its_rate_and_ends(tmp_path: Path) -> None:
     start = time.monotonic()
     with Recorder(plant(tmp_path, hwmon("1-0040", ORIN_NANO)), rate_hz=100) as recorder:
@@ -176,5 +280,5 @@ def test_the_thread_reads_at_its_rate_and_ends(tmp_path: Path) -> None:
 def test_this_host_has_a_sensor_or_says_why_not() -> None:
     sensor, reason = find_sensor()
     assert (sensor is None) is bool(reason)
-    if sensor:
+    if sensor and sensor.read:
         assert np.isfinite(sensor.read())

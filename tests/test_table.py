@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,8 @@ def test_columns_appear_where_they_say_something() -> None:
     assert [row[table.header.index("test")] for row in table.rows] == ["pp8+tg4", "pp8+tg4@d16"]
     assert [row[table.header.index("J/ token")] for row in table.rows] == ["0.500", "-"]
     assert table_rows(result(measured))[0]["energy_scope"] == "package"
+    guessed = measurement("dense", [], samples=[sample([0.1] * 4, energy=replace(energy, estimate=True))])
+    assert "~0.500" in main_table(result(guessed)).rows[0] and "0.500" in main_table(result(measured)).rows[0]
 
 
 def test_csv_is_in_base_units() -> None:
