@@ -136,7 +136,7 @@ def test_notes_say_whose_rates_they_are_and_mark_the_projection(tmp_path: Path) 
     first, second = notes(found)
     assert "Rates are this host's, not those of raspberry-pi-5" in first
     per_token = found.measurements[0].bytes_per_token
-    assert second.startswith("projection, not measured:") and f"below {17.1e9 / per_token:.0f} tok/s" in second
+    assert second.startswith("projection, not measured:") and f"under {17.1e9 / per_token:.0f} tok/s" in second
 
 
 def test_no_projection_without_a_bandwidth_or_for_an_invalid_run(tmp_path: Path) -> None:
