@@ -7,10 +7,15 @@ what a ceiling can be computed from, and says how sure that is.
 from __future__ import annotations
 
 import math
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+
+from devices.isa import FEATURES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +35,9 @@ UNITS = {
     "copy_bandwidth": "B/s",  # reported from copy benchmarks; reading alone may be faster
     "decode_bandwidth": "B/s",  # reported bytes per token x tokens per second
     "memory_capacity": "B",
+    "memory_smallest": "B",  # of a board that is sold with several sizes
+    "memory_largest": "B",
+    "memory_visible": "B",  # MemTotal of a running system: the firmware keeps the rest
     "last_level_cache": "B",
 }
 
@@ -53,10 +61,24 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """What installs there with the system's own Python: versions as text."""
+
+    onnxruntime: str
+    python: str
+    system: str
+    source: str
+    level: Level
+
+
+@dataclass(frozen=True)
 class Profile:
     """One device, or a class of them.
 
     Attributes:
+        compatible: names in the board's device tree that mean this device; none on x86.
+        cuda: the GPU's architecture, such as ``sm_87``; None is no GPU that CUDA runs on.
+        runtime: None where that is not known.
         isa: features that decide which kernels run, named as :func:`devices.probe.probe` names them.
         lacks: features it is known not to have; one that is in neither is not known.
         power_modes: names as the board's own tool prints them, with the id where it has one.
@@ -73,6 +95,9 @@ class Profile:
     power_modes: tuple[str, ...]
     notes: tuple[str, ...]
     numbers: dict[str, Number]
+    compatible: tuple[str, ...] = ()
+    cuda: str | None = None
+    runtime: Runtime | None = None
 
 
 def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
@@ -88,12 +113,25 @@ def load_profile(name: str, directory: Path = PROFILES) -> Profile:
     """One profile.
 
     Raises:
-        DeviceError: no such device; lists those there are.
+        DeviceError: no such device; lists those with a near name, or all.
     """
     names = sorted(path.stem for path in directory.glob("*.toml"))
     if name not in names:
+        near = [other for other in names if name and name.lower() in other]
+        near = near or get_close_matches(name.lower().replace("_", "-").replace(" ", "-"), names, n=4)
+        if near:
+            raise DeviceError(f"no device {name!r}: is it {' or '.join(near)}? `saap devices list` names all")
         raise DeviceError(f"no device {name!r}: choose one of {', '.join(names)}")
     return read_profile(directory / f"{name}.toml")
+
+
+def profile_of(compatible: Iterable[str] | None, profiles: Mapping[str, Profile]) -> str | None:
+    """The profile of the board with these device tree names, which come most exact first; None without one."""
+    for wanted in compatible or ():
+        for name, profile in profiles.items():
+            if wanted in profile.compatible:
+                return name
+    return None
 
 
 def read_profile(path: Path) -> Profile:
@@ -114,9 +152,7 @@ def read_profile(path: Path) -> Profile:
     numbers = raw.get("numbers", {})
     if not isinstance(numbers, dict):
         raise DeviceError(f"{path}: numbers must be a table")
-    isa, lacks = _strings(raw, "isa", path), _strings(raw, "lacks", path)
-    if both := set(isa) & set(lacks):
-        raise DeviceError(f"{path}: {', '.join(sorted(both))} stands in isa and in lacks: keep one")
+    isa, lacks = _features(raw, path)
     return Profile(
         name=path.stem,
         title=_string(raw, "title", path),
@@ -128,7 +164,45 @@ def read_profile(path: Path) -> Profile:
         power_modes=_strings(raw, "power_modes", path),
         notes=_strings(raw, "notes", path),
         numbers={key: _number(path, key, entry) for key, entry in numbers.items()},
+        compatible=_strings(raw, "compatible", path),
+        cuda=_cuda(raw, path),
+        runtime=_runtime(raw, path),
     )
+
+
+def _features(raw: dict[str, Any], path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    isa, lacks = _strings(raw, "isa", path), _strings(raw, "lacks", path)
+    if both := set(isa) & set(lacks):
+        raise DeviceError(f"{path}: {', '.join(sorted(both))} stands in isa and in lacks: keep one")
+    if unknown := sorted({*isa, *lacks} - FEATURES):
+        raise DeviceError(f"{path}: {', '.join(unknown)} is no feature, allowed are {', '.join(sorted(FEATURES))}")
+    return isa, lacks
+
+
+def _cuda(raw: dict[str, Any], path: Path) -> str | None:
+    if "cuda" not in raw:
+        return None
+    if not re.fullmatch(r"sm_\d{2,3}", str(raw["cuda"])):
+        raise DeviceError(f"{path}: cuda is {raw['cuda']!r}, write it as 'sm_87'")
+    return str(raw["cuda"])
+
+
+def _runtime(raw: dict[str, Any], path: Path) -> Runtime | None:
+    if "runtime" not in raw:
+        return None
+    table, where = raw["runtime"], f"{path}: runtime"
+    if not isinstance(table, dict):
+        raise DeviceError(f"{where} must be a table of {', '.join(field.name for field in fields(Runtime))}")
+    names = [field.name for field in fields(Runtime)]
+    _only(table, set(names), where)
+    for name in names:
+        if not isinstance(table.get(name), str) or not table[name].strip():
+            raise DeviceError(f"{where}.{name} must be a text, it is {table.get(name)!r}")
+    if table["level"] not in get_args(Level):
+        raise DeviceError(f"{where}.level is {table['level']!r}, allowed are {', '.join(get_args(Level))}")
+    if not re.fullmatch(r"\d+(\.\d+)+", table["onnxruntime"]):
+        raise DeviceError(f"{where}.onnxruntime is {table['onnxruntime']!r}, write a version such as '1.23.2'")
+    return Runtime(**table)
 
 
 def _number(path: Path, key: str, entry: Any) -> Number:

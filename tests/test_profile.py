@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from devices.probe import ISA_FEATURES
-from devices.profile import PROFILES, DeviceError, load_profile, load_profiles, read_profile
+from devices.profile import PROFILES, UNITS, DeviceError, load_profile, load_profiles, profile_of, read_profile
 
 HEAD = 'title = "Board"\narchitecture = "aarch64"\ncpu = "4x Core"\n'
 BANDWIDTH = '[numbers.memory_bandwidth]\nvalue = 17_100_000_000\nunit = "B/s"\nlevel = "computed"\nsource = "32 bit"\n'
+RUNTIME = '[runtime]\nonnxruntime = "1.23.2"\npython = "3.10"\nsystem = "J"\nlevel = "vendor"\nsource = "PyPI"\n'
 
 
 def test_all_profiles_are_valid_and_name_known_features() -> None:
@@ -18,7 +18,9 @@ def test_all_profiles_are_valid_and_name_known_features() -> None:
     assert len(profiles) == len(list(PROFILES.glob("*.toml"))) >= 18
     for name, profile in profiles.items():
         assert profile.name == name
-        assert set(profile.isa + profile.lacks) <= set(ISA_FEATURES.values()), name
+        for key, number in profile.numbers.items():
+            assert number.unit == UNITS[key] and number.source.strip(), (name, key)
+            assert (number.value is None) == (number.level == "unknown"), (name, key)
         assert "memory_bandwidth" in profile.numbers, name
         big = profile.numbers.get("big_cores")
         assert big is None or (big.value or 0) < (profile.numbers["cores"].value or 0)
@@ -44,6 +46,44 @@ def test_bandwidths(name: str, bandwidth: float | None, level: str) -> None:
     assert (number.value, number.unit, number.level) == (bandwidth, "B/s", level)
 
 
+def test_a_board_says_what_runs_there() -> None:
+    """Every Jetson and every Raspberry Pi names its GPU's architecture or none, and the ONNX Runtime of its system."""
+    boards = {name: (p.cuda, p.runtime and p.runtime.onnxruntime) for name, p in load_profiles().items() if p.runtime}
+    assert boards == {
+        "raspberry-pi-4": (None, "1.32.0"),
+        "raspberry-pi-5": (None, "1.32.0"),
+        "jetson-nano": ("sm_53", "1.10.0"),
+        "jetson-xavier-nx": ("sm_72", "1.19.2"),
+        "jetson-orin-nano": ("sm_87", "1.23.2"),
+        "jetson-orin-nano-super": ("sm_87", "1.23.2"),
+        "jetson-orin-nx": ("sm_87", "1.23.2"),
+        "jetson-agx-orin": ("sm_87", "1.23.2"),
+        "jetson-agx-thor": ("sm_110", "1.32.0"),
+    }
+
+
+def test_memory_that_a_system_sees_is_less_than_there_is() -> None:
+    shares = {
+        name: (profile.numbers["memory_visible"].value or 0) / (profile.numbers["memory_capacity"].value or 1)
+        for name, profile in load_profiles().items()
+        if "memory_visible" in profile.numbers
+    }
+    assert len(shares) == 6 and all(0.9 < share < 1 for share in shares.values()), shares
+
+
+def test_no_two_profiles_claim_a_board() -> None:
+    claimed = [name for profile in load_profiles().values() for name in profile.compatible]
+    assert len(claimed) == len(set(claimed)) >= 25
+
+
+def test_the_most_exact_name_decides() -> None:
+    profiles = load_profiles()
+    super_firmware = ["nvidia,p3768-0000+p3767-0005-super", "nvidia,p3767-0005", "nvidia,tegra234"]
+    assert profile_of(super_firmware, profiles) == "jetson-orin-nano-super"
+    assert profile_of(super_firmware[1:], profiles) == "jetson-orin-nano"
+    assert profile_of(["nvidia,tegra234"], profiles) is None and profile_of(None, profiles) is None
+
+
 def test_reported_bandwidth_stays_below_the_ceiling() -> None:
     for profile in load_profiles().values():
         ceiling = profile.numbers["memory_bandwidth"].value
@@ -65,6 +105,20 @@ def test_unknown_device_lists_the_names() -> None:
         load_profile("../profiles/raspberry-pi-5")
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("raspbery-pi-5", "raspberry-pi-5"),
+        ("Orin Nano", "jetson-orin-nano"),
+        ("orin-nano", "jetson-orin-nano or jetson-orin-nano-super"),
+        ("RK3588S", "rk3588"),
+    ],
+)
+def test_a_mistyped_device_gets_the_near_names(name: str, near: str) -> None:
+    with pytest.raises(DeviceError, match=rf"no device '{name}': is it .*{near}.* names all"):
+        load_profile(name)
+
+
 def test_a_minimal_profile(tmp_path: Path) -> None:
     path = tmp_path / "board.toml"
     path.write_text(HEAD + BANDWIDTH, encoding="utf-8")
@@ -82,6 +136,13 @@ def test_a_minimal_profile(tmp_path: Path) -> None:
         (HEAD.replace('"Board"', "3"), "title must be a text"),
         (HEAD + 'isa = "asimd"\n', "isa must be a list"),
         (HEAD + 'isa = ["fp16"]\nlacks = ["fp16"]\n', "fp16 stands in isa and in lacks"),
+        (HEAD + 'isa = ["neon"]\n', "neon is no feature, allowed are amx_int8, asimd"),
+        (HEAD + 'cuda = "8.7"\n', "cuda is '8.7', write it as 'sm_87'"),
+        (HEAD + "runtime = 3\n", "runtime must be a table of onnxruntime, python"),
+        (HEAD + RUNTIME.replace("1.23.2", "new"), "runtime.onnxruntime is 'new', write a version"),
+        (HEAD + RUNTIME.replace('"3.10"', "3.10"), "runtime.python must be a text, it is 3.1"),
+        (HEAD + RUNTIME.replace("source", "sauce"), "runtime has sauce, allowed are level, onnxruntime"),
+        (HEAD + RUNTIME.replace("vendor", "rumour"), "runtime.level is 'rumour', allowed are vendor"),
         (HEAD + "numbers = 3\n", "numbers must be a table"),
         (HEAD + BANDWIDTH.replace("memory_bandwidth", "speed"), r"numbers.speed is not known, allowed are cores"),
         (HEAD + BANDWIDTH.replace("B/s", "GB/s"), r"memory_bandwidth.unit is 'GB/s', it must be 'B/s'"),

@@ -1,0 +1,195 @@
+"""The processors of this host: which cores, which features, which clocks, read below ``root``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from devices.isa import ISA_FEATURES
+from devices.midr import core_name, core_of_midr
+from devices.tree import cpu_list, first_text, glob, number, parse_cpu_list, text
+
+CPU = "sys/devices/system/cpu"
+
+
+def cpuinfo(root: Path) -> list[dict[str, str]]:
+    """One dictionary per logical CPU; lines that stand apart (``Hardware``, ``Model``) are left out."""
+    blocks = []
+    for paragraph in (text(root / "proc/cpuinfo") or "").split("\n\n"):
+        pairs = (line.partition(":") for line in paragraph.splitlines())
+        block = {key.strip(): value.strip() for key, _, value in pairs}
+        if "processor" in block:
+            blocks.append(block)
+    return blocks
+
+
+def cpu_model(root: Path, cpus: list[dict[str, str]]) -> str | None:
+    """Names of the cores, joined where there are several kinds."""
+    # Old ARM kernels print a "model name" that says no more than ARMv8.
+    names: list[str | None] = [core_name(cpu) or cpu.get("model name") for cpu in cpus]
+    if not any(names):
+        names = [core_of_midr(text(path)) for path in glob(root / CPU, "cpu[0-9]*/regs/identification/midr_el1")]
+    return " + ".join(unique(name for name in names if name)) or None
+
+
+def architecture(cpus: list[dict[str, str]]) -> str | None:
+    """As ``uname -m`` names it."""
+    if any("flags" in cpu for cpu in cpus):
+        return "x86_64" if any("lm" in cpu.get("flags", "").split() for cpu in cpus) else "i686"
+    return "aarch64" if any(cpu.get("CPU architecture") == "8" for cpu in cpus) else None
+
+
+def isa(cpus: list[dict[str, str]]) -> list[str] | None:
+    """Features that every CPU has: on a mixed SoC a kernel must run on all of them."""
+    sets = [set((cpu.get("flags") or cpu.get("Features") or "").split()) for cpu in cpus]
+    if not any(sets):
+        return None
+    return sorted(ISA_FEATURES[name] for name in set.intersection(*sets) if name in ISA_FEATURES)
+
+
+def allowed(root: Path) -> list[int] | None:
+    """The CPUs this process may run on."""
+    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", text(root / "proc/self/status") or "", re.MULTILINE)
+    return parse_cpu_list(match.group(1)) if match else None
+
+
+def offline(root: Path) -> list[int] | None:
+    """The CPUs that are switched off, as a power mode does; None where the kernel does not tell."""
+    try:
+        listed = (root / CPU / "offline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return parse_cpu_list(listed)  # empty while all are on
+
+
+def physical_cores(root: Path) -> int | None:
+    """Cores, each with one or more hardware threads."""
+    cores = set()
+    for topology in glob(root / CPU, "cpu[0-9]*/topology"):
+        core = text(topology / "core_id")
+        if core is not None:
+            # core_id starts again in every package, and on older ARM kernels in every cluster.
+            cores.add((text(topology / "physical_package_id"), text(topology / "cluster_id"), core))
+    return len(cores) or None
+
+
+def last_level_cache(root: Path) -> int | None:
+    """Bytes of the caches of the highest level that the allowed CPUs reach, summed."""
+    sizes: dict[tuple[int, str], int] = {}
+    within = allowed(root)
+    for index in glob(root / CPU, "cpu[0-9]*/cache/index[0-9]*"):
+        if within is not None and int(index.parent.parent.name.removeprefix("cpu")) not in within:
+            continue
+        level, size = number(index / "level"), _kibibytes(text(index / "size"))
+        if level and size and text(index / "type") != "Instruction":
+            shared = first_text((index / "shared_cpu_list", index / "shared_cpu_map")) or ""
+            sizes[level, shared] = size
+    last = max((level for level, _ in sizes), default=None)
+    return sum(size for (level, _), size in sizes.items() if level == last) or None
+
+
+def policies(root: Path) -> list[Path]:
+    """One directory per clock domain; without the policy view each CPU is its own."""
+    return glob(root / CPU, "cpufreq/policy[0-9]*") or glob(root / CPU, "cpu[0-9]*/cpufreq")
+
+
+def governor(root: Path) -> str | None:
+    """The governors of all clock domains."""
+    governors = [text(policy / "scaling_governor") for policy in policies(root)]
+    return ", ".join(unique(name for name in governors if name)) or None
+
+
+def frequencies(root: Path) -> list[dict[str, Any]] | None:
+    """Per clock domain the limits that are set and the clock of the moment, hertz."""
+    domains: list[dict[str, Any]] = [
+        {
+            "cpus": first_text((policy / "affected_cpus", policy / "related_cpus")),
+            "min_hz": hertz(policy / "scaling_min_freq"),
+            "max_hz": hertz(policy / "scaling_max_freq"),
+            "current_hz": hertz(policy / "scaling_cur_freq"),
+        }
+        for policy in policies(root)
+    ]
+    return domains or None
+
+
+def clusters(root: Path, cpus: list[dict[str, str]]) -> list[dict[str, Any]] | None:
+    """Runs of like cores that share a clock: the big and little ones of a mixed SoC apart.
+
+    Returns:
+        Per cluster its cpus (the kernel's list), core (name), capacity (of the kernel: 1024 is the fastest core;
+        None where all are alike), governor, and min_hz, max_hz (as set), hardware_max_hz and current_hz. In the order
+        of their first CPU.
+    """
+    names = {int(cpu["processor"]): core_name(cpu) or cpu.get("model name") for cpu in cpus if _counted(cpu)}
+    domains = {cpu: policy for policy in policies(root) for cpu in _cpus_of(policy)}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for cpu, name in names.items():
+        place = root / CPU / f"cpu{cpu}"
+        name = name or core_of_midr(text(place / "regs/identification/midr_el1"))
+        clock = _clock(domains.get(cpu))
+        groups.setdefault((name, number(place / "cpu_capacity"), clock), []).append(cpu)
+    found = [
+        _cluster(members, name, capacity, domains.get(members[0])) for (name, capacity, _), members in groups.items()
+    ]
+    return sorted(found, key=lambda cluster: parse_cpu_list(cluster["cpus"])) or None
+
+
+def numa_nodes(root: Path) -> list[dict[str, Any]] | None:
+    """Per memory node its CPUs and bytes; one node is uniform memory."""
+    nodes = []
+    for node in glob(root / "sys/devices/system/node", "node[0-9]*"):
+        match = re.search(r"MemTotal:\s*(\d+) kB", text(node / "meminfo") or "")
+        nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": int(match.group(1)) * 1024 if match else None})
+    return nodes or None
+
+
+def hertz(path: Path) -> int | None:
+    """cpufreq's files are in kHz."""
+    khz = number(path)
+    return khz * 1000 if khz is not None else None
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order of their first."""
+    return list(dict.fromkeys(names))
+
+
+def _cluster(members: list[int], name: str | None, capacity: int | None, policy: Path | None) -> dict[str, Any]:
+    def clock(file: str) -> int | None:
+        return hertz(policy / file) if policy is not None else None
+
+    return {
+        "cpus": cpu_list(members),
+        "core": name,
+        "capacity": capacity,
+        "governor": text(policy / "scaling_governor") if policy is not None else None,
+        "min_hz": clock("scaling_min_freq"),
+        "max_hz": clock("scaling_max_freq"),
+        "hardware_max_hz": clock("cpuinfo_max_freq"),
+        "current_hz": clock("scaling_cur_freq"),
+    }
+
+
+def _clock(policy: Path | None) -> Path | int | None:
+    """What tells clusters apart: the clock they share, or where each CPU has its own (x86) its highest."""
+    if policy is None or len(_cpus_of(policy)) > 1:
+        return policy
+    return number(policy / "cpuinfo_max_freq")
+
+
+def _cpus_of(policy: Path) -> list[int]:
+    if listed := first_text((policy / "affected_cpus", policy / "related_cpus")):
+        return parse_cpu_list(listed)
+    return parse_cpu_list(policy.parent.name.removeprefix("cpu"))
+
+
+def _counted(cpu: dict[str, str]) -> bool:
+    return re.fullmatch(r"[0-9]{1,5}", cpu["processor"]) is not None
+
+
+def _kibibytes(size: str | None) -> int | None:
+    match = re.fullmatch(r"(\d+)([KM])", size or "")
+    return int(match.group(1)) * {"K": 1 << 10, "M": 1 << 20}[match.group(2)] if match else None

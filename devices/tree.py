@@ -1,0 +1,86 @@
+"""Reading /proc and /sys: what is not there, not allowed or not a number is None. Nothing here raises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_COUNT = re.compile(r"[0-9]{1,5}")  # no machine has more processors
+
+
+def text(path: Path) -> str | None:
+    """The file's text without NUL and white space around it; None for an empty or unreadable one."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    return raw.decode("utf-8", "replace").strip("\0 \t\r\n") or None
+
+
+def number(path: Path) -> int | None:
+    """The file's integer, in base 10."""
+    found = text(path)
+    try:
+        return int(found) if found else None
+    except ValueError:
+        return None
+
+
+def strings(path: Path) -> list[str]:
+    """A device tree's list of strings, which NUL separates."""
+    return [part for part in (text(path) or "").split("\0") if part]
+
+
+def glob(base: Path, pattern: str) -> list[Path]:
+    """The matches in the order of the numbers in their names; a folder that may not be read has none."""
+    try:
+        found = list(base.glob(pattern))
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: (_digits(path.relative_to(base).as_posix()), path.as_posix()))
+
+
+def first_text(paths: Iterable[Path]) -> str | None:
+    """The text of the first file that has one."""
+    return next((found for found in map(text, paths) if found), None)
+
+
+def why_unreadable(paths: Iterable[Path]) -> str | None:
+    """Which of the files is there and cannot be read; None where none of them is there."""
+    for path in paths:
+        try:
+            path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except NotADirectoryError:
+            continue
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def parse_cpu_list(listed: str) -> list[int]:
+    """The kernel's list format, ``0-3,6`` -> [0, 1, 2, 3, 6]; pieces that are none are left out."""
+    cpus: list[int] = []
+    for piece in listed.replace(" ", ",").split(","):
+        first, _, last = piece.strip().partition("-")
+        if _COUNT.fullmatch(first) and _COUNT.fullmatch(last or first):
+            cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def cpu_list(cpus: Iterable[int]) -> str:
+    """[0, 1, 2, 3, 6] -> ``0-3,6``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _digits(name: str) -> tuple[int, ...]:
+    words = "".join(c if c.isdigit() else " " for c in name).split()
+    return tuple(map(int, words))
