@@ -27,10 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.power_commands import Commands, pmic, tegrastats
-from bench.power_sensors import Found, Stream, ina3221, rapl
+from bench.power_sensors import NO_SENSOR, Found, Stream, ina3221, rapl
 from bench.result import Energy
 
-NO_SENSOR = "no power sensor was found: neither INA3221 rails, tegrastats, a Raspberry Pi 5's power chip nor RAPL"
 SILENCE = 5  # times the usual distance of readings; a longer gap is one ...
 SILENT_SHARE = 0.1  # ... where it is also more than this share of the window
 

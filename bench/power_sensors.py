@@ -12,6 +12,7 @@ from typing import Protocol
 
 RATE_HZ = 10.0  # an INA3221 with NVIDIA's averaging has a new value more often than that; RAPL every millisecond
 INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN", "5V_IN")  # of Jetson modules, by label: numbers differ per release
+NO_SENSOR = "no power sensor was found: neither INA3221 rails, tegrastats, a Raspberry Pi 5's power chip nor RAPL"
 NOT_ALLOWED = "the kernel lets only root read RAPL: run as root, or allow reading energy_uj"
 
 Found = tuple["Sensor | None", str | None]  # a sensor, or None and why there is none; no reason: no such hardware

@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bench.power_sensors import NO_SENSOR
 from bench.result import Measurement, Result
 from bench.stats import percentile, summarize
+from bench.wording import as_dict, as_list
 
 FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")
@@ -75,6 +77,19 @@ def detail_table(result: Result) -> Table:
         _number("model MB", "model_bytes", 1e-6),
     ]
     return _table(rows, columns)
+
+
+def energy_notes(result: Result) -> list[str]:
+    """Which sensor the energy is from and what that covers; or why there is none, where a sensor could not be used."""
+    power = as_dict(result.settings.get("power"))
+    reasons = [str(reason) for reason in as_list(power.get("reasons"))]
+    if power.get("source") is None:
+        return [f"no energy: {reason}" for reason in reasons if reason != NO_SENSOR]
+    idle = _median([s.energy.idle_w for m in result.measurements for s in m.samples if s.energy])
+    note = f"energy: {power['source']}, {power['scope']}: {power['covers']}"
+    estimate = "an estimate, " if power.get("estimate") else ""
+    at_rest = "idle power unknown" if idle is None else f"idle {idle:.2f} W included"
+    return [f"{note} ({estimate}{at_rest})", *(f"passed over: {reason}" for reason in reasons)]
 
 
 def formatted(result: Result, form: str) -> str:

@@ -95,7 +95,7 @@ def keep(result: Any, json_path: Path | None, history: Path | None = None) -> No
 
 def show_result(result: Any, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
-    from bench.table import detail_table, main_table
+    from bench.table import detail_table, energy_notes, main_table
 
     counts = sorted({len(m.samples) for m in result.measurements})
     runs = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -104,6 +104,8 @@ def show_result(result: Any, noise_floor: bool = False) -> None:
     what = "" if several else f"{first.test}, "
     for table, title in ((main_table(result), f"{what}medians of {runs} interleaved runs"), (detail_table(result), "")):
         print_table(title, table.header, table.rows)
+    for note in energy_notes(result):
+        click.echo(f"  {note}")
     show_reasons(result)
     names = list(dict.fromkeys(m.name for m in result.measurements))
     floor = _noise_floor(result, names) if noise_floor else None

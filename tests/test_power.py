@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.power import NO_SENSOR, Recorder, find_sensor, window_joules
-from bench.power_sensors import NOT_ALLOWED, Sensor
+from bench.power import Recorder, find_sensor, window_joules
+from bench.power_sensors import NO_SENSOR, NOT_ALLOWED, Sensor
 from bench.result import Energy
 from bench.store import sample_from_dict
 from tests.fake_trees import plant

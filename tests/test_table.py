@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from bench.power_sensors import NO_SENSOR, NOT_ALLOWED
 from bench.result import INVALID, Energy, ModelFacts
-from bench.table import Table, detail_table, formatted, main_table, markdown, markdown_cell, table_rows
+from bench.table import Table, detail_table, energy_notes, formatted, main_table, markdown, markdown_cell, table_rows
 from tests.bench_samples import measurement, result, sample
 
 BROKEN = measurement("broken", [], status=INVALID, reasons=["exit 1", "boom"], model=ModelFacts())
@@ -44,6 +45,22 @@ def test_columns_appear_where_they_say_something() -> None:
     assert table_rows(result(measured))[0]["energy_scope"] == "package"
     guessed = measurement("dense", [], samples=[sample([0.1] * 4, energy=replace(energy, estimate=True))])
     assert "~0.500" in main_table(result(guessed)).rows[0] and "0.500" in main_table(result(measured)).rows[0]
+
+
+def test_what_the_energy_is_of() -> None:
+    energy = Energy(2.0, 1.0, 4.5, "pmic_rails", "PMIC", 2.0, estimate=True)
+    measured = measurement("dense", [], samples=[sample([0.1] * 4, energy=energy)])
+    power = {"source": "PMIC", "scope": "pmic_rails", "covers": "its rails", "rate_hz": 2.0, "estimate": True}
+    assert energy_notes(result(measured, settings={"power": {**power, "reasons": ["INA3221 is broken"]}})) == [
+        "energy: PMIC, pmic_rails: its rails (an estimate, idle 4.50 W included)",
+        "passed over: INA3221 is broken",
+    ]
+    plain = measurement("dense", [0.1])
+    assert energy_notes(result(plain, settings={"power": {"source": None, "reasons": [NOT_ALLOWED]}})) == [
+        f"no energy: {NOT_ALLOWED}"
+    ]
+    assert energy_notes(result(plain, settings={"power": {"source": None, "reasons": [NO_SENSOR]}})) == []
+    assert energy_notes(result(plain)) == []  # results from before
 
 
 def test_csv_is_in_base_units() -> None:
