@@ -85,8 +85,12 @@ def energy_notes(result: Result) -> list[str]:
     reasons = [str(reason) for reason in as_list(power.get("reasons"))]
     if power.get("source") is None:
         return [f"no energy: {reason}" for reason in reasons if reason != NO_SENSOR]
-    idle = _median([s.energy.idle_w for m in result.measurements for s in m.samples if s.energy])
+    samples = [s for m in result.measurements for s in m.samples]
     note = f"energy: {power['source']}, {power['scope']}: {power['covers']}"
+    if not any(s.energy for s in samples):
+        why = next((s.unknown["energy"] for s in samples if "energy" in s.unknown), "nothing was measured")
+        return [f"no energy of {power['source']}: {why}"]
+    idle = _median([s.energy.idle_w for s in samples if s.energy])
     estimate = "an estimate, " if power.get("estimate") else ""
     at_rest = "idle power unknown" if idle is None else f"idle {idle:.2f} W included"
     return [f"{note} ({estimate}{at_rest})", *(f"passed over: {reason}" for reason in reasons)]

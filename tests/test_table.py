@@ -55,6 +55,10 @@ def test_what_the_energy_is_of() -> None:
         "energy: PMIC, pmic_rails: its rails (an estimate, idle 4.50 W included)",
         "passed over: INA3221 is broken",
     ]
+    short = measurement("dense", [], samples=[sample([0.1] * 4, unknown={"energy": "1 power readings"})])
+    assert energy_notes(result(short, settings={"power": {**power, "reasons": []}})) == [
+        "no energy of PMIC: 1 power readings"
+    ]
     plain = measurement("dense", [0.1])
     assert energy_notes(result(plain, settings={"power": {"source": None, "reasons": [NOT_ALLOWED]}})) == [
         f"no energy: {NOT_ALLOWED}"
