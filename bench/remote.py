@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,7 @@ from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
 from bench.result import Result
 from bench.rounds import Progress
 from bench.store import result_from_dict
-from devices.transport import BoardError, Transport, open_transport
+from devices.transport import BoardError, open_transport
 
 HERE_ONLY = ("root", "launch")  # of a plan: they mean this host
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
@@ -73,16 +74,18 @@ def bench_on(
     plan.check()
     if len(set(urls)) != len(urls):
         raise BoardError("a board is named twice: name each once")
-    shipment = pack(specs, plan, wheels, own)
     stop, shown = threading.Event(), _Shown(len(urls), progress, say)
-    boards = [Board(transport, stop, shown.say) for transport in _opened(urls)]
-    with ThreadPoolExecutor(len(boards)) as pool:
-        futures = [pool.submit(_answer, board, shipment, plan, shown) for board in boards]
-        try:
-            wait(futures)
-        except BaseException:
-            stop.set()
-            raise
+    with ExitStack() as opened:
+        transports = [opened.enter_context(closing(open_transport(url))) for url in urls]
+        shipment = pack(specs, plan, wheels, own)
+        boards = [Board(transport, stop, shown.say) for transport in transports]
+        with ThreadPoolExecutor(len(boards)) as pool:
+            futures = [pool.submit(_answer, board, shipment, plan, shown) for board in boards]
+            try:
+                wait(futures)
+            except BaseException:
+                stop.set()
+                raise
     return [future.result() for future in futures]
 
 
@@ -111,18 +114,6 @@ def measure_on(board: Board, shipment: Shipment, plan: Plan, progress: Progress 
         board.clean(run)
 
 
-def _opened(urls: Sequence[str]) -> list[Transport]:
-    opened: list[Transport] = []
-    try:
-        for url in urls:
-            opened.append(open_transport(url))
-    except BoardError:
-        for transport in opened:
-            transport.close()
-        raise
-    return opened
-
-
 def _answer(board: Board, shipment: Shipment, plan: Plan, shown: _Shown) -> Answer:
     try:
         return Answer(board.name, result=measure_on(board, shipment, plan, shown.of(board.name)))
@@ -130,7 +121,6 @@ def _answer(board: Board, shipment: Shipment, plan: Plan, shown: _Shown) -> Answ
         return Answer(board.name, error=error)
     finally:
         shown.ended(board.name)
-        board.close()
 
 
 def _preflight(board: Board, shipment: Shipment, plan: Plan) -> None:

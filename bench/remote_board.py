@@ -56,7 +56,7 @@ class Board:
     """Asks the agent of one board.
 
     Args:
-        transport: the way there, closed by :meth:`close`.
+        transport: the way there, which whoever opened it closes.
         stop: set by whoever wants no more.
         say: told what a person should know, a line each.
         root: of /proc on the board, for tests of its reboot.
@@ -132,6 +132,8 @@ class Board:
         said = err.read().decode(errors="replace")
         if code == 0:
             raise self.garbage(noise[0] if noise else "nothing")
+        if code < 0:
+            raise LostError(f"{self.name}: the connection was killed on this side")
         raise self.transport.failure(code, said)
 
     def _document(self, text: str) -> dict[str, Any]:
@@ -228,10 +230,6 @@ class Board:
             self.say(f"could not be cleaned up now, a run there ends itself within 15 min: {error}")
         finally:
             self._stop, self.patience_s = stop, patience
-
-    def close(self) -> None:
-        """End the connection."""
-        self.transport.close()
 
 
 def _sources() -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -51,7 +52,7 @@ class Store:
             whole.unlink()
         return part.stat().st_size if part.is_file() else 0
 
-    def receive(self, sha: str, size: int, offset: int, source: IO[bytes], tell: Callable[[int], None]) -> None:
+    def receive(self, sha: str, size: int, offset: int, source: BufferedReader, tell: Callable[[int], None]) -> None:
         """Go on with a file from ``offset``; it becomes whole when its hash is right.
 
         Raises:
@@ -64,7 +65,7 @@ class Store:
                 _alone(file)
                 if offset != part.stat().st_size:
                     raise AgentError("another offset than what is there", again=True)
-                while done < size and (piece := source.read(min(PIECE, size - done))):
+                while done < size and (piece := source.read1(min(PIECE, size - done))):
                     file.write(piece)
                     done += len(piece)
                     tell(done)

@@ -32,7 +32,7 @@ LEASE_S = 900.0
 END_S = 10.0  # between asking a run to end and killing it
 JOB = "bench.board_job"
 _ID = re.compile(r"[0-9a-f]{16}")
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+_DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
 
 def run_folder(folder: Path, run: str) -> Path:
@@ -174,12 +174,11 @@ class Supervisor:
     def main(self) -> None:
         """Run the measuring process to its end; nothing that it started is left."""
         signal.signal(signal.SIGTERM, self._asked)
-        with contextlib.suppress(OSError, AttributeError):  # orphans of a killed child become ours, and are ended
-            ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        _prctl(_SUBREAPER, 1)  # orphans of a killed child become ours, and are ended
         with (self.place / "progress.jsonl").open("ab") as told, (self.place / "stderr.txt").open("ab") as said:
             job = subprocess.Popen(
                 [sys.executable, "-m", JOB, str(self.place)], stdin=subprocess.DEVNULL, stdout=told, stderr=said,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=lambda: _prctl(_DEATH_SIGNAL, signal.SIGTERM),
             )  # fmt: skip
         followed = self._watch(job)
         _end_children()
@@ -220,6 +219,11 @@ class Supervisor:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _end_children() -> None:

@@ -44,7 +44,7 @@ class Transport(Protocol):
         """The process that runs ``command``, a fixed line, by a shell on the board."""
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """What its end without an answer means."""
+        """What its end with an exit code above 0 and without an answer means."""
 
     def drop(self) -> None:
         """Forget a shared connection that may be dead."""
@@ -64,8 +64,8 @@ class Local:
         return ["sh", "-c", command]
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """One that was killed may be started again."""
-        return _crashed(self.name, code, stderr) if code > 0 else LostError(f"{self.name}: the agent was killed")
+        """There is no connection that could be lost."""
+        return _crashed(self.name, code, stderr)
 
     def drop(self) -> None:
         """There is no connection."""
