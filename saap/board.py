@@ -1,48 +1,14 @@
-"""Commands that run on a board: no torch, no transformers. Called by :mod:`saap.cli` only."""
+"""The report of results or of a run: no torch, no transformers. Called by :mod:`saap.cli_bench` only."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from saap.console import print_table
 from saap.errors import SaapError
 from saap.json_files import read_object
-
-
-def list_devices() -> None:
-    """Names and titles of all profiles."""
-    from devices.profile import load_profiles
-
-    rows = [[name, profile.title] for name, profile in sorted(load_profiles().items())]
-    print_table("devices", ["name", "board"], rows)
-
-
-def show_device(name: str) -> None:
-    """All facts of one profile."""
-    from devices.profile import load_profile
-
-    profile = load_profile(name)
-    rows = [[fact, *(str(v) for v in (n.value, n.unit, n.level, n.source))] for fact, n in profile.numbers.items()]
-    print_table(profile.title, ["fact", "value", "unit", "level", "source"], rows)
-
-
-def probe_host(as_json: bool) -> None:
-    """What this host is, for people or machines."""
-    from devices.probe import probe
-
-    facts = probe()
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-        return
-    rows = [
-        [key, "unknown" if v is None else ", ".join(map(str, v)) if isinstance(v, list) else str(v)]
-        for key, v in facts.items()
-    ]
-    print_table("this host", ["fact", "value"], rows)
 
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from saap.cli_types import Counts, directory
+from saap.cli_regression import COMMANDS
+from saap.cli_types import BYTES, Counts, directory
 from saap.console import Console
 
 
@@ -17,41 +19,44 @@ def devices() -> None:
 
 
 @devices.command(name="list")
-def devices_list() -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_list(as_json: bool) -> None:
     """The devices that have a profile.
 
     \b
     Example:
       saap devices list
     """
-    from saap.board import list_devices
+    from saap.devices_command import list_devices
 
-    list_devices()
+    list_devices(as_json)
 
 
 @devices.command(name="show")
 @click.argument("name")
-def devices_show(name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_show(name: str, as_json: bool) -> None:
     """A profile: every number with its unit, source and level.
 
     \b
     Example:
       saap devices show raspberry-pi-5
     """
-    from saap.board import show_device
+    from saap.devices_command import show_device
 
-    show_device(name)
+    show_device(name, as_json)
 
 
 @devices.command(name="probe")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
 @click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle here.")
 @click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="Of --costs.")
 @click.option("-t", "--threads", type=Counts(), help="Of --costs; default: all physical cores.")
 @click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of --costs; default: 4, or the bundle's.")
 @click.option("--group", type=click.Choice(["32", "64", "128"]), help="Of --costs; default: 32, or the bundle's.")
 @click.option("-d", "--depth", type=int, help="Of --costs: tokens in the cache; default: 192.")
-def devices_probe(as_json: bool, costs: str | None, **options: Any) -> None:
+def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, **options: Any) -> None:
     """What this host is, or with --costs what each layer size of a model takes on it.
 
     \b
@@ -60,9 +65,9 @@ def devices_probe(as_json: bool, costs: str | None, **options: Any) -> None:
       saap devices probe --costs smollm2-135m -t 1 -o cost.json
     """
     if costs is None:
-        from saap.board import probe_host
+        from saap.devices_command import probe_host
 
-        probe_host(as_json)
+        probe_host(as_json, bandwidth)
         return
     from saap.costs_command import probe_costs_step
 
@@ -72,3 +77,31 @@ def devices_probe(as_json: bool, costs: str | None, **options: Any) -> None:
             costs, options["out"], threads=options["threads"], bits=bits, block=block, depth=options["depth"],
             console=console,
         )  # fmt: skip
+
+
+@devices.command(name="check")
+@click.argument("bundle", type=directory)
+@click.option("--device", "name", metavar="NAME", help="A profile of `saap devices list`; default: this host.")
+@click.option("--context", type=int, help="Tokens that the cache holds; default: 4096, or what the model has.")
+@click.option("--prompt", type=int, help="Tokens of the longest prompt; default: the whole context.")
+@click.option("--memory", type=BYTES, help="RAM of the device, such as 8GiB, where its profile does not know it.")
+@click.option("--onnxruntime", metavar="VERSION", help="That is on the device, where it is not its system's.")
+@click.option("--bandwidth", is_flag=True, help="Without --device: read memory for some seconds, for the ceiling.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_check(bundle: Path, name: str | None, **options: Any) -> None:
+    """Will a bundle run there? Exit 1 when it does not fit.
+
+    Whether it loads, how much memory it takes, how much context fits, which kernels run it, how fast it could be at
+    most, and what would make it fit. Nothing is run.
+
+    \b
+    Example:
+      saap devices check out/demo/slim-int4 --device raspberry-pi-4 --memory 2GiB
+    """
+    from saap.fit_command import check_step
+
+    sys.exit(check_step(bundle, name, options))
+
+
+for command in COMMANDS:
+    devices.add_command(command)

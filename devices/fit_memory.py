@@ -1,0 +1,94 @@
+"""How much memory a bundle takes on a device, and how much of it there is.
+
+What must stay resident while the model runs:
+
+    runtime    Python, numpy and ONNX Runtime, and a session's own structures
+    weights    ONNX Runtime's packed copies of the matrices; the file's pages may be dropped after packing
+    cache      keys and values of every position
+    work       activations of the longest prompt, which is read in one piece
+
+The constants were measured on x86-64 with ONNX Runtime 1.32.0 (docs/devices.md has the table): the sum is within 3 % of
+eight measurements of SmolLM2-135M, and up to 13 % above those of a wider model. On arm64 nobody has measured it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from devices.fit_facts import Device, Memory, Model
+from devices.fit_kernels import dotprod
+
+# 61 MB resident after the imports (26 private, 35 of libraries), 16 MB more for the session of 30 layers.
+RUNTIME_BYTES = 77_000_000
+# Of activations for each token of a prompt and channel of the widest feed-forward block: gate and up, their product
+# and what the allocator keeps, 32 to 36 bytes.
+WORK_BYTES = 36
+# What the system keeps of RAM that it sees: 775 MiB on an Orin Nano with JetPack 6 and no desktop (its tegrastats), and
+# no more than a quarter, since smaller boards run smaller systems. An assumption: --memory and this host know better.
+SYSTEM_BYTES = 775 << 20
+SYSTEM_SHARE = 0.25
+# Of the capacity that a system sees where nobody has looked: the least share of six Jetsons (tegrastats).
+VISIBLE_SHARE = 0.93
+
+
+def memory_of(model: Model, device: Device, context: int, prompt: int) -> Memory:
+    """Resident bytes of a process that has read a prompt and filled its context."""
+    # Standard operators concatenate the cache, so the old and the new one are there together.
+    copies = 2 if model.target == "portable" else 1
+    return Memory(
+        runtime=RUNTIME_BYTES,
+        weights=round(model.weight_bytes_per_token * packed_share(model, device)),
+        cache=copies * model.kv_bytes_per_token * context,
+        work=WORK_BYTES * max(model.widest_ffn, model.hidden) * prompt,
+    )
+
+
+def packed_share(model: Model, device: Device) -> float:
+    """Bytes of the packed matrices over those of the file's.
+
+    The int8 kernels keep integers, scales and, for each block, the sum of its weights as a float; the float kernels of
+    4 bit keep the integers alone and read the scales from the file; 32 bit is copied as it is.
+    """
+    if model.bits == 32 or model.target == "cuda":
+        return 1.0
+    scales = 4 / model.block
+    share = scales / (model.bits / 8 + scales)  # of a block's bytes
+    int8 = model.accuracy_level == 4 and dotprod(device) is not False
+    return 1 + share if int8 else 1 - share
+
+
+def largest_context(model: Model, device: Device, prompt: int | None = None) -> int:
+    """Tokens of context that fit; ``prompt`` None is one that fills it. 0 where none fits."""
+    low, high = 0, model.context_length
+    while low < high:  # the memory grows with the context, so halving finds the edge
+        middle = (low + high + 1) // 2
+        need = memory_of(model, device, middle, middle if prompt is None else min(prompt, middle)).total
+        low, high = (middle, high) if need <= device.memory_bytes else (low, middle - 1)
+    return low
+
+
+def usable_memory(numbers: Mapping[str, float | None], given: int | None = None) -> tuple[int, str] | None:
+    """Bytes that a board leaves to a process, and how that is known; None where no memory is known.
+
+    Args:
+        numbers: ``memory_visible``, ``memory_capacity`` and ``memory_smallest`` of its profile, bytes.
+        given: capacity that the user names, bytes.
+    """
+    visible, capacity = numbers.get("memory_visible"), numbers.get("memory_capacity")
+    smallest = numbers.get("memory_smallest")
+    if given is not None:
+        seen, how = given * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of the {_gib(given)} that were given"
+    elif visible is not None:
+        seen, how = visible, f"the {_gib(visible)} that its system sees"
+    elif capacity is not None:
+        seen, how = capacity * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of its {_gib(capacity)}"
+    elif smallest is not None:
+        seen, how = smallest * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of {_gib(smallest)}, the smallest that is sold"
+    else:
+        return None
+    system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * seen))
+    return round(seen) - system, f"{how}, less {system / 2**20:.0f} MiB for the system"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from devices.fit import fit
+from devices.fit_facts import Device, Finding, Model
+from devices.fit_kernels import kernels
+from devices.fit_memory import RUNTIME_BYTES, SYSTEM_BYTES, largest_context, memory_of, packed_share, usable_memory
+from devices.fit_remedies import largest_prompt, prune_to, with_bits
+from devices.profile import DeviceError
+from saap.bundle_size import BundleSize
+from tests.command_line import here, refused
+from tests.tiny_graphs import tiny_bundle
+
+MB = 10**6
+# SmolLM2-135M in 4 bit, as `saap export` writes it.
+SMOL = Model(
+    target="cpu", bits=4, block=32, accuracy_level=4, weight_bytes_per_token=84_190_464, kv_bytes_per_token=46_080,
+    kv_dtype="float32", context_length=8192, hidden=576, head_dim=64, widest_ffn=1536, file_bytes=86_642_688,
+    onnxruntime_min="1.23", attention=((9, 3),) * 30,
+)  # fmt: skip
+SMOL8 = replace(SMOL, bits=8, weight_bytes_per_token=151_430_400, file_bytes=153_759_744)
+SMOL32 = replace(SMOL, bits=32, block=0, weight_bytes_per_token=538_060_032, file_bytes=540_266_496)
+PI5 = Device(
+    "Pi 5", "aarch64", frozenset({"asimd", "dotprod", "fp16"}), frozenset({"i8mm", "bf16", "sve"}), 2000 * MB, "given",
+    bandwidth=17.1e9, bandwidth_source="computed", last_level_cache=2 << 20, cuda="none", onnxruntime="1.32.0",
+)  # fmt: skip
+PI4 = replace(
+    PI5, isa=frozenset({"asimd"}), lacks=frozenset({"dotprod", "fp16", "i8mm", "bf16", "sve"}), bandwidth=12.8e9
+)
+X86 = replace(
+    PI5, architecture="x86_64", isa=frozenset({"avx2", "avx512f", "avx512_vnni"}), lacks=frozenset({"avx_vnni"})
+)
+
+
+def test_memory_by_hand() -> None:
+    """A block of 32 weights: 16 bytes of integers, a scale of 4 and, packed, a sum of 4: 24 for 20."""
+    memory = memory_of(SMOL, PI5, context=1000, prompt=100)
+    assert (memory.runtime, memory.cache) == (77 * MB, 46_080_000)
+    assert memory.weights == pytest.approx(84_190_464 * 24 / 20, abs=1)
+    assert memory.work == 36 * 1536 * 100
+    assert memory.total == 77_000_000 + 101_028_557 + 46_080_000 + 5_529_600
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "share"),
+    [
+        (SMOL, PI5, 24 / 20),
+        (SMOL, PI4, 16 / 20),  # float kernels pack the integers and read the scales from the file
+        (replace(SMOL, accuracy_level=0), PI5, 16 / 20),
+        (replace(SMOL, block=128), PI5, (64 + 4 + 4) / (64 + 4)),
+        (SMOL8, PI5, (32 + 4 + 4) / (32 + 4)),
+        (SMOL32, PI5, 1.0),
+    ],
+)
+def test_packed_weights_by_hand(model: Model, device: Device, share: float) -> None:
+    assert packed_share(model, device) == pytest.approx(share)
+
+
+WIDE = replace(SMOL, weight_bytes_per_token=69_505_024, kv_bytes_per_token=8192, widest_ffn=4096, hidden=1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "filled", "prompt", "private", "libraries"),
+    [
+        (SMOL, 136, 128, 152.0, 35.5),
+        (SMOL, 1032, 1024, 242.8, 35.7),
+        (SMOL, 2008, 2000, 341.9, 35.6),
+        (SMOL, 4008, 4000, 548.7, 35.7),
+        (replace(SMOL, kv_bytes_per_token=11_520, kv_dtype="int8"), 1032, 1024, 210.0, 35.6),
+        (replace(SMOL, accuracy_level=0), 136, 128, 117.9, 35.6),
+        (SMOL8, 136, 128, 219.3, 35.6),
+        (SMOL32, 136, 128, 587.9, 35.6),
+        (WIDE, 2008, 2000, 382.4, 35.7),
+    ],
+)
+def test_memory_against_what_was_measured(
+    model: Model, filled: int, prompt: int, private: float, libraries: float
+) -> None:
+    """Private megabytes after a prompt and 8 tokens, and those of the libraries; x86-64, ONNX Runtime 1.32.0."""
+    predicted = memory_of(model, X86, filled, prompt).total / MB
+    assert 0.99 < predicted / (private + libraries) < (1.14 if model is WIDE else 1.03)
+
+
+def test_memory_grows_with_context_and_prompt() -> None:
+    totals = [memory_of(SMOL, PI5, context, context).total for context in range(1, 8193, 97)]
+    assert totals == sorted(totals) and len(set(totals)) == len(totals)
+    assert memory_of(SMOL, PI5, 1000, 10).total < memory_of(SMOL, PI5, 1000, 11).total
+
+
+def test_largest_context_is_the_edge() -> None:
+    fixed = 77_000_000 + 101_028_557
+    token = 46_080 + 36 * 1536
+    edge = replace(PI5, memory_bytes=fixed + 500 * token)
+    assert largest_context(SMOL, edge) == 500
+    assert largest_context(SMOL, replace(edge, memory_bytes=edge.memory_bytes - 1)) == 499
+    assert largest_context(SMOL, replace(edge, memory_bytes=fixed)) == 0
+    assert largest_context(SMOL, PI5) == 8192  # the model's own end
+    assert fit(SMOL, edge, 500).fits and not fit(SMOL, edge, 501).fits
+    limits = [largest_context(SMOL, replace(PI5, memory_bytes=size * MB)) for size in range(100, 1200, 50)]
+    assert limits == sorted(limits) and limits[0] == 0 and limits[-1] == 8192
+
+
+def test_a_shorter_prompt_leaves_more_context() -> None:
+    device = replace(PI5, memory_bytes=300 * MB)
+    assert largest_context(SMOL, device, 128) == (300 * MB - 77 * MB - 101_028_557 - 36 * 1536 * 128) // 46_080
+    assert largest_context(SMOL, device, 128) > largest_context(SMOL, device)
+
+
+def test_ceiling_by_hand() -> None:
+    found = fit(SMOL, PI5, 1000)
+    assert found.ceiling[0] == pytest.approx(17.1e9 / 84_190_464)
+    assert found.ceiling[1] == pytest.approx(17.1e9 / (84_190_464 + 46_080_000))
+
+
+def test_ceiling_that_is_not_known_says_why() -> None:
+    cached = fit(SMOL, replace(PI5, last_level_cache=64 << 20), 100)
+    assert cached.ceiling == (None, None) and any("from a cache of 67 MB" in line for line in cached.remarks)
+    unknown = fit(SMOL, replace(PI5, bandwidth=None, bandwidth_source="measure it"), 100)
+    assert unknown.ceiling == (None, None) and any("(measure it)" in line for line in unknown.remarks)
+
+
+def test_8_bit_is_refused_without_dotprod() -> None:
+    found = fit(SMOL8, PI4, 100)
+    assert not found.loads and not found.fits
+    assert [finding.what for finding in found.refusals] == ["8 bit has no kernel without dotprod"]
+    assert Finding("so that it loads", "saap export MODEL -o BUNDLE --bits 4 --no-dotprod") in found.remedies
+    assert fit(SMOL8, PI5, 100).loads and fit(SMOL8, X86, 100).loads
+    unknown = fit(SMOL8, replace(PI5, isa=frozenset({"asimd"}), lacks=frozenset()), 100)
+    assert unknown.loads and any("whether the CPU has it is not known" in line for line in unknown.remarks)
+
+
+def test_4_bit_without_dotprod_runs_in_float32_and_says_so() -> None:
+    found = fit(SMOL, PI4, 100)
+    assert found.fits and found.kernels == ("float32 (NEON) on weights of 4 bit",)
+    assert any("computed in float32" in line for line in found.remarks)
+
+
+@pytest.mark.parametrize(
+    ("installed", "needed", "loads"),
+    [
+        ("1.23.2", "1.23", True), ("1.19.2", "1.23", False), ("1.9.0", "1.23", False), ("2.0.0", "1.27", True),
+        (None, "1.23", True),
+    ],
+)  # fmt: skip
+def test_versions_of_onnxruntime(installed: str | None, needed: str, loads: bool) -> None:
+    found = fit(replace(SMOL, onnxruntime_min=needed), replace(PI5, onnxruntime=installed), 100)
+    assert found.loads is loads
+
+
+def test_an_int8_cache_on_jetpack_6_is_what_is_too_new() -> None:
+    model = replace(SMOL, kv_dtype="int8", kv_bytes_per_token=11_520, onnxruntime_min="1.27")
+    found = fit(model, replace(PI5, onnxruntime="1.23.2"), 100)
+    assert "needs ONNX Runtime 1.27, there it is 1.23.2" in found.refusals[0].what
+    assert found.refusals[0].command == "saap export MODEL -o BUNDLE --kv 32"
+
+
+@pytest.mark.parametrize(
+    ("isa", "lacks", "block", "expected"),
+    [
+        ({"avx2", "avx512f", "avx512_vnni"}, set(), 32, ("int8 dot product (AVX512-VNNI)",)),
+        ({"avx2", "avx_vnni"}, {"avx512f", "avx512_vnni"}, 32, ("int8 dot product (AVX2-VNNI)",)),
+        ({"avx2"}, {"avx512f", "avx512_vnni", "avx_vnni"}, 32,
+         ("int8 products in several instructions (AVX2 without VNNI)",)),
+        ({"avx2", "avx512f"}, {"avx512_vnni"}, 32, ("int8 products in several instructions (AVX512 without VNNI)",)),
+    ],
+)  # fmt: skip
+def test_kernels_of_x86(isa: set[str], lacks: set[str], block: int, expected: tuple[str, ...]) -> None:
+    assert kernels(SMOL, replace(X86, isa=frozenset(isa), lacks=frozenset(lacks))) == expected
+
+
+def test_kernels_of_arm64() -> None:
+    assert kernels(SMOL, PI5) == ("int8 dot product (dotprod)",)
+    thor = replace(PI5, isa=PI5.isa | {"i8mm"}, lacks=frozenset())
+    assert kernels(SMOL, thor) == (
+        "decode: int8 dot product (dotprod)",
+        "prefill: int8 matrix product (i8mm)",
+    )
+    assert kernels(replace(SMOL, block=16), thor) == ("int8 dot product (dotprod)",)  # KleidiAI wants 32
+    unknown = replace(PI5, isa=frozenset({"asimd"}), lacks=frozenset())
+    assert kernels(SMOL, unknown) == ("int8 dot product if the CPU has dotprod, else float32 (NEON)",)
+    assert kernels(SMOL32, PI4) == ("float32",)
+
+
+def test_cuda() -> None:
+    model = replace(SMOL, target="cuda", accuracy_level=0, kv_dtype="float16", kv_bytes_per_token=23_040)
+    assert fit(model, PI5, 100).refusals[0].command == "saap export MODEL -o BUNDLE --target cpu"
+    orin = fit(model, replace(PI5, cuda="sm_87"), 100)
+    assert orin.loads and any("no kernels for sm_87" in line for line in orin.remarks)
+    assert any("slow path" in line for line in orin.remarks)  # nine query heads to three: a ratio of 3
+    even = replace(model, attention=((8, 2),) * 30)
+    assert not any("slow path" in line for line in fit(even, replace(PI5, cuda="sm_87"), 100).remarks)
+
+
+def test_standard_operators_hold_the_cache_twice() -> None:
+    assert memory_of(replace(SMOL, target="portable"), PI5, 100, 1).cache == 2 * memory_of(SMOL, PI5, 100, 1).cache
+
+
+def test_remedies_make_it_fit() -> None:
+    """Each of them, followed, gives a bundle that fits."""
+    device = replace(PI5, memory_bytes=600 * MB)
+    found = fit(SMOL32, device, 2000)
+    assert not found.fits and found.loads
+    commands = [finding.command for finding in found.remedies]
+    assert found.largest_context == 0 and not any("--context" in str(command) for command in commands)
+    for bits in (8, 4):
+        assert f"saap export MODEL -o BUNDLE --bits {bits}" in commands
+        assert fit(with_bits(SMOL32, bits), device, 2000).fits
+    size = prune_to(SMOL32, device, 2000, 2000)
+    assert size and f"saap prune MODEL -o SLIM --max-bytes {size // MB}MB --bits 32" in commands
+    share = size / SMOL32.file_bytes
+    pruned = replace(SMOL32, file_bytes=size, weight_bytes_per_token=int(SMOL32.weight_bytes_per_token * share))
+    assert fit(pruned, device, 2000).fits
+    more = replace(pruned, weight_bytes_per_token=pruned.weight_bytes_per_token + 2 * MB)
+    assert not fit(more, device, 2000).fits  # it does not ask for more pruning than needed
+
+
+def test_remedies_of_a_long_context() -> None:
+    device = replace(PI5, memory_bytes=400 * MB)
+    found = fit(SMOL, device, 4000)
+    assert not found.fits
+    commands = [finding.command for finding in found.remedies]
+    assert f"saap generate BUNDLE --context {found.largest_context}" in commands
+    assert fit(SMOL, device, found.largest_context).fits
+    shorter = largest_prompt(SMOL, device, 4000)
+    assert fit(SMOL, device, 4000, shorter).fits and not fit(SMOL, device, 4000, shorter + 1).fits
+    kv8 = "saap export MODEL -o BUNDLE --bits 4 --kv 8"
+    assert kv8 not in commands
+    assert kv8 in [f.command for f in fit(SMOL, device, 4000, 1500).remedies]
+    assert kv8 not in [f.command for f in fit(SMOL, replace(device, onnxruntime="1.23.2"), 4000, 1500).remedies]
+
+
+def test_a_device_without_dotprod_is_not_sent_to_8_bit() -> None:
+    commands = [f.command for f in fit(SMOL32, replace(PI4, memory_bytes=600 * MB), 2000).remedies]
+    assert "saap export MODEL -o BUNDLE --bits 4" in commands
+    assert "saap export MODEL -o BUNDLE --bits 8" not in commands
+
+
+def test_nothing_helps_where_the_runtime_alone_is_too_large() -> None:
+    found = fit(SMOL, replace(PI5, memory_bytes=RUNTIME_BYTES), 100)
+    assert not found.fits and found.largest_context == 0 and found.remedies == ()
+
+
+def test_a_tight_fit_is_called_so() -> None:
+    need = memory_of(SMOL, PI5, 100, 100).total
+    assert any("tight" in line for line in fit(SMOL, replace(PI5, memory_bytes=need), 100).remarks)
+    assert not any("tight" in line for line in fit(SMOL, replace(PI5, memory_bytes=2 * need), 100).remarks)
+
+
+def test_bits_scale_as_the_exporter_packs_them() -> None:
+    by_hand = BundleSize(bits=8, block=32, rotary_tables=0, rotary_bytes=0)
+    four = BundleSize(bits=4, block=32, rotary_tables=0, rotary_bytes=0)
+    ratio = sum(by_hand._matrix(576, 576, 8)) / sum(four._matrix(576, 576, 4))
+    assert with_bits(SMOL8, 4).weight_bytes_per_token == round(SMOL8.weight_bytes_per_token / ratio)
+    assert with_bits(SMOL32, 4).weight_bytes_per_token == pytest.approx(SMOL.weight_bytes_per_token, rel=0.01)
+
+
+@pytest.mark.parametrize(("context", "prompt"), [(0, None), (8193, None), (100, 0), (100, 101)])
+def test_a_context_that_the_model_does_not_have(context: int, prompt: int | None) -> None:
+    with pytest.raises(DeviceError, match="tokens"):
+        fit(SMOL, PI5, context, prompt)
+
+
+def test_memory_of_a_board_by_hand() -> None:
+    gib = 1 << 30
+    assert usable_memory({"memory_visible": 7620 << 20, "memory_capacity": 8 * gib}) == (
+        (7620 - 775) << 20,
+        "the 7.44 GiB that its system sees, less 775 MiB for the system",
+    )
+    assert usable_memory({"memory_capacity": 16 * gib})[0] == round(0.93 * 16 * gib) - SYSTEM_BYTES
+    smallest = usable_memory({"memory_capacity": None, "memory_smallest": gib})
+    assert smallest == (round(0.93 * gib) - round(0.25 * 0.93 * gib), smallest[1])
+    assert "smallest that is sold" in smallest[1]
+    assert usable_memory({"memory_visible": gib}, given=4 * gib)[0] == round(0.93 * 4 * gib) - SYSTEM_BYTES
+    assert usable_memory({"memory_capacity": None}) is None
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("fit") / "bundle")
+
+
+def test_command_says_it_for_people(bundle: Path) -> None:
+    said = here("devices", "check", bundle, "--device", "raspberry-pi-4").stdout
+    assert "on Raspberry Pi 4: fits" in said and "smallest that is sold" in said
+    assert "largest context that fits: 128" in said
+    assert "ceiling unknown" in said and "from a cache" in said  # a model of some kilobytes
+
+
+def test_command_says_it_for_machines(bundle: Path) -> None:
+    told = json.loads(
+        here("devices", "check", bundle, "--device", "jetson-orin-nano", "--context", "64", "--json").stdout
+    )
+    assert told["fits"] is True and told["context"] == 64
+    assert told["memory"]["total"] == sum(told["memory"][key] for key in ("runtime", "weights", "cache", "work"))
+    assert told["memory"]["cache"] == 64 * 2 * (2 + 1) * 16 * 4  # keys and values of 2 and 1 heads of 16 floats
+    assert told["device"]["onnxruntime"] == "1.23.2" and told["device"]["memory_bytes"] == (7620 - 775) << 20
+
+
+def test_command_exits_with_1_when_it_does_not_fit(bundle: Path) -> None:
+    old = here("devices", "check", bundle, "--device", "jetson-xavier-nx", code=1).stdout
+    assert "does not fit" in old and "needs ONNX Runtime 1.23, there it is 1.19.2 (JetPack 5, Python 3.8)" in old
+    assert "a Python of your own" in old
+    here("devices", "check", bundle, "--device", "jetson-xavier-nx", "--onnxruntime", "1.23.2")
+    small = here("devices", "check", bundle, "--device", "rk3588", "--memory", "64MiB", code=1).stdout
+    assert "largest context that fits: none" in small
+
+
+def test_command_about_this_host(bundle: Path) -> None:
+    told = json.loads(here("devices", "check", bundle, "--json").stdout)
+    assert told["fits"] is True and told["device"]["memory_source"] == "available at the moment"
+    assert told["model"]["bits"] == 32 and told["kernels"] == ["float32"]
+
+
+def test_mistakes(bundle: Path, tmp_path: Path) -> None:
+    assert "is it raspberry-pi-5 or raspberry-pi-4?" in refused("devices", "check", bundle, "--device", "raspbery-pi-5")
+    assert "say it with --memory, such as --memory 8GiB" in refused("devices", "check", bundle, "--device", "rk3588")
+    assert "is not a bundle" in refused("devices", "check", tmp_path)
+    assert "holds 1 to 128" in refused("devices", "check", bundle, "--context", "129")
+    assert "leave it out with --device" in refused("devices", "check", bundle, "--device", "jetson-nano", "--bandwidth")
+    assert "give --device with it" in refused("devices", "check", bundle, "--memory", "1GB")
+    assert "no version of ONNX Runtime" in refused("devices", "check", bundle, "--onnxruntime", "new")
+
+
+def test_list_show_and_probe_for_machines() -> None:
+    listed = json.loads(here("devices", "list", "--json").stdout)
+    assert listed["jetson-agx-orin"]["numbers"]["memory_bandwidth"]["value"] == 204.8e9
+    shown = json.loads(here("devices", "show", "raspberry-pi-5", "--json").stdout)
+    assert shown == listed["raspberry-pi-5"]
+    people = here("devices", "show", "jetson-orin-nano").stdout
+    assert "68 GB/s" in people and "(sm_87)" in people and "1.23.2 (Python 3.10)" in people
+    probed = here("devices", "probe").stdout
+    assert "this host" in probed and "clusters" in probed and "fingerprint" in probed
