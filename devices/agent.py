@@ -23,8 +23,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from devices.agent_files import Store, free, full
 from devices.agent_home import AgentError, Lock, boot_id, home
@@ -78,7 +79,9 @@ def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 def put(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """A file, or the rest of one."""
     beat = _beat(Lock(folder, request["root"]), tell)
-    Store(folder, beat).receive(request["sha"], request["size"], request["offset"], sys.stdin.buffer, beat)
+    Store(folder, beat).receive(
+        request["sha"], request["size"], request["offset"], cast("BufferedReader", sys.stdin.buffer), beat
+    )
     return {"whole": True}
 
 

@@ -19,6 +19,7 @@ from devices.agent_home import AgentError, guarded, write_json
 READY = "ready.json"
 KEPT = 2  # installations, this one included
 INSTALL_S = 3600.0
+CHECK_S = 25.0  # less than what counts as silence on the other side
 _KEY = re.compile(r"[0-9a-f]{16}")
 _CHECK = """
 import importlib.metadata, json
@@ -127,10 +128,13 @@ def _fill(python: str, place: Path, store: Store, request: dict[str, Any], beat:
 
 
 def _versions(python: str, place: Path) -> dict[str, str]:
-    done = subprocess.run(
-        [python, "-c", _CHECK], cwd=place / "code", env=environment(), capture_output=True, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [python, "-c", _CHECK], cwd=place / "code", env=environment(), capture_output=True, text=True, check=False,
+            timeout=CHECK_S,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AgentError(f"{python} there does not run: {error}") from None
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

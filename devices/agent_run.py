@@ -67,6 +67,7 @@ def _start(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     if (place / "request.json").is_file():
         return {"boot_id": read_json(place / "request.json").get("boot_id")}
     shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     agent = ready(folder, request["key"])
     if agent is None:
         raise AgentError("its installation is not whole any more: measure again")
