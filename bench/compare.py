@@ -109,7 +109,7 @@ def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
     label = f"{names[1][0]} against {names[0][0]}" if renamed else None
     key: Callable[[Measurement], Hashable] = (lambda m: m.key[1:]) if renamed else (lambda m: m.key)
     olds, news = ({key(m): m for m in result.measurements} for result in (old, new))
-    device = _device_differs(old.device, new.device)
+    device = device_differs(old.device, new.device)
     rows = []
     for k in [*olds, *(k for k in news if k not in olds)]:
         if k in olds and k in news:
@@ -179,12 +179,17 @@ def confirmed(first: Row, second: Row) -> Row:
 def judge(old: Measurement, new: Measurement, min_effect: float, *, paired: bool, obstacle: str | None = None) -> Row:
     """One row. ``obstacle`` is a reason of the caller's not to compare them."""
     row = Row(new.name, new.n_threads, NOT_COMPARABLE, new.test)
-    if reason := obstacle or _obstacle(old, new):
+    if reason := obstacle or obstacle_between(old, new):
         return replace(row, reason=reason)
     a, b = decisive_values(old, new)
+    return judge_values(replace(row, metric=metric_of(new)), a, b, min_effect, paired=paired)
+
+
+def judge_values(row: Row, a: list[float], b: list[float], min_effect: float, *, paired: bool) -> Row:
+    """The row with what two series of positive values say, of which less is better: one value per process."""
     ratio, low, high = bootstrap_ratio(a, b, paired=paired)
     p, test = difference_p_value(a, b, paired)
-    row = replace(row, verdict=SAME, metric=metric_of(new), ratio=ratio, low=low, high=high, p_value=p, test=test)
+    row = replace(row, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
     verdict = SAME
     if high < 1 and ratio <= 1 - min_effect:
         verdict = FASTER
@@ -232,7 +237,8 @@ def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Resu
     return Row(found.name, found.n_threads, NOT_COMPARABLE, found.test, reason=reason)
 
 
-def _obstacle(old: Measurement, new: Measurement) -> str | None:
+def obstacle_between(old: Measurement, new: Measurement) -> str | None:
+    """Why two measurements do not compare, or None."""
     for label, m in (("old", old), ("new", new)):
         if m.status == INVALID:
             return f"the {label} measurement is INVALID: {'; '.join(m.reasons) or 'no reason given'}"
@@ -245,7 +251,8 @@ def _obstacle(old: Measurement, new: Measurement) -> str | None:
     return None
 
 
-def _device_differs(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def device_differs(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Why results of two devices do not compare, or None: what of their identity differs."""
     prints = old.get("fingerprint"), new.get("fingerprint")
     if None in prints:
         return "a result does not say which device it was measured on"

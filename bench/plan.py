@@ -61,6 +61,8 @@ class Plan:
         cold: load once more with the files dropped from the page cache.
         root: of /proc and /sys, for a recorded host.
         launch: a command that every worker is started through, such as one that enters a control group.
+        text: token ids that every bundle is asked about in the end (bench.regression_answers); empty: none.
+        greedy: tokens that it shall say after them.
     """
 
     prompt: Counts = 128
@@ -80,6 +82,8 @@ class Plan:
     cold: bool = True
     root: Path = field(default_factory=lambda: Path("/"))
     launch: tuple[str, ...] = ()
+    text: Sequence[int] = ()
+    greedy: int = 16
 
     @property
     def adaptive(self) -> bool:

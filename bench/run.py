@@ -15,10 +15,12 @@ from importlib import metadata
 from typing import Any
 
 from bench.cores import choose_cores
+from bench.peer import Peer
 from bench.peers import read_peers
 from bench.plan import Plan
 from bench.power import Recorder
 from bench.preflight import check_memory
+from bench.regression_answers import ask
 from bench.result import INVALID, Bandwidth, Measurement, Result
 from bench.roofline import joined, probe_bandwidth
 from bench.rounds import Outcome, Progress, Rounds
@@ -70,7 +72,7 @@ def bench(
         command=list(sys.argv),
         versions=_versions(outcomes),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings={**_record(plan), "power": recorder.facts()},
+        settings={**_record(plan), "power": recorder.facts(), **_asked(peers, plan, widths[0])},
     )
     return _judged(result)
 
@@ -78,6 +80,13 @@ def bench(
 def _record(plan: Plan) -> dict[str, Any]:
     kept = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
     return {name: getattr(plan, name) for name in kept}
+
+
+def _asked(peers: Sequence[Peer], plan: Plan, threads: int) -> dict[str, Any]:
+    """What each model says to the plan's text."""
+    if not plan.text:
+        return {}
+    return {"text": list(plan.text), "answers": {peer.name: ask(peer, plan, threads) for peer in peers}}
 
 
 def _measurement(outcome: Outcome, plan: Plan) -> Measurement:

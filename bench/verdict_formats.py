@@ -6,7 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.compare import NOT_COMPARABLE, SLOWER, Comparison, Row
 from bench.result import INVALID, Measurement, Result
@@ -14,26 +14,42 @@ from bench.stats import summarize
 from bench.table import Table, markdown
 from bench.wording import threads
 
+_KINDS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 # What XML 1.0 may hold (its section 2.2); the rest of JSON's strings cannot be escaped in it either.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
+class Case(NamedTuple):
+    """A test case; ``kind`` is what went wrong: failure, error, skipped or nothing."""
+
+    name: str
+    kind: str | None
+    why: str  # type of the failure, such as slower
+    told: str
+
+
 def junit_xml(comparison: Comparison) -> str:
     """A test case per row: slower is a failure, not comparable an error, as both make the exit code differ from 0."""
-    failures = [row for row in comparison.rows if row.verdict == SLOWER]
-    errors = [row for row in comparison.rows if row.verdict == NOT_COMPARABLE]
-    counts = {"tests": len(comparison.rows), "failures": len(failures), "errors": len(errors), "skipped": 0}
-    suite = ElementTree.Element("testsuite", {"name": "saap compare", **{k: str(v) for k, v in counts.items()}})
+    kinds = {SLOWER: "failure", NOT_COMPARABLE: "error"}
+    cases = []
     for row in comparison.rows:
-        name = _for_xml(f"{row.name}, {row.setting}, {threads(row.n_threads)}")
-        case = ElementTree.SubElement(suite, "testcase", {"classname": "saap.compare", "name": name})
-        told = _for_xml(verdict_text(row))
-        if row in failures:
-            ElementTree.SubElement(case, "failure", {"type": SLOWER, "message": told}).text = told
-        elif row in errors:
-            ElementTree.SubElement(case, "error", {"type": NOT_COMPARABLE, "message": told}).text = told
+        name = f"{row.name}, {row.setting}, {threads(row.n_threads)}"
+        cases.append(Case(name, kinds.get(row.verdict), row.verdict, verdict_text(row)))
+    return junit_cases("saap compare", cases)
+
+
+def junit_cases(suite_name: str, cases: Sequence[Case]) -> str:
+    """JUnit XML of one suite."""
+    counted = {plural: sum(case.kind == kind for case in cases) for kind, plural in _KINDS.items()}
+    counts = {"tests": str(len(cases)), **{plural: str(number) for plural, number in counted.items()}}
+    suite = ElementTree.Element("testsuite", {"name": suite_name, **counts})
+    for case in cases:
+        names = {"classname": suite_name.replace(" ", "."), "name": _for_xml(case.name)}
+        element, told = ElementTree.SubElement(suite, "testcase", names), _for_xml(case.told)
+        if case.kind is None:
+            ElementTree.SubElement(element, "system-out").text = told
         else:
-            ElementTree.SubElement(case, "system-out").text = told
+            ElementTree.SubElement(element, case.kind, {"type": case.why, "message": told}).text = told
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)

@@ -209,7 +209,7 @@ def _write_verdicts(comparison: Any, newest: Any, options: dict[str, Any]) -> No
     }
     for path, text in texts.items():
         if path is not None:
-            _write_text(path, text())
+            write_text(path, text())
     if summary := os.environ.get(SUMMARY):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(step_summary(comparison))
@@ -218,10 +218,11 @@ def _write_verdicts(comparison: Any, newest: Any, options: dict[str, Any]) -> No
         if options["json_path"] == STDOUT:
             click.echo(document)
         else:
-            _write_text(options["json_path"], document + "\n")
+            write_text(options["json_path"], document + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
