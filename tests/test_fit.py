@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-import json
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,7 @@ from devices.fit_memory import RUNTIME_BYTES, SYSTEM_BYTES, largest_context, mem
 from devices.fit_remedies import largest_prompt, prune_to, with_bits
 from devices.profile import DeviceError
 from saap.bundle_size import BundleSize
-from tests.command_line import here, refused
-from tests.tiny_graphs import tiny_bundle
+from saap.fit_command import read_model
 
 MB = 10**6
 # SmolLM2-135M in 4 bit, as `saap export` writes it.
@@ -279,59 +280,40 @@ def test_memory_of_a_board_by_hand() -> None:
     assert usable_memory({"memory_capacity": None}) is None
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("fit") / "bundle")
+RESIDENT = """
+import sys, numpy
+from bench.memory import resident_split
+from bench.runtime import OrtDecoder
+import onnxruntime
+libraries = resident_split().file
+decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]), verify=False)
+decoder.prefill(numpy.arange(int(sys.argv[3])) % 1000 + 5)
+for _ in range(8):
+    decoder.step(7)
+print(libraries + resident_split().anonymous)
+"""
 
 
-def test_command_says_it_for_people(bundle: Path) -> None:
-    said = here("devices", "check", bundle, "--device", "raspberry-pi-4").stdout
-    assert "on Raspberry Pi 4: fits" in said and "smallest that is sold" in said
-    assert "largest context that fits: 128" in said
-    assert "ceiling unknown" in said and "from a cache" in said  # a model of some kilobytes
-
-
-def test_command_says_it_for_machines(bundle: Path) -> None:
-    told = json.loads(
-        here("devices", "check", bundle, "--device", "jetson-orin-nano", "--context", "64", "--json").stdout
-    )
-    assert told["fits"] is True and told["context"] == 64
-    assert told["memory"]["total"] == sum(told["memory"][key] for key in ("runtime", "weights", "cache", "work"))
-    assert told["memory"]["cache"] == 64 * 2 * (2 + 1) * 16 * 4  # keys and values of 2 and 1 heads of 16 floats
-    assert told["device"]["onnxruntime"] == "1.23.2" and told["device"]["memory_bytes"] == (7620 - 775) << 20
-
-
-def test_command_exits_with_1_when_it_does_not_fit(bundle: Path) -> None:
-    old = here("devices", "check", bundle, "--device", "jetson-xavier-nx", code=1).stdout
-    assert "does not fit" in old and "needs ONNX Runtime 1.23, there it is 1.19.2 (JetPack 5, Python 3.8)" in old
-    assert "a Python of your own" in old
-    here("devices", "check", bundle, "--device", "jetson-xavier-nx", "--onnxruntime", "1.23.2")
-    small = here("devices", "check", bundle, "--device", "rk3588", "--memory", "64MiB", code=1).stdout
-    assert "largest context that fits: none" in small
-
-
-def test_command_about_this_host(bundle: Path) -> None:
-    told = json.loads(here("devices", "check", bundle, "--json").stdout)
-    assert told["fits"] is True and told["device"]["memory_source"] == "available at the moment"
-    assert told["model"]["bits"] == 32 and told["kernels"] == ["float32"]
-
-
-def test_mistakes(bundle: Path, tmp_path: Path) -> None:
-    assert "is it raspberry-pi-5 or raspberry-pi-4?" in refused("devices", "check", bundle, "--device", "raspbery-pi-5")
-    assert "say it with --memory, such as --memory 8GiB" in refused("devices", "check", bundle, "--device", "rk3588")
-    assert "is not a bundle" in refused("devices", "check", tmp_path)
-    assert "holds 1 to 128" in refused("devices", "check", bundle, "--context", "129")
-    assert "leave it out with --device" in refused("devices", "check", bundle, "--device", "jetson-nano", "--bandwidth")
-    assert "give --device with it" in refused("devices", "check", bundle, "--memory", "1GB")
-    assert "no version of ONNX Runtime" in refused("devices", "check", bundle, "--onnxruntime", "new")
-
-
-def test_list_show_and_probe_for_machines() -> None:
-    listed = json.loads(here("devices", "list", "--json").stdout)
-    assert listed["jetson-agx-orin"]["numbers"]["memory_bandwidth"]["value"] == 204.8e9
-    shown = json.loads(here("devices", "show", "raspberry-pi-5", "--json").stdout)
-    assert shown == listed["raspberry-pi-5"]
-    people = here("devices", "show", "jetson-orin-nano").stdout
-    assert "68 GB/s" in people and "(sm_87)" in people and "1.23.2 (Python 3.10)" in people
-    probed = here("devices", "probe").stdout
-    assert "this host" in probed and "clusters" in probed and "fingerprint" in probed
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the constants were measured on x86-64")
+@pytest.mark.parametrize(
+    ("flags", "prompt"), [([], 128), ([], 2000), (["--bits", "8"], 128), (["--no-dotprod"], 128), (["--kv", "8"], 1000)]
+)
+def test_memory_of_a_real_bundle(real_model: Path, tmp_path: Path, flags: list[str], prompt: int) -> None:
+    """The table of docs/devices.md once more, in a process of its own."""
+    export = [
+        sys.executable,
+        "-m",
+        "saap.cli",
+        "export",
+        str(real_model),
+        "-o",
+        str(tmp_path / "b"),
+        "--parity",
+        "none",
+    ]
+    subprocess.run([*export, *flags], check=True, capture_output=True)
+    arguments = [str(tmp_path / "b"), str(prompt + 8), str(prompt)]
+    done = subprocess.run([sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=True)
+    predicted = memory_of(read_model(tmp_path / "b"), X86, prompt + 8, prompt).total
+    assert 0.95 < predicted / int(done.stdout) < 1.1
