@@ -1,0 +1,145 @@
+"""Device tests in a suite of one's own: ``pytest --saap-device ssh://pi@board``.
+
+    def test_the_board_is_as_good_as_it_was(saap_device):
+        saap_device.check("out/demo/slim-int4")        # against its baseline, an AssertionError says what is worse
+
+    def test_it_is_fast_enough(saap_device):
+        result = saap_device.measure("out/demo/slim-int4", prompt=64, generate=64, threads=4)
+        assert result.measurements[0].decode.median > 8
+
+Tests that take ``saap_device`` are marked ``device``, so that ``-m "not device"`` leaves them out; without
+``--saap-device`` they are skipped. pytest loads this module in every run, so nothing heavy is imported at its top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from bench.regression import Verdict
+    from bench.result import Result
+
+FIXTURE, MARK = "saap_device", "device"
+HERE = ("local", "local://")
+
+
+@dataclass
+class Device:
+    """A device under test.
+
+    Attributes:
+        url: of a board, None for this host.
+        baselines: folder of ``saap devices baseline``.
+        verdicts: of all checks so far.
+    """
+
+    url: str | None
+    baselines: Path
+    max_time_s: float
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def measure(self, bundle: str | Path, **plan: Any) -> Result:
+        """A bench run of one bundle; ``plan`` are fields of ``bench.plan.Plan``.
+
+        Raises:
+            AssertionError: the result is INVALID, so nothing can be said of it.
+        """
+        from bench.plan import Plan
+        from bench.result import INVALID
+
+        result = self._run(bundle, Plan(**{"max_time_s": self.max_time_s, **plan}))
+        for m in result.measurements:
+            assert m.status != INVALID, f"{m.name} on {self}: INVALID: {'; '.join(m.reasons)}"
+        return result
+
+    def check(self, bundle: str | Path, name: str | None = None, min_effect: float = 0.05) -> Verdict:
+        """Measure again and hold it against the baseline of this device.
+
+        Raises:
+            AssertionError: something is worse, or could not be compared.
+            RegressionError: no baseline of this model, or none of this device.
+        """
+        from bench.regression import retest, told
+        from bench.regression_checks import Limits
+        from devices.probe import probe
+
+        verdict = retest(
+            self.baselines,
+            name or Path(bundle).resolve().name,
+            lambda plan: self._run(bundle, plan),
+            on=self.url,
+            here=None if self.url else probe()["fingerprint"],
+            limits=Limits(speed=min_effect),
+            max_time_s=self.max_time_s,
+        )
+        self.verdicts.append(verdict)
+        broken = [told(check) for check in verdict.checks if check.verdict in ("worse", "not comparable")]
+        assert not broken, f"{bundle} on {self}:\n  " + "\n  ".join(broken)
+        return verdict
+
+    def __str__(self) -> str:
+        return self.url or "this host"
+
+    def _run(self, bundle: str | Path, plan: Any) -> Result:
+        from bench.remote import bench_on
+        from bench.run import bench
+
+        if self.url is None:
+            return bench([str(bundle)], plan)
+        (answer,) = bench_on([self.url], [str(bundle)], plan)
+        if answer.error is not None:
+            raise answer.error
+        assert answer.result is not None
+        return answer.result
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of a run."""
+    group = parser.getgroup("saap", "device tests")
+    group.addoption(
+        "--saap-device", metavar="URL", help="Run device tests: local, ssh://user@host[:port], adb://[serial]."
+    )
+    group.addoption("--saap-baselines", metavar="DIR", help="Of saap devices baseline; default: devices/baselines.")
+    group.addoption("--saap-max-time", type=float, default=120.0, metavar="S", help="Seconds of one measurement.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the mark known."""
+    config.addinivalue_line("markers", f"{MARK}: needs a device; name one with --saap-device")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes the fixture; other tests with the same mark are left as they are."""
+    for item in items:
+        if FIXTURE in getattr(item, "fixturenames", ()):
+            item.add_marker(MARK)
+
+
+@pytest.fixture(scope="session")
+def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """The device that ``--saap-device`` names."""
+    from bench.regression_files import DEFAULT
+
+    url = request.config.getoption("--saap-device")
+    if url is None:
+        pytest.skip("no device: name one with --saap-device local or --saap-device ssh://user@host")
+    if url not in HERE:
+        _known(url)
+    baselines = Path(request.config.getoption("--saap-baselines") or request.config.invocation_params.dir / DEFAULT)
+    yield Device(None if url in HERE else url, baselines, request.config.getoption("--saap-max-time"))
+
+
+def _known(url: str) -> None:
+    """Refuse what names no board before anything is measured."""
+    from devices.transport import BoardError, open_transport
+
+    try:
+        open_transport(url).close()
+    except BoardError as error:
+        raise pytest.UsageError(f"--saap-device: {error}") from None
