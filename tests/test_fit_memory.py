@@ -1,0 +1,79 @@
+"""What `saap devices check` computes of memory against what was measured, and measured again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from devices.fit_facts import Model
+from devices.fit_memory import memory_of
+from saap.fit_command import read_model
+from tests.test_fit import MB, SMOL, SMOL8, SMOL32, X86
+
+WIDE = replace(SMOL, weight_bytes_per_token=69_505_024, kv_bytes_per_token=8192, widest_ffn=4096, hidden=1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "filled", "prompt", "private", "libraries"),
+    [
+        (SMOL, 136, 128, 152.0, 35.5),
+        (SMOL, 1032, 1024, 242.8, 35.7),
+        (SMOL, 2008, 2000, 341.9, 35.6),
+        (SMOL, 4008, 4000, 548.7, 35.7),
+        (replace(SMOL, kv_bytes_per_token=11_520, kv_dtype="int8"), 1032, 1024, 210.0, 35.6),
+        (replace(SMOL, accuracy_level=0), 136, 128, 117.9, 35.6),
+        (SMOL8, 136, 128, 219.3, 35.6),
+        (SMOL32, 136, 128, 587.9, 35.6),
+        (WIDE, 2008, 2000, 382.4, 35.7),
+    ],
+)
+def test_memory_against_what_was_measured(
+    model: Model, filled: int, prompt: int, private: float, libraries: float
+) -> None:
+    """Private megabytes after a prompt and 8 tokens, and those of the libraries; x86-64, ONNX Runtime 1.32.0."""
+    predicted = memory_of(model, X86, filled, prompt).total / MB
+    assert 0.99 < predicted / (private + libraries) < (1.14 if model is WIDE else 1.03)
+
+
+RESIDENT = """
+import sys, numpy
+from bench.memory import resident_split
+from bench.runtime import OrtDecoder
+import onnxruntime
+libraries = resident_split().file
+decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]), verify=False)
+decoder.prefill(numpy.arange(int(sys.argv[3])) % 1000 + 5)
+for _ in range(8):
+    decoder.step(7)
+print(libraries + resident_split().anonymous)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the constants were measured on x86-64")
+@pytest.mark.parametrize(
+    ("flags", "prompt"), [([], 128), ([], 2000), (["--bits", "8"], 128), (["--no-dotprod"], 128), (["--kv", "8"], 1000)]
+)
+def test_memory_of_a_real_bundle(real_model: Path, tmp_path: Path, flags: list[str], prompt: int) -> None:
+    """The table of docs/devices.md once more, in a process of its own."""
+    export = [
+        sys.executable,
+        "-m",
+        "saap.cli",
+        "export",
+        str(real_model),
+        "-o",
+        str(tmp_path / "b"),
+        "--parity",
+        "none",
+    ]
+    subprocess.run([*export, *flags], check=True, capture_output=True)
+    arguments = [str(tmp_path / "b"), str(prompt + 8), str(prompt)]
+    done = subprocess.run([sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=True)
+    predicted = memory_of(read_model(tmp_path / "b"), X86, prompt + 8, prompt).total
+    assert 0.95 < predicted / int(done.stdout) < 1.1
