@@ -32,6 +32,8 @@ IDENTITY = (
     "python",
     "onnxruntime",
     "emulated",
+    "power_mode",
+    "l4t",
 )
 ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
 

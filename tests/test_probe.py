@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.compare import device_differs
 from devices.jetson import jetpack, power_mode
 from devices.midr import core_name, core_of_midr
 from devices.probe import fingerprint, nobody, probe, probe_all, run_here
@@ -264,6 +265,13 @@ def test_fingerprint_sees_power_mode_and_release(tmp_path: Path) -> None:
     assert len(prints) == 3
     facts = probe(tmp_path / "1")
     assert fingerprint({**facts, "l4t": "36.5"}) != facts["fingerprint"]
+
+
+def test_results_of_two_power_modes_do_not_compare_and_say_why(tmp_path: Path) -> None:
+    low, high = (probe(plant(tmp_path / str(mode), fake_trees.orin_nano(mode))) for mode in (0, 2))
+    assert device_differs(low, high) == (
+        "measured on different devices: power_mode name 15W, id 0 and name MAXN_SUPER, id 2"
+    )
 
 
 def test_fingerprint_of_a_document_from_before_stays(x86_vm: Path) -> None:
