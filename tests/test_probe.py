@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench.compare import device_differs
-from devices.jetson import jetpack, power_mode
-from devices.midr import core_name, core_of_midr
 from devices.probe import fingerprint, nobody, probe, probe_all, run_here
 from devices.profile import load_profiles, profile_of
-from devices.tree import cpu_list, parse_cpu_list
+from devices.tree import parse_cpu_list
 from tests import fake_trees
 from tests.fake_trees import A76_ON, CPU, arm_cpu, plant
 
@@ -134,16 +132,6 @@ def test_features_of_a_mixed_soc_are_those_of_its_smallest_core(raspberry_pi_5: 
     assert facts["isa"] == ["asimd", "dotprod", "fp16"]
 
 
-def test_cores_are_named_by_their_numbers() -> None:
-    assert core_name({"CPU implementer": "0x41", "CPU part": "0xd4f"}) == "Neoverse-V2"
-    assert core_name({"CPU implementer": "0x41", "CPU part": "0xfff"}) == "ARM implementer 0x41 part 0xfff"
-    assert core_name({"CPU implementer": "?", "CPU part": "0xd4f"}) is None
-    assert core_of_midr("0x00000000410fd421\n") == "Cortex-A78AE"
-    assert core_of_midr("0x00000000414fd0b1") == "Cortex-A76"
-    assert core_of_midr("0x000000004e0f0040") == "Carmel"
-    assert core_of_midr(None) is None and core_of_midr("none") is None
-
-
 def test_a_kernel_that_prints_no_part_has_its_id_register(raspberry_pi_5: Path) -> None:
     midr = {f"{CPU}/cpu{n}/regs/identification/midr_el1": "0x00000000414fd0b1\n" for n in range(4)}
     plant(raspberry_pi_5, {"proc/cpuinfo": "\n".join(f"processor\t: {n}\n" for n in range(4)), **midr})
@@ -168,19 +156,6 @@ def test_numa_nodes(x86_vm: Path) -> None:
     node = "sys/devices/system/node/node0"
     plant(x86_vm, {f"{node}/cpulist": "0-1\n", f"{node}/meminfo": "Node 0 MemTotal:       16000000 kB\n"})
     assert probe(x86_vm)["numa"] == [{"cpus": "0-1", "memory_bytes": 16384000000}]
-
-
-def test_power_mode_of_the_file_or_of_the_tool(tmp_path: Path) -> None:
-    nano = tree("nano", tmp_path)
-    assert power_mode(nano, nobody) is None
-    assert power_mode(nano, lambda command: "NV Fan Mode:quiet\nNV Power Mode: 5W\n1\n") == {"name": "5W", "id": 1}
-    assert power_mode(nano, lambda command: "NV Power Mode: MAXN\n") == {"name": "MAXN", "id": None}
-    plant(nano, {"var/lib/nvpmodel/status": "pmode:0007\n"})
-    assert power_mode(nano, nobody) == {"name": None, "id": 7}  # a mode that the configuration does not name
-
-
-def test_jetpack_of_a_release() -> None:
-    assert [jetpack(l4t) for l4t in ("36.4.3", "38.2.0", "36.99.1", "99.1", None)] == ["6.2", "7.0", "6", None, None]
 
 
 def test_state(tmp_path: Path) -> None:
@@ -303,11 +278,3 @@ def test_a_command_that_is_not_there_says_nothing() -> None:
     assert run_here(["saap-no-such-command"]) is None
     assert run_here(["false"]) is None
     assert run_here(["echo", "word"]) == "word\n"
-
-
-def test_cpu_lists() -> None:
-    assert parse_cpu_list("0-3,6") == [0, 1, 2, 3, 6]
-    assert parse_cpu_list("0 1 4") == [0, 1, 4]
-    assert parse_cpu_list("2") == [2]
-    assert parse_cpu_list("\n") == [] and parse_cpu_list("a-b") == []
-    assert cpu_list([6, 0, 1, 2, 3]) == "0-3,6"
