@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.compare import device_differs
-from devices.probe import fingerprint, nobody, probe, probe_all, run_here
+from devices.probe import fingerprint, probe, probe_all, run_here
 from devices.profile import load_profiles, profile_of
 from devices.tree import parse_cpu_list
 from tests import fake_trees
