@@ -74,4 +74,33 @@ def test(bundle: str, **options: Any) -> None:
         sys.exit(test_step(bundle, options, console))
 
 
-COMMANDS = (baseline, test)
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--cpu",
+    "cpus",
+    type=click.Choice(["cortex-a72", "cortex-a76", "max"]),
+    multiple=True,
+    help="May be given again; default: all three.",
+)
+@click.option("--text", type=directory, help="A text file to ask the model about; default: a few sentences of ours.")
+@click.option("--tokens", type=int, default=64, show_default=True, help="Of the text.")
+@click.option("--json", "json_path", type=directory, help="Write the answers here; - prints them.")
+def emulate(bundle: str, cpus: tuple[str, ...], **options: Any) -> None:
+    """Does BUNDLE say the same on aarch64? Run it under qemu-user, without a board.
+
+    The agent, the worker and the aarch64 wheel of ONNX Runtime are the real ones, so kernels are chosen as on a board:
+    cortex-a72 is a Raspberry Pi 4, cortex-a76 a Raspberry Pi 5, max has i8mm. Speeds are null. Needs qemu-user and
+    mmdebstrap; what is fetched, about 120 MB, is kept in the cache. Exit 1 when an answer differs.
+
+    \b
+    Example:
+      saap devices emulate out/demo/slim-int4 --cpu cortex-a72
+    """
+    from saap.emulate_command import emulate_step
+
+    with Console() as console:
+        sys.exit(emulate_step(bundle, cpus, options, console))
+
+
+COMMANDS = (baseline, test, emulate)
