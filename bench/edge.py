@@ -24,6 +24,7 @@ from bench.result import INVALID, OK, WARN, Measurement, Result
 from bench.rounds import Progress
 from bench.run import bench
 from devices.cgroup import CgroupError, MemoryGroup, limited_memory
+from devices.fit_memory import usable_memory
 from devices.probe import probe
 from devices.profile import Profile
 
@@ -39,7 +40,8 @@ class EdgeClass:
     title: str
     cores: int | None
     fast_cores: int | None
-    memory_bytes: int | None
+    memory_bytes: int | None  # that a process may take
+    memory_source: str
     bandwidth: float | None  # B/s, of the profile
     bandwidth_source: str
 
@@ -48,7 +50,7 @@ def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> 
     """The limits of a profile.
 
     Args:
-        memory_bytes: in place of the profile's memory, for boards that are sold with several sizes.
+        memory_bytes: that a process may take, in place of what the board leaves it by its profile.
 
     Raises:
         PeerError: the profile knows no memory and none was given.
@@ -58,8 +60,9 @@ def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> 
         number = profile.numbers.get(key)
         return number.value if number else None
 
-    memory = memory_bytes or value("memory_capacity")
-    if memory is None:
+    known = {key: value(key) for key in ("memory_visible", "memory_capacity")}
+    usable = (memory_bytes, "as given") if memory_bytes else usable_memory(known)
+    if usable is None:
         number = profile.numbers.get("memory_capacity")
         why = f" ({number.source})" if number else ""
         raise PeerError(f"the memory of {name} is not known{why}: say which with --emulate-memory, such as 2GB")
@@ -70,7 +73,8 @@ def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> 
         title=profile.title,
         cores=int(cores) if cores else None,
         fast_cores=int(fast) if fast else None,
-        memory_bytes=int(memory),
+        memory_bytes=usable[0],
+        memory_source=usable[1],
         bandwidth=value(used) if used else None,
         bandwidth_source=profile.numbers[used].source if used else "the profile holds no bandwidth",
     )
@@ -126,7 +130,11 @@ def notes(result: Result) -> list[str]:
     cores = f"{facts['cores_used']} of this host's cores"
     if facts["cores"] and facts["cores_used"] < facts["cores"]:
         cores += f" ({device} has {facts['cores']}, this process may use no more)"
-    memory = f"{facts['memory_bytes'] / 1e6:.0f} MB" if facts["memory_limited"] else "memory not limited"
+    memory = (
+        f"{facts['memory_bytes'] / 1e6:.0f} MB ({facts['memory_source']})"
+        if facts["memory_limited"]
+        else "memory not limited"
+    )
     return [
         f"edge class of {device}: {cores}, {memory}. Rates are this host's, not those of {device}",
         *_projections(result),

@@ -1,8 +1,8 @@
 """Does a bundle say the same on aarch64? The real agent, worker and wheel, on an emulated CPU, against this host.
 
 Kernels differ by instruction set: fp32 sums in another order, int4 with activations in int8 even rounds otherwise (a
-CPU without dotprod computes them in fp32). So greedy tokens must be the same for a bundle of 32 bits, and for others the
-likelihood of a text may move by ``NLL_TOLERANCE``. Speeds are null: an emulator's times say nothing of a board.
+CPU without dotprod computes them in fp32). So greedy tokens must be the same for a bundle of 32 bits, and for others
+the likelihood of a text may move by ``NLL_TOLERANCE``. Speeds are null: an emulator's times say nothing of a board.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tests.bench_samples import measurement, result
 from tests.tiny_graphs import tiny_bundle
 
 MB = 1_000_000
-PI = EdgeClass("raspberry-pi-5", "Raspberry Pi 5", 4, None, 4_000 * MB, 17.1e9, "LPDDR4X")
+PI = EdgeClass("raspberry-pi-5", "Raspberry Pi 5", 4, None, 4_000 * MB, "as given", 17.1e9, "LPDDR4X")
 ALLOCATE = "block = bytearray({size} << 20); block[::4096] = bytes(len(block[::4096])); print(len(block) >> 20)"
 
 
@@ -174,6 +174,12 @@ def test_a_board_of_several_sizes_asks_which() -> None:
         edge_class("raspberry-pi-4", pi4)
     edge = edge_class("raspberry-pi-4", pi4, 2 * 10**9)
     assert (edge.cores, edge.memory_bytes, edge.bandwidth) == (4, 2 * 10**9, 12.8e9)
+
+
+def test_a_board_of_one_size_leaves_its_system_some() -> None:
+    edge = edge_class("jetson-orin-nano", load_profile("jetson-orin-nano"))
+    assert edge.memory_bytes is not None and 6.5e9 < edge.memory_bytes < 7.5e9
+    assert "for the system" in edge.memory_source
 
 
 def test_a_gpu_is_refused() -> None:
