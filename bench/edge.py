@@ -20,7 +20,7 @@ from typing import Any
 from bench.cores import allowed_cores, choose_cores
 from bench.peer import PeerError
 from bench.plan import Plan
-from bench.result import INVALID, OK, WARN, Measurement, Result
+from bench.result import CACHE_FACTOR, INVALID, OK, WARN, Measurement, Result
 from bench.rounds import Progress
 from bench.run import bench
 from devices.cgroup import CgroupError, MemoryGroup, limited_memory
@@ -29,7 +29,6 @@ from devices.probe import probe
 from devices.profile import Profile
 
 KILLED, TOO_LATE = "killed by SIGKILL", "no answer within"  # as bench.child tells it
-HELD_BACK = ("memory_bandwidth", "decode_bandwidth")  # what a ceiling may be computed from, the peak first
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class EdgeClass:
     memory_source: str
     bandwidth: float | None  # B/s, of the profile
     bandwidth_source: str
+    cache_bytes: int | None = None  # last level
 
 
 def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> EdgeClass:
@@ -66,7 +66,8 @@ def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> 
         number = profile.numbers.get("memory_capacity")
         why = f" ({number.source})" if number else ""
         raise PeerError(f"the memory of {name} is not known{why}: say which with --emulate-memory, such as 2GB")
-    used = next((key for key in HELD_BACK if value(key)), None)
+    bandwidth = profile.numbers.get("memory_bandwidth")
+    cache = value("last_level_cache")
     cores, fast = value("cores"), value("big_cores")
     return EdgeClass(
         device=name,
@@ -75,8 +76,9 @@ def edge_class(name: str, profile: Profile, memory_bytes: int | None = None) -> 
         fast_cores=int(fast) if fast else None,
         memory_bytes=usable[0],
         memory_source=usable[1],
-        bandwidth=value(used) if used else None,
-        bandwidth_source=profile.numbers[used].source if used else "the profile holds no bandwidth",
+        bandwidth=value("memory_bandwidth"),
+        bandwidth_source=bandwidth.source if bandwidth else "the profile holds no bandwidth",
+        cache_bytes=int(cache) if cache else None,
     )
 
 
@@ -150,6 +152,9 @@ def _projections(result: Result) -> Iterator[str]:
         if bandwidth is None:
             yield f"no projection for {device}: {facts['bandwidth_source']}"
             return
+        if m.bytes_per_token <= CACHE_FACTOR * (facts["cache_bytes"] or 0):
+            yield f"no projection for {m.name}: on {device} it may run from cache"
+            continue
         yield (
             f"projection, not measured: {m.name} on {device} stays under {bandwidth / m.bytes_per_token:.0f} tok/s, "
             f"its memory ceiling ({bandwidth / 1e9:.1f} GB/s over {m.bytes_per_token / 1e6:.1f} MB a token)"

@@ -148,6 +148,12 @@ def test_no_projection_without_a_bandwidth_or_for_an_invalid_run(tmp_path: Path)
     assert len(notes(bench_emulated(["t"], Plan(root=root), PI, run=Host(status=INVALID)))) == 1
 
 
+def test_no_projection_for_what_may_run_from_cache(tmp_path: Path) -> None:
+    cached = replace(PI, cache_bytes=2 * MB)
+    (_, told) = notes(bench_emulated(["t"], Plan(root=without_groups(tmp_path)), cached, run=Host()))
+    assert told == "no projection for tiny: on raspberry-pi-5 it may run from cache"
+
+
 def test_it_does_not_compare_with_the_host_itself(tmp_path: Path) -> None:
     plain = Host()([], Plan())
     limited = bench_emulated(["tiny"], Plan(root=without_groups(tmp_path)), PI, run=Host())
