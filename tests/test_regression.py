@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import replace
@@ -321,3 +323,17 @@ def test_another_device_ends_with_3_and_junit_tells(tmp_path: Path) -> None:
     assert "no baseline of tiny is of this device" in done.stderr
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     assert suite is not None and suite.get("errors") == "1"
+
+
+def test_a_board_is_guarded_by_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host by the protocol of a board, with the packages that its Python has."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "agent"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    bundle, folder = tiny_bundle(tmp_path / "tiny"), tmp_path / "kept"
+    there = ["--on", "local://", "--board-packages", "--baselines", folder]
+    here("devices", "baseline", bundle, *there, *COMMAND)
+    (kept,) = read_baselines(folder, "tiny")
+    assert kept.on == "local://" and len(kept.results) == 2
+    tiny_bundle(bundle, seed=1)
+    done = here("devices", "test", bundle, *there, "--min-effect", "0.9", code=1)
+    assert "greedy tokens: worse" in done.stdout
