@@ -51,6 +51,7 @@ def _tell(document: dict[str, Any]) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)  # by an exception, so that a worker that runs is ended too
 
 

@@ -29,7 +29,7 @@ from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
 from bench.result import Result
 from bench.rounds import Progress
 from bench.store import result_from_dict
-from devices.transport import BoardError, open_transport
+from devices.transport import BoardError, open_transport, printable
 
 HERE_ONLY = ("root", "launch")  # of a plan: they mean this host
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
@@ -188,10 +188,10 @@ def _follow(board: Board, run: str, told: Progress) -> dict[str, Any]:
             offset = int(document["at"])
             line = json.loads(document["line"])
             if "refused" in line:
-                refused = str(line["refused"])
+                refused = printable(line["refused"])
             elif "label" in line:
-                told(str(line["label"]), float(line["done"]), float(line["total"]))
-        except (KeyError, TypeError, ValueError):
+                told(printable(line["label"]).replace("[", "("), float(line["done"]), float(line["total"]))
+        except (KeyError, TypeError, ValueError, RecursionError):
             return  # a library printed something there
 
     done = board.insist("follow", told=hear, more=lambda: {"run": run, "offset": offset})
@@ -207,7 +207,7 @@ def _check_end(board: Board, done: dict[str, Any]) -> None:
     if done.get("refused"):
         raise BoardError(f"{board.name}: {done['refused']}")
     if done.get("error") or done.get("code") != 0:
-        raise BoardError(f"{board.name}: the run failed: {done.get('error', 'it did not say how it ended')}")
+        raise BoardError(f"{board.name}: the run failed: {printable(done.get('error', 'no reason'))}")
 
 
 def _result(board: Board, fetched: dict[str, Any], shipment: Shipment) -> Result:

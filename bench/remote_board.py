@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from devices.agent import MARK
-from devices.transport import BoardError, LostError, Transport, last_line
+from devices.transport import BoardError, LostError, Transport, last_line, printable
 
 SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact
@@ -118,7 +118,7 @@ class Board:
                 document = self._document(line.removeprefix(MARK))
                 if "error" in document:
                     kind = LostError if document.get("again") else BoardError
-                    raise kind(f"{self.name}: {document['error']}")
+                    raise kind(f"{self.name}: {printable(document['error'])}")
                 if "answer" in document:
                     if not isinstance(document["answer"], dict):
                         raise self.garbage(line)
@@ -134,12 +134,12 @@ class Board:
             raise self.garbage(noise[0] if noise else "nothing")
         if code < 0:
             raise LostError(f"{self.name}: the connection was killed on this side")
-        raise self.transport.failure(code, said)
+        raise self.transport.failure(code, said if said.strip() else "\n".join(noise))
 
     def _document(self, text: str) -> dict[str, Any]:
         try:
             document = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
             raise self.garbage(text)

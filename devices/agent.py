@@ -11,7 +11,7 @@ nothing but Python, and the two sides are always of one version. A request is on
 | take | the lock, old runs swept away, room made |
 | put | a file of the store, from where it was cut |
 | install | the bench's code, and its packages in a venv |
-| start, follow, fetch, end | a detached run (``devices.agent_run``) |
+| start, follow, fetch, end | a detached run (``devices.agent_run``, ``devices.agent_supervisor``) |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from devices.agent_files import Store, free, full
-from devices.agent_home import AgentError, Lock, boot_id, home
+from devices.agent_home import AgentError, Lock, boot_id, home, started
 from devices.agent_install import install, ready
 from devices.agent_run import end, fetch, follow, start, sweep
 
@@ -38,7 +38,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def hello(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """What a preflight asks: bytes, seconds since the epoch."""
+    """What a preflight asks: bytes, seconds since the epoch.
+
+    Raises:
+        AgentError: a system without Linux's /proc, by which processes are known.
+    """
+    if started(os.getpid()) is None:
+        raise AgentError(f"it is no Linux but {platform.system()}: give a board with Linux")
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -114,7 +120,7 @@ REQUESTS: dict[str, Callable[[Path, dict[str, Any], Tell], dict[str, Any]]] = {
     "start": lambda folder, request, tell: start(folder, request),
     "follow": follows,
     "fetch": lambda folder, request, tell: fetch(folder, request),
-    "end": lambda folder, request, tell: end(folder, request),
+    "end": lambda folder, request, tell: end(folder, request, _beat(Lock(folder, request["root"]), tell)),
 }
 
 
@@ -130,8 +136,13 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        answer = {"error": full(home(), 0)}
-    say(answer)
+        answer = {"error": full(home())}
+    try:
+        say(answer)
+    except BrokenPipeError:
+        if request["do"] == "take":  # whoever asked does not know that it has the lock
+            Lock(home(), request["root"]).release(request["run"])
+        os._exit(1)
 
 
 def say(document: dict[str, Any]) -> None:

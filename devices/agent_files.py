@@ -146,14 +146,14 @@ def free(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def full(folder: Path, needed: int) -> str:
-    """Why something does not fit, in one line."""
+def full(folder: Path, needed: int = 0) -> str:
+    """Why something does not fit, in one line; ``needed`` bytes, where that is known."""
     left = 0
     with contextlib.suppress(OSError):
         left = free(folder)
+    wanted = f"{needed / 1e6:.0f} MB are needed in {folder} and " if needed else f"in {folder} "
     return (
-        f"the disk is full: {needed / 1e6:.0f} MB are needed in {folder} and {left / 1e6:.0f} MB are free: free some, "
-        "or name another folder there in SAAP_CACHE"
+        f"the disk is full: {wanted}{left / 1e6:.0f} MB are free: free some, or name another folder there in SAAP_CACHE"
     )
 
 

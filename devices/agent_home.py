@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,32 @@ def started(pid: int) -> str | None:
 def alive(pid: int | None, start: str | None) -> bool:
     """Whether that very process runs."""
     return pid is not None and start is not None and started(pid) == start
+
+
+def below(pid: int) -> list[int]:
+    """Its children and theirs."""
+    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    found: list[int] = []
+    wanted = [pid]
+    while wanted:
+        wanted = [child for child, parent in parents.items() if parent in wanted]
+        found += wanted
+    return found
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+        )
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal, where it still runs."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -157,3 +184,17 @@ def guarded(path: Path) -> Iterator[None]:
 
 def _ago(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def touch(path: Path) -> None:
+    """Make it, or its time now; a folder that is gone is no error."""
+    with contextlib.suppress(OSError):
+        path.touch()
+
+
+def modified(path: Path) -> float:
+    """Seconds since the epoch, 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -7,32 +7,39 @@ writes ``result.json``; the supervisor beats in ``beat`` and writes ``done.json`
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from devices.agent_files import Store
-from devices.agent_home import AgentError, Lock, alive, boot_id, guarded, read_json, started, write_json
+from devices.agent_home import (
+    CACHE,
+    AgentError,
+    Lock,
+    alive,
+    below,
+    boot_id,
+    guarded,
+    kill,
+    modified,
+    read_json,
+    started,
+    touch,
+    write_json,
+)  # fmt: skip
 from devices.agent_install import agent_folder, environment, ready
 
 BEAT_S = 2.0
 HUNG_S = 120.0  # without a beat of a supervisor that still runs
 LEASE_S = 900.0
 END_S = 10.0  # between asking a run to end and killing it
-JOB = "bench.board_job"
 _ID = re.compile(r"[0-9a-f]{16}")
-_DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
 
 def run_folder(folder: Path, run: str) -> Path:
@@ -84,9 +91,9 @@ def _start(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     )
     with (place / "supervisor.txt").open("ab") as log:
         process = subprocess.Popen(
-            [agent["python"], "-m", "devices.agent_run", str(folder), request["run"]],
-            cwd=agent_folder(folder, request["key"]) / "code", env=environment(), stdin=subprocess.DEVNULL,
-            stdout=log, stderr=log, start_new_session=True,
+            [agent["python"], "-m", "devices.agent_supervisor", str(folder), request["run"]],
+            cwd=agent_folder(folder, request["key"]) / "code", env={**environment(), CACHE: str(folder)},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     lock.process(request["run"], process.pid)
     write_json(place / "process.json", {"pid": process.pid, "start": started(process.pid)})
@@ -107,7 +114,7 @@ def follow(folder: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if boot_id(request["root"]) != read_json(place / "request.json").get("boot_id"):
             yield {"done": {"rebooted": True}}
             return
-        _touch(place / "lease")
+        touch(place / "lease")
         lock.touch()
         done = read_json(place / "done.json")  # before the progress, so that nothing of it is missed
         process = read_json(place / "process.json")
@@ -117,7 +124,7 @@ def follow(folder: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if done or (gone and not read_json(place / "done.json")):
             yield {"done": done or {"error": "its process was killed there"}}
             return
-        beat = _modified(place / "beat")
+        beat = modified(place / "beat")
         if beat != beaten:
             beaten, beat_at = beat, time.monotonic()
         elif time.monotonic() - beat_at > HUNG_S:
@@ -137,122 +144,40 @@ def fetch(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"result": text.decode("utf-8", "replace"), "sha256": hashlib.sha256(text).hexdigest()}
 
 
-def end(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """End the run where it still goes on, remove it, give up the lock. May be asked again."""
-    place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
-    process = read_json(place / "process.json")
-    pid, begun = process.get("pid"), process.get("start")
-    for what, seconds in ((signal.SIGTERM, END_S + 5), (signal.SIGKILL, 5.0)):
-        limit = time.monotonic() + seconds
-        if pid is not None and alive(pid, begun):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, what)
-        while alive(pid, begun) and time.monotonic() < limit:
-            time.sleep(0.05)
-    shutil.rmtree(place, ignore_errors=True)
-    lock.release(request["run"])
+def end(folder: Path, request: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """End the run where it still goes on, remove it, give up the lock. May be asked again.
+
+    A start whose connection was cut is waited for; one that comes later finds the lock gone.
+    """
+    place = run_folder(folder, request["run"])
+    with guarded(folder / "start.guard"):
+        _end_process(read_json(place / "process.json"), beat)
+        shutil.rmtree(place, ignore_errors=True)
+        Lock(folder, request["root"]).release(request["run"])
     return {"ended": True}
+
+
+def _end_process(process: dict[str, Any], beat: Callable[[], None]) -> None:
+    """Ask the supervisor to end; kill it and all below it when it does not."""
+    pid, begun = process.get("pid"), process.get("start")
+    if pid is None or not alive(pid, begun):
+        return
+    kill(pid, signal.SIGTERM)  # once: what it does then is not to be interrupted
+    limit = time.monotonic() + 3 * END_S
+    while alive(pid, begun):
+        if time.monotonic() > limit:
+            for number in [*below(pid), pid]:
+                kill(number)
+        beat()
+        time.sleep(0.1)
 
 
 def sweep(folder: Path) -> None:
     """Remove the runs of others that nobody can come back for: none of their processes runs."""
     for place in (folder / "runs").glob("*"):
         process = read_json(place / "process.json")
-        if not alive(process.get("pid"), process.get("start")) and time.time() - _modified(place) > LEASE_S:
+        if not alive(process.get("pid"), process.get("start")) and time.time() - modified(place) > LEASE_S:
             shutil.rmtree(place, ignore_errors=True)
-
-
-class Supervisor:
-    """Stays small beside the measuring process, and outlives it whatever happens to it."""
-
-    def __init__(self, folder: Path, run: str) -> None:
-        self.place, self.folder, self.run = run_folder(folder, run), folder, run
-        request = read_json(self.place / "request.json")
-        self.lock = Lock(folder, str(request.get("root", "/")))
-        self._lease_s = float(request.get("lease_s", LEASE_S))
-        self._stop = False
-
-    def main(self) -> None:
-        """Run the measuring process to its end; nothing that it started is left."""
-        signal.signal(signal.SIGTERM, self._asked)
-        _prctl(_SUBREAPER, 1)  # orphans of a killed child become ours, and are ended
-        with (self.place / "progress.jsonl").open("ab") as told, (self.place / "stderr.txt").open("ab") as said:
-            job = subprocess.Popen(
-                [sys.executable, "-m", JOB, str(self.place)], stdin=subprocess.DEVNULL, stdout=told, stderr=said,
-                start_new_session=True, preexec_fn=lambda: _prctl(_DEATH_SIGNAL, signal.SIGTERM),
-            )  # fmt: skip
-        followed = self._watch(job)
-        _end_children()
-        if followed:
-            write_json(self.place / "done.json", self._how(job.returncode))
-        else:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.lock.release(self.run)
-
-    def _watch(self, job: subprocess.Popen[bytes]) -> bool:
-        """Until the process ends; False when nobody follows any more."""
-        lease, leased_at = 0.0, time.monotonic()
-        while True:
-            (self.place / "beat").touch()
-            self.lock.touch()
-            if (now := _modified(self.place / "lease")) != lease:
-                lease, leased_at = now, time.monotonic()
-            followed = time.monotonic() - leased_at <= self._lease_s
-            if self._stop or not followed:
-                job.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    job.wait(END_S)
-                if job.poll() is None:
-                    job.kill()
-                    job.wait()
-                return followed
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.wait(BEAT_S)
-                return True
-
-    def _how(self, code: int) -> dict[str, Any]:
-        if code == 0:
-            return {"code": 0}
-        lines = (self.place / "stderr.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
-        killed = "killed there, as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        return {"code": code, "error": killed or last or f"its process ended with {code}"}
-
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
-
-
-def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _end_children() -> None:
-    """Kill what is left below us, until nothing is; see PR_SET_CHILD_SUBREAPER in prctl(2)."""
-    for _ in range(100):
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        children = [pid for pid in _processes() if _parent(pid) == os.getpid()]
-        if not children:
-            return
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-        )
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def _lines(path: Path, offset: int) -> Iterator[tuple[str, int]]:
@@ -267,19 +192,3 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[str, int]]:
         if line.endswith(b"\n"):
             offset += len(line)
             yield line.decode("utf-8", "replace"), offset
-
-
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.touch()
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-if __name__ == "__main__":
-    Supervisor(Path(sys.argv[1]), sys.argv[2]).main()

@@ -97,7 +97,13 @@ class Ssh:
 
     def _ssh(self) -> list[str]:
         alive = ("ServerAliveInterval=5", "ServerAliveCountMax=3", f"ConnectTimeout={CONNECT_S}")
-        settings = ["BatchMode=yes", "StrictHostKeyChecking=yes", "ForwardX11=no", "ForwardAgent=no", *alive]
+        settings = [
+            "BatchMode=yes",
+            "StrictHostKeyChecking=yes",
+            "ClearAllForwardings=yes",
+            "RemoteCommand=none",
+            *alive,
+        ]
         if len(str(self._sockets)) <= MOST_SOCKET:
             settings += ["ControlMaster=auto", f"ControlPath={self._sockets}/%C", "ControlPersist=60"]
         who = [*(["-l", self.user] if self.user else []), *(["-p", str(self.port)] if self.port else [])]
@@ -203,7 +209,12 @@ def open_transport(url: str) -> Transport:
 def last_line(text: str) -> str:
     """What a program said last, in printable characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "".join(c if c.isprintable() else "?" for c in lines[-1])[:300] if lines else "it said nothing"
+    return printable(lines[-1])[:300] if lines else "it said nothing"
+
+
+def printable(text: object) -> str:
+    """One line without what would steer a terminal: it comes from another machine."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:1000]
 
 
 def _crashed(name: str, code: int, stderr: str) -> BoardError:

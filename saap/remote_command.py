@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +28,16 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
 
     _check(urls, options)
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
-    answers = bench_on(
-        urls,
-        [*specs, *specs[: int(options["noise_floor"])]],
-        Plan(**{name: options[name] for name in PLAN}),
-        wheels=options["wheels"],
-        own=not options["board_packages"],
-        progress=console.report,
-        say=console.say,
-    )
+    with _ended_as_by_a_person():
+        answers = bench_on(
+            urls,
+            [*specs, *specs[: int(options["noise_floor"])]],
+            Plan(**{name: options[name] for name in PLAN}),
+            wheels=options["wheels"],
+            own=not options["board_packages"],
+            progress=console.report,
+            say=console.say,
+        )
     console.finish()
     if len(answers) == 1 and answers[0].error is not None:
         raise answers[0].error
@@ -48,6 +53,21 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     if failed:
         return SaapError.exit_code
     return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
+
+
+@contextlib.contextmanager
+def _ended_as_by_a_person() -> Iterator[None]:
+    """A closed terminal, or a workflow that is cancelled, leaves the boards as clean as Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if threading.current_thread() is threading.main_thread():
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:

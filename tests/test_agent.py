@@ -1,39 +1,25 @@
-"""The board's side by itself: its store, its lock, its installations, and a supervised run whatever happens to it."""
+"""The board's store of files, its lock, and its installations."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import hashlib
-import io
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from agent_requests import KEY, OTHER, RUN, boot, nothing, put, request, stream
 
-from devices import agent_files, agent_home, agent_install, agent_run
+from devices import agent_files, agent_home, agent_install
 from devices.agent_files import Store, inside
 from devices.agent_home import AgentError, Lock, started
 from devices.agent_install import install, ready
-from devices.agent_run import end, fetch, follow, start, sweep
 
-DEVICES = Path(agent_home.__file__).parent
-RUN, OTHER, KEY = "0123456789abcdef", "fedcba9876543210", "a1b2c3d4e5f60718"
 DATA = bytes(range(256)) * 400
 SHA = hashlib.sha256(DATA).hexdigest()
-
-
-def stream(data: bytes) -> io.BufferedReader:
-    return io.BufferedReader(io.BytesIO(data))
-
-
-def nothing(done: int = 0) -> None:
-    pass
 
 
 @pytest.fixture
@@ -67,8 +53,6 @@ def test_no_more_is_taken_than_was_promised(store):
 
 
 def test_a_file_that_is_still_being_written_is_left_alone(store):
-    import fcntl
-
     with (store.path / f"{SHA}.part").open("ab") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
         with pytest.raises(AgentError, match="still being written") as caught:
@@ -133,13 +117,6 @@ def test_bundles_are_laid_out_as_second_names(store, tmp_path):
         store.lay_out(tmp_path / "run", {"gone": "b" * 64})
 
 
-def boot(root: Path, value: str) -> str:
-    path = root / "proc/sys/kernel/random/boot_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value + "\n")
-    return str(root)
-
-
 def test_the_lock_is_of_one_run(tmp_path):
     lock = Lock(tmp_path)
     lock.take(RUN, "ann@desk")
@@ -202,182 +179,8 @@ def test_the_folder_is_where_the_users_cache_is(tmp_path, monkeypatch):
         agent_home.home()
 
 
-def code(job: str) -> dict[str, str]:
-    """The agent's real code with a measuring process of our own."""
-    sources = {f"devices/{path.name}": path.read_text() for path in DEVICES.glob("agent*.py")}
-    return {**sources, "devices/__init__.py": "", "bench/__init__.py": "", "bench/board_job.py": job}
-
-
-def put(folder: Path, document: object) -> str:
-    data = json.dumps(document).encode()
-    sha = hashlib.sha256(data).hexdigest()
-    Store(folder).receive(sha, len(data), 0, stream(data), nothing)
-    return sha
-
-
-def request(folder: Path, job: str, **more: object) -> dict[str, object]:
-    return {
-        "key": KEY, "code": put(folder, code(job)), "requirements": [], "wheels": None, "own": False, "root": "/",
-        "run": RUN, "bundles": [], "job": {"x": 1}, "lease_s": 60.0, **more,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def begin(tmp_path):
-    """Install and start a run of the given code; at the end it is ended."""
-    asked = {}
-
-    def start_run(job: str, **more: object) -> dict[str, object]:
-        asked.update(request(tmp_path, job, **more))
-        Lock(tmp_path).take(RUN, "me")
-        install(tmp_path, asked, lambda: None)
-        start(tmp_path, asked)
-        return {**asked, "offset": 0}
-
-    yield start_run
-    end(tmp_path, asked or {"run": RUN, "root": "/"})
-
-
-def told(folder: Path, asked: dict[str, object]) -> list[dict[str, object]]:
-    return [document for document in follow(folder, asked) if "beat" not in document]
-
-
-WRITES = """
-import json, sys, pathlib
-print('{"label": "bench", "done": 1, "total": 2}', flush=True)
-print("not JSON", flush=True)
-folder = pathlib.Path(sys.argv[1])
-(folder / "result.json").write_text(json.dumps({"got": json.loads((folder / "job.json").read_text())}))
-"""
-
-
-def test_a_run_is_started_once_followed_from_any_byte_and_ended_twice(tmp_path, begin):
-    asked = begin(WRITES)
-    assert start(tmp_path, asked) == start(tmp_path, asked)  # made again after a cut, it changes nothing
-    first, second, done = told(tmp_path, asked)
-    assert json.loads(first["line"])["done"] == 1 and second["line"].strip() == "not JSON"
-    assert done == {"done": {"code": 0}}
-    assert told(tmp_path, {**asked, "offset": first["at"]}) == [second, done]
-    found = fetch(tmp_path, asked)
-    assert json.loads(found["result"]) == {"got": {"x": 1}}
-    assert found["sha256"] == hashlib.sha256(found["result"].encode()).hexdigest()
-    for _ in range(2):
-        assert end(tmp_path, asked) == {"ended": True}
-    assert not list((tmp_path / "runs").iterdir()) and not (tmp_path / "lock.json").exists()
-    with pytest.raises(AgentError, match="the run is gone"):
-        list(follow(tmp_path, asked))
-
-
-def test_a_job_that_fails_tells_its_last_line(tmp_path, begin):
-    asked = begin("import sys; print('first', file=sys.stderr); sys.exit('no such thing')")
-    assert told(tmp_path, asked) == [{"done": {"code": 1, "error": "no such thing"}}]
-    with pytest.raises(AgentError, match="left no result"):
-        fetch(tmp_path, asked)
-
-
-# A worker in a session of its own, as the bench starts them.
-SPAWNS = """
-import subprocess, sys, time, pathlib, os
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-pathlib.Path(sys.argv[1], "pids").write_text(f"{child.pid} {os.getpid()}")
-print('{}', flush=True)
-time.sleep(600)
-"""
-
-
-def pids(folder: Path) -> list[int]:
-    for _ in range(200):
-        with contextlib.suppress(OSError, ValueError):
-            if len(found := (folder / "runs" / RUN / "pids").read_text().split()) == 2:
-                return [int(pid) for pid in found]
-        time.sleep(0.05)
-    raise AssertionError("the job did not start")
-
-
-def gone(numbers: list[int], seconds: float = 15) -> bool:
-    limit = time.monotonic() + seconds
-    while any(started(pid) for pid in numbers) and time.monotonic() < limit:
-        time.sleep(0.05)
-    return not any(started(pid) for pid in numbers)
-
-
-def test_a_killed_job_leaves_no_worker(tmp_path, begin):
-    asked = begin(SPAWNS)
-    worker, job = pids(tmp_path)
-    os.kill(job, signal.SIGKILL)
-    (_, done) = told(tmp_path, asked)
-    assert "memory runs out" in done["done"]["error"] and done["done"]["code"] == -9
-    assert gone([worker, job], 0.1)
-
-
-def test_an_ended_run_leaves_no_worker(tmp_path, begin):
-    asked = begin(SPAWNS)
-    numbers = pids(tmp_path)
-    end(tmp_path, asked)
-    assert gone(numbers, 0.1) and not (tmp_path / "runs" / RUN).exists()
-
-
-def test_a_killed_supervisor_is_noticed_and_its_job_ends(tmp_path, begin):
-    asked = begin(
-        SPAWNS.replace(
-            "print('{}'", "import signal; signal.signal(15, lambda *_: (child.kill(), sys.exit(1)));print('{}'"
-        )
-    )
-    numbers = pids(tmp_path)
-    time.sleep(0.5)  # until the job listens to signals
-    supervisor = json.loads((tmp_path / "runs" / RUN / "process.json").read_text())["pid"]
-    os.kill(supervisor, signal.SIGKILL)
-    assert told(tmp_path, asked)[-1] == {"done": {"error": "its process was killed there"}}
-    assert gone(numbers)
-
-
-def test_a_run_that_nobody_follows_ends_itself_and_leaves_nothing(tmp_path, begin):
-    begin(SPAWNS, lease_s=1.0)
-    numbers = pids(tmp_path)
-    assert gone(numbers)
-    for _ in range(100):
-        if not (tmp_path / "lock.json").exists():
-            break
-        time.sleep(0.05)
-    assert not (tmp_path / "lock.json").exists() and not (tmp_path / "runs" / RUN).exists()
-
-
-def test_a_reboot_is_told(tmp_path, begin):
-    root = boot(tmp_path / "root", "first")
-    asked = begin(SPAWNS, root=root)
-    numbers = pids(tmp_path)
-    boot(tmp_path / "root", "second")
-    assert told(tmp_path, asked) == [{"done": {"rebooted": True}}]
-    end(tmp_path, asked)
-    assert gone(numbers, 0.1)
-
-
-def test_runs_of_others_are_swept_when_nobody_can_come_back(tmp_path):
-    old, new = tmp_path / "runs" / RUN, tmp_path / "runs" / OTHER
-    for place in (old, new):
-        place.mkdir(parents=True)
-    past = time.time() - agent_run.LEASE_S - 5
-    os.utime(old, (past, past))
-    sweep(tmp_path)
-    assert not old.exists() and new.exists()
-
-
-@pytest.mark.parametrize("run", ["../x", "", None, "0123"])
-def test_what_is_no_run_names_no_folder(tmp_path, run):
-    for ask in (end, fetch):
-        with pytest.raises(AgentError, match="is no run"):
-            ask(tmp_path, {"run": run, "root": "/"})
-
-
-def test_a_run_whose_lock_was_taken_is_not_started(tmp_path):
-    asked = request(tmp_path, WRITES)
-    Lock(tmp_path).take(OTHER, "bob")
-    with pytest.raises(AgentError, match="another run has taken the board"):
-        start(tmp_path, asked)
-
-
 def test_installations(tmp_path):
-    asked = request(tmp_path, WRITES)
+    asked = request(tmp_path, "")
     made = install(tmp_path, asked, lambda: None)
     assert made["python"] == sys.executable and "onnxruntime" in made["versions"]
     assert ready(tmp_path, KEY) == made
@@ -387,7 +190,7 @@ def test_installations(tmp_path):
 
 
 def test_code_that_leaves_its_folder_is_refused_and_nothing_is_left(tmp_path):
-    asked = {**request(tmp_path, WRITES), "code": put(tmp_path, {"../../x.py": "print(1)"})}
+    asked = {**request(tmp_path, ""), "code": put(tmp_path, {"../../x.py": "print(1)"})}
     with pytest.raises(AgentError, match="leaves the folder"):
         install(tmp_path, asked, lambda: None)
     assert not list(tmp_path.glob("agent-*")) and not list(tmp_path.rglob("x.py"))
@@ -399,19 +202,19 @@ def test_packages_that_are_not_there(tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setattr(agent_install.sys, "executable", str(python))
     with pytest.raises(AgentError, match=r"does not have what the bench needs: ModuleNotFoundError.*onnxruntime"):
-        install(tmp_path, request(tmp_path, WRITES), lambda: None)
+        install(tmp_path, request(tmp_path, ""), lambda: None)
     python.write_text(
         "#!/bin/sh\necho 'The virtual environment was not created: ensurepip is not available.'\nexit 1\n"
     )
     with pytest.raises(AgentError, match="sudo apt install python3-venv"):
-        install(tmp_path, {**request(tmp_path, WRITES), "own": True}, lambda: None)
+        install(tmp_path, {**request(tmp_path, ""), "own": True}, lambda: None)
     assert not list(tmp_path.glob("agent-*"))
 
 
 def test_no_index_and_no_wheels(tmp_path):
     """A real pip in a real venv, which finds nothing in an empty folder."""
     asked = {
-        **request(tmp_path, WRITES),
+        **request(tmp_path, ""),
         "own": True,
         "requirements": ["onnxruntime"],
         "wheels": {"other.txt": put(tmp_path, {})},
@@ -439,5 +242,5 @@ def test_old_installations_are_removed(tmp_path):
         place = tmp_path / f"agent-{key}"
         place.mkdir()
         os.utime(place, (index, index))
-    install(tmp_path, request(tmp_path, WRITES), lambda: None)
+    install(tmp_path, request(tmp_path, ""), lambda: None)
     assert sorted(path.name for path in tmp_path.glob("agent-*")) == [f"agent-{'3' * 16}", f"agent-{KEY}"]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-import stat
+import signal
 import subprocess
 import sys
 import threading
@@ -15,63 +15,27 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import here, refused
-from sshd import Sshd, keygen, require_sshd
-from tiny_graphs import tiny_bundle
+from command_line import here
+from remote_runs import LONG, ONCE, OPTIONS, QUICK, VENV, one, remains, running, script, two_bundles
 
-from bench import remote, remote_board
+from bench import remote_board
 from bench.compare import compare
-from bench.plan import Plan
 from bench.remote import bench_on, measure_on
-from bench.remote_board import COMMAND, Board, Stopped
+from bench.remote_board import Board, Stopped
 from bench.remote_files import pack
 from bench.run import bench
 from bench.store import read_result
-from devices.transport import BoardError, Local, open_transport
-from export.bundle import BundleError
-
-QUICK = Plan(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
-LONG = dataclasses.replace(QUICK, repetitions=8)
-OPTIONS = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold", "--board-packages"]
-VENV = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # this Python is the board's, so that nothing is downloaded
+from devices.transport import BoardError, open_transport
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bundles")
-    return [str(tiny_bundle(root / "dense")), str(tiny_bundle(root / "slim", seed=1))]
+    return two_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture
 def sshd(tmp_path, monkeypatch):
-    require_sshd()
-    server = Sshd(tmp_path / "sshd", VENV)
-    monkeypatch.setenv("PATH", f"{server.bin}:{os.environ['PATH']}")
-    server.start()
-    yield server
-    server.stop()
-    assert not left(server.cache), "processes are left on the board"
-
-
-def left(cache: Path) -> list[list[str]]:
-    """Processes of the agent's folder that run."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
-        where = [*(process.info["cmdline"] or []), process.info["cwd"] or ""]
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(cache) in part for part in where):
-            found.append(process.info["cmdline"])
-    return found
-
-
-def clean(cache: Path) -> bool:
-    return not (cache / "lock.json").exists() and not list((cache / "runs").glob("*")) and not left(cache)
-
-
-def one(url, specs, plan=QUICK, **options):
-    (answer,) = bench_on([url], specs, plan, own=False, **options)
-    if answer.error is not None:
-        raise answer.error
-    return answer.result
+    yield from running(tmp_path, monkeypatch)
 
 
 def form(value):
@@ -102,24 +66,24 @@ def test_a_result_has_the_form_of_a_local_one_and_compares_with_it(sshd, bundles
     rows = compare(local, found).rows
     assert [row.name for row in rows] == ["dense", "slim"]
     assert not any("device" in (row.reason or "") for row in rows)
-    assert clean(sshd.cache)
+    assert not remains(sshd.cache)
 
 
-def test_a_second_run_sends_and_installs_nothing(sshd, bundles):
-    one(sshd.url, bundles[:1])
+def test_a_second_run_sends_only_what_rotted_there(sshd, bundles):
+    one(sshd.url, bundles[:1], ONCE)
     labels = []
     before = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()}
-    one(sshd.url, bundles[:1], progress=lambda label, done, total: labels.append(label))
+    one(sshd.url, bundles[:1], ONCE, progress=lambda label, done, total: labels.append(label))
     assert labels and not [label for label in labels if label.startswith(("push", "install"))]
     assert {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()} == before
     assert len(list(sshd.cache.glob("agent-*"))) == 1
-
-
-def test_a_file_that_rotted_on_the_board_is_sent_again(sshd, bundles):
-    one(sshd.url, bundles[:1])
-    largest = max((sshd.cache / "files").iterdir(), key=lambda path: path.stat().st_size)
-    largest.write_bytes(b"x" + largest.read_bytes()[1:])
-    assert one(sshd.url, bundles[:1]).measurements[0].samples
+    largest = max(before, key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(b"x" + whole[1:])
+    found = one(sshd.url, [f"prepacked:{bundles[0]}"], ONCE)
+    assert [(m.name, m.spec) for m in found.measurements] == [("dense (prepacked)", f"prepacked:{bundles[0]}")]
+    assert found.measurements[0].samples
+    assert largest.read_bytes() == whole
 
 
 def test_a_connection_that_is_cut_in_the_middle_loses_nothing(sshd, bundles):
@@ -131,8 +95,8 @@ def test_a_connection_that_is_cut_in_the_middle_loses_nothing(sshd, bundles):
 
     found = one(sshd.url, bundles[:1], LONG, progress=progress, say=said.append)
     assert cuts[0] > 0 and any("trying again" in line for line in said)
-    assert [sample.order for sample in found.measurements[0].samples] == list(range(8))
-    assert clean(sshd.cache)
+    assert [sample.order for sample in found.measurements[0].samples] == list(range(6))
+    assert not remains(sshd.cache)
 
 
 def test_a_killed_ssh_here_loses_nothing_either(sshd, bundles):
@@ -147,7 +111,7 @@ def test_a_killed_ssh_here_loses_nothing_either(sshd, bundles):
             for process in mine:
                 process.kill()
 
-    assert len(one(sshd.url, bundles[:1], LONG, progress=progress).measurements[0].samples) == 8
+    assert len(one(sshd.url, bundles[:1], LONG, progress=progress).measurements[0].samples) == 6
     assert killed
 
 
@@ -172,96 +136,8 @@ def test_a_push_that_is_cut_goes_on_where_it_was(sshd, bundles, monkeypatch):
         sshd.cut()
 
     monkeypatch.setattr(remote_board, "_pieces", pieces)
-    assert one(sshd.url, bundles[:1]).measurements[0].samples
+    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
     assert len(offsets) == 2 and offsets[0] == 0
-
-
-def test_host_keys_are_checked(sshd, bundles):
-    sshd.known.write_text("")
-    with pytest.raises(BoardError, match=r"host key is unknown: connect once with ssh"):
-        one(sshd.url, bundles[:1])
-    assert sshd.known.read_text() == ""
-    sshd.trust()
-    before = sshd.known.read_text()
-    sshd.stop()
-    keygen(sshd.folder / "host")
-    sshd.start()
-    with pytest.raises(BoardError, match=r"host key changed.*ssh-keygen -R '\[127\.0\.0\.1\]"):
-        one(sshd.url, bundles[:1])
-    assert sshd.known.read_text() == before and not sshd.cache.exists()
-
-
-def test_a_key_that_the_board_refuses_and_a_board_that_is_off(sshd, bundles):
-    (sshd.folder / "authorized").write_text("")
-    with pytest.raises(BoardError, match="refuses your key"):
-        one(sshd.url, bundles[:1])
-    sshd.stop()
-    with pytest.raises(BoardError, match=r"no connection.*refused"):
-        one(sshd.url, bundles[:1])
-
-
-def test_two_runs_at_once(sshd, bundles):
-    errors = []
-
-    def progress(label, done, total):
-        if label.startswith("bench") and not errors:
-            with pytest.raises(BoardError, match=r"measures there since \d+ s \(process \d+ there\): wait") as caught:
-                one(sshd.url, bundles[:1])
-            errors.append(str(caught.value))
-
-    assert len(one(sshd.url, bundles[:1], progress=progress).measurements[0].samples) == 2
-    assert sshd.url in errors[0]
-
-
-def test_a_full_disk(sshd, bundles, monkeypatch):
-    monkeypatch.setattr(remote, "RESERVE_BYTES", 1 << 60)
-    with pytest.raises(BoardError, match=r"the disk is full: \d+ MB are needed in .* and \d+ MB are free: free some"):
-        one(sshd.url, bundles[:1])
-    assert clean(sshd.cache)
-
-
-def test_no_memory_for_it(sshd, bundles, tmp_path):
-    (tmp_path / "root/proc").mkdir(parents=True)
-    (tmp_path / "root/proc/meminfo").write_text("MemTotal: 900000 kB\nMemAvailable: 20000 kB\n")
-    with pytest.raises(BoardError, match=r"about 6. MB there and 20 MB are available"):
-        measure_on(
-            Board(open_transport(sshd.url), root=str(tmp_path / "root")), pack(bundles[:1], QUICK, own=False), QUICK
-        )
-
-
-def script(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.mark.parametrize(
-    ("python", "told"),
-    [
-        ("echo 3.8.10; exit 1", r"its Python is 3\.8\.10, and 3\.10 or newer is needed"),
-        (None, "it has no Python, and 3.10 or newer is needed"),
-        (
-            'case "$*" in *chr\\(46\\)*) echo 3.11.2;; *) echo Segmentation fault;; esac',
-            r"something else.*Segmentation",
-        ),
-        ('case "$*" in *chr\\(46\\)*) echo 3.11.2;; *) echo saap-agent-1 [;; esac', "something else than the agent"),
-        ('case "$*" in *chr\\(46\\)*) echo 3.11.2;; *) echo "saap-agent-1 {\\"answer\\": {}}";; esac', "no facts"),
-        ('case "$*" in *chr\\(46\\)*) echo 3.11.2;; *) echo oh no >&2; exit 7;; esac', "ended with exit 7: oh no"),
-    ],
-)
-def test_what_answers_is_no_agent(sshd, bundles, python, told):
-    sshd.stop()
-    fakes = sshd.folder / "fakes"
-    fakes.mkdir()
-    for name in ("sh",):
-        (fakes / name).symlink_to(f"/bin/{name}")
-    if python is not None:
-        script(fakes / "python3", python)
-    sshd.environment["PATH"] = str(fakes)
-    sshd.start()
-    with pytest.raises(BoardError, match=told) as caught:
-        one(sshd.url, bundles[:1])
-    assert sshd.url in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_login_script_that_prints_is_no_garbage(sshd, bundles):
@@ -269,7 +145,7 @@ def test_a_login_script_that_prints_is_no_garbage(sshd, bundles):
     script(sshd.folder / "loud/python3", f'echo "Welcome to the board"\nexec {sys.executable} "$@"')
     sshd.environment["PATH"] = f"{sshd.folder}/loud:/usr/bin:/bin"
     sshd.start()
-    assert one(sshd.url, bundles[:1]).measurements[0].samples
+    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
 
 
 def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
@@ -285,7 +161,7 @@ def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
     with pytest.raises(BoardError, match="it rebooted in the middle of the run, which is INVALID"):
         measure_on(board, pack(bundles[:1], LONG, own=False), LONG, progress)
     board.transport.close()
-    assert clean(sshd.cache)
+    assert not remains(sshd.cache)
 
 
 def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
@@ -299,7 +175,7 @@ def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
     with pytest.raises(Stopped):
         measure_on(board, pack(bundles[:1], LONG, own=False), LONG, progress)
     board.transport.close()
-    assert clean(sshd.cache)
+    assert not remains(sshd.cache)
     assert not [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)], "ssh is left here"
 
 
@@ -310,7 +186,8 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_control_c_at_the_command_line(sshd, bundles):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "saap.cli", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
          "--no-cold", "--board-packages"],
@@ -320,16 +197,17 @@ def test_control_c_at_the_command_line(sshd, bundles):
         if list((sshd.cache / "runs").glob("*/beat")):
             break
         time.sleep(0.1)
-    process.send_signal(2)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
-    assert clean(sshd.cache)
+    assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"
+    assert "Traceback" not in said and "could not be cleaned" not in said
+    assert not remains(sshd.cache)
 
 
 def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):
     with pytest.raises(BoardError, match=re.escape(sshd.url) + r".*4096 threads"):
         one(sshd.url, bundles[:1], dataclasses.replace(QUICK, threads=4096))
-    assert clean(sshd.cache)
+    assert not remains(sshd.cache)
 
 
 def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
@@ -347,7 +225,7 @@ def test_several_boards_on_the_command_line(sshd, bundles, tmp_path, monkeypatch
     assert {path.name for path in tmp_path.glob("r.*")} == set(names)
     results = [read_result(tmp_path / name) for name in names]
     assert [r.settings["on"] for r in results] == [sshd.url, "local://"]
-    assert clean(sshd.cache) and clean(tmp_path / "here")
+    assert not remains(sshd.cache) and not remains(tmp_path / "here")
 
 
 def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):
@@ -358,78 +236,21 @@ def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):
     assert "no connection" in done.stderr and "decode" in done.stdout
 
 
-def test_mistakes_are_one_line(bundles, tmp_path):
-    assert "names no board" in refused("bench", bundles[0], "--on", "board")
-    assert "names no board" in refused("bench", bundles[0], "--on", "ssh://-oProxyCommand=x")
-    assert "--on takes bundles" in refused("bench", "torch:model", "--on", "local://")
-    assert "named twice" in refused("bench", bundles[0], "--on", "local://", "--on", "local://")
-    assert "no wheels in" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[:-1])
-    assert "give one of them" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[-1:])
-    assert "belong to --on" in refused("bench", bundles[0], "--board-packages")
-    assert "md or jsonl" in refused("bench", bundles[0], "--on", "local://", "--on", "ssh://b", "--format", "csv")
-    assert "not a bundle" in refused("bench", tmp_path, "--on", "local://")
-    with pytest.raises(BundleError):
-        pack([str(tmp_path)], QUICK)
-
-
-class Scripted(Local):
-    """A board whose agent answers fixed lines, one script a request."""
-
-    def __init__(self, *scripts: str) -> None:
-        super().__init__()
-        self.scripts = list(scripts)
-
-    def argv(self, command):
-        assert command == COMMAND
-        return ["sh", "-c", self.scripts.pop(0)]
-
-
-def answer(**document):
-    return f"cat >/dev/null; echo 'saap-agent-1 {json.dumps(document)}'"
-
-
-FACTS = {"available_bytes": None, "time": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("scripts", "told"),
-    [
-        ([answer(answer={"missing": {"a" * 64: 0}, "installed": True})], "files that were not asked for"),
-        ([answer(answer={"installed": True})], "an answer without 'missing'"),
-        ([answer(answer=[1])], "something else than the agent"),
-        ([answer(error="the disk is full")], "local://: the disk is full"),
-        (
-            [answer(answer={"missing": {}, "installed": True}), answer(answer={}), answer(answer={"code": 0}),
-             answer(answer={"result": "{}", "sha256": "0"})],
-            "another hash",
-        ),
-        (
-            [answer(answer={"missing": {}, "installed": True}), answer(answer={}),
-             answer(answer={"error": "its process was killed there"})],
-            "the run failed: its process was killed there",
-        ),
-    ],
-)  # fmt: skip
-def test_garbage_of_every_request_is_an_error_and_the_board_is_given_up(bundles, scripts, told):
-    transport = Scripted(answer(answer=FACTS), *scripts, answer(answer={"ended": True}))
-    said = []
-    with pytest.raises(BoardError, match=told):
-        measure_on(Board(transport, say=said.append), pack(bundles[:1], QUICK, own=False), QUICK)
-    assert transport.scripts == [] and "clock is off" in said[0]  # the last script was the request to end
-
-
-def test_silence_and_no_contact(bundles):
-    board = Board(Scripted("sleep 30", "kill -9 $$", "kill -9 $$"), patience_s=0.5)
-    with pytest.raises(BoardError, match="silent for 1 s"):
-        board.ask("hello", silence_s=1)
-    with pytest.raises(BoardError, match="no contact for 0 s; a run that goes on there ends itself"):
-        board.insist("follow")
-
-
-def test_nothing_of_ours_is_interpolated():
-    assert COMMAND.startswith("exec sh -c '") and "!" not in COMMAND and "\n" not in COMMAND and "`" not in COMMAND
-    url = "ssh://a@b"
-    assert open_transport(url).argv(COMMAND)[-3:] == ["--", "b", COMMAND]
+def test_a_lock_that_nobody_hears_of_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", VENV)
+    request = {"do": "take", "root": "/", "run": "0" * 16, "owner": "me", "files": {}, "key": "0" * 16, "reserve": 0}
+    sources = json.dumps(remote_board._sources()).encode()
+    agent = subprocess.Popen(
+        ["sh", "-c", remote_board.COMMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    agent.stdout.close()
+    agent.stdin.write(
+        f"{len(sources)}\n".encode() + sources + json.dumps({**request, "agent_bytes": 0}).encode() + b"\n"
+    )
+    agent.stdin.close()
+    assert agent.wait(30) == 1
+    assert (tmp_path / "lock.guard").exists() and not (tmp_path / "lock.json").exists()
 
 
 @pytest.mark.slow
@@ -452,4 +273,4 @@ def test_the_agent_installs_itself_into_a_venv_of_its_own(sshd, bundles, tmp_pat
     subprocess.run(pip, check=True)
     (found,) = bench_on([sshd.url], bundles[:1], QUICK, wheels=wheels)
     assert found.error is None, found.error
-    assert len(list(sshd.cache.glob("agent-*"))) == 2 and clean(sshd.cache)
+    assert len(list(sshd.cache.glob("agent-*"))) == 2 and not remains(sshd.cache)
