@@ -89,13 +89,15 @@ class Ssh:
         shown = f"[{host}]" if ":" in host else host
         self.name = f"ssh://{f'{user}@' if user else ''}{shown}{f':{port}' if port else ''}"
         self._options = list(options)
-        self._sockets = Path(tempfile.mkdtemp(prefix="saap-ssh-"))
+        self._sockets: Path | None = None
 
     def argv(self, command: str) -> list[str]:
         """``ssh`` without a terminal and without questions."""
         return [*self._ssh(), "--", self.host, command]
 
     def _ssh(self) -> list[str]:
+        if self._sockets is None:
+            self._sockets = Path(tempfile.mkdtemp(prefix="saap-ssh-"))
         alive = ("ServerAliveInterval=5", "ServerAliveCountMax=3", f"ConnectTimeout={CONNECT_S}")
         settings = [
             "BatchMode=yes",
@@ -127,7 +129,7 @@ class Ssh:
 
     def drop(self) -> None:
         """End the shared connection; the next command opens another."""
-        if any(self._sockets.glob("*")):
+        if self._sockets is not None and any(self._sockets.glob("*")):
             self._control("exit")
             for socket in self._sockets.glob("*"):
                 socket.unlink(missing_ok=True)
@@ -135,7 +137,9 @@ class Ssh:
     def close(self) -> None:
         """End the connection and remove its socket."""
         self.drop()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets = None
 
     def _control(self, what: str) -> None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
