@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 from command_line import refused
@@ -74,10 +75,11 @@ def test_a_full_disk(sshd, bundles, monkeypatch):
 def test_no_memory_for_it(sshd, bundles, tmp_path):
     (tmp_path / "root/proc").mkdir(parents=True)
     (tmp_path / "root/proc/meminfo").write_text("MemTotal: 900000 kB\nMemAvailable: 20000 kB\n")
-    with pytest.raises(BoardError, match=r"about 6. MB there and 20 MB are available"):
-        measure_on(
-            Board(open_transport(sshd.url), root=str(tmp_path / "root")), pack(bundles[:1], QUICK, own=False), QUICK
-        )
+    with (
+        closing(open_transport(sshd.url)) as transport,
+        pytest.raises(BoardError, match=r"about 6. MB there and 20 MB"),
+    ):
+        measure_on(Board(transport, root=str(tmp_path / "root")), pack(bundles[:1], QUICK, own=False), QUICK)
 
 
 @pytest.mark.parametrize(
@@ -179,5 +181,5 @@ def test_silence_and_no_contact(bundles):
 
 def test_nothing_of_ours_is_interpolated():
     assert COMMAND.startswith("exec sh -c '") and "!" not in COMMAND and "\n" not in COMMAND and "`" not in COMMAND
-    url = "ssh://a@b"
-    assert open_transport(url).argv(COMMAND)[-3:] == ["--", "b", COMMAND]
+    with closing(open_transport("ssh://a@b")) as transport:
+        assert transport.argv(COMMAND)[-3:] == ["--", "b", COMMAND]
