@@ -9,7 +9,8 @@
   The layers are walked in order and X is what reaches the matrix in the model that is already cut and refitted: fitting
   the dense model's outputs instead shrinks whatever an earlier cut made noisy (regression dilution). A token counts by
   one over the mean square of its hidden state, since the next norm divides by that. lambda is chosen per matrix on
-  sequences that the fit does not see, among values that include leaving the weights alone. It adds no parameter.
+  sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
+  all sequences. It adds no parameter.
 """
 
 from __future__ import annotations
@@ -171,6 +172,9 @@ class _Sums:
         self.crossed.addmm_(rest.t(), kept)
         self.rest += float(rest.square().sum())
 
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.squares + other.squares, self.crossed + other.crossed, self.rest + other.rest)
+
     def error(self, change: torch.Tensor) -> float:
         """|R - change X_kept|^2."""
         return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
@@ -185,13 +189,18 @@ def _ridge(layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: l
         x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
         x = (x * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
-    scale = fit.squares.diagonal()
-    scale = scale.clamp_min(LEAST_SQUARE * float(scale.mean()) + torch.finfo(torch.float32).tiny).sqrt()
-    correlation, crossed = fit.squares / scale / scale[:, None], (fit.crossed / scale).t()
-    best, least = torch.zeros_like(fit.crossed), held.rest
+    best, least = None, held.rest
     for damping in LAMBDAS:
-        factor = torch.linalg.cholesky(correlation + damping * torch.eye(size))
-        change = torch.cholesky_solve(crossed, factor).t() / scale
-        if (error := held.error(change)) < least:
-            best, least = change, error
-    return weight[:, block.kept] + best.to(weight.dtype)
+        if (error := held.error(_solved(fit, damping))) < least:
+            best, least = damping, error
+    change = torch.zeros_like(fit.crossed) if best is None else _solved(fit + held, best)
+    return weight[:, block.kept] + change.to(weight.dtype)
+
+
+def _solved(sums: _Sums, damping: float) -> torch.Tensor:
+    """R X^T (X X^T + damping D)^-1, [hidden, kept]; on inputs of unit square, so that D is the identity."""
+    scale = sums.squares.diagonal()
+    scale = scale.clamp_min(LEAST_SQUARE * float(scale.mean()) + torch.finfo(torch.float32).tiny).sqrt()
+    correlation, crossed = sums.squares / scale / scale[:, None], (sums.crossed / scale).t()
+    factor = torch.linalg.cholesky(correlation + damping * torch.eye(len(scale)))
+    return torch.cholesky_solve(crossed, factor).t() / scale

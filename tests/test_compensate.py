@@ -82,12 +82,15 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     weight = layer.self_attn.o_proj.weight.detach().double()
     kept, rest = x[..., columns], x[..., others] @ weight[:, others].t()
     fit_x, fit_r = kept[:5].flatten(0, 1), rest[:5].flatten(0, 1)
-    squares = fit_x.t() @ fit_x
-    candidates = [torch.zeros(96, 48).double()]
-    for damping in (0.1, 1.0):
-        candidates.append(torch.linalg.solve(squares + damping * squares.diagonal().diag(), fit_x.t() @ fit_r).t())
-    errors = [(rest[5] - kept[5] @ change.t()).square().sum().item() for change in candidates]
-    expected = weight[:, columns] + candidates[errors.index(min(errors))]
+
+    def ridge(x, r, damping):
+        squares = x.t() @ x
+        return torch.linalg.solve(squares + damping * squares.diagonal().diag(), x.t() @ r).t()
+
+    errors = {d: (rest[5] - kept[5] @ ridge(fit_x, fit_r, d).t()).square().sum().item() for d in (0.1, 1.0)}
+    best = min(errors, key=errors.__getitem__)
+    assert errors[best] < rest[5].square().sum().item()  # else nothing would be fitted
+    expected = weight[:, columns] + ridge(kept.flatten(0, 1), rest.flatten(0, 1), best)  # of all sequences
     assert torch.allclose(found["model.layers.0.self_attn.o_proj.weight"].double(), expected, atol=1e-5)
 
 
