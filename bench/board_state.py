@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.tree import number, text
+
 CPU = "sys/devices/system/cpu"
 FIXED_GOVERNORS = ("performance", "userspace")
 MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less
@@ -43,7 +45,7 @@ class BoardState:
 def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
     """Read it now, for the CPUs ``cpus``."""
     places = [root / CPU / f"cpu{cpu}" for cpu in cpus]
-    governors = {_text(place / "cpufreq/scaling_governor") for place in places}
+    governors = {text(place / "cpufreq/scaling_governor") for place in places}
     return BoardState(
         clock_share=_least(map(_clock_share, places)),
         fixed_clock=None if None in governors else governors <= set(FIXED_GOVERNORS),
@@ -61,34 +63,34 @@ def temperature(root: Path = Path("/")) -> float | None:
     """Degrees Celsius of the hottest thermal zone at the cores (not of a power chip, which may be a dummy of 100)."""
     hottest = None
     for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
-        millidegrees = _number(zone / "temp")  # a gated zone cannot be read, or tells something impossible
+        millidegrees = number(zone / "temp")  # a gated zone cannot be read, or tells something impossible
         if millidegrees is None or not -40_000 < millidegrees < 150_000:
             continue
-        if _NEAR_THE_CORES.search(_text(zone / "type") or ""):
+        if _NEAR_THE_CORES.search(text(zone / "type") or ""):
             hottest = max(millidegrees / 1000, -40.0 if hottest is None else hottest)
     return hottest
 
 
 def _clock_share(cpu: Path) -> float | None:
     """Clock over the highest that the CPU keeps on all its cores: a boost above that comes and goes by design."""
-    now = _number(cpu / "cpufreq/scaling_cur_freq")
-    nominal_mhz = _number(cpu / "acpi_cppc/nominal_freq")
-    limits = [_number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
+    now = number(cpu / "cpufreq/scaling_cur_freq")
+    nominal_mhz = number(cpu / "acpi_cppc/nominal_freq")
+    limits = [number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
     highest = _least([*limits, nominal_mhz * 1000 if nominal_mhz else None])
     return min(1.0, now / highest) if now and highest else None
 
 
 def _firmware_bits(root: Path) -> int | None:
     for path in (root / "sys/devices/platform").glob("soc*/soc*firmware/get_throttled"):
-        text = _text(path)
-        if text and re.fullmatch(r"(0x)?[0-9a-fA-F]+", text):
-            return int(text, 16)
+        bits = text(path)
+        if bits and re.fullmatch(r"(0x)?[0-9a-fA-F]+", bits):
+            return int(bits, 16)
     return None
 
 
 def _throttle_count(places: Sequence[Path]) -> int | None:
     counts = [
-        _number(place / "thermal_throttle" / f"{part}_throttle_count")
+        number(place / "thermal_throttle" / f"{part}_throttle_count")
         for place in places
         for part in ("core", "package")
     ]
@@ -98,9 +100,9 @@ def _throttle_count(places: Sequence[Path]) -> int | None:
 
 def _cooling_state(root: Path) -> int | None:
     states = [
-        _number(device / "cur_state")
+        number(device / "cur_state")
         for device in (root / "sys/class/thermal").glob("cooling_device*")
-        if _COOLS_BY_SLOWING.search(_text(device / "type") or "")
+        if _COOLS_BY_SLOWING.search(text(device / "type") or "")
     ]
     # powerclamp tells -1 while it is off
     return max((max(0, state) for state in states if state is not None), default=None)
@@ -109,17 +111,17 @@ def _cooling_state(root: Path) -> int | None:
 def _over_current(root: Path, n: int) -> int | None:
     for pattern in _OVER_CURRENT:
         for path in root.glob(pattern.format(n=n)):
-            return _number(path)
+            return number(path)
     return None
 
 
 def _mixed(places: Sequence[Path]) -> bool | None:
-    known = [value for value in (_number(place / "cpu_capacity") for place in places) if value is not None]
+    known = [value for value in (number(place / "cpu_capacity") for place in places) if value is not None]
     return min(known) < MIXED_BELOW * max(known) if known else None
 
 
 def _siblings(places: Sequence[Path]) -> int | None:
-    cores = [_text(place / "topology/thread_siblings_list") for place in places]
+    cores = [text(place / "topology/thread_siblings_list") for place in places]
     if None in cores:
         return None
     return sum(cores.count(core) > 1 for core in cores)
@@ -127,15 +129,3 @@ def _siblings(places: Sequence[Path]) -> int | None:
 
 def _least(values: Iterable[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text and re.fullmatch(r"-?\d+", text) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bench.plan import Plan
 from bench.regression_answers import ask
 from bench.regression_checks import NLL_TOLERANCE, answer_of
 from bench.remote import measure_on
-from bench.remote_board import Board, Told
+from bench.remote_board import Board
 from bench.remote_files import pack
 from bench.result import Result
 from bench.rounds import Progress
@@ -29,7 +29,7 @@ from export.bundle import BundleManifest, read_manifest
 GREEDY = 16
 NO_SPEED = "computed by an emulator, whose times say nothing of a board"
 TIMEOUT_S = 3600.0  # of one process: kernels are 25 to 130 times slower
-SILENCE_S = 600.0
+SILENCE_S = 600.0  # its Python needs seconds to start, on a busy host more than a real board may be silent for
 
 
 @dataclass(frozen=True)
@@ -126,22 +126,8 @@ def document(emulation: Emulation) -> dict[str, Any]:
 
 def _run(spec: str, plan: Plan, board: Emulated, progress: Progress | None) -> Result:
     """By the same agent as a real board; the emulated Python has the packages."""
-    return measure_on(_SlowBoard(board, patience_s=TIMEOUT_S), pack([spec], plan, own=False), plan, progress)
-
-
-class _SlowBoard(Board):
-    """Its Python needs seconds to start, on a busy host more than a real board may be silent for."""
-
-    def ask(
-        self,
-        do: str,
-        payload: Iterable[bytes] = (),
-        told: Told | None = None,
-        silence_s: float = SILENCE_S,
-        **more: Any,
-    ) -> dict[str, Any]:
-        """As a real board's, with more time."""
-        return super().ask(do, payload, told, silence_s=max(silence_s, SILENCE_S), **more)
+    slow = Board(board, patience_s=TIMEOUT_S, silence_s=SILENCE_S)
+    return measure_on(slow, pack([spec], plan, own=False), plan, progress)
 
 
 def _answer(cpu: str, result: Result) -> Answer:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from devices.tree import text
+
 RATE_HZ = 10.0  # an INA3221 with NVIDIA's averaging has a new value more often than that; RAPL every millisecond
 INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN", "5V_IN")  # of Jetson modules, by label: numbers differ per release
 NO_SENSOR = "no power sensor was found: neither INA3221 rails, tegrastats, a Raspberry Pi 5's power chip nor RAPL"
@@ -100,7 +102,7 @@ def rapl(root: Path) -> Found:
     domains = [
         domain
         for domain in sorted(root.glob("sys/class/powercap/intel-rapl:*"))
-        if (_text(domain / "name") or "").startswith("package")  # not its parts, nor psys, which holds it
+        if (text(domain / "name") or "").startswith("package")  # not its parts, nor psys, which holds it
     ]
     if not domains:
         return None, None
@@ -136,7 +138,7 @@ class _Counter:
 def _hwmon(root: Path) -> Iterator[tuple[str, Reading]]:
     """(label, watts) of every connected rail, as JetPack 5 and newer show them: millivolts and milliamperes."""
     for named in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*/in*_label")):
-        number, label = re.fullmatch(r"in(\d+)_label", named.name), _text(named)
+        number, label = re.fullmatch(r"in(\d+)_label", named.name), text(named)
         if number is None or label is None or not _connected(label):
             continue
         volts, amperes = named.with_name(f"in{number[1]}_input"), named.with_name(f"curr{number[1]}_input")
@@ -155,7 +157,7 @@ def _ina238(root: Path) -> Iterator[tuple[str, Reading]]:
 def _iio(root: Path) -> Iterator[tuple[str, Reading]]:
     """The same as JetPack 4 shows them: milliwatts."""
     for named in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*")):
-        label, power = _text(named), named.with_name(f"in_power{named.name.rpartition('_')[2]}_input")
+        label, power = text(named), named.with_name(f"in_power{named.name.rpartition('_')[2]}_input")
         if label is not None and _connected(label) and power.exists():
             yield label, partial(_watts, power)
 
@@ -167,10 +169,3 @@ def _watts(*millis: Path) -> float:
 
 def _integer(path: Path) -> int:
     return int(path.read_text())
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None

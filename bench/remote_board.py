@@ -60,6 +60,8 @@ class Board:
         stop: set by whoever wants no more.
         say: told what a person should know, a line each.
         root: of /proc on the board, for tests of its reboot.
+        patience_s: without any contact, before it is given up.
+        silence_s: without a word on an open connection, before that counts as lost.
     """
 
     def __init__(
@@ -69,8 +71,9 @@ class Board:
         say: Say | None = None,
         root: str = "/",
         patience_s: float = PATIENCE_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self.transport, self.name, self._root = transport, transport.name, root
+        self.transport, self.name, self._root, self._silence_s = transport, transport.name, root, silence_s
         self._stop, self.say, self.patience_s = stop or threading.Event(), say or (lambda text: None), patience_s
         self._contact = time.monotonic()
 
@@ -79,7 +82,6 @@ class Board:
         do: str,
         payload: Iterable[bytes] = (),
         told: Told | None = None,
-        silence_s: float = SILENCE_S,
         **more: Any,
     ) -> dict[str, Any]:
         """One request, tried once.
@@ -99,16 +101,14 @@ class Board:
             )  # fmt: skip
             try:
                 threading.Thread(target=_feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
-                return self._answer(process, silence_s, told, err)
+                return self._answer(process, told, err)
             finally:
                 _end(process)
 
-    def _answer(
-        self, process: subprocess.Popen[bytes], silence_s: float, told: Told | None, err: IO[bytes]
-    ) -> dict[str, Any]:
+    def _answer(self, process: subprocess.Popen[bytes], told: Told | None, err: IO[bytes]) -> dict[str, Any]:
         noise: list[str] = []
         try:
-            for raw in self._lines(process, silence_s):
+            for raw in self._lines(process):
                 line = raw.decode("utf-8", "replace")
                 if line.startswith(NO_PYTHON):
                     raise BoardError(f"{self.name}: {_no_python(line)}")
@@ -126,7 +126,7 @@ class Board:
                 if told is not None:
                     told(document)
         except TimeoutError:
-            raise LostError(f"{self.name}: silent for {silence_s:.0f} s") from None
+            raise LostError(f"{self.name}: silent for {self._silence_s:.0f} s") from None
         code = process.wait()
         err.seek(0)
         said = err.read().decode(errors="replace")
@@ -152,7 +152,7 @@ class Board:
             "see what `ssh HOST true` prints, and whether both sides have the same saap"
         )
 
-    def _lines(self, process: subprocess.Popen[bytes], silence_s: float) -> Iterator[bytes]:
+    def _lines(self, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
         assert process.stdout is not None
         rest, heard = b"", time.monotonic()
         with selectors.DefaultSelector() as selector:
@@ -161,7 +161,7 @@ class Board:
                 if self._stop.is_set():
                     raise Stopped
                 if not selector.select(POLL_S):
-                    if time.monotonic() - heard > silence_s:
+                    if time.monotonic() - heard > self._silence_s:
                         raise TimeoutError
                     continue
                 piece = os.read(process.stdout.fileno(), 1 << 16)

@@ -75,7 +75,7 @@ def tune(
     config = _check_input(slim_dir, rows, options)
     if teacher_dir is not None:
         check_same_vocabulary(teacher_dir, slim_dir)
-    began = time.monotonic()
+    began, weights = time.monotonic(), weights_hash(slim_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
     model = load_model(slim_dir)
     some = options.held_out * len(rows) >= 1
@@ -89,7 +89,7 @@ def tune(
         history = train(
             quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
             held_out=None if judged is None else tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
-            state_dir=state_dir, fingerprint=_fingerprint(slim_dir, teacher_dir, options), progress=progress,
+            state_dir=state_dir, fingerprint=_fingerprint(weights, teacher_dir, options), progress=progress,
         )  # fmt: skip
     except DivergedError as diverged:
         if not diverged.history.best_step:
@@ -106,7 +106,7 @@ def tune(
             "teacher": str(teacher_dir) if teacher_dir else None,
             "seconds": round(time.monotonic() - began, 1),
             "history": asdict(history),
-            "from_sha256": weights_hash(slim_dir),
+            "from_sha256": weights,
             **(lineage or {}),
         }
         tensors = ((name, tensor) for name, tensor in quantised.model.state_dict().items())
@@ -255,9 +255,9 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
     return loss
 
 
-def _fingerprint(slim_dir: str | Path, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, Any]:
+def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, Any]:
     return {
-        "model": weights_hash(slim_dir),
+        "model": weights,
         "teacher": weights_hash(teacher_dir) if teacher_dir else None,
         "tuning": {key: value for key, value in asdict(options).items() if key != "training"},
     }

@@ -1,8 +1,9 @@
-"""Trees of /proc, /sys and /etc, laid out below a folder, and boards retyped from public recordings.
+"""Trees of /proc, /sys and /etc, laid out below a folder, and boards made after public recordings.
 
 The processors' paragraphs are what users of those boards posted (hrw/arm-socs-table and lscpu listings), names are the
 boards' own device trees, memory and zones follow tegrastats lines; a cpu_capacity is the kernel's binding times the
-share of the highest clock.
+share of the highest clock. Frequency limits, some sizes in kB, the nvpmodel lists of Orin NX and Xavier and some
+of Thor's feature flags are filled in, plausible and not recorded.
 """
 
 from __future__ import annotations

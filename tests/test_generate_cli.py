@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -176,6 +177,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "saap.cli", "generate", *map(str, arguments)], stdin=slave, stdout=slave,
             stderr=slave, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+            # A shell's background job, as tests may be, ignores Ctrl-C, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
 
@@ -183,6 +186,8 @@ class Terminal:
         limit = time.monotonic() + seconds
         while self.shown.count(text) < count:
             assert time.monotonic() < limit, self.shown
+            if not select.select([self.master], [], [], 1)[0]:  # a read would wait for ever
+                continue
             with contextlib.suppress(OSError):  # what Linux says when the other side has closed
                 self.shown += os.read(self.master, 1 << 16).decode("utf-8", "replace")
 

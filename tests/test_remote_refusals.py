@@ -172,9 +172,9 @@ def test_garbage_of_every_request_is_an_error_and_the_board_is_given_up(bundles,
 
 
 def test_silence_and_no_contact(bundles):
-    board = Board(Scripted("sleep 30", "kill -9 $$", "kill -9 $$"), patience_s=0.5)
+    board = Board(Scripted("sleep 30", "kill -9 $$", "kill -9 $$"), patience_s=0.5, silence_s=1)
     with pytest.raises(BoardError, match="silent for 1 s"):
-        board.ask("hello", silence_s=1)
+        board.ask("hello")
     with pytest.raises(BoardError, match="no contact for 0 s; a run that goes on there ends itself"):
         board.insist("follow")
 
