@@ -12,20 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"saap", "export", "bench", "devices"}
 # The command line's room, which may import everything, but the light part at module level only.
-COMMANDS = {
-    f"saap/{name}.py"
-    for name in (
-        "cli",
-        "cli_bench",
-        "board",
-        "bench_command",
-        "costs_command",
-        "chat",
-        "export_command",
-        "pipeline",
-        "steps",
-        "console",
-    )
+COMMANDS = {f"saap/{name}.py" for name in ("board", "chat", "cli", "console", "pipeline", "steps")} | {
+    path.relative_to(ROOT).as_posix() for kind in ("cli_*.py", "*_command.py") for path in (ROOT / "saap").glob(kind)
 }
 # Peers that run as __main__ in a process of their own.
 PEERS = {"torch_worker.py", "optimum_worker.py"}
