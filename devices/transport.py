@@ -113,6 +113,8 @@ class Ssh:
 
     def failure(self, code: int, stderr: str) -> BoardError:
         """By what OpenSSH says; 255 is its own failure, any other code the command's."""
+        if code != 255:  # a file that the agent may not write there has its "Permission denied", too
+            return _crashed(self.name, code, stderr)
         known = f"[{self.host}]:{self.port}" if self.port and self.port != 22 else self.host
         if "REMOTE HOST IDENTIFICATION HAS CHANGED" in stderr:
             return BoardError(
@@ -123,9 +125,7 @@ class Ssh:
             return BoardError(f"{self.name}: its host key is unknown: connect once with ssh and check the key")
         if "Permission denied" in stderr or "Too many authentication failures" in stderr:
             return BoardError(f"{self.name}: it refuses your key: `ssh-copy-id` it there (no password is asked for)")
-        if code == 255:
-            return LostError(f"{self.name}: no connection: {last_line(stderr)}: is it on, and is the address right?")
-        return _crashed(self.name, code, stderr)
+        return LostError(f"{self.name}: no connection: {last_line(stderr)}: is it on, and is the address right?")
 
     def drop(self) -> None:
         """End the shared connection; the next command opens another."""
@@ -195,7 +195,7 @@ def open_transport(url: str) -> Transport:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise BoardError(f"{url!r} names no board: give {FORMS}") from None
+        raise BoardError(f"{_shown(url)!r} names no board: give {FORMS}") from None
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.password is not None:
         raise BoardError(f"{_shown(url)!r} names no board: give {FORMS}, without path or password")
     if parts.scheme == "local" and not parts.netloc:
@@ -203,7 +203,7 @@ def open_transport(url: str) -> Transport:
     if parts.scheme == "adb" and (not parts.netloc or _HOST.fullmatch(parts.netloc)):
         _needs("adb", "Android's platform-tools")
         return Adb(parts.netloc or None)
-    host, user = parts.hostname, parts.username
+    host, user = _as_written(parts.hostname, parts.netloc), parts.username
     if parts.scheme == "ssh" and host and _HOST.fullmatch(host) and (user is None or _USER.fullmatch(user)):
         _needs("ssh", "OpenSSH's client")
         return Ssh(host, user, port)
@@ -223,6 +223,12 @@ def printable(text: object) -> str:
 
 def _crashed(name: str, code: int, stderr: str) -> BoardError:
     return BoardError(f"{name}: the agent ended with exit {code}: {last_line(stderr)}")
+
+
+def _as_written(host: str | None, netloc: str) -> str | None:
+    """In the letters of the person: ``Host Board`` of an ssh configuration does not match ``board``."""
+    at = netloc.lower().rfind(host) if host else -1
+    return host if host is None or at < 0 else netloc[at : at + len(host)]
 
 
 def _needs(program: str, what: str) -> None:

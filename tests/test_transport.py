@@ -43,6 +43,8 @@ def program(path, text):
         ("ssh://pi@board", ["-l", "pi", "--", "board", "true"]),
         ("ssh://board:2222/", ["-p", "2222", "--", "board", "true"]),
         ("ssh://pi@[fe80::1%25eth0]:22", ["-l", "pi", "-p", "22", "--", "fe80::1%25eth0", "true"]),
+        ("ssh://Pi@My-Board:22", ["-l", "Pi", "-p", "22", "--", "My-Board", "true"]),  # ssh's Host tells cases apart
+        ("ssh://board@Board", ["-l", "board", "--", "Board", "true"]),
         ("adb://", ["adb", "shell", "-T", "true"]),
         ("adb://R58N123", ["adb", "-s", "R58N123", "shell", "-T", "true"]),
         ("adb://10.0.0.7:5555", ["adb", "-s", "10.0.0.7:5555", "shell", "-T", "true"]),
@@ -77,9 +79,13 @@ def test_what_names_no_board(programs, url):
         open_transport(url)
 
 
-def test_a_password_is_refused_and_not_shown(programs):
-    with pytest.raises(BoardError, match="without path or password") as caught:
-        open_transport("ssh://pi:secret@board")
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("ssh://pi:secret@board", "without path or password"), ("ssh://pi:secret@board:99999", "names no board")],
+)
+def test_a_password_is_refused_and_not_shown(programs, url, told):
+    with pytest.raises(BoardError, match=told) as caught:
+        open_transport(url)
     assert "secret" not in str(caught.value)
 
 
@@ -100,6 +106,7 @@ def test_programs_that_are_not_installed(tmp_path, monkeypatch):
         (Ssh("board"), 255, "ssh: connect to host board port 22: No route to host", LostError, "No route to host"),
         (Ssh("board"), 255, "", LostError, "no connection"),
         (Ssh("board"), 1, "Traceback\nKeyError: 'x'", BoardError, "exit 1: KeyError"),
+        (Ssh("board"), 1, "PermissionError: [Errno 13] Permission denied: '/x'", BoardError, "exit 1: PermissionError"),
         (Adb(), 1, "error: no devices/emulators found", LostError, "no such device"),
         (Adb("A"), 1, "error: device unauthorized.\nThis adb server's ...", BoardError, "confirm this computer's key"),
         (Adb(), 1, "adb: more than one device/emulator", BoardError, "give adb://SERIAL"),
