@@ -1,6 +1,7 @@
 """What a board tells of itself at one moment: clocks, temperatures and signs of throttling, read from /sys.
 
 Every path hangs below ``root``, so that a tree of files stands in for a board. What is not there is None.
+``devices.throttling`` reads the signs; here they become the numbers that a measurement is judged by.
 """
 
 from __future__ import annotations
@@ -10,20 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.probe_cpu import CPU
+from devices.throttling import coolers, firmware_bits, over_current, throttle_count, zones
 from devices.tree import number, text
 
-CPU = "sys/devices/system/cpu"
 FIXED_GOVERNORS = ("performance", "userspace")
 MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less
 
-# Jetson boards name the directory by release; the names of the files are their own.
-_OVER_CURRENT = (
-    "sys/class/hwmon/hwmon*/oc{n}_event_cnt",
-    "sys/devices/platform/soctherm*/oc{n}_event_cnt",
-    "sys/devices/platform/soctherm*/hwmon/hwmon*/oc{n}_event_cnt",
-)
-# Devices that slow a processor or its memory; fans are not throttling.
-_COOLS_BY_SLOWING = re.compile(r"cpu|processor|devfreq|powerclamp", re.IGNORECASE)
 _NEAR_THE_CORES = re.compile(r"cpu|soc|x86_pkg|^tj", re.IGNORECASE)
 
 
@@ -45,15 +39,16 @@ class BoardState:
 def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
     """Read it now, for the CPUs ``cpus``."""
     places = [root / CPU / f"cpu{cpu}" for cpu in cpus]
+    events = over_current(root)
     governors = {text(place / "cpufreq/scaling_governor") for place in places}
     return BoardState(
         clock_share=_least(map(_clock_share, places)),
         fixed_clock=None if None in governors else governors <= set(FIXED_GOVERNORS),
         temperature_c=temperature(root),
-        firmware_bits=_firmware_bits(root),
-        throttle_count=_throttle_count(places),
-        cooling_state=_cooling_state(root),
-        over_current=tuple(_over_current(root, n) for n in (1, 2, 3)),
+        firmware_bits=firmware_bits(root),
+        throttle_count=throttle_count(root, cpus),
+        cooling_state=max((cooler.state for cooler in coolers(root)), default=None),
+        over_current=tuple(events.get(f"OC{n}") for n in (1, 2, 3)),
         mixed_cores=_mixed(places),
         smt_siblings=_siblings(places),
     )
@@ -61,14 +56,8 @@ def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
 
 def temperature(root: Path = Path("/")) -> float | None:
     """Degrees Celsius of the hottest thermal zone at the cores (not of a power chip, which may be a dummy of 100)."""
-    hottest = None
-    for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
-        millidegrees = number(zone / "temp")  # a gated zone cannot be read, or tells something impossible
-        if millidegrees is None or not -40_000 < millidegrees < 150_000:
-            continue
-        if _NEAR_THE_CORES.search(text(zone / "type") or ""):
-            hottest = max(millidegrees / 1000, -40.0 if hottest is None else hottest)
-    return hottest
+    near = [zone.celsius for zone in zones(root) if _NEAR_THE_CORES.search(zone.kind)]
+    return max((celsius for celsius in near if celsius is not None), default=None)
 
 
 def _clock_share(cpu: Path) -> float | None:
@@ -78,41 +67,6 @@ def _clock_share(cpu: Path) -> float | None:
     limits = [number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
     highest = _least([*limits, nominal_mhz * 1000 if nominal_mhz else None])
     return min(1.0, now / highest) if now and highest else None
-
-
-def _firmware_bits(root: Path) -> int | None:
-    for path in (root / "sys/devices/platform").glob("soc*/soc*firmware/get_throttled"):
-        bits = text(path)
-        if bits and re.fullmatch(r"(0x)?[0-9a-fA-F]+", bits):
-            return int(bits, 16)
-    return None
-
-
-def _throttle_count(places: Sequence[Path]) -> int | None:
-    counts = [
-        number(place / "thermal_throttle" / f"{part}_throttle_count")
-        for place in places
-        for part in ("core", "package")
-    ]
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-def _cooling_state(root: Path) -> int | None:
-    states = [
-        number(device / "cur_state")
-        for device in (root / "sys/class/thermal").glob("cooling_device*")
-        if _COOLS_BY_SLOWING.search(text(device / "type") or "")
-    ]
-    # powerclamp tells -1 while it is off
-    return max((max(0, state) for state in states if state is not None), default=None)
-
-
-def _over_current(root: Path, n: int) -> int | None:
-    for pattern in _OVER_CURRENT:
-        for path in root.glob(pattern.format(n=n)):
-            return number(path)
-    return None
 
 
 def _mixed(places: Sequence[Path]) -> bool | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from devices.cgroup import memory_left, memory_limit
 from devices.jetson import Run
-from devices.probe_cpu import CPU, hertz, policies
-from devices.tree import first_text, glob, number, text
+from devices.probe_cpu import hertz, policies
+from devices.throttling import coolers, firmware_bits, over_current, throttle_count, zones
+from devices.tree import first_text, glob, text
 
 # Bits of `vcgencmd get_throttled`; Raspberry Pi documentation, "vcgencmd". The same, 16 higher: since boot.
 PI_BITS = {
@@ -19,7 +20,6 @@ PI_BITS = {
     3: "soft temperature limit",
 }
 SINCE_BOOT = 16
-_FIRMWARE = "sys/devices/platform"
 _REASONS = {
     "temperatures": "the kernel has no thermal zones",
     "raspberry_pi": "no get_throttled: not a Raspberry Pi, or its firmware cannot be asked",
@@ -35,7 +35,6 @@ _REASONS = {
     "cgroup_limit": "no control group limits the memory",
     "cgroup_left": "no control group limits the memory",
 }
-_SLOWING = re.compile(r"cpu|processor|devfreq|gpu|powerclamp", re.IGNORECASE)
 
 
 def probe_state(root: Path, run: Run) -> dict[str, Any]:
@@ -55,15 +54,10 @@ def probe_state(root: Path, run: Run) -> dict[str, Any]:
 
 def temperatures(root: Path) -> dict[str, float | None] | None:
     """Degrees Celsius per thermal zone; a zone that is gated, and so cannot be read, is None."""
-    zones: dict[str, float | None] = {}
-    for zone in glob(root / "sys/class/thermal", "thermal_zone[0-9]*"):
-        name = text(zone / "type") or zone.name
-        millidegrees = number(zone / "temp")
-        if millidegrees is not None and not -40_000 < millidegrees < 150_000:
-            millidegrees = None  # what a sensor without power tells
-        key = name if name not in zones else f"{name} ({zone.name})"
-        zones[key] = millidegrees / 1000 if millidegrees is not None else None
-    return zones or None
+    found: dict[str, float | None] = {}
+    for zone in zones(root):
+        found[zone.kind if zone.kind not in found else f"{zone.kind} ({zone.name})"] = zone.celsius
+    return found or None
 
 
 def throttling(root: Path, run: Run) -> dict[str, Any]:
@@ -81,8 +75,8 @@ def throttling(root: Path, run: Run) -> dict[str, Any]:
         "raspberry_pi": _raspberry_pi(root, run),
         "cooling": _cooling(root),
         "capped": _capped(root),
-        "throttle_count": _throttle_count(root),
-        "over_current": _over_current(root),
+        "throttle_count": throttle_count(root),
+        "over_current": over_current(root) or None,
     }
 
 
@@ -110,14 +104,12 @@ def available(root: Path) -> int | None:
 
 
 def _raspberry_pi(root: Path, run: Run) -> dict[str, Any] | None:
-    said = first_text(glob(root / _FIRMWARE, "soc*/soc*firmware/get_throttled"))
-    if said is None:
+    bits = firmware_bits(root)
+    if bits is None:
         match = re.search(r"throttled=(0x[0-9a-fA-F]+)", run(["vcgencmd", "get_throttled"]) or "")
-        said = match.group(1) if match else None
-    try:
-        bits = int(said or "", 16)
-    except ValueError:
-        return None
+        if match is None:
+            return None
+        bits = int(match.group(1), 16)
     return {
         "bits": f"{bits:#x}",
         "now": [name for bit, name in PI_BITS.items() if bits >> bit & 1],
@@ -126,13 +118,10 @@ def _raspberry_pi(root: Path, run: Run) -> dict[str, Any] | None:
 
 
 def _cooling(root: Path) -> list[dict[str, Any]] | None:
-    slowing = []
-    for device in glob(root / "sys/class/thermal", "cooling_device[0-9]*"):
-        kind, state = text(device / "type") or "", number(device / "cur_state")
-        if _SLOWING.search(kind) and state is not None:
-            # powerclamp tells -1 while it is off
-            slowing.append({"type": kind, "state": max(0, state), "max_state": number(device / "max_state")})
-    return [device for device in slowing if device["state"]] if slowing else None
+    found = coolers(root)
+    if not found:
+        return None
+    return [{"type": c.kind, "state": c.state, "max_state": c.max_state} for c in found if c.state]
 
 
 def _capped(root: Path) -> list[dict[str, Any]] | None:
@@ -146,26 +135,6 @@ def _capped(root: Path) -> list[dict[str, Any]] | None:
                 cpus = first_text((policy / "affected_cpus", policy / "related_cpus"))
                 capped.append({"cpus": cpus, "max_hz": now, "hardware_max_hz": hardware})
     return capped if known else None
-
-
-def _throttle_count(root: Path) -> int | None:
-    found = [
-        number(path)
-        for path in glob(root / CPU, "cpu[0-9]*/thermal_throttle/*_throttle_count")
-        if path.name in ("core_throttle_count", "package_throttle_count")
-    ]
-    known = [count for count in found if count is not None]
-    return sum(known) if known else None
-
-
-def _over_current(root: Path) -> dict[str, int] | None:
-    places = ("sys/class/hwmon/hwmon*", "sys/devices/platform/soctherm*", "sys/devices/platform/soctherm*/hwmon/hwmon*")
-    counts: dict[str, int] = {}
-    for place in places:
-        for path in glob(root, f"{place}/oc[0-9]_event_cnt"):
-            if (count := number(path)) is not None:
-                counts.setdefault(path.name.split("_")[0].upper(), count)
-    return counts or None
 
 
 def _zram(root: Path) -> dict[str, int] | None:

@@ -6,6 +6,8 @@ import pytest
 
 from bench.board_state import board_state, temperature
 from bench.host_state import counters, snapshot
+from devices.probe import nobody
+from devices.probe_state import throttling
 from tests.fake_trees import plant
 
 CPU = "sys/devices/system/cpu"
@@ -107,6 +109,26 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
 
 def test_a_power_clamp_that_is_off(tmp_path: Path) -> None:
     assert board_state([0], plant(tmp_path, cooling(0, "intel_powerclamp", -1))).cooling_state == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "slows"),
+    [
+        ("cpu-fan", False),
+        ("gpu_fan", False),
+        ("Fan", False),
+        ("gpu-throttle-alert", True),  # a run with CUDA is slowed by it
+        ("thermal-cpufreq-0", True),
+        ("thermal-devfreq-0", True),
+        ("Processor", True),
+        ("iwlwifi_1", False),
+    ],
+)
+def test_the_bench_and_the_probe_take_the_same_devices_for_throttling(tmp_path: Path, kind: str, slows: bool) -> None:
+    plant(tmp_path, cooling(0, kind, 2))
+    assert board_state([0], tmp_path).cooling_state == (2 if slows else None)
+    told = [{"type": kind, "state": 2, "max_state": None}]
+    assert throttling(tmp_path, nobody)["cooling"] == (told if slows else None)
 
 
 def test_amd_nominal_clock(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Signs of heat and throttling, read below ``root``: what a probe tells and a measurement is judged by.
+
+What this host has no sign of is None or empty. Nothing here raises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from devices.probe_cpu import CPU
+from devices.tree import glob, number, text
+
+_THERMAL = "sys/class/thermal"
+# Devices that slow a processor or its memory. A fan is none, also where it is a CPU's.
+_SLOWING = re.compile(r"^(?!.*fan).*(cpu|processor|devfreq|gpu|powerclamp)", re.IGNORECASE)
+# Jetson boards name the directory by release; the names of the files are their own.
+_OVER_CURRENT = (
+    "sys/class/hwmon/hwmon*",
+    "sys/devices/platform/soctherm*",
+    "sys/devices/platform/soctherm*/hwmon/hwmon*",
+)
+
+
+@dataclass(frozen=True)
+class Zone:
+    """A thermal zone; ``celsius`` is None while it is gated: it cannot be read, or tells something impossible."""
+
+    name: str  # of its directory
+    kind: str
+    celsius: float | None
+
+
+@dataclass(frozen=True)
+class Cooler:
+    """A device that cools by slowing a processor; state 0 is off."""
+
+    kind: str
+    state: int
+    max_state: int | None
+
+
+def zones(root: Path) -> list[Zone]:
+    """All thermal zones."""
+    found = []
+    for zone in glob(root / _THERMAL, "thermal_zone[0-9]*"):
+        millidegrees = number(zone / "temp")
+        if millidegrees is not None and not -40_000 < millidegrees < 150_000:
+            millidegrees = None  # what a sensor without power tells
+        celsius = None if millidegrees is None else millidegrees / 1000
+        found.append(Zone(zone.name, text(zone / "type") or zone.name, celsius))
+    return found
+
+
+def coolers(root: Path) -> list[Cooler]:
+    """Devices that cool by slowing, at work or not."""
+    found = []
+    for device in glob(root / _THERMAL, "cooling_device[0-9]*"):
+        kind, state = text(device / "type") or "", number(device / "cur_state")
+        if _SLOWING.search(kind) and state is not None:
+            # powerclamp tells -1 while it is off
+            found.append(Cooler(kind, max(0, state), number(device / "max_state")))
+    return found
+
+
+def firmware_bits(root: Path) -> int | None:
+    """Raspberry Pi's get_throttled: bits 0-3 are now, 16-19 have been since boot."""
+    for path in glob(root / "sys/devices/platform", "soc*/soc*firmware/get_throttled"):
+        bits = text(path)
+        if bits and re.fullmatch(r"(0x)?[0-9a-fA-F]+", bits):
+            return int(bits, 16)
+    return None
+
+
+def throttle_count(root: Path, cpus: Sequence[int] | None = None) -> int | None:
+    """x86: thermal throttling since boot, of these CPUs together; None are all."""
+    places = glob(root / CPU, "cpu[0-9]*") if cpus is None else [root / CPU / f"cpu{cpu}" for cpu in cpus]
+    counts = [
+        number(place / "thermal_throttle" / f"{part}_throttle_count")
+        for place in places
+        for part in ("core", "package")
+    ]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def over_current(root: Path) -> dict[str, int]:
+    """Jetson: events since boot by name, such as OC1."""
+    counts: dict[str, int] = {}
+    for place in _OVER_CURRENT:
+        for path in glob(root, f"{place}/oc[0-9]_event_cnt"):
+            if (count := number(path)) is not None:
+                counts.setdefault(path.name.split("_")[0].upper(), count)
+    return counts
