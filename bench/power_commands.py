@@ -15,7 +15,7 @@ import subprocess
 import threading
 from collections.abc import Generator, Iterator, Sequence
 
-from bench.power_sensors import Found, Sensor, of_rails, scope_of
+from bench.power_sensors import Found, Sensor, is_input, of_rails, scope_of
 from devices.tegrastats import Tegrastats, parse_tegrastats
 
 INTERVAL_MS = 100
@@ -149,15 +149,22 @@ def _lines(process: subprocess.Popen[bytes]) -> Generator[bytes, None, None]:
 
 
 def _labels(process: subprocess.Popen[bytes]) -> list[str]:
-    """The rails that a starting tegrastats prints, of which those that count; empty: none in time. It is ended."""
+    """The rails that a starting tegrastats prints, of which those that count; empty: none in time. It is ended.
+
+    Thor leaves its input rail out of some lines: one without it is not the last word.
+    """
+    labels: list[str] = []
     timer = threading.Timer(ANSWER_S, end, [process])
     timer.start()
     try:
         with contextlib.closing(_lines(process)) as lines:
             for line in itertools.islice(lines, LINES_TO_TRY):
-                if rails := parse_tegrastats(line).rails:
-                    return of_rails(rails)
-        return []
+                found = of_rails(parse_tegrastats(line).rails)
+                if not labels or is_input(found):
+                    labels = found
+                if is_input(labels):
+                    break
+        return labels
     finally:
         timer.cancel()
         timer.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,9 +84,14 @@ def of_rails(rails: Mapping[str, object]) -> list[str]:
     return next(([label] for label in INPUT_RAILS if label in rails), list(rails))
 
 
-def scope_of(labels: list[str]) -> tuple[str, str]:
+def is_input(labels: Sequence[str]) -> bool:
+    """Whether these are the input rail."""
+    return len(labels) == 1 and labels[0] in INPUT_RAILS
+
+
+def scope_of(labels: Sequence[str]) -> tuple[str, str]:
     """(scope, words) of the rails that ``of_rails`` chose."""
-    if labels[0] in INPUT_RAILS:
+    if is_input(labels):
         held = "the board with its carrier" if labels[0] == "VIN" else "the module; not its carrier board"
         return "module_input", f"all that goes in at {labels[0]}: {held}"
     return "rails_sum", f"the rails {', '.join(labels)}; what no rail measures is missing"

@@ -27,6 +27,7 @@ _BYTES = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 _MHZ = 1_000_000
 _GATED_C = -256.0  # printed for a zone that is powered off
 _NOT_CONNECTED = "NC"
+_MEMORIES = ("RAM", "SWAP", "IRAM")
 _LONGEST = 1 << 16  # characters that are looked at; a line of a real board has less than 2000
 
 
@@ -192,6 +193,8 @@ class _Found:
         name, now, average, highest, bare_now, bare_average, bare_highest = match.groups()
         if name == _NOT_CONNECTED:  # several of them in one line, with nothing behind
             return True
+        if name in _MEMORIES:  # "RAM 3452/76", cut before its unit
+            return False
         rail = Rail(
             now_w=int(now or bare_now) / 1000,
             average_w=_watts(average or bare_average),
@@ -201,7 +204,7 @@ class _Found:
 
     def engine(self, match: re.Match[str]) -> bool:
         name = match["name"].removesuffix("_FREQ")
-        if match["plain"] and _NAMES_A_RAIL.match(name):  # a power that was cut before its unit
+        if match["plain"] and (name in _MEMORIES or _NAMES_A_RAIL.match(name)):  # cut before its unit
             return False
         clocks = match["clocks"] or match["clock"] or match["plain"]
         engine = Engine(

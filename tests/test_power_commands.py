@@ -118,6 +118,12 @@ def test_a_first_line_without_power_is_not_the_last_word(tmp_path: Path) -> None
     assert sensor.source == "tegrastats VDD_IN"
 
 
+def test_an_input_rail_that_the_first_line_lacks_is_found(tmp_path: Path) -> None:
+    commands = install(tmp_path, "tegrastats", f"echo '{THOR}'; echo '{THOR} VIN 16802mW/16802mW'; echo '{THOR}'")
+    sensor = found(*tegrastats(commands))
+    assert (sensor.source, sensor.scope) == ("tegrastats VIN", "module_input")
+
+
 @pytest.mark.parametrize("script", ["sleep 30", "echo 'RAM 1/2MB'; sleep 30", "exit 3", "echo; echo; echo; echo"])
 def test_no_power_in_time_is_a_reason_and_nothing_keeps_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str

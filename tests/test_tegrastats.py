@@ -138,6 +138,9 @@ def test_what_is_missing_is_unknown() -> None:
         ("MB (lfb 25x4MB) GR3D_FREQ 1%", ("MB", "(lfb", "25x4MB)")),
         ("GR3D_FREQ 1% VDD_IN 4824mW/48", ("VDD_IN", "4824mW/48")),
         ("GR3D_FREQ 1% VDD_IN 48", ("VDD_IN 48",)),  # not an engine of 48 MHz
+        ("GR3D_FREQ 1% RAM 3452/76", ("RAM 3452/76",)),  # nor a rail of 3.452 W
+        ("GR3D_FREQ 1% SWAP 1518", ("SWAP 1518",)),
+        ("GR3D_FREQ 1% IRAM 0/252", ("IRAM 0/252",)),
         ("GR3D_FREQ 1% tj@53.9", ("tj@53.9",)),
         ("GR3D_FREQ 1% CPU [5%@1224,4%@12", ("CPU", "[5%@1224,4%@12")),
         ("GR3D_FREQ 1% CPU [5%@1224,half]", ("CPU [5%@1224,half]",)),
