@@ -20,11 +20,13 @@ import errno
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from devices.agent_files import Store, free, full
@@ -34,6 +36,7 @@ from devices.agent_run import end, fetch, follow, start, sweep
 
 MARK = "saap-agent-1 "
 EVERY_S = 1.0
+GONE_S = 60  # without a byte of a file that is being sent; the other side gives a connection up sooner
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -83,11 +86,25 @@ def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def put(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """A file, or the rest of one."""
+    """A file, or the rest of one.
+
+    A computer that lost its network says nothing, and sshd may wait for it for hours: whoever waits for its bytes ends
+    before, so that the file is free when it comes back.
+    """
     beat = _beat(Lock(folder, request["root"]), tell)
-    Store(folder, beat).receive(
-        request["sha"], request["size"], request["offset"], cast("BufferedReader", sys.stdin.buffer), beat
-    )
+
+    def heard(done: int | None = None) -> None:
+        signal.alarm(GONE_S)
+        beat(done)
+
+    signal.signal(signal.SIGALRM, _gone)
+    signal.alarm(GONE_S)
+    try:
+        Store(folder, heard).receive(
+            request["sha"], request["size"], request["offset"], cast("BufferedReader", sys.stdin.buffer), heard
+        )
+    finally:
+        signal.alarm(0)
     return {"whole": True}
 
 
@@ -117,7 +134,7 @@ REQUESTS: dict[str, Callable[[Path, dict[str, Any], Tell], dict[str, Any]]] = {
     "held": held,
     "put": put,
     "install": installs,
-    "start": lambda folder, request, tell: start(folder, request),
+    "start": lambda folder, request, tell: start(folder, request, _beat(Lock(folder, request["root"]), tell)),
     "follow": follows,
     "fetch": lambda folder, request, tell: fetch(folder, request),
     "end": lambda folder, request, tell: end(folder, request, _beat(Lock(folder, request["root"]), tell)),
@@ -134,9 +151,7 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)  # nobody listens any more
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        answer = {"error": full(home())}
+        answer = {"error": _why(error)}
     try:
         say(answer)
     except BrokenPipeError:
@@ -149,6 +164,19 @@ def say(document: dict[str, Any]) -> None:
     """One line to the other side."""
     sys.stdout.write(MARK + json.dumps(document) + "\n")
     sys.stdout.flush()
+
+
+def _gone(number: int, frame: FrameType | None) -> None:
+    raise AgentError(f"nothing came for {GONE_S} s", again=True)
+
+
+def _why(error: OSError) -> str:
+    """What a person can mend; any other error is raised again."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return full(home())
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # left by a run as root, perhaps
+        return f"{error.filename}: {error.strerror}: give it to this user, or name another folder there in SAAP_CACHE"
+    raise error
 
 
 def _beat(lock: Lock, tell: Tell) -> Callable[..., None]:

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -25,7 +24,7 @@ class Store:
     """``files/`` of the agent's folder. An unfinished file is ``<sha256>.part``, and is gone on with.
 
     Args:
-        beat: called while files are hashed.
+        beat: called while files are hashed or copied.
     """
 
     def __init__(self, folder: Path, beat: Callable[[], None] = lambda: None) -> None:
@@ -112,8 +111,14 @@ class Store:
                 raise AgentError(f"{name} is not there any more: measure again")
             try:
                 os.link(self.file(sha), place)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.file(sha), place)
+            except OSError:  # a file system without hard links, or Android, which forbids them
+                self._copy(self.file(sha), place)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        with source.open("rb") as file, target.open("wb") as copy:
+            while piece := file.read(PIECE):
+                copy.write(piece)
+                self._beat()
 
     def _sha256(self, path: Path) -> str:
         digest = hashlib.sha256()

@@ -35,13 +35,20 @@ def home() -> Path:
         AgentError: it cannot be written.
     """
     chosen = os.environ.get(CACHE)
-    places = [Path(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
+    places = [_absolute(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
     raise AgentError(f"{places[0]} cannot be written: free it, or name another folder there in {CACHE}")
+
+
+def _absolute(chosen: str) -> Path:
+    """Since a run is started in another folder than a login; sshd's SetEnv leaves a ~ as it is."""
+    with contextlib.suppress(RuntimeError):  # no home
+        return Path(chosen).expanduser().absolute()
+    return Path(chosen).absolute()
 
 
 def _users() -> list[Path]:

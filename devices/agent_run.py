@@ -53,21 +53,22 @@ def run_folder(folder: Path, run: str) -> Path:
     return folder / "runs" / run
 
 
-def start(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def start(folder: Path, request: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Lay out the bundles and start the supervisor, once: a second call for the same run changes nothing.
 
     Args:
         request: run, key, bundles (each: name, files as relative path -> sha256), job (what the measuring process
             gets), root, lease_s.
+        beat: called while files are copied.
 
     Raises:
         AgentError: the lock is not this run's any more, or files are missing.
     """
     with guarded(folder / "start.guard"):
-        return _start(folder, request)
+        return _start(folder, request, beat)
 
 
-def _start(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def _start(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
     place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
     if not lock.holds(request["run"]):
         raise AgentError("another run has taken the board meanwhile: measure again")
@@ -79,7 +80,7 @@ def _start(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     if agent is None:
         raise AgentError("its installation is not whole any more: measure again")
     for index, bundle in enumerate(request["bundles"]):
-        Store(folder).lay_out(
+        Store(folder, beat).lay_out(
             place / "bundles" / str(index), {f"{bundle['name']}/{k}": v for k, v in bundle["files"].items()}
         )
     boot = boot_id(request["root"])
@@ -188,7 +189,7 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[str, int]]:
             new = file.read()
     except OSError:
         return
-    for line in new.splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            offset += len(line)
-            yield line.decode("utf-8", "replace"), offset
+    *whole, _ = new.split(b"\n")  # a \r inside a line, as a library's progress has, ends none
+    for line in whole:
+        offset += len(line) + 1
+        yield line.decode("utf-8", "replace"), offset

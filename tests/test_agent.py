@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from agent_requests import KEY, OTHER, RUN, boot, nothing, put, request, stream
 
-from devices import agent_files, agent_home, agent_install
+from devices import agent, agent_files, agent_home, agent_install
 from devices.agent_files import Store, inside
 from devices.agent_home import AgentError, Lock, started
 from devices.agent_install import install, ready
@@ -117,6 +119,52 @@ def test_bundles_are_laid_out_as_second_names(store, tmp_path):
         store.lay_out(tmp_path / "run", {"gone": "b" * 64})
 
 
+def test_bundles_are_copied_where_there_are_no_second_names(store, tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted", str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    put(tmp_path, "x" * (3 << 20))
+    (sha,) = [path.name for path in store.path.iterdir()]
+    beats = []
+    Store(tmp_path, lambda: beats.append(1)).lay_out(tmp_path / "run", {"a/model.onnx": sha})
+    assert (tmp_path / "run/a/model.onnx").read_bytes() == store.file(sha).read_bytes()
+    assert len(beats) > 2  # the lock is kept, and the other side hears of it
+
+
+def asked_alone(folder, line, head=b""):
+    """The agent as a process of its own; its standard input stays open."""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", "from devices import agent; agent.GONE_S = 1; agent.main()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "SAAP_CACHE": folder},
+    )  # fmt: skip
+    agent.stdin.write(json.dumps({"root": "/", **line}).encode() + b"\n" + head)
+    agent.stdin.flush()
+    return agent
+
+
+def test_a_sender_that_fell_silent_leaves_the_file_to_the_next(store, tmp_path):
+    line = {"do": "put", "sha": SHA, "size": len(DATA), "offset": 0}
+    with asked_alone(str(tmp_path), line, DATA[:50_000]) as agent:
+        assert agent.wait(30) == 0  # though nobody closed its standard input
+        assert b'"again": true' in agent.stdout.read()
+        agent.stdin.close()
+    assert store.held(SHA) == 50_000
+    store.receive(SHA, len(DATA), 50_000, stream(DATA[50_000:]), nothing)
+
+
+def test_a_file_of_another_user_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+
+    def refused(folder, request, tell):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "lock.guard"))
+
+    monkeypatch.setitem(agent.REQUESTS, "hello", refused)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"do": "hello", "root": "/"}\n')))
+    agent.main()
+    assert f"{tmp_path}/lock.guard: Permission denied: give it to this user" in capsys.readouterr().out
+
+
 def test_the_lock_is_of_one_run(tmp_path):
     lock = Lock(tmp_path)
     lock.take(RUN, "ann@desk")
@@ -174,6 +222,10 @@ def test_the_folder_is_where_the_users_cache_is(tmp_path, monkeypatch):
     monkeypatch.delenv("SAAP_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert agent_home.home() == tmp_path / ".cache/saap"
+    monkeypatch.chdir(tmp_path)
+    for relative in ("here", "~/here"):  # the run is started in another folder
+        monkeypatch.setenv("SAAP_CACHE", relative)
+        assert agent_home.home() == tmp_path / "here"
     monkeypatch.setenv("SAAP_CACHE", "/proc/no")
     with pytest.raises(AgentError, match="/proc/no cannot be written"):
         agent_home.home()

@@ -65,6 +65,13 @@ def test_a_run_is_started_once_followed_from_any_byte_and_ended_twice(tmp_path, 
         list(follow(tmp_path, asked))
 
 
+def test_a_carriage_return_ends_no_line(tmp_path, begin):
+    asked = begin("import sys; sys.stdout.buffer.write(b'10 %\\r100 %\\n{}\\n')")
+    first, second, done = told(tmp_path, asked)
+    assert (first, second) == ({"line": "10 %\r100 %", "at": 11}, {"line": "{}", "at": 14})
+    assert told(tmp_path, {**asked, "offset": 11}) == [second, done]
+
+
 def test_a_job_that_fails_tells_its_last_line(tmp_path, begin):
     asked = begin("import sys; print('first', file=sys.stderr); sys.exit('no such thing')")
     assert told(tmp_path, asked) == [{"done": {"code": 1, "error": "no such thing"}}]
