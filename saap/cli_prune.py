@@ -106,6 +106,13 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 @ours("--slices", type=click.Choice(["all", "output"]), default="all", help="Slices of a structure that are summed.")
 @ours("--sigma", type=click.Choice(["type", "layer"]), default="type", help="Structures that share a sigma.")
 @ours("--stability", type=float, default=0.0, help="Lambda: below 0 prunes what fluctuates, above keeps it.")
+@ours(
+    "--layer-power",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Gamma: how much its layer counts in an FFN channel.",
+)
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
 def prune(model: str, out: Path, **options: Any) -> None:
     """Remove the coupled structures that matter least.

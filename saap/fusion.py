@@ -7,6 +7,10 @@ The scores I_m are taken as outputs with observation noise sigma_m (Kendall, Gal
 The sigmas minimise the sum of I(G) over the structures that share them; setting the derivative to zero gives
 sigma_m^2 = mean_G I_m(G). For selection only the non-negative part P(G) = sum_m I_m / (2 sigma_m^2) counts: the log
 term is one offset for all structures that share the sigmas.
+
+Ours is a factor for layers. Channels are scored one by one, but go by the hundred, and what goes from one layer adds up
+in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the sum of P over the layer's
+channels in units of the mean over layers, to the power of gamma. Heads, of which a layer has few, do worse with it.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ class FusionOptions:
         learned: find the log-variances by gradient descent instead of in closed form; both agree.
         stability: lambda in P exp(lambda ASI); below 0 structures whose importance fluctuates are pruned first, above 0
             they are kept, 0 is off.
+        layer_power: gamma in P (sum of P in the layer / mean over layers)^gamma of FFN channels; 0 is off.
     """
 
     score: str = "vector-token"
@@ -50,10 +55,11 @@ class FusionOptions:
     sigma: Scope = "type"
     learned: bool = False
     stability: float = 0.0
+    layer_power: float = 1.0
 
 
 def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:
-    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures].
+    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures]; FFN channels by layer_weighted too.
 
     The mean of P over the structures that share the sigmas is half the number of scores.
     """
@@ -67,8 +73,18 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
                 scores.fluctuating(kind, shape, options.slices), options.stability, options.sigma
             )
             total = [row * factor for row, factor in zip(total, factors, strict=True)]
-        fused[kind] = total
+        fused[kind] = layer_weighted(total, options.layer_power) if kind == "ffn" else total
     return fused
+
+
+def layer_weighted(rows: list[torch.Tensor], power: float) -> list[torch.Tensor]:
+    """Scores per layer, [structures] each, times (the layer's sum / the mean of such sums above 0)^power."""
+    sums = torch.stack([row.sum() for row in rows])
+    some = sums > 0
+    if not power or not some.any():
+        return rows
+    factors = torch.where(some, (sums / sums[some].mean()) ** power, 1.0)
+    return [row * factor for row, factor in zip(rows, factors, strict=True)]
 
 
 def _term(scores: Scores, term: Term, kind: str, shape: ModelShape, slices: Slices) -> list[torch.Tensor]:

@@ -61,7 +61,9 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
 
 def prune_options_of(options: dict[str, Any], requirement: Requirement) -> PruneOptions:
     """The options of ``saap prune``; what is missing is at its default."""
-    fusion = {name: options[name] for name in ("score", "slices", "sigma", "stability") if name in options}
+    fusion = {
+        name: options[name] for name in ("score", "slices", "sigma", "stability", "layer_power") if name in options
+    }
     chosen = {
         mine: options[theirs]
         for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("corrections", "corrections"))

@@ -50,7 +50,7 @@ def options_of(variant: Variant) -> PruneOptions:
     given = {
         part: {name: variant[name] for name in names if name in variant}
         for part, names in (
-            ("fusion", ("score", "slices", "sigma", "learned", "stability")),
+            ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
             ("adaptive", ("c", "exact", "modules", "corrections")),
             ("rest", ("method", "compensate", "heads", "seed", "steps")),
         )
@@ -92,6 +92,11 @@ class Texts:
         else:  # books: running prose is what the encyclopedia comes closest to
             texts = read_file(self.data / "wikipedia_docs.jsonl.gz")
         return pack(texts, self.tokenizer, tokens, count or 64, seed)
+
+    def other(self) -> torch.Tensor:
+        """80 chunks of the head of WikiText-2 *train*, [80, 256]: text of another kind, none of it from the test."""
+        (text,) = read_file(self.data / "wikitext2_train_raw_head1MB.txt", whole=True)
+        return chunks(text, self.tokenizer, LENGTH)[100:180]
 
     def test(self, count: int) -> torch.Tensor:
         """The first chunks of WikiText-2 raw test, as it is."""
@@ -158,7 +163,7 @@ def means_of(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def ablation_variants() -> list[Variant]:
     """One thing at a time, without compensation and in one step; then compensation and steps."""
-    base: Variant = {"method": "saap", "compensate": "none", "score": "vector-token", "steps": 1}
+    base: Variant = {"method": "saap", "compensate": "none", "score": "vector-token", "steps": 1, "layer_power": 0}
     changes: list[Variant] = [
         {"score": s} for s in ("vector-token", "fused-token", "fused", "vector", "element", "token")
     ]
@@ -166,6 +171,7 @@ def ablation_variants() -> list[Variant]:
         {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": -0.5}, {"stability": 0.5}, {"heads": False},
         {"score": "fused", "exact": True}, {"modules": True}, {"corrections": 1}, {"steps": 2}, {"compensate": "bias"},
         {"compensate": "refit"}, {"compensate": "refit", "steps": 2}, {"compensate": "refit", "steps": 4},
+        {"layer_power": 1}, {"layer_power": 2}, {"compensate": "refit", "steps": 4, "layer_power": 1},
     ]  # fmt: skip
     return [{**base, **change} for change in changes]
 
@@ -233,7 +239,7 @@ def main() -> None:
         judged = (
             {f"test{n}": texts.test(n) for n in sorted({SCREEN, given.chunks})}
             if given.what == "table"
-            else {"held": texts.held(seed)}
+            else {"held": texts.held(seed), "other": texts.other()}
         )
         for variant in variants:
             published_text = variant.get("text") == "published"
@@ -258,7 +264,8 @@ def show(where: Path) -> None:
     print("| settings | seeds | removed | NLL |\n|---|---|---|---|")
     for name, cells in groups.items():
         removed = sum(c["achieved"]["ratio"] for c in cells) / len(cells)
-        means = {t: sum(c["nll"][t] for c in cells) / len(cells) for t in cells[0]["nll"]}
+        both = [t for t in cells[0]["nll"] if all(t in c["nll"] for c in cells)]
+        means = {t: sum(c["nll"][t] for c in cells) / len(cells) for t in both}
         print(f"| {name} | {len(cells)} | {removed:.4f} | {', '.join(f'{t} {v:.4f}' for t, v in means.items())} |")
 
 

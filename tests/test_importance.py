@@ -9,7 +9,7 @@ import torch
 from saap.architectures import shape_of
 from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.fusion import FusionOptions, closed_form_variance, fuse, learned_variance
+from saap.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
 from saap.importance import TYPES, estimate, per_structure
 from saap.score_cache import cached_scores
 from saap.stability import stability_factor
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
 def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(tiny_model, score, mean, sigma):
     model = load_model(tiny_model())
     shape = shape_of(model.config)
-    fused = fuse(estimate(model, shape, IDS), shape, FusionOptions(score=score, sigma=sigma))
+    fused = fuse(estimate(model, shape, IDS), shape, FusionOptions(score=score, sigma=sigma, layer_power=0))
     for rows in fused.values():
         for row in rows if sigma == "layer" else [torch.cat(rows)]:
             assert row.mean().item() == pytest.approx(mean, rel=1e-5)
@@ -179,12 +179,32 @@ def test_stability_multiplies_the_fused_score(tiny_model):
     model = load_model(tiny_model())
     shape = shape_of(model.config)
     scores = estimate(model, shape, IDS)
-    plain, steady = (fuse(scores, shape, FusionOptions(stability=s)) for s in (0.0, -0.7))
+    plain, steady = (fuse(scores, shape, FusionOptions(stability=s, layer_power=0)) for s in (0.0, -0.7))
     for kind in TYPES:
         factors = stability_factor(scores.fluctuating(kind, shape), -0.7)
         for before, after, factor in zip(plain[kind], steady[kind], factors, strict=True):
             assert torch.allclose(after, before * factor)
             assert factor.std() > 0
+
+
+def test_a_layer_counts_by_the_sum_of_its_own_scores():
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor([1.0, 1.0, 7.0]), torch.zeros(2)]
+    first, empty, second, nothing = layer_weighted(rows, 2.0)
+    assert torch.allclose(first, rows[0] * (3 / 6) ** 2) and torch.allclose(second, rows[2] * (9 / 6) ** 2)
+    assert not len(empty) and torch.equal(nothing, rows[3])
+    assert layer_weighted(rows, 0.0) is rows
+    assert layer_weighted([torch.zeros(2)], 1.0)[0].tolist() == [0, 0]
+
+
+def test_channels_have_the_layer_factor_by_default_and_heads_do_not(tiny_model):
+    model = load_model(tiny_model())
+    shape = shape_of(model.config)
+    scores = estimate(model, shape, IDS)
+    plain, ours = fuse(scores, shape, FusionOptions(layer_power=0)), fuse(scores, shape)
+    assert all(torch.equal(a, b) for a, b in zip(layer_weighted(plain["ffn"], 1.0), ours["ffn"], strict=True))
+    assert len({round(float((b / a).mean()), 6) for a, b in zip(plain["ffn"], ours["ffn"], strict=True)}) > 1
+    for kind in ("head", "group"):
+        assert all(torch.equal(a, b) for a, b in zip(plain[kind], ours[kind], strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
