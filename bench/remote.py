@@ -153,8 +153,10 @@ def _take(run: str, shipment: Shipment) -> dict[str, Any]:
 
 def _push(board: Board, shipment: Shipment, missing: dict[str, int], told: Progress) -> None:
     sizes = shipment.sizes
-    if not isinstance(missing, dict) or not all(sha in sizes and isinstance(n, int) for sha, n in missing.items()):
+    if not isinstance(missing, dict) or any(sha not in sizes for sha in missing):
         raise board.garbage("files that were not asked for")
+    if not all(isinstance(there, int) and 0 <= there <= sizes[sha] for sha, there in missing.items()):
+        raise board.garbage("other sizes than files have")
     total, sent = sum(sizes[sha] - there for sha, there in missing.items()) / 1e6, 0.0
     for sha, there in missing.items():
         begin = sent - there / 1e6

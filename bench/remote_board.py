@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from bench.remote_feed import feed, pieces, size_of, whole
 from devices.agent import MARK
 from devices.transport import BoardError, LostError, Transport, last_line, printable
 
@@ -24,8 +25,8 @@ SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact
 LONGEST_WAIT_S = 30.0  # between two tries
 POLL_S = 0.5
-PIECE = 1 << 18
 MOST_LINE = 256 << 20
+MOST_NOISE = 1000  # lines of a login script
 NO_PYTHON = "saap-no-python"
 _AGENT = ("agent_home", "agent_files", "agent_install", "agent_run", "agent")  # each after what it imports
 
@@ -100,7 +101,7 @@ class Board:
                 start_new_session=True,  # an interrupt from the keyboard must not cut what is needed to clean up
             )  # fmt: skip
             try:
-                threading.Thread(target=_feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
+                threading.Thread(target=feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
                 return self._answer(process, told, err)
             finally:
                 _end(process)
@@ -114,6 +115,8 @@ class Board:
                     raise BoardError(f"{self.name}: {_no_python(line)}")
                 if not line.startswith(MARK):
                     noise.append(line[:200])  # of a login script, perhaps; the agent's lines are marked
+                    if len(noise) > MOST_NOISE:
+                        raise self.garbage(noise[0])
                     continue
                 document = self._document(line.removeprefix(MARK))
                 if "error" in document:
@@ -204,21 +207,30 @@ class Board:
             raise Stopped
 
     def push(self, sha: str, source: Path | bytes, there: int, told: Callable[[int], None] | None = None) -> None:
-        """Send a file's rest from byte ``there`` on, and go on where it was cut."""
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        """Send a file's rest from byte ``there`` on, and go on where it was cut.
+
+        Raises:
+            BoardError: as ``insist``, and where the file cannot be read here to its end.
+        """
+        size, broken = size_of(source), list[str]()
         for wait_s in _waits():
             try:
                 self.ask(
-                    "put", _pieces(source, there), lambda at: told(int(at["at"])) if told and at.get("at") else None,
+                    "put", whole(pieces(source, there), size - there, broken),
+                    lambda at: told(at["at"]) if told and isinstance(at.get("at"), int) else None,
                     sha=sha, size=size, offset=there,
                 )  # fmt: skip
                 return
             except LostError as error:
+                if broken:  # another try would read no more
+                    raise BoardError(f"{self.name}: {source} cannot be sent: {broken[0]}: measure again") from None
                 self.wait(error, wait_s)
             held = self.insist("held", more=lambda: {"sha": sha})["held"]
             if held is None:
                 return
-            there = int(held)
+            if not isinstance(held, int) or not 0 <= held <= size:
+                raise self.garbage(f"{held} bytes of a file of {size}")
+            there = held
 
     def clean(self, run: str) -> None:
         """End a run and give the board up, also after an interrupt; says so where it cannot be reached."""
@@ -249,23 +261,6 @@ def _waits() -> Iterator[float]:
     while True:
         yield wait_s
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-
-def _pieces(source: Path | bytes, offset: int) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source[offset:]
-        return
-    with source.open("rb") as file:
-        file.seek(offset)
-        while piece := file.read(PIECE):
-            yield piece
-
-
-def _feed(stdin: IO[bytes], pieces: Iterable[bytes]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # whoever reads has ended, which its answer tells
-        for piece in pieces:
-            stdin.write(piece)
-        stdin.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

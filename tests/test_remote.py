@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from bench.remote_board import Board, Stopped
 from bench.remote_files import pack
 from bench.run import bench
 from bench.store import read_result
-from devices.transport import BoardError, open_transport
+from devices.transport import BoardError, Local, open_transport
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_killed_ssh_here_loses_nothing_either(sshd, bundles):
 
 
 def test_a_push_that_is_cut_goes_on_where_it_was(sshd, bundles, monkeypatch):
-    whole, offsets = remote_board._pieces, []
+    whole, offsets = remote_board.pieces, []
 
     def pieces(source, offset):
         size = source.stat().st_size if isinstance(source, Path) else 0
@@ -134,10 +135,32 @@ def test_a_push_that_is_cut_goes_on_where_it_was(sshd, bundles, monkeypatch):
             time.sleep(0.02)
             yield b""
         sshd.cut()
+        yield content[size // 2 :]
 
-    monkeypatch.setattr(remote_board, "_pieces", pieces)
+    monkeypatch.setattr(remote_board, "pieces", pieces)
     assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
     assert len(offsets) == 2 and offsets[0] == 0
+
+
+@pytest.mark.parametrize(("kept", "told"), [(None, "No such file or directory"), (60_000, "it became shorter")])
+def test_a_file_that_changes_while_it_is_sent_is_an_error_and_not_sent_forever(tmp_path, monkeypatch, kept, told):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "board"))
+    data = bytes(100_000)
+    source = tmp_path / "weights"
+    source.write_bytes(data)
+    size = remote_board.size_of
+
+    def measured_before(path):
+        found = size(path)
+        if kept is None:
+            path.unlink()
+        else:
+            path.write_bytes(data[:kept])
+        return found
+
+    monkeypatch.setattr(remote_board, "size_of", measured_before)
+    with pytest.raises(BoardError, match=f"{source} cannot be sent: {told}"):
+        Board(Local(), patience_s=5, silence_s=5).push(hashlib.sha256(data).hexdigest(), source, 0)
 
 
 def test_a_login_script_that_prints_is_no_garbage(sshd, bundles):

@@ -148,6 +148,9 @@ FACTS = {"available_bytes": None, "time": 0.0}
     ("scripts", "told"),
     [
         ([answer(answer={"missing": {"a" * 64: 0}, "installed": True})], "files that were not asked for"),
+        ([answer(answer={"missing": {"FILE": -1}, "installed": True})], "other sizes than files have"),
+        ([answer(answer={"missing": {"FILE": "x"}, "installed": True})], "other sizes than files have"),
+        (["exec yes noise"], r"something else than the agent answers there \(noise\)"),
         ([answer(answer={"installed": True})], "an answer without 'missing'"),
         ([answer(answer=[1])], "something else than the agent"),
         ([answer(error="the disk is full")], "local://: the disk is full"),
@@ -164,10 +167,12 @@ FACTS = {"available_bytes": None, "time": 0.0}
     ],
 )  # fmt: skip
 def test_garbage_of_every_request_is_an_error_and_the_board_is_given_up(bundles, scripts, told):
+    shipment = pack(bundles[:1], QUICK, own=False)
+    scripts = [line.replace("FILE", next(iter(shipment.sizes))) for line in scripts]
     transport = Scripted(answer(answer=FACTS), *scripts, answer(answer={"ended": True}))
     said = []
     with pytest.raises(BoardError, match=told):
-        measure_on(Board(transport, say=said.append), pack(bundles[:1], QUICK, own=False), QUICK)
+        measure_on(Board(transport, say=said.append), shipment, QUICK)
     assert transport.scripts == [] and "clock is off" in said[0]  # the last script was the request to end
 
 
