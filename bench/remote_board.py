@@ -223,7 +223,7 @@ class Board:
                 return
             except LostError as error:
                 if broken:  # another try would read no more
-                    raise BoardError(f"{self.name}: {source} cannot be sent: {broken[0]}: measure again") from None
+                    raise BoardError(f"{self.name}: {source!s} cannot be sent: {broken[0]}: measure again") from None
                 self.wait(error, wait_s)
             held = self.insist("held", more=lambda: {"sha": sha})["held"]
             if held is None:

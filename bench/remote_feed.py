@@ -29,8 +29,10 @@ def size_of(source: Path | bytes) -> int:
     Raises:
         BoardError: a file that is gone.
     """
+    if isinstance(source, bytes):
+        return len(source)
     try:
-        return len(source) if isinstance(source, bytes) else source.stat().st_size
+        return source.stat().st_size
     except OSError as error:
         raise BoardError(f"{source} cannot be read ({error.strerror}): measure again") from None
 
