@@ -7,6 +7,7 @@ the likelihood of a text may move by ``NLL_TOLERANCE``. Speeds are null: an emul
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from bench.peers import read_peers
 from bench.plan import Plan
 from bench.regression_answers import ask
-from bench.regression_checks import NLL_TOLERANCE, answer_of
+from bench.regression_checks import NLL_TOLERANCE, answer_of, numeric
 from bench.remote import measure_on
 from bench.remote_board import Board
 from bench.remote_files import pack
@@ -94,7 +95,7 @@ def emulate(
     )  # fmt: skip
     (peer,) = read_peers([spec], len(text) + GREEDY)
     manifest = read_manifest(peer.path)
-    here = ask(peer, plan, 1)
+    here = numeric(ask(peer, plan, 1))
     if "error" in here:
         raise EmulationError(f"{spec} does not answer on this host: {here['error']}")
     reference = Answer(f"this host ({platform.machine()})", **here)
@@ -120,8 +121,14 @@ def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answe
 
 
 def document(emulation: Emulation) -> dict[str, Any]:
-    """As JSON."""
-    return asdict(emulation)
+    """As JSON; what is no number is null."""
+    told = asdict(emulation)
+    for answer in (told["reference"], *told["answers"]):
+        for name in ("nll", "nll_difference"):
+            if answer[name] is not None and not math.isfinite(answer[name]):
+                answer[name] = None
+                answer["unknown"][name] = "it is not a number"
+    return told
 
 
 def _run(spec: str, plan: Plan, board: Emulated, progress: Progress | None) -> Result:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.compare import NOT_COMPARABLE, device_differs
+from bench.compare import LEAST_REPETITIONS, NOT_COMPARABLE, device_differs
 from bench.plan import Plan
 from bench.regression_checks import UNKNOWN, WORSE, Check, Limits, answer_of, confirmed, judge_all, judge_answers
 from bench.regression_files import Baseline, OtherDeviceError, RegressionError, read_baselines
@@ -136,10 +136,11 @@ def _check(plan: Plan, runs: int) -> None:
         raise RegressionError("a baseline is of one setting: give one prompt length, one depth and one thread count")
     if len(plan.text) < LEAST_TEXT:
         raise RegressionError(f"a text of {len(plan.text)} tokens says too little: give {LEAST_TEXT} or more")
-    if plan.repetitions is not None and plan.repetitions * runs < 6:
-        raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
     if runs < 1:
         raise RegressionError(f"{runs} runs record nothing: give 1 or more")
+    # A test measures one run of as many: it must be comparable, too.
+    if plan.repetitions is not None and (plan.repetitions < LEAST_REPETITIONS or plan.repetitions * runs < 6):
+        raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
 def _differing(found: Sequence[Baseline], now: Result | None) -> str:

@@ -8,6 +8,7 @@ Results differ between instruction sets (int8 kernels sum in another order), so 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -27,7 +28,8 @@ def ask(peer: Peer, plan: Plan, threads: int) -> dict[str, Any]:
     """What a bundle says to ``plan.text``, in a fresh process.
 
     Returns:
-        ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``.
+        ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
+        is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
     if peer.worker not in WORKERS:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
@@ -63,7 +65,8 @@ def answers(decoder: Decoder, ids: list[int], greedy: int) -> dict[str, Any]:
         tokens.append(int(np.argmax(logits)))
         if len(tokens) < greedy:
             logits = decoder.step(tokens[-1])
-    return {"tokens": tokens, "nll": float(np.mean(losses))}
+    nll = float(np.mean(losses))
+    return {"tokens": tokens, "nll": nll if math.isfinite(nll) else None}
 
 
 def _loss(logits: Logits, token: int) -> float:

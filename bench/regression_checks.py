@@ -89,7 +89,12 @@ def judge_answers(old: dict[str, Any], new: dict[str, Any]) -> list[Check]:
 def answer_of(result: Result) -> dict[str, Any]:
     """The answers of a result's only model."""
     given = result.settings.get("answers") or {}
-    return next(iter(given.values()), {"error": "the run did not ask the model"})
+    return numeric(next(iter(given.values()), {"error": "the run did not ask the model"}))
+
+
+def numeric(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer whose likelihood is a float, NaN where it is no number."""
+    return answer if "error" in answer or answer["nll"] is not None else {**answer, "nll": math.nan}
 
 
 def confirmed(first: Sequence[Check], second: Sequence[Check]) -> list[Check]:
@@ -106,7 +111,7 @@ def confirmed(first: Sequence[Check], second: Sequence[Check]) -> list[Check]:
             checks.append(check)
         elif other.verdict == WORSE:
             checks.append(replace(other, confirmed=True))
-        elif other.verdict == NOT_COMPARABLE:
+        elif other.verdict in (NOT_COMPARABLE, UNKNOWN):  # neither confirmed nor refuted
             reason = f"the second run: {other.reason}"
             checks.append(replace(check, verdict=NOT_COMPARABLE, confirmed=False, reason=reason))
         else:

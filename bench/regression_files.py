@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sysconfig
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,21 @@ def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Pat
     return folder
 
 
+def writable_folder(folder: Path) -> Path:
+    """A folder for baselines, made now: minutes of measuring come before it is needed.
+
+    Raises:
+        RegressionError: as ``checked_folder``, and where nothing can be written.
+    """
+    checked_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise RegressionError(f"{folder} cannot be written ({error.strerror}): give another --baselines DIR") from None
+
+
 def write_baseline(folder: Path, baseline: Baseline) -> Path:
     """Write beside and rename; an older one of the same name and device is replaced."""
     path = checked_folder(folder) / f"{_stem(baseline.name)}.{baseline.fingerprint}.json"
@@ -98,12 +115,19 @@ def read_baselines(folder: Path, name: str) -> list[Baseline]:
     files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
     found = [b for b in map(_read, files) if b.name == name]
     if not found:
-        known = sorted({b.name for b in map(_read, folder.glob("*.json"))})
+        known = sorted(set(_names(folder)))
         others = f"; it has {', '.join(known)}" if known else ""
         raise RegressionError(
             f"{folder} holds no baseline of {name}{others}: record one with `saap devices baseline BUNDLE`"
         )
     return found
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of all baselines; another file beside them is no error."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(RegressionError):
+            yield _read(path).name
 
 
 def _read(path: Path) -> Baseline:

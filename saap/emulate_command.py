@@ -24,8 +24,13 @@ def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], co
     if options["tokens"] < 2:
         raise SaapError(f"a text of {options['tokens']} tokens has no likelihood: give --tokens 2 or more")
     ids = text_ids(Path(bundle), options["text"])[: options["tokens"]]
+    if len(ids) < 2:
+        raise SaapError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
+    onnxruntime = probe()["onnxruntime"]
+    if onnxruntime is None:
+        raise SaapError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
     console.report("emulate, arm64 packages and wheels", 0, 1)
-    root = prepare(cache_directory(), str(probe()["onnxruntime"]))
+    root = prepare(cache_directory(), str(onnxruntime))
     found = emulate(bundle, cpus or tuple(CPUS), ids, root, progress=console.report)
     console.finish()
     if options["json_path"] == STDOUT:

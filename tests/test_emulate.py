@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from bench.emulate import GREEDY, Answer, emulate, judged
+from bench.emulate import GREEDY, Answer, document, emulate, judged
 from bench.plan import Plan
 from bench.result import INVALID, Result
 from devices import emulate as devices_emulate
 from devices.emulate import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
 from devices.probe import probe
 from export.bundle import read_manifest
+from saap import emulate_command
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
 from tests.tiny_graphs import tiny_bundle
@@ -103,6 +105,14 @@ def test_a_changed_token_is_a_fault_of_a_bundle_of_32_bits(tmp_path: Path) -> No
     assert found.exit_code == 1 and "from the 5. on" in found.answers[0].faults[0]
 
 
+def test_a_likelihood_that_is_no_number_is_a_fault_and_null(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    run = Board({"max": {**said(bundle), "nll": None}})
+    found = emulate(str(bundle), ["max"], TEXT, Root(tmp_path, "qemu"), run=run)
+    (told,) = json.loads(json.dumps(document(found), allow_nan=False))["answers"]
+    assert found.exit_code == 1 and told["nll"] is None and told["unknown"]["nll_difference"] == "it is not a number"
+
+
 @pytest.mark.parametrize(("moved", "faults"), [(0.019, 0), (-0.021, 1), (float("nan"), 1)])
 def test_four_bits_are_judged_by_their_likelihood(tmp_path: Path, moved: float, faults: int) -> None:
     manifest = replace(read_manifest(tiny_bundle(tmp_path / "tiny")), bits=4)
@@ -130,6 +140,9 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, monkeypatch: 
     bundle = tiny_bundle(tmp_path / "tiny")
     assert "cortex-a72" in refused("devices", "emulate", bundle, "--cpu", "cortex-m4")
     assert "--tokens 2 or more" in refused("devices", "emulate", bundle, "--tokens", "1")
+    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle, text: (1,))
+    assert "give a longer --text" in refused("devices", "emulate", bundle)
+    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle, text: TEXT)
     monkeypatch.setattr(devices_emulate.shutil, "which", lambda name: None)
     assert "apt install qemu-user mmdebstrap" in refused("devices", "emulate", bundle)
 
