@@ -223,7 +223,10 @@ def _write_verdicts(comparison: Any, newest: Any, options: dict[str, Any]) -> No
 
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SaapError(f"{path} cannot be written ({error.strerror}): give another place") from None

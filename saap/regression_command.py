@@ -11,6 +11,7 @@ import click
 from saap.bench_command import show_reasons
 from saap.console import Console, print_table
 from saap.errors import SaapError
+from saap.remote_command import check_board_options, ended_as_by_a_person
 
 GREEDY = 16
 MOST_TEXT = 128
@@ -30,8 +31,9 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
     """Record and keep."""
     from bench.plan import Plan
     from bench.regression import record
-    from bench.regression_files import checked_folder, write_baseline
+    from bench.regression_files import checked_folder, writable_folder, write_baseline
 
+    _check(options)
     folder = checked_folder(folder_of(options))
     plan = Plan(
         prompt=options["prompt"],
@@ -43,6 +45,7 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
         text=text_ids(_path(bundle), options["text"]),
         greedy=GREEDY,
     )
+    writable_folder(folder)
     kept = record(name_of(bundle, options["name"]), measure(bundle, options, console), plan, options["runs"])
     console.finish()
     path = write_baseline(folder, kept)
@@ -63,6 +66,7 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
 
     if not 0 < options["min_effect"] < 1:
         raise SaapError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")
+    _check(options)
     name, junit = name_of(bundle, options["name"]), options["junit"]
     try:
         verdict = retest(
@@ -103,10 +107,11 @@ def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Me
     def there(plan: Any) -> Any:
         from bench.remote import bench_on
 
-        (answer,) = bench_on(
-            [str(url)], [bundle], plan, wheels=options.get("wheels"), own=not options.get("board_packages"),
-            progress=progress, say=say,
-        )  # fmt: skip
+        with ended_as_by_a_person():
+            (answer,) = bench_on(
+                [str(url)], [bundle], plan, wheels=options.get("wheels"), own=not options.get("board_packages"),
+                progress=progress, say=say,
+            )  # fmt: skip
         if answer.error is not None:
             raise answer.error
         return answer.result
@@ -144,6 +149,12 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise SaapError(f"cannot read {text} ({error}): give a text file in UTF-8") from None
     return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
+
+
+def _check(options: dict[str, Any]) -> None:
+    if options["url"] is None and (options["wheels"] or options["board_packages"]):
+        raise SaapError("--wheels and --board-packages belong to --on: name a board")
+    check_board_options(options)
 
 
 def _path(bundle: str) -> Path:

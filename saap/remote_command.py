@@ -26,9 +26,10 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     from bench.plan import Plan
     from bench.remote import bench_on
 
+    check_board_options(options)
     _check(urls, options)
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
-    with _ended_as_by_a_person():
+    with ended_as_by_a_person():
         answers = bench_on(
             urls,
             [*specs, *specs[: int(options["noise_floor"])]],
@@ -56,9 +57,13 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
 
 
 @contextlib.contextmanager
-def _ended_as_by_a_person() -> Iterator[None]:
-    """A closed terminal, or a workflow that is cancelled, leaves the boards as clean as Ctrl-C does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+def ended_as_by_a_person() -> Iterator[None]:
+    """A closed terminal, or a workflow that is cancelled, leaves the boards as clean as Ctrl-C does.
+
+    A signal that is ignored stays so: under nohup the terminal may be closed.
+    """
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     if threading.current_thread() is threading.main_thread():
         for number in before:
             signal.signal(number, signal.default_int_handler)
@@ -70,11 +75,15 @@ def _ended_as_by_a_person() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def check_board_options(options: dict[str, Any]) -> None:
+    """What contradicts itself in the options of a board."""
+    if options["wheels"] is not None and options["board_packages"]:
+        raise SaapError("--wheels fills a venv there, --board-packages makes none: give one of them")
+
+
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
     if options.get("emulate"):
         raise SaapError("--on measures a board as it is: leave --emulate out")
-    if options["wheels"] is not None and options["board_packages"]:
-        raise SaapError("--wheels fills a venv there, --board-packages makes none: give one of them")
     if len(urls) > 1 and options["form"] in ONE_DOCUMENT:
         raise SaapError(f"--format {options['form']} is of one board: give md or jsonl, or --json FILE")
 

@@ -21,6 +21,8 @@ from bench.result import INVALID, Energy, Result
 from bench.run import bench
 from bench.runtime import OrtDecoder
 from bench.verdict_formats import junit_cases
+from saap.bench_command import write_text
+from saap.errors import SaapError
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
 from tests.tiny_graphs import tiny_bundle
@@ -34,7 +36,7 @@ NOISE = np.random.default_rng(7).normal(1.0, 0.01, 400)  # recorded once: 1 % be
 class Device:
     """Stands in for a run on a device: each gives the next of ``scales``, by which decode takes longer."""
 
-    def __init__(self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float = 2.5, **fields: Any) -> None:
+    def __init__(self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, **fields: Any) -> None:
         self.scales, self.asked, self.fields = list(scales), list[Plan](), fields
         self.answers = {"tokens": list(tokens), "nll": nll}
         self.samples: dict[str, Any] = {}
@@ -106,8 +108,10 @@ def test_both_at_once_are_two(tmp_path: Path) -> None:
     assert [check.what for check in verdict.worse] == ["decode", "greedy tokens"]
 
 
-@pytest.mark.parametrize(("nll", "worse"), [(2.519, []), (2.53, ["NLL"]), (float("nan"), ["NLL"]), (2.4, [])])
-def test_likelihood_may_move_by_rounding(tmp_path: Path, nll: float, worse: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("nll", "worse"), [(2.519, []), (2.53, ["NLL"]), (float("nan"), ["NLL"]), (None, ["NLL"]), (2.4, [])]
+)
+def test_likelihood_may_move_by_rounding(tmp_path: Path, nll: float | None, worse: list[str]) -> None:
     assert [check.what for check in guarded(tmp_path, Device(1.0, 1.0, nll=nll)).worse] == worse
 
 
@@ -170,6 +174,18 @@ def test_a_second_run_that_is_invalid_leaves_it_open(tmp_path: Path) -> None:
     assert verdict.exit_code == 3 and verdict.checks[0].reason == "the second run: the new measurement is INVALID: hot"
 
 
+def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
+    class Unplugged(Powered):
+        joules = 1.3
+
+        def sample(self, s: Any) -> dict[str, Any]:
+            return {**super().sample(s), **({"energy": None} if len(self.asked) > 1 else {})}
+
+    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
+    verdict = retest(tmp_path, "tiny", Unplugged(1.0, 1.0))
+    assert verdicts(verdict)["energy"] == "not comparable" and verdict.exit_code == 3
+
+
 def test_an_invalid_run_is_no_baseline() -> None:
     with pytest.raises(RegressionError, match="run 1 is INVALID, so it is no baseline: hot"):
         record("tiny", Device(1.0, status=INVALID, reasons=["hot"]), PLAN)
@@ -186,16 +202,18 @@ def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "says"),
+    ("plan", "runs", "says"),
     [
-        (replace(PLAN, prompt=(8, 16)), "one setting"),
-        (replace(PLAN, text=(1, 2)), "2 tokens says too little"),
-        (replace(PLAN, repetitions=2), "too few"),
+        (replace(PLAN, prompt=(8, 16)), 2, "one setting"),
+        (replace(PLAN, text=(1, 2)), 2, "2 tokens says too little"),
+        (replace(PLAN, repetitions=2), 2, "too few"),
+        (replace(PLAN, repetitions=2), 3, "too few"),  # no later run of 2 would compare
+        (replace(PLAN, repetitions=6), 0, "0 runs record nothing"),
     ],
 )
-def test_a_plan_that_guards_nothing_is_refused(plan: Plan, says: str) -> None:
+def test_a_plan_that_guards_nothing_is_refused(plan: Plan, runs: int, says: str) -> None:
     with pytest.raises(RegressionError, match=says):
-        record("tiny", Device(1.0, 1.0), plan)
+        record("tiny", Device(1.0, 1.0), plan, runs)
 
 
 def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
@@ -246,6 +264,7 @@ def test_a_damaged_baseline_is_named(tmp_path: Path, text: str) -> None:
 
 def test_no_baseline_says_which_there_are(tmp_path: Path) -> None:
     write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
+    (tmp_path / "cost.json").write_text("{}")  # not ours, and no reason to say something else
     with pytest.raises(RegressionError, match="holds no baseline of other; it has tiny: record one"):
         read_baselines(tmp_path, "other")
 
@@ -278,6 +297,18 @@ def test_answers_are_those_of_a_decoder_that_is_asked_by_hand(tmp_path: Path) ->
         whole.reset()
         assert token == int(np.argmax(whole.logits(np.array(ids))[-1]))
         ids.append(token)
+
+
+def test_a_likelihood_that_is_no_number_fits_into_json() -> None:
+    class Broken:
+        def reset(self) -> None: ...
+
+        def prefill(self, ids: Any) -> Any:
+            return np.full(8, np.nan, np.float32)
+
+        step = prefill
+
+    assert answers(Broken(), [1, 2, 3], 2)["nll"] is None  # type: ignore[arg-type]
 
 
 def test_a_run_asks_each_model(tmp_path: Path) -> None:
@@ -313,6 +344,18 @@ def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
     inside = Path(sysconfig.get_path("purelib")) / "devices" / "baselines"
     told = refused("devices", "baseline", bundle, "--baselines", inside, *COMMAND)
     assert "inside the installed packages" in told and not inside.exists()
+    (tmp_path / "file").touch()
+    told = refused("devices", "baseline", bundle, "--baselines", tmp_path / "file/below", *COMMAND)
+    assert "cannot be written (Not a directory): give another --baselines" in told  # before anything is measured
+    assert "belong to --on" in refused("devices", "test", bundle, "--board-packages")
+    both = ["--on", "local://", "--board-packages", "--wheels", tmp_path]
+    assert "give one of them" in refused("devices", "baseline", bundle, *both, *COMMAND)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaapError, match=r"file/j\.xml cannot be written \((Not a directory|File exists)\)"):
+        write_text(tmp_path / "file/j.xml", "")
 
 
 def test_another_device_ends_with_3_and_junit_tells(tmp_path: Path) -> None:

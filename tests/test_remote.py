@@ -20,7 +20,7 @@ import pytest
 from command_line import here
 from remote_runs import LONG, ONCE, OPTIONS, QUICK, VENV, one, remains, running, script, two_bundles
 
-from bench import remote_board
+from bench import remote, remote_board
 from bench.compare import compare
 from bench.remote import bench_on, measure_on
 from bench.remote_board import Board, Stopped
@@ -28,6 +28,8 @@ from bench.remote_files import pack
 from bench.run import bench
 from bench.store import read_result
 from devices.transport import BoardError, Local, open_transport
+from saap.regression_command import measure
+from saap.remote_command import ended_as_by_a_person
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,31 @@ def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
     assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"
     assert "Traceback" not in said and "could not be cleaned" not in said
     assert not remains(sshd.cache)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_as_by_a_person():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+
+
+def test_a_test_of_a_board_is_ended_like_a_bench(monkeypatch):
+    seen = []
+
+    def bench_on(*arguments, **options):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise BoardError("enough")
+
+    monkeypatch.setattr(remote, "bench_on", bench_on)
+    with pytest.raises(BoardError, match="enough"):
+        measure("tiny", {"url": "local://"}, None)(QUICK)
+    assert seen == [signal.default_int_handler]
 
 
 def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):
