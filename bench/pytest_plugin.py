@@ -54,7 +54,8 @@ class Device:
 
         result = self._run(bundle, Plan(**{"max_time_s": self.max_time_s, **plan}))
         for m in result.measurements:
-            assert m.status != INVALID, f"{m.name} on {self}: INVALID: {'; '.join(m.reasons)}"
+            if m.status == INVALID:  # no assert statement: python -O leaves those out
+                raise AssertionError(f"{m.name} on {self}: INVALID: {'; '.join(m.reasons)}")
         return result
 
     def check(self, bundle: str | Path, name: str | None = None, min_effect: float = 0.05) -> Verdict:
@@ -64,13 +65,14 @@ class Device:
             AssertionError: something is worse, or could not be compared.
             RegressionError: no baseline of this model, or none of this device.
         """
+        from bench.peers import PREPACKED
         from bench.regression import retest, told
         from bench.regression_checks import Limits
         from devices.probe import probe
 
         verdict = retest(
             self.baselines,
-            name or Path(bundle).resolve().name,
+            name or Path(str(bundle).removeprefix(PREPACKED)).resolve().name,  # as the commands name it
             lambda plan: self._run(bundle, plan),
             on=self.url,
             here=None if self.url else probe()["fingerprint"],
@@ -79,7 +81,8 @@ class Device:
         )
         self.verdicts.append(verdict)
         broken = [told(check) for check in verdict.checks if check.verdict in ("worse", "not comparable")]
-        assert not broken, f"{bundle} on {self}:\n  " + "\n  ".join(broken)
+        if broken:
+            raise AssertionError(f"{bundle} on {self}:\n  " + "\n  ".join(broken))
         return verdict
 
     def __str__(self) -> str:

@@ -6,13 +6,17 @@ import os
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench import regression
 from bench.plan import Plan
+from bench.pytest_plugin import Device
 from bench.regression import record
 from bench.regression_files import write_baseline
 from bench.run import bench
+from saap.regression_command import name_of
 from tests.tiny_graphs import tiny_bundle
 
 pytest_plugins = ["pytester"]
@@ -72,6 +76,20 @@ def test_on_this_host_against_a_baseline(suite: pytest.Pytester) -> None:
     done = ran(suite, "--saap-device", "local", "--saap-baselines", "kept")
     done.assert_outcomes(passed=3, failed=1)
     done.stdout.fnmatch_lines(["*greedy tokens: worse, token 1 of 16*"])
+
+
+def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def retest(folder: Path, name: str, measure: object, **options: object) -> object:
+        names.append(name)
+        return SimpleNamespace(checks=[SimpleNamespace(verdict="worse")])
+
+    monkeypatch.setattr(regression, "retest", retest)
+    monkeypatch.setattr(regression, "told", lambda check: "decode: worse")
+    with pytest.raises(AssertionError, match="decode: worse"):
+        Device("ssh://board", tmp_path, 1.0).check("prepacked:tiny")
+    assert names == ["tiny"] == [name_of("prepacked:tiny", None)]
 
 
 def test_no_baseline_says_how_to_make_one(suite: pytest.Pytester) -> None:
