@@ -192,7 +192,7 @@ def _follow(board: Board, run: str, told: Progress) -> dict[str, Any]:
             if "refused" in line:
                 refused = printable(line["refused"])
             elif "label" in line:
-                told(printable(line["label"]).replace("[", "("), float(line["done"]), float(line["total"]))
+                told(printable(line["label"]), float(line["done"]), float(line["total"]))
         except (KeyError, TypeError, ValueError, RecursionError):
             return  # a library printed something there
 

@@ -67,8 +67,8 @@ class Console:
 
         if fresh or self._bars is None:
             self._bars = Progress(
-                TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), console=RichConsole(stderr=True),
+                TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=RichConsole(stderr=True),
             )  # fmt: skip
             self._bars.start()
             self._task = self._bars.add_task(label, total=total)
@@ -95,7 +95,8 @@ class Console:
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table for people on standard output; columns of numbers stand on the right.
 
-    Cells do not break into lines: a number in two pieces cannot be read.
+    Cells do not break into lines: a number in two pieces cannot be read. They are shown as they are: brackets, such as
+    those of an address of IPv6, are no markup.
     """
     from rich import box
     from rich.console import Console as RichConsole
@@ -115,7 +116,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         )
     for row in rows:
         table.add_row(*row)
-    RichConsole(width=None if sys.stdout.isatty() else 120).print(table)
+    RichConsole(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
 
 
 def plan_chart(dense: list[dict[str, int]], kept: list[dict[str, list[int]]]) -> str:
