@@ -80,7 +80,7 @@ def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         if store.make_room(request["files"], needed) < needed:
             raise AgentError(full(folder, needed))
     except BaseException:
-        lock.release(request["run"])
+        lock.untake(request["run"])
         raise
     return {"missing": missing, "installed": agent is not None}
 
@@ -156,7 +156,7 @@ def main() -> None:
         say(answer)
     except BrokenPipeError:
         if request["do"] == "take":  # whoever asked does not know that it has the lock
-            Lock(home(), request["root"]).release(request["run"])
+            Lock(home(), request["root"]).untake(request["run"])
         os._exit(1)
 
 

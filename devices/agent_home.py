@@ -139,14 +139,18 @@ class Lock:
         with guarded(self._guard):
             held = read_json(self.path)
             if held.get("run") == run:
-                self.touch()
+                write_json(self.path, {**held, "taker": os.getpid()})
                 return
             if self.path.exists() and not self._stale(held):
                 since = _ago(time.time() - float(held.get("since", time.time())))
                 who, process = held.get("owner", "somebody"), held.get("pid")
                 what = f" (process {process} there)" if process else ""
                 raise AgentError(f"{who} measures there since {since}{what}: wait until that run has ended")
-            write_json(self.path, {"run": run, "owner": owner, "since": time.time(), "boot_id": boot_id(self._root)})
+            write_json(
+                self.path,
+                {"run": run, "owner": owner, "since": time.time(), "boot_id": boot_id(self._root),
+                 "taker": os.getpid()},
+            )  # fmt: skip
 
     def process(self, run: str, pid: int) -> None:
         """Name the process that measures."""
@@ -173,6 +177,13 @@ class Lock:
         """Give it up, if it is this run's."""
         with guarded(self._guard):
             if self.holds(run):
+                self.path.unlink(missing_ok=True)
+
+    def untake(self, run: str) -> None:
+        """Give up what this process took in vain, unless the same run has taken it again over another connection."""
+        with guarded(self._guard):
+            held = read_json(self.path)
+            if (held.get("run"), held.get("taker")) == (run, os.getpid()):
                 self.path.unlink(missing_ok=True)
 
     def _stale(self, held: dict[str, Any]) -> bool:

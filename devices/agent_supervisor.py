@@ -18,6 +18,7 @@ from devices.agent_home import Lock, below, kill, modified, read_json, write_jso
 from devices.agent_run import BEAT_S, END_S, LEASE_S, run_folder
 
 JOB = "bench.board_job"
+MOST_STDERR = 1 << 16  # bytes of its end that are looked at
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
 
@@ -73,7 +74,9 @@ class Supervisor:
     def _how(self, code: int) -> dict[str, Any]:
         if code == 0:
             return {"code": 0}
-        lines = (self.place / "stderr.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        with (self.place / "stderr.txt").open("rb") as said:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - MOST_STDERR))
+            lines = said.read().decode("utf-8", "replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
         killed = "killed there, as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return {"code": code, "error": killed or last or f"its process ended with {code}"}

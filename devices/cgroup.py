@@ -110,6 +110,8 @@ def limited_memory(limit_bytes: int, root: Path = Path("/")) -> Iterator[MemoryG
     refused = []
     for parent, version in _parents(root):
         path = parent / f"saap-{os.getpid()}"
+        with contextlib.suppress(OSError):  # of a killed process that had our number, as they have in containers
+            path.rmdir()
         try:
             path.mkdir()
         except OSError as error:

@@ -179,6 +179,20 @@ def test_the_lock_is_of_one_run(tmp_path):
     assert lock.holds(OTHER)
 
 
+def test_a_request_that_hears_late_of_its_cut_leaves_the_lock_to_the_one_made_again(tmp_path, monkeypatch):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann")
+    mine = os.getpid()
+    monkeypatch.setattr(agent_home.os, "getpid", lambda: mine + 1)
+    lock.take(RUN, "ann")  # over another connection
+    monkeypatch.setattr(agent_home.os, "getpid", lambda: mine)
+    lock.untake(RUN)
+    assert lock.holds(RUN)
+    lock.take(RUN, "ann")
+    lock.untake(RUN)
+    assert not lock.path.exists()
+
+
 def test_a_lock_without_a_process_holds_while_it_is_touched(tmp_path):
     lock = Lock(tmp_path)
     lock.take(RUN, "ann")

@@ -70,6 +70,17 @@ def test_the_group_goes_away_and_its_maker_was_never_in_it() -> None:
     assert not made.path.exists()
 
 
+def test_what_a_killed_process_of_this_number_left_is_no_obstacle() -> None:
+    with _or_skip() as made:
+        place = made.path
+    place.mkdir()
+    try:
+        with limited_memory(64 * MB) as group:
+            assert group.path == place
+    finally:
+        assert not place.exists()
+
+
 def test_a_model_that_does_not_fit_is_invalid_and_the_parent_lives(tmp_path: Path) -> None:
     """The runtime needs more than 40 MB and the copies of these weights that its kernels want another 100."""
     with _or_skip():
