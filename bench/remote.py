@@ -26,7 +26,7 @@ from typing import Any
 from bench.plan import Plan
 from bench.remote_board import Board, Say
 from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
-from bench.result import Result
+from bench.result import Measurement, Result
 from bench.rounds import Progress
 from bench.store import result_from_dict
 from devices.transport import BoardError, open_transport, printable
@@ -72,11 +72,11 @@ def bench_on(
     """
     plan = plan or Plan()
     plan.check()
-    if len(set(urls)) != len(urls):
-        raise BoardError("a board is named twice: name each once")
     stop, shown = threading.Event(), _Shown(len(urls), progress, say)
     with ExitStack() as opened:
         transports = [opened.enter_context(closing(open_transport(url))) for url in urls]
+        if len({transport.name for transport in transports}) != len(urls):  # ssh://board/ is ssh://board
+            raise BoardError("a board is named twice: name each once")
         shipment = pack(specs, plan, wheels, own)
         boards = [Board(transport, stop, shown.say) for transport in transports]
         with ThreadPoolExecutor(len(boards)) as pool:
@@ -223,7 +223,7 @@ def _result(board: Board, fetched: dict[str, Any], shipment: Shipment) -> Result
         rounds, left = divmod(len(result.measurements), len(packed))
         if left or not rounds:
             raise ValueError("measurements are missing")
-        measured = [replace(m, spec=p.spec) for m, p in zip(result.measurements, packed * rounds, strict=True)]
+        measured = [_readable(m, p.spec) for m, p in zip(result.measurements, packed * rounds, strict=True)]
         if any(m.bundle_hash != p.manifest.content_hash for m, p in zip(measured, packed * rounds, strict=True)):
             raise ValueError("another bundle")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -234,6 +234,13 @@ def _result(board: Board, fetched: dict[str, Any], shipment: Shipment) -> Result
         command=list(sys.argv),
         versions={**_version(), **result.versions},
         settings={**result.settings, "on": board.name},
+    )
+
+
+def _readable(m: Measurement, spec: str) -> Measurement:
+    """Its texts are printed here, and come from another machine: a worker there may have coloured its last lines."""
+    return replace(
+        m, spec=spec, name=printable(m.name), reasons=[*map(printable, m.reasons)], stderr=[*map(printable, m.stderr)]
     )
 
 

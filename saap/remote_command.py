@@ -6,7 +6,7 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     if len(answers) == 1 and answers[0].error is not None:
         raise answers[0].error
     measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
+    places = _places(options["json_path"], [answer.url for answer in answers])
     for url, result in measured.items():
         _show(url, result, options, several=len(answers) > 1)
-        keep(result, _place(options["json_path"], url, len(answers) > 1), options["history"])
+        keep(result, places[url], options["history"])
     if len(measured) > 1 and not options["form"]:
         _side_by_side(measured)
     failed = [answer.error for answer in answers if answer.error is not None]
@@ -90,9 +91,11 @@ def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
 
 def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None:
     from bench.table import formatted
+    from devices.transport import printable
 
     if several and options["form"] in (None, "md"):
-        click.echo(f"### {url}: {result.device.get('board') or result.device.get('cpu_model') or 'unknown board'}\n")
+        board = result.device.get("board") or result.device.get("cpu_model") or "unknown board"
+        click.echo(f"### {url}: {printable(board)}\n")
     if options["form"]:
         click.echo(formatted(result, options["form"]), nl=False)
         show_reasons(result, to_stderr=True)
@@ -100,12 +103,20 @@ def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None
         show_result(result, noise_floor=options["noise_floor"])
 
 
-def _place(path: Path | None, url: str, several: bool) -> Path | None:
-    """One document per board: ``result.json`` becomes ``result.pi-board.json``."""
-    if path is None or path == STDOUT or not several:
-        return path
-    label = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-") or "local"
-    return path.with_name(f"{path.stem}.{label}{path.suffix}")
+def _places(path: Path | None, urls: Sequence[str]) -> dict[str, Path | None]:
+    """One document per board: ``result.json`` becomes ``result.pi-board.json``; never two in one file."""
+    if path is None or path == STDOUT or len(urls) < 2:
+        return dict.fromkeys(urls, path)
+    labels = {url: _label(url.partition("://")[2]) or _label(url) for url in urls}
+    found: dict[str, Path | None] = {}
+    for number, (url, label) in enumerate(labels.items(), 1):
+        unique = label if [*labels.values()].count(label) == 1 else f"{_label(url)}-{number}"
+        found[url] = path.with_name(f"{path.stem}.{unique}{path.suffix}")
+    return found
+
+
+def _label(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
 def _side_by_side(measured: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from bench.run import bench
 from bench.store import read_result
 from devices.transport import BoardError, Local, open_transport
 from saap.regression_command import measure
-from saap.remote_command import ended_as_by_a_person
+from saap.remote_command import _places, ended_as_by_a_person
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +276,30 @@ def test_several_boards_on_the_command_line(sshd, bundles, tmp_path, monkeypatch
     results = [read_result(tmp_path / name) for name in names]
     assert [r.settings["on"] for r in results] == [sshd.url, "local://"]
     assert not remains(sshd.cache) and not remains(tmp_path / "here")
+
+
+def test_no_two_boards_write_one_file():
+    urls = ["adb://", "local://", "ssh://pi@board", "ssh://pi-board", "ssh://other"]
+    places = _places(Path("out/r.json"), urls)
+    assert [path.name for path in places.values()] == [
+        "r.adb.json", "r.local.json", "r.ssh-pi-board-3.json", "r.ssh-pi-board-4.json", "r.other.json",
+    ]  # fmt: skip
+    assert _places(Path("r.json"), urls[:1]) == {"adb://": Path("r.json")}
+
+
+def test_what_a_board_wrote_steers_no_terminal(sshd, bundles, monkeypatch):
+    whole = remote.result_from_dict
+
+    def coloured(raw):
+        found = whole(raw)
+        (m,) = found.measurements
+        return dataclasses.replace(
+            found, measurements=[dataclasses.replace(m, reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])]
+        )
+
+    monkeypatch.setattr(remote, "result_from_dict", coloured)
+    (m,) = one(sshd.url, bundles[:1], ONCE).measurements
+    assert (m.reasons, m.stderr) == (["?[31mhot"], ["?]0;title?"])
 
 
 def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ def test_mistakes_are_one_line(bundles, tmp_path):
     assert "names no board" in refused("bench", bundles[0], "--on", "ssh://-oProxyCommand=x")
     assert "--on takes bundles" in refused("bench", "torch:model", "--on", "local://")
     assert "named twice" in refused("bench", bundles[0], "--on", "local://", "--on", "local://")
+    assert "named twice" in refused("bench", bundles[0], "--on", "ssh://b", "--on", "ssh://b/")
     assert "no wheels in" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[:-1])
     assert "give one of them" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[-1:])
     assert "belong to --on" in refused("bench", bundles[0], "--board-packages")
