@@ -108,6 +108,8 @@ def retest(
     checks = judge_all(same.pooled, first, limits)
     if any(check.verdict == WORSE for check in checks):
         results.append(measure(replace(plan_of(same), max_time_s=max_time_s)))
+        if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
+            raise OtherDeviceError(f"the device changed between two runs: {differs}; test again")
         checks = confirmed(checks, judge_all(same.pooled, results[1], limits))
     return Verdict(same, checks, results)
 

@@ -12,6 +12,7 @@ from saap.bench_command import STDOUT, write_text
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.regression_command import text_ids
+from saap.remote_command import ended_as_by_a_person
 
 
 def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
@@ -31,7 +32,8 @@ def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], co
         raise SaapError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
     console.report("emulate, arm64 packages and wheels", 0, 1)
     root = prepare(cache_directory(), str(onnxruntime))
-    found = emulate(bundle, cpus or tuple(CPUS), ids, root, progress=console.report)
+    with ended_as_by_a_person():
+        found = emulate(bundle, cpus or tuple(CPUS), ids, root, progress=console.report)
     console.finish()
     if options["json_path"] == STDOUT:
         click.echo(json.dumps(document(found), allow_nan=False))

@@ -186,6 +186,16 @@ def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
     assert verdicts(verdict)["energy"] == "not comparable" and verdict.exit_code == 3
 
 
+def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: Path) -> None:
+    class Switched(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.fingerprint = "ab"[len(self.asked)] * 16
+            return super().__call__(plan)
+
+    with pytest.raises(OtherDeviceError, match="the device changed between two runs"):
+        guarded(tmp_path, Switched(1.10, 1.10))
+
+
 def test_an_invalid_run_is_no_baseline() -> None:
     with pytest.raises(RegressionError, match="run 1 is INVALID, so it is no baseline: hot"):
         record("tiny", Device(1.0, status=INVALID, reasons=["hot"]), PLAN)
