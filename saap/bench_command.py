@@ -12,6 +12,7 @@ import click
 
 from saap.console import Console, print_table
 from saap.errors import SaapError
+from saap.interrupt import ended_as_by_a_person
 from saap.json_files import read_object
 
 STDOUT = Path("-")
@@ -49,10 +50,11 @@ def measured(
     from bench.edge import bench_emulated
     from bench.run import bench
 
-    if edge is None:
-        result = bench(specs, plan, names=names, progress=console.report)
-    else:
-        result = bench_emulated(specs, plan, edge, names=names, progress=console.report)
+    with ended_as_by_a_person():
+        if edge is None:
+            result = bench(specs, plan, names=names, progress=console.report)
+        else:
+            result = bench_emulated(specs, plan, edge, names=names, progress=console.report)
     console.finish()
     return result
 
@@ -163,12 +165,14 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
         results = read_result(old), read_result(new)
         comparison = compare(*results, minimum)
         if options["confirm"] and comparison.regressed:
-            comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
+            with ended_as_by_a_person():
+                comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
         newest = results[1]
     elif any(files):
         raise SaapError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
-        live = compare_live([old, new], plan, minimum, confirm=options["confirm"], progress=console.report)
+        with ended_as_by_a_person():
+            live = compare_live([old, new], plan, minimum, confirm=options["confirm"], progress=console.report)
         comparison, newest = live.comparison, live.results[-1]
         show_reasons(newest)
     console.finish()

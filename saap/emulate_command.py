@@ -11,8 +11,8 @@ import click
 from saap.bench_command import STDOUT, write_text
 from saap.console import Console, print_table
 from saap.errors import SaapError
+from saap.interrupt import ended_as_by_a_person
 from saap.regression_command import text_ids
-from saap.remote_command import ended_as_by_a_person
 
 
 def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], console: Console) -> int:

@@ -11,7 +11,8 @@ import click
 from saap.bench_command import show_reasons
 from saap.console import Console, print_table
 from saap.errors import SaapError
-from saap.remote_command import check_board_options, ended_as_by_a_person
+from saap.interrupt import ended_as_by_a_person
+from saap.remote_command import check_board_options
 
 GREEDY = 16
 MOST_TEXT = 128
@@ -102,7 +103,8 @@ def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Me
     def here(plan: Any) -> Any:
         from bench.run import bench
 
-        return bench([bundle], plan, names=[name], progress=progress)
+        with ended_as_by_a_person():
+            return bench([bundle], plan, names=[name], progress=progress)
 
     def there(plan: Any) -> Any:
         from bench.remote import bench_on

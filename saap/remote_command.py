@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import click
 from saap.bench_command import NOTHING_MEASURED, PLAN, STDOUT, keep, show_reasons, show_result
 from saap.console import Console, print_table
 from saap.errors import SaapError
+from saap.interrupt import ended_as_by_a_person
 from saap.json_files import read_object
 
 ONE_DOCUMENT = ("csv", "json")
@@ -55,25 +53,6 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     if failed:
         return SaapError.exit_code
     return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
-
-
-@contextlib.contextmanager
-def ended_as_by_a_person() -> Iterator[None]:
-    """A closed terminal, or a workflow that is cancelled, leaves the boards as clean as Ctrl-C does.
-
-    A signal that is ignored stays so: under nohup the terminal may be closed.
-    """
-    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
-    if threading.current_thread() is threading.main_thread():
-        for number in before:
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def check_board_options(options: dict[str, Any]) -> None:

@@ -28,8 +28,9 @@ from bench.remote_files import pack
 from bench.run import bench
 from bench.store import read_result
 from devices.transport import BoardError, Local, open_transport
+from saap.interrupt import ended_as_by_a_person
 from saap.regression_command import measure
-from saap.remote_command import _places, ended_as_by_a_person
+from saap.remote_command import _places
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,22 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def test_an_ended_command_leaves_no_worker_here_either(bundles):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saap.cli", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    workers = []
+    while not workers:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if any(part.startswith("bench.") for part in _command(child))]
+    for worker in workers:
+        worker.suspend()  # one that hangs has nobody else who would end it
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert not [worker for worker in workers if worker.is_running()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,27 @@
+"""Ends that are asked for by a signal: what measures has processes of its own, here or on boards, to take with it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def ended_as_by_a_person() -> Iterator[None]:
+    """A closed terminal, or a workflow that is cancelled, leaves boards and workers as clean as Ctrl-C does.
+
+    A signal that is ignored stays so: under nohup the terminal may be closed.
+    """
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    if threading.current_thread() is threading.main_thread():
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
