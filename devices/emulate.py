@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from devices.transport import Local, last_line
@@ -101,8 +102,9 @@ def prepare(cache: Path, onnxruntime: str) -> Root:
             _unpack_debian(partial, Path(folder) / "root.tar")
             _install_wheels(partial, onnxruntime)
             (partial / "whole").touch()
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
+            if not (place / "whole").is_file():  # else another process was faster, and may be using it
+                shutil.rmtree(place, ignore_errors=True)
+                partial.rename(place)
     _write_launcher(root)
     return root
 
@@ -110,6 +112,8 @@ def prepare(cache: Path, onnxruntime: str) -> Root:
 def _unpack_debian(root: Path, archive: Path) -> None:
     if shutil.which("mmdebstrap") is None:
         raise EmulationError("mmdebstrap is not installed: `sudo apt install qemu-user mmdebstrap` (Debian, Ubuntu)")
+    if find_spec("pip") is None:  # said before minutes of fetching
+        raise EmulationError("this Python has no pip, which fetches the wheels: `python -m ensurepip`")
     keyring = [f"--keyring={KEYRING}"] if KEYRING.is_file() else []
     _fetch(
         ["mmdebstrap", "--arch=arm64", "--variant=extract", f"--include={','.join(PACKAGES)}", *keyring, SUITE,

@@ -58,6 +58,30 @@ def test_a_failed_fetch_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPat
     assert list((tmp_path / "cache/emulated").iterdir()) == []
 
 
+def test_without_pip_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("qemu-aarch64", "mmdebstrap"):
+        program(tmp_path / "bin", name, "exit 9")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
+    monkeypatch.setattr(devices_emulate, "find_spec", lambda name: None)
+    with pytest.raises(EmulationError, match="this Python has no pip.*ensurepip"):
+        prepare(tmp_path / "cache", "1.23.2")
+
+
+def test_what_another_process_made_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program(tmp_path / "bin", "qemu-aarch64", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
+    theirs = tmp_path / "emulated" / "trixie-arm64-onnxruntime-1.23.2"
+
+    def meanwhile(partial: Path, version: str) -> None:
+        theirs.mkdir()
+        (theirs / "whole").write_text("theirs")
+
+    monkeypatch.setattr(devices_emulate, "_unpack_debian", lambda partial, archive: partial.mkdir())
+    monkeypatch.setattr(devices_emulate, "_install_wheels", meanwhile)
+    assert prepare(tmp_path, "1.23.2").path == theirs
+    assert (theirs / "whole").read_text() == "theirs" and len(list(theirs.parent.iterdir())) == 1
+
+
 def test_what_is_whole_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path / "bin", "qemu-aarch64", 'echo "$QEMU_CPU" "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
