@@ -63,7 +63,7 @@ def test_without_pip_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
         program(tmp_path / "bin", name, "exit 9")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
     monkeypatch.setattr(devices_emulate, "find_spec", lambda name: None)
-    with pytest.raises(EmulationError, match="this Python has no pip.*ensurepip"):
+    with pytest.raises(EmulationError, match=r"this Python has no pip.*ensurepip"):
         prepare(tmp_path / "cache", "1.23.2")
 
 
