@@ -165,18 +165,19 @@ class Adb:
         return ["adb", *(["-s", self.serial] if self.serial else []), "shell", "-T", command]
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """By what adb says."""
+        """By what adb says, whose own lines begin with its name or ``error:``; others are the agent's."""
+        own = any(line.startswith(("adb: ", "error: ")) for line in stderr.splitlines())
+        if stderr.strip() and not own:
+            return _crashed(self.name, code, stderr)
         if "unauthorized" in stderr:
             return BoardError(
                 f"{self.name}: it does not allow debugging yet: confirm this computer's key on its screen"
             )
         if "more than one device" in stderr:
             return BoardError(f"{self.name}: several devices are attached: give adb://SERIAL, see `adb devices`")
-        if "not found" in stderr or "no devices" in stderr or "offline" in stderr:
-            return LostError(f"{self.name}: no such device: {last_line(stderr)}: see `adb devices`")
-        if not stderr.strip():  # what adb tells of a cable that was pulled
+        if not own:  # what adb tells of a cable that was pulled
             return LostError(f"{self.name}: the connection ended")
-        return _crashed(self.name, code, stderr)
+        return LostError(f"{self.name}: no such device: {last_line(stderr)}: see `adb devices`")
 
     def drop(self) -> None:
         """adb's server keeps its connections itself."""

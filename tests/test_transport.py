@@ -112,6 +112,8 @@ def test_programs_that_are_not_installed(tmp_path, monkeypatch):
         (Adb(), 1, "adb: more than one device/emulator", BoardError, "give adb://SERIAL"),
         (Adb("A"), 1, "error: device 'A' not found", LostError, "no such device"),
         (Adb("A"), 255, "", LostError, "the connection ended"),
+        (Adb("A"), 1, "error: closed", LostError, "error: closed"),
+        (Adb("A"), 1, "Traceback\nImportError: library libz.so not found", BoardError, "exit 1: ImportError"),
         (Local(), 2, "oh\x1b[31m no", BoardError, r"exit 2: oh\?\[31m no"),
     ],
 )
