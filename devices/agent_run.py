@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from devices.agent_files import Store
+from devices.agent_files import Store, free, full
 from devices.agent_home import (
     CACHE,
     AgentError,
@@ -38,6 +38,7 @@ from devices.agent_install import agent_folder, environment, ready
 BEAT_S = 2.0
 HUNG_S = 120.0  # without a beat of a supervisor that still runs
 LEASE_S = 900.0
+LEAST_FREE = 1 << 20  # bytes: with less, not even how a run ended can be written
 END_S = 10.0  # between asking a run to end and killing it
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -123,7 +124,7 @@ def follow(folder: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for line, offset in _lines(place / "progress.jsonl", offset):  # noqa: B020 one offset goes through
             yield {"line": line, "at": offset}
         if done or (gone and not read_json(place / "done.json")):
-            yield {"done": done or {"error": "its process was killed there"}}
+            yield {"done": done or {"error": _why_gone(folder)}}
             return
         beat = modified(place / "beat")
         if beat != beaten:
@@ -133,6 +134,11 @@ def follow(folder: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             return
         yield {"beat": True}
         time.sleep(BEAT_S / 2)
+
+
+def _why_gone(folder: Path) -> str:
+    """Of a supervisor that left no word: a full disk keeps it from writing one."""
+    return full(folder) if free(folder) < LEAST_FREE else "its process was killed there"
 
 
 def fetch(folder: Path, request: dict[str, Any]) -> dict[str, Any]:

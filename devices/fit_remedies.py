@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from devices.fit_facts import Device, Finding, Model
+from devices.fit_kernels import dotprod
 from devices.fit_memory import memory_of, packed_share
 
 KV8_RUNTIME = (1, 27)  # ONNX Runtime whose attention takes an int8 cache on a CPU
@@ -24,7 +25,7 @@ def for_memory(model: Model, device: Device, context: int, prompt: int, largest:
     if shorter := largest_prompt(model, device, context):
         found.append(Finding(f"this context fits if no prompt is longer than {shorter} tokens"))
     for bits in (8, 4):
-        if bits < model.bits and (bits == 4 or "dotprod" not in device.lacks):
+        if bits < model.bits and (bits == 4 or dotprod(device) is not False):
             smaller = with_bits(model, bits)
             if _fits(smaller, device, context, prompt):
                 found.append(Finding(f"weights of {bits} bit fit", f"saap export MODEL -o BUNDLE --bits {bits}"))

@@ -121,6 +121,13 @@ def test_an_ended_run_leaves_no_worker(tmp_path, begin):
     assert gone(numbers, 0.1) and not (tmp_path / "runs" / RUN).exists()
 
 
+def test_a_supervisor_that_could_not_write_its_last_word_is_a_full_disk(tmp_path, begin, monkeypatch):
+    asked = begin("import time; time.sleep(60)")
+    os.kill(json.loads((tmp_path / "runs" / RUN / "process.json").read_text())["pid"], signal.SIGKILL)
+    monkeypatch.setattr(agent_run, "free", lambda folder: 0)
+    assert "the disk is full" in told(tmp_path, asked)[-1]["done"]["error"]
+
+
 def test_a_killed_supervisor_is_noticed_and_its_job_ends(tmp_path, begin):
     asked = begin(
         SPAWNS.replace(

@@ -9,6 +9,7 @@ from devices.fit_facts import Device, Finding, Model
 from devices.fit_kernels import kernels
 from devices.fit_memory import RUNTIME_BYTES, SYSTEM_BYTES, largest_context, memory_of, packed_share, usable_memory
 from devices.fit_remedies import largest_prompt, prune_to, with_bits
+from devices.isa import FEATURES
 from devices.profile import DeviceError
 from saap.bundle_size import BundleSize
 
@@ -209,6 +210,11 @@ def test_a_device_without_dotprod_is_not_sent_to_8_bit() -> None:
     commands = [f.command for f in fit(SMOL32, replace(PI4, memory_bytes=600 * MB), 2000).remedies]
     assert "saap export MODEL -o BUNDLE --bits 4" in commands
     assert "saap export MODEL -o BUNDLE --bits 8" not in commands
+
+
+def test_an_x86_host_lacks_dotprod_by_name_only() -> None:
+    host = replace(X86, lacks=FEATURES - X86.isa, memory_bytes=450 * MB)  # as `saap devices check` reads its own
+    assert "saap export MODEL -o BUNDLE --bits 8" in [f.command for f in fit(SMOL32, host, 1000, 100).remedies]
 
 
 def test_nothing_helps_where_the_runtime_alone_is_too_large() -> None:
