@@ -9,8 +9,9 @@ sigma_m^2 = mean_G I_m(G). For selection only the non-negative part P(G) = sum_m
 term is one offset for all structures that share the sigmas.
 
 Ours is a factor for layers. Channels are scored one by one, but go by the hundred, and what goes from one layer adds up
-in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the sum of P over the layer's
-channels in units of the mean over layers, to the power of gamma. Heads, of which a layer has few, do worse with it.
+in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the mean of P over the layer's
+channels in units of the mean over layers, to the power of gamma. A sum would be lower for layers that were cut before,
+and empty them step by step. Heads, of which a layer has few, do worse with the factor.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class FusionOptions:
         learned: find the log-variances by gradient descent instead of in closed form; both agree.
         stability: lambda in P exp(lambda ASI); below 0 structures whose importance fluctuates are pruned first, above 0
             they are kept, 0 is off.
-        layer_power: gamma in P (sum of P in the layer / mean over layers)^gamma of FFN channels; 0 is off.
+        layer_power: gamma in P (mean of P in the layer / mean over layers)^gamma of FFN channels; 0 is off.
     """
 
     score: str = "vector-token"
@@ -78,12 +79,12 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
 
 
 def layer_weighted(rows: list[torch.Tensor], power: float) -> list[torch.Tensor]:
-    """Scores per layer, [structures] each, times (the layer's sum / the mean of such sums above 0)^power."""
-    sums = torch.stack([row.sum() for row in rows])
-    some = sums > 0
+    """Scores per layer, [structures] each, times (the layer's mean / the mean of such means above 0)^power."""
+    means = torch.stack([row.mean() if len(row) else row.new_zeros(()) for row in rows])
+    some = means > 0
     if not power or not some.any():
         return rows
-    factors = torch.where(some, (sums / sums[some].mean()) ** power, 1.0)
+    factors = torch.where(some, (means / means[some].mean()) ** power, 1.0)
     return [row * factor for row, factor in zip(rows, factors, strict=True)]
 
 

@@ -187,10 +187,10 @@ def test_stability_multiplies_the_fused_score(tiny_model):
             assert factor.std() > 0
 
 
-def test_a_layer_counts_by_the_sum_of_its_own_scores():
+def test_a_layer_counts_by_the_mean_of_its_own_scores():
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor([1.0, 1.0, 7.0]), torch.zeros(2)]
     first, empty, second, nothing = layer_weighted(rows, 2.0)
-    assert torch.allclose(first, rows[0] * (3 / 6) ** 2) and torch.allclose(second, rows[2] * (9 / 6) ** 2)
+    assert torch.allclose(first, rows[0] * (1.5 / 2.25) ** 2) and torch.allclose(second, rows[2] * (3 / 2.25) ** 2)
     assert not len(empty) and torch.equal(nothing, rows[3])
     assert layer_weighted(rows, 0.0) is rows
     assert layer_weighted([torch.zeros(2)], 1.0)[0].tolist() == [0, 0]
