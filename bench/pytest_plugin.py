@@ -14,6 +14,7 @@ Tests that take ``saap_device`` are marked ``device``, so that ``-m "not device"
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of a run."""
     group = parser.getgroup("saap", "device tests")
     group.addoption(
-        "--saap-device", metavar="URL", help="Run device tests: local, ssh://user@host[:port], adb://[serial]."
+        "--saap-device",
+        metavar="URL",
+        help="Run device tests: local, ssh://user@host[:port], adb://[serial], labgrid://PLACE.",
     )
     group.addoption("--saap-baselines", metavar="DIR", help="Of saap devices baseline; default: devices/baselines.")
     group.addoption("--saap-max-time", type=float, default=120.0, metavar="S", help="Seconds of one measurement.")
@@ -132,17 +135,18 @@ def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     url = request.config.getoption("--saap-device")
     if url is None:
         pytest.skip("no device: name one with --saap-device local or --saap-device ssh://user@host")
-    if url not in HERE:
-        _known(url)
     baselines = Path(request.config.getoption("--saap-baselines") or request.config.invocation_params.dir / DEFAULT)
-    yield Device(None if url in HERE else url, baselines, request.config.getoption("--saap-max-time"))
+    with ExitStack() as ends:
+        there = None if url in HERE else _kept(url, ends)
+        yield Device(there, baselines, request.config.getoption("--saap-max-time"))
 
 
-def _known(url: str) -> None:
-    """Refuse what names no board before anything is measured."""
-    from devices.transport import BoardError, open_transport
+def _kept(url: str, ends: ExitStack) -> str:
+    """The board, the same one for all tests; what names none is refused before anything is measured."""
+    from bench.ways import kept
+    from devices.transport import BoardError
 
     try:
-        open_transport(url).close()
+        return ends.enter_context(kept(url, print))  # pytest shows it where a test fails
     except BoardError as error:
         raise pytest.UsageError(f"--saap-device: {error}") from None

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +28,8 @@ from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
 from bench.result import Measurement, Result
 from bench.rounds import Progress
 from bench.store import result_from_dict
-from devices.transport import BoardError, open_transport, printable
+from bench.ways import Way, way_to
+from devices.transport import BoardError, printable
 
 HERE_ONLY = ("root", "launch")  # of a plan: they mean this host
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
@@ -58,7 +58,7 @@ def bench_on(
     """Measure the specs on every board, all boards at once.
 
     Args:
-        urls: ``ssh://user@host[:port]``, ``adb://[serial]`` or ``local://``.
+        urls: ``ssh://user@host[:port]``, ``adb://[serial]``, ``labgrid://PLACE`` or ``local://``.
         specs: bundles and ``prepacked:`` bundles, as paths here.
         wheels: a folder of wheels for boards that reach no package index.
         own: install into a venv of its own there; False: use the packages of the board's Python.
@@ -73,19 +73,17 @@ def bench_on(
     plan = plan or Plan()
     plan.check()
     stop, shown = threading.Event(), _Shown(len(urls), progress, say)
-    with ExitStack() as opened:
-        transports = [opened.enter_context(closing(open_transport(url))) for url in urls]
-        if len({transport.name for transport in transports}) != len(urls):  # ssh://board/ is ssh://board
-            raise BoardError("a board is named twice: name each once")
-        shipment = pack(specs, plan, wheels, own)
-        boards = [Board(transport, stop, shown.say) for transport in transports]
-        with ThreadPoolExecutor(len(boards)) as pool:
-            futures = [pool.submit(_answer, board, shipment, plan, shown) for board in boards]
-            try:
-                wait(futures)
-            except BaseException:
-                stop.set()
-                raise
+    ways = [way_to(url) for url in urls]
+    if len({way.name for way in ways}) != len(ways):  # ssh://board/ is ssh://board
+        raise BoardError("a board is named twice: name each once")
+    shipment = pack(specs, plan, wheels, own)
+    with ThreadPoolExecutor(len(ways)) as pool:
+        futures = [pool.submit(_answer, way, shipment, plan, stop, shown) for way in ways]
+        try:
+            wait(futures)
+        except BaseException:
+            stop.set()
+            raise
     return [future.result() for future in futures]
 
 
@@ -114,13 +112,15 @@ def measure_on(board: Board, shipment: Shipment, plan: Plan, progress: Progress 
         board.clean(run)
 
 
-def _answer(board: Board, shipment: Shipment, plan: Plan, shown: _Shown) -> Answer:
+def _answer(way: Way, shipment: Shipment, plan: Plan, stop: threading.Event, shown: _Shown) -> Answer:
     try:
-        return Answer(board.name, result=measure_on(board, shipment, plan, shown.of(board.name)))
+        with way.held(stop, shown.say) as transport:
+            board = Board(transport, stop, shown.say)
+            return Answer(way.name, result=measure_on(board, shipment, plan, shown.of(way.name)))
     except BoardError as error:
-        return Answer(board.name, error=error)
+        return Answer(way.name, error=error)
     finally:
-        shown.ended(board.name)
+        shown.ended(way.name)
 
 
 def _preflight(board: Board, shipment: Shipment, plan: Plan) -> None:

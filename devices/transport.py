@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-FORMS = "ssh://user@host[:port], adb://[serial] or local://"
+FORMS = "ssh://user@host[:port], adb://[serial], labgrid://PLACE or local://"
 # A name that cannot be taken for an option and holds nothing that ssh would expand.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@\\-]*")
@@ -186,8 +186,11 @@ class Adb:
         """Nothing is left."""
 
 
-def open_transport(url: str) -> Transport:
-    """The way that ``url`` names; nothing is connected yet.
+def open_transport(url: str, options: Sequence[str] = ()) -> Transport:
+    """The way that ``url`` names, which is not of a farm; nothing is connected yet.
+
+    Args:
+        options: as those of :class:`Ssh`.
 
     Raises:
         BoardError: no such form, a name that no host has, or the program is not installed here.
@@ -207,7 +210,7 @@ def open_transport(url: str) -> Transport:
     host, user = _as_written(parts.hostname, parts.netloc), parts.username
     if parts.scheme == "ssh" and host and _HOST.fullmatch(host) and (user is None or _USER.fullmatch(user)):
         _needs("ssh", "OpenSSH's client")
-        return Ssh(host, user, port)
+        return Ssh(host, user, port, options)
     raise BoardError(f"{url!r} names no board: give {FORMS}")
 
 

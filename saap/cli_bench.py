@@ -72,7 +72,7 @@ def lengths(command: Any) -> Any:
     "urls",
     multiple=True,
     metavar="URL",
-    help="Measure there: ssh://user@host[:port], adb://[serial]; several at once.",
+    help="Measure there: ssh://user@host[:port], adb://[serial], labgrid://PLACE or ?TAG=VALUE; several at once.",
 )
 @click.option("--wheels", type=directory, help="With --on: a folder of wheels for a board that reaches no index.")
 @click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has, make no venv.")
@@ -97,6 +97,7 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
       saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
       saap bench out/demo/slim-int4 --on ssh://pi@board
+      saap bench out/demo/slim-int4 --on labgrid://pi5 --on 'labgrid://?board=jetson'
     """  # fmt: skip
     from saap.bench_command import bench_step
 

@@ -19,7 +19,9 @@ def on_a_device(command: Any) -> Any:
                 "--baselines", type=directory, help="Folder of baselines; default: devices/baselines, below this one."
             ),
             click.option("--name", help="Of the model; default: the bundle's folder."),
-            click.option("--on", "url", metavar="URL", help="A board: ssh://user@host[:port], adb://[serial]."),
+            click.option(
+                "--on", "url", metavar="URL", help="A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE."
+            ),
             click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index."),
             click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has."),
             click.option("--max-time", "max_time_s", type=float, default=120, show_default=True, help="Seconds a run."),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
         greedy=GREEDY,
     )
     writable_folder(folder)
-    kept = record(name_of(bundle, options["name"]), measure(bundle, options, console), plan, options["runs"])
+    with _one_board(options, console) as held:
+        kept = record(name_of(bundle, options["name"]), measure(bundle, held, console), plan, options["runs"])
     console.finish()
     path = write_baseline(folder, kept)
     for result in kept.results:
@@ -70,15 +72,16 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     _check(options)
     name, junit = name_of(bundle, options["name"]), options["junit"]
     try:
-        verdict = retest(
-            checked_folder(folder_of(options)),
-            name,
-            measure(bundle, options, console),
-            on=options["url"],
-            here=None if options["url"] else probe()["fingerprint"],
-            limits=Limits(speed=options["min_effect"]),
-            max_time_s=options["max_time_s"],
-        )
+        with _one_board(options, console) as held:
+            verdict = retest(
+                checked_folder(folder_of(options)),
+                name,
+                measure(bundle, held, console),
+                on=held["url"],
+                here=None if held["url"] else probe()["fingerprint"],
+                limits=Limits(speed=options["min_effect"]),
+                max_time_s=options["max_time_s"],
+            )
     except OtherDeviceError as error:
         if junit is not None:
             write_text(junit, junit_cases("saap devices test", [Case(name, "error", "not comparable", str(error))]))
@@ -119,6 +122,18 @@ def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Me
         return answer.result
 
     return here if url is None else there
+
+
+@contextlib.contextmanager
+def _one_board(options: dict[str, Any], console: Console) -> Iterator[dict[str, Any]]:
+    """The options, with the address of a board that stays the same one for several runs."""
+    if options["url"] is None:
+        yield options
+        return
+    from bench.ways import kept
+
+    with ended_as_by_a_person(), kept(options["url"], console.say) as url:
+        yield {**options, "url": url}
 
 
 def folder_of(options: dict[str, Any]) -> Path:
