@@ -149,21 +149,28 @@ async def acquire(session: Any, name: str, at: str, taken: Taken) -> Found:
 
     place = _named(session, name)
     me = _me(session)
+    queue = f"queue for it with 'labgrid://{at}?name={place.name}'"
     if place.acquired and place.acquired != me and me not in place.allowed:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(place.changed))
         raise BoardError(
             f"{place.name} is acquired by {printable(place.acquired)} (last change {since}): wait until it is free, "
-            f"or queue for it with 'labgrid://{at}?name={place.name}'"
+            f"or {queue}"
         )
     if not place.acquired:
-        session.check_matches(place)
+        try:
+            session.check_matches(place)
+        except client().UserError as error:
+            why = printable(" ".join(error.args))
+            raise BoardError(f"{why}: is its exporter running? See `labgrid-client -p {place.name} show`") from None
         taken.place = place.name  # before it is so: an answer may be lost
         try:
             await session.stub.AcquirePlace(_pb2().AcquirePlaceRequest(placename=place.name))
         except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
-                taken.place = None
-            raise
+            if error.code() not in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED):
+                raise
+            taken.place = None
+            why = printable(error.details())
+            raise BoardError(f"{why}: see `labgrid-client -p {place.name} show` for who has it, or {queue}") from None
         await session.sync_with_coordinator()
     found = Found(place.name)
     for (label, kind), resource in session.get_target_resources(place).items():

@@ -133,9 +133,12 @@ def test_mistakes_are_one_line_and_nothing_stays_acquired(farm, bundle):
     finally:
         farm.client("-p", "pi", "release", user="somebody")
     farm.client("reserve", "name=pi", user="somebody")
+    answers = remote.bench_on(["labgrid://pi", "labgrid://dark", "labgrid://pu"], [bundle], ONCE)  # at the same time
+    assert [str(answer.error).split(":")[2].split()[0] for answer in answers] == ["Place", "dark", "no"]
     (token,) = ask(farm.address, _tokens)
     try:
-        assert line("labgrid://pi").startswith("Place pi was not reserved for ")
+        told = line("labgrid://pi")
+        assert told.startswith("Place pi was not reserved for ") and told.endswith("with 'labgrid://?name=pi'")
     finally:
         farm.client("cancel-reservation", token)
 
@@ -182,10 +185,9 @@ def test_an_error_in_the_middle_gives_the_place_back(farm, bundle, monkeypatch):
         raise BoardError("broken")
 
     monkeypatch.setattr(remote, "measure_on", broken)
-    farm.power(False)
     with pytest.raises(BoardError, match="broken"):
         one("labgrid://pi", [bundle], ONCE)
-    assert farm.switched == ["on", "off"]
+    assert farm.is_free() and farm.switched == []
 
 
 def test_a_board_that_does_not_come_up_is_switched_off_again(farm, monkeypatch):
