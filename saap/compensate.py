@@ -10,7 +10,8 @@
   the dense model's outputs instead shrinks whatever an earlier cut made noisy (regression dilution). A token counts by
   one over the mean square of its hidden state, since the next norm divides by that. lambda is chosen per matrix on
   sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
-  all sequences. It adds no parameter.
+  all sequences, but for steps on the way: a later step could not choose lambda on what an earlier one was fitted to.
+  It adds no parameter.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def compensate(
     plan: PrunePlan,
     ids: torch.Tensor,
     *,
+    last: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """New weights and biases of o_proj and down_proj for a plan; the model is left as it was.
@@ -69,6 +71,7 @@ def compensate(
     Args:
         model: the dense model that the plan is about.
         ids: calibration ids [sequences, tokens].
+        last: no other refit on these ids follows, so the sequences that chose lambda may be fitted too.
 
     Returns:
         name in the slim model -> tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
@@ -89,7 +92,7 @@ def compensate(
             if kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
                 new, stream = _biases(layer, blocks, stream, given)
             else:
-                new, stream = _refitted(layer, blocks, stream, given)
+                new, stream = _refitted(layer, blocks, stream, given, last)
         if keep.query_heads or keep.ffn:
             found |= {f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()}
             number += 1
@@ -140,7 +143,7 @@ def _biases(
 
 
 def _refitted(
-    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], last: bool
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
     new = {}
@@ -149,7 +152,7 @@ def _refitted(
         if not gone.any():
             continue
         if len(block.kept):
-            fitted = _ridge(layer, block, stream, given)
+            fitted = _ridge(layer, block, stream, given, last)
             new[f"{block.matrix}.weight"] = fitted
             weight[:, block.kept] = fitted
         weight[:, gone] = 0
@@ -180,7 +183,9 @@ class _Sums:
         return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
 
 
-def _ridge(layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: list[dict[str, Any]]) -> torch.Tensor:
+def _ridge(
+    layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: list[dict[str, Any]], last: bool
+) -> torch.Tensor:
     """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     fit, held = (_Sums(torch.zeros(size, size), torch.zeros(len(weight), size)) for _ in range(2))
@@ -193,7 +198,7 @@ def _ridge(layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: l
     for damping in LAMBDAS:
         if (error := held.error(_solved(fit, damping))) < least:
             best, least = damping, error
-    change = torch.zeros_like(fit.crossed) if best is None else _solved(fit + held, best)
+    change = torch.zeros_like(fit.crossed) if best is None else _solved(fit + held if last else fit, best)
     return weight[:, block.kept] + change.to(weight.dtype)
 
 

@@ -125,7 +125,7 @@ def prune(
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)
             target = Path(out) if step == steps else scratch / str(step)
-            plan = _prune_once(source, weights, target, plan, part, calibration, options, lineage, say)
+            plan = _prune_once(source, weights, target, plan, part, calibration, options, lineage, say, step == steps)
             if step < steps:
                 source, weights = target, weights_hash(target)
     return plan
@@ -151,6 +151,7 @@ def _prune_once(
     options: PruneOptions,
     lineage: dict[str, Any],
     progress: Progress | None,
+    last: bool,
 ) -> PrunePlan:
     """Prune ``source``, which is the base cut by the plan ``before``, into ``out``: the plan of the base for both."""
     config = read_config(source)
@@ -164,7 +165,7 @@ def _prune_once(
     plan = make_plan(
         model, shape, calibration, here, replace(budget, dense=shape, cut=cut), weights=weights, progress=progress
     )
-    replaced = compensate(options.compensation, model, shape, plan, calibration, progress=progress)
+    replaced = compensate(options.compensation, model, shape, plan, calibration, last=last, progress=progress)
     del model
     names, read = tensor_reader(source)
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)

@@ -70,6 +70,7 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     monkeypatch.setattr("saap.compensate.LAMBDAS", (0.1, 1.0))
     monkeypatch.setattr("saap.compensate.ROWS", 1)
     found = compensate("refit", model, shape, halved(shape), IDS)
+    on_the_way = compensate("refit", model, shape, halved(shape), IDS, last=False)
     layer = model.model.layers[0]
     seen = []
     handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -90,8 +91,20 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     errors = {d: (rest[5] - kept[5] @ ridge(fit_x, fit_r, d).t()).square().sum().item() for d in (0.1, 1.0)}
     best = min(errors, key=errors.__getitem__)
     assert errors[best] < rest[5].square().sum().item()  # else nothing would be fitted
-    expected = weight[:, columns] + ridge(kept.flatten(0, 1), rest.flatten(0, 1), best)  # of all sequences
-    assert torch.allclose(found["model.layers.0.self_attn.o_proj.weight"].double(), expected, atol=1e-5)
+    everything = ridge(kept.flatten(0, 1), rest.flatten(0, 1), best)
+    for replaced, change in ((found, everything), (on_the_way, ridge(fit_x, fit_r, best))):
+        weights = replaced["model.layers.0.self_attn.o_proj.weight"].double()
+        assert torch.allclose(weights, weight[:, columns] + change, atol=1e-5)
+
+
+def test_only_the_last_step_fits_what_chose_lambda(tiny_model, tmp_path, monkeypatch):
+    from saap import prune as module
+    from saap.requirement import Requirement
+
+    seen = []
+    monkeypatch.setattr(module, "compensate", lambda *args, last, **kwargs: seen.append(last) or {})
+    module.prune(tiny_model(), tmp_path / "slim", IDS, module.PruneOptions(Requirement(ratio=0.3), steps=3))
+    assert seen == [False, False, True]
 
 
 def test_a_refit_brings_what_the_model_says_closer_to_the_dense_one(dense, tmp_path):
