@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+Cache = dict[str, NDArray[Any]]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim]
+
+
 def next_token_logprobs(logits: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.float64]:
     """Log-probability that each position gives to the token that follows it.
 
@@ -71,12 +74,26 @@ class BundleScorer:
 
     def logits(self, ids: NDArray[Any]) -> Logits:
         """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
+        return self._run(ids, empty_past(self.manifest, len(ids)), ["logits"])[0]
+
+    def read(self, ids: NDArray[Any], cache: Cache | None = None) -> tuple[Logits, Cache]:
+        """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache that then holds both.
+
+        The cache that is given stays as it was, so several rows may follow the same one.
+        """
+        past = empty_past(self.manifest, 1) if cache is None else cache
+        names = [name.replace("past_key_values", "present", 1) for name in past]
+        logits, *present = self._run(ids, past, ["logits", *names])
+        return logits, dict(zip(past, present, strict=True))
+
+    def _run(self, ids: NDArray[Any], past: Cache, wanted: list[str]) -> list[NDArray[Any]]:
         ids = np.ascontiguousarray(ids, dtype=np.int64)
-        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty_past(self.manifest, ids.shape[0])}
+        seen = next((part.shape[2] for part in past.values()), 0)
+        feed = {"input_ids": ids, "attention_mask": np.ones((len(ids), seen + ids.shape[1]), np.int64), **past}
         if any(given.name == "position_ids" for given in self._session.get_inputs()):  # the portable target
-            feed["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        (logits,) = self._session.run(["logits"], feed)
-        return np.asarray(logits, dtype=np.float32)
+            feed["position_ids"] = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
+        logits, *rest = self._session.run(wanted, feed)
+        return [np.asarray(logits, dtype=np.float32), *rest]
 
     def logprobs(self, ids: NDArray[Any]) -> NDArray[np.float64]:
         """Log-probabilities [b, s - 1] of each next token in rows ``ids`` [b, s]."""
@@ -105,7 +122,7 @@ def cpu_session(graph: Path, threads: int) -> Any:
         raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {graph} ({first})") from error
 
 
-def empty_past(manifest: BundleManifest, batch: int) -> dict[str, NDArray[Any]]:
+def empty_past(manifest: BundleManifest, batch: int) -> Cache:
     """A KV cache that holds nothing: name to array [batch, kv_heads, 0, head_dim], for each layer with attention."""
     dtype = np.dtype(manifest.kv_dtype)
     return {

@@ -1,0 +1,103 @@
+"""Likelihoods of tails that share a context are those of reading every pair from its start."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from export.export import export_bundle
+from export.portable import export_portable
+from export.run import BundleScorer
+from saap import continuations
+from saap.checkpoint import load_model
+from saap.continuations import Group, cached_continuations, torch_continuations
+
+WINDOW = 8
+CASES = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW}),
+}  # fmt: skip
+
+
+def some_groups(seed=0):
+    """Contexts of 1 to 20 tokens, each with one to five tails of 1 to 12."""
+    draw = random.Random(seed)
+
+    def ids(most):
+        return tuple(draw.randrange(3, 300) for _ in range(draw.randint(1, most)))
+
+    drawn = [Group(ids(20), tuple(ids(12) for _ in range(draw.randint(1, 5)))) for _ in range(6)]
+    return [*drawn, Group((7,), ((8,), (9,)))]
+
+
+def one_by_one(model, groups):
+    """Every pair from its start, as the definition says."""
+    found = []
+    for group in groups:
+        found.append([])
+        for tail in group.tails:
+            ids = torch.tensor([group.context + tail])
+            with torch.no_grad():
+                logprobs = model(ids).logits[0, -len(tail) - 1 : -1].double().log_softmax(-1)
+            told = logprobs[range(len(tail)), list(tail)].sum().item()
+            found[-1].append((told, logprobs.argmax(-1).tolist() == list(tail)))
+    return found
+
+
+def assert_same(found, expected, tolerance):
+    assert [len(group) for group in found] == [len(group) for group in expected]
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
+        assert ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_row_tells_what_separate_rows_do(tiny_family, case):
+    model_type, fields = CASES[case]
+    model, groups = load_model(tiny_family(model_type, **fields)), some_groups()
+    assert_same(list(torch_continuations(model)(groups)), one_by_one(model, groups), 2e-4)
+
+
+def test_neighbours_in_a_row_do_not_see_each_other(tiny_model, monkeypatch):
+    model, groups = load_model(tiny_model()), some_groups(1)
+    together = list(torch_continuations(model)(groups))
+    monkeypatch.setattr(continuations, "PACKED_TOKENS", 1)
+    assert_same(together, list(torch_continuations(model)(groups)), 2e-4)
+
+
+def test_what_greedy_decoding_would_say_is_told(tiny_model):
+    model = load_model(tiny_model())
+    told = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
+    other = [*told[:3], (told[3] + 1) % 300]
+    [found] = torch_continuations(model)([Group((5, 6, 7), (tuple(told), tuple(other)))])
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("case", ["llama", "mistral"])
+def test_a_bundle_tells_what_its_model_does(tiny_family, tmp_path, case, target):
+    model_type, fields = CASES[case]
+    directory = tiny_family(model_type, **fields)
+    export = export_bundle if target == "cpu" else export_portable
+    export(directory, tmp_path / "bundle", bits=32)
+    groups = some_groups(2)
+    expected = one_by_one(load_model(directory), groups)
+    assert_same(list(cached_continuations(BundleScorer(tmp_path / "bundle").read)(groups)), expected, 2e-3)
+
+
+def test_a_cache_may_be_followed_more_than_once(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    scorer = BundleScorer(tmp_path / "bundle")
+    ids = np.arange(3, 13)[None]
+    whole, _ = scorer.read(ids)
+    _, cache = scorer.read(ids[:, :6])
+    for _ in range(2):
+        assert scorer.read(ids[:, 6:], cache)[0] == pytest.approx(whole[:, 6:], abs=1e-4)
