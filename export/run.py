@@ -77,7 +77,7 @@ class BundleScorer:
         return self._run(ids, empty_past(self.manifest, len(ids)), ["logits"])[0]
 
     def read(self, ids: NDArray[Any], cache: Cache | None = None) -> tuple[Logits, Cache]:
-        """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache that then holds both.
+        """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache after it.
 
         The cache that is given stays as it was, so several rows may follow the same one.
         """

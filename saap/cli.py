@@ -10,6 +10,7 @@ import click
 
 from saap.cli_bench import bench, compare, report
 from saap.cli_devices import devices
+from saap.cli_eval import evaluate
 from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
 from saap.cli_tune import tune
 from saap.cli_types import Sections, directory
@@ -20,6 +21,7 @@ EXTRAS = {
     "accelerate": "prune",
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
     "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",
+    "lm_eval": "tasks", "datasets": "tasks",
 }  # fmt: skip
 
 
@@ -110,26 +112,6 @@ def export(path: Path, out: Path | None, inspect: bool, as_json: bool, **options
         export_step(path, out, options, console)
 
 
-@cli.command(name="eval")
-@click.argument("paths", type=directory, nargs=-1, required=True)
-@click.option("--text", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
-@click.option("--chunk", type=int, default=256, show_default=True, help="Tokens per chunk.")
-@click.option("--max-chunks", type=int, default=160, show_default=True)
-@click.option("--reference", type=directory, help="The dense model directory that KL and top-1 are against.")
-@click.option("--json", "json_path", type=directory, help="Write the numbers here.")
-def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
-    """Perplexity, KL and top-1 agreement of model directories and bundles.
-
-    \b
-    Example:
-      saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
-    """
-    from saap.steps import eval_step
-
-    with Console() as console:
-        eval_step(list(paths), options, console)
-
-
 @cli.command()
 @click.argument("bundle", type=directory)
 @click.argument("prompt", required=False)
@@ -163,7 +145,7 @@ def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
     generate_text(bundle, prompt, **options)
 
 
-for command in (prune, tune, bench, compare, devices, report):
+for command in (prune, tune, evaluate, bench, compare, devices, report):
     cli.add_command(command)
 
 

@@ -160,7 +160,8 @@ def _told(logits: NDArray[Any], tails: Sequence[Sequence[Sequence[int]]]) -> lis
     norm = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1, dtype=np.float64))
     logprobs = np.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(np.float64) - norm
     greedy = logits.argmax(axis=-1) == targets
-    found, at = [], 0
+    found: list[list[Likelihood]] = []
+    at = 0
     for group in tails:
         found.append([])
         for tail in group:

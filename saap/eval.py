@@ -1,13 +1,12 @@
-"""Quality: perplexity with its protocol, and agreement with the dense model.
+"""Quality: perplexity, and agreement with the dense model.
 
 Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models
-and bundles go through the same arithmetic. Protocol of perplexity: the file as it is, no BOS, chunks that do not
-overlap, each predicted from its own start, so length - 1 predictions per chunk; the perplexity is exp of the mean NLL.
+and bundles go through the same arithmetic. What is predicted is for :mod:`saap.protocol` to say; the perplexity is exp
+of the mean NLL.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,23 +21,7 @@ from saap.importance import Progress
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a text was cut; two perplexities compare only where these are equal."""
-
-    text: str
-    text_sha256: str
-    tokens_sha256: str
-    chunk: int
-    chunks: int
-    bos: bool = False
-    overlap: int = 0
-
-    @property
-    def predictions(self) -> int:
-        """Predicted tokens."""
-        return self.chunks * (self.chunk - 1)
+BATCH_TOKENS = 1024  # of one forward pass: their logits are 200 MB at a vocabulary of 49152
 
 
 @dataclass(frozen=True)
@@ -70,18 +53,13 @@ def torch_scorer(model: PreTrainedModel) -> Score:
     return score
 
 
-def make_protocol(source: str, text_sha256: str, ids: torch.Tensor) -> Protocol:
-    """Describe chunks ids [chunks, length]."""
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return Protocol(source, text_sha256, digest, ids.shape[1], ids.shape[0])
-
-
 def evaluate(
     scorers: Mapping[str, Score],
     ids: torch.Tensor,
+    counted: torch.Tensor | None = None,
     *,
     reference: str | None = None,
-    batch: int = 4,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> list[Quality]:
     """Run all models over the same chunks, side by side, so that the reference's logits are never stored.
@@ -89,22 +67,26 @@ def evaluate(
     Args:
         scorers: name -> score; all over one vocabulary.
         ids: [chunks, length] int64.
+        counted: [chunks, length - 1] bool, which predictions enter the means; None: all.
         reference: name of the dense model that KL and top-1 are against.
+        batch: rows at once; None: as many as have about a thousand tokens.
 
     Raises:
         SaapError: vocabularies differ.
     """
+    counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if counted is None else counted
+    batch = batch or max(1, BATCH_TOKENS // ids.shape[1])
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in scorers}
-    for index, rows in enumerate(ids.split(batch)):
+    for index, (rows, chosen) in enumerate(zip(ids.split(batch), counted.split(batch), strict=True)):
         if progress:
             progress("evaluating", index * batch, len(ids))
-        base = None if reference is None else _log_probabilities(scorers[reference], rows)
+        base = None if reference is None else _log_probabilities(scorers[reference], rows, chosen)
         for name, score in scorers.items():
-            mine = base if name == reference and base is not None else _log_probabilities(score, rows)
-            sums[name] += _sums(name, mine, base, rows)
+            mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
+            sums[name] += _sums(name, mine, base, rows[:, 1:][chosen])
     if progress:
         progress("evaluating", len(ids), len(ids))
-    count = len(ids) * (ids.shape[1] - 1)
+    count = int(counted.sum())
     results = []
     for name, total in sums.items():
         nll, kl, top1 = (total / count).tolist()
@@ -113,13 +95,13 @@ def evaluate(
     return results
 
 
-def _log_probabilities(score: Score, rows: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(score(rows)[:, :-1].flatten(0, 1), dim=-1)
+def _log_probabilities(score: Score, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(score(rows)[:, :-1][chosen], dim=-1)
 
 
-def _sums(name: str, mine: torch.Tensor, base: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+def _sums(name: str, mine: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
     """Summed NLL, KL and agreements over the predictions of some rows."""
-    nll = F.nll_loss(mine, rows[:, 1:].flatten(), reduction="sum").item()
+    nll = F.nll_loss(mine, targets, reduction="sum").item()
     if base is None:
         return torch.tensor([nll, 0.0, 0.0], dtype=torch.float64)
     if base.shape != mine.shape:

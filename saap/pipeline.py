@@ -22,18 +22,18 @@ from saap.bench_command import keep, measured, show_result
 from saap.board import read_run
 from saap.checkpoint import check_output, read_record
 from saap.console import Console
+from saap.eval_command import quality_of, show_quality
 from saap.export_command import DEFAULTS, export_step
 from saap.json_files import write_json
+from saap.protocol import Cut, Windows
 from saap.prune import budget_of
-from saap.rows import Rows, evaluation_rows
+from saap.rows import evaluation_windows
 from saap.run_options import RunOptions
 from saap.steps import (
     prune_options_of,
     prune_step,
-    quality_of,
     requirement_of,
     say_text,
-    show_quality,
 )
 from saap.tune_command import tune_step
 
@@ -98,7 +98,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     # What cannot be met is refused before hours are spent.
     budget_of(directory, prune_options_of(settings, requirement))
     evaluation = _evaluation(directory, options, console)
-    say_text("evaluation", evaluation, console)
+    say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written, console)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, console)
     write_json(out / "run.json", state.run)
@@ -160,16 +160,16 @@ def _export(state: _State, name: str, source: Path, shown: str, made_from: Any, 
     return state.step(f"export {name}", command, made_from, [f"{name}/bundle.json"], work)
 
 
-def _evaluate(state: _State, directory: Path, rows: Rows, made_from: list[str], options: RunOptions) -> None:
+def _evaluate(state: _State, directory: Path, windows: Windows, made_from: list[str], options: RunOptions) -> None:
     out = state.out
     paths = {"dense fp32": directory, "slim fp32, untuned": out / "slim", **{name: out / name for name in BUNDLES}}
     command = (
         f"saap eval {out}/slim {out}/{BUNDLES[0]} {out}/{BUNDLES[1]} --reference {directory} "
         f"--chunk {options.chunk} --max-chunks {options.max_chunks}"
     )
-    inputs = [made_from, rows.sha256, options.chunk, options.max_chunks]
+    inputs = [made_from, windows.protocol.as_dict()]
     state.step(
-        "evaluate", command, inputs, [], lambda: {"quality": quality_of(paths, rows, "dense fp32", state.console)}
+        "evaluate", command, inputs, [], lambda: {"quality": quality_of(paths, windows, "dense fp32", state.console)}
     )
 
 
@@ -204,16 +204,17 @@ def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> 
     keep(measured(specs, plan, state.console, list(BUNDLES)), result)
 
 
-def _evaluation(directory: Path, options: RunOptions, console: Console) -> Rows:
+def _evaluation(directory: Path, options: RunOptions, console: Console) -> Windows:
     """The evaluation text, checked against what the model will be calibrated and tuned on before hours are spent."""
     from saap.text import load_documents, refuse_overlap
 
-    rows = evaluation_rows(directory, options.text, options.chunk, options.max_chunks, [], console.report)
+    cut = Cut(options.chunk, max_chunks=options.max_chunks)
+    windows, text = evaluation_windows(directory, options.text, cut, console.report)
     for source in (options.calibration, options.data):
         documents = load_documents(source, split="calibration", seed=options.seed)
-        if documents is not None and rows.documents is not None:
-            refuse_overlap(documents, rows.documents)
-    return rows
+        if documents is not None and text is not None:
+            refuse_overlap(documents, text)
+    return windows
 
 
 def _identity(directory: Path) -> list[Any]:

@@ -12,7 +12,8 @@ from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.importance import Progress
 from saap.models import load_tokenizer
-from saap.text import Documents, Split, chunks, load_documents, pack, refuse_overlap, self_written
+from saap.protocol import Cut, Windows, given_windows, windows_of
+from saap.text import Documents, Split, load_documents, pack, self_written
 
 
 @dataclass(frozen=True)
@@ -59,27 +60,20 @@ def training_rows(
     return Rows(ids, documents.source, documents.sha256, documents)
 
 
-def evaluation_rows(
-    model_dir: Path,
-    source: str | None,
-    length: int,
-    max_chunks: int,
-    avoid: list[Rows],
-    progress: Progress | None = None,
-) -> Rows:
-    """Chunks for evaluation, [at most max_chunks, length].
+def evaluation_windows(
+    model_dir: Path, source: str | None, cut: Cut, progress: Progress | None = None
+) -> tuple[Windows, Documents | None]:
+    """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
 
     Raises:
-        SaapError: the text coincides with one of ``avoid``.
+        SaapError: no such text, or too little.
     """
-    if length < 2 or max_chunks < 1:
-        raise SaapError(f"{max_chunks} chunks of {length} tokens predict nothing: give at least 1 chunk of 2")
     documents = load_documents(source, split="evaluation")
     tokenizer = load_tokenizer(model_dir)
     if documents is None:
-        ids = self_written(load_model(model_dir), tokenizer, max_chunks, length, 0, held_out=True, progress=progress)
-        return Rows(ids, "held-out text written by the dense model", None, None)
-    for rows in avoid:
-        if rows.documents is not None:
-            refuse_overlap(rows.documents, documents)
-    return Rows(chunks(documents.text, tokenizer, length)[:max_chunks], documents.source, documents.sha256, documents)
+        if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
+            raise SaapError("there is no text to cut like that: give --text FILE")
+        model = load_model(model_dir)
+        ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
+        return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
+    return windows_of(documents, tokenizer, cut), documents

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from saap import models
 from saap.adaptive import AdaptiveOptions
 from saap.architectures import shape_of
 from saap.budget import Budget
-from saap.checkpoint import check_output, load_model, read_config, read_record
+from saap.checkpoint import check_output, read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
-from saap.eval import Score, evaluate, make_protocol, torch_scorer
 from saap.explain import Reasons
 from saap.explain_words import layer_table, sentences
 from saap.fusion import FusionOptions
-from saap.json_files import read_object, write_json
+from saap.json_files import read_object
 from saap.prune import PruneOptions, budget_of
 from saap.prune import prune as prune_model
 from saap.requirement import KINDS, Requirement
-from saap.rows import Rows, evaluation_rows, training_rows
+from saap.rows import training_rows
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
 REPORTED = (
@@ -50,7 +47,7 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
         directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
         console.report,
     )  # fmt: skip
-    say_text("calibration", rows, console)
+    say_text("calibration", rows.source, rows.self_written, console)
     lineage = {"base": name or model, "calibration": rows.lineage()}
     plan = prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
@@ -126,10 +123,10 @@ def refuse_elsewhere(costs: Path | None) -> None:
     )
 
 
-def say_text(purpose: str, rows: Rows, console: Console) -> None:
+def say_text(purpose: str, source: str, self_written: bool, console: Console) -> None:
     """Which text a step works on; where there was none, that the model wrote it."""
-    why = "; no text was given and SAAP_DATA is not set" if rows.self_written else ""
-    console.say(f"  {purpose} text: {rows.source}{why}")
+    why = "; no text was given and SAAP_DATA is not set" if self_written else ""
+    console.say(f"  {purpose} text: {source}{why}")
 
 
 def show_plan(slim: Path, budget: Budget) -> None:
@@ -165,85 +162,3 @@ def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
     print_table(*layer_table(reasons))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
-
-
-def scorer_of(path: Path, threads: int) -> Score:
-    """Score with a model directory or a bundle."""
-    if (path / "bundle.json").is_file():
-        from export.bundle import verify_files
-        from export.run import BundleScorer
-
-        verify_files(path)
-        bundle = BundleScorer(path, threads)
-        return lambda ids: torch.from_numpy(bundle.logits(ids.numpy()))
-    return torch_scorer(load_model(path, materialise=True))
-
-
-def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> None:
-    """``saap eval``."""
-    reference = options["reference"]
-    base = reference or next((p for p in paths if not (p / "bundle.json").is_file()), paths[0])
-    if options["text"] is None and (base / "bundle.json").is_file():
-        from saap.text import load_documents
-
-        if load_documents(None, split="evaluation") is None:
-            raise SaapError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
-    rows = evaluation_rows(base, options["text"], options["chunk"], options["max_chunks"], [], console.report)
-    say_text("evaluation", rows, console)
-    everything = ([reference] if reference else []) + [p for p in paths if p != reference]
-    quality = quality_of({str(p): p for p in everything}, rows, str(reference) if reference else None, console)
-    show_quality(quality)
-    if options["json_path"] is not None:
-        write_json(options["json_path"], quality)
-
-
-def quality_of(paths: dict[str, Path], rows: Rows, reference: str | None, console: Console) -> dict[str, Any]:
-    """Evaluate directories and bundles over the same chunks: the protocol and one row per name."""
-    threads = torch.get_num_threads()
-    scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
-    results = evaluate(scorers, rows.ids, reference=reference, progress=console.report)
-    protocol = make_protocol(rows.source, rows.sha256 or "", rows.ids)
-    table = []
-    for result in results:
-        row = result.as_dict()
-        if rows.self_written:  # a model's own text says nothing about how well it models language
-            row |= {"nll": None, "perplexity": None}
-        table.append(row | _size_of(paths[result.name]))
-    return {"protocol": {**asdict(protocol), "self_written": rows.self_written}, "reference": reference, "rows": table}
-
-
-def _size_of(path: Path) -> dict[str, Any]:
-    if (path / "bundle.json").is_file():
-        from export.bundle import read_manifest
-
-        manifest = read_manifest(path)
-        size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
-        return {"parameters": manifest.parameters, "bytes": size}
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"parameters": shape_of(read_config(path)).parameters, "bytes": size}
-
-
-def show_quality(quality: dict[str, Any]) -> None:
-    """The quality table with its protocol."""
-    protocol = quality["protocol"]
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    rows = [
-        [
-            r["name"],
-            cell(r["perplexity"], ".2f"),
-            cell(r["nll"], ".4f"),
-            cell(r["kl"], ".4f"),
-            cell(r["top1"], ".2%"),
-            f"{r['parameters'] / 1e6:.1f}",
-            f"{r['bytes'] / 1e6:.1f}",
-        ]
-        for r in quality["rows"]
-    ]  # fmt: skip
-    title = (
-        f"{protocol['text']}: {protocol['chunks']} chunks of {protocol['chunk']} tokens, no overlap, no BOS, "
-        f"{protocol['chunk'] - 1} predictions each"
-    )
-    print_table(title, ["model", "perplexity", "NLL", "KL to dense", "top-1", "M params", "MB"], rows)

@@ -146,7 +146,7 @@ def export(model_dir: Path, out: Path) -> dict[str, Any]:
 def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
     """NLL of a bundle on the test, nats per token."""
     from saap.eval import evaluate
-    from saap.steps import scorer_of
+    from saap.eval_command import scorer_of
 
     scorer = scorer_of(setup.bundles / name, torch.get_num_threads())
     (found,) = evaluate({name: scorer}, setup.texts.test(setup.chunks))

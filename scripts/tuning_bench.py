@@ -124,7 +124,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
         return mean_nll(load_model(directory), ids)
     from export.export import export_bundle
     from saap.eval import evaluate
-    from saap.steps import scorer_of
+    from saap.eval_command import scorer_of
 
     source, bundle = directory, OUT / f"bundle-{slug(variant)}"
     if not bundle.is_dir():

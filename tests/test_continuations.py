@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def one_by_one(model, groups):
 
 def assert_same(found, expected, tolerance):
     assert [len(group) for group in found] == [len(group) for group in expected]
-    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+    for ours, theirs in zip(chain(*found), chain(*expected), strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
         assert ours[1] == theirs[1]
 

@@ -7,7 +7,7 @@ import torch
 
 from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.eval import evaluate, make_protocol, torch_scorer
+from saap.eval import evaluate, torch_scorer
 
 IDS = torch.randint(320, (5, 12), generator=torch.Generator().manual_seed(4))
 
@@ -47,8 +47,12 @@ def test_vocabularies_that_differ_are_refused():
         evaluate(scorers, torch.zeros(1, 3, dtype=torch.long), reference="a")
 
 
-def test_the_protocol_tells_texts_apart():
-    one, two = make_protocol("a.txt", "x", IDS), make_protocol("a.txt", "x", IDS[:, :6])
-    assert one.predictions == 5 * 11
-    assert one.tokens_sha256 != two.tokens_sha256
-    assert (one.bos, one.overlap) == (False, 0)
+def test_only_what_is_counted_counts():
+    def score(ids):
+        logits = torch.zeros(*ids.shape, 4)
+        logits[..., 2] = math.log(3)  # p(2) = 1/2, the others 1/6
+        return logits
+
+    counted = torch.tensor([[True, True], [False, True]])
+    (quality,) = evaluate({"a": score}, torch.tensor([[0, 2, 1], [0, 1, 2]]), counted, batch=1)
+    assert quality.nll == pytest.approx((math.log(2) + math.log(6) + math.log(2)) / 3)

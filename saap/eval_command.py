@@ -1,0 +1,211 @@
+"""``saap eval``: perplexity, agreement with the dense model, and zero-shot tasks, of directories and bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saap.architectures import shape_of
+from saap.checkpoint import load_model, read_config
+from saap.console import Console, print_table
+from saap.errors import SaapError
+from saap.eval import Score, evaluate, torch_scorer
+from saap.importance import Progress
+from saap.json_files import write_json
+from saap.models import load_tokenizer
+from saap.protocol import Cut, Windows
+from saap.rows import evaluation_windows
+from saap.steps import say_text
+
+if TYPE_CHECKING:
+    from saap.tasks import ContinuationModel, TaskOptions
+
+KIND, VERSION = "saap-quality", 1  # of the document
+
+
+def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> None:
+    """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
+    reference, tasks = options["reference"], _task_options(options)
+    everything = ([reference] if reference else []) + [p for p in paths if p != reference]
+    named = {str(path): path for path in everything}
+    document: dict[str, Any] = {"kind": KIND, "version": VERSION}
+    if tasks is None or options["text"] is not None:
+        windows = _windows(reference, paths, options, console)
+        document |= quality_of(named, windows, str(reference) if reference else None, console)
+        show_quality(document)
+    else:
+        rows = [{"name": name, **_size_of(path)} for name, path in named.items()]
+        document |= {"protocol": None, "reference": str(reference) if reference else None, "rows": rows}
+    if tasks is not None:
+        document |= tasks_of(named, tasks, console)
+        show_tasks(document)
+    if options["json_path"] is not None:
+        write_json(options["json_path"], document)
+
+
+def scorer_of(path: Path, threads: int) -> Score:
+    """Score with a model directory or a bundle."""
+    if is_bundle(path):
+        bundle = _bundle_scorer(path, threads)
+        return lambda ids: torch.from_numpy(bundle.logits(ids.numpy()))
+    return torch_scorer(load_model(path, materialise=True))
+
+
+def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, console: Console) -> dict[str, Any]:
+    """Evaluate directories and bundles over the same windows: the protocol and one row per name."""
+    threads = torch.get_num_threads()
+    scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
+    results = evaluate(scorers, windows.ids, windows.counted, reference=reference, progress=console.report)
+    table = []
+    for result in results:
+        row = result.as_dict()
+        if windows.protocol.self_written:  # a model's own text says nothing about how well it models language
+            row |= {"nll": None, "perplexity": None}
+        table.append(row | _size_of(paths[result.name]))
+    return {"protocol": windows.protocol.as_dict(), "reference": reference, "rows": table}
+
+
+def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> dict[str, Any]:
+    """Zero-shot tasks of directories and bundles, one model in memory at a time."""
+    from saap.tasks import run_tasks, task_files
+
+    task_files(options)  # what is wrong with a file is said before a model is loaded
+    rows = []
+    for name, path in paths.items():
+        say = console.report if len(paths) == 1 else _named(name, console.report)
+        rows += [{"model": name, **row} for row in run_tasks(continuation_model(path), options, say)]
+    return {"tasks": rows, "task_seed": options.seed, "max_examples": options.max_examples}
+
+
+def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationModel]:
+    """What makes the harness's model out of a directory or a bundle."""
+    from saap.continuations import cached_continuations, torch_continuations
+    from saap.tasks import ContinuationModel
+
+    def make(progress: Progress | None) -> ContinuationModel:
+        tokenizer = load_tokenizer(path)
+        if is_bundle(path):
+            bundle = _bundle_scorer(path, torch.get_num_threads())
+            return ContinuationModel(
+                cached_continuations(bundle.read), tokenizer, bundle.manifest.context_length, progress
+            )
+        model = load_model(path, materialise=True)
+        return ContinuationModel(
+            torch_continuations(model), tokenizer, int(model.config.max_position_embeddings), progress
+        )
+
+    return make
+
+
+def show_quality(quality: dict[str, Any]) -> None:
+    """The quality table with its protocol."""
+    protocol = quality["protocol"]
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [
+        [
+            r["name"],
+            cell(r["perplexity"], ".2f"),
+            cell(r["nll"], ".4f"),
+            cell(r["kl"], ".4f"),
+            cell(r["top1"], ".2%"),
+            f"{r['parameters'] / 1e6:.1f}",
+            f"{r['bytes'] / 1e6:.1f}",
+        ]
+        for r in quality["rows"]
+    ]  # fmt: skip
+    overlap = "no overlap" if protocol["stride"] == protocol["chunk"] else f"stride {protocol['stride']}"
+    title = (
+        f"{protocol['text']}: {protocol['chunks']} chunks of {protocol['chunk']} tokens, {overlap}, "
+        f"{'BOS' if protocol['bos'] else 'no BOS'}, lines {protocol['join']}, {protocol['predictions']} predictions"
+    )
+    print_table(title, ["model", "perplexity", "NLL", "KL to dense", "top-1", "M params", "MB"], rows)
+
+
+def show_tasks(document: dict[str, Any]) -> None:
+    """Accuracies with their standard errors, a row per model, and the mean over the tasks."""
+    names = list(dict.fromkeys(row["task"] for row in document["tasks"]))
+    models = list(dict.fromkeys(row["model"] for row in document["tasks"]))
+    found = {(row["model"], row["task"]): row for row in document["tasks"]}
+    rows = []
+    for model in models:
+        cells = [_accuracy(found[model, task]) for task in names]
+        mean = sum(_best(found[model, task]) for task in names) / len(names)
+        rows.append([model, *cells, f"{mean:.1%}"])
+    first = found[models[0], names[0]]
+    count = f"{document['max_examples']} examples each (seed {document['task_seed']})"
+    title = f"zero-shot, {count if document['max_examples'] else 'all examples'}: acc / acc_norm, +- standard error"
+    print_table(title, ["model", *(f"{n} ({len(found[models[0], n]['examples'])})" for n in names), "mean"], rows)
+    if first["sha256"] is None:
+        print("  data sets: the harness's own")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle."""
+    return (path / "bundle.json").is_file()
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return " / ".join(
+        f"{row[metric]:.1%} +- {100 * row[f'{metric}_stderr']:.1f}"
+        for metric in ("acc", "acc_norm")
+        if row.get(metric) is not None
+    )
+
+
+def _best(row: dict[str, Any]) -> float:
+    """What the literature quotes: acc_norm where a task has it (BoolQ and WinoGrande have not), else acc."""
+    value = row["acc"] if row.get("acc_norm") is None else row["acc_norm"]
+    return float(value)
+
+
+def _task_options(options: dict[str, Any]) -> TaskOptions | None:
+    names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+    if not names:
+        if options["task_dir"] or options["max_examples"]:
+            raise SaapError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
+        return None
+    from saap.tasks import TaskOptions
+
+    return TaskOptions(tuple(dict.fromkeys(names)), options["task_dir"], options["max_examples"], options["seed"])
+
+
+def _windows(reference: Path | None, paths: list[Path], options: dict[str, Any], console: Console) -> Windows:
+    base = reference or next((p for p in paths if not is_bundle(p)), paths[0])
+    if options["text"] is None and is_bundle(base):
+        from saap.text import load_documents
+
+        if load_documents(None, split="evaluation") is None:
+            raise SaapError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
+    cut = Cut(options["chunk"], options["stride"], options["bos"], options["join"], options["max_chunks"])
+    windows, _ = evaluation_windows(base, options["text"], cut, console.report)
+    say_text("evaluation", windows.protocol.text, windows.protocol.self_written, console)
+    return windows
+
+
+def _bundle_scorer(path: Path, threads: int) -> Any:
+    from export.bundle import verify_files
+    from export.run import BundleScorer
+
+    verify_files(path)
+    return BundleScorer(path, threads)
+
+
+def _named(name: str, report: Progress) -> Progress:
+    return lambda label, done, total: report(f"{label}, {name}", done, total)
+
+
+def _size_of(path: Path) -> dict[str, Any]:
+    if is_bundle(path):
+        from export.bundle import read_manifest
+
+        manifest = read_manifest(path)
+        size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
+        return {"parameters": manifest.parameters, "bytes": size}
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return {"parameters": shape_of(read_config(path)).parameters, "bytes": size}
