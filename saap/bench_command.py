@@ -14,6 +14,7 @@ from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person
 from saap.json_files import read_object
+from saap.quality_command import compare_quality_step
 
 STDOUT = Path("-")
 SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
@@ -154,10 +155,13 @@ def _noise_floor(result: Any, names: list[str]) -> float | None:
 def compare_step(old: str, new: str, options: dict[str, Any], console: Console) -> int:
     """``saap compare``; the exit code."""
     from bench.compare import compare
+    from bench.compare_quality import is_quality
     from bench.confirm import compare_live, confirm_files
     from bench.plan import Plan
     from bench.store import read_result
 
+    if any(qualities := [is_quality(spec) for spec in (old, new)]):
+        return compare_quality_step(old, new, all(qualities), options)
     files = [_is_result(spec) for spec in (old, new)]
     minimum, fail = options["min_effect"], options["fail_on"] == "regression"
     plan = Plan(**{name: options[name] for name in PLAN if name in options})

@@ -125,16 +125,18 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
 @click.option("--action-json", type=directory, help="Write the JSON of github-action-benchmark here.")
 @click.option("--json", "json_path", type=directory, help="Write the verdicts here; - prints them.")
 def compare(old: str, new: str, **options: Any) -> None:
-    """Is NEW faster or slower than OLD? Exit 3 when they do not compare.
+    """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.
 
     Both are results of `saap bench --json` (or llama-bench's JSON), or both are bundles, which are then measured,
     interleaved. A regression is measured a second time before it is said. In a GitHub workflow the table also goes to
-    the step's summary.
+    the step's summary. Two documents of `saap eval --json` are compared answer by answer, and only where they are of
+    the same protocol and the same examples.
 
     \b
     Example:
       saap compare before.json after.json --fail-on regression
       saap compare out/demo/dense-int4 out/demo/slim-int4 -t 1
+      saap compare flap-quality.json saap-quality.json
     """
     from saap.bench_command import compare_step
 

@@ -32,6 +32,7 @@ class Quality:
     nll: float | None  # nats per token; None on text that a model wrote itself
     kl: float | None  # mean KL(dense || model) in nats per token
     top1: float | None  # share of positions whose most likely token is the dense model's
+    window_nll: tuple[float, ...]  # summed over the predictions of each window: what a paired comparison needs
 
     @property
     def perplexity(self) -> float | None:
@@ -76,22 +77,25 @@ def evaluate(
     """
     counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if counted is None else counted
     batch = batch or max(1, BATCH_TOKENS // ids.shape[1])
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in scorers}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in scorers}
+    losses: dict[str, list[float]] = {name: [] for name in scorers}
     for index, (rows, chosen) in enumerate(zip(ids.split(batch), counted.split(batch), strict=True)):
         if progress:
             progress("evaluating", index * batch, len(ids))
         base = None if reference is None else _log_probabilities(scorers[reference], rows, chosen)
         for name, score in scorers.items():
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
-            sums[name] += _sums(name, mine, base, rows[:, 1:][chosen])
+            told = F.nll_loss(mine, rows[:, 1:][chosen], reduction="none").double()
+            losses[name] += [part.sum().item() for part in told.split(chosen.sum(1).tolist())]
+            if base is not None:
+                sums[name] += _agreement(name, mine, base)
     if progress:
         progress("evaluating", len(ids), len(ids))
     count = int(counted.sum())
     results = []
     for name, total in sums.items():
-        nll, kl, top1 = (total / count).tolist()
-        against = reference is not None
-        results.append(Quality(name, nll, max(kl, 0.0) if against else None, top1 if against else None))
+        kl, top1 = (None, None) if reference is None else (max(total[0].item(), 0.0) / count, total[1].item() / count)
+        results.append(Quality(name, sum(losses[name]) / count, kl, top1, tuple(losses[name])))
     return results
 
 
@@ -99,15 +103,12 @@ def _log_probabilities(score: Score, rows: torch.Tensor, chosen: torch.Tensor) -
     return F.log_softmax(score(rows)[:, :-1][chosen], dim=-1)
 
 
-def _sums(name: str, mine: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """Summed NLL, KL and agreements over the predictions of some rows."""
-    nll = F.nll_loss(mine, targets, reduction="sum").item()
-    if base is None:
-        return torch.tensor([nll, 0.0, 0.0], dtype=torch.float64)
+def _agreement(name: str, mine: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Summed KL and agreements over some predictions [n, vocab]."""
     if base.shape != mine.shape:
         raise SaapError(
             f"{name} has a vocabulary of {mine.shape[-1]}, the reference {base.shape[-1]}: they do not compare"
         )
     kl = F.kl_div(mine, base, log_target=True, reduction="none").sum(-1).clamp_min(0).sum().item()
     same = (mine.argmax(-1) == base.argmax(-1)).sum().item()
-    return torch.tensor([nll, kl, float(same)], dtype=torch.float64)
+    return torch.tensor([kl, float(same)], dtype=torch.float64)

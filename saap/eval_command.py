@@ -63,7 +63,7 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
     for result in results:
         row = result.as_dict()
         if windows.protocol.self_written:  # a model's own text says nothing about how well it models language
-            row |= {"nll": None, "perplexity": None}
+            row |= {"nll": None, "perplexity": None, "window_nll": None}
         table.append(row | _size_of(paths[result.name]))
     return {"protocol": windows.protocol.as_dict(), "reference": reference, "rows": table}
 

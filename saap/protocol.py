@@ -112,7 +112,7 @@ def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
             raise SaapError("this tokenizer has no beginning-of-sequence token: leave --bos out")
         rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
-    counted[1:, : counted.shape[1] - cut.step] = False
+    counted[1:, : max(0, counted.shape[1] - cut.step)] = False
     return given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
 
 
