@@ -213,7 +213,7 @@ def remember_rankings() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ablation", "table", "cell", "show"])
-    parser.add_argument("rest", nargs="*", help="show: which; cell: key=value")
+    parser.add_argument("rest", nargs="*", help="show: which; cell: key=value; else: only rows with these key=value")
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
@@ -232,8 +232,8 @@ def main() -> None:
     variants = {"ablation": ablation_variants, "table": table_variants}.get(given.what, list)()
     if given.methods:
         variants = [v for v in variants if v["method"] in given.methods.split(",")]
-    if given.what == "cell":
-        variants = [{k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}]
+    settings = {k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}
+    variants = [settings] if given.what == "cell" else [v for v in variants if settings.items() <= v.items()]
     where = HERE / (given.where or given.what)
     for seed in seeds:
         judged = (
