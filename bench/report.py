@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots
+from bench.compare_quality import is_quality, read_quality
 from bench.headline import Entry, cards_of, entries_of, pair_of
 from bench.plan_plot import kept_of, kept_picture, told_shares, told_threshold
+from bench.report_quality import sections_of, tradeoffs
 from bench.result import Result
 from bench.store import read_result
 from bench.table import detail_table
@@ -25,7 +27,8 @@ def write_report(
     """Write the page, by rename.
 
     Args:
-        results: documents of ``saap bench --json``; without any the page holds what ``run`` tells.
+        results: documents of ``saap bench --json`` and of ``saap eval --json``; without any the page holds what
+            ``run`` tells.
         out: the HTML file.
         run: what ``saap run`` recorded: ``model``, ``steps``, ``plan``, ``quality``, ``parity``, ``texts``,
             ``versions``; every key may be missing.
@@ -36,10 +39,12 @@ def write_report(
 
     Raises:
         ResultError: a result, or a document of the history, cannot be read.
+        QualityError: a document of ``saap eval`` cannot be read.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    documents = [read_result(path) for path in results]
+    qualities = [read_quality(path) for path in results if is_quality(path)]
+    documents = [read_result(path) for path in results if not is_quality(path)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,7 +62,7 @@ def write_report(
         threads=threads,
     )
     page = environment.get_template("report.html.jinja").render(
-        _context(documents, run or {}), history=_history(history)
+        _context(documents, run or {}, qualities), history=_history(history)
     )
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,17 +72,18 @@ def write_report(
     return out
 
 
-def _context(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any]:
+def _context(results: Sequence[Result], run: Mapping[str, Any], qualities: Sequence[dict[str, Any]]) -> dict[str, Any]:
     entries = entries_of(results)
-    quality = _quality(results, run)
+    sections = sections_of(results, run, qualities)
     return {
         "title": _title(run, entries),
         "results": results,
         "entries": entries,
-        "cards": cards_of(pair_of(entries), quality["rows"]),
+        "cards": cards_of(pair_of(entries), sections[0]["rows"] if sections else []),
         "plots": _plots(entries),
+        "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run),
-        "quality": quality,
+        "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
         "texts": [_text(text) for text in as_list(run.get("texts"))],
         "steps": [_step(step) for step in as_list(run.get("steps"))],
@@ -149,12 +155,6 @@ def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
         "priced": bool(kept and kept.prices is not None),
         "threshold": told_threshold(plan),
     }
-
-
-def _quality(results: Sequence[Result], run: Mapping[str, Any]) -> dict[str, Any]:
-    sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results)]
-    source = next((quality for quality in sources if as_list(quality.get("rows"))), {})
-    return {"protocol": as_dict(source.get("protocol")), "rows": [as_dict(row) for row in as_list(source.get("rows"))]}
 
 
 def _step(step: Any) -> dict[str, Any]:

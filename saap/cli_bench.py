@@ -151,11 +151,12 @@ def compare(old: str, new: str, **options: Any) -> None:
     "--history", type=directory, help="A folder of `saap bench --history`: speeds over time, and their steps."
 )
 def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
-    """One self-contained page from bench results, from the directory of a run, or from a history.
+    """One self-contained page from files of `saap bench` and `saap eval`, a run's directory, or a history.
 
     \b
     Example:
       saap report out/demo -o report.html
+      saap report bench.json quality.json -o report.html
       saap report --history results/ -o history.html
     """
     from saap.board import make_report

@@ -1,0 +1,145 @@
+"""What a report says of quality: perplexities with their protocol, zero-shot tasks, and quality against its price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from bench.headline import Entry
+from bench.pareto import Point, pareto_front, pareto_plot
+from bench.result import INVALID, Result
+from bench.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
+
+PRICES = (  # title, what the axis says, field of a row, factor, digits
+    ("speed", "ms per generated token", "decode_ts", 1e3, 2),
+    ("size", "MB on disk", "model_bytes", 1e-6, 1),
+    ("energy", "joules per generated token", "joules_per_token", 1.0, 3),
+)
+
+
+def sections_of(
+    results: Sequence[Result], run: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Protocol, rows and tasks; documents of one protocol are shown together, others never in one table."""
+    sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results), *map(as_dict, documents)]
+    sections: list[dict[str, Any]] = []
+    for source in sources:
+        protocol = as_dict(source.get("protocol"))
+        rows = [as_dict(row) for row in as_list(source.get("rows"))]
+        tasks = [as_dict(row) for row in as_list(source.get("tasks"))]
+        if not rows:
+            continue
+        same = next((s for s in sections if s["protocol"] == protocol), None)
+        if same is None:
+            sections.append(same := {"protocol": protocol, "rows": [], "tasks": []})
+        names = {plain(row.get("name")) for row in same["rows"]}
+        same["rows"] += [row for row in rows if plain(row.get("name")) not in names]
+        asked = {(plain(row.get("model")), plain(row.get("task"))) for row in same["tasks"]}
+        same["tasks"] += [row for row in tasks if (plain(row.get("model")), plain(row.get("task"))) not in asked]
+    for section in sections:
+        section["measured"] = any(as_float(r.get("perplexity")) or as_float(r.get("kl")) for r in section["rows"])
+        section["task_table"] = task_table(section["tasks"])
+    return sections
+
+
+def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Header and rows of accuracies, acc_norm where a task has it, with standard errors and their mean."""
+    if not tasks:
+        return None
+    names = list(dict.fromkeys(plain(row.get("task")) for row in tasks))
+    models = list(dict.fromkeys(plain(row.get("model")) for row in tasks))
+    found = {(plain(row.get("model")), plain(row.get("task"))): row for row in tasks}
+    rows = []
+    for model in models:
+        scores = [_score(found.get((model, name), {})) for name in names]
+        known = [value for value, _ in scores if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(names) else None
+        rows.append([model, *map(_told, scores), UNKNOWN if mean is None else percent(mean)])
+    counts = {
+        name: max(len(as_list(row.get("examples"))) for row in tasks if row.get("task") == name) for name in names
+    }
+    return {"header": ["model", *(f"{name} ({counts[name]})" for name in names), "mean"], "rows": rows}
+
+
+def tradeoffs(entries: Sequence[Entry], sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Quality against speed, size and energy: a plot for each price that two models or more were measured at."""
+    from markupsafe import Markup
+
+    plots = []
+    for section in sections:
+        quality, what, less = _quality_by_name(section)
+        for title, axis, field, factor, digits in PRICES:
+            points = _points(entries, quality, field, factor)
+            if len({point.name for point in points}) < 2:
+                continue
+            front = {point.name for point in pareto_front(points, less)}
+            told = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
+            plots.append(
+                {
+                    "title": f"Quality against {title}",
+                    "text": f"{_where(section, sections)}{'Lower' if less else 'Higher'} is better, further left is "
+                    "cheaper; filled: no other model here is better at both.",
+                    "label": f"{what} against {axis}: {told}; best trade-offs: {', '.join(sorted(front))}",
+                    "svg": Markup(pareto_plot(points, axis, what, less)),
+                }
+            )
+    return plots
+
+
+def _where(section: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> str:
+    """Which text, where there are several protocols."""
+    protocol = section["protocol"]
+    if len(sections) == 1 or not protocol:
+        return ""
+    return f"{plain(protocol.get('text'))}, chunks of {plain(protocol.get('chunk'))}. "
+
+
+def _points(entries: Sequence[Entry], quality: Mapping[str, float], field: str, factor: float) -> list[Point]:
+    points: dict[tuple[str, float], Point] = {}
+    for entry in entries:
+        value, measured = as_float(entry.row.get(field)), quality.get(_short(entry.measurement.name))
+        valid = field == "model_bytes" or entry.measurement.status != INVALID
+        if value and measured is not None and valid:
+            price = factor / value if field == "decode_ts" else factor * value
+            points[entry.measurement.name if field == "model_bytes" else entry.name, price] = Point(
+                entry.measurement.name if field == "model_bytes" else entry.name, price, measured
+            )
+    return list(points.values())
+
+
+def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str, bool]:
+    """Quality of each model, what it is, and whether less is better: perplexity, or the mean of the tasks."""
+    perplexities = {
+        _short(row.get("name")): value
+        for row in section["rows"]
+        if (value := as_float(row.get("perplexity"))) is not None
+    }
+    if perplexities:
+        return perplexities, "perplexity", True
+    table: dict[str, list[float | None]] = {}
+    for row in section["tasks"]:
+        table.setdefault(_short(row.get("model")), []).append(_score(row)[0])
+    means = {
+        name: 100 * sum(v for v in values if v is not None) / len(values)
+        for name, values in table.items()
+        if None not in values
+    }
+    return means, "mean accuracy, %", False
+
+
+def _short(name: Any) -> str:
+    """A model's name without its folder: `saap eval` names paths, `saap bench` the last part."""
+    return PurePath(plain(name)).name
+
+
+def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    metric = "acc" if row.get("acc_norm") is None else "acc_norm"
+    return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
+
+
+def _told(score: tuple[float | None, float | None]) -> str:
+    value, error = score
+    if value is None:
+        return UNKNOWN
+    return percent(value) if error is None else f"{percent(value)} ± {number(100 * error, 1)}"
