@@ -38,7 +38,7 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
 
     \b
     Example:
-      saap eval out/bundle --reference ~/.cache/saap/smollm2-135m --max-chunks 40
+      saap eval out/bundle --reference smollm2-135m --max-chunks 40
       saap eval out/slim --text wiki.test.raw --chunk 2048 --join paragraphs
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
     """

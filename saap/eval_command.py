@@ -15,7 +15,7 @@ from saap.errors import SaapError
 from saap.eval import Score, evaluate, torch_scorer
 from saap.importance import Progress
 from saap.json_files import write_json
-from saap.models import load_tokenizer
+from saap.models import load_tokenizer, resolve
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
 from saap.steps import say_text
@@ -30,10 +30,10 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
     reference, tasks = options["reference"], _task_options(options)
     everything = ([reference] if reference else []) + [p for p in paths if p != reference]
-    named = {str(path): path for path in everything}
+    named = {str(path): path if path.is_dir() else resolve(str(path), progress=console.report) for path in everything}
     document: dict[str, Any] = {"kind": KIND, "version": VERSION}
     if tasks is None or options["text"] is not None:
-        windows = _windows(reference, paths, options, console)
+        windows = _windows(list(named.values()), options, console)
         document |= quality_of(named, windows, str(reference) if reference else None, console)
         show_quality(document)
     else:
@@ -175,8 +175,8 @@ def _task_options(options: dict[str, Any]) -> TaskOptions | None:
     return TaskOptions(tuple(dict.fromkeys(names)), options["task_dir"], options["max_examples"], options["seed"])
 
 
-def _windows(reference: Path | None, paths: list[Path], options: dict[str, Any], console: Console) -> Windows:
-    base = reference or next((p for p in paths if not is_bundle(p)), paths[0])
+def _windows(paths: list[Path], options: dict[str, Any], console: Console) -> Windows:
+    base = next((p for p in paths if not is_bundle(p)), paths[0])  # the reference comes first
     if options["text"] is None and is_bundle(base):
         from saap.text import load_documents
 

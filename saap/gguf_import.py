@@ -2,7 +2,8 @@
 
 transformers reads the weights. The tokenizer is built here from the file's own fields where its kind is known,
 because transformers' conversion (4.57 and 5.x) of byte-level BPE loses the pre-tokenizer, takes ``<|im_start|>`` for
-the end of text, prepends a BOS that the file says is not wanted, and saves the whole GGUF as ``tokenizer.model``.
+the end of text, prepends a BOS that the file says is not wanted, and saves the whole GGUF as ``tokenizer.model``; of a
+sentencepiece BPE see :mod:`saap.gguf_spm`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saap.errors import SaapError
-
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+from saap.gguf_spm import CONTROL, USER_DEFINED, spm_tokenizer
 
 # Control tokens that end a turn or a text, whatever the file names as its one EOS: llama.cpp treats them so as well.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
@@ -31,12 +31,14 @@ class GGUFTokenizer:
     pre: str  # name of the pre-tokenizer
     tokens: list[str]
     types: list[int]
+    scores: list[float]  # of sentencepiece's pieces; else empty
     merges: list[str]
     bos: int | None
     eos: int | None
     pad: int | None
     unk: int | None
     add_bos: bool
+    space_prefix: bool  # sentencepiece puts a space before the text
     chat_template: str | None
     context: int | None
 
@@ -64,7 +66,10 @@ def convert(source: Path, destination: Path) -> None:
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
     if fields.kind == "gpt2" and fields.pre in ("gpt-2", "smollm"):
-        write_tokenizer(fields, destination)
+        write_tokenizer(fields, byte_level_bpe(fields), destination)
+    elif fields.kind == "llama" and fields.scores:
+        spm = spm_tokenizer(fields.tokens, fields.types, fields.scores, fields.unk, fields.space_prefix)
+        write_tokenizer(fields, spm, destination)
     else:
         _convert_tokenizer(source, destination, fields)
 
@@ -90,25 +95,28 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     tokens = field(prefix + "tokens")
     if not tokens:
         raise SaapError(f"{source} holds no tokenizer: give a GGUF file of a whole language model")
+    kind = field(prefix + "model", "")
     context = field(f"{field('general.architecture', '')}.context_length")
     return GGUFTokenizer(
-        kind=field(prefix + "model", ""),
+        kind=kind,
         pre=field(prefix + "pre", "gpt-2"),
         tokens=tokens,
         types=field(prefix + "token_type", [1] * len(tokens)),
+        scores=field(prefix + "scores", []),
         merges=field(prefix + "merges", []),
         bos=field(prefix + "bos_token_id"),
         eos=field(prefix + "eos_token_id"),
         pad=field(prefix + "padding_token_id"),
         unk=field(prefix + "unknown_token_id"),
-        add_bos=bool(field(prefix + "add_bos_token", False)),
+        add_bos=bool(field(prefix + "add_bos_token", kind == "llama")),
+        space_prefix=bool(field(prefix + "add_space_prefix", True)),
         chat_template=field("tokenizer.chat_template"),
         context=context,
     )
 
 
-def write_tokenizer(fields: GGUFTokenizer, destination: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` of a byte-level BPE.
+def byte_level_bpe(fields: GGUFTokenizer) -> Any:
+    """A ``tokenizers.Tokenizer`` of a byte-level BPE.
 
     ``smollm`` splits every digit off before GPT-2's byte-level split; ``gpt-2`` is the latter alone.
     """
@@ -126,6 +134,11 @@ def write_tokenizer(fields: GGUFTokenizer, destination: Path) -> None:
         [AddedToken(t, normalized=False, special=True) for t, kind in typed if kind == CONTROL]
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED])
+    return tokenizer
+
+
+def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
     if fields.add_bos and fields.bos is not None:
         _prepend(tokenizer, fields.tokens[fields.bos], fields.bos)
     tokenizer.save(str(destination / "tokenizer.json"))

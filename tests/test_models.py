@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
-from saap import model_cache, models
+from saap import model_cache, packaged
 from saap.errors import SaapError
-from saap.gguf_import import read_tokenizer_fields, write_tokenizer
+from saap.gguf_import import byte_level_bpe, read_tokenizer_fields, write_tokenizer
 from saap.models import copy_sidecars, load_tokenizer, resolve
 
 SNIPPETS = [
@@ -147,7 +149,7 @@ def test_gguf_weights_and_tokenizer_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_bos_is_prepended_only_where_the_file_says_so(tmp_path, add_bos):
     fields = read_tokenizer_fields(write_gguf(tmp_path / "tiny.gguf", add_bos=add_bos))
-    write_tokenizer(fields, tmp_path)
+    write_tokenizer(fields, byte_level_bpe(fields), tmp_path)
     assert (load_tokenizer(tmp_path)("he").input_ids[0] == 1) is add_bos
 
 
@@ -200,20 +202,44 @@ def test_file_that_is_no_gguf(tmp_path, content):
     assert list((tmp_path / "cache").glob("*")) == [] and list((tmp_path / "cache").glob(".*")) == []
 
 
-def test_package_with_another_content_is_refused(tmp_path, monkeypatch):
-    package = models.PACKAGED["smollm2-135m"]
+@pytest.mark.parametrize("name", packaged.PACKAGED)
+def test_package_with_another_content_is_refused(tmp_path, monkeypatch, name):
+    package = packaged.PACKAGED[name]
 
-    def planted(requirement: str, work: Path) -> Path:
-        with zipfile.ZipFile(work / "x.whl", "w") as archive:
-            archive.writestr(package.member, b"GGUF but other bytes")
-            archive.writestr(package.licence_member, "Apache")
+    def planted(requirement: str, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            for part in package.parts:
+                archive.writestr(part.path, b"GGUF but other bytes")
+            archive.writestr(package.licence_member.path, "Apache")
             archive.writestr("../../evil", "x")
-        return work / "x.whl"
+        return folder / "x.whl"
 
-    monkeypatch.setattr(models, "_download", planted)
+    monkeypatch.setattr(packaged, "_download", planted)
     with pytest.raises(SaapError, match="expected sha256"):
-        resolve("smollm2-135m", cache_dir=tmp_path / "cache")
+        resolve(name, cache_dir=tmp_path / "cache")
     assert list(tmp_path.rglob("evil")) == [] and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_model_in_parts_is_put_together_in_order(tmp_path, monkeypatch):
+    package = packaged.PACKAGED["gemma3-270m"]
+    whole = b"".join(bytes([number]) * 1000 for number in range(4))
+    package = replace(package, sha256=hashlib.sha256(whole).hexdigest())
+
+    def planted(requirement: str, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        held = [(n, part) for n, part in enumerate(package.parts) if part.requirement == requirement]
+        with zipfile.ZipFile(folder / f"{requirement}.whl", "w") as archive:
+            archive.writestr(package.licence_member.path, "terms")
+            for number, part in held:
+                archive.writestr(part.path, bytes([number]) * 1000)
+        return folder / f"{requirement}.whl"
+
+    monkeypatch.setattr(packaged, "_download", planted)
+    (tmp_path / "out").mkdir()
+    made = packaged.fetch(package, tmp_path, tmp_path / "out", lambda *_: None)
+    assert made.name == "gemma-3-270m-q4_k_m.gguf" and made.read_bytes() == whole
+    assert (tmp_path / "out" / "LICENSE.html").read_text() == "terms"
 
 
 def test_package_index_that_does_not_answer(tmp_path, monkeypatch):

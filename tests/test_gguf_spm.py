@@ -1,0 +1,89 @@
+"""Sentencepiece tokenizers of GGUF files give the ids of sentencepiece itself."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from saap.gguf_spm import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+
+SENTENCES = [
+    "The lowest of the new towers is wider than the older one in the lower town.",
+    "English teachers were teaching newer English widely, and the widest lesson was the newest.",
+    "She wrote: 12,345 numbers (67 of them odd) & more!",
+    "Ein Übermaß an Größe; naïve café déjà vu.",
+] * 8
+TEXTS = [
+    *SENTENCES[:4], "English", " a leading space", "trailing  ", "two  and   three", "line\nline\n\nline", "日本語",
+    "🫨 new", "unwider newestly", "", "ﬁne ½", "tab\there",
+]  # fmt: skip
+
+
+@pytest.fixture(params=[True, False], ids=["prefix", "no prefix"])
+def model(request):
+    """A small sentencepiece BPE trained here, as bytes, and whether it puts a space before a text."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=out, vocab_size=420, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param, user_defined_symbols=["<mark>"], minloglevel=2,
+    )  # fmt: skip
+    return out.getvalue(), request.param
+
+
+def ours(model):
+    parsed = proto.ModelProto.FromString(model[0])
+    pieces = parsed.pieces
+    return spm_tokenizer(
+        [p.piece for p in pieces],
+        [p.type for p in pieces],
+        [p.score for p in pieces],
+        parsed.trainer_spec.unk_id,
+        model[1],
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_sentencepiece_s(model, text):
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model[0])
+    assert ours(model).encode(text, add_special_tokens=False).ids == theirs.encode(text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_is_encoded_is_decoded(model, text):
+    tokenizer = ours(model)
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_what_a_user_defined_stays_whole(model):
+    """In a model without a prefix; with one, a space follows the piece, as in llama.cpp and unlike sentencepiece."""
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model[0])
+    found = ours(model).encode("English<mark> teachers", add_special_tokens=False)
+    if model[1]:
+        assert "<mark>" in found.tokens
+    else:
+        assert found.ids == theirs.encode("English<mark> teachers")
+
+
+def test_control_pieces_are_special_and_left_out_of_text():
+    tokenizer = spm_tokenizer(
+        ["<unk>", "<s>", "a", "b", "ab"], [2, CONTROL, NORMAL, NORMAL, NORMAL], [0, 0, -2, -3, -1], 0, False
+    )
+    assert tokenizer.encode("<s>ab").ids == [1, 4]
+    assert tokenizer.decode([1, 4]) == "ab"
+
+
+def test_better_scores_are_joined_first():
+    tokens, types = ["<unk>", "a", "b", "c", "ab", "bc"], [2, *[NORMAL] * 5]
+    for scores, expected in (([0, -3, -3, -3, -1, -2], ["ab", "c"]), ([0, -3, -3, -3, -2, -1], ["a", "bc"])):
+        assert spm_tokenizer(tokens, types, scores, 0, False).encode("abc").tokens == expected
+
+
+def test_runs_of_spaces_that_users_defined_are_one_piece():
+    """As in Gemma, whose file holds them with real spaces."""
+    tokens = ["<unk>", "\u2581", "  ", "   ", "a"]
+    tokenizer = spm_tokenizer(tokens, [2, NORMAL, USER_DEFINED, USER_DEFINED, NORMAL], [0, -1, -9, -9, -1], 0, False)
+    assert tokenizer.encode("a   a  a a").tokens == ["a", "   ", "a", "  ", "a", "\u2581", "a"]
