@@ -89,7 +89,9 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 @how("--explain", is_flag=True, help="Say why each layer lost what it lost.")
 @removed("--heads/--no-heads", default=None, help="Query heads and KV groups too; default: where it pays.")
 @removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
-@removed("--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these layers, such as 0-2,29.")
+@removed(
+    "--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these, such as 0-2,29; none: from all."
+)
 @scored("--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
 @scored("--sequences", type=int, default=64, show_default=True, help="Calibration sequences.")
 @scored("--length", type=int, default=256, show_default=True, help="Tokens per sequence.")

@@ -13,21 +13,23 @@ directory = click.Path(path_type=Path)
 
 
 class LayerRange(click.ParamType):
-    """Layers such as ``0-2,29``."""
+    """Layers such as ``0-2,29``; ``none`` is None."""
 
     name = "layers"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[int] | None:
         """``0-2,29`` -> {0, 1, 2, 29}."""
         if isinstance(value, frozenset):
             return value
+        if value == "none":
+            return None
         layers: set[int] = set()
         try:
             for part in value.split(","):
                 first, _, last = part.partition("-")
                 layers.update(range(int(first), int(last or first) + 1))
         except ValueError:
-            self.fail(f"{value!r} names no layers: write something like 0-2,29", param, ctx)
+            self.fail(f"{value!r} names no layers: write something like 0-2,29, or none", param, ctx)
         return frozenset(layers)
 
 

@@ -202,3 +202,17 @@ def test_what_fails_later_was_not_written(model, tmp_path, text):
     refused("prune", model, "-o", tmp_path / "slim", "--calibration", text, "--ratio", "0.99")
     assert (tmp_path / "slim/saap.json").read_text() == before
     assert json.loads(before)["plan"]["bundle"] == {"bits": 4, "block": 32}
+
+
+def test_no_layer_is_kept_where_that_is_said(tiny_model, tmp_path, text):
+    """LLM-Pruner's methods leave first and last layers whole by themselves; alike means that they do not."""
+    model = tiny_model(num_hidden_layers=8)
+    widths = {}
+    for kept in ((), ("--keep-layers", "none")):
+        out = tmp_path / f"slim{len(kept)}"
+        pruned(model, out, text, "--ratio", 0.25, "--method", "param_first", *kept)
+        widths[kept] = [len(layer["ffn"]) for layer in read_record(out)["plan"]["layers"]]
+    own, none = widths.values()
+    assert own[0] == 128 and none[0] < 128
+    said = here("prune", model, "-o", tmp_path / "y", "--keep-layers", "some", code=2).stderr
+    assert "write something like 0-2,29, or none" in said

@@ -1,0 +1,209 @@
+"""The table of the field: SAAP and every baseline, pruned, tuned alike or not, as the int4 bundle that a device runs.
+
+    python scripts/field_table.py                                   # all rows; many hours on two cores
+    python scripts/field_table.py --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
+    python scripts/field_table.py show                              # the cells that are there, as Markdown
+
+A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
+dense bundle. Cells and steps that are finished are not made again. Needs SAAP_DATA for text and, for the tasks, files
+of the forms that docs/quality.md names in the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.store import read_result
+from bench.table import table_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CELLS = ROOT / "benchmarks" / "field"
+TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+TEXT = "wikitext2_test_raw.txt"
+# Chunk and windows of a perplexity; about 40,000 predictions each.
+PROTOCOLS = {"ppl128": (128, 320), "ppl2048": (2048, 20)}
+# What the pruning table (benchmarks/pruning) found to be each baseline's best; SAAP is as it is by default.
+METHODS: dict[str, list[str]] = {
+    "saap": [],
+    "flap": ["--method", "flap", "--no-heads", "--compensate", "bias", "--keep-layers", "none"],
+    "wanda_sp": ["--method", "wanda_sp", "--no-heads", "--keep-layers", "none"],
+    "param_second": ["--method", "param_second", "--no-heads", "--keep-layers", "none"],
+    "param_first": ["--method", "param_first", "--no-heads", "--keep-layers", "none"],
+    "param_mix": ["--method", "param_mix", "--no-heads", "--keep-layers", "none"],
+    "vector": ["--method", "vector", "--no-heads", "--keep-layers", "none"],
+    "shortgpt": ["--method", "shortgpt"],
+    "magnitude": ["--method", "magnitude", "--no-heads", "--keep-layers", "none"],
+    "random": ["--method", "random", "--no-heads", "--keep-layers", "none"],
+}
+
+
+class Cell:
+    """One row: its folder of intermediate files, its commands, and its JSON.
+
+    Args:
+        name: of the row.
+        work: folder for models and bundles.
+    """
+
+    def __init__(self, name: str, work: Path, model: str, given: argparse.Namespace) -> None:
+        self.name, self.work, self.model, self.given = name, work / name, model, given
+        self.commands: list[list[str]] = []
+        self.path = CELLS / f"{name}.json"
+
+    def saap(self, made: str, *arguments: str) -> Path:
+        """Run a command of saap unless what it makes is there."""
+        out = self.work / made
+        words = [str(word) for word in arguments]
+        self.commands.append(["saap", *words])
+        if not out.exists():
+            began = time.monotonic()
+            run = [sys.executable, "-m", "saap.cli", *words]
+            done = subprocess.run(run, check=False, capture_output=True, text=True)
+            if not out.exists():
+                raise SystemExit(f"{self.name}: saap {' '.join(words)} failed: {done.stderr[-600:]}")
+            print(f"  {self.name}: {words[0]} {time.monotonic() - began:.0f} s", flush=True)
+        return out
+
+    def evaluated(self, name: str, bundle: Path, *options: str) -> dict[str, Any]:
+        """The document of a ``saap eval``."""
+        out = self.work / f"{name}.json"
+        document = json.loads(self.saap(out.name, "eval", str(bundle), *options, "--json", str(out)).read_text())
+        return dict(document)
+
+    def finish(self, bundle: Path, dense: Path | None) -> None:
+        """Evaluate and bench the bundle, and write the cell."""
+        data = Path(os.environ["SAAP_DATA"])
+        numbers: dict[str, Any] = {}
+        for name, (chunk, count) in PROTOCOLS.items():
+            cut = ["--chunk", str(chunk), "--max-chunks", str(count), "--join", "paragraphs"]
+            numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut, "--reference", self.model)
+        if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
+            few = [] if self.given.max_examples is None else ["--max-examples", str(self.given.max_examples)]
+            asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
+            numbers["tasks"] = self.evaluated("tasks", bundle, *asked)
+        specs = [str(bundle)] if dense is None else [str(dense), str(bundle)]
+        made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
+        row = table_rows(read_result(made))[-1]
+        cell = {
+            "name": self.name,
+            "commands": self.commands,
+            "quality": {name: _slim(document) for name, document in numbers.items()},
+            "bench": {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")},
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        CELLS.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(cell, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def _slim(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of eval without windows and likelihoods: whether each answer was right stays, for paired tests."""
+    rows = [{k: v for k, v in row.items() if k != "window_nll"} for row in document["rows"]]
+    tasks = [
+        {**task, "examples": [[e["index"], e["acc"], e.get("acc_norm", e["acc"])] for e in task["examples"]]}
+        for task in document.get("tasks", [])
+    ]
+    return {**document, "rows": rows, "tasks": tasks}
+
+
+def run(given: argparse.Namespace) -> None:
+    """Make the cells that are missing, the dense one first."""
+    dense = Cell("dense", given.work, given.model, given)
+    made = dense.work / "bundle"
+    bundle = dense.saap(made.name, "export", _directory(given.model), "-o", str(made), "--text", _train())
+    if not dense.path.is_file():
+        dense.finish(bundle, None)
+    for seed in map(int, given.seeds.split(",")):
+        for ratio in given.ratios.split(","):
+            for method in given.methods.split(","):
+                for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
+                    name = f"{method}-{ratio}-{'tuned' if tuned else 'untuned'}-seed{seed}"
+                    cell = Cell(name, given.work, given.model, given)
+                    if not cell.path.is_file():
+                        _cell(cell, method, ratio, seed, tuned, bundle)
+
+
+def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
+    given, source = cell.given, cell.work / "slim"
+    cell.work.mkdir(parents=True, exist_ok=True)
+    chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
+    cell.saap("slim", "prune", given.model, "-o", str(source), *chosen)
+    if tuned:
+        source = cell.work / "tuned"
+        cell.saap("tuned", "tune", str(cell.work / "slim"), "-o", str(source), "--teacher", given.model, "--tokens",
+                  str(given.tokens), "--seed", str(seed))  # fmt: skip
+    bundle = cell.saap("bundle", "export", str(source), "-o", str(cell.work / "bundle"), "--text", _train())
+    cell.finish(bundle, dense)
+
+
+def _directory(model: str) -> str:
+    from saap import models
+
+    return str(models.resolve(model))
+
+
+def _train() -> str:
+    return str(Path(os.environ["SAAP_DATA"]) / "c4_sample300.jsonl")
+
+
+def show() -> None:
+    """The cells as Markdown, means over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(CELLS.glob("*.json")):
+        cell = json.loads(path.read_text())
+        groups.setdefault(cell["name"].rsplit("-seed", 1)[0], []).append(cell)
+    tasks = list(dict.fromkeys(t["task"] for cells in groups.values() for c in cells for t in _tasks(c)))
+    print("| model | seeds |", " | ".join([*PROTOCOLS, *tasks, "M params", "MB", "ms/token", "peak MB"]), "|")
+    print("|---" * (len(PROTOCOLS) + len(tasks) + 6), end="|\n")
+    for name, cells in sorted(groups.items(), key=lambda item: _numbers(item[1][0], tasks)[0]):
+        numbers = [_numbers(cell, tasks) for cell in cells]
+        means = [sum(column) / len(column) for column in zip(*numbers, strict=True)]
+        digits = [2] * len(PROTOCOLS) + [1] * (len(tasks) + 2) + [2, 0]
+        told = [f"{mean:.{places}f}" for mean, places in zip(means, digits, strict=True)]
+        print("|", " | ".join([name, str(len(cells)), *told]), "|")
+
+
+def _tasks(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(cell["quality"].get("tasks", {}).get("tasks", []))
+
+
+def _numbers(cell: dict[str, Any], tasks: list[str]) -> list[float]:
+    rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
+    found = {t["task"]: 100 * (t["acc"] if t["acc_norm"] is None else t["acc_norm"]) for t in _tasks(cell)}
+    measured = cell["bench"]
+    return [
+        *(row["perplexity"] for row in rows), *(found[task] for task in tasks), rows[0]["parameters"] / 1e6,
+        rows[0]["bytes"] / 1e6, 1e3 / measured["decode_ts"], measured["peak_decode_bytes"] / 1e6,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="run", choices=["run", "show"])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--ratios", default="0.2,0.5")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
+    parser.add_argument("--tokens", type=int, default=400_000, help="of tuning")
+    parser.add_argument("--max-examples", type=int, help="of each task; default: all")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "field")
+    given = parser.parse_args()
+    if given.what == "show":
+        show()
+        return
+    if "SAAP_DATA" not in os.environ:
+        raise SystemExit("set SAAP_DATA to a folder with WikiText-2, training text and the tasks' files")
+    run(given)
+
+
+if __name__ == "__main__":
+    main()
