@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "field"
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT = "wikitext2_test_raw.txt"
-# Chunk and windows of a perplexity; about 40,000 predictions each.
-PROTOCOLS = {"ppl128": (128, 320), "ppl2048": (2048, 20)}
+# Chunk and windows of a perplexity; about 20,000 predictions each.
+PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
 # What the pruning table (benchmarks/pruning) found to be each baseline's best; SAAP is as it is by default.
 METHODS: dict[str, list[str]] = {
     "saap": [],
