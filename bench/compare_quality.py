@@ -90,6 +90,11 @@ def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Qual
     return rows
 
 
+def metric_of(task: Mapping[str, Any]) -> str:
+    """What the literature quotes of a task: acc_norm where it has it (BoolQ and WinoGrande have not), else acc."""
+    return "acc" if task.get("acc_norm") is None else "acc_norm"
+
+
 def exit_code(rows: Sequence[QualityRow], fail_on_regression: bool) -> int:
     """3 where something does not compare, 1 for a regression where that is asked for, else 0."""
     if any(row.verdict == NOT_COMPARABLE for row in rows):
@@ -143,7 +148,7 @@ def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]
         if reason := _other_examples(mine, theirs):
             rows.append(QualityRow(pair, task, NOT_COMPARABLE, reason=reason))
             continue
-        metric = "acc" if mine.get("acc_norm") is None else "acc_norm"
+        metric = metric_of(mine)
         counted = np.array([[float(e[metric]) for e in row["examples"]] for row in (mine, theirs)])
         scores.append(counted)
         before, after = counted.mean(1)

@@ -43,8 +43,9 @@ def write_report(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    qualities = [read_quality(path) for path in results if is_quality(path)]
-    documents = [read_result(path) for path in results if not is_quality(path)]
+    of_eval = {path for path in results if is_quality(path)}
+    qualities = [read_quality(path) for path in results if path in of_eval]
+    documents = [read_result(path) for path in results if path not in of_eval]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from bench.compare_quality import metric_of
 from bench.headline import Entry
 from bench.pareto import Point, pareto_front, pareto_plot
 from bench.result import INVALID, Result
@@ -134,7 +135,7 @@ def _short(name: Any) -> str:
 
 
 def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    metric = "acc" if row.get("acc_norm") is None else "acc_norm"
+    metric = metric_of(row)
     return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
 
 

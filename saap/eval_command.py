@@ -23,11 +23,11 @@ from saap.steps import say_text
 if TYPE_CHECKING:
     from saap.tasks import ContinuationModel, TaskOptions
 
-KIND, VERSION = "saap-quality", 1  # of the document
-
 
 def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> None:
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
+    from bench.compare_quality import KIND, VERSION
+
     reference, tasks = options["reference"], _task_options(options)
     everything = ([reference] if reference else []) + [p for p in paths if p != reference]
     named = {str(path): path if path.is_dir() else resolve(str(path), progress=console.report) for path in everything}
@@ -129,13 +129,16 @@ def show_quality(quality: dict[str, Any]) -> None:
 
 def show_tasks(document: dict[str, Any]) -> None:
     """Accuracies with their standard errors, a row per model, and the mean over the tasks."""
+    from bench.compare_quality import metric_of
+
     names = list(dict.fromkeys(row["task"] for row in document["tasks"]))
     models = list(dict.fromkeys(row["model"] for row in document["tasks"]))
     found = {(row["model"], row["task"]): row for row in document["tasks"]}
     rows = []
     for model in models:
         cells = [_accuracy(found[model, task]) for task in names]
-        mean = sum(_best(found[model, task]) for task in names) / len(names)
+        scores = [found[model, task] for task in names]
+        mean = sum(float(row[metric_of(row)]) for row in scores) / len(scores)
         rows.append([model, *cells, f"{mean:.1%}"])
     first = found[models[0], names[0]]
     count = f"{document['max_examples']} examples each (seed {document['task_seed']})"
@@ -156,12 +159,6 @@ def _accuracy(row: dict[str, Any]) -> str:
         for metric in ("acc", "acc_norm")
         if row.get(metric) is not None
     )
-
-
-def _best(row: dict[str, Any]) -> float:
-    """What the literature quotes: acc_norm where a task has it (BoolQ and WinoGrande have not), else acc."""
-    value = row["acc"] if row.get("acc_norm") is None else row["acc_norm"]
-    return float(value)
 
 
 def _task_options(options: dict[str, Any]) -> TaskOptions | None:

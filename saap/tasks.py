@@ -82,9 +82,9 @@ class ContinuationModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Likelihood]:
         """Likelihoods in the requests' order; those of one context are asked for together, the longest first."""
         tails: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-        for index, (_texts, context, tail) in enumerate(requests):
+        for index, (texts, context, tail) in enumerate(requests):
             if not tail:
-                raise SaapError(f"example {index // 2} has a choice without a token: mend its file")
+                raise SaapError(f"a choice without a token follows {str(texts[0])[-60:]!r}: mend its file")
             room = max(1, self.max_length + 1 - len(tail))  # cut on the left, as the harness does
             tails.setdefault(tuple(context[-room:]), {}).setdefault(tuple(tail), []).append(index)
         order = [Group(context, tuple(each)) for context, each in tails.items()]

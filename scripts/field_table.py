@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.compare_quality import metric_of
 from bench.store import read_result
 from bench.table import table_rows
 
@@ -177,7 +178,7 @@ def _tasks(cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _numbers(cell: dict[str, Any], tasks: list[str]) -> list[float]:
     rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
-    found = {t["task"]: 100 * (t["acc"] if t["acc_norm"] is None else t["acc_norm"]) for t in _tasks(cell)}
+    found = {t["task"]: 100 * t[metric_of(t)] for t in _tasks(cell)}
     measured = cell["bench"]
     return [
         *(row["perplexity"] for row in rows), *(found[task] for task in tasks), rows[0]["parameters"] / 1e6,
