@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from saap.errors import SaapError
-from saap.text import Documents
+from saap.text import Documents, encode
 
 Join = Literal["raw", "paragraphs", "spaces"]
 
@@ -100,9 +100,7 @@ def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
     Raises:
         SaapError: less than one window, or no beginning-of-sequence token where one is asked for.
     """
-    # verbose=False: a text longer than the model's context is meant here, it is cut.
-    text = joined(documents.text, cut.join)
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = encode(joined(documents.text, cut.join), tokenizer)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
         raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")

@@ -168,7 +168,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: in
     for text in order:
         if len(ids) >= count * length:
             break
-        ids += _encode(text, tokenizer) + end
+        ids += encode(text, tokenizer) + end
     if len(ids) < count * length:
         raise SaapError(
             f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
@@ -188,7 +188,7 @@ def chunks(text: str, tokenizer: Any, length: int) -> torch.Tensor:
     """
     import torch
 
-    ids = _encode(text, tokenizer)
+    ids = encode(text, tokenizer)
     count = len(ids) // length
     if count == 0:
         raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {length}; give more text")
@@ -294,6 +294,6 @@ def _telling_lines(texts: Iterable[str]) -> set[str]:
     return {line for line in lines if len(line) >= TELLING_CHARACTERS}
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    # verbose=False: a text longer than the model's context is meant here, it is cut into rows.
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
