@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from bench.signals import signals_wait
+
 PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
@@ -54,17 +56,19 @@ def call(
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as err:
         given.write(json.dumps(config).encode())
         given.seek(0)
-        process = subprocess.Popen(
-            [*launch, python, "-m", module],
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=err,
-            cwd=PACKAGES,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
+        process: subprocess.Popen[bytes] | None = None
         answer: dict[str, Any] | None = None
         try:
+            with signals_wait():
+                process = subprocess.Popen(
+                    [*launch, python, "-m", module],
+                    stdin=given,
+                    stdout=subprocess.PIPE,
+                    stderr=err,
+                    cwd=PACKAGES,
+                    env={**os.environ, **(env or {})},
+                    start_new_session=True,
+                )
             for line in _lines(process, time.monotonic() + timeout_s):
                 document = _object(line)
                 if answer is not None and told is not None:
@@ -76,7 +80,8 @@ def call(
         except OverflowError:
             raise _failed("the worker printed without end", err) from None
         finally:
-            _end(process)
+            if process is not None:
+                _end(process)
         if process.returncode:
             raise _failed(_how_it_ended(process.returncode), err)
         if answer is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.remote_feed import feed, pieces, size_of, whole
+from bench.signals import signals_wait
 from devices.agent import MARK
 from devices.transport import BoardError, LostError, Transport, last_line, printable
 
@@ -96,15 +97,18 @@ class Board:
         sources = json.dumps(_sources()).encode()
         header = f"{len(sources)}\n".encode() + sources + json.dumps(request).encode() + b"\n"
         with tempfile.TemporaryFile() as err:
-            process = subprocess.Popen(
-                self.transport.argv(COMMAND), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-                start_new_session=True,  # an interrupt from the keyboard must not cut what is needed to clean up
-            )  # fmt: skip
+            process: subprocess.Popen[bytes] | None = None
             try:
+                with signals_wait():
+                    process = subprocess.Popen(
+                        self.transport.argv(COMMAND), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
+                        start_new_session=True,  # an interrupt from the keyboard must not cut what cleans up
+                    )  # fmt: skip
                 threading.Thread(target=feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
                 return self._answer(process, told, err)
             finally:
-                _end(process)
+                if process is not None:
+                    _end(process)
 
     def _answer(self, process: subprocess.Popen[bytes], told: Told | None, err: IO[bytes]) -> dict[str, Any]:
         noise: list[str] = []

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,6 +308,25 @@ def _ends(pid: str, within_s: float) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.child.subprocess.Popen", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        call("sleeps", {}, 20)
+    assert started[0].poll() == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
