@@ -9,7 +9,6 @@ some thousand rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import saap.checkpoint  # noqa: F401  registers our model type
 from export.source import ModelSource, Precision, Progress
 from saap.group_quant import QuantMatrix, check_blocks, expand_branch, quantize
+from saap.streaming import empty_parameters
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -53,7 +53,7 @@ class StreamedModel:
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         if source.quant:
             config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
-        with _empty_parameters():
+        with empty_parameters():
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
@@ -154,20 +154,3 @@ class StreamedModel:
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:
     """The numbers [N, K] float32 that integers stand for; a float matrix as it is."""
     return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()
-
-
-@contextmanager
-def _empty_parameters() -> Iterator[None]:
-    """Parameters made inside hold nothing (device meta); buffers, such as rotary frequencies, are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

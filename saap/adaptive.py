@@ -17,10 +17,12 @@ from saap.errors import SaapError
 from saap.explain import reasons_of
 from saap.fusion import FUSIONS, FusionOptions, fuse
 from saap.importance import Element, Progress, Scores, estimate
+from saap.importance_layerwise import estimate_layerwise
 from saap.masking import masked, mean_nll
 from saap.pricing import correct_prices, fit_prices
 from saap.score_cache import KnownLosses, cached_scores
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
+from saap.streaming import is_streamed
 from saap.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
@@ -154,8 +156,10 @@ def _scores(
     c = float(ids.shape[1]) if options.c is None else options.c
     element = options.element
 
+    estimator = estimate_layerwise if is_streamed(model) else estimate
+
     def compute() -> Scores:
-        return estimate(model, shape, ids, c=c, element=element, progress=progress)
+        return estimator(model, shape, ids, c=c, element=element, progress=progress)
 
     if weights is None:
         return compute()

@@ -28,6 +28,8 @@ from transformers import PreTrainedModel
 from saap.architectures import Architecture, architecture_of
 from saap.importance import Progress
 from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, run_layer, run_until
+from saap.ridge import regression
+from saap.streaming import present
 from saap.structures import LayerPlan, ModelShape, PrunePlan
 from saap.surgery import head_rows
 
@@ -35,7 +37,6 @@ Compensation = Literal["none", "bias", "refit"]
 COMPENSATIONS = ("none", "bias", "refit")
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_SHARE = 6  # one sixth of the batches chooses lambda
-LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 0 is not worth a large weight
 
 
 @dataclass
@@ -86,9 +87,8 @@ def compensate(
     number = 0
     for index, layer in enumerate(layers_of(model)):
         keep = plan.layers[index]
-        blocks = _blocks(layer, keep, shape.head_dim, architecture)
         given = [batch.given[index] for batch in batches]
-        with _restored(blocks):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
             if kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
                 new, stream = _biases(layer, blocks, stream, given)
             else:
@@ -161,34 +161,13 @@ def _refitted(
     return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
 
 
-@dataclass
-class _Sums:
-    """X_kept X_kept^T, R X_kept^T and |R|^2 over tokens, R = W_gone X_gone."""
-
-    squares: torch.Tensor
-    crossed: torch.Tensor
-    rest: float = 0.0
-
-    def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
-        """Add tokens, kept [tokens, K] and rest [tokens, hidden]."""
-        self.squares.addmm_(kept.t(), kept)
-        self.crossed.addmm_(rest.t(), kept)
-        self.rest += float(rest.square().sum())
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.squares + other.squares, self.crossed + other.crossed, self.rest + other.rest)
-
-    def error(self, change: torch.Tensor) -> float:
-        """|R - change X_kept|^2."""
-        return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
-
-
 def _ridge(
     layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: list[dict[str, Any]], last: bool
 ) -> torch.Tensor:
     """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
-    fit, held = (_Sums(torch.zeros(size, size), torch.zeros(len(weight), size)) for _ in range(2))
+    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
+    fit, held = (regression(tokens, size, len(weight)) for _ in range(2))
     first_held = len(stream) - max(1, len(stream) // HELD_SHARE)
     for number, (hidden, arguments) in enumerate(zip(stream, given, strict=True)):
         x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
@@ -196,16 +175,8 @@ def _ridge(
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
     best, least = None, held.rest
     for damping in LAMBDAS:
-        if (error := held.error(_solved(fit, damping))) < least:
+        if (error := held.error(fit.solved(damping))) < least:
             best, least = damping, error
-    change = torch.zeros_like(fit.crossed) if best is None else _solved(fit + held if last else fit, best)
-    return weight[:, block.kept] + change.to(weight.dtype)
-
-
-def _solved(sums: _Sums, damping: float) -> torch.Tensor:
-    """R X^T (X X^T + damping D)^-1, [hidden, kept]; on inputs of unit square, so that D is the identity."""
-    scale = sums.squares.diagonal()
-    scale = scale.clamp_min(LEAST_SQUARE * float(scale.mean()) + torch.finfo(torch.float32).tiny).sqrt()
-    correlation, crossed = sums.squares / scale / scale[:, None], (sums.crossed / scale).t()
-    factor = torch.linalg.cholesky(correlation + damping * torch.eye(len(scale)))
-    return torch.cholesky_solve(crossed, factor).t() / scale
+    if best is None:
+        return weight[:, block.kept]
+    return weight[:, block.kept] + (fit.plus(held) if last else fit).solved(best).to(weight.dtype)

@@ -22,6 +22,7 @@ activations; the exact element score keeps two numbers per weight of the layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,9 +130,9 @@ def estimate(
         SaapError: the loss is not finite on a sequence.
     """
     c = float(ids.shape[1]) if c is None else c
-    sums = _Sums(shape.head_dim, c, element)
+    sums = Sums(shape.head_dim, c, element)
     losses = []
-    with _hooks(model, matrices_of(model, shape), sums):
+    with watched(model, matrices_of(model, shape), sums):
         for index, row in enumerate(ids):
             if progress:
                 progress("scoring", index, len(ids))
@@ -143,14 +144,20 @@ def estimate(
 
 def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
     loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
-    if not torch.isfinite(loss):
-        raise SaapError(f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text")
+    value = check_loss(float(loss.item()), index)
     loss.backward()
-    return float(loss.item())
+    return value
+
+
+def check_loss(loss: float, index: int) -> float:
+    """The loss itself; SaapError where it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise SaapError(f"the loss is {loss} on calibration sequence {index}: check the model and the text")
+    return loss
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Collects, per logical matrix, sums over each structure's slice."""
 
     head_dim: int
@@ -202,6 +209,7 @@ class _Sums:
         return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
+        """What was collected over so many sequences, whose mean loss is given."""
         for key, (first, second, weight) in self.whole.items():
             taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
             total = torch.linalg.vector_norm(taylor, 1, dim=_axis(key[1]))
@@ -221,7 +229,8 @@ def _axis(role: str) -> int:
 
 
 @contextmanager
-def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Iterator[None]:
+def watched(model: PreTrainedModel, matrices: list[Matrix], sums: Sums) -> Iterator[None]:
+    """Inside the block a backward pass adds the products of these matrices to the sums; no gradient is kept."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -251,10 +260,10 @@ def _hooks(model: PreTrainedModel, matrices: list[Matrix], sums: _Sums) -> Itera
 
 
 # Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.
-def _watch_input(matrix: Matrix, sums: _Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
+def _watch_input(matrix: Matrix, sums: Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
     args[0].register_hook(partial(sums.consume_input, matrix, args[0].detach()))
 
 
-def _watch_output(held: list[Matrix], sums: _Sums, linear: nn.Linear, _: Any, output: torch.Tensor) -> None:
+def _watch_output(held: list[Matrix], sums: Sums, linear: nn.Linear, _: Any, output: torch.Tensor) -> None:
     plain = output.detach() if linear.bias is None else output.detach() - linear.bias.detach()
     output.register_hook(partial(sums.consume_rows, held, plain))

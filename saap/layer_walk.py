@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from saap.architectures import architecture_of
+from saap.architectures import architecture_of, traits_of
+from saap.streaming import absent
 
 ROWS = 8  # sequences of one forward pass
 
@@ -36,30 +37,55 @@ def layers_of(model: PreTrainedModel) -> Any:
 
 @torch.no_grad()
 def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) -> list[Batch]:
-    """What the decoder hands to its layers for rows of ids [sequences, tokens]; costs one pass without the head."""
+    """What the decoder hands to its layers for rows of ids [sequences, tokens]; no layer but the first runs, once."""
     found: list[Batch] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if not found or len(found[-1].given) == len(layers):
-            found.append(Batch(hidden))
-        found[-1].given.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    layers = layers_of(model)
-    handles = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
-    try:
+    with _idle_layers(model, found):
         for part in rows.split(batch):
+            found.append(Batch(torch.empty(0)))
             model.base_model(input_ids=part, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
+
+
+@contextmanager
+def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
+    """Layers that note what they are given in the last batch, and pass the hidden states on."""
+    layers = layers_of(model)
+    first = layers[0].forward
+    in_tuple: list[bool] = []  # families differ in what a layer gives back
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch = found[-1]
+        if not batch.given:
+            batch.hidden = hidden
+        batch.given.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if not in_tuple:
+            in_tuple.append(isinstance(first(*args, **kwargs), tuple))
+        return (hidden,) if in_tuple[0] else hidden
+
+    with absent(layers[1:]):
+        try:
+            for layer in layers:
+                layer.forward = idle
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
     """One layer's output, [sequences, tokens, hidden]."""
     out = layer(hidden, **given)
     return out[0] if isinstance(out, tuple) else out
+
+
+def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [sequences, tokens, vocab] float32 of the states after the last layer."""
+    architecture = architecture_of(model.config)
+    norm, head = (model.get_submodule(name) for name in (architecture.final_norm, architecture.head))
+    logits: torch.Tensor = head(norm(hidden)).float()
+    cap = traits_of(model.config).logit_cap
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is known

@@ -1,13 +1,14 @@
 """Measure what a removal costs before anything is cut: silence structures in the dense model, forward only.
 
-A structure is silent when its columns of o_proj or down_proj are zero; the loss of the masked model is the loss of the
-slim model.
+A structure is silent when what it puts into o_proj or down_proj is zero; the loss of the masked model is the loss of
+the slim model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from saap.surgery import head_rows
 
 @contextmanager
 def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -> Iterator[None]:
-    """Silence everything that the plans of the given layers do not keep; weights are restored on leaving."""
+    """Silence everything that the plans of the given layers do not keep, inside the block; no weight is written."""
     architecture = architecture_of(model.config)
     layers: Any = model.get_submodule(architecture.layers)
-    saved: list[tuple[torch.nn.Parameter, Any, torch.Tensor]] = []
+    handles: list[Any] = []
     for index, keep in plans.items():
         modules = dict(layers[index].named_modules())
         for name, kept in (
@@ -31,20 +32,22 @@ def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -
             (architecture.down, torch.tensor(keep.ffn, dtype=torch.long)),
         ):
             linear = modules.get(name)
-            if linear is None or len(kept) == linear.weight.shape[1]:
+            if linear is None or len(kept) == linear.in_features:
                 continue
-            gone = torch.ones(linear.weight.shape[1], dtype=torch.bool)
-            gone[kept] = False
-            saved.append((linear.weight, gone, linear.weight.detach()[:, gone].clone()))
-            linear.weight.data[:, gone] = 0
-            if not len(kept) and linear.bias is not None:  # the whole module goes, its bias too
-                saved.append((linear.bias, slice(None), linear.bias.detach().clone()))
-                linear.bias.data.zero_()
+            mask = torch.zeros(linear.in_features)
+            mask[kept] = 1
+            handles.append(linear.register_forward_pre_hook(partial(_silence, mask)))
+            if not len(kept):  # the whole module goes, its bias too
+                handles.append(linear.register_forward_hook(lambda _, __, output: torch.zeros_like(output)))
     try:
         yield
     finally:
-        for weight, gone, values in saved:
-            weight.data[(slice(None), gone) if weight.dim() == 2 else gone] = values
+        for handle in handles:
+            handle.remove()
+
+
+def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    return (args[0] * mask.to(args[0]),)
 
 
 @torch.inference_mode()

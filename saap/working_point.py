@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.architectures import architecture_of, traits_of
-from saap.layer_walk import layer_inputs, layers_of, run_layer
+from saap.layer_walk import layer_inputs, layers_of, logits_after, run_layer
 from saap.masking import masked
+from saap.streaming import present
 from saap.structures import LayerPlan, ModelShape
 
 HEAD_ROWS = 2  # sequences whose logits are held at once
@@ -58,17 +58,13 @@ class WorkingPoint:
         return self._loss(hidden)
 
     def _run(self, layer: torch.nn.Module, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, self._batches, strict=True)]
+        with present(layer):
+            return [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, self._batches, strict=True)]
 
     def _loss(self, hidden: list[torch.Tensor]) -> float:
         """Mean negative log-likelihood of the ids after the last layer."""
-        architecture = architecture_of(self.model.config)
-        norm, head = (self.model.get_submodule(name) for name in (architecture.final_norm, architecture.head))
-        cap = traits_of(self.model.config).logit_cap
         total = 0.0
         for x, ids in zip(torch.cat(hidden).split(HEAD_ROWS), self.ids.split(HEAD_ROWS), strict=True):
-            logits = head(norm(x[:, :-1])).float()
-            if cap:
-                logits = cap * torch.tanh(logits / cap)
+            logits = logits_after(self.model, x[:, :-1])
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         return total / (len(self.ids) * (self.ids.shape[1] - 1))

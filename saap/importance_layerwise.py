@@ -1,0 +1,96 @@
+"""Estimation for a model that is not in memory: all sequences go through a layer before the next one is read.
+
+The numbers are those of :func:`saap.importance.estimate`. The states before every layer are kept on the way up, and a
+layer runs once more on the way down, which is one forward pass more; each portion of sequences reads the model twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.importance import Element, Progress, Scores, Sums, check_loss, watched
+from saap.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
+from saap.matrices import matrices_of
+from saap.streaming import present
+from saap.structures import ModelShape
+
+STATE_BYTES = 2 << 30  # of states before every layer; what does not fit goes through in another portion
+
+
+def estimate_layerwise(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    c: float,
+    element: Element,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every structure, layer by layer; arguments and result as of :func:`saap.importance.estimate`."""
+    sums = Sums(shape.head_dim, c, element)
+    portions = ids.split(rows_at_once(shape, ids.shape[1]))
+    losses: list[float] = []
+    steps = 2 * len(shape.layers)
+    for number, rows in enumerate(portions):
+
+        def say(step: int, number: int = number) -> None:
+            if progress:
+                progress("scoring layers", number * steps + step, len(portions) * steps)
+
+        batches = layer_inputs(model, rows, batch=1)
+        states = [[batch.hidden for batch in batches]]
+        with torch.no_grad():
+            for index, layer in enumerate(layers_of(model)):
+                say(index)
+                with present(layer):
+                    states.append(
+                        [run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)]
+                    )
+        gradients = []
+        for hidden, row in zip(states.pop(), rows, strict=True):
+            loss, gradient = _loss(model, hidden, row)
+            losses.append(check_loss(loss, len(losses)))
+            gradients.append(gradient)
+        _down(model, shape, sums, batches, states, gradients, say)
+    if progress:
+        progress("scoring layers", len(portions) * steps, len(portions) * steps)
+    return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+def rows_at_once(shape: ModelShape, tokens: int) -> int:
+    """Sequences of a portion."""
+    return max(1, STATE_BYTES // (4 * shape.hidden * tokens * (len(shape.layers) + 1)))
+
+
+def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Mean NLL of a sequence and its gradient by the states after the last layer, [1, tokens, hidden]."""
+    hidden = hidden.detach().requires_grad_(True)
+    loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:])
+    loss.backward()
+    assert hidden.grad is not None
+    return float(loss.item()), hidden.grad
+
+
+def _down(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    sums: Sums,
+    batches: list[Batch],
+    states: list[list[torch.Tensor]],
+    gradients: list[torch.Tensor],
+    say: Callable[[int], None],
+) -> None:
+    """Send the gradients down the layers; hooks on their matrices take the sums."""
+    matrices = matrices_of(model, shape)
+    layers = layers_of(model)
+    for index in reversed(range(len(layers))):
+        with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
+            for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
+                x = hidden.detach().requires_grad_(True)
+                run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
+                assert x.grad is not None
+                gradients[number] = x.grad
+        say(2 * len(layers) - 1 - index)
