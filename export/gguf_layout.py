@@ -18,11 +18,12 @@ import torch
 
 from export.gguf_tensors import BLOCK, natural_kind
 from saap.architectures import SLIM, architecture_of, shape_of
-from saap.checkpoint import read_config, tensor_reader
+from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix
 from saap.slim_quant import module_bits
 from saap.structures import LayerSizes
+from saap.weight_files import tensor_reader
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 

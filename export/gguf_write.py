@@ -16,8 +16,9 @@ from export.gguf_layout import GGUFSource, Tensor
 from export.gguf_rotary import RotaryFields, rotary_fields
 from export.gguf_tensors import KINDS, encode, row_bytes
 from export.gguf_tokenizer import TokenizerFields, tokenizer_fields
-from saap.checkpoint import read_record, weights_hash
+from saap.checkpoint import read_record
 from saap.errors import SaapError
+from saap.weight_files import weights_hash
 
 Progress = Callable[[str, float, float], None]
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}

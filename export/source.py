@@ -15,11 +15,12 @@ import torch
 
 from export.branch import Branch, stack_branches
 from saap.architectures import Architecture, architecture_of, shape_of
-from saap.checkpoint import read_config, tensor_reader
+from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, check_blocks, quantize
 from saap.slim_quant import branch_rank, module_bits, stacked_bits
 from saap.structures import ModelShape
+from saap.weight_files import tensor_reader
 
 Progress = Callable[[str, float, float], None]
 

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from saap.activations import Activations, InputStatistics, Progress
 from saap.errors import SaapError
+from saap.layer_walk import layers_of
 from saap.matrices import Matrix, matrices_of
+from saap.streaming import present
 from saap.structures import ModelShape
 
 TAYLOR = ("vector", "param_first", "param_second", "param_mix")
@@ -51,9 +53,11 @@ def random_scores(shape: ModelShape, seed: int) -> StructureScores:
 @torch.no_grad()
 def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScores:
     """Squared L2 norm of a structure's weights."""
-    slices = {
-        (m.layer, m.role): m.linear.weight[m.rows].float().square().sum(_axis(m)) for m in matrices_of(model, shape)
-    }
+    slices, layers = {}, layers_of(model)
+    for matrix in matrices_of(model, shape):
+        with present(layers[matrix.layer]):
+            weight = matrix.linear.weight[matrix.rows].float()
+        slices[matrix.layer, matrix.role] = weight.square().sum(_axis(matrix))
     return _summed(slices, shape)
 
 
@@ -123,7 +127,8 @@ def _read_columns(
         if matrix.role in ("output", "down"):
             statistics = (activations.output if matrix.role == "output" else activations.down)[matrix.layer]
             assert statistics is not None
-            yield matrix, statistics
+            with present(layers_of(model)[matrix.layer]):
+                yield matrix, statistics
 
 
 def _summed(slices: Slices, shape: ModelShape) -> StructureScores:

@@ -22,6 +22,8 @@ from saap.baseline_scores import (
     wanda_scores,
 )
 from saap.errors import SaapError
+from saap.layer_walk import layers_of
+from saap.streaming import present
 from saap.structures import ModelShape
 
 BASELINES = ("random", "magnitude", *TAYLOR, "wanda_sp", "flap", "shortgpt")
@@ -160,9 +162,11 @@ def _layer_steps(shape: ModelShape, free: list[int], activations: Activations) -
 
 def _check_weights(model: PreTrainedModel) -> None:
     """Refuse a broken model where no score would show it."""
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise SaapError(f"{name} is not finite: check the model")
+    for module in (*layers_of(model), model):
+        with present(module):
+            for name, weight in module.named_parameters():
+                if not weight.is_meta and not torch.isfinite(weight).all():
+                    raise SaapError(f"{name} is not finite: check the model")
 
 
 def _check_method(method: str) -> None:

@@ -1,25 +1,22 @@
 """Slim directories: write one beside and rename, read one back as a transformers model.
 
-A slim directory holds ``config.json``, ``model.safetensors``, tokenizer files and ``saap.json`` (plan and lineage).
+A slim directory holds ``config.json``, weights as safetensors, tokenizer files and ``saap.json`` (plan and lineage).
 Models whose layers are all alike are plain Hugging Face directories. Others need this module imported, which registers
 their class with transformers, or the ``modeling_slim.py`` shipped in the directory and ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -30,6 +27,7 @@ from saap.group_quant import merged
 from saap.json_files import read_object
 from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
 from saap.structures import ModelShape
+from saap.weight_files import write_shards
 
 FORMAT = 1
 RECORD = "saap.json"
@@ -117,23 +115,6 @@ def _embedding(weight: torch.nn.Parameter, factor: Any) -> torch.nn.Embedding:
     scaled: Any = Gemma3TextScaledWordEmbedding(rows, columns, None, embed_scale=factor)  # type: ignore[arg-type]
     scaled.weight = weight
     return scaled
-
-
-def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
-    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
-    where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            where.update(dict.fromkeys(handle.keys(), file))
-
-    def read(name: str) -> torch.Tensor:
-        with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
-
-    return sorted(where), read
 
 
 def slim_config(
@@ -234,8 +215,7 @@ def write_slim(
     from saap.models import copy_sidecars
 
     with writing_directory(out) as partial:
-        weights = {name: tensor.contiguous() for name, tensor in tensors}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        write_shards(partial, tensors)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_sidecars(Path(base), partial)
         if config["model_type"].startswith(SLIM):
@@ -285,14 +265,3 @@ def check_output(out: str | Path) -> None:
         raise SaapError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
         raise SaapError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")
-
-
-def weights_hash(directory: str | Path) -> str:
-    """sha256 over a model's config and weight files: what a lineage calls the base."""
-    digest = hashlib.sha256()
-    for file in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            while piece := handle.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ removed = partial(click.option, cls=InSection, section="What may go")
 how = partial(click.option, cls=InSection, section="How it is chosen")
 scored = partial(click.option, cls=InSection, section="What is scored on")
 ours = partial(click.option, cls=InSection, section="How SAAP scores (the defaults are the ablation's)")
+memory = partial(click.option, cls=InSection, section="How it is loaded")
 Command = TypeVar("Command", bound=Callable[..., Any])
 METHODS = (
     "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt",
@@ -114,6 +115,11 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     default=1.0,
     show_default=True,
     help="Gamma: how much its layer counts in an FFN channel.",
+)
+@memory(
+    "--stream/--no-stream",
+    default=None,
+    help="Read the model layer by layer; default: where it does not fit into memory as a whole.",
 )
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
 def prune(model: str, out: Path, **options: Any) -> None:

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,25 +65,27 @@ def compensate(
     ids: torch.Tensor,
     *,
     last: bool = True,
+    into: MutableMapping[str, torch.Tensor] | None = None,
     progress: Progress | None = None,
-) -> dict[str, torch.Tensor]:
+) -> MutableMapping[str, torch.Tensor]:
     """New weights and biases of o_proj and down_proj for a plan; the model is left as it was.
 
     Args:
         model: the dense model that the plan is about.
         ids: calibration ids [sequences, tokens].
         last: no other refit on these ids follows, so the sequences that chose lambda may be fitted too.
+        into: takes what is found; None is a dict.
 
     Returns:
         name in the slim model -> tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
         ``bias``; empty for ``none``.
     """
+    found: MutableMapping[str, torch.Tensor] = {} if into is None else into
     if kind == "none":
-        return {}
+        return found
     architecture = architecture_of(model.config)
     batches = layer_inputs(model, ids, batch=max(1, min(ROWS, len(ids) // 2)))
     stream = [batch.hidden for batch in batches]
-    found: dict[str, torch.Tensor] = {}
     number = 0
     for index, layer in enumerate(layers_of(model)):
         keep = plan.layers[index]
@@ -94,7 +96,7 @@ def compensate(
             else:
                 new, stream = _refitted(layer, blocks, stream, given, last)
         if keep.query_heads or keep.ffn:
-            found |= {f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()}
+            found.update({f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()})
             number += 1
         if progress:
             progress("compensating", index + 1, len(plan.layers))
@@ -166,6 +168,8 @@ def _ridge(
 ) -> torch.Tensor:
     """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
+    if len(stream) < 2:  # none to fit, where the only one chooses lambda
+        return weight[:, block.kept]
     tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
     fit, held = (regression(tokens, size, len(weight)) for _ in range(2))
     first_held = len(stream) - max(1, len(stream) // HELD_SHARE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,23 @@ from transformers import PreTrainedModel
 
 from saap.adaptive import AdaptiveOptions, adaptive_plan
 from saap.architectures import architecture_of, shape_of
+from saap.baseline_scores import TAYLOR
 from saap.baselines import BASELINES, rank
 from saap.budget import Budget
-from saap.checkpoint import (
-    beside,
-    check_output,
-    load_model,
-    read_config,
-    read_record,
-    slim_config,
-    tensor_reader,
-    weights_hash,
-)
+from saap.checkpoint import beside, check_output, load_model, read_config, read_record, slim_config
 from saap.checkpoint import write_slim as write
 from saap.compensate import COMPENSATIONS, Compensation, compensate
 from saap.errors import SaapError
 from saap.explain import after, sizes_lost
 from saap.importance import Progress
+from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
+from saap.prune_record import record_of
 from saap.requirement import Requirement
 from saap.search import check_floor, meet
+from saap.streaming import load_streamed
 from saap.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.surgery import cut_tensors
+from saap.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
 
 METHODS = ("saap", *BASELINES)
 SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
@@ -56,6 +52,7 @@ class PruneOptions:
             15 % of what the layers cost that has to go.
         keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
         seed: of the method ``random``.
+        stream: leave the decoder layers in their files and read one at a time; None does where memory is too small.
     """
 
     requirement: Requirement
@@ -67,6 +64,7 @@ class PruneOptions:
     steps: int | None = None
     keep_layers: frozenset[int] | None = frozenset()
     seed: int = 0
+    stream: bool | None = None
 
     @property
     def compensation(self) -> Compensation:
@@ -90,6 +88,10 @@ class PruneOptions:
             raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
         if self.method not in METHODS:
             raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
+        if self.stream and self.method in TAYLOR:
+            raise SaapError(
+                f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
+            )
         if self.compensation not in COMPENSATIONS:
             raise SaapError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
 
@@ -118,6 +120,8 @@ def prune(
     steps = steps_to(budget, options)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     source = Path(model_dir)
+    options = replace(options, stream=streamed(budget, options, *calibration.shape))
+    check_disk(Needs({}, prune_disk(weights_bytes(source), steps)), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
     with beside(out, "steps") as scratch:
@@ -125,10 +129,39 @@ def prune(
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)
             target = Path(out) if step == steps else scratch / str(step)
-            plan = _prune_once(source, weights, target, plan, part, calibration, options, lineage, say, step == steps)
+            refitted = TensorFolder(_fresh(scratch / "refitted"), weights_dtype(source)) if options.stream else None
+            plan = _prune_once(
+                source, weights, target, plan, part, calibration, options, lineage, say, step == steps, refitted
+            )
+            if source.parent == scratch:
+                shutil.rmtree(source)
             if step < steps:
                 source, weights = target, weights_hash(target)
     return plan
+
+
+def streamed(budget: Budget, options: PruneOptions, sequences: int, tokens: int) -> bool:
+    """Whether the layers stay in their files: as asked, or where the whole model does not fit into memory.
+
+    Raises:
+        SaapError: not even a layer at a time fits, or the method needs the whole model.
+    """
+    element = options.adaptive.element if options.method == "saap" else "none"
+    whole = prune_needs(budget.dense, sequences, tokens, streamed=False, element=element)
+    if options.stream is False or (options.stream is None and fits(whole)):
+        check_memory(whole, "pruning", "leave --no-stream out, so that layers are read one at a time")
+        return False
+    if options.method in TAYLOR:
+        check_memory(whole, "pruning", f"{options.method} needs the whole model: use saap, or a larger machine")
+    shorter = "give fewer --sequences or a smaller --length"
+    check_memory(prune_needs(budget.dense, sequences, tokens, streamed=True, element=element), "pruning", shorter)
+    return True
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def steps_to(budget: Budget, options: PruneOptions) -> int:
@@ -152,11 +185,12 @@ def _prune_once(
     lineage: dict[str, Any],
     progress: Progress | None,
     last: bool,
+    refitted: TensorFolder | None,
 ) -> PrunePlan:
     """Prune ``source``, which is the base cut by the plan ``before``, into ``out``: the plan of the base for both."""
     config = read_config(source)
     shape = shape_of(config)
-    model = load_model(source)
+    model = load_streamed(source) if options.stream else load_model(source)
     kept = options.keep_layers
     if kept:
         kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in kept)
@@ -165,7 +199,9 @@ def _prune_once(
     plan = make_plan(
         model, shape, calibration, here, replace(budget, dense=shape, cut=cut), weights=weights, progress=progress
     )
-    replaced = compensate(options.compensation, model, shape, plan, calibration, last=last, progress=progress)
+    replaced = compensate(
+        options.compensation, model, shape, plan, calibration, last=last, into=refitted, progress=progress
+    )
     del model
     names, read = tensor_reader(source)
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
@@ -175,7 +211,7 @@ def _prune_once(
     reasons = after(before.reasons, plan.reasons, before.kept_layers)
     whole = replace(whole, requirement=requirement, reasons=reasons)
     achieved = budget.report(shape_of(written), written)
-    record = _record(whole, achieved, options, budget, calibration, lineage)
+    record = record_of(whole, achieved, options, budget, calibration, lineage, steps_to(budget, options))
     write(out, source, written, tensors, record)
     return whole
 
@@ -249,47 +285,3 @@ def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
     wrong = sorted(i for i in keep if not 0 <= i < len(shape.layers))
     if wrong:
         raise SaapError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
-
-
-def _record(
-    plan: PrunePlan,
-    achieved: dict[str, float | None],
-    options: PruneOptions,
-    budget: Budget,
-    calibration: torch.Tensor,
-    lineage: dict[str, Any],
-) -> dict[str, Any]:
-    import transformers
-
-    from saap import __version__
-
-    return {
-        "method": options.method,
-        "plan": {
-            **plan.requirement,
-            "achieved": achieved,
-            "price_nats": plan.price,
-            "reasons": plan.reasons.record() if plan.reasons else None,
-            "dense_layers": [asdict(sizes) for sizes in budget.dense.layers],
-            "layers": [asdict(layer) for layer in plan.layers],
-        },
-        "options": {
-            "block": options.block,
-            "compensate": options.compensation,
-            "heads": options.prunes_heads(budget.dense),
-            "steps": steps_to(budget, options),
-            "keep_layers": sorted(options.keep_layers or ()),
-            "seed": options.seed,
-            **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
-        },
-        "lineage": {
-            **lineage,
-            "calibration": {
-                "sequences": len(calibration),
-                "tokens": calibration.shape[1],
-                "sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
-                **lineage.get("calibration", {}),
-            },
-            "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        },
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from saap.explain import Reasons
 from saap.explain_words import layer_table, sentences
 from saap.fusion import FusionOptions
 from saap.json_files import read_object
-from saap.prune import PruneOptions, budget_of
+from saap.prune import PruneOptions, budget_of, streamed
 from saap.prune import prune as prune_model
 from saap.requirement import KINDS, Requirement
 from saap.rows import training_rows
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
+PLAIN = ("method", "compensate", "heads", "keep_layers", "seed", "stream")  # options that have the same name there
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
     ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),
@@ -48,6 +50,9 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
         console.report,
     )  # fmt: skip
     say_text("calibration", rows.source, rows.self_written, console)
+    prune_options = replace(prune_options, stream=streamed(budget, prune_options, *rows.ids.shape))
+    if prune_options.stream:
+        console.say("  the model is read layer by layer, one is in memory at a time")
     lineage = {"base": name or model, "calibration": rows.lineage()}
     plan = prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
@@ -66,7 +71,7 @@ def prune_options_of(options: dict[str, Any], requirement: Requirement) -> Prune
         for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("corrections", "corrections"))
         if theirs in options
     }  # fmt: skip
-    rest = {name: options[name] for name in ("method", "compensate", "heads", "keep_layers", "seed") if name in options}
+    rest = {name: options[name] for name in PLAIN if name in options}
     adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
     return PruneOptions(
         requirement, block=int(options["block"]), adaptive=adaptive, steps=options.get("iterative_steps"), **rest

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from saap.architectures import architecture_of
-from saap.checkpoint import read_config, read_record, tensor_reader
+from saap.checkpoint import read_config, read_record
 from saap.errors import SaapError
+from saap.weight_files import tensor_reader
 
 Read = Callable[[str], torch.Tensor]
 

@@ -36,14 +36,14 @@ def cut_tensors(
         plan: what to keep of each layer; layers left with nothing are dropped and the rest renumbered.
         shape: sizes of the dense model.
         replaced: tensors of the slim model, by their names and in their sizes there, that take the place of the cut
-            ones; also biases of output and down projections that the dense model does not have.
+            ones, in their type; also biases of output and down projections that the dense model does not have.
 
     Raises:
         SaapError: the plan does not fit the model.
         ValueError: ``replaced`` names a tensor that the slim model does not have.
     """
     check_plan(plan, shape)
-    fresh = dict(replaced or {})
+    fresh, left = replaced or {}, set(replaced or ())
     prefix = architecture.layers + "."
     renumbered = {old: new for new, old in enumerate(plan.kept_layers)}
     for name in names:
@@ -55,8 +55,12 @@ def cut_tensors(
                 continue
             slim_name = f"{prefix}{renumbered[index]}.{rest}"
             cut = partial(cut_layer_tensor, rest, cut, plan.layers[index], index, shape, architecture)
-        yield slim_name, fresh.pop(slim_name) if slim_name in fresh else cut()
-    yield from _added_biases(fresh, plan, architecture)
+        if slim_name in left:
+            left.remove(slim_name)
+            yield slim_name, fresh[slim_name].to(read(name).dtype)
+        else:
+            yield slim_name, cut()
+    yield from _added_biases({name: fresh[name] for name in sorted(left)}, plan, architecture)
 
 
 def cut_layer_tensor(

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, weights_hash
+from saap.checkpoint import load_model, read_config
 from saap.distillation import distillation_loss
 from saap.errors import SaapError
 from saap.importance import Progress
 from saap.model_cache import cache_directory
 from saap.models import load_tokenizer
+from saap.weight_files import weights_hash
 
 __all__ = ["TeacherTargets", "check_same_vocabulary", "distillation_loss", "teacher_targets"]
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from saap import group_adapter
 from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, weights_hash, write_slim
+from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, write_slim
 from saap.errors import SaapError
 from saap.gptq import compensated_matrices
 from saap.group_quant import QuantMatrix, branch_entry, check_blocks, quantize, quantize_model
@@ -38,6 +38,7 @@ from saap.training_processes import is_main_process
 from saap.training_state import discard_states
 from saap.tune_options import ROUNDED, TuneOptions
 from saap.tuning_rows import IGNORED, TuningRows, held_out
+from saap.weight_files import weights_hash
 
 __all__ = ["TuneOptions", "tune"]
 

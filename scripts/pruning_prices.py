@@ -32,13 +32,14 @@ from saap import __version__, models
 from saap.adaptive import cut_layers, prices_of
 from saap.architectures import shape_of
 from saap.budget import Budget
-from saap.checkpoint import load_model, read_config, weights_hash
+from saap.checkpoint import load_model, read_config
 from saap.fusion import FUSIONS
 from saap.json_files import write_json
 from saap.pricing import correct_prices
 from saap.prune import PruneOptions
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
 from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.weight_files import weights_hash
 from saap.working_point import WorkingPoint
 
 FILE = HERE / "prices.json"

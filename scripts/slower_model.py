@@ -22,9 +22,10 @@ def main(model: str, out: str, *extra: str) -> None:
     import torch
 
     from saap.architectures import shape_of
-    from saap.checkpoint import read_config, slim_config, tensor_reader, write_slim
+    from saap.checkpoint import read_config, slim_config, write_slim
     from saap.models import resolve
     from saap.structures import LayerSizes
+    from saap.weight_files import tensor_reader
 
     base = resolve(model)
     config = read_config(base)

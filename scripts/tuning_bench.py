@@ -29,7 +29,7 @@ from pruning_bench import HERE, Texts, _value, slug
 from transformers import PreTrainedModel
 
 from saap import __version__, models
-from saap.checkpoint import load_model, read_config, read_record, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, read_record, write_slim
 from saap.json_files import write_json
 from saap.masking import mean_nll
 from saap.prune import PruneOptions, prune
@@ -37,6 +37,7 @@ from saap.requirement import Requirement
 from saap.training import train
 from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
 from saap.tuning_rows import TuningRows, held_out, tuning_rows
+from saap.weight_files import tensor_reader
 
 CELLS = HERE.parent / "tuning"
 OUT = HERE.parents[1] / "out" / "tuning"

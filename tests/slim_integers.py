@@ -8,8 +8,9 @@ import torch
 
 from export.targets import Target
 from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.group_quant import branch_entry, quantize, quantize_model
+from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,

@@ -25,10 +25,11 @@ from export.run import BundleScorer
 from export.targets import Target
 from export.verify import check_parity, reference_model
 from saap.bundle_size import tuned_bundle_size
-from saap.checkpoint import load_model, read_config, tensor_reader
+from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.group_quant import branch_entry, merged, quantize
 from saap.modeling_slim import GroupQuantLinear
+from saap.weight_files import tensor_reader
 
 SOME = ("0.mlp.down_proj", "1.self_attn.k_proj")  # the only ones with a branch in "some"
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.compensate import compensate
 from saap.masking import masked
 from saap.structures import LayerPlan, PrunePlan, whole_layer
 from saap.surgery import cut_tensors
+from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(4))
 

@@ -18,10 +18,11 @@ from export.export import export_bundle
 from export.run import BundleScorer
 from export.targets import Target
 from export.verify import check_parity, reference_model
-from saap.checkpoint import load_model, read_config, tensor_reader
+from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.structures import LayerPlan, PrunePlan
 from saap.tune import TuneOptions, tune
+from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 UNEVEN = (

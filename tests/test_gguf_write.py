@@ -12,10 +12,11 @@ from test_surgery import EMPTY, PLANS, WHOLE, cut
 from export.gguf_layout import rotary_order
 from export.gguf_write import export_gguf
 from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.group_quant import quantize, quantize_model
 from saap.structures import LayerPlan, PrunePlan
 from saap.tune import TuneOptions, tune
+from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

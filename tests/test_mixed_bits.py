@@ -24,12 +24,13 @@ from export.streamed import streamed_logits
 from export.targets import Target
 from export.verify import check_parity, reference_model
 from saap.bundle_size import tuned_bundle_size
-from saap.checkpoint import load_model, read_config, tensor_reader
+from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.export_command import show_bundle
 from saap.group_quant import quantize, quantize_model
 from saap.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
 from saap.tune import TuneOptions, tune
+from saap.weight_files import tensor_reader
 
 KINDS = {  # bits, group, symmetric, bits by module
     "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),

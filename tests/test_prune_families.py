@@ -18,10 +18,11 @@ from export.probe_model import read_probe_model
 from export.verify import check_parity
 from saap.architectures import FAMILIES as ROWS
 from saap.architectures import architecture_of, shape_of, traits_of
-from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.masking import masked
 from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.surgery import cut_tensors
+from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import load_model, read_config, slim_config, tensor_reader, write_slim
+from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.errors import SaapError
 from saap.masking import masked
 from saap.structures import LayerPlan, PrunePlan, whole_layer
 from saap.surgery import cut_tensors, head_rows
+from saap.weight_files import tensor_reader
 
 EMPTY = LayerPlan((), (), ())
 

@@ -1,0 +1,152 @@
+"""What a long command takes at its peak, in memory and on disk, against what there is; known before anything is read.
+
+Sums of what has to be there at the same time; the constants were measured (docs/large-models.md says how and how well
+they hold). A refusal names the sum, what there is, and the option that would make it fit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from devices.cgroup import memory_left
+from saap.errors import SaapError
+
+if TYPE_CHECKING:
+    from saap.structures import LayerSizes, ModelShape
+
+PROCESS = 620_000_000  # Python, torch, transformers and scipy, with what the allocators keep
+# Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, of
+# every attention channel and of every FFN channel.
+PER_HIDDEN, PER_ATTENTION, PER_FFN = 8, 6, 6
+PER_LOGIT = 3  # logits, their softmax and its gradient
+BATCH = 8  # sequences that a refit takes at once
+FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes at the peak, by what they are for.
+
+    Attributes:
+        memory: that must be resident at the same time.
+        disk: written beside or into the output before anything is deleted.
+    """
+
+    memory: dict[str, int]
+    disk: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Sum of the memory."""
+        return sum(self.memory.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Sum of the disk."""
+        return sum(self.disk.values())
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what the system has, or less where a control group limits it."""
+    left = memory_left(root)
+    free = int(psutil.virtual_memory().available)
+    return free if left is None else min(free, left)
+
+
+def fits(needs: Needs) -> bool:
+    """Whether the memory is there."""
+    return needs.memory_bytes <= FREE_SHARE * available_memory()
+
+
+def check_memory(needs: Needs, what: str, advice: str) -> None:
+    """Raise SaapError with the sum where memory would run out.
+
+    Args:
+        what: the command, as ``pruning``.
+        advice: what would make it fit.
+    """
+    if not fits(needs):
+        raise SaapError(
+            f"{what} needs {gigabytes(needs.memory_bytes)} of memory ({parts(needs.memory)}), and "
+            f"{gigabytes(available_memory())} are free: {advice}"
+        )
+
+
+def check_disk(needs: Needs, out: Path, what: str) -> None:
+    """Raise SaapError with the sum where the file system of ``out`` would run full."""
+    place = Path(out).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needs.disk_bytes > free:
+        raise SaapError(
+            f"{what} needs {gigabytes(needs.disk_bytes)} of disk ({parts(needs.disk)}), and {gigabytes(free)} are free "
+            f"at {place}: make room, or give -o a folder on another disk"
+        )
+
+
+def prune_needs(shape: ModelShape, sequences: int, tokens: int, *, streamed: bool, element: str = "none") -> Needs:
+    """Of pruning in float32, whole in memory or layer by layer.
+
+    Args:
+        sequences, tokens: of the calibration text.
+        element: the form of the element score, which keeps gradients of weights.
+    """
+    from saap.importance_layerwise import rows_at_once
+
+    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    outside = shape.parameters - sum(layers)
+    largest = max(range(len(layers)), key=layers.__getitem__)
+    widest, heads = shape.layers[largest].ffn, shape.layers[largest].query_heads * shape.head_dim
+    kept = _kept_per_token(shape, shape.layers[largest])
+    logits = PER_LOGIT * tokens * shape.vocab
+    stream = 2 * sequences * tokens * shape.hidden
+    batch = max(1, min(BATCH, sequences // 2)) * tokens * (3 * widest + 2 * heads + 4 * shape.hidden)
+    few = sequences * tokens < widest
+    regression = sequences * tokens * (widest + shape.hidden) * 2 if few else 4 * widest**2
+    rewritten = shape.hidden * (widest + heads)  # what a refit writes to is put aside
+    refit = stream + batch + regression + 3 * rewritten
+    if streamed:
+        rows = min(sequences, rows_at_once(shape, tokens))
+        states = rows * tokens * shape.hidden * (len(layers) + 1)
+        gradients = layers[largest] if element != "none" else 0
+        scoring = states + tokens * kept + max(logits, gradients)
+        held = {"embedding and head": 4 * outside, "a layer": 4 * layers[largest]}
+    else:
+        gradients = {"none": 0, "streamed": layers[largest], "exact": 2 * sum(layers)}[element]
+        scoring = tokens * sum(_kept_per_token(shape, s) for s in shape.layers) + logits + gradients
+        held = {"weights": 4 * shape.parameters}
+        refit += shape.hidden * sum(s.ffn + s.query_heads * shape.head_dim for s in shape.layers)
+    return Needs({"the process": PROCESS, **held, "activations": 4 * max(scoring, refit)})
+
+
+def _kept_per_token(shape: ModelShape, sizes: LayerSizes) -> int:
+    """Numbers that the backward pass of a layer keeps for a token."""
+    attention = sizes.query_heads * shape.head_dim
+    return PER_HIDDEN * shape.hidden + PER_ATTENTION * attention + PER_FFN * sizes.ffn
+
+
+def prune_disk(weight_bytes: int, steps: int) -> dict[str, int]:
+    """Of pruning in steps: the model of the step before, the refitted matrices, and the output.
+
+    Args:
+        weight_bytes: of the dense model's files.
+    """
+    before = weight_bytes if steps > 1 else 0
+    return {"the step before": before, "refitted matrices": weight_bytes * 2 // 5, "the slim model": weight_bytes}
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as GB with one decimal, or MB below one."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def parts(amounts: dict[str, int]) -> str:
+    """The summands, largest first."""
+    ordered = sorted(amounts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {gigabytes(count)}" for name, count in ordered if count)

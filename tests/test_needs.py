@@ -1,0 +1,111 @@
+"""Memory and disk are known before anything is read; a model that does not fit is read layer by layer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saap import needs as module
+from saap import prune as pruning
+from saap.architectures import shape_of
+from saap.checkpoint import read_config, read_record
+from saap.errors import SaapError
+from saap.needs import Needs, available_memory, check_disk, check_memory, fits, prune_disk, prune_needs
+from saap.prune import PruneOptions, budget_of, prune, streamed
+from saap.requirement import Requirement
+from saap.streaming import is_streamed
+from tests.command_line import here
+
+IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
+OPTIONS = PruneOptions(Requirement(ratio=0.4), steps=2)
+
+
+def files_of(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.name != "saap.json"}
+
+
+@pytest.mark.parametrize("method", ["saap", "flap", "wanda_sp", "shortgpt", "magnitude", "random"])
+def test_read_layer_by_layer_the_same_bytes_come_out(method, tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    options = OPTIONS if method == "saap" else replace(OPTIONS, method=method, steps=None)
+    prune(path, tmp_path / "whole", IDS, replace(options, stream=False))
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))  # no score is taken over
+    seen = []
+    load = pruning.load_streamed
+    monkeypatch.setattr(pruning, "load_streamed", lambda source: seen.append(load(source)) or seen[-1])
+    prune(path, tmp_path / "streamed", IDS, replace(options, stream=True))
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "streamed")
+    assert len(seen) == (2 if method == "saap" else 1) and all(map(is_streamed, seen))
+    records = [read_record(tmp_path / name) for name in ("whole", "streamed")]
+    assert records[0]["plan"]["layers"] == records[1]["plan"]["layers"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
+    path = tiny_model()
+    budget = budget_of(path, OPTIONS)
+    whole, single = (prune_needs(budget.dense, 8, 24, streamed=s).memory_bytes for s in (False, True))
+    assert single < whole
+    for free, expected in ((2 * whole, False), ((whole + single) / 2, True)):
+        monkeypatch.setattr(module, "available_memory", lambda free=free: free / module.FREE_SHARE)
+        assert streamed(budget, OPTIONS, 8, 24) is expected
+        assert streamed(budget, replace(OPTIONS, stream=True), 8, 24) is True
+    with pytest.raises(SaapError, match=r"pruning needs .* \(the process 620 MB, .*\), and .* are free: leave"):
+        streamed(budget, replace(OPTIONS, stream=False), 8, 24)
+    with pytest.raises(SaapError, match="param_first needs the whole model"):
+        streamed(budget, replace(OPTIONS, steps=None, method="param_first"), 8, 24)
+    monkeypatch.setattr(module, "available_memory", lambda: single / 2)
+    with pytest.raises(SaapError, match="fewer --sequences or a smaller --length"):
+        streamed(budget, OPTIONS, 8, 24)
+
+
+def test_the_sum_grows_with_what_it_is_made_of(tiny_model):
+    shape = shape_of(read_config(tiny_model()))
+    for streaming in (False, True):
+        base = prune_needs(shape, 64, 256, streamed=streaming).memory_bytes
+        assert prune_needs(shape, 64, 512, streamed=streaming).memory_bytes > base
+        assert prune_needs(shape, 256, 256, streamed=streaming).memory_bytes > base
+    wide = prune_needs(shape, 2, 256, streamed=False, element="exact").memory["activations"]
+    assert wide > prune_needs(shape, 2, 256, streamed=False).memory["activations"]
+    assert prune_disk(100, 1) == {"the step before": 0, "refitted matrices": 40, "the slim model": 100}
+    assert sum(prune_disk(100, 2).values()) <= 2.5 * 100
+
+
+def test_a_refusal_says_the_sum_what_is_free_and_what_to_do(tmp_path, monkeypatch):
+    needs = Needs({"weights": 3_000_000_000, "activations": 20_000_000}, {"the slim model": 5_000_000_000_000_000})
+    monkeypatch.setattr(module, "available_memory", lambda: 2_000_000_000)
+    assert not fits(needs) and fits(Needs({"weights": 1_000_000}))
+    with pytest.raises(SaapError) as caught:
+        check_memory(needs, "tuning", "give --batch 1")
+    assert str(caught.value) == (
+        "tuning needs 3.0 GB of memory (weights 3.0 GB, activations 20 MB), and 2.0 GB are free: give --batch 1"
+    )
+    with pytest.raises(SaapError, match=r"tuning needs 5000000.0 GB of disk .* are free at .*: make room"):
+        check_disk(needs, tmp_path / "new/deep", "tuning")
+    check_disk(Needs({}, {"the slim model": 1}), tmp_path / "new/deep", "tuning")
+
+
+def test_free_memory_is_the_groups_where_it_is_less(tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    assert available_memory(tmp_path) > 10_000_000
+    (group / "memory.max").write_text("9000000\n")
+    (group / "memory.current").write_text("2000000\n")
+    assert available_memory(tmp_path) == 7_000_000
+
+
+def test_the_command_says_how_it_reads_the_model(tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 400)
+    done = here(
+        "prune", tiny_model(), "-o", tmp_path / "slim", "--ratio", "0.2", "--calibration", text, "--sequences", "8",
+        "--length", "24", "--stream",
+    )  # fmt: skip
+    assert "the model is read layer by layer" in done.stderr
+    refused = here(
+        "prune", tiny_model(), "-o", tmp_path / "slim2", "--ratio", "0.2", "--calibration", text, "--stream",
+        "--method", "param_first", code=2,
+    )  # fmt: skip
+    assert "param_first needs the gradients of all weights at once" in refused.stderr
