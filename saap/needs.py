@@ -15,16 +15,19 @@ import psutil
 
 from devices.cgroup import memory_left
 from saap.errors import SaapError
+from saap.weight_files import SHARD_BYTES
 
 if TYPE_CHECKING:
     from saap.structures import LayerSizes, ModelShape
 
-PROCESS = 620_000_000  # Python, torch, transformers and scipy, with what the allocators keep
+PROCESS = 560_000_000  # Python, torch, transformers and scipy, with what the allocators keep
 # Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, of
 # every attention channel and of every FFN channel.
-PER_HIDDEN, PER_ATTENTION, PER_FFN = 8, 6, 6
+PER_HIDDEN, PER_ATTENTION, PER_FFN = 7, 5, 5
+KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers uses
 PER_LOGIT = 3  # logits, their softmax and its gradient
 BATCH = 8  # sequences that a refit takes at once
+SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored
 FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile
 
 
@@ -90,39 +93,52 @@ def check_disk(needs: Needs, out: Path, what: str) -> None:
         )
 
 
-def prune_needs(shape: ModelShape, sequences: int, tokens: int, *, streamed: bool, element: str = "none") -> Needs:
-    """Of pruning in float32, whole in memory or layer by layer.
+def prune_needs(
+    shape: ModelShape, sequences: int, tokens: int, file_bytes: int, *, streamed: bool, element: str = "none"
+) -> Needs:
+    """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing.
 
     Args:
         sequences, tokens: of the calibration text.
+        file_bytes: of the model's weight files.
         element: the form of the element score, which keeps gradients of weights.
     """
+    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), _refit(shape, sequences, tokens))
+    stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
+    if streamed:
+        outside = 4 * (shape.parameters - sum(layers))
+        stages.append(
+            {"embedding and head": outside, "a layer": 4 * max(layers), "activations": round(KEPT_BACK * computing)}
+        )
+    else:
+        weights = {"weights": 4 * shape.parameters}
+        stages += [{**weights, "activations": computing}, {**weights, "the files while they are read": file_bytes}]
+    return Needs({"the process": PROCESS, **max(stages, key=lambda stage: sum(stage.values()))})
+
+
+def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, streamed: bool, element: str) -> int:
+    """Numbers beside the weights: what a backward pass keeps, or the states before every layer."""
     from saap.importance_layerwise import rows_at_once
 
-    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
-    outside = shape.parameters - sum(layers)
-    largest = max(range(len(layers)), key=layers.__getitem__)
-    widest, heads = shape.layers[largest].ffn, shape.layers[largest].query_heads * shape.head_dim
-    kept = _kept_per_token(shape, shape.layers[largest])
+    kept = [_kept_per_token(shape, sizes) for sizes in shape.layers]
     logits = PER_LOGIT * tokens * shape.vocab
+    gradients = {"none": 0, "streamed": max(layers), "exact": 2 * sum(layers)}[element]
+    if not streamed:
+        return tokens * sum(kept) + logits + gradients
+    states = min(sequences, rows_at_once(shape, tokens)) * tokens * shape.hidden * (len(layers) + 1)
+    return states + max(tokens * max(kept) + gradients, logits)
+
+
+def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
+    """Numbers that a refit of the widest layer takes beside the weights: states, one batch, the sums, the matrices."""
+    widest = max(sizes.ffn for sizes in shape.layers)
+    heads = max(sizes.query_heads for sizes in shape.layers) * shape.head_dim
     stream = 2 * sequences * tokens * shape.hidden
     batch = max(1, min(BATCH, sequences // 2)) * tokens * (3 * widest + 2 * heads + 4 * shape.hidden)
     few = sequences * tokens < widest
-    regression = sequences * tokens * (widest + shape.hidden) * 2 if few else 4 * widest**2
-    rewritten = shape.hidden * (widest + heads)  # what a refit writes to is put aside
-    refit = stream + batch + regression + 3 * rewritten
-    if streamed:
-        rows = min(sequences, rows_at_once(shape, tokens))
-        states = rows * tokens * shape.hidden * (len(layers) + 1)
-        gradients = layers[largest] if element != "none" else 0
-        scoring = states + tokens * kept + max(logits, gradients)
-        held = {"embedding and head": 4 * outside, "a layer": 4 * layers[largest]}
-    else:
-        gradients = {"none": 0, "streamed": layers[largest], "exact": 2 * sum(layers)}[element]
-        scoring = tokens * sum(_kept_per_token(shape, s) for s in shape.layers) + logits + gradients
-        held = {"weights": 4 * shape.parameters}
-        refit += shape.hidden * sum(s.ffn + s.query_heads * shape.head_dim for s in shape.layers)
-    return Needs({"the process": PROCESS, **held, "activations": 4 * max(scoring, refit)})
+    sums = 2 * sequences * tokens * (widest + shape.hidden) if few else SQUARES * widest**2
+    return stream + batch + sums + 3 * shape.hidden * (widest + heads)
 
 
 def _kept_per_token(shape: ModelShape, sizes: LayerSizes) -> int:

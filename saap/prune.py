@@ -120,7 +120,7 @@ def prune(
     steps = steps_to(budget, options)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     source = Path(model_dir)
-    options = replace(options, stream=streamed(budget, options, *calibration.shape))
+    options = replace(options, stream=streamed(source, budget, options, *calibration.shape))
     check_disk(Needs({}, prune_disk(weights_bytes(source), steps)), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
@@ -140,21 +140,23 @@ def prune(
     return plan
 
 
-def streamed(budget: Budget, options: PruneOptions, sequences: int, tokens: int) -> bool:
+def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, sequences: int, tokens: int) -> bool:
     """Whether the layers stay in their files: as asked, or where the whole model does not fit into memory.
 
     Raises:
         SaapError: not even a layer at a time fits, or the method needs the whole model.
     """
     element = options.adaptive.element if options.method == "saap" else "none"
-    whole = prune_needs(budget.dense, sequences, tokens, streamed=False, element=element)
+    whole, single = (
+        prune_needs(budget.dense, sequences, tokens, weights_bytes(model_dir), streamed=by_layer, element=element)
+        for by_layer in (False, True)
+    )
     if options.stream is False or (options.stream is None and fits(whole)):
         check_memory(whole, "pruning", "leave --no-stream out, so that layers are read one at a time")
         return False
     if options.method in TAYLOR:
         check_memory(whole, "pruning", f"{options.method} needs the whole model: use saap, or a larger machine")
-    shorter = "give fewer --sequences or a smaller --length"
-    check_memory(prune_needs(budget.dense, sequences, tokens, streamed=True, element=element), "pruning", shorter)
+    check_memory(single, "pruning", "give fewer --sequences or a smaller --length")
     return True
 
 

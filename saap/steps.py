@@ -50,7 +50,7 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
         console.report,
     )  # fmt: skip
     say_text("calibration", rows.source, rows.self_written, console)
-    prune_options = replace(prune_options, stream=streamed(budget, prune_options, *rows.ids.shape))
+    prune_options = replace(prune_options, stream=streamed(directory, budget, prune_options, *rows.ids.shape))
     if prune_options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
     lineage = {"base": name or model, "calibration": rows.lineage()}

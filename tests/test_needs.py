@@ -44,29 +44,29 @@ def test_read_layer_by_layer_the_same_bytes_come_out(method, tiny_model, tmp_pat
 def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
     path = tiny_model()
     budget = budget_of(path, OPTIONS)
-    whole, single = (prune_needs(budget.dense, 8, 24, streamed=s).memory_bytes for s in (False, True))
+    whole, single = (prune_needs(budget.dense, 8, 24, 600_000, streamed=s).memory_bytes for s in (False, True))
     assert single < whole
     for free, expected in ((2 * whole, False), ((whole + single) / 2, True)):
         monkeypatch.setattr(module, "available_memory", lambda free=free: free / module.FREE_SHARE)
-        assert streamed(budget, OPTIONS, 8, 24) is expected
-        assert streamed(budget, replace(OPTIONS, stream=True), 8, 24) is True
-    with pytest.raises(SaapError, match=r"pruning needs .* \(the process 620 MB, .*\), and .* are free: leave"):
-        streamed(budget, replace(OPTIONS, stream=False), 8, 24)
+        assert streamed(path, budget, OPTIONS, 8, 24) is expected
+        assert streamed(path, budget, replace(OPTIONS, stream=True), 8, 24) is True
+    with pytest.raises(SaapError, match=r"pruning needs .* \(the process 560 MB, .*\), and .* are free: leave"):
+        streamed(path, budget, replace(OPTIONS, stream=False), 8, 24)
     with pytest.raises(SaapError, match="param_first needs the whole model"):
-        streamed(budget, replace(OPTIONS, steps=None, method="param_first"), 8, 24)
+        streamed(path, budget, replace(OPTIONS, steps=None, method="param_first"), 8, 24)
     monkeypatch.setattr(module, "available_memory", lambda: single / 2)
     with pytest.raises(SaapError, match="fewer --sequences or a smaller --length"):
-        streamed(budget, OPTIONS, 8, 24)
+        streamed(path, budget, OPTIONS, 8, 24)
 
 
 def test_the_sum_grows_with_what_it_is_made_of(tiny_model):
     shape = shape_of(read_config(tiny_model()))
     for streaming in (False, True):
-        base = prune_needs(shape, 64, 256, streamed=streaming).memory_bytes
-        assert prune_needs(shape, 64, 512, streamed=streaming).memory_bytes > base
-        assert prune_needs(shape, 256, 256, streamed=streaming).memory_bytes > base
-    wide = prune_needs(shape, 2, 256, streamed=False, element="exact").memory["activations"]
-    assert wide > prune_needs(shape, 2, 256, streamed=False).memory["activations"]
+        base = prune_needs(shape, 64, 256, 600_000, streamed=streaming).memory_bytes
+        assert prune_needs(shape, 64, 512, 600_000, streamed=streaming).memory_bytes > base
+        assert prune_needs(shape, 256, 256, 600_000, streamed=streaming).memory_bytes > base
+    wide = prune_needs(shape, 2, 256, 600_000, streamed=False, element="exact").memory["activations"]
+    assert wide > prune_needs(shape, 2, 256, 600_000, streamed=False).memory["activations"]
     assert prune_disk(100, 1) == {"the step before": 0, "refitted matrices": 40, "the slim model": 100}
     assert sum(prune_disk(100, 2).values()) <= 2.5 * 100
 
