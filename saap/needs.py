@@ -114,7 +114,8 @@ def prune_needs(
     else:
         weights = {"weights": 4 * shape.parameters}
         stages += [{**weights, "activations": computing}, {**weights, "the files while they are read": file_bytes}]
-    return Needs({"the process": PROCESS, **max(stages, key=lambda stage: sum(stage.values()))})
+    largest: dict[str, int] = max(stages, key=lambda stage: sum(stage.values()))
+    return Needs({"the process": PROCESS, **largest})
 
 
 def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, streamed: bool, element: str) -> int:
