@@ -16,13 +16,12 @@ from saap.budget import Budget
 from saap.errors import SaapError
 from saap.explain import reasons_of
 from saap.fusion import FUSIONS, FusionOptions, fuse
-from saap.importance import Element, Progress, Scores, estimate
-from saap.importance_layerwise import estimate_layerwise
+from saap.importance import Element, Progress
 from saap.masking import masked, mean_nll
 from saap.pricing import correct_prices, fit_prices
-from saap.score_cache import KnownLosses, cached_scores
+from saap.score_cache import KnownLosses
+from saap.scoring import scores_of
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
-from saap.streaming import is_streamed
 from saap.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
@@ -123,7 +122,8 @@ def prices_of(
         raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(calibration) // PRICING_SHARE)
     scored, priced = calibration[:-held], calibration[-held:]
-    scores = _scores(model, shape, scored, options, weights, progress)
+    c = float(calibration.shape[1]) if options.c is None else options.c
+    scores = scores_of(model, shape, scored, c=c, element=options.element, weights=weights, progress=progress)
     prices = fit_prices(
         model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
         modules=options.modules, known=KnownLosses(weights, priced), progress=progress,
@@ -143,25 +143,3 @@ def _search(
 def cut_layers(plan: PrunePlan, shape: ModelShape) -> dict[int, LayerPlan]:
     """What the layers keep that lose something."""
     return {i: keep for i, keep in enumerate(plan.layers) if keep != whole_layer(shape.layers[i])}
-
-
-def _scores(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    ids: torch.Tensor,
-    options: AdaptiveOptions,
-    weights: str | None,
-    progress: Progress | None,
-) -> Scores:
-    c = float(ids.shape[1]) if options.c is None else options.c
-    element = options.element
-
-    estimator = estimate_layerwise if is_streamed(model) else estimate
-
-    def compute() -> Scores:
-        return estimator(model, shape, ids, c=c, element=element, progress=progress)
-
-    if weights is None:
-        return compute()
-    settings = {"element": element} if element == "none" else {"element": element, "c": c}
-    return replace(cached_scores(weights, ids, settings, compute)[0], c=c)

@@ -23,7 +23,7 @@ activations; the exact element score keeps two numbers per weight of the layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,6 +80,22 @@ class Scores:
     def tokenwise(self, kind: str, shape: ModelShape) -> list[torch.Tensor]:
         """I_t(G) per layer, [structures]."""
         return per_structure(self.token, kind, shape, "output")
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """The scores of all sequences from those of portions of them; not of exact element scores, which do not add up."""
+    counts = [len(next(iter(part.products.values()))) for part in parts]
+
+    def mean(numbers: Sequence[Any]) -> Any:
+        return sum(n * count for n, count in zip(numbers, counts, strict=True)) / sum(counts)
+
+    return Scores(
+        products={key: torch.cat([part.products[key] for part in parts]) for key in parts[0].products},
+        element={key: mean([part.element[key] for part in parts]) for key in parts[0].element},
+        token={key: mean([part.token[key] for part in parts]) for key in parts[0].token},
+        c=parts[0].c,
+        loss=mean([part.loss for part in parts]),
+    )
 
 
 def per_structure(

@@ -1,7 +1,7 @@
 """Estimation for a model that is not in memory: all sequences go through a layer before the next one is read.
 
 The numbers are those of :func:`saap.importance.estimate`. The states before every layer are kept on the way up, and a
-layer runs once more on the way down, which is one forward pass more; each portion of sequences reads the model twice.
+layer runs once more on the way down, which is one forward pass more. The model is read twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saap.matrices import matrices_of
 from saap.streaming import present
 from saap.structures import ModelShape
 
-STATE_BYTES = 2 << 30  # of states before every layer; what does not fit goes through in another portion
+STATE_BYTES = 2 << 30  # of states before every layer; more sequences should go through in another portion
 
 
 def estimate_layerwise(
@@ -30,38 +30,30 @@ def estimate_layerwise(
     progress: Progress | None = None,
 ) -> Scores:
     """Score every structure, layer by layer; arguments and result as of :func:`saap.importance.estimate`."""
-    sums = Sums(shape.head_dim, c, element)
-    portions = ids.split(rows_at_once(shape, ids.shape[1]))
-    losses: list[float] = []
-    steps = 2 * len(shape.layers)
-    for number, rows in enumerate(portions):
+    sums, steps = Sums(shape.head_dim, c, element), 2 * len(shape.layers)
 
-        def say(step: int, number: int = number) -> None:
-            if progress:
-                progress("scoring layers", number * steps + step, len(portions) * steps)
+    def say(step: int) -> None:
+        if progress:
+            progress("scoring", step, steps)
 
-        batches = layer_inputs(model, rows, batch=1)
-        states = [[batch.hidden for batch in batches]]
-        with torch.no_grad():
-            for index, layer in enumerate(layers_of(model)):
-                say(index)
-                with present(layer):
-                    states.append(
-                        [run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)]
-                    )
-        gradients = []
-        for hidden, row in zip(states.pop(), rows, strict=True):
-            loss, gradient = _loss(model, hidden, row)
-            losses.append(check_loss(loss, len(losses)))
-            gradients.append(gradient)
-        _down(model, shape, sums, batches, states, gradients, say)
-    if progress:
-        progress("scoring layers", len(portions) * steps, len(portions) * steps)
+    batches = layer_inputs(model, ids, batch=1)
+    states = [[batch.hidden for batch in batches]]
+    with torch.no_grad():
+        for index, layer in enumerate(layers_of(model)):
+            say(index)
+            with present(layer):
+                states.append([run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)])
+    losses, gradients = [], []
+    for index, (hidden, row) in enumerate(zip(states.pop(), ids, strict=True)):
+        loss, gradient = _loss(model, hidden, row)
+        losses.append(check_loss(loss, index))
+        gradients.append(gradient)
+    _down(model, shape, sums, batches, states, gradients, say)
     return sums.scores(len(ids), sum(losses) / len(losses))
 
 
 def rows_at_once(shape: ModelShape, tokens: int) -> int:
-    """Sequences of a portion."""
+    """Sequences whose states fit into :data:`STATE_BYTES`."""
     return max(1, STATE_BYTES // (4 * shape.hidden * tokens * (len(shape.layers) + 1)))
 
 
@@ -93,4 +85,4 @@ def _down(
                 run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
                 assert x.grad is not None
                 gradients[number] = x.grad
-        say(2 * len(layers) - 1 - index)
+        say(2 * len(layers) - index)
