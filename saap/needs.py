@@ -148,14 +148,21 @@ def _kept_per_token(shape: ModelShape, sizes: LayerSizes) -> int:
     return PER_HIDDEN * shape.hidden + PER_ATTENTION * attention + PER_FFN * sizes.ffn
 
 
-def prune_disk(weight_bytes: int, steps: int) -> dict[str, int]:
+def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> dict[str, int]:
     """Of pruning in steps: the model of the step before, the refitted matrices, and the output.
 
     Args:
-        weight_bytes: of the dense model's files.
+        file_bytes: of the dense model's weight files.
+        share: of the layers that goes.
     """
-    before = weight_bytes if steps > 1 else 0
-    return {"the step before": before, "refitted matrices": weight_bytes * 2 // 5, "the slim model": weight_bytes}
+    each = file_bytes / shape.parameters
+
+    def left(gone: float) -> int:
+        return round(each * (shape.parameters - gone * shape.layer_weights))
+
+    refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
+    before = left(share * (steps - 1) / steps) if steps > 1 else 0
+    return {"the step before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
 
 
 def gigabytes(count: float) -> str:
