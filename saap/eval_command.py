@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config
+from saap.checkpoint import read_config
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, torch_scorer
 from saap.importance import Progress
 from saap.json_files import write_json
 from saap.models import load_tokenizer, resolve
+from saap.needs import fits
+from saap.opening import open_model, whole_needs
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
 from saap.steps import say_text
+
+STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
 
 if TYPE_CHECKING:
     from saap.tasks import ContinuationModel, TaskOptions
@@ -51,14 +55,16 @@ def scorer_of(path: Path, threads: int) -> Score:
     if is_bundle(path):
         bundle = _bundle_scorer(path, threads)
         return lambda ids: torch.from_numpy(bundle.logits(ids.numpy()))
-    return torch_scorer(load_model(path, materialise=True))
+    return torch_scorer(open_model(path))
 
 
 def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, console: Console) -> dict[str, Any]:
     """Evaluate directories and bundles over the same windows: the protocol and one row per name."""
     threads = torch.get_num_threads()
+    by_layer = any(not is_bundle(path) and not fits(whole_needs(path)) for path in paths.values())
+    batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if by_layer else None
     scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
-    results = evaluate(scorers, windows.ids, windows.counted, reference=reference, progress=console.report)
+    results = evaluate(scorers, windows.ids, windows.counted, reference=reference, batch=batch, progress=console.report)
     table = []
     for result in results:
         row = result.as_dict()
@@ -92,7 +98,7 @@ def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationMo
             return ContinuationModel(
                 cached_continuations(bundle.read), tokenizer, bundle.manifest.context_length, progress
             )
-        model = load_model(path, materialise=True)
+        model = open_model(path)
         return ContinuationModel(
             torch_continuations(model), tokenizer, int(model.config.max_position_embeddings), progress
         )

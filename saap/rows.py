@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.importance import Progress
 from saap.models import load_tokenizer
+from saap.opening import open_writer
 from saap.protocol import Cut, Windows, given_windows, windows_of
 from saap.text import Documents, Split, load_documents, pack, self_written
 
@@ -54,7 +54,8 @@ def training_rows(
     if documents is None:
         # Calibration and tuning draw from different seeds, so nothing has to be skipped.
         own_seed = 2 * seed + (split == "tuning")
-        ids = self_written(load_model(model_dir), tokenizer, count, length, own_seed, progress=progress)
+        writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
+        ids = self_written(writer, tokenizer, count, length, own_seed, progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
     ids = pack(documents.texts, tokenizer, length, count + skip, seed)[skip:]
     return Rows(ids, documents.source, documents.sha256, documents)
@@ -73,7 +74,7 @@ def evaluation_windows(
     if documents is None:
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
             raise SaapError("there is no text to cut like that: give --text FILE")
-        model = load_model(model_dir)
+        model = open_writer(model_dir, "--text")
         ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
         return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
     return windows_of(documents, tokenizer, cut), documents

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config
+from saap.checkpoint import read_config
 from saap.distillation import distillation_loss
 from saap.errors import SaapError
 from saap.importance import Progress
 from saap.model_cache import cache_directory
 from saap.models import load_tokenizer
+from saap.opening import open_model
 from saap.weight_files import weights_hash
 
 __all__ = ["TeacherTargets", "check_same_vocabulary", "distillation_loss", "teacher_targets"]
@@ -194,7 +195,7 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
     teacher, done = None, 0
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
         if not kept.intact(path, len(part), ids.shape[1] - 1):
-            teacher = teacher or load_model(teacher_dir, materialise=True)
+            teacher = teacher or open_model(teacher_dir)
             _write(path, kept.of(teacher, part))
         done += len(part)
         if progress and teacher is not None:
