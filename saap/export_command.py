@@ -56,6 +56,7 @@ def export_step(path: Path, out: Path, options: dict[str, Any], console: Console
     block = int(options["group"]) if options["group"] else None
     head_bits = int(options["head_bits"]) if options["head_bits"] else None
     parity = None if options["parity"] == "none" else _parity(path, options["text"], console)
+    _check_needs(path, out, bits, block, options)
     common: dict[str, Any] = {"bits": bits, "block": block, "head_bits": head_bits, "parity": parity}
     if target == "portable":
         from export.portable import export_portable
@@ -73,6 +74,25 @@ def export_step(path: Path, out: Path, options: dict[str, Any], console: Console
         )  # fmt: skip
     console.finish()
     show_bundle(out)
+
+
+def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, options: dict[str, Any]) -> None:
+    """Refuse what memory or disk is too small for, before anything is written."""
+    from saap.architectures import shape_of
+    from saap.bundle_size import bundle_size, tuned_bundle_size
+    from saap.checkpoint import read_config
+    from saap.needs import check_disk, check_memory, export_needs
+
+    config = read_config(path)
+    shape, written = shape_of(config), {None: 4, 16: 32}.get(bits, bits)
+    if config.get("slim_quant"):
+        size = tuned_bundle_size(config)
+    else:
+        size = bundle_size(config, written or 4, block or 32).total(shape)
+    tokens = 0 if options["parity"] == "none" else PARITY_ROWS * PARITY_TOKENS
+    needs = export_needs(shape, size, tokens)
+    check_memory(needs, "exporting", "give --parity none" if tokens else "use a machine with more memory")
+    check_disk(needs, out, "exporting")
 
 
 def _check_options(target: str, bits: int | None, options: dict[str, Any]) -> None:

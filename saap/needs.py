@@ -28,6 +28,11 @@ KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers 
 PER_LOGIT = 3  # logits, their softmax and its gradient
 BATCH = 8  # sequences that a refit takes at once
 SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored
+ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
+PACKED, LOGIT_COPIES = (
+    2.75,
+    3.3,
+)  # file and packed copies of a bundle's weights; logits of both models and their softmax
 FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile
 
 
@@ -163,6 +168,22 @@ def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> 
     refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
     before = left(share * (steps - 1) / steps) if steps > 1 else 0
     return {"the step before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
+
+
+def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:
+    """Of writing a bundle tensor by tensor, and of running it against the torch model, which is read layer by layer.
+
+    Args:
+        bundle_bytes: of its weights file.
+        parity_tokens: that are compared; 0 for none.
+    """
+    matrix = max(shape.vocab * shape.hidden, shape.hidden * max(sizes.ffn for sizes in shape.layers))
+    stages = [{"rounding the largest matrix": round(ROUNDING * matrix)}]
+    if parity_tokens:
+        logits = round(LOGIT_COPIES * 4 * parity_tokens * shape.vocab)
+        stages.append({"the bundle as ONNX Runtime packs it": round(PACKED * bundle_bytes), "logits": logits})
+    largest: dict[str, int] = max(stages, key=lambda stage: sum(stage.values()))
+    return Needs({"the process": PROCESS, **largest}, {"the bundle": bundle_bytes})
 
 
 def gigabytes(count: float) -> str:

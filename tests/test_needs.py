@@ -10,7 +10,7 @@ from saap import prune as pruning
 from saap.architectures import shape_of
 from saap.checkpoint import read_config, read_record
 from saap.errors import SaapError
-from saap.needs import Needs, available_memory, check_disk, check_memory, fits, prune_disk, prune_needs
+from saap.needs import Needs, available_memory, check_disk, check_memory, export_needs, fits, prune_disk, prune_needs
 from saap.prune import PruneOptions, budget_of, prune, streamed
 from saap.requirement import Requirement
 from saap.streaming import is_streamed
@@ -76,6 +76,17 @@ def test_disk_is_what_lies_there_at_the_same_time(tiny_model):
     assert once["the step before"] == 0 and once["the slim model"] == pytest.approx(size - layers / 2, abs=1)
     assert twice["the step before"] == pytest.approx(size - layers / 4, abs=1)
     assert once["refitted matrices"] == 4 * 3 * 96 * (128 + 96)
+
+
+def test_an_export_is_refused_before_anything_is_written(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    shape = shape_of(read_config(path))
+    with_parity, without = (export_needs(shape, 1_000_000, tokens) for tokens in (1024, 0))
+    assert with_parity.memory_bytes > without.memory_bytes and without.disk == {"the bundle": 1_000_000}
+    monkeypatch.setattr(module, "available_memory", lambda: 10_000_000)
+    refused = here("export", path, "-o", tmp_path / "bundle", code=2)
+    assert "exporting needs" in refused.stderr and "give --parity none" in refused.stderr
+    assert not list(tmp_path.glob("*bundle*"))
 
 
 def test_a_refusal_says_the_sum_what_is_free_and_what_to_do(tmp_path, monkeypatch):
