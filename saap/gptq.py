@@ -27,6 +27,7 @@ from saap.group_quant import (
 )
 from saap.importance import Progress
 from saap.layer_walk import layer_inputs, layers_of, run_layer
+from saap.streaming import present
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
 
@@ -125,17 +126,18 @@ def compensated_matrices(
     walk = layer_inputs(model, rows)
     hidden = [batch.hidden for batch in walk]
     for index, layer in enumerate(layers):
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
-        hessians = _hessians(layer, linears, batches)
-        for name, linear in linears.items():
-            full = f"{architecture.layers}.{index}.{name}"
-            own = (bits_of or {}).get(full, bits)
-            matrices[full], latent = gptq_with_latent(linear.weight, hessians[name], own, block, symmetric)
-            linear.weight.copy_(matrices[full].dequantize())
-            if latents is not None:
-                latents[full] = latent
-        hidden = [run_layer(layer, x, given) for x, given in batches]
+        with present(layer):
+            linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
+            hessians = _hessians(layer, linears, batches)
+            for name, linear in linears.items():
+                full = f"{architecture.layers}.{index}.{name}"
+                own = (bits_of or {}).get(full, bits)
+                matrices[full], latent = gptq_with_latent(linear.weight, hessians[name], own, block, symmetric)
+                linear.weight.copy_(matrices[full].dequantize())
+                if latents is not None:
+                    latents[full] = latent
+            hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
             progress("choosing integers", index + 1, len(layers))
     norm = model.get_submodule(architecture.final_norm)

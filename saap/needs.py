@@ -28,6 +28,7 @@ KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers 
 PER_LOGIT = 3  # logits, their softmax and its gradient
 BATCH = 8  # sequences that a refit takes at once
 SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored
+TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
 PACKED, LOGIT_COPIES = (
     2.75,
@@ -168,6 +169,24 @@ def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> 
     refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
     before = left(share * (steps - 1) / steps) if steps > 1 else 0
     return {"the step before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
+
+
+def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streamed: bool) -> Needs:
+    """Of choosing integers and training one number per group, from floats in memory or layer by layer.
+
+    Args:
+        tokens: of the rows that go through the model together.
+    """
+    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    widest = max(sizes.ffn for sizes in shape.layers)
+    integers = round(shape.parameters * (bits / 8 + 4 / block))
+    trained = round(TRAINED * sum(layers) / block)
+    kept = tokens * (shape.hidden * len(layers) + _kept_per_token(shape, max(shape.layers, key=lambda s: s.ffn)))
+    training = {"activations": 4 * (kept + PER_LOGIT * tokens * shape.vocab + max(layers)), "what is trained": trained}
+    floats = {"embedding and head": 4 * (shape.parameters - sum(layers)), "a layer": 4 * max(layers)}
+    choosing = {**(floats if streamed else {"weights": 4 * shape.parameters}), "X X^T": 4 * SQUARES * widest**2}
+    largest: dict[str, int] = max((choosing, training), key=lambda stage: sum(stage.values()))
+    return Needs({"the process": PROCESS, "integers": integers, **largest})
 
 
 def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:

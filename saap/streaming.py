@@ -32,6 +32,7 @@ class LayerWeights:
         self._layer, self._prefix, self._read, self._dtype = layer, prefix, read, dtype
         self._users = 0
         self.wanted = True  # else a run needs none of them
+        self.hooks: list[Any] = []
 
     def enter(self) -> None:
         """Read them, unless they are there."""
@@ -41,6 +42,12 @@ class LayerWeights:
             self._layer.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
             self._layer.requires_grad_(False)
         self._users += 1
+
+    def settle(self) -> None:
+        """Read those that the layer still has, for good."""
+        for hook in self.hooks:
+            hook.remove()
+        self.enter()
 
     def leave(self) -> None:
         """Let them go when nobody else uses them."""
@@ -78,9 +85,19 @@ def load_streamed(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Pr
     for index, layer in enumerate(model.get_submodule(architecture.layers)):
         weights = LayerWeights(layer, f"{prefix}{index}", read, dtype)
         layer.streamed = weights
-        layer.register_forward_pre_hook(lambda module, _: module.streamed.enter())
-        layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True)
+        weights.hooks = [
+            layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),
+            layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
+        ]
     return model.eval().requires_grad_(False)
+
+
+def settle(model: nn.Module) -> None:
+    """Give every layer what it still has as parameters, for good: norms and biases, where integers took the rest."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "streamed", None), LayerWeights):
+            module.streamed.settle()  # type: ignore[union-attr, operator]
+            del module.streamed
 
 
 def is_streamed(model: nn.Module) -> bool:

@@ -29,9 +29,13 @@ from saap.errors import SaapError
 from saap.gptq import compensated_matrices
 from saap.group_quant import QuantMatrix, branch_entry, check_blocks, quantize, quantize_model
 from saap.importance import Progress
+from saap.layer_walk import layers_of
 from saap.mixed_bits import choose_bits
+from saap.needs import check_memory, fits, tune_needs
 from saap.precision import autocast_dtype
 from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
+from saap.streaming import load_streamed, present, settle
+from saap.structures import ModelShape
 from saap.teacher import TeacherTargets, check_same_vocabulary, distillation_loss, teacher_targets
 from saap.training import Batch, DivergedError, History, LossOf, train
 from saap.training_processes import is_main_process
@@ -78,7 +82,7 @@ def tune(
         check_same_vocabulary(teacher_dir, slim_dir)
     began, weights = time.monotonic(), weights_hash(slim_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
-    model = load_model(slim_dir)
+    model = load_streamed(slim_dir) if by_layer(shape_of(config), rows, options) else load_model(slim_dir)
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
@@ -116,6 +120,25 @@ def tune(
     if error is not None:
         raise DivergedError(f"{error}; it was written to {out}", error.step, history)
     return history
+
+
+def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
+    """Whether the floats stay in their files, and each layer's are read when its integers are chosen.
+
+    Raises:
+        SaapError: memory is too small, or what is asked for needs all floats at once.
+    """
+    tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
+    whole, single = (
+        tune_needs(shape, options.bits, options.block, tokens, streamed=streamed) for streamed in (False, True)
+    )
+    if fits(whole):
+        return False
+    if options.fold == ROUNDED or options.max_bytes is not None:
+        what = "--max-bytes" if options.max_bytes is not None else f"--fold {ROUNDED}"
+        check_memory(whole, "tuning", f"{what} needs all floats at once: leave it out")
+    check_memory(single, "tuning", "give a smaller --length")
+    return True
 
 
 def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, Any]:
@@ -173,9 +196,11 @@ class _Quantised:
             )  # fmt: skip
         architecture = architecture_of(model.config)
         found = {}
-        for name, linear in linears_of(model).items():
-            bits = self.bits_of.get(name, options.bits)
-            found[name] = quantize(linear.weight, bits, options.block, options.symmetric)
+        for layer in layers_of(model):
+            with present(layer):
+                for name, linear in linears_of(model, layer).items():
+                    bits = self.bits_of.get(name, options.bits)
+                    found[name] = quantize(linear.weight, bits, options.block, options.symmetric)
         for name in (architecture.head, architecture.embedding):
             weight: Any = model.get_submodule(name).weight
             found[name] = quantize(weight, self.head_bits, options.block)
@@ -188,6 +213,7 @@ class _Quantised:
             return self._prepare_rounded()
         self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
         self.matrices.clear()
+        settle(self.model)
         self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
         adapters = group_adapter.trained_parameters(self.model)
         return [{"params": adapters, "lr": options.rate}, self._norms()]
@@ -224,10 +250,15 @@ class _Quantised:
         return self.quant | branch_entry(self.model)
 
 
-def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The float linears of the decoder layers by name."""
+def linears_of(model: PreTrainedModel, layer: nn.Module | None = None) -> dict[str, nn.Linear]:
+    """The float linears of the decoder layers, or of one of them, by name."""
     inside = architecture_of(model.config).layers + "."
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)}
+    wanted = None if layer is None else set(layer.modules())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(inside) and (wanted is None or module in wanted)
+    }
 
 
 def tensors_of(rows: TuningRows, first: int) -> Batch:

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from saap import needs
+from saap import tune as tuning
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.modeling_slim import GroupQuantLinear
@@ -62,3 +64,30 @@ def test_eval_gives_the_same_numbers(tiny_model, tmp_path, monkeypatch):
     whole, layers = (json.loads((tmp_path / f"{name}.json").read_text())["rows"][0] for name in ("whole", "layers"))
     assert whole["nll"] == pytest.approx(layers["nll"], rel=1e-5)
     assert whole["window_nll"] == pytest.approx(layers["window_nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize("integers", ["gptq", "nearest"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family, tmp_path, monkeypatch):
+    path = tiny_family(family)
+    options = TuneOptions(held_out=0, integers=integers, training=TrainOptions(rows_per_step=2, precision="fp32"))
+    tune(path, tmp_path / "whole", IDS, options)
+    seen = []
+    load = tuning.load_streamed
+    monkeypatch.setattr(tuning, "load_streamed", lambda source: seen.append(source) or load(source))
+    monkeypatch.setattr(tuning, "fits", lambda needs: False)
+    tune(path, tmp_path / "layers", IDS, options)
+    assert seen == [path]
+    whole, layers = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "layers"))
+    assert whole.keys() == layers.keys()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in layers.items())
+    assert any(name.endswith("qweight") for name in layers)
+
+
+def test_what_needs_all_floats_is_refused(tiny_model, tmp_path, monkeypatch, little_memory):
+    with pytest.raises(SaapError, match=r"tuning needs .* --fold rounded needs all floats at once"):
+        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(fold="rounded"))
+    with pytest.raises(SaapError, match=r"tuning needs .* --max-bytes needs all floats at once"):
+        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(max_bytes=10**6))
+    with pytest.raises(SaapError, match=r"tuning needs .* give a smaller --length"):
+        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions())
