@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -55,10 +56,15 @@ def load_model(path: str | Path, *, materialise: bool = False, dtype: torch.dtyp
     read_record(directory)
     transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaapError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+    model, found = opened
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise SaapError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
     if materialise:
         materialise_linears(model)
     return model.eval()

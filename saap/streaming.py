@@ -82,6 +82,9 @@ def load_streamed(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Pr
     outside = {name: read(name).to(dtype) for name in names if not name.startswith(prefix)}
     model.load_state_dict(outside, strict=False, assign=True)
     model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not name.startswith(prefix):
+            read(name)  # which says that it is missing
     for index, layer in enumerate(model.get_submodule(architecture.layers)):
         weights = LayerWeights(layer, f"{prefix}{index}", read, dtype)
         layer.streamed = weights

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saap.errors import SaapError
@@ -24,14 +26,31 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
         raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
     where = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with opened(file) as handle:
             where.update(dict.fromkeys(handle.keys(), file))
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        if name not in where:
+            raise SaapError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
+        with opened(where[name]) as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
 
     return sorted(where), read
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file to read from.
+
+    Raises:
+        SaapError: it is damaged, or cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise SaapError(f"{file} is damaged ({error}): get or make it again") from None
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
