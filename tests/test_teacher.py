@@ -14,6 +14,7 @@ from saap import teacher as teacher_module
 from saap.checkpoint import load_model
 from saap.distillation import bucket_shares
 from saap.errors import SaapError
+from saap.opening import open_model
 from saap.teacher import check_same_vocabulary, distillation_loss, teacher_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -180,7 +181,7 @@ def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
 
 def counted(monkeypatch):
     loads = []
-    monkeypatch.setattr(teacher_module, "load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
+    monkeypatch.setattr(teacher_module, "open_model", lambda path: loads.append(path) or open_model(path))
     return loads
 
 
