@@ -21,6 +21,7 @@ from saap.opening import open_model, whole_needs
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
 from saap.steps import say_text
+from saap.weight_files import weights_bytes
 
 STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
 
@@ -210,5 +211,4 @@ def _size_of(path: Path) -> dict[str, Any]:
         manifest = read_manifest(path)
         size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
         return {"parameters": manifest.parameters, "bytes": size}
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return {"parameters": shape_of(read_config(path)).parameters, "bytes": size}
+    return {"parameters": shape_of(read_config(path)).parameters, "bytes": weights_bytes(path)}
