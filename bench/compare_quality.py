@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.wording import plain
+from devices.checksums import without_checksum
 
 KIND, VERSION = "saap-quality", 1
 BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"
@@ -62,6 +63,7 @@ def read_quality(path: str | Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = without_checksum(raw) if isinstance(raw, dict) else None
     except (OSError, ValueError) as error:
         raise QualityError(f"{path} cannot be read ({error}): make one with `saap eval --json`") from None
     if not isinstance(raw, dict) or raw.get("kind") != KIND or not isinstance(raw.get("rows"), list):

@@ -26,6 +26,7 @@ from bench.cost_fit import CostProcess, Stack, ThreadCosts, costs_from, read_sta
 from bench.costs_worker import TURN, CostsJob
 from bench.roofline import probe_bandwidth
 from bench.runtime import check_threads
+from devices.checksums import with_checksum
 from devices.probe import probe
 from export.bundle import BundleManifest, read_manifest
 
@@ -164,5 +165,5 @@ def write_costs(path: str | Path, document: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(with_checksum(document), allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

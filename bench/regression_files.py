@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from bench.result import Result
 from bench.store import result_from_dict
+from devices.checksums import with_checksum, without_checksum
 
 FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
@@ -101,7 +101,7 @@ def write_baseline(folder: Path, baseline: Baseline) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"baseline": FORMAT, "name": baseline.name, "results": [asdict(result) for result in baseline.results]}
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(with_checksum(document), allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -132,7 +132,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _read(path: Path) -> Baseline:
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw = without_checksum(json.loads(path.read_text(encoding="utf-8")))
         if raw["baseline"] != FORMAT:
             raise ValueError(f"format {raw['baseline']!r}, this saap reads {FORMAT}")
         results = [result_from_dict(result) for result in raw["results"]]

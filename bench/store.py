@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.result import INVALID, OK, SCHEMA, WARN, Bandwidth, Energy, Measurement, ModelFacts, Result, Sample
+from devices.checksums import with_checksum, without_checksum
 
 READABLE = (1, SCHEMA)  # schema 1 lacks fields that have defaults now
 
@@ -30,8 +31,8 @@ def write_result(path: str | Path, result: Result) -> None:
 
 
 def result_text(result: Result, indent: int | None = None) -> str:
-    """The document as JSON; one line without ``indent``."""
-    return json.dumps(asdict(result), indent=indent, allow_nan=False)
+    """The document as JSON with its checksum; one line without ``indent``."""
+    return json.dumps(with_checksum(asdict(result)), indent=indent, allow_nan=False)
 
 
 def read_result(path: str | Path) -> Result:
@@ -67,7 +68,7 @@ def read_result(path: str | Path) -> Result:
 
 def result_from_dict(raw: Mapping[str, Any]) -> Result:
     """The dataclasses from parsed JSON; TypeError, KeyError or ValueError where it does not fit."""
-    fields = dict(raw, schema=SCHEMA)
+    fields = without_checksum(raw) | {"schema": SCHEMA}
     fields["measurements"] = [_measurement(m) for m in raw["measurements"]]
     fields["bandwidth"] = [Bandwidth(**b) for b in raw["bandwidth"]]
     for bandwidth in fields["bandwidth"]:

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from devices.checksums import sha256_file, with_checksum, without_checksum
+
 FORMAT = 1
 MANIFEST = "bundle.json"
 DECODE_GRAPH = "model.onnx"
@@ -89,15 +91,6 @@ class BundleManifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
     """Hash every file of ``directory`` and write ``bundle.json`` beside them, last and by rename."""
     names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
@@ -108,7 +101,7 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
     }
     complete = BundleManifest(**{**_fields(manifest), "files": files})
     partial = directory / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(asdict(complete), indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(with_checksum(asdict(complete)), indent=1) + "\n", encoding="utf-8")
     partial.replace(directory / MANIFEST)
     return complete
 
@@ -127,6 +120,7 @@ def read_manifest(directory: str | Path) -> BundleManifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise TypeError("not an object")
+        raw = without_checksum(raw)
         if raw.get("format") != FORMAT:
             raise BundleError(f"{path} has format {raw.get('format')!r}, this saap reads {FORMAT}: export it again")
         raw["layers"] = [LayerSizes(**layer) for layer in raw["layers"]]
@@ -134,7 +128,7 @@ def read_manifest(directory: str | Path) -> BundleManifest:
         manifest = BundleManifest(**raw)
     except BundleError:
         raise
-    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise BundleError(f"{path} is damaged ({error}): export the bundle again") from None
     for name in manifest.files:
         _inside(directory, name)

@@ -1,8 +1,9 @@
 """Slim directories: write one beside and rename, read one back as a transformers model.
 
-A slim directory holds ``config.json``, weights as safetensors, tokenizer files and ``saap.json`` (plan and lineage).
-Models whose layers are all alike are plain Hugging Face directories. Others need this module imported, which registers
-their class with transformers, or the ``modeling_slim.py`` shipped in the directory and ``trust_remote_code=True``.
+A slim directory holds ``config.json``, weights as safetensors, tokenizer files and ``saap.json`` (plan, lineage and
+hashes). Models whose layers are all alike are plain Hugging Face directories. Others need this module imported, which
+registers their class with transformers, or the ``modeling_slim.py`` shipped in the directory and
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from saap import modeling_slim
 from saap.architectures import PER_LAYER, SLIM, architecture_of, with_defaults
 from saap.errors import SaapError
 from saap.group_quant import merged
-from saap.json_files import read_object
+from saap.integrity import RECORD, check_directory, hashes
+from saap.json_files import read_object, write_document
 from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
 from saap.structures import ModelShape
 from saap.weight_files import write_shards
 
 FORMAT = 1
-RECORD = "saap.json"
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
 for _classes in SLIM_CLASSES.values():
@@ -54,6 +55,7 @@ def load_model(path: str | Path, *, materialise: bool = False, dtype: torch.dtyp
     config = read_config(directory)
     architecture_of(config)
     read_record(directory)
+    check_directory(directory)
     transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -226,8 +228,7 @@ def write_slim(
         copy_sidecars(Path(base), partial)
         if config["model_type"].startswith(SLIM):
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
-        complete = {"format": FORMAT, **record}
-        (partial / RECORD).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
+        write_document(partial / RECORD, {**record, "format": FORMAT, "files": hashes(partial)})
     return Path(out)
 
 

@@ -14,7 +14,7 @@ from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, torch_scorer
 from saap.importance import Progress
-from saap.json_files import write_json
+from saap.json_files import write_document
 from saap.models import load_tokenizer, resolve
 from saap.needs import fits
 from saap.opening import open_model, whole_needs
@@ -48,7 +48,7 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
         document |= tasks_of(named, tasks, console)
         show_tasks(document)
     if options["json_path"] is not None:
-        write_json(options["json_path"], document)
+        write_document(options["json_path"], document)
 
 
 def scorer_of(path: Path, threads: int) -> Score:

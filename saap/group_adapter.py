@@ -31,7 +31,8 @@ from saap.architectures import architecture_of
 from saap.checkpoint import beside
 from saap.errors import SaapError
 from saap.group_folds import FOLDS, GroupAdapterLayer
-from saap.json_files import read_object, write_json
+from saap.integrity import differing, hashes
+from saap.json_files import read_object, write_document
 from saap.modeling_slim import GroupQuantLinear
 
 FORMAT = 1
@@ -162,7 +163,7 @@ def save_adapter(model: PeftModel, directory: str | Path) -> None:
             {n: t.contiguous() for n, t in (tensors | also).items()}, written / WEIGHTS, metadata={"format": "pt"}
         )
         model.peft_config[NAME].save_pretrained(str(written))
-        write_json(written / RECORD, record)
+        write_document(written / RECORD, {**record, "files": hashes(written)})
         if out.exists():
             shutil.rmtree(out)
         written.rename(out)
@@ -177,6 +178,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
     """
     path, remedy = Path(directory), "save the adapter again with save_adapter"
     record, written = read_object(path / RECORD, remedy), read_object(path / PEFT_CONFIG, remedy)
+    if bad := differing(path, record.get("files", {})):
+        raise SaapError(f"{path / bad} is damaged (not the file that was written there): {remedy}")
     try:
         tensors = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:

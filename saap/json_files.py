@@ -1,23 +1,25 @@
-"""JSON objects on disk: one-line errors, written beside and renamed. Standard library only, for a board."""
+"""JSON objects on disk: one-line errors, checksums, written beside and renamed. Standard library only."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from devices.checksums import ChecksumError, with_checksum, without_checksum
 from saap.errors import SaapError
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, without its checksum.
 
     Args:
         remedy: what to do when it is damaged, such as ``make the directory again``.
 
     Raises:
-        SaapError: not there, not JSON, or not an object.
+        SaapError: not there, not JSON, not an object, or changed after it was written.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +29,15 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         raise SaapError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(value, dict):
         raise SaapError(f"{path} is damaged (not an object): {remedy}")
-    return value
+    try:
+        return without_checksum(value)
+    except ChecksumError as error:
+        raise SaapError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write an object with its checksum, beside and renamed."""
+    write_json(path, with_checksum(document))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,8 +6,6 @@ id in the name; the next one that builds removes it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,10 +16,11 @@ from pathlib import Path
 import psutil
 
 from saap.errors import SaapError
+from saap.integrity import CACHE_RECORD, differing, hashes
+from saap.json_files import read_object, write_document
 
 # Counts up when a conversion would write other files, so that old entries are not taken for new ones.
 CONVERTER = 1
-CACHE_RECORD = "saap-cache.json"
 
 
 def cache_directory() -> Path:
@@ -73,35 +72,15 @@ def _remove_leftovers(cache: Path) -> None:
 
 
 def _write_record(directory: Path, source_sha256: str) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns, "sha256": sha256_file(path)}
-        for path in sorted(directory.iterdir())
-    }
-    record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": files}
-    (directory / CACHE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(directory)}
+    write_document(directory / CACHE_RECORD, record)
 
 
 def _intact(directory: Path, source_sha256: str) -> bool:
-    """Whether every recorded file is there unchanged; a file is hashed only if its time has changed."""
+    """Whether every recorded file is there unchanged."""
     try:
-        record = json.loads((directory / CACHE_RECORD).read_text(encoding="utf-8"))
-        if record["converter"] != CONVERTER or record["source_sha256"] != source_sha256:
-            return False
-        for name, entry in record["files"].items():
-            stat = (directory / name).stat()
-            if stat.st_size != entry["bytes"]:
-                return False
-            if stat.st_mtime_ns != entry["mtime_ns"] and sha256_file(directory / name) != entry["sha256"]:
-                return False
-    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        record = read_object(directory / CACHE_RECORD, "")
+    except SaapError:
         return False
-    return True
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    known = record.get("converter"), record.get("source_sha256")
+    return known == (CONVERTER, source_sha256) and differing(directory, record.get("files")) is None

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from devices.checksums import sha256_file
 from saap.errors import SaapError
-from saap.model_cache import cache_directory, cached, sha256_file
+from saap.model_cache import cache_directory, cached
 from saap.packaged import PACKAGED, fetch, model_card
 
 Progress = Callable[[str, float, float], None]

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices.checksums import sha256_file
 from saap.errors import SaapError
-from saap.model_cache import sha256_file
 
 Progress = Callable[[str, float, float], None]
 

@@ -24,7 +24,7 @@ from saap.checkpoint import check_output, read_record
 from saap.console import Console
 from saap.eval_command import quality_of, show_quality
 from saap.export_command import DEFAULTS, export_step
-from saap.json_files import write_json
+from saap.json_files import write_document
 from saap.protocol import Cut, Windows
 from saap.prune import budget_of
 from saap.rows import evaluation_windows
@@ -83,7 +83,7 @@ class _State:
         entry = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": command}
         self.run["steps"] = [s for s in self.run["steps"] if s["name"] != name] + [entry]
         self.run |= found
-        write_json(self.out / "run.json", self.run)
+        write_document(self.out / "run.json", self.run)
         return key
 
 
@@ -101,7 +101,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written, console)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, console)
-    write_json(out / "run.json", state.run)
+    write_document(out / "run.json", state.run)
     dense = _identity(directory)
     state.steps = 6 + len(thread_counts(options))
 
@@ -267,7 +267,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
         "onnxruntime": onnxruntime.__version__,
     }
     state.run["results"] = [path.name for path in results]
-    write_json(out / "run.json", state.run)
+    write_document(out / "run.json", state.run)
     write_report(results, out / "report.html", run=state.run)
     click.echo()
     show_quality(state.run["quality"])

@@ -10,7 +10,7 @@ import click
 
 from saap.console import print_table
 from saap.errors import SaapError
-from saap.json_files import write_json
+from saap.json_files import write_document
 
 
 def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]) -> int:
@@ -37,7 +37,7 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
 
             click.echo(json.dumps(document))
         else:
-            write_json(Path(options["json_path"]), document)
+            write_document(Path(options["json_path"]), document)
     return exit_code(rows, options["fail_on"] == "regression")
 
 

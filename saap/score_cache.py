@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from saap.errors import SaapError
 from saap.importance import Scores
-from saap.json_files import write_json
+from saap.json_files import read_object, write_document
 from saap.model_cache import cache_directory
+from saap.sealed_tensors import load_sealed, save_sealed
 from saap.structures import LayerPlan
 
 FORMAT = 2  # counts up when the same settings would give other numbers
@@ -67,14 +67,14 @@ def _key(weights: str, ids: torch.Tensor, settings: dict[str, Any]) -> str:
 
 def _write(path: Path, scores: Scores) -> None:
     tensors = {
-        f"{part}.{layer}.{role}": tensor.contiguous()
+        f"{part}.{layer}.{role}": tensor
         for part in ("products", "element", "token")
         for (layer, role), tensor in getattr(scores, part).items()
     }
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"c": repr(scores.c), "loss": repr(scores.loss)})
+        save_sealed(tensors, partial, {"c": repr(scores.c), "loss": repr(scores.loss)})
         partial.replace(path)
     except OSError:  # a cache that cannot be written costs time only
         partial.unlink(missing_ok=True)
@@ -85,13 +85,12 @@ def _read(path: Path) -> Scores | None:
         return None
     parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
     try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
-                part, layer, role = name.split(".")
-                parts[part][int(layer), role] = handle.get_tensor(name)
-            about = handle.metadata()
+        tensors, about = load_sealed(path.read_bytes())
+        for name, tensor in tensors.items():
+            part, layer, role = name.split(".")
+            parts[part][int(layer), role] = tensor
         return Scores(**parts, c=float(about["c"]), loss=float(about["loss"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError):
         return None
 
 
@@ -104,9 +103,9 @@ class KnownLosses:
         self._known: dict[str, float] = {}
         if self._path and self._path.is_file():
             try:
-                known = json.loads(self._path.read_text(encoding="utf-8"))
+                known = read_object(self._path, "")
                 self._known = {str(key): float(value) for key, value in known.items()}
-            except (OSError, ValueError, AttributeError, TypeError):
+            except (SaapError, ValueError, TypeError):
                 self._known = {}
 
     def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float]) -> float:
@@ -122,6 +121,6 @@ class KnownLosses:
         if self._path:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, self._known)
+                write_document(self._path, self._known)
             except OSError:
                 return

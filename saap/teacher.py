@@ -18,8 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from saap.architectures import shape_of
@@ -30,6 +29,7 @@ from saap.importance import Progress
 from saap.model_cache import cache_directory
 from saap.models import load_tokenizer
 from saap.opening import open_model
+from saap.sealed_tensors import load_sealed, save_sealed
 from saap.weight_files import weights_hash
 
 __all__ = ["TeacherTargets", "check_same_vocabulary", "distillation_loss", "teacher_targets"]
@@ -177,12 +177,12 @@ class _Kept:
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
     def intact(self, path: Path, rows: int, places: int) -> bool:
-        """Whether a shard can be read and has the form it should."""
+        """Whether a shard is what was written, and has the form it should."""
         try:
-            with safe_open(path, framework="pt") as shard:
-                forms = {name: list(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+            tensors = load_sealed(path.read_bytes())[0]
+        except (OSError, ValueError):
             return False
+        forms = {name: list(tensor.shape) for name, tensor in tensors.items()}
         return forms == {name: [rows, places, self.k] for name in ("tokens", "logprobs")}
 
 
@@ -205,10 +205,8 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
-        save_file(tensors, partial)
+        save_sealed(tensors, partial)
         partial.replace(path)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(str(error)) from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -23,11 +23,11 @@ from torch import nn
 
 from saap.importance import Progress
 from saap.precision import autocast_dtype
+from saap.sealed_tensors import data_hash
 from saap.training_options import DivergedError, History, TrainOptions, cosine, steps_of
 from saap.training_processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
 from saap.training_state import (
     Trained,
-    data_hash,
     fingerprint_of,
     others_differ_in,
     parse_state,

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import nn
 
 from saap.errors import SaapError
+from saap.sealed_tensors import load_sealed, save_sealed
 from saap.training_processes import like, whole
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "training"
 
 
@@ -88,15 +87,6 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
 
 
-def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of named tensors: of the rows that are trained on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def state_path(directory: Path, fingerprint: str) -> Path:
     """The file of a run."""
     return directory / f"training-{fingerprint[:16]}.safetensors"
@@ -113,7 +103,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
         left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={HEADER: json.dumps(about)})
+        save_sealed(tensors, partial, {HEADER: json.dumps(about)})
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -127,10 +117,9 @@ def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], di
         SaapError: damaged.
     """
     try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return tensors, json.loads(header["__metadata__"][HEADER])
-    except (SafetensorError, KeyError, ValueError) as error:
+        tensors, header = load_sealed(content)
+        return tensors, json.loads(header[HEADER])
+    except (KeyError, ValueError) as error:
         raise SaapError(f"{path} is damaged ({error}): delete it, and the training starts anew") from None
 
 

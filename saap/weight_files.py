@@ -14,13 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saap.errors import SaapError
+from saap.integrity import check_directory
 
 SHARD_BYTES = 1 << 30
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
-    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others."""
+    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
+
+    Raises:
+        SaapError: no safetensors there, or files that are not what was written.
+    """
+    check_directory(directory)
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")

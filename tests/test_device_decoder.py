@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from bench.device_decoder import DeviceDecoder
 from bench.measure import measure
 from bench.runtime import OrtDecoder
 from bench.session import DecoderError
+from tests.edited import edited
 from tests.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
@@ -34,8 +34,7 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
 
     def make(target: str) -> Path:
         path = tiny_bundle(tmp_path / target)
-        manifest = json.loads((path / "bundle.json").read_text())
-        (path / "bundle.json").write_text(json.dumps({**manifest, "target": target}))
+        edited(path / "bundle.json", target=target)
         return path
 
     return make

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 
 import pytest
@@ -26,6 +25,7 @@ from saap.group_adapter import (
 from saap.group_folds import FOLDS, float_zero_point_matrix
 from saap.group_quant import branch_entry, fill, quantize, quantize_model
 from saap.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
+from tests.edited import edited
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
 CONFIGS = [
@@ -332,12 +332,6 @@ def test_a_peft_that_ignores_the_registration_is_found_out(quantised, monkeypatc
         attach(quantised(), GroupAdapterConfig())
 
 
-def change(path, edit):
-    value = json.loads(path.read_text())
-    edit(value)
-    path.write_text(json.dumps(value))
-
-
 def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(quantised, tiny_model, tmp_path):
     def saved(name, config=CONFIGS[1]):
         save_adapter(attach(quantised(), config), tmp_path / name)
@@ -362,6 +356,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(quanti
     refused(tmp_path / "absent", "cannot read")
 
     weights = path / "adapter_model.safetensors"
+    edited(path / "group_adapter.json")
     tensors = load_file(weights)
     name = next(iter(tensors))
     save_file({n: t for n, t in tensors.items() if n != name}, weights)
@@ -370,14 +365,18 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(quanti
     refused(path, "has, and the model has not,")
     weights.write_bytes(b"torn")
     refused(path, "cannot be read")
+    saved("torn")
+    (tmp_path / "torn/adapter_model.safetensors").write_bytes(b"torn")
+    refused(tmp_path / "torn", "adapter_model.safetensors is damaged")
 
-    change(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(fold="merged"))
+    edited(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(fold="merged"))
     refused(tmp_path / "record", "does not exist")
-    change(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(rank=None, alpha=None))
+    edited(saved("record") / "group_adapter.json", lambda value: value["adapter"].update(rank=None, alpha=None))
     refused(tmp_path / "record", "lora_A")
-    change(saved("record") / "group_adapter.json", lambda value: value["also"].append("model.norm.bias"))
+    edited(saved("record") / "group_adapter.json", lambda value: value["also"].append("model.norm.bias"))
     refused(tmp_path / "record", "model.norm.bias")
-    change(saved("record") / "adapter_config.json", lambda value: value.update(lora_alpha=64))
+    edited(saved("record") / "group_adapter.json")
+    edited(tmp_path / "record/adapter_config.json", lora_alpha=64)
     refused(tmp_path / "record", "changed in 'lora_alpha'")
     (saved("record") / "group_adapter.json").unlink()
     refused(tmp_path / "record", "cannot read")

@@ -17,6 +17,7 @@ from tiny_graphs import tiny_bundle
 from export.bundle import BundleError, read_manifest
 from export.external_data import check_external_data, external_locations
 from export.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
+from tests.edited import edited
 
 
 def test_a_bundle_of_floats(tmp_path):
@@ -105,17 +106,16 @@ def test_layers_that_are_alike_share_a_row(tiny_model, tmp_path):
 
 def test_parity_and_provenance_are_shown(tmp_path):
     bundle = tiny_bundle(tmp_path / "bundle")
-    document = json.loads((bundle / "bundle.json").read_text())
-    document["parity"] = {
+    parity = {
         "tokens": 80, "sample": "dice", "max_abs_logit_difference": 0.25, "kl": 0.001, "top1_agreement": 0.9875,
         "perplexity_ratio": 1.0021,
     }  # fmt: skip
-    document["lineage"] = {
+    lineage = {
         "model_sha256": "a" * 64, "base": "tiny", "base_sha256": "b" * 64, "method": "saap",
         "plan": {"asked": {"ratio": 0.2}, "planned": {"ratio": 0.201}, "achieved": {"ratio": 0.2013}},
         "calibration": {"sha256": "c" * 64, "source": "letters"}, "versions": {"saap": "0.1.0"},
     }  # fmt: skip
-    (bundle / "bundle.json").write_text(json.dumps(document))
+    edited(bundle / "bundle.json", parity=parity, lineage=lineage)
     report = inspect_bundle(bundle)
     text = "\n".join(inspection_lines(report))
     assert report["verified"] is True

@@ -66,8 +66,8 @@ def test_export_imports_no_bench(path):
 def test_the_core_imports_neither_export_nor_bench(path):
     if path.relative_to(ROOT).as_posix() in COMMANDS:
         return
-    # The memory limit of this process's own group is no matter of boards: devices.cgroup imports nothing of ours.
-    found = {name for name in imports(path) if not name.startswith("devices.cgroup.")}
+    # The memory limit of this process's own group and checksums are no matter of boards, and import nothing of ours.
+    found = {name for name in imports(path) if not name.startswith(("devices.cgroup.", "devices.checksums."))}
     assert not {top(name) for name in found} & {"export", "bench", "devices"}
 
 

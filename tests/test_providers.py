@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from bench.decoders import make_decoder, provider_facts
 from bench.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
 from bench.session import DecoderError
 from export.bundle import BundleError, read_manifest
+from tests.edited import edited
 from tests.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from tests.tiny_graphs import tiny_bundle
 
@@ -27,8 +27,7 @@ needs_azure = pytest.mark.skipif(AZURE not in ort.get_available_providers(), rea
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     path = tiny_bundle(tmp_path / "bundle")
-    manifest = json.loads((path / "bundle.json").read_text())
-    (path / "bundle.json").write_text(json.dumps({**manifest, "target": "cuda"}))
+    edited(path / "bundle.json", target="cuda")
     return path
 
 
@@ -91,8 +90,7 @@ def test_shapes_on_the_cpu_are_no_fallback_and_matrices_are(bundle, nodes, on_cp
 )
 def test_tensorrt_may_leave_nodes_to_cuda_but_not_all(bundle, monkeypatch, tmp_path, nodes, counted, fallback) -> None:
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
-    text = (bundle / "bundle.json").read_text().replace('"cuda"', '"portable"')
-    (bundle / "bundle.json").write_text(text)
+    edited(bundle / "bundle.json", target="portable")
     facts = provider_facts(make_decoder(bundle, 1, 16, "tensorrt", runtime=Machine(nodes)))
     assert (facts.active, facts.nodes, facts.fallback) == ("tensorrt", counted, fallback)
 

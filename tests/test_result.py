@@ -64,6 +64,7 @@ def _edited(path: Path, **changes: object) -> Path:
             document["measurements"][0]["samples"][0][rest[0]] = value
         else:
             document[target] = value
+    document.pop("checksum")
     path.write_text(json.dumps(document))
     return path
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from bench.runtime import DecoderError, OrtDecoder
 from export.bundle import BundleError
+from tests.edited import edited
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
@@ -78,8 +78,7 @@ def test_cache_that_grows_gives_the_same(bundle: Path, tmp_path: Path) -> None:
     """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
     for path in bundle.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    manifest = json.loads((tmp_path / "bundle.json").read_text())
-    (tmp_path / "bundle.json").write_text(json.dumps({**manifest, "target": "portable"}))
+    edited(tmp_path / "bundle.json", target="portable")
     growing, shared = OrtDecoder(tmp_path, 1, 32), OrtDecoder(bundle, 1, 32)
     for decoder in (growing, shared):
         decoder.prefill(IDS[:9])
@@ -91,8 +90,7 @@ def test_cache_that_grows_gives_the_same(bundle: Path, tmp_path: Path) -> None:
 def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, tmp_path: Path, target: str) -> None:
     for path in bundle.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    manifest = json.loads((tmp_path / "bundle.json").read_text())
-    (tmp_path / "bundle.json").write_text(json.dumps({**manifest, "target": target}))
+    edited(tmp_path / "bundle.json", target=target)
     decoder = OrtDecoder(tmp_path, 1, 32)
     whole = decoder.prefill(IDS).copy()
     for kept in (7, 0):

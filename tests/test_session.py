@@ -12,6 +12,7 @@ from tiny_graphs import tiny_bundle
 from bench.runtime import OrtDecoder
 from bench.session import DecoderError, prepack, prepacked_directory
 from export.bundle import BundleError, read_manifest
+from tests.edited import edited
 
 IDS = np.arange(5, dtype=np.int64)
 
@@ -64,7 +65,6 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle,
 
 
 def test_a_bundle_for_another_target_is_refused(bundle):
-    text = (bundle / "bundle.json").read_text(encoding="utf-8")
-    (bundle / "bundle.json").write_text(text.replace('"target": "cpu"', '"target": "cuda"'), encoding="utf-8")
+    edited(bundle / "bundle.json", target="cuda")
     with pytest.raises(DecoderError, match="bundle for cuda"):
         OrtDecoder(bundle, 1, 16, verify=False)

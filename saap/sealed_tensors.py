@@ -1,0 +1,57 @@
+"""Tensors of a cache or a state in a safetensors file that holds sha256 of its own content in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+SEAL = "sha256"
+
+
+def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of named tensors: names, types, sizes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write tensors and what is said about them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    about = dict(about or {})
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={**about, SEAL: _seal(whole, about)})
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(str(error)) from None
+
+
+def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file's content, and what is said about them.
+
+    Raises:
+        ValueError: damaged, or not written by ``save_sealed``.
+    """
+    try:
+        tensors = load(content)
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(str(error)) from None
+    if about.pop(SEAL, None) != _seal(tensors, about):
+        raise ValueError("not the content that was written")
+    return tensors, about
+
+
+def _seal(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
+    return hashlib.sha256(f"{json.dumps(about, sort_keys=True)} {data_hash(tensors)}".encode()).hexdigest()
