@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.wording import plain
-from devices.checksums import without_checksum
+from devices.whole_files import without_checksum
 
 KIND, VERSION = "saap-quality", 1
 BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"

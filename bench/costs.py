@@ -26,8 +26,8 @@ from bench.cost_fit import CostProcess, Stack, ThreadCosts, costs_from, read_sta
 from bench.costs_worker import TURN, CostsJob
 from bench.roofline import probe_bandwidth
 from bench.runtime import check_threads
-from devices.checksums import with_checksum
 from devices.probe import probe
+from devices.whole_files import with_checksum, write_text
 from export.bundle import BundleManifest, read_manifest
 
 SCHEMA = 1
@@ -162,8 +162,4 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def write_costs(path: str | Path, document: dict[str, Any]) -> None:
     """Write the document beside ``path`` and rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(with_checksum(document), allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(Path(path), json.dumps(with_checksum(document), allow_nan=False) + "\n")

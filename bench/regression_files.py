@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.result import Result
 from bench.store import result_from_dict
-from devices.checksums import with_checksum, without_checksum
+from devices.whole_files import with_checksum, without_checksum, write_text
 
 FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
@@ -98,11 +98,8 @@ def writable_folder(folder: Path) -> Path:
 def write_baseline(folder: Path, baseline: Baseline) -> Path:
     """Write beside and rename; an older one of the same name and device is replaced."""
     path = checked_folder(folder) / f"{_stem(baseline.name)}.{baseline.fingerprint}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"baseline": FORMAT, "name": baseline.name, "results": [asdict(result) for result in baseline.results]}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(with_checksum(document), allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(with_checksum(document), allow_nan=False) + "\n")
     return path
 
 

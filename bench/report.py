@@ -19,6 +19,7 @@ from bench.result import Result
 from bench.store import read_result
 from bench.table import detail_table
 from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain, threads
+from devices.whole_files import write_text
 
 
 def write_report(
@@ -65,11 +66,7 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         _context(documents, run or {}, qualities), history=_history(history)
     )
-    partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # JSON may hold half a surrogate pair, which no file can.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(out)
+    write_text(out, page, errors="replace")  # JSON may hold half a surrogate pair, which no file can
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.result import INVALID, OK, SCHEMA, WARN, Bandwidth, Energy, Measurement, ModelFacts, Result, Sample
-from devices.checksums import with_checksum, without_checksum
+from devices.whole_files import with_checksum, without_checksum, write_text
 
 READABLE = (1, SCHEMA)  # schema 1 lacks fields that have defaults now
 
@@ -23,11 +23,7 @@ class ResultError(ValueError):
 
 def write_result(path: str | Path, result: Result) -> None:
     """Write the document beside ``path`` and rename it into place."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(result_text(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(Path(path), result_text(result, indent=1) + "\n")
 
 
 def result_text(result: Result, indent: int | None = None) -> str:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devices.checksums import sha256_file, with_checksum, without_checksum
+from devices.whole_files import sha256_file, with_checksum, without_checksum
 
 FORMAT = 1
 MANIFEST = "bundle.json"

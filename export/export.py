@@ -27,9 +27,10 @@ from export.source import ModelSource, Precision, Progress
 from export.targets import CPU, Target, oldest_runtime
 from export.weights import WeightFile, write_weights
 from saap.architectures import Traits, traits_of
-from saap.checkpoint import read_record, writing_directory
+from saap.checkpoint import read_record
 from saap.errors import SaapError
 from saap.models import copy_sidecars
+from saap.outputs import writing_directory
 from saap.weight_files import weights_hash
 
 

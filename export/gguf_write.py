@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from export.gguf_tensors import KINDS, encode, row_bytes
 from export.gguf_tokenizer import TokenizerFields, tokenizer_fields
 from saap.checkpoint import read_record
 from saap.errors import SaapError
+from saap.outputs import writing_file
 from saap.weight_files import weights_hash
 
 Progress = Callable[[str, float, float], None]
@@ -59,14 +59,9 @@ def export_gguf(
     tensors = list(source.tensors(rotary.factors))
     source.check_all_written()
     tokenizer = tokenizer_fields(source.directory, source.shape.vocab)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with writing_file(out) as partial:
         writer = _writer(partial, source, rotary, tokenizer)
         written = _write_tensors(writer, tensors, progress)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return _report(out, source, written, [*source.notes, *rotary.notes, *tokenizer.notes])
 
 

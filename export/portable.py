@@ -23,8 +23,8 @@ from export.standard_graph import StandardGraph
 from export.standard_weights import write_standard_weights
 from export.weights import WeightFile
 from saap.architectures import traits_of
-from saap.checkpoint import writing_directory
 from saap.models import copy_sidecars
+from saap.outputs import writing_directory
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from devices.whole_files import write_text
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person
@@ -227,14 +228,3 @@ def _write_verdicts(comparison: Any, newest: Any, options: dict[str, Any]) -> No
             click.echo(document)
         else:
             write_text(options["json_path"], document + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise SaapError(f"{path} cannot be written ({error.strerror}): give another place") from None

@@ -9,14 +9,11 @@ registers their class with transformers, or the ``modeling_slim.py`` shipped in 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -29,11 +26,11 @@ from saap.group_quant import merged
 from saap.integrity import RECORD, check_directory, hashes
 from saap.json_files import read_object, write_document
 from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
+from saap.outputs import writing_directory
 from saap.structures import ModelShape
 from saap.weight_files import write_shards
 
 FORMAT = 1
-OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
 for _classes in SLIM_CLASSES.values():
     AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
@@ -230,45 +227,3 @@ def write_slim(
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
         write_document(partial / RECORD, {**record, "format": FORMAT, "files": hashes(partial)})
     return Path(out)
-
-
-@contextmanager
-def writing_directory(out: str | Path) -> Iterator[Path]:
-    """Give a fresh directory beside ``out``; it takes the place of ``out`` when the block ends without an error.
-
-    Raises:
-        SaapError: ``out`` exists and holds something that saap did not write.
-    """
-    out = Path(out)
-    check_output(out)
-    with beside(out, "partial") as partial:
-        yield partial
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-
-
-@contextmanager
-def beside(out: str | Path, purpose: str) -> Iterator[Path]:
-    """Give a fresh hidden directory beside ``out`` for the time of the block; those of killed processes are deleted."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.{purpose}-*"):
-        owner = left.name.rsplit("-", 1)[1]
-        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
-            shutil.rmtree(left, ignore_errors=True)
-    fresh = out.parent / f".{out.name}.{purpose}-{os.getpid()}"
-    fresh.mkdir()
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def check_output(out: str | Path) -> None:
-    """Refuse an output path that holds something else than an earlier output of ours."""
-    out = Path(out)
-    if out.is_file():
-        raise SaapError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
-        raise SaapError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")

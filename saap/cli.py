@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,16 @@ EXTRAS = {
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
     "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",
     "lm_eval": "tasks", "datasets": "tasks",
+}  # fmt: skip
+
+NO_ROOM, NO_WRITING = "make room there, or write elsewhere", "allow writing there, or write elsewhere"
+NO_PLACE = "give another place"
+PLACES = {
+    errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM, errno.EFBIG: NO_ROOM,
+    errno.EROFS: NO_WRITING, errno.EACCES: NO_WRITING, errno.EPERM: NO_WRITING,
+    errno.EEXIST: NO_PLACE, errno.ENOTDIR: NO_PLACE, errno.EISDIR: NO_PLACE, errno.ENAMETOOLONG: NO_PLACE,
+    errno.ELOOP: NO_PLACE,
+    errno.EIO: "the disk may be failing: write elsewhere",
 }  # fmt: skip
 
 
@@ -58,10 +69,11 @@ def run(model: str, out: Path, **options: Any) -> None:
       saap run smollm2-135m -o out/demo --ratio 0.2
       saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
     """
+    from saap.outputs import claimed
     from saap.pipeline import run_all
     from saap.run_options import RunOptions
 
-    with Console() as console:
+    with Console() as console, claimed(out):
         run_all(model, out, RunOptions(**options), console)
 
 
@@ -183,6 +195,11 @@ def main() -> None:
         if missing not in EXTRAS:
             raise
         fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", 2)
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", 2)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from saap.bench_command import STDOUT, write_text
+from devices.whole_files import write_text
+from saap.bench_command import STDOUT
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person

@@ -44,10 +44,11 @@ def export_step(path: Path, out: Path, options: dict[str, Any], console: Console
     Raises:
         SaapError: options that do not go together.
     """
-    from saap.checkpoint import check_output
+    from saap.outputs import check_output
 
-    check_output(out)
     target = options["target"]
+    if target != "gguf":
+        check_output(out)
     bits = int(options["bits"]) if options["bits"] else None
     _check_options(target, bits, options)
     if target == "gguf":

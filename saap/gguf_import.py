@@ -177,8 +177,9 @@ def _special_tokens(fields: GGUFTokenizer) -> dict[str, str]:
 
 def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> None:
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
+
+    from saap.sealed_tensors import save_tensors
 
     try:
         with _quiet():
@@ -193,11 +194,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         tensors.setdefault(tensor.data_ptr(), (name, tensor))  # a tied lm_head comes last and is left out
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.values()},
-        destination / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_tensors(dict(tensors.values()), destination / "model.safetensors")
     _write_json(destination / "config.json", _config(model, fields))
     _write_json(destination / "generation_config.json", _generation_config(fields))
 

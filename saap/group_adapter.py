@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,17 +22,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of
-from saap.checkpoint import beside
 from saap.errors import SaapError
 from saap.group_folds import FOLDS, GroupAdapterLayer
 from saap.integrity import differing, hashes
 from saap.json_files import read_object, write_document
 from saap.modeling_slim import GroupQuantLinear
+from saap.outputs import beside, put_in_place
+from saap.sealed_tensors import save_tensors
 
 FORMAT = 1
 RECORD, WEIGHTS, PEFT_CONFIG = "group_adapter.json", "adapter_model.safetensors", "adapter_config.json"
@@ -159,14 +159,10 @@ def save_adapter(model: PeftModel, directory: str | Path) -> None:
         "also": sorted(also),
     }
     with beside(out, "partial") as written:
-        save_file(
-            {n: t.contiguous() for n, t in (tensors | also).items()}, written / WEIGHTS, metadata={"format": "pt"}
-        )
+        save_tensors(tensors | also, written / WEIGHTS)
         model.peft_config[NAME].save_pretrained(str(written))
         write_document(written / RECORD, {**record, "files": hashes(written)})
-        if out.exists():
-            shutil.rmtree(out)
-        written.rename(out)
+        put_in_place(written, out)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:

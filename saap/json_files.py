@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from devices.checksums import ChecksumError, with_checksum, without_checksum
+from devices.whole_files import ChecksumError, with_checksum, without_checksum, write_text
 from saap.errors import SaapError
 
 
@@ -42,7 +41,4 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")

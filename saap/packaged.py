@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.checksums import sha256_file
+from devices.whole_files import sha256_file
 from saap.errors import SaapError
 
 Progress = Callable[[str, float, float], None]

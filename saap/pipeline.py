@@ -20,11 +20,12 @@ import torch
 from saap import models
 from saap.bench_command import keep, measured, show_result
 from saap.board import read_run
-from saap.checkpoint import check_output, read_record
+from saap.checkpoint import read_record
 from saap.console import Console
 from saap.eval_command import quality_of, show_quality
 from saap.export_command import DEFAULTS, export_step
 from saap.json_files import write_document
+from saap.outputs import check_output
 from saap.protocol import Cut, Windows
 from saap.prune import budget_of
 from saap.rows import evaluation_windows

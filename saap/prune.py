@@ -17,13 +17,14 @@ from saap.architectures import architecture_of, shape_of
 from saap.baseline_scores import TAYLOR
 from saap.baselines import BASELINES, rank
 from saap.budget import Budget
-from saap.checkpoint import beside, check_output, load_model, read_config, read_record, slim_config
+from saap.checkpoint import load_model, read_config, read_record, slim_config
 from saap.checkpoint import write_slim as write
 from saap.compensate import COMPENSATIONS, Compensation, compensate
 from saap.errors import SaapError
 from saap.explain import after, sizes_lost
 from saap.importance import Progress
 from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
+from saap.outputs import beside, check_output, claimed
 from saap.prune_record import record_of
 from saap.requirement import Requirement
 from saap.search import check_floor, meet
@@ -125,7 +126,7 @@ def prune(
     check_disk(Needs({}, disk), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
-    with beside(out, "steps") as scratch:
+    with claimed(out), beside(out, "steps") as scratch:
         for step in range(1, steps + 1):
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)

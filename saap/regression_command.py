@@ -65,7 +65,7 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     from bench.regression_files import OtherDeviceError, checked_folder
     from bench.verdict_formats import Case, junit_cases
     from devices.probe import probe
-    from saap.bench_command import write_text
+    from devices.whole_files import write_text
 
     if not 0 < options["min_effect"] < 1:
         raise SaapError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")

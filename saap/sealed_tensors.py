@@ -1,9 +1,12 @@
-"""Tensors of a cache or a state in a safetensors file that holds sha256 of its own content in the header."""
+"""Write safetensors files; those of a cache or a state hold the sha256 of their own content in the header."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +26,23 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors.
+
+    Args:
+        about: for the header; ``format`` is pt where it is not given, as transformers wants it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=dict(about or {"format": "pt"}))
+    except SafetensorError as error:  # how the library reports a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
 def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write tensors and what is said about them.
 
@@ -30,11 +50,7 @@ def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[
         OSError: the file cannot be written.
     """
     about = dict(about or {})
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, path, metadata={**about, SEAL: _seal(whole, about)})
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(str(error)) from None
+    save_tensors(tensors, path, {**about, SEAL: _seal(tensors, about)})
 
 
 def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -13,13 +13,14 @@ from saap import models
 from saap.adaptive import AdaptiveOptions
 from saap.architectures import shape_of
 from saap.budget import Budget
-from saap.checkpoint import check_output, read_config, read_record
+from saap.checkpoint import read_config, read_record
 from saap.console import Console, plan_chart, print_table
 from saap.errors import SaapError
 from saap.explain import Reasons
 from saap.explain_words import layer_table, sentences
 from saap.fusion import FusionOptions
 from saap.json_files import read_object
+from saap.outputs import check_output
 from saap.prune import PruneOptions, budget_of, streamed
 from saap.prune import prune as prune_model
 from saap.requirement import KINDS, Requirement

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from saap import group_adapter
 from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import check_output, load_model, read_config, read_record, slim_config, write_slim
+from saap.checkpoint import load_model, read_config, read_record, slim_config, write_slim
 from saap.errors import SaapError
 from saap.gptq import compensated_matrices
 from saap.group_quant import QuantMatrix, branch_entry, check_blocks, quantize, quantize_model
@@ -32,6 +32,7 @@ from saap.importance import Progress
 from saap.layer_walk import layers_of
 from saap.mixed_bits import choose_bits
 from saap.needs import check_memory, fits, tune_needs
+from saap.outputs import check_output
 from saap.precision import autocast_dtype
 from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
 from saap.streaming import load_streamed, present, settle

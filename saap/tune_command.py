@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from saap import models
-from saap.checkpoint import check_output, read_config, read_record
+from saap.checkpoint import read_config, read_record
 from saap.console import Console, print_table
+from saap.outputs import check_output, claimed
 from saap.training_options import History, TrainOptions
 from saap.training_processes import is_main_process
 from saap.tune import tune as tune_model
@@ -37,7 +39,8 @@ def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) 
         kind=options["kind"], progress=console.report,
     )  # fmt: skip
     say_rows(rows, console)
-    history = tune_model(slim, out, rows, chosen, teacher_dir=teacher_dir, progress=console.report)
+    with claimed(out) if is_main_process() else nullcontext():
+        history = tune_model(slim, out, rows, chosen, teacher_dir=teacher_dir, progress=console.report)
     console.finish()
     if is_main_process():
         show_tuning(out, history)

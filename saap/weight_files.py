@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from saap.errors import SaapError
 from saap.integrity import check_directory
+from saap.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,7 +73,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
     def flush() -> None:
         nonlocal pending_bytes
         part = directory / f"part-{len(parts)}.safetensors"
-        save_file(pending, part, metadata={"format": "pt"})
+        save_tensors(pending, part)
         places.update(dict.fromkeys(pending, len(parts)))
         parts.append(part)
         pending.clear()
@@ -110,7 +110,7 @@ class TensorFolder(MutableMapping[str, torch.Tensor]):
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         file = self._files.setdefault(name, self._folder / f"{len(self._files)}.safetensors")
-        save_file({"tensor": tensor.to(self._dtype or tensor.dtype).contiguous()}, file)
+        save_tensors({"tensor": tensor.to(self._dtype or tensor.dtype)}, file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as handle:

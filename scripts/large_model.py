@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer or more of them")
     given = parser.parse_args()
-    from saap.checkpoint import writing_directory
+    from saap.outputs import writing_directory
     from saap.weight_files import write_shards
 
     layers = given.layers or SHAPES[given.size][2]

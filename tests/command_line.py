@@ -26,7 +26,7 @@ def here(*arguments, code=0):
     finally:
         sys.argv = before
     assert code in (status, None), f"exit {status}\n{out.getvalue()}\n{err.getvalue()}"
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), code=status)
 
 
 def saap(*arguments, env=None, code=0, **kwargs):
@@ -40,7 +40,11 @@ def saap(*arguments, env=None, code=0, **kwargs):
 
 def refused(*arguments, call=here, **kwargs):
     """The one line that a mistake gets."""
-    done = call(*arguments, code=2, **kwargs)
+    return last_line(call(*arguments, code=2, **kwargs))
+
+
+def last_line(done):
+    """The line that tells of the mistake, below those of progress."""
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
     return lines[-1]

@@ -108,7 +108,7 @@ def test_a_record_that_names_files_elsewhere(slim, name):
 
 def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):
     """The hub's cache links each large file to a blob that is named by its sha256."""
-    from devices.checksums import sha256_file
+    from devices.whole_files import sha256_file
 
     path = tiny_model()
     weights = path / "model.safetensors"

@@ -67,7 +67,7 @@ def test_the_core_imports_neither_export_nor_bench(path):
     if path.relative_to(ROOT).as_posix() in COMMANDS:
         return
     # The memory limit of this process's own group and checksums are no matter of boards, and import nothing of ours.
-    found = {name for name in imports(path) if not name.startswith(("devices.cgroup.", "devices.checksums."))}
+    found = {name for name in imports(path) if not name.startswith(("devices.cgroup.", "devices.whole_files."))}
     assert not {top(name) for name in found} & {"export", "bench", "devices"}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -20,9 +21,8 @@ from bench.regression_files import checked_folder, read_baselines, write_baselin
 from bench.result import INVALID, Energy, Result
 from bench.run import bench
 from bench.runtime import OrtDecoder
+from bench.store import write_result
 from bench.verdict_formats import junit_cases
-from saap.bench_command import write_text
-from saap.errors import SaapError
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
 from tests.tiny_graphs import tiny_bundle
@@ -364,8 +364,9 @@ def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SaapError, match=r"file/j\.xml cannot be written \((Not a directory|File exists)\)"):
-        write_text(tmp_path / "file/j.xml", "")
+    write_result(tmp_path / "a.json", result(measurement("a", [0.01] * 3)))
+    told = refused("compare", tmp_path / "a.json", tmp_path / "a.json", "--junit", tmp_path / "file/j.xml")
+    assert re.search(r"file(/j\.xml)?: (Not a directory|File exists): give another place", told)
 
 
 def test_another_device_ends_with_3_and_junit_tells(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""sha256 of files, and of a JSON document inside itself. Standard library only; everything of saap may import it.
+"""Files that are whole or not there, and known by their sha256. Standard library only; all of saap may import it.
 
 A document that saap writes carries ``checksum`` beside its own fields: sha256 over the others as JSON with sorted keys,
 so that a byte that changed on a disk or on the way is found when it is read, and not taken for a number.
@@ -6,9 +6,12 @@ so that a byte that changed on a disk or on the way is found when it is read, an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,38 @@ FIELD = "checksum"
 
 class ChecksumError(ValueError):
     """A document is not the one that was written; the message goes on from the name of its file."""
+
+
+@contextmanager
+def naming(place: str | Path) -> Iterator[None]:
+    """Give errors of the system that name no file, as a write has that finds no room, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        short = error.errno is None and " requested and " in str(error)  # how numpy tells of a write that found no room
+        if error.filename is not None or not (error.errno or short):
+            raise
+        code = error.errno or errno.ENOSPC
+        raise OSError(code, os.strerror(code), str(place)) from None
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write beside and rename, making the folder.
+
+    Args:
+        errors: what becomes of characters that UTF-8 has not, as in ``str.encode``.
+
+    Raises:
+        OSError: with the name of the file that cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8", errors=errors)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
