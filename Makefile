@@ -53,5 +53,10 @@ $(VENV5)/.test: pyproject.toml
 	$(VENV5)/bin/pip install -q -e '.[bench,prune,export]' 'transformers>=5' pytest hypothesis
 	touch $@
 
+# Every version that the tests ran with, for installs that shall be the same again: pip install -c constraints.txt ...
+constraints.txt: $(VENV)/.test
+	echo "# Made by make constraints.txt: Linux x86-64, $$($(BIN)/python --version), $$(date +%F)" > $@
+	$(BIN)/pip freeze --exclude-editable --exclude pip >> $@
+
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

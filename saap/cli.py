@@ -15,7 +15,7 @@ from saap.cli_eval import evaluate
 from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
 from saap.cli_tune import tune
 from saap.cli_types import Sections, directory
-from saap.console import Console
+from saap.console import Console, shown
 
 EXTRAS = {
     "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",
@@ -209,7 +209,7 @@ def main() -> None:
 
 def fail(message: str, code: int) -> None:
     """Say it in one line and leave."""
-    click.echo(f"saap: {' '.join(message.split())}", err=True)
+    click.echo(f"saap: {shown(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

@@ -52,7 +52,7 @@ class Console:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.finish()
-        click.echo(text, err=True)
+        click.echo(shown(text), err=True)
 
     def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
         from rich.console import Console as RichConsole
@@ -92,6 +92,11 @@ class Console:
         self._label = ""
 
 
+def shown(text: str) -> str:
+    """Text without what would steer a terminal or turn its lines around: names come from files of others."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table for people on standard output; columns of numbers stand on the right.
 
@@ -102,7 +107,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console as RichConsole
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title=shown(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         numeric = all(cell == "-" or cell[:1].isdigit() for cell in cells)
@@ -115,7 +120,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
             max_width=60,
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(shown, row))
     RichConsole(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
 
 

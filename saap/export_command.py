@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from saap.console import Console, print_table
+from saap.console import Console, print_table, shown
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def inspect_step(bundle: Path, as_json: bool) -> None:
         click.echo(json.dumps(report, indent=1))
         return
     for line in inspection_lines(report):
-        click.echo(line)
+        click.echo(shown(line))
     for title, columns, rows in inspection_tables(report):
         print_table(title, columns, rows)
 

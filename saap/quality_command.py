@@ -29,7 +29,7 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
         print_table(title, ["measure", "pairs", "old", "new", "difference", "95 %", "verdict"], shown)
     for row in rows:
         if row.reason:
-            click.echo(f"  {row.measure}: {row.reason}")
+            click.echo(shown(f"  {row.measure}: {row.reason}"))
     if options["json_path"] is not None:
         document = {"kind": "saap-quality-comparison", "version": 1, "rows": [asdict(row) for row in rows]}
         if str(options["json_path"]) == "-":

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from saap import console
+from saap import cli, console
 from saap.console import Console, print_table
 
 ODD = "ssh://pi@[fe80::1]:22 [/x] [bold]"
@@ -15,6 +15,18 @@ ODD = "ssh://pi@[fe80::1]:22 [/x] [bold]"
 def test_brackets_of_a_table_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(ODD, ["board [/b]"], [[ODD]])
     assert capsys.readouterr().out.count(ODD) == 2
+
+
+@pytest.mark.parametrize("steering", ["\x1b[2J", "\x07", "\x9b31m", "\u202e", "\r", "\x1b]0;title\x07"])
+def test_what_would_steer_a_terminal_is_not_printed(capsys: pytest.CaptureFixture[str], steering: str) -> None:
+    print_table(f"a{steering}b", ["name"], [[f"c{steering}d"]])
+    with Console() as told:
+        told.say(f"e{steering}f")
+    with pytest.raises(SystemExit):
+        cli.fail(f"g{steering}h", 2)
+    out, err = capsys.readouterr()
+    assert steering not in out + err and "\x1b" not in out + err
+    assert all(part in out + err for part in ("a?", "c?", "e?", "g?") if steering != "\r")
 
 
 def test_brackets_of_a_label_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

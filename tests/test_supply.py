@@ -1,0 +1,51 @@
+"""What is shipped and what it is installed with: the wheel's content, and constraints that fit the project's bounds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info < (3, 11):
+    import tomli as tomllib
+else:
+    import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"saap", "export", "bench", "devices"}
+
+
+def test_a_wheel_holds_our_four_packages_and_nothing_else(tmp_path):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("saap-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == OURS
+    sources = {p.relative_to(ROOT).as_posix() for top in OURS for p in (ROOT / top).rglob("*.py")}
+    assert sources <= set(names)
+    kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
+    assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh"}, kinds
+    assert not [name for name in names if "baselines" in name or "test" in Path(name).name]
+
+
+def test_the_constraints_meet_the_bounds_of_every_extra():
+    requirements = pytest.importorskip("packaging.requirements")
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pins[name.lower().replace("_", "-")] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    for text in asked:
+        requirement = requirements.Requirement(text)
+        if requirement.name == "saap" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        if requirement.name in pins:
+            assert requirement.specifier.contains(pins[requirement.name], prereleases=True), text
+        else:
+            assert requirement.name in {"nvidia-ml-py"}, f"{text} is not in constraints.txt: run `make constraints.txt`"
