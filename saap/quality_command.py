@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from saap.console import print_table
+from saap.console import print_table, shown
 from saap.errors import SaapError
 from saap.json_files import write_document
 
