@@ -6,7 +6,6 @@ perplexities of different protocols, or tasks on different examples, do not comp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.wording import plain
-from devices.whole_files import without_checksum
+from devices.whole_files import parse_json, without_checksum
 
 KIND, VERSION = "saap-quality", 1
 BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"
@@ -49,7 +48,7 @@ class QualityRow:
 def is_quality(path: str | Path) -> bool:
     """Whether a file is a document of ``saap eval --json``."""
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(raw, dict) and raw.get("kind") == KIND
@@ -62,7 +61,7 @@ def read_quality(path: str | Path) -> dict[str, Any]:
         QualityError: no such file, not one of these, or of another version.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = parse_json(Path(path).read_text(encoding="utf-8"))
         raw = without_checksum(raw) if isinstance(raw, dict) else None
     except (OSError, ValueError) as error:
         raise QualityError(f"{path} cannot be read ({error}): make one with `saap eval --json`") from None

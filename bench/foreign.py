@@ -5,13 +5,13 @@ What a spec needs is checked here from its own small files; the packages are loo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bench.gguf_header import read_header
 from bench.peer import Peer, PeerError, python_with, unknown_facts
 from bench.result import ModelFacts
+from devices.whole_files import parse_json
 from export.bundle import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
 
 LLAMA_CPP, GENAI, OPTIMUM = "llama.cpp:", "genai:", "optimum:"
@@ -110,7 +110,7 @@ def _read(spec: str, path: Path, wanted: str) -> dict[str, Any]:
     if not path.is_file():
         raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         document = None
     if not isinstance(document, dict):

@@ -23,6 +23,7 @@ from bench.compare import decisive_values, metric_of
 from bench.result import INVALID, Measurement, Result
 from bench.stats import summarize
 from bench.store import ResultError, read_result, result_text, write_result
+from devices.whole_files import parse_json
 
 INDEX = "history-index.jsonl"
 CHECKED, CHECKED_BYTES = b'{"crc32": "%08x", ', 22
@@ -174,7 +175,7 @@ def _read_index(path: Path) -> Iterator[_Document | None]:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                raw = json.loads(_intact(line))
+                raw = parse_json(_intact(line))
                 runs = [(tuple(key), Point(**point)) for key, point in raw["runs"]]
                 yield _Document(raw["file"], raw["size"], runs)
             except (ValueError, KeyError, TypeError):

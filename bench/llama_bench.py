@@ -18,6 +18,7 @@ from typing import Any
 from bench.result import INVALID, OK, Measurement, ModelFacts, Result, Sample
 from bench.stats import summarize
 from bench.store import ResultError
+from devices.whole_files import parse_json
 
 # Fields of a model or its result; every other one is a setting, and tells entries of one model apart.
 _FACTS = {
@@ -57,7 +58,7 @@ def is_llama_bench(text: str) -> bool:
     if text.startswith("["):
         return True
     try:
-        first = json.loads(text.partition("\n")[0])
+        first = parse_json(text.partition("\n")[0])
     except ValueError:
         return False
     return isinstance(first, dict) and "samples_ns" in first
@@ -124,9 +125,9 @@ def _entry(
 def _parse(text: str, source: str) -> list[dict[str, Any]]:
     try:
         raw = (
-            json.loads(text)
+            parse_json(text)
             if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
+            else [parse_json(x) for x in text.splitlines() if x.strip()]
         )
     except ValueError:
         raise ResultError(f"{source} is truncated or not JSON: run `llama-bench -o json` again") from None

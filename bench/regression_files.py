@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.result import Result
 from bench.store import result_from_dict
-from devices.whole_files import with_checksum, without_checksum, write_text
+from devices.whole_files import parse_json, with_checksum, without_checksum, write_text
 
 FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
@@ -129,7 +129,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _read(path: Path) -> Baseline:
     try:
-        raw = without_checksum(json.loads(path.read_text(encoding="utf-8")))
+        raw = without_checksum(parse_json(path.read_text(encoding="utf-8")))
         if raw["baseline"] != FORMAT:
             raise ValueError(f"format {raw['baseline']!r}, this saap reads {FORMAT}")
         results = [result_from_dict(result) for result in raw["results"]]

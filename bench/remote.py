@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import secrets
 import socket
 import sys
@@ -30,6 +29,7 @@ from bench.rounds import Progress
 from bench.store import result_from_dict
 from bench.ways import Way, way_to
 from devices.transport import BoardError, printable
+from devices.whole_files import parse_json
 
 HERE_ONLY = ("root", "launch")  # of a plan: they mean this host
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
@@ -188,7 +188,7 @@ def _follow(board: Board, run: str, told: Progress) -> dict[str, Any]:
             return
         try:
             offset = int(document["at"])
-            line = json.loads(document["line"])
+            line = parse_json(document["line"])
             if "refused" in line:
                 refused = printable(line["refused"])
             elif "label" in line:
@@ -218,7 +218,7 @@ def _result(board: Board, fetched: dict[str, Any], shipment: Shipment) -> Result
         text = str(fetched["result"])
         if hashlib.sha256(text.encode()).hexdigest() != fetched["sha256"]:
             raise ValueError("another hash")
-        result = result_from_dict(json.loads(text))
+        result = result_from_dict(parse_json(text))
         packed = shipment.packed
         rounds, left = divmod(len(result.measurements), len(packed))
         if left or not rounds:

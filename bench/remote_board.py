@@ -21,6 +21,7 @@ from bench.remote_feed import feed, pieces, size_of, whole
 from bench.signals import signals_wait
 from devices.agent import MARK
 from devices.transport import BoardError, LostError, Transport, last_line, printable
+from devices.whole_files import parse_json
 
 SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact
@@ -145,8 +146,8 @@ class Board:
 
     def _document(self, text: str) -> dict[str, Any]:
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
+            document = parse_json(text)
+        except ValueError:
             document = None
         if not isinstance(document, dict):
             raise self.garbage(text)

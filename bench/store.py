@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.dataclass_types import built, check_types
 from bench.result import INVALID, OK, SCHEMA, WARN, Bandwidth, Energy, Measurement, ModelFacts, Result, Sample
-from devices.whole_files import with_checksum, without_checksum, write_text
+from devices.whole_files import parse_json, with_checksum, without_checksum, write_text
 
 READABLE = (1, SCHEMA)  # schema 1 lacks fields that have defaults now
 
@@ -43,7 +44,7 @@ def read_result(path: str | Path) -> Result:
     try:
         text = path.read_text(encoding="utf-8")
         theirs = is_llama_bench(text)
-        raw = None if theirs else json.loads(text)
+        raw = None if theirs else parse_json(text)
     except OSError as error:
         raise ResultError(f"cannot read result {path}: {error.strerror}; make one with `saap bench --json`") from None
     except ValueError:
@@ -66,19 +67,20 @@ def result_from_dict(raw: Mapping[str, Any]) -> Result:
     """The dataclasses from parsed JSON; TypeError, KeyError or ValueError where it does not fit."""
     fields = without_checksum(raw) | {"schema": SCHEMA}
     fields["measurements"] = [_measurement(m) for m in raw["measurements"]]
-    fields["bandwidth"] = [Bandwidth(**b) for b in raw["bandwidth"]]
+    fields["bandwidth"] = [built(Bandwidth, b) for b in raw["bandwidth"]]
     for bandwidth in fields["bandwidth"]:
         _positive("bandwidth samples", bandwidth.samples)
-    return Result(**fields)
+    return built(Result, fields)
 
 
 def _measurement(raw: Mapping[str, Any]) -> Measurement:
     samples = [sample_from_dict(s) for s in raw["samples"]]
     for sample in samples:
         _check(sample, raw["n_prompt"], raw["n_gen"])
+        check_types(sample)
     if raw["status"] not in (OK, WARN, INVALID):
         raise ValueError(f"status {raw['status']!r}")
-    return Measurement(**{**raw, "samples": samples, "model": ModelFacts(**raw["model"])})
+    return built(Measurement, {**raw, "samples": samples, "model": built(ModelFacts, raw["model"])})
 
 
 def sample_from_dict(raw: Mapping[str, Any]) -> Sample:

@@ -63,6 +63,18 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or holds an integer of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with its checksum, the last of its fields."""
     fields = {name: value for name, value in document.items() if name != FIELD}

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import sha256_file, with_checksum, without_checksum
+from devices.whole_files import parse_json, sha256_file, with_checksum, without_checksum
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -117,7 +117,7 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     if not path.is_file():
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}; make one with `saap export`")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise TypeError("not an object")
         raw = without_checksum(raw)
@@ -145,7 +145,11 @@ def verify_files(directory: str | Path, manifest: BundleManifest | None = None) 
     manifest = manifest or read_manifest(directory)
     for name, entry in manifest.files.items():
         path = _inside(directory, name)
-        if not path.is_file():
+        try:
+            missing = not path.is_file()
+        except OSError:  # a name that no file system has
+            missing = True
+        if missing:
             raise BundleError(f"{path} is missing: export the bundle again")
         if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
             raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
+from devices.whole_files import parse_json
 from export.bundle import MANIFEST
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -223,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged ({error}): export the bundle again") from None
     if not isinstance(value, dict):

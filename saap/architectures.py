@@ -82,6 +82,7 @@ class Architecture:
 
 
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
+MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture()
@@ -142,7 +143,7 @@ def architecture_of(config: Any) -> Architecture:
         SaapError: the architecture is not supported.
     """
     name = _get(config, "model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise SaapError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
     activation = _get(config, architecture.activation_key, architecture.activation)
@@ -168,17 +169,21 @@ def shape_of(config: Any) -> ModelShape:
     """Read a model's sizes from its config (or the config's dict).
 
     Raises:
-        SaapError: query heads that are not a multiple of their layer's KV heads.
+        SaapError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
-    heads, hidden = _get(config, "num_attention_heads"), _get(config, "hidden_size")
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     slim = _get(config, "slim_layers")
     if slim:
-        layers = tuple(LayerSizes(*sizes) for sizes in slim)
+        try:
+            layers = tuple(LayerSizes(*(_checked("slim_layers", size, 0) for size in sizes)) for sizes in slim)
+        except TypeError:
+            raise SaapError("config.json has slim_layers that are not three sizes per layer: make it again") from None
     else:
-        kv_heads = _get(config, "num_key_value_heads") or heads
-        layers = (LayerSizes(heads, kv_heads, _get(config, "intermediate_size")),) * _get(config, "num_hidden_layers")
+        kv_heads = _count(config, "num_key_value_heads", heads)
+        layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise SaapError(
@@ -188,9 +193,9 @@ def shape_of(config: Any) -> ModelShape:
     quant = _get(config, "slim_quant")
     return ModelShape(
         hidden=hidden,
-        head_dim=_get(config, "head_dim") or hidden // heads,
-        vocab=_get(config, "vocab_size"),
-        tied=bool(quant["tied"] if quant else _get(config, "tie_word_embeddings", False)),
+        head_dim=_count(config, "head_dim", max(1, hidden // heads)),
+        vocab=_count(config, "vocab_size", most=MOST_WORDS),
+        tied=bool(quant.get("tied") if isinstance(quant, dict) else _get(config, "tie_word_embeddings", False)),
         layers=layers,
         attention_bias=architecture.qkv_bias or bool(_get(config, "attention_bias", False)),
         mlp_bias=bool(_get(config, "mlp_bias", False)),
@@ -247,9 +252,23 @@ def with_defaults(config: Any) -> Any:
 
     try:
         return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+
+
+def _count(config: Any, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
+    """A size of the config, or what it is by default."""
+    value = _get(config, key)
+    return _checked(key, default if value is None and default is not None else value, 1, most)
+
+
+def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise SaapError(
+            f"config.json has {key} {str(value)[:40]!r}: must be a whole number of {least} to {most}; get it again"
+        )
+    return value
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:

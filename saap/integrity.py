@@ -60,14 +60,16 @@ def differing(directory: Path, files: Any) -> str | None:
     try:
         for name, entry in files.items():
             path = directory / name
-            if Path(name).name != name or not path.is_file():
+            try:
+                size = path.stat().st_size
+            except OSError:
                 return name
-            if path.stat().st_size != entry.get("bytes", path.stat().st_size):
+            if Path(name).name != name or not path.is_file() or entry.get("bytes", size) != size:
                 return name
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = dict(zip(files, pool.map(_sha256, [directory / name for name in files]), strict=True))
         return next((name for name, entry in files.items() if entry["sha256"] != found[name]), None)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):  # a name with a zero byte is a ValueError
         return RECORD
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import ChecksumError, with_checksum, without_checksum, write_text
+from devices.whole_files import ChecksumError, parse_json, with_checksum, without_checksum, write_text
 from saap.errors import SaapError
 
 
@@ -21,10 +21,10 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         SaapError: not there, not JSON, not an object, or changed after it was written.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SaapError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise SaapError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(value, dict):
         raise SaapError(f"{path} is damaged (not an object): {remedy}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import os
 import random
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from devices.whole_files import parse_json
 from saap.conversations import is_conversation, messages_of
 from saap.errors import SaapError
 from saap.self_written import self_written
@@ -233,9 +233,9 @@ def _lines(content: str) -> Iterator[tuple[int, str]]:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SaapError(f"{where} is not JSON ({error.msg}): mend or remove it") from None
+        return parse_json(line)
+    except ValueError as error:
+        raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
 
 
 def _row_text(row: Any, where: str) -> str:
