@@ -78,7 +78,11 @@ def test_the_margin_is_to_the_best_complete_baseline(table):
 
 
 def test_a_margin_that_is_too_small_is_not_reached(table):
-    write_cell(table, "table", baseline("param_first", "refit", heads=False), dict.fromkeys(range(3), 4.149))
+    write_cell(table, "table", baseline("param_second", "refit", heads=False), dict.fromkeys(range(3), 4.149))
+    rows = bars.rows_of(table / "table")
+    assert bars.margin_bar(rows, 0.2, "test40", [0, 1, 2]).reached  # what is ours does not make a baseline
+    assert "param_second 4.1490: -0.0490" in bars.alike_bar(rows, 0.2, "refit", "test40", [0, 1, 2]).found
+    write_cell(table, "table", baseline("param_first", heads=False), dict.fromkeys(range(3), 4.149))
     assert bars.margin_bar(bars.rows_of(table / "table"), 0.2, "test40", [0, 1, 2]).reached is False
 
 
