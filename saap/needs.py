@@ -30,10 +30,7 @@ BATCH = 8  # sequences that a refit takes at once
 SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
-PACKED, LOGIT_COPIES = (
-    2.75,
-    3.3,
-)  # file and packed copies of a bundle's weights; logits of both models and their softmax
+PACKED, LOGIT_COPIES = 2.75, 3.3  # copies of a bundle's weights: file and packed; logits of both, and their softmax
 FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile
 
 

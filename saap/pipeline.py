@@ -29,7 +29,8 @@ from saap.outputs import check_output
 from saap.protocol import Cut, Windows
 from saap.prune import budget_of
 from saap.rows import evaluation_windows
-from saap.run_options import RunOptions
+from saap.run_needs import check_run
+from saap.run_options import TUNE_LENGTH, RunOptions
 from saap.steps import (
     prune_options_of,
     prune_step,
@@ -38,7 +39,6 @@ from saap.steps import (
 )
 from saap.tune_command import tune_step
 
-TUNE_LENGTH = 256
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a short note to a neighbour who lent you a ladder.",
@@ -97,7 +97,8 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     begun = time.monotonic()
     directory = models.resolve(model, progress=console.report)
     # What cannot be met is refused before hours are spent.
-    budget_of(directory, prune_options_of(settings, requirement))
+    pruning = prune_options_of(settings, requirement)
+    check_run(directory, out, budget_of(directory, pruning), pruning, options)
     evaluation = _evaluation(directory, options, console)
     say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written, console)
     out.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def prune(
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     source = Path(model_dir)
     options = replace(options, stream=streamed(source, budget, options, *calibration.shape))
-    disk = prune_disk(budget.dense, weights_bytes(source), _share(budget), steps)
+    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), steps)
     check_disk(Needs({}, disk), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
@@ -174,10 +174,10 @@ def steps_to(budget: Budget, options: PruneOptions) -> int:
         return 1
     if options.steps is not None:
         return options.steps
-    return max(1, math.ceil(_share(budget) / SHARE_PER_STEP - 1e-9))
+    return max(1, math.ceil(share_of(budget) / SHARE_PER_STEP - 1e-9))
 
 
-def _share(budget: Budget) -> float:
+def share_of(budget: Budget) -> float:
     """The share of what the layers cost that has to go."""
     return 1 - budget.limit / (budget.total(budget.dense) - budget.measure.outside(budget.dense))
 

@@ -12,6 +12,8 @@ from saap.requirement import KINDS
 
 DEFAULT_RATIO = 0.2
 
+TUNE_LENGTH = 256  # tokens of a row
+
 
 @dataclass(frozen=True)
 class RunOptions:

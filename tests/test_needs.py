@@ -1,6 +1,8 @@
 """Memory and disk are known before anything is read; a model that does not fit is read layer by layer."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from saap.needs import Needs, available_memory, check_disk, check_memory, export
 from saap.prune import PruneOptions, budget_of, prune, streamed
 from saap.requirement import Requirement
 from saap.streaming import is_streamed
-from tests.command_line import here
+from tests.command_line import here, refused
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 OPTIONS = PruneOptions(Requirement(ratio=0.4), steps=2)
@@ -87,6 +89,21 @@ def test_an_export_is_refused_before_anything_is_written(tiny_model, tmp_path, m
     refused = here("export", path, "-o", tmp_path / "bundle", code=2)
     assert "exporting needs" in refused.stderr and "give --parity none" in refused.stderr
     assert not list(tmp_path.glob("*bundle*"))
+
+
+def test_a_run_is_refused_before_its_first_step(tiny_model, tmp_path, monkeypatch):
+    path, free = tiny_model(), 500_000_000
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    monkeypatch.setattr(module, "available_memory", lambda: free)
+    told = refused("run", path, "--ratio", 0.3, "--text", text, "-o", tmp_path / "out")
+    assert re.search(
+        r"a run, in its step \w+, needs \d+ MB of memory \(.*\), and 700 MB are free: the other steps", told
+    )
+    monkeypatch.setattr(module, "available_memory", lambda: 10 * free)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
+    told = refused("run", path, "--ratio", 0.3, "--text", text, "-o", tmp_path / "out")
+    assert "a run needs" in told and "two bundles" in told and not (tmp_path / "out").exists()
 
 
 def test_a_refusal_says_the_sum_what_is_free_and_what_to_do(tmp_path, monkeypatch):
