@@ -97,9 +97,7 @@ def test_a_run_is_refused_before_its_first_step(tiny_model, tmp_path, monkeypatc
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     monkeypatch.setattr(module, "available_memory", lambda: free)
     told = refused("run", path, "--ratio", 0.3, "--text", text, "-o", tmp_path / "out")
-    assert re.search(
-        r"a run, in its step \w+, needs \d+ MB of memory \(.*\), and 700 MB are free: the other steps", told
-    )
+    assert re.search(r"a run, in its step \w+, needs \d+ MB of memory \(.*\), and 500 MB are free: the other", told)
     monkeypatch.setattr(module, "available_memory", lambda: 10 * free)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
     told = refused("run", path, "--ratio", 0.3, "--text", text, "-o", tmp_path / "out")
