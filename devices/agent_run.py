@@ -183,7 +183,7 @@ def sweep(folder: Path) -> None:
     """Remove the runs of others that nobody can come back for: none of their processes runs."""
     for place in (folder / "runs").glob("*"):
         process = read_json(place / "process.json")
-        if not alive(process.get("pid"), process.get("start")) and time.time() - modified(place) > LEASE_S:
+        if not alive(process.get("pid"), process.get("start")) and abs(time.time() - modified(place)) > LEASE_S:
             shutil.rmtree(place, ignore_errors=True)
 
 

@@ -193,6 +193,18 @@ def test_a_request_that_hears_late_of_its_cut_leaves_the_lock_to_the_one_made_ag
     assert not lock.path.exists()
 
 
+@pytest.mark.parametrize("jump", [-agent_home.STALE_S - 1, 10 * 365 * 86400.0])
+def test_a_lock_that_nobody_holds_is_free_whichever_way_the_clock_jumped(tmp_path, jump):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann")
+    with pytest.raises(AgentError, match="ann measures"):
+        lock.take(OTHER, "bob")
+    then = time.time() + jump
+    os.utime(lock.path, (then, then))
+    lock.take(OTHER, "bob")
+    assert lock.holds(OTHER)
+
+
 def test_a_lock_without_a_process_holds_while_it_is_touched(tmp_path):
     lock = Lock(tmp_path)
     lock.take(RUN, "ann")
