@@ -24,8 +24,9 @@ from saap.errors import SaapError
 from saap.explain import after, sizes_lost
 from saap.importance import Progress
 from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
-from saap.outputs import beside, check_output, claimed
+from saap.outputs import check_output, claimed
 from saap.prune_record import record_of
+from saap.prune_steps import kept_steps
 from saap.requirement import Requirement
 from saap.search import check_floor, meet
 from saap.streaming import load_streamed
@@ -126,16 +127,20 @@ def prune(
     check_disk(Needs({}, disk), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
-    with claimed(out), beside(out, "steps") as scratch:
-        for step in range(1, steps + 1):
+    with claimed(out), kept_steps(out, weights, options, budget.record(), calibration) as kept:
+        done = 0
+        if found := kept.last(steps):  # of a run that was killed
+            done, plan = found
+            source, weights = kept.path(done), weights_hash(kept.path(done))
+        for step in range(done + 1, steps + 1):
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)
-            target = Path(out) if step == steps else scratch / str(step)
-            refitted = TensorFolder(_fresh(scratch / "refitted"), weights_dtype(source)) if options.stream else None
+            target = Path(out) if step == steps else kept.path(step)
+            aside = TensorFolder(_fresh(kept.folder / "refitted"), weights_dtype(source)) if options.stream else None
             plan = _prune_once(
-                source, weights, target, plan, part, calibration, options, lineage, say, step == steps, refitted
+                source, weights, target, plan, part, calibration, options, lineage, say, step == steps, aside
             )
-            if source.parent == scratch:
+            if source.parent == kept.folder:
                 shutil.rmtree(source)
             if step < steps:
                 source, weights = target, weights_hash(target)
@@ -246,14 +251,8 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
     budget = options.requirement.budget(shape, config, cut=cut)
     if options.method == "saap":
-        check_floor(
-            shape,
-            options.block,
-            options.keep_layers or frozenset(),
-            options.adaptive.modules,
-            budget,
-            options.prunes_heads(shape),
-        )
+        kept = options.keep_layers or frozenset()
+        check_floor(shape, options.block, kept, options.adaptive.modules, budget, options.prunes_heads(shape))
     return budget
 
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from saap import prune as pruning
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record
 from saap.errors import SaapError
@@ -114,13 +113,10 @@ def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["slim", "tiny"]
 
 
-def test_steps_that_a_killed_process_left_are_removed(tiny_model, tmp_path):
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    left = tmp_path / f".slim.steps-{killed.pid}" / "1"
-    left.mkdir(parents=True)
+def test_steps_of_other_settings_are_removed(tiny_model, tmp_path):
+    (tmp_path / ".slim.pruning/1-0123456789abcdef").mkdir(parents=True)
     prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3), steps=2))
-    assert not left.parent.exists()
+    assert not (tmp_path / ".slim.pruning").exists()
 
 
 def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
@@ -128,3 +124,48 @@ def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
     plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
     assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
     assert len(plan.layers[1].ffn) == 128
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_path, monkeypatch, stream):
+    """The same plan, reasons and bytes, and no step twice; one that was damaged meanwhile is made again."""
+    path, steps = tiny_model(), PruneOptions(Requirement(ratio=0.4), steps=3, stream=stream)
+    prune(path, tmp_path / "whole", IDS, steps)
+    once, made = pruning._prune_once, []
+
+    def until_the_third(source, weights, out, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(out.name)
+        return once(source, weights, out, *rest)
+
+    def to_the_end(source, weights, out, *rest):
+        made.append(out.name)
+        return once(source, weights, out, *rest)
+
+    for name in ("slim", "again"):
+        made.clear()
+        monkeypatch.setattr(pruning, "_prune_once", until_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            prune(path, tmp_path / name, IDS, steps)
+        assert [step[0] for step in made] == ["1", "2"] and not (tmp_path / name).exists()
+        (left,) = (tmp_path / f".{name}.pruning").glob("2-*")
+        if name == "again":
+            weights = left / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        monkeypatch.setattr(pruning, "_prune_once", to_the_end)
+        prune(path, tmp_path / name, IDS, steps)
+        assert [step[0] for step in made[2:]] == (["s"] if name == "slim" else ["1", "2", "a"])
+        assert not left.parent.exists()
+        for file in (tmp_path / "whole").iterdir():
+            assert file.read_bytes() == (tmp_path / name / file.name).read_bytes(), file.name
+
+
+def test_a_pruning_that_fails_leaves_no_steps(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    monkeypatch.setattr(
+        pruning, "_prune_once", lambda *given: given[2].mkdir() or (_ for _ in ()).throw(OSError(28, ""))
+    )
+    with pytest.raises(OSError):
+        prune(path, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3), steps=2))
+    assert {p.name for p in tmp_path.iterdir()} == {path.name}
