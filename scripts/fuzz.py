@@ -4,7 +4,7 @@
     python scripts/fuzz.py --only "GGUF header" --runs 1000000
 
 Each target runs in a process of its own that may take 2 GB. With atheris (`pip install atheris`) three quarters of the
-documents are those that it finds by coverage, from the seeds on; the rest, or all, are drawn by fuzz_targets.mutated.
+documents are those that it finds by coverage, from the seeds on; the rest, or all, are drawn by fuzz_mutations.mutated.
 A finding is written to out/fuzz/ and ends with exit code 1.
 """
 
@@ -27,7 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.fuzz_targets import RUN, Target, folder, is_told, mutated, targets  # noqa: E402
+from scripts.fuzz_mutations import mutated  # noqa: E402
+from scripts.fuzz_targets import RUN, Target, folder, is_told, targets  # noqa: E402
 
 OUT, FOUND = ROOT / "benchmarks" / "fuzz.json", ROOT / "out" / "fuzz"
 MEMORY, SLOW_S = 2 << 30, 5.0
