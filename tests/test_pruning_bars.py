@@ -99,12 +99,12 @@ def test_like_with_like_compares_one_compensation(table):
 def test_the_spread_is_that_of_all_seeds_of_both_folders(table):
     later = {seed: 4.0 + 0.1 * (seed % 3) for seed in range(3, 10)}
     write_cell(table, "seeds", {"method": "saap", "compensate": "refit", "ratio": 0.2}, later)
-    assert bars.spread_bar(bars.rows_of(table / "table", table / "seeds"), "test40").reached is None
+    assert bars.spread_bar(bars.rows_of(table / "table", table / "seeds"), "test40", ("refit", "none")).reached is None
     values = [4.0, 4.1, 4.2, *later.values()]
     for method, offset, scale in (("param_first", 5, 0.7), ("vector", 6, 9)):  # the better one counts
         nll = {seed: offset + scale * value for seed, value in enumerate(values)}
         write_cell(table, "seeds", baseline(method, heads=False), nll)
-    bar = bars.spread_bar(bars.rows_of(table / "table", table / "seeds"), "test40")
+    bar = bars.spread_bar(bars.rows_of(table / "table", table / "seeds"), "test40", ("refit", "none"))
     assert bar.reached is False and f"SAAP {statistics.stdev(values):.4f}" in bar.found and "1.43x" in bar.found
 
 
