@@ -147,4 +147,4 @@ def test_two_runs_that_are_not_there():
 def test_every_bar_is_shown_when_nothing_is_measured(tmp_path, capsys):
     bars.show(tmp_path, [0, 1, 2], "test160")
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert len(lines) == 2 + 6 + 2 + 2 + 1 + 1 + 1 + 1 and all(line.endswith("| - |") for line in lines)
+    assert len(lines) == 2 + 6 + 2 + 2 + 1 + 3 + 1 + 1 and all(line.endswith("| - |") for line in lines)
