@@ -30,6 +30,7 @@ from saap.errors import SaapError
 from saap.group_quant import branch_entry, merged, quantize
 from saap.modeling_slim import GroupQuantLinear
 from saap.weight_files import tensor_reader
+from tests.edited import edited
 
 SOME = ("0.mlp.down_proj", "1.self_attn.k_proj")  # the only ones with a branch in "some"
 
@@ -271,6 +272,7 @@ def write_without(directory, tmp_path):
     weights = load_file(plain / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if ".branch_" not in name}
     save_file(kept, plain / "model.safetensors", metadata={"format": "pt"})
+    edited(plain / "saap.json")
     return plain
 
 
@@ -284,5 +286,6 @@ def test_a_branch_that_is_promised_and_not_there_is_refused(low, tmp_path):
     weights = load_file(low / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.branch_b"]
     save_file(weights, low / "model.safetensors", metadata={"format": "pt"})
+    edited(low / "saap.json")
     with pytest.raises(SaapError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.branch_b, which its config"):
         export_bundle(low, tmp_path / "bundle")

@@ -23,6 +23,7 @@ from saap.errors import SaapError
 from saap.structures import LayerPlan, PrunePlan
 from saap.tune import TuneOptions, tune
 from saap.weight_files import tensor_reader
+from tests.edited import edited
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 UNEVEN = (
@@ -200,8 +201,8 @@ def test_names_outside_the_bundle_are_refused(tiny_model, tmp_path):
     export_bundle(tiny_model(), tmp_path / "bundle")
     manifest = json.loads((tmp_path / "bundle/bundle.json").read_text())
     for name in ("../tiny/config.json", "/etc/hostname"):
-        changed = {**manifest, "files": {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}}
-        (tmp_path / "bundle/bundle.json").write_text(json.dumps(changed))
+        files = {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}
+        edited(tmp_path / "bundle/bundle.json", files=files)
         with pytest.raises(BundleError, match="outside the bundle"):
             read_manifest(tmp_path / "bundle")
 
@@ -231,6 +232,7 @@ def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
     name = "model.layers.1.mlp.up_proj.zero_points"
     tensors[name] = torch.full_like(tensors[name], 0x66)
     save_file(tensors, file)
+    edited(tmp_path / "tuned/saap.json")
     export_bundle(
         tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
     )

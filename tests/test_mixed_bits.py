@@ -31,6 +31,7 @@ from saap.group_quant import quantize, quantize_model
 from saap.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
 from saap.tune import TuneOptions, tune
 from saap.weight_files import tensor_reader
+from tests.edited import edited
 
 KINDS = {  # bits, group, symmetric, bits by module
     "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
@@ -196,6 +197,7 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
     ):
         config["slim_quant"]["matrices"] = changed
         (mixed / "config.json").write_text(json.dumps(config))
+        edited(mixed / "saap.json")
         for write in (export_bundle, export_portable):
             with pytest.raises(SaapError, match=message):
                 write(mixed, tmp_path / "bundle")
