@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -56,4 +55,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return is_dataclass(hint) or isinstance(value, hint)
+    return isinstance(value, hint)

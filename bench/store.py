@@ -86,7 +86,7 @@ def _measurement(raw: Mapping[str, Any]) -> Measurement:
 def sample_from_dict(raw: Mapping[str, Any]) -> Sample:
     """A Sample as JSON has it, whose values are not checked."""
     energy = raw.get("energy")
-    return Sample(**{**raw, "energy": Energy(**energy) if energy is not None else None})
+    return Sample(**{**raw, "energy": built(Energy, energy) if energy is not None else None})
 
 
 def _check(sample: Sample, n_prompt: int, n_gen: int) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import parse_json, sha256_file, with_checksum, without_checksum
+from devices.whole_files import parse_json, sha256_file, with_checksum, without_checksum, write_text
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -100,9 +100,7 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
         if name != MANIFEST
     }
     complete = BundleManifest(**{**_fields(manifest), "files": files})
-    partial = directory / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(with_checksum(asdict(complete)), indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / MANIFEST)
+    write_text(directory / MANIFEST, json.dumps(with_checksum(asdict(complete)), indent=1) + "\n")
     return complete
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from devices.whole_files import write_text
 from export.bundle import DECODE_GRAPH, BundleManifest
 from export.tokenizer import BundleTokenizer
 from saap.architectures import PER_LAYER, SLIM
@@ -159,9 +160,7 @@ def genai_tokenizer_note(directory: str | Path) -> str | None:
 
 
 def _write(path: Path, document: dict[str, Any]) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(document, indent=2) + "\n")
     return path
 
 

@@ -52,6 +52,7 @@ def measured(
     from bench.edge import bench_emulated
     from bench.run import bench
 
+    verify_models(specs)
     with ended_as_by_a_person():
         if edge is None:
             result = bench(specs, plan, names=names, progress=console.report)
@@ -59,6 +60,15 @@ def measured(
             result = bench_emulated(specs, plan, edge, names=names, progress=console.report)
     console.finish()
     return result
+
+
+def verify_models(specs: list[str]) -> None:
+    """Hold the files of directories for torch against their hashes: within a run that would count as loading."""
+    from saap.integrity import check_directory
+
+    for spec in specs:
+        if spec.startswith("torch:"):
+            check_directory(spec.removeprefix("torch:"))
 
 
 def _edge(options: dict[str, Any]) -> Any | None:
@@ -176,6 +186,7 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
     elif any(files):
         raise SaapError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
+        verify_models([old, new])
         with ended_as_by_a_person():
             live = compare_live([old, new], plan, minimum, confirm=options["confirm"], progress=console.report)
         comparison, newest = live.comparison, live.results[-1]

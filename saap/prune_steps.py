@@ -67,9 +67,7 @@ def kept_steps(out: str | Path, *parts: Any) -> Iterator[KeptSteps]:
             shutil.rmtree(left, ignore_errors=True)
     try:
         yield KeptSteps(folder, key)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
+    except Exception:  # an interrupt is none: what was done stays
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ from saap.architectures import shape_of
 from saap.budget import Budget
 from saap.bundle_size import bundle_size
 from saap.checkpoint import read_config
+from saap.export_command import PARITY_ROWS, PARITY_TOKENS
 from saap.needs import (
     PACKED,
     PROCESS,
@@ -26,7 +27,6 @@ from saap.training_options import TrainOptions
 from saap.weight_files import weights_bytes
 
 BITS, BLOCK = 4, 32  # of what run tunes and exports
-PARITY_TOKENS = 1024  # that an export compares
 
 
 def run_needs(directory: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
@@ -46,7 +46,7 @@ def run_needs(directory: Path, budget: Budget, pruning: PruneOptions, options: R
     steps = {
         "pruning": prune_needs(shape, options.sequences, options.length, floats, streamed=True, element=element),
         "tuning": tune_needs(shape, BITS, BLOCK, rows * TUNE_LENGTH, streamed=True),
-        "exporting": export_needs(shape, bundle, PARITY_TOKENS),
+        "exporting": export_needs(shape, bundle, PARITY_ROWS * PARITY_TOKENS),
         "evaluating": Needs({"the process": PROCESS, "both bundles, packed": round((2 - share) * PACKED * bundle)}),
     }
     return {name: Needs(needs.memory, disk) for name, needs in steps.items()}
@@ -63,4 +63,5 @@ def check_run(directory: Path, out: Path, budget: Budget, pruning: PruneOptions,
     others = ", ".join(f"{step} {gigabytes(needs.memory_bytes)}" for step, needs in steps.items() if step != name)
     advice = f"the other steps need {others}: call the commands one by one, or use a machine with more memory"
     check_memory(steps[name], f"a run, in its step {name},", advice)
-    check_disk(steps[name], out, "a run")
+    if not (out / "run.json").is_file():  # of a run that goes on, part lies there already; each step asks for its own
+        check_disk(steps[name], out, "a run")

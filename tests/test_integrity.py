@@ -33,6 +33,7 @@ from saap.streaming import load_streamed
 from saap.structures import LayerPlan
 from saap.teacher import teacher_targets
 from tests.bench_samples import measurement, result
+from tests.command_line import refused
 from tests.slim_integers import WIDE, write_integers
 from tests.test_cost import SHAPE, document
 
@@ -104,6 +105,13 @@ def test_a_record_that_names_files_elsewhere(slim, name):
     write_document(slim / "saap.json", record | {"files": {name: {"sha256": "0" * 64}}})
     with pytest.raises(SaapError, match="is damaged"):
         load_model(slim)
+
+
+def test_a_bench_holds_a_model_against_its_hashes_before_it_runs(slim):
+    with flipped(slim / "model.safetensors", random.Random(2)):
+        for command in (("bench", f"torch:{slim}"), ("compare", f"torch:{slim}", f"torch:{slim}")):
+            assert "model.safetensors is damaged" in refused(*command)
+        load_model(slim, verify=False)  # as the measured process does
 
 
 def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):

@@ -79,6 +79,21 @@ def _edited(path: Path, **changes: object) -> Path:
         ({"s__token_s": [0.1, 0.1, 0.1, 0]}, "token_s must be positive"),
         ({"s__prefill_s": "fast"}, "must be positive"),
         ({"s__load_s": 0}, "must be positive"),
+        (
+            {
+                "s__energy": {
+                    "decode_j": "1",
+                    "window_s": 1.0,
+                    "idle_w": None,
+                    "scope": "x",
+                    "source": "x",
+                    "rate_hz": 1,
+                }
+            },
+            "decode_j is '1'",
+        ),
+        ({"s__counters": [1]}, r"counters is '\[1\]'"),
+        ({"device": 3}, "device is '3'"),
     ],
 )
 def test_wrong_documents_are_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
