@@ -28,7 +28,7 @@ def hashes(directory: Path) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets others compute
         return {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256}
-            for file, sha256 in zip(files, pool.map(_sha256, files), strict=True)
+            for file, sha256 in zip(files, pool.map(known_sha256, files), strict=True)
         }
 
 
@@ -67,13 +67,14 @@ def differing(directory: Path, files: Any) -> str | None:
             if Path(name).name != name or not path.is_file() or entry.get("bytes", size) != size:
                 return name
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = dict(zip(files, pool.map(_sha256, [directory / name for name in files]), strict=True))
+            found = dict(zip(files, pool.map(known_sha256, [directory / name for name in files]), strict=True))
         return next((name for name, entry in files.items() if entry["sha256"] != found[name]), None)
     except (AttributeError, KeyError, TypeError, ValueError):  # a name with a zero byte is a ValueError
         return RECORD
 
 
-def _sha256(path: Path) -> str:
+def known_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read once per process for each content."""
     stat = path.stat()
     key = str(path.resolve()), stat.st_size, stat.st_ctime_ns
     if key not in _known:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saap.errors import SaapError
-from saap.integrity import check_directory
+from saap.integrity import check_directory, known_sha256
 from saap.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
@@ -127,13 +129,12 @@ class TensorFolder(MutableMapping[str, torch.Tensor]):
 
 
 def weights_hash(directory: str | Path) -> str:
-    """sha256 over a model's config and weight files: what a lineage calls the base."""
+    """sha256 over a model's config and weight files: what a lineage calls the base. A file is read once per process."""
+    files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
     digest = hashlib.sha256()
-    for file in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            while piece := handle.read(1 << 20):
-                digest.update(piece)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file, sha256 in zip(files, pool.map(known_sha256, files), strict=True):
+            digest.update(f"{file.name} {sha256}\n".encode())
     return digest.hexdigest()
 
 
