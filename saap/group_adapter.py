@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -92,8 +93,9 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
     )
     layer_class = FOLDS[config.fold]
     lora._register_custom_module({GroupQuantLinear: partial(layer_class, free=free)})  # type: ignore[dict-item]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads
         try:
             adapted: Any = get_peft_model(model, lora, adapter_name=NAME)
         except ValueError as error:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saap.checkpointing import recompute
 from saap.importance import Progress
 from saap.precision import autocast_dtype
 from saap.sealed_tensors import data_hash
@@ -115,8 +116,7 @@ class _Run:
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         if options.checkpointing:
-            # The reentrant form gives no gradients where a layer's input needs none: behind a frozen embedding.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            recompute(model, True)
         model.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(map(dict, groups), betas=options.betas, weight_decay=options.weight_decay)
         self.module, self.optimizer = prepare(self.accelerator, model, optimizer)
@@ -171,7 +171,7 @@ class _Run:
             unshard(self.model)
         self.accelerator.free_memory()
         if self.options.checkpointing:
-            self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+            recompute(self.model, False)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.model.train(self.was_training)
