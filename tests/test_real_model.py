@@ -97,8 +97,9 @@ def test_the_bundle_loads_and_peaks_below_250_mb(real_model, tmp_path):
     (measurement,) = json.loads(result.read_text())["measurements"]
     samples = measurement["samples"]
     assert [len(sample["token_s"]) for sample in samples] == [128] * 3
+    assert max(s["base_bytes"] for s in samples) <= 80e6
     # How many pages of libraries a process has mapped depends on what the system has cached (56 or 73 MB before the
-    # model, 237 or 251 at the peak), so the start, whose own bar is 60 MB, is taken off.
+    # model, 237 or 251 at the peak), so the start is taken off, and bounded above.
     assert statistics.median(max(s["peak_load_bytes"], s["peak_decode_bytes"]) - s["base_bytes"] for s in samples) <= (
         250e6 - 60e6
     )
