@@ -104,7 +104,7 @@ def temperatures(draw: st.DrawFn) -> tuple[str, Read]:
 @st.composite
 def rails(draw: st.DrawFn) -> tuple[str, Read]:
     name = draw(st.sampled_from(UPPER)) + draw(st.text(UPPER + string.digits + "_", max_size=15))
-    name = "VDD_IN" if name == "NC" else name
+    name = "VDD_IN" if name in ("NC", "RAM", "SWAP", "IRAM") else name  # those are other pieces, cut before their unit
     values = draw(st.lists(st.integers(-9999, 200_000), min_size=2, max_size=3))
     unit = draw(st.sampled_from(["", "mW"]))
     return f"{name} " + "/".join(f"{value}{unit}" for value in values), {
