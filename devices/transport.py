@@ -125,6 +125,8 @@ class Ssh:
             return BoardError(f"{self.name}: its host key is unknown: connect once with ssh and check the key")
         if "Permission denied" in stderr or "Too many authentication failures" in stderr:
             return BoardError(f"{self.name}: it refuses your key: `ssh-copy-id` it there (no password is asked for)")
+        if not stderr.strip():  # what a client of a shared connection says when that is cut
+            return LostError(f"{self.name}: the connection ended")
         return LostError(f"{self.name}: no connection: {last_line(stderr)}: is it on, and is the address right?")
 
     def drop(self) -> None:

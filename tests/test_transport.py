@@ -104,7 +104,7 @@ def test_programs_that_are_not_installed(tmp_path, monkeypatch):
         (Ssh("board"), 255, "Host key verification failed.\r\n", BoardError, "host key is unknown"),
         (Ssh("board"), 255, "pi@board: Permission denied (publickey).", BoardError, "refuses your key"),
         (Ssh("board"), 255, "ssh: connect to host board port 22: No route to host", LostError, "No route to host"),
-        (Ssh("board"), 255, "", LostError, "no connection"),
+        (Ssh("board"), 255, "", LostError, "the connection ended"),
         (Ssh("board"), 1, "Traceback\nKeyError: 'x'", BoardError, "exit 1: KeyError"),
         (Ssh("board"), 1, "PermissionError: [Errno 13] Permission denied: '/x'", BoardError, "exit 1: PermissionError"),
         (Adb(), 1, "error: no devices/emulators found", LostError, "no such device"),
