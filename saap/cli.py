@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,15 @@ def check_packages() -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what is the user's to mend."""
+    """Entry point of the installed program."""
+    try:
+        invoke()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the interpreter's own end would print a traceback
+
+
+def invoke() -> None:
+    """Do what the arguments say: one line and exit code 2 for what is the user's to mend."""
     try:
         check_packages()
         cli(standalone_mode=False)

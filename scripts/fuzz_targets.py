@@ -242,7 +242,7 @@ def _arguments(place: Path) -> Target:
         sys.argv = ["saap", *(word.replace("\x00", "") for word in data.decode(errors="replace").split("\n"))]
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                cli.main()
+                cli.invoke()
         except SystemExit as stop:
             if stop.code not in (0, 1, 2, 3):
                 raise RuntimeError(f"exit {stop.code}") from None

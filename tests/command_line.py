@@ -19,7 +19,7 @@ def here(*arguments, code=0):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                cli.main()
+                cli.invoke()
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0
