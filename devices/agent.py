@@ -74,7 +74,7 @@ def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         for sha in request["files"]:
             if (there := store.held(sha)) is not None:
                 missing[sha] = there
-        agent = ready(folder, request["key"])
+        agent = ready(folder, request["key"], _beat(lock, tell))
         needed = sum(request["files"][sha] - there for sha, there in missing.items())
         needed += request["reserve"] + (0 if agent else request["agent_bytes"])
         if store.make_room(request["files"], needed) < needed:

@@ -19,7 +19,7 @@ from devices.agent_home import AgentError, guarded, write_json
 READY = "ready.json"
 KEPT = 2  # installations, this one included
 INSTALL_S = 3600.0
-CHECK_S = 25.0  # less than what counts as silence on the other side
+CHECK_S = 180.0  # a busy board imports for long
 _KEY = re.compile(r"[0-9a-f]{16}")
 _CHECK = """
 import importlib.metadata, json
@@ -40,15 +40,15 @@ def agent_folder(folder: Path, key: str) -> Path:
     return folder / f"agent-{key}"
 
 
-def ready(folder: Path, key: str) -> dict[str, Any] | None:
-    """Its python and versions, or None where it is not whole or does not run any more."""
+def ready(folder: Path, key: str, beat: Callable[[], None]) -> dict[str, Any] | None:
+    """Its python and versions, or None where it is not whole or does not run any more; ``beat`` is called meanwhile."""
     place = agent_folder(folder, key)
     try:
         python = str(json.loads((place / READY).read_text(encoding="utf-8"))["python"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     try:
-        versions = _versions(python, place)
+        versions = _versions(python, place, beat)
     except AgentError:
         return None
     os.utime(place)
@@ -66,7 +66,7 @@ def install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> 
         AgentError: no venv module, no index and no wheels, or a package that is not there.
     """
     with guarded(folder / "install.guard"):
-        return ready(folder, request["key"]) or _install(folder, request, beat)
+        return ready(folder, request["key"], beat) or _install(folder, request, beat)
 
 
 def _install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) ->
         if request["own"]:
             python = _venv(place / "venv", beat)
             _fill(python, place, store, request, beat)
-        versions = _versions(python, place)
+        versions = _versions(python, place, beat)
         write_json(place / READY, {"python": python})
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
@@ -127,29 +127,30 @@ def _fill(python: str, place: Path, store: Store, request: dict[str, Any], beat:
     shutil.rmtree(place / "wheels", ignore_errors=True)
 
 
-def _versions(python: str, place: Path) -> dict[str, str]:
+def _versions(python: str, place: Path, beat: Callable[[], None]) -> dict[str, str]:
+    code, said = _run([python, "-c", _CHECK], beat, CHECK_S, place / "code")
     try:
-        done = subprocess.run(
-            [python, "-c", _CHECK], cwd=place / "code", env=environment(), capture_output=True, text=True, check=False,
-            timeout=CHECK_S,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise AgentError(f"{python} there does not run: {error}") from None
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(said.splitlines()[-1])
     except (ValueError, IndexError):
-        raise AgentError(f"{python} there does not have what the bench needs: {_last(done.stderr)}") from None
+        why = f"nothing in {CHECK_S:.0f} s" if code < 0 else _last(said)
+        raise AgentError(f"{python} there does not have what the bench needs: {why}") from None
     return {str(name): str(version) for name, version in found.items()}
 
 
-def _run(command: Sequence[str], beat: Callable[[], None]) -> tuple[int, str]:
-    """Exit code and what it printed; ``beat`` is called meanwhile, and may raise to end it."""
+def _run(
+    command: Sequence[str], beat: Callable[[], None], limit_s: float = INSTALL_S, folder: Path | None = None
+) -> tuple[int, str]:
+    """Exit code (negative: ended after ``limit_s``) and what it printed; ``beat`` meanwhile, which may raise."""
     with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, env=environment()
-        )
         try:
-            for _ in range(int(INSTALL_S)):
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=printed,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except OSError as error:
+            return 127, str(error)
+        try:
+            for _ in range(int(limit_s)):
                 beat()
                 try:
                     process.wait(1.0)

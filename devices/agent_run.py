@@ -77,7 +77,7 @@ def _start(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> d
         return {"boot_id": read_json(place / "request.json").get("boot_id")}
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    agent = ready(folder, request["key"])
+    agent = ready(folder, request["key"], beat)
     if agent is None:
         raise AgentError("its installation is not whole any more: measure again")
     for index, bundle in enumerate(request["bundles"]):

@@ -17,6 +17,7 @@ from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, togethe
 from saap.cli_tune import tune
 from saap.cli_types import Sections, directory
 from saap.console import Console, shown
+from saap.interrupt import ask_to_end, was_asked_to_end
 
 EXTRAS = {
     "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",
@@ -26,6 +27,7 @@ EXTRAS = {
     "lm_eval": "tasks", "datasets": "tasks",
 }  # fmt: skip
 
+INTERRUPTED = "interrupted; run the same command again"
 NO_ROOM, NO_WRITING = "make room there, or write elsewhere", "allow writing there, or write elsewhere"
 NO_PLACE = "give another place"
 PLACES = {
@@ -179,6 +181,8 @@ def check_packages() -> None:
 
 def main() -> None:
     """Entry point of the installed program."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, ask_to_end)
     try:
         invoke()
     finally:
@@ -190,10 +194,8 @@ def invoke() -> None:
     try:
         check_packages()
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        fail("interrupted; run the same command again", 130)
-    except KeyboardInterrupt:
-        fail("interrupted; run the same command again", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        fail(INTERRUPTED, 130)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -201,6 +203,8 @@ def invoke() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
+        if was_asked_to_end():
+            fail(INTERRUPTED, 130)
         if missing not in EXTRAS:
             raise
         fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", 2)
@@ -211,6 +215,8 @@ def invoke() -> None:
         fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", 2)
     except Exception as error:
         code = getattr(error, "exit_code", None)
+        if code is None and was_asked_to_end():
+            fail(INTERRUPTED, 130)
         if code is None:
             raise
         fail(str(error), code)

@@ -6,6 +6,23 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
+
+_asked: list[int] = []
+
+
+def ask_to_end(number: int, frame: FrameType | None) -> None:
+    """A handler: raise KeyboardInterrupt, and remember it.
+
+    A library that is just being imported may turn it into an error of its own, of a module that is not there.
+    """
+    _asked.append(number)
+    raise KeyboardInterrupt
+
+
+def was_asked_to_end() -> bool:
+    """Whether :func:`ask_to_end` was called in this process."""
+    return bool(_asked)
 
 
 @contextlib.contextmanager
@@ -18,7 +35,7 @@ def ended_as_by_a_person() -> Iterator[None]:
     before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     if threading.current_thread() is threading.main_thread():
         for number in before:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, ask_to_end)
     try:
         yield
     finally:

@@ -261,9 +261,9 @@ def test_installations(tmp_path):
     asked = request(tmp_path, "")
     made = install(tmp_path, asked, lambda: None)
     assert made["python"] == sys.executable and "onnxruntime" in made["versions"]
-    assert ready(tmp_path, KEY) == made
+    assert ready(tmp_path, KEY, lambda: None) == made
     (tmp_path / f"agent-{KEY}/ready.json").write_text('{"python": "/no/such/python"}')
-    assert ready(tmp_path, KEY) is None  # the board's Python was upgraded
+    assert ready(tmp_path, KEY, lambda: None) is None  # the board's Python was upgraded
     assert install(tmp_path, asked, lambda: None) == made
 
 

@@ -234,3 +234,30 @@ def test_single_commands_by_hand(tmp_path, tiny_model, text_file, evaluation_fil
     ):
         assert "does not match the hash" in refused(*command)
     assert load_model(tmp_path / "slim").config.slim_layers
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_that_a_library_dresses_up_is_told_as_one(late: bool) -> None:
+    """transformers makes "could not import" of it while it imports; late, the interpreter's own end is cut."""
+    code = """
+import atexit, os, signal
+from saap import cli
+
+def cut():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def library():
+    try:
+        cut()
+    except KeyboardInterrupt as error:
+        raise ModuleNotFoundError("Could not import module 'X'. Are this object's requirements defined?") from error
+
+if {late}:
+    atexit.register(cut)
+cli.check_packages = (lambda: cli.fail("done", 2)) if {late} else library
+cli.main()
+"""
+    command = [sys.executable, "-c", code.replace("{late}", str(late))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = "saap: done\n" if late else "saap: interrupted; run the same command again\n"
+    assert (done.returncode, done.stderr) == (2 if late else 130, said)
