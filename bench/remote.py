@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import secrets
 import socket
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 from bench.plan import Plan
 from bench.remote_board import Board, Say
 from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
+from bench.remote_left import noted_run
 from bench.result import Measurement, Result
 from bench.rounds import Progress
 from bench.store import result_from_dict
@@ -93,23 +93,23 @@ def measure_on(board: Board, shipment: Shipment, plan: Plan, progress: Progress 
     Raises:
         BoardError: naming the board and what to do.
     """
-    run = secrets.token_hex(8)
     told = progress or (lambda label, done, total: None)
     _preflight(board, shipment, plan)
-    try:
-        there = board.insist("take", more=lambda: _take(run, shipment))
-        _push(board, shipment, there["missing"], told)
-        if not there["installed"]:
-            told("install, numpy and onnxruntime", 0, 1)
-            board.insist("install", more=shipment.install)
-        board.insist("start", more=lambda: _start(run, shipment, plan))
-        done = _follow(board, run, told)
-        _check_end(board, done)
-        return _result(board, board.insist("fetch", more=lambda: {"run": run}), shipment)
-    except KeyError as error:
-        raise board.garbage(f"an answer without {error}") from None
-    finally:
-        board.clean(run)
+    with noted_run(board) as run:
+        try:
+            there = board.insist("take", more=lambda: _take(run, shipment))
+            _push(board, shipment, there["missing"], told)
+            if not there["installed"]:
+                told("install, numpy and onnxruntime", 0, 1)
+                board.insist("install", more=shipment.install)
+            board.insist("start", more=lambda: _start(run, shipment, plan))
+            done = _follow(board, run, told)
+            _check_end(board, done)
+            return _result(board, board.insist("fetch", more=lambda: {"run": run}), shipment)
+        except KeyError as error:
+            raise board.garbage(f"an answer without {error}") from None
+        finally:
+            board.clean(run)
 
 
 def _answer(way: Way, shipment: Shipment, plan: Plan, stop: threading.Event, shown: _Shown) -> Answer:

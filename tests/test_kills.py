@@ -43,7 +43,8 @@ IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 # A terminal that goes away, a parent that ends its children, a person, and the kernel when memory is short.
 WAYS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 DRAW = random.Random(20261125)
-TIMES = re.compile(r'"(seconds|created|started_at|checksum|date)": ?("[^"]*"|[0-9.e+-]+)')
+# Of how a run went: when, how long, and at which step it was taken up again.
+TIMES = re.compile(r'"(seconds|created|started_at|checksum|date|resumed_at)": ?("[^"]*"|[0-9.e+-]+|null)')
 BENCH = ("-p", 4, "-n", 4, "-t", 1, "-r", 2, "--no-cold")
 
 

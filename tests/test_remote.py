@@ -28,7 +28,7 @@ from bench.remote_files import pack
 from bench.run import bench
 from bench.store import read_result
 from devices.transport import BoardError, Local, open_transport
-from saap.interrupt import ended_as_by_a_person
+from saap.interrupt import ask_to_end, ended_as_by_a_person
 from saap.regression_command import measure
 from saap.remote_command import _places
 
@@ -251,11 +251,11 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
     try:
         with ended_as_by_a_person():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) is ask_to_end
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is not ask_to_end
 
 
 def test_a_test_of_a_board_is_ended_like_a_bench(monkeypatch):
