@@ -15,7 +15,7 @@ from devices.whole_files import parse_json
 from export.bundle import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
 
 LLAMA_CPP, GENAI, OPTIMUM = "llama.cpp:", "genai:", "optimum:"
-GENAI_CONFIG = "genai_config.json"
+GENAI_CONFIG, LONGEST_NAME = "genai_config.json", 255
 
 
 def llama_cpp_peer(spec: str, length: int) -> Peer:
@@ -121,8 +121,10 @@ def _read(spec: str, path: Path, wanted: str) -> dict[str, Any]:
 def _sizes(spec: str, path: Path, model: Any) -> tuple[int, int, str]:
     """Vocabulary, context and the graph's file name of a ``genai_config.json``."""
     try:
-        return int(model["vocab_size"]), int(model["context_length"]), str(model["decoder"]["filename"])
-    except (KeyError, TypeError, ValueError):
-        raise PeerError(
-            f"{spec}: {path} names no vocab_size, context_length or decoder; make the folder again"
-        ) from None
+        vocab, context, graph = model["vocab_size"], model["context_length"], model["decoder"]["filename"]
+    except (KeyError, TypeError):
+        vocab = context = graph = None
+    named = isinstance(graph, str) and len(graph) <= LONGEST_NAME and Path(graph).name == graph
+    if type(vocab) is not int or type(context) is not int or not named:
+        raise PeerError(f"{spec}: {path} names no vocab_size, context_length or decoder; make the folder again")
+    return vocab, context, graph

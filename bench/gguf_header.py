@@ -133,7 +133,7 @@ def read_header(path: str | Path) -> GgufHeader:
         raise GgufHeaderError(f"{path} cannot be read ({error.strerror}): give a GGUF file") from None
     except GgufHeaderError:
         raise
-    except (struct.error, LookupError, ValueError, TypeError, OverflowError):
+    except (struct.error, LookupError, ValueError, TypeError, OverflowError, RecursionError):
         raise GgufHeaderError(f"{path} is damaged or cut off: get it again") from None
 
 

@@ -35,7 +35,7 @@ _MAJOR = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 def l4t_release(root: Path) -> str | None:
     """Version of Jetson Linux, such as ``36.4.3``."""
     line = text(root / RELEASE) or ""
-    match = re.search(r"R(\d+)\s*\(release\),\s*REVISION:\s*([\d.]+)", line)
+    match = re.search(r"R(\d{1,9})\s*\(release\),\s*REVISION:\s*([\d.]+)", line)
     return f"{match.group(1)}.{match.group(2)}" if match else None
 
 
@@ -53,11 +53,11 @@ def power_mode(root: Path, run: Run) -> dict[str, Any] | None:
     nvpmodel's status file holds the id, its configuration the names; where the file is not there, ``nvpmodel -q`` is
     asked, which needs no root from JetPack 5 on.
     """
-    match = re.search(r"pmode:\s*(\d+)", text(root / STATUS) or "")
+    match = re.search(r"pmode:\s*(\d{1,9})\b", text(root / STATUS) or "")
     if match:
         return {"name": power_modes(root).get(int(match.group(1))), "id": int(match.group(1))}
     said = run(["nvpmodel", "-q"]) or ""
-    name, number = re.search(r"NV Power Mode:\s*(\S+)", said), re.search(r"^\s*(\d+)\s*$", said, re.MULTILINE)
+    name, number = re.search(r"NV Power Mode:\s*(\S+)", said), re.search(r"^\s*(\d{1,9})\s*$", said, re.MULTILINE)
     if not name and not number:
         return None
     return {"name": name.group(1) if name else None, "id": int(number.group(1)) if number else None}
@@ -65,5 +65,5 @@ def power_mode(root: Path, run: Run) -> dict[str, Any] | None:
 
 def power_modes(root: Path) -> dict[int, str]:
     """The modes that the board offers, by id."""
-    found = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=([^\s>]+)", text(root / MODES) or "")
+    found = re.findall(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=([^\s>]+)", text(root / MODES) or "")
     return {int(number): name for number, name in found}

@@ -167,7 +167,7 @@ def _cores(root: Path, cpus: list[dict[str, str]], host: bool) -> dict[str, int 
 
 
 def _memory(root: Path, host: bool) -> int | None:
-    match = re.search(r"^MemTotal:\s*(\d+) kB", text(root / "proc/meminfo") or "", re.MULTILINE)
+    match = re.search(r"^MemTotal:\s*(\d{1,15}) kB", text(root / "proc/meminfo") or "", re.MULTILINE)
     total = int(match.group(1)) * 1024 if match else (int(psutil.virtual_memory().total) if host else None)
     return min((size for size in (total, memory_limit(root)) if size), default=None)
 

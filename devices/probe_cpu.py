@@ -141,7 +141,7 @@ def numa_nodes(root: Path) -> list[dict[str, Any]] | None:
     """Per memory node its CPUs and bytes; one node is uniform memory."""
     nodes = []
     for node in glob(root / "sys/devices/system/node", "node[0-9]*"):
-        match = re.search(r"MemTotal:\s*(\d+) kB", text(node / "meminfo") or "")
+        match = re.search(r"MemTotal:\s*(\d{1,15}) kB", text(node / "meminfo") or "")
         nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": int(match.group(1)) * 1024 if match else None})
     return nodes or None
 
@@ -191,5 +191,5 @@ def _counted(cpu: dict[str, str]) -> bool:
 
 
 def _kibibytes(size: str | None) -> int | None:
-    match = re.fullmatch(r"(\d+)([KM])", size or "")
+    match = re.fullmatch(r"(\d{1,9})([KM])", size or "")
     return int(match.group(1)) * {"K": 1 << 10, "M": 1 << 20}[match.group(2)] if match else None

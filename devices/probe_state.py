@@ -83,7 +83,7 @@ def throttling(root: Path, run: Run) -> dict[str, Any]:
 def memory(root: Path) -> dict[str, Any]:
     """Bytes: total, available, swap_total, swap_free, zram (stored and compressed), cgroup_limit, cgroup_left."""
     limit = memory_limit(root)
-    sizes = {key: int(kb) * 1024 for key, kb in re.findall(r"^(\w+):\s*(\d+) kB", _meminfo(root), re.MULTILINE)}
+    sizes = {key: int(kb) * 1024 for key, kb in re.findall(r"^(\w+):\s*(\d{1,15}) kB", _meminfo(root), re.MULTILINE)}
     total = sizes.get("MemTotal")
     limited = limit is not None and (total is None or limit < total)  # version 1 writes 2^63 for none
     return {

@@ -142,7 +142,7 @@ def read_profile(path: Path) -> Profile:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also of an integer with thousands of digits
         raise DeviceError(f"{path} is not TOML ({error}): mend it") from None
     allowed = {field.name for field in fields(Profile)} - {"name"}
     _only(raw, allowed, f"{path}")

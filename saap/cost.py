@@ -8,7 +8,6 @@ head size and vocabulary, one precision, one thread count and one depth of the c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from saap.structures import LayerSizes, ModelShape
 
 SCHEMA = 1
 KIND = "saap costs"
+MOST = 1e9  # milliseconds, heads, channels: what is above is damage
 AGAIN = "measure it again with `saap devices probe --costs`"
 
 
@@ -186,8 +186,11 @@ def _table(path: Path, raw: dict[str, Any], threads: int | None) -> CostTable:
         ffn={cost["width"]: cost["ms"] for cost in table["ffn"]},
     )
     for ms in (found.constant_ms, *found.attention.values(), *found.ffn.values()):
-        if not math.isfinite(ms):
-            raise TypeError(f"{ms} ms")
+        if type(ms) not in (int, float) or not -MOST <= ms <= MOST:
+            raise TypeError(f"{str(ms)[:20]} ms")
+    for count in (found.depth, *(heads for pair in found.attention for heads in pair), *found.ffn):
+        if type(count) is not int or not 0 < count <= MOST:
+            raise TypeError(f"size {str(count)[:20]}")
     if not found.attention or not found.ffn:
         raise KeyError("attention or ffn")
     return found

@@ -82,6 +82,12 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """
     from gguf import GGUFReader
 
+    from bench.gguf_header import GgufHeaderError, read_header
+
+    try:
+        read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60
+    except GgufHeaderError as error:
+        raise SaapError(str(error)) from None
     try:
         reader = GGUFReader(source)
     except Exception as error:  # the reader raises what numpy raises on garbage

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from bench.run import bench
 from bench.runtime import OrtDecoder
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
+from saap.errors import SaapError
+from saap.gguf_import import read_tokenizer_fields
 from tests.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +128,13 @@ def test_damaged_gguf_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(GgufHeaderError, match="cut off") as caught:
             read_header(cut)
         assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    pairs = whole[:4] + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9)
+    for array in (struct.pack("<IQ", 4, 1 << 60), struct.pack("<IQ", 8, 1 << 30), struct.pack("<IQ", 9, 1) * 3000):
+        cut.write_bytes(pairs + array)  # more numbers or strings than the file has bytes; arrays in arrays
+        with pytest.raises(GgufHeaderError, match="cut off"):
+            read_header(cut)
+        with pytest.raises(SaapError, match="cut off"):
+            read_tokenizer_fields(cut)
     cut.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(GgufHeaderError, match="no GGUF file"):
         read_header(cut)
@@ -306,12 +316,19 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "a.gguf")
     bundle = tiny_bundle(tmp_path / "bundle")  # its genai_config.json is empty
     (tmp_path / "config.json").write_text("{}")
+    for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None)):
+        (tmp_path / name).mkdir()
+        model = {"vocab_size": 9, "context_length": 9, "decoder": {"filename": graph}}
+        (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
     for spec, length, message in (
         (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
         (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),
         (f"llama.cpp:{tmp_path}", 8, "cannot be read"),
         (f"genai:{bundle}", 8, "names no vocab_size"),
         (f"genai:{tmp_path}", 8, "no genai_config.json"),
+        (f"genai:{tmp_path / 'long'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"genai:{tmp_path / 'above'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"genai:{tmp_path / 'none'}", 8, "names no vocab_size, context_length or decoder"),
         (f"optimum:{bundle}", 8, "no config.json"),
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
         ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),

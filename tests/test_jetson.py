@@ -13,6 +13,7 @@ def test_power_mode_of_the_file_or_of_the_tool(tmp_path: Path) -> None:
     assert power_mode(nano, nobody) is None
     assert power_mode(nano, lambda command: "NV Fan Mode:quiet\nNV Power Mode: 5W\n1\n") == {"name": "5W", "id": 1}
     assert power_mode(nano, lambda command: "NV Power Mode: MAXN\n") == {"name": "MAXN", "id": None}
+    assert power_mode(nano, lambda command: "NV Power Mode: 5W\n" + "9" * 6000) == {"name": "5W", "id": None}
     plant(nano, {"var/lib/nvpmodel/status": "pmode:0007\n"})
     assert power_mode(nano, nobody) == {"name": None, "id": 7}  # a mode that the configuration does not name
 

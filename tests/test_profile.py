@@ -144,6 +144,8 @@ def test_a_minimal_profile(tmp_path: Path) -> None:
         (HEAD + RUNTIME.replace("source", "sauce"), "runtime has sauce, allowed are level, onnxruntime"),
         (HEAD + RUNTIME.replace("vendor", "rumour"), "runtime.level is 'rumour', allowed are vendor"),
         (HEAD + "numbers = 3\n", "numbers must be a table"),
+        (HEAD + "numbers = " + "9" * 6000, "is not TOML"),
+        (HEAD + "numbers = " + "[" * 6000, "is not TOML"),
         (HEAD + BANDWIDTH.replace("memory_bandwidth", "speed"), r"numbers.speed is not known, allowed are cores"),
         (HEAD + BANDWIDTH.replace("B/s", "GB/s"), r"memory_bandwidth.unit is 'GB/s', it must be 'B/s'"),
         (HEAD + BANDWIDTH.replace("computed", "guessed"), r"level is 'guessed', allowed are vendor, measured"),
