@@ -89,7 +89,7 @@ def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> st
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         _legend(axes)
 
-    return drawing(draw, 2.9, "times")
+    return drawing(draw, 2.9 + _legend_inches(len(names)), "times")
 
 
 def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
@@ -121,7 +121,8 @@ def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> 
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         _legend(axes)
 
-    return drawing(draw, 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)), "memory")
+    height = 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)) + _legend_inches(len(names))
+    return drawing(draw, height, "memory")
 
 
 def label(name: str, most: int = 34) -> str:
@@ -152,6 +153,11 @@ def _plain_log_scale(axes: Any) -> None:
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, ncols=1)
+
+
+def _legend_inches(rows: int) -> float:
+    """What a legend of more rows than a plot has room for adds to its height."""
+    return 0.2 * max(0, rows - 4)
 
 
 def _style(salt: str) -> AbstractContextManager[None]:

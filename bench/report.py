@@ -21,6 +21,8 @@ from bench.table import detail_table
 from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain, threads
 from devices.whole_files import write_text
 
+MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
+
 
 def write_report(
     results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None, history: Path | None = None
@@ -99,9 +101,11 @@ def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Caption, description and markup of each plot; the markup is ours, with every name escaped by matplotlib."""
     from markupsafe import Markup
 
-    shown = [entry for entry in entries if entry.measurement.samples]
-    if not shown:
+    known = [entry for entry in entries if entry.measurement.samples]
+    if not known:
         return []
+    shown = known[:MOST_DRAWN]
+    more = f" The first {len(shown)} of {len(known)} are drawn, the tables hold all." if len(known) > len(shown) else ""
     measurements, names = [entry.measurement for entry in shown], [entry.name for entry in shown]
     ceilings = [entry.row["ceiling_ts"] for entry in shown]
     rates = "; ".join(f"{entry.name} {number(entry.row['decode_ts'])} tok/s" for entry in shown)
@@ -110,20 +114,20 @@ def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         {
             "title": "Decode speed",
             "text": "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
-            "The dashed line is what the probed memory bandwidth allows.",
+            f"The dashed line is what the probed memory bandwidth allows.{more}",
             "label": f"Decode speed, medians: {rates}",
             "svg": Markup(plots.decode_rates(measurements, ceilings, names)),
         },
         {
             "title": "Time per token over the run",
             "text": "Median over the repetitions, shaded between the quartiles. "
-            "A rising line is the growing cache, or heat.",
+            f"A rising line is the growing cache, or heat.{more}",
             "label": "Time per token over the run, a line per measurement",
             "svg": Markup(plots.token_times(measurements, names)),
         },
         {
             "title": "Memory",
-            "text": "Resident memory of the measured process: the largest over the repetitions.",
+            "text": f"Resident memory of the measured process: the largest over the repetitions.{more}",
             "label": f"Memory, peak while decoding: {peaks}",
             "svg": Markup(plots.memory_phases(measurements, names)),
         },

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -348,6 +349,17 @@ def test_a_sweep_names_its_tests_and_details(page):
     assert (old.measurement.name, new.measurement.name) == ("dense", "slim")
     text = page(found)
     assert text.count("pp128+tg16@d1024") >= 2 and "cold load ms" in text and "1750" in text
+
+
+def test_plots_of_very_many_measurements_show_the_first_and_say_so(tmp_path):
+    many = [measurement(f"model-{index}", 10.0 + index) for index in range(60)]
+    write_result(tmp_path / "many.json", result(*many))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a legend that leaves its plot no room
+        text = write_report([tmp_path / "many.json"], tmp_path / "page.html").read_text()
+    assert text.count("The first 24 of 60 are drawn, the tables hold all.") == 3
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert "model-23<" in drawn and "model-24<" not in drawn and "model-59" in text
 
 
 def test_the_noise_floor_s_second_run_is_no_headline():
