@@ -6,6 +6,7 @@ without rotary embedding, scales, caps). Both are data: a row of the table, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -255,6 +256,17 @@ def with_defaults(config: Any) -> Any:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
+
+    Raises:
+        SaapError: more layers or labels than any model has.
+    """
+    for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
+        if config.get(key) is not None:
+            _checked(key, config[key], 0, most)
 
 
 def _count(config: Any, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:

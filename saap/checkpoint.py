@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from saap import modeling_slim
-from saap.architectures import PER_LAYER, SLIM, architecture_of, with_defaults
+from saap.architectures import PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
 from saap.errors import SaapError
 from saap.group_quant import merged
 from saap.integrity import RECORD, check_directory, hashes
@@ -74,11 +74,17 @@ def load_model(
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """``config.json`` as a dict."""
+    """``config.json`` as a dict.
+
+    Raises:
+        SaapError: it is not there, damaged, or of more layers than any model has.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
-    return read_object(path, "make the directory again")
+    config = read_object(path, "make the directory again")
+    check_counts(config)
+    return config
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:

@@ -146,3 +146,10 @@ def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
     path = with_config(tiny_family("qwen2", tie_word_embeddings=True), tie_word_embeddings=False)
     with pytest.raises(SaapError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
         export_bundle(path, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
+def test_a_config_of_endless_layers_is_refused_before_transformers_counts_them(tmp_path, key):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", key: 1 << 60}))
+    with pytest.raises(SaapError, match=f"config.json has {key} '1152921504606846976': must be a whole number of 0 to"):
+        load_model(tmp_path)
