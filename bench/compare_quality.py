@@ -84,7 +84,9 @@ def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Qual
     try:
         for pair in _pairs(old, new):
             rows += _perplexity(pair, old, new) + _tasks(pair, old, new)
-    except (KeyError, TypeError, AttributeError) as error:
+    except QualityError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise QualityError(f"one of the documents is damaged ({error!r}): evaluate again") from None
     if not rows:
         raise QualityError("one holds a perplexity and the other tasks: nothing was measured of both; evaluate again")
@@ -105,7 +107,8 @@ def exit_code(rows: Sequence[QualityRow], fail_on_regression: bool) -> int:
 
 def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = [
-        [row["name"] for row in document["rows"] if row["name"] != document.get("reference")] for document in (old, new)
+        [str(row["name"]) for row in document["rows"] if row["name"] != document.get("reference")]
+        for document in (old, new)
     ]
     if both := [name for name in names[0] if name in names[1]]:
         return [(name, name) for name in both]
@@ -199,7 +202,7 @@ def _judged(
 
 
 def _row(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next(row for row in document["rows"] if row["name"] == name)
+    return next(row for row in document["rows"] if str(row["name"]) == name)
 
 
 def _short(value: Any) -> str:

@@ -130,11 +130,20 @@ def test_what_is_no_such_document_is_refused(tmp_path):
             read_quality(path)
 
 
-def test_a_damaged_document_is_one_line():
+@pytest.mark.parametrize("value", [None, "x", [[1.0], 2.0], [1.0]])
+def test_a_damaged_document_is_one_line(value):
     broken = document()
-    del broken["rows"][0]["window_nll"]
+    for row in broken["rows"]:
+        row["window_nll"] = value
     with pytest.raises(QualityError, match="damaged"):
         compare_quality(document(), broken)
+
+
+def test_a_name_that_is_not_even_itself():
+    broken = document()
+    for row in broken["rows"]:
+        row["name"] = float("nan")
+    compare_quality(broken, broken)
 
 
 def test_from_the_command_line(tmp_path):

