@@ -95,7 +95,10 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(name)
-        return default if found is None else found.contents()
+        try:
+            return default if found is None else found.contents()
+        except ValueError as error:  # bytes that are no text
+            raise SaapError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
 
     prefix = "tokenizer.ggml."
     tokens = field(prefix + "tokens")

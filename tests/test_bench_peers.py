@@ -135,6 +135,11 @@ def test_damaged_gguf_is_one_line(tmp_path: Path) -> None:
             read_header(cut)
         with pytest.raises(SaapError, match="cut off"):
             read_tokenizer_fields(cut)
+    tokens = b"tokenizer.ggml.tokens"
+    pair = struct.pack("<Q", len(tokens)) + tokens + struct.pack("<IIQQ", 9, 8, 1, 1) + b"\x9c"
+    cut.write_bytes(whole[:4] + struct.pack("<IQQ", 3, 0, 1) + pair)
+    with pytest.raises(SaapError, match=r"damaged in tokenizer\.ggml\.tokens"):
+        read_tokenizer_fields(cut)
     cut.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(GgufHeaderError, match="no GGUF file"):
         read_header(cut)
