@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.gguf_header import read_header
 from bench.peer import Peer, PeerError, python_with, unknown_facts
 from bench.result import ModelFacts
+from devices.gguf_header import read_header
 from devices.whole_files import parse_json
 from export.bundle import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.gguf_header import read_header
 from bench.runtime import Decoder, Ids, Logits
 from bench.worker import Job, serve
+from devices.gguf_header import read_header
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16

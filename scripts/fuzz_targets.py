@@ -204,7 +204,7 @@ def _lines(place: Path) -> Iterator[Target]:
 
 def _binaries(place: Path) -> Iterator[Target]:
     """GGUF and safetensors."""
-    from bench.gguf_header import read_header
+    from devices.gguf_header import read_header
     from saap.gguf_import import read_tokenizer_fields
     from saap.sealed_tensors import load_sealed
     from saap.weight_files import tensor_reader

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 
-from bench.gguf_header import GgufHeaderError, read_header
 from bench.measure import measure, warm_up
 from bench.onnx_facts import graph_facts
 from bench.peer import PEER_PYTHON, PeerError, python_with
@@ -22,6 +21,7 @@ from bench.result import INVALID
 from bench.rounds import prompt_tokens
 from bench.run import bench
 from bench.runtime import OrtDecoder
+from devices.gguf_header import GgufHeaderError, read_header
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
 from saap.errors import SaapError

@@ -27,8 +27,8 @@ import torch
 from remote_runs import OPTIONS, running
 from sshd import Sshd
 
-from bench.gguf_header import read_header
 from bench.store import read_result
+from devices.gguf_header import read_header
 from export.bundle import verify_files
 from export.export import export_bundle
 from export.gguf_write import export_gguf

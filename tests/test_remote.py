@@ -268,7 +268,7 @@ def test_a_test_of_a_board_is_ended_like_a_bench(monkeypatch):
     monkeypatch.setattr(remote, "bench_on", bench_on)
     with pytest.raises(BoardError, match="enough"):
         measure("tiny", {"url": "local://"}, None)(QUICK)
-    assert seen == [signal.default_int_handler]
+    assert seen == [ask_to_end]
 
 
 def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):

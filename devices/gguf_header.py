@@ -134,7 +134,7 @@ def read_header(path: str | Path) -> GgufHeader:
     except GgufHeaderError:
         raise
     except (struct.error, LookupError, ValueError, TypeError, OverflowError, RecursionError):
-        raise GgufHeaderError(f"{path} is damaged or cut off: get it again") from None
+        raise GgufHeaderError(f"{path} is damaged or cut off: get the GGUF file again") from None
 
 
 class _Cursor:
@@ -196,4 +196,4 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
 
 def _check_length(path: Path, tensors: Iterable[Tensor], start: int, size: int) -> None:
     if any(start + tensor.offset + (tensor.bytes or 0) > size for tensor in tensors):
-        raise GgufHeaderError(f"{path} is damaged or cut off: get it again")
+        raise GgufHeaderError(f"{path} is damaged or cut off: get the GGUF file again")
