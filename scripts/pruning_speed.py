@@ -9,7 +9,8 @@
 
 A row is a method with its options at one speed-up; its first bundle asks for that speed-up by the table. Where the
 measured one is more than 2 % off, the next asks for as much more or less, at most twice, and the bundle that is closest
-counts. Finished cells, one JSON per bundle, are not made again; bundles lie under out/ and may be removed.
+counts. Finished cells, one JSON per bundle, are not made again; bundles lie under out/ and may be removed: `prune
+--chunks 160` makes those again that have no quality on so many chunks.
 """
 
 from __future__ import annotations
