@@ -81,7 +81,7 @@ def run(model: str, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("path", type=directory)
+@click.argument("model")
 @click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
 @click.option(
     "--target",
@@ -105,26 +105,27 @@ def run(model: str, out: Path, **options: Any) -> None:
     help="none: faster, and the bundle is marked UNVERIFIED.",
 )
 @click.option("--text", help="Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
-@click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle PATH.")
+@click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="With --inspect, for machines.")
-def export(path: Path, out: Path | None, inspect: bool, as_json: bool, **options: Any) -> None:
-    """Write any model directory as a bundle, with parity checked; or look into a bundle.
+def export(model: str, out: Path | None, inspect: bool, as_json: bool, **options: Any) -> None:
+    """Write a model (directory, GGUF file or name) as a bundle, with parity checked; or look into a bundle.
 
     \b
     Example:
       saap export out/tuned -o out/bundle
+      saap export smollm2-135m -o out/dense
       saap export out/slim -o out/slim.gguf --target gguf --bits 8
       saap export --inspect out/bundle
     """
     from saap.export_command import export_step, inspect_step
 
     if inspect:
-        inspect_step(path, as_json)
+        inspect_step(Path(model), as_json)
         return
     if out is None:
         raise click.UsageError("give -o OUT, where the bundle shall be written, or --inspect to look into one")
     with Console() as console:
-        export_step(path, out, options, console)
+        export_step(model, out, options, console)
 
 
 @cli.command()

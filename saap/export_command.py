@@ -38,12 +38,13 @@ def inspect_step(bundle: Path, as_json: bool) -> None:
         print_table(title, columns, rows)
 
 
-def export_step(path: Path, out: Path, options: dict[str, Any], console: Console) -> None:
+def export_step(model: str | Path, out: Path, options: dict[str, Any], console: Console) -> None:
     """``saap export``.
 
     Raises:
-        SaapError: options that do not go together.
+        SaapError: options that do not go together, or no such model.
     """
+    from saap.models import resolve
     from saap.outputs import check_output
 
     target = options["target"]
@@ -51,6 +52,7 @@ def export_step(path: Path, out: Path, options: dict[str, Any], console: Console
         check_output(out)
     bits = int(options["bits"]) if options["bits"] else None
     _check_options(target, bits, options)
+    path = Path(model) if Path(model).is_dir() else resolve(str(model), progress=console.report)
     if target == "gguf":
         _write_gguf(path, out, bits, options, console)
         return

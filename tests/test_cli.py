@@ -261,3 +261,13 @@ cli.main()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = "saap: done\n" if late else "saap: interrupted; run the same command again\n"
     assert (done.returncode, done.stderr) == (2 if late else 130, said)
+
+
+def test_export_takes_what_prune_takes(tiny_model, tmp_path):
+    from export.bundle import verify_files
+    from export.gguf_write import export_gguf
+
+    export_gguf(tiny_model(vocab_size=320), tmp_path / "model.gguf", kind="F32")
+    here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
+    verify_files(tmp_path / "bundle")
+    assert "no model 'smollm3'" in refused("export", "smollm3", "-o", tmp_path / "none")
