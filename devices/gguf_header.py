@@ -2,6 +2,8 @@
 
 The layout is that of the GGUF specification (ggml, ``docs/gguf.md``), versions 2 and 3, little endian: magic, version,
 counts, key-value pairs, tensor descriptions, padding, data. Only descriptions are read, never the weights.
+It stands in the lowest layer because the bench counts with it, and the core checks a file with it before a library
+believes that file.
 """
 
 from __future__ import annotations

@@ -186,6 +186,10 @@ def main() -> None:
         signal.signal(signal.SIGINT, ask_to_end)
     try:
         invoke()
+    except Exception:
+        if not was_asked_to_end():
+            raise
+        fail(INTERRUPTED, 130)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the interpreter's own end would print a traceback
 
@@ -204,8 +208,6 @@ def invoke() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if was_asked_to_end():
-            fail(INTERRUPTED, 130)
         if missing not in EXTRAS:
             raise
         fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", 2)
@@ -216,8 +218,6 @@ def invoke() -> None:
         fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", 2)
     except Exception as error:
         code = getattr(error, "exit_code", None)
-        if code is None and was_asked_to_end():
-            fail(INTERRUPTED, 130)
         if code is None:
             raise
         fail(str(error), code)

@@ -52,7 +52,7 @@ def export_step(model: str | Path, out: Path, options: dict[str, Any], console: 
         check_output(out)
     bits = int(options["bits"]) if options["bits"] else None
     _check_options(target, bits, options)
-    path = Path(model) if Path(model).is_dir() else resolve(str(model), progress=console.report)
+    path = resolve(model, progress=console.report)
     if target == "gguf":
         _write_gguf(path, out, bits, options, console)
         return
