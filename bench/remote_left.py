@@ -50,7 +50,7 @@ def left(board: str) -> list[str]:
             runs.append(note.stem)
         except psutil.Error:
             continue
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             pass  # a damaged note names no run that could be trusted
         with contextlib.suppress(OSError):
             note.unlink(missing_ok=True)
