@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--published", action="store_true", help="baselines on their authors' text and layers too")
     parser.add_argument("--extra", nargs="*", default=[], help="key=value options of every row, such as heads=true")
+    parser.add_argument("--without", nargs="*", default=[], help="no rows that have these options, such as modules")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     given = parser.parse_args()
@@ -250,6 +251,7 @@ def main() -> None:
         for speedup in given.speedups.split(",")
         for variant in row_variants(given.published)
         if given.methods is None or variant["method"] in given.methods.split(",")
+        if not any(variant.get(option) for option in given.without)
     ]
     remember_rankings()
     if given.what in ("costs", "all"):
