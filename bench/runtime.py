@@ -115,6 +115,8 @@ class OrtDecoder:
         self._logits: Logits = np.empty((1, 1, self.manifest.vocab_size), np.float32)
         self._bound: tuple[Any, Any] | None = None  # arrays of ids and logits that the binding points to
         self._kv = self._zero_cache(max_length if self._shared else 0)
+        if not self._shared:
+            self._free_outputs()  # bound before the logits: _carry_cache counts on it
         self.reset()
 
     @property
@@ -182,6 +184,8 @@ class OrtDecoder:
         if self._takes_positions:
             start = self._positions[:, self._length :].ctypes.data
             binding.bind_input("position_ids", "cpu", 0, np.int64, (1, count), start)
+        if not self._shared:
+            self._free_outputs()
         self._session.run_with_iobinding(binding)
         self._length = total
         if not self._shared:
@@ -204,14 +208,18 @@ class OrtDecoder:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if self._shared:
                 self._binding.bind_ortvalue_output(f"present.{name}", value)
-            else:
-                self._binding.bind_output(f"present.{name}", "cpu")
 
     def _carry_cache(self) -> None:
         # The binding lists outputs in the order they were first bound: the cache, then the logits.
         present = self._binding.get_outputs()[: len(self._kv)]
         self._past = [(name, value) for (name, _), value in zip(self._kv, present, strict=True)]
         self._bind_cache(self._past)
+
+    def _free_outputs(self) -> None:
+        # Outputs of new sizes. Before ONNX Runtime 1.24 this empties the values that get_outputs gave, so it is done
+        # when the next run no longer needs them, not when they are carried over.
+        for name, _ in self._kv:
+            self._binding.bind_output(f"present.{name}", "cpu")
 
     def _cut_cache(self, length: int) -> None:
         import onnxruntime as ort

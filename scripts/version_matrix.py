@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE, OUT = ROOT / "out" / "versions", ROOT / "benchmarks" / "versions.json"
 BOARDS = ("3.10", "3.11", "3.12", "3.13")
 TESTERS = ("pytest", "hypothesis", "hatchling", "packaging")
-NEEDS_TORCH = re.compile(r"\b(torch|transformers|tiny_model|tiny_family|real_model|export\.export|onnx_ir)\b")
+BUNDLES_OF_TESTS = ("onnx",)  # makes them; a board only runs them
+MORE = "torch|transformers|tiny_model|tiny_family|real_model|export\\.export|onnx_ir|sentencepiece"
+NEEDS_MORE = re.compile(rf"\b({MORE}|tests\.test_cli|pruning_bars)\b")
 
 
 def lowest() -> list[str]:
@@ -45,19 +47,20 @@ def lowest() -> list[str]:
 
 
 def light_tests() -> list[str]:
-    """Test files that name nothing of torch."""
+    """Test files that name nothing of torch, or of what only makes models."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in files if not NEEDS_TORCH.search(p.read_text(encoding="utf-8"))]
+    return [str(p.relative_to(ROOT)) for p in files if not NEEDS_MORE.search(p.read_text(encoding="utf-8"))]
 
 
 def python_of(wanted: str) -> str | None:
-    """An interpreter of that version."""
-    found = shutil.which(f"python{wanted}")
-    if found is None:
-        return None
-    asked = [found, "-c", "import sys; print(sys.executable)"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """An interpreter of that version, on the path or of pyenv."""
+    kept = sorted((Path.home() / ".pyenv" / "versions").glob(f"{wanted}.*/bin/python"))
+    for found in filter(None, [shutil.which(f"python{wanted}"), *kept]):
+        asked = [found, "-c", "import sys; print(sys.executable)"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode == 0:  # a shim of pyenv fails where that version is not chosen
+            return done.stdout.strip()
+    return None
 
 
 def environment(name: str, python: str, packages: list[str]) -> Path:
@@ -82,7 +85,7 @@ def run_row(name: str) -> dict[str, object]:
     elif name == "newest":
         inside = environment(name, python, ["-e", ".[bench,prune,export,tasks]", "transformers>=5", *TESTERS])
     else:
-        inside = environment(name, python, ["-e", ".[bench]", *TESTERS])
+        inside = environment(name, python, ["-e", ".[bench]", *TESTERS, *BUNDLES_OF_TESTS])
     tests = light_tests() if name.startswith("board") else ["tests"]
     began = time.monotonic()
     command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not device", *tests]

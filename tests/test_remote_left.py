@@ -31,7 +31,7 @@ def test_a_killed_command_finds_the_board_free_when_it_is_run_again(sshd, tmp_pa
          "--board-packages"],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list((sshd.cache / "runs").glob("*/beat")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
