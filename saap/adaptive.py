@@ -7,12 +7,15 @@ with the least measured loss is kept. Pruning in steps, each with scores of its 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from saap.budget import Budget
+from saap.compensate import Compensation, loss_compensated
 from saap.errors import SaapError
 from saap.explain import reasons_of
 from saap.fusion import FUSIONS, FusionOptions, fuse
@@ -24,6 +27,8 @@ from saap.scoring import scores_of
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
 from saap.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 
+Pricing = Literal["silenced", "compensated"]
+PRICINGS = get_args(Pricing)
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
 
 
@@ -38,6 +43,7 @@ class AdaptiveOptions:
         heads: whether query heads and KV groups may go.
         modules: whether whole attention and feed-forward blocks may go.
         corrections: how many times prices are corrected by measured loss.
+        prices: ``compensated``: of what compensation leaves; ``silenced``: of what goes without it.
     """
 
     fusion: FusionOptions = field(default_factory=FusionOptions)
@@ -46,6 +52,7 @@ class AdaptiveOptions:
     heads: bool = True
     modules: bool = False
     corrections: int = 0
+    prices: Pricing = "silenced"
 
     @property
     def element(self) -> Element:
@@ -58,6 +65,10 @@ class AdaptiveOptions:
         """Raise SaapError for numbers that are not allowed."""
         if self.corrections < 0:
             raise SaapError(f"{self.corrections} corrections are not allowed: give 0 or more")
+        if self.prices not in PRICINGS:
+            raise SaapError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
+        if self.corrections and self.prices == "compensated":
+            raise SaapError("corrections measure without compensation: leave them out, or give --prices silenced")
         if self.exact and self.element == "none":
             raise SaapError(
                 f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
@@ -76,6 +87,7 @@ def adaptive_plan(
     *,
     block: int,
     keep_layers: frozenset[int] = frozenset(),
+    compensation: Compensation = "none",
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> PrunePlan:
@@ -83,14 +95,16 @@ def adaptive_plan(
 
     Args:
         calibration: [sequences, tokens] int64; the last eighth prices what the others scored.
+        compensation: what will be done about what goes.
         weights: hash of the model's weights, under which scores are kept; None keeps none.
 
     Raises:
         SaapError: too little text, a loss that is not finite, or a budget that cannot be met.
     """
     prices, priced = prices_of(
-        model, shape, calibration, options, keep_layers=keep_layers, weights=weights, progress=progress
-    )
+        model, shape, calibration, options, keep_layers=keep_layers, compensation=compensation, weights=weights,
+        progress=progress,
+    )  # fmt: skip
     modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     best, least = plan, float("inf")
     for _ in range(options.corrections):
@@ -110,6 +124,7 @@ def prices_of(
     options: AdaptiveOptions,
     *,
     keep_layers: frozenset[int] = frozenset(),
+    compensation: Compensation = "none",
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Prices, torch.Tensor]:
@@ -124,9 +139,17 @@ def prices_of(
     scored, priced = calibration[:-held], calibration[-held:]
     c = float(calibration.shape[1]) if options.c is None else options.c
     scores = scores_of(model, shape, scored, c=c, element=options.element, weights=weights, progress=progress)
+    settings, compensated = None, None
+    if options.prices == "compensated" and compensation != "none":
+        settings = {"compensation": compensation, "on": hashlib.sha256(scored.numpy().tobytes()).hexdigest()}
+
+        def compensated(plan: PrunePlan) -> float:
+            return loss_compensated(compensation, model, shape, plan, scored, priced)
+
     prices = fit_prices(
         model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
-        modules=options.modules, known=KnownLosses(weights, priced), progress=progress,
+        modules=options.modules, compensated=compensated, known=KnownLosses(weights, priced, settings),
+        progress=progress,
     )  # fmt: skip
     return prices, priced
 

@@ -86,6 +86,13 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     metavar="N",
     help="Prune in so many steps, each scored anew (saap); default: one for every 15 % of the layers' cost.",
 )
+@how(
+    "--prices",
+    type=click.Choice(["silenced", "compensated"]),
+    default="silenced",
+    show_default=True,
+    help="Prices of what goes, or of what compensation leaves of that (saap; slower).",
+)
 @how("--corrections", type=int, metavar="N", default=0, show_default=True, help="Correct prices by loss (saap).")
 @how("--explain", is_flag=True, help="Say why each layer lost what it lost.")
 @removed("--heads/--no-heads", default=None, help="Query heads and KV groups too; default: where it pays.")

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from saap.architectures import Architecture, architecture_of
 from saap.importance import Progress
-from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, run_layer, run_until
+from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, loss_after, run_layer, run_until
 from saap.ridge import regression
 from saap.streaming import present
 from saap.structures import LayerPlan, ModelShape, PrunePlan
@@ -54,6 +54,16 @@ class _Block:
         gone = torch.ones(self.linear.in_features, dtype=torch.bool)
         gone[self.kept] = False
         return gone
+
+    def cut(self, new: Mapping[str, torch.Tensor]) -> None:
+        """Take the other columns away in place, and put in what is new."""
+        if (weight := new.get(f"{self.matrix}.weight")) is not None:
+            self.linear.weight[:, self.kept] = weight
+        self.linear.weight[:, self.gone] = 0
+        if (bias := new.get(f"{self.matrix}.bias")) is not None:
+            self.linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        if not len(self.kept):  # the whole block goes
+            self.linear.register_parameter("bias", None)
 
 
 @torch.no_grad()
@@ -84,23 +94,62 @@ def compensate(
     if kind == "none":
         return found
     architecture = architecture_of(model.config)
-    batches = layer_inputs(model, ids, batch=max(1, min(ROWS, len(ids) // 2)))
-    stream = [batch.hidden for batch in batches]
+    walk = _Walk(kind, model, ids, last)
     number = 0
-    for index, layer in enumerate(layers_of(model)):
-        keep = plan.layers[index]
-        given = [batch.given[index] for batch in batches]
+    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
-            if kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
-                new, stream = _biases(layer, blocks, stream, given)
-            else:
-                new, stream = _refitted(layer, blocks, stream, given, last)
+            new = walk.enter(index, layer, blocks)
         if keep.query_heads or keep.ffn:
             found.update({f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()})
             number += 1
         if progress:
             progress("compensating", index + 1, len(plan.layers))
     return found
+
+
+@torch.no_grad()
+def loss_compensated(
+    kind: Compensation,
+    model: PreTrainedModel,
+    shape: ModelShape,
+    plan: PrunePlan,
+    ids: torch.Tensor,
+    judged: torch.Tensor,
+) -> float:
+    """Loss on ``judged`` of the model cut to the plan and compensated on ``ids``, nats per token; nothing is changed.
+
+    Args:
+        ids, judged: [sequences, tokens], of different text.
+    """
+    architecture = architecture_of(model.config)
+    walk = _Walk(kind, model, ids, last=True)
+    batches = layer_inputs(model, judged)
+    stream = [batch.hidden for batch in batches]
+    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
+            new = walk.enter(index, layer, blocks) if kind != "none" else {}
+            for block in blocks:
+                block.cut(new)
+            stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
+    return loss_after(model, stream, judged)
+
+
+class _Walk:
+    """The calibration sequences on their way through a decoder that is compensated layer by layer."""
+
+    def __init__(self, kind: Compensation, model: PreTrainedModel, ids: torch.Tensor, last: bool) -> None:
+        self._kind, self._last = kind, last
+        self._batches = layer_inputs(model, ids, batch=max(1, min(ROWS, len(ids) // 2)))
+        self._stream = [batch.hidden for batch in self._batches]
+
+    def enter(self, index: int, layer: nn.Module, blocks: list[_Block]) -> dict[str, torch.Tensor]:
+        """What is new in a layer; its weights are changed on the way."""
+        given = [batch.given[index] for batch in self._batches]
+        if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
+            new, self._stream = _biases(layer, blocks, self._stream, given)
+        else:
+            new, self._stream = _refitted(layer, blocks, self._stream, given, self._last)
+        return new
 
 
 def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
@@ -150,16 +199,11 @@ def _refitted(
     """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
     new = {}
     for block in blocks:
-        weight, gone = block.linear.weight, block.gone
-        if not gone.any():
+        if not block.gone.any():
             continue
         if len(block.kept):
-            fitted = _ridge(layer, block, stream, given, last)
-            new[f"{block.matrix}.weight"] = fitted
-            weight[:, block.kept] = fitted
-        weight[:, gone] = 0
-        if not len(block.kept):
-            block.linear.register_parameter("bias", None)
+            new[f"{block.matrix}.weight"] = _ridge(layer, block, stream, given, last)
+        block.cut(new)
     return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
 
 

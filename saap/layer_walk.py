@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of, traits_of
 from saap.streaming import absent
 
 ROWS = 8  # sequences of one forward pass
+HEAD_ROWS = 2  # sequences whose logits are held at once
 
 
 @dataclass
@@ -86,6 +88,15 @@ def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = head(norm(hidden)).float()
     cap = traits_of(model.config).logit_cap
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood of ids [sequences, tokens], nats per token, by their states after the last layer."""
+    total = 0.0
+    for x, rows in zip(torch.cat(tuple(hidden)).split(HEAD_ROWS), ids.split(HEAD_ROWS), strict=True):
+        logits = logits_after(model, x[:, :-1])
+        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+    return total / (len(ids) * (ids.shape[1] - 1))
 
 
 class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is known

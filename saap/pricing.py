@@ -4,9 +4,10 @@ Fused scores rank structures of one type but do not compare types. Two numbers p
 
     price(module option) = kappa * sum of P over what goes * (1 + alpha * share of the module that goes)
 
-fitted to the loss measured with the cheapest structures of *every* layer silenced together, at two levels. Joint
-removals matter: prices measured one at a time underestimate them by an order of magnitude, and without alpha the search
-empties a few layers that a first-order score calls cheap.
+fitted to the loss measured with the cheapest structures of *every* layer gone together, at two levels. Joint removals
+matter: prices measured one at a time underestimate them by an order of magnitude, and without alpha the search empties
+a few layers that a first-order score calls cheap. What is to be compensated is priced by the loss after that: a refit
+makes up for most of what a query head did, and for little of what FFN channels did.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from saap.working_point import WorkingPoint
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
 FFN_LEVELS = (0.125, 0.25)
+FFN_LEVELS_COMPENSATED = (0.25, 0.5)  # less is made up for so well that it says nothing about more
 MODULES_TOGETHER = 5
 # How far one measurement may move a price, and the least that anything costs, nats per token.
 FACTOR_LIMIT = 10.0
@@ -52,6 +54,7 @@ def fit_prices(
     keep_layers: frozenset[int] = frozenset(),
     heads: bool = True,
     modules: bool = False,
+    compensated: Callable[[PrunePlan], float] | None = None,
     known: KnownLosses | None = None,
     progress: Progress | None = None,
 ) -> Prices:
@@ -62,7 +65,9 @@ def fit_prices(
         ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
         heads: whether query heads and KV groups may go.
         modules: price whole attention and FFN blocks too, each silenced by itself (two forward passes per layer).
-        known: losses that were measured before, on this model and these ids.
+        compensated: the loss on ``ids`` of the model that is cut to a plan and compensated, nats per token; None prices
+            structures by the loss where they are silenced, as modules always are.
+        known: losses that were measured before, on this model and these ids, compensated alike.
 
     Raises:
         SaapError: a loss is not finite.
@@ -72,27 +77,36 @@ def fit_prices(
     steps = 2 * len(kinds) + 1 + (2 * len(shape.layers) + 2 if modules else 0)
     done = 0
 
-    def loss_of(plans: dict[int, LayerPlan]) -> float:
+    def counted(plans: dict[int, LayerPlan], measure: Callable[[], float], way: str = "") -> float:
         nonlocal done
         if progress:
             progress("pricing", done, steps)
         done += 1
+        return finite(measure() if known is None else known.of(plans, measure, way))
 
+    def silenced(plans: dict[int, LayerPlan]) -> float:
         def measure() -> float:
             with masked(model, plans, shape.head_dim):
-                return finite(mean_nll(model, ids))
+                return mean_nll(model, ids)
 
-        return measure() if known is None else known.of(plans, measure)
+        return counted(plans, measure)
 
-    base = loss_of({})
-    curves = {kind: _fit_curve(kind, shape, fused[kind], base, loss_of, free) for kind in kinds}
+    def gone(plans: dict[int, LayerPlan]) -> float:
+        if compensated is None:
+            return silenced(plans)
+        plan = PrunePlan(tuple(plans.get(i, whole_layer(sizes)) for i, sizes in enumerate(shape.layers)))
+        return counted(plans, lambda: compensated(plan), "compensated")
+
+    base = silenced({})
+    levels = FFN_LEVELS if compensated is None else FFN_LEVELS_COMPENSATED
+    curves = {kind: _fit_curve(kind, shape, fused[kind], base, gone, free, levels) for kind in kinds}
     curves = {kind: curves.get(kind, Curve(0.0, 0.0)) for kind in TYPES}
     priced = {kind: [(curves[kind].kappa * p).double().numpy() for p in fused[kind]] for kind in TYPES}
     no_attention: list[float | None] = [None] * len(shape.layers)
     no_ffn = no_attention
     if modules:
-        no_attention = _module_prices(shape, base, loss_of, free, "query_heads", without_attention)
-        no_ffn = _module_prices(shape, base, loss_of, free, "ffn", without_ffn)
+        no_attention = _module_prices(shape, base, silenced, free, "query_heads", without_attention)
+        no_ffn = _module_prices(shape, base, silenced, free, "ffn", without_ffn)
     if known:
         known.save()
     if progress:
@@ -119,13 +133,14 @@ def _fit_curve(
     base: float,
     loss_of: Callable[[dict[int, LayerPlan]], float],
     free: list[int],
+    ffn_levels: tuple[float, float],
 ) -> Curve:
     rows, increases = [], []
     for level in (0, 1):
         plans, scored, weighted = {}, 0.0, 0.0
         for layer in free:
             sizes = shape.layers[layer]
-            lost = _cheapest(kind, sizes, scores[layer], level)
+            lost = _cheapest(kind, sizes, scores[layer], level, ffn_levels)
             if lost:
                 plans[layer] = _without(kind, sizes, set(lost))
                 total, share = float(scores[layer][lost].sum()), len(lost) / len(scores[layer])
@@ -143,11 +158,13 @@ def _fit_curve(
     return Curve(float(linear), float(interaction / linear))
 
 
-def _cheapest(kind: str, sizes: LayerSizes, scores: torch.Tensor, level: int) -> list[int]:
+def _cheapest(
+    kind: str, sizes: LayerSizes, scores: torch.Tensor, level: int, ffn_levels: tuple[float, float]
+) -> list[int]:
     """The structures that go at a level: FFN channels by share, one or two heads of each group, one or two groups."""
     order = torch.argsort(scores, stable=True).tolist()
     if kind == "ffn":
-        return order[: round(FFN_LEVELS[level] * len(order))]
+        return order[: round(ffn_levels[level] * len(order))]
     if kind == "group":
         return order[: min(level + 1, max(sizes.kv_heads - 1, 0))]
     each = min(level + 1, max(sizes.heads_per_group - 1, 0))

@@ -278,7 +278,8 @@ def make_plan(
     if options.method == "saap":
         return adaptive_plan(
             model, shape, calibration, budget, replace(options.adaptive, heads=heads), block=options.block,
-            keep_layers=options.keep_layers or frozenset(), weights=weights, progress=progress,
+            keep_layers=options.keep_layers or frozenset(), compensation=options.compensation, weights=weights,
+            progress=progress,
         )  # fmt: skip
     ranking = rank(
         options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,

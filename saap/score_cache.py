@@ -1,7 +1,7 @@
 """Scores and losses kept by the hash of what they depend on, so that pruning to another budget takes seconds.
 
 Scores are a safetensors file named by sha256 over the weights, the calibration ids and the settings; losses a JSON file
-named by the weights and the ids that says what the model's loss is with some structures silenced. Both are written
+named by the weights and the ids that says what the model's loss is without some structures. Both are written
 beside their place and renamed; what cannot be read is made again.
 """
 
@@ -97,9 +97,9 @@ def _read(path: Path) -> Scores | None:
 class KnownLosses:
     """Losses of one model on some ids by what its layers keep, in nats per token; kept in a file of the cache."""
 
-    def __init__(self, weights: str | None, ids: torch.Tensor) -> None:
-        """``weights`` None keeps nothing beyond this object."""
-        self._path = cache_directory() / "scores" / f"{_key(weights, ids, {})}.json" if weights else None
+    def __init__(self, weights: str | None, ids: torch.Tensor, settings: dict[str, Any] | None = None) -> None:
+        """``weights`` None keeps nothing beyond this object; ``settings``: whatever else changes the numbers, JSON."""
+        self._path = cache_directory() / "scores" / f"{_key(weights, ids, settings or {})}.json" if weights else None
         self._known: dict[str, float] = {}
         if self._path and self._path.is_file():
             try:
@@ -108,9 +108,9 @@ class KnownLosses:
             except (SaapError, ValueError, TypeError):
                 self._known = {}
 
-    def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float]) -> float:
-        """The loss with what ``plans`` do not keep silenced, measured where it is not known."""
-        said = json.dumps({index: asdict(plan) for index, plan in sorted(plans.items())})
+    def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float], way: str = "") -> float:
+        """The loss without what ``plans`` do not keep, measured where it is not known; ``way`` tells apart how."""
+        said = way + json.dumps({index: asdict(plan) for index, plan in sorted(plans.items())})
         key = hashlib.sha256(said.encode()).hexdigest()
         if key not in self._known:
             self._known[key] = measure()

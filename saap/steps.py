@@ -67,11 +67,7 @@ def prune_options_of(options: dict[str, Any], requirement: Requirement) -> Prune
     fusion = {
         name: options[name] for name in ("score", "slices", "sigma", "stability", "layer_power") if name in options
     }
-    chosen = {
-        mine: options[theirs]
-        for mine, theirs in (("c", "c"), ("exact", "exact"), ("modules", "modules"), ("corrections", "corrections"))
-        if theirs in options
-    }  # fmt: skip
+    chosen = {name: options[name] for name in ("c", "exact", "modules", "corrections", "prices") if name in options}
     rest = {name: options[name] for name in PLAIN if name in options}
     adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
     return PruneOptions(

@@ -10,15 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.layer_walk import layer_inputs, layers_of, logits_after, run_layer
+from saap.layer_walk import layer_inputs, layers_of, loss_after, run_layer
 from saap.masking import masked
 from saap.streaming import present
 from saap.structures import LayerPlan, ModelShape
-
-HEAD_ROWS = 2  # sequences whose logits are held at once
 
 
 class WorkingPoint:
@@ -44,7 +41,7 @@ class WorkingPoint:
             with masked(self.model, self.plans, self.shape.head_dim):
                 for index, layer in enumerate(layers_of(self.model)):
                     self._hidden.append(self._run(layer, index, self._hidden[-1]))
-                self.loss = self._loss(self._hidden[-1])
+                self.loss = loss_after(self.model, self._hidden[-1], self.ids)
             yield self
             self._hidden, self._batches = [], []
 
@@ -55,16 +52,8 @@ class WorkingPoint:
             hidden = self._hidden[index]
             for number, layer in enumerate(layers_of(self.model)[index:], index):
                 hidden = self._run(layer, number, hidden)
-        return self._loss(hidden)
+        return loss_after(self.model, hidden, self.ids)
 
     def _run(self, layer: torch.nn.Module, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         with present(layer):
             return [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, self._batches, strict=True)]
-
-    def _loss(self, hidden: list[torch.Tensor]) -> float:
-        """Mean negative log-likelihood of the ids after the last layer."""
-        total = 0.0
-        for x, ids in zip(torch.cat(hidden).split(HEAD_ROWS), self.ids.split(HEAD_ROWS), strict=True):
-            logits = logits_after(self.model, x[:, :-1])
-            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        return total / (len(self.ids) * (self.ids.shape[1] - 1))

@@ -51,7 +51,7 @@ def options_of(variant: Variant) -> PruneOptions:
         part: {name: variant[name] for name in names if name in variant}
         for part, names in (
             ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
-            ("adaptive", ("c", "exact", "modules", "corrections")),
+            ("adaptive", ("c", "exact", "modules", "corrections", "prices")),
             ("rest", ("method", "compensate", "heads", "seed", "steps")),
         )
     }

@@ -5,8 +5,8 @@ import torch
 
 from saap.architectures import architecture_of, shape_of
 from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.compensate import compensate
-from saap.masking import masked
+from saap.compensate import compensate, loss_compensated
+from saap.masking import masked, mean_nll
 from saap.structures import LayerPlan, PrunePlan, whole_layer
 from saap.surgery import cut_tensors
 from saap.weight_files import tensor_reader
@@ -159,3 +159,19 @@ def test_a_lost_block_is_not_refitted_and_one_sequence_is_too_little_to_refit_on
     assert list(compensate("refit", model, shape, plan, IDS)) == ["model.layers.0.mlp.down_proj.weight"]
     (alone,) = compensate("refit", model, shape, plan, IDS[:1]).values()
     assert torch.equal(alone, model.model.layers[0].mlp.down_proj.weight[:, :64])
+
+
+@pytest.mark.parametrize("kind", ["none", "bias", "refit"])
+@pytest.mark.parametrize("drop", [(), (1,)])
+def test_the_compensated_loss_is_that_of_the_model_that_would_be_written(dense, tmp_path, kind, drop):
+    path, model, shape = dense
+    plan = halved(shape, drop)
+    unseen = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(9))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loss = loss_compensated(kind, model, shape, plan, IDS, unseen)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.model.layers[0].mlp.down_proj.bias is None
+    replaced = compensate(kind, model, shape, plan, IDS)
+    slim = slim_model(path, tmp_path / "slim", plan, replaced, bias=kind == "bias")
+    assert loss == pytest.approx(mean_nll(slim, unseen), abs=1e-5)
+    assert abs(loss - mean_nll(model, unseen)) > 1e-4

@@ -84,6 +84,30 @@ def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypa
     assert len(calls) == 2 * count
 
 
+def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, monkeypatch):
+    """Half of each increase makes half the prices; modules stay at the loss where they are silenced."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    model, shape, fused = scored
+    base, plans = mean_nll(model, IDS[2:]), []
+
+    def priced(factor):
+        def loss(plan):
+            plans.append(plan)
+            kept = [(len(layer.query_heads) / 6, len(layer.ffn) / 128) for layer in plan.layers]
+            return base + factor * sum((1 - heads) ** 2 + (1 - ffn) for heads, ffn in kept)
+
+        known = KnownLosses("weights", IDS[2:], {"factor": factor})
+        return fit_prices(model, shape, fused, IDS[2:], modules=True, compensated=loss, known=known)
+
+    whole, half, again = priced(1.0), priced(0.5), priced(0.5)
+    assert len(plans) == 10, "the second time they are known"
+    assert half.no_ffn == fit_prices(model, shape, fused, IDS[2:], modules=True).no_ffn
+    for kind in ("ffn", "head", "group"):
+        assert half.alpha[kind] == pytest.approx(whole.alpha[kind], rel=1e-3)
+        for one, two, third in zip(getattr(half, kind), getattr(whole, kind), getattr(again, kind), strict=True):
+            assert two.sum() > 0 and one == pytest.approx(two / 2, rel=1e-3) and (one == third).all()
+
+
 def test_a_price_is_never_made_of_a_loss_that_is_not_finite(scored, monkeypatch):
     model, shape, fused = scored
     monkeypatch.setattr("saap.pricing.mean_nll", lambda *_: float("nan"))

@@ -76,11 +76,29 @@ def test_scored_anew_in_steps_and_corrected(model, tmp_path, text):
     assert torch.isfinite(load_model(tmp_path / "steps")(input_ids=IDS).logits).all()
 
 
+def test_prices_of_what_compensation_leaves(model, tmp_path, text):
+    """Streamed or not, the plan is the same; the other prices choose another."""
+    plans = {}
+    for name, options in {
+        "after": ["--no-stream"],
+        "streamed": ["--stream"],
+        "before": ["--prices", "silenced"],
+    }.items():
+        prices = [] if name == "before" else ["--prices", "compensated"]
+        here(*arguments(model, tmp_path / name, text, "--ratio", "0.4", *prices, *options))
+        record = read_record(tmp_path / name)
+        plans[name] = record["plan"]["layers"], record["plan"]["price_nats"]
+    assert record["options"]["adaptive"]["prices"] == "silenced"
+    assert plans["after"] == plans["streamed"] and plans["after"][1] != plans["before"][1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--iterative-steps", "0"], "0 steps are not allowed: give 1 or more"),
         (["--corrections", "-1"], "-1 corrections are not allowed: give 0 or more"),
+        (["--corrections", "1", "--prices", "compensated"], "corrections measure without compensation: leave them out"),
+        (["--prices", "low"], "Invalid value for '--prices': 'low' is not one of 'silenced', 'compensated'"),
         (["--c", "-1"], "c = -1.0 is not allowed: give 0 or more"),
         (["--c", "nan"], "c = nan is not allowed"),
         (["--exact"], "the score vector-token has no element score to be exact"),
