@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.session import DecoderError, cache_directory, first_line, session_options
-from export.bundle import BundleManifest
+from export.bundle import BundleManifest, too_old
 from export.external_data import check_external_data
 
 EXECUTION = {
@@ -87,13 +87,15 @@ def check_provider(
     if cuda_graph and provider != "cuda":
         why = "its cache moves at every token" if provider == "tensorrt" else "there is no GPU in it"
         raise DecoderError(f"the provider {provider} cannot replay a CUDA graph ({why}): leave it out, or use cuda")
+    if runtime is None:
+        import onnxruntime as runtime  # type: ignore[no-redef]
+    if why := too_old(manifest, runtime.__version__):
+        raise DecoderError(f"{where} {why}")
     if provider != "cpu":
         _check_installed(provider, runtime)
 
 
 def _check_installed(provider: str, runtime: Any) -> None:
-    if runtime is None:
-        import onnxruntime as runtime  # type: ignore[no-redef]
     available = runtime.get_available_providers()
     if EXECUTION[provider] in available:
         return

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,18 @@ def _inside(directory: Path, name: str) -> Path:
 
 def _fields(manifest: BundleManifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+
+
+def too_old(manifest: BundleManifest, installed: str) -> str | None:
+    """What to say where a version of ONNX Runtime is older than the bundle's graphs need; None where it is not."""
+    needed = manifest.onnxruntime_min
+    if _minor(installed) >= _minor(needed):
+        return None
+    return (
+        f"needs ONNX Runtime {needed} or newer, and {installed} is installed, which would fail or compute it wrongly: "
+        "pip install --upgrade onnxruntime (from 1.24 on for Python 3.11 and newer)"
+    )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d{1,4}", version)[:2])

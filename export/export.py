@@ -24,7 +24,7 @@ from export.graph import DecoderGraph, check_attention
 from export.kv_cache import cache_scales
 from export.rotary import all_rotary_tables
 from export.source import ModelSource, Precision, Progress
-from export.targets import CPU, Target, oldest_runtime
+from export.targets import CPU, Target
 from export.weights import WeightFile, write_weights
 from saap.architectures import Traits, traits_of
 from saap.checkpoint import read_record
@@ -67,9 +67,10 @@ def export_bundle(
     if bits == 16 and target.name == "cuda":
         bits = 32  # floats, of the target's type
     precision = target.precision(source.precision(bits, block, head_bits), kv_bits, accuracy_level)
-    target.check(source.shape, precision)
     config = transformers_config(source)
     traits = traits_of(config)
+    windows = any(layer.window for layer in traits.layers)
+    target.check(source.shape, precision, windows)
     rotary = all_rotary_tables(config, traits)
     check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     if precision.kv == "int8" and calibration is None:
@@ -86,7 +87,8 @@ def export_bundle(
         for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
             graph = DecoderGraph(source.shape, traits, precision, file, config.rms_norm_eps)
             ir.save(graph.build(scoring), partial / name)
-        manifest = make_manifest(source, precision, config, file.bytes_per_token(source.shape.tied), target.name)
+        read, oldest = file.bytes_per_token(source.shape.tied), target.oldest_runtime(precision, windows)
+        manifest = make_manifest(source, precision, config, read, target.name, oldest)
         manifest = write_client_files(partial, source.config, manifest)
         write_manifest(partial, manifest)
         if parity is not None:
@@ -109,12 +111,13 @@ def _add_cache_scales(
 
 
 def make_manifest(
-    source: ModelSource, precision: Precision, config: Any, bytes_per_token: int, target: str
+    source: ModelSource, precision: Precision, config: Any, bytes_per_token: int, target: str, oldest: str
 ) -> BundleManifest:
     """The manifest of a bundle, without its files and parity.
 
     Args:
         bytes_per_token: of weights that are read for each token.
+        oldest: ONNX Runtime that it runs in.
     """
     shape = source.shape
     kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
@@ -137,7 +140,7 @@ def make_manifest(
         kv_dtype=precision.kv,
         bos_token_id=config.bos_token_id,
         eos_token_ids=_eos_ids(source.directory, config),
-        onnxruntime_min=oldest_runtime(precision),
+        onnxruntime_min=oldest,
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,

@@ -66,9 +66,10 @@ def export_portable(
         else:
             read = _write_by_ourselves(source, precision, partial, progress)
         copy_sidecars(source.directory, partial)
-        manifest = make_manifest(source, precision, transformers_config(source), read, "portable")
+        config, oldest = transformers_config(source), ONNXRUNTIME_MIN[writer]
+        manifest = make_manifest(source, precision, config, read, "portable", oldest)
         lineage = {**manifest.lineage, "graph_writer": writer}
-        manifest = replace(manifest, onnxruntime_min=ONNXRUNTIME_MIN[writer], lineage=lineage)
+        manifest = replace(manifest, lineage=lineage)
         manifest = write_client_files(partial, source.config, manifest)
         write_manifest(partial, manifest)
         if parity is not None:

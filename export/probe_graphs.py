@@ -27,7 +27,7 @@ from export.graph import DecoderGraph, check_attention
 from export.probe_model import ProbeModel
 from export.rotary import all_rotary_tables
 from export.source import Precision
-from export.targets import oldest_runtime
+from export.targets import CPU
 from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from saap.architectures import Architecture
 from saap.structures import LayerSizes, ModelShape
@@ -176,7 +176,7 @@ def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int
         kv_dtype=model.precision.kv,
         bos_token_id=None,
         eos_token_ids=[],
-        onnxruntime_min=oldest_runtime(model.precision),
+        onnxruntime_min=CPU.oldest_runtime(model.precision, windows=False),
         lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": nodes},
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import SCORING_GRAPH, BundleManifest, read_manifest
+from export.bundle import SCORING_GRAPH, BundleManifest, read_manifest, too_old
 from export.external_data import check_external_data
 from export.generation import Decoder, Generation, generate
 from export.sampling import Logits, Sampling
@@ -62,11 +62,15 @@ class BundleScorer:
 
     Raises:
         BundleError: no bundle there.
-        RunError: the bundle has no such graph.
+        RunError: the bundle has no such graph, or this ONNX Runtime is too old for it.
     """
 
     def __init__(self, directory: str | Path, threads: int = 1, graph: str = SCORING_GRAPH) -> None:
+        import onnxruntime
+
         self.manifest = read_manifest(directory)
+        if why := too_old(self.manifest, onnxruntime.__version__):
+            raise RunError(f"{directory} {why}")
         path = Path(directory) / graph
         if not path.is_file():
             raise RunError(f"{directory} has no {graph}: export it again with this saap")

@@ -15,6 +15,7 @@ from saap.errors import SaapError
 from saap.structures import ModelShape
 
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
+ONNXRUNTIME_WINDOWS = "1.24"  # before, GroupQueryAttention on a CPU gets sliding windows wrong
 ONNXRUNTIME_INT8_CACHE = "1.27"  # GroupQueryAttention with an int8 cache on a CPU
 CUDA_STEP = 8
 
@@ -53,14 +54,24 @@ class Target:
             )
         return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
 
-    def check(self, shape: ModelShape, precision: Precision) -> None:
-        """Refuse sizes that the target's kernels refuse, and versions that lack what every graph uses.
+    def oldest_runtime(self, precision: Precision, windows: bool) -> str:
+        """The oldest ONNX Runtime that runs a graph of this precision, with sliding windows or without."""
+        if precision.kv == "int8":
+            return ONNXRUNTIME_INT8_CACHE
+        return ONNXRUNTIME_WINDOWS if windows and self.name == "cpu" else ONNXRUNTIME_MIN
+
+    def check(self, shape: ModelShape, precision: Precision, windows: bool) -> None:
+        """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses.
 
         Raises:
             SaapError: names the size or the version.
         """
-        if self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_MIN):
-            raise SaapError(f"ONNX Runtime {self.onnxruntime} is too old, {ONNXRUNTIME_MIN} or newer is needed")
+        oldest = self.oldest_runtime(precision, windows)
+        if self.onnxruntime and _version(self.onnxruntime) < _version(oldest):
+            raise SaapError(
+                f"ONNX Runtime {self.onnxruntime} is too old, {oldest} or newer is needed"
+                + (" for sliding windows" if oldest == ONNXRUNTIME_WINDOWS else "")
+            )
         if self.name != "cuda" or precision.bits == 32:
             return
         for index, sizes in enumerate(shape.layers):
@@ -73,11 +84,6 @@ class Target:
 
 
 CPU = Target()
-
-
-def oldest_runtime(precision: Precision) -> str:
-    """The oldest ONNX Runtime that runs a graph of this precision."""
-    return ONNXRUNTIME_INT8_CACHE if precision.kv == "int8" else ONNXRUNTIME_MIN
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -152,12 +152,26 @@ def tiny_family(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **overrides}))
+            _skip_windows_of_old_runtimes(model.config)
             for parameter in model.parameters():
                 spread = torch.empty_like(parameter).normal_(std=0.1 if parameter.dim() > 1 else 0.3)
                 parameter.data = spread if parameter.dim() > 1 else parameter.data + spread
         return _save(model, tmp_path / (name or model_type), tiny_tokenizer)
 
     return make
+
+
+def _skip_windows_of_old_runtimes(config: Any) -> None:
+    """Export refuses them there; a window that is longer than any text here is none."""
+    import onnxruntime
+    from packaging.version import Version
+
+    from export.targets import ONNXRUNTIME_WINDOWS
+    from saap.architectures import traits_of
+
+    windows = [layer.window for layer in traits_of(config.to_dict()).layers if layer.window]
+    if windows and Version(onnxruntime.__version__) < Version(ONNXRUNTIME_WINDOWS):
+        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} gets sliding windows wrong")
 
 
 def _save(model: Any, directory: Path, tokenizer: Any) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
+from onnx_reference import reference
 from safetensors.torch import load_file, save_file
 from slim_integers import IDS, MIXED, PARTS, WIDE, Level0, write_integers
 from test_export import logits_of, tensors_of
@@ -231,7 +231,7 @@ def test_the_portable_graph_computes_what_torch_does(branched, tmp_path):
     manifest = export_portable(branched, tmp_path / "bundle")
     check_standard(tmp_path / "bundle")
     ids = IDS[:, :6]
-    found = ReferenceEvaluator(str(tmp_path / "bundle/scoring.onnx")).run(["logits"], feed(manifest, ids.numpy()))[0]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
     assert np.abs(found - logits_of(load_model(branched), ids)).max() <= 1e-4
 
 

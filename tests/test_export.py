@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from command_line import refused
 from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
@@ -277,12 +279,34 @@ def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+def test_sliding_windows_need_a_newer_runtime(tiny_family, tmp_path):
+    path = tiny_family("mistral", sliding_window=8)
+    with pytest.raises(SaapError, match=r"1\.23 is too old, 1\.24 or newer is needed for sliding windows"):
+        export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.23"))
+    assert export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.24")).onnxruntime_min == "1.24"
+    whole = tiny_family("mistral", name="whole", sliding_window=None)
+    assert export_bundle(whole, tmp_path / "wide", target=Target(onnxruntime="1.23")).onnxruntime_min == "1.23"
+
+
+def test_an_older_runtime_is_refused_when_it_is_loaded(tiny_family, tmp_path, monkeypatch):
+    path = tiny_family("mistral", sliding_window=8)
+    export_bundle(path, tmp_path / "bundle")
+    monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
+    said = r"needs ONNX Runtime 1\.24 or newer, and 1\.23\.2 is installed"
+    for load in (lambda: BundleScorer(tmp_path / "bundle"), lambda: OrtDecoder(tmp_path / "bundle", 1, 32)):
+        with pytest.raises(ValueError, match=said):
+            load()
+    assert re.search(said, refused("export", path, "-o", tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+
+
 def test_targets_refuse_what_they_have_no_kernel_for(tiny_model, tmp_path):
     for options, message in (
         ({"bits": 8, "target": Target(dotprod=False)}, "without dot product has no 8-bit kernel"),
         ({"kv_bits": 8, "target": Target("cuda")}, "cache in float16"),
         ({"kv_bits": 8, "target": Target(onnxruntime="1.23")}, "1.23 has no int8 cache"),
         ({"target": Target(onnxruntime="1.19")}, "1.19 is too old"),
+        ({"target": Target(onnxruntime="1.22")}, "1.22 is too old, 1.23 or newer is needed$"),
         ({"target": Target(onnxruntime="new")}, "no version of ONNX Runtime"),
         ({"bits": 16}, "16 bits are not supported"),
     ):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
+from onnx_reference import reference
 from slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
 from test_export import logits_of, tensors_of
 from test_portable import check_standard, feed
@@ -123,7 +123,7 @@ def test_the_graph_at_level_0_computes_what_torch_does(integers, tmp_path):
 def test_the_portable_graph_computes_what_torch_does(integers, tmp_path):
     manifest = export_portable(integers, tmp_path / "bundle", parity=lambda b: check_parity(b, integers, IDS, "dice"))
     ids = IDS[:, :6]
-    found = ReferenceEvaluator(str(tmp_path / "bundle/scoring.onnx")).run(["logits"], feed(manifest, ids.numpy()))[0]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
     assert np.abs(found - logits_of(load_model(integers), ids)).max() <= 1e-4
 
 

@@ -15,7 +15,7 @@ from test_surgery import cut
 
 from bench.runtime import OrtDecoder
 from export.export import export_bundle
-from export.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, Target
+from export.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
 from saap.structures import LayerPlan, PrunePlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +60,16 @@ def install(directory: Path, version: str) -> Path:
 )
 def test_the_oldest_runtime_computes_the_same(tiny_model, tmp_path, version, options):
     manifest = export_bundle(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle", **options)
+    compare_with(version, manifest, tmp_path)
+
+
+@pytest.mark.slow
+def test_windows_in_the_oldest_runtime_that_has_them_right(tiny_family, tmp_path):
+    manifest = export_bundle(tiny_family("mistral", sliding_window=4), tmp_path / "bundle")
+    compare_with(ONNXRUNTIME_WINDOWS, manifest, tmp_path)
+
+
+def compare_with(version, manifest, tmp_path):
     assert manifest.onnxruntime_min == version
     prompt = IDS[0, :9].tolist()
     decoder = OrtDecoder(tmp_path / "bundle", 1, 32)

@@ -1,0 +1,191 @@
+"""What a large model costs on one machine: time, peak memory and disk of every command, by shape.
+
+    python scripts/large_bench.py 1.1B 3B 7B 13B        # hours; finished phases are not run again
+    python scripts/large_bench.py 7B --phases prune,export
+    python scripts/large_bench.py show                  # the cells that are there, as Markdown
+    python scripts/large_bench.py plot growth.png       # time and memory against the weights
+
+A shape is a checkpoint of random weights (scripts/large_model.py), made for the time of its phases and removed after
+them. A phase is one `saap` command in a process of its own: its seconds, the largest resident memory of it and its
+children together, and by how much the file system filled while it ran. One JSON a phase in benchmarks/large/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+OUT, PLACE = ROOT / "benchmarks" / "large", ROOT / "out" / "large"
+SHAPES = ("1.1B", "3B", "7B", "13B")
+TEXT = ["--sequences", "10", "--length", "128"]
+BENCH = ["-p", "16", "-n", "16", "-r", "3", "--no-cold", "--max-time", "600"]
+POLL = 0.2  # seconds
+
+
+def phases(place: Path) -> dict[str, list[str]]:
+    """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
+    dense, slim = place / "dense", place / "slim"
+    return {
+        "prune": ["prune", dense, "-o", slim, "--ratio", "0.2", *TEXT],
+        "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
+        "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
+        "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
+        "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
+        "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128"],
+        "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
+    }  # fmt: skip
+
+
+def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
+    """Run one command to its end: seconds, peak memory of its processes, bytes that the disk filled by, exit code."""
+    command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
+    free, began = shutil.disk_usage(PLACE).free, time.monotonic()
+    peak, least = 0, free
+    with log.open("w") as told:
+        process = psutil.Popen(command, stdout=told, stderr=told, cwd=ROOT)
+        while process.poll() is None:
+            peak = max(peak, resident(process))
+            least = min(least, shutil.disk_usage(PLACE).free)
+            time.sleep(POLL)
+    return {
+        "seconds": round(time.monotonic() - began, 1), "peak_mb": round(peak / 1e6), "code": process.returncode,
+        "disk_mb": round((free - least) / 1e6), "last": log.read_text(errors="replace").strip().splitlines()[-3:],
+    }  # fmt: skip
+
+
+def resident(process: psutil.Process) -> int:
+    """Resident bytes of a process and its children now."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += each.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+@contextmanager
+def checkpoint(shape: str) -> Iterator[Path]:
+    """The shape's folder with its dense model, for the time of the block."""
+    place = PLACE / shape
+    try:
+        if not (place / "dense").is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            made = [sys.executable, ROOT / "scripts" / "large_model.py", shape, place / "dense"]
+            subprocess.run(made, check=True, cwd=ROOT)
+        yield place
+    except KeyboardInterrupt:
+        print(f"{place} is kept: what is there is not made again", flush=True)
+        raise
+    shutil.rmtree(place)
+
+
+def measure(shape: str, wanted: list[str]) -> None:
+    """The phases of one shape that are not known yet, with those before them whose output is gone."""
+    import torch
+
+    cells = {name: OUT / f"{shape}-{name}.json" for name in wanted}
+    if all(path.is_file() for path in cells.values()):
+        return
+    with checkpoint(shape) as place:
+        weights = sum(path.stat().st_size for path in (place / "dense").glob("*.safetensors"))
+        for name, arguments in phases(place).items():
+            output = next((Path(a) for o, a in pairwise(arguments) if o == "-o"), None)
+            if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
+                continue
+            found = watched(arguments, place / f"{name}.log")
+            cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
+            if name == "bench" and not found["code"]:
+                cell["bench"] = rates(place / "bench.json")
+            bundle = place / "slim-int4"
+            if bundle.is_dir():
+                cell["bundle_bytes"] = sum(path.stat().st_size for path in bundle.iterdir() if ".onnx" in path.name)
+            cell |= {"cpus": psutil.cpu_count(logical=False), "torch": torch.__version__, "date": time.strftime("%F")}
+            OUT.mkdir(parents=True, exist_ok=True)
+            cells[name].write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
+            print(f"{shape} {name}: {found['seconds']} s, {found['peak_mb']} MB, code {found['code']}", flush=True)
+
+
+def rates(path: Path) -> list[dict[str, Any]]:
+    """Decode speed, peak memory and validity of each bundle of a result."""
+    from bench.result import read_result
+
+    return [
+        {"decode_ts": m.decode_ts, "peak_bytes": m.peak("peak_decode_bytes"), "status": m.status, "reasons": m.reasons}
+        for m in read_result(path).measurements
+    ]
+
+
+def cells() -> list[dict[str, Any]]:
+    """What is known, by shape and phase."""
+    found = [json.loads(path.read_text()) for path in OUT.glob("*.json")]
+    order = list(phases(Path()))
+    return sorted(found, key=lambda cell: (SHAPES.index(cell["shape"]), order.index(cell["phase"])))
+
+
+def show() -> None:
+    """Cells as Markdown."""
+    print("| shape | phase | minutes | peak MB | disk over the model |\n|---|---|---|---|---|")
+    for cell in cells():
+        disk = cell["disk_mb"] * 1e6 / cell["weights_bytes"]
+        failed = f" (exit code {cell['code']})" if cell["code"] else ""
+        row = (
+            cell["shape"],
+            cell["phase"] + failed,
+            f"{cell['seconds'] / 60:.1f}",
+            str(cell["peak_mb"]),
+            f"{disk:.2f}",
+        )
+        print(f"| {' | '.join(row)} |")
+
+
+def plot(path: str) -> None:
+    """Minutes and peak memory of each phase against the model's bytes, both axes logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, (name, unit) in zip(axes, {"seconds": "seconds", "peak_mb": "peak memory, MB"}.items(), strict=True):
+        for phase in phases(Path()):
+            known = [(c["weights_bytes"] / 1e9, c[name]) for c in cells() if c["phase"] == phase and not c["code"]]
+            if len(known) > 1:
+                axis.plot(*zip(*known, strict=True), marker="o", label=phase)
+        axis.set(xscale="log", yscale="log", xlabel="weights in bfloat16, GB", ylabel=unit)
+        axis.grid(visible=True, which="both", alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", help="shapes; or show; or plot FILE")
+    parser.add_argument("--phases", default=",".join(phases(Path())))
+    given = parser.parse_args()
+    if given.what == ["show"]:
+        return show()
+    if given.what[0] == "plot" and len(given.what) == 2:
+        return plot(given.what[1])
+    if wrong := [shape for shape in given.what if shape not in SHAPES]:
+        parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, show, or plot FILE")
+    PLACE.mkdir(parents=True, exist_ok=True)
+    for shape in given.what:
+        measure(shape, given.phases.split(","))
+
+
+if __name__ == "__main__":
+    main()
