@@ -17,6 +17,7 @@ COMMANDS = {f"saap/{name}.py" for name in ("board", "chat", "cli", "console", "p
 }
 # Peers that run as __main__ in a process of their own.
 PEERS = {"torch_worker.py", "optimum_worker.py"}
+STANDARD = sys.stdlib_module_names | {"tomllib"}  # of Python 3.11
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "optimum", "peft", "lm_eval"}
 
 
