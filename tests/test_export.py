@@ -8,9 +8,11 @@ import re
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from command_line import refused
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
@@ -18,7 +20,7 @@ from bench.runtime import OrtDecoder
 from export.bundle import BundleError, read_manifest, verify_files
 from export.export import export_bundle
 from export.run import BundleScorer
-from export.targets import Target
+from export.targets import ONNXRUNTIME_INT8_CACHE, Target
 from export.verify import check_parity, reference_model
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
@@ -242,6 +244,9 @@ def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
     assert sorted(counts.values()) == [3] * (len(counts) - 1) + [4]
 
 
+@pytest.mark.skipif(
+    Version(onnxruntime.__version__) < Version(ONNXRUNTIME_INT8_CACHE), reason="this ONNX Runtime has no int8 cache"
+)
 def test_an_int8_cache_is_close_to_a_float_one(tiny_model, tmp_path):
     model = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     plain = export_bundle(model, tmp_path / "plain", bits=32)
