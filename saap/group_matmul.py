@@ -35,8 +35,9 @@ def float16_through(exact: torch.Tensor) -> torch.Tensor:
 
 
 def whole_through(exact: torch.Tensor, top: int) -> torch.Tensor:
-    """Rounded to a whole number of 0 .. top; the gradient passes where the number is inside."""
-    inside = exact.clamp(0, top)
+    """Rounded to a whole number of 0 .. top; the gradient passes where the number is inside or on the border."""
+    # Not clamp's own gradient, which from torch 2.15 on stops at the border, where zero points start.
+    inside = torch.where((exact >= 0) & (exact <= top), exact, exact.detach().clamp(0, top))
     return _StraightThrough.apply(inside, inside.detach().round())
 
 

@@ -65,8 +65,8 @@ def test_rounding_is_exact_finite_and_transparent_to_gradients(value):
 
 
 def test_whole_numbers_stay_in_range_and_pass_gradients_inside():
-    exact = torch.tensor([-1.0, 0.4, 2.6, 15.2], requires_grad=True)
+    exact = torch.tensor([-1.0, 0.0, 0.4, 2.6, 15.0, 15.2], requires_grad=True)
     whole = whole_through(exact, 15)
-    assert whole.tolist() == [0, 0, 3, 15]
+    assert whole.tolist() == [0, 0, 0, 3, 15, 15]
     whole.sum().backward()
-    assert exact.grad.tolist() == [0, 1, 1, 0]
+    assert exact.grad.tolist() == [0, 1, 1, 1, 1, 0]

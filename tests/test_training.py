@@ -258,7 +258,7 @@ def poisoned(at, forward):
             taken.append(1)
             if len(taken) == at:
                 # sqrt has an infinite slope at 0: a finite loss with a gradient that is not
-                return (total * math.nan if forward else total + (total - total).clamp_min(0).sqrt()), count
+                return (total * math.nan if forward else total + (total - total.detach()).square().sqrt()), count
         return total, count
 
     return loss
