@@ -89,8 +89,8 @@ def check_provider(
         raise DecoderError(f"the provider {provider} cannot replay a CUDA graph ({why}): leave it out, or use cuda")
     if runtime is None:
         import onnxruntime as runtime  # type: ignore[no-redef]
-    if why := too_old(manifest, runtime.__version__):
-        raise DecoderError(f"{where} {why}")
+    if refusal := too_old(manifest, runtime.__version__):
+        raise DecoderError(f"{where} {refusal}")
     if provider != "cpu":
         _check_installed(provider, runtime)
 
