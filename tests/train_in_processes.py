@@ -7,6 +7,8 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from saap.checkpoint import load_model
 from saap.training import DivergedError, TrainOptions, train
-from saap.training_processes import is_main_process
+from saap.training_processes import is_main_process, prepare
 
 STEPS, ROWS = 3, 4
 
@@ -60,8 +62,12 @@ def main(model_dir: str, out: Path, state: str, kill: int | None = None, poison:
     sharded, taken, said = set(), [], []
     second = not is_main_process()
 
+    def watched(*given: Any) -> Any:
+        prepared = prepare(*given)
+        sharded.add(any(hasattr(p, "full_tensor") for p in prepared[0].parameters()))
+        return prepared
+
     def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        sharded.add(any(hasattr(p, "full_tensor") for p in model.parameters()))
         logits = model(input_ids=batch["ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
         targets = batch["labels"][:, 1:].flatten()
         total = F.cross_entropy(logits, targets, reduction="sum")
@@ -80,10 +86,11 @@ def main(model_dir: str, out: Path, state: str, kill: int | None = None, poison:
     held_out = {name: tensor[ROWS * STEPS + 3 :] for name, tensor in rows.items()}  # 5: not the same for both
     options = TrainOptions(rows_per_step=ROWS, micro_rows=1, precision="fp32", save_seconds=0.0)
     try:
-        history = train(
-            model, groups, cut, loss_of, options, held_out=held_out, state_dir=out / state,
-            progress=lambda *seen: said.append(seen),
-        )  # fmt: skip
+        with mock.patch("saap.training.prepare", watched):
+            history = train(
+                model, groups, cut, loss_of, options, held_out=held_out, state_dir=out / state,
+                progress=lambda *seen: said.append(seen),
+            )  # fmt: skip
     except DivergedError as error:
         history, report["error"] = error.history, str(error)
     except KilledError:
