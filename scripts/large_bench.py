@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from large_model import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 OUT, PLACE = ROOT / "benchmarks" / "large", ROOT / "out" / "large"
-SHAPES = ("1.1B", "3B", "7B", "13B")
 TEXT = ["--sequences", "10", "--length", "128"]
 BENCH = ["-p", "16", "-n", "16", "-r", "3", "--no-cold", "--max-time", "600"]
 POLL = 0.2  # seconds
@@ -81,20 +80,16 @@ def resident(process: psutil.Process) -> int:
 def checkpoint(shape: str) -> Iterator[Path]:
     """The shape's folder with its dense model, for the time of the block."""
     place = PLACE / shape
-    try:
-        if not (place / "dense").is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            made = [sys.executable, ROOT / "scripts" / "large_model.py", shape, place / "dense"]
-            subprocess.run(made, check=True, cwd=ROOT)
-        yield place
-    except KeyboardInterrupt:
-        print(f"{place} is kept: what is there is not made again", flush=True)
-        raise
-    shutil.rmtree(place)
+    if not (place / "dense").is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+        made = [sys.executable, ROOT / "scripts" / "large_model.py", shape, place / "dense"]
+        subprocess.run(made, check=True, cwd=ROOT)
+    yield place
+    shutil.rmtree(place)  # not where a phase failed or was interrupted: what is there is not made again
 
 
 def measure(shape: str, wanted: list[str]) -> None:
-    """The phases of one shape that are not known yet, with those before them whose output is gone."""
+    """The phases of one shape that are not known, or whose output is gone; the first that fails ends it."""
     import torch
 
     cells = {name: OUT / f"{shape}-{name}.json" for name in wanted}
@@ -107,8 +102,11 @@ def measure(shape: str, wanted: list[str]) -> None:
             if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
                 continue
             found = watched(arguments, place / f"{name}.log")
+            last = " ".join(found.pop("last"))
+            if found.pop("code"):
+                raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
             cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
-            if name == "bench" and not found["code"]:
+            if name == "bench":
                 cell["bench"] = rates(place / "bench.json")
             bundle = place / "slim-int4"
             if bundle.is_dir():
@@ -116,7 +114,7 @@ def measure(shape: str, wanted: list[str]) -> None:
             cell |= {"cpus": psutil.cpu_count(logical=False), "torch": torch.__version__, "date": time.strftime("%F")}
             OUT.mkdir(parents=True, exist_ok=True)
             cells[name].write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-            print(f"{shape} {name}: {found['seconds']} s, {found['peak_mb']} MB, code {found['code']}", flush=True)
+            print(f"{shape} {name}: {found['seconds']} s, {found['peak_mb']} MB", flush=True)
 
 
 def rates(path: Path) -> list[dict[str, Any]]:
@@ -133,7 +131,7 @@ def cells() -> list[dict[str, Any]]:
     """What is known, by shape and phase."""
     found = [json.loads(path.read_text()) for path in OUT.glob("*.json")]
     order = list(phases(Path()))
-    return sorted(found, key=lambda cell: (SHAPES.index(cell["shape"]), order.index(cell["phase"])))
+    return sorted(found, key=lambda cell: (list(SHAPES).index(cell["shape"]), order.index(cell["phase"])))
 
 
 def show() -> None:
@@ -141,10 +139,9 @@ def show() -> None:
     print("| shape | phase | minutes | peak MB | disk over the model |\n|---|---|---|---|---|")
     for cell in cells():
         disk = cell["disk_mb"] * 1e6 / cell["weights_bytes"]
-        failed = f" (exit code {cell['code']})" if cell["code"] else ""
         row = (
             cell["shape"],
-            cell["phase"] + failed,
+            cell["phase"],
             f"{cell['seconds'] / 60:.1f}",
             str(cell["peak_mb"]),
             f"{disk:.2f}",
@@ -162,7 +159,7 @@ def plot(path: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, (name, unit) in zip(axes, {"seconds": "seconds", "peak_mb": "peak memory, MB"}.items(), strict=True):
         for phase in phases(Path()):
-            known = [(c["weights_bytes"] / 1e9, c[name]) for c in cells() if c["phase"] == phase and not c["code"]]
+            known = [(c["weights_bytes"] / 1e9, c[name]) for c in cells() if c["phase"] == phase]
             if len(known) > 1:
                 axis.plot(*zip(*known, strict=True), marker="o", label=phase)
         axis.set(xscale="log", yscale="log", xlabel="weights in bfloat16, GB", ylabel=unit)

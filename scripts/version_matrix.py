@@ -90,7 +90,9 @@ def run_row(name: str) -> dict[str, object]:
     began = time.monotonic()
     command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not device", *tests]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    frozen = subprocess.run([inside, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    frozen = subprocess.run(
+        [inside, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, text=True, check=True
+    ).stdout
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     seconds = round(time.monotonic() - began)
