@@ -119,7 +119,7 @@ def measure(shape: str, wanted: list[str]) -> None:
 
 def rates(path: Path) -> list[dict[str, Any]]:
     """Decode speed, peak memory and validity of each bundle of a result."""
-    from bench.result import read_result
+    from bench.store import read_result
 
     return [
         {"decode_ts": m.decode_ts, "peak_bytes": m.peak("peak_decode_bytes"), "status": m.status, "reasons": m.reasons}
