@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from saap.errors import SaapError
 
@@ -23,6 +24,7 @@ Batch = dict[str, torch.Tensor]
 LossOf = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
+FSDP_TORCH = "2.9"  # 2.6 cannot shard here; with 2.7 and 2.8 a step's gradients were not one process's
 
 
 class LossModule(nn.Module):
@@ -68,6 +70,10 @@ def join_processes() -> Accelerator:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise SaapError("FSDP 1 is not supported: give accelerate launch --fsdp_version 2")
+    if state.distributed_type == DistributedType.FSDP and TorchVersion(torch.__version__) < FSDP_TORCH:
+        raise SaapError(
+            f"FSDP needs torch 2.9 and this is {torch.__version__}: install it, or launch with data parallel"
+        )
     if state.distributed_type in REFUSED:
         raise SaapError(f"{state.distributed_type.value} is not supported: launch with data parallel or FSDP 2")
     return accelerator

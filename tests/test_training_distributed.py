@@ -16,14 +16,16 @@ import torch
 import train_in_processes
 from command_line import here
 from safetensors.torch import load_file
+from torch.torch_version import TorchVersion
 
 from saap.checkpoint import read_record
 from saap.errors import SaapError
 from saap.training import TrainOptions
 from saap.training_options import steps_of
-from saap.training_processes import join_processes
+from saap.training_processes import FSDP_TORCH, join_processes
 
 DATA_PARALLEL, SHARDED = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
+TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
 
 
 def launch(how, *program):
@@ -58,7 +60,7 @@ def agree(one, other):
         assert torch.allclose(value, other.tensors[name], atol=2e-6), name
 
 
-@pytest.mark.parametrize("how", [DATA_PARALLEL, SHARDED], ids=["data parallel", "sharded"])
+@pytest.mark.parametrize("how", [DATA_PARALLEL, pytest.param(SHARDED, marks=TOO_OLD)], ids=["data parallel", "sharded"])
 def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
     path = str(tiny_model())
     train_in_processes.main(path, tmp_path, "alone")
@@ -98,6 +100,15 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
     assert all(torch.equal(poisoned[0].tensors[name], value) for name, value in poisoned[1].tensors.items())
 
 
+def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
+    program = tmp_path / "join.py"
+    program.write_text(
+        "import torch\nfrom saap.errors import SaapError\nfrom saap.training_processes import join_processes\n"
+        "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept SaapError as error:\n    print(error)\n"
+    )
+    assert launch(SHARDED, program).stdout.count("FSDP needs torch 2.9 and this is 2.8.0+cpu: install it, or") == 2
+
+
 def test_rows_that_cannot_be_split_are_refused():
     ids = torch.zeros(8, 4, dtype=torch.int64)
     assert steps_of({"ids": ids}, TrainOptions(rows_per_step=4, passes=3), 2) == 6
@@ -112,7 +123,11 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
         join_processes()
 
 
-@pytest.mark.parametrize(("how", "fold"), [(SHARDED, "scale"), (DATA_PARALLEL, "rounded")], ids=["sharded", "parallel"])
+@pytest.mark.parametrize(
+    ("how", "fold"),
+    [pytest.param(SHARDED, "scale", marks=TOO_OLD), (DATA_PARALLEL, "rounded")],
+    ids=["sharded", "parallel"],
+)
 def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_path, how, fold):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
