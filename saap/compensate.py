@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 
 from saap.architectures import Architecture, architecture_of
 from saap.importance import Progress
-from saap.layer_walk import ROWS, inputs_of, layer_inputs, layers_of, loss_after, run_layer, run_until
+from saap.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
 from saap.ridge import regression
+from saap.shares import shares
 from saap.streaming import present
 from saap.structures import LayerPlan, ModelShape, PrunePlan
 from saap.surgery import head_rows
@@ -88,7 +89,7 @@ def compensate(
 
     Returns:
         name in the slim model -> tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
-        ``bias``; empty for ``none``.
+        ``bias``; empty for ``none``, and in all processes but the main one.
     """
     found: MutableMapping[str, torch.Tensor] = {} if into is None else into
     if kind == "none":
@@ -100,7 +101,8 @@ def compensate(
         with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
             new = walk.enter(index, layer, blocks)
         if keep.query_heads or keep.ffn:
-            found.update({f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()})
+            if shares().main:
+                found.update({f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()})
             number += 1
         if progress:
             progress("compensating", index + 1, len(plan.layers))
@@ -123,7 +125,8 @@ def loss_compensated(
     """
     architecture = architecture_of(model.config)
     walk = _Walk(kind, model, ids, last=True)
-    batches = layer_inputs(model, judged)
+    parts = shares().mine(judged.split(ROWS))
+    batches = batches_of(model, parts)
     stream = [batch.hidden for batch in batches]
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
@@ -131,25 +134,39 @@ def loss_compensated(
             for block in blocks:
                 block.cut(new)
             stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
-    return loss_after(model, stream, judged)
+    losses = [loss_after(model, [x], rows) * len(rows) for x, rows in zip(stream, parts, strict=True)]
+    return shares().total(sum(losses)) / len(judged)
 
 
 class _Walk:
-    """The calibration sequences on their way through a decoder that is compensated layer by layer."""
+    """This process's calibration sequences on their way through a decoder that is compensated layer by layer."""
 
     def __init__(self, kind: Compensation, model: PreTrainedModel, ids: torch.Tensor, last: bool) -> None:
         self._kind, self._last = kind, last
-        self._batches = layer_inputs(model, ids, batch=max(1, min(ROWS, len(ids) // 2)))
+        fitted, held = _parts(ids)
+        mine = shares().mine(range(len(fitted) + len(held)))
+        self._batches = batches_of(model, [fitted[n] for n in mine if n < len(fitted)])
+        self._batches += batches_of(model, [held[n - len(fitted)] for n in mine if n >= len(fitted)])
         self._stream = [batch.hidden for batch in self._batches]
+        self._sizes = [part.numel() for part in fitted], [part.numel() for part in held]
 
     def enter(self, index: int, layer: nn.Module, blocks: list[_Block]) -> dict[str, torch.Tensor]:
         """What is new in a layer; its weights are changed on the way."""
         given = [batch.given[index] for batch in self._batches]
         if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
-            new, self._stream = _biases(layer, blocks, self._stream, given)
+            new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
         else:
-            new, self._stream = _refitted(layer, blocks, self._stream, given, self._last)
+            new, self._stream = _refitted(layer, blocks, self._stream, given, self._sizes, self._last)
         return new
+
+
+def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Batches that are fitted, and those that choose lambda: of the same sequences for any number of processes."""
+    size = max(1, min(ROWS, len(ids) // 2))
+    batches = -(-len(ids) // size)
+    first_held = (batches - max(1, batches // HELD_SHARE)) * size
+    size = max(1, min(size, -(-first_held // shares().count)))
+    return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
 
 
 def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
@@ -173,7 +190,7 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
 
 
 def _biases(
-    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]]
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], tokens: int
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The mean of what goes, per block that keeps something; and the stream after the layer."""
     totals = {block.matrix: torch.zeros(block.linear.in_features, dtype=torch.float64) for block in blocks}
@@ -183,18 +200,23 @@ def _biases(
             after.append(run_layer(layer, hidden, arguments))
         for name, inputs in seen.items():
             totals[name] += inputs.flatten(0, -2).double().sum(0)
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
     new = {}
     for block in blocks:
+        total = shares().add_up(totals[block.matrix])
         if len(block.kept):
             weight, gone = block.linear.weight, block.gone
-            bias = weight[:, gone] @ (totals[block.matrix][gone] / tokens).to(weight.dtype)
+            bias = weight[:, gone] @ (total[gone] / tokens).to(weight.dtype)
             new[f"{block.matrix}.bias"] = bias + (block.linear.bias if block.linear.bias is not None else 0)
     return new, after
 
 
 def _refitted(
-    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], last: bool
+    layer: nn.Module,
+    blocks: list[_Block],
+    stream: list[torch.Tensor],
+    given: list[dict[str, Any]],
+    sizes: tuple[list[int], list[int]],
+    last: bool,
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
     new = {}
@@ -202,25 +224,35 @@ def _refitted(
         if not block.gone.any():
             continue
         if len(block.kept):
-            new[f"{block.matrix}.weight"] = _ridge(layer, block, stream, given, last)
+            new[f"{block.matrix}.weight"] = _ridge(layer, block, stream, given, sizes, last)
         block.cut(new)
     return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
 
 
 def _ridge(
-    layer: nn.Module, block: _Block, stream: list[torch.Tensor], given: list[dict[str, Any]], last: bool
+    layer: nn.Module,
+    block: _Block,
+    stream: list[torch.Tensor],
+    given: list[dict[str, Any]],
+    sizes: tuple[list[int], list[int]],
+    last: bool,
 ) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
+
+    Args:
+        stream, given: of this process's batches; ``sizes``: tokens of all processes' batches, fitted and held.
+    """
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
-    if len(stream) < 2:  # none to fit, where the only one chooses lambda
+    if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream)
-    fit, held = (regression(tokens, size, len(weight)) for _ in range(2))
-    first_held = len(stream) - max(1, len(stream) // HELD_SHARE)
-    for number, (hidden, arguments) in enumerate(zip(stream, given, strict=True)):
+    fit, held = (regression(sum(map(sum, sizes)), size, len(weight)) for _ in range(2))
+    first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
+    for number, hidden, arguments in zip(shares().mine(range(parts)), stream, given, strict=True):
         x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
         x = (x * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
+    fit.gather(sizes[0], 0)
+    held.gather(sizes[1], first_held)
     best, least = None, held.rest
     for damping in LAMBDAS:
         if (error := held.error(fit.solved(damping))) < least:

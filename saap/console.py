@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,11 @@ from types import TracebackType
 import click
 
 PLAIN_EVERY = 15.0  # seconds between two lines where there is no terminal
+
+
+def speaks() -> bool:
+    """Whether this process talks to the person; of those that ``accelerate launch`` started, the first does."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
 
 
 class Console:
@@ -33,6 +39,8 @@ class Console:
 
     def report(self, label: str, done: float, total: float) -> None:
         """``done`` of ``total`` of what ``label`` names is finished; a new first word of a label starts a new bar."""
+        if not speaks():
+            return
         fresh = label.split(",")[0] != self._label.split(",")[0]
         if fresh:
             self._stop()
@@ -52,7 +60,8 @@ class Console:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.finish()
-        click.echo(shown(text), err=True)
+        if speaks():
+            click.echo(shown(text), err=True)
 
     def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
         from rich.console import Console as RichConsole

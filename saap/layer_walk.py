@@ -48,6 +48,11 @@ def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) 
     return found
 
 
+def batches_of(model: PreTrainedModel, parts: Sequence[torch.Tensor]) -> list[Batch]:
+    """:func:`layer_inputs` of parts [sequences, tokens], of which only the last may be smaller; there may be none."""
+    return layer_inputs(model, torch.cat(tuple(parts)), batch=len(parts[0])) if parts else []
+
+
 @contextmanager
 def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
     """Layers that note what they are given in the last batch, and pass the hidden states on."""

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of
+from saap.shares import shares
 from saap.structures import LayerPlan
 from saap.surgery import head_rows
 
@@ -53,8 +54,11 @@ def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, .
 @torch.inference_mode()
 def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float:
     """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
-    losses = [model(input_ids=rows, labels=rows, use_cache=False).loss.item() * len(rows) for rows in ids.split(batch)]
-    return sum(losses) / len(ids)
+
+    def loss_of(rows: torch.Tensor) -> float:
+        return float(model(input_ids=rows, labels=rows, use_cache=False).loss.item()) * len(rows)
+
+    return sum(shares().each(ids.split(batch), loss_of)) / len(ids)
 
 
 def without_attention(keep: LayerPlan) -> LayerPlan:

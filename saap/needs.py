@@ -6,6 +6,7 @@ they hold). A refusal names the sum, what there is, and the option that would ma
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +59,14 @@ class Needs:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: what the system has, or less where a control group limits it."""
+    """Bytes that this process may still take: what the system has, or less where a control group limits it.
+
+    Of several processes that were started together on a machine, each may take its part.
+    """
     left = memory_left(root)
     free = int(psutil.virtual_memory().available)
-    return free if left is None else min(free, left)
+    together = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of accelerate launch
+    return (free if left is None else min(free, left)) // together
 
 
 def fits(needs: Needs) -> bool:

@@ -5,97 +5,38 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from saap.adaptive import AdaptiveOptions, adaptive_plan
+from saap.adaptive import adaptive_plan
 from saap.architectures import architecture_of, shape_of
 from saap.baseline_scores import TAYLOR
-from saap.baselines import BASELINES, rank
+from saap.baselines import rank
 from saap.budget import Budget
 from saap.checkpoint import load_model, read_config, read_record, slim_config
 from saap.checkpoint import write_slim as write
-from saap.compensate import COMPENSATIONS, Compensation, compensate
+from saap.compensate import compensate
 from saap.errors import SaapError
 from saap.explain import after, sizes_lost
 from saap.importance import Progress
 from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
 from saap.outputs import check_output, claimed
+from saap.prune_options import PruneOptions
 from saap.prune_record import record_of
-from saap.prune_steps import kept_steps
-from saap.requirement import Requirement
+from saap.prune_steps import agreed, kept_steps
 from saap.search import check_floor, meet
+from saap.shares import joined, shares
 from saap.streaming import load_streamed
 from saap.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.surgery import cut_tensors
 from saap.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
 
-METHODS = ("saap", *BASELINES)
 SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """How to prune.
-
-    Attributes:
-        requirement: what the slim model must meet.
-        method: ``saap`` or one of :data:`saap.baselines.BASELINES`.
-        compensate: how what stays makes up for what goes; None is the method's own: a refit for saap, a bias for flap.
-        heads: whether attention loses heads or KV groups; None lets saap weigh it, and baselines where every query head
-            has its own KV head: whole groups are dear.
-        block: the quantisation group that every width must be a multiple of.
-        adaptive: how saap chooses.
-        steps: how many times saap scores, cuts and makes up for it on the way to the requirement; None is one for every
-            15 % of what the layers cost that has to go.
-        keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
-        seed: of the method ``random``.
-        stream: leave the decoder layers in their files and read one at a time; None does where memory is too small.
-    """
-
-    requirement: Requirement
-    method: str = "saap"
-    compensate: Compensation | None = None
-    heads: bool | None = None
-    block: int = 32
-    adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
-    steps: int | None = None
-    keep_layers: frozenset[int] | None = frozenset()
-    seed: int = 0
-    stream: bool | None = None
-
-    @property
-    def compensation(self) -> Compensation:
-        """The kind that is used."""
-        own: dict[str, Compensation] = {"saap": "refit", "flap": "bias"}
-        return self.compensate or own.get(self.method, "none")
-
-    def prunes_heads(self, shape: ModelShape) -> bool:
-        """Whether attention loses heads or KV groups in a model of this shape."""
-        if self.heads is not None:
-            return self.heads
-        return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
-
-    def check(self) -> None:
-        """Raise SaapError for names that are not known and numbers that are not allowed."""
-        self.requirement.check()
-        self.adaptive.check()
-        if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
-            raise SaapError(f"steps and corrections are for the method saap: leave them out for {self.method}")
-        if self.steps is not None and self.steps < 1:
-            raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
-        if self.method not in METHODS:
-            raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
-        if self.stream and self.method in TAYLOR:
-            raise SaapError(
-                f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
-            )
-        if self.compensation not in COMPENSATIONS:
-            raise SaapError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
 
 
 def prune(
@@ -119,15 +60,34 @@ def prune(
     check_output(out)
     budget = budget_of(model_dir, options)
     lineage = dict(lineage or {})
+    source = Path(model_dir)
+    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), steps_to(budget, options))
+    check_disk(Needs({}, disk), Path(out), "pruning")
+    with joined() as together, claimed(out) if together.main else nullcontext():
+        stream = together.agreed(streamed(source, budget, options, *calibration.shape))
+        options = replace(options, stream=stream)
+        if together.count > 1:
+            calibration = together.tensors(0, {"ids": calibration})["ids"]
+        return _prune_in_steps(source, Path(out), calibration, options, budget, lineage, progress)
+
+
+def _prune_in_steps(
+    source: Path,
+    out: Path,
+    calibration: torch.Tensor,
+    options: PruneOptions,
+    budget: Budget,
+    lineage: dict[str, Any],
+    progress: Progress | None,
+) -> PrunePlan:
+    """:func:`prune` where nothing stands in its way; the main process writes, the others read what it wrote."""
     steps = steps_to(budget, options)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
-    source = Path(model_dir)
-    options = replace(options, stream=streamed(source, budget, options, *calibration.shape))
-    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), steps)
-    check_disk(Needs({}, disk), Path(out), "pruning")
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
-    with claimed(out), kept_steps(out, weights, options, budget.record(), calibration) as kept:
+    together = shares()
+    with kept_steps(out, weights, options, budget.record(), calibration, owner=together.main) as kept:
+        together.wait()
         done = 0
         if found := kept.last(steps):  # of a run that was killed
             done, plan = found
@@ -135,12 +95,15 @@ def prune(
         for step in range(done + 1, steps + 1):
             say = _in_step(progress, step, steps)
             part = budget.partway(step / steps)
-            target = Path(out) if step == steps else kept.path(step)
-            aside = TensorFolder(_fresh(kept.folder / "refitted"), weights_dtype(source)) if options.stream else None
+            target = out if step == steps else kept.path(step)
+            aside = None
+            if options.stream and together.main:
+                aside = TensorFolder(_fresh(kept.folder / "refitted"), weights_dtype(source))
             plan = _prune_once(
                 source, weights, target, plan, part, calibration, options, lineage, say, step == steps, aside
             )
-            if source.parent == kept.folder:
+            together.wait()
+            if source.parent == kept.folder and together.main:
                 shutil.rmtree(source)
             if step < steps:
                 source, weights = target, weights_hash(target)
@@ -212,14 +175,17 @@ def _prune_once(
     plan = make_plan(
         model, shape, calibration, here, replace(budget, dense=shape, cut=cut), weights=weights, progress=progress
     )
+    plan = agreed(plan)
     replaced = compensate(
         options.compensation, model, shape, plan, calibration, last=last, into=refitted, progress=progress
     )
     del model
+    whole = composed(before, plan)
+    if not shares().main:
+        return whole
     names, read = tensor_reader(source)
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
     written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
-    whole = composed(before, plan)
     requirement = {**budget.record(), "planned": budget.report(whole.kept_shape(budget.cut))}
     reasons = after(before.reasons, plan.reasons, before.kept_layers)
     whole = replace(whole, requirement=requirement, reasons=reasons)

@@ -14,7 +14,7 @@ from saap.budget import Budget
 from saap.structures import PrunePlan
 
 if TYPE_CHECKING:
-    from saap.prune import PruneOptions
+    from saap.prune_options import PruneOptions
 
 
 def record_of(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saap.checkpoint import read_record
 from saap.errors import SaapError
 from saap.explain import Move, Reason, Reasons
 from saap.integrity import check_directory
+from saap.shares import shares
 from saap.structures import LayerPlan, LayerSizes, PrunePlan
 
 
@@ -50,10 +52,11 @@ class KeptSteps:
 
 
 @contextmanager
-def kept_steps(out: str | Path, *parts: Any) -> Iterator[KeptSteps]:
+def kept_steps(out: str | Path, *parts: Any, owner: bool = True) -> Iterator[KeptSteps]:
     """The steps of an output for the time of the block; they are removed when it ends, but not when it is killed.
 
     Args:
+        owner: this process writes and removes them; others read them.
         parts: all that the steps depend on, but for the versions of the packages; tensors count by their bytes.
     """
     out = Path(out)
@@ -61,6 +64,9 @@ def kept_steps(out: str | Path, *parts: Any) -> Iterator[KeptSteps]:
     versions = [__version__, torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps([versions, *said], default=repr, sort_keys=True).encode()).hexdigest()[:16]
     folder = out.parent / f".{out.name}.pruning"
+    if not owner:
+        yield KeptSteps(folder, key)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
         if not left.name.endswith(f"-{key}"):
@@ -73,16 +79,24 @@ def kept_steps(out: str | Path, *parts: Any) -> Iterator[KeptSteps]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def agreed(plan: PrunePlan) -> PrunePlan:
+    """A plan with what the main process's keeps, in all processes."""
+    return replace(plan, layers=_layers(shares().agreed([asdict(layer) for layer in plan.layers])))
+
+
+def _layers(recorded: list[dict[str, Any]]) -> tuple[LayerPlan, ...]:
+    return tuple(
+        LayerPlan(tuple(kept["query_heads"]), tuple(kept["kv_heads"]), tuple(kept["ffn"])) for kept in recorded
+    )
+
+
 def plan_of(recorded: dict[str, Any]) -> PrunePlan:
     """The plan that a slim directory's record holds (:func:`saap.prune_record.record_of`).
 
     Raises:
         KeyError, TypeError: it holds none.
     """
-    layers = tuple(
-        LayerPlan(tuple(kept["query_heads"]), tuple(kept["kv_heads"]), tuple(kept["ffn"]))
-        for kept in recorded["layers"]
-    )
+    layers = _layers(recorded["layers"])
     known = recorded["reasons"]
     reasons = Reasons(known["unit"], tuple(map(_reason, known["blocks"]))) if known else None
     beside = ("achieved", "price_nats", "reasons", "dense_layers", "layers")

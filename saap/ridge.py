@@ -6,16 +6,20 @@ where there are more tokens than inputs, the tokens themselves where there are f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
+
+from saap.shares import shares
 
 LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 0 is not worth a large weight
 
 
 def regression(tokens: int, inputs: int, outputs: int) -> Regression:
     """The smaller form for so many tokens, of no tokens yet."""
-    return Rows() if tokens < inputs else Products(inputs, outputs)
+    return (Rows if tokens < inputs else Products)(inputs, outputs)
 
 
 class Regression(Protocol):
@@ -25,6 +29,9 @@ class Regression(Protocol):
 
     def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
         """Add tokens."""
+
+    def gather(self, sizes: Sequence[int], first: int) -> None:
+        """Take what the other processes have added; batches of ``sizes`` tokens, the number of the first is given."""
 
     def plus(self, other: Any) -> Regression:
         """Both."""
@@ -48,6 +55,13 @@ class Products:
         self.crossed.addmm_(rest.t(), kept)
         self.rest += float(rest.square().sum())
 
+    def gather(self, sizes: Sequence[int], first: int) -> None:
+        """Add up what the processes have."""
+        together = shares()
+        together.add_up(self.squares)
+        together.add_up(self.crossed)
+        self.rest = together.total(self.rest)
+
     def plus(self, other: Products) -> Products:
         """Of the tokens of both."""
         both = Products(0, 0)
@@ -70,7 +84,8 @@ class Products:
 class Rows:
     """X and R themselves: for fewer tokens than inputs, by (X^T X + c)^-1 X^T = X^T (X X^T + c)^-1."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self._widths = inputs, outputs
         self._kept: list[torch.Tensor] = []
         self._gone: list[torch.Tensor] = []
         self.rest = 0.0
@@ -81,9 +96,23 @@ class Rows:
         self._gone.append(rest)
         self.rest += float(rest.square().sum())
 
+    def gather(self, sizes: Sequence[int], first: int) -> None:
+        """Put the processes' batches together, in their order."""
+        together = shares()
+        if together.count == 1:
+            return
+        ends = list(accumulate(sizes))
+        mine = [place for place in range(len(sizes)) if (first + place) % together.count == together.rank]
+        for rows, width in zip((self._kept, self._gone), self._widths, strict=True):
+            whole = torch.zeros(ends[-1], width)
+            for place, part in zip(mine, rows, strict=True):
+                whole[ends[place] - sizes[place] : ends[place]] = part
+            rows[:] = [together.add_up(whole)]
+        self.rest = together.total(self.rest)
+
     def plus(self, other: Rows) -> Rows:
         """Of the tokens of both."""
-        both = Rows()
+        both = Rows(*self._widths)
         both._kept, both._gone, both.rest = self._kept + other._kept, self._gone + other._gone, self.rest + other.rest
         return both
 

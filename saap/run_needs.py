@@ -21,7 +21,8 @@ from saap.needs import (
     prune_needs,
     tune_needs,
 )
-from saap.prune import PruneOptions, share_of, steps_to
+from saap.prune import share_of, steps_to
+from saap.prune_options import PruneOptions
 from saap.run_options import TUNE_LENGTH, RunOptions
 from saap.training_options import TrainOptions
 from saap.weight_files import weights_bytes

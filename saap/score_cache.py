@@ -22,6 +22,7 @@ from saap.importance import Scores
 from saap.json_files import read_object, write_document
 from saap.model_cache import cache_directory
 from saap.sealed_tensors import load_sealed, save_sealed
+from saap.shares import shares
 from saap.structures import LayerPlan
 
 FORMAT = 2  # counts up when the same settings would give other numbers
@@ -66,11 +67,7 @@ def _key(weights: str, ids: torch.Tensor, settings: dict[str, Any]) -> str:
 
 
 def _write(path: Path, scores: Scores) -> None:
-    tensors = {
-        f"{part}.{layer}.{role}": tensor
-        for part in ("products", "element", "token")
-        for (layer, role), tensor in getattr(scores, part).items()
-    }
+    tensors = named(scores)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,15 +80,33 @@ def _write(path: Path, scores: Scores) -> None:
 def _read(path: Path) -> Scores | None:
     if not path.is_file():
         return None
-    parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
     try:
         tensors, about = load_sealed(path.read_bytes())
-        for name, tensor in tensors.items():
-            part, layer, role = name.split(".")
-            parts[part][int(layer), role] = tensor
-        return Scores(**parts, c=float(about["c"]), loss=float(about["loss"]))
+        return scores_from(tensors, c=float(about["c"]), loss=float(about["loss"]))
     except (OSError, KeyError, ValueError):
         return None
+
+
+def named(scores: Scores) -> dict[str, torch.Tensor]:
+    """The tensors of scores, by names."""
+    return {
+        f"{part}.{layer}.{role}": tensor
+        for part in ("products", "element", "token")
+        for (layer, role), tensor in getattr(scores, part).items()
+    }
+
+
+def scores_from(tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
+    """Scores from what :func:`named` gave.
+
+    Raises:
+        KeyError, ValueError: a name of something else.
+    """
+    parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
+    for name, tensor in tensors.items():
+        part, layer, role = name.split(".")
+        parts[part][int(layer), role] = tensor
+    return Scores(**parts, c=c, loss=loss)
 
 
 class KnownLosses:
@@ -107,6 +122,7 @@ class KnownLosses:
                 self._known = {str(key): float(value) for key, value in known.items()}
             except (SaapError, ValueError, TypeError):
                 self._known = {}
+        self._known = shares().agreed(self._known)
 
     def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float], way: str = "") -> float:
         """The loss without what ``plans`` do not keep, measured where it is not known; ``way`` tells apart how."""

@@ -8,12 +8,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from saap.errors import SaapError
 from saap.importance import Element, Progress, Scores, estimate, merged
 from saap.importance_layerwise import estimate_layerwise, rows_at_once
-from saap.score_cache import cached_scores
+from saap.score_cache import cached_scores, named, scores_from
+from saap.shares import shares
 from saap.streaming import is_streamed
 from saap.structures import ModelShape
 
+LOSS = "loss"  # beside the scores on their way to other processes
 PORTION = 8  # sequences; seconds of a small model, a minute of one that barely fits
 
 
@@ -39,14 +42,43 @@ def scores_of(
     estimator = estimate_layerwise if by_layer else estimate
     rows = rows_at_once(shape, ids.shape[1]) if by_layer else PORTION
     settings = {"element": element} if element == "none" else {"element": element, "c": c}
+    together = shares()
+    rows = min(rows, -(-len(ids) // together.count))
+    portions = [ids] if element == "exact" else list(ids.split(rows))  # exact scores do not add up
+    mine = together.mine(portions)
+    of = sum(map(len, mine))
     found: list[Scores] = []
     done = 0
-    for portion in [ids] if element == "exact" else ids.split(rows):  # exact scores do not add up
-        say = partial(_portion, progress, done, len(portion), len(ids)) if progress else None
+    error = None
+    for portion in mine:
+        say = partial(_portion, progress, done, len(portion), of) if progress else None
         compute = partial(estimator, model, shape, portion, c=c, element=element, progress=say)
-        found.append(compute() if weights is None else cached_scores(weights, portion, settings, compute)[0])
+        try:
+            found.append(compute() if weights is None else cached_scores(weights, portion, settings, compute)[0])
+        except SaapError as problem:
+            if together.count == 1:
+                raise
+            error = problem  # which the others wait for
+            break
         done += len(portion)
-    return replace(merged(found), c=c)
+    return replace(merged(_of_all(found, error, len(portions), c) if together.count > 1 else found), c=c)
+
+
+def _of_all(mine: list[Scores], error: SaapError | None, portions: int, c: float) -> list[Scores]:
+    """The scores of all portions, in their order, from those of every process."""
+    together, found = shares(), []
+    for number in range(portions):
+        place, owner = divmod(number, together.count)
+        own: dict[str, torch.Tensor] | SaapError | None = None
+        if owner == together.rank:
+            own = (
+                error
+                if place >= len(mine)
+                else {**named(mine[place]), LOSS: torch.tensor([mine[place].loss], dtype=torch.float64)}
+            )
+        tensors = together.tensors(owner, own)
+        found.append(scores_from(tensors, c, float(tensors.pop(LOSS))))
+    return found
 
 
 def _portion(progress: Progress, before: int, count: int, of: int, label: str, done: float, total: float) -> None:

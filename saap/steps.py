@@ -14,15 +14,16 @@ from saap.adaptive import AdaptiveOptions
 from saap.architectures import shape_of
 from saap.budget import Budget
 from saap.checkpoint import read_config, read_record
-from saap.console import Console, plan_chart, print_table
+from saap.console import Console, plan_chart, print_table, speaks
 from saap.errors import SaapError
 from saap.explain import Reasons
 from saap.explain_words import layer_table, sentences
 from saap.fusion import FusionOptions
 from saap.json_files import read_object
 from saap.outputs import check_output
-from saap.prune import PruneOptions, budget_of, streamed
+from saap.prune import budget_of, streamed
 from saap.prune import prune as prune_model
+from saap.prune_options import PruneOptions
 from saap.requirement import KINDS, Requirement
 from saap.rows import training_rows
 
@@ -57,6 +58,8 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
     lineage = {"base": name or model, "calibration": rows.lineage()}
     plan = prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
     console.finish()
+    if not speaks():
+        return
     show_plan(out, budget)
     if options.get("explain") and plan.reasons:
         show_reasons(plan.reasons, prune_options)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import train_in_processes
 from command_line import here
+from launching import DATA_PARALLEL, SHARDED, launch
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
@@ -24,25 +21,7 @@ from saap.training import TrainOptions
 from saap.training_options import steps_of
 from saap.training_processes import FSDP_TORCH, join_processes
 
-DATA_PARALLEL, SHARDED = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
 TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
-
-
-def launch(how, *program):
-    """A program in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-        *map(str, program),
-    ]  # fmt: skip
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def found(out, run, rank=0):
