@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 _NEIGHBOUR = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "SAAP_DATA" not in os.environ and _NEIGHBOUR.is_dir():
     os.environ["SAAP_DATA"] = str(_NEIGHBOUR)
+
+# A shell that starts the tests in its background lets them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,11 @@ def test_help_is_instant_and_has_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         saap("--help")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3, times
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.3, times  # of the processor, which other work does not take from it
 
 
 @pytest.mark.parametrize(
