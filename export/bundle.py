@@ -3,7 +3,7 @@
 A bundle holds::
 
     model.onnx        decode graph: logits of the last position only, [batch, 1, vocab]
-    scoring.onnx      the same graph with the logits of every position, [batch, sequence, vocab]
+    scoring.onnx      the same graph with the logits of every position, [batch, sequence, vocab], or of the last ones
     model.onnx.data   weights of both, memory-mapped by ONNX Runtime
     tokenizer.json, tokenizer_config.json, genai_config.json, ...
     bundle.json       this module's manifest
@@ -28,6 +28,9 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 DECODE_GRAPH = "model.onnx"
 SCORING_GRAPH = "scoring.onnx"
+# Input of the scoring graph that need not be given: the first position whose logits are wanted, from the end where it
+# is negative. The head is a fifth of a small model's work, and of a context that answers follow one position is wanted.
+FIRST_LOGIT = "first_logit"
 WEIGHTS = "model.onnx.data"
 
 

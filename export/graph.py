@@ -84,13 +84,11 @@ class DecoderGraph:
                 normed, residual = self._norm(residual, delta, f"{name}.ffn_norm")
                 delta = self._optional_norm(self._feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
         normed, _ = self._norm(residual, delta, "norm")
-        if not scoring:
-            normed = self._op("Gather", [normed, self._constant("last", [-1])], axis=1)
-        logits = self._capped(self._head(normed))
+        logits = self._capped(self._head(self._builder.last_positions(normed, scoring)))
         if self._float != ir.DataType.FLOAT:
             logits = self._op("Cast", [logits], to=ir.DataType.FLOAT.value)
         self._builder.output(
-            logits, "logits", ir.DataType.FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab]
+            logits, "logits", ir.DataType.FLOAT, ["batch", "scored" if scoring else 1, self.shape.vocab]
         )
         return self._builder.model({"": OPSET, MICROSOFT: 1}, IR_VERSION)
 

@@ -8,6 +8,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from export.bundle import FIRST_LOGIT
+
 
 class GraphBuilder:
     """Collects the nodes of one graph over tensors that are already in a data file.
@@ -55,6 +57,19 @@ class GraphBuilder:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self._inputs.append(value)
         return value
+
+    def defaulted(self, name: str, value: list[int]) -> ir.Value:
+        """A graph input, int64 [n], that is ``value`` where it is not given."""
+        tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
+        self._inputs.append(self._initializer(name, tensor))
+        return self._initializers[name]
+
+    def last_positions(self, x: ir.Value, scoring: bool) -> ir.Value:
+        """Of x [batch, sequence, ...] the last position; for scoring those from input ``first_logit`` on."""
+        if not scoring:
+            return self.op("Gather", x, self.constant("last", [-1]), axis=1)
+        first, axis = self.defaulted(FIRST_LOGIT, [0]), self.constant("axis1", [1])
+        return self.op("Slice", x, first, self.constant("end", [2**63 - 1]), axis)
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
         """Make a value a graph output."""

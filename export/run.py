@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import SCORING_GRAPH, BundleManifest, read_manifest, too_old
+from export.bundle import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
 from export.external_data import check_external_data
 from export.generation import Decoder, Generation, generate
 from export.sampling import Logits, Sampling
@@ -75,27 +75,34 @@ class BundleScorer:
         if not path.is_file():
             raise RunError(f"{directory} has no {graph}: export it again with this saap")
         self._session = cpu_session(path, threads)
+        # Bundles of earlier versions, and those that optimum wrote, have no such input.
+        self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
     def logits(self, ids: NDArray[Any]) -> Logits:
         """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
         return self._run(ids, empty_past(self.manifest, len(ids)), ["logits"])[0]
 
-    def read(self, ids: NDArray[Any], cache: Cache | None = None) -> tuple[Logits, Cache]:
+    def read(self, ids: NDArray[Any], cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
         """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache after it.
 
         The cache that is given stays as it was, so several rows may follow the same one.
+
+        Args:
+            last: only those of the last position are wanted, [1, 1, vocab].
         """
         past = empty_past(self.manifest, 1) if cache is None else cache
         names = [name.replace("past_key_values", "present", 1) for name in past]
-        logits, *present = self._run(ids, past, ["logits", *names])
-        return logits, dict(zip(past, present, strict=True))
+        logits, *present = self._run(ids, past, ["logits", *names], last)
+        return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
-    def _run(self, ids: NDArray[Any], past: Cache, wanted: list[str]) -> list[NDArray[Any]]:
+    def _run(self, ids: NDArray[Any], past: Cache, wanted: list[str], last: bool = False) -> list[NDArray[Any]]:
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         seen = next((part.shape[2] for part in past.values()), 0)
         feed = {"input_ids": ids, "attention_mask": np.ones((len(ids), seen + ids.shape[1]), np.int64), **past}
         if any(given.name == "position_ids" for given in self._session.get_inputs()):  # the portable target
             feed["position_ids"] = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
+        if last and self._may_skip:
+            feed[FIRST_LOGIT] = np.array([-1])
         logits, *rest = self._session.run(wanted, feed)
         return [np.asarray(logits, dtype=np.float32), *rest]
 

@@ -65,10 +65,9 @@ class StandardGraph:
                 added = self._feed_forward(self._norm(x, f"{name}.ffn_norm"), name, sizes)
                 x = g.op("Add", x, self._norm(added, f"{name}.ffn_post_norm"))
         x = self._norm(x, "norm")
-        if not scoring:
-            x = g.op("Gather", x, g.constant("last", [-1]), axis=1)
+        x = g.last_positions(x, scoring)
         logits = self._capped(self._matrix_product(x, "head", self.precision.head_bits))
-        g.output(logits, "logits", FLOAT, ["batch", "sequence" if scoring else 1, self.shape.vocab])
+        g.output(logits, "logits", FLOAT, ["batch", "scored" if scoring else 1, self.shape.vocab])
         return g.model({"": OPSET}, IR_VERSION)
 
     # What all layers share

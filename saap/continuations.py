@@ -78,21 +78,20 @@ def cached_continuations(read: Callable[..., tuple[NDArray[Any], Any]]) -> Score
     """Score with what keeps a cache: a context is read once and each tail appended to what is held of it.
 
     Args:
-        read: ``read(ids [1, s], cache=None) -> (logits [1, s, vocab], cache)``, such as
-            :meth:`export.run.BundleScorer.read`.
+        read: ``read(ids [1, s], cache=None, last=False) -> (logits [1, s, vocab], cache)``, where ``last`` asks for
+            the last position's logits only, such as :meth:`export.run.BundleScorer.read`.
     """
 
     def score(groups: Sequence[Group]) -> Iterator[list[Likelihood]]:
         for group in groups:
-            logits, cache = read(np.array([group.context]))
-            first = logits[0, -1:]
-            rows = [first]
+            logits, cache = read(np.array([group.context]), last=True)
+            first = logits[0]
+            rows = []
             for tail in group.tails:
+                rows.append(first)
                 if len(tail) > 1:
-                    rows.append(np.concatenate([first, read(np.array([tail[:-1]]), cache)[0][0]]))
-                else:
-                    rows.append(first)
-            yield _told(np.concatenate(rows[1:]), [group.tails])[0]
+                    rows.append(read(np.array([tail[:-1]]), cache)[0][0])
+            yield _told(np.concatenate(rows), [group.tails])[0]
 
     return score
 

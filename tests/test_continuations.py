@@ -6,6 +6,7 @@ import random
 from itertools import chain
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -92,6 +93,28 @@ def test_a_bundle_tells_what_its_model_does(tiny_family, tmp_path, case, target)
     groups = some_groups(2)
     expected = one_by_one(load_model(directory), groups)
     assert_same(list(cached_continuations(BundleScorer(tmp_path / "bundle").read)(groups)), expected, 2e-3)
+
+
+@pytest.mark.parametrize("write", [export_bundle, export_portable], ids=["cpu", "portable"])
+def test_of_a_context_only_the_last_logits_are_computed(tiny_model, tmp_path, write):
+    write(tiny_model(), tmp_path / "bundle", bits=32)
+    ids = np.arange(3, 13)[None]
+    scorer = BundleScorer(tmp_path / "bundle")
+    everything, cache = scorer.read(ids)
+    last, same = scorer.read(ids, last=True)
+    assert everything.shape == (1, 10, 320) and last.shape == (1, 1, 320)
+    assert np.abs(last - everything[:, -1:]).max() <= 1e-5
+    assert all(np.array_equal(cache[name], same[name]) for name in cache)
+    # a graph that cannot be asked for less, such as that of an older bundle, or what optimum wrote
+    path = tmp_path / "bundle/scoring.onnx"
+    model = onnx.load(path, load_external_data=False)
+    found = [given for given in model.graph.input if given.name == "first_logit"]
+    assert len(found) == (write is export_bundle)
+    for given in found:
+        model.graph.input.remove(given)
+        onnx.save(model, path)
+        old = BundleScorer(tmp_path / "bundle").read(ids, last=True)[0]
+        assert old.shape == (1, 1, 320) and np.abs(old - last).max() <= 1e-5
 
 
 def test_a_cache_may_be_followed_more_than_once(tiny_model, tmp_path):
