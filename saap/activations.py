@@ -86,7 +86,7 @@ def collect(
             if progress:
                 progress("activations", start, len(ids))
             # The bare decoder: no statistic needs the logits.
-            model.base_model(input_ids=ids[start : start + batch], use_cache=False)
+            model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
     if progress:
         progress("activations", len(ids), len(ids))
     layers = range(len(shape.layers))

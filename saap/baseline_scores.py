@@ -171,7 +171,8 @@ def _mean_gradients(
         for index, row in enumerate(ids):
             if progress:
                 progress("scoring", index, len(ids))
-            loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+            sequence = row[None].to(model.device)
+            loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise SaapError(
                     f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text"

@@ -128,6 +128,7 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     default=None,
     help="Read the model layer by layer; default: where it does not fit into memory as a whole.",
 )
+@memory("--device", metavar="NAME", default="cpu", show_default=True, help="That computes: cpu, or a GPU as cuda:0.")
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
 def prune(model: str, out: Path, **options: Any) -> None:
     """Remove the coupled structures that matter least.

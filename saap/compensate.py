@@ -102,7 +102,7 @@ def compensate(
             new = walk.enter(index, layer, blocks)
         if keep.query_heads or keep.ffn:
             if shares().main:
-                found.update({f"{architecture.layers}.{number}.{name}": tensor for name, tensor in new.items()})
+                found.update({f"{architecture.layers}.{number}.{name}": tensor.cpu() for name, tensor in new.items()})
             number += 1
         if progress:
             progress("compensating", index + 1, len(plan.layers))
@@ -189,11 +189,15 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
             linear.bias = bias
 
 
+def _zeros(block: _Block) -> torch.Tensor:
+    return torch.zeros(block.linear.in_features, dtype=torch.float64, device=block.linear.weight.device)
+
+
 def _biases(
     layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], tokens: int
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The mean of what goes, per block that keeps something; and the stream after the layer."""
-    totals = {block.matrix: torch.zeros(block.linear.in_features, dtype=torch.float64) for block in blocks}
+    totals = {block.matrix: _zeros(block) for block in blocks}
     after = []
     for hidden, arguments in zip(stream, given, strict=True):
         with inputs_of({block.matrix: block.linear for block in blocks}) as seen:
@@ -245,7 +249,7 @@ def _ridge(
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
-    fit, held = (regression(sum(map(sum, sizes)), size, len(weight)) for _ in range(2))
+    fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
     for number, hidden, arguments in zip(shares().mine(range(parts)), stream, given, strict=True):
         x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})

@@ -159,7 +159,8 @@ def estimate(
 
 
 def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
-    loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+    ids = row[None].to(model.device)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     value = check_loss(float(loss.item()), index)
     loss.backward()
     return value
@@ -225,15 +226,15 @@ class Sums:
         return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
-        """What was collected over so many sequences, whose mean loss is given."""
+        """What was collected over so many sequences, whose mean loss is given; on the CPU."""
         for key, (first, second, weight) in self.whole.items():
             taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
             total = torch.linalg.vector_norm(taylor, 1, dim=_axis(key[1]))
             self.element[key] = self._by_structure(total, key[1])
         return Scores(
-            products={key: torch.stack(rows) for key, rows in self.vector.items()},
-            element={key: total / sequences for key, total in self.element.items()},
-            token={key: total / sequences for key, total in self.token.items()},
+            products={key: torch.stack(rows).cpu() for key, rows in self.vector.items()},
+            element={key: (total / sequences).cpu() for key, total in self.element.items()},
+            token={key: (total / sequences).cpu() for key, total in self.token.items()},
             c=self.c,
             loss=loss,
         )

@@ -60,7 +60,7 @@ def rows_at_once(shape: ModelShape, tokens: int) -> int:
 def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Mean NLL of a sequence and its gradient by the states after the last layer, [1, tokens, hidden]."""
     hidden = hidden.detach().requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:])
+    loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:].to(hidden.device))
     loss.backward()
     assert hidden.grad is not None
     return float(loss.item()), hidden.grad

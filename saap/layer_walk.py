@@ -44,7 +44,7 @@ def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) 
     with _idle_layers(model, found):
         for part in rows.split(batch):
             found.append(Batch(torch.empty(0)))
-            model.base_model(input_ids=part, use_cache=False)
+            model.base_model(input_ids=part.to(model.device), use_cache=False)
     return found
 
 
@@ -100,7 +100,7 @@ def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torc
     total = 0.0
     for x, rows in zip(torch.cat(tuple(hidden)).split(HEAD_ROWS), ids.split(HEAD_ROWS), strict=True):
         logits = logits_after(model, x[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten().to(x.device), reduction="sum").item()
     return total / (len(ids) * (ids.shape[1] - 1))
 
 

@@ -56,6 +56,7 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
     """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
 
     def loss_of(rows: torch.Tensor) -> float:
+        rows = rows.to(model.device)
         return float(model(input_ids=rows, labels=rows, use_cache=False).loss.item()) * len(rows)
 
     return sum(shares().each(ids.split(batch), loss_of)) / len(ids)

@@ -23,6 +23,7 @@ from saap.checkpoint import write_slim as write
 from saap.compensate import compensate
 from saap.errors import SaapError
 from saap.explain import after, sizes_lost
+from saap.gpu import device_of, fits_device, out_of_memory
 from saap.importance import Progress
 from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
 from saap.outputs import check_output, claimed
@@ -63,7 +64,7 @@ def prune(
     source = Path(model_dir)
     disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), steps_to(budget, options))
     check_disk(Needs({}, disk), Path(out), "pruning")
-    with joined() as together, claimed(out) if together.main else nullcontext():
+    with joined() as together, claimed(out) if together.main else nullcontext(), out_of_memory():
         stream = together.agreed(streamed(source, budget, options, *calibration.shape))
         options = replace(options, stream=stream)
         if together.count > 1:
@@ -121,7 +122,7 @@ def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, seque
         prune_needs(budget.dense, sequences, tokens, weights_bytes(model_dir), streamed=by_layer, element=element)
         for by_layer in (False, True)
     )
-    if options.stream is False or (options.stream is None and fits(whole)):
+    if options.stream is False or (options.stream is None and fits(whole) and fits_device(whole, options.device)):
         check_memory(whole, "pruning", "leave --no-stream out, so that layers are read one at a time")
         return False
     if options.method in TAYLOR:
@@ -166,7 +167,10 @@ def _prune_once(
     """Prune ``source``, which is the base cut by the plan ``before``, into ``out``: the plan of the base for both."""
     config = read_config(source)
     shape = shape_of(config)
-    model = load_streamed(source) if options.stream else load_model(source)
+    device = device_of(options.device)
+    model = load_streamed(source, device=device) if options.stream else load_model(source)
+    if not options.stream:
+        torch.nn.Module.to(model, device)
     kept = options.keep_layers
     if kept:
         kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in kept)

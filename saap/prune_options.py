@@ -9,6 +9,7 @@ from saap.baseline_scores import TAYLOR
 from saap.baselines import BASELINES
 from saap.compensate import COMPENSATIONS, Compensation
 from saap.errors import SaapError
+from saap.gpu import device_of
 from saap.requirement import Requirement
 from saap.structures import ModelShape
 
@@ -32,6 +33,7 @@ class PruneOptions:
         keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
         seed: of the method ``random``.
         stream: leave the decoder layers in their files and read one at a time; None does where memory is too small.
+        device: that computes, such as ``cuda``; of several processes each takes its own.
     """
 
     requirement: Requirement
@@ -44,6 +46,7 @@ class PruneOptions:
     keep_layers: frozenset[int] | None = frozenset()
     seed: int = 0
     stream: bool | None = None
+    device: str = "cpu"
 
     @property
     def compensation(self) -> Compensation:
@@ -61,6 +64,7 @@ class PruneOptions:
         """Raise SaapError for names that are not known and numbers that are not allowed."""
         self.requirement.check()
         self.adaptive.check()
+        device_of(self.device)
         if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
             raise SaapError(f"steps and corrections are for the method saap: leave them out for {self.method}")
         if self.steps is not None and self.steps < 1:

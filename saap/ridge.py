@@ -14,12 +14,13 @@ import torch
 
 from saap.shares import shares
 
+CPU = torch.device("cpu")
 LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 0 is not worth a large weight
 
 
-def regression(tokens: int, inputs: int, outputs: int) -> Regression:
+def regression(tokens: int, inputs: int, outputs: int, device: torch.device = CPU) -> Regression:
     """The smaller form for so many tokens, of no tokens yet."""
-    return (Rows if tokens < inputs else Products)(inputs, outputs)
+    return (Rows if tokens < inputs else Products)(inputs, outputs, device)
 
 
 class Regression(Protocol):
@@ -46,8 +47,10 @@ class Regression(Protocol):
 class Products:
     """X^T X and R^T X: for more tokens than inputs."""
 
-    def __init__(self, inputs: int, hidden: int) -> None:
-        self.squares, self.crossed, self.rest = torch.zeros(inputs, inputs), torch.zeros(hidden, inputs), 0.0
+    def __init__(self, inputs: int, outputs: int, device: torch.device = CPU) -> None:
+        self.squares = torch.zeros(inputs, inputs, device=device)
+        self.crossed = torch.zeros(outputs, inputs, device=device)
+        self.rest = 0.0
 
     def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
         """Add X [tokens, K] and R [tokens, outputs]."""
@@ -77,15 +80,15 @@ class Products:
         """[outputs, K]."""
         scale = _scale(self.squares.diagonal())
         correlation, crossed = self.squares / scale / scale[:, None], (self.crossed / scale).t()
-        factor = torch.linalg.cholesky(correlation + damping * torch.eye(len(scale)))
+        factor = torch.linalg.cholesky(correlation + damping * torch.eye(len(scale), device=scale.device))
         return torch.cholesky_solve(crossed, factor).t() / scale
 
 
 class Rows:
     """X and R themselves: for fewer tokens than inputs, by (X^T X + c)^-1 X^T = X^T (X X^T + c)^-1."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self._widths = inputs, outputs
+    def __init__(self, inputs: int, outputs: int, device: torch.device = CPU) -> None:
+        self._widths, self._device = (inputs, outputs), device
         self._kept: list[torch.Tensor] = []
         self._gone: list[torch.Tensor] = []
         self.rest = 0.0
@@ -104,7 +107,7 @@ class Rows:
         ends = list(accumulate(sizes))
         mine = [place for place in range(len(sizes)) if (first + place) % together.count == together.rank]
         for rows, width in zip((self._kept, self._gone), self._widths, strict=True):
-            whole = torch.zeros(ends[-1], width)
+            whole = torch.zeros(ends[-1], width, device=self._device)
             for place, part in zip(mine, rows, strict=True):
                 whole[ends[place] - sizes[place] : ends[place]] = part
             rows[:] = [together.add_up(whole)]
@@ -112,7 +115,7 @@ class Rows:
 
     def plus(self, other: Rows) -> Rows:
         """Of the tokens of both."""
-        both = Rows(*self._widths)
+        both = Rows(*self._widths, self._device)
         both._kept, both._gone, both.rest = self._kept + other._kept, self._gone + other._gone, self.rest + other.rest
         return both
 
@@ -126,7 +129,7 @@ class Rows:
         kept, rest = torch.cat(self._kept), torch.cat(self._gone)
         scale = _scale(kept.square().sum(0))
         kept /= scale
-        factor = torch.linalg.cholesky(kept @ kept.t() + damping * torch.eye(len(kept)))
+        factor = torch.linalg.cholesky(kept @ kept.t() + damping * torch.eye(len(kept), device=kept.device))
         return torch.cholesky_solve(rest, factor).t() @ kept / scale
 
 

@@ -60,7 +60,10 @@ class Shares:
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, in place; the same bits in all of them."""
         if self.count > 1:
-            torch.distributed.all_reduce(tensor, group=self.group)
+            here = tensor.cpu()
+            torch.distributed.all_reduce(here, group=self.group)
+            if here is not tensor:
+                tensor.copy_(here)
         return tensor
 
     def total(self, number: float) -> float:

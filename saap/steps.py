@@ -28,7 +28,8 @@ from saap.requirement import KINDS, Requirement
 from saap.rows import training_rows
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
-PLAIN = ("method", "compensate", "heads", "keep_layers", "seed", "stream")  # options that have the same name there
+# Options that have the same name there.
+PLAIN = ("method", "compensate", "heads", "keep_layers", "seed", "stream", "device")
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
     ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),

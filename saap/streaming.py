@@ -22,14 +22,15 @@ from saap.checkpoint import read_config, read_record
 from saap.errors import SaapError
 from saap.weight_files import tensor_reader
 
+CPU = torch.device("cpu")
 Read = Callable[[str], torch.Tensor]
 
 
 class LayerWeights:
     """Where a layer's parameters come from, and how many are using them."""
 
-    def __init__(self, layer: nn.Module, prefix: str, read: Read, dtype: torch.dtype) -> None:
-        self._layer, self._prefix, self._read, self._dtype = layer, prefix, read, dtype
+    def __init__(self, layer: nn.Module, prefix: str, read: Read, dtype: torch.dtype, device: torch.device) -> None:
+        self._layer, self._prefix, self._read, self._dtype, self._device = layer, prefix, read, dtype, device
         self._users = 0
         self.wanted = True  # else a run needs none of them
         self.hooks: list[Any] = []
@@ -38,7 +39,7 @@ class LayerWeights:
         """Read them, unless they are there."""
         if not self._users and self.wanted:
             names = [name for name, _ in self._layer.named_parameters()]
-            state = {name: self._read(f"{self._prefix}.{name}").to(self._dtype) for name in names}
+            state = {name: self._read(f"{self._prefix}.{name}").to(self._device, self._dtype) for name in names}
             self._layer.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
             self._layer.requires_grad_(False)
         self._users += 1
@@ -56,13 +57,15 @@ class LayerWeights:
             self._layer.to("meta")
 
 
-def load_streamed(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_streamed(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> PreTrainedModel:
     """A dense or slim directory as a transformers model in eval mode, whose layers are read as they run.
 
     Its parameters take no gradient.
 
     Args:
-        dtype: in which layers compute.
+        dtype: in which layers compute; ``device``: on which.
 
     Raises:
         SaapError: no model there, of an architecture or format that is not supported, or one that holds integers.
@@ -79,14 +82,17 @@ def load_streamed(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Pr
             AutoConfig.from_pretrained(directory, local_files_only=True), dtype=dtype
         )
     prefix = architecture.layers + "."
-    outside = {name: read(name).to(dtype) for name in names if not name.startswith(prefix)}
+    outside = {name: read(name).to(device, dtype) for name in names if not name.startswith(prefix)}
     model.load_state_dict(outside, strict=False, assign=True)
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not name.startswith(prefix):
             read(name)  # which says that it is missing
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     for index, layer in enumerate(model.get_submodule(architecture.layers)):
-        weights = LayerWeights(layer, f"{prefix}{index}", read, dtype)
+        weights = LayerWeights(layer, f"{prefix}{index}", read, dtype, device)
         layer.streamed = weights
         weights.hooks = [
             layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),

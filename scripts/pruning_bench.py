@@ -30,7 +30,8 @@ from saap.errors import SaapError
 from saap.fusion import FusionOptions
 from saap.masking import mean_nll
 from saap.models import load_tokenizer
-from saap.prune import PruneOptions, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.rows import training_rows
 from saap.text import chunks, pack, read_file

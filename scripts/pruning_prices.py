@@ -36,7 +36,7 @@ from saap.checkpoint import load_model, read_config
 from saap.fusion import FUSIONS
 from saap.json_files import write_json
 from saap.pricing import correct_prices
-from saap.prune import PruneOptions
+from saap.prune_options import PruneOptions
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
 from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
 from saap.weight_files import weights_hash

@@ -22,7 +22,8 @@ from pruning_bench import HERE, Texts, Variant, options_of, remember_rankings, r
 
 from saap import models
 from saap.json_files import write_json
-from saap.prune import PruneOptions, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
 
 RATIO, CHUNKS = 0.2, 40
 

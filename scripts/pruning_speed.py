@@ -45,7 +45,8 @@ from speed_cells import (
 from saap import models
 from saap.checkpoint import read_record
 from saap.errors import SaapError
-from saap.prune import PruneOptions, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 
 

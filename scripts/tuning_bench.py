@@ -32,7 +32,8 @@ from saap import __version__, models
 from saap.checkpoint import load_model, read_config, read_record, write_slim
 from saap.json_files import write_json
 from saap.masking import mean_nll
-from saap.prune import PruneOptions, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.training import train
 from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune

@@ -10,7 +10,9 @@ from test_search import SHAPE, milliseconds, prices, weights
 from saap.checkpoint import read_record
 from saap.explain import Move, Reason, Reasons, after, reasons_of, sizes_lost
 from saap.explain_words import layer_table, sentences, short
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from saap.search import Module, Option, modules_of, solve
 from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 

@@ -25,7 +25,9 @@ from saap.cost import read_costs
 from saap.errors import SaapError
 from saap.group_adapter import GroupAdapterConfig, attach, load_adapter, save_adapter
 from saap.json_files import read_object, write_document
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from saap.score_cache import KnownLosses, cached_scores
 from saap.scoring import scores_of
 from saap.sealed_tensors import load_sealed, save_sealed

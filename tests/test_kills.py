@@ -34,7 +34,9 @@ from export.export import export_bundle
 from export.gguf_write import export_gguf
 from saap.checkpoint import load_model
 from saap.integrity import check_directory
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from tests.slim_integers import WIDE
 
 pytestmark = pytest.mark.slow

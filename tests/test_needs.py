@@ -13,7 +13,8 @@ from saap.architectures import shape_of
 from saap.checkpoint import read_config, read_record
 from saap.errors import SaapError
 from saap.needs import Needs, available_memory, check_disk, check_memory, export_needs, fits, prune_disk, prune_needs
-from saap.prune import PruneOptions, budget_of, prune, streamed
+from saap.prune import budget_of, prune, streamed
+from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.streaming import is_streamed
 from tests.command_line import here, refused
@@ -34,7 +35,9 @@ def test_read_layer_by_layer_the_same_bytes_come_out(method, tiny_model, tmp_pat
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))  # no score is taken over
     seen = []
     load = pruning.load_streamed
-    monkeypatch.setattr(pruning, "load_streamed", lambda source: seen.append(load(source)) or seen[-1])
+    monkeypatch.setattr(
+        pruning, "load_streamed", lambda source, **where: seen.append(load(source, **where)) or seen[-1]
+    )
     prune(path, tmp_path / "streamed", IDS, replace(options, stream=True))
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "streamed")
     assert len(seen) == (2 if method == "saap" else 1) and all(map(is_streamed, seen))

@@ -16,7 +16,9 @@ import torch
 from export.export import export_bundle
 from saap.errors import SaapError
 from saap.outputs import beside, claimed, put_in_place, writing_directory, writing_file
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from tests.command_line import here, last_line, refused
 from tests.slim_integers import WIDE
 

@@ -9,7 +9,9 @@ from saap import prune as pruning
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record
 from saap.errors import SaapError
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from saap.structures import whole_layer
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))

@@ -12,6 +12,8 @@ from launching import DATA_PARALLEL, launch
 from safetensors.torch import load_file, save_file
 
 from saap.checkpoint import read_record
+from saap.errors import SaapError
+from saap.gpu import out_of_memory
 from saap.needs import available_memory
 from saap.ridge import Products, Rows, regression
 from saap.shares import Shares, joined
@@ -86,3 +88,18 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     whole = available_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert available_memory() == pytest.approx(whole / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tpu9", "device 'tpu9' is not known"), ("meta", "is not known: give cpu, cuda"), ("cuda:77", "sees")],
+)
+def test_a_device_that_is_not_there_is_refused(tiny_model, text, tmp_path, name, said):
+    command = ["prune", tiny_model(), "--ratio", "0.3", "--calibration", text, "--device", name]
+    assert said in here(*command, "-o", tmp_path / "out", code=2).stderr
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line():
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+    with pytest.raises(SaapError, match=r"^CUDA out of memory: give --stream"), out_of_memory():
+        raise torch.OutOfMemoryError(said)

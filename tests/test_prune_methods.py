@@ -15,7 +15,7 @@ from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record
 from saap.cli_prune import METHODS
 from saap.compensate import COMPENSATIONS
-from saap.prune import METHODS as KNOWN
+from saap.prune_options import METHODS as KNOWN
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
 

@@ -15,7 +15,9 @@ from saap.errors import SaapError
 from saap.gptq import compensated_matrices
 from saap.group_quant import quantize_model
 from saap.modeling_slim import GroupQuantLinear, GroupQuantTable
-from saap.prune import PruneOptions, Requirement, prune
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
 from saap.training import DivergedError, TrainOptions
 from saap.tune import TuneOptions, loss_of, tune
 from saap.tuning_rows import TuningRows
