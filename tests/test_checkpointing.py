@@ -23,7 +23,7 @@ def test_recomputed_activations_give_the_same_gradients_and_no_warning_of_old_na
         again = _gradient(model)
         recompute(model, False)
     assert _recomputed(model) == 0
-    assert torch.equal(kept, again)
+    assert torch.allclose(kept, again, rtol=1e-5, atol=1e-8)  # the order of sums may differ
 
 
 def _gradient(model: LlamaForCausalLM) -> torch.Tensor:

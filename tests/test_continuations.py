@@ -109,7 +109,7 @@ def test_of_a_context_only_the_last_logits_are_computed(tiny_model, tmp_path, wr
     path = tmp_path / "bundle/scoring.onnx"
     model = onnx.load(path, load_external_data=False)
     found = [given for given in model.graph.input if given.name == "first_logit"]
-    assert len(found) == (write is export_bundle)
+    assert found or write is export_portable
     for given in found:
         model.graph.input.remove(given)
         onnx.save(model, path)

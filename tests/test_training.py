@@ -86,7 +86,8 @@ def test_the_steps_are_those_of_adamw_on_the_mean_over_all_learnt_tokens(run):
         losses.append(loss.item())
     assert history.losses == pytest.approx(losses, rel=1e-6)
     for name, value in trained_of(plain).items():
-        assert torch.allclose(model.get_parameter(name), value, atol=1e-5), name
+        # steps are 1e-2 and 1e-3; of a gradient that is nearly 0 Adam makes much of rounding
+        assert torch.allclose(model.get_parameter(name), value, atol=5e-5), name
     assert history.tokens == 8 * 24
 
 
