@@ -16,7 +16,7 @@ def device_of(name: str) -> torch.device:
     """The device of a name; ``cuda`` is each process's own where ``accelerate launch`` started several.
 
     Raises:
-        SaapError: no such device, or none of a kind that computes in the order and precision that pruning needs.
+        SaapError: no such device here, or one of another kind than CPUs and CUDA GPUs.
     """
     try:
         device = torch.device(name)
