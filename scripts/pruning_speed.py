@@ -10,7 +10,8 @@
 A row is a method with its options at one speed-up; its first bundle asks for that speed-up by the table. Where the
 measured one is more than 2 % off, the next asks for as much more or less, at most twice, and the bundle that is closest
 counts. Finished cells, one JSON per bundle, are not made again; bundles lie under out/ and may be removed: `prune
---chunks 160` makes those again that have no quality on so many chunks.
+--chunks 160` makes those again that have no quality on so many chunks, on any machine; only `costs`, `speed` and `all`
+want the one that the table was measured on.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def make_costs(setup: Setup) -> None:
 
         probe_costs(setup.model_dir, setup.costs, threads=[THREADS])
     runtime_of(setup.costs)
+
+
+def table_runtime(costs: Path) -> str:
+    """The ONNX Runtime of the table, of any machine: what quality is measured of may be made anywhere."""
+    from saap.json_files import read_object
+
+    return str(read_object(costs, "make it with `pruning_speed.py costs`")["device"]["onnxruntime"])
 
 
 def runtime_of(costs: Path) -> str:
@@ -181,7 +189,7 @@ def is_wanting(setup: Setup, cell: Cell) -> bool:
 
 def prune_rows(setup: Setup, variants: list[Variant]) -> None:
     """The bundles that are asked for next, and those that are gone and still to be measured."""
-    onnxruntime = runtime_of(setup.costs)
+    onnxruntime = table_runtime(setup.costs)
     make_dense(setup)
     for variant in variants:
         cells = setup.row(variant)
@@ -220,6 +228,7 @@ def named(setup: Setup, variants: list[Variant]) -> Iterator[tuple[str, Cell]]:
 
 def speed_rows(setup: Setup, variants: list[Variant]) -> None:
     """Speed of the bundles that have none, one pair after the other."""
+    runtime_of(setup.costs)
     make_dense(setup)
     for name, cell in named(setup, variants):
         if not cell.get("speed"):
