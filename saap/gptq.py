@@ -50,17 +50,18 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
 def gptq_with_latent(
     weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True
 ) -> tuple[QuantMatrix, torch.Tensor]:
-    """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32.
+    """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32, not contiguous.
 
     Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
     integers can be trained on.
     """
     check_blocks(weight.shape[1], block, "a matrix")
     inverse = _inverse_factor(hessian.double()).float()
-    rest = weight.detach().float().t().contiguous()  # [K, N]: a column of the matrix is one run of memory
+    # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
+    rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
     importance = hessian.diagonal().float()
     top = 2**bits - 1
-    codes, latent = torch.empty(rest.shape, dtype=torch.uint8), torch.empty_like(rest)
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = [], []
     for start in range(0, len(rest), block):
         end = start + block
@@ -71,7 +72,7 @@ def gptq_with_latent(
         gaps = torch.empty_like(group)
         for k in range(block):
             code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
-            codes[start + k], latent[start + k] = code.to(torch.uint8), group[k]
+            codes[start + k] = code.to(torch.uint8)
             gaps[k] = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
             group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gaps[k], alpha=-1)
         rest[end:].addmm_(inverse[start:end, end:].t(), gaps, alpha=-1)
@@ -79,7 +80,7 @@ def gptq_with_latent(
         zeros.append(zero)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
     zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
-    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), latent.t().contiguous()
+    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), rest.t()
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -136,7 +137,7 @@ def compensated_matrices(
                 matrices[full], latent = gptq_with_latent(linear.weight, hessians[name], own, block, symmetric)
                 linear.weight.copy_(matrices[full].dequantize())
                 if latents is not None:
-                    latents[full] = latent
+                    latents[full] = latent.contiguous()
             hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
             progress("choosing integers", index + 1, len(layers))

@@ -215,6 +215,8 @@ class _Quantised:
         self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
         self.matrices.clear()
         settle(self.model)
+        for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
+            parameter.data = parameter.data.clone()
         self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
         adapters = group_adapter.trained_parameters(self.model)
         return [{"params": adapters, "lr": options.rate}, self._norms()]
