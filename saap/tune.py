@@ -18,24 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from saap import group_adapter
-from saap.architectures import architecture_of, shape_of
+from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record, slim_config, write_slim
 from saap.errors import SaapError
-from saap.gptq import compensated_matrices
-from saap.group_quant import QuantMatrix, branch_entry, check_blocks, quantize, quantize_model
+from saap.group_quant import check_blocks
 from saap.importance import Progress
-from saap.layer_walk import layers_of
-from saap.mixed_bits import choose_bits
 from saap.needs import check_memory, fits, tune_needs
 from saap.outputs import check_output
 from saap.precision import autocast_dtype
-from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
-from saap.streaming import load_streamed, present, settle
+from saap.quantised import Quantised
+from saap.streaming import load_streamed
 from saap.structures import ModelShape
 from saap.teacher import TeacherTargets, check_same_vocabulary, distillation_loss, teacher_targets
 from saap.training import Batch, DivergedError, History, LossOf, train
@@ -87,7 +81,7 @@ def tune(
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
-    quantised = _Quantised(model, rows.ids, options, progress)
+    quantised = Quantised(model, rows.ids, options, progress)
     groups = quantised.prepare()
     state_dir = out.parent / f".{out.name}.tuning"
     error = None
@@ -173,95 +167,6 @@ def targets_of(
             teacher_dir, rows.ids, k=options.kept_tokens, temperature=options.temperature, autocast=fast,
             progress=progress,
         )  # fmt: skip
-
-
-class _Quantised:
-    """A float model on its way to integers: quantised, wrapped for training, folded."""
-
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
-        self.model, self.options = model, options
-        self.head_bits, self.bits_of = options.head_bits or options.bits, dict[str, int]()
-        sample = ids[: options.calibration_rows]
-        if options.max_bytes is not None:
-            choice = choose_bits(model, sample, options.block, options.max_bytes, progress)
-            self.head_bits, self.bits_of = choice.vocabulary, choice.bits_of
-        self.latents: dict[str, torch.Tensor] = {}
-        self.matrices = self._integers(sample, progress)
-
-    def _integers(self, sample: torch.Tensor, progress: Progress | None) -> dict[str, QuantMatrix]:
-        model, options = self.model, self.options
-        if options.integers == "gptq":
-            return compensated_matrices(
-                model, sample, options.bits, options.block, self.head_bits, progress, symmetric=options.symmetric,
-                bits_of=self.bits_of, latents=self.latents if options.fold == ROUNDED else None,
-            )  # fmt: skip
-        architecture = architecture_of(model.config)
-        found = {}
-        for layer in layers_of(model):
-            with present(layer):
-                for name, linear in linears_of(model, layer).items():
-                    bits = self.bits_of.get(name, options.bits)
-                    found[name] = quantize(linear.weight, bits, options.block, options.symmetric)
-        for name in (architecture.head, architecture.embedding):
-            weight: Any = model.get_submodule(name).weight
-            found[name] = quantize(weight, self.head_bits, options.block)
-        return found
-
-    def prepare(self) -> list[dict[str, Any]]:
-        """Wrap the model for training; the parameter groups with their peak rates."""
-        options = self.options
-        if options.fold == ROUNDED:
-            return self._prepare_rounded()
-        self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
-        self.matrices.clear()
-        settle(self.model)
-        for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
-            parameter.data = parameter.data.clone()
-        self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
-        adapters = group_adapter.trained_parameters(self.model)
-        return [{"params": adapters, "lr": options.rate}, self._norms()]
-
-    def _prepare_rounded(self) -> list[dict[str, Any]]:
-        model, options, architecture = self.model, self.options, architecture_of(self.model.config)
-        for name, linear in linears_of(model).items():
-            linear.weight.data = self.latents.pop(name, linear.weight.data)
-        for name in (architecture.head, architecture.embedding):  # as they will be deployed
-            weight: Any = model.get_submodule(name).weight
-            weight.data = self.matrices[name].dequantize()
-        starts = {name: self.matrices[name] for name in linears_of(model)}
-        attach_rounded(model, starts, options.own_rank or 1, seed=options.training.seed)
-        layers = [m for m in model.modules() if isinstance(m, RoundedLoraLayer)]
-        return [
-            {"params": [p for layer in layers for p in (layer.a, layer.b)], "lr": options.rate},
-            {"params": [layer.delta for layer in layers], "lr": options.scale_rate},
-            self._norms(),
-        ]
-
-    def _norms(self) -> dict[str, Any]:
-        found = [p for name, p in self.model.named_parameters() if "norm" in name]
-        for norm in found:
-            norm.requires_grad_(True)
-        return {"params": found, "lr": self.options.norm_rate}
-
-    def fold(self) -> dict[str, Any]:
-        """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
-        options = self.options
-        if options.fold == ROUNDED:
-            matrices = {**self.matrices, **fold_rounded(self.model)}
-            return quantize_model(self.model, options.bits, options.block, self.head_bits, matrices)
-        self.model = group_adapter.fold(self.model)  # type: ignore[arg-type]
-        return self.quant | branch_entry(self.model)
-
-
-def linears_of(model: PreTrainedModel, layer: nn.Module | None = None) -> dict[str, nn.Linear]:
-    """The float linears of the decoder layers, or of one of them, by name."""
-    inside = architecture_of(model.config).layers + "."
-    wanted = None if layer is None else set(layer.modules())
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(inside) and (wanted is None or module in wanted)
-    }
 
 
 def tensors_of(rows: TuningRows, first: int) -> Batch:

@@ -9,7 +9,7 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 ("held") and on WikiText-2 raw test ("test160"). Choices are made by "held"; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
-loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true.
+loss; 0 is none), vocabulary=RATE (of its scales), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true.
 fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle.
 """
 
@@ -73,7 +73,7 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
 def options_of(variant: Variant) -> TuneOptions:
     """TuneOptions of a cell; the loop's options are the defaults."""
     names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
-             "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
+             "bits": "bits", "group": "block", "integers": "integers", "vocabulary": "vocabulary_rate"}  # fmt: skip
     given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
     if given["fold"] == "lora":
         given["fold"] = "scale"
