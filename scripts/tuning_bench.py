@@ -9,8 +9,9 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 ("held") and on WikiText-2 raw test ("test160"). Choices are made by "held"; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
-loss; 0 is none), vocabulary=RATE (of its scales), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true.
-fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle.
+loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true,
+vocabulary=RATE (of its scales; 0 leaves them), warm=true (float LoRA on the first half of the tokens, integers on the
+second). fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle.
 """
 
 from __future__ import annotations
@@ -97,8 +98,12 @@ def run_cell(variant: Variant, test: bool) -> None:
         if variant["fold"] == "lora":
             cell["training"] = tune_lora(variant, slim, model_dir, rows, OUT)
         else:
-            options = options_of(variant)
-            tune(slim, tuned, rows, options, teacher_dir=model_dir if variant["teacher"] else None, progress=say)
+            options, source = options_of(variant), slim
+            if variant.get("warm"):
+                first, rows = held_out(rows, 0.5)
+                tune_lora({**variant, "fold": "lora"}, slim, model_dir, first, OUT)
+                source = OUT / lora_name({**variant, "fold": "lora"})
+            tune(source, tuned, rows, options, teacher_dir=model_dir if variant["teacher"] else None, progress=say)
             tuning = read_record(tuned)["tuning"]
             cell["training"] = {**tuning["history"], "trained": tuning["trained_parameters"]}
         cell["seconds"] = round(time.monotonic() - began, 1)
@@ -116,7 +121,7 @@ def run_cell(variant: Variant, test: bool) -> None:
 
 def lora_name(variant: Variant) -> str:
     """One float LoRA for all integers that are made of it."""
-    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group")})
+    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group", "vocabulary")})
 
 
 def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
