@@ -11,7 +11,7 @@ A row is a method with its options at one speed-up; its first bundle asks for th
 measured one is more than 2 % off, the next asks for as much more or less, at most twice, and the bundle that is closest
 counts. Finished cells, one JSON per bundle, are not made again; bundles lie under out/ and may be removed: `prune
 --chunks 160` makes those again that have no quality on so many chunks, on any machine; only `costs`, `speed` and `all`
-want the one that the table was measured on.
+want the one that the table was measured on, or `--elsewhere`, and a speed says where it was measured.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def named(setup: Setup, variants: list[Variant]) -> Iterator[tuple[str, Cell]]:
 
 def speed_rows(setup: Setup, variants: list[Variant]) -> None:
     """Speed of the bundles that have none, one pair after the other."""
-    runtime_of(setup.costs)
+    if not setup.elsewhere:
+        runtime_of(setup.costs)
     make_dense(setup)
     for name, cell in named(setup, variants):
         if not cell.get("speed"):
@@ -248,12 +249,13 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="no rows that have these options, such as modules")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--elsewhere", action="store_true", help="speed: on another machine than the table's, too")
     given = parser.parse_args()
     if given.what == "show":
         show_rows(Setup(Path(), None, chunks=given.chunks))
         return
     model_dir = Path(models.resolve("smollm2-135m"))
-    setup = Setup(model_dir, Texts(model_dir), chunks=given.chunks, pairs=given.pairs)
+    setup = Setup(model_dir, Texts(model_dir), chunks=given.chunks, pairs=given.pairs, elsewhere=given.elsewhere)
     extra = {key: _parsed(value) for key, value in (pair.split("=", 1) for pair in given.extra)}
     variants = [
         {**variant, **extra, "speedup": float(speedup), "seed": int(seed)}

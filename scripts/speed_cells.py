@@ -32,6 +32,7 @@ class Setup:
         cells, bundles: folders.
         chunks: of the test, 256 tokens each.
         pairs: interleaved runs of each bundle and the dense one.
+        elsewhere: whether a machine that is not the table's may measure speed.
     """
 
     model_dir: Path
@@ -41,6 +42,7 @@ class Setup:
     bundles: Path = BUNDLES
     chunks: int = 40
     pairs: int = PAIRS
+    elsewhere: bool = False
 
     def cell(self, name: str) -> Cell | None:
         """What is known of a bundle."""
