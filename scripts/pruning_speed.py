@@ -101,9 +101,7 @@ def make_bundle(setup: Setup, variant: Variant, attempt: int, asked: float, onnx
     name = attempt_name(variant, attempt)
     cell: Cell = {"variant": variant, "attempt": attempt, "asked": asked, "quality": {}, **(setup.cell(name) or {})}
     options = speed_options(variant, asked, setup.costs, onnxruntime)
-    published = variant.get("text") == "published"
-    seed = variant["seed"]
-    ids = setup.texts.published(options.method, seed) if published else setup.texts.alike(seed)
+    ids = setup.texts.of(variant)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         slim = Path(folder) / "slim"

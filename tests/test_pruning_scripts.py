@@ -140,7 +140,7 @@ def test_every_row_and_attempt_has_a_name_of_its_own():
 
 
 class Texts:
-    def alike(self, seed):
+    def of(self, variant):
         return IDS
 
     def test(self, count):
