@@ -29,6 +29,8 @@ KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers 
 PER_LOGIT = 3  # logits, their softmax and its gradient
 BATCH = 8  # sequences that a refit takes at once
 SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored
+TUNING = 70_000_000  # peft and accelerate, beside the process
+CHOOSING = 6  # bytes per weight of a matrix whose integers are chosen: a copy, codes, and codes as they are packed
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
 PACKED, LOGIT_COPIES = 2.75, 3.3  # copies of a bundle's weights: file and packed; logits of both, and their softmax
@@ -184,11 +186,19 @@ def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streame
     integers = round(shape.parameters * (bits / 8 + 4 / block))
     trained = round(TRAINED * sum(layers) / block)
     kept = tokens * (shape.hidden * len(layers) + _kept_per_token(shape, max(shape.layers, key=lambda s: s.ffn)))
-    training = {"activations": 4 * (kept + PER_LOGIT * tokens * shape.vocab + max(layers)), "what is trained": trained}
+    training = {
+        "activations": 4 * (kept + PER_LOGIT * tokens * shape.vocab + max(layers)),
+        "what is trained": trained,
+        "integers, a byte each": sum(layers),
+    }
     floats = {"embedding and head": 4 * (shape.parameters - sum(layers)), "a layer": 4 * max(layers)}
-    choosing = {**(floats if streamed else {"weights": 4 * shape.parameters}), "X X^T": 4 * SQUARES * widest**2}
+    choosing = {
+        **(floats if streamed else {"weights": 4 * shape.parameters}),
+        "X X^T": 4 * SQUARES * widest**2,
+        "choosing the head": CHOOSING * shape.vocab * shape.hidden,
+    }
     largest: dict[str, int] = max((choosing, training), key=lambda stage: sum(stage.values()))
-    return Needs({"the process": PROCESS, "integers": integers, **largest})
+    return Needs({"the process": PROCESS + TUNING, "integers": integers, **largest})
 
 
 def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:
