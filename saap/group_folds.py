@@ -65,7 +65,9 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         b = nn.Linear(r, base_layer.out_features, bias=False)
         nn.init.zeros_(b.weight)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a.to(device), b.to(device)
-        self.register_buffer("centred", narrowed(base_layer.centred()), persistent=False)
+        centred = base_layer.centred()
+        narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
+        self.register_buffer("centred", centred.to(torch.int8) if narrow else centred, persistent=False)
 
     @property
     def base(self) -> GroupQuantLinear:
@@ -172,12 +174,6 @@ FOLDS: dict[str, type[GroupAdapterLayer]] = {
     "zero-point": ZeroPointAdapter,
     "branch": BranchAdapter,
 }
-
-
-def narrowed(centred: torch.Tensor) -> torch.Tensor:
-    """Whole numbers as int8 where that holds them."""
-    narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
-    return centred.to(torch.int8) if narrow else centred
 
 
 def _weight(linear: Any) -> torch.Tensor:

@@ -18,7 +18,6 @@ from saap.mixed_bits import choose_bits
 from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
 from saap.streaming import present, settle
 from saap.tune_options import ROUNDED, TuneOptions
-from saap.vocabulary_scales import attach_vocabulary, fold_vocabulary, vocabulary_parameters
 
 
 class Quantised:
@@ -63,11 +62,9 @@ class Quantised:
         settle(self.model)
         for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
             parameter.data = parameter.data.clone()
-        if options.vocabulary_rate:
-            attach_vocabulary(self.model)
         self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
         adapters = group_adapter.trained_parameters(self.model)
-        return [{"params": adapters, "lr": options.rate}, self._norms(), *self._vocabulary()]
+        return [{"params": adapters, "lr": options.rate}, self._norms()]
 
     def _prepare_rounded(self) -> list[dict[str, Any]]:
         model, options, architecture = self.model, self.options, architecture_of(self.model.config)
@@ -91,12 +88,6 @@ class Quantised:
             norm.requires_grad_(True)
         return {"params": found, "lr": self.options.norm_rate}
 
-    def _vocabulary(self) -> list[dict[str, Any]]:
-        found = vocabulary_parameters(self.model)
-        for factor in found:
-            factor.requires_grad_(True)
-        return [{"params": found, "lr": self.options.vocabulary_rate}] if found else []
-
     def fold(self) -> dict[str, Any]:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
         options = self.options
@@ -104,7 +95,6 @@ class Quantised:
             matrices = {**self.matrices, **fold_rounded(self.model)}
             return quantize_model(self.model, options.bits, options.block, self.head_bits, matrices)
         self.model = group_adapter.fold(self.model)  # type: ignore[arg-type]
-        fold_vocabulary(self.model)
         return self.quant | branch_entry(self.model)
 
 

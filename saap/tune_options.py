@@ -21,7 +21,7 @@ class TuneOptions:
 
     Attributes:
         bits, block: of the linears; ``block`` consecutive input columns share a scale.
-        head_bits: of embedding and head; None is ``bits``.
+        head_bits: of embedding and head, which are quantised and not trained; None is ``bits``.
         symmetric: zero points of the layers' linears are 2^(bits-1), which needs none at run time.
         max_bytes: of the bundle's weights file; matrices get 4 or 8 bit as loses least (:mod:`saap.mixed_bits`), and
             ``bits`` and ``head_bits`` mean nothing.
@@ -32,8 +32,6 @@ class TuneOptions:
         learning_rate: peak, of the fold's parameters; None is the fold's own.
         scale_rate: peak for the scales that ``rounded`` trains beside its LoRA.
         norm_rate: peak for the weights of the norms.
-        vocabulary_rate: peak for the scales of the head, and with it of a tied embedding; 0 leaves them as they were
-            chosen, as the fold ``rounded`` does.
         teacher_weight: share of the loss that is KL to the teacher, where there is one.
         temperature: of both sides of that KL.
         kept_tokens: the teacher's likeliest tokens that are kept per place.
@@ -54,7 +52,6 @@ class TuneOptions:
     learning_rate: float | None = None
     scale_rate: float = 3e-3
     norm_rate: float = 1e-3
-    vocabulary_rate: float = 0.0
     teacher_weight: float = 0.5
     temperature: float = 1.0
     kept_tokens: int = 256

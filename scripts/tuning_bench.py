@@ -10,8 +10,8 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
 loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true,
-vocabulary=RATE (of its scales; 0 leaves them), warm=true (float LoRA on the first half of the tokens, integers on the
-second). fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle.
+warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float LoRA: it is measured
+as it is and, merged, with integers=nearest|gptq as a bundle.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
 def options_of(variant: Variant) -> TuneOptions:
     """TuneOptions of a cell; the loop's options are the defaults."""
     names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
-             "bits": "bits", "group": "block", "integers": "integers", "vocabulary": "vocabulary_rate"}  # fmt: skip
+             "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
     given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
     if given["fold"] == "lora":
         given["fold"] = "scale"
@@ -121,7 +121,7 @@ def run_cell(variant: Variant, test: bool) -> None:
 
 def lora_name(variant: Variant) -> str:
     """One float LoRA for all integers that are made of it."""
-    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group", "vocabulary")})
+    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group")})
 
 
 def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
