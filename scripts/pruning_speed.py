@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pruning_bench import Texts, Variant, options_of, remember_rankings
+from pruning_bench import HERE, Texts, Variant, options_of, remember_rankings
 from speed_cells import (
     PAIRS,
     SPEEDUPS,
@@ -247,13 +247,21 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="no rows that have these options, such as modules")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--cells", type=Path, default=HERE / "speed", help="where they are; another machine's apart")
     parser.add_argument("--elsewhere", action="store_true", help="speed: on another machine than the table's, too")
     given = parser.parse_args()
     if given.what == "show":
-        show_rows(Setup(Path(), None, chunks=given.chunks))
+        show_rows(Setup(Path(), None, cells=given.cells, chunks=given.chunks))
         return
     model_dir = Path(models.resolve("smollm2-135m"))
-    setup = Setup(model_dir, Texts(model_dir), chunks=given.chunks, pairs=given.pairs, elsewhere=given.elsewhere)
+    setup = Setup(
+        model_dir,
+        Texts(model_dir),
+        cells=given.cells,
+        chunks=given.chunks,
+        pairs=given.pairs,
+        elsewhere=given.elsewhere,
+    )
     extra = {key: _parsed(value) for key, value in (pair.split("=", 1) for pair in given.extra)}
     variants = [
         {**variant, **extra, "speedup": float(speedup), "seed": int(seed)}
