@@ -70,17 +70,18 @@ class Texts:
         self._rows: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def alike(self, seed: int, sequences: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
-        """Our own text, [sequences, length]."""
-        return self._own(seed)[: sequences * length // LENGTH].reshape(sequences, length)
+        """Our own text, [sequences, length]; with more sequences than the usual the usual are the first of them."""
+        return self._own(seed, sequences)[: sequences * length // LENGTH].reshape(sequences, length)
 
     def held(self, seed: int) -> torch.Tensor:
         """The rows after those, [40, 256], which no score, price or refit sees."""
         return self._own(seed)[SEQUENCES:]
 
-    def _own(self, seed: int) -> torch.Tensor:
-        if (seed,) not in self._rows:
-            self._rows[seed,] = training_rows(self.model_dir, None, "calibration", SEQUENCES + HELD, LENGTH, seed).ids
-        return self._rows[seed,]
+    def _own(self, seed: int, sequences: int = SEQUENCES) -> torch.Tensor:
+        count = max(sequences, SEQUENCES + HELD)
+        if (seed, count) not in self._rows:
+            self._rows[seed, count] = training_rows(self.model_dir, None, "calibration", count, LENGTH, seed).ids
+        return self._rows[seed, count]
 
     def published(self, method: str, seed: int) -> torch.Tensor:
         """As many sequences and tokens as a method's authors take, of the text here that is closest to theirs."""
@@ -103,7 +104,7 @@ class Texts:
         kind, seed = variant.get("text"), variant["seed"]
         if kind == "published":
             return self.published(variant["method"], seed)
-        return self.wikitext(seed) if kind == "wikitext" else self.alike(seed)
+        return self.wikitext(seed) if kind == "wikitext" else self.alike(seed, variant.get("sequences", SEQUENCES))
 
     def other(self) -> torch.Tensor:
         """80 chunks of the head of WikiText-2 *train*, [80, 256]: text of another kind, none of it from the test."""
@@ -196,6 +197,7 @@ def table_variants() -> list[Variant]:
     """
     rows: list[Variant] = [{"method": "saap", "compensate": c} for c in ("refit", "none", "bias")]
     rows.append({**rows[0], "text": "wikitext"})  # against FLAP as published, which is calibrated on that
+    rows.append({**rows[0], "sequences": 2 * SEQUENCES})  # a quarter of the tokens that FLAP as published takes
     for method in STRONGEST_FIRST:
         own = "bias" if method == "flap" else "none"
         kinds = ("bias", "refit", "none") if method in ("flap", "wanda_sp") else ("refit", "none")
