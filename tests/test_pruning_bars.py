@@ -88,11 +88,11 @@ def test_a_margin_that_is_too_small_is_not_reached(table):
 
 def test_saap_on_the_text_of_flap_has_a_bar_of_its_own(table):
     rows, seeds = bars.rows_of(table / "table"), [0, 1, 2]
-    assert bars.margin_bar(rows, 0.2, "test40", seeds, wikitext=True).reached is None
+    assert bars.margin_bar(rows, 0.2, "test40", seeds, {"text": "wikitext"}).reached is None
     ours = {"method": "saap", "ratio": 0.2, "compensate": "refit", "text": "wikitext"}
     write_cell(table, "table", ours, dict.fromkeys(seeds, 4.13))
     rows = bars.rows_of(table / "table")
-    bar = bars.margin_bar(rows, 0.2, "test40", seeds, wikitext=True)
+    bar = bars.margin_bar(rows, 0.2, "test40", seeds, {"text": "wikitext"})
     assert bar.reached is False and "SAAP 4.1300, best of 3 baselines 4.1700" in bar.found
     assert "SAAP 4.1000" in bars.margin_bar(rows, 0.2, "test40", seeds).found
 
@@ -158,4 +158,4 @@ def test_two_runs_that_are_not_there():
 def test_every_bar_is_shown_when_nothing_is_measured(tmp_path, capsys):
     bars.show(tmp_path, [0, 1, 2], "test160")
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert len(lines) == 3 + 6 + 2 + 2 + 1 + 3 + 1 + 1 and all(line.endswith("| - |") for line in lines)
+    assert len(lines) == 4 + 6 + 2 + 2 + 1 + 3 + 1 + 1 and all(line.endswith("| - |") for line in lines)
