@@ -96,11 +96,9 @@ class BundleScorer:
         return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
     def _run(self, ids: NDArray[Any], past: Cache, wanted: list[str], last: bool = False) -> list[NDArray[Any]]:
-        ids = np.ascontiguousarray(ids, dtype=np.int64)
-        seen = next((part.shape[2] for part in past.values()), 0)
-        feed = {"input_ids": ids, "attention_mask": np.ones((len(ids), seen + ids.shape[1]), np.int64), **past}
-        if any(given.name == "position_ids" for given in self._session.get_inputs()):  # the portable target
-            feed["position_ids"] = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
+        feed = graph_feed(ids, past)
+        if all(given.name != "position_ids" for given in self._session.get_inputs()):  # all but the portable target
+            del feed["position_ids"]
         if last and self._may_skip:
             feed[FIRST_LOGIT] = np.array([-1])
         logits, *rest = self._session.run(wanted, feed)
@@ -131,6 +129,15 @@ def cpu_session(graph: Path, threads: int) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {graph} ({first})") from error
+
+
+def graph_feed(ids: NDArray[Any], past: Cache) -> dict[str, NDArray[Any]]:
+    """What a graph of any target is given for rows ``ids`` [b, s] that follow what ``past`` holds, nothing padded."""
+    ids = np.ascontiguousarray(ids, dtype=np.int64)
+    seen = next((part.shape[2] for part in past.values()), 0)
+    mask = np.ones((len(ids), seen + ids.shape[1]), np.int64)
+    positions = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
 
 
 def empty_past(manifest: BundleManifest, batch: int) -> Cache:

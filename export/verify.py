@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
-from export.run import BundleScorer
+from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
+from export.pieces import logits_in_pieces
+from export.run import BundleScorer, empty_past, graph_feed
 from export.source import ModelSource, Precision, Progress
 from export.streamed import StreamedModel
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.group_quant import round_model
+from saap.needs import WHOLE_BYTES
 
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
 LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
@@ -42,6 +46,8 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
+    A bundle of more than :data:`saap.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the memory.
+
     Returns:
         the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.
 
@@ -51,17 +57,18 @@ def check_parity(
     manifest = read_manifest(bundle)
     reference = StreamedModel(ModelSource(Path(model_dir)), _precision(manifest))
     states = reference.hidden_states(ids, progress)
-    scorer = BundleScorer(bundle, threads)  # only now: the layers are out of memory again
+    scored = graph_logits(bundle, SCORING_GRAPH, ids, threads)  # only now: the layers are out of memory again
     sums, largest = np.zeros(4), 0.0
-    for index, (row, expected) in enumerate(zip(ids.split(1), reference.logits(states), strict=True)):
+    last = torch.empty(0)
+    for index, (row, expected, found) in enumerate(zip(ids, reference.logits(states), scored, strict=True)):
         if progress:
             progress("checking parity, rows", index, len(ids))
-        found = torch.from_numpy(scorer.logits(row.numpy()))[0]
+        last = found[-1] if index == 0 else last
         largest = max(largest, (expected - found).abs().max().item())
-        sums += _row_sums(expected[:-1], found[:-1], row[0, 1:])
+        sums += _row_sums(expected[:-1], found[:-1], row[1:])
     if progress:
         progress("checking parity, rows", len(ids), len(ids))
-    _check_decode_graph(bundle, scorer, ids[:1, : ids.shape[1] // 2], threads)
+    _check_decode_graph(bundle, ids[:1], last, threads)
     kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
     report = {
         "max_abs_logit_difference": largest,
@@ -95,10 +102,22 @@ def _row_sums(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor
     return np.array([kl, same, *nlls])
 
 
-def _check_decode_graph(bundle: Path, scorer: BundleScorer, ids: torch.Tensor, threads: int) -> None:
-    """The decode graph's last logits must be the scoring graph's."""
-    last = BundleScorer(bundle, threads, graph=DECODE_GRAPH).logits(ids.numpy())[:, -1]
-    difference = float(np.abs(last - scorer.logits(ids.numpy())[:, -1]).max())
+def graph_logits(bundle: Path, graph: str, ids: torch.Tensor, threads: int) -> Iterator[torch.Tensor]:
+    """Logits [scored, vocab] float32 of each row of ids [rows, tokens] by one of the bundle's graphs."""
+    if (bundle / WEIGHTS).stat().st_size <= WHOLE_BYTES:
+        scorer = BundleScorer(bundle, threads, graph)
+        found: Iterator[NDArray[Any]] = (scorer.logits(row[None].numpy()) for row in ids)
+    else:
+        past = empty_past(read_manifest(bundle), 1)
+        found = logits_in_pieces(bundle / graph, [graph_feed(row[None].numpy(), past) for row in ids], threads)
+    for logits in found:
+        yield torch.from_numpy(logits[0]).float()
+
+
+def _check_decode_graph(bundle: Path, ids: torch.Tensor, expected: torch.Tensor, threads: int) -> None:
+    """The decode graph's logits [1, vocab] of ids [1, tokens] must be the scoring graph's last ones, [vocab]."""
+    (found,) = graph_logits(bundle, DECODE_GRAPH, ids, threads)
+    difference = (found[0] - expected).abs().max().item()
     # The head sees one row instead of many, which may take another kernel: equal up to rounding.
     if not difference <= 1e-2:
         raise SaapError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")

@@ -34,6 +34,8 @@ CHOOSING = 6  # bytes per weight of a matrix whose integers are chosen: a copy, 
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
 PACKED, LOGIT_COPIES = 2.75, 3.3  # copies of a bundle's weights: file and packed; logits of both, and their softmax
+WHOLE_BYTES = 1 << 30  # a larger bundle is compared with its torch model in pieces
+PIECE_BYTES = 256 << 20  # of weights; a piece ends with the tensor that reaches it
 FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile
 
 
@@ -202,7 +204,7 @@ def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streame
 
 
 def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:
-    """Of writing a bundle tensor by tensor, and of running it against the torch model, which is read layer by layer.
+    """Of writing a bundle tensor by tensor, and of running it, or its pieces, against the torch model layer by layer.
 
     Args:
         bundle_bytes: of its weights file.
@@ -212,7 +214,10 @@ def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Ne
     stages = [{"rounding the largest matrix": round(ROUNDING * matrix)}]
     if parity_tokens:
         logits = round(LOGIT_COPIES * 4 * parity_tokens * shape.vocab)
-        stages.append({"the bundle as ONNX Runtime packs it": round(PACKED * bundle_bytes), "logits": logits})
+        whole = bundle_bytes <= WHOLE_BYTES
+        held = bundle_bytes if whole else PIECE_BYTES + round(bundle_bytes * matrix / shape.parameters)
+        what = "the bundle" if whole else "a piece of the bundle"
+        stages.append({f"{what} as ONNX Runtime packs it": round(PACKED * held), "logits": logits})
     largest: dict[str, int] = max(stages, key=lambda stage: sum(stage.values()))
     return Needs({"the process": PROCESS, **largest}, {"the bundle": bundle_bytes})
 

@@ -88,6 +88,8 @@ def test_an_export_is_refused_before_anything_is_written(tiny_model, tmp_path, m
     shape = shape_of(read_config(path))
     with_parity, without = (export_needs(shape, 1_000_000, tokens) for tokens in (1024, 0))
     assert with_parity.memory_bytes > without.memory_bytes and without.disk == {"the bundle": 1_000_000}
+    large = export_needs(shape, 4 << 30, 1024).memory
+    assert large["a piece of the bundle as ONNX Runtime packs it"] < 2.75 * (4 << 30) / 2
     monkeypatch.setattr(module, "available_memory", lambda: 10_000_000)
     refused = here("export", path, "-o", tmp_path / "bundle", code=2)
     assert "exporting needs" in refused.stderr and "give --parity none" in refused.stderr

@@ -10,9 +10,13 @@ import torch
 from onnx import numpy_helper
 from test_export import IDS, MODELS, logits_of, model_of
 
+import export.pieces
 import export.streamed
+import export.verify
 from export.bundle import read_manifest
 from export.export import export_bundle
+from export.portable import export_portable
+from export.run import cpu_session
 from export.source import ModelSource, Precision
 from export.streamed import StreamedModel, streamed_logits
 from export.verify import check_parity, reference_model
@@ -88,3 +92,38 @@ def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
     (tmp_path / "bundle/model.onnx.data").write_bytes(data)
     with pytest.raises(SaapError, match=r"parity failed .*max_abs_logit_difference"):
         check_parity(tmp_path / "bundle", path, IDS, "dice")
+
+
+def numbers(report):
+    return {key: value for key, value in report.items() if isinstance(value, float)}
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("write", [export_bundle, export_portable])
+@pytest.mark.parametrize("piece_bytes", [1, 20_000])
+def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, write, bits, piece_bytes):
+    path, bundle = tiny_model(), tmp_path / "bundle"
+    write(path, bundle, bits=bits)
+    whole = check_parity(bundle, path, IDS, "dice")
+    before = sorted(bundle.iterdir())
+    sessions = []
+    monkeypatch.setattr(export.verify, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(export.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
+    monkeypatch.setattr(export.pieces, "cpu_session", lambda *a: sessions.append(cpu_session(*a)) or sessions[-1])
+    near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
+    # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.
+    report = check_parity(bundle, path, IDS, "dice")
+    assert numbers(report) == pytest.approx(numbers(whole), **near)
+    assert len(sessions) > (20 if piece_bytes == 1 else 3)
+    assert sorted(bundle.iterdir()) == before
+
+
+def test_a_piece_holds_its_own_weights_only(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    graph = onnx.load(tmp_path / "bundle/scoring.onnx", load_external_data=False).graph
+    sizes = {i.name: export.pieces._bytes_of(i) for i in graph.initializer}
+    cut = export.pieces._Cut(graph, 20_000)
+    held = [{name for node in piece for name in node.input if name in sizes} for piece in cut.pieces]
+    assert set().union(*held) >= {name for name, size in sizes.items() if size > 100}
+    largest = max(size for name, size in sizes.items() if "embedding" not in name)
+    assert all(sum(sizes[n] for n in names if "embedding" not in n) <= 20_000 + largest for names in held)
