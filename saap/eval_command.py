@@ -16,7 +16,7 @@ from saap.eval import Score, evaluate, torch_scorer
 from saap.importance import Progress
 from saap.json_files import write_document
 from saap.models import load_tokenizer, resolve
-from saap.needs import fits
+from saap.needs import check_memory, eval_needs, fits
 from saap.opening import open_model, whole_needs
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
@@ -62,8 +62,12 @@ def scorer_of(path: Path, threads: int) -> Score:
 def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, console: Console) -> dict[str, Any]:
     """Evaluate directories and bundles over the same windows: the protocol and one row per name."""
     threads = torch.get_num_threads()
-    by_layer = any(not is_bundle(path) and not fits(whole_needs(path)) for path in paths.values())
-    batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if by_layer else None
+    large = [path for path in paths.values() if not is_bundle(path) and not fits(whole_needs(path))]
+    batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if large else None
+    for config in map(read_config, large):
+        if not config.get("slim_quant"):  # integers are small
+            needs = eval_needs(shape_of(config), windows.ids[:batch].numel(), streamed=True)
+            check_memory(needs, "evaluating", "give a smaller --chunk or fewer --max-chunks")
     scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
     results = evaluate(scorers, windows.ids, windows.counted, reference=reference, batch=batch, progress=console.report)
     table = []

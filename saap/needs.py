@@ -203,6 +203,21 @@ def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streame
     return Needs({"the process": PROCESS + TUNING, "integers": integers, **largest})
 
 
+def eval_needs(shape: ModelShape, tokens: int, *, streamed: bool) -> Needs:
+    """Of running a model forward in float32, whole in memory or layer by layer, and reading off its probabilities.
+
+    Args:
+        tokens: that go through the model together.
+    """
+    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    outside = 4 * (shape.parameters - sum(layers))
+    weights = (
+        {"embedding and head": outside, "a layer": 4 * max(layers)} if streamed else {"weights": 4 * shape.parameters}
+    )
+    logits = round(LOGIT_COPIES * 4 * tokens * shape.vocab)
+    return Needs({"the process": PROCESS, **weights, "logits": logits})
+
+
 def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:
     """Of writing a bundle tensor by tensor, and of running it, or its pieces, against the torch model layer by layer.
 

@@ -29,7 +29,8 @@ from large_model import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT, PLACE = ROOT / "benchmarks" / "large", ROOT / "out" / "large"
-TEXT = ["--sequences", "10", "--length", "128"]
+RATIO, SEQUENCES, LENGTH = 0.2, 10, 128
+TEXT = ["--sequences", str(SEQUENCES), "--length", str(LENGTH)]
 BENCH = ["-p", "16", "-n", "16", "-r", "3", "--no-cold", "--max-time", "600"]
 POLL = 0.2  # seconds
 
@@ -38,14 +39,46 @@ def phases(place: Path) -> dict[str, list[str]]:
     """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
     dense, slim = place / "dense", place / "slim"
     return {
-        "prune": ["prune", dense, "-o", slim, "--ratio", "0.2", *TEXT],
+        "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT],
         "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
         "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
         "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
-        "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128"],
+        "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128", "--micro-batch", "2"],
         "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
     }  # fmt: skip
+
+
+def sum_of(phase: str, place: Path) -> float | None:
+    """The memory, MB, that saap says before it begins; None for `saap bench`, which has no torch and sums up itself."""
+    from saap.architectures import shape_of
+    from saap.bundle_size import bundle_size
+    from saap.checkpoint import read_config
+    from saap.export_command import PARITY_ROWS, PARITY_TOKENS
+    from saap.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
+    from saap.prune import budget_of, streamed
+    from saap.prune_options import PruneOptions
+    from saap.requirement import Requirement
+    from saap.weight_files import weights_bytes
+
+    dense, directory = place / "dense", place / ("dense" if phase in ("prune", "export-dense") else "slim")
+    config = read_config(directory)
+    shape = shape_of(config)
+    if phase == "prune":
+        options = PruneOptions(Requirement(ratio=RATIO))
+        by_layer = streamed(dense, budget_of(dense, options), options, SEQUENCES, LENGTH)
+        return prune_needs(shape, SEQUENCES, LENGTH, weights_bytes(dense), streamed=by_layer).memory_bytes / 1e6
+    if phase.startswith("export"):
+        tokens = PARITY_ROWS * PARITY_TOKENS if phase == "export-parity" else 0
+        return export_needs(shape, bundle_size(config, 4, 32).total(shape), tokens).memory_bytes / 1e6
+    if phase == "tune":
+        whole, single = (tune_needs(shape, 4, 32, 2 * LENGTH, streamed=each) for each in (False, True))
+        return (whole if fits(whole) else single).memory_bytes / 1e6
+    if phase == "eval":
+        tokens = 4 * LENGTH
+        whole, single = (eval_needs(shape, tokens, streamed=each) for each in (False, True))
+        return (whole if fits(whole) else single).memory_bytes / 1e6
+    return None
 
 
 def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
@@ -101,7 +134,11 @@ def measure(shape: str, wanted: list[str]) -> None:
             output = next((Path(a) for o, a in pairwise(arguments) if o == "-o"), None)
             if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
                 continue
-            found = watched(arguments, place / f"{name}.log")
+            expected = sum_of(name, place)
+            found = {
+                "sum_mb": None if expected is None else round(expected),
+                **watched(arguments, place / f"{name}.log"),
+            }
             last = " ".join(found.pop("last"))
             if found.pop("code"):
                 raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
@@ -136,13 +173,14 @@ def cells() -> list[dict[str, Any]]:
 
 def show() -> None:
     """Cells as Markdown."""
-    print("| shape | phase | minutes | peak MB | disk over the model |\n|---|---|---|---|---|")
+    print("| shape | phase | minutes | sum, MB | peak, MB | disk over the model |\n|---|---|---|---|---|---|")
     for cell in cells():
         disk = cell["disk_mb"] * 1e6 / cell["weights_bytes"]
         row = (
             cell["shape"],
             cell["phase"],
             f"{cell['seconds'] / 60:.1f}",
+            str(cell.get("sum_mb") or "-"),
             str(cell["peak_mb"]),
             f"{disk:.2f}",
         )

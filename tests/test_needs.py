@@ -12,7 +12,17 @@ from saap import prune as pruning
 from saap.architectures import shape_of
 from saap.checkpoint import read_config, read_record
 from saap.errors import SaapError
-from saap.needs import Needs, available_memory, check_disk, check_memory, export_needs, fits, prune_disk, prune_needs
+from saap.needs import (
+    Needs,
+    available_memory,
+    check_disk,
+    check_memory,
+    eval_needs,
+    export_needs,
+    fits,
+    prune_disk,
+    prune_needs,
+)
 from saap.prune import budget_of, prune, streamed
 from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
@@ -94,6 +104,18 @@ def test_an_export_is_refused_before_anything_is_written(tiny_model, tmp_path, m
     refused = here("export", path, "-o", tmp_path / "bundle", code=2)
     assert "exporting needs" in refused.stderr and "give --parity none" in refused.stderr
     assert not list(tmp_path.glob("*bundle*"))
+
+
+def test_an_evaluation_is_refused_before_a_weight_is_read(tiny_model, tmp_path, monkeypatch):
+    path, text = tiny_model(), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    shape = shape_of(read_config(path))
+    whole, single = (eval_needs(shape, 256, streamed=streamed) for streamed in (False, True))
+    assert whole.memory["weights"] == 4 * shape.parameters
+    assert single.memory["embedding and head"] + 3 * single.memory["a layer"] == whole.memory["weights"]
+    monkeypatch.setattr(module, "available_memory", lambda: 10_000_000)
+    told = refused("eval", path, "--text", text, "--chunk", 32)
+    assert "evaluating needs" in told and "give a smaller --chunk" in told
 
 
 def test_a_run_is_refused_before_its_first_step(tiny_model, tmp_path, monkeypatch):
