@@ -21,6 +21,7 @@ from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.group_quant import round_model
 from saap.needs import WHOLE_BYTES
+from saap.precision import fast_float32
 
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
 LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
@@ -36,6 +37,7 @@ def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> A
     return model
 
 
+@fast_float32()
 def check_parity(
     bundle: Path,
     model_dir: Path,

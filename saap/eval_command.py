@@ -18,6 +18,7 @@ from saap.json_files import write_document
 from saap.models import load_tokenizer, resolve
 from saap.needs import check_memory, eval_needs, fits
 from saap.opening import open_model, whole_needs
+from saap.precision import fast_float32
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
 from saap.steps import say_text
@@ -59,6 +60,7 @@ def scorer_of(path: Path, threads: int) -> Score:
     return torch_scorer(open_model(path))
 
 
+@fast_float32()
 def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, console: Console) -> dict[str, Any]:
     """Evaluate directories and bundles over the same windows: the protocol and one row per name."""
     threads = torch.get_num_threads()
@@ -79,6 +81,7 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
     return {"protocol": windows.protocol.as_dict(), "reference": reference, "rows": table}
 
 
+@fast_float32()
 def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> dict[str, Any]:
     """Zero-shot tasks of directories and bundles, one model in memory at a time."""
     from saap.tasks import run_tasks, task_files

@@ -27,6 +27,7 @@ from saap.gpu import device_of, fits_device, out_of_memory
 from saap.importance import Progress
 from saap.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
 from saap.outputs import check_output, claimed
+from saap.precision import fast_float32
 from saap.prune_options import PruneOptions
 from saap.prune_record import record_of
 from saap.prune_steps import agreed, kept_steps
@@ -40,6 +41,7 @@ from saap.weight_files import TensorFolder, tensor_reader, weights_bytes, weight
 SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
 
 
+@fast_float32()
 def prune(
     model_dir: str | Path,
     out: str | Path,

@@ -27,7 +27,7 @@ from saap.group_quant import check_blocks
 from saap.importance import Progress
 from saap.needs import check_memory, fits, tune_needs
 from saap.outputs import check_output
-from saap.precision import autocast_dtype
+from saap.precision import autocast_dtype, fast_float32
 from saap.quantised import Quantised
 from saap.streaming import load_streamed
 from saap.structures import ModelShape
@@ -42,6 +42,7 @@ from saap.weight_files import weights_hash
 __all__ = ["TuneOptions", "tune"]
 
 
+@fast_float32()
 def tune(
     slim_dir: str | Path,
     out: str | Path,

@@ -1,0 +1,77 @@
+"""float32 products by oneDNN on AMD's processors: only there, only while they stay float32, and never for longer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saap import precision
+from saap.precision import fast_float32
+
+AMD = "processor : 0\nvendor_id\t: AuthenticAMD\nflags\t: fpu avx2 avx512f\n"
+INTEL = AMD.replace("AuthenticAMD", "GenuineIntel")
+
+
+@pytest.fixture
+def cpuinfo(tmp_path, monkeypatch):
+    """Write what the system says of its processor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        pytest.skip("this torch has no MKL and oneDNN")
+
+    def write(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        return tmp_path / "cpuinfo"
+
+    return write
+
+
+def inside(path):
+    with fast_float32(path):
+        return torch.get_float32_matmul_precision()
+
+
+def test_on_amd_inside_the_block_only(cpuinfo, monkeypatch):
+    monkeypatch.setattr(precision, "_stays_float32", lambda: True)
+    assert inside(cpuinfo(AMD)) == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ZeroDivisionError), fast_float32(cpuinfo(AMD)):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("text", [INTEL, AMD.replace("avx2", "amx_bf16"), "Processor : ARMv8\n", ""])
+def test_elsewhere_nothing_changes(cpuinfo, text, monkeypatch):
+    monkeypatch.setattr(precision, "_stays_float32", lambda: pytest.fail("was tried"))
+    assert inside(cpuinfo(text)) == "highest"
+    assert inside(cpuinfo(AMD).with_name("none")) == "highest"
+
+
+def test_a_product_that_is_rounded_takes_it_back(cpuinfo, monkeypatch):
+    whole = torch.nn.functional.linear
+
+    def rounded(x, weight):
+        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            return whole(x.bfloat16(), weight.bfloat16()).float()
+        return whole(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
+    assert inside(cpuinfo(AMD)) == "highest"
+
+
+def test_the_users_own_choice_stays(cpuinfo, monkeypatch):
+    monkeypatch.setattr(precision, "_stays_float32", lambda: pytest.fail("was tried"))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert inside(cpuinfo(AMD)) == "high" == torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_here_products_are_as_exact_as_without():
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(64, 576, generator=generator), torch.randn(1536, 576, generator=generator)
+    expected = x.double() @ weight.double().t()
+    with fast_float32():
+        error = (torch.nn.functional.linear(x, weight) - expected).abs().max() / expected.abs().max()
+    assert error <= 5e-6
