@@ -44,8 +44,8 @@ def phases(place: Path) -> dict[str, list[str]]:
         "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
         "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
-        "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128", "--micro-batch", "2"],
         "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
+        "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128", "--micro-batch", "2"],
     }  # fmt: skip
 
 
