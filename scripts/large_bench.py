@@ -8,6 +8,7 @@
 A shape is a checkpoint of random weights (scripts/large_model.py), made for the time of its phases and removed after
 them. A phase is one `saap` command in a process of its own: its seconds, the largest resident memory of it and its
 children together, and by how much the file system filled while it ran. One JSON a phase in benchmarks/large/.
+The phase `llama` wants SAAP_PEER_PYTHON, an interpreter with llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ POLL = 0.2  # seconds
 
 def phases(place: Path) -> dict[str, list[str]]:
     """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
-    dense, slim = place / "dense", place / "slim"
+    dense, slim, gguf = place / "dense", place / "slim", place / "dense.gguf"
     return {
         "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT],
         "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
@@ -45,6 +46,8 @@ def phases(place: Path) -> dict[str, list[str]]:
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
         "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
         "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
+        "gguf": ["export", dense, "-o", gguf, "--target", "gguf", "--type", "Q4_0", "--head-bits", "4"],
+        "llama": ["bench", place / "dense-int4", f"llama.cpp:{gguf}", *BENCH, "--json", place / "llama.json"],
         "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128", "--micro-batch", "2"],
     }  # fmt: skip
 
@@ -143,8 +146,8 @@ def measure(shape: str, wanted: list[str]) -> None:
             if found.pop("code"):
                 raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
             cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
-            if name == "bench":
-                cell["bench"] = rates(place / "bench.json")
+            if name in ("bench", "llama"):
+                cell["bench"] = rates(place / f"{name}.json")
             bundle = place / "slim-int4"
             if bundle.is_dir():
                 cell["bundle_bytes"] = sum(path.stat().st_size for path in bundle.iterdir() if ".onnx" in path.name)
