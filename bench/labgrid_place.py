@@ -27,6 +27,7 @@ from devices.transport import BoardError, LostError, Transport, last_line, open_
 SCHEME = "labgrid://"
 FORMS = "labgrid://PLACE[@HOST:PORT], or 'labgrid://[@HOST:PORT]?TAG=VALUE' for any place with that tag"
 POLL_S = 1.0
+POLL_TRIES = 3  # a reservation that is not asked for ends after a minute
 SAY_S = 60.0  # between two lines that it still waits
 BOOT_S = 300.0
 POWER_S = 60.0  # of one command to a switch
@@ -119,9 +120,9 @@ class LabgridPlace:
 
     def _queue(self, taken: farm.Taken, stop: threading.Event, say: Say) -> str:
         """Until labgrid allocates a place, however long that takes: its other users measure, too."""
-        holders = self._ask(partial(farm.reserve, filters=self._filters, taken=taken))
+        holders = self._ask(partial(farm.reserve, filters=self._filters, taken=taken), answer_s=farm.QUICK_S)
         begin, said = time.monotonic(), -SAY_S
-        while (place := self._ask(partial(farm.allocated, token=str(taken.token)), listen=False)) is None:
+        while (place := self._allocated(str(taken.token), stop)) is None:
             waited = time.monotonic() - begin
             if waited - said >= SAY_S:
                 said = waited
@@ -129,6 +130,16 @@ class LabgridPlace:
             if stop.wait(POLL_S):
                 raise Stopped
         return place
+
+    def _allocated(self, token: str, stop: threading.Event) -> str | None:
+        """Asked more than once: one answer that is lost must not cost a place in the queue."""
+        for tries_left in reversed(range(POLL_TRIES)):
+            try:
+                return self._ask(partial(farm.allocated, token=token), listen=False, answer_s=farm.QUICK_S)
+            except farm.LostFarmError:
+                if not tries_left or stop.wait(POLL_S):
+                    raise
+        return None
 
     def _ssh(self, found: farm.Found) -> Transport:
         """By the place's only NetworkService."""
@@ -193,7 +204,8 @@ class LabgridPlace:
             return
         for wait_s in RELEASE_WAITS_S:
             try:
-                other = self._ask(partial(farm.give_back, taken=taken))
+                answer_s = farm.ANSWER_S if taken.place else farm.QUICK_S
+                other = self._ask(partial(farm.give_back, taken=taken), answer_s=answer_s)
             except BoardError as error:
                 why = str(error)
                 time.sleep(wait_s)
@@ -204,9 +216,9 @@ class LabgridPlace:
         what = f"{place} could not be released, `labgrid-client -p {place} release` does" if place else "no reservation"
         say(f"{what}: {why}")
 
-    def _ask(self, question: Callable[[Any], Awaitable[T]], listen: bool = True) -> T:
+    def _ask(self, question: Callable[[Any], Awaitable[T]], listen: bool = True, answer_s: float = farm.ANSWER_S) -> T:
         try:
-            return farm.ask(self._address, question, listen)
+            return farm.ask(self._address, question, listen, answer_s)
         except BoardError as error:
             raise type(error)(f"{self.url}: {error}") from None
 

@@ -24,7 +24,8 @@ from devices.transport import BoardError, printable
 DEFAULT = "127.0.0.1:20408"  # as labgrid-client
 PORT = 20408
 CONNECT_S = 15.0
-ANSWER_S = 60.0  # a coordinator asks the exporter of every resource in turn
+ANSWER_S = 60.0  # of places: a coordinator asks the exporter of every resource in turn
+QUICK_S = 15.0  # of reservations, which it keeps itself
 MOST_NAMES = 10
 # What `labgrid-client power` takes for a switch, but for GPIOs, which may as well choose what a board boots from.
 POWER = frozenset(
@@ -79,13 +80,14 @@ def client() -> ModuleType:
     return found  # type: ignore[no-any-return]
 
 
-def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = True) -> T:
+def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = True, answer_s: float = ANSWER_S) -> T:
     """One conversation with the coordinator.
 
     Args:
         address: ``HOST[:PORT]``.
         question: gets a ``ClientSession``.
         listen: read all places and resources first.
+        answer_s: after which there is none.
 
     Raises:
         LostFarmError: it cannot be reached.
@@ -96,7 +98,7 @@ def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = Tr
 
     try:
         with _ONE, _quiet(lines):
-            return asyncio.run(_talk(labgrid, address, question, listen))
+            return asyncio.run(_talk(labgrid, address, question, listen, answer_s))
     except (asyncio.TimeoutError, ConnectionError, grpc.aio.AioRpcError) as error:
         if isinstance(error, grpc.aio.AioRpcError) and error.code() != grpc.StatusCode.UNAVAILABLE:
             raise BoardError(printable(error.details())) from None
@@ -200,7 +202,9 @@ async def give_back(session: Any, taken: Taken) -> str | None:
     return other
 
 
-async def _talk(labgrid: Any, address: str, question: Callable[[Any], Awaitable[T]], listen: bool) -> T:
+async def _talk(
+    labgrid: Any, address: str, question: Callable[[Any], Awaitable[T]], listen: bool, answer_s: float
+) -> T:
     from labgrid.util.proxy import proxymanager  # heeds LG_PROXY
 
     target = proxymanager.get_grpc_address(address, default_port=PORT)
@@ -211,7 +215,7 @@ async def _talk(labgrid: Any, address: str, question: Callable[[Any], Awaitable[
                 await asyncio.wait_for(session.start(), CONNECT_S)
             except labgrid.ServerError:  # later ones have other reasons
                 raise ConnectionError from None
-        return await asyncio.wait_for(question(session), ANSWER_S)
+        return await asyncio.wait_for(question(session), answer_s)
     finally:
         if listen:
             await session.stop()

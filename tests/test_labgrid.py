@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -178,6 +179,28 @@ def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path, comman
     assert process.communicate(timeout=60)[1].strip() == "saap: interrupted; run the same command again"
     farm.client("-p", "pi", "release", user="somebody")
     assert farm.is_free()
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_an_answer_that_is_lost_costs_no_place_in_the_queue(farm, monkeypatch, lost):
+    tries, whole = [], labgrid_session.allocated
+
+    async def allocated(session, token):
+        tries.append(token)
+        if len(tries) <= lost:
+            await asyncio.sleep(60)
+        return await whole(session, token)
+
+    monkeypatch.setattr(labgrid_session, "allocated", allocated)
+    monkeypatch.setattr(labgrid_session, "QUICK_S", 0.5)
+    monkeypatch.setattr(labgrid_place, "POLL_S", 0.1)
+    if lost < labgrid_place.POLL_TRIES:
+        with kept("labgrid://?name=pi"):
+            assert farm.holder("pi")
+    else:
+        with pytest.raises(BoardError, match="no labgrid coordinator answers"), kept("labgrid://?name=pi"):
+            pass
+    assert len(tries) == 3 and len(set(tries)) == 1
 
 
 def test_an_error_in_the_middle_gives_the_place_back(farm, bundle, monkeypatch):
