@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def main() -> None:
         return plot(given.what[1])
     if wrong := [shape for shape in given.what if shape not in SHAPES]:
         parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, show, or plot FILE")
+    if "SAAP_DATA" not in os.environ:
+        raise SystemExit("set SAAP_DATA to a folder of texts: a model this large does not write its own")
     PLACE.mkdir(parents=True, exist_ok=True)
     for shape in given.what:
         measure(shape, given.phases.split(","))
