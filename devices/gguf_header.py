@@ -190,7 +190,7 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     for _ in range(tensor_count):
         name = cursor.string()
         shape = tuple(cursor.count() for _ in range(cursor.read("I")))
-        tensors[name] = Tensor(shape, cursor.read("I"), cursor.count())
+        tensors[name] = Tensor(shape, cursor.read("I"), cursor.read("Q"))  # checked against the length below
     alignment = int(metadata.get("general.alignment") or 32)
     _check_length(path, tensors.values(), -(-cursor.position // alignment) * alignment, len(cursor.data))
     return GgufHeader(metadata, tensors)

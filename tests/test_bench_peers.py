@@ -120,6 +120,22 @@ def test_gguf_header_of_layers_that_differ(tmp_path: Path) -> None:
     assert header.kv_bytes_per_token(4) == 3 * (24 + 8) * 4
 
 
+def test_gguf_of_more_than_two_gigabytes(tmp_path: Path) -> None:
+    path, offset = tmp_path / "large.gguf", 3 << 30
+    first, last = (
+        struct.pack("<Q1sIQIQ", 1, name, 1, 32, 0, start) for name, start in ((b"a", 0), (b"b", offset))
+    )  # one dimension of 32 float32 numbers
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + first + last)
+    start = -(-path.stat().st_size // 32) * 32
+    with path.open("r+b") as file:
+        file.truncate(start + offset + 32 * 4)  # a hole, which takes no room
+    assert read_header(path).tensors["b"].offset == offset
+    with path.open("r+b") as file:
+        file.truncate(start + offset + 32 * 4 - 1)
+    with pytest.raises(GgufHeaderError, match="cut off"):
+        read_header(path)
+
+
 def test_damaged_gguf_is_one_line(tmp_path: Path) -> None:
     whole = tiny_gguf(tmp_path / "a.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"

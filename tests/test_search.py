@@ -167,3 +167,24 @@ def test_meet_fails_with_the_least_that_can_be_had():
 
 def refusing(share):
     raise SaapError("nothing can go")
+
+
+def test_prices_far_below_the_largest_still_count():
+    """HiGHS sees differences down to a millionth of the largest price."""
+    small = prices(0, modules=False)
+    small.ffn[0] *= 1e9
+    for part in (small.ffn[1:], small.head, small.group):
+        for values in part:
+            values *= 1e-6
+    whole = weights(1).total(SHAPE)
+    budget = weights(round(0.9 * whole))
+    modules = options_of(small, budget)
+    chosen = solve(modules, budget)
+    left = budget.limit - sum(option.cost for option in chosen)
+    assert left >= 0
+    for module, option in zip(modules, chosen, strict=True):
+        for other in module.options:
+            assert not (0 < other.cost - option.cost <= left and other.price <= option.price)
+    legal = [c for c in itertools.product(*(m.options for m in modules)) if sum(o.cost for o in c) <= budget.limit]
+    best = min(sum(o.price for o in c) for c in legal)
+    assert sum(o.price for o in chosen) <= best + 2e-6 * max(o.price for m in modules for o in m.options)
