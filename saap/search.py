@@ -182,7 +182,7 @@ def solve(modules: list[Module], budget: Budget) -> list[Option]:
         chosen = _least_price(modules, limit, budget)
         excess = budget.fixed + sum(option.cost for option in chosen) - budget.most
         if budget.fits(budget.most + excess):
-            return chosen
+            return _use_up(modules, chosen, -excess)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
     raise SaapError(f"no choice of options was found within {budget.in_words(budget.most)}: ask for a little less")
 
@@ -213,6 +213,27 @@ def _least_price(modules: list[Module], limit: float, budget: Budget) -> list[Op
     if answer.x is None:
         raise SaapError(f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): ask for less")
     return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
+
+
+def _use_up(modules: list[Module], chosen: list[Option], left: float) -> list[Option]:
+    """Give what is left of the budget back, to what gains most by it.
+
+    HiGHS takes objectives as equal that differ by a millionth of the largest price. Where most prices are smaller than
+    that, as those of random weights are, it would remove twice what was asked for.
+    """
+    chosen = list(chosen)
+    while True:
+        larger = [
+            (option.price - other.price, other.cost - option.cost, -place, other)
+            for place, (module, option) in enumerate(zip(modules, chosen, strict=True))
+            for other in module.options
+            if 0 < other.cost - option.cost <= left and other.price <= option.price
+        ]
+        if not larger:
+            return chosen
+        _, cost, place, option = max(larger, key=lambda found: found[:3])
+        chosen[-place] = option
+        left -= cost
 
 
 def plan_from(modules: list[Module], chosen: list[Option], shape: ModelShape) -> PrunePlan:
