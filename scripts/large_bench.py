@@ -149,9 +149,11 @@ def measure(shape: str, wanted: list[str]) -> None:
             cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
             if name in ("bench", "llama"):
                 cell["bench"] = rates(place / f"{name}.json")
-            bundle = place / "slim-int4"
-            if bundle.is_dir():
-                cell["bundle_bytes"] = sum(path.stat().st_size for path in bundle.iterdir() if ".onnx" in path.name)
+            cell["bundle_bytes"] = {
+                bundle.name: sum(path.stat().st_size for path in bundle.glob("*.onnx*"))
+                for bundle in (place / "dense-int4", place / "slim-int4")
+                if bundle.is_dir()
+            }
             cell |= {"cpus": psutil.cpu_count(logical=False), "torch": torch.__version__, "date": time.strftime("%F")}
             OUT.mkdir(parents=True, exist_ok=True)
             cells[name].write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
