@@ -14,8 +14,10 @@ The phase `llama` wants SAAP_PEER_PYTHON, an interpreter with llama-cpp-python.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,14 +104,14 @@ def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def resident(process: psutil.Process) -> int:
-    """Resident bytes of a process and its children now."""
+def resident(process: psutil.Popen) -> int:
+    """The most that a process held, bytes, and what its children hold now."""
     total = 0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            total += each.memory_info().rss
-        except psutil.Error:
-            continue
+    with contextlib.suppress(OSError, psutil.Error):
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        if most := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):  # not of one that has just ended
+            total += 1024 * int(most[1])
+        total += sum(child.memory_info().rss for child in process.children(recursive=True))
     return total
 
 
