@@ -93,7 +93,8 @@ def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
     free, began = shutil.disk_usage(PLACE).free, time.monotonic()
     peak, least = 0, free
     with log.open("w") as told:
-        process = psutil.Popen(command, stdout=told, stderr=told, cwd=ROOT)
+        empty = {**os.environ, "XDG_CACHE_HOME": str(log.parent / "cache")}  # of scores
+        process = psutil.Popen(command, stdout=told, stderr=told, cwd=ROOT, env=empty)
         while process.poll() is None:
             peak = max(peak, resident(process))
             least = min(least, shutil.disk_usage(PLACE).free)
