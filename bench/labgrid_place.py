@@ -137,8 +137,10 @@ class LabgridPlace:
             try:
                 return self._ask(partial(farm.allocated, token=token), listen=False, answer_s=farm.QUICK_S)
             except farm.LostFarmError:
-                if not tries_left or stop.wait(POLL_S):
+                if not tries_left:
                     raise
+            if stop.wait(POLL_S):
+                raise Stopped
         return None
 
     def _ssh(self, found: farm.Found) -> Transport:

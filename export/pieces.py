@@ -52,6 +52,7 @@ def logits_in_pieces(
             if index == len(cut.pieces) - 1:
                 yield found["logits"]
             states[row] = {name: array for name, array in (states[row] | found).items() if name in later}
+        del session  # before the next piece is loaded beside it
 
 
 def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> Any:
