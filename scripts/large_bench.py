@@ -2,6 +2,7 @@
 
     python scripts/large_bench.py 1.1B 3B 7B 13B        # hours; finished phases are not run again
     python scripts/large_bench.py 7B --phases prune,export
+    python scripts/large_bench.py 13B --phases prune,export --steps 1       # 62 GB of disk; two steps take 83
     python scripts/large_bench.py show                  # the cells that are there, as Markdown
     python scripts/large_bench.py plot growth.png       # time and memory against the weights
 
@@ -35,22 +36,27 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT, PLACE = ROOT / "benchmarks" / "large", ROOT / "out" / "large"
 RATIO, SEQUENCES, LENGTH = 0.2, 10, 128
 TEXT = ["--sequences", str(SEQUENCES), "--length", str(LENGTH)]
-BENCH = ["-p", "16", "-n", "16", "-r", "3", "--no-cold", "--max-time", "600"]
+BENCH = ["-p", "16", "-n", "32", "-r", "8", "--no-cold", "--max-time", "900"]
+OF_DENSE = ("prune", "export-dense", "export-64", "export-128")
 POLL = 0.2  # seconds
 
 
-def phases(place: Path) -> dict[str, list[str]]:
+def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
     """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
+    in_steps = [] if steps is None else ["--iterative-steps", str(steps)]
     dense, slim, gguf = place / "dense", place / "slim", place / "dense.gguf"
+    dense_bundles = [place / f"dense-int4{block}" for block in ("", "-64", "-128")]
     return {
-        "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT],
+        "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT, "--stream", *in_steps],
         "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
         "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
+        "export-64": ["export", dense, "-o", place / "dense-int4-64", "--parity", "none", "--group", "64"],
+        "export-128": ["export", dense, "-o", place / "dense-int4-128", "--parity", "none", "--group", "128"],
         "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
         "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
         "gguf": ["export", dense, "-o", gguf, "--target", "gguf", "--type", "Q4_0", "--head-bits", "4"],
-        "llama": ["bench", place / "dense-int4", f"llama.cpp:{gguf}", *BENCH, "--json", place / "llama.json"],
+        "llama": ["bench", *dense_bundles, f"llama.cpp:{gguf}", *BENCH, "--json", place / "llama.json"],
         "tune": ["tune", slim, "-o", place / "tuned", "--tokens", "1024", "--length", "128", "--micro-batch", "2"],
     }  # fmt: skip
 
@@ -62,21 +68,17 @@ def sum_of(phase: str, place: Path) -> float | None:
     from saap.checkpoint import read_config
     from saap.export_command import PARITY_ROWS, PARITY_TOKENS
     from saap.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
-    from saap.prune import budget_of, streamed
-    from saap.prune_options import PruneOptions
-    from saap.requirement import Requirement
     from saap.weight_files import weights_bytes
 
-    dense, directory = place / "dense", place / ("dense" if phase in ("prune", "export-dense") else "slim")
+    dense, directory = place / "dense", place / ("dense" if phase in OF_DENSE else "slim")
     config = read_config(directory)
     shape = shape_of(config)
     if phase == "prune":
-        options = PruneOptions(Requirement(ratio=RATIO))
-        by_layer = streamed(dense, budget_of(dense, options), options, SEQUENCES, LENGTH)
-        return prune_needs(shape, SEQUENCES, LENGTH, weights_bytes(dense), streamed=by_layer).memory_bytes / 1e6
+        return prune_needs(shape, SEQUENCES, LENGTH, weights_bytes(dense), streamed=True).memory_bytes / 1e6
     if phase.startswith("export"):
         tokens = PARITY_ROWS * PARITY_TOKENS if phase == "export-parity" else 0
-        return export_needs(shape, bundle_size(config, 4, 32).total(shape), tokens).memory_bytes / 1e6
+        block = int(phase.split("-")[1]) if phase[-1].isdigit() else 32
+        return export_needs(shape, bundle_size(config, 4, block).total(shape), tokens).memory_bytes / 1e6
     if phase == "tune":
         whole, single = (tune_needs(shape, 4, 32, 2 * LENGTH, streamed=each) for each in (False, True))
         return (whole if fits(whole) else single).memory_bytes / 1e6
@@ -128,7 +130,7 @@ def checkpoint(shape: str) -> Iterator[Path]:
     shutil.rmtree(place)  # not where a phase failed or was interrupted: what is there is not made again
 
 
-def measure(shape: str, wanted: list[str]) -> None:
+def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
     """The phases of one shape that are not known, or whose output is gone; the first that fails ends it."""
     import torch
 
@@ -137,7 +139,7 @@ def measure(shape: str, wanted: list[str]) -> None:
         return
     with checkpoint(shape) as place:
         weights = sum(path.stat().st_size for path in (place / "dense").glob("*.safetensors"))
-        for name, arguments in phases(place).items():
+        for name, arguments in phases(place, steps).items():
             output = next((Path(a) for o, a in pairwise(arguments) if o == "-o"), None)
             if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
                 continue
@@ -150,12 +152,13 @@ def measure(shape: str, wanted: list[str]) -> None:
             if found.pop("code"):
                 raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
             cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
+            if name == "prune" and steps is not None:
+                cell["steps"] = steps
             if name in ("bench", "llama"):
                 cell["bench"] = rates(place / f"{name}.json")
             cell["bundle_bytes"] = {
                 bundle.name: sum(path.stat().st_size for path in bundle.glob("*.onnx*"))
-                for bundle in (place / "dense-int4", place / "slim-int4")
-                if bundle.is_dir()
+                for bundle in sorted(place.glob("*-int4*"))
             }
             cell |= {"cpus": psutil.cpu_count(logical=False), "torch": torch.__version__, "date": time.strftime("%F")}
             OUT.mkdir(parents=True, exist_ok=True)
@@ -164,13 +167,17 @@ def measure(shape: str, wanted: list[str]) -> None:
 
 
 def rates(path: Path) -> list[dict[str, Any]]:
-    """Decode speed, peak memory and validity of each bundle of a result."""
+    """Decode speed and its ceiling, peak memory and validity of each bundle of a result."""
     from bench.store import read_result
 
+    result = read_result(path)
     return [
-        {"decode_ts": m.decode_ts, "peak_bytes": m.peak("peak_decode_bytes"), "status": m.status, "reasons": m.reasons}
-        for m in read_result(path).measurements
-    ]
+        {
+            "name": m.name, "decode_ts": m.decode_ts, "ceiling_ts": result.ceiling_ts(m),
+            "peak_bytes": m.peak("peak_decode_bytes"), "status": m.status, "reasons": m.reasons,
+        }
+        for m in result.measurements
+    ]  # fmt: skip
 
 
 def cells() -> list[dict[str, Any]]:
@@ -219,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", help="shapes; or show; or plot FILE")
     parser.add_argument("--phases", default=",".join(phases(Path())))
+    parser.add_argument("--steps", type=int, help="of pruning; each but one keeps a model on the disk meanwhile")
     given = parser.parse_args()
     if given.what == ["show"]:
         return show()
@@ -230,7 +238,7 @@ def main() -> None:
         raise SystemExit("set SAAP_DATA to a folder of texts: a model this large does not write its own")
     PLACE.mkdir(parents=True, exist_ok=True)
     for shape in given.what:
-        measure(shape, given.phases.split(","))
+        measure(shape, given.phases.split(","), given.steps)
 
 
 if __name__ == "__main__":
