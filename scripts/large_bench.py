@@ -68,6 +68,7 @@ def sum_of(phase: str, place: Path) -> float | None:
     from saap.checkpoint import read_config
     from saap.export_command import PARITY_ROWS, PARITY_TOKENS
     from saap.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
+    from saap.opening import whole_needs
     from saap.weight_files import weights_bytes
 
     dense, directory = place / "dense", place / ("dense" if phase in OF_DENSE else "slim")
@@ -84,8 +85,7 @@ def sum_of(phase: str, place: Path) -> float | None:
         return (whole if fits(whole) else single).memory_bytes / 1e6
     if phase == "eval":
         tokens = 4 * LENGTH
-        whole, single = (eval_needs(shape, tokens, streamed=each) for each in (False, True))
-        return (whole if fits(whole) else single).memory_bytes / 1e6
+        return eval_needs(shape, tokens, streamed=not fits(whole_needs(directory))).memory_bytes / 1e6
     return None
 
 
