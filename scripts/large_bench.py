@@ -38,6 +38,7 @@ RATIO, SEQUENCES, LENGTH = 0.2, 10, 128
 TEXT = ["--sequences", str(SEQUENCES), "--length", str(LENGTH)]
 BENCH = ["-p", "16", "-n", "32", "-r", "8", "--no-cold", "--max-time", "900"]
 OF_DENSE = ("prune", "export-dense", "export-64", "export-128")
+GROWING = ("prune", "export", "export-parity", "gguf", "tune")
 POLL = 0.2  # seconds
 
 
@@ -204,7 +205,7 @@ def show() -> None:
 
 
 def plot(path: str) -> None:
-    """Minutes and peak memory of each phase against the model's bytes, both axes logarithmic."""
+    """Seconds and peak memory of the phases that grow with the model, both axes logarithmic, beside straight growth."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -212,10 +213,12 @@ def plot(path: str) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, (name, unit) in zip(axes, {"seconds": "seconds", "peak_mb": "peak memory, MB"}.items(), strict=True):
-        for phase in phases(Path()):
+        for phase in GROWING:
             known = [(c["weights_bytes"] / 1e9, c[name]) for c in cells() if c["phase"] == phase]
             if len(known) > 1:
                 axis.plot(*zip(*known, strict=True), marker="o", label=phase)
+                (size, amount), most = known[0], known[-1][0]
+                axis.plot([size, most], [amount, amount * most / size], color="0.7", linestyle=":", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="weights in bfloat16, GB", ylabel=unit)
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].legend(fontsize="small")
