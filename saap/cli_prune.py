@@ -73,11 +73,12 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     help="Of the bundle, for its size and time.",
 )
 @planned(
-    "--block",
+    "--group",
+    "block",
     type=click.Choice(["32", "64", "128"]),
     default="32",
     show_default=True,
-    help="Its quantisation group; every width is a multiple of it.",
+    help="Its weights per scale; every width is a multiple of it.",
 )
 @together(*CHOICE)
 @how(

@@ -143,7 +143,7 @@ def test_a_slim_model_prunes_again(model, tmp_path, text, costs):
         (["--speedup", "1.5", "--costs", "COSTS", "--threads", "4"], "holds costs for 1 threads, it has none for 4"),
         (["--speedup", "1.5", "--costs", "COSTS", "--bits", "8"], "measured for a model with bits 4, not bits 8"),
         (["--ratio", "0.2", "--costs", "COSTS"], "--costs is for --speedup and --ms-per-token: leave it out"),
-        (["--max-bytes", "150kB", "--block", "64"], "the hidden size is 96 wide, which groups of 64 do not divide"),
+        (["--max-bytes", "150kB", "--group", "64"], "the hidden size is 96 wide, which groups of 64 do not divide"),
         (["--ratio", "0.2", "--keep-layers", "7"], "--keep-layers names layer 7; the model has layers 0 to 2"),
         (["--ratio", "0.9", "--keep-layers", "0-2"], "the largest that these options allow is 0: ask for less"),
     ],
