@@ -219,7 +219,10 @@ def plot(path: str) -> None:
                 axis.plot(*zip(*known, strict=True), marker="o", label=phase)
                 (size, amount), most = known[0], known[-1][0]
                 axis.plot([size, most], [amount, amount * most / size], color="0.7", linestyle=":", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="weights in bfloat16, GB", ylabel=unit)
+        axis.set(xscale="log", yscale="log", xlabel="shape (weights in bfloat16, GB)", ylabel=unit)
+        ticks = {c["weights_bytes"] / 1e9: c["shape"] for c in cells() if c["phase"] == "prune"}
+        axis.set_xticks(list(ticks), [f"{shape}\n({size:.1f})" for size, shape in ticks.items()])
+        axis.minorticks_off()
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
