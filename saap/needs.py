@@ -25,6 +25,7 @@ PROCESS = 560_000_000  # Python, torch, transformers and scipy, with what the al
 # Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, of
 # every attention channel and of every FFN channel.
 PER_HIDDEN, PER_ATTENTION, PER_FFN = 7, 5, 5
+MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
 KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers uses
 PER_LOGIT = 3  # logits, their softmax and its gradient
 BATCH = 8  # sequences that a refit takes at once
@@ -121,7 +122,12 @@ def prune_needs(
     if streamed:
         outside = 4 * (shape.parameters - sum(layers))
         stages.append(
-            {"embedding and head": outside, "a layer": 4 * max(layers), "activations": round(KEPT_BACK * computing)}
+            {
+                "embedding and head": outside,
+                "a layer": 4 * max(layers),
+                "activations": round(KEPT_BACK * computing),
+                "its file": min(MAPPED, round(file_bytes / shape.parameters * max(layers))),
+            }
         )
     else:
         weights = {"weights": 4 * shape.parameters}
