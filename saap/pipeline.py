@@ -18,9 +18,10 @@ import click
 import torch
 
 from saap import models
+from saap.architectures import shape_of, traits_of
 from saap.bench_command import keep, measured, show_result
 from saap.board import read_run
-from saap.checkpoint import read_record
+from saap.checkpoint import read_config, read_record
 from saap.console import Console
 from saap.eval_command import quality_of, show_quality
 from saap.export_command import DEFAULTS, export_step
@@ -96,7 +97,8 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     check_output(out)
     begun = time.monotonic()
     directory = models.resolve(model, progress=console.report)
-    # What cannot be met is refused before hours are spent.
+    # What cannot be met or exported is refused before hours are spent.
+    _check_exportable(directory)
     pruning = prune_options_of(settings, requirement)
     check_run(directory, out, budget_of(directory, pruning), pruning, options)
     evaluation = _evaluation(directory, options, console)
@@ -119,6 +121,13 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
         "texts", f'saap generate {out}/slim-int4 "{PROMPTS[0]}"', exported, [], lambda: {"texts": _texts(out, console)}
     )
     _finish(state, results, begun)
+
+
+def _check_exportable(directory: Path) -> None:
+    from export.graph import check_attention
+
+    config = read_config(directory)
+    check_attention(shape_of(config), traits_of(config), {})
 
 
 def _prune(state: _State, model: str, directory: Path, options: RunOptions, dense: Any) -> str:

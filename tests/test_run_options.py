@@ -93,6 +93,12 @@ def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_exported_is_refused_before_it_is_pruned(tiny_model, tmp_path):
+    path = tiny_model(head_dim=20)
+    assert "a head size of 20 cannot be exported" in refused("run", path, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_to_a_size_by_a_baseline(tiny_model, tmp_path, text):
     other = tmp_path / "other.txt"
     other.write_text(
