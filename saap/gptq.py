@@ -48,15 +48,23 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
 
 
 def gptq_with_latent(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: int,
+    block: int,
+    symmetric: bool = True,
+    inverse: torch.Tensor | None = None,
 ) -> tuple[QuantMatrix, torch.Tensor]:
     """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32, not contiguous.
 
     Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
     integers can be trained on.
+
+    Args:
+        inverse: :func:`inverse_factor` of ``hessian``, where it is known.
     """
     check_blocks(weight.shape[1], block, "a matrix")
-    inverse = _inverse_factor(hessian.double()).float()
+    inverse = inverse_factor(hessian) if inverse is None else inverse
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
     importance = hessian.diagonal().float()
@@ -83,16 +91,29 @@ def gptq_with_latent(
     return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), rest.t()
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """U upper triangular with U^T U = (H + damping)^-1; an input that is always 0 gets a unit diagonal."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U upper triangular with U^T U = (H + damping)^-1, [K, K] float32; an input that is always 0 gets 1 there.
+
+    H backwards is L L^T; L backwards is R, upper, with H = R R^T; and U is the inverse of R: half the work of
+    inverting H and factoring that. By scipy's LAPACK, which has the inverse of a triangle.
+
+    Raises:
+        SaapError: the inputs were not finite.
+    """
+    from scipy.linalg import lapack
+
     if not bool(torch.isfinite(hessian).all()):
         raise SaapError("calibration inputs are not finite: the model's activations overflow on this text")
+    backwards = hessian.double().cpu().flip(0, 1)
+    diagonal = backwards.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor, singular = lapack.dpotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
+    if not singular:
+        factor, singular = lapack.dtrtri(factor, lower=1, overwrite_c=1)
+    if singular:
+        raise SaapError("the calibration inputs have no Cholesky factor: give more or other text")
+    return torch.from_numpy(factor).float().flip(0, 1).to(hessian.device)
 
 
 @torch.no_grad()
@@ -130,11 +151,14 @@ def compensated_matrices(
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
-            hessians = _hessians(layer, linears, batches)
+            hessians, known = _hessians(layer, linears, batches), None
             for name, linear in linears.items():
+                hessian = hessians[name]
+                if hessian is not known:  # linears that are fed alike follow one another
+                    known, inverse = hessian, inverse_factor(hessian)
                 full = f"{architecture.layers}.{index}.{name}"
                 own = (bits_of or {}).get(full, bits)
-                matrices[full], latent = gptq_with_latent(linear.weight, hessians[name], own, block, symmetric)
+                matrices[full], latent = gptq_with_latent(linear.weight, hessian, own, block, symmetric, inverse)
                 linear.weight.copy_(matrices[full].dequantize())
                 if latents is not None:
                     latents[full] = latent.contiguous()
@@ -156,14 +180,16 @@ def _hessians(
 ) -> dict[str, torch.Tensor]:
     """X X^T of every linear's inputs; linears that are fed one tensor share the product."""
     sums: dict[str, torch.Tensor] = {}
-    last: list[Any] = [None, None]
+    first: dict[str, str] = {}  # the linear that was fed the same tensor before
+    last: list[Any] = [None, ""]
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             if last[0] is not args[0]:
+                last[:] = args[0], name
                 x = args[0].flatten(0, -2).float()
-                last[:] = args[0], x.t() @ x
-            sums[name] = sums[name] + last[1] if name in sums else last[1]
+                sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
+            first[name] = last[1]
 
         return add
 
@@ -174,4 +200,4 @@ def _hessians(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return {name: sums[first[name]] for name in linears}

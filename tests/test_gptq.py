@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saap import gptq as module
 from saap.checkpoint import load_model
 from saap.errors import SaapError
-from saap.gptq import compensated_matrices, gptq, gptq_with_latent
+from saap.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
 from saap.group_quant import fill, quantize, quantize_model
 from saap.modeling_slim import GroupQuantTable, unpack_zero_points
 
@@ -53,6 +54,24 @@ def test_an_input_that_is_always_zero_does_not_spoil_the_others():
 def test_inputs_that_are_not_finite_are_refused():
     with pytest.raises(SaapError, match="not finite"):
         gptq(WEIGHT, torch.full((96, 96), torch.nan), 4, 32)
+
+
+def test_the_factor_is_that_of_the_inverse():
+    hessian = INPUTS.t() @ INPUTS
+    damped = hessian.double() + module.DAMPING * hessian.double().diagonal().mean() * torch.eye(96)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    found = inverse_factor(hessian)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
+    assert torch.equal(found, found.triu()) and torch.equal(hessian, INPUTS.t() @ INPUTS)
+
+
+def test_linears_that_are_fed_alike_share_one_factor(tiny_model, monkeypatch):
+    model = load_model(tiny_model())
+    made = []
+    monkeypatch.setattr(module, "inverse_factor", lambda h: made.append(h) or inverse_factor(h))
+    found = compensated_matrices(model, IDS, 4, 32, 4)
+    assert len(made) == 4 * 3 + 1  # q, k and v; o; gate and up; down: of three layers, and the head
+    assert len(found) == 7 * 3 + 2
 
 
 @pytest.mark.parametrize("tied", [True, False])
