@@ -226,6 +226,7 @@ async def _talk(
 def _quiet(lines: list[str]) -> Iterator[None]:
     """Keep what labgrid logs; without a handler the root logger would make one that prints, and leave it there."""
     handler = logging.Handler(logging.ERROR)
+    handler.addFilter(lambda record: record.name != "asyncio")  # gRPC's poller, when it calls a loop that has ended
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:
