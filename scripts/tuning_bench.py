@@ -12,7 +12,8 @@ made by the first two; the test is read with --test.
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
 loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true,
 warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float LoRA: it is measured
-as it is and, merged, with integers=nearest|gptq as a bundle.
+as it is and, merged, with integers=nearest|gptq as a bundle. fold=none is what is tuned, before it is: pruned, or with
+ratio=0 dense, as it is or with integers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.training import train
 from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
-from saap.tuning_rows import TuningRows, held_out, tuning_rows
+from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.weight_files import tensor_reader
 
 CELLS = HERE.parent / "tuning"
@@ -65,7 +66,7 @@ def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
 
 def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
     """Rows to tune on, and rows after them that nothing is chosen, tuned or stopped by, [40, 256]."""
-    count = tokens // LENGTH
+    count = max(tokens // LENGTH, FEWEST_ROWS)  # what is not tuned reads none of them
     calibrated = read_record(slim)["lineage"]["calibration"]
     skip = -(-calibrated["sequences"] * calibrated["tokens"] // LENGTH)
     held = tuning_rows(slim, None, HELD, LENGTH, SEED, skip=skip)  # first: the same for every number of tokens
@@ -77,7 +78,7 @@ def options_of(variant: Variant) -> TuneOptions:
     names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
              "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
     given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
-    if given["fold"] == "lora":
+    if given["fold"] in ("lora", "none"):
         given["fold"] = "scale"
     return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
 
@@ -85,6 +86,8 @@ def options_of(variant: Variant) -> TuneOptions:
 def run_cell(variant: Variant, test: bool) -> None:
     """Tune, export, measure, write; what is known is not measured again."""
     variant = {**DEFAULTS, **variant}
+    if untuned := variant["fold"] == "none":
+        variant |= {"tokens": 0, "teacher": 0}
     model_dir = Path(variant["model"]) if "model" in variant else Path(models.resolve("smollm2-135m"))
     texts = Texts(model_dir)
     path, name = CELLS / f"{slug(variant)}.json", slug(variant)
@@ -92,10 +95,12 @@ def run_cell(variant: Variant, test: bool) -> None:
     wanted = ["held", "other", *([f"test{CHUNKS}"] if test else [])]
     if all(text in cell["nll"] for text in wanted):
         return
-    slim = slim_of(model_dir, texts, variant["ratio"])
+    slim = slim_of(model_dir, texts, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
     rows, held = rows_of(slim, variant["tokens"])
-    tuned, began = OUT / name, time.monotonic()
-    if not tuned.is_dir():
+    tuned, began = OUT / (lora_name(variant) if variant["fold"] == "lora" else name), time.monotonic()
+    if untuned:
+        tuned = slim if variant["ratio"] else model_dir
+    elif not tuned.is_dir():
         if variant["fold"] == "lora":
             cell["training"] = tune_lora(variant, slim, model_dir, rows, OUT)
         else:
@@ -111,9 +116,7 @@ def run_cell(variant: Variant, test: bool) -> None:
         cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
     for text, ids in {"held": held, "other": texts.other(), f"test{CHUNKS}": texts.test(CHUNKS)}.items():
         if text in wanted and text not in cell["nll"]:
-            cell["nll"][text] = nll_of(
-                OUT / lora_name(variant) if variant["fold"] == "lora" else tuned, slim, variant, ids
-            )
+            cell["nll"][text] = nll_of(tuned, slim, variant, ids)
     cell["versions"] = {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     cell["date"] = time.strftime("%Y-%m-%d")
     write_json(path, cell)
@@ -127,7 +130,7 @@ def lora_name(variant: Variant) -> str:
 
 def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
     """Nats per token: by ONNX Runtime of a bundle with integers, by torch of a float model."""
-    integers = variant.get("integers") if variant["fold"] == "lora" else "tuned"
+    integers = variant.get("integers") if variant["fold"] in ("lora", "none") else "tuned"
     if integers is None:
         return mean_nll(load_model(directory), ids)
     from export.export import export_bundle
