@@ -30,6 +30,7 @@ from saap.layer_walk import layer_inputs, layers_of, run_layer
 from saap.streaming import present
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
+LAZY = 256  # columns whose errors reach the columns after them in one product, as in the paper, section 3.3, step 2
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
@@ -71,19 +72,24 @@ def gptq_with_latent(
     top = 2**bits - 1
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = [], []
+    gaps, lazy = torch.empty_like(rest), max(block, LAZY // block * block)
     for start in range(0, len(rest), block):
-        end = start + block
+        end, batch = start + block, start // lazy * lazy
+        batch_end = batch + lazy
         group = rest[start:end]
         scale, zero = (
             part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
         )
-        gaps = torch.empty_like(group)
         for k in range(block):
             code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
             codes[start + k] = code.to(torch.uint8)
-            gaps[k] = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
-            group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gaps[k], alpha=-1)
-        rest[end:].addmm_(inverse[start:end, end:].t(), gaps, alpha=-1)
+            gap = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
+            group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gap, alpha=-1)
+            gaps[start + k] = gap
+        if end < batch_end:
+            rest[end:batch_end].addmm_(inverse[start:end, end:batch_end].t(), gaps[start:end], alpha=-1)
+        else:
+            rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[batch:end], alpha=-1)
         scales.append(scale)
         zeros.append(zero)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
@@ -95,25 +101,26 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """U upper triangular with U^T U = (H + damping)^-1, [K, K] float32; an input that is always 0 gets 1 there.
 
     H backwards is L L^T; L backwards is R, upper, with H = R R^T; and U is the inverse of R: half the work of
-    inverting H and factoring that. By scipy's LAPACK, which has the inverse of a triangle.
+    inverting H and factoring that. By scipy's LAPACK, which has the inverse of a triangle, in float32 as the authors do:
+    the damping is far above what is lost there.
 
     Raises:
         SaapError: the inputs were not finite.
     """
     from scipy.linalg import lapack
 
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(hessian.diagonal()).all()):  # sums of squares: where they are, so are the rest
         raise SaapError("calibration inputs are not finite: the model's activations overflow on this text")
-    backwards = hessian.double().cpu().flip(0, 1)
+    backwards = hessian.to("cpu", torch.float32).flip(0, 1)
     diagonal = backwards.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    factor, singular = lapack.dpotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
+    factor, singular = lapack.spotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
     if not singular:
-        factor, singular = lapack.dtrtri(factor, lower=1, overwrite_c=1)
+        factor, singular = lapack.strtri(factor, lower=1, overwrite_c=1)
     if singular:
         raise SaapError("the calibration inputs have no Cholesky factor: give more or other text")
-    return torch.from_numpy(factor).float().flip(0, 1).to(hessian.device)
+    return torch.from_numpy(factor).flip(0, 1).to(hessian.device)
 
 
 @torch.no_grad()

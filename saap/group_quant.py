@@ -109,7 +109,7 @@ def _best_scales(
         zero = torch.full_like(scale, half) if lowest is None else torch.round(-lowest / scale).clamp_(0, top)
         codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top)
         error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_()
-        total = error.sum(-1) if importance is None else error @ importance
+        total = error.sum(-1) if importance is None else error.flatten(0, -2).mv(importance).view(best.shape)
         better = total < best
         best = torch.where(better, total, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)

@@ -61,8 +61,23 @@ def test_the_factor_is_that_of_the_inverse():
     damped = hessian.double() + module.DAMPING * hessian.double().diagonal().mean() * torch.eye(96)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     found = inverse_factor(hessian)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
     assert torch.equal(found, found.triu()) and torch.equal(hessian, INPUTS.t() @ INPUTS)
+
+
+@pytest.mark.parametrize(("columns", "block"), [(512, 32), (576, 48), (1024, 512)])
+def test_errors_that_travel_in_batches_arrive_as_column_by_column(columns, block):
+    weight = torch.randn(8, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = torch.randn(2000, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs += inputs.roll(1, dims=1)
+    hessian = (inputs.t() @ inputs).float()
+    matrix, latent = module.gptq_with_latent(weight.float(), hessian, 8, block)
+    factor, rounded = inverse_factor(hessian).double(), matrix.dequantize().double()
+    rest = weight.clone()
+    for k in range(columns):
+        torch.testing.assert_close(latent[:, k].double(), rest[:, k], rtol=1e-3, atol=1e-4)
+        gap = (rest[:, k] - rounded[:, k]) / factor[k, k]
+        rest[:, k + 1 :] -= gap[:, None] * factor[k, k + 1 :]
 
 
 def test_linears_that_are_fed_alike_share_one_factor(tiny_model, monkeypatch):
