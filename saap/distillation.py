@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from saap.errors import SaapError
 
@@ -43,8 +42,7 @@ def distillation_loss(
     freed, and the gradient itself in the backward pass. Nothing of that size is kept between them.
 
     Args:
-        logits: the student's [b, t, V], any floating type. They may have one place more than the targets, the last of
-            a row, which predicts nothing: cutting it off would cost a copy of the gradient.
+        logits: the student's [b, t, V], any floating type.
         tokens: the teacher's likeliest tokens, int64 [b, t, k], no token twice.
         logprobs: their log-probabilities AT ``temperature`` [b, t, k], as :class:`saap.teacher.TeacherTargets` gives.
         mask: bool [b, t], the places that count.
@@ -56,8 +54,6 @@ def distillation_loss(
     """
     if not temperature > 0:
         raise SaapError(f"a temperature of {temperature} is not allowed: give a number above 0")
-    if logits.shape[1] == tokens.shape[1] + 1:
-        tokens, logprobs, mask = F.pad(tokens, (0, 0, 0, 1)), F.pad(logprobs, (0, 0, 0, 1)), F.pad(mask, (0, 1))
     if logits.shape[:2] != tokens.shape[:2] or tokens.shape != logprobs.shape or mask.shape != tokens.shape[:2]:
         shapes = [tuple(one.shape) for one in (logits, tokens, logprobs, mask)]
         raise ValueError(f"logits, tokens, logprobs and mask of shapes {shapes} do not belong together")

@@ -31,6 +31,7 @@ from saap.streaming import present
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
 LAZY = 256  # columns whose errors reach the columns after them in one product, as in the paper, section 3.3, step 2
+ROWS = 8192  # of a vocabulary, that are rounded together
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
@@ -45,7 +46,10 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
     Raises:
         SaapError: K is not whole groups, or the inputs were not finite.
     """
-    return gptq_with_latent(weight, hessian, bits, block, symmetric)[0]
+    inverse = inverse_factor(hessian)
+    parts = [gptq_with_latent(rows, hessian, bits, block, symmetric, inverse)[0] for rows in weight.split(ROWS)]
+    qweight, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in QuantMatrix.PARTS)
+    return QuantMatrix(qweight, scales, zeros, bits, block)
 
 
 def gptq_with_latent(
@@ -72,7 +76,8 @@ def gptq_with_latent(
     top = 2**bits - 1
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = [], []
-    gaps, lazy = torch.empty_like(rest), max(block, LAZY // block * block)
+    lazy = max(block, LAZY // block * block)
+    gaps = rest.new_empty(lazy, rest.shape[1])
     for start in range(0, len(rest), block):
         end, batch = start + block, start // lazy * lazy
         batch_end = batch + lazy
@@ -85,11 +90,13 @@ def gptq_with_latent(
             codes[start + k] = code.to(torch.uint8)
             gap = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
             group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gap, alpha=-1)
-            gaps[start + k] = gap
+            gaps[start - batch + k] = gap
         if end < batch_end:
-            rest[end:batch_end].addmm_(inverse[start:end, end:batch_end].t(), gaps[start:end], alpha=-1)
+            rest[end:batch_end].addmm_(
+                inverse[start:end, end:batch_end].t(), gaps[start - batch : end - batch], alpha=-1
+            )
         else:
-            rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[batch:end], alpha=-1)
+            rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[: end - batch], alpha=-1)
         scales.append(scale)
         zeros.append(zero)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
@@ -101,7 +108,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """U upper triangular with U^T U = (H + damping)^-1, [K, K] float32; an input that is always 0 gets 1 there.
 
     H backwards is L L^T; L backwards is R, upper, with H = R R^T; and U is the inverse of R: half the work of
-    inverting H and factoring that. By scipy's LAPACK, which has the inverse of a triangle, in float32 as the authors do:
+    inverting H and factoring that. By scipy's LAPACK, which inverts triangles, in float32 as the authors do:
     the damping is far above what is lost there.
 
     Raises:

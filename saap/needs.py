@@ -189,13 +189,16 @@ def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streame
     Args:
         tokens: of the rows that go through the model together.
     """
+    from saap.head_loss import PLACES
+
     layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
     widest = max(sizes.ffn for sizes in shape.layers)
     integers = round(shape.parameters * (bits / 8 + 4 / block))
     trained = round(TRAINED * sum(layers) / block)
     kept = tokens * (shape.hidden * len(layers) + _kept_per_token(shape, max(shape.layers, key=lambda s: s.ffn)))
     training = {
-        "activations": 4 * (kept + PER_LOGIT * tokens * shape.vocab + max(layers)),
+        "activations": 4 * (kept + PER_LOGIT * min(tokens, PLACES) * shape.vocab + max(layers)),
+        "the head's matrix": 4 * shape.vocab * shape.hidden,
         "what is trained": trained,
         "integers, a byte each": sum(layers),
     }

@@ -24,6 +24,7 @@ from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record, slim_config, write_slim
 from saap.errors import SaapError
 from saap.group_quant import check_blocks
+from saap.head_loss import head_loss
 from saap.importance import Progress
 from saap.needs import check_memory, fits, tune_needs
 from saap.outputs import check_output
@@ -179,19 +180,26 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
     """The loss of a batch: the sum over its learnt tokens of NLL, mixed with KL(teacher || model), and their number."""
 
     def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = model(input_ids=batch["ids"], use_cache=False).logits
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # what a row's last place predicts is not known
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = (labels != IGNORED).sum()
-        if targets is None:
-            return nll, count
-        numbers = batch["row"]
-        tokens, logprobs = (
-            part.to(logits.device) for part in targets.batch(int(numbers[0]), int(numbers[-1]) + 1)
-        )  # rows of a batch follow one another
         learnt = batch["labels"][:, 1:] != IGNORED
-        divergence = distillation_loss(logits, tokens, logprobs, learnt, options.temperature, reduction="sum")
-        return (1 - options.teacher_weight) * nll + options.teacher_weight * divergence, count
+        places = F.pad(learnt, (0, 1))  # what a row's last place predicts is not known
+        labels, known = batch["labels"][:, 1:][learnt], None
+        if targets is not None:  # rows of a batch follow one another
+            numbers = batch["row"]
+            answers = targets.batch(int(numbers[0]), int(numbers[-1]) + 1)
+            known = [part.to(learnt.device)[learnt] for part in answers]
+
+        def of_piece(logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
+            nll = F.cross_entropy(logits.float(), labels[first:end], reduction="sum")
+            if known is None:
+                return nll
+            tokens, logprobs = (part[None, first:end] for part in known)
+            counted = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+            divergence = distillation_loss(
+                logits.unsqueeze(0), tokens, logprobs, counted, options.temperature, reduction="sum"
+            )
+            return (1 - options.teacher_weight) * nll + options.teacher_weight * divergence
+
+        return head_loss(model, batch["ids"], places, of_piece), learnt.sum()
 
     return loss
 

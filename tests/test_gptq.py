@@ -80,6 +80,13 @@ def test_errors_that_travel_in_batches_arrive_as_column_by_column(columns, block
         rest[:, k + 1 :] -= gap[:, None] * factor[k, k + 1 :]
 
 
+def test_a_vocabulary_is_rounded_in_pieces(monkeypatch):
+    whole = gptq(WEIGHT, INPUTS.t() @ INPUTS, 4, 32, symmetric=False)
+    monkeypatch.setattr(module, "ROWS", 10)
+    pieces = gptq(WEIGHT, INPUTS.t() @ INPUTS, 4, 32, symmetric=False)
+    assert all(torch.equal(getattr(whole, part), getattr(pieces, part)) for part in whole.PARTS)
+
+
 def test_linears_that_are_fed_alike_share_one_factor(tiny_model, monkeypatch):
     model = load_model(tiny_model())
     made = []

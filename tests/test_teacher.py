@@ -76,18 +76,16 @@ def test_buckets_are_a_divergence_below_the_full_one(temperature):
 
 @pytest.mark.parametrize(("k", "reduction"), [(3, "mean"), (7, "sum")])
 def test_gradient(k, reduction):
-    student = drawn(2, 4, 7).requires_grad_()
+    student = drawn(2, 3, 7).requires_grad_()
     mask = torch.tensor([[True, False, True], [True, True, False]])
     targets = likeliest(drawn(2, 3, 7), k, 2.0)
 
-    def loss(logits):  # the last place of a row predicts nothing
+    def loss(logits):
         return 0.3 * distillation_loss(logits, *targets, mask, 2.0, reduction=reduction)
 
     assert torch.autograd.gradcheck(loss, (student,))
     (gradient,) = torch.autograd.grad(loss(student), student)
-    assert (gradient[:, 3] == 0).all() and (gradient[:, :3][~mask] == 0).all()
-    cut = 0.3 * distillation_loss(student[:, :3], *targets, mask, 2.0, reduction=reduction)
-    assert torch.equal(gradient, torch.autograd.grad(cut, student)[0])
+    assert (gradient[~mask] == 0).all()
 
 
 def test_mask_and_reduction():
@@ -161,7 +159,7 @@ def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
     assert (len(targets), targets.k, targets.note) == (70, 24, None)
     with torch.inference_mode():
         live = load_model(path)(input_ids=IDS).logits[:, :-1] / temperature
-        written = student(input_ids=IDS[20:50]).logits
+        written = student(input_ids=IDS[20:50]).logits[:, :-1]
     tokens, logprobs = targets.batch(0, 70)
     assert tokens.shape == logprobs.shape == (70, 11, 24) and tokens.dtype == torch.int64
     exact = live.log_softmax(-1)
@@ -173,7 +171,7 @@ def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
     cached = distillation_loss(written, *some, mask, temperature)
     of_live = distillation_loss(written, *likeliest(live[20:50], 24), mask, temperature)
     assert cached.item() == pytest.approx(of_live.item(), rel=1e-3)
-    assert cached < full_divergence(written[:, :-1], live[20:50] * temperature, temperature)
+    assert cached < full_divergence(written, live[20:50] * temperature, temperature)
     for start, stop in ((0, 71), (3, 3), (-1, 2)):
         with pytest.raises(IndexError):
             targets.batch(start, stop)
@@ -251,9 +249,9 @@ def test_all_tokens_of_a_small_vocabulary(tiny_model):
     targets = teacher_targets(path, IDS[:4], k=10**6)
     assert targets.k == 320 and targets.note is None
     with torch.inference_mode():
-        live, written = (model(input_ids=IDS[:4]).logits for model in (load_model(path), student))
+        live, written = (model(input_ids=IDS[:4]).logits[:, :-1] for model in (load_model(path), student))
     loss = distillation_loss(written, *targets.batch(0, 4), torch.ones(4, 11, dtype=torch.bool))
-    assert loss.item() == pytest.approx(full_divergence(written[:, :-1], live[:, :-1], 1.0).item(), rel=1e-3)
+    assert loss.item() == pytest.approx(full_divergence(written, live, 1.0).item(), rel=1e-3)
 
 
 def test_refusals(tiny_model, tmp_path, monkeypatch):
