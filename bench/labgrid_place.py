@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from bench import labgrid_session as farm
 from bench.remote_board import Board, Say, Stopped
+from bench.signals import until_done
 from devices.transport import BoardError, LostError, Transport, last_line, open_transport
 
 SCHEME = "labgrid://"
@@ -290,7 +291,8 @@ def _uncut(work: Callable[[], T], stop: threading.Event) -> T:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         try:
-            return future.result()
+            until_done([future])
         except KeyboardInterrupt:
             stop.set()
             raise
+        return future.result()

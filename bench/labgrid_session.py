@@ -9,13 +9,15 @@ when its client disconnects, so no connection has to outlive a run.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ MOST_NAMES = 10
 POWER = frozenset(
     f"{kind}PowerPort" for kind in ("Network", "NetworkUSB", "NetworkSiSPM", "NetworkYKUSH", "Tasmota")
 ) | {"PDUDaemonPort"}  # fmt: skip
-_ONE = threading.Lock()  # gRPC's asyncio side is at home in one loop at a time
+_ONE = threading.Lock()  # one conversation at a time: what labgrid logs meanwhile is of it
 
 T = TypeVar("T")
 
@@ -98,7 +100,7 @@ def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = Tr
 
     try:
         with _ONE, _quiet(lines):
-            return asyncio.run(_talk(labgrid, address, question, listen, answer_s))
+            return _in_the_loop(_talk(labgrid, address, question, listen, answer_s))
     except (asyncio.TimeoutError, ConnectionError, grpc.aio.AioRpcError) as error:
         if isinstance(error, grpc.aio.AioRpcError) and error.code() != grpc.StatusCode.UNAVAILABLE:
             raise BoardError(printable(error.details())) from None
@@ -202,6 +204,33 @@ async def give_back(session: Any, taken: Taken) -> str | None:
     return other
 
 
+def _in_the_loop(conversation: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end, or to that of its clean-up where this thread is interrupted."""
+    running = asyncio.run_coroutine_threadsafe(conversation, _loop())
+    try:
+        return running.result()
+    finally:
+        running.cancel()  # nothing, where it has ended
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The one loop of all conversations, for the life of the process and in a thread of its own.
+
+    gRPC's poller stays with the loop that it first met: answers to a later loop are lost now and then.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="labgrid", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(1.0)
+
+    atexit.register(stop)
+    return loop
+
+
 async def _talk(
     labgrid: Any, address: str, question: Callable[[Any], Awaitable[T]], listen: bool, answer_s: float
 ) -> T:
@@ -226,7 +255,6 @@ async def _talk(
 def _quiet(lines: list[str]) -> Iterator[None]:
     """Keep what labgrid logs; without a handler the root logger would make one that prints, and leave it there."""
     handler = logging.Handler(logging.ERROR)
-    handler.addFilter(lambda record: record.name != "asyncio")  # gRPC's poller, when it calls a loop that has ended
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from bench.remote_files import RESERVE_BYTES, Shipment, memory_needed, pack
 from bench.remote_left import noted_run
 from bench.result import Measurement, Result
 from bench.rounds import Progress
+from bench.signals import until_done
 from bench.store import result_from_dict
 from bench.ways import Way, way_to
 from devices.transport import BoardError, printable
@@ -80,7 +81,7 @@ def bench_on(
     with ThreadPoolExecutor(len(ways)) as pool:
         futures = [pool.submit(_answer, way, shipment, plan, stop, shown) for way in ways]
         try:
-            wait(futures)
+            until_done(futures)
         except BaseException:
             stop.set()
             raise

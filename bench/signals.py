@@ -5,7 +5,21 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, wait
+from typing import Any
+
+AWAKE_S = 0.2
+
+
+def until_done(futures: Collection[Future[Any]]) -> None:
+    """Wait for other threads' work, and hear every signal meanwhile.
+
+    Python handles a signal in its main thread. A wait without end there does not notice one that the system handed to
+    another thread, or that came in just before it: an interrupt now and then had no effect.
+    """
+    while wait(futures, AWAKE_S).not_done:
+        pass
 
 
 @contextlib.contextmanager

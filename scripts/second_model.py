@@ -4,7 +4,7 @@
     python scripts/tuning_bench.py cell model=out/second fold=scale
 
 SmolLM2's packaged weights come from a 4-bit file and lie on a grid of 16 levels per block, which makes rounding them
-again a special case. This one is trained in float32 on C4, Wikipedia and Dolly and saved in float16. Its text is
+again a special case. This one is trained on C4, Wikipedia and Dolly and saved in float16. Its text is
 what it is later tuned on too; what it is judged on ("held" rows and WikiText-2 test) it has not seen.
 """
 
@@ -67,7 +67,6 @@ def main() -> None:
         warmup_share=0.05,
         weight_decay=0.1,
         checkpointing=False,
-        precision="fp32",
     )
     groups = [{"params": list(model.parameters()), "lr": 1.5e-3}]
     rows = {"ids": ids[:-32], "labels": ids[:-32]}

@@ -144,14 +144,6 @@ def test_mistakes_are_one_line_and_nothing_stays_acquired(farm, bundle):
         farm.client("cancel-reservation", token)
 
 
-def test_what_an_ended_loop_is_called_for_is_not_the_reason():
-    lines = []
-    with labgrid_session._quiet(lines):
-        logging.getLogger("asyncio").error("Exception in callback PollerCompletionQueue._handle_events()")
-        logging.getLogger().error("coordinator is unavailable: refused")
-    assert lines == ["coordinator is unavailable: refused"]
-
-
 async def _tokens(session):
     told = await session.stub.GetReservations(labgrid_session._pb2().GetReservationsRequest())
     return [reservation.token for reservation in told.reservations]
