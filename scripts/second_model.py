@@ -1,6 +1,6 @@
 """A small LLaMA trained from scratch, to check conclusions about quantisation on weights that were never integers.
 
-    python scripts/second_model.py -o out/second              # 7 M parameters, about 20 minutes on two cores
+    python scripts/second_model.py -o out/second              # 7 M parameters, about 35 minutes on one core
     python scripts/tuning_bench.py cell model=out/second fold=scale
 
 SmolLM2's packaged weights come from a 4-bit file and lie on a grid of 16 levels per block, which makes rounding them
