@@ -250,7 +250,9 @@ def test_torch_beside_a_bundle(bundles: list[Path], tmp_path: Path) -> None:
         Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
     )
     torch = result.measurements[1]
-    assert torch.reasons == [] or torch.status != INVALID, torch.reasons
+    # One repetition of milliseconds: what its machine's clock did meanwhile says nothing of torch.
+    others = [reason for reason in torch.reasons if "clock moved" not in reason]
+    assert others == [] or torch.status != INVALID, others
     assert (torch.name, torch.kind, torch.bundle_hash) == ("tiny (torch)", "torch", None)
     assert len(torch.samples[0].token_s) == 5 and "bundle_hash" in torch.unknown
     assert torch.model.parameters == sum(p.numel() for p in model.parameters())
