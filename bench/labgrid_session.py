@@ -217,7 +217,7 @@ def _in_the_loop(conversation: Coroutine[Any, Any, T]) -> T:
 def _loop() -> asyncio.AbstractEventLoop:
     """The one loop of all conversations, for the life of the process and in a thread of its own.
 
-    gRPC's poller stays with the loop that it first met: answers to a later loop are lost now and then.
+    gRPC's poller goes on calling a loop that it has met, also after that has ended.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="labgrid", daemon=True)

@@ -30,7 +30,7 @@ from saap.layer_walk import layer_inputs, layers_of, run_layer
 from saap.streaming import present
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
-LAZY = 256  # columns whose errors reach the columns after them in one product, as in the paper, section 3.3, step 2
+LAZY = 256  # columns whose errors reach the columns after them in one product: the paper's lazy batch updates
 ROWS = 8192  # of a vocabulary, that are rounded together
 
 

@@ -2,7 +2,7 @@
 
 Logits are the largest numbers of training: 1,024 tokens of a vocabulary of 49,152 take 201 MB in float32, several times
 over. Here the head runs on a few places at a time, each piece is differentiated at once, and only the gradient of what
-enters the head is kept: the order of work of Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989, section 3.2). Nothing is
+enters the head is kept: the order of work of Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989). Nothing is
 computed twice, and places that are not learnt (prompts, padding) have no logits at all.
 """
 
