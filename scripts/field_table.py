@@ -4,15 +4,18 @@
     python scripts/field_table.py --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
     python scripts/field_table.py show                              # the cells that are there, as Markdown
 
+    python scripts/field_table.py --skip bench                      # quality, beside other work; run again to time
+
 A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
-dense bundle. Cells and steps that are finished are not made again. Needs SAAP_DATA for text and, for the tasks, files
-of the forms that docs/quality.md names in the same folder.
+dense bundle. Cells and steps that are finished are not made again; tuned and not, a cell is of one pruned model. Needs
+SAAP_DATA for text and, for the tasks, files of the forms that docs/quality.md names in the same folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from typing import Any
 from bench.compare_quality import metric_of
 from bench.store import read_result
 from bench.table import table_rows
+from saap.json_files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "field"
@@ -62,7 +66,7 @@ class Cell:
         """Run a command of saap unless what it makes is there."""
         out = self.work / made
         words = [str(word) for word in arguments]
-        self.commands.append(["saap", *words])
+        self.commands.append(["saap", *map(self._typed, words)])
         if not out.exists():
             began = time.monotonic()
             run = [sys.executable, "-m", "saap.cli", *words]
@@ -72,14 +76,39 @@ class Cell:
             print(f"  {self.name}: {words[0]} {time.monotonic() - began:.0f} s", flush=True)
         return out
 
+    def _typed(self, word: str) -> str:
+        """A word as anyone would type it: folders by their names."""
+        for path, name in ((str(self.work.parent), "out/field"), (os.environ["SAAP_DATA"].rstrip("/"), "$SAAP_DATA")):
+            word = word.replace(path, name)
+        return word
+
     def evaluated(self, name: str, bundle: Path, *options: str) -> dict[str, Any]:
         """The document of a ``saap eval``."""
         out = self.work / f"{name}.json"
         document = json.loads(self.saap(out.name, "eval", str(bundle), *options, "--json", str(out)).read_text())
         return dict(document)
 
+    def known(self) -> dict[str, Any]:
+        """The cell that is there; one that was not timed has no ``bench``."""
+        return dict(json.loads(self.path.read_text())) if self.path.is_file() else {}
+
+    def missing(self) -> bool:
+        """Whether there is something to make or to time."""
+        known = self.known()
+        return not known or (known["bench"] is None and self.given.skip != "bench")
+
     def finish(self, bundle: Path, dense: Path | None) -> None:
-        """Evaluate and bench the bundle, and write the cell."""
+        """Evaluate and bench the bundle, and write the cell; what is known of it is not measured again."""
+        known = self.known()
+        quality = known.get("quality") or self.quality(bundle)
+        bench = None if self.given.skip == "bench" else self.timed(bundle, dense)
+        commands = [*known["commands"], self.commands[-1]] if known else self.commands
+        cell = {"name": self.name, "commands": commands, "quality": quality, "bench": bench}
+        CELLS.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, cell | {"date": time.strftime("%Y-%m-%d")})
+
+    def quality(self, bundle: Path) -> dict[str, Any]:
+        """Perplexities by each protocol, and the tasks."""
         data = Path(os.environ["SAAP_DATA"])
         numbers: dict[str, Any] = {}
         for name, (chunk, count) in PROTOCOLS.items():
@@ -89,20 +118,14 @@ class Cell:
             few = [] if self.given.max_examples is None else ["--max-examples", str(self.given.max_examples)]
             asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
             numbers["tasks"] = self.evaluated("tasks", bundle, *asked)
+        return {name: _slim(document) for name, document in numbers.items()}
+
+    def timed(self, bundle: Path, dense: Path | None) -> dict[str, Any]:
+        """What ``saap bench`` finds, beside the dense bundle."""
         specs = [str(bundle)] if dense is None else [str(dense), str(bundle)]
         made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
         row = table_rows(read_result(made))[-1]
-        cell = {
-            "name": self.name,
-            "commands": self.commands,
-            "quality": {name: _slim(document) for name, document in numbers.items()},
-            "bench": {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")},
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        CELLS.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(cell, indent=1) + "\n")
-        partial.replace(self.path)
+        return {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")}
 
 
 def _slim(document: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +142,8 @@ def run(given: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
     dense = Cell("dense", given.work, given.model, given)
     made = dense.work / "bundle"
-    bundle = dense.saap(made.name, "export", _directory(given.model), "-o", str(made), "--text", _train())
-    if not dense.path.is_file():
+    bundle = dense.saap(made.name, "export", given.model, "-o", str(made), "--text", _train())
+    if dense.missing():
         dense.finish(bundle, None)
     for seed in map(int, given.seeds.split(",")):
         for ratio in given.ratios.split(","):
@@ -128,27 +151,21 @@ def run(given: argparse.Namespace) -> None:
                 for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
                     name = f"{method}-{ratio}-{'tuned' if tuned else 'untuned'}-seed{seed}"
                     cell = Cell(name, given.work, given.model, given)
-                    if not cell.path.is_file():
+                    if cell.missing():
                         _cell(cell, method, ratio, seed, tuned, bundle)
 
 
 def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
-    given, source = cell.given, cell.work / "slim"
+    given, slim = cell.given, Path("..") / f"{method}-{ratio}-seed{seed}"
     cell.work.mkdir(parents=True, exist_ok=True)
     chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
-    cell.saap("slim", "prune", given.model, "-o", str(source), *chosen)
+    source = cell.saap(str(slim), "prune", given.model, "-o", str(given.work / slim.name), *chosen)
     if tuned:
-        source = cell.work / "tuned"
-        cell.saap("tuned", "tune", str(cell.work / "slim"), "-o", str(source), "--teacher", given.model, "--tokens",
+        cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
                   str(given.tokens), "--seed", str(seed))  # fmt: skip
+        source = cell.work / "tuned"
     bundle = cell.saap("bundle", "export", str(source), "-o", str(cell.work / "bundle"), "--text", _train())
     cell.finish(bundle, dense)
-
-
-def _directory(model: str) -> str:
-    from saap import models
-
-    return str(models.resolve(model))
 
 
 def _train() -> str:
@@ -179,10 +196,11 @@ def _tasks(cell: dict[str, Any]) -> list[dict[str, Any]]:
 def _numbers(cell: dict[str, Any], tasks: list[str]) -> list[float]:
     rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
     found = {t["task"]: 100 * t[metric_of(t)] for t in _tasks(cell)}
-    measured = cell["bench"]
+    timed = cell["bench"]
+    measured = [1e3 / timed["decode_ts"], timed["peak_decode_bytes"] / 1e6] if timed else [math.nan, math.nan]
     return [
         *(row["perplexity"] for row in rows), *(found[task] for task in tasks), rows[0]["parameters"] / 1e6,
-        rows[0]["bytes"] / 1e6, 1e3 / measured["decode_ts"], measured["peak_decode_bytes"] / 1e6,
+        rows[0]["bytes"] / 1e6, *measured,
     ]  # fmt: skip
 
 
@@ -196,6 +214,7 @@ def main() -> None:
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
     parser.add_argument("--tokens", type=int, default=400_000, help="of tuning")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
+    parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field")
     given = parser.parse_args()
     if given.what == "show":
