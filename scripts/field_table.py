@@ -2,9 +2,9 @@
 
     python scripts/field_table.py                                   # all rows; many hours on two cores
     python scripts/field_table.py --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
-    python scripts/field_table.py show                              # the cells that are there, as Markdown
-
+    python scripts/field_table.py --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
     python scripts/field_table.py --skip bench                      # quality, beside other work; run again to time
+    python scripts/field_table.py show                              # the cells that are there, as Markdown
 
 A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
 dense bundle. Cells and steps that are finished are not made again; tuned and not, a cell is of one pruned model. Needs
@@ -60,7 +60,7 @@ class Cell:
     def __init__(self, name: str, work: Path, model: str, given: argparse.Namespace) -> None:
         self.name, self.work, self.model, self.given = name, work / name, model, given
         self.commands: list[list[str]] = []
-        self.path = CELLS / f"{name}.json"
+        self.path = cells_of(model) / f"{name}.json"
 
     def saap(self, made: str, *arguments: str) -> Path:
         """Run a command of saap unless what it makes is there."""
@@ -78,7 +78,10 @@ class Cell:
 
     def _typed(self, word: str) -> str:
         """A word as anyone would type it: folders by their names."""
-        for path, name in ((str(self.work.parent), "out/field"), (os.environ["SAAP_DATA"].rstrip("/"), "$SAAP_DATA")):
+        for path, name in (
+            (str(self.work.parent), f"out/field/{Path(self.model).name}"),
+            (os.environ["SAAP_DATA"].rstrip("/"), "$SAAP_DATA"),
+        ):
             word = word.replace(path, name)
         return word
 
@@ -104,7 +107,7 @@ class Cell:
         bench = None if self.given.skip == "bench" else self.timed(bundle, dense)
         commands = [*known["commands"], self.commands[-1]] if known else self.commands
         cell = {"name": self.name, "commands": commands, "quality": quality, "bench": bench}
-        CELLS.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, cell | {"date": time.strftime("%Y-%m-%d")})
 
     def quality(self, bundle: Path) -> dict[str, Any]:
@@ -136,6 +139,11 @@ def _slim(document: dict[str, Any]) -> dict[str, Any]:
         for task in document.get("tasks", [])
     ]
     return {**document, "rows": rows, "tasks": tasks}
+
+
+def cells_of(model: str) -> Path:
+    """A folder per model."""
+    return CELLS / Path(model).name
 
 
 def run(given: argparse.Namespace) -> None:
@@ -172,10 +180,10 @@ def _train() -> str:
     return str(Path(os.environ["SAAP_DATA"]) / "c4_sample300.jsonl")
 
 
-def show() -> None:
-    """The cells as Markdown, means over seeds."""
+def show(model: str) -> None:
+    """The cells of a model as Markdown, means over seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(CELLS.glob("*.json")):
+    for path in sorted(cells_of(model).glob("*.json")):
         cell = json.loads(path.read_text())
         groups.setdefault(cell["name"].rsplit("-seed", 1)[0], []).append(cell)
     tasks = list(dict.fromkeys(t["task"] for cells in groups.values() for c in cells for t in _tasks(c)))
@@ -215,10 +223,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400_000, help="of tuning")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
-    parser.add_argument("--work", type=Path, default=ROOT / "out" / "field")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")
     given = parser.parse_args()
+    given.work /= Path(given.model).name
     if given.what == "show":
-        show()
+        show(given.model)
         return
     if "SAAP_DATA" not in os.environ:
         raise SystemExit("set SAAP_DATA to a folder with WikiText-2, training text and the tasks' files")

@@ -62,7 +62,7 @@ def main() -> None:
     ids = pack(documents.texts, tokenizer, LENGTH, UNSEEN + given.rows, 0)[UNSEEN:]
     model: Any = model_of()
     options = TrainOptions(
-        rows_per_step=16,
+        rows_per_step=4,
         passes=given.passes,
         warmup_share=0.05,
         weight_decay=0.1,
