@@ -10,8 +10,8 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 made by the first two; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
-loss; 0 is none), model=DIRECTORY (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest, asymmetric=true,
-warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float LoRA: it is measured
+loss; 0 is none), model=NAME or directory (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest,
+asymmetric=true, warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float LoRA: it is measured
 as it is and, merged, with integers=nearest|gptq as a bundle. fold=none is what is tuned, before it is: pruned, or with
 ratio=0 dense, as it is or with integers.
 """
@@ -88,7 +88,7 @@ def run_cell(variant: Variant, test: bool) -> None:
     variant = {**DEFAULTS, **variant}
     if untuned := variant["fold"] == "none":
         variant |= {"tokens": 0, "teacher": 0}
-    model_dir = Path(variant["model"]) if "model" in variant else Path(models.resolve("smollm2-135m"))
+    model_dir = Path(models.resolve(variant.get("model", "smollm2-135m")))
     texts = Texts(model_dir)
     path, name = CELLS / f"{slug(variant)}.json", slug(variant)
     cell = json.loads(path.read_text()) if path.is_file() else {"variant": variant, "nll": {}}
