@@ -11,9 +11,9 @@ made by the first two; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr, teacher=0.5 (share of the
 loss; 0 is none), model=NAME or directory (SmolLM2 if left out), head=4|8, bits, group, integers=gptq|nearest,
-asymmetric=true, warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float LoRA: it is measured
-as it is and, merged, with integers=nearest|gptq as a bundle. fold=none is what is tuned, before it is: pruned, or with
-ratio=0 dense, as it is or with integers.
+asymmetric=true, warm=true (float LoRA on the first half of the tokens, integers on the second). fold=lora is float
+LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a bundle. fold=none is what is tuned, before it
+is: pruned, or with ratio=0 dense, as it is or with integers.
 """
 
 from __future__ import annotations
