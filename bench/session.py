@@ -109,6 +109,9 @@ def session_options(threads: int, entries: dict[str, str], runtime: Any = None) 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    # Both keep buffers for tensors of the same size to come. Layers that differ have none, and prompts of each length
+    # would have a block of their own: a pruned model would need more memory than the dense one, for no speed.
+    options.enable_mem_pattern = options.enable_mem_reuse = False
     options.log_severity_level = 3
     for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
         options.add_session_config_entry(key, value)
