@@ -164,10 +164,11 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
-    given, slim = cell.given, Path("..") / f"{method}-{ratio}-seed{seed}"
+    given = cell.given
+    source = given.work / f"{method}-{ratio}-seed{seed}"
     cell.work.mkdir(parents=True, exist_ok=True)
     chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
-    source = cell.saap(str(slim), "prune", given.model, "-o", str(given.work / slim.name), *chosen)
+    cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
     if tuned:
         cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
                   str(given.tokens), "--seed", str(seed))  # fmt: skip
