@@ -8,7 +8,8 @@ What must stay resident while the model runs:
     work       activations of the longest prompt, which is read in one piece
 
 The constants were measured on x86-64 with ONNX Runtime 1.32.0 (docs/devices.md has the table): the sum is within 3 % of
-eight measurements of SmolLM2-135M, and up to 13 % above those of a wider model. On arm64 nobody has measured it.
+eight measurements of SmolLM2-135M, and up to 13 % above those of a wider model. On arm64 nobody has measured it. Since
+then bench/session.py has taken less for a prompt, so the sum is too high for long ones until it is measured again.
 """
 
 from __future__ import annotations
