@@ -7,9 +7,9 @@ What must stay resident while the model runs:
     cache      keys and values of every position
     work       activations of the longest prompt, which is read in one piece
 
-The constants were measured on x86-64 with ONNX Runtime 1.32.0 (docs/devices.md has the table): the sum is within 3 % of
-eight measurements of SmolLM2-135M, and up to 13 % above those of a wider model. On arm64 nobody has measured it. Since
-then bench/session.py has taken less for a prompt, so the sum is too high for long ones until it is measured again.
+The constants were measured on x86-64 with ONNX Runtime 1.32.0 and the session of bench/session.py (docs/devices.md has
+the table): the sum is 1 to 4 % above what SmolLM2-135M takes, 2 % below to 3 % above for Gemma 3 270M, up to 13 % above
+for wider models. On arm64 nobody has measured it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from devices.fit_facts import Device, Memory, Model
 from devices.fit_kernels import dotprod
 
-# 61 MB resident after the imports (26 private, 35 of libraries), 16 MB more for the session of 30 layers.
-RUNTIME_BYTES = 77_000_000
-# Of activations for each token of a prompt and channel of the widest feed-forward block: gate and up, their product
-# and what the allocator keeps, 32 to 36 bytes.
-WORK_BYTES = 36
+# Resident beside weights, cache and activations: 60 to 63 MB, of which 30 are pages of libraries; on another machine
+# these were 36.
+RUNTIME_BYTES = 68_000_000
+# What the allocator holds for a prompt over the activations that are needed at once: 1.6 to 1.9.
+HELD_SHARE = 1.9
 # What the system keeps of RAM that it sees: 775 MiB on an Orin Nano with JetPack 6 and no desktop (its tegrastats), and
 # no more than a quarter, since smaller boards run smaller systems. An assumption: --memory and this host know better.
 SYSTEM_BYTES = 775 << 20
@@ -40,8 +40,18 @@ def memory_of(model: Model, device: Device, context: int, prompt: int) -> Memory
         runtime=RUNTIME_BYTES,
         weights=round(model.weight_bytes_per_token * packed_share(model, device)),
         cache=copies * model.kv_bytes_per_token * context,
-        work=WORK_BYTES * max(model.widest_ffn, model.hidden) * prompt,
+        work=round(HELD_SHARE * activation_bytes(model)) * prompt,
     )
+
+
+def activation_bytes(model: Model) -> int:
+    """Floats that a layer needs at once, bytes per token of a prompt.
+
+    The residual and its norm beside, in the feed-forward block, gate, up and their product, or in attention, queries,
+    keys and values, rotated and before.
+    """
+    attention = max((2 * (query + 2 * kv) * model.head_dim for query, kv in model.attention), default=0)
+    return 4 * (2 * model.hidden + max(3 * model.widest_ffn, attention))
 
 
 def packed_share(model: Model, device: Device) -> float:

@@ -116,7 +116,7 @@ class Cell:
         numbers: dict[str, Any] = {}
         for name, (chunk, count) in PROTOCOLS.items():
             cut = ["--chunk", str(chunk), "--max-chunks", str(count), "--join", "paragraphs"]
-            numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut, "--reference", self.model)
+            numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut)
         if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
             few = [] if self.given.max_examples is None else ["--max-examples", str(self.given.max_examples)]
             asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
-    parser.add_argument("--tokens", type=int, default=400_000, help="of tuning")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of tuning; default: %(default)d")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")
