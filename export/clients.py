@@ -55,7 +55,8 @@ def genai_config(
         "eos_token_id": list(manifest.eos_token_ids),
         "pad_token_id": pad_token_id,
         "decoder": {
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            # The pattern is a block of memory for each length of prompt, much larger where layers differ in width.
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False},
             "filename": DECODE_GRAPH,
             "head_size": manifest.head_dim,
             "hidden_size": manifest.hidden_size,
