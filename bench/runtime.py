@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from bench.huge_pages import collapse
 from bench.providers import check_provider
 from bench.session import DecoderError, open_session, prepacked_session
-from export.bundle import DECODE_GRAPH, SCORING_GRAPH, BundleManifest, read_manifest, verify_files
+from export.bundle import (
+    DECODE_GRAPH,
+    PREFILL_CHUNK,
+    SCORING_GRAPH,
+    BundleManifest,
+    read_manifest,
+    verify_files,
+)
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -148,8 +155,11 @@ class OrtDecoder:
         self._length = length
 
     def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
-        last: Logits = self._append(ids)[-1]
+        """Append ``ids`` [n], in pieces as in generation; the logits [vocab] after the last of them."""
+        self._check_room(len(ids))
+        for start in range(0, len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
+            self._append(ids[start : start + PREFILL_CHUNK])
+        last: Logits = self._append(ids[(len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK :])[-1]
         return last
 
     def logits(self, ids: Ids) -> Logits:
@@ -170,11 +180,15 @@ class OrtDecoder:
         logits = self._logits if rows == 1 else np.empty((1, rows, self.manifest.vocab_size), np.float32)
         return self._run(array, logits)
 
-    def _run(self, ids: Ids, logits: Logits) -> Logits:
-        count = ids.shape[1]
+    def _check_room(self, count: int) -> None:
         total = self._length + count
         if total > self._max_length:
             raise DecoderError(f"the cache holds {self._max_length} positions and {total} are needed: ask for less")
+
+    def _run(self, ids: Ids, logits: Logits) -> Logits:
+        count = ids.shape[1]
+        self._check_room(count)
+        total = self._length + count
         binding = self._binding
         if self._bound is None or self._bound[0] is not ids or self._bound[1] is not logits:
             binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)

@@ -31,7 +31,6 @@ class Fit:
     """
 
     context: int
-    prompt: int
     memory: Memory
     available: int
     loads: bool
@@ -44,33 +43,28 @@ class Fit:
     remedies: tuple[Finding, ...]
 
 
-def fit(model: Model, device: Device, context: int, prompt: int | None = None) -> Fit:
+def fit(model: Model, device: Device, context: int) -> Fit:
     """Judge a model on a device.
 
     Args:
         context: positions of the cache.
-        prompt: tokens of the longest prompt; None is the whole context.
 
     Raises:
-        DeviceError: a context or prompt that the model cannot have.
+        DeviceError: a context that the model cannot have.
     """
     if not 1 <= context <= model.context_length:
         raise DeviceError(f"a context of {context} tokens: this model holds 1 to {model.context_length}")
-    prompt = context if prompt is None else prompt
-    if not 1 <= prompt <= context:
-        raise DeviceError(f"a prompt of {prompt} tokens does not go into a context of {context}: give 1 to {context}")
     against = refusals(model, device)
-    memory = memory_of(model, device, context, prompt)
-    longest = None if prompt == context else prompt
-    largest = largest_context(model, device, longest)
+    memory = memory_of(model, device, context)
+    largest = largest_context(model, device)
     fits = not against and memory.total <= device.memory_bytes
     ceiling, why = _ceiling(model, device, context)
     told = remarks(model, device) + why
     if fits and memory.total > TIGHT * device.memory_bytes:
         told += ("tight: less than a tenth of the memory is left, and other processes want some",)
     return Fit(
-        context, prompt, memory, device.memory_bytes, not against, fits, largest, ceiling, kernels(model, device),
-        against, told, () if fits else _remedies(model, device, context, prompt, largest, against),
+        context, memory, device.memory_bytes, not against, fits, largest, ceiling, kernels(model, device),
+        against, told, () if fits else _remedies(model, device, context, largest, against),
     )  # fmt: skip
 
 
@@ -86,11 +80,11 @@ def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | 
 
 
 def _remedies(
-    model: Model, device: Device, context: int, prompt: int, largest: int, against: tuple[Finding, ...]
+    model: Model, device: Device, context: int, largest: int, against: tuple[Finding, ...]
 ) -> tuple[Finding, ...]:
     found = for_loading(against)
-    if memory_of(model, device, context, prompt).total > device.memory_bytes:
-        found += for_memory(model, device, context, prompt, largest)
+    if memory_of(model, device, context).total > device.memory_bytes:
+        found += for_memory(model, device, context, largest)
     return found
 
 

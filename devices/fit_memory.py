@@ -5,11 +5,11 @@ What must stay resident while the model runs:
     runtime    Python, numpy and ONNX Runtime, and a session's own structures
     weights    ONNX Runtime's packed copies of the matrices; the file's pages may be dropped after packing
     cache      keys and values of every position
-    work       activations of the longest prompt, which is read in one piece
+    work       activations of a piece of a prompt
 
 The constants were measured on x86-64 with ONNX Runtime 1.32.0 and the session of bench/session.py (docs/devices.md has
-the table): the sum is 1 to 4 % above what SmolLM2-135M takes, 2 % below to 3 % above for Gemma 3 270M, up to 13 % above
-for wider models. On arm64 nobody has measured it.
+the table): the sum is 1 to 5 % above what SmolLM2-135M takes, 1 % below to 2 % above for Gemma 3 270M, up to 7 % above
+for random models with other shapes. On arm64 nobody has measured it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from devices.fit_kernels import dotprod
 RUNTIME_BYTES = 68_000_000
 # What the allocator holds for a prompt over the activations that are needed at once: 1.6 to 1.9.
 HELD_SHARE = 1.9
+# Tokens of a prompt that are read at once (export/bundle.py).
+PIECE = 256
 # What the system keeps of RAM that it sees: 775 MiB on an Orin Nano with JetPack 6 and no desktop (its tegrastats), and
 # no more than a quarter, since smaller boards run smaller systems. An assumption: --memory and this host know better.
 SYSTEM_BYTES = 775 << 20
@@ -32,7 +34,7 @@ SYSTEM_SHARE = 0.25
 VISIBLE_SHARE = 0.93
 
 
-def memory_of(model: Model, device: Device, context: int, prompt: int) -> Memory:
+def memory_of(model: Model, device: Device, context: int) -> Memory:
     """Resident bytes of a process that has read a prompt and filled its context."""
     # Standard operators concatenate the cache, so the old and the new one are there together.
     copies = 2 if model.target == "portable" else 1
@@ -40,7 +42,7 @@ def memory_of(model: Model, device: Device, context: int, prompt: int) -> Memory
         runtime=RUNTIME_BYTES,
         weights=round(model.weight_bytes_per_token * packed_share(model, device)),
         cache=copies * model.kv_bytes_per_token * context,
-        work=round(HELD_SHARE * activation_bytes(model)) * prompt,
+        work=round(HELD_SHARE * activation_bytes(model)) * min(context, PIECE),
     )
 
 
@@ -68,12 +70,12 @@ def packed_share(model: Model, device: Device) -> float:
     return 1 + share if int8 else 1 - share
 
 
-def largest_context(model: Model, device: Device, prompt: int | None = None) -> int:
-    """Tokens of context that fit; ``prompt`` None is one that fills it. 0 where none fits."""
+def largest_context(model: Model, device: Device) -> int:
+    """Tokens of context that fit; 0 where none does."""
     low, high = 0, model.context_length
     while low < high:  # the memory grows with the context, so halving finds the edge
         middle = (low + high + 1) // 2
-        need = memory_of(model, device, middle, middle if prompt is None else min(prompt, middle)).total
+        need = memory_of(model, device, middle).total
         low, high = (middle, high) if need <= device.memory_bytes else (low, middle - 1)
     return low
 

@@ -17,24 +17,22 @@ def for_loading(against: tuple[Finding, ...]) -> tuple[Finding, ...]:
     return tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
 
 
-def for_memory(model: Model, device: Device, context: int, prompt: int, largest: int) -> tuple[Finding, ...]:
+def for_memory(model: Model, device: Device, context: int, largest: int) -> tuple[Finding, ...]:
     """What would bring it below the device's memory, each by itself; empty where nothing would."""
     found = []
     if largest:
         found.append(Finding(f"a context of {largest} tokens fits", f"saap generate BUNDLE --context {largest}"))
-    if shorter := largest_prompt(model, device, context):
-        found.append(Finding(f"this context fits if no prompt is longer than {shorter} tokens"))
     for bits in (8, 4):
         if bits < model.bits and (bits == 4 or dotprod(device) is not False):
             smaller = with_bits(model, bits)
-            if _fits(smaller, device, context, prompt):
+            if _fits(smaller, device, context):
                 found.append(Finding(f"weights of {bits} bit fit", f"saap export MODEL -o BUNDLE --bits {bits}"))
     if model.kv_dtype == "float32" and model.target == "cpu" and _takes_int8_cache(device):
         # A byte for each of four; the scales are part of the graph.
         smaller = replace(model, kv_bytes_per_token=model.kv_bytes_per_token // 4, kv_dtype="int8")
-        if _fits(smaller, device, context, prompt):
+        if _fits(smaller, device, context):
             found.append(Finding("a cache of 8 bit fits", f"saap export MODEL -o BUNDLE --bits {model.bits} --kv 8"))
-    if size := prune_to(model, device, context, prompt):
+    if size := prune_to(model, device, context):
         found.append(
             Finding(
                 f"a weights file of {size // MEGABYTE} MB (now {model.file_bytes / 1e6:.0f}) fits",
@@ -42,13 +40,6 @@ def for_memory(model: Model, device: Device, context: int, prompt: int, largest:
             )
         )
     return tuple(found)
-
-
-def largest_prompt(model: Model, device: Device, context: int) -> int:
-    """Tokens of the longest prompt for which a context fits; 0 where none does."""
-    least = memory_of(model, device, context, 1)
-    left = device.memory_bytes - (least.total - least.work)
-    return max(0, min(left // least.work, context))
 
 
 def with_bits(model: Model, bits: int, block: int = 32) -> Model:
@@ -67,20 +58,20 @@ def with_bits(model: Model, bits: int, block: int = 32) -> Model:
     )
 
 
-def prune_to(model: Model, device: Device, context: int, prompt: int) -> int | None:
+def prune_to(model: Model, device: Device, context: int) -> int | None:
     """Bytes of the weights file that would fit with this context, in whole megabytes; None where none would.
 
     The cache and the activations of a pruned model are smaller too, so it errs on the safe side.
     """
-    memory = memory_of(model, device, context, prompt)
+    memory = memory_of(model, device, context)
     left = device.memory_bytes - (memory.total - memory.weights)
     size = int(left / packed_share(model, device) * model.file_bytes / model.weight_bytes_per_token)
     size = size // MEGABYTE * MEGABYTE
     return size if 0 < size < model.file_bytes else None
 
 
-def _fits(model: Model, device: Device, context: int, prompt: int) -> bool:
-    return memory_of(model, device, context, prompt).total <= device.memory_bytes
+def _fits(model: Model, device: Device, context: int) -> bool:
+    return memory_of(model, device, context).total <= device.memory_bytes
 
 
 def _takes_int8_cache(device: Device) -> bool:

@@ -32,6 +32,9 @@ SCORING_GRAPH = "scoring.onnx"
 # is negative. The head is a fifth of a small model's work, and of a context that answers follow one position is wanted.
 FIRST_LOGIT = "first_logit"
 WEIGHTS = "model.onnx.data"
+# Tokens of a prompt that a decoder reads at once. Activations and the operators' scratch grow with them, and pieces of
+# this size cost no time.
+PREFILL_CHUNK = 256
 
 
 class BundleError(ValueError):

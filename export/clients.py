@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.whole_files import write_text
-from export.bundle import DECODE_GRAPH, BundleManifest
+from export.bundle import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
 from export.tokenizer import BundleTokenizer
 from saap.architectures import PER_LAYER, SLIM
 
@@ -167,6 +167,7 @@ def _write(path: Path, document: dict[str, Any]) -> Path:
 
 def _greedy(max_length: int) -> dict[str, Any]:
     return {
+        "chunk_size": PREFILL_CHUNK,
         "do_sample": False,
         "early_stopping": True,
         "max_length": max_length,

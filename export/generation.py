@@ -9,12 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from export.bundle import PREFILL_CHUNK
 from export.sampling import GREEDY, Draw, Logits, Sampling
 from export.tokenizer import BundleTokenizer, RunError, TextStream
 
 Ids = NDArray[np.int64]
-# The operator's scratch grows with prompt x cache: pieces keep it small and cost no time.
-PREFILL_CHUNK = 256
 
 
 class Decoder(Protocol):

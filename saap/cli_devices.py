@@ -83,7 +83,6 @@ def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, **options: 
 @click.argument("bundle", type=directory)
 @click.option("--device", "name", metavar="NAME", help="A profile of `saap devices list`; default: this host.")
 @click.option("--context", type=int, help="Tokens that the cache holds; default: 4096, or what the model has.")
-@click.option("--prompt", type=int, help="Tokens of the longest prompt; default: the whole context.")
 @click.option("--memory", type=BYTES, help="RAM of the device, such as 8GiB, where its profile does not know it.")
 @click.option("--onnxruntime", metavar="VERSION", help="That is on the device, where it is not its system's.")
 @click.option("--bandwidth", is_flag=True, help="Without --device: read memory for some seconds, for the ceiling.")

@@ -27,7 +27,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
 
     Args:
         name: a profile; None is this host.
-        options: context, prompt, memory (bytes), onnxruntime, bandwidth (measure it here) and as_json.
+        options: context, memory (bytes), onnxruntime, bandwidth (measure it here) and as_json.
 
     Raises:
         SaapError, BundleError, DeviceError: the user's input.
@@ -43,7 +43,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
     if name and options["bandwidth"]:
         raise SaapError("--bandwidth measures this host: leave it out with --device")
     context = min(CONTEXT, model.context_length) if options["context"] is None else options["context"]
-    verdict = fit(model, device, context, options["prompt"])
+    verdict = fit(model, device, context)
     if options["as_json"]:
         click.echo(json.dumps(as_document(bundle, model, device, verdict), indent=1))
     else:
@@ -166,7 +166,7 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
         ["runtime and session", _mb(m.runtime)],
         ["packed weights", _mb(m.weights)],
         [f"cache of {verdict.context} tokens", _mb(m.cache)],
-        [f"activations of a prompt of {verdict.prompt}", _mb(m.work)],
+        ["activations of a piece of a prompt", _mb(m.work)],
         ["together", _mb(m.total)],
     ]
     print_table("memory that must stay resident", ["what", "MB"], rows)

@@ -132,13 +132,23 @@ class Cell:
 
 
 def _slim(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of eval without windows and likelihoods: whether each answer was right stays, for paired tests."""
-    rows = [{k: v for k, v in row.items() if k != "window_nll"} for row in document["rows"]]
+    """A document of eval without paths, windows and likelihoods: what was answered right stays, for paired tests."""
+    rows = [{k: v for k, v in row.items() if k not in ("window_nll", "name")} for row in document["rows"]]
     tasks = [
-        {**task, "examples": [[e["index"], e["acc"], e.get("acc_norm", e["acc"])] for e in task["examples"]]}
+        {k: v for k, v in task.items() if k not in ("model", "examples")} | {"right": _right(task)}
         for task in document.get("tasks", [])
     ]
-    return {**document, "rows": rows, "tasks": tasks}
+    slim = {k: v for k, v in document.items() if k != "checksum"} | {"rows": rows, "tasks": tasks}
+    if "protocol" in slim:  # the file's name; its hash tells which it is
+        slim["protocol"] = slim["protocol"] | {"text": Path(slim["protocol"]["text"]).name}
+    return slim
+
+
+def _right(task: dict[str, Any]) -> dict[str, str]:
+    """For each metric 1 or 0 for every example, in their order."""
+    examples = sorted(task["examples"], key=lambda example: int(example["index"]))
+    metrics = [metric for metric in ("acc", "acc_norm") if task.get(metric) is not None]
+    return {metric: "".join(str(int(example[metric])) for example in examples) for metric in metrics}
 
 
 def cells_of(model: str) -> Path:
@@ -194,7 +204,7 @@ def show(model: str) -> None:
         numbers = [_numbers(cell, tasks) for cell in cells]
         means = [sum(column) / len(column) for column in zip(*numbers, strict=True)]
         digits = [2] * len(PROTOCOLS) + [1] * (len(tasks) + 2) + [2, 0]
-        told = [f"{mean:.{places}f}" for mean, places in zip(means, digits, strict=True)]
+        told = [f"{m:.{places}f}" if m == m else "-" for m, places in zip(means, digits, strict=True)]
         print("|", " | ".join([name, str(len(cells)), *told]), "|")
 
 

@@ -7,10 +7,19 @@ import pytest
 from devices.fit import fit
 from devices.fit_facts import Device, Finding, Model
 from devices.fit_kernels import kernels
-from devices.fit_memory import RUNTIME_BYTES, SYSTEM_BYTES, largest_context, memory_of, packed_share, usable_memory
-from devices.fit_remedies import largest_prompt, prune_to, with_bits
+from devices.fit_memory import (
+    PIECE,
+    RUNTIME_BYTES,
+    SYSTEM_BYTES,
+    largest_context,
+    memory_of,
+    packed_share,
+    usable_memory,
+)
+from devices.fit_remedies import prune_to, with_bits
 from devices.isa import FEATURES
 from devices.profile import DeviceError
+from export.bundle import PREFILL_CHUNK
 from saap.bundle_size import BundleSize
 
 MB = 10**6
@@ -36,11 +45,11 @@ X86 = replace(
 
 def test_memory_by_hand() -> None:
     """A block of 32 weights: 16 bytes of integers, a scale of 4 and, packed, a sum of 4: 24 for 20."""
-    memory = memory_of(SMOL, PI5, context=1000, prompt=100)
+    memory = memory_of(SMOL, PI5, context=1000)
     assert (memory.runtime, memory.cache) == (68 * MB, 46_080_000)
     assert memory.weights == pytest.approx(84_190_464 * 24 / 20, abs=1)
-    assert memory.work == round(1.9 * 4 * (2 * 576 + 3 * 1536)) * 100
-    assert memory.total == 68_000_000 + 101_028_557 + 46_080_000 + 4_377_600
+    assert memory.work == round(1.9 * 4 * (2 * 576 + 3 * 1536)) * 256
+    assert memory.total == 68_000_000 + 101_028_557 + 46_080_000 + 11_206_656
 
 
 @pytest.mark.parametrize(
@@ -58,29 +67,35 @@ def test_packed_weights_by_hand(model: Model, device: Device, share: float) -> N
     assert packed_share(model, device) == pytest.approx(share)
 
 
-def test_memory_grows_with_context_and_prompt() -> None:
-    totals = [memory_of(SMOL, PI5, context, context).total for context in range(1, 8193, 97)]
+def test_memory_grows_with_context() -> None:
+    totals = [memory_of(SMOL, PI5, context).total for context in range(1, 8193, 97)]
     assert totals == sorted(totals) and len(set(totals)) == len(totals)
-    assert memory_of(SMOL, PI5, 1000, 10).total < memory_of(SMOL, PI5, 1000, 11).total
+
+
+def test_activations_are_of_one_piece() -> None:
+    """As generation reads a prompt, and of no more than the context."""
+    assert PIECE == PREFILL_CHUNK
+    assert memory_of(SMOL, PI5, 100).work == 43_776 * 100
+    assert memory_of(SMOL, PI5, PIECE).work == memory_of(SMOL, PI5, 4000).work == 43_776 * 256
+
+
+def test_activations_where_attention_needs_more_than_the_feed_forward_block() -> None:
+    """A layer without one: residual and norm, and queries, keys and values of 15 heads of 64, twice."""
+    assert memory_of(replace(SMOL, widest_ffn=0), PI5, 100).work == round(1.9 * 4 * (2 * 576 + 2 * 15 * 64)) * 100
 
 
 def test_largest_context_is_the_edge() -> None:
     fixed = 68_000_000 + 101_028_557
-    token = 46_080 + 43_776
+    token = 46_080
+    fixed += 43_776 * 256
     edge = replace(PI5, memory_bytes=fixed + 500 * token)
     assert largest_context(SMOL, edge) == 500
     assert largest_context(SMOL, replace(edge, memory_bytes=edge.memory_bytes - 1)) == 499
-    assert largest_context(SMOL, replace(edge, memory_bytes=fixed)) == 0
+    assert largest_context(SMOL, replace(edge, memory_bytes=fixed - 43_776 * 256)) == 0
     assert largest_context(SMOL, PI5) == 8192  # the model's own end
     assert fit(SMOL, edge, 500).fits and not fit(SMOL, edge, 501).fits
     limits = [largest_context(SMOL, replace(PI5, memory_bytes=size * MB)) for size in range(100, 1200, 50)]
     assert limits == sorted(limits) and limits[0] == 0 and limits[-1] == 8192
-
-
-def test_a_shorter_prompt_leaves_more_context() -> None:
-    device = replace(PI5, memory_bytes=300 * MB)
-    assert largest_context(SMOL, device, 128) == (300 * MB - 68 * MB - 101_028_557 - 43_776 * 128) // 46_080
-    assert largest_context(SMOL, device, 128) > largest_context(SMOL, device)
 
 
 def test_ceiling_by_hand() -> None:
@@ -169,7 +184,7 @@ def test_cuda() -> None:
 
 
 def test_standard_operators_hold_the_cache_twice() -> None:
-    assert memory_of(replace(SMOL, target="portable"), PI5, 100, 1).cache == 2 * memory_of(SMOL, PI5, 100, 1).cache
+    assert memory_of(replace(SMOL, target="portable"), PI5, 100).cache == 2 * memory_of(SMOL, PI5, 100).cache
 
 
 def test_remedies_make_it_fit() -> None:
@@ -182,7 +197,7 @@ def test_remedies_make_it_fit() -> None:
     for bits in (8, 4):
         assert f"saap export MODEL -o BUNDLE --bits {bits}" in commands
         assert fit(with_bits(SMOL32, bits), device, 2000).fits
-    size = prune_to(SMOL32, device, 2000, 2000)
+    size = prune_to(SMOL32, device, 2000)
     assert size and f"saap prune MODEL -o SLIM --max-bytes {size // MB}MB --bits 32" in commands
     share = size / SMOL32.file_bytes
     pruned = replace(SMOL32, file_bytes=size, weight_bytes_per_token=int(SMOL32.weight_bytes_per_token * share))
@@ -192,18 +207,16 @@ def test_remedies_make_it_fit() -> None:
 
 
 def test_remedies_of_a_long_context() -> None:
-    device = replace(PI5, memory_bytes=380 * MB)
+    device = replace(PI5, memory_bytes=240 * MB)
     found = fit(SMOL, device, 4000)
     assert not found.fits
     commands = [finding.command for finding in found.remedies]
     assert f"saap generate BUNDLE --context {found.largest_context}" in commands
     assert fit(SMOL, device, found.largest_context).fits
-    shorter = largest_prompt(SMOL, device, 4000)
-    assert fit(SMOL, device, 4000, shorter).fits and not fit(SMOL, device, 4000, shorter + 1).fits
     kv8 = "saap export MODEL -o BUNDLE --bits 4 --kv 8"
-    assert kv8 not in commands
-    assert kv8 in [f.command for f in fit(SMOL, device, 4000, 1500).remedies]
-    assert kv8 not in [f.command for f in fit(SMOL, replace(device, onnxruntime="1.23.2"), 4000, 1500).remedies]
+    assert kv8 in commands
+    assert kv8 not in [f.command for f in fit(SMOL, replace(device, onnxruntime="1.23.2"), 4000).remedies]
+    assert kv8 not in [f.command for f in fit(SMOL, replace(device, memory_bytes=220 * MB), 4000).remedies]
 
 
 def test_a_device_without_dotprod_is_not_sent_to_8_bit() -> None:
@@ -214,7 +227,7 @@ def test_a_device_without_dotprod_is_not_sent_to_8_bit() -> None:
 
 def test_an_x86_host_lacks_dotprod_by_name_only() -> None:
     host = replace(X86, lacks=FEATURES - X86.isa, memory_bytes=450 * MB)  # as `saap devices check` reads its own
-    assert "saap export MODEL -o BUNDLE --bits 8" in [f.command for f in fit(SMOL32, host, 1000, 100).remedies]
+    assert "saap export MODEL -o BUNDLE --bits 8" in [f.command for f in fit(SMOL32, host, 1000).remedies]
 
 
 def test_nothing_helps_where_the_runtime_alone_is_too_large() -> None:
@@ -223,7 +236,7 @@ def test_nothing_helps_where_the_runtime_alone_is_too_large() -> None:
 
 
 def test_a_tight_fit_is_called_so() -> None:
-    need = memory_of(SMOL, PI5, 100, 100).total
+    need = memory_of(SMOL, PI5, 100).total
     assert any("tight" in line for line in fit(SMOL, replace(PI5, memory_bytes=need), 100).remarks)
     assert not any("tight" in line for line in fit(SMOL, replace(PI5, memory_bytes=2 * need), 100).remarks)
 
@@ -236,10 +249,10 @@ def test_bits_scale_as_the_exporter_packs_them() -> None:
     assert with_bits(SMOL32, 4).weight_bytes_per_token == pytest.approx(SMOL.weight_bytes_per_token, rel=0.01)
 
 
-@pytest.mark.parametrize(("context", "prompt"), [(0, None), (8193, None), (100, 0), (100, 101)])
-def test_a_context_that_the_model_does_not_have(context: int, prompt: int | None) -> None:
+@pytest.mark.parametrize("context", [0, 8193])
+def test_a_context_that_the_model_does_not_have(context: int) -> None:
     with pytest.raises(DeviceError, match="tokens"):
-        fit(SMOL, PI5, context, prompt)
+        fit(SMOL, PI5, context)
 
 
 def test_memory_of_a_board_by_hand() -> None:

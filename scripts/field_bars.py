@@ -1,0 +1,110 @@
+"""The bars of the field's table: what SAAP and the baselines lose of the tasks, and whether the difference is one.
+
+    python scripts/field_bars.py                                     # SmolLM2, tuned, 20 %
+    python scripts/field_bars.py --ratio 0.5 --tuned no
+
+Reads the cells of field_table.py. A gain is SAAP's mean over the tasks less the baseline's, in points, over the seeds
+that both have; its interval is of a bootstrap over examples, paired, and over seeds. What is lost is against the dense
+int4 bundle and, where tasks_check.py was run, against the dense model in float.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from field_table import METHODS, cells_of
+from numpy.typing import NDArray
+
+from bench.compare_quality import metric_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESAMPLES, SEED = 9999, 0
+Answers = dict[str, NDArray[np.float64]]  # task -> right (1) or not (0) by the metric that is quoted, [examples]
+
+
+def answers_of(path: Path) -> Answers:
+    """Right or wrong, in the order of the examples."""
+    tasks: list[dict[str, Any]] = json.loads(path.read_text())["quality"]["tasks"]["tasks"]
+    return {task["task"]: np.array([float(digit) for digit in task["right"][metric_of(task)]]) for task in tasks}
+
+
+def points(answers: Answers) -> float:
+    """Mean over the tasks, in points."""
+    return 100 * float(np.mean([right.mean() for right in answers.values()]))
+
+
+def gain(ours: list[Answers], theirs: list[Answers]) -> tuple[float, float, float]:
+    """Mean gain in points and its 95 % interval, seeds and examples drawn anew.
+
+    Args:
+        ours, theirs: of the same seeds, on the same examples.
+    """
+    random = np.random.default_rng(SEED)
+    seeds = random.multinomial(len(ours), np.full(len(ours), 1 / len(ours)), RESAMPLES) / len(ours)
+    drawn, means = np.zeros(RESAMPLES), []
+    for task in ours[0]:
+        differences = np.array([a[task] - b[task] for a, b in zip(ours, theirs, strict=True)])  # [seeds, examples]
+        means.append(differences.mean())
+        count = differences.shape[1]
+        for at in range(0, RESAMPLES, 1000):
+            picked = random.multinomial(count, np.full(count, 1 / count), len(seeds[at : at + 1000])) / count
+            drawn[at : at + 1000] += ((picked @ differences.T) * seeds[at : at + 1000]).sum(1)
+    low, high = 100 * np.quantile(drawn / len(means), [0.025, 0.975])
+    return 100 * float(np.mean(means)), float(low), float(high)
+
+
+def float_points(tasks: Answers) -> float | None:
+    """The dense model in float, where tasks_check.py has answered all of the tasks."""
+    found = []
+    for task in tasks:
+        path = ROOT / "benchmarks" / "tasks" / f"{task}-torch.json"
+        if not path.is_file():
+            return None
+        cell = json.loads(path.read_text())
+        found.append(cell[metric_of(cell)])
+    return 100 * float(np.mean(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--ratio", default="0.2")
+    parser.add_argument("--tuned", default="yes", choices=["yes", "no"])
+    given = parser.parse_args()
+    folder, how = cells_of(given.model), "tuned" if given.tuned == "yes" else "untuned"
+    rows: dict[str, dict[str, Answers]] = {}
+    for method in METHODS:
+        paths = sorted(folder.glob(f"{method}-{given.ratio}-{how}-seed*.json"))
+        if paths:
+            rows[method] = {path.stem.rsplit("-", 1)[1]: answers_of(path) for path in paths}
+    dense = answers_of(folder / "dense.json")
+    floating = float_points(dense)
+    told = "" if floating is None else f", in float {floating:.2f}"
+    print(f"dense: {points(dense):.2f} points as int4{told}; {', '.join(dense)}")
+    if "saap" not in rows:
+        raise SystemExit(f"no cell of saap at {given.ratio}, {how}: run scripts/field_table.py")
+    print("| method | seeds | points | lost, int4 | lost, float | SAAP's loss over it | SAAP's gain (95 %) |")
+    print("|---|---|---|---|---|---|---|")
+    for method, cells in rows.items():
+        both = [seed for seed in cells if seed in rows["saap"]]
+        if not both:
+            continue
+        reached = float(np.mean([points(cells[seed]) for seed in both]))
+        ours = float(np.mean([points(rows["saap"][seed]) for seed in both]))
+        lost = [None if top is None else top - reached for top in (points(dense), floating)]
+        shares = [(top - ours) / (top - reached) for top in (points(dense), floating) if top is not None]
+        columns = [method, str(len(both)), f"{reached:.2f}", *("-" if x is None else f"{x:.2f}" for x in lost)]
+        if method == "saap":
+            columns += ["", ""]
+        else:
+            mean, low, high = gain([rows["saap"][seed] for seed in both], [cells[seed] for seed in both])
+            columns += [" / ".join(f"{share:.2f}x" for share in shares), f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
+        print("|", " | ".join(columns), "|")
+
+
+if __name__ == "__main__":
+    main()
