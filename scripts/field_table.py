@@ -139,7 +139,7 @@ def _slim(document: dict[str, Any]) -> dict[str, Any]:
         for task in document.get("tasks", [])
     ]
     slim = {k: v for k, v in document.items() if k != "checksum"} | {"rows": rows, "tasks": tasks}
-    if "protocol" in slim:  # the file's name; its hash tells which it is
+    if slim.get("protocol"):  # the file's name; its hash tells which it is
         slim["protocol"] = slim["protocol"] | {"text": Path(slim["protocol"]["text"]).name}
     return slim
 
