@@ -157,9 +157,8 @@ class OrtDecoder:
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n], in pieces as in generation; the logits [vocab] after the last of them."""
         self._check_room(len(ids))
-        for start in range(0, len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
-            self._append(ids[start : start + PREFILL_CHUNK])
-        last: Logits = self._append(ids[(len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK :])[-1]
+        for start in range(0, max(len(ids), 1), PREFILL_CHUNK):  # an empty prompt is refused there
+            last: Logits = self._append(ids[start : start + PREFILL_CHUNK])[-1]
         return last
 
     def logits(self, ids: Ids) -> Logits:

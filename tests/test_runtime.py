@@ -39,6 +39,22 @@ def test_a_prompt_may_come_in_chunks(bundle: Path) -> None:
     np.testing.assert_allclose(decoder.prefill(IDS[7:]), whole, atol=2e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 10, 19, 20, 21])
+def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    whole = decoder.prefill(IDS).copy()
+    runs = []
+    append = decoder._append
+    monkeypatch.setattr("bench.runtime.PREFILL_CHUNK", piece)
+    monkeypatch.setattr(decoder, "_append", lambda ids: runs.append(len(ids)) or append(ids))
+    decoder.reset()
+    np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)
+    assert sum(runs) == len(IDS) == decoder.length and max(runs) == min(piece, len(IDS))
+    with pytest.raises(DecoderError, match="holds 32 positions and 40 are needed"):
+        decoder.prefill(IDS)
+    assert decoder.length == len(IDS)  # no piece of a prompt that does not fit was read
+
+
 def test_reset_forgets(bundle: Path) -> None:
     decoder = OrtDecoder(bundle, 1, 32, verify=False)
     first = decoder.prefill(IDS[:5]).copy()
