@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.compare import decisive_values, metric_of
 from bench.result import INVALID, Measurement, Result
 from bench.stats import bootstrap_ratio
 from bench.table import table_rows
@@ -111,12 +112,14 @@ def _memory_card(old: Entry, new: Entry) -> Card:
 
 
 def _speed_card(old: Entry, new: Entry) -> Card:
-    before, after = number(old.row["decode_ts"]), number(new.row["decode_ts"])
-    threads = new.measurement.n_threads
-    note = f"decode, median of {len(new.measurement.samples)}, {threads} thread{'s' * (threads != 1)}"
+    metric, threads = metric_of(new.measurement), new.measurement.n_threads
+    before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
+    note = f"{metric}, median of {len(new.measurement.samples)}, {threads} thread{'s' * (threads != 1)}"
     refused, ratio = _refused(old, new), None
     if old is not new and not refused:
-        middle, low, high = bootstrap_ratio(old.measurement.decode_ts, new.measurement.decode_ts)
+        # A pair is of one result: its repetitions were taken in turn, and `saap bench` says the same ratio of them.
+        times = decisive_values(new.measurement, old.measurement)
+        middle, low, high = bootstrap_ratio(*times, paired=True)
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
         note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"

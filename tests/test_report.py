@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.compare import compare_within
 from bench.headline import cards_of, entries_of, pair_of
 from bench.history import add
 from bench.report import write_report
@@ -148,6 +149,32 @@ def test_headline_sets_dense_against_slim(page):
     assert (told["Memory"].value, told["Memory"].ratio) == ("210", "1.00\u00d7")
     assert (told["Quality"].value, told["Quality"].ratio, told["Quality"].gain) == ("25.0", "1.25\u00d7", False)
     assert "75.0 % same top token" in told["Quality"].note
+
+
+def test_speed_is_of_pairs_as_bench_tells_it():
+    rounds = [10.0, 14.0, 9.0, 12.0, 16.0, 11.0]  # what else the host did hits both of a round
+    noise = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
+
+    def times(factors):
+        return [sample(2 * i, factor * slow, 16) for i, (factor, slow) in enumerate(zip(factors, rounds, strict=True))]
+
+    document = result(
+        measurement("dense", 0, samples=times([1.0] * 6)),
+        measurement("slim", 0, samples=times([0.8 * n for n in noise])),
+    )
+    told = cards(document)["Speed"]
+    (row,) = compare_within(document, "dense", "slim").rows
+    assert told.ratio == f"{1 / row.ratio:.2f}\u00d7" == "1.25\u00d7"
+    assert f"95 % interval {1 / row.high:.2f}\u2013{1 / row.low:.2f}" in told.note
+    assert row.high / row.low < 1.05  # alone, either varies by 78 %
+
+
+def test_speed_without_decode_is_that_of_the_prompt():
+    prompts = [measurement(name, 0, n_gen=0, samples=[sample(i, 0, 0, prefill_s=s * (1 + i / 99)) for i in range(6)])
+               for name, s in (("dense", 0.25), ("slim", 0.2))]  # fmt: skip
+    told = cards(result(*prompts))["Speed"]
+    assert told.ratio == "1.25\u00d7" and told.note.startswith("prefill, median of 6")
+    assert float(told.value) == pytest.approx(128 / (0.2 * (1 + 2.5 / 99)), rel=0.01)
 
 
 def test_quality_without_perplexity_is_told_as_divergence():
