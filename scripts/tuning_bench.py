@@ -11,7 +11,7 @@ made by the first two; the test is read with --test.
 
 Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr (of scales 3e-3 if left
 out), teacher=0.5 (share of the loss; 0 is none), model=NAME or directory (SmolLM2 if left out), head=4|8, bits, group,
-integers=gptq|nearest, asymmetric=true, rows=4 (of a step), warm=true (float LoRA on the first half of the tokens,
+integers=gptq|nearest, asymmetric=true, warm=true (float LoRA on the first half of the tokens,
 integers on the second). fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a
 bundle. fold=none is what is tuned, before it is: pruned, or with ratio=0 dense, as it is or with integers.
 """
@@ -39,7 +39,6 @@ from saap.prune import prune
 from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.training import train
-from saap.training_options import TrainOptions
 from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
 from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.weight_files import tensor_reader
@@ -84,8 +83,7 @@ def options_of(variant: Variant) -> TuneOptions:
         given["fold"] = "scale"
     if given["fold"] == "scale":
         given.setdefault("learning_rate", SCALE_RATE)
-    training = TrainOptions(rows_per_step=variant.get("rows", 4), micro_rows=2)
-    return TuneOptions(**given, symmetric=not variant.get("asymmetric", False), training=training)
+    return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
 
 
 def run_cell(variant: Variant, test: bool) -> None:
