@@ -1,7 +1,8 @@
 """The bars of the field's table: what SAAP and the baselines lose of the tasks, and whether the difference is one.
 
     python scripts/field_bars.py                                     # SmolLM2, tuned, 20 %
-    python scripts/field_bars.py --ratio 0.5 --tuned no
+    python scripts/field_bars.py --ratio 0.5 --how untuned
+    python scripts/field_bars.py --how tuned-128sequences-6e-3       # as field_table.py was asked
 
 Reads the cells of field_table.py. A gain is SAAP's mean over the tasks less the baseline's, in points, over the seeds
 that both have; its interval is of a bootstrap over examples, paired, and over seeds. What is lost is against the dense
@@ -73,12 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ratio", default="0.2")
-    parser.add_argument("--tuned", default="yes", choices=["yes", "no"])
+    parser.add_argument("--how", default="tuned", help="as in the names of cells; default: %(default)s")
     given = parser.parse_args()
-    folder, how = cells_of(given.model), "tuned" if given.tuned == "yes" else "untuned"
+    folder = cells_of(given.model)
     rows: dict[str, dict[str, Answers]] = {}
     for method in METHODS:
-        paths = sorted(folder.glob(f"{method}-{given.ratio}-{how}-seed*.json"))
+        paths = sorted(folder.glob(f"{method}-{given.ratio}-{given.how}-seed*.json"))
         if paths:
             rows[method] = {path.stem.rsplit("-", 1)[1]: answers_of(path) for path in paths}
     dense = answers_of(folder / "dense.json")
@@ -86,7 +87,7 @@ def main() -> None:
     told = "" if floating is None else f", in float {floating:.2f}"
     print(f"dense: {points(dense):.2f} points as int4{told}; {', '.join(dense)}")
     if "saap" not in rows:
-        raise SystemExit(f"no cell of saap at {given.ratio}, {how}: run scripts/field_table.py")
+        raise SystemExit(f"no cell of saap at {given.ratio}, {given.how}: run scripts/field_table.py")
     print("| method | seeds | points | lost, int4 | lost, float | SAAP's loss over it | SAAP's gain (95 %) |")
     print("|---|---|---|---|---|---|---|")
     for method, cells in rows.items():

@@ -4,6 +4,7 @@
     python scripts/field_table.py --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
     python scripts/field_table.py --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
     python scripts/field_table.py --skip bench                      # quality, beside other work; run again to time
+    python scripts/field_table.py --methods saap,flap --ratios 0.2 --tuned yes --sequences 128 --rate 6e-3
     python scripts/field_table.py show                              # the cells that are there, as Markdown
 
 A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
@@ -34,8 +35,9 @@ TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 TEXT = "wikitext2_test_raw.txt"
 # Chunk and windows of a perplexity; about 20,000 predictions each.
 PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
-# Of tuning, for all methods: saap's own when the first of these rows were made, which has doubled since.
-RATE = "3e-3"
+# For all methods. The rate of tuning is what saap's own was when the first of these rows were made; it has doubled
+# since. The name of a cell says where another was asked for.
+RATE, TOKENS, SEQUENCES = "3e-3", 100_000, 64
 # What the pruning table (benchmarks/pruning) found to be each baseline's best; SAAP is as it is by default.
 METHODS: dict[str, list[str]] = {
     "saap": [],
@@ -169,21 +171,33 @@ def run(given: argparse.Namespace) -> None:
         for ratio in given.ratios.split(","):
             for method in given.methods.split(","):
                 for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
-                    name = f"{method}-{ratio}-{'tuned' if tuned else 'untuned'}-seed{seed}"
+                    name = f"{method}-{ratio}-{how(given, tuned)}-seed{seed}"
                     cell = Cell(name, given.work, given.model, given)
                     if cell.missing():
                         _cell(cell, method, ratio, seed, tuned, bundle)
 
 
+def how(given: argparse.Namespace, tuned: bool) -> str:
+    """Whether a row is tuned, and what of it is not as in the other rows: ``tuned-128sequences-6e-3``."""
+    calibrated = "" if given.sequences == SEQUENCES else f"-{given.sequences}sequences"
+    if not tuned:
+        return f"untuned{calibrated}"
+    learnt = "" if given.tokens == TOKENS else f"-{given.tokens}tokens"
+    return f"tuned{calibrated}{learnt}" + ("" if given.rate == RATE else f"-{given.rate}")
+
+
 def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
     given = cell.given
-    source = given.work / f"{method}-{ratio}-seed{seed}"
-    cell.work.mkdir(parents=True, exist_ok=True)
     chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
+    source = given.work / f"{method}-{ratio}-seed{seed}"
+    if given.sequences != SEQUENCES:
+        source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")
+        chosen += ["--sequences", str(given.sequences)]
+    cell.work.mkdir(parents=True, exist_ok=True)
     cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
     if tuned:
         cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
-                  str(given.tokens), "--seed", str(seed), "--learning-rate", RATE)  # fmt: skip
+                  str(given.tokens), "--seed", str(seed), "--learning-rate", given.rate)  # fmt: skip
         source = cell.work / "tuned"
     bundle = cell.saap("bundle", "export", str(source), "-o", str(cell.work / "bundle"), "--text", _train())
     cell.finish(bundle, dense)
@@ -233,7 +247,9 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
-    parser.add_argument("--tokens", type=int, default=100_000, help="of tuning; default: %(default)d")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of calibration; default: %(default)d")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of tuning; default: %(default)d")
+    parser.add_argument("--rate", default=RATE, help="of tuning; default: %(default)s")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")

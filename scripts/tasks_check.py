@@ -108,8 +108,9 @@ def run(tasks: list[str], who: list[str], again: bool) -> None:
             if path.is_file() and not again:
                 continue
             row = answers(model_dir, name, task)
-            earlier = json.loads(path.read_text())["seconds"] if path.is_file() else []
             about = {"task": task, "who": name, "threads": torch.get_num_threads(), "lm_eval": version("lm-eval")}
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            earlier = known["seconds"] if known.get("threads") == about["threads"] else []
             row |= {**about, "seconds": [*earlier, row["seconds"]], "torch": torch.__version__}
             row["date"] = time.strftime("%F")
             write_json(path, row)
