@@ -8,6 +8,7 @@ give what reading every (context, tail) pair from its start would give, up to ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,24 +75,29 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
     return score
 
 
-def cached_continuations(read: Callable[..., tuple[NDArray[Any], Any]]) -> Scorer:
+def cached_continuations(read: Callable[..., tuple[NDArray[Any], Any]], workers: int = 1) -> Scorer:
     """Score with what keeps a cache: a context is read once and each tail appended to what is held of it.
 
     Args:
         read: ``read(ids [1, s], cache=None, last=False) -> (logits [1, s, vocab], cache)``, where ``last`` asks for
-            the last position's logits only, such as :meth:`export.run.BundleScorer.read`.
+            the last position's logits only, such as :meth:`export.run.BundleScorer.read`. Called by several threads
+            at a time where there are several workers.
+        workers: groups that are read side by side. A tail is too short to keep several threads of one operator busy.
     """
 
+    def told(group: Group) -> list[Likelihood]:
+        logits, cache = read(np.array([group.context]), last=True)
+        first = logits[0]
+        rows = []
+        for tail in group.tails:
+            rows.append(first)
+            if len(tail) > 1:
+                rows.append(read(np.array([tail[:-1]]), cache)[0][0])
+        return _told(np.concatenate(rows), [group.tails])[0]
+
     def score(groups: Sequence[Group]) -> Iterator[list[Likelihood]]:
-        for group in groups:
-            logits, cache = read(np.array([group.context]), last=True)
-            first = logits[0]
-            rows = []
-            for tail in group.tails:
-                rows.append(first)
-                if len(tail) > 1:
-                    rows.append(read(np.array([tail[:-1]]), cache)[0][0])
-            yield _told(np.concatenate(rows), [group.tails])[0]
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(told, groups)  # left early or interrupted it takes back what has not begun
 
     return score
 

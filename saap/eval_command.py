@@ -102,10 +102,9 @@ def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationMo
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = load_tokenizer(path)
         if is_bundle(path):
-            bundle = _bundle_scorer(path, torch.get_num_threads())
-            return ContinuationModel(
-                cached_continuations(bundle.read), tokenizer, bundle.manifest.context_length, progress
-            )
+            bundle = _bundle_scorer(path, 1)  # a thread per question instead of several for each
+            scorer = cached_continuations(bundle.read, torch.get_num_threads())
+            return ContinuationModel(scorer, tokenizer, bundle.manifest.context_length, progress)
         model = open_model(path)
         return ContinuationModel(
             torch_continuations(model), tokenizer, int(model.config.max_position_embeddings), progress

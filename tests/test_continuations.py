@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from itertools import chain
 
 import numpy as np
@@ -92,7 +93,42 @@ def test_a_bundle_tells_what_its_model_does(tiny_family, tmp_path, case, target)
     export(directory, tmp_path / "bundle", bits=32)
     groups = some_groups(2)
     expected = one_by_one(load_model(directory), groups)
-    assert_same(list(cached_continuations(BundleScorer(tmp_path / "bundle").read)(groups)), expected, 2e-3)
+    for workers in (1, 3):
+        scorer = cached_continuations(BundleScorer(tmp_path / "bundle").read, workers)
+        assert_same(list(scorer(groups)), expected, 2e-3)
+
+
+def test_workers_answer_in_order_and_stop_when_nobody_asks_further():
+    asked, tail = [], (1,)
+
+    def read(ids, cache=None, last=False):
+        number = int(ids[0, -1])
+        asked.append(number)
+        time.sleep(0.02 * (number % 3))  # a later group is done before an earlier one
+        logits = np.zeros((1, 1, 4), np.float32)
+        logits[0, 0, 1] = number
+        return logits, None
+
+    def told(number):
+        return number - np.log(3 + np.exp(number))
+
+    numbers = [2, 0, 1, 3, 5, 4] * 10
+    groups = [Group((number,), (tail,)) for number in numbers]
+    found = list(cached_continuations(read, workers=3)(groups))
+    assert [answer[0] for (answer,) in found] == pytest.approx([told(number) for number in numbers])
+    asked.clear()
+    answers = cached_continuations(read, workers=3)(groups)
+    assert next(answers)[0][0] == pytest.approx(told(2))
+    answers.close()
+    assert len(asked) < len(groups)
+
+
+def test_what_goes_wrong_in_a_worker_is_told():
+    def read(ids, cache=None, last=False):
+        raise MemoryError("no room for a cache")
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(cached_continuations(read, workers=2)(some_groups()))
 
 
 @pytest.mark.parametrize("write", [export_bundle, export_portable], ids=["cpu", "portable"])
