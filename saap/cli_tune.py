@@ -60,6 +60,7 @@ running = partial(click.option, cls=InSection, section="How it runs")
 def tune(slim: Path, out: Path, **options: Any) -> None:
     """Quantise in groups and tune the groups: the integers that the device will run.
 
+    SLIM is what saap prune wrote; a model that nothing was removed from, by directory or name, is tuned as well.
     Killed and started again it continues. In several processes, also without GPUs:
     accelerate launch --multi_gpu --num_processes 2 -m saap.cli tune ... (or --use_fsdp --fsdp_version 2).
 

@@ -25,7 +25,7 @@ def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) 
     """``saap tune``; what is missing in ``options`` is at its default."""
     options = DEFAULTS | options
     check_output(out)
-    read_config(slim)
+    slim = models.resolve(slim, progress=console.report)
     chosen = tune_options_of(options)
     chosen.check()
     length = options["length"]

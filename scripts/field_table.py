@@ -3,6 +3,7 @@
     python scripts/field_table.py                                   # all rows; many hours on two cores
     python scripts/field_table.py --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
     python scripts/field_table.py --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
+    python scripts/field_table.py --methods dense --seeds 0         # what tuning does to the dense model
     python scripts/field_table.py --skip bench                      # quality, beside other work; run again to time
     python scripts/field_table.py --methods saap,flap --ratios 0.2 --tuned yes --sequences 128 --rate 6e-3
     python scripts/field_table.py show                              # the cells that are there, as Markdown
@@ -171,7 +172,10 @@ def run(given: argparse.Namespace) -> None:
         for ratio in given.ratios.split(","):
             for method in given.methods.split(","):
                 for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
-                    name = f"{method}-{ratio}-{how(given, tuned)}-seed{seed}"
+                    if method == "dense" and not tuned:
+                        continue
+                    kept = method if method == "dense" else f"{method}-{ratio}"
+                    name = f"{kept}-{how(given, tuned)}-seed{seed}"
                     cell = Cell(name, given.work, given.model, given)
                     if cell.missing():
                         _cell(cell, method, ratio, seed, tuned, bundle)
@@ -188,19 +192,26 @@ def how(given: argparse.Namespace, tuned: bool) -> str:
 
 def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
     given = cell.given
-    chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
-    source = given.work / f"{method}-{ratio}-seed{seed}"
-    if given.sequences != SEQUENCES:
-        source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")
-        chosen += ["--sequences", str(given.sequences)]
     cell.work.mkdir(parents=True, exist_ok=True)
-    cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
+    source = Path(given.model) if method == "dense" else _pruned(cell, method, ratio, seed)
     if tuned:
         cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
                   str(given.tokens), "--seed", str(seed), "--learning-rate", given.rate)  # fmt: skip
         source = cell.work / "tuned"
     bundle = cell.saap("bundle", "export", str(source), "-o", str(cell.work / "bundle"), "--text", _train())
     cell.finish(bundle, dense)
+
+
+def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
+    """The directory that the tuned and the untuned cell are of."""
+    given = cell.given
+    chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
+    source = given.work / f"{method}-{ratio}-seed{seed}"
+    if given.sequences != SEQUENCES:
+        source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")
+        chosen += ["--sequences", str(given.sequences)]
+    cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
+    return source
 
 
 def _train() -> str:

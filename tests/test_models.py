@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
+from command_line import here
 
 from saap import model_cache, packaged
+from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.gguf_import import byte_level_bpe, read_tokenizer_fields, write_tokenizer
 from saap.models import copy_sidecars, load_tokenizer, resolve
@@ -125,6 +127,17 @@ def test_gguf_becomes_a_directory_once(tmp_path):
     assert config["rope_theta"] == 50000.0 and config["num_key_value_heads"] == 2
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [path.name]
+
+
+def test_a_model_that_nothing_was_removed_from_is_tuned_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the {n} th line of a text" for n in range(600)))
+    common = ["--data", text, "--tokens", "1024", "--length", "32", "-o", tmp_path / "tuned"]
+    here("tune", write_gguf(tmp_path / "tiny.gguf"), *common)
+    assert read_config(tmp_path / "tuned")["slim_quant"]["bits"] == 4
+    refused = here("tune", "no-such-model", *common[:-1], tmp_path / "no", code=2)
+    assert "no model 'no-such-model'" in refused.stderr and not (tmp_path / "no").exists()
 
 
 def test_gguf_weights_and_tokenizer_are_those_of_the_file(tmp_path):
