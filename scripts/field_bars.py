@@ -2,7 +2,7 @@
 
     python scripts/field_bars.py                                     # SmolLM2, tuned, 20 %
     python scripts/field_bars.py --ratio 0.5 --how untuned
-    python scripts/field_bars.py --how tuned-128sequences-6e-3       # as field_table.py was asked
+    python scripts/field_bars.py --how tuned-3e-3                    # as field_table.py was asked
 
 Reads the cells of field_table.py. A gain is SAAP's mean over the tasks less the baseline's, in points, over the seeds
 that both have; its interval is of a bootstrap over examples, paired, and over seeds. What is lost is against the dense
