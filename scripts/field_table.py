@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.compare import compare_within
 from bench.compare_quality import metric_of
 from bench.store import read_result
 from bench.table import table_rows
@@ -129,11 +130,17 @@ class Cell:
         return {name: _slim(document) for name, document in numbers.items()}
 
     def timed(self, bundle: Path, dense: Path | None) -> dict[str, Any]:
-        """What ``saap bench`` finds, beside the dense bundle."""
+        """What ``saap bench`` finds beside the dense bundle; ``speedup``: over it, in pairs, with its 95 % interval."""
         specs = [str(bundle)] if dense is None else [str(dense), str(bundle)]
         made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
-        row = table_rows(read_result(made))[-1]
-        return {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")}
+        result = read_result(made)
+        row = table_rows(result)[-1]
+        kept = {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")}
+        if dense is None:
+            return kept
+        base, other = (measurement.name for measurement in result.measurements)
+        (pair,) = compare_within(result, base, other).rows
+        return kept | {"speedup": [1 / each for each in (pair.ratio, pair.high, pair.low) if each]}
 
 
 def _slim(document: dict[str, Any]) -> dict[str, Any]:
@@ -225,12 +232,13 @@ def show(model: str) -> None:
         cell = json.loads(path.read_text())
         groups.setdefault(cell["name"].rsplit("-seed", 1)[0], []).append(cell)
     tasks = list(dict.fromkeys(t["task"] for cells in groups.values() for c in cells for t in _tasks(c)))
-    print("| model | seeds |", " | ".join([*PROTOCOLS, *tasks, "M params", "MB", "ms/token", "peak MB"]), "|")
-    print("|---" * (len(PROTOCOLS) + len(tasks) + 6), end="|\n")
+    heads = ["model", "seeds", *PROTOCOLS, *tasks, "M params", "MB", "ms/token", "x dense", "peak MB"]
+    print("|", " | ".join(heads), "|")
+    print("|---" * len(heads), end="|\n")
     for name, cells in sorted(groups.items(), key=lambda item: _numbers(item[1][0], tasks)[0]):
         numbers = [_numbers(cell, tasks) for cell in cells]
         means = [sum(column) / len(column) for column in zip(*numbers, strict=True)]
-        digits = [2] * len(PROTOCOLS) + [1] * (len(tasks) + 2) + [2, 0]
+        digits = [2] * len(PROTOCOLS) + [1] * (len(tasks) + 2) + [2, 2, 0]
         told = [f"{m:.{places}f}" if m == m else "-" for m, places in zip(means, digits, strict=True)]
         print("|", " | ".join([name, str(len(cells)), *told]), "|")
 
@@ -243,7 +251,8 @@ def _numbers(cell: dict[str, Any], tasks: list[str]) -> list[float]:
     rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
     found = {t["task"]: 100 * t[metric_of(t)] for t in _tasks(cell)}
     timed = cell["bench"]
-    measured = [1e3 / timed["decode_ts"], timed["peak_decode_bytes"] / 1e6] if timed else [math.nan, math.nan]
+    faster = ((timed or {}).get("speedup") or [math.nan])[0]
+    measured = [1e3 / timed["decode_ts"], faster, timed["peak_decode_bytes"] / 1e6] if timed else [math.nan] * 3
     return [
         *(row["perplexity"] for row in rows), *(found[task] for task in tasks), rows[0]["parameters"] / 1e6,
         rows[0]["bytes"] / 1e6, *measured,
