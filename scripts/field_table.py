@@ -189,7 +189,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def how(given: argparse.Namespace, tuned: bool) -> str:
-    """Whether a row is tuned, and what of it is not as in the other rows: ``tuned-128sequences-6e-3``."""
+    """Whether a row is tuned, and what of it is not as in the other rows: ``tuned-128sequences-3e-3``."""
     calibrated = "" if given.sequences == SEQUENCES else f"-{given.sequences}sequences"
     if not tuned:
         return f"untuned{calibrated}"
