@@ -123,6 +123,8 @@ def cpu_session(graph: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Both keep buffers for tensors of the same size to come, of which there are none where layers differ.
+    options.enable_mem_pattern = options.enable_mem_reuse = False
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
