@@ -16,7 +16,9 @@ from saap.console import Console
 @click.option("--text", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")
 @click.option("--chunk", type=int, default=256, show_default=True, help="Tokens per chunk.")
 @click.option("--stride", type=int, help="Tokens from one chunk's start to the next's; default: the chunk.")
-@click.option("--bos", is_flag=True, help="A beginning-of-sequence token before each chunk.")
+@click.option(
+    "--bos/--no-bos", default=None, help="A beginning-of-sequence token before each chunk; default: as the tokenizer."
+)
 @click.option(
     "--join",
     type=click.Choice(["raw", "paragraphs", "spaces"]),

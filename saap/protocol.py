@@ -9,13 +9,13 @@ context (Hugging Face's guide to perplexity).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from saap.errors import SaapError
-from saap.text import Documents, encode
+from saap.text import Documents, beginning, encode
 
 Join = Literal["raw", "paragraphs", "spaces"]
 
@@ -28,7 +28,8 @@ class Cut:
         chunk: tokens of a window.
         stride: tokens from one window's start to the next's; None is ``chunk``. A window after the first predicts its
             last ``stride`` tokens only.
-        bos: a beginning-of-sequence token before each window, which then predicts its first token too.
+        bos: a beginning-of-sequence token before each window, which then predicts its first token too; None: where the
+            tokenizer sets one before a text.
         join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line, spaces joins
             lines by a space.
         max_chunks: windows at most.
@@ -36,7 +37,7 @@ class Cut:
 
     chunk: int = 256
     stride: int | None = None
-    bos: bool = False
+    bos: bool | None = None
     join: Join = "raw"
     max_chunks: int | None = None
 
@@ -105,6 +106,7 @@ def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
     if not starts:
         raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")
     rows = torch.tensor([ids[start : start + cut.chunk] for start in starts], dtype=torch.int64)
+    cut = replace(cut, bos=bool(beginning(tokenizer)) if cut.bos is None else cut.bos)
     if cut.bos:
         if tokenizer.bos_token_id is None:
             raise SaapError("this tokenizer has no beginning-of-sequence token: leave --bos out")
@@ -133,7 +135,7 @@ def given_windows(
         chunk=cut.chunk,
         chunks=len(ids),
         stride=cut.step,
-        bos=cut.bos,
+        bos=bool(cut.bos),
         join=cut.join,
         predictions=int(counted.sum()),
         self_written=sha256 is None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Documents", "chunks", "documents_of", "load_documents", "load_rows", "pack", "read_file", "refuse_overlap",
+    "Documents", "beginning", "documents_of", "load_documents", "load_rows", "pack", "read_file", "refuse_overlap",
     "self_written",
 ]  # fmt: skip
 
@@ -154,7 +154,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: in
     """Rows of token ids for calibration and tuning, int64 [count, length].
 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
-    cut into rows; reading stops when there are enough.
+    cut into rows; reading stops when there are enough. A row begins as :func:`beginning` says.
 
     Raises:
         SaapError: too little text, with the numbers.
@@ -164,35 +164,20 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: in
     order = list(texts)
     random.Random(seed).shuffle(order)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = beginning(tokenizer)
+    needed = count * (length - len(begin))
     ids: list[int] = []
     for text in order:
-        if len(ids) >= count * length:
+        if len(ids) >= needed:
             break
         ids += encode(text, tokenizer) + end
-    if len(ids) < count * length:
+    if len(ids) < needed:
         raise SaapError(
             f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
-            f"{count * length}; give more text or ask for fewer tokens"
+            f"{needed}; give more text or ask for fewer tokens"
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-
-
-def chunks(text: str, tokenizer: Any, length: int) -> torch.Tensor:
-    """Rows of token ids for evaluation, int64 [n, length].
-
-    The protocol of the perplexities that are reported: the text as it is, tokenised as a whole, no BOS,
-    non-overlapping chunks, the remainder dropped. A chunk makes length - 1 predictions.
-
-    Raises:
-        SaapError: the text is shorter than one chunk.
-    """
-    import torch
-
-    ids = encode(text, tokenizer)
-    count = len(ids) // length
-    if count == 0:
-        raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {length}; give more text")
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length - len(begin))
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
 
 
 def _from_environment(split: Split, seed: int) -> Documents | None:
@@ -297,3 +282,12 @@ def _telling_lines(texts: Iterable[str]) -> set[str]:
 def encode(text: str, tokenizer: Any) -> list[int]:
     """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
+
+    A model that always saw that token hardly works without it: Gemma 3 270M has 6.1 instead of 4.2 nats per token.
+    """
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []

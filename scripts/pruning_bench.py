@@ -30,11 +30,12 @@ from saap.errors import SaapError
 from saap.fusion import FusionOptions
 from saap.masking import mean_nll
 from saap.models import load_tokenizer
+from saap.protocol import Cut, windows_of
 from saap.prune import prune
 from saap.prune_options import PruneOptions
 from saap.requirement import Requirement
 from saap.rows import training_rows
-from saap.text import chunks, pack, read_file
+from saap.text import documents_of, pack, read_file
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "pruning"
 SEQUENCES, LENGTH, HELD = 64, 256, 40
@@ -109,11 +110,15 @@ class Texts:
     def other(self) -> torch.Tensor:
         """80 chunks of the head of WikiText-2 *train*, [80, 256]: text of another kind, none of it from the test."""
         (text,) = read_file(self.data / "wikitext2_train_raw_head1MB.txt", whole=True)
-        return chunks(text, self.tokenizer, LENGTH)[100:180]
+        return self._chunks(text)[100:180]
 
     def test(self, count: int) -> torch.Tensor:
         """The first chunks of WikiText-2 raw test, as it is."""
-        return chunks(read_file(self.data / "wikitext2_test_raw.txt", whole=True)[0], self.tokenizer, LENGTH)[:count]
+        return self._chunks(read_file(self.data / "wikitext2_test_raw.txt", whole=True)[0])[:count]
+
+    def _chunks(self, text: str) -> torch.Tensor:
+        """A text as it is, side by side, [n, 256]."""
+        return windows_of(documents_of([text], "text"), self.tokenizer, Cut(LENGTH)).ids
 
 
 def slug(variant: Variant) -> str:

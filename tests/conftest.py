@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable
@@ -84,6 +85,18 @@ def tiny_tokenizer() -> Any:
         model_max_length=256,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def beginning_tokenizer(tiny_tokenizer: Any) -> Any:
+    """The same, but it sets the beginning-of-sequence token before every text."""
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 

@@ -59,6 +59,15 @@ def test_a_beginning_lets_the_first_token_count(tiny_tokenizer):
     assert windows.protocol.predictions == 32
 
 
+def test_a_beginning_is_set_where_the_tokenizer_sets_one(beginning_tokenizer, tiny_tokenizer):
+    windows = windows_of(TEXT, beginning_tokenizer, Cut(16, max_chunks=2))
+    assert windows.protocol.bos is True and windows.protocol.predictions == 32
+    assert torch.equal(windows.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, bos=True, max_chunks=2)).ids)
+    without = windows_of(TEXT, beginning_tokenizer, Cut(16, bos=False, max_chunks=2))
+    assert without.protocol.bos is False
+    assert torch.equal(without.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, max_chunks=2)).ids)
+
+
 def test_a_beginning_with_a_stride(tiny_tokenizer):
     windows = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=4, bos=True, max_chunks=3))
     assert windows.counted.sum(1).tolist() == [16, 4, 4]

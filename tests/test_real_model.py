@@ -19,8 +19,9 @@ from export.tokenizer import BundleTokenizer
 from export.verify import check_parity, reference_model
 from saap.checkpoint import load_model
 from saap.models import load_tokenizer
+from saap.protocol import Cut, windows_of
 from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
-from saap.text import chunks
+from saap.text import documents_of
 
 LAYER = whole_layer(LayerSizes(9, 3, 1536))
 
@@ -28,7 +29,7 @@ LAYER = whole_layer(LayerSizes(9, 3, 1536))
 @pytest.fixture(scope="module")
 def ids(real_model, data_dir):
     text = (data_dir / "wikitext2_valid_tokens.txt").read_text(encoding="utf-8")[:40_000]
-    return chunks(text, load_tokenizer(real_model), 256)[:4]
+    return windows_of(documents_of([text], "text"), load_tokenizer(real_model), Cut(256, max_chunks=4)).ids
 
 
 @pytest.fixture(scope="module")

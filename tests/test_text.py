@@ -13,7 +13,7 @@ import torch
 
 from saap import text
 from saap.errors import SaapError
-from saap.text import chunks, load_documents, pack, refuse_overlap, self_written
+from saap.text import load_documents, pack, refuse_overlap, self_written
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 
@@ -148,33 +148,19 @@ def test_pack_joins_with_eos_and_follows_the_seed(tiny_tokenizer):
     assert set(pieces[:-1]) <= set(texts) and len(set(pieces[:-1])) == len(pieces) - 1
 
 
+def test_packed_rows_begin_as_the_tokenizer_begins_a_text(beginning_tokenizer, tiny_tokenizer):
+    """A model that was trained with a beginning is calibrated with it; the text after it is the same."""
+    texts = [f"The dog number {n} sleeps." for n in range(20)]
+    packed = pack(texts, beginning_tokenizer, 17, 8, seed=1)
+    assert packed[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 8
+    assert torch.equal(packed[:, 1:], pack(texts, tiny_tokenizer, 16, 8, seed=1))
+    with pytest.raises(SaapError, match=r"1 documents give 4 tokens, 10 rows of 16 need 150"):
+        pack(["abc"], beginning_tokenizer, 16, 10, seed=0)
+
+
 def test_pack_says_how_much_is_missing(tiny_tokenizer):
     with pytest.raises(SaapError, match=r"1 documents give 4 tokens, 10 rows of 16 need 160"):
         pack(["abc"], tiny_tokenizer, 16, 10, seed=0)
-
-
-def test_chunks_are_the_text_as_it_is(tiny_tokenizer):
-    content = " = Title = \n\n" + LONG * 5
-    ids = tiny_tokenizer(content).input_ids
-    cut = chunks(content, tiny_tokenizer, 32)
-    assert cut.shape == (len(ids) // 32, 32) and cut.dtype == torch.int64
-    assert cut.flatten().tolist() == ids[: cut.numel()]
-    assert content.startswith(tiny_tokenizer.decode(cut.flatten()))
-    with pytest.raises(SaapError, match="a chunk needs 256"):
-        chunks("short", tiny_tokenizer, 256)
-
-
-def test_chunks_add_no_bos_where_the_tokenizer_would(tiny_tokenizer):
-    import copy
-
-    from tokenizers import processors
-
-    eager = copy.deepcopy(tiny_tokenizer)
-    eager.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-    )
-    assert eager(LONG).input_ids[0] == 1
-    assert torch.equal(chunks(LONG, eager, 8), chunks(LONG, tiny_tokenizer, 8))
 
 
 def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer):
