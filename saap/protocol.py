@@ -2,8 +2,8 @@
 
 Two perplexities compare only where text, tokens, chunk, stride, beginning and joining are the same, so all of these are
 part of a result. Usual ones: chunks of 2048 of WikiText-2 joined by paragraphs (GPTQ, Wanda, FLAP: ``--chunk 2048
---join paragraphs``), of 128 (LLM-Pruner, SAAP), PTB joined by spaces; a stride below the chunk gives each token more
-context (Hugging Face's guide to perplexity).
+--join paragraphs --no-bos``), of 128 (LLM-Pruner, SAAP), PTB joined by spaces; a stride below the chunk gives each
+token more context (Hugging Face's guide to perplexity).
 """
 
 from __future__ import annotations
