@@ -8,6 +8,7 @@ with the least measured loss is kept. Pruning in steps, each with scores of its 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -15,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.budget import Budget
-from saap.compensate import Compensation, loss_compensated
+from saap.compensate import Compensation, losses_compensated
 from saap.errors import SaapError
 from saap.explain import reasons_of
 from saap.fusion import FUSIONS, FusionOptions, fuse
 from saap.importance import Element, Progress
 from saap.masking import masked, mean_nll
-from saap.pricing import correct_prices, fit_prices
+from saap.pricing import correct_prices, finite, fit_prices
 from saap.score_cache import KnownLosses
 from saap.scoring import scores_of
 from saap.search import Module, Option, Prices, modules_of, plan_from, solve
@@ -40,7 +41,7 @@ class AdaptiveOptions:
         fusion: how scores become one number per structure.
         c: weight of the Taylor term of second order; None is the number of tokens per sequence.
         exact: the exact element score instead of the streamed one; two more numbers per weight.
-        heads: whether query heads and KV groups may go.
+        heads: whether query heads and KV groups may go; None: where it pays, see :func:`adaptive_plan`.
         modules: whether whole attention and feed-forward blocks may go.
         corrections: how many times prices are corrected by measured loss.
         prices: ``compensated``: of what compensation leaves; ``silenced``: of what goes without it.
@@ -49,7 +50,7 @@ class AdaptiveOptions:
     fusion: FusionOptions = field(default_factory=FusionOptions)
     c: float | None = None
     exact: bool = False
-    heads: bool = True
+    heads: bool | None = None
     modules: bool = False
     corrections: int = 0
     prices: Pricing = "silenced"
@@ -93,6 +94,11 @@ def adaptive_plan(
 ) -> PrunePlan:
     """Choose what to keep; the model is left as it was.
 
+    A structure of attention is a large step at a price that is fitted to all of its kind, so that the search finds
+    those whose price is too low. With ``options.heads`` None a plan that cuts attention is held against the best one
+    that leaves it whole, and stays if it is better by more than a standard error (the one-standard-error rule; Breiman
+    et al., Classification and Regression Trees, 1984, section 3.4.3).
+
     Args:
         calibration: [sequences, tokens] int64; the last eighth prices what the others scored.
         compensation: what will be done about what goes.
@@ -113,8 +119,35 @@ def adaptive_plan(
         modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
     if options.corrections:
         with masked(model, cut_layers(plan, shape), shape.head_dim):
-            return plan if mean_nll(model, priced) < least else best
-    return plan
+            plan = plan if mean_nll(model, priced) < least else best
+    cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
+    if options.heads is not None or not cuts:
+        return plan
+    try:
+        simpler = _search(shape, attention_whole(prices), block, keep_layers, budget)[2]
+    except SaapError:  # the FFN alone cannot meet the budget
+        return plan
+    scored = calibration[: -len(priced)]
+    cut, whole = (
+        losses_compensated(compensation, model, shape, each, scored, priced, progress) for each in (plan, simpler)
+    )
+    return plan if pays(cut, whole) else simpler
+
+
+def attention_whole(prices: Prices) -> Prices:
+    """Prices that offer nothing of attention."""
+    return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
+
+
+def pays(cut: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether losses [sequences] are below others on the same text by more than a standard error of the difference.
+
+    Raises:
+        SaapError: a loss is not finite.
+    """
+    gain = whole - cut
+    error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return finite(float(gain.mean())) > error
 
 
 def prices_of(
@@ -144,12 +177,12 @@ def prices_of(
         settings = {"compensation": compensation, "on": hashlib.sha256(scored.numpy().tobytes()).hexdigest()}
 
         def compensated(plan: PrunePlan) -> float:
-            return loss_compensated(compensation, model, shape, plan, scored, priced)
+            return float(losses_compensated(compensation, model, shape, plan, scored, priced).mean())
 
     prices = fit_prices(
-        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers, heads=options.heads,
-        modules=options.modules, compensated=compensated, known=KnownLosses(weights, priced, settings),
-        progress=progress,
+        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers,
+        heads=options.heads is not False, modules=options.modules, compensated=compensated,
+        known=KnownLosses(weights, priced, settings), progress=progress,
     )  # fmt: skip
     return prices, priced
 

@@ -110,23 +110,27 @@ def compensate(
 
 
 @torch.no_grad()
-def loss_compensated(
+def losses_compensated(
     kind: Compensation,
     model: PreTrainedModel,
     shape: ModelShape,
     plan: PrunePlan,
     ids: torch.Tensor,
     judged: torch.Tensor,
-) -> float:
-    """Loss on ``judged`` of the model cut to the plan and compensated on ``ids``, nats per token; nothing is changed.
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``; nothing is changed.
 
     Args:
         ids, judged: [sequences, tokens], of different text.
+
+    Returns:
+        nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
     """
     architecture = architecture_of(model.config)
     walk = _Walk(kind, model, ids, last=True)
-    parts = shares().mine(judged.split(ROWS))
-    batches = batches_of(model, parts)
+    parts = shares().mine(list(enumerate(judged.split(ROWS))))
+    batches = batches_of(model, [rows for _, rows in parts])
     stream = [batch.hidden for batch in batches]
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
@@ -134,8 +138,13 @@ def loss_compensated(
             for block in blocks:
                 block.cut(new)
             stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
-    losses = [loss_after(model, [x], rows) * len(rows) for x, rows in zip(stream, parts, strict=True)]
-    return shares().total(sum(losses)) / len(judged)
+        if progress:
+            progress("trying a plan", index + 1, len(plan.layers))
+    losses = torch.zeros(len(judged), dtype=torch.float64)
+    for x, (part, rows) in zip(stream, parts, strict=True):
+        for row in range(len(rows)):
+            losses[part * ROWS + row] = loss_after(model, [x[row : row + 1]], rows[row : row + 1])
+    return shares().add_up(losses)
 
 
 class _Walk:

@@ -246,15 +246,14 @@ def make_plan(
     Raises:
         SaapError: the requirement cannot be met, or the model is not finite on the text.
     """
-    heads = options.prunes_heads(shape)
     if options.method == "saap":
         return adaptive_plan(
-            model, shape, calibration, budget, replace(options.adaptive, heads=heads), block=options.block,
+            model, shape, calibration, budget, replace(options.adaptive, heads=options.heads), block=options.block,
             keep_layers=options.keep_layers or frozenset(), compensation=options.compensation, weights=weights,
             progress=progress,
         )  # fmt: skip
     ranking = rank(
-        options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=heads,
+        options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=options.prunes_heads(shape),
         block=options.block, seed=options.seed, progress=progress,
     )  # fmt: skip
     plan = meet(ranking.plan_at, budget, budget.cut)

@@ -47,7 +47,7 @@ def record_of(
         "options": {
             "block": options.block,
             "compensate": options.compensation,
-            "heads": options.prunes_heads(budget.dense),
+            "heads": options.heads if options.method == "saap" else options.prunes_heads(budget.dense),
             "steps": steps,
             "keep_layers": sorted(options.keep_layers or ()),
             "seed": options.seed,

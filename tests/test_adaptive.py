@@ -1,0 +1,108 @@
+"""Whether attention is cut: only where that is measured to be better than to leave it whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saap.adaptive import AdaptiveOptions, adaptive_plan, pays
+from saap.architectures import shape_of
+from saap.budget import Budget
+from saap.checkpoint import load_model, read_record
+from saap.errors import SaapError
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
+
+IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
+REFIT = "refit"
+
+
+@pytest.fixture
+def found(tiny_model, monkeypatch):
+    """plan(ratio, heads): a tiny model's plan; ``said``: losses of a plan by whether it cuts attention; ``asked``."""
+    path = tiny_model()
+    model = load_model(path)
+    shape = shape_of(model.config)
+    asked: list[bool] = []
+    said = {True: 0.0, False: 0.0}
+
+    def losses(kind, _model, _shape, each, scored, priced, _progress):
+        assert (kind, len(scored), len(priced)) == (REFIT, 14, 2)
+        asked.append(attention_cut(each, shape))
+        return torch.tensor([said[asked[-1]], said[asked[-1]] + 1])
+
+    monkeypatch.setattr("saap.adaptive.losses_compensated", losses)
+
+    def plan(ratio, heads=None):
+        asked.clear()
+        budget: Budget = Requirement(ratio=ratio).budget(shape, model.config.to_dict())
+        options = AdaptiveOptions(heads=heads)
+        return adaptive_plan(model, shape, IDS, budget, options, block=32, compensation=REFIT)
+
+    return plan, said, asked, shape
+
+
+def attention_cut(plan, shape):
+    return any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
+
+
+def test_attention_is_cut_only_where_that_is_measured_to_be_better(found):
+    plan, said, asked, shape = found
+    said.update({True: 3.0, False: 3.5})
+    assert attention_cut(plan(0.4), shape)
+    assert asked == [True, False]
+    said.update({True: 3.0, False: 3.0})
+    simpler = plan(0.4)
+    assert not attention_cut(simpler, shape)
+    weights = Requirement(ratio=0.4).budget(shape, {})
+    assert weights.fits(weights.total(simpler.kept_shape(shape)))
+
+
+def test_whoever_asks_for_heads_gets_what_the_search_finds(found):
+    plan, _, asked, shape = found
+    assert attention_cut(plan(0.4, heads=True), shape) and not asked
+    assert not attention_cut(plan(0.4, heads=False), shape) and not asked
+
+
+def test_where_the_ffn_alone_cannot_meet_the_budget_nothing_is_compared(found):
+    plan, _, asked, shape = found
+    with pytest.raises(SaapError):
+        plan(0.6, heads=False)
+    assert attention_cut(plan(0.6), shape) and not asked
+
+
+@pytest.mark.parametrize(
+    ("cut", "whole", "better"),
+    [
+        ([3.0], [3.1], True),
+        ([3.0], [3.0], False),
+        ([3.0, 4.0], [3.1, 4.1], True),
+        ([3.1, 4.1], [3.0, 4.0], False),
+        ([3.0, 3.0], [3.3, 3.0], False),  # the mean of 0.15 is one standard error
+        ([3.0, 3.0, 3.0, 3.0], [3.3, 3.0, 3.3, 3.0], True),  # 0.15 is 1.7 of them
+    ],
+)
+def test_better_by_more_than_a_standard_error(cut, whole, better):
+    assert pays(torch.tensor(cut, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64)) is better
+
+
+def test_losses_that_are_not_finite_decide_nothing():
+    with pytest.raises(SaapError, match="the loss is nan"):
+        pays(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, stream):
+    labels: list[str] = []
+    options = PruneOptions(Requirement(ratio=0.4), block=32, steps=1, stream=stream)
+    prune(tiny_model(), tmp_path / "slim", IDS, options, progress=lambda label, *_: labels.append(label))
+    assert labels.count("trying a plan") == 2 * 3
+    record = read_record(tmp_path / "slim")
+    assert record["options"]["heads"] is None
+    searched = replace(options, heads=True)
+    prune(tiny_model(), tmp_path / "searched", IDS, searched, progress=lambda label, *_: labels.append(label))
+    assert labels.count("trying a plan") == 2 * 3
+    assert read_record(tmp_path / "searched")["options"]["heads"] is True
