@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from saap.budget import Budget
 from saap.compensate import Compensation, losses_compensated
 from saap.errors import SaapError
-from saap.explain import reasons_of
+from saap.explain import Weighed, reasons_of
 from saap.fusion import FUSIONS, FusionOptions, fuse
 from saap.importance import Element, Progress
 from saap.masking import masked, mean_nll
@@ -131,7 +131,9 @@ def adaptive_plan(
     cut, whole = (
         losses_compensated(compensation, model, shape, each, scored, priced, progress) for each in (plan, simpler)
     )
-    return plan if pays(cut, whole) else simpler
+    found = weighed(cut, whole)
+    plan = plan if found.pays else simpler
+    return replace(plan, reasons=replace(plan.reasons, weighed=(found,))) if plan.reasons else plan
 
 
 def attention_whole(prices: Prices) -> Prices:
@@ -139,15 +141,15 @@ def attention_whole(prices: Prices) -> Prices:
     return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
 
 
-def pays(cut: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether losses [sequences] are below others on the same text by more than a standard error of the difference.
+def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:
+    """Losses [sequences] of a plan that cuts attention against those, on the same text, of one that leaves it whole.
 
     Raises:
         SaapError: a loss is not finite.
     """
     gain = whole - cut
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return finite(float(gain.mean())) > error
+    return Weighed(finite(float(gain.mean())), error)
 
 
 def prices_of(

@@ -65,11 +65,30 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """A plan that cuts attention, held against one that leaves it whole; see :func:`saap.adaptive.adaptive_plan`.
+
+    Attributes:
+        gain: by how much it was measured to lose less, nats per token.
+        error: standard error of that, over sequences.
+    """
+
+    gain: float
+    error: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether attention is cut."""
+        return self.gain > self.error
+
+
+@dataclass(frozen=True)
 class Reasons:
-    """All blocks of a plan, in the budget's unit."""
+    """All blocks of a plan, in the budget's unit; and how attention was weighed, once per search where it was."""
 
     unit: str
     blocks: tuple[Reason, ...]
+    weighed: tuple[Weighed, ...] = ()
 
     @property
     def dearest_taken(self) -> Reason | None:
@@ -98,6 +117,7 @@ class Reasons:
             "dearest_taken": taken.last.per_unit if taken and taken.last else None,
             "cheapest_left": left.next.per_unit if left and left.next else None,
             "blocks": [asdict(block) for block in self.blocks],
+            "weighed": [asdict(each) for each in self.weighed],
         }
 
 
@@ -169,7 +189,8 @@ def after(first: Reasons | None, second: Reasons | None, kept_layers: tuple[int,
     later = {(kept_layers[b.layer], b.kind): replace(b, layer=kept_layers[b.layer]) for b in second.blocks}
     if first is None:
         return replace(second, blocks=tuple(later.values()))
-    return replace(second, blocks=tuple(_added(b, later.get((b.layer, b.kind))) for b in first.blocks))
+    blocks = tuple(_added(b, later.get((b.layer, b.kind))) for b in first.blocks)
+    return replace(second, blocks=blocks, weighed=first.weighed + second.weighed)
 
 
 def _added(before: Reason, now: Reason | None) -> Reason:

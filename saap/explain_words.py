@@ -107,14 +107,14 @@ def to_words(block: Reason, move: Move) -> str:
 
 
 def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
-    """Where most was taken, what stayed whole, what would go next; for a baseline, how it decides.
+    """Where most was taken, what stayed whole and whether attention did, what would go next; how a baseline decides.
 
     Args:
         kept: layers that were to stay whole.
     """
     layers = _layers(reasons)
     told = [_decides(method)] if method in DECIDES else []
-    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _next(reasons)]
+    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
     return [sentence for sentence in told if sentence]
 
 
@@ -170,6 +170,17 @@ def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
             )
         told.append(f"{text}.")
     return " ".join(told)
+
+
+def _weighed(reasons: Reasons) -> str:
+    """How attention was weighed in each search, of which later ones are of a model that is smaller."""
+    told = []
+    for each in reasons.weighed:
+        gain = (
+            f"{'gains' if each.gain > 0 else 'loses'} {short(abs(each.gain))} nats (standard error {short(each.error)})"
+        )
+        told.append(f"cut, as that {gain}" if each.pays else f"left whole, as cutting it {gain}")
+    return f"Attention was {'; then '.join(told)}." if told else ""
 
 
 def _next(reasons: Reasons) -> str:

@@ -17,7 +17,7 @@ import transformers
 from saap import __version__
 from saap.checkpoint import read_record
 from saap.errors import SaapError
-from saap.explain import Move, Reason, Reasons
+from saap.explain import Move, Reason, Reasons, Weighed
 from saap.integrity import check_directory
 from saap.shares import shares
 from saap.structures import LayerPlan, LayerSizes, PrunePlan
@@ -98,7 +98,8 @@ def plan_of(recorded: dict[str, Any]) -> PrunePlan:
     """
     layers = _layers(recorded["layers"])
     known = recorded["reasons"]
-    reasons = Reasons(known["unit"], tuple(map(_reason, known["blocks"]))) if known else None
+    weighed = tuple(Weighed(**each) for each in known.get("weighed", ())) if known else ()
+    reasons = Reasons(known["unit"], tuple(map(_reason, known["blocks"])), weighed) if known else None
     beside = ("achieved", "price_nats", "reasons", "dense_layers", "layers")
     requirement = {name: value for name, value in recorded.items() if name not in beside}
     return PrunePlan(layers, requirement, recorded["price_nats"], reasons)

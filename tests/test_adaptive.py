@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saap.adaptive import AdaptiveOptions, adaptive_plan, pays
+from saap.adaptive import AdaptiveOptions, adaptive_plan, weighed
 from saap.architectures import shape_of
 from saap.budget import Budget
 from saap.checkpoint import load_model, read_record
 from saap.errors import SaapError
+from saap.explain import Weighed
 from saap.prune import prune
 from saap.prune_options import PruneOptions
+from saap.prune_steps import plan_of
 from saap.requirement import Requirement
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
@@ -52,11 +54,12 @@ def attention_cut(plan, shape):
 def test_attention_is_cut_only_where_that_is_measured_to_be_better(found):
     plan, said, asked, shape = found
     said.update({True: 3.0, False: 3.5})
-    assert attention_cut(plan(0.4), shape)
-    assert asked == [True, False]
+    better = plan(0.4)
+    assert attention_cut(better, shape) and asked == [True, False]
+    assert better.reasons.weighed == (Weighed(0.5, 0.0),)
     said.update({True: 3.0, False: 3.0})
     simpler = plan(0.4)
-    assert not attention_cut(simpler, shape)
+    assert not attention_cut(simpler, shape) and simpler.reasons.weighed == (Weighed(0.0, 0.0),)
     weights = Requirement(ratio=0.4).budget(shape, {})
     assert weights.fits(weights.total(simpler.kept_shape(shape)))
 
@@ -86,12 +89,14 @@ def test_where_the_ffn_alone_cannot_meet_the_budget_nothing_is_compared(found):
     ],
 )
 def test_better_by_more_than_a_standard_error(cut, whole, better):
-    assert pays(torch.tensor(cut, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64)) is better
+    found = weighed(torch.tensor(cut, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64))
+    assert found.pays is better
+    assert found.gain == pytest.approx((sum(whole) - sum(cut)) / len(cut))
 
 
 def test_losses_that_are_not_finite_decide_nothing():
     with pytest.raises(SaapError, match="the loss is nan"):
-        pays(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]))
+        weighed(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -101,7 +106,8 @@ def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, 
     prune(tiny_model(), tmp_path / "slim", IDS, options, progress=lambda label, *_: labels.append(label))
     assert labels.count("trying a plan") == 2 * 3
     record = read_record(tmp_path / "slim")
-    assert record["options"]["heads"] is None
+    assert record["options"]["heads"] is None and len(record["plan"]["reasons"]["weighed"]) == 1
+    assert plan_of(record["plan"]).reasons.record() == record["plan"]["reasons"]
     searched = replace(options, heads=True)
     prune(tiny_model(), tmp_path / "searched", IDS, searched, progress=lambda label, *_: labels.append(label))
     assert labels.count("trying a plan") == 2 * 3

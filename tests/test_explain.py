@@ -8,7 +8,7 @@ import torch
 from test_search import SHAPE, milliseconds, prices, weights
 
 from saap.checkpoint import read_record
-from saap.explain import Move, Reason, Reasons, after, reasons_of, sizes_lost
+from saap.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
 from saap.explain_words import layer_table, sentences, short
 from saap.prune import prune
 from saap.prune_options import PruneOptions
@@ -110,6 +110,9 @@ def test_pruned_again_prices_and_savings_add_up():
         block(0, "ffn", 128, 0, 8.0, 8.0, 3.0),
         block(1, "ffn", 128, 64, 8.0, 4.0, 1.25, last=step, quarter=step),
     )
+    one, two = Weighed(0.003, 0.004), Weighed(-0.01, 0.0)
+    again = after(replace(first, weighed=(one,)), replace(second, weighed=(two,)), (1,))
+    assert again.weighed == (one, two) and found.weighed == ()
     assert after(None, second, (1,)).blocks[0].layer == 1
     assert after(first, None, (1,)) is first
 
@@ -166,6 +169,22 @@ def test_where_most_went_what_stayed_and_what_would_go_next():
         "Next would go the FFN of layer 1, to 32, at 0.07 nats per million weights; "
         "the dearest step taken, the FFN of layer 1, cost 0.03.",
     ]
+
+
+def test_how_attention_was_weighed():
+    def about(*found):
+        before, after_it = (sentences(replace(told(), weighed=each), "saap") for each in ((), found))
+        (said,) = [sentence for sentence in after_it if sentence not in before]
+        return said
+
+    assert (
+        about(Weighed(0.0034, 0.0041))
+        == "Attention was left whole, as cutting it gains 0.0034 nats (standard error 0.0041)."
+    )
+    assert about(Weighed(-0.02, 0.01), Weighed(0.1234, 0.01)) == (
+        "Attention was left whole, as cutting it loses 0.02 nats (standard error 0.01); "
+        "then cut, as that gains 0.123 nats (standard error 0.01)."
+    )
 
 
 def test_what_is_not_cheap_is_not_called_cheap():
