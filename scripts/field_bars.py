@@ -6,13 +6,15 @@
 
 Reads the cells of field_table.py. A gain is SAAP's mean over the tasks less the baseline's, in points, over the seeds
 that both have; its interval is of a bootstrap over examples, paired, and over seeds. What is lost is against the dense
-int4 bundle and, where tasks_check.py was run, against the dense model in float.
+int4 bundle; where tasks_check.py was run, against the dense model in float; and where field_table.py made it, against
+the dense int4 bundle tuned alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,29 +84,47 @@ def main() -> None:
         paths = sorted(folder.glob(f"{method}-{given.ratio}-{given.how}-seed*.json"))
         if paths:
             rows[method] = {path.stem.rsplit("-", 1)[1]: answers_of(path) for path in paths}
-    dense = answers_of(folder / "dense.json")
-    floating = float_points(dense) if given.model == "smollm2-135m" else None
-    told = "" if floating is None else f", in float {floating:.2f}"
-    print(f"dense: {points(dense):.2f} points as int4{told}; {', '.join(dense)}")
+    tops = tops_of(given.model, given.how)
+    print("dense:", ", ".join(f"{top:.2f} as {name}" for name, top in tops.items()), "(points)")
     if "saap" not in rows:
         raise SystemExit(f"no cell of saap at {given.ratio}, {given.how}: run scripts/field_table.py")
-    print("| method | seeds | points | lost, int4 | lost, float | SAAP's loss over it | SAAP's gain (95 %) |")
-    print("|---|---|---|---|---|---|---|")
+    heads = [
+        "method",
+        "seeds",
+        "points",
+        *(f"lost, {name}" for name in tops),
+        "SAAP's loss over it",
+        "SAAP's gain (95 %)",
+    ]
+    print("|", " | ".join(heads), "|")
+    print("|---" * len(heads), end="|\n")
     for method, cells in rows.items():
         both = [seed for seed in cells if seed in rows["saap"]]
         if not both:
             continue
         reached = float(np.mean([points(cells[seed]) for seed in both]))
         ours = float(np.mean([points(rows["saap"][seed]) for seed in both]))
-        lost = [None if top is None else top - reached for top in (points(dense), floating)]
-        shares = [(top - ours) / (top - reached) for top in (points(dense), floating) if top is not None]
-        columns = [method, str(len(both)), f"{reached:.2f}", *("-" if x is None else f"{x:.2f}" for x in lost)]
+        columns = [method, str(len(both)), f"{reached:.2f}", *(f"{top - reached:.2f}" for top in tops.values())]
         if method == "saap":
             columns += ["", ""]
         else:
+            shares = [(top - ours) / (top - reached) for top in tops.values()]
             mean, low, high = gain([rows["saap"][seed] for seed in both], [cells[seed] for seed in both])
             columns += [" / ".join(f"{share:.2f}x" for share in shares), f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]
         print("|", " | ".join(columns), "|")
+
+
+def tops_of(model: str, how: str) -> dict[str, float]:
+    """What a loss is counted from, in points: the dense model as int4, in float and as int4 tuned like the rows."""
+    dense = answers_of(cells_of(model) / "dense.json")
+    tops = {"int4": points(dense)}
+    floating = float_points(dense) if model == "smollm2-135m" else None
+    if floating is not None:
+        tops["float"] = floating
+    tuned = cells_of(model) / f"dense-{re.sub(r'-[0-9]+sequences', '', how)}-seed0.json"  # which nothing calibrates
+    if tuned.is_file():
+        tops["int4 tuned alike"] = points(answers_of(tuned))
+    return tops
 
 
 if __name__ == "__main__":
