@@ -153,6 +153,7 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
         "achieved": plan["achieved"],
         "sizes": [[len(k["query_heads"]), len(k["kv_heads"]), len(k["ffn"])] for k in plan["layers"]],
         "price": plan["price_nats"],
+        "weighed": plan["reasons"]["weighed"],  # how attention was, in each step where it was
         "nll": {**known.get("nll", {}), **nll},
         "seconds": round(pruned, 1),
         "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
