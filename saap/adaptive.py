@@ -96,8 +96,8 @@ def adaptive_plan(
 
     A structure of attention is a large step at a price that is fitted to all of its kind, so that the search finds
     those whose price is too low. With ``options.heads`` None a plan that cuts attention is held against the best one
-    that leaves it whole, and stays if it is better by more than a standard error (the one-standard-error rule; Breiman
-    et al., Classification and Regression Trees, 1984, section 3.4.3).
+    that leaves it whole, and stays if it is better by more than two standard errors (after the one-standard-error rule
+    of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
     Args:
         calibration: [sequences, tokens] int64; the last eighth prices what the others scored.

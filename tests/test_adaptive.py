@@ -84,11 +84,11 @@ def test_where_the_ffn_alone_cannot_meet_the_budget_nothing_is_compared(found):
         ([3.0], [3.0], False),
         ([3.0, 4.0], [3.1, 4.1], True),
         ([3.1, 4.1], [3.0, 4.0], False),
-        ([3.0, 3.0], [3.3, 3.0], False),  # the mean of 0.15 is one standard error
-        ([3.0, 3.0, 3.0, 3.0], [3.3, 3.0, 3.3, 3.0], True),  # 0.15 is 1.7 of them
+        ([3.0, 3.0, 3.0, 3.0], [3.3, 3.0, 3.3, 3.0], False),  # the mean of 0.15 is 1.7 standard errors
+        ([3.0, 3.0, 3.0, 3.0], [3.3, 3.1, 3.3, 3.1], True),  # 0.2 is 3.5 of them
     ],
 )
-def test_better_by_more_than_a_standard_error(cut, whole, better):
+def test_better_by_more_than_two_standard_errors(cut, whole, better):
     found = weighed(torch.tensor(cut, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64))
     assert found.pays is better
     assert found.gain == pytest.approx((sum(whole) - sum(cut)) / len(cut))
