@@ -53,7 +53,7 @@ METHODS: dict[str, list[str]] = {
     "magnitude": ["--method", "magnitude", "--no-heads", "--keep-layers", "none"],
     "random": ["--method", "random", "--no-heads", "--keep-layers", "none"],
 }
-# Left with a perplexity of up to millions: what the bundle and its float model say then differs by more than parity allows.
+# Left with a perplexity of thousands and more, where a bundle and its float model differ by more than parity allows.
 BROKEN = ("magnitude", "random")
 
 
