@@ -2,7 +2,8 @@
 
 Prices of structures that go one at a time say little about what they cost together. So prices can be corrected: each
 module's price is scaled to a loss measured where all others are cut as planned, and the search is repeated; the plan
-with the least measured loss is kept. Pruning in steps, each with scores of its own, is :mod:`saap.prune`'s.
+with the least measured loss is kept. And a plan that cuts attention has to be measured better than the best one that
+does not. Pruning in steps, each with scores of its own, is :mod:`saap.prune`'s.
 """
 
 from __future__ import annotations
