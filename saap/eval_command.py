@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saap.architectures import shape_of
-from saap.checkpoint import read_config
+from saap.checkpoint import read_config, read_record
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, torch_scorer
@@ -18,6 +18,7 @@ from saap.json_files import write_document
 from saap.models import load_tokenizer, resolve
 from saap.needs import check_memory, eval_needs, fits
 from saap.opening import open_model, whole_needs
+from saap.overlap import refuse_seen
 from saap.precision import fast_float32
 from saap.protocol import Cut, Windows
 from saap.rows import evaluation_windows
@@ -39,7 +40,7 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
     named = {str(path): path if path.is_dir() else resolve(str(path), progress=console.report) for path in everything}
     document: dict[str, Any] = {"kind": KIND, "version": VERSION}
     if tasks is None or options["text"] is not None:
-        windows = _windows(list(named.values()), options, console)
+        windows = _windows(named, options, console)
         document |= quality_of(named, windows, str(reference) if reference else None, console)
         show_quality(document)
     else:
@@ -185,7 +186,8 @@ def _task_options(options: dict[str, Any]) -> TaskOptions | None:
     return TaskOptions(tuple(dict.fromkeys(names)), options["task_dir"], options["max_examples"], options["seed"])
 
 
-def _windows(paths: list[Path], options: dict[str, Any], console: Console) -> Windows:
+def _windows(named: dict[str, Path], options: dict[str, Any], console: Console) -> Windows:
+    paths = list(named.values())
     base = next((p for p in paths if not is_bundle(p)), paths[0])  # the reference comes first
     if options["text"] is None and is_bundle(base):
         from saap.text import load_documents
@@ -193,9 +195,21 @@ def _windows(paths: list[Path], options: dict[str, Any], console: Console) -> Wi
         if load_documents(None, split="evaluation") is None:
             raise SaapError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
     cut = Cut(options["chunk"], options["stride"], options["bos"], options["join"], options["max_chunks"])
-    windows, _ = evaluation_windows(base, options["text"], cut, console.report)
+    windows, text = evaluation_windows(base, options["text"], cut, console.report)
+    if text is not None:
+        for name, path in named.items():
+            refuse_seen(name, _lineage_of(path), text)
     say_text("evaluation", windows.protocol.text, windows.protocol.self_written, console)
     return windows
+
+
+def _lineage_of(path: Path) -> dict[str, Any]:
+    if is_bundle(path):
+        from export.bundle import read_manifest
+
+        return read_manifest(path).lineage
+    record = read_record(path)
+    return record.get("lineage", {}) | {"tuning": record.get("tuning", {}).get("text")}
 
 
 def _bundle_scorer(path: Path, threads: int) -> Any:

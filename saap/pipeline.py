@@ -217,7 +217,8 @@ def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> 
 
 def _evaluation(directory: Path, options: RunOptions, console: Console) -> Windows:
     """The evaluation text, checked against what the model will be calibrated and tuned on before hours are spent."""
-    from saap.text import load_documents, refuse_overlap
+    from saap.overlap import refuse_overlap
+    from saap.text import load_documents
 
     cut = Cut(options.chunk, max_chunks=options.max_chunks)
     windows, text = evaluation_windows(directory, options.text, cut, console.report)

@@ -2,7 +2,7 @@
 
 Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
 model writes its own (:func:`self_written`). What a result is evaluated on must not be what the model was calibrated
-or tuned on: :func:`refuse_overlap` holds that.
+or tuned on: :mod:`saap.overlap` holds that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Documents", "beginning", "documents_of", "load_documents", "load_rows", "pack", "read_file", "refuse_overlap",
+    "Documents", "beginning", "cut_text", "documents_of", "load_documents", "load_rows", "pack", "read_file",
     "self_written",
 ]  # fmt: skip
 
@@ -40,8 +40,6 @@ EVALUATION_FILE = "wikitext2_test_raw.txt"
 HUB_DOCUMENTS = 4000
 # A plain text is cut into documents of at least so many characters, at line ends, so that it can be shuffled.
 DOCUMENT_CHARACTERS = 2000
-# Lines from this length on are taken to identify a text; shorter ones ("= = Reception = =") recur everywhere.
-TELLING_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def read_file(path: Path, *, whole: bool = False) -> list[str]:
     rows = _json_rows(path, content)
     if rows is not None:
         return [_row_text(row, where) for where, row in rows]
-    return [content] if whole else _cut(content)
+    return [content] if whole else cut_text(content)
 
 
 def _content(path: Path) -> str:
@@ -130,24 +128,6 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
     if not isinstance(rows, list):
         raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
-
-
-def refuse_overlap(training: Documents, evaluation: Documents) -> None:
-    """Refuse to evaluate on text that the model was calibrated or tuned on.
-
-    Texts coincide when they are equal, when they share a document, or when a hundredth of the evaluation's long lines
-    occur in the training text.
-
-    Raises:
-        SaapError: naming both sources.
-    """
-    shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
-    seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
-    if training.sha256 == evaluation.sha256 or shared or (seen and len(seen & known) >= max(1, len(seen) / 100)):
-        raise SaapError(
-            f"{training.source} and {evaluation.source} hold the same text: a model is not evaluated on what it was "
-            "calibrated or tuned on; give another file for one of them"
-        )
 
 
 def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
@@ -238,7 +218,8 @@ def _row_text(row: Any, where: str) -> str:
     raise SaapError(f"{where} has neither 'text' nor 'instruction' nor 'messages': give rows with one of these fields")
 
 
-def _cut(content: str) -> list[str]:
+def cut_text(content: str) -> list[str]:
+    """A plain text as the documents that it is shuffled by."""
     documents, lines, size = [], [], 0
     for line in content.splitlines(keepends=True):
         lines.append(line)
@@ -272,11 +253,6 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
             "the network, or give a file"
         ) from None
     return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
-
-
-def _telling_lines(texts: Iterable[str]) -> set[str]:
-    lines = (" ".join(line.split()) for text in texts for line in text.splitlines())
-    return {line for line in lines if len(line) >= TELLING_CHARACTERS}
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:

@@ -38,7 +38,7 @@ class TuningRows:
         sha256: over the text; None for text that the model wrote itself.
         kind: ``text`` or ``chat``.
         note: what the user should be told about how the data was read; None where there is nothing to tell.
-        documents: the text, to hold against an evaluation's (:func:`saap.text.refuse_overlap`); None as ``sha256``.
+        documents: the text, to hold against an evaluation's (:func:`saap.overlap.refuse_overlap`); None as ``sha256``.
     """
 
     ids: torch.Tensor

@@ -13,7 +13,7 @@ import torch
 
 from saap import text
 from saap.errors import SaapError
-from saap.text import load_documents, pack, refuse_overlap, self_written
+from saap.text import load_documents, pack, self_written
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 
@@ -120,22 +120,6 @@ def test_files_of_the_data_directory(data_dir):
     assert len(calibration.texts) == 300 + 526 + 2996
     assert calibration == again and calibration.texts != tuning.texts
     assert sorted(calibration.texts) == sorted(tuning.texts)
-    refuse_overlap(calibration, evaluation)
-    with pytest.raises(SaapError, match="hold the same text"):
-        refuse_overlap(load_documents(data_dir / text.EVALUATION_FILE, split="tuning"), evaluation)
-    refuse_overlap(load_documents(data_dir / "wikitext2_train_raw_head1MB.txt", split="tuning"), evaluation)
-
-
-def test_overlap_is_seen_in_parts_but_short_lines_are_not_text(tmp_path):
-    def documents(name, content):
-        return load_documents(write(tmp_path / name, content), split="evaluation")
-
-    one = documents("one.txt", "= = Reception = =\n" + LONG + "its own\n")
-    with pytest.raises(SaapError, match=r"one\.txt and .*two\.txt hold the same text"):
-        refuse_overlap(one, documents("two.txt", "another beginning\n  " + LONG))
-    refuse_overlap(one, documents("three.txt", "= = Reception = =\nsomething else\n"))
-    with pytest.raises(SaapError, match="same text"):
-        refuse_overlap(documents("a.jsonl", rows({"text": "short"})), documents("b.jsonl", rows({"text": "short "})))
 
 
 def test_pack_joins_with_eos_and_follows_the_seed(tiny_tokenizer):
