@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from saap.cli_types import Sections, directory
+from saap.cli_types import CountOrAll, Sections, directory
 from saap.console import Console
 
 
@@ -26,7 +26,7 @@ from saap.console import Console
     show_default=True,
     help="Lines as they are, or joined as the papers do: WikiText by paragraphs, PTB by spaces.",
 )
-@click.option("--max-chunks", type=int, default=160, show_default=True)
+@click.option("--max-chunks", type=CountOrAll(), default=160, show_default=True, help="At most, or all.")
 @click.option("--tasks", help="Zero-shot tasks, as piqa,arc_easy; with them perplexity only where --text is given.")
 @click.option("--task-dir", type=directory, help="Folder of the tasks' .jsonl files; default: the harness downloads.")
 @click.option("--max-examples", type=int, help="Of each task, drawn with --seed; default: all.")

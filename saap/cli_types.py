@@ -33,6 +33,21 @@ class LayerRange(click.ParamType):
         return frozenset(layers)
 
 
+class CountOrAll(click.ParamType):
+    """A number; ``all`` is None."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """``160`` -> 160."""
+        if value == "all":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number: write something like 160, or all", param, ctx)
+
+
 class Counts(click.ParamType):
     """One number or a sweep, such as ``128,512``."""
 
