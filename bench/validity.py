@@ -202,7 +202,12 @@ def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
 
 def _unsteady(sample: Sample) -> Iterator[Finding]:
     if sample.steady is False:
-        yield Finding("steady", WARN, 1.0, "warm-up had not become steady when it ended: give more --warmup")
+        yield Finding(
+            "steady",
+            WARN,
+            1.0,
+            "warm-up had not become steady when it ended: leave the machine alone",
+        )
 
 
 def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:

@@ -127,10 +127,10 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
 def compare(old: str, new: str, **options: Any) -> None:
     """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.
 
-    Both are results of `saap bench --json` (or llama-bench's JSON), or both are bundles, which are then measured,
-    interleaved. A regression is measured a second time before it is said. In a GitHub workflow the table also goes to
-    the step's summary. Two documents of `saap eval --json` are compared answer by answer, and only where they are of
-    the same protocol and the same examples.
+    Both are results of `saap bench --json`, or both are bundles, which are then measured, interleaved. A regression is
+    measured a second time before it is said. In a GitHub workflow the table also goes to the step's summary. Two
+    documents of `saap eval --json` are compared answer by answer, and only where they are of the same protocol and the
+    same examples.
 
     \b
     Example:

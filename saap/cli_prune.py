@@ -96,7 +96,11 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 )
 @how("--corrections", type=int, metavar="N", default=0, show_default=True, help="Correct prices by loss (saap).")
 @how("--explain", is_flag=True, help="Say why each layer lost what it lost.")
-@removed("--heads/--no-heads", default=None, help="Query heads and KV groups too; default: where measured to pay.")
+@removed(
+    "--heads/--no-heads",
+    default=None,
+    help="Query heads and KV groups too; default: where measured to pay; not by baselines of models with GQA.",
+)
 @removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
 @removed(
     "--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these, such as 0-2,29; none: from all."

@@ -34,7 +34,7 @@ running = partial(click.option, cls=InSection, section="How it runs")
 )  # fmt: skip
 @trained(
     "--fold", type=click.Choice(["scale", "zero-point", "branch", "rounded"]), default="scale", show_default=True,
-    help="What is trained of each group; rounded: LoRA under its own rounding. Only branch costs time on the device.",
+    help="What is trained of each group; rounded: LoRA under its own rounding. Branch and zero-point cost time.",
 )  # fmt: skip
 @trained("--rank", type=int, help="Of the fold's low-rank form; default: a free factor per group where there is one.")
 @trained("--learning-rate", type=float, help="Peak; default: the fold's own.")

@@ -1,4 +1,4 @@
-"""Scores and losses kept by the hash of what they depend on, so that pruning to another budget takes seconds.
+"""Scores and losses kept by the hash of what they depend on, so that another budget scores nothing twice.
 
 Scores are a safetensors file named by sha256 over the weights, the calibration ids and the settings; losses a JSON file
 named by the weights and the ids that says what the model's loss is without some structures. Both are written

@@ -146,7 +146,7 @@ def test_of_several_repetitions_the_worst_is_told() -> None:
 def test_a_warm_up_that_did_not_become_steady() -> None:
     status, reasons = judged([{}] * 3, steady=False)
     assert status == WARN
-    assert reasons == ["warm-up had not become steady when it ended: give more --warmup (3 of 3 repetitions)"]
+    assert reasons == ["warm-up had not become steady when it ended: leave the machine alone (3 of 3 repetitions)"]
 
 
 def test_a_host_that_was_restarted() -> None:
