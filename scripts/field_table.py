@@ -103,7 +103,6 @@ class Cell:
         except SystemExit as error:
             if "parity failed" not in str(error):
                 raise
-            print(f"  {error}", flush=True)
             self.commands.pop()
             return self.saap(*arguments, "--parity", "none")
 
@@ -187,8 +186,7 @@ def cells_of(model: str) -> Path:
 def run(given: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
     dense = Cell("dense", given.work, given.model, given)
-    made = dense.work / "bundle"
-    bundle = dense.saap(made.name, "export", given.model, "-o", str(made), "--text", _train())
+    bundle = dense.exported(Path(given.model))
     if dense.missing():
         dense.finish(bundle, None)
     for seed in map(int, given.seeds.split(",")):
