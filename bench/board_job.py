@@ -1,7 +1,8 @@
 """The measuring process of a remote run: ``python -m bench.board_job FOLDER`` on the board.
 
-``FOLDER/job.json`` holds the specs and the plan; lines of JSON on standard output say how far it is, and
-``FOLDER/result.json`` is what :func:`bench.run.bench` returned there, so that a number means what a local one means.
+``FOLDER/job.json`` holds what to do; lines of JSON on standard output say how far it is, and ``FOLDER/result.json`` is
+what :func:`bench.run.bench` or :func:`bench.costs.measure_costs` returned there, so that a number means what a local
+one means.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bench.cores import physical_cores
+from bench.costs import measure_costs, write_costs
 from bench.plan import Plan
+from bench.rounds import Progress
 from bench.run import bench
 from bench.store import write_result
 
@@ -25,7 +29,6 @@ def main(folder: Path) -> int:
     """Measure; the exit code, 2 where the request cannot be measured there."""
     signal.signal(signal.SIGTERM, _end)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    plan = Plan(**job["plan"])
     specs = [prefix + str(folder / "bundles" / place) for prefix, place in job["specs"]]
     told_at = 0.0
 
@@ -36,14 +39,26 @@ def main(folder: Path) -> int:
             _tell({"label": label, "done": done, "total": total})
 
     try:
-        result = bench(specs, plan, names=job["names"], progress=progress)
+        MEASURE[job["kind"]](job, specs, folder / "result.json", progress)
     except Exception as error:
         if getattr(error, "exit_code", None) is None:
             raise
         _tell({"refused": str(error).replace(f"{folder}/bundles/", "")})
         return 2
-    write_result(folder / "result.json", result)
     return 0
+
+
+def _bench(job: dict[str, Any], specs: list[str], out: Path, progress: Progress) -> None:
+    write_result(out, bench(specs, Plan(**job["plan"]), names=job["names"], progress=progress))
+
+
+def _costs(job: dict[str, Any], stacks: list[str], out: Path, progress: Progress) -> None:
+    how = {name: job[name] for name in ("depth", "rounds", "seconds")}
+    counts = job["threads"] or [physical_cores()]
+    write_costs(out, measure_costs([Path(stack) for stack in stacks], counts, progress=progress, **how))
+
+
+MEASURE = {"bench": _bench, "costs": _costs}
 
 
 def _tell(document: dict[str, Any]) -> None:

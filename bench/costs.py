@@ -76,9 +76,7 @@ def measure_costs(
     stacks = read_stacks(manifests)
     for count in threads:
         check_threads(count)
-    longest = manifests[0].context_length - TURN
-    if not 2 <= depth <= longest:
-        raise CostsError(f"a depth of {depth} cannot be probed with this model: give 2 to {longest}")
+    check_depth(manifests[0], depth)
     together = _stacks_together(manifests[0].weight_bytes_per_token)
     groups = schedule(len(stacks), rounds, together)
     device, tables = probe(), []
@@ -94,6 +92,13 @@ def measure_costs(
     if progress:
         progress("timing operators", len(threads) * len(groups), len(threads) * len(groups))
     return _document(manifests[0], stacks, device, depth, tables)
+
+
+def check_depth(base: BundleManifest, depth: int) -> None:
+    """Raise CostsError for a depth that the model's cache does not have."""
+    longest = base.context_length - TURN
+    if not 2 <= depth <= longest:
+        raise CostsError(f"a depth of {depth} cannot be probed with this model: give 2 to {longest}")
 
 
 def schedule(count: int, rounds: int, together: int) -> list[list[int]]:
@@ -136,19 +141,24 @@ def _document(
         "command": list(sys.argv),
         "versions": dict(_versions()),
         "device": device,
-        "model": {
-            "model_type": manifest.model_type,
-            "hidden": manifest.hidden_size,
-            "head_dim": manifest.head_dim,
-            "vocab": manifest.vocab_size,
-            "bits": manifest.bits,
-            "block": manifest.block,
-            "head_bits": manifest.lineage.get("head_bits"),
-            "kv_dtype": manifest.kv_dtype,
-        },
+        "model": described(manifest),
         "depth": depth,
         "stacks": [asdict(stack) for stack in stacks],
         "threads": [asdict(table) for table in tables],
+    }
+
+
+def described(manifest: BundleManifest) -> dict[str, Any]:
+    """Of which model and precision costs are."""
+    return {
+        "model_type": manifest.model_type,
+        "hidden": manifest.hidden_size,
+        "head_dim": manifest.head_dim,
+        "vocab": manifest.vocab_size,
+        "bits": manifest.bits,
+        "block": manifest.block,
+        "head_bits": manifest.lineage.get("head_bits"),
+        "kv_dtype": manifest.kv_dtype,
     }
 
 

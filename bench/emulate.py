@@ -21,7 +21,7 @@ from bench.regression_answers import ask
 from bench.regression_checks import NLL_TOLERANCE, answer_of, numeric
 from bench.remote import measure_on
 from bench.remote_board import Board
-from bench.remote_files import pack
+from bench.remote_files import pack, positions_of
 from bench.result import Result
 from bench.rounds import Progress
 from devices.emulate import Emulated, EmulationError, Root
@@ -134,7 +134,7 @@ def document(emulation: Emulation) -> dict[str, Any]:
 def _run(spec: str, plan: Plan, board: Emulated, progress: Progress | None) -> Result:
     """By the same agent as a real board; the emulated Python has the packages."""
     slow = Board(board, patience_s=TIMEOUT_S, silence_s=SILENCE_S)
-    return measure_on(slow, pack([spec], plan, own=False), plan, progress)
+    return measure_on(slow, pack([spec], positions_of(plan), own=False), plan, progress)
 
 
 def _answer(cpu: str, result: Result) -> Answer:

@@ -76,10 +76,16 @@ class Shipment:
         }  # fmt: skip
 
 
-def pack(specs: Sequence[str], plan: Plan, wheels: Path | None = None, own: bool = True) -> Shipment:
+def positions_of(plan: Plan) -> int:
+    """What a cache must hold for any setting of a plan."""
+    return max(setting.positions for setting in plan.settings())
+
+
+def pack(specs: Sequence[str], positions: int, wheels: Path | None = None, own: bool = True) -> Shipment:
     """Check the bundles here and list what they and the agent consist of.
 
     Args:
+        positions: that each bundle's cache must hold.
         wheels: a folder of wheels for the board; None: it asks its own index.
         own: install into a venv; False: use the packages of the board's Python.
 
@@ -87,7 +93,6 @@ def pack(specs: Sequence[str], plan: Plan, wheels: Path | None = None, own: bool
         BundleError, DecoderError: a bundle that cannot be used or does not hold the asked positions.
         BoardError: another runtime than bundles, or no wheels.
     """
-    positions = max(setting.positions for setting in plan.settings())
     sources: dict[str, Source] = {}
     packed = [_bundle(spec, positions, sources) for spec in specs]
     code = _add(_code(), sources)

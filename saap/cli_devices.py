@@ -11,6 +11,7 @@ import click
 from saap.cli_regression import COMMANDS
 from saap.cli_types import BYTES, Counts, directory
 from saap.console import Console
+from saap.errors import SaapError
 
 
 @click.group()
@@ -50,32 +51,47 @@ def devices_show(name: str, as_json: bool) -> None:
 @devices.command(name="probe")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
-@click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle here.")
+@click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle.")
 @click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="Of --costs.")
 @click.option("-t", "--threads", type=Counts(), help="Of --costs; default: all physical cores.")
 @click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of --costs; default: 4, or the bundle's.")
 @click.option("--group", type=click.Choice(["32", "64", "128"]), help="Of --costs; default: 32, or the bundle's.")
 @click.option("-d", "--depth", type=int, help="Of --costs: tokens in the cache; default: 192.")
-def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, **options: Any) -> None:
-    """What this host is, or with --costs what each layer size of a model takes on it.
+@click.option(
+    "--on", metavar="URL", help="Of --costs, a board: ssh://user@host[:port], adb://[serial], labgrid://PLACE."
+)
+@click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index.")
+@click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has.")
+def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | None, **options: Any) -> None:
+    """What this host is, or with --costs what each layer size of a model takes on it, or on a board.
+
+    With --on the graphs are made here and timed there; the board needs Python and nothing else.
 
     \b
     Example:
       saap devices probe
       saap devices probe --costs smollm2-135m -t 1 -o cost.json
+      saap devices probe --costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
     """
+    if on is not None:
+        from saap.remote_command import check_board_options
+
+        if costs is None:
+            raise SaapError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
+        check_board_options(options)
     if costs is None:
         from saap.devices_command import probe_host
 
         probe_host(as_json, bandwidth)
         return
-    from saap.costs_command import probe_costs_step
+    from saap.costs_command import Place, probe_costs_step
 
+    place = None if on is None else Place(on, options["wheels"], own=not options["board_packages"])
     bits, block = (int(options[name]) if options[name] else None for name in ("bits", "group"))
     with Console() as console:
         probe_costs_step(
             costs, options["out"], threads=options["threads"], bits=bits, block=block, depth=options["depth"],
-            console=console,
+            on=place, console=console,
         )  # fmt: skip
 
 

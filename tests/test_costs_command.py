@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from bench import costs
+from command_line import here, last_line
+from remote_runs import remains, running
+from sshd import Sshd
+
+from bench import costs, remote_costs
 from bench.result import Bandwidth
+from devices.transport import BoardError
+from devices.whole_files import with_checksum
+from export.bundle import read_manifest
+from export.probe_graphs import write_probe_stacks
+from export.probe_model import read_probe_model
 from saap.console import Console
 from saap.cost import read_costs
-from saap.costs_command import probe_costs, probe_costs_step
+from saap.costs_command import Place, probe_costs, probe_costs_step
 from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape
 
@@ -78,3 +88,58 @@ def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> 
         probe_costs(model, tmp_path)
     with pytest.raises(SaapError, match=r"cannot be written .*: give another place"):
         probe_costs(model, model / "config.json" / "cost.json")
+
+
+@pytest.fixture
+def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+    yield from running(tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_costs, "costs_on", partial(remote_costs.costs_on, rounds=1, seconds=0.0))
+    on, said = Place(sshd.url, own=False), list[str]()
+    document = probe_costs(model, tmp_path / "pi.json", threads=[1], bits=8, depth=50, on=on, say=said.append)
+    assert document["on"] == sshd.url and said == [] and not remains(sshd.cache)
+    local = probe_costs(model, tmp_path / "here.json", threads=[1], bits=8, depth=50)
+    assert document.keys() == {*local, "on"} and local["stacks"] == document["stacks"]
+    assert [table.keys() for table in document["threads"]] == [table.keys() for table in local["threads"]]
+    assert document["command"] == local["command"] and document["device"]["fingerprint"]
+    table = read_costs(tmp_path / "pi.json", SHAPE, bits=8, block=32, threads=1)
+    assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
+
+    with pytest.raises(costs.CostsError, match="a depth of 99999 cannot be probed"):
+        probe_costs(model, tmp_path / "other.json", threads=[1], depth=99999, on=on)
+    with pytest.raises(BoardError, match=rf"{sshd.url}: 4096 threads"):
+        probe_costs(model, tmp_path / "other.json", threads=[4096], depth=50, on=on)
+    assert not (tmp_path / "other.json").exists() and not remains(sshd.cache)
+    assert not list((tmp_path / "temporary").glob("saap-costs-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": "saap bench"}, "costs of another model"),
+        ({"model": {"hidden": 1}}, "costs of another model"),
+        ({"threads": []}, "other thread counts"),
+        ({"checksum": "sha256:0"}, "changed after it was written"),
+    ],
+)
+def test_a_board_that_answers_something_else(model: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    (stack, *_) = write_probe_stacks(read_probe_model(model, 8, None), tmp_path)
+    base = read_manifest(stack)
+    cost = {"query_heads": 2, "kv_heads": 1, "ms": 1.0}
+    table = {"n_threads": 1, "step_ms": 1.0, "constant_ms": 0.5, "node_ms": None, "attention": [cost], "ffn": []}
+    whole = {"kind": costs.KIND, "model": costs.described(base), "threads": [table], "versions": {}}
+    assert remote_costs._checked("pi", with_checksum(whole), base, [1])["on"] == "pi"
+    with pytest.raises(ValueError, match=told):
+        remote_costs._checked("pi", {**with_checksum(whole | change), **change}, base, [1])
+    for wrong in ({"attention": [cost | {"ms": "1"}]}, {"step_ms": None}, {"node_ms": "0"}):
+        with pytest.raises(TypeError):
+            remote_costs._checked("pi", whole | {"threads": [table | wrong]}, base, [1])
+
+
+def test_a_board_is_for_costs_only() -> None:
+    assert "--on is of --costs" in last_line(here("devices", "probe", "--on", "local://", code=2))
+    done = here("devices", "probe", "--costs", "x", "--on", "local://", "--wheels", "w", "--board-packages", code=2)
+    assert "--wheels fills a venv there" in last_line(done)

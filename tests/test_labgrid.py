@@ -18,7 +18,7 @@ from labgrid_farm import Farm
 from remote_runs import ONCE, OPTIONS, one, remains
 from tiny_graphs import tiny_bundle
 
-from bench import labgrid_place, labgrid_session, regression, remote
+from bench import labgrid_place, labgrid_session, regression, remote, remote_run
 from bench.labgrid_session import ask
 from bench.remote_board import Board
 from bench.store import read_result
@@ -207,7 +207,7 @@ def test_an_error_in_the_middle_gives_the_place_back(farm, bundle, monkeypatch):
     def broken(*arguments):
         raise BoardError("broken")
 
-    monkeypatch.setattr(remote, "measure_on", broken)
+    monkeypatch.setattr(remote_run, "run_on", broken)
     with pytest.raises(BoardError, match="broken"):
         one("labgrid://pi", [bundle], ONCE)
     assert farm.is_free() and farm.switched == []

@@ -24,7 +24,7 @@ from bench import remote, remote_board
 from bench.compare import compare
 from bench.remote import bench_on, measure_on
 from bench.remote_board import Board, Stopped
-from bench.remote_files import pack
+from bench.remote_files import pack, positions_of
 from bench.run import bench
 from bench.store import read_result
 from devices.transport import BoardError, Local, open_transport
@@ -186,7 +186,7 @@ def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
 
     board = Board(open_transport(sshd.url), root=str(tmp_path / "root"))
     with pytest.raises(BoardError, match="it rebooted in the middle of the run, which is INVALID"):
-        measure_on(board, pack(bundles[:1], LONG, own=False), LONG, progress)
+        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
     board.transport.close()
     assert not remains(sshd.cache)
 
@@ -200,7 +200,7 @@ def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
 
     board = Board(open_transport(sshd.url), stop)
     with pytest.raises(Stopped):
-        measure_on(board, pack(bundles[:1], LONG, own=False), LONG, progress)
+        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
     board.transport.close()
     assert not remains(sshd.cache)
     assert not [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)], "ssh is left here"

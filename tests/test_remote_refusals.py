@@ -10,10 +10,10 @@ from command_line import refused
 from remote_runs import OPTIONS, QUICK, one, remains, running, script, two_bundles
 from sshd import keygen
 
-from bench import remote
+from bench import remote_run
 from bench.remote import measure_on
 from bench.remote_board import COMMAND, Board
-from bench.remote_files import pack
+from bench.remote_files import pack, positions_of
 from devices.transport import BoardError, Local, open_transport
 from export.bundle import BundleError
 
@@ -66,7 +66,7 @@ def test_two_runs_at_once(sshd, bundles):
 
 
 def test_a_full_disk(sshd, bundles, monkeypatch):
-    monkeypatch.setattr(remote, "RESERVE_BYTES", 1 << 60)
+    monkeypatch.setattr(remote_run, "RESERVE_BYTES", 1 << 60)
     with pytest.raises(BoardError, match=r"the disk is full: \d+ MB are needed in .* and \d+ MB are free: free some"):
         one(sshd.url, bundles[:1])
     assert not remains(sshd.cache)
@@ -79,7 +79,8 @@ def test_no_memory_for_it(sshd, bundles, tmp_path):
         closing(open_transport(sshd.url)) as transport,
         pytest.raises(BoardError, match=r"about 6. MB there and 20 MB"),
     ):
-        measure_on(Board(transport, root=str(tmp_path / "root")), pack(bundles[:1], QUICK, own=False), QUICK)
+        shipment = pack(bundles[:1], positions_of(QUICK), own=False)
+        measure_on(Board(transport, root=str(tmp_path / "root")), shipment, QUICK)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_mistakes_are_one_line(bundles, tmp_path):
     assert "md or jsonl" in refused("bench", bundles[0], "--on", "local://", "--on", "ssh://b", "--format", "csv")
     assert "not a bundle" in refused("bench", tmp_path, "--on", "local://")
     with pytest.raises(BundleError):
-        pack([str(tmp_path)], QUICK)
+        pack([str(tmp_path)], positions_of(QUICK))
 
 
 class Scripted(Local):
@@ -168,7 +169,7 @@ FACTS = {"available_bytes": None, "time": 0.0}
     ],
 )  # fmt: skip
 def test_garbage_of_every_request_is_an_error_and_the_board_is_given_up(bundles, scripts, told):
-    shipment = pack(bundles[:1], QUICK, own=False)
+    shipment = pack(bundles[:1], positions_of(QUICK), own=False)
     scripts = [line.replace("FILE", next(iter(shipment.sizes))) for line in scripts]
     transport = Scripted(answer(answer=FACTS), *scripts, answer(answer={"ended": True}))
     said = []
