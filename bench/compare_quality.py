@@ -175,9 +175,14 @@ def _other_examples(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str |
 
 
 def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
-    """95 % of the mean over parts of the mean of each, every part resampled by itself (a stratified bootstrap)."""
+    """95 % of the mean over parts of the mean of each, every part resampled by itself (a stratified bootstrap).
+
+    Without bounds where a part is a single value, of which nothing is known but itself, or holds what is no number.
+    """
     from scipy.stats import bootstrap
 
+    if any(len(part) < 2 or not np.isfinite(part).all() for part in differences):
+        return -np.inf, np.inf
     if all(np.ptp(part) == 0 for part in differences):  # nothing to resample
         mean = float(np.mean([part[0] for part in differences]))
         return mean, mean
@@ -195,6 +200,14 @@ def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
 def _judged(
     pair: tuple[str, str], measure: str, old: float, new: float, low: float, high: float, pairs: int, less: bool = False
 ) -> QualityRow:
+    if not np.isfinite([old, new]).all():
+        return QualityRow(
+            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="a number of one of the models is NaN or infinite"
+        )
+    if not np.isfinite([low, high]).all():
+        return QualityRow(
+            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="one pair has no interval: evaluate on more"
+        )
     verdict = SAME
     if low > 0 or high < 0:
         verdict = BETTER if (high < 0) == less else WORSE

@@ -39,7 +39,7 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
         for row, (measurement, ceiling) in enumerate(zip(measurements, ceilings, strict=True)):
             rates = measurement.decode_ts
             # Dots are spread in the order they were measured, so drift within the run shows as a slope.
-            spread = np.linspace(-0.16, 0.16, len(rates)) if len(rates) > 1 else np.zeros(1)
+            spread = np.linspace(-0.16, 0.16, len(rates)) if len(rates) > 1 else np.zeros(len(rates))
             fill = "none" if measurement.status == INVALID else series_colour(row)
             axes.scatter(rates, row + spread, s=22, facecolors=fill, edgecolors=series_colour(row), alpha=0.8)
             told = ""

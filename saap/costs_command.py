@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from saap.console import Console, print_table
-from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person
+from saap.json_files import check_place
 
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 
@@ -92,7 +92,7 @@ def probe_costs(
     from export.probe_model import WEIGHT_LIMIT, read_probe_model
     from saap.models import resolve
 
-    _check_place(out)
+    check_place(out)
     path = Path(model)
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)
@@ -110,18 +110,6 @@ def probe_costs(
             )
     write_costs(out, document)
     return document
-
-
-def _check_place(out: Path) -> None:
-    """Refuse, before minutes of measuring, a file that could not be written."""
-    if out.is_dir():
-        raise SaapError(f"{out} is a directory: give the JSON file to write")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise SaapError(f"{out} cannot be written ({error.strerror}): give another place") from None
 
 
 def show_costs(out: Path, document: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from saap.importance import Progress
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 
+MOST_NATS = 700.0  # exp of more is no float
 BATCH_TOKENS = 1024  # of one forward pass: their logits are 200 MB at a vocabulary of 49152
 
 
@@ -36,8 +37,8 @@ class Quality:
 
     @property
     def perplexity(self) -> float | None:
-        """exp(nll)."""
-        return None if self.nll is None else math.exp(self.nll)
+        """exp(nll); None also where no float holds it."""
+        return None if self.nll is None or self.nll > MOST_NATS else math.exp(self.nll)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -73,7 +74,7 @@ def evaluate(
         batch: rows at once; None: as many as have about a thousand tokens.
 
     Raises:
-        SaapError: vocabularies differ.
+        SaapError: vocabularies differ, or a model's loss is no number.
     """
     counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if counted is None else counted
     batch = batch or max(1, BATCH_TOKENS // ids.shape[1])
@@ -86,6 +87,8 @@ def evaluate(
         for name, score in scorers.items():
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
             told = F.nll_loss(mine, rows[:, 1:][chosen], reduction="none").double()
+            if not torch.isfinite(told).all():
+                raise SaapError(f"{name} gives losses that are no numbers (NaN or infinite): its weights are broken")
             losses[name] += [part.sum().item() for part in told.split(chosen.sum(1).tolist())]
             if base is not None:
                 sums[name] += _agreement(name, mine, base)

@@ -14,13 +14,13 @@ from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.eval import Score, evaluate, torch_scorer
 from saap.importance import Progress
-from saap.json_files import write_document
+from saap.json_files import check_place, write_document
 from saap.models import load_tokenizer, resolve
 from saap.needs import check_memory, eval_needs, fits
 from saap.opening import open_model, whole_needs
 from saap.overlap import refuse_seen
 from saap.precision import fast_float32
-from saap.protocol import Cut, Windows
+from saap.protocol import Cut, Windows, tokenizer_hash
 from saap.rows import evaluation_windows
 from saap.steps import say_text
 from saap.weight_files import weights_bytes
@@ -35,6 +35,8 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
     from bench.compare_quality import KIND, VERSION
 
+    if options["json_path"] is not None:
+        check_place(options["json_path"])
     reference, tasks = options["reference"], _task_options(options)
     everything = ([reference] if reference else []) + [p for p in paths if p != reference]
     named = {str(path): path if path.is_dir() else resolve(str(path), progress=console.report) for path in everything}
@@ -42,15 +44,21 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
     if tasks is None or options["text"] is not None:
         windows = _windows(named, options, console)
         document |= quality_of(named, windows, str(reference) if reference else None, console)
+        _keep(document, options["json_path"])
         show_quality(document)
     else:
         rows = [{"name": name, **_size_of(path)} for name, path in named.items()]
         document |= {"protocol": None, "reference": str(reference) if reference else None, "rows": rows}
     if tasks is not None:
         document |= tasks_of(named, tasks, console)
+        _keep(document, options["json_path"])
         show_tasks(document)
-    if options["json_path"] is not None:
-        write_document(options["json_path"], document)
+
+
+def _keep(document: dict[str, Any], path: Path | None) -> None:
+    """Before anything is shown, so that what took hours is there whatever happens then."""
+    if path is not None:
+        write_document(path, document)
 
 
 def scorer_of(path: Path, threads: int) -> Score:
@@ -87,7 +95,9 @@ def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> 
     """Zero-shot tasks of directories and bundles, one model in memory at a time."""
     from saap.tasks import run_tasks, task_files
 
-    task_files(options)  # what is wrong with a file is said before a model is loaded
+    task_files(options)  # what is wrong with a file or a tokenizer is said before a model is loaded
+    for path in paths.values():
+        load_tokenizer(path)
     rows = []
     for name, path in paths.items():
         say = console.report if len(paths) == 1 else _named(name, console.report)
@@ -199,8 +209,27 @@ def _windows(named: dict[str, Path], options: dict[str, Any], console: Console) 
     if text is not None:
         for name, path in named.items():
             refuse_seen(name, _lineage_of(path), text)
+    for name, path in named.items():
+        _check_reads(name, path, windows)
     say_text("evaluation", windows.protocol.text, windows.protocol.self_written, console)
     return windows
+
+
+def _check_reads(name: str, path: Path, windows: Windows) -> None:
+    """Raise SaapError where a model would read other ids than it knows, or more of them than it holds."""
+    if tokenizer_hash(load_tokenizer(path)) != windows.protocol.tokenizer_sha256:
+        raise SaapError(f"{name} has another tokenizer than the first model: evaluate them one at a time")
+    positions, tokens = _positions(path), windows.ids.shape[1]
+    if tokens > positions:
+        raise SaapError(f"{name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")
+
+
+def _positions(path: Path) -> int:
+    if is_bundle(path):
+        from export.bundle import read_manifest
+
+        return read_manifest(path).context_length
+    return int(read_config(path)["max_position_embeddings"])
 
 
 def _lineage_of(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,22 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         return without_checksum(value)
     except ChecksumError as error:
         raise SaapError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def check_place(path: Path) -> None:
+    """Refuse, before minutes of work, a file that could not be written.
+
+    Raises:
+        SaapError: it is a directory, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise SaapError(f"{path} is a directory: give the JSON file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise SaapError(f"{path} cannot be written ({error.strerror}): give another place") from None
 
 
 def write_document(path: Path, document: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saap.errors import SaapError
-from saap.text import load_rows
+from saap.text import is_unicode, load_rows
 
 # Of each task the fields that a row must have, beside ``label``.
 FIELDS = {
@@ -64,6 +64,8 @@ class TaskFile:
         metrics = ("acc",) if self.name in ("boolq", "winogrande") else ("acc", "acc_norm")
         asked: dict[str, Any] = {"doc_to_text": PROMPTS.get(self.name), "doc_to_target": "label"}
         asked["doc_to_choice"] = "{{choices}}"
+        if self.name == "hellaswag":  # given as text, a context of digits would be taken for a choice's number
+            asked["doc_to_text"] = _context
         if self.name == "winogrande":  # the end of the sentence is predicted from two beginnings
             asked = {"doc_to_text": _right, "doc_to_target": _ending, "doc_to_choice": _beginnings}
         return {
@@ -111,39 +113,55 @@ def read_task(name: str, path: Path) -> TaskFile:
         SaapError: as :func:`find_task`.
     """
     rows = load_rows(path, split="evaluation") or []
-    if not rows:
-        raise SaapError(f"{path} holds no example: give one JSON object a line")
     checked = tuple(_checked(name, row, where) for where, row in rows)
+    if len(checked) < 2:  # without a standard error
+        raise SaapError(f"{path} holds {'one' if checked else 'no'} example: give 2 or more, one JSON object a line")
     return TaskFile(name, checked, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _checked(name: str, row: Any, where: str) -> dict[str, Any]:
     wanted = (*FIELDS[name], "label")
+    if name == "hellaswag" and isinstance(row, dict):
+        row = _without_marks(row)
     missing = [field for field in wanted if not isinstance(row, dict) or field not in row]
     if missing:
         raise SaapError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
     text = [field for field in wanted if field not in ("choices", "label")]
-    if wrong := [field for field in text if not isinstance(row[field], str) or not row[field].strip()]:
+    if wrong := [field for field in text if not _is_text(row[field])]:
         raise SaapError(f"{where}: {wrong[0]} is no text")
     choices = row.get("choices", ["", ""])
-    if "choices" in wanted and not (
-        isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c.strip() for c in choices)
-    ):
+    if "choices" in wanted and not (isinstance(choices, list) and len(choices) > 1 and all(map(_is_text, choices))):
         raise SaapError(f"{where}: choices must be a list of two or more texts")
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise SaapError(f"{where}: label {label!r} must count the {len(choices)} choices from 0")
     if name == "winogrande" and row["sentence"].count("_") != 1:
         raise SaapError(f"{where}: a sentence of winogrande has one _ where an option goes")
-    if name == "hellaswag":
-        row = {**row, "context": _cleaned(row["context"]), "choices": [_cleaned(c) for c in choices]}
     return dict(row)
 
 
-def _cleaned(text: str) -> str:
+def _is_text(value: Any) -> bool:
+    """Not blank, and no half of a surrogate pair in it, which no tokenizer takes."""
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
+
+
+def _without_marks(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of HellaSwag whose texts are cleaned; what is none is for the checks to find."""
+    choices = row.get("choices")
+    cleaned = {"choices": [_cleaned(each) for each in choices]} if isinstance(choices, list) else {}
+    return {**row, **cleaned, **({"context": _cleaned(row["context"])} if "context" in row else {})}
+
+
+def _cleaned(text: Any) -> Any:
     """HellaSwag's text without the marks of its WikiHow part, as the harness does it."""
+    if not isinstance(text, str):
+        return text
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
+
+
+def _context(row: dict[str, Any]) -> str:
+    return str(row["context"])
 
 
 def _right(row: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ The harness puts the questions, compares the choices' likelihoods and counts; wh
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ class ContinuationModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """What stands for an empty context where there is no beginning-of-sequence token."""
+        if self.tokenizer.eos_token_id is None:
+            raise SaapError(
+                "a question begins with nothing, and this tokenizer has no token to begin with: mend its file"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -85,6 +90,10 @@ class ContinuationModel(TemplateLM):
         for index, (texts, context, tail) in enumerate(requests):
             if not tail:
                 raise SaapError(f"a choice without a token follows {str(texts[0])[-60:]!r}: mend its file")
+            if len(tail) > self.max_length:
+                raise SaapError(
+                    f"a choice of {len(tail)} tokens follows {str(texts[0])[-60:]!r}: the model reads {self.max_length}"
+                )
             room = max(1, self.max_length + 1 - len(tail))  # cut on the left, as the harness does
             tails.setdefault(tuple(context[-room:]), {}).setdefault(tuple(tail), []).append(index)
         order = [Group(context, tuple(each)) for context, each in tails.items()]
@@ -92,6 +101,10 @@ class ContinuationModel(TemplateLM):
         answers: list[Likelihood] = [(0.0, False)] * len(requests)
         done = 0
         for group, found in zip(order, self.score(order), strict=True):
+            if not all(math.isfinite(answer[0]) for answer in found):
+                raise SaapError(
+                    "the model gives likelihoods that are no numbers (NaN or infinite): its weights are broken"
+                )
             for choice, answer in zip(group.tails, found, strict=True):
                 for index in tails[group.context][choice]:
                     answers[index] = answer
@@ -122,6 +135,7 @@ def run_tasks(
     samples = {file.name: drawn(file.name, len(file.rows), options.max_examples, options.seed) for file in files}
     with _quiet():
         tasks = _loaded(asked, TaskManager(include_defaults=not files), options)
+        _check_kind(tasks)
         if not files and options.max_examples is not None:
             sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
             samples = {name: drawn(name, size, options.max_examples, options.seed) for name, size in sizes.items()}
@@ -142,6 +156,15 @@ def _loaded(asked: list[Any], manager: TaskManager, options: TaskOptions) -> dic
         ) from None
 
 
+def _check_kind(tasks: dict[str, Any]) -> None:
+    """Raise SaapError for what is no multiple-choice task with an accuracy, before a model is loaded."""
+    for name, task in tasks.items():
+        if not isinstance(task, harness_task.ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
+            raise SaapError(f"{name} is no multiple-choice task: name some, and those of a group one by one")
+        if "acc" not in task.aggregation():
+            raise SaapError(f"{name} is not judged by accuracy but by {', '.join(task.aggregation())}: name others")
+
+
 def task_files(options: TaskOptions) -> list[TaskFile]:
     """The files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
     if options.max_examples is not None and options.max_examples < 2:
@@ -157,7 +180,7 @@ def _row(name: str, found: dict[str, Any], file: TaskFile | None) -> dict[str, A
             "index": sample["doc_id"],
             "target": sample["target"],
             "loglikelihoods": [float(answer[0]) for answer in sample["filtered_resps"]],
-            **{metric: bool(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
+            **{metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
         }
         for sample in sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
     ]

@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _content(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SaapError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
 
 
@@ -203,8 +204,25 @@ def _parsed(line: str, where: str) -> Any:
         raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _row_text(row: Any, where: str) -> str:
-    """One row as plain text; an instruction with its input and its answer, a line each."""
+    """One row as plain text.
+
+    Raises:
+        SaapError: naming file and line.
+    """
+    text = _joined(row, where)
+    if not is_unicode(text):
+        raise SaapError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
+    return text
+
+
+def _joined(row: Any, where: str) -> str:
+    """The fields of a row; an instruction with its input and its answer, a line each."""
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return str(row["text"])

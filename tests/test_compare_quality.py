@@ -158,3 +158,24 @@ def test_from_the_command_line(tmp_path):
     assert "the protocols differ: chunk 12 against 9" in here("compare", old, other, code=3).stdout
     (tmp_path / "bench.json").write_text("{}")
     assert "give two of a kind" in here("compare", old, tmp_path / "bench.json", code=2).stderr
+
+
+def test_what_is_no_number_never_passes():
+    broken = document()
+    broken["rows"][0]["window_nll"][3] = broken["rows"][0]["nll"] = float("nan")
+    [row] = compare_quality(document(), broken)
+    assert row.verdict == NOT_COMPARABLE and "NaN or infinite" in row.reason
+    assert exit_code([row], fail_on_regression=True) == 3
+
+
+def test_one_pair_tells_nothing():
+    old, new = (copy.deepcopy(document()) for _ in range(2))
+    for made, nll in ((old, 6.0), (new, 6.00001)):
+        made["rows"][0] |= {"nll": nll, "window_nll": [11 * nll]}
+    [row] = compare_quality(old, new)
+    assert row.verdict == NOT_COMPARABLE and "no interval" in row.reason
+    old, new = (document(answers=answers) for answers in ([1], [0]))
+    old["tasks"].append(task("m", [1, 0, 1], "boolq"))
+    new["tasks"].append(task("m", [1, 1, 1], "boolq"))
+    verdicts = {row.measure: row.verdict for row in compare_quality(old, new)}
+    assert verdicts["piqa acc_norm"] == verdicts[MEAN] == NOT_COMPARABLE and verdicts["boolq acc_norm"] == SAME

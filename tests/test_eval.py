@@ -56,3 +56,19 @@ def test_only_what_is_counted_counts():
     counted = torch.tensor([[True, True], [False, True]])
     (quality,) = evaluate({"a": score}, torch.tensor([[0, 2, 1], [0, 1, 2]]), counted, batch=1)
     assert quality.nll == pytest.approx((math.log(2) + math.log(6) + math.log(2)) / 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_gives_no_numbers_is_refused(value):
+    def score(ids):
+        logits = torch.zeros(*ids.shape, 4)
+        logits[-1, 0, 1] = value
+        return logits
+
+    with pytest.raises(SaapError, match="a gives losses that are no numbers"):
+        evaluate({"a": score}, torch.zeros(3, 4, dtype=torch.long))
+
+
+def test_a_loss_whose_perplexity_no_float_holds():
+    (quality,) = evaluate({"a": lambda ids: 800.0 * torch.nn.functional.one_hot(ids + 1, 4)}, torch.zeros(1, 3).long())
+    assert quality.nll == pytest.approx(800) and quality.perplexity is None

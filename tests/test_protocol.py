@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from command_line import here
+from command_line import here, last_line
 
 from saap.checkpoint import load_model
 from saap.errors import SaapError
@@ -121,3 +122,17 @@ def test_from_the_command_line(tiny_model, tmp_path):
     cut = ("--text", tmp_path / "text.txt", "--chunk", 16, "--stride", 8, "--bos", "--join", "spaces")
     done = here("eval", tiny_model(), *cut, "--max-chunks", 5, "--json", tmp_path / "quality.json")
     assert "5 chunks of 16 tokens, stride 8, BOS, lines spaces, 48 predictions" in " ".join(done.stdout.split())
+
+
+def test_models_that_would_read_other_tokens_are_refused(tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    one, other = tiny_model("one"), tiny_model("other", max_position_embeddings=32)
+    done = here("eval", one, other, "--text", tmp_path / "text.txt", "--chunk", 40, code=2)
+    assert f"{other} holds 32 tokens, a window has 40: give a smaller --chunk" in last_line(done)
+    path = other / "tokenizer.json"
+    vocabulary = json.loads(path.read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(vocabulary))
+    done = here("eval", one, other, "--text", tmp_path / "text.txt", "--chunk", 16, code=2)
+    assert f"{other} has another tokenizer than the first model" in last_line(done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import here
+from command_line import here, last_line
 
 from saap.checkpoint import load_model
 from saap.errors import SaapError
@@ -158,6 +158,10 @@ def test_hellaswag_is_cleaned_as_the_harness_does_it(folder):
         ("arc_easy", {"question": " "}, "question is no text"),
         ("winogrande", {"sentence": "no gap"}, "one _ where an option goes"),
         ("boolq", {"context": None}, "context is no text"),
+        ("piqa", {"question": "half \ud83d"}, "question is no text"),
+        ("arc_easy", {"choices": ["a", "half \udc00"]}, "choices must be"),
+        ("hellaswag", {"choices": ["on", "[step]"]}, "choices must be"),
+        ("hellaswag", {"context": "[header]"}, "context is no text"),
     ],
 )
 def test_a_row_of_another_form_is_named(tmp_path, name, change, message):
@@ -170,6 +174,67 @@ def test_a_missing_field_is_named(tmp_path):
     write(tmp_path / "t", "piqa", [{"question": "who"}])
     with pytest.raises(SaapError, match=r"line 1 lacks choices, label: piqa needs question, choices, label"):
         find_task("piqa", tmp_path / "t")
+
+
+def test_one_example_is_refused_before_a_model_is_read(tmp_path):
+    write(tmp_path / "t", "piqa", some_rows("piqa", 1))
+    with pytest.raises(SaapError, match=r"piqa_test.jsonl holds one example: give 2 or more"):
+        find_task("piqa", tmp_path / "t")
+
+
+def test_a_context_of_digits_is_a_context(tiny_model, tmp_path):
+    from saap.tasks import TaskOptions
+
+    write(
+        tmp_path / "t",
+        "hellaswag",
+        [{**row, "context": str(40 + n)} for n, row in enumerate(some_rows("hellaswag", 3))],
+    )
+    (row,) = run(tiny_model(), TaskOptions(("hellaswag",), tmp_path / "t"))
+    assert len(row["examples"]) == 3
+
+
+def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    from saap.tasks import _check_kind
+
+    config = find_task("piqa", folder).config()
+    tasks = dict(get_task_dict([config], TaskManager(include_defaults=False)))
+    _check_kind(tasks)
+    config["metric_list"] = [{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}]
+    with pytest.raises(SaapError, match="piqa is not judged by accuracy but by mcc"):
+        _check_kind(dict(get_task_dict([config], TaskManager(include_defaults=False))))
+    with pytest.raises(SaapError, match="group is no multiple-choice task"):
+        _check_kind({"group": tasks})
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tiny_model, folder):
+    from saap.eval_command import continuation_model
+    from saap.tasks import TaskOptions, run_tasks
+
+    def broken(progress):
+        made = continuation_model(tiny_model())(progress)
+        whole = made.score
+        made.score = lambda groups: ([(float("nan"), False) for _ in told] for told in whole(groups))
+        return made
+
+    with pytest.raises(SaapError, match="likelihoods that are no numbers"):
+        run_tasks(broken, TaskOptions(("piqa",), folder), None)
+
+
+def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_path, monkeypatch):
+    from saap import eval_command
+
+    def broken(document):
+        raise SaapError("the screen is broken")
+
+    monkeypatch.setattr(eval_command, "show_tasks", broken)
+    out = tmp_path / "quality.json"
+    here("eval", tiny_model(), "--tasks", "piqa", "--task-dir", folder, "--json", out, code=2)
+    assert len(json.loads(out.read_text())["tasks"]) == 1
+    done = here("eval", tiny_model(), "--tasks", "piqa", "--task-dir", folder, "--json", tmp_path, code=2)
+    assert "is a directory: give the JSON file to write" in last_line(done)
 
 
 def test_what_is_no_task_is_refused(folder):
