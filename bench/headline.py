@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from bench.compare import decisive_values, metric_of
@@ -52,6 +53,20 @@ def entries_of(results: Sequence[Result]) -> list[Entry]:
         return ", ".join([m.name, *([m.test] * (len(tests) > 1)), *([threads] * (len(widths) > 1))])
 
     return [Entry(result, m, row, name(m)) for result, m, row in found]
+
+
+def model_of(entry: Entry, names: Sequence[str]) -> str | None:
+    """Which of the names that `saap eval` gave, which are paths, is the measured model's; None where that is not clear.
+
+    `saap bench` names the last part of a path, so the paths themselves come first; last parts count where they are one
+    model's.
+    """
+    spec, name = plain(entry.measurement.spec), plain(entry.measurement.name)
+    for same in (spec, spec.partition(":")[2], name):
+        if same in names:
+            return same
+    short = [each for each in names if PurePath(each).name == PurePath(spec).name == name]
+    return short[0] if len(short) == 1 else None
 
 
 def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
@@ -129,7 +144,9 @@ def _speed_card(old: Entry, new: Entry) -> Card:
 def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, Any]]) -> Card | None:
     if not rows:
         return None
-    old, new = _quality_row(pair and pair[0], rows, rows[0]), _quality_row(pair and pair[1], rows, rows[-1])
+    by_name = {plain(row.get("name")): row for row in rows}
+    known = [by_name[name] for entry in pair or () if (name := model_of(entry, list(by_name)))]
+    old, new = (known[0], known[-1]) if known else (rows[0], rows[-1])
     top1 = as_float(new.get("top1"))
     note = "" if top1 is None else f"{percent(top1)} same top token as the dense model"
     before, after = as_float(old.get("perplexity")), as_float(new.get("perplexity"))
@@ -143,12 +160,6 @@ def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, 
     if (kl := as_float(new.get("kl"))) is not None:
         return Card("Quality", number(kl, 3), "nats", [(plain(new.get("name")), "KL to dense")], note=note)
     return None
-
-
-def _quality_row(
-    entry: Entry | None, rows: Sequence[Mapping[str, Any]], fallback: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    return next((row for row in rows if entry and row.get("name") == entry.measurement.name), fallback)
 
 
 def _rows(old: Entry, before: str, new: Entry, after: str) -> list[tuple[str, str]]:

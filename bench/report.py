@@ -79,7 +79,7 @@ def _context(results: Sequence[Result], run: Mapping[str, Any], qualities: Seque
         "title": _title(run, entries),
         "results": results,
         "entries": entries,
-        "cards": cards_of(pair_of(entries), sections[0]["rows"] if sections else []),
+        "cards": cards_of(pair_of(entries), next((s["rows"] for s in sections if s["measured"]), [])),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run),

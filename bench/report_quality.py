@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from itertools import count
 from typing import Any
 
 from bench.compare_quality import metric_of
-from bench.headline import Entry
+from bench.headline import Entry, model_of
 from bench.pareto import Point, pareto_front, pareto_plot
 from bench.result import INVALID, Result
 from bench.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
@@ -22,7 +22,10 @@ PRICES = (  # title, what the axis says, field of a row, factor, digits
 def sections_of(
     results: Sequence[Result], run: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Protocol, rows and tasks; documents of one protocol are shown together, others never in one table."""
+    """Protocol, rows and tasks; documents of one protocol are shown together, others never in one table.
+
+    Nor are tasks on other examples. What two documents call alike and found to be different is numbered.
+    """
     sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results), *map(as_dict, documents)]
     sections: list[dict[str, Any]] = []
     for source in sources:
@@ -31,17 +34,43 @@ def sections_of(
         tasks = [as_dict(row) for row in as_list(source.get("tasks"))]
         if not rows:
             continue
-        same = next((s for s in sections if s["protocol"] == protocol), None)
+        same = next((s for s in sections if s["protocol"] == protocol and _same_examples(s["tasks"], tasks)), None)
         if same is None:
             sections.append(same := {"protocol": protocol, "rows": [], "tasks": []})
-        names = {plain(row.get("name")) for row in same["rows"]}
-        same["rows"] += [row for row in rows if plain(row.get("name")) not in names]
-        asked = {(plain(row.get("model")), plain(row.get("task"))) for row in same["tasks"]}
-        same["tasks"] += [row for row in tasks if (plain(row.get("model")), plain(row.get("task"))) not in asked]
+        _join(same, rows, tasks)
     for section in sections:
         section["measured"] = any(as_float(r.get("perplexity")) or as_float(r.get("kl")) for r in section["rows"])
         section["task_table"] = task_table(section["tasks"])
     return sections
+
+
+def _same_examples(some: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether tasks that both hold are of the same file and the same examples of it."""
+    found = {plain(row.get("task")): _examples(row) for row in some}
+    return all(found.get(plain(row.get("task")), _examples(row)) == _examples(row) for row in others)
+
+
+def _examples(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    return plain(row.get("sha256")), [plain(as_dict(each).get("index")) for each in as_list(row.get("examples"))]
+
+
+def _join(section: dict[str, Any], rows: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]]) -> None:
+    """Add a document's rows to a section; what is there already is not shown twice."""
+    held = {plain(row.get("name")): row for row in section["rows"]}
+    scores = {(plain(row.get("model")), plain(row.get("task"))): row for row in section["tasks"]}
+    renamed: dict[str, str] = {}
+    for row in rows:
+        name = plain(row.get("name"))
+        mine = [task for task in tasks if plain(task.get("model")) == name]
+        again = [scores.get((name, plain(task.get("task"))), task) == task for task in mine]
+        if name in held and not (held[name] == row and all(again)):
+            renamed[name] = next(new for n in count(2) if (new := f"{name} #{n}") not in held)
+        if renamed.get(name, name) not in held:
+            section["rows"].append({**row, "name": renamed.get(name, row.get("name"))})
+    for task in tasks:
+        name = plain(task.get("model"))
+        if (renamed.get(name, name), plain(task.get("task"))) not in scores:
+            section["tasks"].append({**task, "model": renamed.get(name, task.get("model"))})
 
 
 def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -58,7 +87,8 @@ def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         mean = sum(known) / len(known) if len(known) == len(names) else None
         rows.append([model, *map(_told, scores), UNKNOWN if mean is None else percent(mean)])
     counts = {
-        name: max(len(as_list(row.get("examples"))) for row in tasks if row.get("task") == name) for name in names
+        name: max(len(as_list(row.get("examples"))) for row in tasks if plain(row.get("task")) == name)
+        for name in names
     }
     return {"header": ["model", *(f"{name} ({counts[name]})" for name in names), "mean"], "rows": rows}
 
@@ -99,7 +129,7 @@ def _where(section: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) ->
 def _points(entries: Sequence[Entry], quality: Mapping[str, float], field: str, factor: float) -> list[Point]:
     points: dict[tuple[str, float], Point] = {}
     for entry in entries:
-        value, measured = as_float(entry.row.get(field)), quality.get(_short(entry.measurement.name))
+        value, measured = as_float(entry.row.get(field)), quality.get(model_of(entry, list(quality)) or "")
         valid = field == "model_bytes" or entry.measurement.status != INVALID
         if value and measured is not None and valid:
             price = factor / value if field == "decode_ts" else factor * value
@@ -112,7 +142,7 @@ def _points(entries: Sequence[Entry], quality: Mapping[str, float], field: str, 
 def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str, bool]:
     """Quality of each model, what it is, and whether less is better: perplexity, or the mean of the tasks."""
     perplexities = {
-        _short(row.get("name")): value
+        plain(row.get("name")): value
         for row in section["rows"]
         if (value := as_float(row.get("perplexity"))) is not None
     }
@@ -120,18 +150,13 @@ def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str,
         return perplexities, "perplexity", True
     table: dict[str, list[float | None]] = {}
     for row in section["tasks"]:
-        table.setdefault(_short(row.get("model")), []).append(_score(row)[0])
+        table.setdefault(plain(row.get("model")), []).append(_score(row)[0])
     means = {
         name: 100 * sum(v for v in values if v is not None) / len(values)
         for name, values in table.items()
         if None not in values
     }
     return means, "mean accuracy, %", False
-
-
-def _short(name: Any) -> str:
-    """A model's name without its folder: `saap eval` names paths, `saap bench` the last part."""
-    return PurePath(plain(name)).name
 
 
 def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 
 import pytest
-from test_report import measurement, result
+from test_report import measurement, result, sample
 
-from bench.headline import entries_of
+from bench.headline import cards_of, entries_of, pair_of
 from bench.pareto import Point, pareto_front
 from bench.report import write_report
 from bench.report_quality import sections_of, task_table, tradeoffs
@@ -100,3 +101,91 @@ def test_a_quality_document_that_cannot_be_read_is_refused(tmp_path):
 
     with pytest.raises(QualityError, match="is of version 7"):
         write_report([tmp_path / "quality.json"], tmp_path / "page.html")
+
+
+def measured(*specs):
+    """A bench of paths, as `saap bench` names them: by the last part, numbered where that is not one model's."""
+    made = []
+    for path in specs:
+        name = path.rpartition("/")[2]
+        again = sum(each.name.partition(" ")[0] == name for each in made)
+        named = name if not again else f"{name} #{again + 1}"
+        made.append(dataclasses.replace(measurement(named, 10.0 - len(made)), spec=path))
+    return result(*made)
+
+
+def card(document, rows):
+    return {each.title: each for each in cards_of(pair_of(entries_of([document])), rows)}["Quality"]
+
+
+def test_the_headline_is_of_the_models_that_were_timed():
+    bench = measured("out/dense-int4", "out/slim-int4")
+    rows = [row("out/slim-int4", 25.0), row("out/dense-int4", 20.0), row("out/other", 99.0)]
+    told = card(bench, rows)
+    assert (told.value, told.ratio) == ("25.0", "1.25\u00d7")
+    assert [name for name, _ in told.rows] == ["out/dense-int4", "out/slim-int4"]
+    alone = card(bench, [row("out/slim-int4", 25.0), row("out/other", 99.0)])  # the dense one was not evaluated
+    assert (alone.value, alone.ratio) == ("25.0", None)
+
+
+def test_models_whose_folders_share_a_name_are_kept_apart():
+    bench = measured("dense", "a/bundle", "b/bundle")
+    section = sections_of([], {}, [document([row("a/bundle", 20.0), row("b/bundle", 25.0), row("dense", 15.0)])])
+    told = tradeoffs(entries_of([bench]), section)[0]["label"]
+    assert "dense 10.00 and 15.000" in told and "bundle 9.00 and 20.000" in told and "bundle #2 8.00 and 25.000" in told
+    elsewhere = sections_of([], {}, [document([row("c/bundle", 20.0), row("d/bundle", 25.0), row("x/dense", 15.0)])])
+    assert tradeoffs(entries_of([bench]), elsewhere) == []  # which bundle is which is not known
+
+
+def test_a_document_of_tasks_alone_takes_no_headline(tmp_path):
+    write_result(tmp_path / "bench.json", measured("dense", "slim"))
+    tasks = {**document([row("dense", None)], protocol=None), "tasks": [task("dense", "piqa", 0.7)]}
+    for name, made in (("tasks", tasks), ("quality", document([row("dense", 20.0), row("slim", 25.0)]))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+    paths = [tmp_path / f"{name}.json" for name in ("bench", "tasks", "quality")]
+    page = html.unescape(write_report(paths, tmp_path / "page.html").read_text())
+    assert "1.25\u00d7" in page
+
+
+def test_tasks_on_other_examples_have_a_table_of_their_own():
+    def asked(model, acc, sha256, count):
+        return {**task(model, "piqa", acc), "sha256": sha256, "examples": [{"index": n} for n in range(count)]}
+
+    made = [
+        document([row("dense", None)], {}, [asked("dense", 0.7, "a" * 64, 9)]),
+        document([row("slim", None)], {}, [asked("slim", 0.5, "b" * 64, 9)]),
+        document([row("few", None)], {}, [asked("few", 0.5, "a" * 64, 4)]),
+        document([row("also", None)], {}, [asked("also", 0.6, "a" * 64, 9)]),
+    ]
+    tables = [section["task_table"]["rows"] for section in sections_of([], {}, made)]
+    assert [[cells[0] for cells in rows] for rows in tables] == [["dense", "also"], ["slim"], ["few"]]
+
+
+def test_what_is_called_alike_and_differs_is_numbered():
+    (section,) = sections_of(
+        [],
+        {},
+        [
+            document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7)]),
+            document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7)]),
+            document([row("m", 21.0)], tasks=[task("m", "piqa", 0.3)]),
+            document([row("m", 22.0)], tasks=[task("m", "boolq", 0.3)]),
+        ],
+    )
+    assert [(r["name"], r["perplexity"]) for r in section["rows"]] == [("m", 20.0), ("m #2", 21.0), ("m #3", 22.0)]
+    assert [(r["model"], r["task"], r["acc"]) for r in section["tasks"]] == [
+        ("m", "piqa", 0.7), ("m #2", "piqa", 0.3), ("m #3", "boolq", 0.3),
+    ]  # fmt: skip
+
+
+def test_a_task_whose_name_is_no_text_has_its_table():
+    assert task_table([task("m", 7, 0.5)])["header"] == ["model", "7 (5)", "mean"]
+
+
+def test_a_bench_of_prompts_alone_has_a_page(tmp_path):
+    prompts = [
+        measurement(name, 0, n_gen=0, samples=[sample(i, 0, 0, prefill_s=0.2) for i in range(3)])
+        for name in ("dense", "slim")
+    ]
+    write_result(tmp_path / "bench.json", result(*prompts))
+    assert "prefill, median of 3" in write_report([tmp_path / "bench.json"], tmp_path / "page.html").read_text()
