@@ -35,6 +35,17 @@ def answers_of(path: Path) -> Answers:
     return {task["task"]: np.array([float(digit) for digit in task["right"][metric_of(task)]]) for task in tasks}
 
 
+def check_alike(paths: list[Path]) -> None:
+    """Means over other tasks, or over other examples, do not compare."""
+    asked = {}
+    for path in paths:
+        tasks = json.loads(path.read_text())["quality"].get("tasks", {}).get("tasks", [])
+        asked[path] = {task["task"]: (task["sha256"], len(task["right"][metric_of(task)])) for task in tasks}
+    for path, found in asked.items():
+        if found != asked[paths[0]] or not found:
+            raise SystemExit(f"{path.name} and {paths[0].name} are not of the same tasks and examples: make them again")
+
+
 def points(answers: Answers) -> float:
     """Mean over the tasks, in points."""
     return 100 * float(np.mean([right.mean() for right in answers.values()]))
@@ -42,6 +53,8 @@ def points(answers: Answers) -> float:
 
 def gain(ours: list[Answers], theirs: list[Answers]) -> tuple[float, float, float]:
     """Mean gain in points and its 95 % interval, seeds and examples drawn anew.
+
+    Drawn from only three seeds it is somewhat too narrow: in a simulation it held the truth in 87 to 93 %.
 
     Args:
         ours, theirs: of the same seeds, on the same examples.
@@ -84,6 +97,8 @@ def main() -> None:
         paths = sorted(folder.glob(f"{method}-{given.ratio}-{given.how}-seed*.json"))
         if paths:
             rows[method] = {path.stem.rsplit("-", 1)[1]: answers_of(path) for path in paths}
+    names = [f"{method}-{given.ratio}-{given.how}-{seed}" for method, seeds in rows.items() for seed in seeds]
+    check_alike([folder / "dense.json", *(folder / f"{name}.json" for name in names)])
     tops = tops_of(given.model, given.how)
     print("dense:", ", ".join(f"{top:.2f} as {name}" for name, top in tops.items()), "(points)")
     if "saap" not in rows:

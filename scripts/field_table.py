@@ -5,7 +5,6 @@
     python scripts/field_table.py --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
     python scripts/field_table.py --methods dense --seeds 0         # what tuning does to the dense model
     python scripts/field_table.py --skip bench                      # quality, beside other work; run again to time
-    python scripts/field_table.py --methods saap,flap --ratios 0.2 --tuned yes --rate 3e-3
     python scripts/field_table.py show                              # the cells that are there, as Markdown
 
 A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
@@ -139,7 +138,7 @@ class Cell:
             cut = ["--chunk", str(chunk), "--max-chunks", str(count), "--join", "paragraphs"]
             numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut)
         if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
-            few = [] if self.given.max_examples is None else ["--max-examples", str(self.given.max_examples)]
+            few = ["--max-examples", str(self.given.max_examples)] if self.given.max_examples else []
             asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
             numbers["tasks"] = self.evaluated("tasks", bundle, *asked)
         return {name: _slim(document) for name, document in numbers.items()}
@@ -185,7 +184,8 @@ def cells_of(model: str) -> Path:
 
 def run(given: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
-    dense = Cell("dense", given.work, given.model, given)
+    few = f"-{given.max_examples}examples" if given.max_examples else ""
+    dense = Cell(f"dense{few}", given.work, given.model, given)
     bundle = dense.exported(Path(given.model))
     if dense.missing():
         dense.finish(bundle, None)
@@ -196,7 +196,7 @@ def run(given: argparse.Namespace) -> None:
                     if method == "dense" and not tuned:
                         continue
                     kept = method if method == "dense" else f"{method}-{ratio}"
-                    name = f"{kept}-{how(given, tuned)}-seed{seed}"
+                    name = f"{kept}-{how(given, tuned)}{few}-seed{seed}"
                     cell = Cell(name, given.work, given.model, given)
                     if cell.missing():
                         _cell(cell, method, ratio, seed, tuned, bundle)
