@@ -21,10 +21,10 @@ from saap.console import Console
 )
 @click.option(
     "--join",
-    type=click.Choice(["raw", "paragraphs", "spaces"]),
+    type=click.Choice(["raw", "paragraphs", "wikitext", "spaces"]),
     default="raw",
     show_default=True,
-    help="Lines as they are, or joined as the papers do: WikiText by paragraphs, PTB by spaces.",
+    help="Lines as they are, by blank lines, or as papers join them: wikitext, and PTB by spaces.",
 )
 @click.option("--max-chunks", type=CountOrAll(), default=160, show_default=True, help="At most, or all.")
 @click.option("--tasks", help="Zero-shot tasks, as piqa,arc_easy; with them perplexity only where --text is given.")
@@ -41,7 +41,7 @@ def evaluate(paths: tuple[Path, ...], **options: Any) -> None:
     \b
     Example:
       saap eval out/bundle --reference smollm2-135m --max-chunks 40
-      saap eval out/slim --text wiki.test.raw --chunk 2048 --join paragraphs
+      saap eval out/slim --text wiki.test.raw --chunk 2048 --join wikitext --max-chunks all
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
     """
     from saap.eval_command import eval_step

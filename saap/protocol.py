@@ -1,8 +1,8 @@
 """How a text becomes predictions: what a perplexity is of.
 
 Two perplexities compare only where text, tokens, chunk, stride, beginning and joining are the same, so all of these are
-part of a result. Usual ones: chunks of 2048 of WikiText-2 joined by paragraphs (GPTQ, Wanda, FLAP: ``--chunk 2048
---join paragraphs --no-bos``), of 128 (LLM-Pruner, SAAP), PTB joined by spaces; a stride below the chunk gives each
+part of a result. Usual ones: chunks of 2048 of WikiText-2 joined as papers do (GPTQ, Wanda, FLAP: ``--chunk 2048
+--join wikitext --no-bos``), of 128 (LLM-Pruner, SAAP), PTB joined by spaces; a stride below the chunk gives each
 token more context (Hugging Face's guide to perplexity).
 """
 
@@ -17,7 +17,7 @@ import torch
 from saap.errors import SaapError
 from saap.text import Documents, beginning, encode
 
-Join = Literal["raw", "paragraphs", "spaces"]
+Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Cut:
             last ``stride`` tokens only.
         bos: a beginning-of-sequence token before each window, which then predicts its first token too; None: where the
             tokenizer sets one before a text.
-        join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line, spaces joins
-            lines by a space.
+        join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line; wikitext
+            does so with lines that keep their ends, which is what ``"\\n\\n".join`` over the rows of Hugging Face's
+            data set gives; spaces joins lines, stripped as in its PTB, by a space.
         max_chunks: windows at most.
     """
 
@@ -92,7 +93,12 @@ def joined(text: str, how: Join) -> str:
     if how == "raw":
         return text
     lines = [line if line.strip() else "" for line in text.split("\n")]
-    return "\n\n".join(lines) if how == "paragraphs" else " ".join(filter(None, lines))
+    if how == "paragraphs":
+        return "\n\n".join(lines)
+    if how == "spaces":
+        return " ".join(line.strip() for line in lines if line)
+    rows = lines[:-1] if not lines[-1] else lines  # after the last line's end there is no row
+    return "\n\n".join(f"{line}\n" if line else "" for line in rows)
 
 
 def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:

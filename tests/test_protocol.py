@@ -75,10 +75,12 @@ def test_a_beginning_with_a_stride(tiny_tokenizer):
 
 
 def test_lines_are_joined_as_the_papers_do():
-    text = "a b\n \n= c =\n"
+    text = " a b \n \n= c =\n"
     assert joined(text, "raw") == text
-    assert joined(text, "paragraphs") == "a b\n\n\n\n= c =\n\n"
-    assert joined(text, "spaces") == "a b = c ="
+    assert joined(text, "paragraphs") == " a b \n\n\n\n= c =\n\n"
+    rows = [" a b \n", "", "= c =\n"]  # as Hugging Face's loaders read that file
+    assert joined(text, "wikitext") == joined(text.removesuffix("\n"), "wikitext") == "\n\n".join(rows)
+    assert joined(text, "spaces") == " ".join(row.strip() for row in rows if row)
 
 
 def test_protocols_tell_texts_and_tokenizers_apart(tiny_tokenizer):
