@@ -144,13 +144,14 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
         left = None if left is None else int(left)
     except (KeyError, TypeError, ValueError):
         raise board.garbage("no facts") from None
-    for packed in shipment.packed if positions is not None and left is not None else ():
-        needed = memory_needed(packed.manifest, positions or 0)
-        if needed > (left or 0):
-            raise BoardError(
-                f"{board.name}: {packed.spec} needs about {needed / 1e6:.0f} MB there and {(left or 0) / 1e6:.0f} MB "
-                "are available: stop other programs, ask for fewer tokens, or export with fewer --bits"
-            )
+    if left is not None and positions is not None:
+        for packed in shipment.packed:
+            needed = memory_needed(packed.manifest, positions)
+            if needed > left:
+                raise BoardError(
+                    f"{board.name}: {packed.spec} needs about {needed / 1e6:.0f} MB there and {left / 1e6:.0f} MB are "
+                    "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
+                )
     if abs(off) > CLOCK_S:
         board.say(f"{board.name}: its clock is off by {abs(off):.0f} s: times in the result are the board's")
 
