@@ -43,12 +43,14 @@ def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -
         SaapError: naming the model and both sources.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
+    held: set[str] = set()  # calibration and tuning are often of one text
     for about in _texts_in(lineage):
         source, sha256 = str(about.get("source")), about.get("text_sha256")
         if sha256 in (evaluation.sha256, cut.sha256):
             raise SaapError(f"{model}: {_same_text(source, evaluation.source)}")
-        documents = _again(source, sha256) if sha256 else None
+        documents = _again(source, sha256) if sha256 and source not in held else None
         if documents is not None:
+            held.add(source)
             try:
                 refuse_overlap(documents, evaluation)
             except SaapError as error:
