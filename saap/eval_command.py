@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,9 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
         rows = [{"name": name, **_size_of(path)} for name, path in named.items()]
         document |= {"protocol": None, "reference": str(reference) if reference else None, "rows": rows}
     if tasks is not None:
-        document |= tasks_of(named, tasks, console)
-        _keep(document, options["json_path"])
+        for scores in tasks_of(named, tasks, console):
+            document |= scores
+            _keep(document, options["json_path"])
         show_tasks(document)
 
 
@@ -90,9 +91,8 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
     return {"protocol": windows.protocol.as_dict(), "reference": reference, "rows": table}
 
 
-@fast_float32()
-def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> dict[str, Any]:
-    """Zero-shot tasks of directories and bundles, one model in memory at a time."""
+def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> Iterator[dict[str, Any]]:
+    """Zero-shot tasks of directories and bundles, one model in memory at a time; after each what is known by then."""
     from saap.tasks import run_tasks, task_files
 
     task_files(options)  # what is wrong with a file or a tokenizer is said before a model is loaded
@@ -101,8 +101,9 @@ def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> 
     rows = []
     for name, path in paths.items():
         say = console.report if len(paths) == 1 else _named(name, console.report)
-        rows += [{"model": name, **row} for row in run_tasks(continuation_model(path), options, say)]
-    return {"tasks": rows, "task_seed": options.seed, "max_examples": options.max_examples}
+        with fast_float32():
+            rows += [{"model": name, **row} for row in run_tasks(continuation_model(path), options, say)]
+        yield {"tasks": rows, "task_seed": options.seed, "max_examples": options.max_examples}
 
 
 def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationModel]:

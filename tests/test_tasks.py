@@ -237,6 +237,23 @@ def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_pa
     assert "is a directory: give the JSON file to write" in last_line(done)
 
 
+def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder, tmp_path, monkeypatch):
+    from saap import tasks
+
+    whole, seen = tasks.run_tasks, []
+
+    def second_fails(*arguments):
+        seen.append(arguments)
+        if len(seen) == 2:
+            raise SaapError("no memory left")
+        return whole(*arguments)
+
+    monkeypatch.setattr(tasks, "run_tasks", second_fails)
+    out, first, second = tmp_path / "quality.json", tiny_model(), tiny_model("other", seed=1)
+    here("eval", first, second, "--tasks", "piqa", "--task-dir", folder, "--json", out, code=2)
+    assert [row["model"] for row in json.loads(out.read_text())["tasks"]] == [str(first)]
+
+
 def test_what_is_no_task_is_refused(folder):
     with pytest.raises(SaapError, match="no task 'mmlu' from files: choose among boolq, piqa"):
         find_task("mmlu", folder)
