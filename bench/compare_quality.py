@@ -80,17 +80,18 @@ def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Qual
     Raises:
         QualityError: no pair, nothing that both measured, or a damaged document.
     """
-    rows = []
+    rows, alone = [], []
     try:
-        for pair in _pairs(old, new):
+        for pair in (pairs := _pairs(old, new)):
             rows += _perplexity(pair, old, new) + _tasks(pair, old, new)
+        alone = _alone(pairs, old, new)
     except QualityError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise QualityError(f"one of the documents is damaged ({error!r}): evaluate again") from None
     if not rows:
         raise QualityError("one holds a perplexity and the other tasks: nothing was measured of both; evaluate again")
-    return rows
+    return rows + alone
 
 
 def metric_of(task: Mapping[str, Any]) -> str:
@@ -106,10 +107,7 @@ def exit_code(rows: Sequence[QualityRow], fail_on_regression: bool) -> int:
 
 
 def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = [
-        [str(row["name"]) for row in document["rows"] if row["name"] != document.get("reference")]
-        for document in (old, new)
-    ]
+    names = [_names(document) for document in (old, new)]
     if both := [name for name in names[0] if name in names[1]]:
         return [(name, name) for name in both]
     if len(names[0]) == len(names[1]) == 1:
@@ -141,11 +139,33 @@ def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str,
     ]
 
 
+def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> list[QualityRow]:
+    """What one of the documents alone holds: a measurement that a run has lost must not pass for an unchanged one."""
+    rows = []
+    for side, (document, label) in enumerate(zip(documents, ("old", "new"), strict=True)):
+        other, reason = documents[1 - side], f"only in the {label} document"
+        paired = [pair[side] for pair in pairs]
+        lost = [((name, name), "model") for name in _names(document) if name not in paired]
+        for pair in pairs:
+            if document.get("protocol") and not other.get("protocol"):
+                lost.append((pair, PERPLEXITY))
+            theirs = _tasks_of(other, pair[1 - side])
+            lost += [(pair, task) for task in _tasks_of(document, pair[side]) if task not in theirs]
+        rows += [QualityRow(pair, measure, NOT_COMPARABLE, reason=reason) for pair, measure in lost]
+    return rows
+
+
+def _names(document: Mapping[str, Any]) -> list[str]:
+    """The models that are judged; the reference is what they are held against."""
+    return [str(row["name"]) for row in document["rows"] if row["name"] != document.get("reference")]
+
+
+def _tasks_of(document: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    return {row["task"]: row for row in document.get("tasks", []) if row["model"] == name}
+
+
 def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
-    found = [
-        {row["task"]: row for row in document.get("tasks", []) if row["model"] == name}
-        for document, name in zip((old, new), pair, strict=True)
-    ]
+    found = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
     rows, scores = [], []
     for task in [task for task in found[0] if task in found[1]]:
         mine, theirs = found[0][task], found[1][task]

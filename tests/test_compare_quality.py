@@ -110,6 +110,19 @@ def test_other_examples_do_not_compare():
     assert "the files differ" in compare_quality(old, new)[1].reason
 
 
+def test_what_one_document_alone_holds_does_not_pass():
+    answers = RANDOM.random(200) < 0.6
+    old, new = document(answers=answers), document(answers=answers)
+    old["tasks"].append(task("m", answers, name="arc_easy"))
+    new["rows"].append({**new["rows"][0], "name": "other"})
+    rows = compare_quality(old, new)
+    told = {(row.measure, row.models[0]): row.reason for row in rows if row.verdict == NOT_COMPARABLE}
+    assert told == {("arc_easy", "m"): "only in the old document", ("model", "other"): "only in the new document"}
+    assert exit_code(rows, False) == 3
+    old["protocol"] = None
+    assert (PERPLEXITY, "m") in {(row.measure, row.models[0]) for row in compare_quality(old, new) if row.reason}
+
+
 def test_models_of_other_names_are_paired_where_it_is_clear():
     [row] = compare_quality(document("a"), document("b"))
     assert row.models == ("a", "b")
