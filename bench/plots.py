@@ -212,9 +212,14 @@ def _for_the_page(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    for placeholder, variable in _COLOURS.items():
-        svg = svg.replace(placeholder, f"var({variable})")
-    # The page sets the family; matplotlib's list of fonts would win otherwise.
-    svg = re.sub(r"font: (?:[\w ]*?)([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    svg = re.sub(r"<[^>]*>", _restyled, svg)  # not between tags, where a model may be called like a style
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def _restyled(tag: re.Match[str]) -> str:
+    """A tag with the page's colours and without matplotlib's list of fonts, which would win over the page's family."""
+    text = tag[0]
+    for placeholder, variable in _COLOURS.items():
+        text = text.replace(placeholder, f"var({variable})")
+    text = re.sub(r"font: (?:[\w ]*?)([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    return re.sub(r"font-family: [^;\"]*;?", "", text)

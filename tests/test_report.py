@@ -293,6 +293,13 @@ def test_plots_are_well_formed_keep_their_text_and_take_the_page_s_colours(page)
     assert page(result(measurement("dense", 10.0), torch), run=RUN) == text
 
 
+def test_a_model_called_like_a_style_keeps_its_name(page):
+    name = "font-family: x; #010203"
+    text = page(result(measurement("dense", 10.0), measurement(name, 9.0)), run=RUN)
+    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)[:3]:
+        assert name in "".join(ElementTree.fromstring(drawing).itertext())
+
+
 @pytest.mark.parametrize(
     "run",
     [
