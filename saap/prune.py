@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.adaptive import adaptive_plan
+from saap.allocator import kept_memory
 from saap.architectures import architecture_of, shape_of
 from saap.baseline_scores import TAYLOR
 from saap.baselines import rank
@@ -42,6 +43,7 @@ SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say 
 
 
 @fast_float32()
+@kept_memory()
 def prune(
     model_dir: str | Path,
     out: str | Path,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from saap.allocator import kept_memory
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, read_record, slim_config, write_slim
 from saap.errors import SaapError
@@ -44,6 +45,7 @@ __all__ = ["TuneOptions", "tune"]
 
 
 @fast_float32()
+@kept_memory()
 def tune(
     slim_dir: str | Path,
     out: str | Path,
