@@ -1,4 +1,4 @@
-"""Freed memory stays with the process while a model is tuned or measured.
+"""Freed memory stays with the process while a model is tuned or pruned, for speed: the next step takes it again.
 
 glibc asks the system for every large tensor anew and returns it when it is freed, as it does with the top of its heap.
 A training step frees all it has made, so that each step's memory came page by page, zeroed, from the system: 7 to 9 %
