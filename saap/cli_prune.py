@@ -103,6 +103,14 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 )
 @removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
 @removed(
+    "--drop-layers",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="So many whole layers first, those that change least what passes through; the rest in width (saap).",
+)
+@removed(
     "--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these, such as 0-2,29; none: from all."
 )
 @scored("--calibration", help="A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.")

@@ -53,6 +53,11 @@ class _Layer:
         return all(block.had == block.keeps for block in self.blocks)
 
     @property
+    def dropped(self) -> bool:
+        """Whether it went whole without a price."""
+        return self.price is None and all(not (block.keeps.query_heads or block.keeps.ffn) for block in self.blocks)
+
+    @property
     def price(self) -> float | None:
         prices = [block.price for block in self.blocks if block.price is not None]
         return sum(prices) if len(prices) == len(self.blocks) else None
@@ -114,6 +119,12 @@ def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset())
     """
     layers = _layers(reasons)
     told = [_decides(method)] if method in DECIDES else []
+    gone = [layer for layer in layers if layer.dropped]
+    if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
+        went = _named([layer.index for layer in gone]).capitalize()
+        change = "they change" if len(gone) > 1 else "it changes"
+        told.append(f"{went} went whole, as asked: {change} least what passes through.")
+        layers = [layer for layer in layers if layer not in gone]
     told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
     return [sentence for sentence in told if sentence]
 

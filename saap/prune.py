@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from saap.baselines import rank
 from saap.budget import Budget
 from saap.checkpoint import load_model, read_config, read_record, slim_config
 from saap.checkpoint import write_slim as write
-from saap.compensate import compensate
+from saap.compensate import Compensation, compensate
 from saap.errors import SaapError
 from saap.explain import after, sizes_lost
 from saap.gpu import device_of, fits_device, out_of_memory
@@ -31,15 +30,14 @@ from saap.outputs import check_output, claimed
 from saap.precision import fast_float32
 from saap.prune_options import PruneOptions
 from saap.prune_record import record_of
+from saap.prune_stages import Stage, check_reachable, layers_plan, share_of, stages_of
 from saap.prune_steps import agreed, kept_steps
-from saap.search import check_floor, meet
+from saap.search import meet
 from saap.shares import joined, shares
 from saap.streaming import load_streamed
 from saap.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.surgery import cut_tensors
 from saap.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
-
-SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
 
 
 @fast_float32()
@@ -66,7 +64,7 @@ def prune(
     budget = budget_of(model_dir, options)
     lineage = dict(lineage or {})
     source = Path(model_dir)
-    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), steps_to(budget, options))
+    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), len(stages_of(budget, options)))
     check_disk(Needs({}, disk), Path(out), "pruning")
     with joined() as together, claimed(out) if together.main else nullcontext(), out_of_memory():
         stream = together.agreed(streamed(source, budget, options, *calibration.shape))
@@ -86,7 +84,8 @@ def _prune_in_steps(
     progress: Progress | None,
 ) -> PrunePlan:
     """:func:`prune` where nothing stands in its way; the main process writes, the others read what it wrote."""
-    steps = steps_to(budget, options)
+    stages = stages_of(budget, options)
+    steps = len(stages)
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in budget.dense.layers))
     weights = weights_hash(source)
     lineage |= {"base_sha256": weights, "base_record": read_record(source).get("lineage")}
@@ -99,14 +98,12 @@ def _prune_in_steps(
             source, weights = kept.path(done), weights_hash(kept.path(done))
         for step in range(done + 1, steps + 1):
             say = _in_step(progress, step, steps)
-            part = budget.partway(step / steps)
             target = out if step == steps else kept.path(step)
             aside = None
             if options.stream and together.main:
                 aside = TensorFolder(_fresh(kept.folder / "refitted"), weights_dtype(source))
-            plan = _prune_once(
-                source, weights, target, plan, part, calibration, options, lineage, say, step == steps, aside
-            )
+            stage = stages[step - 1]
+            plan = _prune_once(source, weights, target, plan, stage, calibration, options, lineage, say, aside, steps)
             together.wait()
             if source.parent == kept.folder and together.main:
                 shutil.rmtree(source)
@@ -141,34 +138,21 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def steps_to(budget: Budget, options: PruneOptions) -> int:
-    """How many steps lead to the requirement."""
-    if options.method != "saap":
-        return 1
-    if options.steps is not None:
-        return options.steps
-    return max(1, math.ceil(share_of(budget) / SHARE_PER_STEP - 1e-9))
-
-
-def share_of(budget: Budget) -> float:
-    """The share of what the layers cost that has to go."""
-    return 1 - budget.limit / (budget.total(budget.dense) - budget.measure.outside(budget.dense))
-
-
 def _prune_once(
     source: Path,
     weights: str,
     out: Path,
     before: PrunePlan,
-    budget: Budget,
+    stage: Stage,
     calibration: torch.Tensor,
     options: PruneOptions,
     lineage: dict[str, Any],
     progress: Progress | None,
-    last: bool,
     refitted: TensorFolder | None,
+    steps: int,
 ) -> PrunePlan:
     """Prune ``source``, which is the base cut by the plan ``before``, into ``out``: the plan of the base for both."""
+    budget = stage.budget
     config = read_config(source)
     shape = shape_of(config)
     device = device_of(options.device)
@@ -179,14 +163,16 @@ def _prune_once(
     if kept:
         kept = frozenset(place for place, index in enumerate(before.kept_layers) if index in kept)
     cut = replace(shape, added_bias=budget.cut.added_bias)
-    here = replace(options, keep_layers=kept)
-    plan = make_plan(
-        model, shape, calibration, here, replace(budget, dense=shape, cut=cut), weights=weights, progress=progress
-    )
+    left = replace(budget, dense=shape, cut=cut)
+    if stage.layers:
+        keep = kept or frozenset()
+        plan = layers_plan(model, shape, calibration, stage.layers, left, keep_layers=keep, progress=progress)
+    else:
+        here = replace(options, keep_layers=kept)
+        plan = make_plan(model, shape, calibration, here, left, weights=weights, progress=progress)
     plan = agreed(plan)
-    replaced = compensate(
-        options.compensation, model, shape, plan, calibration, last=last, into=refitted, progress=progress
-    )
+    kind: Compensation = "none" if stage.layers else options.compensation  # nothing of a layer stays to make up for it
+    replaced = compensate(kind, model, shape, plan, calibration, last=stage.last, into=refitted, progress=progress)
     del model
     whole = composed(before, plan)
     if not shares().main:
@@ -198,7 +184,7 @@ def _prune_once(
     reasons = after(before.reasons, plan.reasons, before.kept_layers)
     whole = replace(whole, requirement=requirement, reasons=reasons)
     achieved = budget.report(shape_of(written), written)
-    record = record_of(whole, achieved, options, budget, calibration, lineage, steps_to(budget, options))
+    record = record_of(whole, achieved, options, budget, calibration, lineage, steps)
     write(out, source, written, tensors, record)
     return whole
 
@@ -225,8 +211,8 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
     budget = options.requirement.budget(shape, config, cut=cut)
     if options.method == "saap":
-        kept = options.keep_layers or frozenset()
-        check_floor(shape, options.block, kept, options.adaptive.modules, budget, options.prunes_heads(shape))
+        check_reachable(budget, options)
+        stages_of(budget, options)
     return budget
 
 

@@ -30,6 +30,7 @@ class PruneOptions:
         adaptive: how saap chooses.
         steps: how many times saap scores, cuts and makes up for it on the way to the requirement; None is one for every
             15 % of what the layers cost that has to go.
+        drop_layers: how many layers go whole, in a step before these: those with the least block influence.
         keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
         seed: of the method ``random``.
         stream: leave the decoder layers in their files and read one at a time; None does where memory is too small.
@@ -43,6 +44,7 @@ class PruneOptions:
     block: int = 32
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     steps: int | None = None
+    drop_layers: int = 0
     keep_layers: frozenset[int] | None = frozenset()
     seed: int = 0
     stream: bool | None = None
@@ -65,6 +67,10 @@ class PruneOptions:
         self.requirement.check()
         self.adaptive.check()
         device_of(self.device)
+        if self.drop_layers < 0:
+            raise SaapError(f"--drop-layers {self.drop_layers} is not allowed: give 0 or more")
+        if self.method != "saap" and self.drop_layers:
+            raise SaapError(f"--drop-layers is for the method saap: leave it out for {self.method}")
         if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
             raise SaapError(f"steps and corrections are for the method saap: leave them out for {self.method}")
         if self.steps is not None and self.steps < 1:

@@ -49,6 +49,7 @@ def record_of(
             "compensate": options.compensation,
             "heads": options.heads if options.method == "saap" else options.prunes_heads(budget.dense),
             "steps": steps,
+            **({"drop_layers": options.drop_layers} if options.drop_layers else {}),
             "keep_layers": sorted(options.keep_layers or ()),
             "seed": options.seed,
             **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),

@@ -21,8 +21,8 @@ from saap.needs import (
     prune_needs,
     tune_needs,
 )
-from saap.prune import share_of, steps_to
 from saap.prune_options import PruneOptions
+from saap.prune_stages import share_of, stages_of
 from saap.run_options import TUNE_LENGTH, RunOptions
 from saap.training_options import TrainOptions
 from saap.weight_files import weights_bytes
@@ -41,7 +41,7 @@ def run_needs(directory: Path, budget: Budget, pruning: PruneOptions, options: R
     bundle = bundle_size(read_config(directory), BITS, BLOCK).total(shape)
     share, training = share_of(budget), TrainOptions()
     rows = training.micro_rows or training.rows_per_step
-    disk = prune_disk(shape, floats, share, steps_to(budget, pruning))
+    disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
     disk |= {"the tuned model": round((1 - share) * bundle), "two bundles": round((2 - share) * bundle)}
     element = pruning.adaptive.element if pruning.method == "saap" else "none"
     steps = {

@@ -29,7 +29,7 @@ from saap.rows import training_rows
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
 # Options that have the same name there.
-PLAIN = ("method", "compensate", "heads", "keep_layers", "seed", "stream", "device")
+PLAIN = ("method", "compensate", "heads", "drop_layers", "keep_layers", "seed", "stream", "device")
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
     ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),
