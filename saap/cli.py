@@ -13,7 +13,7 @@ import click
 from saap.cli_bench import bench, compare, report
 from saap.cli_devices import devices
 from saap.cli_eval import evaluate
-from saap.cli_prune import CHOICE, COSTS, REQUIREMENTS, prune, required, together
+from saap.cli_prune import CHOICE, COSTS, DROPPED, REQUIREMENTS, prune, required, together
 from saap.cli_tune import tune
 from saap.cli_types import Sections, directory
 from saap.console import Console, shown
@@ -54,7 +54,7 @@ def cli() -> None:
 @click.argument("model")
 @click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
 @required("--ratio", type=float, metavar="SHARE", help="Share of the decoder layers' weights to remove; default: 0.2.")
-@together(*REQUIREMENTS, COSTS, *CHOICE)
+@together(*REQUIREMENTS, COSTS, *CHOICE, DROPPED)
 @click.option("--calibration", help="Text for scoring: a text, .jsonl or .gz file, or a data set id.")
 @click.option("--data", help="Text for tuning, likewise.")
 @click.option("--text", help="Text for evaluation, likewise; never the same as the others.")

@@ -47,6 +47,15 @@ CHOICE = (
     ),
 )
 
+DROPPED = removed(
+    "--drop-layers",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="So many whole layers first, those that change least what passes through; the rest in width (saap).",
+)
+
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in the order of help."""
@@ -102,14 +111,7 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     help="Query heads and KV groups too; default: where measured to pay; not by baselines of models with GQA.",
 )
 @removed("--modules", is_flag=True, help="Whole attention and FFN blocks too (each is measured: slower).")
-@removed(
-    "--drop-layers",
-    type=int,
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="So many whole layers first, those that change least what passes through; the rest in width (saap).",
-)
+@DROPPED
 @removed(
     "--keep-layers", type=LayerRange(), default=frozenset(), help="Not from these, such as 0-2,29; none: from all."
 )

@@ -23,7 +23,7 @@ class RunOptions:
         ratio, max_params, max_bytes, speedup, ms_per_token: the requirement, at most one of them; without any a ratio
             of 0.2.
         costs: the table that the last two need; at ``threads`` where it holds several counts.
-        method, compensate: as in :class:`saap.prune.PruneOptions`.
+        method, compensate, drop_layers: as in :class:`saap.prune.PruneOptions`.
         threads: of the bench; None is one, and all physical cores.
     """
 
@@ -35,6 +35,7 @@ class RunOptions:
     costs: Path | None = None
     method: str = "saap"
     compensate: str | None = None
+    drop_layers: int = 0
     calibration: str | None = None
     data: str | None = None
     text: str | None = None
@@ -61,6 +62,7 @@ class RunOptions:
             "threads": self.threads if self.costs else None,
             "method": self.method,
             "compensate": self.compensate,
+            **({"drop_layers": self.drop_layers} if self.drop_layers else {}),
             "calibration": self.calibration,
             "sequences": self.sequences,
             "length": self.length,
@@ -83,6 +85,7 @@ class RunOptions:
         given: dict[str, Any] = dict(self.asked)
         given |= {"costs": self.costs, "threads": self.threads} if self.costs else {}
         given |= {"method": self.method if self.method != "saap" else None, "compensate": self.compensate}
+        given["drop_layers"] = self.drop_layers or None
         for name, value in {**given, "calibration": self.calibration, "seed": self.seed}.items():
             words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
         return shlex.join(words)

@@ -118,7 +118,9 @@ def test_layers_that_went_have_no_price(model, tmp_path, text):
         assert row.split()[5:] == ["-", "-", "none", "on", "offer", "-"]
     assert "nats per million weights" in told
     first, second = sorted(gone)
-    assert f"Layers {first} and {second} went whole, as asked: they change least what passes through." in " ".join(told.split())
+    assert f"Layers {first} and {second} went whole, as asked: they change least what passes through." in " ".join(
+        told.split()
+    )
     assert "100%" not in told
 
 

@@ -40,6 +40,8 @@ def test_the_command_alone(costs, tmp_path):
     told = options.prune_command("a model", tmp_path / "slim")
     timed = f"--ms-per-token 4.5 --costs {costs} --threads 1"
     assert told == f"saap prune 'a model' -o {tmp_path}/slim {timed} --compensate bias --seed 3"
+    told = RunOptions(drop_layers=2).prune_command("m", tmp_path)
+    assert told == f"saap prune m -o {tmp_path} --ratio 0.2 --drop-layers 2 --seed 0"
     assert RunOptions().prune_command("m", tmp_path) == f"saap prune m -o {tmp_path} --ratio 0.2 --seed 0"
 
 
@@ -66,6 +68,8 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
     assert done and record["method"] == "wanda_sp"
     assert not step(method="wanda_sp")[0]
     assert step(method="wanda_sp", compensate="bias")[1]["options"]["compensate"] == "bias"
+    done, record = step(ratio=0.4, drop_layers=1)
+    assert done and record["options"]["drop_layers"] == 1 and not step(ratio=0.4, drop_layers=1)[0]
     done, record = step(max_bytes=210_000)
     assert done and record["plan"]["achieved"]["bytes"] <= 210_000
     timed = {"speedup": 1.5, "costs": costs}
