@@ -74,8 +74,9 @@ def judge_all(old: Result, new: Result, limits: Limits) -> list[Check]:
     """Every check of one model, measured once before and once now, in one setting."""
     before, now = old.measurements[0], new.measurements[0]
     if reason := obstacle_between(before, now):
-        return [Check("measurement", NOT_COMPARABLE, reason=reason)]
-    checks = [_judge(series, before, now, limits) for series in SERIES]
+        checks = [Check("measurement", NOT_COMPARABLE, reason=reason)]  # but what is answered does not depend on time
+    else:
+        checks = [_judge(series, before, now, limits) for series in SERIES]
     return [*checks, *judge_answers(answer_of(old), answer_of(new))]
 
 
