@@ -19,6 +19,7 @@ from bench.result import INVALID, Result
 from bench.verdict_formats import Case
 
 RUNS = 2
+AGAIN = 2  # times a run that is INVALID is measured once more: most of what makes it so passes
 LEAST_TEXT = 8  # tokens: fewer say little
 HOW = "record one here with `saap devices baseline BUNDLE`"
 
@@ -46,22 +47,23 @@ class Verdict:
         return 3 if any(check.verdict == NOT_COMPARABLE for check in self.checks) else 0
 
 
-def record(name: str, measure: Measure, plan: Plan, runs: int = RUNS) -> Baseline:
-    """Measure a new baseline.
+def record(
+    name: str, measure: Measure, plan: Plan, runs: int = RUNS, say: Callable[[str], None] | None = None
+) -> Baseline:
+    """Measure a new baseline; a run that is INVALID is measured again, ``AGAIN`` times at most.
 
     Args:
         plan: of each run, one setting, with the text that the model is asked about.
+        say: told of each run that is measured again, and why.
 
     Raises:
-        RegressionError: a plan that says too little, an INVALID run, or a model that does not repeat its answers.
+        RegressionError: a plan that says too little, a run that stays INVALID, or a model that does not repeat its
+            answers.
     """
     _check(plan, runs)
     results: list[Result] = []
     for number in range(runs):
-        result = measure(plan if number == 0 else replace(plan, cold=False))
-        (m,) = result.measurements
-        if m.status == INVALID:
-            raise RegressionError(f"run {number + 1} is INVALID, so it is no baseline: {'; '.join(m.reasons)}")
+        result = _valid_run(number + 1, measure, plan if number == 0 else replace(plan, cold=False), say)
         if why := answer_of(result).get("error"):
             raise RegressionError(f"{name} was not asked: {why}")
         results.append(result)
@@ -71,6 +73,18 @@ def record(name: str, measure: Measure, plan: Plan, runs: int = RUNS) -> Baselin
         if differs := device_differs(results[0].device, result.device):
             raise RegressionError(f"the device changed between two runs: {differs}")
     return Baseline(name, results)
+
+
+def _valid_run(number: int, measure: Measure, plan: Plan, say: Callable[[str], None] | None) -> Result:
+    for left in reversed(range(AGAIN + 1)):
+        result = measure(plan)
+        (m,) = result.measurements
+        if m.status != INVALID:
+            return result
+        if say is not None and left:
+            say(f"run {number} is INVALID and is measured again: {'; '.join(m.reasons)}")
+    times = f"({AGAIN + 1} times in a row)"
+    raise RegressionError(f"run {number} is INVALID, so it is no baseline: {'; '.join(m.reasons)} {times}")
 
 
 def retest(

@@ -49,7 +49,8 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
     )
     writable_folder(folder)
     with _one_board(options, console) as held:
-        kept = record(name_of(bundle, options["name"]), measure(bundle, held, console), plan, options["runs"])
+        run = measure(bundle, held, console)
+        kept = record(name_of(bundle, options["name"]), run, plan, options["runs"], console.say)
     console.finish()
     path = write_baseline(folder, kept)
     for result in kept.results:

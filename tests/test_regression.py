@@ -210,8 +210,23 @@ def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: 
 
 
 def test_an_invalid_run_is_no_baseline() -> None:
-    with pytest.raises(RegressionError, match="run 1 is INVALID, so it is no baseline: hot"):
-        record("tiny", Device(1.0, status=INVALID, reasons=["hot"]), PLAN)
+    device = Device(1.0, 1.0, 1.0, status=INVALID, reasons=["hot"])
+    with pytest.raises(RegressionError, match=r"run 1 is INVALID, so it is no baseline: hot \(3 times in a row\)"):
+        record("tiny", device, PLAN)
+    assert len(device.asked) == 3
+
+
+def test_a_run_that_is_invalid_once_is_measured_again() -> None:
+    class Hot(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.fields = {"status": INVALID, "reasons": ["hot"]} if len(self.asked) == 1 else {}
+            return super().__call__(plan)
+
+    device, heard = Hot(1.0, 5.0, 1.0), list[str]()
+    baseline = record("tiny", device, PLAN, say=heard.append)
+    assert heard == ["run 2 is INVALID and is measured again: hot"]
+    assert [plan.cold for plan in device.asked] == [PLAN.cold, False, False] and len(baseline.results) == 2
+    assert all(m.status != INVALID for kept in baseline.results for m in kept.measurements)
 
 
 def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
