@@ -34,7 +34,7 @@ from saap.json_files import write_json
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "benchmarks" / "field"
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-TEXT = "wikitext2_test_raw.txt"
+TEXT, TRAIN = "wikitext2_test_raw.txt", "c4_sample300.jsonl"  # TRAIN: for the parity check
 # Chunk and windows of a perplexity; about 20,000 predictions each.
 PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
 # For all methods; the rate of tuning is the default of `saap tune`. The name of a cell says where another was asked,
@@ -98,7 +98,7 @@ class Cell:
         if bundle.exists() and read_manifest(bundle).parity is None:
             return self.saap(*arguments, "--parity", "none")
         try:
-            return self.saap(*arguments, "--text", _train())
+            return self.saap(*arguments, "--text", str(Path(os.environ["SAAP_DATA"]) / TRAIN))
         except SystemExit as error:
             if "parity failed" not in str(error):
                 raise
@@ -149,7 +149,8 @@ class Cell:
         made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
         result = read_result(made)
         row = table_rows(result)[-1]
-        kept = {key: row[key] for key in ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")}
+        wanted = ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")
+        kept = {key: row[key] for key in wanted} | {key: result.device[key] for key in ("cpu_model", "isa")}
         if dense is None:
             return kept
         base, other = (measurement.name for measurement in result.measurements)
@@ -232,10 +233,6 @@ def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
         chosen += ["--sequences", str(given.sequences)]
     cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
     return source
-
-
-def _train() -> str:
-    return str(Path(os.environ["SAAP_DATA"]) / "c4_sample300.jsonl")
 
 
 def show(model: str) -> None:
