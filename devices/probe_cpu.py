@@ -28,10 +28,16 @@ def cpuinfo(root: Path) -> list[dict[str, str]]:
 def cpu_model(root: Path, cpus: list[dict[str, str]]) -> str | None:
     """Names of the cores, joined where there are several kinds."""
     # Old ARM kernels print a "model name" that says no more than ARMv8.
-    names: list[str | None] = [core_name(cpu) or cpu.get("model name") for cpu in cpus]
+    names: list[str | None] = [core_name(cpu) or _model_name(cpu) for cpu in cpus]
     if not any(names):
         names = [core_of_midr(text(path)) for path in glob(root / CPU, "cpu[0-9]*/regs/identification/midr_el1")]
     return " + ".join(unique(name for name in names if name)) or None
+
+
+def _model_name(cpu: dict[str, str]) -> str | None:
+    name, family, model = (cpu.get(key) for key in ("model name", "cpu family", "model"))
+    # x86 only. Hypervisors call all generations "AMD EPYC": the numbers tell Zen 3 (25, 1) from Zen 5 (26, 2).
+    return f"{name} (family {family}, model {model})" if name and family and model else name
 
 
 def architecture(cpus: list[dict[str, str]]) -> str | None:

@@ -132,6 +132,19 @@ def test_features_of_a_mixed_soc_are_those_of_its_smallest_core(raspberry_pi_5: 
     assert facts["isa"] == ["asimd", "dotprod", "fp16"]
 
 
+def test_generations_of_one_name_are_told_apart(x86_vm: Path) -> None:
+    plain = (x86_vm / "proc/cpuinfo").read_text()
+    assert probe(x86_vm)["cpu_model"] == "Intel(R) Xeon(R) Processor @ 2.60GHz"
+    found = []
+    for model in (106, 143):
+        numbered = plain.replace("model name", f"cpu family\t: 6\nmodel\t\t: {model}\nmodel name")
+        found.append(probe(plant(x86_vm, {"proc/cpuinfo": numbered})))
+    names = [facts["cpu_model"] for facts in found]
+    assert names == [f"Intel(R) Xeon(R) Processor @ 2.60GHz (family 6, model {model})" for model in (106, 143)]
+    assert found[0]["fingerprint"] != found[1]["fingerprint"]
+    assert "model 106" in str(device_differs(*found))
+
+
 def test_a_kernel_that_prints_no_part_has_its_id_register(raspberry_pi_5: Path) -> None:
     midr = {f"{CPU}/cpu{n}/regs/identification/midr_el1": "0x00000000414fd0b1\n" for n in range(4)}
     plant(raspberry_pi_5, {"proc/cpuinfo": "\n".join(f"processor\t: {n}\n" for n in range(4)), **midr})
