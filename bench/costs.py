@@ -9,7 +9,6 @@ short, and mix the stacks anew. ``bench.cost_fit`` makes costs of their steps.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from bench.child import ChildFailedError, call
 from bench.cores import choose_cores
 from bench.cost_fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs_worker import TURN, CostsJob
+from bench.result import command_line
 from bench.roofline import probe_bandwidth
 from bench.runtime import check_threads
 from devices.probe import probe
@@ -138,7 +138,7 @@ def _document(
         "kind": KIND,
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
+        "command": command_line(),
         "versions": dict(_versions()),
         "device": device,
         "model": described(manifest),

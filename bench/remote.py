@@ -6,7 +6,6 @@ same meaning.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from bench.plan import Plan
 from bench.remote_board import Board, Say
 from bench.remote_files import Packed, Shipment, pack, positions_of
 from bench.remote_run import Answer, Errand, own_version, run_on, run_on_all, ways_to
-from bench.result import Measurement, Result
+from bench.result import Measurement, Result, command_line
 from bench.rounds import Progress
 from bench.store import result_from_dict
 from devices.transport import printable
@@ -86,7 +85,7 @@ def _result(board: str, document: Any, packed: Sequence[Packed]) -> Result:
     return replace(
         result,
         measurements=[_readable(m, p.spec) for m, p in pairs],
-        command=list(sys.argv),
+        command=command_line(),
         versions={**own_version(), **result.versions},
         settings={**result.settings, "on": board},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from bench.dataclass_types import built
 from bench.remote_board import Say
 from bench.remote_files import pack
 from bench.remote_run import Errand, own_version, run_on_all, ways_to
+from bench.result import command_line
 from bench.rounds import Progress
 from devices.whole_files import without_checksum
 from export.bundle import BundleManifest, read_manifest
@@ -77,4 +77,4 @@ def _checked(board: str, document: Any, base: BundleManifest, threads: Sequence[
             raise TypeError("a step without a time")
         if not isinstance(table["n_threads"], int) or not isinstance(table["node_ms"], int | float | None):
             raise TypeError("another table")
-    return {**found, "command": list(sys.argv), "versions": {**own_version(), **found["versions"]}, "on": board}
+    return {**found, "command": command_line(), "versions": {**own_version(), **found["versions"]}, "on": board}

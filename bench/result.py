@@ -7,8 +7,10 @@ llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench.stats import Summary, summarize
@@ -16,6 +18,11 @@ from bench.stats import Summary, summarize
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
 CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
+
+
+def command_line() -> list[str]:
+    """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 @dataclass(frozen=True)

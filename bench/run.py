@@ -7,7 +7,6 @@ once, and the order turns around from round to round. This process only starts o
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,7 +20,7 @@ from bench.plan import Plan
 from bench.power import Recorder
 from bench.preflight import check_memory
 from bench.regression_answers import ask
-from bench.result import INVALID, Bandwidth, Measurement, Result
+from bench.result import INVALID, Bandwidth, Measurement, Result, command_line
 from bench.roofline import joined, probe_bandwidth
 from bench.rounds import Outcome, Progress, Rounds
 from bench.runtime import check_threads
@@ -69,7 +68,7 @@ def bench(
         device=device,
         measurements=[_measurement(outcome, plan) for outcome in outcomes],
         bandwidth=[joined(a, b) for a, b in zip(before, after, strict=True)],
-        command=list(sys.argv),
+        command=command_line(),
         versions=_versions(outcomes),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings={**_record(plan), "power": recorder.facts(), **_asked(peers, plan, widths[0])},

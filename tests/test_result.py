@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.result import INVALID, ModelFacts
+from bench.result import INVALID, ModelFacts, command_line
 from bench.store import ResultError, read_result, write_result
 from tests.bench_samples import measurement, result, sample
 
@@ -20,6 +21,11 @@ def test_round_trip(tmp_path: Path) -> None:
     write_result(tmp_path / "deep" / "result.json", before)
     assert read_result(tmp_path / "deep" / "result.json") == before
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+def test_a_command_is_kept_without_the_folder_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/someone/venv/bin/saap", "bench", "out/a", "-t", "1"])
+    assert command_line() == ["saap", "bench", "out/a", "-t", "1"]
 
 
 def test_only_raw_samples_are_stored(tmp_path: Path) -> None:
