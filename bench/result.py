@@ -22,7 +22,7 @@ CACHE_FACTOR = 2  # a model within this many last-level caches may run from cach
 
 def command_line() -> list[str]:
     """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
 
 
 @dataclass(frozen=True)
