@@ -45,7 +45,7 @@ def commands(text):
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md", "LOG.md", "BENCHMARKS.md"])
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for link in LINK.findall(page.read_text()):
