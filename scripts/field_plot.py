@@ -5,7 +5,7 @@
 Quality: the tuned cells of field_table.py, the mean over their seeds with the seeds' range. Speed: decode over the
 dense bundle with its 95 % interval, of the one interleaved run per ratio in benchmarks/field/speed (BENCHMARKS.md has
 its command), whose bundles are not tuned: tuning changes no size. A method whose speed was INVALID is left out, and
-said.
+said; so are magnitude and random widths, which are far behind.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from bench.store import read_result
 
 MODEL, RATIOS = "smollm2-135m", ("0.2", "0.5")
 PANELS = {
-    "perplexity, WikiText-2 test, windows of 128 (less is better)": "log",
-    "mean of ARC-Easy and PIQA, % (more is better)": "linear",
+    "perplexity, WikiText-2 test,\nwindows of 128 (less is better)": "log",
+    "mean of ARC-Easy and PIQA, %\n(more is better)": "linear",
 }
 NAMES = {"saap": "SAAP", "flap": "FLAP", "wanda_sp": "Wanda-sp", "shortgpt": "ShortGPT"}
-MARKERS = dict(zip(METHODS, "o^svPX<D>*", strict=True))
+SHOWN = [method for method in METHODS if method not in ("magnitude", "random")]  # so far behind that others would touch
+MARKERS = dict(zip(SHOWN, "o^svPX<D", strict=True))
 Interval = tuple[float, float, float]  # middle, low, high
 
 
@@ -53,7 +54,7 @@ def dots(ratio: str) -> dict[str, tuple[Interval, list[Interval]]]:
     """For each method that has both: its speed, and its quality in the order of PANELS."""
     result = read_result(CELLS / "speed" / f"{MODEL}-{round(100 * float(ratio))}.json")
     found = {}
-    for method in METHODS:
+    for method in SHOWN:
         paths = sorted(cells_of(MODEL).glob(f"{method}-{ratio}-tuned-seed*.json"))
         speed = speed_of(result, f"{method}-{ratio}") if paths else None
         if not paths or speed is None:
@@ -78,7 +79,7 @@ def draw(axes: Any, column: int) -> None:
     for row, (label, scale) in enumerate(PANELS.items()):
         panel = axes[row, column]
         for method, (speed, quality) in found.items():
-            first, colour = method == "saap", f"C{list(METHODS).index(method)}"
+            first, colour = method == "saap", f"C{SHOWN.index(method)}"
             panel.errorbar(
                 speed[0], quality[row][0], arms(quality[row]), arms(speed), label=NAMES.get(method, method),
                 fmt=MARKERS[method], markersize=9 if first else 6, color=colour, elinewidth=0.6,
