@@ -164,7 +164,7 @@ def verify_files(directory: str | Path, manifest: BundleManifest | None = None) 
 def _inside(directory: Path, name: str) -> Path:
     path = directory / name
     root = directory.resolve()
-    if root not in path.resolve().parents:
+    if "\0" in name or root not in path.resolve().parents:  # no path holds a zero byte
         raise BundleError(f"{directory / MANIFEST} names {name!r}, which lies outside the bundle: do not use it")
     return path
 

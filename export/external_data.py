@@ -39,7 +39,11 @@ def check_external_data(graph: str | Path) -> list[Path]:
     files: list[Path] = []
     for location in external_locations(path):
         file = _inside(path, location)
-        if not file.is_file():
+        try:
+            missing = not file.is_file()
+        except OSError:  # a name that no file system has
+            missing = True
+        if missing:
             raise BundleError(f"{path} wants its weights in {location!r}, which is missing: export the bundle again")
         files.append(file)
     return files
@@ -64,7 +68,7 @@ def external_locations(graph: Path) -> list[str]:
 def _inside(graph: Path, location: str) -> Path:
     folder = graph.parent.resolve()
     file = graph.parent / location
-    strange = not location or "\\" in location or PurePosixPath(location).is_absolute()
+    strange = not location or "\\" in location or "\0" in location or PurePosixPath(location).is_absolute()
     if strange or folder not in file.resolve().parents:
         raise BundleError(f"{graph} wants its weights in {location!r}, outside the bundle's folder: do not use it")
     return file

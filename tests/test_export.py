@@ -204,7 +204,7 @@ def test_a_flipped_byte_is_found(tiny_model, tmp_path):
 def test_names_outside_the_bundle_are_refused(tiny_model, tmp_path):
     export_bundle(tiny_model(), tmp_path / "bundle")
     manifest = json.loads((tmp_path / "bundle/bundle.json").read_text())
-    for name in ("../tiny/config.json", "/etc/hostname"):
+    for name in ("../tiny/config.json", "/etc/hostname", "model\0.onnx"):
         files = {**manifest["files"], name: {"bytes": 1, "sha256": "0"}}
         edited(tmp_path / "bundle/bundle.json", files=files)
         with pytest.raises(BundleError, match="outside the bundle"):

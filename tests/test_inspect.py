@@ -141,7 +141,7 @@ def with_location(bundle: Path, location: str, name: str = "model.onnx") -> Path
     return bundle / name
 
 
-@pytest.mark.parametrize("location", ["../other.data", "/etc/hostname", "sub/../../other.data", "..\\other.data"])
+@pytest.mark.parametrize("location", ["../other.data", "/etc/hostname", "sub/../../other.data", "..\\other.data", "o\0er"])
 def test_weights_outside_the_folder_are_refused(tmp_path, location):
     bundle = tiny_bundle(tmp_path / "bundle")
     shutil.copyfile(bundle / "model.onnx.data", tmp_path / "other.data")
@@ -151,6 +151,12 @@ def test_weights_outside_the_folder_are_refused(tmp_path, location):
     assert "\n" not in str(caught.value)
     with pytest.raises(BundleError, match="outside the bundle"):
         inspect_bundle(bundle)
+
+
+def test_a_name_that_no_file_system_has_is_missing(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="which is missing: export the bundle again"):
+        check_external_data(with_location(bundle, 300 * "a"))
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
