@@ -12,6 +12,7 @@ NASTY: tuple[Any, ...] = (
     float("nan"), 0.5, "", "\x00", "\ud800", "..", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\x1b[2J", "%s%n",
     "<script>", [], {}, [[]], [None] * 50, {"": {}}, {"__class__": "x"}, [1, "2", 3.0], "1e999", "٣", "NaN",
 )  # fmt: skip
+NAMES = tuple(value for value in NASTY if isinstance(value, str))
 
 
 def mutated(seed: bytes, draw: random.Random, as_json: bool) -> bytes:
@@ -37,13 +38,15 @@ def _json_mutated(content: bytes, draw: random.Random) -> bytes:
             node = node[key]
             continue
         break
-    change = draw.randrange(4)
+    change = draw.randrange(5)
     if change == 0 and node is not root:
         del node[key]
     elif change == 1 and isinstance(node, dict):
         node[draw.choice(["", "x", "__class__", "format", "schema", "name"])] = draw.choice(NASTY)
     elif change == 2 and isinstance(node, list):
         node.extend(node[:20])
+    elif change == 3 and isinstance(node, dict):  # another name for what is there: of a file, say
+        node[draw.choice(NAMES)] = node.pop(key)
     else:
         node[key] = draw.choice(NASTY)
     return json.dumps(root[0]).encode()

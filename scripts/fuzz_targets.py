@@ -203,8 +203,9 @@ def _lines(place: Path) -> Iterator[Target]:
 
 
 def _binaries(place: Path) -> Iterator[Target]:
-    """GGUF and safetensors."""
+    """ONNX, GGUF and safetensors."""
     from devices.gguf_header import read_header
+    from export.external_data import check_external_data
     from saap.gguf_import import read_tokenizer_fields
     from saap.sealed_tensors import load_sealed
     from saap.weight_files import tensor_reader
@@ -213,6 +214,11 @@ def _binaries(place: Path) -> Iterator[Target]:
     gguf = place / "model.gguf"
     yield Target("GGUF header", _from_file(gguf, lambda: read_header(gguf)), seeds.gguf(place), json=False)
     yield Target("GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), json=False)
+    graph = place / "graph/model.onnx"
+    yield Target(
+        "ONNX data files", _from_file(graph, lambda: check_external_data(graph)), seeds.onnx_graphs(), json=False
+    )
+    (graph.parent / "w.data").write_bytes(bytes(8))
     weights = place / "weights/model.safetensors"
 
     def tensors() -> Any:

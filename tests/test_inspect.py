@@ -141,7 +141,9 @@ def with_location(bundle: Path, location: str, name: str = "model.onnx") -> Path
     return bundle / name
 
 
-@pytest.mark.parametrize("location", ["../other.data", "/etc/hostname", "sub/../../other.data", "..\\other.data", "o\0er"])
+@pytest.mark.parametrize(
+    "location", ["../other.data", "/etc/hostname", "sub/../../other.data", "..\\other.data", "o\0er"]
+)
 def test_weights_outside_the_folder_are_refused(tmp_path, location):
     bundle = tiny_bundle(tmp_path / "bundle")
     shutil.copyfile(bundle / "model.onnx.data", tmp_path / "other.data")
