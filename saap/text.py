@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devices.whole_files import parse_json
-from saap.conversations import is_conversation, messages_of
+from saap.conversations import NO_TEXT, is_conversation, is_unicode, messages_of
 from saap.errors import SaapError
 from saap.self_written import self_written
 
@@ -204,11 +204,6 @@ def _parsed(line: str, where: str) -> Any:
         raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def _row_text(row: Any, where: str) -> str:
     """One row as plain text.
 
@@ -217,7 +212,7 @@ def _row_text(row: Any, where: str) -> str:
     """
     text = _joined(row, where)
     if not is_unicode(text):
-        raise SaapError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
+        raise SaapError(f"{where} {NO_TEXT}")
     return text
 
 

@@ -78,6 +78,13 @@ QUALITY: dict[str, Any] = {
     "rows": [{"name": "a", "nll": 3.0, "perplexity": 20.1, "chunk_nll": [3.0, 3.1, 2.9], "tasks": {
         "piqa": {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.1, "correct": [1, 0, 1], "sha256": "d"}}}],
 }  # fmt: skip
+CHATS: tuple[dict[str, Any], ...] = (
+    {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
+                  {"role": "assistant", "content": "c"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "a", "context": "b", "response": "c"},
+    {"text": "a b"},
+)  # fmt: skip
 TOKENIZER: dict[str, Any] = {
     "version": "1.0", "truncation": None, "padding": None,
     "added_tokens": [{"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False,

@@ -56,7 +56,7 @@ def targets(place: Path) -> dict[str, Target]:
     Args:
         place: a folder for the files that are read.
     """
-    found = [*_documents(place), *_lines(place), *_binaries(place), _arguments(place)]
+    found = [*_documents(place), *_rows(place), *_lines(place), *_binaries(place), _arguments(place)]
     return {target.name: target for target in found}
 
 
@@ -161,6 +161,28 @@ def _documents(place: Path) -> Iterator[Target]:
         _from_file(genai / "genai_config.json", lambda: genai_peer(f"genai:{genai}", 16)),
         _json({"model": {"vocab_size": 10, "context_length": 100, "decoder": {"filename": "model.onnx"}}}),
     )
+
+
+def _rows(place: Path) -> Iterator[Target]:
+    """Data to learn from and questions."""
+    from saap.conversations import is_conversation, messages_of
+    from saap.task_files import FIELDS, read_task
+    from saap.text import load_documents, load_rows
+    from scripts import fuzz_seeds as seeds
+
+    data = place / "data.jsonl"
+
+    def chats() -> Any:
+        rows = load_rows(data, split="tuning") or []
+        return ["".join(m.values()).encode() for w, row in rows if is_conversation(row) for m in messages_of(row, w)]
+
+    yield Target("text rows", _from_file(data, lambda: load_documents(data, split="tuning")), _json(*seeds.CHATS))
+    yield Target("chat rows", _from_file(data, chats), _json(*seeds.CHATS))
+    for task in ("piqa", "hellaswag", "winogrande"):
+        row = {"label": 0} | {field: ["a", "b"] if field == "choices" else "a _ b" for field in FIELDS[task]}
+        questions = place / f"{task}.json"
+        read = _from_file(questions, lambda task=task, path=questions: read_task(task, path))
+        yield Target(f"questions of {task}", read, _json([row, row]))
 
 
 def _lines(place: Path) -> Iterator[Target]:

@@ -223,6 +223,8 @@ def test_kinds(tiny_model, tmp_path):
     ("row", "says"),
     [
         ({"messages": [{"role": "tool", "content": "x"}]}, "line 2 has a turn of role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"line 2 has a turn of role \['user'\]"),
+        ({"instruction": "half \ud83d", "output": "x"}, "line 2 holds half of a surrogate pair"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "line 2 has a turn of from 'bot'"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "line 2 has a turn whose content is no text"),
         ({"messages": "hello"}, "line 2 has turns that are no list"),
