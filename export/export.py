@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +24,12 @@ from export.kv_cache import cache_scales
 from export.rotary import all_rotary_tables
 from export.source import ModelSource, Precision, Progress
 from export.targets import CPU, Target
+from export.tokenizer import BundleTokenizer, end_ids
 from export.weights import WeightFile, write_weights
 from saap.architectures import Traits, traits_of
 from saap.checkpoint import read_record
 from saap.errors import SaapError
+from saap.json_files import read_object
 from saap.models import copy_sidecars
 from saap.outputs import writing_directory
 from saap.weight_files import weights_hash
@@ -62,6 +63,7 @@ def export_bundle(
 
     Raises:
         SaapError: unsupported architecture, precision, sizes or target.
+        RunError: a tokenizer, or ids that end a text, that cannot be read.
     """
     source = ModelSource(Path(model_dir))
     if bits == 16 and target.name == "cuda":
@@ -75,6 +77,7 @@ def export_bundle(
     check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     if precision.kv == "int8" and calibration is None:
         raise SaapError("an int8 cache needs text to find its scales: give --text FILE")
+    _check_words(source.directory, config)
     with writing_directory(out) as partial:
         copy_sidecars(source.directory, partial)
         file = WeightFile(partial, precision.floats)
@@ -153,15 +156,19 @@ def make_manifest(
     )
 
 
+def _check_words(directory: Path, config: Any) -> None:
+    """What is damaged of a tokenizer is told before weights are written."""
+    _eos_ids(directory, config)
+    if (directory / "tokenizer.json").is_file():
+        BundleTokenizer(directory)
+
+
 def _eos_ids(directory: Path, config: Any) -> list[int]:
     """Every id that ends a text: generation_config.json knows more of them than config.json."""
-    ids = config.eos_token_id
-    path = directory / "generation_config.json"
+    ids, path = config.eos_token_id, directory / "generation_config.json"
     if path.is_file():
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", ids)
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
+        ids = read_object(path, "get or make the model again").get("eos_token_id", ids)
+    return end_ids(ids, directory)
 
 
 def transformers_config(source: ModelSource) -> Any:

@@ -42,11 +42,11 @@ class BundleTokenizer:
         self.directory = Path(directory)
         path = self.directory / "tokenizer.json"
         if not path.is_file():
-            raise RunError(f"{self.directory} has no tokenizer.json: export the bundle again")
+            raise RunError(f"{self.directory} has no tokenizer.json: {_remedy(self.directory)}")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
-            raise RunError(f"{path} cannot be read ({error}): export the bundle again") from None
+            raise RunError(f"{path} cannot be read ({error}): {_remedy(self.directory)}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         config = _read_json(self.directory / "tokenizer_config.json")
@@ -118,9 +118,7 @@ class BundleTokenizer:
             named = _read_json(self.directory / "generation_config.json").get("eos_token_id")
         if named is None:
             named = self._id_of("eos_token")
-        if named is None:
-            return []
-        return [named] if isinstance(named, int) else list(named)
+        return end_ids(named, self.directory)
 
 
 class TextStream:
@@ -220,13 +218,30 @@ def _compile(source: str) -> Any:
     return environment.from_string(source)
 
 
+def end_ids(named: Any, directory: Path) -> list[int]:
+    """The ids of an ``eos_token_id``: one, several or none.
+
+    Raises:
+        RunError: something that is no id.
+    """
+    found = [] if named is None else named if isinstance(named, list) else [named]
+    if wrong := [each for each in found if type(each) is not int]:
+        raise RunError(f"{directory} ends a text with the token {wrong[0]!r}: mend its eos_token_id, ids are numbers")
+    return found
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}): export the bundle again") from None
+        raise RunError(f"{path} is damaged ({error}): {_remedy(path.parent)}") from None
     if not isinstance(value, dict):
-        raise RunError(f"{path} is damaged (not an object): export the bundle again")
+        raise RunError(f"{path} is damaged (not an object): {_remedy(path.parent)}")
     return value
+
+
+def _remedy(directory: Path) -> str:
+    """What mends a damaged file: a model directory has tokenizers, too."""
+    return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"

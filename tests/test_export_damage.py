@@ -1,0 +1,45 @@
+"""A model directory whose small files are damaged: named before weights are written, with what mends it."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.export import export_bundle
+from export.tokenizer import RunError
+from saap.errors import SaapError
+
+MEND = "get or make the model again"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("generation_config.json", "{", rf"generation_config\.json is damaged \(.*\): {MEND}"),
+        ("generation_config.json", "[]", rf"generation_config\.json is damaged \(not an object\): {MEND}"),
+        ("generation_config.json", '{"eos_token_id": [1, "x"]}', "ends a text with the token 'x': mend its"),
+        ("generation_config.json", '{"eos_token_id": 1.5}', r"ends a text with the token 1\.5: mend its"),
+        ("tokenizer.json", "{}", rf"tokenizer\.json cannot be read \(.*\): {MEND}"),
+        ("tokenizer_config.json", "[]", rf"tokenizer_config\.json is damaged \(not an object\): {MEND}"),
+    ],
+)
+def test_damage_is_named(tiny_model, tmp_path, name, content, says):
+    path = tiny_model()
+    (path / name).write_text(content)
+    told: list[str] = []
+    with pytest.raises((SaapError, RunError), match=says) as caught:
+        export_bundle(path, tmp_path / "bundle", progress=lambda *step: told.append(step[0]))
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not told  # no weight was written
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_every_id_that_ends_a_text_is_kept(tiny_model, tmp_path):
+    path = tiny_model()
+    for content, ids in (
+        ('{"eos_token_id": [1, 2]}', [1, 2]),
+        ('{"eos_token_id": 5}', [5]),
+        ('{"eos_token_id": null}', []),
+    ):
+        (path / "generation_config.json").write_text(content)
+        assert export_bundle(path, tmp_path / "bundle").eos_token_ids == ids
