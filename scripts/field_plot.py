@@ -4,8 +4,8 @@
 
 Quality: the tuned cells of field_table.py, the mean over their seeds with the seeds' range. Speed: decode over the
 dense bundle with its 95 % interval, of the one interleaved run per ratio in benchmarks/field/speed (BENCHMARKS.md has
-its command), whose bundles are not tuned: tuning changes no size. A method whose speed was INVALID is left out, and
-said; so are magnitude and random widths, which are far behind.
+its command), whose bundles are not tuned: tuning changes no size. A method that has no valid speed there is left out,
+and said; so are magnitude and random widths, which are far behind.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def quality_of(path: Path) -> tuple[float, float]:
 
 
 def speed_of(result: Result, name: str) -> Interval | None:
-    """Decode over the dense bundle; None where the measurement does not count."""
+    """Decode over the dense bundle; None where there is no measurement, or one that does not count."""
     statuses = {measurement.name: measurement.status for measurement in result.measurements}
-    if "INVALID" in (statuses[name], statuses["dense"]):
+    if "INVALID" in (statuses.get(name, "INVALID"), statuses["dense"]):
         return None
     (pair,) = compare_within(result, "dense", name).rows
     if pair.ratio is None or pair.low is None or pair.high is None:
@@ -58,7 +58,7 @@ def dots(ratio: str) -> dict[str, tuple[Interval, list[Interval]]]:
         paths = sorted(cells_of(MODEL).glob(f"{method}-{ratio}-tuned-seed*.json"))
         speed = speed_of(result, f"{method}-{ratio}") if paths else None
         if not paths or speed is None:
-            print(f"{method} at {ratio}: left out, {'its speed is INVALID' if paths else 'no tuned cell'}")
+            print(f"{method} at {ratio}: left out, {'no valid speed' if paths else 'no tuned cell'}")
             continue
         check_alike([cells_of(MODEL) / "dense.json", *paths])
         columns = zip(*map(quality_of, paths), strict=True)
@@ -106,8 +106,8 @@ def main() -> None:
     figure, axes = pyplot.subplots(2, len(RATIOS), figsize=(9, 8), layout="constrained")
     for column in range(len(RATIOS)):
         draw(axes, column)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+    named = {label: h for panel in axes[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(given.file, dpi=130)
 
 
