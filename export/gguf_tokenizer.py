@@ -118,6 +118,8 @@ def _tokens(content: dict[str, Any], vocabulary: int, sentencepiece: bool) -> tu
         by_id[entry["id"]] = (entry["content"], CONTROL if entry["special"] else USER_DEFINED)
     if sentencepiece and unknown is not None:
         by_id[content["model"]["vocab"][unknown]] = (unknown, UNKNOWN)
+    if not by_id:
+        raise SaapError("the model's tokenizer has no tokens: get or make the model again")
     if max(by_id) >= vocabulary:
         raise SaapError(f"the tokenizer has ids up to {max(by_id)}, the embedding {vocabulary} rows: not of one model")
     filled = [by_id.get(index, (f"[PAD{index}]", UNUSED)) for index in range(vocabulary)]

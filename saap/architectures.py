@@ -84,6 +84,7 @@ class Architecture:
 
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
 MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
+MOST_POSITIONS, POSITIONS = 1 << 24, 2048  # the second is what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture()
@@ -256,6 +257,15 @@ def with_defaults(config: Any) -> Any:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+
+
+def positions_of(config: Any) -> int:
+    """Tokens that a model holds, by default what transformers takes.
+
+    Raises:
+        SaapError: the config names something else than a number.
+    """
+    return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 
 
 def check_counts(config: Mapping[str, Any]) -> None:

@@ -18,14 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from saap.architectures import Architecture, architecture_of, shape_of, traits_of, with_defaults
+from saap.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
 from saap.errors import SaapError
 from saap.slim_quant import branch_rank, stacked_bits
 from saap.structures import LayerSizes, ModelShape
 
 PAGE = 4096  # bytes
 FLOAT = 4  # bytes
-POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
     width = get("head_dim") or get("hidden_size") // get("num_attention_heads")
     half = -(-int(width * share) // 2)
     tables = len({layer.rotary for layer in traits.layers if layer.rotary})
-    return BundleSize(bits, block, tables, FLOAT * (get("max_position_embeddings") or POSITIONS) * half)
+    return BundleSize(bits, block, tables, FLOAT * positions_of(full) * half)
 
 
 def tuned_bundle_size(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saap.architectures import shape_of
+from saap.architectures import positions_of, shape_of
 from saap.checkpoint import read_config, read_record
 from saap.console import Console, print_table
 from saap.errors import SaapError
@@ -230,7 +230,7 @@ def _positions(path: Path) -> int:
         from export.bundle import read_manifest
 
         return read_manifest(path).context_length
-    return int(read_config(path)["max_position_embeddings"])
+    return positions_of(read_config(path))
 
 
 def _lineage_of(path: Path) -> dict[str, Any]:

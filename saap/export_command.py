@@ -148,13 +148,14 @@ def parity_sample(path: Path, text: str | None, rows: int) -> tuple[torch.Tensor
     """Rows to compare graphs on: real text where there is some, else random tokens."""
     import torch
 
+    from saap.architectures import positions_of
     from saap.checkpoint import read_config
     from saap.models import load_tokenizer
     from saap.text import load_documents, pack
 
     documents = load_documents(text, split="calibration")
     config = read_config(path)
-    length = min(PARITY_TOKENS, config["max_position_embeddings"])
+    length = min(PARITY_TOKENS, positions_of(config))
     if documents is not None:
         return pack(documents.texts, load_tokenizer(path), length, rows, 1), documents.source
     generator = torch.Generator().manual_seed(0)

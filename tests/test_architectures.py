@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from export.export import export_bundle
-from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, shape_of, traits_of
+from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 
@@ -146,6 +146,15 @@ def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
     path = with_config(tiny_family("qwen2", tie_word_embeddings=True), tie_word_embeddings=False)
     with pytest.raises(SaapError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
         export_bundle(path, tmp_path / "bundle")
+
+
+def test_positions_of_configs_that_leave_them_out():
+    for family, config in (("llama", "LlamaConfig"), ("mistral", "MistralConfig"), ("qwen3", "Qwen3Config")):
+        expected = getattr(transformers, config)().max_position_embeddings
+        assert positions_of({"model_type": family}) == expected
+        assert positions_of({"model_type": family, "max_position_embeddings": 77}) == 77
+    with pytest.raises(SaapError, match="max_position_embeddings 'many': must be a whole number of 1 to"):
+        positions_of({"model_type": "llama", "max_position_embeddings": "many"})
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])

@@ -182,6 +182,9 @@ def test_no_tokenizer_another_kind_and_too_few_rows_are_refused(tiny_model):
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
     with pytest.raises(SaapError, match="type 'WordLevel'"):
         tokenizer_fields(path, 320)
+    Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
+    with pytest.raises(SaapError, match="tokenizer has no tokens"):
+        tokenizer_fields(path, 320)
     (path / "tokenizer.json").unlink()
     with pytest.raises(SaapError, match=r"no tokenizer\.json"):
         tokenizer_fields(path, 320)

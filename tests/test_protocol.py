@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import here, last_line
 
+from export.bundle import read_manifest
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.eval import evaluate, torch_scorer
@@ -124,6 +125,18 @@ def test_from_the_command_line(tiny_model, tmp_path):
     cut = ("--text", tmp_path / "text.txt", "--chunk", 16, "--stride", 8, "--bos", "--join", "spaces")
     done = here("eval", tiny_model(), *cut, "--max-chunks", 5, "--json", tmp_path / "quality.json")
     assert "5 chunks of 16 tokens, stride 8, BOS, lines spaces, 48 predictions" in " ".join(done.stdout.split())
+
+
+def test_a_config_that_names_no_positions(tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    path = tiny_model()
+    config = json.loads((path / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (path / "config.json").write_text(json.dumps(config))
+    done = here("eval", path, "--text", tmp_path / "text.txt", "--chunk", 16, "--max-chunks", 2)
+    assert "2 chunks of 16 tokens" in " ".join(done.stdout.split())
+    done = here("export", path, "-o", tmp_path / "bundle", "--text", tmp_path / "text.txt")
+    assert read_manifest(tmp_path / "bundle").context_length == 2048
 
 
 def test_models_that_would_read_other_tokens_are_refused(tiny_model, tmp_path):
