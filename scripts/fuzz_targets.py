@@ -83,7 +83,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from devices.profile import PROFILES, read_profile
     from export.bundle import read_manifest, verify_files
     from export.tokenizer import BundleTokenizer
-    from saap.architectures import shape_of
+    from saap.architectures import positions_of, shape_of
     from saap.board import make_report
     from saap.checkpoint import read_config, read_record
     from saap.cost import read_costs
@@ -106,9 +106,12 @@ def _documents(place: Path) -> Iterator[Target]:
 
     yield Target("saap.json", _from_file(here2 / "saap.json", slim), _json(seeds.RECORD))
     here3 = place / "config"
-    yield Target(
-        "config.json", _from_file(here3 / "config.json", lambda: shape_of(read_config(here3))), _json(*seeds.CONFIGS)
-    )
+
+    def sizes() -> Any:
+        config = read_config(here3)
+        return shape_of(config), positions_of(config)
+
+    yield Target("config.json", _from_file(here3 / "config.json", sizes), _json(*seeds.CONFIGS))
     cost = place / "cost.json"
     shape = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 
