@@ -150,15 +150,19 @@ def verify_files(directory: str | Path, manifest: BundleManifest | None = None) 
     manifest = manifest or read_manifest(directory)
     for name, entry in manifest.files.items():
         path = _inside(directory, name)
-        try:
-            missing = not path.is_file()
-        except OSError:  # a name that no file system has
-            missing = True
-        if missing:
+        if not is_there(path):
             raise BundleError(f"{path} is missing: export the bundle again")
         if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
             raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
     return manifest
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system has, as one too long, names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _inside(directory: Path, name: str) -> Path:

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from export.bundle import BundleError
+from export.bundle import BundleError, is_there
 
 # Message: the fields that lead to tensors, and what message each holds.
 _PATHS = {
@@ -39,11 +39,7 @@ def check_external_data(graph: str | Path) -> list[Path]:
     files: list[Path] = []
     for location in external_locations(path):
         file = _inside(path, location)
-        try:
-            missing = not file.is_file()
-        except OSError:  # a name that no file system has
-            missing = True
-        if missing:
+        if not is_there(file):
             raise BundleError(f"{path} wants its weights in {location!r}, which is missing: export the bundle again")
         files.append(file)
     return files

@@ -84,7 +84,8 @@ class Architecture:
 
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
 MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
-MOST_POSITIONS, POSITIONS = 1 << 24, 2048  # the second is what transformers takes where a LLaMA config names none
+MOST_POSITIONS = 1 << 24
+POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture()

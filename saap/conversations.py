@@ -20,13 +20,6 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 # As transformers looks for it.
 GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 
-NO_TEXT = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-
 
 def is_conversation(row: Any) -> bool:
     """Whether a row of data is chat: ``messages``, ShareGPT's ``conversations``, or an ``instruction``."""
@@ -59,8 +52,6 @@ def messages_of(row: Any, where: str) -> list[Message]:
         raise SaapError(f"{where} has {'an empty' if answers else 'no'} answer: there is nothing to learn, remove it")
     if next(turn["role"] for turn in turns if turn["role"] != "system") == "assistant":
         raise SaapError(f"{where} begins with an answer: give what it answers, or remove that turn")
-    if not all(is_unicode(turn["content"]) for turn in turns):
-        raise SaapError(f"{where} {NO_TEXT}")
     return turns
 
 

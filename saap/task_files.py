@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.conversations import is_unicode
 from saap.errors import SaapError
-from saap.text import load_rows
+from saap.text import is_unicode, load_rows
 
 # Of each task the fields that a row must have, beside ``label``.
 FIELDS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devices.whole_files import parse_json
-from saap.conversations import NO_TEXT, is_conversation, is_unicode, messages_of
+from saap.conversations import is_conversation, messages_of
 from saap.errors import SaapError
 from saap.self_written import self_written
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Documents", "beginning", "cut_text", "documents_of", "load_documents", "load_rows", "pack", "read_file",
+    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack", "read_file",
     "self_written",
 ]  # fmt: skip
 
@@ -204,16 +204,32 @@ def _parsed(line: str, where: str) -> Any:
         raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text of a row.
+
+    Args:
+        where: file and line.
+
+    Raises:
+        SaapError: it is none.
+    """
+    if not is_unicode(text):
+        raise SaapError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
+    return text
+
+
 def _row_text(row: Any, where: str) -> str:
     """One row as plain text.
 
     Raises:
         SaapError: naming file and line.
     """
-    text = _joined(row, where)
-    if not is_unicode(text):
-        raise SaapError(f"{where} {NO_TEXT}")
-    return text
+    return checked_text(_joined(row, where), where)
 
 
 def _joined(row: Any, where: str) -> str:

@@ -16,7 +16,7 @@ from saap.errors import SaapError
 from saap.importance import Progress
 from saap.models import load_tokenizer
 from saap.rows import training_rows
-from saap.text import Documents, documents_of, load_rows
+from saap.text import Documents, checked_text, documents_of, load_rows
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
 KINDS = ("auto", "text", "chat")
@@ -160,7 +160,8 @@ def _chat(
         raise SaapError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
     talks = [(where, messages_of(row, where)) for where, row in rows]
     named = source if Path(source).is_file() else f"data set {source}"
-    documents = documents_of(("\n".join(turn["content"] for turn in talk) for _, talk in talks), named)
+    said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
+    documents = documents_of(said, named)
     tokenizer = load_tokenizer(model_dir)
     encoder, left_out = ChatEncoder(tokenizer), [0]
     random.Random(seed).shuffle(talks)

@@ -170,14 +170,15 @@ def _rows(place: Path) -> Iterator[Target]:
     """Data to learn from and questions."""
     from saap.conversations import is_conversation, messages_of
     from saap.task_files import FIELDS, read_task
-    from saap.text import load_documents, load_rows
+    from saap.text import checked_text, load_documents, load_rows
     from scripts import fuzz_seeds as seeds
 
     data = place / "data.jsonl"
 
     def chats() -> Any:
         rows = load_rows(data, split="tuning") or []
-        return ["".join(m.values()).encode() for w, row in rows if is_conversation(row) for m in messages_of(row, w)]
+        talks = [(w, messages_of(row, w)) for w, row in rows if is_conversation(row)]
+        return [checked_text(turn["content"], w).encode() for w, talk in talks for turn in talk]
 
     yield Target("text rows", _from_file(data, lambda: load_documents(data, split="tuning")), _json(*seeds.CHATS))
     yield Target("chat rows", _from_file(data, chats), _json(*seeds.CHATS))
