@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack", "read_file",
-    "self_written",
+    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack",
+    "read_file", "self_written",
 ]  # fmt: skip
 
 Split = Literal["calibration", "tuning", "evaluation"]
