@@ -9,7 +9,7 @@ ifneq ($(wildcard $(DATA)/c4_sample300.jsonl),)
 export SAAP_DATA ?= $(DATA)
 endif
 
-.PHONY: benchmarks demo test test-slow test-transformers5 lint clean
+.PHONY: demo studies test test-slow test-transformers5 lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2
@@ -20,10 +20,10 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -q -m "slow"
 
-# The table of the field in BENCHMARKS.md, hours of it: cells that are there are not made again.
-benchmarks: $(VENV)/.test
-	$(BIN)/python scripts/field_table.py
-	$(BIN)/python scripts/field_table.py show
+# The cells of the field that are missing (hours for all of them), and its tables.
+studies: $(VENV)/.test
+	$(BIN)/python -m studies.field.study
+	$(BIN)/python -m studies.field.study show
 
 # The model tests once more on transformers 5, which optimum-onnx does not allow yet.
 test-transformers5: $(VENV5)/.test

@@ -12,7 +12,7 @@ BITS, BLOCKS, INTEGERS = (4, 8), (32, 64, 128), ("gptq", "nearest")
 ROUNDED = "rounded"  # LoRA that sees its own rounding, saap.rounded_lora
 FOLDS = ("scale", "zero-point", "branch", ROUNDED)
 RANKS = {"branch": 16, ROUNDED: 8}  # of the folds that have no free factor; the others have no rank by default
-# Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (BENCHMARKS.md).
+# Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3, "branch": 1e-3, ROUNDED: 1e-3}
 
 

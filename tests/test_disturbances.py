@@ -1,4 +1,4 @@
-"""What the bench says when something disturbs it in the middle, live; benchmarks/bench holds twenty tries of each."""
+"""What the bench says when something disturbs it in the middle; studies/bench/cells holds twenty tries of each."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_results_of_two_power_modes_do_not_compare_and_say_why(tmp_path: Path) -
 
 
 def test_fingerprint_of_a_document_from_before_stays(x86_vm: Path) -> None:
-    """A device as benchmarks/bench/peers-t1.json holds it, which knows nothing of power modes and clusters."""
+    """A device as studies/bench/cells/peers-t1.json holds it, which knows nothing of power modes and clusters."""
     stored = {
         "board": None, "cpu_model": "AMD EPYC", "architecture": "x86_64",
         "isa": ["avx2", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "f16c", "fma"],

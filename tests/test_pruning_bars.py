@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import pruning_bars as bars
-import pruning_seeds as seeds
-from pruning_bench import slug
+import studies.pruning.bars as bars
+import studies.pruning.seeds as seeds
+from studies.pruning.study import slug
 
 
 class Texts:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from test_requirement import cost_file
 
+import studies.prices.study as prices
+import studies.pruning.bars as bars
+import studies.pruning.seeds as seeds
+import studies.speedup.study as speed
 from bench.compare import compare_within
 from bench.confirm import Confirmed
 from bench.result import INVALID
@@ -20,16 +22,9 @@ from saap.checkpoint import load_model, read_config
 from saap.masking import masked, mean_nll
 from saap.search import Module, Option
 from saap.structures import LayerPlan, PrunePlan, whole_layer
+from studies.pruning.study import options_of
+from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, show_rows, speed_of
 from tests.bench_samples import measurement, result
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import pruning_bars as bars
-import pruning_prices as prices
-import pruning_seeds as seeds
-import pruning_speed as speed
-from pruning_bench import options_of
-from speed_cells import Setup, attempt_name, closest, next_asked, row_variants, show_rows, speed_of
 
 IDS = torch.randint(320, (10, 24), generator=torch.Generator().manual_seed(2))
 HELD = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(3))
@@ -223,7 +218,7 @@ def test_what_cannot_be_made_is_told_once(setup, monkeypatch):
 def test_a_table_of_another_machine_is_refused(setup, tmp_path):
     with pytest.raises(ValueError, match="this machine is"):
         speed.runtime_of(cost_file(tmp_path / "theirs.json"))
-    with pytest.raises(ValueError, match=r"make it with `pruning_speed.py costs`"):
+    with pytest.raises(ValueError, match=r"make it with `studies.speedup.study costs`"):
         speed.runtime_of(tmp_path / "none.json")
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import tasks_check
+from studies.tasks import study as tasks_check
 
 LONG, SHORT = "another way that is long", "one more"  # which a random model finds unlikely, and less so
 ROWS = [

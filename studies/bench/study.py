@@ -1,0 +1,275 @@
+"""Show that the bench can be believed: its bars, measured on this machine, one finished trial a line of JSON.
+
+    python -m studies.bench.study overhead BUNDLE                     harness against a bare ONNX Runtime loop
+    python -m studies.bench.study llama FILE.gguf LLAMA_BENCH         adapter against llama.cpp's own bench
+    python -m studies.bench.study memory BUNDLE                       against cgroup and smaps_rollup; needs root
+    python -m studies.bench.study size A B --rounds 200               true ratio, and processes to resample
+    python -m studies.bench.study trials A B --trials 60 --max-time 50  live verdicts of `saap compare A B`
+    python -m studies.bench.study disturb BUNDLE --trials 20          neighbours, a memory hog, a throttled clock
+    python -m studies.bench.study resample size-A-B.json --rounds 20  2000 verdicts from recorded processes
+    python -m studies.bench.study summary                             all of it, as a table
+
+Everything goes to cells/ (--out), so that a run can be interrupted and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT, OUT = HERE.parents[1], HERE / "cells"
+LENGTHS = {"prompt": 16, "generate": 64, "threads": 1, "cold": False}
+
+
+def microseconds(measurement) -> list[list[int]]:
+    """Steps of every process, whole microseconds: what a verdict is made of, small enough to keep."""
+    return [[round(t * 1e6) for t in s.token_s] for s in measurement.samples]
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def overhead(out: Path, bundle: str, rounds: int) -> None:
+    """Interleaved fresh processes of both."""
+    from bench.cores import choose_cores
+    from bench.plan import Plan
+    from bench.run import bench
+
+    cpus = choose_cores(1)
+    for index in range(len(records(out / "overhead.jsonl")), rounds):
+        rates: dict[str, float] = {}
+
+        def ours(rates=rates) -> None:
+            plan = Plan(prompt=128, generate=128, threads=1, repetitions=1, cold=False)
+            rates["bench"] = bench([bundle], plan).measurements[0].decode_ts[0]
+
+        def bare(rates=rates) -> None:
+            command = [sys.executable, "-m", "studies.bench.bare_loop", bundle, 128, 128, 1, ",".join(map(str, cpus))]
+            rates["bare"] = float(subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout)
+
+        for work in (ours, bare) if index % 2 else (bare, ours):
+            work()
+        append(out / "overhead.jsonl", rates)
+        print(rates, flush=True)
+
+
+def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
+    from bench.cores import choose_cores
+    from bench.plan import Plan
+    from bench.run import bench
+
+    cpus = ",".join(map(str, choose_cores(1)))
+    for index in range(len(records(out / "llama.jsonl")), rounds):
+        rates: dict[str, float] = {}
+
+        def ours(rates=rates) -> None:
+            plan = Plan(prompt=0, generate=128, threads=1, repetitions=1, cold=False)
+            rates["adapter"] = bench([f"llama.cpp:{gguf}"], plan).measurements[0].decode_ts[0]
+
+        def theirs(rates=rates) -> None:
+            command = ["taskset", "-c", cpus, binary, "-p", "0", "-n", "128", "-r", "1", "-t", "1", "-o", "json"]
+            command += ["-m", gguf]
+            told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            rates["llama-bench"] = told[0]["avg_ts"]
+
+        for work in (ours, theirs) if index % 2 else (theirs, ours):
+            work()
+        append(out / "llama.jsonl", rates)
+        print(rates, flush=True)
+
+
+IN_A_GROUP = """
+import json, sys
+from bench.cores import choose_cores
+from bench.worker import Job, _load, sample
+job = Job(sys.argv[1], list(range(128)), 128, None, 1, choose_cores(1), 0)
+taken, decoder = sample(job, _load)
+print(json.dumps(taken["sample"]), flush=True)
+sys.stdin.read()
+"""
+
+
+def memory(out: Path, bundle: str) -> None:
+    """What a worker says of itself, against its own control group and the kernel's sum, read from outside."""
+    group = Path("/sys/fs/cgroup/memory/saap-bars")  # version 1
+    if not group.parent.is_dir():
+        group = Path("/sys/fs/cgroup/saap-bars")
+    group.mkdir(exist_ok=True)
+    command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', group, sys.executable, "-c", IN_A_GROUP, bundle]
+    worker = subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    said = json.loads(worker.stdout.readline())
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    rollup = (Path("/proc") / str(worker.pid) / "smaps_rollup").read_text()
+    resident = next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Rss:"))
+    worker.communicate("")
+    group.rmdir()
+    record = {
+        "anonymous": said["anonymous_bytes"],
+        "cgroup_anonymous": int(stat.get("total_rss") or stat["anon"]),
+        "total": said["anonymous_bytes"] + said["file_bytes"],
+        "smaps_rollup": resident,
+    }
+    record["anonymous_ratio"] = record["anonymous"] / record["cgroup_anonymous"]
+    record["total_ratio"] = record["total"] / record["smaps_rollup"]
+    append(out / "memory.jsonl", record)
+    print(record)
+
+
+def size(out: Path, a: str, b: str, rounds: int) -> None:
+    """Many interleaved rounds, in pieces of ten."""
+    from bench.plan import Plan
+    from bench.run import bench
+
+    path = out / f"size-{Path(a).name}-{Path(b).name}.jsonl"
+    while sum(len(r["a"]) for r in records(path)) < rounds:
+        result = bench([a, b], Plan(**LENGTHS, repetitions=10), names=["a", "b"])
+        found = {m.name: m for m in result.measurements}
+        notes = {m.name: m.reasons for m in result.measurements}
+        append(path, {name: microseconds(m) for name, m in found.items()} | {"reasons": notes})
+        print(path.name, sum(len(r["a"]) for r in records(path)), flush=True)
+
+
+def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
+    """What `saap compare A B` says, again and again."""
+    from bench.confirm import compare_live
+    from bench.plan import Plan
+
+    path = out / f"trials-{Path(a).name}-{Path(b).name}.jsonl"
+    for _ in range(len(records(path)), count):
+        begun = time.monotonic()
+        live = compare_live([a, b], Plan(**LENGTHS, max_time_s=max_time), names=["a", "b"])
+        (row,) = live.comparison.rows
+        record = {
+            "verdict": row.verdict,
+            "ratio": row.ratio,
+            "low": row.low,
+            "high": row.high,
+            "p": row.p_value,
+            "seconds": time.monotonic() - begun,
+            "reason": row.reason,
+            "statuses": [[m.status for m in result.measurements] for result in live.results],
+            "runs": [{m.name: microseconds(m) for m in result.measurements} for result in live.results],
+        }
+        append(path, record)
+        shown = {key: value for key, value in record.items() if key != "runs"}
+        print(shown, [len(run["a"]) for run in record["runs"]], flush=True)
+
+
+def disturb(out: Path, bundle: str, count: int) -> None:
+    """Two spinning processes, a process that takes memory, and a clock that falls, each begun in the middle."""
+    from tests.disturbances import DISTURBANCES, judged_under
+
+    path = out / "disturb.jsonl"
+    for kind in DISTURBANCES:
+        for _ in range(sum(r["kind"] == kind for r in records(path)), count):
+            status, reasons = judged_under(kind, bundle)
+            append(path, {"kind": kind, "status": status, "reasons": reasons})
+            print(kind, status, reasons, flush=True)
+
+
+def resampled(path: Path, rounds: int, draws: int = 2000) -> Iterator[bool]:
+    """Whether `b` is called slower than `a`, for pairs whose rounds of whole processes are drawn from recorded ones."""
+    import numpy as np
+
+    from bench.compare import SLOWER, compare_within, confirmed
+    from tests.bench_samples import measurement, result, sample
+
+    pool = [pair for record in records(path) for pair in rounds_of(record)]
+    random = np.random.default_rng(0)
+
+    def drawn(chosen) -> Any:
+        sides = [
+            measurement(name, [], samples=[sample([t * 1e-6 for t in pool[i][side]], n) for n, i in enumerate(chosen)])
+            for side, name in enumerate("ab")
+        ]
+        (row,) = compare_within(result(*[replace(m, n_gen=len(m.samples[0].token_s)) for m in sides]), "a", "b").rows
+        return row
+
+    for _ in range(draws):
+        chosen = random.permutation(len(pool))[: 2 * rounds]
+        first = drawn(chosen[:rounds])
+        yield first.verdict == SLOWER and confirmed(first, drawn(chosen[rounds:])).verdict == SLOWER
+
+
+def rounds_of(record: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    for run in record.get("runs", [record]):
+        yield from zip(run["a"], run["b"], strict=False)
+
+
+def ratio_of(pairs: list[tuple[float, float]]) -> str:
+    from bench.stats import bootstrap_ratio
+
+    old, new = ([pair[side] for pair in pairs] for side in (0, 1))
+    resamples = 2000 if len(pairs) <= 100 else 200  # the estimate looks at all pairs of pairs
+    return "{:.3f} ({:.3f} to {:.3f})".format(*bootstrap_ratio(old, new, paired=True, resamples=resamples))
+
+
+def summary(out: Path, rounds: int) -> None:
+    from bench.stats import typical
+
+    print(f"overhead: bench / bare {ratio_of([(r['bare'], r['bench']) for r in records(out / 'overhead.jsonl')])}")
+    pairs = [(r["llama-bench"], r["adapter"]) for r in records(out / "llama.jsonl")]
+    print(f"llama: adapter / llama-bench {ratio_of(pairs)}")
+    for path in sorted(out.glob("size-*.jsonl")):
+        pairs = [(typical(a), typical(b)) for record in records(path) for a, b in rounds_of(record)]
+        hits = list(resampled(path, rounds))
+        print(f"{path.stem}: time ratio {ratio_of(pairs)}, {len(pairs)} pairs; slower in {sum(hits)} of {len(hits)}")
+    for path in sorted(out.glob("trials-*.jsonl")):
+        found = records(path)
+        verdicts = {v: sum(r["verdict"] == v for r in found) for v in sorted({r["verdict"] for r in found})}
+        slowest = max(r["seconds"] for r in found)
+        pairs = [(typical(a), typical(b)) for record in found for a, b in rounds_of(record)]
+        hits = list(resampled(path, rounds))
+        print(f"{path.stem}: {verdicts} of {len(found)}, longest {slowest:.0f} s; time ratio {ratio_of(pairs)} over")
+        print(f"  {len(pairs)} pairs; of {rounds} drawn, confirmed by {rounds}: slower in {sum(hits)} of {len(hits)}")
+    for kind in sorted({r["kind"] for r in records(out / "disturb.jsonl")}):
+        found = [r for r in records(out / "disturb.jsonl") if r["kind"] == kind]
+        named = sum(r["status"] != "OK" and bool(r["reasons"]) for r in found)  # kept are reasons of its kind only
+        print(f"{kind}: {named} of {len(found)}; {found[-1]['reasons']}")
+    for record in records(out / "memory.jsonl"):
+        print("memory:", record)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", choices=["overhead", "llama", "memory", "size", "trials", "disturb", "resample", "summary"]
+    )
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--max-time", type=float, default=50)
+    given = parser.parse_args()
+    work = {
+        "overhead": lambda: overhead(given.out, *given.paths, given.rounds),
+        "llama": lambda: llama(given.out, *given.paths, given.rounds),
+        "memory": lambda: memory(given.out, *given.paths),
+        "size": lambda: size(given.out, *given.paths, given.rounds),
+        "trials": lambda: trials(given.out, *given.paths, given.trials, given.max_time),
+        "disturb": lambda: disturb(given.out, *given.paths, given.trials),
+        "resample": lambda: print(sum(resampled(Path(given.paths[0]), given.rounds)), "of 2000 called slower"),
+        "summary": lambda: summary(given.out, given.rounds),
+    }
+    work[given.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What the studies share: cells, the tables of a README, and where a number was measured.
+
+A study is a folder with README.md (the answer first), study.py and cells/ (what was measured, one JSON document each).
+The tables in a README stand between markers and are made from the cells:
+
+    python -m studies.NAME.study table            # print them
+    python -m studies.NAME.study table --write    # put them into the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("saap", "torch", "transformers", "onnxruntime")
+Cell = dict[str, Any]
+_TABLE = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end>\n?<!-- end -->)", re.DOTALL)
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """The JSON documents of a folder, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def provenance() -> dict[str, Any]:
+    """Where a new cell comes from: commit, machine, versions, command and date."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    return {
+        "commit": head.stdout.strip() or None,
+        "machine": _machine(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "command": ["python", "-m", _module(), *sys.argv[1:]],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; None is an empty column."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join("" if c is None else str(c) for c in line) + " |" for line in lines)
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A README with these tables between their markers.
+
+    Raises:
+        ValueError: a marker without a table, or a table without a marker.
+    """
+    marked = [match["name"] for match in _TABLE.finditer(text)]
+    if sorted(marked) != sorted(tables):
+        raise ValueError(f"the README marks tables {sorted(marked)}, the study makes {sorted(tables)}")
+    return _TABLE.sub(lambda match: f"{match['start']}{tables[match['name']]}\n<!-- end -->", text)
+
+
+def add_table_command(commands: Any) -> None:
+    """The subcommand `table` of a study."""
+    table = commands.add_parser("table", help="print the tables that the cells give")
+    table.add_argument("--write", action="store_true", help="put them into the README")
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def show_tables(folder: Path, tables: Mapping[str, str], write: bool = False) -> None:
+    """Print a study's tables, or put them into its README."""
+    readme = folder / "README.md"
+    if write:
+        readme.write_text(with_tables(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        return
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+
+
+def _machine() -> str:
+    from devices.probe import probe
+
+    device = probe()
+    return f"{device.get('cpu_model') or platform.machine()} ({device.get('isa') or platform.machine()})"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).stem

@@ -1,0 +1,292 @@
+"""What fuzz.py feeds: every parser of a file or an answer that somebody else may have written, with valid documents.
+
+A target reads bytes. It may return, or raise an error that is meant for a person (with ``exit_code``); anything else
+is a finding.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RUN = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser.
+
+    Attributes:
+        read: is given bytes.
+        seeds: valid documents.
+        json: whether they are JSON, which is then also changed value by value.
+    """
+
+    name: str
+    read: Callable[[bytes], Any]
+    seeds: tuple[bytes, ...]
+    json: bool = True
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether an error is meant for a person: one line with an exit code."""
+    return getattr(error, "exit_code", None) is not None
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A folder in memory for a target's files."""
+    place = Path(tempfile.mkdtemp(prefix="saap-fuzz-", dir=RUN))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def targets(place: Path) -> dict[str, Target]:
+    """All of them by name.
+
+    Args:
+        place: a folder for the files that are read.
+    """
+    found = [*_documents(place), *_rows(place), *_lines(place), *_binaries(place), _arguments(place)]
+    return {target.name: target for target in found}
+
+
+def _from_file(path: Path, read: Callable[[], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        path.write_bytes(data)
+        return read()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return parse
+
+
+def _json(*documents: Any) -> tuple[bytes, ...]:
+    return tuple(json.dumps(document).encode() for document in documents)
+
+
+def _documents(place: Path) -> Iterator[Target]:
+    """Files of JSON and TOML."""
+    from bench.compare_quality import compare_quality, read_quality
+    from bench.foreign import genai_peer
+    from bench.history import INDEX, series
+    from bench.regression_files import read_baselines
+    from bench.store import read_result
+    from devices.profile import PROFILES, read_profile
+    from export.bundle import read_manifest, verify_files
+    from export.tokenizer import BundleTokenizer
+    from saap.architectures import positions_of, shape_of
+    from saap.board import make_report
+    from saap.checkpoint import read_config, read_record
+    from saap.cost import read_costs
+    from saap.integrity import check_directory
+    from saap.structures import ModelShape
+    from studies.fuzz import seeds
+
+    here = place / "bundle"
+    yield Target(
+        "bundle.json",
+        _from_file(here / "bundle.json", lambda: (read_manifest(here), verify_files(here))),
+        _json(seeds.MANIFEST),
+    )
+    here2 = place / "slim"
+
+    def slim() -> Any:
+        record = read_record(here2)
+        check_directory(here2)
+        return record
+
+    yield Target("saap.json", _from_file(here2 / "saap.json", slim), _json(seeds.RECORD))
+    here3 = place / "config"
+
+    def sizes() -> Any:
+        config = read_config(here3)
+        return shape_of(config), positions_of(config)
+
+    yield Target("config.json", _from_file(here3 / "config.json", sizes), _json(*seeds.CONFIGS))
+    cost = place / "cost.json"
+    shape = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
+
+    def costs() -> Any:
+        table = read_costs(cost, shape, bits=4, block=32)
+        return table.attention_ms(9, 3), table.ffn_ms(512)
+
+    yield Target("cost.json", _from_file(cost, costs), _json(seeds.COSTS))
+    result = place / "result.json"
+    yield Target("result", _from_file(result, lambda: read_result(result)), _json(seeds.RESULT))
+    yield Target("llama-bench", _from_file(result, lambda: read_result(result)), _json(seeds.LLAMA_BENCH))
+    page = place / "report.html"
+    yield Target("report of a result", _from_file(result, lambda: make_report([result], page)), _json(seeds.RESULT))
+    quality = place / "quality.json"
+
+    def judge() -> Any:
+        return compare_quality(read_quality(quality), json.loads(json.dumps(seeds.QUALITY)))
+
+    yield Target("quality", _from_file(quality, judge), _json(seeds.QUALITY))
+    baselines = place / "baselines"
+    yield Target(
+        "baseline", _from_file(baselines / "a.ff.json", lambda: read_baselines(baselines, "a")), _json(seeds.BASELINE)
+    )
+    history = place / "history"
+    yield Target("history index", _from_file(history / INDEX, lambda: series(history)), seeds.INDEX_LINES)
+    profile = place / "board.toml"
+    texts = tuple(path.read_bytes() for path in sorted(PROFILES.glob("*.toml"))[:4])
+    yield Target("profile", _from_file(profile, lambda: read_profile(profile)), texts, json=False)
+    tokens = place / "tokenizer"
+
+    def tokenizer() -> Any:
+        found = BundleTokenizer(tokens)
+        return found.encode("a b"), found.chat_template
+
+    yield Target("tokenizer.json", _from_file(tokens / "tokenizer.json", tokenizer), _json(seeds.TOKENIZER))
+    tokens2 = place / "tokenizer-config"
+    tokens2.mkdir(parents=True, exist_ok=True)
+    (tokens2 / "tokenizer.json").write_text(json.dumps(seeds.TOKENIZER))
+
+    def chat() -> Any:
+        found = BundleTokenizer(tokens2)
+        return found.chat([{"role": "user", "content": "a"}]) if found.chat_template else found.encode("a")
+
+    yield Target(
+        "tokenizer_config.json", _from_file(tokens2 / "tokenizer_config.json", chat), _json(seeds.TOKENIZER_CONFIG)
+    )
+    genai = place / "genai"
+    yield Target(
+        "genai_config.json",
+        _from_file(genai / "genai_config.json", lambda: genai_peer(f"genai:{genai}", 16)),
+        _json({"model": {"vocab_size": 10, "context_length": 100, "decoder": {"filename": "model.onnx"}}}),
+    )
+
+
+def _rows(place: Path) -> Iterator[Target]:
+    """Data to learn from and questions."""
+    from saap.conversations import is_conversation, messages_of
+    from saap.task_files import FIELDS, read_task
+    from saap.text import checked_text, load_documents, load_rows
+    from studies.fuzz import seeds
+
+    data = place / "data.jsonl"
+
+    def chats() -> Any:
+        rows = load_rows(data, split="tuning") or []
+        talks = [(w, messages_of(row, w)) for w, row in rows if is_conversation(row)]
+        return [checked_text(turn["content"], w).encode() for w, talk in talks for turn in talk]
+
+    yield Target("text rows", _from_file(data, lambda: load_documents(data, split="tuning")), _json(*seeds.CHATS))
+    yield Target("chat rows", _from_file(data, chats), _json(*seeds.CHATS))
+    for task in ("piqa", "hellaswag", "winogrande"):
+        row = {"label": 0} | {field: ["a", "b"] if field == "choices" else "a _ b" for field in FIELDS[task]}
+        questions = place / f"{task}.json"
+        read = _from_file(questions, lambda task=task, path=questions: read_task(task, path))
+        yield Target(f"questions of {task}", read, _json([row, row]))
+
+
+def _lines(place: Path) -> Iterator[Target]:
+    """What programs on a board print."""
+    from bench.power_commands import pmic_watts
+    from devices.jetson import power_mode, power_modes
+    from devices.probe_state import throttling
+    from devices.tegrastats import parse_tegrastats
+    from studies.fuzz import seeds
+
+    def text(data: bytes) -> str:
+        return data.decode(errors="replace")
+
+    def watts(data: bytes) -> float | None:
+        try:
+            return pmic_watts(text(data))
+        except ValueError:  # what its caller expects where there is no rail
+            return None
+
+    nowhere = Path("/nonexistent")
+    yield Target("tegrastats", parse_tegrastats, seeds.TEGRASTATS, json=False)
+    yield Target(
+        "nvpmodel",
+        lambda data: power_mode(nowhere, lambda command: text(data)),
+        (b"NV Power Mode: 25W\n1\n",),
+        json=False,
+    )
+    yield Target(
+        "vcgencmd get_throttled",
+        lambda data: throttling(nowhere, lambda command: text(data)),
+        (b"throttled=0x50005\n",),
+        json=False,
+    )
+    yield Target(
+        "vcgencmd pmic_read_adc", watts, (b"   VDD_CORE_A current(7)=2.55A\n VDD_CORE_V volt(15)=0.87V\n",), json=False
+    )
+    config = place / "etc/nvpmodel.conf"
+    modes = _from_file(config, lambda: power_modes(place))
+    yield Target("nvpmodel.conf", modes, (b"< POWER_MODEL ID=0 NAME=MAXN >\nCPU_ONLINE CORE_0 1\n",), json=False)
+
+
+def _binaries(place: Path) -> Iterator[Target]:
+    """ONNX, GGUF and safetensors."""
+    from devices.gguf_header import read_header
+    from export.external_data import check_external_data
+    from saap.gguf_import import read_tokenizer_fields
+    from saap.sealed_tensors import load_sealed
+    from saap.weight_files import tensor_reader
+    from studies.fuzz import seeds
+
+    gguf = place / "model.gguf"
+    yield Target("GGUF header", _from_file(gguf, lambda: read_header(gguf)), seeds.gguf(place), json=False)
+    yield Target("GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), json=False)
+    graph = place / "graph/model.onnx"
+    yield Target(
+        "ONNX data files", _from_file(graph, lambda: check_external_data(graph)), seeds.onnx_graphs(), json=False
+    )
+    (graph.parent / "w.data").write_bytes(bytes(8))
+    weights = place / "weights/model.safetensors"
+
+    def tensors() -> Any:
+        names, read = tensor_reader(weights.parent)
+        return [read(name).shape for name in names[:4]]
+
+    yield Target("safetensors", _from_file(weights, tensors), seeds.safetensors(), json=False)
+
+    def sealed(data: bytes) -> Any:
+        try:
+            return load_sealed(data)
+        except ValueError:  # what its callers expect of a damaged cache
+            return None
+
+    yield Target("cached tensors", sealed, seeds.sealed(place), json=False)
+
+
+def _arguments(place: Path) -> Target:
+    """The command line: words that it knows, numbers and noise; nothing may run for long."""
+    import contextlib
+    import sys
+
+    from saap import cli
+
+    def run(data: bytes) -> None:
+        before, told = sys.argv, io.StringIO()
+        sys.argv = ["saap", *(word.replace("\x00", "") for word in data.decode(errors="replace").split("\n"))]
+        try:
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                cli.invoke()
+        except SystemExit as stop:
+            if stop.code not in (0, 1, 2, 3):
+                raise RuntimeError(f"exit {stop.code}") from None
+        finally:
+            sys.argv = before
+
+    absent = str(place / "absent")
+    words = [
+        ["prune", absent, "-o", absent, "--ratio", "0.2"], ["tune", absent, "-o", absent, "--bits", "4"],
+        ["export", absent, "-o", absent, "--target", "gguf"], ["eval", absent, "--chunk", "16"],
+        ["bench", absent, "--threads", "1", "--json", "-"], ["compare", absent, absent],
+        ["report", absent, "-o", absent], ["devices", "check", absent, "--device", "raspberry-pi-5"],
+        ["devices", "show", "orin"], ["generate", absent, "x"], ["run", absent, "-o", absent, "--speedup", "1.5"],
+    ]  # fmt: skip
+    return Target("arguments", run, tuple("\n".join(line).encode() for line in words), json=False)

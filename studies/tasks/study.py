@@ -1,0 +1,150 @@
+"""Zero-shot tasks on whole files: a bundle against its torch model, and ours against lm-eval's own `hf` class.
+
+    python -m studies.tasks.study run                                      # an hour on two cores; finished cells stay
+    python -m studies.tasks.study run --tasks piqa --who torch,int4        # some of them; both read anew with --again
+    python -m studies.tasks.study show                                     # accuracies, choices that differ, seconds
+
+The model is SmolLM2-135M-Instruct, the files are those of SAAP_DATA. Who answers: `hf`, the class of the harness;
+`torch`, as `saap eval MODEL`; `fp32` and `int4`, bundles as `saap export` writes them. A cell is one JSON in
+cells/ with accuracies, the choice of every example, and the seconds of that run, model loading apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saap import models
+from saap.json_files import write_json
+
+HERE = Path(__file__).resolve().parent
+CELLS, BUNDLES = HERE / "cells", HERE.parents[1] / "out" / "tasks"
+WHO, TASKS = ("hf", "torch", "fp32", "int4"), ("piqa", "arc_easy")
+BATCH = 16  # rows of `hf` at a time
+Row = dict[str, Any]
+
+
+def by_harness(model_dir: Path, task: str) -> Row:
+    """What the harness gives with its own class."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from saap.checkpoint import load_model
+    from saap.tasks import task_files
+
+    model, (file,) = load_model(model_dir), task_files(options_of(task))
+    theirs: Any = HFLM(model, tokenizer=models.load_tokenizer(model_dir), device="cpu", batch_size=BATCH)
+    began = time.monotonic()
+    found: Any = simple_evaluate(model=theirs, tasks=[file.config()], task_manager=TaskManager(include_defaults=False))
+    samples = sorted(found["samples"][task], key=lambda sample: int(sample["doc_id"]))
+    metrics = found["results"][task]
+    return {
+        "acc": metrics["acc,none"],
+        "acc_norm": metrics["acc_norm,none"],
+        "choices": choices_of([[answer[0] for answer in sample["filtered_resps"]] for sample in samples]),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def by_saap(path: Path, task: str) -> Row:
+    """What `saap eval --tasks` gives."""
+    from saap.eval_command import continuation_model
+    from saap.tasks import run_tasks
+
+    model = continuation_model(path)(None)
+    began = time.monotonic()
+    (row,) = run_tasks(lambda _: model, options_of(task), None)
+    return {
+        "acc": row["acc"],
+        "acc_norm": row["acc_norm"],
+        "choices": choices_of([example["loglikelihoods"] for example in row["examples"]]),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def answers(model_dir: Path, who: str, task: str) -> Row:
+    """Accuracies and choices of one of :data:`WHO`."""
+    if who == "hf":
+        return by_harness(model_dir, task)
+    return by_saap(model_dir if who == "torch" else bundle_of(model_dir, 32 if who == "fp32" else 4), task)
+
+
+def choices_of(likelihoods: list[list[float]]) -> str:
+    """The likeliest choice of every example, a digit each."""
+    return "".join(str(max(range(len(each)), key=each.__getitem__)) for each in likelihoods)
+
+
+def options_of(task: str) -> Any:
+    """The whole file of a task."""
+    from saap.tasks import TaskOptions
+
+    return TaskOptions((task,), Path(os.environ["SAAP_DATA"]))
+
+
+def bundle_of(model_dir: Path, bits: int) -> Path:
+    """A bundle of the model, made where it is not there."""
+    from export.export import export_bundle
+
+    out = BUNDLES / f"{bits}-bit"
+    if not out.is_dir():
+        export_bundle(model_dir, out, bits=bits)
+    return out
+
+
+def run(tasks: list[str], who: list[str], again: bool) -> None:
+    """The cells that are not there, in turn, so that two that are compared in time run one after the other."""
+    model_dir = Path(models.resolve("smollm2-135m"))
+    for task in tasks:
+        for name in who:
+            path = CELLS / f"{task}-{name}.json"
+            if path.is_file() and not again:
+                continue
+            row = answers(model_dir, name, task)
+            about = {"task": task, "who": name, "threads": torch.get_num_threads(), "lm_eval": version("lm-eval")}
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            earlier = known["seconds"] if known.get("threads") == about["threads"] else []
+            row |= {**about, "seconds": [*earlier, row["seconds"]], "torch": torch.__version__}
+            row["date"] = time.strftime("%F")
+            write_json(path, row)
+            print(
+                f"{task} {name}: acc {row['acc']:.4f}, acc_norm {row['acc_norm']:.4f}, {row['seconds']} s", flush=True
+            )
+
+
+def show() -> None:
+    """Cells as Markdown, each against torch."""
+    cells = {path.stem: json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))}
+    print("| task | who | acc | acc_norm | choices that differ from torch's | seconds |\n|---|---|---|---|---|---|")
+    for cell in cells.values():
+        torch_cell = cells.get(f"{cell['task']}-torch")
+        differ = "-"
+        if torch_cell:
+            pairs = list(zip(cell["choices"], torch_cell["choices"], strict=True))
+            differ = f"{sum(a != b for a, b in pairs)} of {len(pairs)}"
+        numbers = f"{cell['acc']:.2%} | {cell['acc_norm']:.2%} | {differ} | {', '.join(map(str, cell['seconds']))}"
+        print(f"| {cell['task']} | {cell['who']} | {numbers} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "show"])
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--who", default=",".join(WHO))
+    parser.add_argument("--again", action="store_true", help="cells that are there too: one more time of each")
+    given = parser.parse_args()
+    if given.what == "show":
+        show()
+    else:
+        run(given.tasks.split(","), given.who.split(","), given.again)
+
+
+if __name__ == "__main__":
+    main()
