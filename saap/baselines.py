@@ -1,6 +1,6 @@
 """The methods that SAAP is compared with, in the same harness: the same grid, budget and cut.
 
-docs/baselines.md says what each does, where it differs from its reference code and how that was checked.
+docs/method.md says what each does, where it differs from its reference code and how that was checked.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ UNITS = {
     "bytes": (1e6, "MB", "MB"),
     "ms": (1.0, "millisecond", "ms"),
 }
-# docs/baselines.md has more.
+# docs/method.md has more.
 DECIDES = {
     "random": "random draws what goes; every layer loses the same share",
     "magnitude": "magnitude removes the structures of least squared weight; every layer loses the same share",
