@@ -147,7 +147,7 @@ def make_manifest(
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
-            **{key: source.quant[key] for key in ("matrices", "branch") if source.quant and source.quant.get(key)},
+            **({"matrices": source.quant["matrices"]} if source.quant and source.quant.get("matrices") else {}),
             "method": record.get("method"),
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),

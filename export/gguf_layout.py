@@ -72,11 +72,6 @@ class GGUFSource:
         self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
         self.names, self._read = tensor_reader(directory)
         self.quant: dict[str, Any] | None = self.config.get("slim_quant")
-        if self.quant and self.quant.get("branch"):
-            raise SaapError(
-                f"{directory} has a branch beside its integers, for which a GGUF file has no place: tune with --fold "
-                "scale or --fold zero-point, or export it for the cpu target"
-            )
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]

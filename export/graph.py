@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export.branch import add_branch
 from export.graph_builder import GraphBuilder
 from export.rotary import rotary_names
 from export.source import Precision
@@ -220,8 +219,7 @@ class DecoderGraph:
             inputs.append(self._weight(zero_points) if zero_points in self._tensors else None)
         bits = self._tensors[f"{name}.qweight"].nbytes * 8 // (n * k)  # each matrix has its own, and the file knows
         y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, bits)
-        y = y if bias is None or inside else self._op("Add", [y, bias])
-        return add_branch(self._builder, y, x, name, self.precision.block)
+        return y if bias is None or inside else self._op("Add", [y, bias])
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
         return self._op(

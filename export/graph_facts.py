@@ -11,7 +11,6 @@ from typing import Any
 
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
 _MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
-_BRANCH = ("branch_a", "branch_b")  # a correction of a matrix's numbers, as scales are a part of them
 _EMPTY_DOMAIN = "ai.onnx"
 
 
@@ -152,8 +151,6 @@ def _parameters_of(tensor: Tensor) -> int:
         return 0
     node, position = tensor.readers[0]
     kind = node.kind.split(":")[-1]
-    if tensor.name.rpartition(".")[2] in _BRANCH:
-        return 0
     if kind == "MatMulNBits" and position in (1, 2, 3):
         return node.attributes["K"] * node.attributes["N"] if position == 1 else 0
     if kind == "DequantizeLinear" and position in (1, 2):

@@ -49,7 +49,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "bytes_per_token": _bytes_per_token(manifest, graph, layers),
         "precision": {
             **{key: getattr(manifest, key) for key in ("bits", "block", "accuracy_level", "kv_dtype")},
-            **{key: manifest.lineage[key] for key in ("matrices", "branch") if key in manifest.lineage},
+            **({"matrices": manifest.lineage["matrices"]} if "matrices" in manifest.lineage else {}),
         },
         "graph": {
             "opsets": graph.opsets,
@@ -135,10 +135,6 @@ def _mixed_lines(precision: dict[str, Any]) -> list[str]:
     if own := Counter(precision.get("matrices", {}).values()):
         linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
         lines.append(f"  mixed: of the model's linears {linears}, the others of {precision['bits']}")
-    if branch := precision.get("branch"):
-        ranks = sorted(set(branch.values())) if isinstance(branch, dict) else [branch]
-        where = f"{len(branch)} linears" if isinstance(branch, dict) else "every linear"
-        lines.append(f"  branch: of rank {', '.join(map(str, ranks))} beside {where}, computed in floats")
     return lines
 
 

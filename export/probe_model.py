@@ -43,7 +43,7 @@ def read_probe_model(
 
     Args:
         bits: 4, 8 or 32, of all matrices; None is 4, or what a bundle or a tuned directory holds. Where some matrices
-            hold other bits, or have a branch, the probe has neither: its layers are all alike.
+            hold other bits, the probe does not: its layers are all alike.
         block: quantisation group; None is 32, or what a bundle or a tuned directory holds.
         weight_limit: bytes; a model of more is probed with fewer layers. It should be several times the device's
             last-level cache.

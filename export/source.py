@@ -1,6 +1,6 @@
 """A dense, slim or tuned directory as the exporter reads it: one matrix at a time, floats or integers.
 
-What is one matrix in a graph (queries, keys and values; gate and up) comes stacked, with its bias and branch.
+What is one matrix in a graph (queries, keys and values; gate and up) comes stacked, with its bias.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.branch import Branch, stack_branches
 from saap.architectures import Architecture, architecture_of, shape_of
 from saap.checkpoint import read_config
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, check_blocks, quantize
-from saap.slim_quant import branch_rank, module_bits, stacked_bits
+from saap.slim_quant import module_bits, stacked_bits
 from saap.structures import ModelShape
 from saap.weight_files import tensor_reader
 
@@ -104,12 +103,6 @@ class ModelSource:
         check_blocks(weight.shape[1], precision.block, module)
         return quantize(weight, bits, precision.block)
 
-    def branch(self, module: str) -> Branch | None:
-        """The branch beside a linear of a layer: A [rank, K/block] and B [N, rank], float32, or None."""
-        if not self.quant or not branch_rank(self.quant, module):
-            return None
-        return self.tensor(f"{module}.branch_a").float(), self.tensor(f"{module}.branch_b").float()
-
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint.
 
@@ -139,12 +132,10 @@ class StackedLinear:
     Attributes:
         matrix: [N, K], floats or integers.
         bias: [N] or None.
-        branch: A [rank, K/block] (None is the identity) and B [N, rank], or None.
     """
 
     matrix: torch.Tensor | QuantMatrix
     bias: torch.Tensor | None
-    branch: tuple[torch.Tensor | None, torch.Tensor] | None
 
 
 def stack_linears(source: ModelSource, precision: Precision, layer: int, part: str) -> StackedLinear:
@@ -169,4 +160,4 @@ def stack_linears(source: ModelSource, precision: Precision, layer: int, part: s
     biases, bias = [source.bias(module) for module in modules], None
     if any(b is not None for b in biases):
         bias = torch.cat([b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)])
-    return StackedLinear(matrix, bias, stack_branches([source.branch(module) for module in modules], rows))
+    return StackedLinear(matrix, bias)

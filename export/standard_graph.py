@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from export.branch import add_branch
 from export.graph_builder import GraphBuilder
 from export.rotary import Table, rotary_names
 from export.source import Precision
@@ -232,8 +231,7 @@ class StandardGraph:
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         g = self._graph
         y = self._matrix_product(x, name, self.precision.bits)
-        y = g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
-        return add_branch(g, y, x, name, self.precision.block)
+        return g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
 
     def _matrix_product(self, x: ir.Value, name: str, bits: int) -> ir.Value:
         g = self._graph

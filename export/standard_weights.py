@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from export.source import ModelSource, Precision, Progress, stack_linears
-from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias_and_branch
+from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, quantize
 from saap.modeling_slim import unpack_codes, unpack_zero_points
@@ -55,7 +55,7 @@ def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, l
         _write_integers(file, name, linear.matrix)
     else:
         _write_float(file, name, linear.matrix)
-    write_bias_and_branch(file, name, linear)
+    write_bias(file, name, linear)
 
 
 def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import saap.checkpoint  # noqa: F401  registers our model type
 from export.source import ModelSource, Precision, Progress
-from saap.group_quant import QuantMatrix, check_blocks, expand_branch, quantize
+from saap.group_quant import QuantMatrix, check_blocks, quantize
 from saap.streaming import empty_parameters
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
@@ -124,8 +124,7 @@ class StreamedModel:
         module.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
 
     def _linear(self, module: str) -> torch.Tensor:
-        weight, branch = dequantised(self._source.matrix(module, self._precision)), self._source.branch(module)
-        return weight if branch is None else weight + expand_branch(*branch, self._precision.block)
+        return dequantised(self._source.matrix(module, self._precision))
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""

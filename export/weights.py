@@ -109,17 +109,13 @@ def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, l
             file.add(f"{name}.zero_points", linear.matrix.zero_points.flatten().numpy())
     else:
         file.add(f"{name}.weight", linear.matrix.t().contiguous().numpy())
-    write_bias_and_branch(file, name, linear)
+    write_bias(file, name, linear)
 
 
-def write_bias_and_branch(file: WeightFile, name: str, linear: StackedLinear) -> None:
-    """Write each where there is one; the two matrices of a branch as they stand right of a MatMul."""
+def write_bias(file: WeightFile, name: str, linear: StackedLinear) -> None:
+    """Write it where there is one."""
     if linear.bias is not None:
         file.add(f"{name}.bias", linear.bias.numpy())
-    if linear.branch is not None:
-        for part, matrix in zip(("branch_a", "branch_b"), linear.branch, strict=True):
-            if matrix is not None:
-                file.add(f"{name}.{part}", matrix.t().contiguous().numpy())
 
 
 def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:

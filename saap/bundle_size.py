@@ -6,7 +6,6 @@ maps it in pages. With groups of b columns:
 * a matrix [N, K] at 4 or 8 bit: N K bits/8 bytes of integers and 4 N K/b of scales; symmetric, so no zero points
 * a matrix [N, K] at 32 bit: 4 N K
 * zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
-* a branch of rank r: 4 r K/b and 4 N r; stacked matrices have r of each, and r = K/b has the second array only
 * a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
 
 Queries, keys and values are one matrix, gate and up are one, and a tied head is the embedding.
@@ -20,7 +19,7 @@ from typing import Any
 
 from saap.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
 from saap.errors import SaapError
-from saap.slim_quant import branch_rank, stacked_bits
+from saap.slim_quant import stacked_bits
 from saap.structures import LayerSizes, ModelShape
 
 PAGE = 4096  # bytes
@@ -37,7 +36,7 @@ class BundleSize:
         rotary_tables: pairs of cos and sin.
         rotary_bytes: of one cos or sin.
         head_bits: of embedding and head; 0 is ``bits``.
-        quant: the ``slim_quant`` entry of a tuned model, for bits and branches by layer; only :meth:`total` asks it.
+        quant: the ``slim_quant`` entry of a tuned model, for bits by layer; only :meth:`total` asks it.
         architecture: of that model.
         zero_points: its linears have zero points of their own.
     """
@@ -108,19 +107,14 @@ class BundleSize:
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
-        """Integers, scales, zero points and branch of one matrix of a layer, or its floats."""
+        """Integers, scales and zero points of one matrix of a layer, or its floats."""
         if self.quant is None or self.architecture is None or layer is None:
             return self._matrix(rows, columns, self.bits)
         bits, groups = stacked_bits(self.quant, self.architecture, layer, part), columns // self.block
         arrays = self._matrix(rows, columns, bits)
         if self.zero_points:
             arrays.append(rows * -(-groups * bits // 8))
-        prefix = f"{self.architecture.layers}.{layer}."
-        ranks = [branch_rank(self.quant, prefix + module) for module in self.architecture.matrices[part]]
-        if {*ranks} - {0} == {groups}:  # a number for each group: A is the identity, and not written
-            return [*arrays, FLOAT * rows * groups]
-        rank = sum(ranks)
-        return [*arrays, FLOAT * rank * groups, FLOAT * rows * rank] if rank else arrays
+        return arrays
 
     def _matrix(self, rows: int, columns: int, bits: int) -> list[int]:
         if bits == 32:

@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 from saap import modeling_slim
 from saap.architectures import PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
 from saap.errors import SaapError
-from saap.group_quant import merged
 from saap.integrity import RECORD, check_directory, hashes
 from saap.json_files import read_object, write_document
 from saap.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
@@ -77,13 +76,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` as a dict.
 
     Raises:
-        SaapError: it is not there, damaged, or of more layers than any model has.
+        SaapError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
     config = read_object(path, "make the directory again")
     check_counts(config)
+    quant = config.get("slim_quant")
+    if isinstance(quant, dict) and quant.get("branch"):
+        raise SaapError(
+            f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again, "
+            "with --fold scale or --fold zero-point"
+        )
     return config
 
 
@@ -103,12 +108,12 @@ def read_record(directory: str | Path) -> dict[str, Any]:
 
 
 def materialise_linears(model: PreTrainedModel) -> None:
-    """Replace holders of integers by ordinary modules with the same numbers, a branch added in, in place."""
+    """Replace holders of integers by ordinary modules with the same numbers, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, modeling_slim.GroupQuantLinear):
                 linear = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                linear.weight = torch.nn.Parameter(merged(child), requires_grad=False)
+                linear.weight = torch.nn.Parameter(child.dequantize(), requires_grad=False)
                 if child.bias is not None:
                     linear.bias = child.bias
                 setattr(parent, name, linear)

@@ -33,10 +33,10 @@ running = partial(click.option, cls=InSection, section="How it runs")
     help="Error-compensating, or each weight by itself.",
 )  # fmt: skip
 @trained(
-    "--fold", type=click.Choice(["scale", "zero-point", "branch", "rounded"]), default="scale", show_default=True,
-    help="What is trained of each group; rounded: LoRA under its own rounding. Branch and zero-point cost time.",
+    "--fold", type=click.Choice(["scale", "zero-point"]), default="scale", show_default=True,
+    help="What is trained of each group; zero-point costs time on the device.",
 )  # fmt: skip
-@trained("--rank", type=int, help="Of the fold's low-rank form; default: a free factor per group where there is one.")
+@trained("--rank", type=int, help="Of the fold's low-rank form; default: a free factor per group.")
 @trained("--learning-rate", type=float, help="Peak; default: the fold's own.")
 @learnt("--teacher", help="The dense model: a directory or a name; adds its KL to the loss.")
 @learnt("--teacher-weight", type=float, default=0.5, show_default=True, help="Share of the loss that is the KL.")

@@ -141,7 +141,6 @@ def compensated_matrices(
     *,
     symmetric: bool = True,
     bits_of: Mapping[str, int] | None = None,
-    latents: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
 
@@ -152,7 +151,6 @@ def compensated_matrices(
         rows: calibration ids [sequences, tokens].
         symmetric: of the layers' linears; the vocabulary always is, as the graph demands.
         bits_of: of the linears that do not have ``bits``, by module name.
-        latents: filled with what was rounded, [N, K], of the layers' linears.
 
     Returns:
         module name -> integers.
@@ -172,10 +170,8 @@ def compensated_matrices(
                     known, inverse = hessian, inverse_factor(hessian)
                 full = f"{architecture.layers}.{index}.{name}"
                 own = (bits_of or {}).get(full, bits)
-                matrices[full], latent = gptq_with_latent(linear.weight, hessian, own, block, symmetric, inverse)
+                matrices[full], _ = gptq_with_latent(linear.weight, hessian, own, block, symmetric, inverse)
                 linear.weight.copy_(matrices[full].dequantize())
-                if latents is not None:
-                    latents[full] = latent.contiguous()
             hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
             progress("choosing integers", index + 1, len(layers))

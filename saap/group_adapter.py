@@ -47,8 +47,8 @@ class GroupAdapterConfig:
     """What is trained for each group of input columns.
 
     Attributes:
-        fold: ``scale``, ``zero-point`` or ``branch`` (:mod:`saap.group_folds`).
-        rank: r of D = B A * alpha / r; None or 0 is a free D, which a branch cannot have.
+        fold: ``scale`` or ``zero-point`` (:mod:`saap.group_folds`).
+        rank: r of D = B A * alpha / r; None or 0 is a free D.
         alpha: None is r.
 
     Raises:
@@ -64,8 +64,6 @@ class GroupAdapterConfig:
             raise SaapError(f"fold {self.fold!r} does not exist: choose one of {', '.join(FOLDS)}")
         if (self.rank or 0) < 0:
             raise SaapError(f"rank {self.rank} is negative: give 1 or more, or 0 for a free factor per group")
-        if self.fold == "branch" and not self.rank:
-            raise SaapError("a branch runs beside the matrix, so it needs a rank: give 1 or more (16, say)")
         if self.alpha is not None and (not self.rank or self.alpha <= 0):
             raise SaapError(f"alpha {self.alpha:g} needs a rank, and must be above 0: leave it out, or give both")
 
@@ -77,7 +75,7 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
         seed: of the A matrices, apart from torch's global one.
 
     Raises:
-        SaapError: linears that hold no integers or have a branch or an adapter already, or a PEFT that did not put our
+        SaapError: linears that hold no integers or have an adapter already, or a PEFT that did not put our
             layer on each of them.
     """
     holders = _holders(model)
@@ -228,9 +226,6 @@ def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
     if not linears or len(holders) < len(linears):
         plain = next(iter(linears.keys() - holders.keys()), "the model")
         raise SaapError(f"{plain} holds no integers, which a group adapter is put on: quantise the model first")
-    for name, holder in holders.items():
-        if holder.branch_a is not None:
-            raise SaapError(f"{name} has a branch already: put the adapter on integers without one")
     return holders
 
 

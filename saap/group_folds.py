@@ -7,7 +7,6 @@ identity. B is 0 at the start. What D does to W = s (q - z) is the fold:
 * scale: s' = s (1 + D), kept away from 0 and rounded to what float16 represents. The deployed kernel stays as it is.
 * zero point: z' = z - D / s, rounded to a whole number of 0 .. 2^bits - 1, so that it is free where the literature's
   float zero points are not, but coarse.
-* branch: y + gsum(x) D^T beside the product, A and B rounded to what float16 represents and deployed unmerged.
 
 All rounding happens in the forward pass, with the gradient going straight through: :meth:`GroupAdapterLayer.merge`
 writes into the base what the last forward pass used, to the bit.
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional as F
 
 from saap.group_matmul import float16_through, group_matmul, whole_through
 from saap.group_quant import pack_zero_points
@@ -150,29 +148,9 @@ class ZeroPointAdapter(GroupAdapterLayer):
         self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
 
 
-class BranchAdapter(GroupAdapterLayer):
-    """y + gsum(x) A^T B^T."""
-
-    def branch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, groups] and B [N, r], the scaling folded into B."""
-        a, b = _weight(self.lora_A[self.name]), _weight(self.lora_B[self.name])
-        return float16_through(a), float16_through(b * self.scaling[self.name])
-
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the frozen matrix, and the branch."""
-        a, b = (part.to(x.dtype) for part in self.branch())
-        sums = x.unflatten(-1, (-1, self.base.block)).sum(-1)
-        return group_matmul(x, self.centred, self.base.scales) + F.linear(F.linear(sums, a), b)
-
-    def write(self) -> None:
-        """The branch."""
-        self.base.branch_a, self.base.branch_b = self.branch()
-
-
 FOLDS: dict[str, type[GroupAdapterLayer]] = {
     "scale": ScaleAdapter,
     "zero-point": ZeroPointAdapter,
-    "branch": BranchAdapter,
 }
 
 

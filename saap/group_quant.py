@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from saap.architectures import architecture_of
 from saap.errors import SaapError
-from saap.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, quantize_modules
+from saap.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 from saap.slim_quant import check_matrices
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
@@ -206,27 +206,3 @@ def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
         found, wanted = (f"{of.bits} bits in groups of {of.block}" for of in (matrix, holder))
         raise ValueError(f"integers of {found} are given to a module of {wanted}")
     holder.qweight, holder.scales, holder.zero_points = matrix.qweight, matrix.scales, matrix.zero_points
-
-
-def merged(linear: GroupQuantLinear) -> torch.Tensor:
-    """The one float matrix [out, in] that does what a linear does but for its bias: W and its branch."""
-    weight = linear.dequantize()
-    if linear.branch_a is None or linear.branch_b is None:
-        return weight
-    return weight + expand_branch(linear.branch_a, linear.branch_b, linear.block)
-
-
-def expand_branch(a: torch.Tensor, b: torch.Tensor, block: int) -> torch.Tensor:
-    """B A [N, K], each number of it repeated over the columns of its group; a [rank, K/block], b [N, rank]."""
-    return (b @ a).repeat_interleave(block, dim=1)
-
-
-def branch_entry(model: PreTrainedModel) -> dict[str, int | dict[str, int]]:
-    """What the branches of a model add to its ``slim_quant`` entry: nothing, one rank, or ranks by name."""
-    holders = {name: m for name, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
-    ranks = {name: len(m.branch_a) for name, m in holders.items() if m.branch_a is not None}
-    if not ranks:
-        return {}
-    inside = [name for name in holders if name.startswith(architecture_of(model.config).layers)]
-    one = len(ranks) == len(inside) and len(set(ranks.values())) == 1
-    return {"branch": next(iter(ranks.values())) if one else ranks}

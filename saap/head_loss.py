@@ -56,7 +56,7 @@ def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tens
     head: Any = model.get_submodule(architecture_of(model.config).head)
     if isinstance(head, TiedHead):
         return lambda dtype: _dequantised(head._table[0], dtype)
-    if type(head) is GroupQuantLinear and head.bias is None and head.branch_a is None:
+    if type(head) is GroupQuantLinear and head.bias is None:
         return lambda dtype: _dequantised(head, dtype)
     weight: Any = getattr(head, "weight", None)
     if type(head) is not nn.Linear or head.bias is not None or weight.requires_grad or is_sharded(weight):

@@ -6,7 +6,7 @@ transformers only. Three keys of ``config.json`` drive it:
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer; 0 query heads means no attention, 0 ffn no MLP.
 * ``slim_bias``: true where the output and the down projections have biases that their family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
-  ``"matrices"`` are the bits of linears that differ by name, ``"branch"`` is a rank for all linears or by name.
+  ``"matrices"`` are the bits of linears that differ by name.
 """
 
 from __future__ import annotations
@@ -69,30 +69,16 @@ class GroupQuantTable(nn.Module):
 
 
 class GroupQuantLinear(GroupQuantTable):
-    """y = x W^T + gsum(x) A^T B^T (+ bias): W held as integers, gsum(x) [..., groups] the sums over groups of columns.
+    """y = x W^T (+ bias), W held as integers."""
 
-    ``branch_a`` A [rank, groups] and ``branch_b`` B [out, rank] are float32 numbers that float16 represents, or None.
-    """
-
-    branch_a: torch.Tensor | None
-    branch_b: torch.Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, bits: int, block: int, bias: bool = False, branch: int = 0
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bits: int, block: int, bias: bool = False) -> None:
         super().__init__(out_features, in_features, bits, block)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        for name, shape in (("branch_a", (branch, in_features // block)), ("branch_b", (out_features, branch))):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32) if branch else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        y = F.linear(x, self.dequantize().to(x.dtype), self.bias)
-        if self.branch_a is None or self.branch_b is None:
-            return y
-        sums = x.unflatten(-1, (-1, self.block)).sum(-1)
-        return y + F.linear(F.linear(sums, self.branch_a.to(x.dtype)), self.branch_b.to(x.dtype))
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
 class GroupQuantEmbedding(GroupQuantTable):
@@ -283,12 +269,13 @@ def _linear_like(old: nn.Linear, in_features: int, out_features: int, added_bias
 
 def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
     """Replace the decoder's linears, the embedding and the head by holders of integers, in place."""
-    own_bits, branch = quant.get("matrices", {}), quant.get("branch", 0)
+    if quant.get("branch"):
+        raise ValueError("the model was tuned with a branch, which this version does not compute: tune it again")
+    own_bits = quant.get("matrices", {})
     for path, child in list(model.model.layers.named_modules(prefix="model.layers")):
         if isinstance(child, nn.Linear):
             bits, biased = own_bits.get(path, quant["bits"]), child.bias is not None
-            rank = branch.get(path, 0) if isinstance(branch, dict) else branch
-            fresh = GroupQuantLinear(child.in_features, child.out_features, bits, quant["block"], biased, rank)
+            fresh = GroupQuantLinear(child.in_features, child.out_features, bits, quant["block"], biased)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, fresh.to(child.weight.device))
     table, bits = model.model.embed_tokens, quant["embedding_bits"]

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 from saap import group_adapter
 from saap.architectures import architecture_of
 from saap.gptq import compensated_matrices
-from saap.group_quant import QuantMatrix, branch_entry, quantize, quantize_model
+from saap.group_quant import QuantMatrix, quantize, quantize_model
 from saap.importance import Progress
 from saap.layer_walk import layers_of
 from saap.mixed_bits import choose_bits
-from saap.rounded_lora import RoundedLoraLayer, attach_rounded, fold_rounded
 from saap.streaming import present, settle
-from saap.tune_options import ROUNDED, TuneOptions
+from saap.tune_options import TuneOptions
 
 
 class Quantised:
@@ -30,7 +29,6 @@ class Quantised:
         if options.max_bytes is not None:
             choice = choose_bits(model, sample, options.block, options.max_bytes, progress)
             self.head_bits, self.bits_of = choice.vocabulary, choice.bits_of
-        self.latents: dict[str, torch.Tensor] = {}
         self.matrices = self._integers(sample, progress)
 
     def _integers(self, sample: torch.Tensor, progress: Progress | None) -> dict[str, QuantMatrix]:
@@ -38,7 +36,7 @@ class Quantised:
         if options.integers == "gptq":
             return compensated_matrices(
                 model, sample, options.bits, options.block, self.head_bits, progress, symmetric=options.symmetric,
-                bits_of=self.bits_of, latents=self.latents if options.fold == ROUNDED else None,
+                bits_of=self.bits_of,
             )  # fmt: skip
         architecture = architecture_of(model.config)
         found = {}
@@ -55,8 +53,6 @@ class Quantised:
     def prepare(self) -> list[dict[str, Any]]:
         """Wrap the model for training; the parameter groups with their peak rates."""
         options = self.options
-        if options.fold == ROUNDED:
-            return self._prepare_rounded()
         self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
         self.matrices.clear()
         settle(self.model)
@@ -66,22 +62,6 @@ class Quantised:
         adapters = group_adapter.trained_parameters(self.model)
         return [{"params": adapters, "lr": options.rate}, self._norms()]
 
-    def _prepare_rounded(self) -> list[dict[str, Any]]:
-        model, options, architecture = self.model, self.options, architecture_of(self.model.config)
-        for name, linear in linears_of(model).items():
-            linear.weight.data = self.latents.pop(name, linear.weight.data)
-        for name in (architecture.head, architecture.embedding):  # as they will be deployed
-            weight: Any = model.get_submodule(name).weight
-            weight.data = self.matrices[name].dequantize()
-        starts = {name: self.matrices[name] for name in linears_of(model)}
-        attach_rounded(model, starts, options.own_rank or 1, seed=options.training.seed)
-        layers = [m for m in model.modules() if isinstance(m, RoundedLoraLayer)]
-        return [
-            {"params": [p for layer in layers for p in (layer.a, layer.b)], "lr": options.rate},
-            {"params": [layer.delta for layer in layers], "lr": options.scale_rate},
-            self._norms(),
-        ]
-
     def _norms(self) -> dict[str, Any]:
         found = [p for name, p in self.model.named_parameters() if "norm" in name]
         for norm in found:
@@ -90,12 +70,8 @@ class Quantised:
 
     def fold(self) -> dict[str, Any]:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
-        options = self.options
-        if options.fold == ROUNDED:
-            matrices = {**self.matrices, **fold_rounded(self.model)}
-            return quantize_model(self.model, options.bits, options.block, self.head_bits, matrices)
         self.model = group_adapter.fold(self.model)  # type: ignore[arg-type]
-        return self.quant | branch_entry(self.model)
+        return self.quant
 
 
 def linears_of(model: PreTrainedModel, layer: nn.Module | None = None) -> dict[str, nn.Linear]:

@@ -1,8 +1,7 @@
-"""The ``slim_quant`` entry of a config: how many bits each matrix holds, and where a branch stands beside it.
+"""The ``slim_quant`` entry of a config: how many bits each matrix holds.
 
     {"bits": 4, "block": 32, "embedding_bits": 8, "tied": true}       what every such directory says
     "matrices": {"model.layers.3.mlp.down_proj": 8}                   linears that hold other than ``bits``
-    "branch": 16, or {"model.layers.3.mlp.down_proj": 18}             rank of the branch of all linears, or of some
 
 Queries, keys and values of a layer are one matrix in every graph, and so are gate and up: their bits agree.
 """
@@ -23,12 +22,6 @@ def module_bits(quant: Mapping[str, Any], architecture: Architecture, module: st
     if module in (architecture.embedding, architecture.head):
         return int(quant["embedding_bits"])
     return int(quant.get("matrices", {}).get(module, quant["bits"]))
-
-
-def branch_rank(quant: Mapping[str, Any], module: str) -> int:
-    """Rank of the branch beside a linear of a decoder layer; 0 where there is none."""
-    entry = quant.get("branch") or 0
-    return int(entry.get(module, 0) if isinstance(entry, Mapping) else entry)
 
 
 def stacked_bits(quant: Mapping[str, Any], architecture: Architecture, layer: int, part: str) -> int:

@@ -2,8 +2,8 @@
 
 The integers are chosen first, with their errors compensated on the first rows of the text (:mod:`saap.gptq`). Then one
 number per group of input columns is trained, together with the norms' weights, in the form that the deployed kernel
-takes (:mod:`saap.group_folds`), or a LoRA that is rounded in every forward pass (:mod:`saap.rounded_lora`). The forward
-pass of the last step and the exported graph hold the same integers, scales and zero points, bit for bit.
+takes (:mod:`saap.group_folds`). The forward pass of the last step and the exported graph hold the same integers,
+scales and zero points, bit for bit.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
 (:mod:`saap.teacher`). Under ``accelerate launch`` the rows of a step are split over processes (:mod:`saap.training`).
@@ -37,7 +37,7 @@ from saap.teacher import TeacherTargets, check_same_vocabulary, distillation_los
 from saap.training import Batch, DivergedError, History, LossOf, train
 from saap.training_processes import is_main_process
 from saap.training_state import discard_states
-from saap.tune_options import ROUNDED, TuneOptions
+from saap.tune_options import TuneOptions
 from saap.tuning_rows import IGNORED, TuningRows, held_out
 from saap.weight_files import weights_hash
 
@@ -133,9 +133,8 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
     )
     if fits(whole):
         return False
-    if options.fold == ROUNDED or options.max_bytes is not None:
-        what = "--max-bytes" if options.max_bytes is not None else f"--fold {ROUNDED}"
-        check_memory(whole, "tuning", f"{what} needs all floats at once: leave it out")
+    if options.max_bytes is not None:
+        check_memory(whole, "tuning", "--max-bytes needs all floats at once: leave it out")
     check_memory(single, "tuning", "give a smaller --length")
     return True
 

@@ -9,11 +9,9 @@ from saap.group_adapter import GroupAdapterConfig
 from saap.training_options import TrainOptions
 
 BITS, BLOCKS, INTEGERS = (4, 8), (32, 64, 128), ("gptq", "nearest")
-ROUNDED = "rounded"  # LoRA that sees its own rounding, saap.rounded_lora
-FOLDS = ("scale", "zero-point", "branch", ROUNDED)
-RANKS = {"branch": 16, ROUNDED: 8}  # of the folds that have no free factor; the others have no rank by default
+FOLDS = ("scale", "zero-point")
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
-RATES = {"scale": 6e-3, "zero-point": 2e-3, "branch": 1e-3, ROUNDED: 1e-3}
+RATES = {"scale": 6e-3, "zero-point": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,8 @@ class TuneOptions:
         integers: ``gptq`` (:mod:`saap.gptq`) or ``nearest``, which takes each matrix by itself.
         calibration_rows: sequences that gptq looks at, the first of the text.
         fold: what is trained for each group, one of :data:`FOLDS`.
-        rank: of the fold's low-rank form; None is a free factor per group where the fold has one.
+        rank: of the fold's low-rank form; None is a free factor per group.
         learning_rate: peak, of the fold's parameters; None is the fold's own.
-        scale_rate: peak for the scales that ``rounded`` trains beside its LoRA.
         norm_rate: peak for the weights of the norms.
         teacher_weight: share of the loss that is KL to the teacher, where there is one.
         temperature: of both sides of that KL.
@@ -51,7 +48,6 @@ class TuneOptions:
     fold: str = "scale"
     rank: int | None = None
     learning_rate: float | None = None
-    scale_rate: float = 3e-3
     norm_rate: float = 1e-3
     teacher_weight: float = 0.5
     temperature: float = 1.0
@@ -73,19 +69,10 @@ class TuneOptions:
                 raise SaapError(f"{value!r} is no {what}: choose one of {', '.join(map(str, allowed))}")
         if self.rank is not None and self.rank < 0:
             raise SaapError(f"rank {self.rank} is negative: give 1 or more")
-        if self.rank == 0 and self.fold in RANKS:
-            raise SaapError(f"fold {self.fold} needs a rank: give 1 or more, or leave it out for {RANKS[self.fold]}")
         if not 0 <= self.held_out <= 0.5:
             raise SaapError(f"a share of {self.held_out} rows cannot be held out: give one from 0 to 0.5")
         if not 0 <= self.teacher_weight <= 1:
             raise SaapError(f"{self.teacher_weight} is no share of the loss: give the teacher's from 0 to 1")
-        if self.max_bytes is not None and self.fold == "branch":
-            raise SaapError("a branch adds bytes that --max-bytes does not count: choose another fold, or leave it out")
-
-    @property
-    def own_rank(self) -> int | None:
-        """The rank, or the fold's own; None is a free factor."""
-        return self.rank or RANKS.get(self.fold)
 
     @property
     def rate(self) -> float:
@@ -95,4 +82,4 @@ class TuneOptions:
     @property
     def adapter(self) -> GroupAdapterConfig:
         """The fold as :mod:`saap.group_adapter` takes it."""
-        return GroupAdapterConfig(self.fold, self.own_rank)
+        return GroupAdapterConfig(self.fold, self.rank)

@@ -1,4 +1,4 @@
-"""Directories as tuning writes them, without tuning: integers, and branches of random numbers."""
+"""Directories as tuning writes them, without tuning: integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from export.targets import Target
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.group_quant import branch_entry, quantize, quantize_model
+from saap.group_quant import quantize, quantize_model
 from saap.weight_files import tensor_reader
 
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -21,18 +21,13 @@ QKV_OF_LAYER_1 = {f"model.layers.1.{module}": 8 for module in PARTS["qkv"]}
 MIXED = QKV_OF_LAYER_1 | {"model.layers.0.mlp.down_proj": 8}
 
 
-def write_integers(path, out, bits=4, block=32, *, symmetric=True, bits_of=None, head_bits=None, branches=None):
-    """``branches(name, rows, groups)`` gives A and B of a linear, or None."""
+def write_integers(path, out, bits=4, block=32, *, symmetric=True, bits_of=None, head_bits=None):
     model, bits_of = load_model(path), bits_of or {}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
     matrices = {n: quantize(m.weight, bits_of.get(n, bits), block, symmetric) for n, m in linears.items()}
     entry = quantize_model(model, bits, block, head_bits or bits, matrices, bits_of)
-    for name in linears if branches else ():
-        holder = model.get_submodule(name)
-        if (pair := branches(name, *holder.scales.shape)) is not None:
-            holder.branch_a, holder.branch_b = pair
     config = read_config(path)
-    slim = slim_config(config, shape_of(config), entry | branch_entry(model))
+    slim = slim_config(config, shape_of(config), entry)
     return write_slim(out, path, slim, iter(model.state_dict().items()), {})
 
 

@@ -23,7 +23,7 @@ from saap.group_adapter import (
     trained_parameters,
 )
 from saap.group_folds import FOLDS, float_zero_point_matrix
-from saap.group_quant import branch_entry, fill, quantize, quantize_model
+from saap.group_quant import fill, quantize, quantize_model
 from saap.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
 from tests.edited import edited
 
@@ -33,7 +33,6 @@ CONFIGS = [
     GroupAdapterConfig("scale", 2, 4),
     GroupAdapterConfig("zero-point"),
     GroupAdapterConfig("zero-point", 2),
-    GroupAdapterConfig("branch", 2, 3),
 ]
 NAMES = [f"{config.fold}-{config.rank}" for config in CONFIGS]
 
@@ -92,10 +91,8 @@ def test_the_folded_model_is_the_adapted_one(quantised, config, symmetric):
     for name, layer in layers_of(adapted).items():
         if config.fold == "scale":
             wanted[name] = layer.scales().detach()
-        elif config.fold == "zero-point":
-            wanted[name] = layer.zero_points().detach()
         else:
-            wanted[name] = [part.detach() for part in layer.branch()]
+            wanted[name] = layer.zero_points().detach()
     plain = fold(adapted)
     assert plain is model and not any("lora" in name for name, _ in plain.named_modules())
     assert (logits(plain) - tuned).abs().max() <= 1e-6 * max(1, tuned.abs().max())
@@ -107,13 +104,8 @@ def test_the_folded_model_is_the_adapted_one(quantised, config, symmetric):
         if config.fold == "scale":
             assert torch.equal(holder.scales, wanted[name])
             assert torch.equal(holder.scales, holder.scales.half().float())
-        elif config.fold == "zero-point":
-            assert torch.equal(unpack_zero_points(holder.zero_points, 4, holder.scales.shape[1]).float(), wanted[name])
         else:
-            a, b = wanted[name]
-            assert a.shape == (2, holder.scales.shape[1]) and b.shape == (holder.out_features, 2)
-            assert torch.equal(holder.branch_a, a) and torch.equal(holder.branch_b, b)
-            assert all(torch.equal(part, part.half().float()) for part in (a, b))
+            assert torch.equal(unpack_zero_points(holder.zero_points, 4, holder.scales.shape[1]).float(), wanted[name])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -133,16 +125,13 @@ def test_the_forward_is_what_its_formula_says(config, bits):
     x = torch.randn(4, 96, generator=generator)
     zeros = unpack_zero_points(base.zero_points, bits, 3).float()
     codes, scales = base.centred().float() + zeros.unsqueeze(-1), base.scales
-    sums = torch.stack([x[:, :32].sum(1), x[:, 32:64].sum(1), x[:, 64:].sum(1)], dim=1)
-    factor, extra = b @ a * (alpha / rank), 0
+    factor = b @ a * (alpha / rank)
     if config.fold == "scale":
         scales = (scales * (1 + factor).clamp_min(0.05)).half().float()
-    elif config.fold == "zero-point":
-        zeros = (zeros - factor / scales).clamp(0, 2**bits - 1).round()
     else:
-        extra = sums @ a.half().float().T @ (b * (alpha / rank)).half().float().T
+        zeros = (zeros - factor / scales).clamp(0, 2**bits - 1).round()
     weight = (scales.unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
-    assert torch.allclose(layer(x), x @ weight.T + extra + base.bias, atol=1e-4)
+    assert torch.allclose(layer(x), x @ weight.T + base.bias, atol=1e-4)
 
 
 def test_the_reference_of_the_literature_is_the_additive_adapter():
@@ -248,7 +237,7 @@ def test_autocast_does_not_touch_what_is_folded(quantised):
         adapted = attach(quantised(), config)
         spread(adapted)
         layer = next(iter(layers_of(adapted).values()))
-        read = {"scale": "scales", "zero-point": "zero_points", "branch": "branch"}[config.fold]
+        read = {"scale": "scales", "zero-point": "zero_points"}[config.fold]
         expected = getattr(layer, read)()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = getattr(layer, read)()
@@ -292,7 +281,7 @@ def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(config, tmp_path
     spread(adapted)
     tuned = logits(adapted)
     plain = fold(adapted)
-    plain.config.slim_quant = quant | branch_entry(plain)
+    plain.config.slim_quant = quant
     plain.config.tie_word_embeddings = False
     plain.save_pretrained(tmp_path / "folded")
     assert torch.allclose(logits(load_model(tmp_path / "folded")), tuned, atol=1e-6)
@@ -385,22 +374,20 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(quanti
 def test_bad_options_and_bad_moments(quantised, tmp_path):
     for options, match in [
         (("float-zero-point",), "does not exist"),
-        (("branch",), "needs a rank"),
+        (("branch", 2), "does not exist"),
         (("scale", -1), "negative"),
         (("scale", None, 4), "needs a rank"),
         (("scale", 4, 0), "above 0"),
     ]:
         with pytest.raises(SaapError, match=match):
             GroupAdapterConfig(*options)
-    adapted = attach(quantised(), GroupAdapterConfig("branch", 1))
+    adapted = attach(quantised(), GroupAdapterConfig("zero-point", 1))
     with pytest.raises(SaapError, match="adapter already"):
         attach(adapted.get_base_model(), GroupAdapterConfig())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     with pytest.raises(SaapError, match="holds other files"):
         save_adapter(adapted, tmp_path / "mine")
-    plain = fold(adapted)
+    fold(adapted)
     with pytest.raises(SaapError, match="before folding"):
         save_adapter(adapted, tmp_path / "out")
-    with pytest.raises(SaapError, match="branch already"):
-        attach(plain, GroupAdapterConfig())

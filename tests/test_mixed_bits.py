@@ -13,6 +13,7 @@ from onnx_reference import reference
 from slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
 from test_export import logits_of, tensors_of
 from test_portable import check_standard, feed
+from transformers import AutoModelForCausalLM
 
 from export.export import export_bundle
 from export.gguf_write import export_gguf
@@ -258,3 +259,23 @@ def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
     tensors = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")["tensors"]
     assert {e["type"] for name, e in tensors.items() if name != "token_embd.weight"} == {"Q4_0"}
     assert tensors["token_embd.weight"]["type"] == "Q8_0"
+
+
+@pytest.mark.parametrize("rank", [16, {"model.layers.0.mlp.down_proj": 3}])
+def test_a_directory_of_an_older_version_with_a_branch_is_refused(mixed, tmp_path, rank):
+    edited(mixed / "config.json", lambda config: config["slim_quant"].update(branch=rank))
+    edited(mixed / "saap.json")
+    message = (
+        r"mixed was tuned with --fold branch, which saap no longer has: tune the slim directory again, with --fold"
+    )
+    for use in (
+        load_model,
+        lambda path: export_bundle(path, tmp_path / "out"),
+        lambda path: export_portable(path, tmp_path / "out"),
+        lambda path: export_gguf(path, tmp_path / "out"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            use(mixed)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="tuned with a branch, which this version does not compute"):
+        AutoModelForCausalLM.from_pretrained(mixed)

@@ -86,8 +86,6 @@ def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family
 
 
 def test_what_needs_all_floats_is_refused(tiny_model, tmp_path, monkeypatch, little_memory):
-    with pytest.raises(SaapError, match=r"tuning needs .* --fold rounded needs all floats at once"):
-        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(fold="rounded"))
     with pytest.raises(SaapError, match=r"tuning needs .* --max-bytes needs all floats at once"):
         tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(max_bytes=10**6))
     with pytest.raises(SaapError, match=r"tuning needs .* give a smaller --length"):

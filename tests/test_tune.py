@@ -58,24 +58,13 @@ def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, b
     assert changed == sum(isinstance(m, GroupQuantLinear) for m in before.modules())
 
 
-@pytest.mark.parametrize("fold", ["zero-point", "branch", "rounded"])
-def test_the_other_folds_lower_the_loss_too(slim, tmp_path, fold):
-    untrained = replace(FAST, fold=fold, learning_rate=0.0, norm_rate=0.0, scale_rate=0.0)
+def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
+    untrained = replace(FAST, fold="zero-point", learning_rate=0.0, norm_rate=0.0)
     tune(slim, tmp_path / "untrained", ROWS[:28], untrained)
-    options = replace(FAST, fold=fold, learning_rate=3e-2, training=replace(TRAINING, passes=3))
+    options = replace(FAST, fold="zero-point", learning_rate=3e-2, training=replace(TRAINING, passes=3))
     tune(slim, tmp_path / "tuned", ROWS[:28], options)
     before, after = (load_model(tmp_path / name) for name in ("untrained", "tuned"))
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
-    quant = read_config(tmp_path / "tuned")["slim_quant"]
-    assert quant.get("branch") == (16 if fold == "branch" else None)
-
-
-def test_without_training_rounded_and_scale_are_the_same_integers(slim, tmp_path):
-    still = replace(FAST, learning_rate=0.0, norm_rate=0.0, scale_rate=0.0)
-    for fold in ("scale", "rounded"):
-        tune(slim, tmp_path / fold, ROWS[:8], replace(still, fold=fold))
-    one, two = (load_model(tmp_path / fold).state_dict() for fold in ("scale", "rounded"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
@@ -213,8 +202,8 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     for wrong, message in (
         ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
         ({"fold": "magic"}, "'magic' is no fold"),
-        ({"fold": "branch", "rank": 0}, "fold branch needs a rank"),
-        ({"fold": "branch", "max_bytes": 10**9}, "a branch adds bytes"),
+        ({"fold": "branch"}, "'branch' is no fold: choose one of scale, zero-point"),
+        ({"rank": -1}, "rank -1 is negative"),
         ({"teacher_weight": 2.0}, "no share of the loss"),
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):
@@ -239,9 +228,9 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
             for n in range(300)]  # fmt: skip
     chats.write_text("\n".join(map(json.dumps, rows)))
     common = ["--tokens", "2048", "--length", "64", "--batch", "2"]
-    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "rounded", "--rank", "2")
-    assert "rounded fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
-    assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "rounded"
+    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
+    assert "zero-point fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
+    assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
     done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", tmp_path / "tiny")
     tuning = read_record(tmp_path / "chat")["tuning"]
     assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(tmp_path / "tiny")
