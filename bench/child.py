@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,6 @@ def call(
     env: dict[str, str] | None = None,
     python: str = sys.executable,
     told: Told | None = None,
-    launch: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run ``python -m module`` with ``config`` on stdin; the last object that it prints.
 
@@ -48,7 +47,6 @@ def call(
 
     Args:
         told: called with every object that comes before the answer, a line each.
-        launch: a command that starts the rest of its arguments, such as ``devices.cgroup.MemoryGroup.launcher``.
 
     Raises:
         ChildFailedError: with the last line of its stderr.
@@ -61,7 +59,7 @@ def call(
         try:
             with signals_wait():
                 process = subprocess.Popen(
-                    [*launch, python, "-m", module],
+                    [python, "-m", module],
                     stdin=given,
                     stdout=subprocess.PIPE,
                     stderr=err,

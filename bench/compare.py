@@ -31,7 +31,7 @@ IDENTITY = (
     "os",
     "python",
     "onnxruntime",
-    "emulated",
+    "emulated",  # of results that older versions made within limits
     "power_mode",
     "l4t",
 )

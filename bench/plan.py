@@ -60,7 +60,6 @@ class Plan:
         cool_down_s: longest wait before a repetition until the cores are within 3 degrees of their start.
         cold: load once more with the files dropped from the page cache.
         root: of /proc and /sys, for a recorded host.
-        launch: a command that every worker is started through, such as one that enters a control group.
         text: token ids that every bundle is asked about in the end (bench.regression_answers); empty: none.
         greedy: tokens that it shall say after them.
     """
@@ -81,7 +80,6 @@ class Plan:
     cool_down_s: float = 0.0
     cold: bool = True
     root: Path = field(default_factory=lambda: Path("/"))
-    launch: tuple[str, ...] = ()
     text: Sequence[int] = ()
     greedy: int = 16
 

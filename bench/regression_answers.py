@@ -39,7 +39,7 @@ def ask(peer: Peer, plan: Plan, threads: int) -> dict[str, Any]:
     }  # fmt: skip
     environment = peer.environment(threads)
     try:
-        return call("bench.regression_answers", job, plan.timeout_s, environment, peer.python, launch=plan.launch)
+        return call("bench.regression_answers", job, plan.timeout_s, environment, peer.python)
     except ChildFailedError as error:
         return {"error": str(error)}
 

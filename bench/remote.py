@@ -20,7 +20,7 @@ from bench.rounds import Progress
 from bench.store import result_from_dict
 from devices.transport import printable
 
-HERE_ONLY = ("root", "launch")  # of a plan: they mean this host
+HERE_ONLY = ("root",)  # of a plan: it means this host
 
 
 def bench_on(

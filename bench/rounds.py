@@ -101,7 +101,7 @@ class Rounds:
         for setting, outcomes in list(self.outcomes.items())[:1]:
             for index, outcome in enumerate(outcomes):
                 self._say(outcome, "cold load")
-                seconds, reason = cold_load(outcome.peer, self._job(setting), self.plan.timeout_s, self.plan.launch)
+                seconds, reason = cold_load(outcome.peer, self._job(setting), self.plan.timeout_s)
                 for others in self.outcomes.values():
                     others[index].cold_load_s = seconds
                     if reason:
@@ -124,7 +124,7 @@ class Rounds:
         job["available_before"] = available(self.plan.root)
         answer = call(
             peer.worker, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
-            lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"), self.plan.launch,
+            lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
         )  # fmt: skip
         taken = sample_from_dict(answer["sample"])
         start, end = answer["window"]
@@ -192,15 +192,13 @@ def prompt_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(vocab_size, size=count)]
 
 
-def cold_load(
-    peer: Peer, job: dict[str, Any], timeout_s: float, launch: Sequence[str] = ()
-) -> tuple[float | None, str | None]:
+def cold_load(peer: Peer, job: dict[str, Any], timeout_s: float) -> tuple[float | None, str | None]:
     """Seconds of a load from storage, or None and why it is not known."""
     files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
     total = sum(drop_from_cache(file) for file in files)
     config = {**job, "path": str(peer.path), "only_load": True}
     try:
-        answer = call(peer.worker, config, timeout_s, peer.environment(job["threads"]), peer.python, launch=launch)
+        answer = call(peer.worker, config, timeout_s, peer.environment(job["threads"]), peer.python)
     except ChildFailedError as error:
         return None, str(error)
     if answer.get("read_bytes") is None:

@@ -33,31 +33,24 @@ def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> i
 
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
     plan = Plan(**{name: options[name] for name in PLAN})
-    result = measured([*specs, *specs[: int(options["noise_floor"])]], plan, console, edge=_edge(options))
+    result = measured([*specs, *specs[: int(options["noise_floor"])]], plan, console)
     result = replace(result, quality=quality)
     if options["form"]:
         click.echo(formatted(result, options["form"]), nl=False)
         show_reasons(result, to_stderr=True)
     else:
         show_result(result, noise_floor=options["noise_floor"])
-    _show_edge(result, to_stderr=bool(options["form"]))
     keep(result, options["json_path"], options["history"])
     return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
 
 
-def measured(
-    specs: list[str], plan: Any, console: Console, names: list[str] | None = None, edge: Any | None = None
-) -> Any:
-    """The result of a bench run, with its progress shown; within an edge class where one is given."""
-    from bench.edge import bench_emulated
+def measured(specs: list[str], plan: Any, console: Console, names: list[str] | None = None) -> Any:
+    """The result of a bench run, with its progress shown."""
     from bench.run import bench
 
     verify_models(specs)
     with ended_as_by_a_person():
-        if edge is None:
-            result = bench(specs, plan, names=names, progress=console.report)
-        else:
-            result = bench_emulated(specs, plan, edge, names=names, progress=console.report)
+        result = bench(specs, plan, names=names, progress=console.report)
     console.finish()
     return result
 
@@ -69,28 +62,6 @@ def verify_models(specs: list[str]) -> None:
     for spec in specs:
         if spec.startswith("torch:"):
             check_directory(spec.removeprefix("torch:"))
-
-
-def _edge(options: dict[str, Any]) -> Any | None:
-    """The edge class that was asked for."""
-    from bench.edge import edge_class
-    from devices.profile import load_profile
-
-    name, memory = options["emulate"], options["emulate_memory"]
-    if name is None:
-        if memory is not None:
-            raise SaapError("--emulate-memory needs --emulate DEVICE: see `saap devices list`")
-        return None
-    return edge_class(name, load_profile(name), memory)
-
-
-def _show_edge(result: Any, to_stderr: bool) -> None:
-    """Whose cores and memory these were, and whose rates they are not."""
-    from bench.edge import notes
-
-    if "emulated" in result.settings:
-        for note in notes(result):
-            click.echo(f"  {note}", err=to_stderr)
 
 
 def keep(result: Any, json_path: Path | None, history: Path | None = None) -> None:

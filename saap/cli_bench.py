@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from saap.cli_types import BYTES, Counts, PromptAndGenerated, directory
+from saap.cli_types import Counts, PromptAndGenerated, directory
 from saap.console import Console
 
 
@@ -61,10 +61,6 @@ def lengths(command: Any) -> Any:
     help="Seconds to wait at most before each run, until the cores are within 3 C of their start.",
 )
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also time a load from storage.")
-@click.option(
-    "--emulate", metavar="DEVICE", help="Give it the cores and the memory of this device; rates stay this host's."
-)
-@click.option("--emulate-memory", type=BYTES, help="In place of the device's, such as 2GB.")
 @click.option("--noise-floor", is_flag=True, help="Measure A against itself too: what a ratio must exceed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompt's tokens.")
 @click.option(
@@ -101,8 +97,6 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
     """  # fmt: skip
     from saap.bench_command import bench_step
 
-    if urls and options["emulate"]:
-        raise click.UsageError("--emulate limits this host, --on measures on a board: give one of them")
     if urls:
         from saap.remote_command import bench_on_step
 

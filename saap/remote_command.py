@@ -62,8 +62,6 @@ def check_board_options(options: dict[str, Any]) -> None:
 
 
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
-    if options.get("emulate"):
-        raise SaapError("--on measures a board as it is: leave --emulate out")
     if len(urls) > 1 and options["form"] in ONE_DOCUMENT:
         raise SaapError(f"--format {options['form']} is of one board: give md or jsonl, or --json FILE")
 

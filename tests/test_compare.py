@@ -80,6 +80,10 @@ def test_exit_codes() -> None:
             replace(_run(1.0), device={"fingerprint": "0" * 16, "cpu_model": "test", "onnxruntime": "1.99"}),
             "different devices: onnxruntime \u2013 and 1.99",
         ),
+        (
+            replace(_run(1.0), device={"fingerprint": "0" * 16, "cpu_model": "test", "emulated": "rpi, 1 cores, 9 MB"}),
+            "different devices: emulated \u2013 and rpi, 1 cores, 9 MB",
+        ),
         (replace(_run(1.0), device={}), "does not say which device"),
         (result(measurement("m", BASE[:2])), "2 repetitions, 3 are needed"),
         (_run(1.0, provider="cuda"), "provider differs: cpu and cuda"),

@@ -16,7 +16,7 @@ from bench.headline import cards_of, entries_of, pair_of
 from bench.history import add
 from bench.report import write_report
 from bench.result import Bandwidth, Measurement, ModelFacts, Result, Sample
-from bench.store import ResultError, write_result
+from bench.store import ResultError, read_result, write_result
 
 HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07\ud800"
 RUN = {
@@ -325,6 +325,17 @@ def test_several_results_name_their_devices(page):
     text = text_of(page(dense_and_slim(), board))
     assert "Some Board" in text
     assert "Some CPU" in text
+
+
+def test_a_result_that_an_older_version_made_within_limits_is_shown(page, tmp_path):
+    limits = {"device": "raspberry-pi-5", "cores_used": 1, "memory_bytes": 600_000_000, "memory_limited": True}
+    emulated = replace(
+        dense_and_slim(),
+        device={**dense_and_slim().device, "emulated": "raspberry-pi-5, 1 cores, 600 MB", "fingerprint": "0" * 16},
+        settings={"emulated": limits},
+    )
+    assert "Some CPU" in text_of(page(emulated))
+    assert read_result(tmp_path / "0.json") == emulated
 
 
 def test_unreadable_result_leaves_no_page(tmp_path):
