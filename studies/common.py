@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,28 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("saap", "torch", "transformers", "onnxruntime")
 Cell = dict[str, Any]
+METHODS = {
+    "saap": "SAAP", "flap": "FLAP", "wanda_sp": "Wanda-sp", "param_second": "LLM-Pruner param_second",
+    "param_first": "LLM-Pruner param_first", "param_mix": "LLM-Pruner param_mix", "vector": "LLM-Pruner vector",
+    "shortgpt": "ShortGPT", "magnitude": "magnitude", "random": "random widths",
+}  # fmt: skip
 _TABLE = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end>\n?<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A check with its bar, what was found, and whether it is reached; None: not measured."""
+
+    check: str
+    bar: str
+    found: str
+    reached: bool | None
+
+
+def bar_table(bars: Iterable[Bar]) -> str:
+    """Bars as a table."""
+    words = {True: "reached", False: "**not reached**", None: "-"}
+    return markdown(["check", "bar", "measured", ""], ([b.check, b.bar, b.found, words[b.reached]] for b in bars))
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -62,15 +84,14 @@ def with_tables(text: str, tables: Mapping[str, str]) -> str:
     return _TABLE.sub(lambda match: f"{match['start']}{tables[match['name']]}\n<!-- end -->", text)
 
 
-def add_table_command(commands: Any) -> None:
-    """The subcommand `table` of a study."""
-    table = commands.add_parser("table", help="print the tables that the cells give")
-    table.add_argument("--write", action="store_true", help="put them into the README")
-
-
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_write_option(parser: argparse.ArgumentParser) -> None:
+    """`--write` of `table`."""
+    parser.add_argument("--write", action="store_true", help="table: into the README instead of to the terminal")
 
 
 def show_tables(folder: Path, tables: Mapping[str, str], write: bool = False) -> None:

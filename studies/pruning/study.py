@@ -1,198 +1,40 @@
-"""What pruning costs in nats: one small JSON per cell, so that a table may take more than one sitting.
+"""What pruning costs in nats, before any tuning: SAAP and nine baselines on WikiText-2 raw test.
 
-    python -m studies.pruning.study ablation            # held-out calibration text; chooses the defaults
-    python -m studies.pruning.study table               # WikiText-2 raw test; only after the ablation is committed
-    python -m studies.pruning.study show ablation       # the cells that are there, as Markdown
+    python -m studies.pruning.study run                      # all rows at 40 chunks, which screens them
+    python -m studies.pruning.study run --chunks 160 --methods saap,flap method=flap compensate=bias
+    python -m studies.pruning.study spread                   # SAAP and LLM-Pruner at seeds 0 to 9
+    python -m studies.pruning.study twice                    # prune twice with one seed, hash all files
+    python -m studies.pruning.study table [--write]
 
-A cell is what `saap prune` writes with these settings, loaded and evaluated: no cell is a mask. Finished cells are not
-made again. Chunks are of 256 tokens, predicted from their own start; `--chunks 40` screens, 160 confirms.
+A cell is what `saap prune` writes with these settings, loaded and evaluated. Finished cells are not made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
+import math
 import os
+import statistics
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
+from studies.common import METHODS, add_write_option, bar_table, markdown, parser_of, provenance, show_tables
+from studies.pruning.bars import MANY_SEEDS, all_bars
+from studies.pruning.cells import SCREEN, SEEDS, SEQUENCES, STRONGEST_FIRST, Row, Variant, rows_of, slug, value_of
 
-from saap import __version__, models
-from saap.adaptive import AdaptiveOptions
-from saap.baselines import published
-from saap.checkpoint import load_model, read_record
-from saap.errors import SaapError
-from saap.fusion import FusionOptions
-from saap.masking import mean_nll
-from saap.models import load_tokenizer
-from saap.protocol import Cut, windows_of
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.rows import training_rows
-from saap.text import documents_of, pack, read_file
+if TYPE_CHECKING:
+    import torch
+
+    from saap.prune_options import PruneOptions
+    from studies.pruning.measure import Texts
 
 HERE = Path(__file__).resolve().parent
-SEQUENCES, LENGTH, HELD = 64, 256, 40
-SCREEN = 40  # chunks of the test on which rows are screened
-
-STRONGEST_FIRST = (
-    "flap", "param_second", "param_first", "wanda_sp", "param_mix", "vector", "shortgpt", "magnitude", "random",
-)  # fmt: skip
-Variant = dict[str, Any]  # options of PruneOptions, with fusion's and adaptive's under their own names
-
-
-def options_of(variant: Variant) -> PruneOptions:
-    """PruneOptions from a flat dict."""
-    given = {
-        part: {name: variant[name] for name in names if name in variant}
-        for part, names in (
-            ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
-            ("adaptive", ("c", "exact", "modules", "corrections", "prices")),
-            ("rest", ("method", "compensate", "heads", "seed", "steps")),
-        )
-    }
-    adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
-    kept = None if variant.get("text") == "alike" else frozenset[int]()  # alike: every layer may be pruned
-    return PruneOptions(Requirement(ratio=variant["ratio"]), adaptive=adaptive, keep_layers=kept, **given["rest"])
-
-
-class Texts:
-    """Calibration rows by seed, and what is evaluated on."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self.model_dir, self.data = model_dir, Path(os.environ["SAAP_DATA"])
-        self.tokenizer = load_tokenizer(model_dir)
-        self._rows: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def alike(self, seed: int, sequences: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
-        """Our own text, [sequences, length]; with more sequences than the usual the usual are the first of them."""
-        return self._own(seed, sequences)[: sequences * length // LENGTH].reshape(sequences, length)
-
-    def held(self, seed: int) -> torch.Tensor:
-        """The rows after those, [40, 256], which no score, price or refit sees."""
-        return self._own(seed)[SEQUENCES:]
-
-    def _own(self, seed: int, sequences: int = SEQUENCES) -> torch.Tensor:
-        count = max(sequences, SEQUENCES + HELD)
-        if (seed, count) not in self._rows:
-            self._rows[seed, count] = training_rows(self.model_dir, None, "calibration", count, LENGTH, seed).ids
-        return self._rows[seed, count]
-
-    def published(self, method: str, seed: int) -> torch.Tensor:
-        """As many sequences and tokens as a method's authors take, of the text here that is closest to theirs."""
-        settings = published(method)
-        tokens, count = settings.tokens or 64, settings.sequences
-        if settings.text.startswith("WikiText"):
-            texts = read_file(self.data / "wikitext2_train_raw_head1MB.txt")
-        elif settings.text.startswith("C4"):
-            texts = read_file(self.data / "c4_sample300.jsonl")
-        else:  # books: running prose is what the encyclopedia comes closest to
-            texts = read_file(self.data / "wikipedia_docs.jsonl.gz")
-        return pack(texts, self.tokenizer, tokens, count or 64, seed)
-
-    def wikitext(self, seed: int) -> torch.Tensor:
-        """As many tokens as :meth:`alike`, of the text that FLAP's authors take: the head of WikiText-2 *train*."""
-        return pack(read_file(self.data / "wikitext2_train_raw_head1MB.txt"), self.tokenizer, LENGTH, SEQUENCES, seed)
-
-    def of(self, variant: Variant) -> torch.Tensor:
-        """What a variant is calibrated on: its ``text``, by its seed."""
-        kind, seed = variant.get("text"), variant["seed"]
-        if kind == "published":
-            return self.published(variant["method"], seed)
-        return self.wikitext(seed) if kind == "wikitext" else self.alike(seed, variant.get("sequences", SEQUENCES))
-
-    def other(self) -> torch.Tensor:
-        """80 chunks of the head of WikiText-2 *train*, [80, 256]: text of another kind, none of it from the test."""
-        (text,) = read_file(self.data / "wikitext2_train_raw_head1MB.txt", whole=True)
-        return self._chunks(text)[100:180]
-
-    def test(self, count: int) -> torch.Tensor:
-        """The first chunks of WikiText-2 raw test, as it is."""
-        return self._chunks(read_file(self.data / "wikitext2_test_raw.txt", whole=True)[0])[:count]
-
-    def _chunks(self, text: str) -> torch.Tensor:
-        """A text as it is, side by side, [n, 256]."""
-        return windows_of(documents_of([text], "text"), self.tokenizer, Cut(LENGTH)).ids
-
-
-def slug(variant: Variant) -> str:
-    """A file name for a cell."""
-    parts = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in sorted(variant.items())]
-    return "_".join(parts).replace("/", "-") or "dense"
-
-
-def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, texts: dict[str, torch.Tensor]) -> None:
-    """Prune, load, evaluate, write."""
-    path = where / f"{slug(variant)}.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    missing = {name: rows for name, rows in texts.items() if name not in known.get("nll", {})}
-    if not missing:
-        return
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "slim"
-        try:
-            prune(model_dir, out, ids, options_of(variant))
-        except SaapError as error:
-            print(f"{slug(variant)}: {error}", flush=True)
-            return
-        pruned = time.monotonic() - began
-        record = read_record(out)
-        model = load_model(out)
-        nll = means_of(model, missing)
-    plan = record["plan"]
-    cell = {
-        "variant": variant,
-        "calibration": record["lineage"]["calibration"],
-        "achieved": plan["achieved"],
-        "sizes": [[len(k["query_heads"]), len(k["kv_heads"]), len(k["ffn"])] for k in plan["layers"]],
-        "price": plan["price_nats"],
-        "weighed": plan["reasons"]["weighed"],  # how attention was, in each step where it was
-        "nll": {**known.get("nll", {}), **nll},
-        "seconds": round(pruned, 1),
-        "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    where.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(cell, indent=1) + "\n")
-    partial.replace(path)
-    print(f"{slug(variant)}: {nll} ({pruned:.0f} s)", flush=True)
-
-
-def means_of(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Mean NLL of texts, nats per token; a text that another begins with is read once."""
-    found: dict[str, float] = {}
-    total, done = 0.0, 0
-    previous: torch.Tensor | None = None
-    for name, rows in sorted(texts.items(), key=lambda item: len(item[1])):
-        if previous is None or not torch.equal(previous, rows[:done]):
-            total, done = 0.0, 0
-        if done < len(rows):
-            total += mean_nll(model, rows[done:]) * (len(rows) - done)
-        found[name], done, previous = total / len(rows), len(rows), rows
-    return found
-
-
-def ablation_variants() -> list[Variant]:
-    """One thing at a time, without compensation and in one step; then compensation and steps."""
-    base: Variant = {"method": "saap", "compensate": "none", "score": "vector-token", "steps": 1, "layer_power": 0}
-    changes: list[Variant] = [
-        {"score": s} for s in ("vector-token", "fused-token", "fused", "vector", "element", "token")
-    ]
-    changes += [
-        {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": -0.5}, {"stability": 0.5}, {"heads": False},
-        {"score": "fused", "exact": True}, {"modules": True}, {"corrections": 1}, {"steps": 2}, {"compensate": "bias"},
-        {"compensate": "refit"}, {"compensate": "refit", "steps": 2}, {"compensate": "refit", "steps": 4},
-        {"layer_power": 1}, {"layer_power": 2}, {"compensate": "refit", "steps": 4, "layer_power": 1},
-    ]  # fmt: skip
-    return [{**base, **change} for change in changes]
+CELLS = HERE / "cells"
+MODEL, RATIO, RATIOS = "smollm2-135m", 0.2, (0.2, 0.5)
+STRUCTURES = {None: "heads, KV groups, FFN", False: "FFN", True: "KV groups, FFN"}
+TEXTS = {None: "ours", "alike": "ours", "published": "as published", "wikitext": "WikiText-2 *train*"}
 
 
 def table_variants() -> list[Variant]:
@@ -214,85 +56,149 @@ def table_variants() -> list[Variant]:
     return rows
 
 
-def remember_rankings() -> None:
-    """Score once for all ratios and compensations: a ranking depends on neither."""
-    from saap import prune as module
+def make_table(variants: list[Variant], ratios: Sequence[float], seeds: Sequence[int], chunks: int) -> None:
+    """The cells of the table that are missing."""
+    from saap.models import resolve
+    from studies.pruning.measure import Texts, remember_rankings, run_cell
 
-    known: dict[tuple[Any, ...], Any] = {}
-    rank = module.rank
-
-    def remembered(method: str, model: Any, shape: Any, ids: torch.Tensor, **options: Any) -> Any:
-        settings = sorted((k, v) for k, v in options.items() if k != "progress")
-        key = (method, str(settings), hashlib.sha256(ids.numpy().tobytes()).hexdigest())
-        if key not in known:
-            known[key] = rank(method, model, shape, ids, **options)
-        return known[key]
-
-    module.rank = remembered
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ablation", "table", "cell", "show"])
-    parser.add_argument("rest", nargs="*", help="show: which; cell: key=value; else: only rows with these key=value")
-    parser.add_argument("--ratios", default="0.2,0.5")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument(
-        "--chunks", type=int, default=SCREEN, help="of the test; the first 40 have a number of their own"
-    )
-    parser.add_argument("--methods", help="of the table, only these, as saap,flap")
-    parser.add_argument("--where", help="folder of the cells; default: by what is run")
-    given = parser.parse_args()
-    if given.what == "show":
-        show(_place(given.rest[0]))
-        return
-    ratios, seeds = [float(r) for r in given.ratios.split(",")], [int(s) for s in given.seeds.split(",")]
-    model_dir = Path(models.resolve("smollm2-135m"))
+    model_dir = Path(resolve(MODEL))
     texts = Texts(model_dir)
     remember_rankings()
-    variants = {"ablation": ablation_variants, "table": table_variants}.get(given.what, list)()
-    if given.methods:
-        variants = [v for v in variants if v["method"] in given.methods.split(",")]
-    settings = {k: _value(v) for k, v in (pair.split("=", 1) for pair in given.rest)}
-    variants = [settings] if given.what == "cell" else [v for v in variants if settings.items() <= v.items()]
-    where = _place(given.where or given.what)
+    judged = {f"test{n}": texts.test(n) for n in sorted({SCREEN, chunks})}
     for seed in seeds:
-        judged = (
-            {f"test{n}": texts.test(n) for n in sorted({SCREEN, given.chunks})}
-            if given.what == "table"
-            else {"held": texts.held(seed), "other": texts.other()}
-        )
         for variant in variants:
             ids = texts.of({**variant, "seed": seed})
             for ratio in ratios:
-                run_cell(where, {**variant, "ratio": ratio, "seed": seed}, model_dir, ids, judged)
+                run_cell(CELLS / "table", {**variant, "ratio": ratio, "seed": seed}, model_dir, ids, judged)
 
 
-def _place(name: str) -> Path:
-    """The folder of the table, the ablation, or ``pays``."""
-    ablation = HERE.parent / "ablation" / "cells"
-    return {"ablation": ablation, "pays": ablation / "pays"}.get(name, HERE / "cells" / name)
+def spread_variants(methods: Sequence[str]) -> list[Variant]:
+    """SAAP with and without its refit, and forms of LLM-Pruner, FFN only, on our text and with all layers allowed."""
+    rows: list[Variant] = [{"method": "saap", "compensate": kind} for kind in ("refit", "none")]
+    rows += [
+        {"method": method, "heads": False, "text": "alike", "compensate": kind}
+        for kind in ("none", "refit")
+        for method in methods
+    ]
+    return [{**row, "ratio": RATIO} for row in rows]
 
 
-def _value(text: str) -> Any:
+def spread(where: Path, model_dir: Path, texts: Texts, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """A cell for every seed that the table does not have."""
+    from studies.pruning.measure import run_cell
+
+    judged = {f"test{SCREEN}": texts.test(SCREEN)}
+    for seed in seeds:
+        for variant in spread_variants(methods):
+            cell = {**variant, "seed": seed}
+            if not (where / "table" / f"{slug(cell)}.json").is_file():
+                run_cell(where / "seeds", cell, model_dir, texts.alike(seed), judged)
+
+
+def twice(model_dir: Path, ids: torch.Tensor, options: PruneOptions) -> list[dict[str, str]]:
+    """sha256 of every file of two slim directories, made with nothing kept from one to the other."""
+    from saap.prune import prune
+
+    found = []
+    cache = os.environ.get("SAAP_CACHE")
     try:
-        return json.loads(text.lower())
-    except json.JSONDecodeError:
-        return text
+        for _ in range(2):
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["SAAP_CACHE"] = str(Path(folder) / "cache")
+                slim = Path(folder) / "slim"
+                prune(model_dir, slim, ids, options)
+                found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(slim.iterdir())})
+    finally:
+        os.environ.pop("SAAP_CACHE")
+        if cache is not None:
+            os.environ["SAAP_CACHE"] = cache
+    return found
 
 
-def show(where: Path) -> None:
-    """Cells as Markdown: mean over seeds."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(where.glob("*.json")):
-        cell = json.loads(path.read_text())
-        groups.setdefault(slug({k: v for k, v in cell["variant"].items() if k != "seed"}), []).append(cell)
-    print("| settings | seeds | removed | NLL |\n|---|---|---|---|")
-    for name, cells in groups.items():
-        removed = sum(c["achieved"]["ratio"] for c in cells) / len(cells)
-        both = [t for t in cells[0]["nll"] if all(t in c["nll"] for c in cells)]
-        means = {t: sum(c["nll"][t] for c in cells) / len(cells) for t in both}
-        print(f"| {name} | {len(cells)} | {removed:.4f} | {', '.join(f'{t} {v:.4f}' for t, v in means.items())} |")
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    rows = rows_of(CELLS / "table")
+    confirmed = [row for row in rows if any("test160" in cell["nll"] for cell in row.cells.values())]
+    return {
+        "test160": nll_table(confirmed, "test160"),
+        "screening": nll_table([row for row in rows if 0 in row.cells], "test40", (0,)),
+        "bars": bar_table(bar for bar in all_bars(CELLS) if bar.reached is not None),
+    }
+
+
+def nll_table(rows: list[Row], text: str, seeds: Sequence[int] = SEEDS) -> str:
+    """A row for each setting, a column for each ratio, the best mean first."""
+    settings: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        settings.setdefault(str(row), {})[row.variant["ratio"]] = row
+    lines = []
+    for by_ratio in settings.values():
+        found = [known_of(by_ratio.get(ratio), text, seeds) for ratio in RATIOS]
+        order = [statistics.fmean(values.values()) if values else math.inf for values in found]
+        variant = next(iter(by_ratio.values())).variant
+        lines.append((order, [*described(variant), *(nll_of(values, seeds) for values in found)]))
+    heads = ["method", "what it prunes", "calibration text", "compensation", "20 %", "50 %"]
+    return markdown(heads, [line for _, line in sorted(lines)])
+
+
+def described(variant: Variant) -> list[str]:
+    """Method, structures, text and compensation in words."""
+    method, sequences = variant["method"], variant.get("sequences")
+    text = TEXTS[variant.get("text")] + (f", {sequences} sequences" if sequences else "")
+    structures = "whole layers" if method == "shortgpt" else STRUCTURES[variant.get("heads")]
+    name = f"**{METHODS[method]}**" if method == "saap" else METHODS[method]
+    return [name, structures, text, variant["compensate"]]
+
+
+def known_of(row: Row | None, text: str, seeds: Sequence[int]) -> dict[int, float]:
+    """NLL by seed, of the seeds that were measured."""
+    cells = row.cells if row else {}
+    return {seed: cells[seed]["nll"][text] for seed in seeds if seed in cells and text in cells[seed]["nll"]}
+
+
+def nll_of(values: dict[int, float], seeds: Sequence[int]) -> str:
+    """The mean, and in brackets what it is of: each seed's value, or which seeds there are."""
+    if not values:
+        return ""
+    mean, each = f"{statistics.fmean(values.values()):.3f}", ", ".join(f"{value:.3f}" for value in values.values())
+    if list(values) == list(seeds):
+        return mean if len(seeds) == 1 else f"{mean} ({each})"
+    return f"{mean} (seed {', '.join(map(str, values))})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=["run", "spread", "twice", "table"])
+    parser.add_argument("settings", nargs="*", help="run: only rows with these key=value")
+    parser.add_argument("--ratios", default="0.2,0.5")
+    parser.add_argument("--seeds", help="default: 0,1,2; of spread 0 to 9")
+    parser.add_argument("--chunks", type=int, default=SCREEN, help="of the test, beside the first 40")
+    parser.add_argument("--methods", help="only these, as saap,flap; of spread: forms of LLM-Pruner")
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        return show_tables(HERE, tables(), given.write)
+    default = MANY_SEEDS if given.what == "spread" else SEEDS
+    seeds = [int(seed) for seed in given.seeds.split(",")] if given.seeds else list(default)
+    methods = given.methods.split(",") if given.methods else None
+    if given.what == "run":
+        settings = {key: value_of(value) for key, value in (pair.split("=", 1) for pair in given.settings)}
+        variants = [v for v in table_variants() if settings.items() <= v.items()]
+        variants = [v for v in variants if methods is None or v["method"] in methods]
+        return make_table(variants, [float(ratio) for ratio in given.ratios.split(",")], seeds, given.chunks)
+    from saap.json_files import write_json
+    from saap.models import resolve
+    from studies.pruning.measure import Texts, options_of, remember_rankings
+
+    model_dir = Path(resolve(MODEL))
+    texts = Texts(model_dir)
+    if given.what == "spread":
+        remember_rankings()
+        return spread(CELLS, model_dir, texts, methods or ["param_second"], seeds)
+    variant: Variant = {"method": "saap", "ratio": RATIO, "seed": seeds[0]}
+    files = twice(model_dir, texts.alike(seeds[0]), options_of(variant))
+    write_json(CELLS / "twice.json", {"variant": variant, "files": files, **provenance()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows and cells of studies.speedup: what is compared, what is asked for next, and what a timing says."""
+"""The rows and cells of this study: what is compared, what is asked for next, and what a timing says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from saap.json_files import write_json
-from studies.pruning.study import STRONGEST_FIRST, Variant, slug
+from studies.common import Cell
+from studies.pruning.cells import STRONGEST_FIRST, Variant, slug
 
 HERE = Path(__file__).resolve().parent
 BUNDLES = HERE.parents[1] / "out" / "pruning-speed"
@@ -19,7 +19,6 @@ COSTS = HERE / "cells" / "costs-t1.json"
 SPEEDUPS, PAIRS, THREADS = (1.25, 1.5), 24, 1
 CLOSE, TRIES = 0.02, 3
 OWN_COMPENSATION = {"saap": "refit", "flap": "bias"}  # of the others: none
-Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Setup:
 
     def write(self, name: str, cell: Cell) -> None:
         """Write beside and rename."""
+        from saap.json_files import write_json
+
         write_json(self.cells / f"{name}.json", cell)
 
     def row(self, variant: Variant) -> list[Cell]:
@@ -142,28 +143,3 @@ def read_rows(setup: Setup) -> list[list[Cell]]:
         if cell["variant"]:
             rows.setdefault(slug(cell["variant"]), []).append(cell)
     return [sorted(cells, key=lambda cell: cell["attempt"]) for cells in rows.values()]
-
-
-def show_rows(setup: Setup) -> None:
-    """Rows as Markdown, by speed-up, best perplexity first."""
-    text = f"test{setup.chunks}"
-    dense = (setup.cell("dense") or {"quality": {}})["quality"].get(text)
-    print(f"perplexity of int4 bundles on {setup.chunks} chunks; dense {_perplexity(dense)}\n")
-    print("| speed-up | settings | asked | planned | measured (95 %) | M params | perplexity | |\n" + "|---" * 8 + "|")
-    lines = []
-    for cells in read_rows(setup):
-        target = cells[0]["variant"]["speedup"]
-        cell = closest(cells, target) or cells[-1]
-        nll, speed = cell["quality"].get(text), cell.get("speed")
-        rest = {k: v for k, v in cell["variant"].items() if k != "speedup"}
-        timed = f"{speed['speedup']:.3f}x ({speed['low']:.3f} to {speed['high']:.3f})" if speed else "-"
-        planned = f"{cell['planned']['speedup']:.3f}" if "planned" in cell else "-"
-        size = f"{cell['bundle']['parameters'] / 1e6:.1f}" if "bundle" in cell else "-"
-        status = cell.get("refused") or ", ".join(sorted({s for s in speed["status"] if s != "OK"}) if speed else [])
-        line = f"| {target} | {slug(rest)} | {cell['asked']} | {planned} | {timed} | {size} | {_perplexity(nll)} |"
-        lines.append((target, math.inf if nll is None else nll, f"{line} {status} |"))
-    print("\n".join(line for *_, line in sorted(lines)))
-
-
-def _perplexity(nll: float | None) -> str:
-    return "-" if nll is None else f"{math.exp(nll):.2f}"

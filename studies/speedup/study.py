@@ -3,243 +3,135 @@
     python -m studies.speedup.study costs          # the table of layer costs of this machine, at one thread
     python -m studies.speedup.study prune          # prune to the speed-ups by that table, and export; nothing is timed
     python -m studies.speedup.study quality        # perplexity of the bundles on WikiText-2 raw test
-    python -m studies.speedup.study speed          # bundles against the dense one, interleaved; on a machine left alone
+    python -m studies.speedup.study speed          # bundles against the dense one, interleaved; on an idle machine
     python -m studies.speedup.study all            # these in turn, until every row has its speed
-    python -m studies.speedup.study show           # the cells that are there, as Markdown
+    python -m studies.speedup.study table [--write]
 
 A row is a method with its options at one speed-up; its first bundle asks for that speed-up by the table. Where the
 measured one is more than 2 % off, the next asks for as much more or less, at most twice, and the bundle that is closest
-counts. Finished cells, one JSON per bundle, are not made again; bundles lie under out/ and may be removed: `prune
---chunks 160` makes those again that have no quality on so many chunks, on any machine; only `costs`, `speed` and `all`
-want the one that the table was measured on, or `--elsewhere`, and a speed says where it was measured.
+counts. Finished cells, one JSON per bundle, are not made again. Bundles lie under out/ and may be removed: `prune
+--chunks 160` makes those again that have no quality on so many chunks, on any machine. Only `costs`, `speed` and `all`
+want the machine that the table was measured on, or `--elsewhere`; a speed says where it was measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from studies.common import METHODS, Bar, Cell, add_write_option, bar_table, markdown, parser_of, show_tables
+from studies.pruning.cells import Variant, value_of
+from studies.speedup.rows import CLOSE, HERE, PAIRS, SPEEDUPS, TRIES, Setup, closest, read_rows, row_variants
 
-from saap import models
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from studies.pruning.study import Texts, Variant, options_of, remember_rankings
-from studies.speedup.rows import (
-    HERE,
-    PAIRS,
-    SPEEDUPS,
-    THREADS,
-    TRIES,
-    Cell,
-    Setup,
-    attempt_name,
-    closest,
-    next_asked,
-    row_variants,
-    show_rows,
-    speed_of,
-)
+PLANNED = 0.05
+HOSTS = {"host1": "the machine of the cost table", "host2": "another machine of its kind"}
+TEXTS = ("test40", "test160")
 
 
-def speed_options(variant: Variant, asked: float, costs: Path, onnxruntime: str | None = None) -> PruneOptions:
-    """PruneOptions of a row's bundle."""
-    requirement = Requirement(speedup=asked, costs=costs, threads=THREADS, onnxruntime=onnxruntime)
-    return replace(options_of({**variant, "ratio": 0.5}), requirement=requirement)  # the ratio gives way to it
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    first = read_rows(Setup(Path(), None))
+    return {**{host: rows_table(HERE / "cells" / host) for host in HOSTS}, "bars": bar_table(all_bars(first))}
 
 
-def make_costs(setup: Setup) -> None:
-    """Measure the table where there is none; refuse one of another machine."""
-    if not setup.costs.is_file():
-        from saap.costs_command import probe_costs
-
-        probe_costs(setup.model_dir, setup.costs, threads=[THREADS])
-    runtime_of(setup.costs)
+def all_bars(rows: list[list[Cell]]) -> list[Bar]:
+    """Every bar, of the rows of a machine."""
+    return [*(speed_bar(rows, speedup, text) for speedup in SPEEDUPS for text in TEXTS), *planned_bars(rows)]
 
 
-def table_runtime(costs: Path) -> str:
-    """The ONNX Runtime of the table, of any machine: what quality is measured of may be made anywhere."""
-    from saap.json_files import read_object
-
-    return str(read_object(costs, "make it with `studies.speedup.study costs`")["device"]["onnxruntime"])
-
-
-def runtime_of(costs: Path) -> str:
-    """The ONNX Runtime that the table was measured with, on this machine."""
-    from saap.steps import refuse_elsewhere, runtime_here
-
-    if not costs.is_file():
-        raise SaapError(f"{costs} is not there: make it with `studies.speedup.study costs`")
-    version = runtime_here(costs)
-    if version is None:
-        refuse_elsewhere(costs)
-        raise SaapError(f"{costs} is damaged: remove it, and make it with `studies.speedup.study costs`")
-    return version
-
-
-def make_dense(setup: Setup) -> Cell:
-    """Export the dense model where its bundle is not there."""
-    cell = setup.cell("dense") or {"variant": {}, "asked": 1.0, "quality": {}}
-    bundle = export(setup.model_dir, setup.bundles / "dense")
-    if cell.get("bundle") != bundle:
-        cell = _renewed(cell, bundle)
-        setup.write("dense", cell)
-    return cell
+def rows_table(cells: Path) -> str:
+    """A row for each speed-up, setting and attempt, its seeds side by side, the best quality first."""
+    groups: dict[tuple[float, str, int], list[Cell]] = {}
+    for row in read_rows(Setup(Path(), None, cells=cells)):
+        for cell in row:
+            key = (cell["variant"]["speedup"], words(cell["variant"]), cell["attempt"])
+            groups.setdefault(key, []).append(cell)
+    lines = []
+    for (speedup, name, attempt), found in groups.items():
+        found.sort(key=lambda cell: cell["variant"]["seed"])
+        quality = [nll_of(found, text) for text in TEXTS]
+        columns = [
+            name + (", asked again" if attempt else ""),
+            each(found, lambda cell: str(cell["variant"]["seed"])),
+            each(found, lambda cell: f"{cell['planned']['speedup']:.3f}"),
+            each(found, lambda cell: f"{cell['speed']['speedup']:.3f}" if cell.get("speed") else "-"),
+            each(found, lambda cell: f"{cell['bundle']['parameters'] / 1e6:.1f}"),
+        ]
+        lines.append((speedup, quality[0] or quality[1], [f"{speedup}x", *columns, *quality]))
+    heads = ["speed-up", "settings", "seeds", "planned", "measured", "M parameters", "NLL, 40 chunks", "160 chunks"]
+    return markdown(heads, [line for *_, line in sorted(lines)])
 
 
-def make_bundle(setup: Setup, variant: Variant, attempt: int, asked: float, onnxruntime: str | None = None) -> Cell:
-    """Prune to a speed-up by the table and export; a bundle that is no other than an earlier one takes its numbers."""
-    name = attempt_name(variant, attempt)
-    cell: Cell = {"variant": variant, "attempt": attempt, "asked": asked, "quality": {}, **(setup.cell(name) or {})}
-    options = speed_options(variant, asked, setup.costs, onnxruntime)
-    ids = setup.texts.of(variant)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        slim = Path(folder) / "slim"
-        try:
-            prune(setup.model_dir, slim, ids, options)
-        except SaapError as error:
-            setup.write(name, {**cell, "refused": str(error)})
-            return {**cell, "refused": str(error)}
-        record = read_record(slim)
-        shutil.rmtree(setup.bundles / name, ignore_errors=True)  # of a run that was cut short
-        bundle = export(slim, setup.bundles / name)
-    plan = record["plan"]
-    about = {
-        "calibration": record["lineage"]["calibration"],
-        "planned": plan["planned"],
-        "sizes": [[len(k["query_heads"]), len(k["kv_heads"]), len(k["ffn"])] for k in plan["layers"]],
-        "price": plan["price_nats"],
-        "costs": plan["costs"],
-        "versions": {**record["lineage"]["versions"], "onnxruntime": onnxruntime},
-        "seconds": round(time.monotonic() - began, 1),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    cell = _renewed({**cell, **about}, bundle)
-    for same in setup.row(variant)[:attempt]:
-        if same.get("bundle") == bundle:
-            cell |= {key: same[key] for key in ("quality", "speed") if same.get(key)}
-    setup.write(name, cell)
-    return cell
+def words(variant: Variant) -> str:
+    """A row's method and options."""
+    rest = {k: v for k, v in variant.items() if k not in ("speedup", "seed", "method", "text")}
+    return ", ".join([METHODS[variant["method"]], *(f"`{k}={v}`" for k, v in sorted(rest.items()))])
 
 
-def _renewed(cell: Cell, bundle: dict[str, Any]) -> Cell:
-    """The cell with its bundle; what was measured of another one is not kept."""
-    if cell.get("bundle") not in (None, bundle):
-        cell = {**cell, "quality": {}, "speed": None}
-    return {**cell, "bundle": bundle}
+def told(cell: Cell) -> str:
+    """Which bundle it is."""
+    variant = cell["variant"]
+    return f"{words(variant)}, {variant['speedup']}x, seed {variant['seed']}, attempt {cell['attempt']}"
 
 
-def export(model_dir: Path, out: Path) -> dict[str, Any]:
-    """Write the bundle that `saap export` writes by default; its hash, parameters and bytes."""
-    from export.bundle import read_manifest
-    from export.export import export_bundle
-
-    if not out.is_dir():
-        export_bundle(model_dir, out)
-    manifest = read_manifest(out)
-    size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
-    return {"hash": manifest.content_hash, "parameters": manifest.parameters, "bytes": size}
+def each(cells: list[Cell], told: Callable[[Cell], str]) -> str:
+    """One thing of every cell."""
+    return ", ".join(map(told, cells))
 
 
-def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
-    """NLL of a bundle on the test, nats per token."""
-    from saap.eval import evaluate
-    from saap.eval_command import scorer_of
-
-    scorer = scorer_of(setup.bundles / name, torch.get_num_threads())
-    (found,) = evaluate({name: scorer}, setup.texts.test(setup.chunks))
-    cell = {**cell, "quality": {**cell["quality"], f"test{setup.chunks}": found.nll}}
-    setup.write(name, cell)
-    return cell
+def nll_of(cells: list[Cell], text: str) -> str:
+    """The mean, and each seed's."""
+    values = [cell["quality"][text] for cell in cells if text in cell["quality"]]
+    if not values:
+        return ""
+    if len(values) == 1 == len(cells):
+        return f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
-def measure_speed(setup: Setup, name: str, cell: Cell) -> Cell:
-    """Decode speed of a bundle against the dense one, as `saap compare` measures it; an invalid run is not kept."""
-    from bench.confirm import compare_live
-    from bench.plan import Plan
-
-    plan = Plan(threads=THREADS, repetitions=setup.pairs, cold=False)
-    specs = [str(setup.bundles / "dense"), str(setup.bundles / name)]
-    live = compare_live(specs, plan, confirm=False, names=["dense", "slim"])
-    speed = speed_of(live)
-    if isinstance(speed, str):
-        print(f"{name}: not kept: {speed}", flush=True)
-        return cell
-    cell = {**cell, "speed": speed}
-    setup.write(name, cell)
-    return cell
-
-
-def is_wanting(setup: Setup, cell: Cell) -> bool:
-    """Whether a bundle is still needed: something is to be measured of it."""
-    return "refused" not in cell and not (cell.get("speed") and f"test{setup.chunks}" in cell["quality"])
-
-
-def prune_rows(setup: Setup, variants: list[Variant]) -> None:
-    """The bundles that are asked for next, and those that are gone and still to be measured."""
-    onnxruntime = table_runtime(setup.costs)
-    make_dense(setup)
-    for variant in variants:
-        cells = setup.row(variant)
-        asked = next_asked(cells, variant["speedup"])
-        todo = [(cell["attempt"], cell["asked"]) for cell in cells if is_wanting(setup, cell) and counts(cell, cells)]
-        for attempt, ask in [*todo, *([(len(cells), asked)] if asked else [])]:
-            name = attempt_name(variant, attempt)
-            if attempt < len(cells) and (setup.bundles / name).is_dir():
-                continue
-            cell = make_bundle(setup, variant, attempt, ask, onnxruntime)
-            told = cell.get("refused") or f"asked {ask}, planned {cell['planned']['speedup']:.4f}"
-            print(f"{name}: {told}", flush=True)
+def speed_bar(rows: list[list[Cell]], speedup: float, text: str) -> Bar:
+    """NLL of SAAP's int4 bundle against every baseline's that is as fast; means over SAAP's seeds."""
+    check, bar = f"int4 bundles at {speedup}x measured, {text}", "perplexity below every baseline's"
+    by_variant: dict[str, dict[int, float]] = {}
+    slow = []
+    for cells in rows:
+        variant = cells[0]["variant"]
+        judged = [cell for cell in cells if text in cell["quality"]]
+        cell = closest(judged, speedup) if variant["speedup"] == speedup else None
+        if cell is None:
+            continue
+        name = words(variant)
+        by_variant.setdefault(name, {})[variant["seed"]] = cell["quality"][text]
+        if abs(cell["speed"]["speedup"] / speedup - 1) > CLOSE:
+            slow.append(f"{name}, seed {variant['seed']}, is {cell['speed']['speedup']:.3f}x")
+    mine = by_variant.get("SAAP, `compensate=refit`")
+    others = {n: v for n, v in by_variant.items() if not n.startswith("SAAP") and mine and v.keys() >= mine.keys()}
+    if not mine or not others:
+        return Bar(check, bar, f"{'baselines' if mine else 'SAAP'} not measured", None)
+    means = {name: statistics.fmean(values[s] for s in mine) for name, values in others.items()}
+    nll, rival = statistics.fmean(mine.values()), min(means, key=means.__getitem__)
+    found = f"SAAP {nll:.4f}, best of {len(means)} baselines {means[rival]:.4f} ({rival}): {nll - means[rival]:+.4f}"
+    return Bar(check, bar, "; ".join([found, *slow]), nll < means[rival])
 
 
-def counts(cell: Cell, cells: list[Cell]) -> bool:
-    """Whether a cell is the one that counts of its row, or is not timed yet."""
-    return not cell.get("speed") or cell is closest(cells, cell["variant"]["speedup"])
+def planned_bars(rows: list[list[Cell]]) -> list[Bar]:
+    """The largest difference of planned and measured speed-ups: SAAP's decides, the baselines' is beside it."""
+    bars = []
+    for who, is_ours in (("SAAP", True), ("baselines", False)):
+        cells = [c for row in rows for c in row if c.get("speed") and (c["variant"]["method"] == "saap") == is_ours]
+        errors = {told(c): c["planned"]["speedup"] / c["speed"]["speedup"] - 1 for c in cells}
+        worst = max(errors, key=lambda name: abs(errors[name]), default=None)
+        found = f"{len(errors)} bundles, worst {errors[worst]:+.1%} ({worst})" if worst else "none timed"
+        reached = abs(errors[worst]) <= PLANNED if worst else None
+        bars.append(Bar(f"planned against measured speed-up, {who}", f"within {PLANNED:.0%}", found, reached))
+    return bars
 
 
-def quality_rows(setup: Setup, variants: list[Variant]) -> None:
-    """Quality of the dense bundle and of the bundles that count."""
-    for name, cell in [("dense", make_dense(setup)), *named(setup, variants)]:
-        if f"test{setup.chunks}" not in cell["quality"]:
-            print(f"{name}: {measure_quality(setup, name, cell)['quality']}", flush=True)
-
-
-def named(setup: Setup, variants: list[Variant]) -> Iterator[tuple[str, Cell]]:
-    """Cells that count, or are not timed yet, and whose bundle is there."""
-    for variant in variants:
-        cells = setup.row(variant)
-        for cell in cells:
-            name = attempt_name(variant, cell["attempt"])
-            if counts(cell, cells) and (setup.bundles / name).is_dir():
-                yield name, cell
-
-
-def speed_rows(setup: Setup, variants: list[Variant]) -> None:
-    """Speed of the bundles that have none, one pair after the other."""
-    if not setup.elsewhere:
-        runtime_of(setup.costs)
-    make_dense(setup)
-    for name, cell in named(setup, variants):
-        if not cell.get("speed"):
-            speed = measure_speed(setup, name, cell).get("speed")
-            if speed:
-                print(f"{name}: {speed['speedup']:.3f}x ({speed['low']:.3f} to {speed['high']:.3f})", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["costs", "prune", "quality", "speed", "all", "show"])
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=["costs", "prune", "quality", "speed", "all", "table"])
     parser.add_argument("--methods", help="only these, as saap,flap")
     parser.add_argument("--speedups", default=",".join(map(str, SPEEDUPS)))
     parser.add_argument("--seeds", default="0")
@@ -248,24 +140,22 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="no rows that have these options, such as modules")
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument(
-        "--cells", type=Path, default=HERE / "cells" / "host1", help="where they are; another machine's apart"
-    )
+    parser.add_argument("--host", default="host1", help="folder of the cells; a machine has its own")
     parser.add_argument("--elsewhere", action="store_true", help="speed: on another machine than the table's, too")
-    given = parser.parse_args()
-    if given.what == "show":
-        show_rows(Setup(Path(), None, cells=given.cells, chunks=given.chunks))
-        return
-    model_dir = Path(models.resolve("smollm2-135m"))
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        return show_tables(HERE, tables(), given.write)
+    from saap.models import resolve
+    from studies.pruning.measure import Texts, remember_rankings
+    from studies.speedup import measure
+
+    model_dir = Path(resolve("smollm2-135m"))
     setup = Setup(
-        model_dir,
-        Texts(model_dir),
-        cells=given.cells,
-        chunks=given.chunks,
-        pairs=given.pairs,
+        model_dir, Texts(model_dir), cells=HERE / "cells" / given.host, chunks=given.chunks, pairs=given.pairs,
         elsewhere=given.elsewhere,
-    )
-    extra = {key: _parsed(value) for key, value in (pair.split("=", 1) for pair in given.extra)}
+    )  # fmt: skip
+    extra = {key: value_of(value) for key, value in (pair.split("=", 1) for pair in given.extra)}
     variants = [
         {**variant, **extra, "speedup": float(speedup), "seed": int(seed)}
         for seed in given.seeds.split(",")
@@ -276,22 +166,14 @@ def main() -> None:
     ]
     remember_rankings()
     if given.what in ("costs", "all"):
-        make_costs(setup)
-    steps = {"prune": prune_rows, "speed": speed_rows, "quality": quality_rows}
+        measure.make_costs(setup)
+    steps = {"prune": measure.prune_rows, "speed": measure.speed_rows, "quality": measure.quality_rows}
     for _ in range(TRIES if given.what == "all" else 1):
         for name, step in steps.items():
             if given.what == name or (given.what == "all" and name != "quality"):
                 step(setup, variants)
     if given.what == "all":
-        quality_rows(setup, variants)
-        show_rows(setup)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text.lower())
-    except json.JSONDecodeError:
-        return text
+        measure.quality_rows(setup, variants)
 
 
 if __name__ == "__main__":

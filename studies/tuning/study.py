@@ -41,7 +41,8 @@ from saap.training import train
 from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
 from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.weight_files import tensor_reader
-from studies.pruning.study import Texts, _value, slug
+from studies.pruning.cells import slug, value_of
+from studies.pruning.measure import Texts
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
@@ -231,7 +232,7 @@ def main() -> None:
     if given.what == "show":
         show()
         return
-    cell: Variant = {k: _value(v) for k, v in (pair.split("=", 1) for pair in given.settings)}
+    cell: Variant = {k: value_of(v) for k, v in (pair.split("=", 1) for pair in given.settings)}
     for variant in [cell] if given.what == "cell" else TABLE:
         run_cell(variant, given.test)
 
