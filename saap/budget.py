@@ -16,7 +16,7 @@ from saap.cost import CostTable
 from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape
 
-ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --block or fewer --keep-layers"
+ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
 

@@ -103,7 +103,7 @@ class BundleSize:
             if self.bits != 32 and width % self.block:
                 raise SaapError(
                     f"{what} is {width} wide, which groups of {self.block} do not divide: choose another group size "
-                    "with --block (32, 64 or 128), or plan for --bits 32"
+                    "with --group (32, 64 or 128), or plan for --bits 32"
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
