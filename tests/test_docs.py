@@ -1,7 +1,8 @@
-"""What the documents say is there: links lead somewhere, commands parse, code runs, and the tutorial works in order."""
+"""What the documents say is there: links lead somewhere, options and commands exist, code runs, the tutorial works."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -13,15 +14,38 @@ from command_line import here
 from saap.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] if path.name != "CHANGELOG.md")
-BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PACKAGES = ("saap", "export", "bench", "devices")
+EVERY_PAGE = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "studies")
+    for path in (ROOT / folder).glob("**/*.md" if folder == "studies" else "*.md")
+)
+# What was measured and what changed name commands as they were then.
+PAGES = [name for name in EVERY_PAGE if not name.startswith("studies/") and name != "CHANGELOG.md"]
+SOURCES = sorted(str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+OPTION = re.compile(r"(?<![\w-])(?<!var\()--[a-z][\w-]*")
+CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)\1(?!`)", re.DOTALL)
+OTHER_PROGRAMS = {
+    *("--fsdp_version", "--multi_gpu", "--num_processes", "--use_fsdp"),  # accelerate
+    *("--kick", "--place"),  # labgrid-client
+    *("--arch", "--include", "--keyring", "--variant"),  # mmdebstrap
+    "--pruner_type",  # LLM-Pruner
+    *("--only-binary", "--platform", "--upgrade"),  # pip
+    *("--saap-baselines", "--saap-device", "--saap-max-time"),  # our plugin of pytest
+    *("--scope", "--user"),  # systemd-run
+    "--rows",  # a study
+    "--interval",  # tegrastats
+    "--saap",  # no option: an arrow in the picture of the commands
+}
 
 
-def blocks(path, language):
+def fences(name, *languages):
     """(what stands after the language, text) of a page's code blocks."""
-    return [(note.strip(), text) for name, note, text in BLOCK.findall(path.read_text()) if name == language]
+    found = FENCE.findall((ROOT / name).read_text())
+    return [(note.strip(), text) for language, note, text in found if language in languages]
 
 
 def anchors(path):
@@ -30,18 +54,71 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def commands(text):
-    """The lines of a shell block that call saap, without what follows a pipe."""
-    joined = re.sub(r"\\\n\s*", " ", text)
+def command_lines(text):
+    """The words after `saap` of each line that runs it, also through another program; no pipe, no comment."""
     found = []
-    for line in joined.splitlines():
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        if not re.search(r"\bsaap\b", line):
+            continue
         words = shlex.split(line, comments=True)
-        if words[:1] == ["saap"]:
-            found.append(words[1:])
+        start = next((i for i, word in enumerate(words) if re.fullmatch(r"(.*/bin/)?saap|saap\.cli\S*", word)), None)
+        if start is not None:
+            stop = next((i for i, word in enumerate(words) if i > start and word in ("|", "&&")), len(words))
+            found.append(words[start + 1 : stop])
     return found
 
 
-@pytest.mark.parametrize("name", [*NAMES, "CHANGELOG.md", "studies/README.md", "studies/LOG.md"])
+def indented(name):
+    """Commands that a page sets off by four spaces."""
+    return "\n".join(re.findall(r"^    (accelerate .*|saap .*)$", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def commands_of(command, context):
+    """Every command below one, with its words."""
+    yield (), command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            for words, below in commands_of(command.get_command(context, name), context):
+                yield (name, *words), below
+
+
+def options_of(command, context):
+    return {flag for option in command.get_params(context) for flag in (*option.opts, *option.secondary_opts)}
+
+
+CONTEXT = click.Context(cli)
+OPTIONS = {words: options_of(command, CONTEXT) for words, command in commands_of(cli, CONTEXT)}
+ANY_OPTION = set().union(*OPTIONS.values(), OTHER_PROGRAMS)
+
+
+def strings(name):
+    """The text of every docstring and message of a module; what a message fills in is `X`."""
+    tree = ast.parse((ROOT / name).read_text())
+    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in within:
+            yield node.value
+
+
+def misused(text):
+    """The options in a text that no command has, and in its quoted `saap ...` those that this command has not."""
+    for option in OPTION.findall(text):
+        if option not in ANY_OPTION:
+            yield option
+    for _, code in CODE_SPAN.findall(text):
+        words = re.split(r"[\s=]+", code.strip())
+        if words[0] != "saap":
+            continue
+        named = next((tuple(words[1:end]) for end in (3, 2) if tuple(words[1:end]) in OPTIONS), None)
+        if named is None and re.fullmatch("[a-z]+", words[1] if len(words) > 1 else ""):
+            yield code
+        elif named is not None:
+            yield from (f"saap {' '.join(named)} {o}" for o in OPTION.findall(code) if o not in OPTIONS[named])
+
+
+@pytest.mark.parametrize("name", EVERY_PAGE)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for link in LINK.findall(page.read_text()):
@@ -54,11 +131,41 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
+def test_named_files_exist(name):
+    """Of our own folders, such as `saap/cli.py` and `devices/agent*.py`, but no NAME that a reader replaces."""
+    text = (ROOT / name).read_text()
+    for path in re.findall(
+        rf"(?<![\w/.])((?:{'|'.join((*PACKAGES, 'tests', 'studies'))})/[\w/*.-]+\.(?:py|toml|md))", text
+    ):
+        assert re.search("[A-Z]{3}", Path(path).stem) or list(ROOT.glob(path)), path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_of_a_page_exist(name):
+    assert list(misused((ROOT / name).read_text())) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_options_of_messages_and_docstrings_exist(package):
+    """But for strings that are an option alone: those are arguments of other programs."""
+    texts = {(name, text) for name in SOURCES if name.startswith(f"{package}/") for text in strings(name)}
+    wrong = {(name, bad) for name, text in texts if not OPTION.fullmatch(text) for bad in misused(text)}
+    assert sorted(wrong) == []
+
+
+def test_what_no_command_has_is_found():
+    assert list(misused("choose another with --block (32, 64 or 128)")) == ["--block"]
+    assert list(misused("see `saap tune SLIM --ratio 0.2`")) == ["saap tune --ratio"]
+    assert list(misused("see `saap mend MODEL`")) == ["saap mend MODEL"]
+    assert list(misused("`saap devices probe --costs MODEL`, and `saap prune MODEL --group 32`")) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_commands_are_commands(name):
-    """Every `saap ...` of a shell block has a command, options and arguments that there are."""
-    for _, text in blocks(ROOT / name, "sh"):
-        for words in commands(text):
+    """Every `saap ...` of a code block has a command, options, values and arguments that there are."""
+    for text in [text for _, text in fences(name, "sh", "yaml", "")] + [indented(name)]:
+        for words in command_lines(text):
             context, command, rest = click.Context(cli), cli, words
             while isinstance(command, click.Group):
                 _, command, rest = command.resolve_command(context, rest)
@@ -66,8 +173,9 @@ def test_commands_are_commands(name):
 
 
 def test_pages_have_commands_at_all():
-    found = [words for name in NAMES for _, text in blocks(ROOT / name, "sh") for words in commands(text)]
-    assert len(found) > 30
+    found = {name: [words for _, text in fences(name, "sh", "yaml") for words in command_lines(text)] for name in PAGES}
+    assert sum(map(len, found.values())) > 30
+    assert ["devices", "test"] in [words[:2] for words in found["docs/devices.md"]]
 
 
 def some_text(seed, lines):
@@ -98,10 +206,10 @@ def test_the_tutorial_works(workplace):
         "bench": ["--repetitions", "2", "--prompt", "8", "--generate", "8", "--no-cold"],
         "eval": ["--max-chunks", "4"],
     }
-    for note, text in blocks(ROOT / "docs" / "tutorial.md", "sh"):
+    for note, text in fences("docs/tutorial.md", "sh"):
         if note == "no-run":
             continue
-        for words in commands(text):
+        for words in command_lines(text):
             # A random model is told to fit a board whatever it is; INVALID speeds of a test machine are no failure.
             here(*words, *few.get(words[0], []), code=None if words[0] == "bench" else 0)
     made = ("out/all/report.html", "out/slim", "out/tuned", "out/bundle/bundle.json", "quality.json", "report.html")
@@ -116,7 +224,7 @@ def test_python_runs(name, workplace):
     few = ("--sequences", 8, "--length", 32, "--calibration", "train.txt")
     here("prune", "my-model", "-o", "out/demo/tuned", "--ratio", 0.2, *few)
     export_bundle(Path("out/demo/tuned"), Path("out/demo/slim-int4"))
-    found = blocks(ROOT / name, "python")
+    found = fences(name, "python")
     assert found
     for _, text in found:
         exec(compile(text, name, "exec"), {})
