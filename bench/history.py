@@ -1,21 +1,14 @@
-"""A folder of results over time: one document per run, series per device and setting, and where they step.
-
-Beside the documents lies an index with what the series need, so that a report over thousands of runs opens none of
-them. It is only a cache: it may be deleted, and what it lacks is read from the documents.
-"""
+"""A folder of results over time: one document per run, series per device and setting, and where they step."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +16,7 @@ from bench.compare import decisive_values, metric_of
 from bench.result import INVALID, Measurement, Result
 from bench.stats import summarize
 from bench.store import ResultError, read_result, result_text, write_result
-from devices.whole_files import parse_json
 
-INDEX = "history-index.jsonl"
-CHECKED = b'{"crc32": "%08x", '
 LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
 Progress = Callable[[str, int, int], None]
 
@@ -65,14 +55,6 @@ class Series:
         return [point.median_s for point in self.points]
 
 
-class _Document(NamedTuple):
-    """A line of the index: a file, its size then, and per measurement the fields of its series and its point."""
-
-    file: str
-    size: int
-    runs: list[tuple[tuple[Any, ...], Point]]
-
-
 def add(folder: Path, result: Result) -> Path:
     """Keep a result as ``<created>-<hash>.json``; the same one again changes nothing.
 
@@ -81,20 +63,15 @@ def add(folder: Path, result: Result) -> Path:
     """
     digest = hashlib.sha256(result_text(result).encode()).hexdigest()[:12]
     path = folder / f"{_moment(result.created, 'the result'):%Y%m%dT%H%M%SZ}-{digest}.json"
-    if path.exists():
-        return path
-    write_result(path, result)
-    # One write in append mode: two runs that end at once do not mix their lines.
-    with (folder / INDEX).open("ab", buffering=0) as index:
-        index.write(_line(_document(path, result)))
+    if not path.exists():
+        write_result(path, result)
     return path
 
 
 def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     """All series of a folder, ordered by device, name and setting.
 
-    A document is read only if the index does not hold it with the size that it has now. Documents without a device
-    fingerprint are in no series: they may be of any device.
+    Documents without a device fingerprint are in no series: they may be of any device.
 
     Raises:
         ResultError: no such folder, or a document that cannot be read; delete it.
@@ -102,9 +79,12 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     if not folder.is_dir():
         raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
     found: dict[tuple[Any, ...], list[Point]] = {}
-    for document in _indexed(folder, progress):
-        for key, point in document.runs:
+    paths = sorted(folder.glob("*.json"))
+    for done, path in enumerate(paths, 1):
+        for key, point in _points(path, read_result(path)):
             found.setdefault(key, []).append(point)
+        if progress:
+            progress("reading results", done, len(paths))
     return [Series(*(*key, sorted(found[key], key=lambda p: (p.created, p.file)))) for key in sorted(found)]
 
 
@@ -149,62 +129,14 @@ def _holding(logs: Any, cuts: list[int]) -> list[int]:
     return cuts
 
 
-def _indexed(folder: Path, progress: Progress | None) -> list[_Document]:
-    """Every document's entry; the index is written anew when it did not hold exactly those."""
-    with os.scandir(folder) as listing:
-        sizes = {item.name: item.stat().st_size for item in listing if item.name.endswith(".json") and item.is_file()}
-    lines = list(_read_index(folder / INDEX))
-    known = {document.file: document for document in lines if document and sizes.get(document.file) == document.size}
-    missing = sorted(sizes.keys() - known.keys())
-    for done, name in enumerate(missing):
-        known[name] = _document(folder / name, read_result(folder / name))
-        if progress:
-            progress("reading results", done + 1, len(missing))
-    documents = [known[name] for name in sorted(known)]
-    if missing or len(lines) != len(documents):
-        partial = folder / f"{INDEX}.{os.getpid()}.partial"
-        partial.write_bytes(b"".join(map(_line, documents)))
-        partial.replace(folder / INDEX)
-    return documents
-
-
-def _read_index(path: Path) -> Iterator[_Document | None]:
-    """Every line; None for one that is not whole, whose document is read again."""
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                raw = parse_json(_intact(line))
-                runs = [(tuple(key), Point(**point)) for key, point in raw["runs"]]
-                yield _Document(raw["file"], raw["size"], runs)
-            except (ValueError, KeyError, TypeError):
-                yield None
-
-
-def _line(document: _Document) -> bytes:
-    text = json.dumps(document._asdict() | {"runs": [(key, asdict(p)) for key, p in document.runs]}).encode()
-    return CHECKED % zlib.crc32(text) + text[1:] + b"\n"
-
-
-def _intact(line: bytes) -> bytes:
-    """What a line said before its checksum was put in front, which costs less than to take it out of the object."""
-    size = len(CHECKED % 0)
-    text = b"{" + line[size:-1]
-    if line[:size] != CHECKED % zlib.crc32(text):
-        raise ValueError("another checksum")
-    return text
-
-
-def _document(path: Path, result: Result) -> _Document:
+def _points(path: Path, result: Result) -> Iterator[tuple[tuple[Any, ...], Point]]:
+    """Each measurement that can be believed: the fields of its series, and its point."""
     created = _moment(result.created, str(path)).isoformat()
-    runs = []
     for m in result.measurements:
         summary = summarize(decisive_values(m)[0]) if m.status != INVALID and m.samples else None
         if summary and result.device.get("fingerprint") is not None:
             centre = (summary.median, summary.q1, summary.q3)
-            runs.append((_key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)))
-    return _Document(path.name, path.stat().st_size, runs)
+            yield _key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)
 
 
 def _key(device: dict[str, Any], m: Measurement) -> tuple[Any, ...]:

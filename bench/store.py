@@ -33,24 +33,18 @@ def result_text(result: Result, indent: int | None = None) -> str:
 
 
 def read_result(path: str | Path) -> Result:
-    """Read a document written by ``write_result``, or one that llama-bench printed as JSON or JSONL.
+    """Read a document written by ``write_result``.
 
     Raises:
         ResultError: no such file, truncated, of another schema, or with values that no run can have.
     """
-    from bench.llama_bench import from_llama_bench, is_llama_bench
-
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        theirs = is_llama_bench(text)
-        raw = None if theirs else parse_json(text)
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"cannot read result {path}: {error.strerror}; make one with `saap bench --json`") from None
     except ValueError:
         raise ResultError(f"{path} is truncated or not JSON: run `saap bench --json` again") from None
-    if theirs:
-        return from_llama_bench(text, str(path))
     if not isinstance(raw, dict) or "measurements" not in raw:
         raise ResultError(f"{path} is not a bench result: make one with `saap bench --json`")
     if raw.get("schema") not in READABLE:

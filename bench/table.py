@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -99,19 +98,11 @@ def energy_notes(result: Result) -> list[str]:
 def formatted(result: Result, form: str) -> str:
     """The result in one of ``FORMATS``, ending with a newline.
 
-    ``md`` holds both tables; ``csv`` one line per measurement in base units; ``json`` and ``jsonl`` are llama-bench's
-    (:mod:`bench.llama_bench`).
+    ``md`` holds both tables; ``csv`` one line per measurement in base units.
     """
     if form == "md":
         return f"{markdown(main_table(result))}\n{markdown(detail_table(result))}"
-    if form == "csv":
-        return _csv(table_rows(result))
-    from bench.llama_bench import to_llama_bench
-
-    entries = to_llama_bench(result)
-    if form == "json":
-        return json.dumps(entries, indent=2, allow_nan=False) + "\n"
-    return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+    return _csv(table_rows(result))
 
 
 def markdown(table: Table) -> str:

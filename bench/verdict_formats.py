@@ -1,16 +1,13 @@
-"""Verdicts for continuous integration: JUnit XML, a GitHub step summary, the JSON of github-action-benchmark."""
+"""Verdicts for continuous integration: JUnit XML and a GitHub step summary."""
 
 from __future__ import annotations
 
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.compare import NOT_COMPARABLE, SLOWER, Comparison, Row
-from bench.result import INVALID, Measurement, Result
-from bench.stats import summarize
 from bench.table import Table, markdown
 from bench.wording import threads
 
@@ -77,15 +74,6 @@ def step_summary(comparison: Comparison) -> str:
     return f"### saap compare: {_headline(comparison)}\n\n{markdown(Table(header, rows))}\n{note}\n"
 
 
-def action_benchmark(result: Result) -> str:
-    """The list that github-action-benchmark takes as ``customSmallerIsBetter``: times and memory, no INVALID ones.
-
-    ``value`` is the median over repetitions and ``range`` half of the interquartile range.
-    """
-    entries = [entry for m in result.measurements if m.status != INVALID for entry in _action_entries(result, m)]
-    return json.dumps(entries, indent=2, allow_nan=False) + "\n"
-
-
 def verdict_text(row: Row) -> str:
     """One row as a sentence for people."""
     if row.ratio is None:
@@ -102,26 +90,6 @@ def _headline(comparison: Comparison) -> str:
     verdicts = [row.verdict for row in comparison.rows]
     counted = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
     return ", ".join(counted) or "nothing to compare"
-
-
-def _action_entries(result: Result, m: Measurement) -> list[dict[str, Any]]:
-    label = f"{m.name}, {m.test}, {threads(m.n_threads)}"
-    device = result.device.get("board") or result.device.get("cpu_model") or "unknown device"
-    extra = "\n".join([f"{len(m.samples)} repetitions, {m.status}", *m.reasons, str(device)])
-    series: list[tuple[str, str, float, Sequence[float | None]]] = [
-        ("time per token", "ms", 1e3, m.token_s),
-        ("prefill", "ms", 1e3, [s.prefill_s for s in m.samples]),
-        ("first token", "ms", 1e3, [s.ttft_s for s in m.samples]),
-        ("load", "ms", 1e3, [s.load_s for s in m.samples]),
-        ("peak memory", "MB", 1e-6, [s.peak_decode_bytes for s in m.samples]),
-    ]
-    entries = []
-    for what, unit, scale, values in series:
-        if summary := summarize([scale * value for value in values if value is not None]):
-            spread = f"± {summary.iqr / 2:.4g}"
-            entry = {"name": f"{label}: {what}", "unit": unit, "value": summary.median, "range": spread, "extra": extra}
-            entries.append(entry)
-    return entries
 
 
 def _for_xml(text: str) -> str:

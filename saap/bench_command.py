@@ -153,18 +153,17 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
         if options["confirm"] and comparison.regressed:
             with ended_as_by_a_person():
                 comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
-        newest = results[1]
     elif any(files):
         raise SaapError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
         verify_models([old, new])
         with ended_as_by_a_person():
             live = compare_live([old, new], plan, minimum, confirm=options["confirm"], progress=console.report)
-        comparison, newest = live.comparison, live.results[-1]
-        show_reasons(newest)
+        comparison = live.comparison
+        show_reasons(live.results[-1])
     console.finish()
     show_comparison(comparison)
-    _write_verdicts(comparison, newest, options)
+    _write_verdicts(comparison, options)
     return int(comparison.exit_code(fail))
 
 
@@ -191,16 +190,11 @@ def show_comparison(comparison: Any) -> None:
             click.echo(f"  {row.name}, {row.setting}: {row.reason or verdict_text(row)}")
 
 
-def _write_verdicts(comparison: Any, newest: Any, options: dict[str, Any]) -> None:
-    from bench.verdict_formats import action_benchmark, junit_xml, step_summary
+def _write_verdicts(comparison: Any, options: dict[str, Any]) -> None:
+    from bench.verdict_formats import junit_xml, step_summary
 
-    texts = {
-        options["junit"]: lambda: junit_xml(comparison),
-        options["action_json"]: lambda: action_benchmark(newest),
-    }
-    for path, text in texts.items():
-        if path is not None:
-            write_text(path, text())
+    if options["junit"] is not None:
+        write_text(options["junit"], junit_xml(comparison))
     if summary := os.environ.get(SUMMARY):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(step_summary(comparison))

@@ -77,8 +77,8 @@ def lengths(command: Any) -> Any:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["md", "csv", "json", "jsonl"]),
-    help="Print this instead of tables; json and jsonl as llama-bench.",
+    type=click.Choice(["md", "csv"]),
+    help="Print this instead of tables.",
 )
 @click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included; - prints it.")
 def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None:
@@ -116,7 +116,6 @@ def bench(specs: tuple[str, ...], urls: tuple[str, ...], **options: Any) -> None
 @click.option("--fail-on", type=click.Choice(["regression"]), help="Exit with 1 when something became slower.")
 @click.option("--confirm/--no-confirm", default=True, show_default=True, help="Measure again before it says slower.")
 @click.option("--junit", type=directory, help="Write JUnit XML here.")
-@click.option("--action-json", type=directory, help="Write the JSON of github-action-benchmark here.")
 @click.option("--json", "json_path", type=directory, help="Write the verdicts here; - prints them.")
 def compare(old: str, new: str, **options: Any) -> None:
     """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.

@@ -19,8 +19,8 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
 
     if not both:
         raise SaapError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
-    if options["junit"] or options["action_json"]:
-        raise SaapError("--junit and --action-json are for speeds: use --json for qualities")
+    if options["junit"]:
+        raise SaapError("--junit is for speeds: use --json for qualities")
     rows = compare_quality(read_quality(old), read_quality(new))
     pairs = {row.models: None for row in rows}
     for models in pairs:

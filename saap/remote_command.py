@@ -16,8 +16,6 @@ from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person
 from saap.json_files import read_object
 
-ONE_DOCUMENT = ("csv", "json")
-
 
 def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
     """Measure on boards; the exit code: 2 when one of them could not be used."""
@@ -62,8 +60,8 @@ def check_board_options(options: dict[str, Any]) -> None:
 
 
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
-    if len(urls) > 1 and options["form"] in ONE_DOCUMENT:
-        raise SaapError(f"--format {options['form']} is of one board: give md or jsonl, or --json FILE")
+    if len(urls) > 1 and options["form"] == "csv":
+        raise SaapError("--format csv is of one board: give md, or --json FILE")
 
 
 def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from bench.compare_quality import KIND, VERSION, QualityError, read_quality
 from bench.costs import write_costs
-from bench.history import INDEX, add, series
 from bench.regression_files import Baseline, RegressionError, read_baselines, write_baseline
 from bench.store import ResultError, read_result, write_result
 from export.bundle import BundleError, verify_files
@@ -163,12 +162,6 @@ def test_documents_without_a_checksum_are_read_as_before(tmp_path):
     del raw["checksum"]
     (tmp_path / "a.json").write_text(json.dumps(raw))
     assert read_result(tmp_path / "a.json").measurements[0].name == "b"
-
-
-def test_the_index_of_a_history_is_made_anew(tmp_path):
-    for day in range(1, 6):
-        add(tmp_path, result(measurement("a", [0.01 * day] * 3), created=f"2026-01-0{day}T00:00:00+00:00"))
-    assert holds(tmp_path / INDEX, lambda: series(tmp_path), 100) == 0
 
 
 def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):

@@ -121,7 +121,9 @@ def test_mistakes_are_one_line(bundles, tmp_path):
     assert "no wheels in" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[:-1])
     assert "give one of them" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[-1:])
     assert "belong to --on" in refused("bench", bundles[0], "--board-packages")
-    assert "md or jsonl" in refused("bench", bundles[0], "--on", "local://", "--on", "ssh://b", "--format", "csv")
+    assert "give md, or --json" in refused(
+        "bench", bundles[0], "--on", "local://", "--on", "ssh://b", "--format", "csv"
+    )
     assert "not a bundle" in refused("bench", tmp_path, "--on", "local://")
     with pytest.raises(BundleError):
         pack([str(tmp_path)], positions_of(QUICK))

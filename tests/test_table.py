@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import replace
 
 import pytest
@@ -72,13 +71,6 @@ def test_csv_is_in_base_units() -> None:
     rows = list(csv.DictReader(io.StringIO(text)))
     assert (rows[0]["name"], float(rows[0]["decode_ts"]), rows[0]["peak_load_bytes"]) == ("a,b", 50.0, "100000002")
     assert (rows[1]["decode_ts"], rows[1]["reasons"]) == ("", "exit 1; boom")
-
-
-def test_json_forms_are_llama_bench_s() -> None:
-    r = result(measurement("dense", [0.02] * 3))
-    entries = json.loads(formatted(r, "json"))
-    assert [(entry["n_prompt"], entry["n_gen"]) for entry in entries] == [(8, 0), (0, 4)]
-    assert [json.loads(line) for line in formatted(r, "jsonl").splitlines()] == entries
 
 
 def test_markdown_has_both_tables_and_no_markup_of_names() -> None:

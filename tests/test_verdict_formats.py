@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ElementTree
 
-import pytest
-
 from bench.compare import FASTER, NOT_COMPARABLE, SAME, SLOWER, Comparison, Row
-from bench.result import INVALID, WARN
-from bench.verdict_formats import action_benchmark, junit_xml, step_summary
-from tests.bench_samples import measurement, result
+from bench.verdict_formats import junit_xml, step_summary
 
 HOSTILE = "a|b <i>&\"']]> [x](y)\x07\x00\ud800\n\u2028"
 NUMBERS = {"metric": "decode", "ratio": 1.05, "low": 1.03, "high": 1.07, "p_value": 0.001, "test": "wilcoxon"}
@@ -48,20 +43,3 @@ def test_step_summary_is_a_table_with_the_slower_rows_first() -> None:
     assert "a&#124;b &lt;i&gt;&amp;" in table[3] and "<i>" not in "".join(lines)
     assert lines[-1] == "Changes below 2 % do not count; a ratio above 1 is slower."
     step_summary(COMPARISON).encode()
-
-
-def test_action_benchmark_lists_what_is_better_when_smaller() -> None:
-    document = result(
-        measurement("dense", [0.02, 0.04, 0.03], status=WARN, reasons=["governor is powersave"]),
-        measurement("broken", [0.02], status=INVALID),
-        measurement(HOSTILE, [], samples=[]),
-    )
-    entries = json.loads(action_benchmark(document))
-    assert [entry["name"].split(": ")[1] for entry in entries] == [
-        "time per token", "prefill", "first token", "load", "peak memory",
-    ]  # fmt: skip
-    assert entries[0] == {
-        "name": "dense, pp8+tg4, 1 thread: time per token", "unit": "ms", "value": pytest.approx(30),
-        "range": "± 5", "extra": "3 repetitions, WARN\ngovernor is powersave\ntest",
-    }  # fmt: skip
-    assert (entries[4]["value"], entries[4]["unit"]) == (120.0, "MB")

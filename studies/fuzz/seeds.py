@@ -65,13 +65,6 @@ _RESULT = Result(
 )  # fmt: skip
 RESULT = asdict(_RESULT)
 BASELINE = {"baseline": 1, "name": "a", "results": [asdict(_RESULT) | {"measurements": RESULT["measurements"][:1]}]}
-LLAMA_BENCH = [
-    {
-        "model_filename": "a.gguf", "model_type": "llama 1B Q4_0", "model_size": 1000, "model_n_params": 100,
-        "n_threads": 1, "n_prompt": 0, "n_gen": 16, "n_depth": 0, "avg_ns": 10, "samples_ns": [10, 11],
-        "samples_ts": [1.0, 1.1], "test_time": "2026-01-01T00:00:00Z", "cpu_info": "a CPU", "build_number": 1,
-    }
-]  # fmt: skip
 QUALITY: dict[str, Any] = {
     "kind": "saap-quality", "version": 1, "reference": None,
     "protocol": {"chunk": 16, "stride": 16, "text_sha256": "a", "tokens_sha256": "b", "tokenizer_sha256": "c"},
@@ -105,19 +98,6 @@ TEGRASTATS = (
     b"GR3D_FREQ 0%@305 cpu@48.2C soc2@46.7C VDD_IN 4660mW/4660mW VDD_CPU_GPU_CV 580mW/580mW",
     b"01-02-2024 10:11:12 RAM 1903/3964MB (lfb 5x4MB) IRAM 0/252kB(lfb 252kB) CPU [9%@102,4%@102] APE 25 PLL@26C",
 )
-
-
-def _index_lines() -> tuple[bytes, ...]:
-    from tempfile import TemporaryDirectory
-
-    from bench.history import INDEX, add
-
-    with TemporaryDirectory() as folder:
-        add(Path(folder), _RESULT)
-        return ((Path(folder) / INDEX).read_bytes(),)
-
-
-INDEX_LINES = _index_lines()
 
 
 def gguf(place: Path) -> tuple[bytes, ...]:

@@ -77,7 +77,6 @@ def _documents(place: Path) -> Iterator[Target]:
     """Files of JSON and TOML."""
     from bench.compare_quality import compare_quality, read_quality
     from bench.foreign import genai_peer
-    from bench.history import INDEX, series
     from bench.regression_files import read_baselines
     from bench.store import read_result
     from devices.profile import PROFILES, read_profile
@@ -122,7 +121,6 @@ def _documents(place: Path) -> Iterator[Target]:
     yield Target("cost.json", _from_file(cost, costs), _json(seeds.COSTS))
     result = place / "result.json"
     yield Target("result", _from_file(result, lambda: read_result(result)), _json(seeds.RESULT))
-    yield Target("llama-bench", _from_file(result, lambda: read_result(result)), _json(seeds.LLAMA_BENCH))
     page = place / "report.html"
     yield Target("report of a result", _from_file(result, lambda: make_report([result], page)), _json(seeds.RESULT))
     quality = place / "quality.json"
@@ -135,8 +133,6 @@ def _documents(place: Path) -> Iterator[Target]:
     yield Target(
         "baseline", _from_file(baselines / "a.ff.json", lambda: read_baselines(baselines, "a")), _json(seeds.BASELINE)
     )
-    history = place / "history"
-    yield Target("history index", _from_file(history / INDEX, lambda: series(history)), seeds.INDEX_LINES)
     profile = place / "board.toml"
     texts = tuple(path.read_bytes() for path in sorted(PROFILES.glob("*.toml"))[:4])
     yield Target("profile", _from_file(profile, lambda: read_profile(profile)), texts, json=False)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.history import INDEX, add
+from bench.history import add
 from bench.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 from bench.store import write_result
 
@@ -81,8 +81,6 @@ def main() -> None:
         began = time.monotonic()
         add(folder, last)
         print(f"| keeping one more | {1000 * (time.monotonic() - began):.1f} ms | |", flush=True)
-        (folder / INDEX).unlink()
-        timed("the same without its index, all read", ["report", results[0], "--history", folder, "-o", page])
 
 
 if __name__ == "__main__":
