@@ -22,7 +22,6 @@ from export.export import export_bundle
 from saap.checkpoint import load_model, read_record
 from saap.cost import read_costs
 from saap.errors import SaapError
-from saap.group_adapter import GroupAdapterConfig, attach, load_adapter, save_adapter
 from saap.json_files import read_object, write_document
 from saap.prune import prune
 from saap.prune_options import PruneOptions
@@ -35,7 +34,7 @@ from saap.structures import LayerPlan
 from saap.teacher import teacher_targets
 from tests.bench_samples import measurement, result
 from tests.command_line import refused
-from tests.slim_integers import WIDE, write_integers
+from tests.slim_integers import WIDE
 from tests.test_cost import SHAPE, document
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -214,16 +213,6 @@ def test_the_cache_of_converted_models_is_made_anew(tmp_path):
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     cached(tmp_path / "cache/a", build, "0" * 64)
     assert len(built) == 2 and weights.read_bytes() == bytes(range(256))
-
-
-def test_an_adapter(tiny_model, tmp_path):
-    path = write_integers(tiny_model(**WIDE), tmp_path / "integers")
-    save_adapter(attach(load_model(path), GroupAdapterConfig()), tmp_path / "adapter")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "group_adapter.json"):
-        found = holds(
-            tmp_path / "adapter" / name, lambda: load_adapter(load_model(path), tmp_path / "adapter") and 1, 5
-        )
-        assert found == 5 or name == "group_adapter.json"
 
 
 def test_sealed_tensors(tmp_path):
