@@ -1,6 +1,4 @@
-"""The field's table to look at: quality of the tuned bundles over their speed, at both ratios.
-
-    python -m studies.field.plot studies/field/field.png
+"""The field as a picture: quality of the tuned bundles over their speed, at both ratios.
 
 Quality: the tuned cells of study.py, the mean over their seeds with the seeds' range. Speed: decode over the
 dense bundle with its 95 % interval, of the one interleaved run per ratio in cells/speed (the README has
@@ -10,32 +8,28 @@ and said; so are magnitude and random widths, which are far behind.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from bench.compare import compare_within
 from bench.result import Result
 from bench.store import read_result
-from studies.field.bars import answers_of, check_alike, points
-from studies.field.study import CELLS, METHODS, cells_of
+from studies.common import METHODS, Cell
+from studies.field.cells import CELLS, answers_of, cell_of, check_alike, points, seeds_of
 
 MODEL, RATIOS = "smollm2-135m", ("0.2", "0.5")
 PANELS = {
     "perplexity, WikiText-2 test,\nwindows of 128 (less is better)": "log",
     "mean of ARC-Easy and PIQA, %\n(more is better)": "linear",
 }
-NAMES = {"saap": "SAAP", "flap": "FLAP", "wanda_sp": "Wanda-sp", "shortgpt": "ShortGPT"}
 SHOWN = [method for method in METHODS if method not in ("magnitude", "random")]  # so far behind that others would touch
 MARKERS = dict(zip(SHOWN, "o^svPX<D", strict=True))
 Interval = tuple[float, float, float]  # middle, low, high
 
 
-def quality_of(path: Path) -> tuple[float, float]:
+def quality_of(cell: Cell) -> tuple[float, float]:
     """Perplexity in windows of 128 tokens and points of the tasks, of a cell."""
-    quality = json.loads(path.read_text())["quality"]
-    return float(quality["ppl128"]["rows"][-1]["perplexity"]), points(answers_of(path))
+    return float(cell["quality"]["ppl128"]["rows"][-1]["perplexity"]), points(answers_of(cell))
 
 
 def speed_of(result: Result, name: str) -> Interval | None:
@@ -54,13 +48,13 @@ def dots(ratio: str) -> dict[str, tuple[Interval, list[Interval]]]:
     result = read_result(CELLS / "speed" / f"{MODEL}-{round(100 * float(ratio))}.json")
     found = {}
     for method in SHOWN:
-        paths = sorted(cells_of(MODEL).glob(f"{method}-{ratio}-tuned-seed*.json"))
-        speed = speed_of(result, f"{method}-{ratio}") if paths else None
-        if not paths or speed is None:
-            print(f"{method} at {ratio}: left out, {'no valid speed' if paths else 'no tuned cell'}")
+        cells = list(seeds_of(MODEL, f"{method}-{ratio}-tuned").values())
+        speed = speed_of(result, f"{method}-{ratio}") if cells else None
+        if not cells or speed is None:
+            print(f"{method} at {ratio}: left out, {'no valid speed' if cells else 'no tuned cell'}")
             continue
-        check_alike([cells_of(MODEL) / "dense.json", *paths])
-        columns = zip(*map(quality_of, paths), strict=True)
+        check_alike([cell_of(MODEL, "dense"), *cells])
+        columns = zip(*map(quality_of, cells), strict=True)
         found[method] = speed, [(sum(c) / len(c), min(c), max(c)) for c in columns]
     return found
 
@@ -73,14 +67,14 @@ def arms(interval: Interval) -> list[list[float]]:
 
 def draw(axes: Any, column: int) -> None:
     """A column of panels, one ratio."""
-    ratio, dense = RATIOS[column], quality_of(cells_of(MODEL) / "dense.json")
+    ratio, dense = RATIOS[column], quality_of(cell_of(MODEL, "dense"))
     found = dots(ratio)
     for row, (label, scale) in enumerate(PANELS.items()):
         panel = axes[row, column]
         for method, (speed, quality) in found.items():
             first, colour = method == "saap", f"C{SHOWN.index(method)}"
             panel.errorbar(
-                speed[0], quality[row][0], arms(quality[row]), arms(speed), label=NAMES.get(method, method),
+                speed[0], quality[row][0], arms(quality[row]), arms(speed), label=METHODS[method],
                 fmt=MARKERS[method], markersize=9 if first else 6, color=colour, elinewidth=0.6,
                 zorder=3 if first else 2,
             )  # fmt: skip
@@ -93,10 +87,8 @@ def draw(axes: Any, column: int) -> None:
     axes[0, column].set_title(f"{float(ratio):.0%} of the layers gone, tuned")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a PNG or SVG file")
-    given = parser.parse_args()
+def draw_all(file: Path) -> None:
+    """A PNG or SVG file."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -107,8 +99,4 @@ def main() -> None:
         draw(axes, column)
     named = {label: h for panel in axes[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(given.file, dpi=130)
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(file, dpi=130)

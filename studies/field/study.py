@@ -1,11 +1,12 @@
-"""The table of the field: SAAP and every baseline, pruned, tuned alike or not, as the int4 bundle that a device runs.
+"""SAAP and nine baselines as int4 bundles, tuned alike: perplexity, zero-shot tasks, size and speed.
 
-    python -m studies.field.study                                   # all rows; many hours on two cores
-    python -m studies.field.study --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
-    python -m studies.field.study --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
-    python -m studies.field.study --methods dense --seeds 0         # what tuning does to the dense model
-    python -m studies.field.study --skip bench                      # quality, beside other work; run again to time
-    python -m studies.field.study show                              # the cells that are there, as Markdown
+    python -m studies.field.study run                               # all rows; many hours on two cores
+    python -m studies.field.study run --methods saap,flap --ratios 0.2 --seeds 0 --max-examples 400
+    python -m studies.field.study run --model gemma3-270m --methods saap,flap --ratios 0.2 --seeds 0 --tuned no
+    python -m studies.field.study run --methods dense --seeds 0     # what tuning does to the dense model
+    python -m studies.field.study run --skip bench                  # quality, beside other work; run again to time
+    python -m studies.field.study table [--write]
+    python -m studies.field.study plot studies/field/field.png
 
 A cell is a row of commands that anyone can type (they are in its JSON): prune, tune, export, eval, bench against the
 dense bundle. Cells and steps that are finished are not made again; tuned and not, a cell is of one pruned model. Needs
@@ -14,282 +15,217 @@ SAAP_DATA for text and, for the tasks, files of the forms that docs/quality.md n
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
-import subprocess
-import sys
-import time
+import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.compare import compare_within
 from bench.compare_quality import metric_of
+from bench.result import INVALID, Result
 from bench.store import read_result
-from bench.table import table_rows
-from export.bundle import read_manifest
-from saap.json_files import write_json
+from studies.common import METHODS, ROOT, Bar, Cell, add_write_option, bar_table, markdown, parser_of, show_tables
+from studies.field.cells import (
+    CELLS,
+    PROTOCOLS,
+    Answers,
+    answers_of,
+    cell_of,
+    cells_of,
+    check_alike,
+    gain,
+    points,
+    seeds_of,
+    tasks_of,
+    tops_of,
+)
 
 HERE = Path(__file__).resolve().parent
-ROOT, CELLS = HERE.parents[1], HERE / "cells"
-TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-TEXT, TRAIN = "wikitext2_test_raw.txt", "c4_sample300.jsonl"  # TRAIN: for the parity check
-# Chunk and windows of a perplexity; about 20,000 predictions each.
-PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
-# For all methods; the rate of tuning is the default of `saap tune`. The name of a cell says where another was asked,
-# as the 3e-3 of the first rows, which was the default then.
-RATE, TOKENS, SEQUENCES = "6e-3", 100_000, 64
-# What the pruning table (studies/pruning) found to be each baseline's best; SAAP is as it is by default.
-METHODS: dict[str, list[str]] = {
-    "saap": [],
-    "flap": ["--method", "flap", "--no-heads", "--compensate", "bias", "--keep-layers", "none"],
-    "wanda_sp": ["--method", "wanda_sp", "--no-heads", "--keep-layers", "none"],
-    "param_second": ["--method", "param_second", "--no-heads", "--keep-layers", "none"],
-    "param_first": ["--method", "param_first", "--no-heads", "--keep-layers", "none"],
-    "param_mix": ["--method", "param_mix", "--no-heads", "--keep-layers", "none"],
-    "vector": ["--method", "vector", "--no-heads", "--keep-layers", "none"],
-    "shortgpt": ["--method", "shortgpt"],
-    "magnitude": ["--method", "magnitude", "--no-heads", "--keep-layers", "none"],
-    "random": ["--method", "random", "--no-heads", "--keep-layers", "none"],
-}
+MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
+TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
+SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
-class Cell:
-    """One row: its folder of intermediate files, its commands, and its JSON.
-
-    Args:
-        name: of the row.
-        work: folder for models and bundles.
-    """
-
-    def __init__(self, name: str, work: Path, model: str, given: argparse.Namespace) -> None:
-        self.name, self.work, self.model, self.given = name, work / name, model, given
-        self.commands: list[list[str]] = []
-        self.path = cells_of(model) / f"{name}.json"
-
-    def saap(self, made: str, *arguments: str) -> Path:
-        """Run a command of saap unless what it makes is there."""
-        out = self.work / made
-        words = [str(word) for word in arguments]
-        self.commands.append(["saap", *map(self._typed, words)])
-        if not out.exists():
-            began = time.monotonic()
-            run = [sys.executable, "-m", "saap.cli", *words]
-            done = subprocess.run(run, check=False, capture_output=True, text=True)
-            if not out.exists():
-                raise SystemExit(f"{self.name}: saap {' '.join(words)} failed: {done.stderr[-600:]}")
-            print(f"  {self.name}: {words[0]} {time.monotonic() - began:.0f} s", flush=True)
-        return out
-
-    def _typed(self, word: str) -> str:
-        """A word as anyone would type it: folders by their names."""
-        for path, name in (
-            (str(self.work.parent), f"out/field/{Path(self.model).name}"),
-            (os.environ["SAAP_DATA"].rstrip("/"), "$SAAP_DATA"),
-        ):
-            word = word.replace(path, name)
-        return word
-
-    def exported(self, source: Path) -> Path:
-        """The bundle; with a perplexity of thousands it differs from its float model by more than parity allows."""
-        bundle = self.work / "bundle"
-        arguments = ("bundle", "export", str(source), "-o", str(bundle))
-        if bundle.exists() and read_manifest(bundle).parity is None:
-            return self.saap(*arguments, "--parity", "none")
-        try:
-            return self.saap(*arguments, "--text", str(Path(os.environ["SAAP_DATA"]) / TRAIN))
-        except SystemExit as error:
-            if "parity failed" not in str(error):
-                raise
-            self.commands.pop()
-            return self.saap(*arguments, "--parity", "none")
-
-    def evaluated(self, name: str, bundle: Path, *options: str) -> dict[str, Any]:
-        """The document of a ``saap eval``."""
-        out = self.work / f"{name}.json"
-        document = json.loads(self.saap(out.name, "eval", str(bundle), *options, "--json", str(out)).read_text())
-        return dict(document)
-
-    def known(self) -> dict[str, Any]:
-        """The cell that is there; one that was not timed has no ``bench``."""
-        return dict(json.loads(self.path.read_text())) if self.path.is_file() else {}
-
-    def missing(self) -> bool:
-        """Whether there is something to make or to time."""
-        known = self.known()
-        return not known or (known["bench"] is None and self.given.skip != "bench")
-
-    def finish(self, bundle: Path, dense: Path | None) -> None:
-        """Evaluate and bench the bundle, and write the cell; what is known of it is not measured again."""
-        known = self.known()
-        quality = known.get("quality") or self.quality(bundle)
-        bench = None if self.given.skip == "bench" else self.timed(bundle, dense)
-        commands = [*known["commands"], self.commands[-1]] if known else self.commands
-        cell = {"name": self.name, "commands": commands, "quality": quality, "bench": bench}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, cell | {"date": time.strftime("%Y-%m-%d")})
-
-    def quality(self, bundle: Path) -> dict[str, Any]:
-        """Perplexities by each protocol, and the tasks."""
-        data = Path(os.environ["SAAP_DATA"])
-        numbers: dict[str, Any] = {}
-        for name, (chunk, count) in PROTOCOLS.items():
-            cut = ["--chunk", str(chunk), "--max-chunks", str(count), "--join", "paragraphs"]
-            numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut)
-        if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
-            few = ["--max-examples", str(self.given.max_examples)] if self.given.max_examples else []
-            asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
-            numbers["tasks"] = self.evaluated("tasks", bundle, *asked)
-        return {name: _slim(document) for name, document in numbers.items()}
-
-    def timed(self, bundle: Path, dense: Path | None) -> dict[str, Any]:
-        """What ``saap bench`` finds beside the dense bundle; ``speedup``: over it, in pairs, with its 95 % interval."""
-        specs = [str(bundle)] if dense is None else [str(dense), str(bundle)]
-        made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
-        result = read_result(made)
-        row = table_rows(result)[-1]
-        wanted = ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")
-        kept = {key: row[key] for key in wanted} | {key: result.device[key] for key in ("cpu_model", "isa")}
-        if dense is None:
-            return kept
-        base, other = (measurement.name for measurement in result.measurements)
-        (pair,) = compare_within(result, base, other).rows
-        return kept | {"speedup": [1 / each for each in (pair.ratio, pair.high, pair.low) if each]}
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    found = {}
+    for ratio, percent in (("0.2", "20"), ("0.5", "50")):
+        for how in ("tuned", "untuned"):
+            found[f"{how}-{percent}"] = quality_table(MODEL, ratio, how)
+        found[f"gains-{percent}"] = gains_table(MODEL, ratio)
+        found[f"speed-{percent}"] = speed_table(percent)
+    found["bars"] = bar_table(all_bars())
+    return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
 
 
-def _slim(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of eval without paths, windows and likelihoods: what was answered right stays, for paired tests."""
-    rows = [{k: v for k, v in row.items() if k not in ("window_nll", "name")} for row in document["rows"]]
-    tasks = [
-        {k: v for k, v in task.items() if k not in ("model", "examples")} | {"right": _right(task)}
-        for task in document.get("tasks", [])
-    ]
-    slim = {k: v for k, v in document.items() if k != "checksum"} | {"rows": rows, "tasks": tasks}
-    if slim.get("protocol"):  # the file's name; its hash tells which it is
-        slim["protocol"] = slim["protocol"] | {"text": Path(slim["protocol"]["text"]).name}
-    return slim
+def rows_of(model: str, ratio: str, how: str) -> dict[tuple[str, str], dict[str, Cell]]:
+    """The cells by (method, how) and seed: ``tuned`` finds ``tuned-3e-3`` too."""
+    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}*-seed*.json"))
+    found = dict.fromkeys(tuple(path.stem.rsplit("-seed", 1)[0].split(f"-{ratio}-", 1)) for path in names)
+    return {(method, kind): seeds_of(model, f"{method}-{ratio}-{kind}") for method, kind in found}
 
 
-def _right(task: dict[str, Any]) -> dict[str, str]:
-    """For each metric 1 or 0 for every example, in their order."""
-    examples = sorted(task["examples"], key=lambda example: int(example["index"]))
-    metrics = [metric for metric in ("acc", "acc_norm") if task.get(metric) is not None]
-    return {metric: "".join(str(int(example[metric])) for example in examples) for metric in metrics}
+def named(method: str, how: str) -> str:
+    """A row's name: the method, and what of it is not as in the other rows."""
+    name = f"**{METHODS[method]}**" if method == "saap" else METHODS[method]
+    different = re.findall(r"(\d+)(sequences|tokens)|(\de-\d)", how)
+    return ", ".join([name, *(f"rate {rate}" if rate else f"{count} {what}" for count, what, rate in different)])
 
 
-def cells_of(model: str) -> Path:
-    """A folder per model."""
-    return CELLS / Path(model).name
+def quality_table(model: str, ratio: str, how: str) -> str:
+    """Quality, size and speed of the dense bundle and of each row, the best perplexity first."""
+    rows = {(named(*key), key): list(cells.values()) for key, cells in rows_of(model, ratio, how).items()}
+    lines = [(numbers_of(cells)[0], row_of(name, cells)) for (name, _), cells in rows.items()]
+    dense = [row_of("dense", [cell_of(model, "dense")])]
+    if how == "tuned" and (alike := seeds_of(model, "dense-tuned")):
+        dense.append(row_of("dense, tuned", list(alike.values())))
+    heads = ["model", "seeds", "ppl 128", "ppl 2048", *TASKS.values(), "M params", "MB", "decode, x dense", "peak MB"]
+    return markdown(heads, [*dense, *(line for _, line in sorted(lines))])
 
 
-def run(given: argparse.Namespace) -> None:
-    """Make the cells that are missing, the dense one first."""
-    few = f"-{given.max_examples}examples" if given.max_examples else ""
-    dense = Cell(f"dense{few}", given.work, given.model, given)
-    bundle = dense.exported(Path(given.model))
-    if dense.missing():
-        dense.finish(bundle, None)
-    for seed in map(int, given.seeds.split(",")):
-        for ratio in given.ratios.split(","):
-            for method in given.methods.split(","):
-                for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
-                    if method == "dense" and not tuned:
-                        continue
-                    kept = method if method == "dense" else f"{method}-{ratio}"
-                    name = f"{kept}-{how(given, tuned)}{few}-seed{seed}"
-                    cell = Cell(name, given.work, given.model, given)
-                    if cell.missing():
-                        _cell(cell, method, ratio, seed, tuned, bundle)
+def row_of(name: str, cells: list[Cell]) -> list[str]:
+    """Means over seeds; single seeds in brackets where they differ."""
+    digits = [2, 2, 1, 1, 1, 1, 2, 0]
+    columns = list(zip(*(list(numbers_of([cell])) for cell in cells), strict=True))
+    several = (True, True, True, True, False, False, True, False)  # which columns show their seeds
+    told = [spread(c, d, s) for c, d, s in zip(columns, digits, several, strict=True)]
+    return [name, str(len(cells)), *told]
 
 
-def how(given: argparse.Namespace, tuned: bool) -> str:
-    """Whether a row is tuned, and what of it is not as in the other rows: ``tuned-128sequences-3e-3``."""
-    calibrated = "" if given.sequences == SEQUENCES else f"-{given.sequences}sequences"
-    if not tuned:
-        return f"untuned{calibrated}"
-    learnt = "" if given.tokens == TOKENS else f"-{given.tokens}tokens"
-    return f"tuned{calibrated}{learnt}" + ("" if given.rate == RATE else f"-{given.rate}")
+def spread(values: Sequence[float], digits: int, several: bool) -> str:
+    """The mean of those that were measured, and each; ``-`` where there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    if max(known) > 1000:
+        return f"{statistics.fmean(known):,.0f}" if max(known) < 100_000 else f"{statistics.fmean(known):.1e}"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    if len(values) == 1 or not several:
+        return mean
+    return f"{mean} ({', '.join(f'{value:.{digits}f}' for value in known)})"
 
 
-def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
-    given = cell.given
-    cell.work.mkdir(parents=True, exist_ok=True)
-    source = Path(given.model) if method == "dense" else _pruned(cell, method, ratio, seed)
-    if tuned:
-        cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
-                  str(given.tokens), "--seed", str(seed), "--learning-rate", given.rate)  # fmt: skip
-        source = cell.work / "tuned"
-    cell.finish(cell.exported(source), dense)
+def numbers_of(cells: list[Cell]) -> list[float]:
+    """Perplexities, tasks, million parameters, MB, decode over dense and peak MB; means of the cells."""
+    found = []
+    for cell in cells:
+        rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
+        tasks = {task["task"]: 100 * task[metric_of(task)] for task in tasks_of(cell)}
+        timed = cell["bench"] or {}
+        faster = (timed.get("speedup") or [1.0 if cell["name"] == "dense" else math.nan])[0]
+        peak = timed["peak_decode_bytes"] / 1e6 if timed else math.nan
+        sizes = [rows[0]["parameters"] / 1e6, rows[0]["bytes"] / 1e6]
+        quality = [row["perplexity"] for row in rows] + [tasks.get(task, math.nan) for task in TASKS]
+        found.append([*quality, *sizes, faster, peak])
+    return [statistics.fmean(column) for column in zip(*found, strict=True)]
 
 
-def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
-    """The directory that the tuned and the untuned cell are of."""
-    given = cell.given
-    chosen = ["--ratio", ratio, "--seed", str(seed), *METHODS[method]]
-    source = given.work / f"{method}-{ratio}-seed{seed}"
-    if given.sequences != SEQUENCES:
-        source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")
-        chosen += ["--sequences", str(given.sequences)]
-    cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
-    return source
+def gains_table(model: str, ratio: str) -> str:
+    """What each method loses of the tasks, and what SAAP gains over it, tuned and not; the best of each first."""
+    dense, lines = cell_of(model, "dense"), []
+    rows = {**rows_of(model, ratio, "tuned"), **rows_of(model, ratio, "untuned")}
+    check_alike([dense, *(cell for cells in rows.values() for cell in cells.values())])
+    for (method, how), cells in rows.items():
+        ours = rows.get(("saap", how), {})
+        both = [seed for seed in cells if method == "saap" or seed in ours]
+        if not both:
+            continue
+        top, (reached, share, told) = tops_of(model, how)["int4"], gained(model, how, ours, cells, both)
+        words = [how.partition("-")[0], named(method, how), str(len(both)), f"{reached:.2f}", f"{top - reached:.2f}"]
+        lines.append((how, -reached, [*words, *(("", "") if method == "saap" else (share, told))]))
+    heads = ["", "method", "seeds", "points", "lost", "SAAP's loss over its", "SAAP's gain (95 %)"]
+    return markdown(heads, [line for *_, line in sorted(lines)])
 
 
-def show(model: str) -> None:
-    """The cells of a model as Markdown, means over seeds."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(cells_of(model).glob("*.json")):
-        cell = json.loads(path.read_text())
-        groups.setdefault(cell["name"].rsplit("-seed", 1)[0], []).append(cell)
-    tasks = list(dict.fromkeys(t["task"] for cells in groups.values() for c in cells for t in _tasks(c)))
-    heads = ["model", "seeds", *PROTOCOLS, *tasks, "M params", "MB", "ms/token", "x dense", "peak MB"]
-    print("|", " | ".join(heads), "|")
-    print("|---" * len(heads), end="|\n")
-    for name, cells in sorted(groups.items(), key=lambda item: _numbers(item[1][0], tasks)[0]):
-        numbers = [_numbers(cell, tasks) for cell in cells]
-        means = [sum(column) / len(column) for column in zip(*numbers, strict=True)]
-        digits = [2] * len(PROTOCOLS) + [1] * (len(tasks) + 2) + [2, 2, 0]
-        told = [f"{m:.{places}f}" if m == m else "-" for m, places in zip(means, digits, strict=True)]
-        print("|", " | ".join([name, str(len(cells)), *told]), "|")
+def gained(
+    model: str, how: str, ours: dict[str, Cell], cells: dict[str, Cell], seeds: Sequence[str]
+) -> tuple[float, str, str]:
+    """Points of a row; SAAP's loss over its loss, against each dense model; SAAP's gain with its interval."""
+    theirs, mine = [answers_of(cells[seed]) for seed in seeds], [answers_of(ours[seed]) for seed in seeds]
+    reached, own = mean_points(theirs), mean_points(mine)
+    shares = [f"{(top - own) / (top - reached):.2f}x" for top in tops_of(model, how).values()]
+    return reached, " / ".join(shares), "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(mine, theirs))
 
 
-def _tasks(cell: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(cell["quality"].get("tasks", {}).get("tasks", []))
+def mean_points(answers: list[Answers]) -> float:
+    """Mean over seeds."""
+    return statistics.fmean(map(points, answers))
 
 
-def _numbers(cell: dict[str, Any], tasks: list[str]) -> list[float]:
-    rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
-    found = {t["task"]: 100 * t[metric_of(t)] for t in _tasks(cell)}
-    timed = cell["bench"]
-    faster = ((timed or {}).get("speedup") or [math.nan])[0]
-    measured = [1e3 / timed["decode_ts"], faster, timed["peak_decode_bytes"] / 1e6] if timed else [math.nan] * 3
-    return [
-        *(row["perplexity"] for row in rows), *(found[task] for task in tasks), rows[0]["parameters"] / 1e6,
-        rows[0]["bytes"] / 1e6, *measured,
-    ]  # fmt: skip
+def all_bars() -> list[Bar]:
+    """The bars at 20 %, tuned: against the baselines that have all three seeds, the best first."""
+    rows = {method: cells for (method, how), cells in rows_of(MODEL, "0.2", "tuned").items() if how == "tuned"}
+    answers = {m: [answers_of(c) for c in cells.values()] for m, cells in rows.items() if len(cells) == 3}
+    ours, top = answers.pop("saap"), tops_of(MODEL, "tuned")["int4"]
+    lost, bars = top - mean_points(ours), []
+    rivals = sorted(answers, key=lambda method: -mean_points(answers[method]))
+    for method in rivals:
+        theirs, (mean, low, high) = top - mean_points(answers[method]), gain(ours, answers[method])
+        name = METHODS[method]
+        told = f"{lost / theirs:.2f}x: {lost:.2f} over {theirs:.2f} points"
+        bars.append(Bar(f"SAAP's loss of the tasks over {name}'s", f"<= {SHARE}x", told, lost <= SHARE * theirs))
+        told = f"{mean:+.2f} points ({low:+.2f} to {high:+.2f})"
+        bars.append(Bar(f"SAAP's gain over {name}", "95 % lower bound > 0", told, low > 0))
+    ahead, *_ = gain(ours, answers[rivals[0]])
+    bars.append(Bar("stretch: SAAP's distance from dense int4", f"<= {CLOSEST} points", f"{lost:.2f}", lost <= CLOSEST))
+    told = f"{ahead:+.2f}"
+    return [*bars, Bar("stretch: its gain over the best baseline", f">= {AHEAD:g} points", told, ahead >= AHEAD)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="run", choices=["run", "show"])
-    parser.add_argument("--model", default="smollm2-135m")
+def speed_table(percent: str) -> str:
+    """Decode in one interleaved run: over the dense bundle and over SAAP's, on each machine."""
+    ratio, lines = f"0.{percent[0]}", []
+    machines = {"Zen 4": "", "Zen 3": "-zen3"}
+    results = [read_result(CELLS / "speed" / f"{MODEL}-{percent}{suffix}.json") for suffix in machines.values()]
+    for method in METHODS:
+        pairs = [faster(result, base, f"{method}-{ratio}") for result in results for base in ("dense", f"saap-{ratio}")]
+        lines.append([named(method, ""), *pairs])
+    heads = [f"{machine}: over {base}" for machine in machines for base in ("dense", "SAAP")]
+    return markdown(["not tuned", *heads], lines)
+
+
+def faster(result: Result, base: str, name: str) -> str:
+    """Decode of a bundle over another's, with its 95 % interval; of times per token, so one over them."""
+    status = {measurement.name: measurement.status for measurement in result.measurements}.get(name)
+    if name == base or status in (None, INVALID):
+        return "1" if name == base else status or ""
+    (pair,) = compare_within(result, base, name).rows
+    if not (pair.ratio and pair.low and pair.high):
+        return pair.reason or "-"
+    return f"{1 / pair.ratio:.2f} ({1 / pair.high:.2f} to {1 / pair.low:.2f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=["run", "table", "plot"])
+    parser.add_argument("file", type=Path, nargs="?", help="plot: a PNG or SVG file")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of calibration; default: %(default)d")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of tuning; default: %(default)d")
-    parser.add_argument("--rate", default=RATE, help="of tuning; default: %(default)s")
+    parser.add_argument("--sequences", type=int, help="of calibration; default: 64")
+    parser.add_argument("--tokens", type=int, help="of tuning; default: 100000")
+    parser.add_argument("--rate", help="of tuning; default: 6e-3")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")
-    given = parser.parse_args()
-    given.work /= Path(given.model).name
-    if given.what == "show":
-        show(given.model)
-        return
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        return show_tables(HERE, tables(), given.write)
+    if given.what == "plot":
+        from studies.field.plot import draw_all
+
+        return draw_all(given.file or HERE / "field.png")
     if "SAAP_DATA" not in os.environ:
         raise SystemExit("set SAAP_DATA to a folder with WikiText-2, training text and the tasks' files")
+    from studies.field.rows import run
+
+    given.work /= Path(given.model).name
     run(given)
 
 

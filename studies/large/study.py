@@ -3,8 +3,8 @@
     python -m studies.large.study 1.1B 3B 7B 13B        # hours; finished phases are not run again
     python -m studies.large.study 7B --phases prune,export
     python -m studies.large.study 13B --phases prune,export --steps 1       # 62 GB of disk; two steps take 83
-    python -m studies.large.study show                  # the cells that are there, as Markdown
-    python -m studies.large.study plot growth.png       # time and memory against the weights
+    python -m studies.large.study table [--write]
+    python -m studies.large.study plot studies/large/growth.png
 
 A shape is a checkpoint of random weights (random_model.py), made for the time of its phases and removed after
 them. A phase is one `saap` command in a process of its own: its seconds, the largest resident memory of it and its
@@ -14,16 +14,16 @@ The phase `llama` wants SAAP_PEER_PYTHON, an interpreter with llama-cpp-python.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -31,10 +31,10 @@ from typing import Any
 
 import psutil
 
-from studies.large.random_model import SHAPES
+from studies.common import ROOT, add_write_option, markdown, parser_of, provenance, show_tables
+from studies.large.shapes import SHAPES
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 OUT, PLACE = HERE / "cells", ROOT / "out" / "large"
 RATIO, SEQUENCES, LENGTH = 0.2, 10, 128
 TEXT = ["--sequences", str(SEQUENCES), "--length", str(LENGTH)]
@@ -135,8 +135,6 @@ def checkpoint(shape: str) -> Iterator[Path]:
 
 def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
     """The phases of one shape that are not known, or whose output is gone; the first that fails ends it."""
-    import torch
-
     cells = {name: OUT / f"{shape}-{name}.json" for name in wanted}
     if all(path.is_file() for path in cells.values()):
         return
@@ -163,7 +161,7 @@ def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
                 bundle.name: sum(path.stat().st_size for path in bundle.glob("*.onnx*"))
                 for bundle in sorted(place.glob("*-int4*"))
             }
-            cell |= {"cpus": psutil.cpu_count(logical=False), "torch": torch.__version__, "date": time.strftime("%F")}
+            cell |= {"cpus": psutil.cpu_count(logical=False), **provenance()}
             OUT.mkdir(parents=True, exist_ok=True)
             cells[name].write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
             print(f"{shape} {name}: {found['seconds']} s, {found['peak_mb']} MB", flush=True)
@@ -190,20 +188,39 @@ def cells() -> list[dict[str, Any]]:
     return sorted(found, key=lambda cell: (list(SHAPES).index(cell["shape"]), order.index(cell["phase"])))
 
 
-def show() -> None:
-    """Cells as Markdown."""
-    print("| shape | phase | minutes | sum, MB | peak, MB | disk over the model |\n|---|---|---|---|---|---|")
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    return {"commands": commands_table(), "decode": decode_table("llama", -1), "pruned": decode_table("bench", 0)}
+
+
+def commands_table() -> str:
+    """Time, memory and disk of every command."""
+    lines = []
     for cell in cells():
-        disk = cell["disk_mb"] * 1e6 / cell["weights_bytes"]
-        row = (
-            cell["shape"],
-            cell["phase"],
-            f"{cell['seconds'] / 60:.1f}",
-            str(cell.get("sum_mb") or "-"),
-            str(cell["peak_mb"]),
-            f"{disk:.2f}",
-        )
-        print(f"| {' | '.join(row)} |")
+        expected = f"{cell['sum_mb'] / 1e3:.1f}" if cell.get("sum_mb") else ""
+        disk = f"{cell['disk_mb'] * 1e6 / cell['weights_bytes']:.2f}"
+        steps = f", {cell['steps']} step" if "steps" in cell else ""
+        row = [cell["shape"], cell["phase"] + steps, f"{cell['seconds']:.0f}", expected, f"{cell['peak_mb'] / 1e3:.1f}"]
+        lines.append([*row, disk])
+    return markdown(["shape", "command", "s", "said, GB", "peak, GB", "disk, x model"], lines)
+
+
+def decode_table(phase: str, base: int) -> str:
+    """Decode of the bundles of a phase, medians, and over one of them in pairs.
+
+    Args:
+        base: index of that one.
+    """
+    lines = []
+    for cell in cells():
+        for bundle in cell["bench"] if cell["phase"] == phase else []:
+            median = statistics.median(bundle["decode_ts"])
+            pairs = [a / b for a, b in zip(bundle["decode_ts"], cell["bench"][base]["decode_ts"], strict=False)]
+            share = f"{median / bundle['ceiling_ts']:.0%}" if bundle["ceiling_ts"] else ""
+            row = [cell["shape"], bundle["name"], f"{median:.1f}", f"{statistics.median(pairs):.2f}", share]
+            lines.append([*row, f"{bundle['peak_bytes'] / 1e9:.1f}", bundle["status"]])
+    over = "llama.cpp" if phase == "llama" else "dense"
+    return markdown(["shape", "bundle", "tok/s", f"x {over}, median of pairs", "of the ceiling", "peak, GB", ""], lines)
 
 
 def plot(path: str) -> None:
@@ -230,18 +247,20 @@ def plot(path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="shapes; or show; or plot FILE")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", nargs="+", help="shapes; or table; or plot FILE")
     parser.add_argument("--phases", default=",".join(phases(Path())))
     parser.add_argument("--steps", type=int, help="of pruning; each but one keeps a model on the disk meanwhile")
-    given = parser.parse_args()
-    if given.what == ["show"]:
-        return show()
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == ["table"]:
+        return show_tables(HERE, tables(), given.write)
     if given.what[0] == "plot" and len(given.what) == 2:
         return plot(given.what[1])
     if wrong := [shape for shape in given.what if shape not in SHAPES]:
-        parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, show, or plot FILE")
+        parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, table, or plot FILE")
     if "SAAP_DATA" not in os.environ:
         raise SystemExit("set SAAP_DATA to a folder of texts: a model this large does not write its own")
     PLACE.mkdir(parents=True, exist_ok=True)

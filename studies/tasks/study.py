@@ -2,7 +2,7 @@
 
     python -m studies.tasks.study run                                      # an hour on two cores; finished cells stay
     python -m studies.tasks.study run --tasks piqa --who torch,int4        # some of them; both read anew with --again
-    python -m studies.tasks.study show                                     # accuracies, choices that differ, seconds
+    python -m studies.tasks.study table [--write]                          # accuracies, choices that differ, seconds
 
 The model is SmolLM2-135M-Instruct, the files are those of SAAP_DATA. Who answers: `hf`, the class of the harness;
 `torch`, as `saap eval MODEL`; `fp32` and `int4`, bundles as `saap export` writes them. A cell is one JSON in
@@ -11,18 +11,15 @@ cells/ with accuracies, the choice of every example, and the seconds of that run
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from saap import models
-from saap.json_files import write_json
+from studies.common import add_write_option, markdown, parser_of, provenance, show_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS, BUNDLES = HERE / "cells", HERE.parents[1] / "out" / "tasks"
@@ -38,10 +35,11 @@ def by_harness(model_dir: Path, task: str) -> Row:
     from lm_eval.tasks import TaskManager
 
     from saap.checkpoint import load_model
+    from saap.models import load_tokenizer
     from saap.tasks import task_files
 
     model, (file,) = load_model(model_dir), task_files(options_of(task))
-    theirs: Any = HFLM(model, tokenizer=models.load_tokenizer(model_dir), device="cpu", batch_size=BATCH)
+    theirs: Any = HFLM(model, tokenizer=load_tokenizer(model_dir), device="cpu", batch_size=BATCH)
     began = time.monotonic()
     found: Any = simple_evaluate(model=theirs, tasks=[file.config()], task_manager=TaskManager(include_defaults=False))
     samples = sorted(found["samples"][task], key=lambda sample: int(sample["doc_id"]))
@@ -101,7 +99,12 @@ def bundle_of(model_dir: Path, bits: int) -> Path:
 
 def run(tasks: list[str], who: list[str], again: bool) -> None:
     """The cells that are not there, in turn, so that two that are compared in time run one after the other."""
-    model_dir = Path(models.resolve("smollm2-135m"))
+    import torch
+
+    from saap.json_files import write_json
+    from saap.models import resolve
+
+    model_dir = resolve("smollm2-135m")
     for task in tasks:
         for name in who:
             path = CELLS / f"{task}-{name}.json"
@@ -111,39 +114,40 @@ def run(tasks: list[str], who: list[str], again: bool) -> None:
             about = {"task": task, "who": name, "threads": torch.get_num_threads(), "lm_eval": version("lm-eval")}
             known = json.loads(path.read_text()) if path.is_file() else {}
             earlier = known["seconds"] if known.get("threads") == about["threads"] else []
-            row |= {**about, "seconds": [*earlier, row["seconds"]], "torch": torch.__version__}
-            row["date"] = time.strftime("%F")
+            row |= {**about, "seconds": [*earlier, row["seconds"]], **provenance()}
             write_json(path, row)
             print(
                 f"{task} {name}: acc {row['acc']:.4f}, acc_norm {row['acc_norm']:.4f}, {row['seconds']} s", flush=True
             )
 
 
-def show() -> None:
-    """Cells as Markdown, each against torch."""
+def tables() -> dict[str, str]:
+    """The table of the README: cells, each against torch."""
     cells = {path.stem: json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))}
-    print("| task | who | acc | acc_norm | choices that differ from torch's | seconds |\n|---|---|---|---|---|---|")
+    lines = []
     for cell in cells.values():
-        torch_cell = cells.get(f"{cell['task']}-torch")
-        differ = "-"
+        torch_cell, differ = cells.get(f"{cell['task']}-torch"), "-"
         if torch_cell:
             pairs = list(zip(cell["choices"], torch_cell["choices"], strict=True))
             differ = f"{sum(a != b for a, b in pairs)} of {len(pairs)}"
-        numbers = f"{cell['acc']:.2%} | {cell['acc_norm']:.2%} | {differ} | {', '.join(map(str, cell['seconds']))}"
-        print(f"| {cell['task']} | {cell['who']} | {numbers} |")
+        seconds = f"{', '.join(map(str, cell['seconds']))} ({cell['threads']})"
+        lines.append([cell["task"], cell["who"], f"{cell['acc']:.2%}", f"{cell['acc_norm']:.2%}", differ, seconds])
+    heads = ["task", "who", "acc", "acc_norm", "choices that differ from torch's", "seconds (threads)"]
+    return {"tasks": markdown(heads, lines)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "show"])
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--who", default=",".join(WHO))
     parser.add_argument("--again", action="store_true", help="cells that are there too: one more time of each")
-    given = parser.parse_args()
-    if given.what == "show":
-        show()
-    else:
-        run(given.tasks.split(","), given.who.split(","), given.again)
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        return show_tables(HERE, tables(), given.write)
+    run(given.tasks.split(","), given.who.split(","), given.again)
 
 
 if __name__ == "__main__":

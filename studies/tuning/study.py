@@ -1,15 +1,15 @@
 """What tuning recovers: one small JSON per cell, so that a table may take more than one sitting.
 
     python -m studies.tuning.study cell fold=scale                    # one cell; any of the settings below
-    python -m studies.tuning.study table                              # all rows; hours on two cores
-    python -m studies.tuning.study show                               # the cells that are there, as Markdown
+    python -m studies.tuning.study run                                # all rows; hours on two cores
+    python -m studies.tuning.study table [--write]
 
 A cell prunes SmolLM2 with SAAP's defaults, tunes it on C4, Wikipedia and Dolly (the same tokens in the same order for
 every method), writes a bundle, and measures NLL with ONNX Runtime on rows of that text that nothing was tuned on
 ("held"), on the head of WikiText-2 *train* ("other", 80 chunks) and on WikiText-2 raw test ("test160"). Choices are
 made by the first two; the test is read with --test.
 
-Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|branch|rounded|lora, rank, lr (of scales 3e-3 if left
+Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|lora, rank, lr (of scales 3e-3 if left
 out), teacher=0.5 (share of the loss; 0 is none), model=NAME or directory (SmolLM2 if left out), head=4|8, bits, group,
 integers=gptq|nearest, asymmetric=true, warm=true (float LoRA on the first half of the tokens,
 integers on the second). fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a
@@ -18,221 +18,90 @@ bundle. fold=none is what is tuned, before it is: pruned, or with ratio=0 dense,
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from transformers import PreTrainedModel
-
-from saap import __version__, models
-from saap.checkpoint import load_model, read_config, read_record, write_slim
-from saap.json_files import write_json
-from saap.masking import mean_nll
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.training import train
-from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
-from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
-from saap.weight_files import tensor_reader
-from studies.pruning.cells import slug, value_of
-from studies.pruning.measure import Texts
+from studies.common import Cell, add_write_option, markdown, parser_of, read_cells, show_tables
+from studies.pruning.cells import Variant, value_of
+from studies.tuning.cells import CELLS, DEFAULTS
 
 HERE = Path(__file__).resolve().parent
-CELLS = HERE / "cells"
-OUT = HERE.parents[1] / "out" / "tuning"
-LENGTH, HELD, SEED, CHUNKS = 256, 40, 0, 160
-Variant = dict[str, Any]
-SCALE_RATE = 3e-3  # where a cell names none: saap's own was that when the table was made, and has doubled since
-DEFAULTS: Variant = {"ratio": 0.2, "tokens": 400_000, "fold": "scale", "teacher": 0.5}
 TABLE: tuple[Variant, ...] = (
-    {"fold": "scale"}, {"fold": "rounded"}, {"fold": "lora"}, {"fold": "lora", "integers": "nearest"},
-    {"fold": "lora", "integers": "gptq"}, {"fold": "branch"}, {"fold": "zero-point"}, {"fold": "scale", "rank": 8},
+    {"fold": "scale"}, {"fold": "lora"}, {"fold": "lora", "integers": "nearest"},
+    {"fold": "lora", "integers": "gptq"}, {"fold": "zero-point"}, {"fold": "scale", "rank": 8},
     {"fold": "scale", "teacher": 0}, {"fold": "lora", "teacher": 0},
     {"fold": "lora", "teacher": 0, "integers": "nearest"},
 )  # fmt: skip
+TEXTS = {"held": "held", "other": "WikiText-2 *train*", "test160": "test"}
+FEW = 3072  # tokens of the cells that compare memory
 
 
-def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
-    """The pruned model with SAAP's defaults."""
-    out = OUT / f"slim-{model_dir.name}-{ratio:g}"
-    if not out.is_dir():
-        prune(model_dir, out, texts.alike(SEED), PruneOptions(Requirement(ratio=ratio)))
-    return out
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    cells = read_cells(CELLS)
+
+    def of(wanted: Callable[[Variant], bool]) -> str:
+        return settings_table([cell for cell in cells if wanted(cell["variant"])])
+
+    whole = (0, DEFAULTS["tokens"])  # 0: of what is not tuned
+    return {
+        "twenty": of(lambda v: "model" not in v and v["ratio"] == 0.2 and v["tokens"] in whole and "lr" not in v),
+        "fifty": of(lambda v: "model" not in v and v["ratio"] == 0.5),
+        "rates": of(lambda v: v["fold"] == "scale" and {"model", "asymmetric", "warm"}.isdisjoint(v) and is_rate(v)),
+        "memory": of(lambda v: v["tokens"] == FEW),
+        "second": of(lambda v: v.get("model") == "out/second"),
+        "gemma": of(lambda v: v.get("model") == "gemma3-270m"),
+    }
 
 
-def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
-    """Rows to tune on, and rows after them that nothing is chosen, tuned or stopped by, [40, 256]."""
-    count = max(tokens // LENGTH, FEWEST_ROWS)  # what is not tuned reads none of them
-    calibrated = read_record(slim)["lineage"]["calibration"]
-    skip = -(-calibrated["sequences"] * calibrated["tokens"] // LENGTH)
-    held = tuning_rows(slim, None, HELD, LENGTH, SEED, skip=skip)  # first: the same for every number of tokens
-    return tuning_rows(slim, None, count, LENGTH, SEED, skip=skip + HELD), held.ids
+def is_rate(variant: Variant) -> bool:
+    """Of the cells that compare the rate of scales."""
+    return variant["ratio"] == 0.2 and variant["tokens"] > FEW and variant["teacher"] == DEFAULTS["teacher"]
 
 
-def options_of(variant: Variant) -> TuneOptions:
-    """TuneOptions of a cell; the loop's options are the defaults."""
-    names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
-             "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
-    given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
-    if given["fold"] in ("lora", "none"):
-        given["fold"] = "scale"
-    if given["fold"] == "scale":
-        given.setdefault("learning_rate", SCALE_RATE)
-    return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
-
-
-def run_cell(variant: Variant, test: bool) -> None:
-    """Tune, export, measure, write; what is known is not measured again."""
-    variant = {**DEFAULTS, **variant}
-    if untuned := variant["fold"] == "none":
-        variant |= {"tokens": 0, "teacher": 0}
-    model_dir = Path(models.resolve(variant.get("model", "smollm2-135m")))
-    texts = Texts(model_dir)
-    path, name = CELLS / f"{slug(variant)}.json", slug(variant)
-    cell = json.loads(path.read_text()) if path.is_file() else {"variant": variant, "nll": {}}
-    wanted = ["held", "other", *([f"test{CHUNKS}"] if test else [])]
-    if all(text in cell["nll"] for text in wanted):
-        return
-    slim = slim_of(model_dir, texts, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
-    rows, held = rows_of(slim, variant["tokens"])
-    tuned, began = OUT / (lora_name(variant) if variant["fold"] == "lora" else name), time.monotonic()
-    if untuned:
-        tuned = slim if variant["ratio"] else model_dir
-    elif not tuned.is_dir():
-        if variant["fold"] == "lora":
-            cell["training"] = tune_lora(variant, slim, model_dir, rows, OUT)
-        else:
-            options, source = options_of(variant), slim
-            if variant.get("warm"):
-                first, rows = held_out(rows, 0.5)
-                tune_lora({**variant, "fold": "lora"}, slim, model_dir, first, OUT)
-                source = OUT / lora_name({**variant, "fold": "lora"})
-            tune(source, tuned, rows, options, teacher_dir=model_dir if variant["teacher"] else None, progress=say)
-            tuning = read_record(tuned)["tuning"]
-            cell["training"] = {**tuning["history"], "trained": tuning["trained_parameters"]}
-        cell["seconds"] = round(time.monotonic() - began, 1)
-        cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
-    for text, ids in {"held": held, "other": texts.other(), f"test{CHUNKS}": texts.test(CHUNKS)}.items():
-        if text in wanted and text not in cell["nll"]:
-            cell["nll"][text] = nll_of(tuned, slim, variant, ids)
-    cell["versions"] = {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    cell["date"] = time.strftime("%Y-%m-%d")
-    write_json(path, cell)
-    print(f"{name}: {cell['nll']}", flush=True)
-
-
-def lora_name(variant: Variant) -> str:
-    """One float LoRA for all integers that are made of it."""
-    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group")})
-
-
-def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
-    """Nats per token: by ONNX Runtime of a bundle with integers, by torch of a float model."""
-    integers = variant.get("integers") if variant["fold"] in ("lora", "none") else "tuned"
-    if integers is None:
-        return mean_nll(load_model(directory), ids)
-    from export.export import export_bundle
-    from saap.eval import evaluate
-    from saap.eval_command import scorer_of
-
-    source, bundle = directory, OUT / f"bundle-{slug(variant)}"
-    if not bundle.is_dir():
-        if integers != "tuned":
-            source = OUT / f"integers-{slug(variant)}"
-            still = options_of(variant)
-            still = replace(still, learning_rate=0.0, norm_rate=0.0, held_out=0.0)
-            rows, _ = rows_of(slim, 16 * LENGTH)
-            tune(directory, source, rows, replace(still, training=replace(still.training, rows_per_step=16)))
-        export_bundle(source, bundle)
-    (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
-    return found.nll
-
-
-def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows, out: Path) -> dict[str, Any]:
-    """Float LoRA on the same linears with the same loop, loss, rows and norms; merged into a slim directory."""
-    directory = out / lora_name(variant)
-    if directory.is_dir():
-        return json.loads((directory / "lora.json").read_text())
-    options = options_of(variant)
-    model, targets = load_model(slim), targets_of(teacher_dir if variant["teacher"] else None, rows, options, say)
-    learnt, judged = held_out(rows, options.held_out)
-    rank = variant.get("rank") or lora_rank(model)
-    adapted = with_lora(model, rank)
-    norms = [p for n, p in adapted.named_parameters() if "norm" in n]
-    for norm in norms:
-        norm.requires_grad_(True)
-    lora = [p for n, p in adapted.named_parameters() if "lora_" in n]
-    groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.norm_rate}]
-    history = train(
-        adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
-        held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
-        state_dir=out / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}, progress=say,
-    )  # fmt: skip
-    trained = sum(p.numel() for group in groups for p in group["params"])
-    merged: Any = adapted.merge_and_unload()
-    record = {k: v for k, v in read_record(slim).items() if k != "format"}
-    names = tensor_reader(slim)[0]  # a tied head is no tensor of its own
-    write_slim(directory, slim, read_config(slim), ((n, merged.state_dict()[n]) for n in names), record)
-    about = {**vars(history), "trained": trained, "rank": rank}
-    write_json(directory / "lora.json", about)
-    return about
-
-
-def with_lora(model: PreTrainedModel, rank: int) -> Any:
-    """LoRA on every linear of the decoder layers."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(SEED)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=r"model\.layers\.\d+\..*_proj", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
-
-
-def lora_rank(model: PreTrainedModel, block: int = 32) -> int:
-    """The smallest rank with at least as many parameters as one factor per group."""
-    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")]
-    groups = sum(m.out_features * m.in_features // block for m in linears)
-    each = sum(m.out_features + m.in_features for m in linears)
-    return -(-groups // each)
-
-
-def say(label: str, done: float, total: float) -> None:
-    """A line now and then."""
-    if done == total or int(done) % 50 == 0:
-        print(f"  {label}: {done:.0f}/{total:.0f}", flush=True)
-
-
-def show() -> None:
-    """Cells as Markdown."""
-    print("| settings | trained | tokens/s | held | other | test |\n|---|---|---|---|---|---|")
-    for path in sorted(CELLS.glob("*.json")):
-        cell = json.loads(path.read_text())
+def settings_table(cells: list[Cell]) -> str:
+    """A row a cell, what is trained, its peak, and NLL; the best on held text first."""
+    lines = []
+    for cell in cells:
         training = cell.get("training", {})
-        rate = training["tokens"] / training["seconds"] if training.get("seconds") else 0
-        nll = [f"{cell['nll'][t]:.4f}" if t in cell["nll"] else "-" for t in ("held", "other", f"test{CHUNKS}")]
-        print(
-            f"| {slug(cell['variant'])} | {training.get('trained', 0) / 1e6:.2f} M | {rate:.0f} | {' | '.join(nll)} |"
-        )
+        trained = f"{training['trained'] / 1e6:.2f} M" if training.get("trained") else ""
+        rate = f"{training['tokens'] / training['seconds']:.0f}" if training.get("seconds") else ""
+        peak = f"{cell['peak_gb']:.2f}" if "peak_gb" in cell else ""
+        nll = [f"{cell['nll'][text]:.3f}" if text in cell["nll"] else "" for text in TEXTS]
+        order = (cell["variant"]["tokens"], nll[0])
+        lines.append((order, [words(cell["variant"]), made(cell["variant"]), trained, rate, peak, *nll]))
+    heads = ["settings", "what is measured", "trained", "tokens/s", "peak, GB", *TEXTS.values()]
+    return markdown(heads, [line for _, line in sorted(lines)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cell", "table", "show"])
+def words(variant: Variant) -> str:
+    """Settings as they are typed, but for what is the default."""
+    rest = {k: v for k, v in variant.items() if k not in ("model", "teacher") and DEFAULTS.get(k, "") != v}
+    if variant["fold"] == "none":
+        rest.pop("tokens", None)
+    elif variant["teacher"] != DEFAULTS["teacher"]:
+        rest["teacher"] = variant["teacher"]
+    return ", ".join(f"`{k}={v}`" for k, v in sorted({"fold": variant["fold"], **rest}.items()))
+
+
+def made(variant: Variant) -> str:
+    """Whether a cell is measured as float or as an int4 bundle."""
+    return "float" if variant["fold"] in ("lora", "none") and "integers" not in variant else "int4 bundle"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=["cell", "run", "table"])
     parser.add_argument("settings", nargs="*", help="cell: key=value")
     parser.add_argument("--test", action="store_true", help="read the test too: when the choices are made")
-    given = parser.parse_args()
-    if given.what == "show":
-        show()
-        return
-    cell: Variant = {k: value_of(v) for k, v in (pair.split("=", 1) for pair in given.settings)}
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        return show_tables(HERE, tables(), given.write)
+    from studies.tuning.measure import run_cell
+
+    cell: Variant = {key: value_of(value) for key, value in (pair.split("=", 1) for pair in given.settings)}
     for variant in [cell] if given.what == "cell" else TABLE:
         run_cell(variant, given.test)
 

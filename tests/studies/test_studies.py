@@ -383,12 +383,12 @@ ROWS = [
 ]
 
 
-def test_tasks_are_answered_once_and_shown(tiny_model, tmp_path, monkeypatch, capsys):
+def test_tasks_are_answered_once_and_shown(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "piqa_validation.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
     monkeypatch.setattr(tasks, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(tasks, "BUNDLES", tmp_path / "bundles")
-    monkeypatch.setattr(tasks.models, "resolve", lambda name: tiny_model(max_position_embeddings=256))
+    monkeypatch.setattr("saap.models.resolve", lambda name: tiny_model(max_position_embeddings=256))
     tasks.run(["piqa"], ["hf", "torch", "fp32"], again=False)
     cells = [json.loads((tmp_path / f"cells/piqa-{who}.json").read_text()) for who in ("hf", "torch", "fp32")]
     assert len({(cell["acc"], cell["acc_norm"], cell["choices"]) for cell in cells}) == 1
@@ -397,6 +397,4 @@ def test_tasks_are_answered_once_and_shown(tiny_model, tmp_path, monkeypatch, ca
     tasks.run(["piqa"], ["fp32"], again=True)
     times = [len(json.loads((tmp_path / f"cells/piqa-{who}.json").read_text())["seconds"]) for who in ("torch", "fp32")]
     assert times == [1, 2]
-    capsys.readouterr()
-    tasks.show()
-    assert capsys.readouterr().out.count("0 of 8") == 3
+    assert tasks.tables()["tasks"].count("0 of 8") == 3

@@ -1,0 +1,182 @@
+"""One cell of tuning: prune, tune, export, and measure NLL."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from saap import models
+from saap.checkpoint import load_model, read_config, read_record, write_slim
+from saap.json_files import write_json
+from saap.masking import mean_nll
+from saap.prune import prune
+from saap.prune_options import PruneOptions
+from saap.requirement import Requirement
+from saap.training import train
+from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
+from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
+from saap.weight_files import tensor_reader
+from studies.common import ROOT, provenance
+from studies.pruning.cells import Variant, slug
+from studies.pruning.measure import Texts
+from studies.tuning.cells import CELLS, DEFAULTS
+
+OUT = ROOT / "out" / "tuning"
+LENGTH, HELD, SEED, CHUNKS = 256, 40, 0, 160
+SCALE_RATE = 3e-3  # where a cell names none: saap's own was that when the table was made, and has doubled since
+
+
+def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
+    """The pruned model with SAAP's defaults."""
+    out = OUT / f"slim-{model_dir.name}-{ratio:g}"
+    if not out.is_dir():
+        prune(model_dir, out, texts.alike(SEED), PruneOptions(Requirement(ratio=ratio)))
+    return out
+
+
+def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
+    """Rows to tune on, and rows after them that nothing is chosen, tuned or stopped by, [40, 256]."""
+    count = max(tokens // LENGTH, FEWEST_ROWS)  # what is not tuned reads none of them
+    calibrated = read_record(slim)["lineage"]["calibration"]
+    skip = -(-calibrated["sequences"] * calibrated["tokens"] // LENGTH)
+    held = tuning_rows(slim, None, HELD, LENGTH, SEED, skip=skip)  # first: the same for every number of tokens
+    return tuning_rows(slim, None, count, LENGTH, SEED, skip=skip + HELD), held.ids
+
+
+def options_of(variant: Variant) -> TuneOptions:
+    """TuneOptions of a cell; the loop's options are the defaults."""
+    names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
+             "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
+    given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
+    if given["fold"] in ("lora", "none"):
+        given["fold"] = "scale"
+    if given["fold"] == "scale":
+        given.setdefault("learning_rate", SCALE_RATE)
+    return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
+
+
+def run_cell(variant: Variant, test: bool) -> None:
+    """Tune, export, measure, write; what is known is not measured again."""
+    variant = {**DEFAULTS, **variant}
+    if untuned := variant["fold"] == "none":
+        variant |= {"tokens": 0, "teacher": 0}
+    model_dir = Path(models.resolve(variant.get("model", "smollm2-135m")))
+    texts = Texts(model_dir)
+    path, name = CELLS / f"{slug(variant)}.json", slug(variant)
+    cell = json.loads(path.read_text()) if path.is_file() else {"variant": variant, "nll": {}}
+    wanted = ["held", "other", *([f"test{CHUNKS}"] if test else [])]
+    if all(text in cell["nll"] for text in wanted):
+        return
+    slim = slim_of(model_dir, texts, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
+    rows, held = rows_of(slim, variant["tokens"])
+    tuned, began = OUT / (lora_name(variant) if variant["fold"] == "lora" else name), time.monotonic()
+    if untuned:
+        tuned = slim if variant["ratio"] else model_dir
+    elif not tuned.is_dir():
+        if variant["fold"] == "lora":
+            cell["training"] = tune_lora(variant, slim, model_dir, rows, OUT)
+        else:
+            options, source = options_of(variant), slim
+            if variant.get("warm"):
+                first, rows = held_out(rows, 0.5)
+                tune_lora({**variant, "fold": "lora"}, slim, model_dir, first, OUT)
+                source = OUT / lora_name({**variant, "fold": "lora"})
+            tune(source, tuned, rows, options, teacher_dir=model_dir if variant["teacher"] else None, progress=say)
+            tuning = read_record(tuned)["tuning"]
+            cell["training"] = {**tuning["history"], "trained": tuning["trained_parameters"]}
+        cell["seconds"] = round(time.monotonic() - began, 1)
+        cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
+    for text, ids in {"held": held, "other": texts.other(), f"test{CHUNKS}": texts.test(CHUNKS)}.items():
+        if text in wanted and text not in cell["nll"]:
+            cell["nll"][text] = nll_of(tuned, slim, variant, ids)
+    write_json(path, cell | provenance())
+    print(f"{name}: {cell['nll']}", flush=True)
+
+
+def lora_name(variant: Variant) -> str:
+    """One float LoRA for all integers that are made of it."""
+    return slug({k: v for k, v in variant.items() if k not in ("integers", "head", "bits", "group")})
+
+
+def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> float:
+    """Nats per token: by ONNX Runtime of a bundle with integers, by torch of a float model."""
+    integers = variant.get("integers") if variant["fold"] in ("lora", "none") else "tuned"
+    if integers is None:
+        return mean_nll(load_model(directory), ids)
+    from export.export import export_bundle
+    from saap.eval import evaluate
+    from saap.eval_command import scorer_of
+
+    source, bundle = directory, OUT / f"bundle-{slug(variant)}"
+    if not bundle.is_dir():
+        if integers != "tuned":
+            source = OUT / f"integers-{slug(variant)}"
+            still = options_of(variant)
+            still = replace(still, learning_rate=0.0, norm_rate=0.0, held_out=0.0)
+            rows, _ = rows_of(slim, 16 * LENGTH)
+            tune(directory, source, rows, replace(still, training=replace(still.training, rows_per_step=16)))
+        export_bundle(source, bundle)
+    (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
+    return found.nll
+
+
+def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows, out: Path) -> dict[str, Any]:
+    """Float LoRA on the same linears with the same loop, loss, rows and norms; merged into a slim directory."""
+    directory = out / lora_name(variant)
+    if directory.is_dir():
+        return json.loads((directory / "lora.json").read_text())
+    options = options_of(variant)
+    model, targets = load_model(slim), targets_of(teacher_dir if variant["teacher"] else None, rows, options, say)
+    learnt, judged = held_out(rows, options.held_out)
+    rank = variant.get("rank") or lora_rank(model)
+    adapted = with_lora(model, rank)
+    norms = [p for n, p in adapted.named_parameters() if "norm" in n]
+    for norm in norms:
+        norm.requires_grad_(True)
+    lora = [p for n, p in adapted.named_parameters() if "lora_" in n]
+    groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.norm_rate}]
+    history = train(
+        adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
+        held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
+        state_dir=out / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}, progress=say,
+    )  # fmt: skip
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    merged: Any = adapted.merge_and_unload()
+    record = {k: v for k, v in read_record(slim).items() if k != "format"}
+    names = tensor_reader(slim)[0]  # a tied head is no tensor of its own
+    write_slim(directory, slim, read_config(slim), ((n, merged.state_dict()[n]) for n in names), record)
+    about = {**vars(history), "trained": trained, "rank": rank}
+    write_json(directory / "lora.json", about)
+    return about
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    """LoRA on every linear of the decoder layers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(SEED)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=r"model\.layers\.\d+\..*_proj", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def lora_rank(model: PreTrainedModel, block: int = 32) -> int:
+    """The smallest rank with at least as many parameters as one factor per group."""
+    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")]
+    groups = sum(m.out_features * m.in_features // block for m in linears)
+    each = sum(m.out_features + m.in_features for m in linears)
+    return -(-groups // each)
+
+
+def say(label: str, done: float, total: float) -> None:
+    """A line now and then."""
+    if done == total or int(done) % 50 == 0:
+        print(f"  {label}: {done:.0f}/{total:.0f}", flush=True)
