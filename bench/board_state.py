@@ -1,7 +1,7 @@
 """What a board tells of itself at one moment: clocks, temperatures and signs of throttling, read from /sys.
 
 Every path hangs below ``root``, so that a tree of files stands in for a board. What is not there is None.
-``devices.throttling`` reads the signs; here they become the numbers that a measurement is judged by.
+``devices.probe.throttling`` reads the signs; here they become the numbers that a measurement is judged by.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.probe_cpu import CPU
-from devices.throttling import coolers, firmware_bits, over_current, throttle_count, zones
-from devices.tree import number, text
+from devices.common.tree import number, text
+from devices.probe.cpu import CPU
+from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
 
 FIXED_GOVERNORS = ("performance", "userspace")
 MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less

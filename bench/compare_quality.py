@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.wording import plain
-from devices.whole_files import parse_json, without_checksum
+from devices.common.files import parse_json, without_checksum
 
 KIND, VERSION = "saap-quality", 1
 BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"

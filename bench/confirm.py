@@ -16,7 +16,7 @@ from bench.plan import Plan
 from bench.result import Measurement, Result
 from bench.rounds import Progress
 from bench.run import bench
-from devices.probe import probe
+from devices.probe.host import probe
 from export.bundle import BundleError, read_manifest
 
 PREPACKED = "prepacked:"

@@ -26,8 +26,8 @@ from bench.costs_worker import TURN, CostsJob
 from bench.result import command_line
 from bench.roofline import probe_bandwidth
 from bench.runtime import check_threads
-from devices.probe import probe
-from devices.whole_files import with_checksum, write_text
+from devices.common.files import with_checksum, write_text
+from devices.probe.host import probe
 from export.bundle import BundleManifest, read_manifest
 
 SCHEMA = 1

@@ -24,7 +24,7 @@ from bench.remote_board import Board
 from bench.remote_files import pack, positions_of
 from bench.result import Result
 from bench.rounds import Progress
-from devices.emulate import Emulated, EmulationError, Root
+from devices.emulate.qemu import Emulated, EmulationError, Root
 from export.bundle import BundleManifest, read_manifest
 
 GREEDY = 16
@@ -83,7 +83,7 @@ def emulate(
 
     Args:
         text: token ids, at least two.
-        root: of ``devices.emulate.prepare``.
+        root: of ``devices.emulate.qemu.prepare``.
 
     Raises:
         EmulationError: the bundle does not answer here.

@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.peer import Peer, PeerError, python_with, unknown_facts
 from bench.result import ModelFacts
-from devices.gguf_header import read_header
-from devices.whole_files import parse_json
+from devices.common.files import parse_json
+from devices.common.gguf_header import read_header
 from export.bundle import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
 
 LLAMA_CPP, GENAI, OPTIMUM = "llama.cpp:", "genai:", "optimum:"

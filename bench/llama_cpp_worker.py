@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.runtime import Decoder, Ids, Logits
 from bench.worker import Job, serve
-from devices.gguf_header import read_header
+from devices.common.gguf_header import read_header
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.cgroup import memory_left
+from devices.common.cgroup import memory_left
 
 SELF = Path("/proc/self")
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 
 from bench.power_sensors import Found, Sensor, is_input, of_rails, scope_of
-from devices.tegrastats import Tegrastats, parse_tegrastats
+from devices.probe.tegrastats import Tegrastats, parse_tegrastats
 
 INTERVAL_MS = 100
 PMIC_RATE_HZ = 2.0  # every reading starts a process

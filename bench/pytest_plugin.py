@@ -69,7 +69,7 @@ class Device:
         from bench.peers import PREPACKED
         from bench.regression import retest, told
         from bench.regression_checks import Limits
-        from devices.probe import probe
+        from devices.probe.host import probe
 
         verdict = retest(
             self.baselines,

@@ -161,7 +161,7 @@ def _check(plan: Plan, runs: int) -> None:
 
 def _differing(found: Sequence[Baseline], now: Result | None) -> str:
     """What differs between this device and those there are baselines of."""
-    from devices.probe import probe
+    from devices.probe.host import probe
 
     device = probe() if now is None else now.device
     told = [device_differs(b.results[0].device, device) or "" for b in found]

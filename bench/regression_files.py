@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.result import Result
 from bench.store import result_from_dict
-from devices.whole_files import parse_json, with_checksum, without_checksum, write_text
+from devices.common.files import parse_json, with_checksum, without_checksum, write_text
 
 FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in

@@ -19,9 +19,9 @@ from typing import IO, Any
 
 from bench.remote_feed import feed, pieces, size_of, whole
 from bench.signals import signals_wait
-from devices.agent import MARK
+from devices.agent.main import MARK
+from devices.common.files import parse_json
 from devices.transport import BoardError, LostError, Transport, last_line, printable
-from devices.whole_files import parse_json
 
 SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact
@@ -252,7 +252,7 @@ class Board:
 def _sources() -> dict[str, str]:
     folder = Path(__file__).resolve().parents[1] / "devices"
     found = {f"devices.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
-    return {**found, "answer": "from devices.agent import main\nmain()\n"}
+    return {**found, "answer": "from devices.agent.main import main\nmain()\n"}
 
 
 def _no_python(line: str) -> str:

@@ -15,7 +15,7 @@ from bench.remote_files import pack
 from bench.remote_run import Errand, own_version, run_on_all, ways_to
 from bench.result import command_line
 from bench.rounds import Progress
-from devices.whole_files import without_checksum
+from devices.common.files import without_checksum
 from export.bundle import BundleManifest, read_manifest
 
 

@@ -14,8 +14,8 @@ from bench.peers import PREPACKED
 from bench.plan import Plan
 from bench.preflight import RUNTIME_ONNX
 from bench.runtime import check_context
+from devices.common.files import sha256_file
 from devices.transport import BoardError
-from devices.whole_files import sha256_file
 from export.bundle import MANIFEST, BundleManifest, verify_files
 
 PACKAGES = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import psutil
 
 from bench.remote_board import Board
 from bench.session import cache_directory
-from devices.whole_files import write_text
+from devices.common.files import write_text
 
 
 @contextlib.contextmanager

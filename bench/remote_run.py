@@ -1,7 +1,7 @@
 """A run on boards, whatever is measured there: sent by hash, detached, followed, fetched, and nothing left.
 
 Only what is needed goes to a board (``bench.remote_files``), and the run there is detached from the connection
-(``devices.agent_run``). Several boards run at the same time, as they share nothing.
+(``devices.agent.run``). Several boards run at the same time, as they share nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from bench.remote_left import noted_run
 from bench.rounds import Progress
 from bench.signals import until_done
 from bench.ways import Way, way_to
+from devices.common.files import parse_json
 from devices.transport import BoardError, printable
-from devices.whole_files import parse_json
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
 LEASE_S = 900.0  # a run that nobody follows for so long ends itself

@@ -19,7 +19,7 @@ from bench.result import Result
 from bench.store import read_result
 from bench.table import detail_table
 from bench.wording import as_dict, as_float, as_list, command_line, megabytes, millions, number, percent, plain, threads
-from devices.whole_files import write_text
+from devices.common.files import write_text
 
 MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
 

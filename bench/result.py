@@ -203,7 +203,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """A bench run. ``device`` is ``devices.probe.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
+    """A bench run. ``device`` is ``devices.probe.host.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
 
     device: dict[str, Any]
     measurements: list[Measurement]

@@ -25,7 +25,7 @@ from bench.roofline import joined, probe_bandwidth
 from bench.rounds import Outcome, Progress, Rounds
 from bench.runtime import check_threads
 from bench.validity import judge
-from devices.probe import probe
+from devices.probe.host import probe
 
 
 def bench(

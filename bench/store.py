@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.dataclass_types import built, check_types
 from bench.result import INVALID, OK, SCHEMA, WARN, Bandwidth, Energy, Measurement, ModelFacts, Result, Sample
-from devices.whole_files import parse_json, with_checksum, without_checksum, write_text
+from devices.common.files import parse_json, with_checksum, without_checksum, write_text
 
 READABLE = (1, SCHEMA)  # schema 1 lacks fields that have defaults now
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import parse_json, sha256_file, with_checksum, without_checksum, write_text
+from devices.common.files import parse_json, sha256_file, with_checksum, without_checksum, write_text
 
 FORMAT = 1
 MANIFEST = "bundle.json"

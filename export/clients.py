@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import write_text
+from devices.common.files import write_text
 from export.bundle import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
 from export.tokenizer import BundleTokenizer
 from saap.architectures import PER_LAYER, SLIM

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import sha256_file
+from devices.common.files import sha256_file
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
 from export.external_data import check_external_data
 from export.graph_facts import GraphFacts, read_graph

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from devices.whole_files import write_text
+from devices.common.files import write_text
 from saap.console import Console, print_table
 from saap.errors import SaapError
 from saap.interrupt import ended_as_by_a_person

@@ -87,7 +87,7 @@ def probe_costs(
     from bench.cores import physical_cores
     from bench.costs import DEPTH, measure_costs, write_costs
     from bench.remote_costs import costs_on
-    from devices.probe import probe
+    from devices.probe.host import probe
     from export.probe_graphs import write_probe_stacks
     from export.probe_model import WEIGHT_LIMIT, read_probe_model
     from saap.models import resolve

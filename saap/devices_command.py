@@ -16,7 +16,7 @@ UNKNOWN = "unknown"
 
 def list_devices(as_json: bool = False) -> None:
     """Names, processors and bandwidths of all profiles."""
-    from devices.profile import load_profiles
+    from devices.profiles.profile import load_profiles
 
     profiles = sorted(load_profiles().items())
     if as_json:
@@ -31,7 +31,7 @@ def list_devices(as_json: bool = False) -> None:
 
 def show_device(name: str, as_json: bool = False) -> None:
     """All facts of one profile."""
-    from devices.profile import load_profile
+    from devices.profiles.profile import load_profile
 
     profile = load_profile(name)
     if as_json:
@@ -59,8 +59,8 @@ def show_device(name: str, as_json: bool = False) -> None:
 
 def probe_host(as_json: bool, bandwidth: bool = False) -> None:
     """What this host is, for people or machines; ``bandwidth`` reads memory for some seconds."""
-    from devices.probe import probe_all
-    from devices.profile import load_profiles, profile_of
+    from devices.probe.host import probe_all
+    from devices.profiles.profile import load_profiles, profile_of
 
     facts = probe_all()
     facts["profile"] = profile_of(facts["compatible"], load_profiles())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from devices.whole_files import write_text
+from devices.common.files import write_text
 from saap.bench_command import STDOUT
 from saap.console import Console, print_table
 from saap.errors import SaapError
@@ -20,8 +20,8 @@ def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], co
     """Prepare, run, show; the exit code."""
     from bench.emulate import document, emulate
     from bench.session import cache_directory
-    from devices.emulate import CPUS, prepare
-    from devices.probe import probe
+    from devices.emulate.qemu import CPUS, prepare
+    from devices.probe.host import probe
 
     if options["tokens"] < 2:
         raise SaapError(f"a text of {options['tokens']} tokens has no likelihood: give --tokens 2 or more")

@@ -1,4 +1,4 @@
-"""`saap devices check`: read a bundle and a device, ask :mod:`devices.fit`, and say it."""
+"""`saap devices check`: read a bundle and a device, ask :mod:`devices.fit.fit`, and say it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from saap.console import print_table
 from saap.errors import SaapError
 
 if TYPE_CHECKING:
-    from devices.fit import Fit
-    from devices.fit_facts import Device, Model
-    from devices.profile import Profile
+    from devices.fit.facts import Device, Model
+    from devices.fit.fit import Fit
+    from devices.profiles.profile import Profile
 
 CONTEXT = 4096  # tokens, as a conversation has by default
 DOES_NOT_FIT = 1
@@ -32,7 +32,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
     Raises:
         SaapError, BundleError, DeviceError: the user's input.
     """
-    from devices.fit import fit
+    from devices.fit.fit import fit
 
     model = read_model(bundle)
     if (version := options["onnxruntime"]) and not re.fullmatch(r"\d+(\.\d+)+", version):
@@ -53,7 +53,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
 
 def read_model(bundle: Path) -> Model:
     """The numbers of a bundle's manifest."""
-    from devices.fit_facts import Model
+    from devices.fit.facts import Model
     from export.bundle import WEIGHTS, read_manifest
 
     manifest = read_manifest(bundle)
@@ -81,9 +81,9 @@ def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dic
 
 
 def _known(name: str, memory: int | None, version: str | None) -> Device:
-    from devices.fit_facts import Device
-    from devices.fit_memory import usable_memory
-    from devices.profile import load_profile
+    from devices.fit.facts import Device
+    from devices.fit.memory import usable_memory
+    from devices.profiles.profile import load_profile
 
     profile = load_profile(name)
     values = {key: number.value for key, number in profile.numbers.items()}
@@ -113,11 +113,11 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
 
 
 def _here(memory: int | None, version: str | None, measure: bool) -> Device:
-    from devices.fit_facts import Device
-    from devices.isa import FEATURES
-    from devices.probe import probe
-    from devices.probe_state import available
-    from devices.profile import load_profiles, profile_of
+    from devices.fit.facts import Device
+    from devices.probe.host import probe
+    from devices.probe.isa import FEATURES
+    from devices.probe.state import available
+    from devices.profiles.profile import load_profiles, profile_of
     from saap.devices_command import read_bandwidth
 
     if memory is not None:

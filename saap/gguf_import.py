@@ -82,7 +82,7 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """
     from gguf import GGUFReader
 
-    from devices.gguf_header import GgufHeaderError, read_header
+    from devices.common.gguf_header import GgufHeaderError, read_header
 
     try:
         read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60

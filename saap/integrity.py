@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import sha256_file
+from devices.common.files import sha256_file
 from saap.errors import SaapError
 from saap.json_files import read_object
 

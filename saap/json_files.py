@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import ChecksumError, parse_json, with_checksum, without_checksum, write_text
+from devices.common.files import ChecksumError, parse_json, with_checksum, without_checksum, write_text
 from saap.errors import SaapError
 
 

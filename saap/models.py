@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from devices.whole_files import sha256_file
+from devices.common.files import sha256_file
 from saap.errors import SaapError
 from saap.model_cache import cache_directory, cached
 from saap.packaged import PACKAGED, fetch, model_card

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from devices.cgroup import memory_left
+from devices.common.cgroup import memory_left
 from saap.errors import SaapError
 from saap.weight_files import SHARD_BYTES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from devices.whole_files import naming
+from devices.common.files import naming
 from saap.errors import SaapError
 from saap.integrity import RECORD
 from saap.model_cache import cache_directory

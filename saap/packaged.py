@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.whole_files import sha256_file
+from devices.common.files import sha256_file
 from saap.errors import SaapError
 
 BROKEN = (KeyError, ValueError, EOFError, RuntimeError, zlib.error)  # what zipfile raises beside its own

@@ -65,8 +65,8 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     from bench.regression_checks import Limits
     from bench.regression_files import OtherDeviceError, checked_folder
     from bench.verdict_formats import Case, junit_cases
-    from devices.probe import probe
-    from devices.whole_files import write_text
+    from devices.common.files import write_text
+    from devices.probe.host import probe
 
     if not 0 < options["min_effect"] < 1:
         raise SaapError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")

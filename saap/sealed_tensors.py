@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from devices.whole_files import parse_json
+from devices.common.files import parse_json
 
 SEAL = "sha256"
 

@@ -98,7 +98,7 @@ def runtime_here(costs: Path) -> str | None:
     A table of another machine is taken as it is, since the device is rarely where the model is pruned. One of this
     machine has to be of the version that will run the bundle.
     """
-    from devices.probe import fingerprint, probe
+    from devices.probe.host import fingerprint, probe
 
     try:
         device = read_object(costs, "").get("device")
@@ -112,7 +112,7 @@ def runtime_here(costs: Path) -> str | None:
 
 def refuse_elsewhere(costs: Path | None) -> None:
     """Raise SaapError for a table of costs of another machine; what is no table is left to who reads it."""
-    from devices.probe import probe
+    from devices.probe.host import probe
 
     if costs is None:
         raise SaapError("--here is about the table of --costs: give one, or leave --here out")

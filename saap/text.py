@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from devices.whole_files import parse_json
+from devices.common.files import parse_json
 from saap.conversations import is_conversation, messages_of
 from saap.errors import SaapError
 from saap.self_written import self_written

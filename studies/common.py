@@ -105,7 +105,7 @@ def show_tables(folder: Path, tables: Mapping[str, str], write: bool = False) ->
 
 
 def _machine() -> str:
-    from devices.probe import probe
+    from devices.probe.host import probe
 
     device = probe()
     return f"{device.get('cpu_model') or platform.machine()} ({device.get('isa') or platform.machine()})"

@@ -7,8 +7,8 @@ import io
 import json
 from pathlib import Path
 
-from devices import agent_home
-from devices.agent_files import Store
+from devices.agent import home as agent_home
+from devices.agent.files import Store
 
 DEVICES = Path(agent_home.__file__).parent
 RUN, OTHER, KEY = "0123456789abcdef", "fedcba9876543210", "a1b2c3d4e5f60718"

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from devices.tegrastats import Core, Engine, Memory, Rail, Tegrastats, Temperature
+from devices.probe.tegrastats import Core, Engine, Memory, Rail, Tegrastats, Temperature
 
 Read = dict[str, Any]  # a field of Tegrastats, or "rails NAME" for a name in one of its mappings
 

@@ -15,10 +15,13 @@ import psutil
 import pytest
 from agent_requests import KEY, OTHER, RUN, boot, nothing, put, request, stream
 
-from devices import agent, agent_files, agent_home, agent_install
-from devices.agent_files import Store, inside
-from devices.agent_home import AgentError, Lock, started
-from devices.agent_install import install, ready
+from devices.agent import files as agent_files
+from devices.agent import home as agent_home
+from devices.agent import install as agent_install
+from devices.agent import main as agent
+from devices.agent.files import Store, inside
+from devices.agent.home import AgentError, Lock, started
+from devices.agent.install import install, ready
 
 DATA = bytes(range(256)) * 400
 SHA = hashlib.sha256(DATA).hexdigest()

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from agent_requests import OTHER, RUN, boot, request
 
-from devices import agent_run
-from devices.agent_home import AgentError, Lock, started
-from devices.agent_install import install
-from devices.agent_run import end, fetch, follow, start, sweep
+from devices.agent import run as agent_run
+from devices.agent.home import AgentError, Lock, started
+from devices.agent.install import install
+from devices.agent.run import end, fetch, follow, start, sweep
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from bench.result import INVALID
 from bench.rounds import prompt_tokens
 from bench.run import bench
 from bench.runtime import OrtDecoder
-from devices.gguf_header import GgufHeaderError, read_header
+from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
 from saap.errors import SaapError

@@ -6,8 +6,8 @@ import pytest
 
 from bench.board_state import board_state, temperature
 from bench.host_state import counters, snapshot
-from devices.probe import nobody
-from devices.probe_state import throttling
+from devices.probe.host import nobody
+from devices.probe.state import throttling
 from tests.fake_trees import plant
 
 CPU = "sys/devices/system/cpu"

@@ -168,7 +168,7 @@ def test_foreign_tables_of_costs(model, tmp_path, text, changes, message):
 
 
 def test_a_table_of_this_machine_must_be_of_its_runtime(model, tmp_path, text):
-    from devices.probe import probe
+    from devices.probe.host import probe
 
     device = probe()
     ours = cost_file(tmp_path / "ours.json", device=device)

@@ -10,7 +10,7 @@ from bench import confirm
 from bench.compare import NOT_COMPARABLE, SAME, SLOWER, compare
 from bench.plan import Plan
 from bench.result import INVALID, Result
-from devices.probe import probe
+from devices.probe.host import probe
 from export.bundle import read_manifest
 from tests.bench_samples import measurement, result
 from tests.tiny_graphs import tiny_bundle

@@ -16,8 +16,8 @@ from sshd import Sshd
 
 from bench import costs, remote_costs
 from bench.result import Bandwidth
+from devices.common.files import with_checksum
 from devices.transport import BoardError
-from devices.whole_files import with_checksum
 from export.bundle import read_manifest
 from export.probe_graphs import write_probe_stacks
 from export.probe_model import read_probe_model

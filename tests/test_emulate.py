@@ -16,9 +16,9 @@ import pytest
 from bench.emulate import GREEDY, Answer, document, emulate, judged
 from bench.plan import Plan
 from bench.result import INVALID, Result
-from devices import emulate as devices_emulate
-from devices.emulate import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
-from devices.probe import probe
+from devices.emulate import qemu as devices_emulate
+from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
+from devices.probe.host import probe
 from export.bundle import read_manifest
 from saap import emulate_command
 from tests.bench_samples import measurement, result

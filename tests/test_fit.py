@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from devices.fit import fit
-from devices.fit_facts import Device, Finding, Model
-from devices.fit_kernels import kernels
-from devices.fit_memory import (
+from devices.fit.facts import Device, Finding, Model
+from devices.fit.fit import fit
+from devices.fit.kernels import kernels
+from devices.fit.memory import (
     PIECE,
     RUNTIME_BYTES,
     SYSTEM_BYTES,
@@ -16,9 +16,9 @@ from devices.fit_memory import (
     packed_share,
     usable_memory,
 )
-from devices.fit_remedies import prune_to, with_bits
-from devices.isa import FEATURES
-from devices.profile import DeviceError
+from devices.fit.remedies import prune_to, with_bits
+from devices.probe.isa import FEATURES
+from devices.profiles.profile import DeviceError
 from export.bundle import PREFILL_CHUNK
 from saap.bundle_size import BundleSize
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from devices.fit_facts import Model
-from devices.fit_memory import memory_of
+from devices.fit.facts import Model
+from devices.fit.memory import memory_of
 from saap.fit_command import read_model
 from tests.test_fit import MB, SMOL, SMOL8, SMOL32, X86
 

@@ -116,7 +116,7 @@ def test_a_bench_holds_a_model_against_its_hashes_before_it_runs(slim):
 
 def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):
     """The hub's cache links each large file to a blob that is named by its sha256."""
-    from devices.whole_files import sha256_file
+    from devices.common.files import sha256_file
 
     path = tiny_model()
     weights = path / "model.safetensors"

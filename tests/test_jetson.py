@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from devices.jetson import jetpack, power_mode
-from devices.probe import nobody
+from devices.probe.host import nobody
+from devices.probe.jetson import jetpack, power_mode
 from tests import fake_trees
 from tests.fake_trees import plant
 

@@ -28,7 +28,7 @@ from remote_runs import OPTIONS, running
 from sshd import Sshd
 
 from bench.store import read_result
-from devices.gguf_header import read_header
+from devices.common.gguf_header import read_header
 from export.bundle import verify_files
 from export.export import export_bundle
 from export.gguf_write import export_gguf

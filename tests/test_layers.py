@@ -68,7 +68,7 @@ def test_the_core_imports_neither_export_nor_bench(path):
     if path.relative_to(ROOT).as_posix() in COMMANDS:
         return
     # The memory limit of this process's own group, checksums and the header of a GGUF file are no matter of boards.
-    ours = ("devices.cgroup.", "devices.whole_files.", "devices.gguf_header.")
+    ours = ("devices.common.cgroup.", "devices.common.files.", "devices.common.gguf_header.")
     found = {name for name in imports(path) if not name.startswith(ours)}
     assert not {top(name) for name in found} & {"export", "bench", "devices"}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench.compare import device_differs
-from devices.probe import fingerprint, probe, probe_all, run_here
-from devices.profile import load_profiles, profile_of
-from devices.tree import parse_cpu_list
+from devices.common.tree import parse_cpu_list
+from devices.probe.host import fingerprint, probe, probe_all, run_here
+from devices.profiles.profile import load_profiles, profile_of
 from tests import fake_trees
 from tests.fake_trees import A76_ON, CPU, arm_cpu, plant
 

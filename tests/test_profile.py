@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.profile import PROFILES, UNITS, DeviceError, load_profile, load_profiles, profile_of, read_profile
+from devices.profiles.profile import PROFILES, UNITS, DeviceError, load_profile, load_profiles, profile_of, read_profile
 
 HEAD = 'title = "Board"\narchitecture = "aarch64"\ncpu = "4x Core"\n'
 BANDWIDTH = '[numbers.memory_bandwidth]\nvalue = 17_100_000_000\nunit = "B/s"\nlevel = "computed"\nsource = "32 bit"\n'
@@ -167,6 +167,6 @@ def test_errors_name_file_key_and_what_is_allowed(tmp_path: Path, text: str, say
 
 
 def test_devices_imports_nothing_heavy() -> None:
-    code = "import sys, devices.probe, devices.profile; print({'torch', 'numpy', 'onnxruntime'} & set(sys.modules))"
+    code = "import sys, devices.probe.host, devices.profiles.profile; print({'torch', 'numpy', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -188,7 +188,7 @@ def test_why_is_told_on_demand(model, tmp_path, text):
 
 
 def test_a_table_of_another_machine_is_refused_for_a_bundle_of_this_one(model, tmp_path, text):
-    from devices.probe import probe
+    from devices.probe.host import probe
 
     device, asked = probe(), ["--speedup", "1.5", "--here", "--costs"]
     here(*arguments(model, tmp_path / "slim", text, *asked, cost_file(tmp_path / "ours.json", device=device)))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.tegrastats import Core, Engine, Memory, Rail, Tegrastats, Temperature, parse_tegrastats
+from devices.probe.tegrastats import Core, Engine, Memory, Rail, Tegrastats, Temperature, parse_tegrastats
 from tests.tegrastats_lines import Line, lines, values_of
 
 MIB = 1 << 20

@@ -79,7 +79,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from bench.foreign import genai_peer
     from bench.regression_files import read_baselines
     from bench.store import read_result
-    from devices.profile import PROFILES, read_profile
+    from devices.profiles.profile import PROFILES, read_profile
     from export.bundle import read_manifest, verify_files
     from export.tokenizer import BundleTokenizer
     from saap.architectures import positions_of, shape_of
@@ -188,9 +188,9 @@ def _rows(place: Path) -> Iterator[Target]:
 def _lines(place: Path) -> Iterator[Target]:
     """What programs on a board print."""
     from bench.power_commands import pmic_watts
-    from devices.jetson import power_mode, power_modes
-    from devices.probe_state import throttling
-    from devices.tegrastats import parse_tegrastats
+    from devices.probe.jetson import power_mode, power_modes
+    from devices.probe.state import throttling
+    from devices.probe.tegrastats import parse_tegrastats
     from studies.fuzz import seeds
 
     def text(data: bytes) -> str:
@@ -226,7 +226,7 @@ def _lines(place: Path) -> Iterator[Target]:
 
 def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
-    from devices.gguf_header import read_header
+    from devices.common.gguf_header import read_header
     from export.external_data import check_external_data
     from saap.gguf_import import read_tokenizer_fields
     from saap.sealed_tensors import load_sealed

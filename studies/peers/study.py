@@ -107,7 +107,7 @@ def build(work: Path, name: str, options: list[str]) -> None:
 
 def describe(work: Path) -> None:
     """What types the quantiser chose."""
-    from devices.gguf_header import read_header
+    from devices.common.gguf_header import read_header
 
     for name in (Q4_1, Q4_0):
         tensors = read_header(work / name).tensors

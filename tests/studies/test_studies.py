@@ -18,7 +18,7 @@ import studies.speedup.study as speedup
 from bench.compare import compare_within
 from bench.confirm import Confirmed
 from bench.result import INVALID
-from devices.probe import probe
+from devices.probe.host import probe
 from export.run import BundleScorer
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config

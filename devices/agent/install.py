@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from devices.agent_files import Store, inside
-from devices.agent_home import AgentError, guarded, write_json
+from devices.agent.files import Store, inside
+from devices.agent.home import AgentError, guarded, write_json
 
 READY = "ready.json"
 KEPT = 2  # installations, this one included

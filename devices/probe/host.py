@@ -18,11 +18,12 @@ from typing import Any
 
 import psutil
 
-from devices import jetson, probe_cpu
-from devices.cgroup import memory_limit
-from devices.jetson import Run
-from devices.probe_state import probe_state
-from devices.tree import first_text, strings, text, why_unreadable
+from devices.common.cgroup import memory_limit
+from devices.common.tree import first_text, strings, text, why_unreadable
+from devices.probe import cpu as probe_cpu
+from devices.probe import jetson
+from devices.probe.jetson import Run
+from devices.probe.state import probe_state
 
 # What firmware says when nobody filled the field in.
 _PLACEHOLDERS = {"", "to be filled by o.e.m.", "default string", "system product name", "system manufacturer"}
@@ -64,7 +65,7 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
 
     Returns:
         board, compatible (device tree names, most exact first), cpu_model, architecture, isa (sorted feature names),
-        cores {physical, logical, allowed, offline}, clusters (:func:`devices.probe_cpu.clusters`),
+        cores {physical, logical, allowed, offline}, clusters (:func:`devices.probe.cpu.clusters`),
         last_level_cache_bytes (summed over the caches that the allowed CPUs reach), numa, memory_bytes (the smaller
         of RAM and cgroup limit), governor, frequencies (per clock domain, Hz), power_mode {name, id}, l4t, jetpack,
         os, kernel, python, onnxruntime, packages, unknown (why a fact is None) and fingerprint (16 hex digits, the
@@ -102,7 +103,7 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
 
 
 def probe_all(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
-    """:func:`probe`, and under ``state`` what holds only now (:func:`devices.probe_state.probe_state`)."""
+    """:func:`probe`, and under ``state`` what holds only now (:func:`devices.probe.state.probe_state`)."""
     run = run or (run_here if _is_host(root) else nobody)
     return {**probe(root, run), "state": probe_state(root, run)}
 

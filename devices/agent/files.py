@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from devices.agent_home import AgentError
+from devices.agent.home import AgentError
 
 CACHE_BYTES = 8 << 30  # the store is made no larger than this by what a run does not need
 PIECE = 1 << 20

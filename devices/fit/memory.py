@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from devices.fit_facts import Device, Memory, Model
-from devices.fit_kernels import dotprod
+from devices.fit.facts import Device, Memory, Model
+from devices.fit.kernels import dotprod
 
 # Resident beside weights, cache and activations: 60 to 63 MB, of which 30 are pages of libraries; on another machine
 # these were 36.

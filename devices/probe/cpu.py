@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from devices.isa import ISA_FEATURES
-from devices.midr import core_name, core_of_midr
-from devices.tree import cpu_list, first_text, glob, number, parse_cpu_list, text
+from devices.common.tree import cpu_list, first_text, glob, number, parse_cpu_list, text
+from devices.probe.isa import ISA_FEATURES
+from devices.probe.midr import core_name, core_of_midr
 
 CPU = "sys/devices/system/cpu"
 

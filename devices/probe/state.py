@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from devices.cgroup import memory_left, memory_limit
-from devices.jetson import Run
-from devices.probe_cpu import hertz, policies
-from devices.throttling import coolers, firmware_bits, over_current, throttle_count, zones
-from devices.tree import first_text, glob, text
+from devices.common.cgroup import memory_left, memory_limit
+from devices.common.tree import first_text, glob, text
+from devices.probe.cpu import hertz, policies
+from devices.probe.jetson import Run
+from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
 
 # Bits of `vcgencmd get_throttled`; Raspberry Pi documentation, "vcgencmd". The same, 16 higher: since boot.
 PI_BITS = {

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from devices.isa import FEATURES
+from devices.probe.isa import FEATURES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +79,7 @@ class Profile:
         compatible: names in the board's device tree that mean this device; none on x86.
         cuda: the GPU's architecture, such as ``sm_87``; None is no GPU that CUDA runs on.
         runtime: None where that is not known.
-        isa: features that decide which kernels run, named as :func:`devices.probe.probe` names them.
+        isa: features that decide which kernels run, named as :func:`devices.probe.host.probe` names them.
         lacks: features it is known not to have; one that is in neither is not known.
         power_modes: names as the board's own tool prints them, with the id where it has one.
         notes: what a person has to know before trusting a measurement there.

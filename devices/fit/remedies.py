@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from devices.fit_facts import Device, Finding, Model
-from devices.fit_kernels import dotprod
-from devices.fit_memory import memory_of, packed_share
+from devices.fit.facts import Device, Finding, Model
+from devices.fit.kernels import dotprod
+from devices.fit.memory import memory_of, packed_share
 
 KV8_RUNTIME = (1, 27)  # ONNX Runtime whose attention takes an int8 cache on a CPU
 MEGABYTE = 10**6

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from devices.agent_files import Store, free, full
-from devices.agent_home import (
+from devices.agent.files import Store, free, full
+from devices.agent.home import (
     CACHE,
     AgentError,
     Lock,
@@ -33,7 +33,7 @@ from devices.agent_home import (
     touch,
     write_json,
 )  # fmt: skip
-from devices.agent_install import agent_folder, environment, ready
+from devices.agent.install import agent_folder, environment, ready
 
 BEAT_S = 2.0
 HUNG_S = 120.0  # without a beat of a supervisor that still runs
@@ -93,7 +93,7 @@ def _start(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> d
     )
     with (place / "supervisor.txt").open("ab") as log:
         process = subprocess.Popen(
-            [agent["python"], "-m", "devices.agent_supervisor", str(folder), request["run"]],
+            [agent["python"], "-m", "devices.agent.supervisor", str(folder), request["run"]],
             cwd=agent_folder(folder, request["key"]) / "code", env={**environment(), CACHE: str(folder)},
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from devices.fit_facts import Device, Finding, Model
+from devices.fit.facts import Device, Finding, Model
 
 # Head sizes and query heads per KV head for which CUDA's attention has its fast decode path (ONNX Runtime 1.32).
 CUDA_HEADS = (64, 128, 256)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from devices.fit_facts import Device, Finding, Memory, Model
-from devices.fit_kernels import kernels, refusals, remarks
-from devices.fit_memory import largest_context, memory_of
-from devices.fit_remedies import for_loading, for_memory
-from devices.profile import DeviceError
+from devices.fit.facts import Device, Finding, Memory, Model
+from devices.fit.kernels import kernels, refusals, remarks
+from devices.fit.memory import largest_context, memory_of
+from devices.fit.remedies import for_loading, for_memory
+from devices.profiles.profile import DeviceError
 
 CACHES = 2  # a model below so many last-level caches may run from them, and memory is then no ceiling
 TIGHT = 0.9  # of the memory, from where a fit is called tight

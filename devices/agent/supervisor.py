@@ -1,4 +1,4 @@
-"""Beside the measuring process on the board: ``python -m devices.agent_supervisor FOLDER RUN``, stdlib only."""
+"""Beside the measuring process on the board: ``python -m devices.agent.supervisor FOLDER RUN``, stdlib only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from devices.agent_home import Lock, below, kill, modified, read_json, write_json
-from devices.agent_run import BEAT_S, END_S, LEASE_S, run_folder
+from devices.agent.home import Lock, below, kill, modified, read_json, write_json
+from devices.agent.run import BEAT_S, END_S, LEASE_S, run_folder
 
 JOB = "bench.board_job"
 MOST_STDERR = 1 << 16  # bytes of its end that are looked at

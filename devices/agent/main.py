@@ -11,7 +11,7 @@ nothing but Python, and the two sides are always of one version. A request is on
 | take | the lock, old runs swept away, room made |
 | put | a file of the store, from where it was cut |
 | install | the bench's code, and its packages in a venv |
-| start, follow, fetch, end | a detached run (``devices.agent_run``, ``devices.agent_supervisor``) |
+| start, follow, fetch, end | a detached run (``devices.agent.run``, ``devices.agent.supervisor``) |
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from devices.agent_files import Store, free, full
-from devices.agent_home import AgentError, Lock, boot_id, home, started
-from devices.agent_install import install, ready
-from devices.agent_run import end, fetch, follow, start, sweep
+from devices.agent.files import Store, free, full
+from devices.agent.home import AgentError, Lock, boot_id, home, started
+from devices.agent.install import install, ready
+from devices.agent.run import end, fetch, follow, start, sweep
 
 MARK = "saap-agent-1 "
 EVERY_S = 1.0

@@ -1,0 +1,1 @@
+"""What every package uses: files, control groups, /proc and /sys. No package of ours is imported here."""

@@ -1,0 +1,1 @@
+"""An emulated aarch64 CPU."""
