@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bench.regression import Verdict
-    from bench.result import Result
+    from bench.judge.regression import Verdict
+    from bench.measure.result import Result
 
 FIXTURE, MARK = "saap_device", "device"
 HERE = ("local", "local://")
@@ -45,13 +45,13 @@ class Device:
     verdicts: list[Verdict] = field(default_factory=list)
 
     def measure(self, bundle: str | Path, **plan: Any) -> Result:
-        """A bench run of one bundle; ``plan`` are fields of ``bench.plan.Plan``.
+        """A bench run of one bundle; ``plan`` are fields of ``bench.measure.plan.Plan``.
 
         Raises:
             AssertionError: the result is INVALID, so nothing can be said of it.
         """
-        from bench.plan import Plan
-        from bench.result import INVALID
+        from bench.measure.plan import Plan
+        from bench.measure.result import INVALID
 
         result = self._run(bundle, Plan(**{"max_time_s": self.max_time_s, **plan}))
         for m in result.measurements:
@@ -66,9 +66,9 @@ class Device:
             AssertionError: something is worse, or could not be compared.
             RegressionError: no baseline of this model, or none of this device.
         """
-        from bench.peers import PREPACKED
-        from bench.regression import retest, told
-        from bench.regression_checks import Limits
+        from bench.judge.checks import Limits
+        from bench.judge.regression import retest, told
+        from bench.runtimes.specs import PREPACKED
         from devices.probe.host import probe
 
         verdict = retest(
@@ -90,8 +90,8 @@ class Device:
         return self.url or "this host"
 
     def _run(self, bundle: str | Path, plan: Any) -> Result:
-        from bench.remote import bench_on
-        from bench.run import bench
+        from bench.measure.run import bench
+        from bench.remote.bench import bench_on
 
         if self.url is None:
             return bench([str(bundle)], plan)
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The device that ``--saap-device`` names."""
-    from bench.regression_files import DEFAULT
+    from bench.judge.baselines import DEFAULT
 
     url = request.config.getoption("--saap-device")
     if url is None:
@@ -143,7 +143,7 @@ def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 def _kept(url: str, ends: ExitStack) -> str:
     """The board, the same one for all tests; what names none is refused before anything is measured."""
-    from bench.ways import kept
+    from bench.remote.ways import kept
     from devices.transport import BoardError
 
     try:

@@ -28,8 +28,8 @@ PLAN = (
 
 def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> int:
     """``saap bench``; the exit code."""
-    from bench.plan import Plan
-    from bench.table import formatted
+    from bench.measure.plan import Plan
+    from bench.report.tables import formatted
 
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
     plan = Plan(**{name: options[name] for name in PLAN})
@@ -46,7 +46,7 @@ def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> i
 
 def measured(specs: list[str], plan: Any, console: Console, names: list[str] | None = None) -> Any:
     """The result of a bench run, with its progress shown."""
-    from bench.run import bench
+    from bench.measure.run import bench
 
     verify_models(specs)
     with ended_as_by_a_person():
@@ -66,10 +66,10 @@ def verify_models(specs: list[str]) -> None:
 
 def keep(result: Any, json_path: Path | None, history: Path | None = None) -> None:
     """Write the result where it was asked for."""
-    from bench.store import result_text, write_result
+    from bench.measure.store import result_text, write_result
 
     if history is not None:
-        from bench.history import add
+        from bench.report.history import add
 
         add(history, result)
     if json_path == STDOUT:
@@ -80,7 +80,7 @@ def keep(result: Any, json_path: Path | None, history: Path | None = None) -> No
 
 def show_result(result: Any, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
-    from bench.table import detail_table, energy_notes, main_table
+    from bench.report.tables import detail_table, energy_notes, main_table
 
     counts = sorted({len(m.samples) for m in result.measurements})
     runs = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -108,7 +108,7 @@ def show_reasons(result: Any, to_stderr: bool = False) -> None:
 
 
 def _show_against(result: Any, base: str, other: str, floor: float | None) -> None:
-    from bench.compare import compare_within
+    from bench.judge.comparison import compare_within
 
     for row in compare_within(result, base, other).rows:
         if row.ratio is None or not row.low or not row.high:
@@ -123,7 +123,7 @@ def _show_against(result: Any, base: str, other: str, floor: float | None) -> No
 
 def _noise_floor(result: Any, names: list[str]) -> float | None:
     """Say how far the first spec is from itself; it was measured twice, the second time under the last name."""
-    from bench.compare import CompareError, noise_floor
+    from bench.judge.comparison import CompareError, noise_floor
 
     try:
         floor = noise_floor(result, names[0], names[-1])
@@ -136,11 +136,11 @@ def _noise_floor(result: Any, names: list[str]) -> float | None:
 
 def compare_step(old: str, new: str, options: dict[str, Any], console: Console) -> int:
     """``saap compare``; the exit code."""
-    from bench.compare import compare
-    from bench.compare_quality import is_quality
-    from bench.confirm import compare_live, confirm_files
-    from bench.plan import Plan
-    from bench.store import read_result
+    from bench.judge.comparison import compare
+    from bench.judge.confirm import compare_live, confirm_files
+    from bench.judge.quality import is_quality
+    from bench.measure.plan import Plan
+    from bench.measure.store import read_result
 
     if any(qualities := [is_quality(spec) for spec in (old, new)]):
         return compare_quality_step(old, new, all(qualities), options)
@@ -175,7 +175,7 @@ def _is_result(spec: str) -> bool:
 
 def show_comparison(comparison: Any) -> None:
     """One row per name and setting, and the reasons."""
-    from bench.verdict_formats import verdict_text
+    from bench.judge.formats import verdict_text
 
     rows = []
     for row in comparison.rows:
@@ -191,7 +191,7 @@ def show_comparison(comparison: Any) -> None:
 
 
 def _write_verdicts(comparison: Any, options: dict[str, Any]) -> None:
-    from bench.verdict_formats import junit_xml, step_summary
+    from bench.judge.formats import junit_xml, step_summary
 
     if options["junit"] is not None:
         write_text(options["junit"], junit_xml(comparison))

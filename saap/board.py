@@ -13,7 +13,7 @@ from saap.json_files import read_object
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
-    from bench.report import write_report
+    from bench.report.page import write_report
 
     run: dict[str, Any] | None = None
     paths: list[Path] = []

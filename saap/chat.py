@@ -153,8 +153,8 @@ def _continuation(
 
 
 def _decoder(bundle: Path, manifest: Any, needed: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from bench.cores import physical_cores
-    from bench.runtime import OrtDecoder
+    from bench.measure.cores import physical_cores
+    from bench.runtimes.onnxruntime import OrtDecoder
 
     threads = physical_cores() if options["threads"] is None else options["threads"]
     context = max(1, min(manifest.context_length, needed)) if options["context"] is None else options["context"]
@@ -235,7 +235,7 @@ def _statistics(generation: Generation) -> str:
 
 
 def _peak() -> int | None:
-    from bench.memory import peak_rss
+    from bench.measure.memory import peak_rss
 
     return peak_rss()
 

@@ -84,9 +84,9 @@ def probe_costs(
         SaapError, BundleError, CostsError, DecoderError: the user's input, or too little memory.
         BoardError: naming the board and what to do.
     """
-    from bench.cores import physical_cores
-    from bench.costs import DEPTH, measure_costs, write_costs
-    from bench.remote_costs import costs_on
+    from bench.costs.measure import DEPTH, measure_costs, write_costs
+    from bench.measure.cores import physical_cores
+    from bench.remote.costs import costs_on
     from devices.probe.host import probe
     from export.probe_graphs import write_probe_stacks
     from export.probe_model import WEIGHT_LIMIT, read_probe_model

@@ -18,8 +18,8 @@ from saap.regression_command import text_ids
 
 def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
     """Prepare, run, show; the exit code."""
-    from bench.emulate import document, emulate
-    from bench.session import cache_directory
+    from bench.remote.emulated import document, emulate
+    from bench.runtimes.session import cache_directory
     from devices.emulate.qemu import CPUS, prepare
     from devices.probe.host import probe
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> None:
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
-    from bench.compare_quality import KIND, VERSION
+    from bench.judge.quality import KIND, VERSION
 
     if options["json_path"] is not None:
         check_place(options["json_path"])
@@ -154,7 +154,7 @@ def show_quality(quality: dict[str, Any]) -> None:
 
 def show_tasks(document: dict[str, Any]) -> None:
     """Accuracies with their standard errors, a row per model, and the mean over the tasks."""
-    from bench.compare_quality import metric_of
+    from bench.judge.quality import metric_of
 
     names = list(dict.fromkeys(row["task"] for row in document["tasks"]))
     models = list(dict.fromkeys(row["model"] for row in document["tasks"]))

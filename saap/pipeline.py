@@ -186,7 +186,7 @@ def _evaluate(state: _State, directory: Path, windows: Windows, made_from: list[
 
 def thread_counts(options: RunOptions) -> list[int]:
     """What the bench runs at: what was asked for, else one thread and all physical cores."""
-    from bench.cores import physical_cores
+    from bench.measure.cores import physical_cores
 
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 
@@ -208,7 +208,7 @@ def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Pat
 
 
 def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> None:
-    from bench.plan import Plan
+    from bench.measure.plan import Plan
 
     specs = [str(state.out / name) for name in BUNDLES]
     plan = Plan(threads=threads, repetitions=repetitions)
@@ -243,7 +243,7 @@ def _plan(slim: Path) -> dict[str, Any]:
 
 def _texts(out: Path, console: Console) -> list[dict[str, Any]]:
     """The same prompts to every bundle, greedy."""
-    from bench.runtime import OrtDecoder
+    from bench.runtimes.onnxruntime import OrtDecoder
     from export.run import generate
     from export.tokenizer import BundleTokenizer
 
@@ -266,8 +266,8 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import onnxruntime
     import transformers
 
-    from bench.report import write_report
-    from bench.store import read_result
+    from bench.measure.store import read_result
+    from bench.report.page import write_report
     from saap import __version__
 
     out = state.out

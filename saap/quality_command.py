@@ -15,7 +15,7 @@ from saap.json_files import write_document
 
 def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]) -> int:
     """Show what became better or worse; the exit code."""
-    from bench.compare_quality import compare_quality, exit_code, read_quality
+    from bench.judge.quality import compare_quality, exit_code, read_quality
 
     if not both:
         raise SaapError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")

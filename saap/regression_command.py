@@ -31,9 +31,9 @@ Measured = Callable[[Any], Any]
 
 def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> None:
     """Record and keep."""
-    from bench.plan import Plan
-    from bench.regression import record
-    from bench.regression_files import checked_folder, writable_folder, write_baseline
+    from bench.judge.baselines import checked_folder, writable_folder, write_baseline
+    from bench.judge.regression import record
+    from bench.measure.plan import Plan
 
     _check(options)
     folder = checked_folder(folder_of(options))
@@ -60,11 +60,11 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
 
 def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     """Measure again, show and judge; the exit code."""
-    from bench.compare import SAME
-    from bench.regression import retest, told, verdict_cases
-    from bench.regression_checks import Limits
-    from bench.regression_files import OtherDeviceError, checked_folder
-    from bench.verdict_formats import Case, junit_cases
+    from bench.judge.baselines import OtherDeviceError, checked_folder
+    from bench.judge.checks import Limits
+    from bench.judge.comparison import SAME
+    from bench.judge.formats import Case, junit_cases
+    from bench.judge.regression import retest, told, verdict_cases
     from devices.common.files import write_text
     from devices.probe.host import probe
 
@@ -105,13 +105,13 @@ def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Me
     progress, say = (console.report, console.say) if console else (None, None)
 
     def here(plan: Any) -> Any:
-        from bench.run import bench
+        from bench.measure.run import bench
 
         with ended_as_by_a_person():
             return bench([bundle], plan, names=[name], progress=progress)
 
     def there(plan: Any) -> Any:
-        from bench.remote import bench_on
+        from bench.remote.bench import bench_on
 
         with ended_as_by_a_person():
             (answer,) = bench_on(
@@ -131,7 +131,7 @@ def _one_board(options: dict[str, Any], console: Console) -> Iterator[dict[str, 
     if options["url"] is None:
         yield options
         return
-    from bench.ways import kept
+    from bench.remote.ways import kept
 
     with ended_as_by_a_person(), kept(options["url"], console.say) as url:
         yield {**options, "url": url}
@@ -139,7 +139,7 @@ def _one_board(options: dict[str, Any], console: Console) -> Iterator[dict[str, 
 
 def folder_of(options: dict[str, Any]) -> Path:
     """Where the baselines are."""
-    from bench.regression_files import DEFAULT
+    from bench.judge.baselines import DEFAULT
 
     return Path(options["baselines"] or DEFAULT)
 
@@ -154,7 +154,7 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
 
     Random ids, always the same, where a bundle has no tokenizer.
     """
-    from bench.rounds import prompt_tokens
+    from bench.measure.rounds import prompt_tokens
     from export.bundle import read_manifest
     from export.tokenizer import BundleTokenizer
 

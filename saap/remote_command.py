@@ -19,8 +19,8 @@ from saap.json_files import read_object
 
 def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
     """Measure on boards; the exit code: 2 when one of them could not be used."""
-    from bench.plan import Plan
-    from bench.remote import bench_on
+    from bench.measure.plan import Plan
+    from bench.remote.bench import bench_on
 
     check_board_options(options)
     _check(urls, options)
@@ -65,7 +65,7 @@ def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None:
-    from bench.table import formatted
+    from bench.report.tables import formatted
     from devices.transport import printable
 
     if several and options["form"] in (None, "md"):
@@ -95,7 +95,7 @@ def _label(text: str) -> str:
 
 
 def _side_by_side(measured: dict[str, Any]) -> None:
-    from bench.table import main_table
+    from bench.report.tables import main_table
 
     tables = {url: main_table(result) for url, result in measured.items()}
     columns = list(dict.fromkeys(column for table in tables.values() for column in table.header))

@@ -32,7 +32,7 @@ def boot(root: Path, value: str) -> str:
 def code(job: str) -> dict[str, str]:
     """The agent's real code with a measuring process of our own."""
     sources = {f"devices/{path.name}": path.read_text() for path in DEVICES.glob("agent*.py")}
-    return {**sources, "devices/__init__.py": "", "bench/__init__.py": "", "bench/board_job.py": job}
+    return {**sources, "devices/__init__.py": "", "bench/__init__.py": "", "bench/remote/job.py": job}
 
 
 def put(folder: Path, document: object) -> str:

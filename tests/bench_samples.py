@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 
 FACTS = ModelFacts(
     parameters=1000, model_bytes=3_000_000, weight_bytes_per_token=2_000_000, kv_bytes_per_token=1000, bits=4

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.plan import Plan
-from bench.result import INVALID, OK, WARN
-from bench.run import bench
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, OK, WARN
+from bench.measure.run import bench
 
 SPIN = "print(flush=True)\nwhile True: pass"
 HOG = """

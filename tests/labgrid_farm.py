@@ -23,8 +23,8 @@ import pytest
 from remote_runs import VENV
 from sshd import Sshd, require_sshd
 
-from bench.labgrid_place import _without_configuration
-from bench.labgrid_session import _pb2, ask
+from bench.remote.labgrid_place import _without_configuration
+from bench.remote.labgrid_session import _pb2, ask
 
 BEGIN_S = 30.0
 

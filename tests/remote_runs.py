@@ -15,8 +15,8 @@ import pytest
 from sshd import Sshd, require_sshd
 from tiny_graphs import tiny_bundle
 
-from bench.plan import Plan
-from bench.remote import bench_on
+from bench.measure.plan import Plan
+from bench.remote.bench import bench_on
 
 QUICK = Plan(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
 ONCE = dataclasses.replace(QUICK, repetitions=1)

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.result import INVALID
-from bench.store import read_result, write_result
+from bench.measure.result import INVALID
+from bench.measure.store import read_result, write_result
 from tests.bench_samples import measurement, result
 from tests.test_cli import here, refused
 from tests.tiny_graphs import tiny_bundle

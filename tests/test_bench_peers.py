@@ -12,15 +12,15 @@ import numpy as np
 import onnx
 import pytest
 
-from bench.measure import measure, warm_up
-from bench.onnx_facts import graph_facts
-from bench.peer import PEER_PYTHON, PeerError, python_with
-from bench.peers import read_peers
-from bench.plan import Plan
-from bench.result import INVALID
-from bench.rounds import prompt_tokens
-from bench.run import bench
-from bench.runtime import OrtDecoder
+from bench.measure.one_pass import measure, warm_up
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID
+from bench.measure.rounds import prompt_tokens
+from bench.measure.run import bench
+from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.onnxruntime import OrtDecoder
+from bench.runtimes.peer import PEER_PYTHON, PeerError, python_with
+from bench.runtimes.specs import read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
@@ -172,8 +172,8 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
     code = f"""
 import json, itertools, numpy as np
 from pathlib import Path
-from bench.llama_cpp_worker import LlamaCppDecoder
-from bench.measure import measure
+from bench.runtimes.llama_cpp import LlamaCppDecoder
+from bench.measure.one_pass import measure
 clock = map(float, itertools.count()).__next__
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
 prompt = np.array([1, 5, 9, 7])
@@ -207,7 +207,7 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
 
 def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from bench.genai_worker import GenaiDecoder
+    from bench.runtimes.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
     ours = measure(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick)
@@ -221,7 +221,7 @@ def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
 
 def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from bench.genai_worker import GenaiDecoder
+    from bench.runtimes.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
     first = measure(OrtDecoder(genai_bundle, 1, 8, verify=False), prompt, 1, tick).tokens
@@ -274,7 +274,7 @@ def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
     import torch
     import transformers
 
-    from bench.optimum_worker import OptimumDecoder
+    from bench.runtimes.optimum import OptimumDecoder
     from export.portable import export_portable
 
     torch.manual_seed(0)

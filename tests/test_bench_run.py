@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import run as bench_run
-from bench.child import ChildFailedError, call
-from bench.cores import choose_cores
-from bench.measure import measure
-from bench.peers import PeerError, read_peers
-from bench.plan import Plan
-from bench.result import INVALID, Result
-from bench.rounds import prompt_tokens, turn
-from bench.run import bench
-from bench.runtime import DecoderError, OrtDecoder
-from bench.store import read_result, write_result
+from bench.measure import run as bench_run
+from bench.measure.child import ChildFailedError, call
+from bench.measure.cores import choose_cores
+from bench.measure.one_pass import measure
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, Result
+from bench.measure.rounds import prompt_tokens, turn
+from bench.measure.run import bench
+from bench.measure.store import read_result, write_result
+from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
+from bench.runtimes.specs import PeerError, read_peers
 from export.bundle import BundleError
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
@@ -219,7 +219,7 @@ def test_same_directory_twice_gets_two_names(bundles: list[Path]) -> None:
 
 def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
-    monkeypatch.setattr("bench.peers.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.runtimes.specs.find_spec", lambda name: None)
     with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
         read_peers([f"torch:{tmp_path}"], 8)
 
@@ -264,7 +264,7 @@ def test_torch_beside_a_bundle(bundles: list[Path], tmp_path: Path) -> None:
 
 def test_torch_worker_decodes_like_generate(tmp_path: Path) -> None:
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    from bench.torch_worker import TorchDecoder
+    from bench.runtimes.torch import TorchDecoder
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -281,7 +281,7 @@ def test_torch_worker_decodes_like_generate(tmp_path: Path) -> None:
 
 
 def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
     (tmp_path / "talks.py").write_text("import json, sys; print(json.dumps({'got': json.load(sys.stdin)}))")
     (tmp_path / "dies.py").write_text("import os, sys; print('near the end', file=sys.stderr); os.kill(os.getpid(), 9)")
     (tmp_path / "mute.py").write_text("")
@@ -322,8 +322,8 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
             signal.raise_signal(signal.SIGINT)
 
     (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
-    monkeypatch.setattr("bench.child.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.measure.child.subprocess.Popen", Interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         call("sleeps", {}, 20)
@@ -332,7 +332,7 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
 
 
 def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
     (tmp_path / "counts.py").write_text(
         "import json\nprint(json.dumps({'n': 1}))\nprint('noise')\nprint(json.dumps({'n': 2}))\n"
         "print(json.dumps({'n': 3}), end='')"
@@ -352,7 +352,7 @@ def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytes
 def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path]) -> None:
     job = {"path": str(bundles[0]), "prompt": [1, 2], "n_gen": 2, "warmup": 0, "threads": 1, "order": 0}
     code = """
-import os, bench.worker as w
+import os, bench.measure.worker as w
 def load(job):
     print("noise"); os.system("echo noise")
     return w._load(job)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.board_state import board_state, temperature
-from bench.host_state import counters, snapshot
+from bench.measure.board_state import board_state, temperature
+from bench.measure.host_state import counters, snapshot
 from devices.probe.host import nobody
 from devices.probe.state import throttling
 from tests.fake_trees import plant

@@ -7,7 +7,7 @@ import json
 import pytest
 from test_run import ScriptedDecoder, bpe_directory
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.chat import Conversation
 from export.export import export_bundle
 from export.run import BundleTokenizer, RunError

@@ -9,7 +9,7 @@ import torch
 from test_surgery import cut
 from tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
 from export.clients import (
     genai_config,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.compare import (
+from bench.judge.comparison import (
     FASTER,
     NOT_COMPARABLE,
     SAME,
@@ -21,7 +21,7 @@ from bench.compare import (
     decisive_values,
     noise_floor,
 )
-from bench.result import INVALID, Result
+from bench.measure.result import INVALID, Result
 from tests.bench_samples import measurement, result, sample
 
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import here
 
-from bench.compare_quality import (
+from bench.judge.quality import (
     BETTER,
     MEAN,
     NOT_COMPARABLE,

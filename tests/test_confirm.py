@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import confirm
-from bench.compare import NOT_COMPARABLE, SAME, SLOWER, compare
-from bench.plan import Plan
-from bench.result import INVALID, Result
+from bench.judge import confirm
+from bench.judge.comparison import NOT_COMPARABLE, SAME, SLOWER, compare
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, Result
 from devices.probe.host import probe
 from export.bundle import read_manifest
 from tests.bench_samples import measurement, result

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cooling import CoolDown
+from bench.measure.cooling import CoolDown
 
 
 class Board:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.cores import allowed_cores, choose_cores, physical_cores
+from bench.measure.cores import allowed_cores, choose_cores, physical_cores
 
 
 def _cpus(root: Path, siblings: list[str], capacities: list[int] | None = None) -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import costs
-from bench.cost_fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
-from bench.costs import CostsError, measure_costs, schedule, write_costs
-from bench.costs_worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
-from bench.result import Bandwidth
+from bench.costs import measure as costs
+from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
+from bench.costs.measure import CostsError, measure_costs, schedule, write_costs
+from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
+from bench.measure.result import Bandwidth
 from export.bundle import LayerSizes, read_manifest
 
 BANDWIDTH = Bandwidth(1, 1, [1e9])

@@ -14,8 +14,9 @@ from command_line import here, last_line
 from remote_runs import remains, running
 from sshd import Sshd
 
-from bench import costs, remote_costs
-from bench.result import Bandwidth
+from bench.costs import measure as costs
+from bench.measure.result import Bandwidth
+from bench.remote import costs as remote_costs
 from devices.common.files import with_checksum
 from devices.transport import BoardError
 from export.bundle import read_manifest

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.decoders import make_decoder
-from bench.device_decoder import DeviceDecoder
-from bench.measure import measure
-from bench.runtime import OrtDecoder
-from bench.session import DecoderError
+from bench.measure.one_pass import measure
+from bench.runtimes.cuda import DeviceDecoder
+from bench.runtimes.decoders import make_decoder
+from bench.runtimes.onnxruntime import OrtDecoder
+from bench.runtimes.session import DecoderError
 from tests.edited import edited
 from tests.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.result import OK
+from bench.measure.result import OK
 from tests.disturbances import DISTURBANCES, judged_under
 from tests.tiny_graphs import tiny_bundle
 

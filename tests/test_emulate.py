@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench.emulate import GREEDY, Answer, document, emulate, judged
-from bench.plan import Plan
-from bench.result import INVALID, Result
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, Result
+from bench.remote.emulated import GREEDY, Answer, document, emulate, judged
 from devices.emulate import qemu as devices_emulate
 from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
 from devices.probe.host import probe
@@ -187,7 +187,7 @@ def tools() -> None:
 
 @pytest.fixture(scope="session")
 def root(tools: None) -> Root:
-    from bench.session import cache_directory
+    from bench.runtimes.session import cache_directory
 
     try:
         return prepare(cache_directory(), str(probe()["onnxruntime"]))

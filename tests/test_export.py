@@ -16,7 +16,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle import BundleError, read_manifest, verify_files
 from export.export import export_bundle
 from export.run import BundleScorer

@@ -49,8 +49,8 @@ def test_memory_against_what_was_measured(model: Model, filled: int, private: fl
 
 RESIDENT = """
 import sys, numpy
-from bench.memory import resident_split
-from bench.runtime import OrtDecoder
+from bench.measure.memory import resident_split
+from bench.runtimes.onnxruntime import OrtDecoder
 import onnxruntime
 libraries = resident_split().file
 decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]), verify=False)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
+from bench.measure.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
 
 MIB = 1 << 20
 CLIENTS = """\

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.export import export_bundle
 from export.run import BundleScorer
 from export.verify import check_parity, reference_model

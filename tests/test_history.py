@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.history import add, change_points, series
-from bench.result import INVALID, Result
-from bench.store import ResultError, read_result
+from bench.measure.result import INVALID, Result
+from bench.measure.store import ResultError, read_result
+from bench.report.history import add, change_points, series
 from tests.bench_samples import measurement, result
 
 

@@ -4,8 +4,8 @@ import re
 import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timedelta, timezone
 
-from bench.history import Point, Series
-from bench.history_plot import changes_text, history_panels, history_plot
+from bench.report.history import Point, Series
+from bench.report.history_plot import changes_text, history_panels, history_plot
 
 START = datetime(2025, 1, 1, 12, tzinfo=timezone.utc)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.host_state import counters, snapshot
-from bench.validity import judge_sample
+from bench.measure.host_state import counters, snapshot
+from bench.measure.validity import judge_sample
 from tests.fake_trees import plant
 
 STAT = "cpu  107 17 27 907 12 8 9 37 0 0\ncpu0 100 10 20 900 5 1 2 30 0 0\ncpu1 7 7 7 7 7 7 7 7 0 0\nprocs_running 4\n"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compare_quality import KIND, VERSION, QualityError, read_quality
-from bench.costs import write_costs
-from bench.regression_files import Baseline, RegressionError, read_baselines, write_baseline
-from bench.store import ResultError, read_result, write_result
+from bench.costs.measure import write_costs
+from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
+from bench.judge.quality import KIND, VERSION, QualityError, read_quality
+from bench.measure.store import ResultError, read_result, write_result
 from export.bundle import BundleError, verify_files
 from export.export import export_bundle
 from saap.checkpoint import load_model, read_record

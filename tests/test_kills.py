@@ -27,7 +27,7 @@ import torch
 from remote_runs import OPTIONS, running
 from sshd import Sshd
 
-from bench.store import read_result
+from bench.measure.store import read_result
 from devices.common.gguf_header import read_header
 from export.bundle import verify_files
 from export.export import export_bundle

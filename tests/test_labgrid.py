@@ -18,11 +18,14 @@ from labgrid_farm import Farm
 from remote_runs import ONCE, OPTIONS, one, remains
 from tiny_graphs import tiny_bundle
 
-from bench import labgrid_place, labgrid_session, regression, remote, remote_run
-from bench.labgrid_session import ask
-from bench.remote_board import Board
-from bench.store import read_result
-from bench.ways import kept, way_to
+from bench.judge import regression
+from bench.measure.store import read_result
+from bench.remote import bench as remote
+from bench.remote import labgrid_place, labgrid_session
+from bench.remote import run as remote_run
+from bench.remote.board import Board
+from bench.remote.labgrid_session import ask
+from bench.remote.ways import kept, way_to
 from devices.transport import BoardError
 
 pytest_plugins = ["pytester"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.measure import measure, warm_up
+from bench.measure.one_pass import measure, warm_up
 
 
 class Clock:

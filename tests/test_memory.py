@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import Split, peak_rss, reset_peak, resident_split
+from bench.measure.memory import Split, peak_rss, reset_peak, resident_split
 
 MIB = 1 << 20
 
@@ -30,7 +30,7 @@ def test_unknown_where_the_kernel_does_not_tell(tmp_path: Path) -> None:
 def test_the_peak_is_reset_and_rises_again() -> None:
     """In a process of its own, which allocates 40 MiB, frees them, resets, then allocates 20 MiB."""
     code = """
-from bench.memory import peak_rss, reset_peak, resident_split
+from bench.measure.memory import peak_rss, reset_peak, resident_split
 start = peak_rss()
 block = bytearray(40 << 20); high = peak_rss(); del block
 assert reset_peak()

@@ -19,10 +19,10 @@ pytest.importorskip("onnx")
 import torch
 from transformers import AutoTokenizer
 
-from bench.regression import Verdict, retest
-from bench.regression_files import read_baselines
-from bench.result import Result
-from bench.store import read_result
+from bench.judge.baselines import read_baselines
+from bench.judge.regression import Verdict, retest
+from bench.measure.result import Result
+from bench.measure.store import read_result
 from export.bundle import verify_files
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_surgery import cut
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.export import export_bundle
 from export.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
 from saap.structures import LayerPlan, PrunePlan
@@ -28,7 +28,7 @@ UNEVEN = (
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 decoder = OrtDecoder(sys.argv[1], 1, 32)
 rows = [decoder.prefill(np.array(json.loads(sys.argv[2])))]
 rows += [decoder.step(token) for token in (3, 1, 4)]

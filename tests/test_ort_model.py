@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_surgery import cut
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle import BundleError
 from export.export import export_bundle
 from export.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from test_report import RUN, text_of
 
-from bench.report import write_report
+from bench.report.page import write_report
 
 PLAN = RUN["plan"]
 

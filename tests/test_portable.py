@@ -16,7 +16,7 @@ from test_graph_families import FAMILIES, WINDOW, largest_differences
 from test_graph_families import IDS as FAMILY_IDS
 from test_surgery import WHOLE, cut
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.export import export_bundle
 from export.inspect import inspect_bundle
 from export.portable import export_portable

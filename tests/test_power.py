@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.power import Recorder, find_sensor, window_joules
-from bench.power_sensors import NO_SENSOR, NOT_ALLOWED, Sensor
-from bench.result import Energy
-from bench.store import sample_from_dict
+from bench.measure.result import Energy
+from bench.measure.store import sample_from_dict
+from bench.power.energy import Recorder, find_sensor, window_joules
+from bench.power.sensors import NO_SENSOR, NOT_ALLOWED, Sensor
 from tests.fake_trees import plant
 
 I2C = "sys/bus/i2c/drivers"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import power_commands
-from bench.power import Recorder, find_sensor
-from bench.power_commands import Commands, TegrastatsStream, pmic, pmic_watts, tegrastats
-from bench.power_sensors import NO_SENSOR, Sensor
+from bench.power import commands as power_commands
+from bench.power.commands import Commands, TegrastatsStream, pmic, pmic_watts, tegrastats
+from bench.power.energy import Recorder, find_sensor
+from bench.power.sensors import NO_SENSOR, Sensor
 from tests.fake_trees import plant
 
 ORIN = "RAM 3452/7620MB (lfb 25x4MB) CPU [1%@1420] VDD_IN 5000mW/4824mW VDD_CPU_GPU_CV 518mW/518mW"

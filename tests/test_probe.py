@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compare import device_differs
+from bench.judge.comparison import device_differs
 from devices.common.tree import parse_cpu_list
 from devices.probe.host import fingerprint, probe, probe_all, run_here
 from devices.profiles.profile import load_profiles, profile_of

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from bench.costs_worker import PlacedDecoder
+from bench.costs.worker import PlacedDecoder
 from export.bundle import WEIGHTS, BundleError, read_manifest
 from export.export import export_bundle
 from export.graph_facts import read_graph

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bench.decoders import make_decoder, provider_facts
-from bench.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
-from bench.session import DecoderError
+from bench.runtimes.decoders import make_decoder, provider_facts
+from bench.runtimes.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
+from bench.runtimes.session import DecoderError
 from export.bundle import BundleError, read_manifest
 from tests.edited import edited
 from tests.fake_gpu import CPU, CUDA, TENSORRT, Machine

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import regression
-from bench.plan import Plan
+from bench.judge import regression
+from bench.judge.baselines import write_baseline
+from bench.judge.regression import record
+from bench.measure.plan import Plan
+from bench.measure.run import bench
 from bench.pytest_plugin import Device
-from bench.regression import record
-from bench.regression_files import write_baseline
-from bench.run import bench
 from saap.regression_command import name_of
 from tests.tiny_graphs import tiny_bundle
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_surgery import cut
 
-from bench.runtime import OrtDecoder
+from bench.runtimes.onnxruntime import OrtDecoder
 from export.export import export_bundle
 from export.run import BundleScorer
 from export.tokenizer import BundleTokenizer

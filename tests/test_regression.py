@@ -13,17 +13,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bench.compare import NOT_COMPARABLE
-from bench.plan import Plan
-from bench.regression import OtherDeviceError, RegressionError, Verdict, plan_of, record, retest, verdict_cases
-from bench.regression_answers import answers
-from bench.regression_checks import SAME, UNKNOWN, WORSE
-from bench.regression_files import checked_folder, read_baselines, write_baseline
-from bench.result import INVALID, Energy, Result
-from bench.run import bench
-from bench.runtime import OrtDecoder
-from bench.store import write_result
-from bench.verdict_formats import junit_cases
+from bench.judge.answers import answers
+from bench.judge.baselines import checked_folder, read_baselines, write_baseline
+from bench.judge.checks import SAME, UNKNOWN, WORSE
+from bench.judge.comparison import NOT_COMPARABLE
+from bench.judge.formats import junit_cases
+from bench.judge.regression import OtherDeviceError, RegressionError, Verdict, plan_of, record, retest, verdict_cases
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, Energy, Result
+from bench.measure.run import bench
+from bench.measure.store import write_result
+from bench.runtimes.onnxruntime import OrtDecoder
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
 from tests.tiny_graphs import tiny_bundle

@@ -20,13 +20,14 @@ import pytest
 from command_line import here
 from remote_runs import LONG, ONCE, OPTIONS, QUICK, VENV, one, remains, running, script, two_bundles
 
-from bench import remote, remote_board
-from bench.compare import compare
-from bench.remote import bench_on, measure_on
-from bench.remote_board import Board, Stopped
-from bench.remote_files import pack, positions_of
-from bench.run import bench
-from bench.store import read_result
+from bench.judge.comparison import compare
+from bench.measure.run import bench
+from bench.measure.store import read_result
+from bench.remote import bench as remote
+from bench.remote import board as remote_board
+from bench.remote.bench import bench_on, measure_on
+from bench.remote.board import Board, Stopped
+from bench.remote.files import pack, positions_of
 from devices.transport import BoardError, Local, open_transport
 from saap.interrupt import ask_to_end, ended_as_by_a_person
 from saap.regression_command import measure

@@ -15,7 +15,7 @@ import pytest
 from command_line import saap
 from remote_runs import OPTIONS, remains, running, two_bundles
 
-from bench.remote_left import _folder, left
+from bench.remote.left import _folder, left
 
 
 @pytest.fixture

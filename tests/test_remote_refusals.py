@@ -10,10 +10,10 @@ from command_line import refused
 from remote_runs import OPTIONS, QUICK, one, remains, running, script, two_bundles
 from sshd import keygen
 
-from bench import remote_run
-from bench.remote import measure_on
-from bench.remote_board import COMMAND, Board
-from bench.remote_files import pack, positions_of
+from bench.remote import run as remote_run
+from bench.remote.bench import measure_on
+from bench.remote.board import COMMAND, Board
+from bench.remote.files import pack, positions_of
 from devices.transport import BoardError, Local, open_transport
 from export.bundle import BundleError
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.compare import compare_within
-from bench.headline import cards_of, entries_of, pair_of
-from bench.history import add
-from bench.report import write_report
-from bench.result import Bandwidth, Measurement, ModelFacts, Result, Sample
-from bench.store import ResultError, read_result, write_result
+from bench.judge.comparison import compare_within
+from bench.measure.result import Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.store import ResultError, read_result, write_result
+from bench.report.headline import cards_of, entries_of, pair_of
+from bench.report.history import add
+from bench.report.page import write_report
 
 HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07\ud800"
 RUN = {

@@ -9,8 +9,8 @@ import pytest
 from test_report import RUN, measurement, result
 from test_report_quality import document, row, task
 
-from bench.report import write_report
-from bench.store import write_result
+from bench.measure.store import write_result
+from bench.report.page import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

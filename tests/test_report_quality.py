@@ -9,11 +9,11 @@ import json
 import pytest
 from test_report import measurement, result, sample
 
-from bench.headline import cards_of, entries_of, pair_of
-from bench.pareto import Point, pareto_front
-from bench.report import write_report
-from bench.report_quality import sections_of, task_table, tradeoffs
-from bench.store import write_result
+from bench.measure.store import write_result
+from bench.report.headline import cards_of, entries_of, pair_of
+from bench.report.page import write_report
+from bench.report.pareto import Point, pareto_front
+from bench.report.quality import sections_of, task_table, tradeoffs
 
 PROTOCOL = {"text": "a.txt", "chunk": 256}
 
@@ -97,7 +97,7 @@ def test_the_page_takes_files_of_bench_and_of_eval(tmp_path):
 
 def test_a_quality_document_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "quality.json").write_text(json.dumps({**document([]), "version": 7}))
-    from bench.compare_quality import QualityError
+    from bench.judge.quality import QualityError
 
     with pytest.raises(QualityError, match="is of version 7"):
         write_report([tmp_path / "quality.json"], tmp_path / "page.html")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.result import INVALID, ModelFacts, command_line
-from bench.store import ResultError, read_result, write_result
+from bench.measure.result import INVALID, ModelFacts, command_line
+from bench.measure.store import ResultError, read_result, write_result
 from tests.bench_samples import measurement, result, sample
 
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from bench.cores import choose_cores
-from bench.result import Bandwidth
-from bench.roofline import READERS, joined, probe_bandwidth, read_passes
+from bench.measure.cores import choose_cores
+from bench.measure.result import Bandwidth
+from bench.measure.roofline import READERS, joined, probe_bandwidth, read_passes
 
 
 def test_bytes_over_the_best_reader() -> None:

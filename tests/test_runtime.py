@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bench.runtime import DecoderError, OrtDecoder
+from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
 from export.bundle import BundleError
 from tests.edited import edited
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
@@ -45,7 +45,7 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     whole = decoder.prefill(IDS).copy()
     runs = []
     append = decoder._append
-    monkeypatch.setattr("bench.runtime.PREFILL_CHUNK", piece)
+    monkeypatch.setattr("bench.runtimes.onnxruntime.PREFILL_CHUNK", piece)
     monkeypatch.setattr(decoder, "_append", lambda ids: runs.append(len(ids)) or append(ids))
     decoder.reset()
     np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_graphs import tiny_bundle
 
-from bench.runtime import OrtDecoder
-from bench.session import DecoderError, prepack, prepacked_directory
+from bench.runtimes.onnxruntime import OrtDecoder
+from bench.runtimes.session import DecoderError, prepack, prepacked_directory
 from export.bundle import BundleError, read_manifest
 from tests.edited import edited
 

@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from bench.power_sensors import NO_SENSOR, NOT_ALLOWED
-from bench.result import INVALID, Energy, ModelFacts
-from bench.table import Table, detail_table, energy_notes, formatted, main_table, markdown, markdown_cell, table_rows
+from bench.measure.result import INVALID, Energy, ModelFacts
+from bench.power.sensors import NO_SENSOR, NOT_ALLOWED
+from bench.report.tables import (
+    Table,
+    detail_table,
+    energy_notes,
+    formatted,
+    main_table,
+    markdown,
+    markdown_cell,
+    table_rows,
+)
 from tests.bench_samples import measurement, result, sample
 
 BROKEN = measurement("broken", [], status=INVALID, reasons=["exit 1", "boom"], model=ModelFacts())

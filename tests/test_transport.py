@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_graphs import tiny_bundle
 
-from bench.plan import Plan
-from bench.remote import bench_on
+from bench.measure.plan import Plan
+from bench.remote.bench import bench_on
 from devices.transport import Adb, BoardError, Local, LostError, Ssh, open_transport
 
 CHANGED = """@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from bench.result import INVALID, OK, WARN, Sample
-from bench.validity import drift, judge, judge_sample
+from bench.measure.result import INVALID, OK, WARN, Sample
+from bench.measure.validity import drift, judge, judge_sample
 from tests.bench_samples import measurement, sample
 
 # What a host that tells everything tells when all is well.

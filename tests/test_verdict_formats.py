@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from bench.compare import FASTER, NOT_COMPARABLE, SAME, SLOWER, Comparison, Row
-from bench.verdict_formats import junit_xml, step_summary
+from bench.judge.comparison import FASTER, NOT_COMPARABLE, SAME, SLOWER, Comparison, Row
+from bench.judge.formats import junit_xml, step_summary
 
 HOSTILE = "a|b <i>&\"']]> [x](y)\x07\x00\ud800\n\u2028"
 NUMBERS = {"metric": "decode", "ratio": 1.05, "low": 1.03, "high": 1.07, "p_value": 0.001, "test": "wilcoxon"}

@@ -17,7 +17,7 @@ from typing import Any
 from devices.agent.home import Lock, below, kill, modified, read_json, write_json
 from devices.agent.run import BEAT_S, END_S, LEASE_S, run_folder
 
-JOB = "bench.board_job"
+JOB = "bench.remote.job"
 MOST_STDERR = 1 << 16  # bytes of its end that are looked at
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of linux/prctl.h
 

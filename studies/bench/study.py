@@ -46,9 +46,9 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def overhead(out: Path, bundle: str, rounds: int) -> None:
     """Interleaved fresh processes of both."""
-    from bench.cores import choose_cores
-    from bench.plan import Plan
-    from bench.run import bench
+    from bench.measure.cores import choose_cores
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
 
     cpus = choose_cores(1)
     for index in range(len(records(out / "overhead.jsonl")), rounds):
@@ -69,9 +69,9 @@ def overhead(out: Path, bundle: str, rounds: int) -> None:
 
 
 def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
-    from bench.cores import choose_cores
-    from bench.plan import Plan
-    from bench.run import bench
+    from bench.measure.cores import choose_cores
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
 
     cpus = ",".join(map(str, choose_cores(1)))
     for index in range(len(records(out / "llama.jsonl")), rounds):
@@ -95,8 +95,8 @@ def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
 
 IN_A_GROUP = """
 import json, sys
-from bench.cores import choose_cores
-from bench.worker import Job, _load, sample
+from bench.measure.cores import choose_cores
+from bench.measure.worker import Job, _load, sample
 job = Job(sys.argv[1], list(range(128)), 128, None, 1, choose_cores(1), 0)
 taken, decoder = sample(job, _load)
 print(json.dumps(taken["sample"]), flush=True)
@@ -134,8 +134,8 @@ def memory(out: Path, bundle: str) -> None:
 
 def size(out: Path, a: str, b: str, rounds: int) -> None:
     """Many interleaved rounds, in pieces of ten."""
-    from bench.plan import Plan
-    from bench.run import bench
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
 
     path = out / f"size-{Path(a).name}-{Path(b).name}.jsonl"
     while sum(len(r["a"]) for r in records(path)) < rounds:
@@ -148,8 +148,8 @@ def size(out: Path, a: str, b: str, rounds: int) -> None:
 
 def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
     """What `saap compare A B` says, again and again."""
-    from bench.confirm import compare_live
-    from bench.plan import Plan
+    from bench.judge.confirm import compare_live
+    from bench.measure.plan import Plan
 
     path = out / f"trials-{Path(a).name}-{Path(b).name}.jsonl"
     for _ in range(len(records(path)), count):
@@ -188,7 +188,7 @@ def resampled(path: Path, rounds: int, draws: int = 2000) -> Iterator[bool]:
     """Whether `b` is called slower than `a`, for pairs whose rounds of whole processes are drawn from recorded ones."""
     import numpy as np
 
-    from bench.compare import SLOWER, compare_within, confirmed
+    from bench.judge.comparison import SLOWER, compare_within, confirmed
     from tests.bench_samples import measurement, result, sample
 
     pool = [pair for record in records(path) for pair in rounds_of(record)]
@@ -214,7 +214,7 @@ def rounds_of(record: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def ratio_of(pairs: list[tuple[float, float]]) -> str:
-    from bench.stats import bootstrap_ratio
+    from bench.judge.statistics import bootstrap_ratio
 
     old, new = ([pair[side] for pair in pairs] for side in (0, 1))
     resamples = 2000 if len(pairs) <= 100 else 200  # the estimate looks at all pairs of pairs
@@ -222,7 +222,7 @@ def ratio_of(pairs: list[tuple[float, float]]) -> str:
 
 
 def summary(out: Path, rounds: int) -> None:
-    from bench.stats import typical
+    from bench.judge.statistics import typical
 
     print(f"overhead: bench / bare {ratio_of([(r['bare'], r['bench']) for r in records(out / 'overhead.jsonl')])}")
     pairs = [(r["llama-bench"], r["adapter"]) for r in records(out / "llama.jsonl")]

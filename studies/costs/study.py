@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, default=HERE / "cells" / "costs.json")
     given = parser.parse_args()
-    from bench.plan import Plan
-    from bench.run import bench
-    from bench.stats import bootstrap_ratio, typical
+    from bench.judge.statistics import bootstrap_ratio, typical
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
     from export.probe_graphs import write_probe_stacks
     from export.probe_model import read_probe_model
     from saap.cost import read_costs

@@ -10,9 +10,9 @@ from __future__ import annotations
 import statistics
 import sys
 
-from bench.compare import compare_within
-from bench.plan import Plan
-from bench.run import bench
+from bench.judge.comparison import compare_within
+from bench.measure.plan import Plan
+from bench.measure.run import bench
 
 
 def speedup(result, base: str, other: str) -> str:

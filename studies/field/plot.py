@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.compare import compare_within
-from bench.result import Result
-from bench.store import read_result
+from bench.judge.comparison import compare_within
+from bench.measure.result import Result
+from bench.measure.store import read_result
 from studies.common import METHODS, Cell
 from studies.field.cells import CELLS, answers_of, cell_of, check_alike, points, seeds_of
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.compare import compare_within
-from bench.store import read_result
-from bench.table import table_rows
+from bench.judge.comparison import compare_within
+from bench.measure.store import read_result
+from bench.report.tables import table_rows
 from export.bundle import read_manifest
 from saap.json_files import write_json
 from studies.common import provenance

@@ -22,10 +22,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.compare import compare_within
-from bench.compare_quality import metric_of
-from bench.result import INVALID, Result
-from bench.store import read_result
+from bench.judge.comparison import compare_within
+from bench.judge.quality import metric_of
+from bench.measure.result import INVALID, Result
+from bench.measure.store import read_result
 from studies.common import METHODS, ROOT, Bar, Cell, add_write_option, bar_table, markdown, parser_of, show_tables
 from studies.field.cells import (
     CELLS,

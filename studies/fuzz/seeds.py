@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 from export.bundle import BundleManifest, LayerSizes
 
 FILES = {"model.onnx": {"bytes": 3, "sha256": "ab" * 32}}

@@ -75,10 +75,10 @@ def _json(*documents: Any) -> tuple[bytes, ...]:
 
 def _documents(place: Path) -> Iterator[Target]:
     """Files of JSON and TOML."""
-    from bench.compare_quality import compare_quality, read_quality
-    from bench.foreign import genai_peer
-    from bench.regression_files import read_baselines
-    from bench.store import read_result
+    from bench.judge.baselines import read_baselines
+    from bench.judge.quality import compare_quality, read_quality
+    from bench.measure.store import read_result
+    from bench.runtimes.foreign import genai_peer
     from devices.profiles.profile import PROFILES, read_profile
     from export.bundle import read_manifest, verify_files
     from export.tokenizer import BundleTokenizer
@@ -187,7 +187,7 @@ def _rows(place: Path) -> Iterator[Target]:
 
 def _lines(place: Path) -> Iterator[Target]:
     """What programs on a board print."""
-    from bench.power_commands import pmic_watts
+    from bench.power.commands import pmic_watts
     from devices.probe.jetson import power_mode, power_modes
     from devices.probe.state import throttling
     from devices.probe.tegrastats import parse_tegrastats

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.history import add
-from bench.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
-from bench.store import write_result
+from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.store import write_result
+from bench.report.history import add
 
 START = datetime(2020, 1, 1, tzinfo=timezone.utc)
 FACTS = ModelFacts(134_000_000, 83_000_000, 83_000_000, 23_040, 4, 49152)

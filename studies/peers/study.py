@@ -116,9 +116,9 @@ def describe(work: Path) -> None:
 
 
 def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, prompt: int, generate: int) -> None:
-    from bench.plan import Plan
-    from bench.run import bench
-    from bench.store import write_result
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
+    from bench.measure.store import write_result
 
     os.environ.setdefault("SAAP_PEER_PYTHON", str(python_of(work / "venv")))
     graphs = [f"genai:{work / name}" for name in GRAPHS if (work / name).is_dir()]
@@ -132,7 +132,7 @@ def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, pro
 
 
 def report(result, bundles: int) -> None:
-    from bench.table import main_table, markdown
+    from bench.report.tables import main_table, markdown
 
     print(markdown(main_table(result)), end="")
     for m in result.measurements:
@@ -147,8 +147,8 @@ def report(result, bundles: int) -> None:
 
 def versus(ours, peers: list, what: str, kind: str) -> str:
     """Our rate over that of the fastest peer of a kind; rounds are pairs."""
-    from bench.result import INVALID
-    from bench.stats import bootstrap_ratio, summarize
+    from bench.judge.statistics import bootstrap_ratio, summarize
+    from bench.measure.result import INVALID
 
     usable = [m for m in peers if m.status != INVALID]
     label = f"{ours.name}, {what.removesuffix('_ts')}, against {kind}"

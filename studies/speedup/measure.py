@@ -137,8 +137,8 @@ def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
 
 def measure_speed(setup: Setup, name: str, cell: Cell) -> Cell:
     """Decode speed of a bundle against the dense one, as `saap compare` measures it; an invalid run is not kept."""
-    from bench.confirm import compare_live
-    from bench.plan import Plan
+    from bench.judge.confirm import compare_live
+    from bench.measure.plan import Plan
 
     plan = Plan(threads=THREADS, repetitions=setup.pairs, cold=False)
     specs = [str(setup.bundles / "dense"), str(setup.bundles / name)]

@@ -15,9 +15,9 @@ import studies.pruning.bars as bars
 import studies.pruning.study as pruning
 import studies.speedup.measure as speed
 import studies.speedup.study as speedup
-from bench.compare import compare_within
-from bench.confirm import Confirmed
-from bench.result import INVALID
+from bench.judge.comparison import compare_within
+from bench.judge.confirm import Confirmed
+from bench.measure.result import INVALID
 from devices.probe.host import probe
 from export.run import BundleScorer
 from saap.architectures import shape_of
@@ -172,7 +172,7 @@ def test_bundles_are_made_measured_and_not_made_again(setup, monkeypatch):
     dense = setup.cell("dense")["quality"]["test3"]
     assert dense != pytest.approx(nll, rel=1e-4)
 
-    monkeypatch.setattr("bench.confirm.compare_live", lambda *a, **k: live([1.6] * 8, dense=[2.0] * 8))
+    monkeypatch.setattr("bench.judge.confirm.compare_live", lambda *a, **k: live([1.6] * 8, dense=[2.0] * 8))
     speed.speed_rows(setup, [SAAP])  # 1.25, where 1.3 was asked for
     assert setup.cell(attempt_name(SAAP, 0))["speed"]["speedup"] == pytest.approx(1.25)
     assert "speed" not in setup.cell(attempt_name(FLAP, 0))

@@ -1,0 +1,1 @@
+"""Layer costs: what the parts of a decoder layer take on a device."""

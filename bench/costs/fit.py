@@ -1,0 +1,169 @@
+"""Costs of a layer's parts from the raw steps of probe stacks: the arithmetic, apart from the measuring.
+
+With T(base) the step of the model itself and r = T(stack) / T(base), n of whose layers take another size,
+
+    saved by one layer = T(base) * (1 - r) / n
+
+and a whole block costs what leaving it out saves, so that constant + sum of all blocks = T(base). The logarithm of a
+stack's step in a process is taken as stack + process (+ a share of those that loaded first, whose memory is less well
+laid out), fitted over all processes with Huber's weights.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.measure.result import Bandwidth
+from export.bundle import BundleManifest, LayerSizes
+
+HUBER_TUNING, HUBER_ROUNDS = 1.345, 20
+QUIET = 10  # percent
+FINEST = 1e-4  # relative spread of steps, below which nothing is an outlier
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One probe stack: ``changed`` of its layers have the sizes ``option`` and not those of the base."""
+
+    option: LayerSizes
+    changed: int  # 0 in the base
+    layers: int
+    nodes: int  # of the graph as it was written
+    weight_bytes: int  # read per step
+
+
+@dataclass(frozen=True)
+class CostProcess:
+    """The raw steps of one worker: [stack][turn][step] in nanoseconds, and the part of each spent in the run queue."""
+
+    stacks: list[int]
+    samples_ns: list[list[list[int]]]
+    waited_ns: list[list[list[int]]]
+
+    def step_ms(self, stack: int) -> float:
+        """Milliseconds of an undisturbed step on its core: the tenth percentile.
+
+        With several threads a step waits for the one that lost its core to another program, which the main thread's
+        run queue does not tell; steps that nothing hit are the fast ones.
+        """
+        place = self.stacks.index(stack)
+        steps = np.array(self.samples_ns[place]) - np.array(self.waited_ns[place])
+        return float(np.percentile(steps, QUIET)) / 1e6
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Milliseconds of one attention block with its norm, at the document's depth."""
+
+    query_heads: int
+    kv_heads: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class FfnCost:
+    """Milliseconds of one feed-forward block with its norm."""
+
+    width: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class ThreadCosts:
+    """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
+
+    n_threads: int
+    affinity: list[int]
+    step_ms: float  # of the base stack
+    constant_ms: float
+    node_ms: float | None  # of one node of a graph as it is written, its arithmetic apart
+    attention: list[AttentionCost]
+    ffn: list[FfnCost]
+    bandwidth: Bandwidth
+    processes: list[CostProcess]
+
+
+def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
+    """What each stack changes against the first."""
+    base = manifests[0].layers
+    stacks = []
+    for manifest in manifests:
+        changed = [own for own, whole in zip(manifest.layers, base, strict=True) if own != whole]
+        option = changed[0] if changed else base[0]
+        nodes, size = int(manifest.lineage["nodes"]), manifest.weight_bytes_per_token
+        stacks.append(Stack(option, len(changed), len(base), nodes, size))
+    return stacks
+
+
+def costs_from(
+    stacks: Sequence[Stack], processes: Sequence[CostProcess], cpus: list[int], bandwidth: Bandwidth
+) -> ThreadCosts:
+    """The costs that raw steps amount to.
+
+    Args:
+        stacks: the base first; one of them without attention, one without FFN.
+        processes: all with the base in them.
+    """
+    base = statistics.median(process.step_ms(0) for process in processes)
+    full = stacks[0].option
+    ratios = fit_ratios(processes, len(stacks))
+    saved = {i: base * (1 - ratios[i]) / stacks[i].changed for i in range(1, len(stacks))}
+    no_attention = next(i for i in saved if not stacks[i].option.query_heads)
+    no_ffn = next(i for i in saved if not stacks[i].option.ffn)
+    attention, ffn = [AttentionCost(full.query_heads, full.kv_heads, saved[no_attention])], []
+    ffn.append(FfnCost(full.ffn, saved[no_ffn]))
+    for i in saved.keys() - {no_attention, no_ffn}:
+        option = stacks[i].option
+        if option.ffn == full.ffn:
+            attention.append(AttentionCost(option.query_heads, option.kv_heads, saved[no_attention] - saved[i]))
+        else:
+            ffn.append(FfnCost(option.ffn, saved[no_ffn] - saved[i]))
+    nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed
+    return ThreadCosts(
+        n_threads=len(cpus),
+        affinity=cpus,
+        step_ms=base,
+        constant_ms=base - stacks[0].layers * (saved[no_attention] + saved[no_ffn]),
+        node_ms=_node_ms(ffn, nodes),
+        attention=sorted(attention, key=lambda cost: (cost.kv_heads, cost.query_heads)),
+        ffn=sorted(ffn, key=lambda cost: cost.width),
+        bandwidth=bandwidth,
+        processes=list(processes),
+    )
+
+
+def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:
+    """Step of each of ``count`` stacks over that of the first: robust two-way fit (Huber 1981, chapter 7)."""
+    rows, steps = [], []
+    for index, process in enumerate(processes):
+        for place, stack in enumerate(process.stacks):
+            row = np.zeros(count + len(processes) + 1)
+            row[[stack, count + index]] = 1
+            row[-1] = place == 0
+            rows.append(row)
+            steps.append(math.log(process.step_ms(stack)))
+    # So that few processes, which cannot tell the share of the first place, leave it at nothing.
+    rows.append(np.append(np.zeros(count + len(processes)), 1e-3))
+    design, logs = np.array(rows), np.array([*steps, 0.0])
+    weights = np.ones(len(logs))
+    for _ in range(HUBER_ROUNDS):
+        root = np.sqrt(weights)
+        effects = np.linalg.lstsq(design * root[:, None], logs * root, rcond=None)[0]
+        off = np.abs(logs - design @ effects)
+        spread = max(1.4826 * float(np.median(off)), FINEST)
+        weights = np.minimum(1, HUBER_TUNING * spread / np.maximum(off, FINEST))
+    return [float(np.exp(effect - effects[0])) for effect in effects[:count]]
+
+
+def _node_ms(ffn: Sequence[FfnCost], nodes: float) -> float | None:
+    """What a feed-forward block would cost at width 0, by the line through its widths (Theil-Sen), over its nodes."""
+    slopes = [(a.ms - b.ms) / (a.width - b.width) for a in ffn for b in ffn if a.width > b.width]
+    if not slopes:
+        return None
+    slope = statistics.median(slopes)
+    return max(0.0, statistics.median(cost.ms - slope * cost.width for cost in ffn)) / nodes

@@ -1,0 +1,138 @@
+"""The process that times a few stacks against each other: ``python -m bench.costs.worker``, JSON in, one JSON line out.
+
+Several decoders live side by side and take turns of some steps each, forwards and backwards, so that whatever slows
+the machine for a second slows all of them. The first steps of a turn find the caches as another stack left them and
+are thrown away. Where the kernel tells how long the main thread waited for its core, that is kept beside each step: on
+a busy machine it is most of the noise, and no cost of the operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bench.measure.cores import pin
+from bench.runtimes.onnxruntime import Logits, OrtDecoder
+
+TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them
+LEAST_TURNS = 4
+SCHEDSTAT = Path("/proc/thread-self/schedstat")  # its second number is the time in the run queue
+
+
+@dataclass(frozen=True)
+class CostsJob:
+    """What one worker does; ``seconds`` is how long the turns may take together."""
+
+    paths: list[str]
+    threads: int
+    cpus: list[int]
+    depth: int
+    seconds: float
+
+
+class Placed(Protocol):
+    """A decoder whose next step can be put at any position."""
+
+    def place(self, length: int) -> None:
+        """Let ``length`` positions be in use."""
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; its logits [vocab]."""
+
+
+class PlacedDecoder(OrtDecoder):
+    """A bundle whose cache counts as filled without a prefill: attention takes its time over zeros too."""
+
+    def place(self, length: int) -> None:
+        """Let ``length`` positions be in use, whatever they hold."""
+        self._length = length
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step, in nanoseconds: as the clock saw it, and how much of that it waited for its core."""
+
+    ns: int
+    waited_ns: int
+
+
+def take_turns(
+    decoders: Sequence[Placed],
+    depth: int,
+    seconds: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    waited: Callable[[], int] = lambda: 0,
+) -> list[list[list[Step]]]:
+    """Every step that counts: [decoder][turn][step].
+
+    Args:
+        depth: positions in use before the first step of a turn that counts.
+        seconds: no turn begins after so many, but each decoder has at least a few.
+        clock: nanoseconds.
+        waited: nanoseconds that this thread has waited for its core so far.
+    """
+    taken: list[list[list[Step]]] = [[] for _ in decoders]
+    end = clock() + round(seconds * 1e9)
+    turn = 0
+    while turn < LEAST_TURNS or clock() < end:
+        order = list(range(len(decoders)))
+        for index in reversed(order) if turn % 2 else order:
+            taken[index].append(_turn(decoders[index], depth, clock, waited))
+        turn += 1
+    return taken
+
+
+def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
+    decoder.place(depth - SKIPPED)
+    token, steps = 0, []
+    for _ in range(SKIPPED + TURN):
+        before, start = waited(), clock()
+        token = int(np.argmax(decoder.step(token)))
+        end = clock()
+        steps.append(Step(end - start, waited() - before))
+    return steps[SKIPPED:]
+
+
+@contextlib.contextmanager
+def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
+    """Nanoseconds that the calling thread was ready to run and did not; always 0 where the kernel does not tell."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield lambda: 0
+        return
+    try:
+        yield lambda: int(os.pread(file, 128, 0).split()[1])
+    finally:
+        os.close(file)
+
+
+def main() -> None:
+    """Read the job from stdin, write the nanoseconds of every step to stdout."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    job = CostsJob(**json.load(sys.stdin))
+    pin(job.cpus)
+    decoders = [PlacedDecoder(path, job.threads, job.depth + TURN, verify=False) for path in job.paths]
+    take_turns(decoders, job.depth, 0)  # warm-up
+    with waiting_clock() as waited:
+        taken = take_turns(decoders, job.depth, job.seconds, waited=waited)
+    samples = {
+        "samples_ns": [[[step.ns for step in turn] for turn in turns] for turns in taken],
+        "waited_ns": [[[step.waited_ns for step in turn] for turn in turns] for turns in taken],
+    }
+    answer.write(json.dumps(samples) + "\n")
+    answer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Judgement: statistics, comparisons, recorded baselines and device tests."""

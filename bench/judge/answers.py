@@ -1,0 +1,94 @@
+"""What a model says, beside how fast: greedy tokens after a fixed text, and the text's negative log-likelihood.
+
+``python -m bench.judge.answers`` is the process that asks one bundle, job as JSON on stdin, the answer as one line
+of JSON. The text is token ids, so that a board needs neither tokenizer nor file, and a changed tokenizer is no excuse.
+Results differ between instruction sets (int8 kernels sum in another order), so answers compare within one device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from bench.measure.child import ChildFailedError, call
+from bench.measure.cores import choose_cores, pin
+from bench.measure.plan import Plan
+from bench.runtimes.onnxruntime import Decoder, Logits
+from bench.runtimes.peer import Peer
+
+WORKERS = ("bench.measure.worker", "bench.runtimes.prepacked")  # whose bundles can be asked
+
+
+def ask(peer: Peer, plan: Plan, threads: int) -> dict[str, Any]:
+    """What a bundle says to ``plan.text``, in a fresh process.
+
+    Returns:
+        ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
+        is None, which JSON can hold: a board's result has to arrive to be called worse.
+    """
+    if peer.worker not in WORKERS:
+        return {"error": f"{peer.kind} is not asked: give a bundle"}
+    job = {
+        "path": str(peer.path), "ids": list(plan.text), "greedy": plan.greedy, "threads": threads,
+        "cpus": choose_cores(threads), "provider": plan.provider,
+    }  # fmt: skip
+    environment = peer.environment(threads)
+    try:
+        return call("bench.judge.answers", job, plan.timeout_s, environment, peer.python)
+    except ChildFailedError as error:
+        return {"error": str(error)}
+
+
+def answers(decoder: Decoder, ids: list[int], greedy: int) -> dict[str, Any]:
+    """Ask a decoder that holds ``len(ids) + greedy`` positions.
+
+    The likelihood is taken step by step and the tokens after one prefill, so both paths are looked at.
+
+    Args:
+        ids: at least two.
+    """
+    decoder.reset()
+    logits = decoder.prefill(np.asarray(ids[:1], np.int64))
+    losses = []
+    for token in ids[1:]:
+        losses.append(_loss(logits, token))
+        logits = decoder.step(token)
+    decoder.reset()
+    logits = decoder.prefill(np.asarray(ids, np.int64))
+    tokens: list[int] = []
+    while len(tokens) < greedy:
+        tokens.append(int(np.argmax(logits)))
+        if len(tokens) < greedy:
+            logits = decoder.step(tokens[-1])
+    nll = float(np.mean(losses))
+    return {"tokens": tokens, "nll": nll if math.isfinite(nll) else None}
+
+
+def _loss(logits: Logits, token: int) -> float:
+    """-log softmax, in float64 so that the sum over the vocabulary adds no error of its own."""
+    row = np.asarray(logits, np.float64)
+    top = row.max()
+    return float(top + np.log(np.exp(row - top).sum()) - row[token])
+
+
+def main() -> None:
+    """Read the job, print the answer; what libraries print goes to stderr."""
+    from bench.runtimes.decoders import make_decoder
+
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = json.load(sys.stdin)
+    pin(job["cpus"])
+    positions = len(job["ids"]) + job["greedy"]
+    decoder = make_decoder(job["path"], job["threads"], positions, job["provider"])
+    out.write(json.dumps(answers(decoder, job["ids"], job["greedy"])) + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Baselines on disk: a file per model and device fingerprint, raw samples included."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bench.measure.result import Result
+from bench.measure.store import result_from_dict
+from devices.common.files import parse_json, with_checksum, without_checksum, write_text
+
+FORMAT = 1
+DEFAULT = Path("devices/baselines")  # of the folder that the user works in
+
+
+class RegressionError(ValueError):
+    """A baseline that cannot be used or made; one line that says what to do."""
+
+    exit_code = 2
+
+
+class OtherDeviceError(RegressionError):
+    """There is a baseline, but of something that this is not."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What one model was on one device, in one or more runs of the same setting."""
+
+    name: str
+    results: list[Result]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the device."""
+        return str(self.results[0].device.get("fingerprint"))
+
+    @property
+    def on(self) -> str | None:
+        """The board's address, None for this host."""
+        return self.results[0].settings.get("on")
+
+    @property
+    def pooled(self) -> Result:
+        """All runs as one: what differs between runs is part of the spread."""
+        first = self.results[0]
+        samples, order = [], 0
+        for result in self.results:
+            for sample in sorted(result.measurements[0].samples, key=lambda s: s.order):
+                samples.append(replace(sample, order=order))
+                order += 1
+        return replace(first, measurements=[replace(first.measurements[0], samples=samples)])
+
+
+def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Path:
+    """A folder for baselines, made when it is written to.
+
+    Args:
+        installed: folders of installed packages; those of this Python where not given.
+
+    Raises:
+        RegressionError: inside an installed package, where the next update would remove it.
+    """
+    installed = [Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")] if installed is None else installed
+    place = folder.resolve()
+    if any(place.is_relative_to(packages.resolve()) for packages in installed):
+        raise RegressionError(
+            f"{folder} is inside the installed packages, an update would remove it: give --baselines DIR of your own"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise RegressionError(f"{folder} is a file: give --baselines a folder")
+    return folder
+
+
+def writable_folder(folder: Path) -> Path:
+    """A folder for baselines, made now: minutes of measuring come before it is needed.
+
+    Raises:
+        RegressionError: as ``checked_folder``, and where nothing can be written.
+    """
+    checked_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise RegressionError(f"{folder} cannot be written ({error.strerror}): give another --baselines DIR") from None
+
+
+def write_baseline(folder: Path, baseline: Baseline) -> Path:
+    """Write beside and rename; an older one of the same name and device is replaced."""
+    path = checked_folder(folder) / f"{_stem(baseline.name)}.{baseline.fingerprint}.json"
+    document = {"baseline": FORMAT, "name": baseline.name, "results": [asdict(result) for result in baseline.results]}
+    write_text(path, json.dumps(with_checksum(document), allow_nan=False) + "\n")
+    return path
+
+
+def read_baselines(folder: Path, name: str) -> list[Baseline]:
+    """The baselines of one model, of all devices.
+
+    Raises:
+        RegressionError: there is none, or one is damaged.
+    """
+    files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
+    found = [b for b in map(_read, files) if b.name == name]
+    if not found:
+        known = sorted(set(_names(folder)))
+        others = f"; it has {', '.join(known)}" if known else ""
+        raise RegressionError(
+            f"{folder} holds no baseline of {name}{others}: record one with `saap devices baseline BUNDLE`"
+        )
+    return found
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of all baselines; another file beside them is no error."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(RegressionError):
+            yield _read(path).name
+
+
+def _read(path: Path) -> Baseline:
+    try:
+        raw = without_checksum(parse_json(path.read_text(encoding="utf-8")))
+        if raw["baseline"] != FORMAT:
+            raise ValueError(f"format {raw['baseline']!r}, this saap reads {FORMAT}")
+        results = [result_from_dict(result) for result in raw["results"]]
+        if not results or any(len(result.measurements) != 1 for result in results):
+            raise ValueError("not one measurement a run")
+        return Baseline(str(raw["name"]), results)
+    except OSError as error:
+        raise RegressionError(f"cannot read {path}: {error.strerror}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise RegressionError(f"{path} is no baseline or damaged ({error}): record it again, or remove it") from None
+
+
+def _stem(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"

@@ -1,0 +1,265 @@
+"""Is the new measurement faster, slower, or the same? Ratio of the time of a process, with its interval and a test.
+
+A verdict needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
+comparison still errs in about 4 of 100 (``ALPHA``), so a change is only said once a second, fresh one says it too
+(:func:`confirm`): both err in the same direction in about 1 of 1000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench.judge.statistics import bootstrap_ratio, difference_p_value, least_p_value, typical
+from bench.measure.result import INVALID, Measurement, Result
+from bench.report.wording import plain, threads
+
+FASTER, SLOWER, SAME, NOT_COMPARABLE = "faster", "slower", "same", "not comparable"
+DECODE, PREFILL = "decode", "prefill"
+LEAST_REPETITIONS = 3
+# What a device's fingerprint is made of, as a person knows it.
+IDENTITY = (
+    "board",
+    "cpu_model",
+    "architecture",
+    "isa",
+    "cores",
+    "memory_bytes",
+    "governor",
+    "os",
+    "python",
+    "onnxruntime",
+    "emulated",  # of results that older versions made within limits
+    "power_mode",
+    "l4t",
+)
+ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
+
+
+class CompareError(ValueError):
+    """The comparison that was asked for has no meaning."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One name in one setting. ``ratio`` is new / old time: below 1 is faster; low..high holds 95 %."""
+
+    name: str
+    n_threads: int
+    verdict: str
+    setting: str = ""  # Measurement.test, such as pp128+tg128
+    metric: str | None = None  # decode (time per token) or prefill (time of the prompt)
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    test: str | None = None  # wilcoxon (pairs) or mann-whitney
+    reason: str | None = None  # why it is not comparable, or why a change is not said
+    confirmed: bool | None = None  # by a second run; None: none was asked for
+
+    @property
+    def speedup(self) -> float | None:
+        """Old over new time."""
+        return 1 / self.ratio if self.ratio else None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it says faster or slower."""
+        return self.verdict in (FASTER, SLOWER)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows in the order of the old result, then settings that only the new one has."""
+
+    min_effect: float
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether every row could be compared."""
+        return bool(self.rows) and all(row.verdict != NOT_COMPARABLE for row in self.rows)
+
+    @property
+    def regressed(self) -> bool:
+        """Whether any row became slower."""
+        return any(row.verdict == SLOWER for row in self.rows)
+
+    def exit_code(self, fail_on_regression: bool = False) -> int:
+        """3 when not comparable, else 1 on a regression where asked for, else 0."""
+        if not self.comparable:
+            return 3
+        return 1 if fail_on_regression and self.regressed else 0
+
+
+def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
+    """Match measurements by ``Measurement.key`` and judge each.
+
+    Where each result holds one name and they differ, it is one against the other, and the row's name says so.
+
+    Args:
+        old, new: two bench runs on one device.
+        min_effect: relative change below which a difference does not matter, in [0, 1).
+    """
+    _check(min_effect)
+    names = [list(dict.fromkeys(m.name for m in result.measurements)) for result in (old, new)]
+    renamed = all(len(some) == 1 for some in names) and names[0] != names[1]
+    label = f"{names[1][0]} against {names[0][0]}" if renamed else None
+    key: Callable[[Measurement], Hashable] = (lambda m: m.key[1:]) if renamed else (lambda m: m.key)
+    olds, news = ({key(m): m for m in result.measurements} for result in (old, new))
+    device = device_differs(old.device, new.device)
+    rows = []
+    for k in [*olds, *(k for k in news if k not in olds)]:
+        if k in olds and k in news:
+            row = judge(olds[k], news[k], min_effect, paired=False, obstacle=device)
+        else:
+            row = _unmatched(olds.get(k), news.get(k), new if k in olds else old)
+        rows.append(replace(row, name=label) if label else row)
+    return Comparison(min_effect, rows)
+
+
+def compare_within(result: Result, base: str, other: str, min_effect: float = 0.02) -> Comparison:
+    """``other`` against ``base`` of the same run in every setting; their interleaved repetitions are pairs.
+
+    Raises:
+        CompareError: a name that the result does not have.
+    """
+    _check(min_effect)
+    for name in (base, other):
+        if not any(result.of(name)):
+            known = ", ".join(dict.fromkeys(m.name for m in result.measurements))
+            raise CompareError(f"the result has no measurement {name!r}: it has {known}")
+    bases = {m.key[1:]: m for m in result.of(base)}
+    pairs = [(bases[m.key[1:]], m) for m in result.of(other) if m.key[1:] in bases]
+    return Comparison(min_effect, [judge(a, b, min_effect, paired=True) for a, b in pairs])
+
+
+def noise_floor(result: Result, name: str, again: str) -> float:
+    """Largest ``|ratio - 1|`` that the 95 % interval of one thing measured against itself still holds.
+
+    Raises:
+        CompareError: an unknown name, or a pair that is not comparable.
+    """
+    limits: list[float] = []
+    for row in compare_within(result, name, again, 0.0).rows:
+        if row.low is None or row.high is None:
+            raise CompareError(f"no noise floor for {row.name}, {row.setting}: {row.reason}")
+        limits += [row.low, row.high]
+    if not limits:
+        raise CompareError(f"no noise floor: {name} and {again} share no setting, measure both with the same ones")
+    return max(abs(limit - 1) for limit in limits)
+
+
+def confirm(first: Comparison, second: Comparison) -> Comparison:
+    """The first comparison, in which only those changes are left that a second, fresh one of the same things says."""
+    fresh = {(row.name, row.setting, row.n_threads): row for row in second.rows}
+    rows = []
+    for row in first.rows:
+        again = fresh.get((row.name, row.setting, row.n_threads))
+        rows.append(confirmed(row, again) if again and row.changed else row)
+    return replace(first, rows=rows)
+
+
+def confirmed(first: Row, second: Row) -> Row:
+    """What two comparisons of the same things say of one change.
+
+    The numbers are the second's: the first was picked for being conspicuous, so its ratio exaggerates.
+    """
+    if not first.changed:
+        return first
+    if second.verdict == NOT_COMPARABLE:
+        return replace(second, confirmed=False, reason=f"the second run: {second.reason}")
+    if second.verdict == first.verdict:
+        return replace(second, confirmed=True)
+    return replace(second, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")
+
+
+def judge(old: Measurement, new: Measurement, min_effect: float, *, paired: bool, obstacle: str | None = None) -> Row:
+    """One row. ``obstacle`` is a reason of the caller's not to compare them."""
+    row = Row(new.name, new.n_threads, NOT_COMPARABLE, new.test)
+    if reason := obstacle or obstacle_between(old, new):
+        return replace(row, reason=reason)
+    a, b = decisive_values(old, new)
+    return judge_values(replace(row, metric=metric_of(new)), a, b, min_effect, paired=paired)
+
+
+def judge_values(row: Row, a: list[float], b: list[float], min_effect: float, *, paired: bool) -> Row:
+    """The row with what two series of positive values say, of which less is better: one value per process."""
+    ratio, low, high = bootstrap_ratio(a, b, paired=paired)
+    p, test = difference_p_value(a, b, paired)
+    row = replace(row, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
+    verdict = SAME
+    if high < 1 and ratio <= 1 - min_effect:
+        verdict = FASTER
+    elif low > 1 and ratio >= 1 + min_effect:
+        verdict = SLOWER
+    if verdict != SAME and least_p_value(len(a), len(b), paired) >= ALPHA:
+        reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
+        return replace(row, verdict=NOT_COMPARABLE, reason=reason)
+    return replace(row, verdict=verdict if p < ALPHA else SAME)
+
+
+def metric_of(m: Measurement) -> str:
+    """What a measurement is judged by: decode where it has any, else prefill."""
+    return DECODE if m.n_gen else PREFILL
+
+
+def decisive_values(*measurements: Measurement) -> list[list[float]]:
+    """Seconds per measurement and process, in the order measured: :func:`bench.judge.statistics.typical` of the decode steps.
+
+    The mean of the steps where any of the measurements knows no single ones, the prompt's time where there is no
+    decode.
+    """
+    mean = any(not s.token_s for m in measurements for s in m.samples)
+    return [
+        [
+            (s.decoding_s / m.n_gen if mean else typical(s.token_s)) if m.n_gen else s.prefill_s or math.nan
+            for s in sorted(m.samples, key=lambda s: s.order)
+        ]
+        for m in measurements
+    ]
+
+
+def _check(min_effect: float) -> None:
+    if not 0 <= min_effect < 1:
+        raise CompareError(f"a smallest effect of {min_effect} is no fraction: give 0 to below 1, e.g. 0.02 for 2 %")
+
+
+def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Result) -> Row:
+    found = old or new
+    assert found is not None
+    reason = f"only in the {'old' if old else 'new'} result"
+    settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(found.name)]
+    if settings:
+        reason += f", where {found.name} was measured with {found.test}; the other has {', '.join(settings)}"
+    return Row(found.name, found.n_threads, NOT_COMPARABLE, found.test, reason=reason)
+
+
+def obstacle_between(old: Measurement, new: Measurement) -> str | None:
+    """Why two measurements do not compare, or None."""
+    for label, m in (("old", old), ("new", new)):
+        if m.status == INVALID:
+            return f"the {label} measurement is INVALID: {'; '.join(m.reasons) or 'no reason given'}"
+        if len(m.samples) < LEAST_REPETITIONS:
+            return f"the {label} measurement has {len(m.samples)} repetitions, {LEAST_REPETITIONS} are needed"
+    if old.provider != new.provider:
+        return f"provider differs: {old.provider} and {new.provider}"
+    if not new.n_gen and any(s.prefill_s is None for m in (old, new) for s in m.samples):
+        return "neither decode nor prefill was timed"
+    return None
+
+
+def device_differs(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Why results of two devices do not compare, or None: what of their identity differs."""
+    prints = old.get("fingerprint"), new.get("fingerprint")
+    if None in prints:
+        return "a result does not say which device it was measured on"
+    if prints[0] == prints[1]:
+        return None
+    pairs = [(name, old.get(name), new.get(name)) for name in IDENTITY]
+    differ = [f"{name} {plain(a)} and {plain(b)}" for name, a, b in pairs if a != b]
+    return f"measured on different devices: {'; '.join(differ) or f'{prints[0]} and {prints[1]}'}"

@@ -1,0 +1,132 @@
+"""A regression is said only when a fresh measurement says it too.
+
+Most false alarms come from one run that something disturbed. A second one, made now, is disturbed in its own way: what
+both say is true of the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.judge.comparison import SLOWER, Comparison, Row, compare, compare_within, confirmed
+from bench.judge.comparison import confirm as confirm_rows
+from bench.measure.plan import Plan
+from bench.measure.result import Measurement, Result
+from bench.measure.rounds import Progress
+from bench.measure.run import bench
+from devices.probe.host import probe
+from export.bundle import BundleError, read_manifest
+
+PREPACKED = "prepacked:"
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Verdicts, and the runs that they rest on."""
+
+    comparison: Comparison
+    results: list[Result]
+
+
+def compare_live(
+    specs: Sequence[str],
+    plan: Plan,
+    min_effect: float = 0.02,
+    *,
+    confirm: bool = True,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Confirmed:
+    """The second of two specs against the first, measured now and interleaved.
+
+    Args:
+        plan: of each of the at most two runs; its time limit too.
+        min_effect: relative change below which a difference does not matter.
+        confirm: run once more where something looks slower, and say so only when that run agrees.
+
+    Raises:
+        as bench.measure.run.bench.
+    """
+    first = bench(specs, plan, names=names, progress=progress)
+    base, other = dict.fromkeys(m.name for m in first.measurements)
+    comparison = compare_within(first, base, other, min_effect)
+    if not (confirm and comparison.regressed):
+        return Confirmed(comparison, [first])
+    second = bench(specs, replace(plan, cold=False), names=[base, other], progress=progress)
+    again = compare_within(second, base, other, min_effect)
+    return Confirmed(confirm_rows(comparison, again), [first, second])
+
+
+def confirm_files(
+    comparison: Comparison, old: Result, new: Result, plan: Plan, *, progress: Progress | None = None
+) -> Confirmed:
+    """Measure again what two result files call slower.
+
+    Both specs where both are still what they were, interleaved; else the new one alone, against the old file. A row
+    that cannot be measured again stays as it is, ``confirmed`` None and the reason said.
+
+    Args:
+        comparison: of ``compare(old, new)``.
+        plan: its time limits and precision; lengths and threads are those of the files.
+    """
+    rows, results = [], []
+    here = probe()["fingerprint"]
+    for row in comparison.rows:
+        if row.verdict != SLOWER:
+            rows.append(row)
+            continue
+        before, after = _behind(row, old), _behind(row, new)
+        obstacle = _gone(after, new, here)
+        if obstacle:
+            rows.append(replace(row, reason=f"not confirmed: {obstacle}"))
+            continue
+        both = _gone(before, old, here) is None
+        fresh = bench(
+            [before.spec, after.spec] if both else [after.spec],
+            _plan_of(after, new, plan),
+            names=["old", "new"] if both else [before.name],
+            progress=progress,
+        )
+        results.append(fresh)
+        minimum = comparison.min_effect
+        again = compare_within(fresh, "old", "new", minimum) if both else compare(_only(old, before), fresh, minimum)
+        rows.append(replace(confirmed(row, again.rows[0]), name=row.name))
+    return Confirmed(replace(comparison, rows=rows), results)
+
+
+def _behind(row: Row, result: Result) -> Measurement:
+    """The measurement that a row is about. Two files of one name each may differ in it."""
+    found = [m for m in result.measurements if (m.test, m.n_threads) == (row.setting, row.n_threads)]
+    return next((m for m in found if m.name == row.name), found[0])
+
+
+def _gone(m: Measurement, result: Result, here: str) -> str | None:
+    """Why a spec cannot be measured again as it was; None when it can."""
+    if result.device.get("fingerprint") != here:
+        return "the results are of another device"
+    if m.bundle_hash is None:
+        return f"{m.spec} is no bundle, so it may have changed"
+    try:
+        manifest = read_manifest(Path(m.spec.split(":", 1)[-1] if m.kind != "onnx" else m.spec.removeprefix(PREPACKED)))
+    except BundleError:
+        return f"{m.spec} is not there any more"
+    return None if manifest.content_hash == m.bundle_hash else f"{m.spec} is another bundle now"
+
+
+def _plan_of(m: Measurement, result: Result, plan: Plan) -> Plan:
+    return replace(
+        plan,
+        prompt=m.n_prompt,
+        generate=m.n_gen,
+        depth=m.n_depth,
+        threads=m.n_threads,
+        provider=m.provider,
+        seed=result.settings.get("seed", 0),
+        cold=False,
+    )
+
+
+def _only(result: Result, m: Measurement) -> Result:
+    return replace(result, measurements=[m])

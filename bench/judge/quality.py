@@ -1,0 +1,243 @@
+"""Is the new model better or worse than the old one? Two documents of ``saap eval --json``.
+
+What both answered is compared answer by answer: window by window of a text, example by example of a task. Two
+perplexities of different protocols, or tasks on different examples, do not compare, and that is said instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.report.wording import plain
+from devices.common.files import parse_json, without_checksum
+
+KIND, VERSION = "saap-quality", 1
+BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"
+PERPLEXITY, MEAN = "NLL", "mean of the tasks"
+RESAMPLES = 9999
+
+
+class QualityError(ValueError):
+    """A document that cannot be used; the message says what to do."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One measure of one pair of models. ``difference`` is new - old, in nats or in shares; low..high holds 95 %."""
+
+    models: tuple[str, str]
+    measure: str
+    verdict: str
+    old: float | None = None
+    new: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+    reason: str | None = None
+
+
+def is_quality(path: str | Path) -> bool:
+    """Whether a file is a document of ``saap eval --json``."""
+    try:
+        raw = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == KIND
+
+
+def read_quality(path: str | Path) -> dict[str, Any]:
+    """Read a document of ``saap eval --json``.
+
+    Raises:
+        QualityError: no such file, not one of these, or of another version.
+    """
+    try:
+        raw = parse_json(Path(path).read_text(encoding="utf-8"))
+        raw = without_checksum(raw) if isinstance(raw, dict) else None
+    except (OSError, ValueError) as error:
+        raise QualityError(f"{path} cannot be read ({error}): make one with `saap eval --json`") from None
+    if not isinstance(raw, dict) or raw.get("kind") != KIND or not isinstance(raw.get("rows"), list):
+        raise QualityError(f"{path} is not what `saap eval --json` writes: make one")
+    if raw.get("version") != VERSION:
+        raise QualityError(f"{path} is of version {raw.get('version')!r}, this saap reads {VERSION}: evaluate again")
+    return raw
+
+
+def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+    """Compare what both documents hold of each pair of models.
+
+    Models are paired by name, or, where each document holds one beside its reference, those two.
+
+    Raises:
+        QualityError: no pair, nothing that both measured, or a damaged document.
+    """
+    rows, alone = [], []
+    try:
+        for pair in (pairs := _pairs(old, new)):
+            rows += _perplexity(pair, old, new) + _tasks(pair, old, new)
+        alone = _alone(pairs, old, new)
+    except QualityError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise QualityError(f"one of the documents is damaged ({error!r}): evaluate again") from None
+    if not rows:
+        raise QualityError("one holds a perplexity and the other tasks: nothing was measured of both; evaluate again")
+    return rows + alone
+
+
+def metric_of(task: Mapping[str, Any]) -> str:
+    """What the literature quotes of a task: acc_norm where it has it (BoolQ and WinoGrande have not), else acc."""
+    return "acc" if task.get("acc_norm") is None else "acc_norm"
+
+
+def exit_code(rows: Sequence[QualityRow], fail_on_regression: bool) -> int:
+    """3 where something does not compare, 1 for a regression where that is asked for, else 0."""
+    if any(row.verdict == NOT_COMPARABLE for row in rows):
+        return 3
+    return int(fail_on_regression and any(row.verdict == WORSE for row in rows))
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = [_names(document) for document in (old, new)]
+    if both := [name for name in names[0] if name in names[1]]:
+        return [(name, name) for name in both]
+    if len(names[0]) == len(names[1]) == 1:
+        return [(names[0][0], names[1][0])]
+    told = " and ".join(", ".join(plain(name) for name in some) or "none" for some in names)
+    raise QualityError(f"which models to compare is not clear, they hold {told}: evaluate one model per document")
+
+
+def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+    protocols: list[dict[str, Any]] = [document.get("protocol") or {} for document in (old, new)]
+    if not all(protocols):
+        return []
+    # What a text is called is no part of what was measured.
+    keys = [key for key in {**protocols[0], **protocols[1]} if key != "text"]
+    if differing := [key for key in keys if protocols[0].get(key) != protocols[1].get(key)]:
+        told = "; ".join(
+            f"{key} {_short(protocols[0].get(key))} against {_short(protocols[1].get(key))}" for key in differing
+        )
+        return [QualityRow(pair, PERPLEXITY, NOT_COMPARABLE, reason=f"the protocols differ: {told}")]
+    mine, theirs = (_row(document, name) for document, name in zip((old, new), pair, strict=True))
+    if mine["nll"] is None or theirs["nll"] is None:
+        reason = "the model wrote the text itself, so its perplexity says nothing; give --text"
+        return [QualityRow(pair, PERPLEXITY, NOT_COMPARABLE, reason=reason)]
+    windows = np.array([mine["window_nll"], theirs["window_nll"]], dtype=float)
+    low, high = _interval([windows[1] - windows[0]])
+    scale = windows.shape[1] / protocols[0]["predictions"]  # from nats per window to nats per token
+    return [
+        _judged(pair, PERPLEXITY, mine["nll"], theirs["nll"], low * scale, high * scale, windows.shape[1], less=True)
+    ]
+
+
+def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> list[QualityRow]:
+    """What one of the documents alone holds: a measurement that a run has lost must not pass for an unchanged one."""
+    rows = []
+    for side, (document, label) in enumerate(zip(documents, ("old", "new"), strict=True)):
+        other, reason = documents[1 - side], f"only in the {label} document"
+        paired = [pair[side] for pair in pairs]
+        lost = [((name, name), "model") for name in _names(document) if name not in paired]
+        for pair in pairs:
+            if document.get("protocol") and not other.get("protocol"):
+                lost.append((pair, PERPLEXITY))
+            theirs = _tasks_of(other, pair[1 - side])
+            lost += [(pair, task) for task in _tasks_of(document, pair[side]) if task not in theirs]
+        rows += [QualityRow(pair, measure, NOT_COMPARABLE, reason=reason) for pair, measure in lost]
+    return rows
+
+
+def _names(document: Mapping[str, Any]) -> list[str]:
+    """The models that are judged; the reference is what they are held against."""
+    return [str(row["name"]) for row in document["rows"] if row["name"] != document.get("reference")]
+
+
+def _tasks_of(document: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    return {row["task"]: row for row in document.get("tasks", []) if row["model"] == name}
+
+
+def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+    found = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
+    rows, scores = [], []
+    for task in [task for task in found[0] if task in found[1]]:
+        mine, theirs = found[0][task], found[1][task]
+        if reason := _other_examples(mine, theirs):
+            rows.append(QualityRow(pair, task, NOT_COMPARABLE, reason=reason))
+            continue
+        metric = metric_of(mine)
+        counted = np.array([[float(e[metric]) for e in row["examples"]] for row in (mine, theirs)])
+        scores.append(counted)
+        before, after = counted.mean(1)
+        low, high = _interval([counted[1] - counted[0]])
+        rows.append(_judged(pair, f"{task} {metric}", before, after, low, high, counted.shape[1]))
+    if len(scores) > 1:
+        before, after = (float(np.mean([counted[side].mean() for counted in scores])) for side in (0, 1))
+        low, high = _interval([counted[1] - counted[0] for counted in scores])
+        rows.append(_judged(pair, MEAN, before, after, low, high, sum(counted.shape[1] for counted in scores)))
+    return rows
+
+
+def _other_examples(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    if mine["sha256"] != theirs["sha256"]:
+        return f"the files differ: {_short(mine['sha256'])} against {_short(theirs['sha256'])}"
+    indices = [[example["index"] for example in row["examples"]] for row in (mine, theirs)]
+    if indices[0] != indices[1]:
+        return f"other examples ({len(indices[0])} against {len(indices[1])}): give the same --max-examples and --seed"
+    return None
+
+
+def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
+    """95 % of the mean over parts of the mean of each, every part resampled by itself (a stratified bootstrap).
+
+    Without bounds where a part is a single value, of which nothing is known but itself, or holds what is no number.
+    """
+    from scipy.stats import bootstrap
+
+    if any(len(part) < 2 or not np.isfinite(part).all() for part in differences):
+        return -np.inf, np.inf
+    if all(np.ptp(part) == 0 for part in differences):  # nothing to resample
+        mean = float(np.mean([part[0] for part in differences]))
+        return mean, mean
+
+    def mean_of(*parts: NDArray[Any], axis: int) -> NDArray[Any]:
+        return np.asarray(sum(part.mean(axis) for part in parts) / len(parts))
+
+    found = bootstrap(
+        [np.asarray(part) for part in differences], mean_of, n_resamples=RESAMPLES, method="percentile",
+        random_state=np.random.default_rng(0), vectorized=True, batch=100,
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _judged(
+    pair: tuple[str, str], measure: str, old: float, new: float, low: float, high: float, pairs: int, less: bool = False
+) -> QualityRow:
+    if not np.isfinite([old, new]).all():
+        return QualityRow(
+            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="a number of one of the models is NaN or infinite"
+        )
+    if not np.isfinite([low, high]).all():
+        return QualityRow(
+            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="one pair has no interval: evaluate on more"
+        )
+    verdict = SAME
+    if low > 0 or high < 0:
+        verdict = BETTER if (high < 0) == less else WORSE
+    return QualityRow(pair, measure, verdict, float(old), float(new), float(new - old), low, high, pairs)
+
+
+def _row(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in document["rows"] if str(row["name"]) == name)
+
+
+def _short(value: Any) -> str:
+    text = plain(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,1 @@
+"""One measurement: what is planned, timed, recorded, and whether it may be believed."""

@@ -1,0 +1,236 @@
+"""One JSON document per bench run: what was measured, where, how, raw samples, and whether it may be believed.
+
+Base units (seconds, bytes, joules, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why.
+Only raw samples are stored; medians and spreads are computed on reading (``bench.judge.statistics``). Field names follow
+llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties ``avg_ts, stddev_ts``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.judge.statistics import Summary, summarize
+
+SCHEMA = 2
+OK, WARN, INVALID = "OK", "WARN", "INVALID"
+CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
+
+
+def command_line() -> list[str]:
+    """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
+    return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What a sensor saw of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
+
+    decode_j: float
+    window_s: float
+    idle_w: float | None
+    scope: str  # what the sensor sees: module_input | rails_sum | package | pmic_rails | wall | estimate
+    source: str  # the sensor's name
+    rate_hz: float  # readings per second in the window
+    estimate: bool = False  # whether it stands for more than was measured
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition: a fresh process that loads, warms up, then prefills and decodes once.
+
+    ``token_s`` holds the ``n_gen`` decode steps. The token that prefill yields feeds the first of them and is paid for
+    in ``ttft_s`` (prompt given -> first token known), so decode rate = n_gen / sum(token_s) counts steps exactly.
+    """
+
+    started_at: str  # ISO 8601, UTC
+    order: int  # position in the interleaved schedule, from 0
+    load_s: float | None  # files to a session that is ready to run; None in results of others
+    warmup_s: list[float]  # warm-up steps, first (prefill) included; never part of a statistic
+    prefill_s: float | None  # None without a prompt
+    ttft_s: float | None
+    token_s: list[float]
+    peak_load_bytes: int | None  # VmHWM once loaded
+    peak_decode_bytes: int | None  # VmHWM from there to the end of decode
+    anonymous_bytes: int | None  # of the resident set at the end of decode
+    file_bytes: int | None  # of the resident set at the end of decode
+    counters: dict[str, float | None] = field(default_factory=dict)  # what bench.measure.validity judges
+    unknown: dict[str, str] = field(default_factory=dict)  # field -> why it is null
+    decode_s: float | None = None  # the whole decode, where its single tokens are not known (results of others)
+    startup_s: float | None = None  # process started -> ready to load a model
+    base_bytes: int | None = None  # resident set then
+    pss_bytes: int | None = None  # proportional set size at the end of decode
+    available_drop_bytes: int | None = None  # MemAvailable before the process, less that at the end of decode
+    gpu_bytes: int | None = None  # of the process, or of the whole GPU where only that is told
+    steady: bool | None = None  # whether warm-up steps had stopped changing when it ended
+    energy: Energy | None = None
+
+    @property
+    def decoding_s(self) -> float:
+        """Seconds of all decode steps."""
+        return self.decode_s if self.decode_s is not None else sum(self.token_s)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the measured model; None is unknown."""
+
+    parameters: int | None = None
+    model_bytes: int | None = None  # files on disk that hold weights and graph
+    weight_bytes_per_token: int | None = None
+    kv_bytes_per_token: int | None = None
+    bits: int | None = None
+    vocab_size: int | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Read bandwidth with ``n_threads`` threads: every timed pass in bytes per second, of which the best counts."""
+
+    n_threads: int
+    buffer_bytes: int
+    samples: list[float]
+    last_level_cache_bytes: int | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Best pass: a ceiling must not be lowered by noise."""
+        return max(self.samples) if self.samples else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All repetitions of one spec with one setting."""
+
+    name: str
+    spec: str
+    kind: str  # onnx | torch | llama.cpp | genai | optimum
+    bundle_hash: str | None
+    model: ModelFacts
+    n_prompt: int  # tokens of the timed prefill; 0: none
+    n_gen: int  # timed decode steps; 0: none
+    n_threads: int
+    affinity: list[int]
+    samples: list[Sample]
+    status: str  # OK | WARN | INVALID
+    reasons: list[str] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    n_depth: int = 0  # tokens in the cache before the prompt, not timed
+    provider: str = "cpu"  # of ONNX Runtime, as asked for
+    cold_load_s: float | None = None  # load with the files dropped from the page cache first
+    stderr: list[str] = field(default_factory=list)  # last lines of a worker that failed
+
+    @property
+    def key(self) -> tuple[str, int, int, int, int]:
+        """What makes two measurements the same one, measured again."""
+        return self.name, self.n_prompt, self.n_gen, self.n_depth, self.n_threads
+
+    @property
+    def test(self) -> str:
+        """The setting in llama-bench's words, such as ``pp128+tg128@d1024``."""
+        parts = [f"{kind}{count}" for kind, count in (("pp", self.n_prompt), ("tg", self.n_gen)) if count]
+        return "+".join(parts) + (f"@d{self.n_depth}" if self.n_depth else "")
+
+    @property
+    def prefill_ts(self) -> list[float]:
+        """Prompt tokens per second, one value per repetition."""
+        return [self.n_prompt / s.prefill_s for s in self.samples if s.prefill_s]
+
+    @property
+    def decode_ts(self) -> list[float]:
+        """Generated tokens per second, one value per repetition."""
+        return [self.n_gen / s.decoding_s for s in self.samples if self.n_gen]
+
+    @property
+    def token_s(self) -> list[float]:
+        """Mean seconds per generated token, one value per repetition (the reciprocal of ``decode_ts``)."""
+        return [s.decoding_s / self.n_gen for s in self.samples if self.n_gen]
+
+    @property
+    def steps_s(self) -> list[float]:
+        """Seconds of every single decode step of all repetitions; empty where only sums are known."""
+        return [t for s in self.samples for t in s.token_s]
+
+    @property
+    def decode(self) -> Summary | None:
+        """Centre and spread of ``decode_ts``."""
+        return summarize(self.decode_ts)
+
+    @property
+    def avg_ts(self) -> float | None:
+        """Mean decode rate (llama-bench's name)."""
+        return self.decode.mean if self.decode else None
+
+    @property
+    def stddev_ts(self) -> float | None:
+        """Standard deviation of the decode rate (llama-bench's name)."""
+        return self.decode.stddev if self.decode else None
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache at the end of the run."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of the cache at the end of the run."""
+        per_token = self.model.kv_bytes_per_token
+        return None if per_token is None else per_token * self.positions
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes read per decode step: the weights once, and the cache at its mean length over the run."""
+        weights, kv = self.model.weight_bytes_per_token, self.model.kv_bytes_per_token
+        if weights is None or kv is None:
+            return None
+        return weights + kv * (self.n_depth + self.n_prompt + (self.n_gen + 1) / 2)
+
+    @property
+    def joules_per_token(self) -> list[float]:
+        """Joules per generated token over the decode window, idle power included, where a sensor was read."""
+        return [s.energy.decode_j / self.n_gen for s in self.samples if s.energy and self.n_gen]
+
+    def peak(self, name: str) -> int | None:
+        """Largest value of a Sample's memory field over the repetitions, e.g. ``peak_decode_bytes``."""
+        values = [value for s in self.samples if (value := getattr(s, name)) is not None]
+        return max(values) if values else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A bench run. ``device`` is ``devices.probe.host.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
+
+    device: dict[str, Any]
+    measurements: list[Measurement]
+    bandwidth: list[Bandwidth]
+    command: list[str]
+    versions: dict[str, str]
+    created: str  # ISO 8601, UTC
+    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, power sensor, ...
+    quality: dict[str, Any] | None = None
+    schema: int = SCHEMA
+
+    def of(self, name: str) -> Iterator[Measurement]:
+        """The measurements of one spec."""
+        return (m for m in self.measurements if m.name == name)
+
+    def bandwidth_bytes_per_s(self, n_threads: int) -> float | None:
+        """Probed read bandwidth for that many threads, None where it was not probed."""
+        return next((b.bytes_per_s for b in self.bandwidth if b.n_threads == n_threads), None)
+
+    def ceiling_ts(self, measurement: Measurement) -> float | None:
+        """Tokens per second at which memory would be read at full probed bandwidth.
+
+        None when a part is unknown, or when a token reads so little that it may come from cache instead. A cache of
+        unknown size counts as none. A GPU has its own memory, which is not probed.
+        """
+        probe = next((b for b in self.bandwidth if b.n_threads == measurement.n_threads), None)
+        needed = measurement.bytes_per_token
+        if probe is None or probe.bytes_per_s is None or needed is None or measurement.provider != "cpu":
+            return None
+        return probe.bytes_per_s / needed if needed > CACHE_FACTOR * (probe.last_level_cache_bytes or 0) else None

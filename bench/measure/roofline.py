@@ -1,0 +1,91 @@
+"""How fast decode could be at most: measured read bandwidth divided by the bytes that a token reads.
+
+``python -m bench.measure.roofline`` is the child that probes: it reads a buffer larger than any cache with as many threads as
+the measurement uses, on the same cores. numpy releases the interpreter's lock inside its reductions, so Python threads
+read in parallel. Each pass tries the reductions that stream best on different CPUs and keeps the fastest: a ceiling
+must err upwards.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from bench.measure.child import ChildFailedError, call
+from bench.measure.cores import pin
+from bench.measure.result import Bandwidth
+
+BUFFER = 256 << 20
+PASSES = 5
+
+Floats = NDArray[np.float32]
+READERS: tuple[Callable[[Floats], object], ...] = (
+    lambda part: np.dot(part, part),  # BLAS: wide vectors, several accumulators
+    lambda part: part.view(np.int32).max(),  # numpy's own SIMD
+    lambda part: part.sum(),
+)
+
+
+def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None, timeout_s: float = 120) -> Bandwidth:
+    """Probe in a child pinned to ``cpus``, one thread each. A child that fails leaves no samples and the reason."""
+    size = max(BUFFER, 4 * (cache_bytes or 0))
+    config = {"cpus": list(cpus), "buffer_bytes": size, "passes": PASSES}
+    # One BLAS thread: the parallelism is the probe's own.
+    env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        return Bandwidth(
+            **{**call("bench.measure.roofline", config, timeout_s, env), "last_level_cache_bytes": cache_bytes}
+        )
+    except ChildFailedError as error:
+        return Bandwidth(len(cpus), size, [], cache_bytes, {"samples": f"the bandwidth probe failed: {error}"})
+
+
+def joined(first: Bandwidth, second: Bandwidth) -> Bandwidth:
+    """The samples of two probes of the same threads, e.g. before and after a run."""
+    samples = [*first.samples, *second.samples]
+    return Bandwidth(
+        first.n_threads,
+        first.buffer_bytes,
+        samples,
+        first.last_level_cache_bytes,
+        {} if samples else {**second.unknown, **first.unknown},
+    )
+
+
+def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[], float]) -> list[float]:
+    """Bytes per second of each pass over the buffer: its best reduction, all threads together, first pass warm-up."""
+    buffer = np.ones(buffer_bytes // 4, np.float32)
+    parts = np.array_split(buffer, threads)
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes + 1):
+            best = 0.0
+            for read in READERS:
+                start = clock()
+                list(pool.map(read, parts))
+                best = max(best, buffer.nbytes / (clock() - start))
+            rates.append(best)
+    return rates[1:]
+
+
+def main() -> None:
+    """Read the config from stdin, print a ``Bandwidth`` as JSON."""
+    config = json.load(sys.stdin)
+    pin(config["cpus"])
+    threads, size = len(config["cpus"]), int(config["buffer_bytes"])
+    if size > psutil.virtual_memory().available:
+        sys.exit(f"less than {size >> 20} MiB of memory are free")
+    samples = read_passes(threads, size, config["passes"], time.perf_counter)
+    print(json.dumps(asdict(Bandwidth(threads, size, samples))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The loop of a bench run: every round runs each spec once per setting, until enough is known or time is up."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.judge.statistics import relative_half_width, typical
+from bench.measure.child import ChildFailedError, call
+from bench.measure.cooling import CoolDown
+from bench.measure.cores import choose_cores
+from bench.measure.memory import available
+from bench.measure.plan import KNOWN_ROUNDS, LEAST_ROUNDS, Plan, Setting
+from bench.measure.result import ModelFacts, Sample
+from bench.measure.store import sample_from_dict
+from bench.power.energy import Recorder
+from bench.runtimes.peer import Peer
+
+IDLE_S = 2.0
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass
+class Outcome:
+    """What the workers of one spec have answered so far in one setting."""
+
+    peer: Peer
+    setting: Setting
+    samples: list[Sample] = field(default_factory=list)
+    model: ModelFacts | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
+    stderr: list[str] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    cold_load_s: float | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """What the spread is judged by: seconds per token of decode, else of prefill."""
+        if self.setting.generate:
+            return [typical(s.token_s) for s in self.samples]
+        return [s.prefill_s for s in self.samples if s.prefill_s is not None]
+
+
+class Rounds:
+    """Runs the workers.
+
+    Args:
+        peers: all that are measured.
+        plan: how.
+        recorder: of power, which runs beside.
+        progress: called as (label, done, total) in worker processes.
+    """
+
+    def __init__(self, peers: Sequence[Peer], plan: Plan, recorder: Recorder, progress: Progress | None) -> None:
+        self.plan, self.recorder, self._progress = plan, recorder, progress
+        self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
+        self._cooling = CoolDown(plan.cool_down_s, plan.root)
+        self._idle: tuple[float, float] | None = None
+        self._vocab = min(peer.vocab_size for peer in peers)
+        self._order = self._round = 0
+        self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or KNOWN_ROUNDS))
+
+    def rest(self) -> None:
+        """A pause without any work, which the power of an idle host is taken from."""
+        if self.recorder.sensor is not None:
+            begun = time.monotonic()
+            time.sleep(IDLE_S)
+            self._idle = (begun, time.monotonic())
+
+    def run(self) -> None:
+        """All rounds; a setting whose ratios are known well enough is left out of further ones."""
+        begun = time.monotonic()
+        active = list(self.outcomes)
+        while active and self._round < self.plan.most_rounds:
+            started = time.monotonic()
+            for setting in active:
+                for index in turn(len(self.outcomes[setting]), self._round):
+                    self._one(self.outcomes[setting][index])
+            self._round += 1
+            if self.plan.adaptive and self._round >= LEAST_ROUNDS:
+                widths = {s: half_width(working) for s in active if (working := self._working(s))}
+                known = self.plan.precision if self._round >= KNOWN_ROUNDS else 0.0
+                active = [setting for setting, width in widths.items() if width > known]
+                now = time.monotonic()
+                if now - begun + (now - started) > self.plan.max_time_s:
+                    break
+                self._estimate({setting: widths[setting] for setting in active}, begun, now)
+        if self._progress:
+            self._progress("bench", self._order, self._order)
+
+    def load_cold(self) -> None:
+        """One load per spec with its files dropped from the page cache first."""
+        for setting, outcomes in list(self.outcomes.items())[:1]:
+            for index, outcome in enumerate(outcomes):
+                self._say(outcome, "cold load")
+                seconds, reason = cold_load(outcome.peer, self._job(setting), self.plan.timeout_s)
+                for others in self.outcomes.values():
+                    others[index].cold_load_s = seconds
+                    if reason:
+                        others[index].unknown["cold_load_s"] = reason
+
+    def _one(self, outcome: Outcome) -> None:
+        self._say(outcome, f"round {self._round + 1}")
+        if outcome.failure is None:
+            try:
+                self._measure(outcome)
+            except ChildFailedError as error:
+                outcome.failure, outcome.stderr = str(error), error.stderr
+        self._order += 1
+
+    def _measure(self, outcome: Outcome) -> None:
+        peer, setting = outcome.peer, outcome.setting
+        self._cooling.wait()
+        begun = time.monotonic()
+        job = {**self._job(setting), "path": str(peer.path), "spawned_at": begun}
+        job["available_before"] = available(self.plan.root)
+        answer = call(
+            peer.worker, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
+            lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
+        )  # fmt: skip
+        taken = sample_from_dict(answer["sample"])
+        start, end = answer["window"]
+        energy, why = self.recorder.energy(start, end, idle=self._idle)
+        unknown = taken.unknown if energy else {**taken.unknown, "energy": why or "no decode window"}
+        outcome.samples.append(replace(taken, energy=energy, unknown=unknown))
+        if "model" in answer:
+            outcome.model = ModelFacts(**answer["model"], vocab_size=peer.vocab_size)
+        outcome.versions.update(answer.get("versions", {}))
+
+    def _job(self, setting: Setting) -> dict[str, Any]:
+        tokens = prompt_tokens(setting.context + setting.prompt, self._vocab, self.plan.seed)
+        return {
+            "context": tokens[: setting.context],
+            "prompt": tokens[setting.context :],
+            "n_gen": setting.generate,
+            "warmup": self.plan.warmup,
+            "threads": setting.threads,
+            "cpus": choose_cores(setting.threads),
+            "order": self._order,
+            "provider": self.plan.provider,
+            "cuda_graph": self.plan.cuda_graph,
+            "root": str(self.plan.root),
+        }
+
+    def _working(self, setting: Setting) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
+
+    def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
+        """How many processes there will be: an interval shrinks with the root of their number, and time is limited."""
+        each = (now - begun) / max(1, self._order)
+        left = 0.0
+        for setting, width in widths.items():
+            wider = width / self.plan.precision
+            rounds = min(self._round * (wider**2 - 1), self.plan.most_rounds - self._round)
+            left += max(1.0, rounds) * len(self.outcomes[setting])
+        by_time = max(0.0, self.plan.max_time_s - (now - begun)) / each
+        self._total = self._order + min(left, by_time)
+
+    def _say(self, outcome: Outcome, what: str) -> None:
+        if self._progress:
+            self._progress(f"bench, {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
+
+
+def turn(count: int, repetition: int) -> list[int]:
+    """Indices of the specs in the order a round runs them: forwards and backwards in turn.
+
+    With more than two specs the start also moves on, so that none is always in the middle.
+    """
+    shift = repetition // 2 % count
+    order = [*range(shift, count), *range(shift)]
+    return order[::-1] if repetition % 2 else order
+
+
+def half_width(outcomes: Sequence[Outcome]) -> float:
+    """Widest half of a 95 % interval, as a fraction: of each ratio to the first spec, or of the only spec's rate."""
+    base, *others = [outcome.values for outcome in outcomes]
+    if not others:
+        return relative_half_width([1.0] * len(base), base, paired=True)
+    return max(relative_half_width(base, other, paired=True) for other in others)
+
+
+def prompt_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
+    """``count`` token ids, uniform over the vocabulary, the same for the same arguments."""
+    return [int(i) for i in np.random.default_rng(seed).integers(vocab_size, size=count)]
+
+
+def cold_load(peer: Peer, job: dict[str, Any], timeout_s: float) -> tuple[float | None, str | None]:
+    """Seconds of a load from storage, or None and why it is not known."""
+    files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
+    total = sum(drop_from_cache(file) for file in files)
+    config = {**job, "path": str(peer.path), "only_load": True}
+    try:
+        answer = call(peer.worker, config, timeout_s, peer.environment(job["threads"]), peer.python)
+    except ChildFailedError as error:
+        return None, str(error)
+    if answer.get("read_bytes") is None:
+        return None, "this kernel does not tell what a process reads"
+    if 2 * answer["read_bytes"] < total:
+        return None, f"the system kept the files: {answer['read_bytes']} bytes of {total} were read"
+    return float(answer["load_s"]), None
+
+
+def drop_from_cache(path: Path) -> int:
+    """Ask the system to forget the file's pages; its size in bytes."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, "posix_fadvise"):
+            os.fsync(file.fileno())  # pages that are not written yet cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return size
+
+
+def _rate(told: dict[str, Any]) -> str:
+    return f"{told['rate']:.1f} tok/s" if told.get("rate") else str(told.get("phase", ""))

@@ -1,0 +1,133 @@
+"""Measure several specs against each other: interleaved repetitions, each in a fresh process.
+
+Machines drift (temperature, neighbours, clocks), so A is never measured after B is done: every round runs each spec
+once, and the order turns around from round to round. This process only starts others and stays small.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+from bench.judge.answers import ask
+from bench.measure.cores import choose_cores
+from bench.measure.plan import Plan
+from bench.measure.preflight import check_memory
+from bench.measure.result import INVALID, Bandwidth, Measurement, Result, command_line
+from bench.measure.roofline import joined, probe_bandwidth
+from bench.measure.rounds import Outcome, Progress, Rounds
+from bench.measure.validity import judge
+from bench.power.energy import Recorder
+from bench.runtimes.onnxruntime import check_threads
+from bench.runtimes.peer import Peer
+from bench.runtimes.specs import read_peers
+from devices.probe.host import probe
+
+
+def bench(
+    specs: Sequence[str],
+    plan: Plan | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Measure every spec in every setting of the plan, and say what may be believed.
+
+    Args:
+        specs: bundles as paths, other runtimes by their prefix (bench.runtimes.specs).
+        plan: lengths, threads, repetitions, limits.
+        names: one per spec.
+        progress: called as (label, done, total) in worker processes.
+
+    Raises:
+        PeerError, BundleError, DecoderError, GgufHeaderError: the user's input, before anything is measured.
+    """
+    plan = plan or Plan()
+    plan.check()
+    settings = plan.settings()
+    for threads in {setting.threads for setting in settings}:
+        check_threads(threads)
+    peers = read_peers(specs, max(setting.positions for setting in settings), names, plan.provider, plan.cuda_graph)
+    check_memory(peers, settings, plan.root)
+    device = probe()
+    widths = sorted({setting.threads for setting in settings})
+    before = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
+    with Recorder(plan.root) as recorder:
+        rounds = Rounds(peers, plan, recorder, progress)
+        rounds.rest()
+        if plan.cold:
+            rounds.load_cold()
+        rounds.run()
+    after = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
+    outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
+    result = Result(
+        device=device,
+        measurements=[_measurement(outcome, plan) for outcome in outcomes],
+        bandwidth=[joined(a, b) for a, b in zip(before, after, strict=True)],
+        command=command_line(),
+        versions=_versions(outcomes),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        settings={**_record(plan), "power": recorder.facts(), **_asked(peers, plan, widths[0])},
+    )
+    return _judged(result)
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    kept = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
+    return {name: getattr(plan, name) for name in kept}
+
+
+def _asked(peers: Sequence[Peer], plan: Plan, threads: int) -> dict[str, Any]:
+    """What each model says to the plan's text."""
+    if not plan.text:
+        return {}
+    return {"text": list(plan.text), "answers": {peer.name: ask(peer, plan, threads) for peer in peers}}
+
+
+def _measurement(outcome: Outcome, plan: Plan) -> Measurement:
+    peer, setting = outcome.peer, outcome.setting
+    return Measurement(
+        name=peer.name,
+        spec=peer.spec,
+        kind=peer.kind,
+        bundle_hash=peer.bundle_hash,
+        model=outcome.model or peer.model,
+        n_prompt=setting.prompt,
+        n_gen=setting.generate,
+        n_threads=setting.threads,
+        affinity=choose_cores(setting.threads),
+        samples=outcome.samples,
+        status=INVALID,  # until it is judged
+        reasons=[outcome.failure] if outcome.failure else [],
+        unknown={**peer.unknown, **outcome.unknown},
+        n_depth=setting.depth,
+        provider=plan.provider,
+        cold_load_s=outcome.cold_load_s,
+        stderr=outcome.stderr,
+    )
+
+
+def _judged(result: Result) -> Result:
+    judged = []
+    caches: dict[int, Bandwidth] = {b.n_threads: b for b in result.bandwidth}
+    for m in result.measurements:
+        status, reasons = judge(m, result.ceiling_ts(m), caches[m.n_threads].last_level_cache_bytes)
+        failed = bool(m.reasons)
+        judged.append(replace(m, status=INVALID if failed else status, reasons=[*m.reasons, *reasons]))
+    return replace(result, measurements=judged)
+
+
+def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("saap", "onnxruntime", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # a copied tree, or a build of ONNX Runtime under another name
+    for outcome in outcomes:
+        versions.update(outcome.versions)
+    return versions

@@ -1,0 +1,1 @@
+"""Energy from a board's sensors."""

@@ -1,0 +1,1 @@
+"""Measuring on boards and farms."""

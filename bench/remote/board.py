@@ -1,0 +1,281 @@
+"""One board's agent as seen from here: requests over a transport, tried again where a connection was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from bench.measure.signals import signals_wait
+from bench.remote.feed import feed, pieces, size_of, whole
+from devices.agent.main import MARK
+from devices.common.files import parse_json
+from devices.transport import BoardError, LostError, Transport, last_line, printable
+
+SILENCE_S = 30.0  # the agent beats every second or two
+PATIENCE_S = 600.0  # without any contact
+LONGEST_WAIT_S = 30.0  # between two tries
+POLL_S = 0.5
+MOST_LINE = 256 << 20
+MOST_NOISE = 1000  # lines of a login script
+NO_PYTHON = "saap-no-python"
+_AGENT = ("agent_home", "agent_files", "agent_install", "agent_run", "agent")  # each after what it imports
+
+# Both lines are fixed: whatever differs goes over standard input. No quote of either kind, backslash or dollar in it.
+_LOADER = (
+    "import json, sys, types; b = sys.stdin.buffer; "
+    "[exec(t, sys.modules.setdefault(n, types.ModuleType(n)).__dict__)"
+    " for n, t in json.loads(b.read(int(b.readline()))).items()]"
+)
+_FIND = (
+    'PATH="$PATH:$HOME/.local/bin"; export PATH; f=; '
+    "for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do "
+    'v=$("$p" -c "import sys; print(*sys.version_info[:3], sep=chr(46)); sys.exit(sys.version_info < (3, 10))"'
+    f' 2>/dev/null </dev/null) && exec "$p" -I -B -c "{_LOADER}"; '
+    f'f="$f $v"; done; echo "{NO_PYTHON}$f"'
+)
+COMMAND = f"exec sh -c {shlex.quote(_FIND)}"  # the user's own shell there may be none of sh's kind
+
+Told = Callable[[dict[str, Any]], None]
+Say = Callable[[str], None]
+
+
+class Stopped(Exception):  # noqa: N818  it is no error
+    """The person here wants no more."""
+
+
+class Board:
+    """Asks the agent of one board.
+
+    Args:
+        transport: the way there, which whoever opened it closes.
+        stop: set by whoever wants no more.
+        say: told what a person should know, a line each.
+        root: of /proc on the board, for tests of its reboot.
+        patience_s: without any contact, before it is given up.
+        silence_s: without a word on an open connection, before that counts as lost.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        stop: threading.Event | None = None,
+        say: Say | None = None,
+        root: str = "/",
+        patience_s: float = PATIENCE_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self.transport, self.name, self._root, self._silence_s = transport, transport.name, root, silence_s
+        self._stop, self.say, self.patience_s = stop or threading.Event(), say or (lambda text: None), patience_s
+        self._contact = time.monotonic()
+
+    def ask(
+        self,
+        do: str,
+        payload: Iterable[bytes] = (),
+        told: Told | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """One request, tried once.
+
+        Raises:
+            LostError: the connection failed or fell silent.
+            BoardError: the board refuses, has no Python, or something else than the agent answers.
+            Stopped: from here.
+        """
+        request = {"do": do, "root": self._root, **more}
+        sources = json.dumps(_sources()).encode()
+        header = f"{len(sources)}\n".encode() + sources + json.dumps(request).encode() + b"\n"
+        with tempfile.TemporaryFile() as err:
+            process: subprocess.Popen[bytes] | None = None
+            try:
+                with signals_wait():
+                    process = subprocess.Popen(
+                        self.transport.argv(COMMAND), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
+                        start_new_session=True,  # an interrupt from the keyboard must not cut what cleans up
+                    )  # fmt: skip
+                threading.Thread(target=feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
+                return self._answer(process, told, err)
+            finally:
+                if process is not None:
+                    _end(process)
+
+    def _answer(self, process: subprocess.Popen[bytes], told: Told | None, err: IO[bytes]) -> dict[str, Any]:
+        noise: list[str] = []
+        try:
+            for raw in self._lines(process):
+                line = raw.decode("utf-8", "replace")
+                if line.startswith(NO_PYTHON):
+                    raise BoardError(f"{self.name}: {_no_python(line)}")
+                if not line.startswith(MARK):
+                    noise.append(line[:200])  # of a login script, perhaps; the agent's lines are marked
+                    if len(noise) > MOST_NOISE:
+                        raise self.garbage(noise[0])
+                    continue
+                document = self._document(line.removeprefix(MARK))
+                if "error" in document:
+                    kind = LostError if document.get("again") else BoardError
+                    raise kind(f"{self.name}: {printable(document['error'])}")
+                if "answer" in document:
+                    if not isinstance(document["answer"], dict):
+                        raise self.garbage(line)
+                    return dict(document["answer"])
+                if told is not None:
+                    told(document)
+        except TimeoutError:
+            raise LostError(f"{self.name}: silent for {self._silence_s:.0f} s") from None
+        code = process.wait()
+        err.seek(0)
+        said = err.read().decode(errors="replace")
+        if code == 0:
+            raise self.garbage(noise[0] if noise else "nothing")
+        if code < 0:
+            raise LostError(f"{self.name}: the connection was killed on this side")
+        raise self.transport.failure(code, said if said.strip() else "\n".join(noise))
+
+    def _document(self, text: str) -> dict[str, Any]:
+        try:
+            document = parse_json(text)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise self.garbage(text)
+        return document
+
+    def garbage(self, what: str) -> BoardError:
+        """The error for an answer that no agent gives."""
+        return BoardError(
+            f"{self.name}: something else than the agent answers there ({last_line(what)[:80]}): "
+            "see what `ssh HOST true` prints, and whether both sides have the same saap"
+        )
+
+    def _lines(self, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+        assert process.stdout is not None
+        rest, heard = b"", time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                if self._stop.is_set():
+                    raise Stopped
+                if not selector.select(POLL_S):
+                    if time.monotonic() - heard > self._silence_s:
+                        raise TimeoutError
+                    continue
+                piece = os.read(process.stdout.fileno(), 1 << 16)
+                if not piece:
+                    break
+                heard = self._contact = time.monotonic()
+                *whole, rest = (rest + piece).split(b"\n")
+                yield from whole
+                if len(rest) > MOST_LINE:
+                    raise self.garbage("a line without end")
+        if rest:
+            yield rest
+
+    def insist(self, do: str, told: Told | None = None, more: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+        """A request that may be made twice, made until it is answered.
+
+        Args:
+            more: the rest of the request, asked for anew at every try.
+
+        Raises:
+            BoardError: the board refuses, or there was no contact for ``patience_s``.
+            Stopped: from here.
+        """
+        for wait_s in _waits():
+            try:
+                return self.ask(do, told=told, **more())
+            except LostError as error:
+                self.wait(error, wait_s)
+        raise AssertionError("_waits is endless")
+
+    def wait(self, error: LostError, seconds: float) -> None:
+        """Before another try."""
+        self.transport.drop()
+        if time.monotonic() - self._contact > self.patience_s:
+            raise BoardError(
+                f"{error}: no contact for {self.patience_s:.0f} s; a run that goes on there ends itself within 15 min"
+            ) from None
+        self.say(f"{error}; trying again")
+        if self._stop.wait(seconds):
+            raise Stopped
+
+    def push(self, sha: str, source: Path | bytes, there: int, told: Callable[[int], None] | None = None) -> None:
+        """Send a file's rest from byte ``there`` on, and go on where it was cut.
+
+        Raises:
+            BoardError: as ``insist``, and where the file cannot be read here to its end.
+        """
+        size, broken = size_of(source), list[str]()
+        for wait_s in _waits():
+            try:
+                self.ask(
+                    "put", whole(pieces(source, there), size - there, broken),
+                    lambda at: told(at["at"]) if told and isinstance(at.get("at"), int) else None,
+                    sha=sha, size=size, offset=there,
+                )  # fmt: skip
+                return
+            except LostError as error:
+                if broken:  # another try would read no more
+                    raise BoardError(f"{self.name}: {source!s} cannot be sent: {broken[0]}: measure again") from None
+                self.wait(error, wait_s)
+            held = self.insist("held", more=lambda: {"sha": sha})["held"]
+            if held is None:
+                return
+            if not isinstance(held, int) or not 0 <= held <= size:
+                raise self.garbage(f"{held} bytes of a file of {size}")
+            there = held
+
+    def clean(self, run: str) -> None:
+        """End a run and give the board up, also after an interrupt; says so where it cannot be reached."""
+        stop, patience = self._stop, self.patience_s
+        self._stop, self.patience_s, self._contact = threading.Event(), min(patience, 30.0), time.monotonic()
+        try:
+            self.insist("end", more=lambda: {"run": run})
+        except BoardError as error:
+            self.say(f"could not be cleaned up now, a run there ends itself within 15 min: {error}")
+        finally:
+            self._stop, self.patience_s = stop, patience
+
+
+def _sources() -> dict[str, str]:
+    folder = Path(__file__).resolve().parents[1] / "devices"
+    found = {f"devices.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
+    return {**found, "answer": "from devices.agent.main import main\nmain()\n"}
+
+
+def _no_python(line: str) -> str:
+    versions = [v for v in line.removeprefix(NO_PYTHON).split() if re.fullmatch(r"[\d.]+", v)]
+    had = f"its Python is {max(versions)}" if versions else "it has no Python"
+    return f"{had}, and 3.10 or newer is needed: install one as python3.X in PATH or ~/.local/bin there"
+
+
+def _waits() -> Iterator[float]:
+    wait_s = 1.0
+    while True:
+        yield wait_s
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """After an answer it ends by itself; after an error it is ended."""
+    try:
+        process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()

@@ -1,0 +1,152 @@
+"""Does a bundle say the same on aarch64? The real agent, worker and wheel, on an emulated CPU, against this host.
+
+Kernels differ by instruction set: fp32 sums in another order, int4 with activations in int8 even rounds otherwise (a
+CPU without dotprod computes them in fp32). So greedy tokens must be the same for a bundle of 32 bits, and for others
+the likelihood of a text may move by ``NLL_TOLERANCE``. Speeds are null: an emulator's times say nothing of a board.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.judge.answers import ask
+from bench.judge.checks import NLL_TOLERANCE, answer_of, numeric
+from bench.measure.plan import Plan
+from bench.measure.result import Result
+from bench.measure.rounds import Progress
+from bench.remote.bench import measure_on
+from bench.remote.board import Board
+from bench.remote.files import pack, positions_of
+from bench.runtimes.specs import read_peers
+from devices.emulate.qemu import Emulated, EmulationError, Root
+from export.bundle import BundleManifest, read_manifest
+
+GREEDY = 16
+NO_SPEED = "computed by an emulator, whose times say nothing of a board"
+TIMEOUT_S = 3600.0  # of one process: kernels are 25 to 130 times slower
+SILENCE_S = 600.0  # its Python needs seconds to start, on a busy host more than a real board may be silent for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one CPU says to the text. Speed and memory are null, and ``unknown`` says why."""
+
+    cpu: str
+    tokens: list[int]
+    nll: float
+    versions: dict[str, str] = field(default_factory=dict)
+    same_tokens: int | None = None  # how many of the first tokens are this host's
+    nll_difference: float | None = None  # from this host, nats per token
+    faults: list[str] = field(default_factory=list)
+    decode_ts: None = None
+    prefill_ts: None = None
+    peak_decode_bytes: None = None
+    unknown: dict[str, str] = field(
+        default_factory=lambda: dict.fromkeys(("decode_ts", "prefill_ts", "peak_decode_bytes"), NO_SPEED)
+    )
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """One bundle on several CPUs."""
+
+    bundle: str
+    bundle_hash: str | None
+    bits: int
+    text: list[int]
+    reference: Answer  # of this host
+    answers: list[Answer]
+    schema: int = 1
+
+    @property
+    def exit_code(self) -> int:
+        """1 when a CPU says something else."""
+        return int(any(answer.faults for answer in self.answers))
+
+
+def emulate(
+    spec: str,
+    cpus: Sequence[str],
+    text: Sequence[int],
+    root: Root,
+    *,
+    progress: Progress | None = None,
+    run: Callable[[str, Plan, Emulated, Progress | None], Result] | None = None,
+) -> Emulation:
+    """Ask a bundle on this host and on every CPU.
+
+    Args:
+        text: token ids, at least two.
+        root: of ``devices.emulate.qemu.prepare``.
+
+    Raises:
+        EmulationError: the bundle does not answer here.
+        BoardError: the agent or the worker fails there.
+    """
+    plan = Plan(
+        prompt=4, generate=2, threads=1, repetitions=1, warmup=1, cold=False, timeout_s=TIMEOUT_S, text=tuple(text),
+        greedy=GREEDY,
+    )  # fmt: skip
+    (peer,) = read_peers([spec], len(text) + GREEDY)
+    manifest = read_manifest(peer.path)
+    here = numeric(ask(peer, plan, 1))
+    if "error" in here:
+        raise EmulationError(f"{spec} does not answer on this host: {here['error']}")
+    reference = Answer(f"this host ({platform.machine()})", **here)
+    answers = []
+    with tempfile.TemporaryDirectory(prefix="saap-emulated-") as home:
+        for cpu in cpus:
+            result = (run or _run)(spec, plan, Emulated(root, cpu, Path(home) / cpu), progress)
+            answers.append(judged(_answer(cpu, result), reference, manifest))
+    return Emulation(spec, manifest.content_hash, manifest.bits, list(text), reference, answers)
+
+
+def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answer:
+    """The answer with what it differs by from this host's, and what of that is a fault."""
+    pairs = list(zip(answer.tokens, reference.tokens, strict=False))
+    same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    moved = answer.nll - reference.nll
+    faults = []
+    if manifest.bits == 32 and answer.tokens != reference.tokens:
+        faults.append(f"greedy tokens differ from the {same + 1}. on, and 32 bits must give the same")
+    if not abs(moved) <= NLL_TOLERANCE:
+        faults.append(f"the likelihood moved by {moved:+.4f} nats per token, {NLL_TOLERANCE} are allowed")
+    return replace(answer, same_tokens=same, nll_difference=moved, faults=faults)
+
+
+def document(emulation: Emulation) -> dict[str, Any]:
+    """As JSON; what is no number is null."""
+    told = asdict(emulation)
+    for answer in (told["reference"], *told["answers"]):
+        for name in ("nll", "nll_difference"):
+            if answer[name] is not None and not math.isfinite(answer[name]):
+                answer[name] = None
+                answer["unknown"][name] = "it is not a number"
+    return told
+
+
+def _run(spec: str, plan: Plan, board: Emulated, progress: Progress | None) -> Result:
+    """By the same agent as a real board; the emulated Python has the packages."""
+    slow = Board(board, patience_s=TIMEOUT_S, silence_s=SILENCE_S)
+    return measure_on(slow, pack([spec], positions_of(plan), own=False), plan, progress)
+
+
+def _answer(cpu: str, result: Result) -> Answer:
+    told = answer_of(result)
+    (m,) = result.measurements
+    if "error" in told or not m.samples:
+        why = told.get("error") or "; ".join(m.reasons)
+        raise EmulationError(f"{m.name} does not run on an emulated {cpu}: {why}")
+    if (ran_on := result.device.get("architecture")) != "aarch64":
+        raise EmulationError(f"the emulated Python of {cpu} was not used: the run was on {ran_on}")
+    versions: dict[str, str] = {}
+    for name in ("python", "onnxruntime", "numpy"):
+        if name in result.versions:
+            versions[name] = result.versions[name]
+    return Answer(cpu, told["tokens"], told["nll"], versions)

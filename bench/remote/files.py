@@ -1,0 +1,143 @@
+"""What a board must have for a run: the bundles' files, the bench's own code, perhaps wheels; each by its sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure.plan import Plan
+from bench.measure.preflight import RUNTIME_ONNX
+from bench.runtimes.foreign import bundle_facts
+from bench.runtimes.onnxruntime import check_context
+from bench.runtimes.specs import PREPACKED
+from devices.common.files import sha256_file
+from devices.transport import BoardError
+from export.bundle import MANIFEST, BundleManifest, verify_files
+
+PACKAGES = Path(__file__).resolve().parents[1]
+CODE = (
+    "bench/*.py",
+    "devices/**/*.py",
+    "devices/**/*.toml",
+    "export/__init__.py",
+    "export/bundle.py",
+    "export/external_data.py",
+)
+REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
+VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
+RESERVE_BYTES = 64 << 20  # results, logs, and a system that goes on working
+OTHER_RUNTIMES = ("torch:", "llama.cpp:", "genai:", "optimum:")
+
+Source = Path | bytes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One spec: its prefix, the name of its folder, and its files as relative path -> sha256."""
+
+    spec: str
+    prefix: str
+    name: str
+    manifest: BundleManifest
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """All that one run needs there. ``key`` names the installation, which is made again when any part of it changes."""
+
+    packed: list[Packed]
+    sources: dict[str, Source]  # sha256 -> where the bytes are
+    code: str  # sha256 of a JSON object, path -> text
+    key: str
+    wheels: dict[str, str] | None  # name -> sha256
+    own: bool  # a venv of its own, or the board's packages
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, smallest first, so that a mistake in the code shows before a large file is sent."""
+        sizes = {sha: len(s) if isinstance(s, bytes) else s.stat().st_size for sha, s in self.sources.items()}
+        return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+    @property
+    def agent_bytes(self) -> int:
+        """What an installation takes there beside the files."""
+        return VENV_BYTES if self.own else 0
+
+    def install(self) -> dict[str, Any]:
+        """The request for an installation."""
+        return {
+            "key": self.key, "code": self.code, "requirements": list(REQUIREMENTS), "wheels": self.wheels,
+            "own": self.own,
+        }  # fmt: skip
+
+
+def positions_of(plan: Plan) -> int:
+    """What a cache must hold for any setting of a plan."""
+    return max(setting.positions for setting in plan.settings())
+
+
+def pack(specs: Sequence[str], positions: int, wheels: Path | None = None, own: bool = True) -> Shipment:
+    """Check the bundles here and list what they and the agent consist of.
+
+    Args:
+        positions: that each bundle's cache must hold.
+        wheels: a folder of wheels for the board; None: it asks its own index.
+        own: install into a venv; False: use the packages of the board's Python.
+
+    Raises:
+        BundleError, DecoderError: a bundle that cannot be used or does not hold the asked positions.
+        BoardError: another runtime than bundles, or no wheels.
+    """
+    sources: dict[str, Source] = {}
+    packed = [_bundle(spec, positions, sources) for spec in specs]
+    code = _add(_code(), sources)
+    named = _wheels(wheels, sources) if wheels is not None and own else None
+    text = json.dumps([code, REQUIREMENTS, own, sorted((named or {}).items())])
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Shipment(packed, sources, code, key, named, own)
+
+
+def memory_needed(manifest: BundleManifest, positions: int) -> int:
+    """Bytes that a run of the bundle takes, as :func:`bench.measure.preflight.check_memory` counts them."""
+    return (bundle_facts(manifest).model_bytes or 0) + RUNTIME_ONNX + manifest.kv_bytes_per_token * positions
+
+
+def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
+    if spec.startswith(OTHER_RUNTIMES):
+        raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles and prepacked:BUNDLE")
+    prefix = PREPACKED if spec.startswith(PREPACKED) else ""
+    path = Path(spec.removeprefix(prefix)).resolve()
+    manifest = verify_files(path)
+    check_context(manifest, positions, spec)
+    files = {name: entry.sha256 for name, entry in manifest.files.items()}
+    files[MANIFEST] = sha256_file(path / MANIFEST)
+    sources.update({sha: path / name for name, sha in files.items()})
+    return Packed(spec, prefix, path.name, manifest, files)
+
+
+def _code() -> bytes:
+    files = sorted(path for pattern in CODE for path in PACKAGES.glob(pattern) if "__pycache__" not in path.parts)
+    return json.dumps({p.relative_to(PACKAGES).as_posix(): p.read_text(encoding="utf-8") for p in files}).encode()
+
+
+def _wheels(folder: Path, sources: dict[str, Source]) -> dict[str, str]:
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        raise BoardError(
+            f"no wheels in {folder}: fill it with `pip download --only-binary :all: --platform ... -d {folder} "
+            f"{' '.join(name.partition('>')[0] for name in REQUIREMENTS)}`"
+        )
+    named = {path.name: sha256_file(path) for path in found}
+    sources.update({sha: folder / name for name, sha in named.items()})
+    return named
+
+
+def _add(content: bytes, sources: dict[str, Source]) -> str:
+    sha = hashlib.sha256(content).hexdigest()
+    sources[sha] = content
+    return sha

@@ -1,0 +1,74 @@
+"""The measuring process of a remote run: ``python -m bench.remote.job FOLDER`` on the board.
+
+``FOLDER/job.json`` holds what to do; lines of JSON on standard output say how far it is, and ``FOLDER/result.json`` is
+what :func:`bench.measure.run.bench` or :func:`bench.costs.measure.measure_costs` returned there, so that a number means what a local
+one means.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from bench.costs.measure import measure_costs, write_costs
+from bench.measure.cores import physical_cores
+from bench.measure.plan import Plan
+from bench.measure.rounds import Progress
+from bench.measure.run import bench
+from bench.measure.store import write_result
+
+EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
+
+
+def main(folder: Path) -> int:
+    """Measure; the exit code, 2 where the request cannot be measured there."""
+    signal.signal(signal.SIGTERM, _end)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    specs = [prefix + str(folder / "bundles" / place) for prefix, place in job["specs"]]
+    told_at = 0.0
+
+    def progress(label: str, done: float, total: float) -> None:
+        nonlocal told_at
+        if done >= total or time.monotonic() - told_at >= EVERY_S:
+            told_at = time.monotonic()
+            _tell({"label": label, "done": done, "total": total})
+
+    try:
+        MEASURE[job["kind"]](job, specs, folder / "result.json", progress)
+    except Exception as error:
+        if getattr(error, "exit_code", None) is None:
+            raise
+        _tell({"refused": str(error).replace(f"{folder}/bundles/", "")})
+        return 2
+    return 0
+
+
+def _bench(job: dict[str, Any], specs: list[str], out: Path, progress: Progress) -> None:
+    write_result(out, bench(specs, Plan(**job["plan"]), names=job["names"], progress=progress))
+
+
+def _costs(job: dict[str, Any], stacks: list[str], out: Path, progress: Progress) -> None:
+    how = {name: job[name] for name in ("depth", "rounds", "seconds")}
+    counts = job["threads"] or [physical_cores()]
+    write_costs(out, measure_costs([Path(stack) for stack in stacks], counts, progress=progress, **how))
+
+
+MEASURE = {"bench": _bench, "costs": _costs}
+
+
+def _tell(document: dict[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)  # by an exception, so that a worker that runs is ended too
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,280 @@
+"""A run on boards, whatever is measured there: sent by hash, detached, followed, fetched, and nothing left.
+
+Only what is needed goes to a board (``bench.remote.files``), and the run there is detached from the connection
+(``devices.agent.run``). Several boards run at the same time, as they share nothing.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from bench.measure.rounds import Progress
+from bench.measure.signals import until_done
+from bench.remote.board import Board, Say
+from bench.remote.files import RESERVE_BYTES, Shipment, memory_needed
+from bench.remote.left import noted_run
+from bench.remote.ways import Way, way_to
+from devices.common.files import parse_json
+from devices.transport import BoardError, printable
+
+CLOCK_S = 300.0  # by which a board's clock may be off before it is said
+LEASE_S = 900.0  # a run that nobody follows for so long ends itself
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Errand(Generic[T]):
+    """What boards shall do.
+
+    Attributes:
+        job: what the measuring process is told beside the places of the bundles, by its ``kind`` (bench.remote.job).
+        positions: of each bundle's cache, for what memory is needed; None: the measuring process sees to it.
+        read: makes the answer of the board's name and the document that was written there. A document that is none
+            raises TypeError, KeyError, AttributeError or ValueError.
+    """
+
+    job: Mapping[str, Any]
+    positions: int | None
+    read: Callable[[str, Any], T]
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What one board gave: a result or the reason why there is none."""
+
+    url: str
+    result: T | None = None
+    error: BoardError | None = None
+
+
+def ways_to(urls: Sequence[str]) -> list[Way]:
+    """How the boards are reached.
+
+    Raises:
+        BoardError: a URL that names no board, or one board twice.
+    """
+    ways = [way_to(url) for url in urls]
+    if len({way.name for way in ways}) != len(ways):  # ssh://board/ is ssh://board
+        raise BoardError("a board is named twice: name each once")
+    return ways
+
+
+def run_on_all(
+    ways: Sequence[Way],
+    shipment: Shipment,
+    errand: Errand[T],
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> list[Answer[T]]:
+    """Run on every board, all at once; one answer per board, in their order.
+
+    An interrupt cleans the boards up before it goes on. ``progress`` and ``say`` are called from several threads, one
+    at a time.
+    """
+    stop, shown = threading.Event(), _Shown(len(ways), progress, say)
+    with ThreadPoolExecutor(len(ways)) as pool:
+        futures = [pool.submit(_answer, way, shipment, errand, stop, shown) for way in ways]
+        try:
+            until_done(futures)
+        except BaseException:
+            stop.set()
+            raise
+    return [future.result() for future in futures]
+
+
+def run_on(board: Board, shipment: Shipment, errand: Errand[T], progress: Progress | None = None) -> T:
+    """Run on one board; it is left clean whatever happens.
+
+    Raises:
+        BoardError: naming the board and what to do.
+    """
+    told = progress or (lambda label, done, total: None)
+    _preflight(board, shipment, errand.positions)
+    with noted_run(board) as run:
+        try:
+            there = board.insist("take", more=lambda: _take(run, shipment))
+            _push(board, shipment, there["missing"], told)
+            if not there["installed"]:
+                told("install, numpy and onnxruntime", 0, 1)
+                board.insist("install", more=shipment.install)
+            board.insist("start", more=lambda: _start(run, shipment, errand))
+            done = _follow(board, run, told)
+            _check_end(board, done)
+            return _fetched(board, board.insist("fetch", more=lambda: {"run": run}), errand)
+        except KeyError as error:
+            raise board.garbage(f"an answer without {error}") from None
+        finally:
+            board.clean(run)
+
+
+def own_version() -> dict[str, str]:
+    """Of saap here: the code that ran there is this one."""
+    try:
+        return {"saap": metadata.version("saap")}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def _answer(way: Way, shipment: Shipment, errand: Errand[T], stop: threading.Event, shown: _Shown) -> Answer[T]:
+    try:
+        with way.held(stop, shown.say) as transport:
+            board = Board(transport, stop, shown.say)
+            return Answer(way.name, result=run_on(board, shipment, errand, shown.of(way.name)))
+    except BoardError as error:
+        return Answer(way.name, error=error)
+    finally:
+        shown.ended(way.name)
+
+
+def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
+    """Python, memory and clock; the lock, disk and packages are looked at in the requests that need them."""
+    facts = board.ask("hello")
+    try:
+        left, off = facts["available_bytes"], float(facts["time"]) - time.time()
+        left = None if left is None else int(left)
+    except (KeyError, TypeError, ValueError):
+        raise board.garbage("no facts") from None
+    if left is not None and positions is not None:
+        for packed in shipment.packed:
+            needed = memory_needed(packed.manifest, positions)
+            if needed > left:
+                raise BoardError(
+                    f"{board.name}: {packed.spec} needs about {needed / 1e6:.0f} MB there and {left / 1e6:.0f} MB are "
+                    "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
+                )
+    if abs(off) > CLOCK_S:
+        board.say(f"{board.name}: its clock is off by {abs(off):.0f} s: times in the result are the board's")
+
+
+def _take(run: str, shipment: Shipment) -> dict[str, Any]:
+    owner = f"{_user()}@{socket.gethostname()}"
+    return {
+        "run": run, "owner": owner, "files": shipment.sizes, "key": shipment.key, "reserve": RESERVE_BYTES,
+        "agent_bytes": shipment.agent_bytes,
+    }  # fmt: skip
+
+
+def _push(board: Board, shipment: Shipment, missing: dict[str, int], told: Progress) -> None:
+    sizes = shipment.sizes
+    if not isinstance(missing, dict) or any(sha not in sizes for sha in missing):
+        raise board.garbage("files that were not asked for")
+    if not all(isinstance(there, int) and 0 <= there <= sizes[sha] for sha, there in missing.items()):
+        raise board.garbage("other sizes than files have")
+    total, sent = sum(sizes[sha] - there for sha, there in missing.items()) / 1e6, 0.0
+    for sha, there in missing.items():
+        begin = sent - there / 1e6
+        board.push(sha, shipment.sources[sha], there, lambda at, begin=begin: told("push, MB", begin + at / 1e6, total))  # type: ignore[misc]
+        sent += (sizes[sha] - there) / 1e6
+    if missing:
+        told("push, MB", total, total)
+
+
+def _start(run: str, shipment: Shipment, errand: Errand[Any]) -> dict[str, Any]:
+    places = [[packed.prefix, f"{index}/{packed.name}"] for index, packed in enumerate(shipment.packed)]
+    return {
+        "run": run,
+        "key": shipment.key,
+        "bundles": [{"name": packed.name, "files": packed.files} for packed in shipment.packed],
+        "job": {**errand.job, "specs": places},
+        "lease_s": LEASE_S,
+    }
+
+
+def _follow(board: Board, run: str, told: Progress) -> dict[str, Any]:
+    """Until the run has ended, over as many connections as it takes."""
+    offset, refused = 0, ""
+
+    def hear(document: dict[str, Any]) -> None:
+        nonlocal offset, refused
+        if "line" not in document:
+            return
+        try:
+            offset = int(document["at"])
+            line = parse_json(document["line"])
+            if "refused" in line:
+                refused = printable(line["refused"])
+            elif "label" in line:
+                told(printable(line["label"]), float(line["done"]), float(line["total"]))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return  # a library printed something there
+
+    done = board.insist("follow", told=hear, more=lambda: {"run": run, "offset": offset})
+    return {**done, "refused": refused} if refused else done
+
+
+def _check_end(board: Board, done: dict[str, Any]) -> None:
+    if done.get("rebooted"):
+        raise BoardError(
+            f"{board.name}: it rebooted in the middle of the run, which is INVALID: see to its power and cooling, "
+            "and measure again"
+        )
+    if done.get("refused"):
+        raise BoardError(f"{board.name}: {done['refused']}")
+    if done.get("error") or done.get("code") != 0:
+        raise BoardError(f"{board.name}: the run failed: {printable(done.get('error', 'no reason'))}")
+
+
+def _fetched(board: Board, fetched: dict[str, Any], errand: Errand[T]) -> T:
+    """The document that was written there, whole and of what was asked for."""
+    try:
+        text = str(fetched["result"])
+        if hashlib.sha256(text.encode()).hexdigest() != fetched["sha256"]:
+            raise ValueError("another hash")
+        return errand.read(board.name, parse_json(text))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise board.garbage(f"a result with {error}") from None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return "somebody"
+
+
+class _Shown:
+    """Progress of several boards as one: each is worth one, and the label tells of whichever moved."""
+
+    def __init__(self, boards: int, progress: Progress | None, say: Say | None) -> None:
+        self._boards, self._progress, self._say = boards, progress, say
+        self._lock, self._done = threading.Lock(), dict[str, float]()
+
+    def of(self, url: str) -> Progress:
+        """What one board calls."""
+
+        def told(label: str, done: float, total: float) -> None:
+            with self._lock:
+                if self._progress is None:
+                    return
+                what, _, rest = label.partition(", ")
+                if self._boards == 1:
+                    self._progress(f"{what}, {url}: {rest}" if rest else f"{what}, {url}", done, total)
+                    return
+                if what == "bench":
+                    self._done[url] = done / total if total else 0.0
+                self._progress(f"boards, {url}: {label}", sum(self._done.values()), self._boards)
+
+        return told
+
+    def ended(self, url: str) -> None:
+        """A board is done, whether it measured or not."""
+        with self._lock:
+            self._done[url] = 1.0
+            if self._progress is not None and self._boards > 1:
+                self._progress(f"boards, {url}: ended", sum(self._done.values()), self._boards)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        with self._lock:
+            if self._say is not None:
+                self._say(text)

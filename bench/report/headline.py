@@ -1,0 +1,175 @@
+"""The headline of a report: which two measurements are set against each other, and the cards that say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from bench.judge.comparison import decisive_values, metric_of
+from bench.judge.statistics import bootstrap_ratio
+from bench.measure.result import INVALID, Measurement, Result
+from bench.report.tables import table_rows
+from bench.report.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measurement with the result that it belongs to and the name under which the page shows it."""
+
+    result: Result
+    measurement: Measurement
+    row: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline number: the candidate's value, and how it stands to the baseline's."""
+
+    title: str
+    value: str
+    unit: str
+    rows: list[tuple[str, str]]  # name and value of baseline and candidate
+    ratio: str | None = None  # candidate / baseline
+    refused: str | None = None  # why there is no ratio, or why the value is not to be believed
+    gain: bool = False  # the ratio is of something that was to change
+    note: str = ""
+
+
+def entries_of(results: Sequence[Result]) -> list[Entry]:
+    """All measurements in order; the test and the thread count join the name where they vary."""
+    found = [
+        (result, measurement, row)
+        for result in results
+        for measurement, row in zip(result.measurements, table_rows(result), strict=True)
+    ]
+    tests, widths = ({getattr(m, name) for _, m, _ in found} for name in ("test", "n_threads"))
+
+    def name(m: Measurement) -> str:
+        threads = f"{m.n_threads} thread{'s' * (m.n_threads != 1)}"
+        return ", ".join([m.name, *([m.test] * (len(tests) > 1)), *([threads] * (len(widths) > 1))])
+
+    return [Entry(result, m, row, name(m)) for result, m, row in found]
+
+
+def model_of(entry: Entry, names: Sequence[str]) -> str | None:
+    """Which of the names that `saap eval` gave, which are paths, is the measured model's; None where that is not clear.
+
+    `saap bench` names the last part of a path, so the paths themselves come first; last parts count where they are one
+    model's.
+    """
+    spec, name = plain(entry.measurement.spec), plain(entry.measurement.name)
+    for same in (spec, spec.partition(":")[2], name):
+        if same in names:
+            return same
+    short = [each for each in names if PurePath(each).name == PurePath(spec).name == name]
+    return short[0] if len(short) == 1 else None
+
+
+def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
+    """Baseline and candidate: two bundles of one result with equal settings.
+
+    The baseline is the one whose name says dense, else the first; the candidate is the first other one. A lone
+    measurement is its own baseline.
+    """
+
+    def settings(entry: Entry) -> tuple[Any, ...]:
+        return id(entry.result), *entry.measurement.key[1:]
+
+    measured = [entry for entry in entries if entry.measurement.samples]
+    bundles = [entry for entry in measured if entry.measurement.kind == "onnx"]
+    # One spec twice is there for the noise floor.
+    pool = bundles if len({entry.measurement.spec for entry in bundles}) > 1 else measured
+    for baseline in sorted(pool, key=lambda entry: "dense" not in entry.measurement.name.lower()):
+        for candidate in pool:
+            other = candidate.measurement.spec != baseline.measurement.spec
+            if other and settings(candidate) == settings(baseline):
+                return baseline, candidate
+    return (pool[0], pool[0]) if pool else None
+
+
+def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, Any]]) -> list[Card]:
+    """Size, speed, memory and quality; fewer where there is nothing to say."""
+    cards = [_size_card(*pair), _speed_card(*pair), _memory_card(*pair)] if pair else []
+    quality_card = _quality_card(pair, quality)
+    return [*cards, quality_card] if quality_card else cards
+
+
+def _size_card(old: Entry, new: Entry) -> Card:
+    before, after = old.measurement.model.model_bytes, new.measurement.model.model_bytes
+    return Card(
+        "Size",
+        megabytes(after),
+        "MB",
+        _rows(old, megabytes(before), new, megabytes(after)),
+        ratio=_ratio(before, after) if old is not new else None,
+        gain=True,
+        note="weights and graph on disk",
+    )
+
+
+def _memory_card(old: Entry, new: Entry) -> Card:
+    before, after = old.row["peak_decode_bytes"], new.row["peak_decode_bytes"]
+    refused = _refused(old, new)
+    return Card(
+        "Memory",
+        megabytes(after),
+        "MB",
+        _rows(old, megabytes(before), new, megabytes(after)),
+        ratio=_ratio(before, after) if old is not new and not refused else None,
+        refused=refused,
+        gain=True,
+        note="peak of the process while decoding",
+    )
+
+
+def _speed_card(old: Entry, new: Entry) -> Card:
+    metric, threads = metric_of(new.measurement), new.measurement.n_threads
+    before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
+    note = f"{metric}, median of {len(new.measurement.samples)}, {threads} thread{'s' * (threads != 1)}"
+    refused, ratio = _refused(old, new), None
+    if old is not new and not refused:
+        # A pair is of one result: its repetitions were taken in turn, and `saap bench` says the same ratio of them.
+        times = decisive_values(new.measurement, old.measurement)
+        middle, low, high = bootstrap_ratio(*times, paired=True)
+        ratio = f"{middle:.2f}{TIMES}"
+        bounded = math.isfinite(high)
+        note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"
+    return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note)
+
+
+def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, Any]]) -> Card | None:
+    if not rows:
+        return None
+    by_name = {plain(row.get("name")): row for row in rows}
+    known = [by_name[name] for entry in pair or () if (name := model_of(entry, list(by_name)))]
+    old, new = (known[0], known[-1]) if known else (rows[0], rows[-1])
+    top1 = as_float(new.get("top1"))
+    note = "" if top1 is None else f"{percent(top1)} same top token as the dense model"
+    before, after = as_float(old.get("perplexity")), as_float(new.get("perplexity"))
+    if after is not None:
+        values = [
+            (plain(row.get("name")), number(row.get("perplexity"))) for row in ([new] if old is new else [old, new])
+        ]
+        return Card(
+            "Quality", number(after), "perplexity", values, _ratio(before, after) if old is not new else None, note=note
+        )
+    if (kl := as_float(new.get("kl"))) is not None:
+        return Card("Quality", number(kl, 3), "nats", [(plain(new.get("name")), "KL to dense")], note=note)
+    return None
+
+
+def _rows(old: Entry, before: str, new: Entry, after: str) -> list[tuple[str, str]]:
+    return [(new.name, after)] if old is new else [(old.name, before), (new.name, after)]
+
+
+def _ratio(before: float | None, after: float | None) -> str | None:
+    return f"{after / before:.2f}{TIMES}" if before and after else None
+
+
+def _refused(old: Entry, new: Entry) -> str | None:
+    invalid = list(dict.fromkeys(entry.name for entry in (old, new) if entry.measurement.status == INVALID))
+    return f"no ratio: {' and '.join(invalid)} INVALID" if invalid else None

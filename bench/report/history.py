@@ -1,0 +1,155 @@
+"""A folder of results over time: one document per run, series per device and setting, and where they step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.judge.comparison import decisive_values, metric_of
+from bench.judge.statistics import summarize
+from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.store import ResultError, read_result, result_text, write_result
+
+LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of one setting: seconds (per token, or of the prompt where nothing is generated), over its processes."""
+
+    created: str  # ISO 8601, UTC
+    file: str
+    median_s: float
+    q1_s: float
+    q3_s: float
+    repetitions: int
+    status: str  # OK | WARN
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one ``Measurement.key`` on one device in the order of time; INVALID ones are left out."""
+
+    fingerprint: str
+    device: str  # its name for people
+    name: str
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_threads: int
+    setting: str  # Measurement.test
+    metric: str  # decode | prefill
+    points: list[Point]
+
+    @property
+    def median_s(self) -> list[float]:
+        """The runs' medians."""
+        return [point.median_s for point in self.points]
+
+
+def add(folder: Path, result: Result) -> Path:
+    """Keep a result as ``<created>-<hash>.json``; the same one again changes nothing.
+
+    Raises:
+        ResultError: ``created`` is no time.
+    """
+    digest = hashlib.sha256(result_text(result).encode()).hexdigest()[:12]
+    path = folder / f"{_moment(result.created, 'the result'):%Y%m%dT%H%M%SZ}-{digest}.json"
+    if not path.exists():
+        write_result(path, result)
+    return path
+
+
+def series(folder: Path, progress: Progress | None = None) -> list[Series]:
+    """All series of a folder, ordered by device, name and setting.
+
+    Documents without a device fingerprint are in no series: they may be of any device.
+
+    Raises:
+        ResultError: no such folder, or a document that cannot be read; delete it.
+    """
+    if not folder.is_dir():
+        raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
+    found: dict[tuple[Any, ...], list[Point]] = {}
+    paths = sorted(folder.glob("*.json"))
+    for done, path in enumerate(paths, 1):
+        for key, point in _points(path, read_result(path)):
+            found.setdefault(key, []).append(point)
+        if progress:
+            progress("reading results", done, len(paths))
+    return [Series(*(*key, sorted(found[key], key=lambda p: (p.created, p.file)))) for key in sorted(found)]
+
+
+def change_points(values: Sequence[float]) -> list[int]:
+    """Indices at which the level of a series changes; each is the first value of a new level.
+
+    The logarithms are cut by PELT with a squared cost (Killick, Fearnhead and Eckley 2012; the package ``ruptures``)
+    and a penalty of 3 log n per cut (modified BIC, Zhang and Siegmund 2007), in units of the noise, which is told from
+    neighbours' differences. Outliers are drawn to 1.5 noises from the running median before, and a cut must then hold
+    on the values themselves: a Mann-Whitney test of the levels beside it.
+
+    Args:
+        values: positive, in the order of time.
+    """
+    import ruptures
+    from scipy.ndimage import median_filter
+
+    logs = np.log(np.asarray(values, dtype=np.float64))
+    if len(logs) < 2 * LEAST_SEGMENT:
+        return []
+    noise = float(np.median(np.abs(np.diff(logs)))) * 1.4826 / np.sqrt(2)
+    noise = max(noise, 1e-6)  # equal values have none, and still step
+    running = median_filter(logs, size=2 * LEAST_SEGMENT - 3, mode="nearest")
+    clipped = np.clip(logs, running - 1.5 * noise, running + 1.5 * noise) / noise
+    search = ruptures.KernelCPD(kernel="linear", min_size=LEAST_SEGMENT).fit(clipped[:, None])
+    cuts = search.predict(pen=3 * np.log(len(logs)))[:-1]
+    return _holding(logs, [int(cut) for cut in cuts])
+
+
+def _holding(logs: Any, cuts: list[int]) -> list[int]:
+    """The cuts without those whose levels do not differ, the weakest first, since its neighbours then grow."""
+    from scipy.stats import mannwhitneyu
+
+    alpha = min(0.01, 0.5 / len(logs))  # longer series offer more cuts to be wrong about
+    while cuts:
+        levels = np.split(logs, cuts)
+        p = [float(mannwhitneyu(a, b).pvalue) for a, b in pairwise(levels)]
+        weakest = int(np.argmax(p))
+        if p[weakest] < alpha:
+            break
+        cuts = cuts[:weakest] + cuts[weakest + 1 :]
+    return cuts
+
+
+def _points(path: Path, result: Result) -> Iterator[tuple[tuple[Any, ...], Point]]:
+    """Each measurement that can be believed: the fields of its series, and its point."""
+    created = _moment(result.created, str(path)).isoformat()
+    for m in result.measurements:
+        summary = summarize(decisive_values(m)[0]) if m.status != INVALID and m.samples else None
+        if summary and result.device.get("fingerprint") is not None:
+            centre = (summary.median, summary.q1, summary.q3)
+            yield _key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)
+
+
+def _key(device: dict[str, Any], m: Measurement) -> tuple[Any, ...]:
+    """The fields of ``Series`` before its points."""
+    name = str(device.get("board") or device.get("cpu_model") or "unknown device")
+    return (str(device["fingerprint"]), name, *m.key, m.test, metric_of(m))
+
+
+def _moment(created: str, source: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    except ValueError:
+        raise ResultError(
+            f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
+        ) from None
+    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)

@@ -1,0 +1,216 @@
+"""One self-contained page out of results: numbers first, then plots, quality, texts, and where it all comes from.
+
+The page loads nothing, runs no script, and treats every name and text as text. An INVALID measurement is shown with
+its reasons and never enters a ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.judge.quality import is_quality, read_quality
+from bench.measure.result import Result
+from bench.measure.store import read_result
+from bench.report import plots
+from bench.report.headline import Entry, cards_of, entries_of, pair_of
+from bench.report.plan_plot import kept_of, kept_picture, told_shares, told_threshold
+from bench.report.quality import sections_of, tradeoffs
+from bench.report.tables import detail_table
+from bench.report.wording import (
+    as_dict,
+    as_float,
+    as_list,
+    command_line,
+    megabytes,
+    millions,
+    number,
+    percent,
+    plain,
+    threads,
+)
+from devices.common.files import write_text
+
+MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
+
+
+def write_report(
+    results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None, history: Path | None = None
+) -> Path:
+    """Write the page, by rename.
+
+    Args:
+        results: documents of ``saap bench --json`` and of ``saap eval --json``; without any the page holds what
+            ``run`` tells.
+        out: the HTML file.
+        run: what ``saap run`` recorded: ``model``, ``steps``, ``plan``, ``quality``, ``parity``, ``texts``,
+            ``versions``; every key may be missing.
+        history: a folder of results over time (:mod:`bench.report.history`).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ResultError: a result, or a document of the history, cannot be read.
+        QualityError: a document of ``saap eval`` cannot be read.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    of_eval = {path for path in results if is_quality(path)}
+    qualities = [read_quality(path) for path in results if path in of_eval]
+    documents = [read_result(path) for path in results if path not in of_eval]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number,
+        millions=millions,
+        command_line=command_line,
+        megabytes=megabytes,
+        plain=plain,
+        percent=percent,
+        threads=threads,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        _context(documents, run or {}, qualities), history=_history(history)
+    )
+    write_text(out, page, errors="replace")  # JSON may hold half a surrogate pair, which no file can
+    return out
+
+
+def _context(results: Sequence[Result], run: Mapping[str, Any], qualities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    entries = entries_of(results)
+    sections = sections_of(results, run, qualities)
+    return {
+        "title": _title(run, entries),
+        "results": results,
+        "entries": entries,
+        "cards": cards_of(pair_of(entries), next((s["rows"] for s in sections if s["measured"]), [])),
+        "plots": _plots(entries),
+        "tradeoffs": tradeoffs(entries, sections),
+        "plan": _plan(run),
+        "qualities": sections,
+        "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
+        "texts": [_text(text) for text in as_list(run.get("texts"))],
+        "steps": [_step(step) for step in as_list(run.get("steps"))],
+        "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
+        "unknown": _unknown(entries),
+        "details": [detail_table(result) for result in results],
+        "several_tests": len({entry.measurement.test for entry in entries}) > 1,
+        "several_devices": len({_device_name(result) for result in results}) > 1,
+        "device_name": _device_name,
+        "device_facts": _device_facts,
+    }
+
+
+def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Caption, description and markup of each plot; the markup is ours, with every name escaped by matplotlib."""
+    from markupsafe import Markup
+
+    known = [entry for entry in entries if entry.measurement.samples]
+    if not known:
+        return []
+    shown = known[:MOST_DRAWN]
+    more = f" The first {len(shown)} of {len(known)} are drawn, the tables hold all." if len(known) > len(shown) else ""
+    measurements, names = [entry.measurement for entry in shown], [entry.name for entry in shown]
+    ceilings = [entry.row["ceiling_ts"] for entry in shown]
+    rates = "; ".join(f"{entry.name} {number(entry.row['decode_ts'])} tok/s" for entry in shown)
+    peaks = "; ".join(f"{entry.name} {megabytes(entry.row['peak_decode_bytes'])} MB" for entry in shown)
+    return [
+        {
+            "title": "Decode speed",
+            "text": "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
+            f"The dashed line is what the probed memory bandwidth allows.{more}",
+            "label": f"Decode speed, medians: {rates}",
+            "svg": Markup(plots.decode_rates(measurements, ceilings, names)),
+        },
+        {
+            "title": "Time per token over the run",
+            "text": "Median over the repetitions, shaded between the quartiles. "
+            f"A rising line is the growing cache, or heat.{more}",
+            "label": "Time per token over the run, a line per measurement",
+            "svg": Markup(plots.token_times(measurements, names)),
+        },
+        {
+            "title": "Memory",
+            "text": f"Resident memory of the measured process: the largest over the repetitions.{more}",
+            "label": f"Memory, peak while decoding: {peaks}",
+            "svg": Markup(plots.memory_phases(measurements, names)),
+        },
+    ]
+
+
+def _history(folder: Path | None) -> list[dict[str, Any]]:
+    if folder is None:
+        return []
+    from bench.report.history import series
+    from bench.report.history_plot import history_panels
+
+    return history_panels(series(folder))
+
+
+def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    from markupsafe import Markup
+
+    plan = as_dict(run.get("plan"))
+    if not plan:
+        return None
+    kept = kept_of(plan)
+    return {
+        "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
+        "svg": Markup(kept_picture(kept)) if kept else None,
+        "label": f"What is kept: {told_shares(kept)}" if kept else None,
+        "priced": bool(kept and kept.prices is not None),
+        "threshold": told_threshold(plan),
+    }
+
+
+def _step(step: Any) -> dict[str, Any]:
+    step = as_dict(step)
+    return {
+        "name": step.get("name"),
+        "command": command_line(step.get("command")),
+        "seconds": as_float(step.get("seconds")),
+    }
+
+
+def _text(text: Any) -> dict[str, Any]:
+    text = as_dict(text)
+    return {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
+
+
+def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
+    """What is null and why, once per field."""
+    reasons: dict[str, str] = {}
+    for entry in entries:
+        measurement = entry.measurement
+        parts = [measurement.unknown, measurement.model.unknown, *(sample.unknown for sample in measurement.samples)]
+        for unknown in (*parts, *(bandwidth.unknown for bandwidth in entry.result.bandwidth)):
+            for field, reason in unknown.items():
+                reasons.setdefault(field, reason)
+    return reasons
+
+
+def _title(run: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    if run.get("model"):
+        return plain(run["model"])
+    names = list(dict.fromkeys(entry.measurement.name for entry in entries))
+    return " · ".join(names[:3]) or "saap report"
+
+
+def _device_name(result: Result) -> str:
+    return plain(result.device.get("board") or result.device.get("cpu_model") or "unknown device")
+
+
+def _device_facts(result: Result) -> dict[str, str]:
+    """Everything the probe knew, one level deep, in its own words; bytes get a readable size beside them."""
+    return {
+        key: f"{megabytes(value)} MB" if key.endswith("_bytes") and as_float(value) is not None else plain(value)
+        for key, value in result.device.items()
+        if value is not None
+    }

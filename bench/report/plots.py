@@ -1,0 +1,225 @@
+"""The plots of the report as inline SVG: drawn by matplotlib, coloured by the page.
+
+Colours are placeholders that become CSS variables, and text stays text in the page's font, so one drawing serves the
+light and the dark page, is small, and can be read by a screen reader.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from bench.judge.statistics import summarize
+from bench.measure.result import INVALID, Measurement
+
+SERIES = 6  # colours that the page has, --s1 to --s6
+INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
+_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"} | {
+    f"#0a0b{index:02x}": f"--s{index}" for index in range(1, SERIES + 1)
+}
+_WIDTH = 4.4  # inches at 100 px: narrow, so that letters stay legible on a phone
+_MOST_POINTS = 256  # of a line; longer runs are binned
+
+
+def series_colour(index: int) -> str:
+    """Placeholder of the ``index``-th series colour, from 0; they repeat after ``SERIES``."""
+    return f"#0a0b{index % SERIES + 1:02x}"
+
+
+def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float | None], names: Sequence[str]) -> str:
+    """Tokens per second: one row per measurement, a dot per repetition, the median and the bandwidth ceiling."""
+
+    def draw(axes: Any) -> None:
+        for row, (measurement, ceiling) in enumerate(zip(measurements, ceilings, strict=True)):
+            rates = measurement.decode_ts
+            # Dots are spread in the order they were measured, so drift within the run shows as a slope.
+            spread = np.linspace(-0.16, 0.16, len(rates)) if len(rates) > 1 else np.zeros(len(rates))
+            fill = "none" if measurement.status == INVALID else series_colour(row)
+            axes.scatter(rates, row + spread, s=22, facecolors=fill, edgecolors=series_colour(row), alpha=0.8)
+            told = ""
+            if centre := summarize(rates):
+                axes.plot([centre.median] * 2, [row - 0.26, row + 0.26], color=INK, linewidth=1.6)
+                told = f"{centre.median:.1f}"
+            if ceiling is not None:
+                axes.plot([ceiling] * 2, [row - 0.26, row + 0.26], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
+                told += f", ceiling {ceiling:.0f}"
+            # Name and numbers have a line of their own, where no dot can meet them.
+            across = axes.get_yaxis_transform()
+            axes.text(0, row - 0.33, label(names[row]), va="bottom", color=INK, transform=across)
+            axes.text(1, row - 0.33, told, va="bottom", ha="right", color=INK, transform=across)
+        axes.set_yticks([])
+        axes.set_ylim(len(names) - 0.5, -0.75)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("generated tokens per second")
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+
+    return drawing(draw, 0.75 * len(names) + 0.7, "decode")
+
+
+def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
+    """Milliseconds per token over the run: median of the repetitions, shaded from the first to the third quartile."""
+
+    def draw(axes: Any) -> None:
+        top, centres = 0.0, []
+        for index, measurement in enumerate(measurements):
+            times = np.array([sample.token_s for sample in measurement.samples], dtype=np.float64) * 1e3
+            if not times.size:
+                continue
+            position, times = _binned(times)
+            low, middle, high = np.percentile(times, [25, 50, 75], axis=0)
+            axes.fill_between(position, low, high, color=series_colour(index), alpha=0.18, linewidth=0)
+            axes.plot(position, middle, color=series_colour(index), linewidth=1.4, label=label(names[index]))
+            # A single slow token must not flatten the lines; it still enters every statistic.
+            top = max(top, float(np.percentile(high, 99)), float(np.percentile(middle, 99)) * 1.1)
+            centres.append(float(np.median(middle)))
+        far_apart = bool(centres) and max(centres) > 4 * min(centres)
+        if far_apart:
+            _plain_log_scale(axes)
+        axes.set_ylim(min(centres) / 2 if far_apart else 0, top * (1.6 if far_apart else 1.15) or 1)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("generated token")
+        axes.set_ylabel("ms per token (log)" if far_apart else "ms per token")
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        _legend(axes)
+
+    return drawing(draw, 2.9 + _legend_inches(len(names)), "times")
+
+
+def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
+    """Megabytes per measurement: peak while loading, peak while decoding, and what is resident at the end."""
+    phases = [
+        ("peak, loading", "peak_load_bytes", 0.35),
+        ("peak, decoding", "peak_decode_bytes", 1.0),
+        ("end, private", "anonymous_bytes", 0.7),
+        ("end, mapped files", "file_bytes", 0.5),
+    ]
+
+    def draw(axes: Any) -> None:
+        height = 0.8 / len(measurements)
+        for index, measurement in enumerate(measurements):
+            for row, (_, field, alpha) in enumerate(phases):
+                value = measurement.peak(field)
+                at = row - 0.4 + height * (index + 0.5)
+                if value is None:
+                    axes.annotate(" unknown", (0, at), va="center", color=MUTED, fontsize=9)
+                    continue
+                name = label(names[index]) if row == 1 else None
+                axes.barh(at, value / 1e6, height * 0.86, color=series_colour(index), alpha=alpha, label=name)
+                axes.annotate(f" {value / 1e6:.0f}", (value / 1e6, at), va="center", color=INK, fontsize=9)
+        axes.set_yticks(range(len(phases)), [name for name, _, _ in phases])
+        axes.set_ylim(len(phases) - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("MB (10⁶ bytes)")
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        _legend(axes)
+
+    height = 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)) + _legend_inches(len(names))
+    return drawing(draw, height, "memory")
+
+
+def label(name: str, most: int = 34) -> str:
+    """A name that a plot can hold: printable, and shortened in the middle, since both ends tell models apart."""
+    text = "".join(character if character.isprintable() else "?" for character in name)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
+def _binned(times: Any) -> tuple[Any, Any]:
+    """Token positions and times [repetitions, points]; a long run becomes medians of equal stretches."""
+    count = times.shape[1]
+    if count <= _MOST_POINTS:
+        return np.arange(1, count + 1), times
+    parts = np.array_split(np.arange(count), _MOST_POINTS)
+    return np.array([part.mean() + 1 for part in parts]), np.stack([np.median(times[:, p], axis=1) for p in parts], 1)
+
+
+def _plain_log_scale(axes: Any) -> None:
+    """A logarithmic y axis with ticks 5, 10, 20; powers of ten would need mathematics, which is off for the names."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, ncols=1)
+
+
+def _legend_inches(rows: int) -> float:
+    """What a legend of more rows than a plot has room for adds to its height."""
+    return 0.2 * max(0, rows - 4)
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    import matplotlib as mpl
+
+    return mpl.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,  # ids are the same in every run, and differ between the plots of a page
+            "text.parse_math": False,  # a $ in a model's name is a $
+            "font.size": 10,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": MUTED,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "xtick.labelcolor": INK,
+            "ytick.labelcolor": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+        }
+    )
+
+
+def drawing(
+    draw: Callable[[Any], None],
+    height: float,
+    salt: str,
+    panels: int = 1,
+    width: float = _WIDTH,
+    ratios: Sequence[float] | None = None,
+) -> str:
+    """What ``draw`` draws on axes (a list of them for several panels), in the page's colours. ``salt`` makes ids.
+
+    Args:
+        height: inches, as ``width``; ``ratios``: of the panels' heights.
+    """
+    from matplotlib.figure import Figure
+
+    with _style(salt), warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks are drawn by the page's.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots(panels, 1, sharex=True, height_ratios=ratios) if panels > 1 else figure.subplots())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _for_the_page(text.getvalue())
+
+
+def _for_the_page(svg: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r"<[^>]*>", _restyled, svg)  # not between tags, where a model may be called like a style
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def _restyled(tag: re.Match[str]) -> str:
+    """A tag with the page's colours and without matplotlib's list of fonts, which would win over the page's family."""
+    text = tag[0]
+    for placeholder, variable in _COLOURS.items():
+        text = text.replace(placeholder, f"var({variable})")
+    text = re.sub(r"font: (?:[\w ]*?)([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    return re.sub(r"font-family: [^;\"]*;?", "", text)

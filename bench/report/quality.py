@@ -1,0 +1,171 @@
+"""What a report says of quality: perplexities with their protocol, zero-shot tasks, and quality against its price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from bench.judge.quality import metric_of
+from bench.measure.result import INVALID, Result
+from bench.report.headline import Entry, model_of
+from bench.report.pareto import Point, pareto_front, pareto_plot
+from bench.report.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
+
+PRICES = (  # title, what the axis says, field of a row, factor, digits
+    ("speed", "ms per generated token", "decode_ts", 1e3, 2),
+    ("size", "MB on disk", "model_bytes", 1e-6, 1),
+    ("energy", "joules per generated token", "joules_per_token", 1.0, 3),
+)
+
+
+def sections_of(
+    results: Sequence[Result], run: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Protocol, rows and tasks; documents of one protocol are shown together, others never in one table.
+
+    Nor are tasks on other examples. What two documents call alike and found to be different is numbered.
+    """
+    sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results), *map(as_dict, documents)]
+    sections: list[dict[str, Any]] = []
+    for source in sources:
+        protocol = as_dict(source.get("protocol"))
+        rows = [as_dict(row) for row in as_list(source.get("rows"))]
+        tasks = [as_dict(row) for row in as_list(source.get("tasks"))]
+        if not rows:
+            continue
+        same = next((s for s in sections if s["protocol"] == protocol and _same_examples(s["tasks"], tasks)), None)
+        if same is None:
+            sections.append(same := {"protocol": protocol, "rows": [], "tasks": []})
+        _join(same, rows, tasks)
+    for section in sections:
+        section["measured"] = any(as_float(r.get("perplexity")) or as_float(r.get("kl")) for r in section["rows"])
+        section["task_table"] = task_table(section["tasks"])
+    return sections
+
+
+def _same_examples(some: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether tasks that both hold are of the same file and the same examples of it."""
+    found = {plain(row.get("task")): _examples(row) for row in some}
+    return all(found.get(plain(row.get("task")), _examples(row)) == _examples(row) for row in others)
+
+
+def _examples(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    return plain(row.get("sha256")), [plain(as_dict(each).get("index")) for each in as_list(row.get("examples"))]
+
+
+def _join(section: dict[str, Any], rows: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]]) -> None:
+    """Add a document's rows to a section; what is there already is not shown twice."""
+    held = {plain(row.get("name")): row for row in section["rows"]}
+    scores = {(plain(row.get("model")), plain(row.get("task"))): row for row in section["tasks"]}
+    renamed: dict[str, str] = {}
+    for row in rows:
+        name = plain(row.get("name"))
+        mine = [task for task in tasks if plain(task.get("model")) == name]
+        again = [scores.get((name, plain(task.get("task"))), task) == task for task in mine]
+        if name in held and not (held[name] == row and all(again)):
+            renamed[name] = next(new for n in count(2) if (new := f"{name} #{n}") not in held)
+        if renamed.get(name, name) not in held:
+            section["rows"].append({**row, "name": renamed.get(name, row.get("name"))})
+    for task in tasks:
+        name = plain(task.get("model"))
+        if (renamed.get(name, name), plain(task.get("task"))) not in scores:
+            section["tasks"].append({**task, "model": renamed.get(name, task.get("model"))})
+
+
+def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Header and rows of accuracies, acc_norm where a task has it, with standard errors and their mean."""
+    if not tasks:
+        return None
+    names = list(dict.fromkeys(plain(row.get("task")) for row in tasks))
+    models = list(dict.fromkeys(plain(row.get("model")) for row in tasks))
+    found = {(plain(row.get("model")), plain(row.get("task"))): row for row in tasks}
+    rows = []
+    for model in models:
+        scores = [_score(found.get((model, name), {})) for name in names]
+        known = [value for value, _ in scores if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(names) else None
+        rows.append([model, *map(_told, scores), UNKNOWN if mean is None else percent(mean)])
+    counts = {
+        name: max(len(as_list(row.get("examples"))) for row in tasks if plain(row.get("task")) == name)
+        for name in names
+    }
+    return {"header": ["model", *(f"{name} ({counts[name]})" for name in names), "mean"], "rows": rows}
+
+
+def tradeoffs(entries: Sequence[Entry], sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Quality against speed, size and energy: a plot for each price that two models or more were measured at."""
+    from markupsafe import Markup
+
+    plots = []
+    for section in sections:
+        quality, what, less = _quality_by_name(section)
+        for title, axis, field, factor, digits in PRICES:
+            points = _points(entries, quality, field, factor)
+            if len({point.name for point in points}) < 2:
+                continue
+            front = {point.name for point in pareto_front(points, less)}
+            told = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
+            plots.append(
+                {
+                    "title": f"Quality against {title}",
+                    "text": f"{_where(section, sections)}{'Lower' if less else 'Higher'} is better, further left is "
+                    "cheaper; filled: no other model here is better at both.",
+                    "label": f"{what} against {axis}: {told}; best trade-offs: {', '.join(sorted(front))}",
+                    "svg": Markup(pareto_plot(points, axis, what, less)),
+                }
+            )
+    return plots
+
+
+def _where(section: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> str:
+    """Which text, where there are several protocols."""
+    protocol = section["protocol"]
+    if len(sections) == 1 or not protocol:
+        return ""
+    return f"{plain(protocol.get('text'))}, chunks of {plain(protocol.get('chunk'))}. "
+
+
+def _points(entries: Sequence[Entry], quality: Mapping[str, float], field: str, factor: float) -> list[Point]:
+    points: dict[tuple[str, float], Point] = {}
+    for entry in entries:
+        value, measured = as_float(entry.row.get(field)), quality.get(model_of(entry, list(quality)) or "")
+        valid = field == "model_bytes" or entry.measurement.status != INVALID
+        if value and measured is not None and valid:
+            price = factor / value if field == "decode_ts" else factor * value
+            points[entry.measurement.name if field == "model_bytes" else entry.name, price] = Point(
+                entry.measurement.name if field == "model_bytes" else entry.name, price, measured
+            )
+    return list(points.values())
+
+
+def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str, bool]:
+    """Quality of each model, what it is, and whether less is better: perplexity, or the mean of the tasks."""
+    perplexities = {
+        plain(row.get("name")): value
+        for row in section["rows"]
+        if (value := as_float(row.get("perplexity"))) is not None
+    }
+    if perplexities:
+        return perplexities, "perplexity", True
+    table: dict[str, list[float | None]] = {}
+    for row in section["tasks"]:
+        table.setdefault(plain(row.get("model")), []).append(_score(row)[0])
+    means = {
+        name: 100 * sum(v for v in values if v is not None) / len(values)
+        for name, values in table.items()
+        if None not in values
+    }
+    return means, "mean accuracy, %", False
+
+
+def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    metric = metric_of(row)
+    return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
+
+
+def _told(score: tuple[float | None, float | None]) -> str:
+    value, error = score
+    if value is None:
+        return UNKNOWN
+    return percent(value) if error is None else f"{percent(value)} ± {number(100 * error, 1)}"

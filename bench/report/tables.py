@@ -1,0 +1,199 @@
+"""The tables of a result: medians over repetitions, for people and machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from bench.judge.statistics import percentile, summarize
+from bench.measure.result import Measurement, Result
+from bench.power.sensors import NO_SENSOR
+from bench.report.wording import as_dict, as_list
+
+FORMATS = ("md", "csv", "json", "jsonl")
+_MARKS = re.compile(r"([\\`*_\[\]~$])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+class Table(NamedTuple):
+    """Text of a table; unknown is '-'."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def table_rows(result: Result) -> list[Row]:
+    """One row per measurement in base units; medians over repetitions, peaks as maxima, None where unknown."""
+    return [_row(result, m) for m in result.measurements]
+
+
+def main_table(result: Result) -> Table:
+    """What is asked for first; the test stands in it where there are several, energy where a sensor was read."""
+    rows = table_rows(result)
+    columns = [
+        _name,
+        *_test(rows),
+        _threads,
+        _number("prefill tok/s", "prefill_ts"),
+        _number("decode tok/s", "decode_ts"),
+        ("decode IQR", _quartiles),
+        _number("first token ms", "ttft_s", 1e3),
+        _number("peak load MB", "peak_load_bytes", 1e-6),
+        _number("peak decode MB", "peak_decode_bytes", 1e-6),
+        _number("% of ceiling", "ceiling_fraction", 100, 0),
+        *_where_known(rows, ("J/ token", _joules), "joules_per_token"),
+        ("status", lambda row: str(row["status"])),
+    ]
+    return _table(rows, columns)
+
+
+def detail_table(result: Result) -> Table:
+    """Loads, percentiles of single steps, bandwidth, and where the memory is."""
+    rows = table_rows(result)
+    columns = [
+        _name,
+        *_test(rows),
+        _threads,
+        _number("warm-up steps", "warmup_steps", 1.0, 0),
+        _number("load ms", "load_s", 1e3, 0),
+        _number("cold load ms", "cold_load_s", 1e3, 0),
+        _number("token p50 ms", "step_p50_s", 1e3, 2),
+        _number("p90 ms", "step_p90_s", 1e3, 2),
+        _number("p99 ms", "step_p99_s", 1e3, 2),
+        _number("read GB/s", "achieved_bytes_per_s", 1e-9),
+        _number("private MB", "anonymous_bytes", 1e-6),
+        _number("files MB", "file_bytes", 1e-6),
+        _number("PSS MB", "pss_bytes", 1e-6),
+        _number("available drop MB", "available_drop_bytes", 1e-6),
+        *_where_known(rows, _number("GPU MB", "gpu_bytes", 1e-6), "gpu_bytes"),
+        _number("KV MB", "kv_bytes", 1e-6),
+        _number("model MB", "model_bytes", 1e-6),
+    ]
+    return _table(rows, columns)
+
+
+def energy_notes(result: Result) -> list[str]:
+    """Which sensor the energy is from and what that covers; or why there is none, where a sensor could not be used."""
+    power = as_dict(result.settings.get("power"))
+    reasons = [str(reason) for reason in as_list(power.get("reasons"))]
+    if power.get("source") is None:
+        return [f"no energy: {reason}" for reason in reasons if reason != NO_SENSOR]
+    samples = [s for m in result.measurements for s in m.samples]
+    note = f"energy: {power['source']}, {power['scope']}: {power['covers']}"
+    if not any(s.energy for s in samples):
+        why = next((s.unknown["energy"] for s in samples if "energy" in s.unknown), "nothing was measured")
+        return [f"no energy of {power['source']}: {why}"]
+    idle = _median([s.energy.idle_w for s in samples if s.energy])
+    estimate = "an estimate, " if power.get("estimate") else ""
+    at_rest = "idle power unknown" if idle is None else f"idle {idle:.2f} W included"
+    return [f"{note} ({estimate}{at_rest})", *(f"passed over: {reason}" for reason in reasons)]
+
+
+def formatted(result: Result, form: str) -> str:
+    """The result in one of ``FORMATS``, ending with a newline.
+
+    ``md`` holds both tables; ``csv`` one line per measurement in base units.
+    """
+    if form == "md":
+        return f"{markdown(main_table(result))}\n{markdown(detail_table(result))}"
+    return _csv(table_rows(result))
+
+
+def markdown(table: Table) -> str:
+    """A table of GitHub's Markdown, in which every cell is plain text."""
+    lines = [table.header, ["---"] * len(table.header), *([markdown_cell(c) for c in row] for row in table.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Text that stays text in a table of GitHub's Markdown: no markup, no column, no line of its own."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return re.sub(r"[&<>|]", lambda found: _ENTITIES[found[0]], _MARKS.sub(r"\\\1", text))
+
+
+def _row(result: Result, m: Measurement) -> Row:
+    decode, ceiling, needed = m.decode, result.ceiling_ts(m), m.bytes_per_token
+    row = {
+        "name": m.name,
+        "test": m.test,
+        "n_prompt": m.n_prompt,
+        "n_gen": m.n_gen,
+        "n_depth": m.n_depth,
+        "n_threads": m.n_threads,
+        "provider": m.provider,
+        "repetitions": len(m.samples),
+        "prefill_ts": _median(m.prefill_ts),
+        "decode_ts": decode.median if decode else None,
+        "decode_q1": decode.q1 if decode else None,
+        "decode_q3": decode.q3 if decode else None,
+        **{f"step_p{percent}_s": percentile(m.steps_s, percent) for percent in (50, 90, 99)},
+        "ttft_s": _median([s.ttft_s for s in m.samples]),
+        "warmup_steps": _median([len(s.warmup_s) for s in m.samples]),
+        "load_s": _median([s.load_s for s in m.samples]),
+        "cold_load_s": m.cold_load_s,
+    }
+    for name in ("peak_load", "peak_decode", "anonymous", "file", "pss", "available_drop", "gpu"):
+        row[f"{name}_bytes"] = m.peak(f"{name}_bytes")
+    return row | {
+        "kv_bytes": m.kv_bytes,
+        "model_bytes": m.model.model_bytes,
+        "bytes_per_token": needed,
+        "achieved_bytes_per_s": decode.median * needed if decode and needed is not None else None,
+        "ceiling_ts": ceiling,
+        "ceiling_fraction": decode.median / ceiling if decode and ceiling else None,
+        "joules_per_token": _median(m.joules_per_token),
+        "energy_scope": next((s.energy.scope for s in m.samples if s.energy), None),
+        "energy_estimate": next((s.energy.estimate for s in m.samples if s.energy), None),
+        "status": m.status,
+        "reasons": m.reasons,
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    summary = summarize([value for value in values if value is not None])
+    return summary.median if summary else None
+
+
+_name: Column = ("name", lambda row: str(row["name"]))
+_threads: Column = ("threads", lambda row: str(row["n_threads"]))
+
+
+def _test(rows: Sequence[Row]) -> list[Column]:
+    return [("test", lambda row: str(row["test"]))] if len({row["test"] for row in rows}) > 1 else []
+
+
+def _where_known(rows: Sequence[Row], column: Column, key: str) -> list[Column]:
+    return [column] if any(row[key] is not None for row in rows) else []
+
+
+def _number(header: str, key: str, scale: float = 1.0, digits: int = 1) -> Column:
+    return header, lambda row: "-" if row[key] is None else f"{row[key] * scale:.{digits}f}"
+
+
+def _joules(row: Row) -> str:
+    about = "~" if row["energy_estimate"] else ""
+    return "-" if row["joules_per_token"] is None else f"{about}{row['joules_per_token']:.3f}"
+
+
+def _quartiles(row: Row) -> str:
+    return "-" if row["decode_q1"] is None else f"{row['decode_q1']:.1f}-{row['decode_q3']:.1f}"
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    return Table([header for header, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if rows:
+        writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow("; ".join(value) if isinstance(value, list) else value for value in row.values())
+    return text.getvalue()

@@ -1,0 +1,220 @@
+"""A bundle on an NVIDIA GPU by ONNX Runtime: weights, cache, ids, mask and logits stay there between the calls.
+
+Per token one id goes to the GPU and the logits come back, since greedy choice is made on the host; both are part of the
+step that is timed, and every call waits for the GPU before it returns, so that a clock around it reads the work and not
+its launch.
+
+* ``cuda``: past and present are one buffer of ``max_length`` positions, as GroupQueryAttention allows.
+* ``cuda`` with a CUDA graph: the step is captured when it runs first and replayed from then on, which needs shapes and
+  addresses that never change. So the mask has ``max_length`` positions, of which those in use are 1 (the count of ones
+  is what attention reads on the GPU); a prompt, whose length changes, is not captured. ONNX Runtime runs the first
+  step several times to capture it, all of them with the same result.
+* ``tensorrt``: standard operators concatenate the cache, so past and present are two buffers that take turns. TensorRT
+  cannot start from an empty cache; it gets one position that the mask hides, and position ids that do not count it.
+
+Tried with a fake GPU runtime that computes on the CPU and copies, synchronises and replays as CUDA does. Never on a
+GPU: what the tests show is that buffers, order and masks are right, not how fast it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.runtimes.onnxruntime import Ids, Logits, check_context, check_threads
+from bench.runtimes.providers import MASKED, GpuSession, check_provider, gpu_runtime, provider_options
+from bench.runtimes.session import DecoderError, first_line
+from export.bundle import DECODE_GRAPH, read_manifest, verify_files
+
+DEVICE = "cuda"  # where TensorRT's buffers are, too
+NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id
+
+
+class DeviceDecoder:
+    """A decoder on the GPU.
+
+    Args:
+        bundle_dir: the bundle.
+        threads: of ONNX Runtime on the host, which computes shapes only.
+        max_length: positions of the cache.
+        provider: cuda or tensorrt.
+        cuda_graph: replay decode steps as a CUDA graph; cuda only.
+        verify: check the files' hashes first, which reads them all.
+        runtime: the onnxruntime module, or another one in its place.
+
+    Attributes:
+        provider: as asked for.
+        gpu: the session and where its nodes are.
+
+    Raises:
+        BundleError: the bundle does not verify.
+        DecoderError: bundle and provider do not fit, context, threads, or a session that is not on the GPU.
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str | Path,
+        threads: int,
+        max_length: int,
+        provider: str,
+        *,
+        cuda_graph: bool = False,
+        verify: bool = True,
+        runtime: Any = None,
+    ) -> None:
+        directory = Path(bundle_dir)
+        self.manifest = verify_files(directory) if verify else read_manifest(directory)
+        self._ort = runtime or gpu_runtime()
+        check_provider(self.manifest, provider, str(directory), cuda_graph=cuda_graph, runtime=self._ort)
+        check_context(self.manifest, max_length, str(directory))
+        check_threads(threads)
+        self.provider, self._max_length, self._graph = provider, max_length, cuda_graph
+        providers = provider_options(self.manifest, provider, max_length, cuda_graph)
+        self.gpu = GpuSession(directory / DECODE_GRAPH, threads, providers, self._ort)
+        self._binding = self.gpu.session.io_binding()
+        self._takes_positions = any(i.name == "position_ids" for i in self.gpu.session.get_inputs())
+        self._shared = provider == "cuda"
+        self._hidden = 0 if self._shared else MASKED
+        try:
+            self._allocate()
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise DecoderError(
+                f"a cache of {max_length} positions cannot be made on the GPU ({first_line(error)}): ask for less"
+            ) from error
+        self._length = 0
+        self._start()
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the cache holds."""
+        return self._max_length
+
+    @property
+    def length(self) -> int:
+        """Positions in use."""
+        return self._length
+
+    def reset(self) -> None:
+        """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
+        if self._length:
+            self.gpu.sequence_ended()
+        self._length = 0
+        self._start()
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
+        prompt = np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
+        if not prompt.size:
+            raise DecoderError("an empty prompt has no next token: give at least one token")
+        total = self._total(prompt.size)
+        self._stepping = False
+        self._binding.bind_ortvalue_input("input_ids", self._on_device(prompt))
+        if self._takes_positions:
+            positions = np.arange(self._length, total, dtype=np.int64).reshape(1, -1)
+            self._binding.bind_ortvalue_input("position_ids", self._on_device(positions))
+        self._show_mask(total)
+        return self._run(total, self._eager)
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+        total = self._total(1)
+        if not self._stepping:
+            self._bind_step()
+        # Bound values of the host would be copied when they are bound and never again.
+        self._token.update_inplace(np.array([[token_id]], np.int64))
+        if self._takes_positions:
+            self._position.update_inplace(np.array([[self._length]], np.int64))
+        if self._graph:
+            self._mask_values[0, self._length] = 1
+            self._mask.update_inplace(self._mask_values)
+        else:
+            self._show_mask(total)
+        return self._run(total, self._captured)
+
+    def _total(self, count: int) -> int:
+        total = self._length + count
+        if total > self._max_length:
+            raise DecoderError(f"the cache holds {self._max_length} positions and {total} are needed: ask for less")
+        return total
+
+    def _run(self, total: int, options: Any) -> Logits:
+        try:
+            self.gpu.session.run_with_iobinding(self._binding, options)
+            self._binding.synchronize_outputs()
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise DecoderError(f"the provider {self.provider} failed: {first_line(error)}{_hint(error)}") from error
+        self._length = total
+        if not self._shared:
+            self._carry_cache()
+        logits: Logits = self._logits.numpy()[0, 0]
+        return logits
+
+    def _allocate(self) -> None:
+        capacity = self._hidden + self._max_length
+        self._token = self._on_device(np.zeros((1, 1), np.int64))
+        self._position = self._on_device(np.zeros((1, 1), np.int64))
+        shown = np.ones((1, capacity), np.int64)
+        shown[:, : self._hidden] = 0
+        self._shown = self._on_device(shown)
+        self._mask_values = np.zeros((1, self._max_length), np.int64)
+        self._mask = self._on_device(self._mask_values)  # of the CUDA graph
+        self._logits = self._on_device(np.zeros((1, 1, self.manifest.vocab_size), np.float32))
+        self._eager = self._options(NOT_CAPTURED) if self._graph else None
+        self._captured = self._options(STEP) if self._graph else None
+        self._cache = [
+            (f"{n}.{part}", self._on_device(np.zeros(self._cache_shape(layer.kv_heads), self.manifest.kv_dtype)))
+            for n, layer in enumerate(self.manifest.kv_layers)
+            for part in ("key", "value")
+        ]
+
+    def _cache_shape(self, kv_heads: int) -> tuple[int, int, int, int]:
+        return 1, kv_heads, self._max_length if self._shared else MASKED, self.manifest.head_dim
+
+    def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(values, DEVICE, 0)
+
+    def _options(self, graph_id: str) -> Any:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", graph_id)
+        return options
+
+    def _start(self) -> None:
+        """Bind an empty cache."""
+        self._stepping = False
+        self._mask_values[:] = 0
+        self._bind_cache(self._cache)
+        self._binding.bind_ortvalue_output("logits", self._logits)
+
+    def _bind_step(self) -> None:
+        self._stepping = True
+        self._binding.bind_ortvalue_input("input_ids", self._token)
+        if self._takes_positions:
+            self._binding.bind_ortvalue_input("position_ids", self._position)
+        if self._graph:
+            self._mask_values[0, : self._length] = 1
+            self._binding.bind_ortvalue_input("attention_mask", self._mask)
+
+    def _show_mask(self, total: int) -> None:
+        """Bind the first positions of the mask, whose values never change."""
+        size = self._hidden + total
+        self._binding.bind_input("attention_mask", DEVICE, 0, np.int64, (1, size), self._shown.data_ptr())
+
+    def _bind_cache(self, cache: list[tuple[str, Any]]) -> None:
+        for name, value in cache:
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if self._shared:
+                self._binding.bind_ortvalue_output(f"present.{name}", value)
+            else:
+                self._binding.bind_output(f"present.{name}", DEVICE, 0)
+
+    def _carry_cache(self) -> None:
+        # The binding lists outputs in the order they were first bound: the cache, then the logits.
+        present = self._binding.get_outputs()[: len(self._cache)]
+        self._bind_cache([(name, value) for (name, _), value in zip(self._cache, present, strict=True)])
+
+
+def _hint(error: Exception) -> str:
+    missing = any(text in str(error) for text in ("no kernel image", "invalid device function"))
+    return "; this build of ONNX Runtime has no kernels for this GPU, a Jetson needs NVIDIA's own" if missing else ""

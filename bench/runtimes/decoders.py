@@ -1,0 +1,51 @@
+"""The decoder for a provider, and what it really ran on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.runtimes.cuda import DeviceDecoder
+from bench.runtimes.onnxruntime import Decoder, OrtDecoder
+from bench.runtimes.providers import ProviderFacts
+from bench.runtimes.session import DecoderError
+
+
+def make_decoder(
+    path: str | Path,
+    threads: int,
+    max_length: int,
+    provider: str = "cpu",
+    cuda_graph: bool = False,
+    verify: bool = False,
+    prepacked: bool = False,
+    *,
+    runtime: Any = None,
+) -> Decoder:
+    """A bundle ready to run.
+
+    Args:
+        path: the bundle.
+        threads: of ONNX Runtime; the caller pins the process.
+        max_length: positions of the cache.
+        provider: cpu, cuda or tensorrt.
+        cuda_graph: replay decode steps as a CUDA graph.
+        verify: check the files' hashes first.
+        prepacked: map packed weights from the user's cache; cpu only.
+        runtime: the onnxruntime module of a GPU decoder, or another one in its place.
+
+    Raises:
+        BundleError, DecoderError: as the decoder's class says.
+    """
+    if provider == "cpu" and not cuda_graph:
+        return OrtDecoder(path, threads, max_length, verify=verify, prepacked=prepacked)
+    if prepacked:
+        raise DecoderError(f"packed weights are the CPU's, the provider {provider} has none: leave prepacked: out")
+    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, verify=verify, runtime=runtime)
+
+
+def provider_facts(decoder: Decoder) -> ProviderFacts:
+    """What the decoder ran on, to be asked after it has run."""
+    if isinstance(decoder, DeviceDecoder):
+        return decoder.gpu.facts(decoder.provider)
+    return ProviderFacts("cpu", "cpu")

@@ -1,0 +1,97 @@
+"""The worker of ``genai:DIR``: onnxruntime-genai's own loop, greedy, token by token.
+
+genai samples in its own code, so a step is ``generate_next_token`` and the logits never come to Python. It stops at an
+end-of-text token by its own rules; a smallest length equal to the largest one keeps it going for an exact count.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure.worker import Job, serve
+from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from export.bundle import MANIFEST
+
+CONFIG = "genai_config.json"
+_NOT_HERE: Logits = np.empty(0, np.float32)
+
+
+class GenaiDecoder:
+    """A model directory in onnxruntime-genai; it continues with the token that it has drawn itself.
+
+    Args:
+        path: a directory with ``genai_config.json``.
+        threads: intra-op threads of the session.
+        max_length: positions of the cache.
+    """
+
+    def __init__(self, path: Path, threads: int, max_length: int) -> None:
+        import onnxruntime_genai as genai
+
+        self.path = path
+        self.max_length = max_length
+        config = genai.Config(str(path))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self._model = genai.Model(config)
+        options = genai.GeneratorParams(self._model)
+        total = max_length + 1  # the last token that is drawn takes no position of the cache
+        options.set_search_options(
+            do_sample=False, num_beams=1, repetition_penalty=1.0, min_length=total, max_length=total
+        )
+        self._generator = genai.Generator(self._model, options)
+        self._drawn = False
+
+    def reset(self) -> None:
+        """Forget the sequence; the buffers stay."""
+        self._generator.rewind_to(0)
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n] in one call; nothing is handed out, ``draw`` knows the token."""
+        self._generator.append_tokens(np.ascontiguousarray(ids, np.int32).reshape(1, -1))
+        self._drawn = False
+        return _NOT_HERE
+
+    def step(self, token_id: int) -> Logits:
+        """Append the token that was drawn last, which ``token_id`` is by protocol, and draw the next."""
+        self._generator.generate_next_token()
+        self._drawn = True
+        return _NOT_HERE
+
+    def draw(self) -> int:
+        """The next token. After a prompt it still has to be drawn, after a step it has been."""
+        if not self._drawn:
+            self._generator.generate_next_token()
+            self._drawn = True
+        return int(self._generator.get_next_tokens()[0])
+
+
+def facts(decoder: Decoder) -> dict[str, Any]:
+    """Versions, and sizes in bytes unless the directory is a bundle of ours, whose manifest has them."""
+    assert isinstance(decoder, GenaiDecoder)
+    versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
+    if (decoder.path / MANIFEST).is_file():
+        return {"versions": versions}
+    told = json.loads((decoder.path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
+    return {"model": graph_facts(decoder.path / told["filename"], told.get("head_size")), "versions": versions}
+
+
+def load(job: Job) -> Decoder:
+    """The directory, with a cache for the prompt and the generated tokens."""
+    return GenaiDecoder(Path(job.path), job.threads, job.positions)
+
+
+def main() -> None:
+    """Import first: starting Python's packages is not loading a model."""
+    import onnxruntime_genai  # noqa: F401
+
+    serve(load, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The worker of ``llama.cpp:FILE.gguf``: the library's own decode call through ctypes, greedy, token by token.
+
+llama-cpp-python's ``Llama`` class copies logits and samples in Python; here a step is one ``llama_decode``, and the
+logits are a view of the library's buffer. Context options are the library's defaults, except for lengths and threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure.worker import Job, serve
+from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from devices.common.gguf_header import read_header
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16
+
+
+class LlamaCppDecoder:
+    """A GGUF file in llama.cpp behind the ``Decoder`` protocol.
+
+    Args:
+        path: the GGUF file.
+        threads: for prompts and for single tokens.
+        max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
+    """
+
+    def __init__(self, path: Path, threads: int, max_length: int) -> None:
+        from llama_cpp import llama_cpp
+
+        self._lib: Any = llama_cpp
+        self.path = path
+        self.max_length = max_length
+        self._errors: list[str] = []
+        self._callback = _listen(llama_cpp, self._errors)  # the library calls it as long as we decode
+        llama_cpp.llama_backend_init()
+        self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), self._model_options()))
+        self.options = self._context_options(threads, max_length)
+        self.context = self._checked(llama_cpp.llama_init_from_model(self.model, self.options))
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
+        self._token = (llama_cpp.llama_token * 1)()
+        self._one = llama_cpp.llama_batch_get_one(self._token, 1)
+        self._address, self._logits = 0, np.empty(0, np.float32)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self.context), False)
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n]; the logits [vocab] after the last of them, the only ones computed."""
+        tokens = (self._lib.llama_token * len(ids))(*ids.tolist())
+        return self._decode(self._lib.llama_batch_get_one(tokens, len(ids)))
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+        self._token[0] = token_id
+        return self._decode(self._one)
+
+    def _decode(self, batch: Any) -> Logits:
+        failed = self._lib.llama_decode(self.context, batch)
+        if failed:
+            raise RuntimeError(f"llama_decode returned {failed}: {self._last_error()}")
+        pointer = self._lib.llama_get_logits(self.context)
+        address = ctypes.addressof(pointer.contents)
+        if address != self._address:
+            self._logits = np.ctypeslib.as_array(pointer, (self.vocab_size,))
+            self._address = address
+        return self._logits
+
+    def _model_options(self) -> Any:
+        options = self._lib.llama_model_default_params()
+        options.n_gpu_layers = 0
+        return options
+
+    def _context_options(self, threads: int, max_length: int) -> Any:
+        options = self._lib.llama_context_default_params()
+        options.n_ctx = max_length
+        options.n_batch = max(options.n_batch, max_length)  # the prompt is one call; n_ubatch still splits it
+        options.n_threads = options.n_threads_batch = threads
+        return options
+
+    def _checked(self, handle: Any) -> Any:
+        if not handle:
+            sys.exit(f"llama.cpp cannot load {self.path}: {self._last_error()}")
+        return handle
+
+    def _last_error(self) -> str:
+        return self._errors[0] if self._errors else "it gave no reason"
+
+
+def _listen(lib: Any, errors: list[str]) -> Any:
+    """Add the errors that the library logs to ``errors``, in order, and drop what else it logs; the callback."""
+
+    def note(level: int, text: bytes, _: Any) -> None:
+        if level == _ERROR and text.strip():
+            errors.append(text.decode(errors="replace").strip())
+            print(errors[-1], file=sys.stderr)
+
+    callback = lib.llama_log_callback(note)
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
+    return callback
+
+
+def facts(decoder: Decoder) -> dict[str, Any]:
+    """Sizes in bytes, versions, llama.cpp's system line and the options that matter."""
+    import llama_cpp
+
+    assert isinstance(decoder, LlamaCppDecoder)
+    header, options = read_header(decoder.path), decoder.options
+    per_value = _KV_BYTES.get(options.type_k) if options.type_k == options.type_v else None
+    sizes = {
+        "parameters": int(decoder._lib.llama_model_n_params(decoder.model)),
+        "model_bytes": decoder.path.stat().st_size,
+        "weight_bytes_per_token": header.weight_bytes_per_token,
+        "kv_bytes_per_token": header.kv_bytes_per_token(per_value) if per_value else None,
+        "bits": header.bits,
+    }
+    told = (
+        f"n_ctx {decoder._lib.llama_n_ctx(decoder.context)}, n_batch {options.n_batch}, n_ubatch {options.n_ubatch}, "
+        f"flash_attn_type {options.flash_attn_type}, type_k {options.type_k}, type_v {options.type_v}"
+    )
+    return {
+        "model": {**sizes, "unknown": {k: "the header does not tell" for k, v in sizes.items() if v is None}},
+        "versions": {
+            "llama-cpp-python": llama_cpp.__version__,
+            "llama.cpp system": decoder._lib.llama_print_system_info().decode().strip(),
+            "llama.cpp options": told,
+        },
+    }
+
+
+def load(job: Job) -> Decoder:
+    """The file, with a cache for the prompt and the generated tokens."""
+    return LlamaCppDecoder(Path(job.path), job.threads, job.positions)
+
+
+def main() -> None:
+    """Import first: starting Python's packages is not loading a model."""
+    from llama_cpp import llama_cpp  # noqa: F401
+
+    serve(load, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The worker of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token.
+
+The only file of this package that imports torch, and only in the process of its own that it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure.worker import Job, serve
+from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+
+
+class TorchDecoder:
+    """A transformers causal model behind the ``Decoder`` protocol."""
+
+    def __init__(self, model: Any, path: Path, max_length: int) -> None:
+        self.model = model
+        self.path = path
+        self.max_length = max_length
+        self.cache: Any = None
+        self.length = 0
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.cache, self.length = None, 0
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache = out.past_key_values
+        self.length += len(ids)
+        logits: Logits = out.logits[0, -1].numpy()
+        return logits
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token; the logits [vocab] after it."""
+        return self.prefill(np.array([token_id], np.int64))
+
+
+def facts(decoder: Decoder) -> dict[str, Any]:
+    """Sizes in bytes and versions, for the result: ``{"model": ..., "versions": ...}``."""
+    import torch
+    import transformers
+
+    assert isinstance(decoder, TorchDecoder)
+    model = decoder.model
+    # By address, since two parameters may share one table; buffers too, since quantised layers hold integers there.
+    parameters = {p.data_ptr(): p for p in model.parameters() if p.numel()}
+    tensors = {**{b.data_ptr(): b for b in model.buffers() if b.numel()}, **parameters}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head_shares = {p.data_ptr() for p in head.parameters()} if head is not None else set()
+    gathered = sum(_bytes(p) for p in table.parameters() if p.data_ptr() not in head_shares)
+    cached = [t for layer in decoder.cache.layers for t in (layer.keys, layer.values) if t is not None]
+    on_disk = sum(p.stat().st_size for p in decoder.path.glob("*.safetensors"))
+    return {
+        "model": {
+            "parameters": sum(p.numel() for p in parameters.values()),
+            "model_bytes": on_disk or None,
+            "weight_bytes_per_token": sum(map(_bytes, tensors.values())) - gathered,
+            "kv_bytes_per_token": sum(map(_bytes, cached)) // decoder.length,
+            "bits": 32,
+            "unknown": {} if on_disk else {"model_bytes": "the directory has no safetensors files"},
+        },
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def load(job: Job) -> Decoder:
+    """The model in fp32; a directory of ours goes through its own loader, integers made ordinary weights."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    path = Path(job.path)
+    if (path / "saap.json").is_file():
+        from saap.checkpoint import load_model
+
+        model: Any = load_model(path, materialise=True, verify=False)  # whoever asks for a run has done it
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model.eval()
+    return TorchDecoder(model, path, job.positions)
+
+
+def main() -> None:
+    """Import first: starting Python's packages is not loading a model."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    serve(load, facts)
+
+
+if __name__ == "__main__":
+    main()
