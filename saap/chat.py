@@ -20,9 +20,9 @@ from saap.errors import SaapError
 from saap.json_files import read_object
 
 if TYPE_CHECKING:
-    from export.chat import Conversation
-    from export.generation import Generation
-    from export.sampling import Sampling
+    from export.generate.chat import Conversation
+    from export.generate.loop import Generation
+    from export.generate.sampling import Sampling
 
 CHAT_CONTEXT = 4096  # positions of a conversation's cache where --context is not given
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -43,13 +43,13 @@ def generate_text(
         system: what the model is told first, with the template only.
         as_json: print one document instead of a stream.
         options: ``max_tokens``, ``threads`` and ``context`` (None: by what is needed), ``sample``, and the fields of
-            :class:`export.sampling.Sampling`, None where not given.
+            :class:`export.generate.sampling.Sampling`, None where not given.
 
     Raises:
         SaapError, RunError, BundleError, DecoderError: what the user can mend.
     """
-    from export.bundle import read_manifest
-    from export.tokenizer import BundleTokenizer
+    from export.bundle.manifest import read_manifest
+    from export.bundle.tokenizer import BundleTokenizer
 
     manifest, tokenizer = read_manifest(bundle), BundleTokenizer(bundle)
     interactive = prompt is None and sys.stdin.isatty()
@@ -84,7 +84,7 @@ def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
         SaapError: a temperature of 0 beside an option that only means something when tokens are drawn.
         RunError: a value out of range.
     """
-    from export.sampling import Sampling
+    from export.generate.sampling import Sampling
 
     given = {name: options[name] for name in SAMPLED if options.get(name) is not None}
     asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options["sample"] else [])
@@ -125,7 +125,7 @@ def _conversation(
     bundle: Path, manifest: Any, tokenizer: Any, text: str | None, system: str | None, sampling: Any, options: Any
 ) -> tuple[Conversation, dict[str, Any]]:
     """With the chat template, over a cache that one prompt needs or a conversation may."""
-    from export.chat import Conversation
+    from export.generate.chat import Conversation
 
     needed = CHAT_CONTEXT
     if text is not None:
@@ -141,7 +141,7 @@ def _continuation(
     bundle: Path, manifest: Any, tokenizer: Any, text: str, sampling: Any, options: Any
 ) -> tuple[Ask, dict[str, Any]]:
     """A plain text that is continued."""
-    from export.generation import generate
+    from export.generate.loop import generate
 
     needed = len(tokenizer.encode(text)) + options["max_tokens"]
     decoder, setup = _decoder(bundle, manifest, needed, options)

@@ -88,8 +88,8 @@ def probe_costs(
     from bench.measure.cores import physical_cores
     from bench.remote.costs import costs_on
     from devices.probe.host import probe
-    from export.probe_graphs import write_probe_stacks
-    from export.probe_model import WEIGHT_LIMIT, read_probe_model
+    from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
+    from export.graph.probe_stacks import write_probe_stacks
     from saap.models import resolve
 
     check_place(out)

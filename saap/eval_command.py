@@ -227,7 +227,7 @@ def _check_reads(name: str, path: Path, windows: Windows) -> None:
 
 def _positions(path: Path) -> int:
     if is_bundle(path):
-        from export.bundle import read_manifest
+        from export.bundle.manifest import read_manifest
 
         return read_manifest(path).context_length
     return positions_of(read_config(path))
@@ -235,7 +235,7 @@ def _positions(path: Path) -> int:
 
 def _lineage_of(path: Path) -> dict[str, Any]:
     if is_bundle(path):
-        from export.bundle import read_manifest
+        from export.bundle.manifest import read_manifest
 
         return read_manifest(path).lineage
     record = read_record(path)
@@ -243,8 +243,8 @@ def _lineage_of(path: Path) -> dict[str, Any]:
 
 
 def _bundle_scorer(path: Path, threads: int) -> Any:
-    from export.bundle import verify_files
-    from export.run import BundleScorer
+    from export.bundle.manifest import verify_files
+    from export.generate.run import BundleScorer
 
     verify_files(path)
     return BundleScorer(path, threads)
@@ -256,7 +256,7 @@ def _named(name: str, report: Progress) -> Progress:
 
 def _size_of(path: Path) -> dict[str, Any]:
     if is_bundle(path):
-        from export.bundle import read_manifest
+        from export.bundle.manifest import read_manifest
 
         manifest = read_manifest(path)
         size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)

@@ -26,7 +26,7 @@ BITS = {"cpu": (4, 8, 32), "cuda": (4, 8, 16), "portable": (4, 8, 32), "gguf": (
 
 def inspect_step(bundle: Path, as_json: bool) -> None:
     """``saap export --inspect``."""
-    from export.inspect import inspect_bundle, inspection_lines, inspection_tables
+    from export.bundle.inspect import inspect_bundle, inspection_lines, inspection_tables
 
     report = inspect_bundle(bundle)
     if as_json:
@@ -62,12 +62,12 @@ def export_step(model: str | Path, out: Path, options: dict[str, Any], console: 
     _check_needs(path, out, bits, block, options)
     common: dict[str, Any] = {"bits": bits, "block": block, "head_bits": head_bits, "parity": parity}
     if target == "portable":
-        from export.portable import export_portable
+        from export.portable.write import export_portable
 
         export_portable(path, out, **common, progress=console.report)
     else:
-        from export.export import export_bundle
-        from export.targets import Target
+        from export.graph.targets import Target
+        from export.write import export_bundle
 
         kv_bits = int(options["kv"])
         export_bundle(
@@ -113,8 +113,8 @@ def _check_options(target: str, bits: int | None, options: dict[str, Any]) -> No
 
 
 def _write_gguf(path: Path, out: Path, bits: int | None, options: dict[str, Any], console: Console) -> None:
-    from export.gguf_write import BITS as KINDS
-    from export.gguf_write import export_gguf
+    from export.gguf.write import BITS as KINDS
+    from export.gguf.write import export_gguf
     from saap.checkpoint import read_config
 
     tuned_bits = (read_config(path).get("slim_quant") or {}).get("bits")
@@ -135,7 +135,7 @@ def _write_gguf(path: Path, out: Path, bits: int | None, options: dict[str, Any]
 
 
 def _parity(path: Path, text: str | None, console: Console) -> Callable[[Path], dict[str, Any]]:
-    from export.verify import check_parity
+    from export.parity.verify import check_parity
 
     def check(bundle: Path) -> dict[str, Any]:
         ids, sample = parity_sample(path, text, PARITY_ROWS)
@@ -164,7 +164,7 @@ def parity_sample(path: Path, text: str | None, rows: int) -> tuple[torch.Tensor
 
 def show_bundle(bundle: Path) -> None:
     """One paragraph about a bundle."""
-    from export.bundle import read_manifest
+    from export.bundle.manifest import read_manifest
 
     manifest = read_manifest(bundle)
     size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)

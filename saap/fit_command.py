@@ -54,7 +54,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
 def read_model(bundle: Path) -> Model:
     """The numbers of a bundle's manifest."""
     from devices.fit.facts import Model
-    from export.bundle import WEIGHTS, read_manifest
+    from export.bundle.manifest import WEIGHTS, read_manifest
 
     manifest = read_manifest(bundle)
     weights = manifest.files.get(WEIGHTS)

@@ -124,7 +124,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
 
 def _check_exportable(directory: Path) -> None:
-    from export.graph import check_attention
+    from export.graph.decoder import check_attention
 
     config = read_config(directory)
     check_attention(shape_of(config), traits_of(config), {})
@@ -160,7 +160,7 @@ def _tune(state: _State, model: str, directory: Path, options: RunOptions, prune
 
 
 def _export(state: _State, name: str, source: Path, shown: str, made_from: Any, options: RunOptions) -> str:
-    from export.bundle import read_manifest
+    from export.bundle.manifest import read_manifest
 
     def work() -> dict[str, Any]:
         settings = {**DEFAULTS, "text": options.calibration}
@@ -244,8 +244,8 @@ def _plan(slim: Path) -> dict[str, Any]:
 def _texts(out: Path, console: Console) -> list[dict[str, Any]]:
     """The same prompts to every bundle, greedy."""
     from bench.runtimes.onnxruntime import OrtDecoder
-    from export.run import generate
-    from export.tokenizer import BundleTokenizer
+    from export.bundle.tokenizer import BundleTokenizer
+    from export.generate.run import generate
 
     answers: list[dict[str, Any]] = [{"prompt": prompt, "outputs": {}} for prompt in PROMPTS]
     for number, name in enumerate(BUNDLES):

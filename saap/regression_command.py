@@ -155,8 +155,8 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     Random ids, always the same, where a bundle has no tokenizer.
     """
     from bench.measure.rounds import prompt_tokens
-    from export.bundle import read_manifest
-    from export.tokenizer import BundleTokenizer
+    from export.bundle.manifest import read_manifest
+    from export.bundle.tokenizer import BundleTokenizer
 
     manifest = read_manifest(bundle)
     most = min(MOST_TEXT, manifest.context_length - GREEDY)

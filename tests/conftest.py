@@ -183,7 +183,7 @@ def _skip_windows_of_old_runtimes(config: Any) -> None:
     import onnxruntime
     from packaging.version import Version
 
-    from export.targets import ONNXRUNTIME_WINDOWS
+    from export.graph.targets import ONNXRUNTIME_WINDOWS
     from saap.architectures import traits_of
 
     windows = [layer.window for layer in traits_of(config.to_dict()).layers if layer.window]

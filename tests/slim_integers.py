@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from export.targets import Target
+from export.graph.targets import Target
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.group_quant import quantize, quantize_model

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_prune_families import CASES, EXPORTED, IDS, check_generation, cut, dense_dir, logits, masked_logits, shipped
 
-from export.export import export_bundle
-from export.gguf_write import export_gguf
-from export.portable import export_portable
-from export.run import BundleScorer
-from export.targets import Target
-from export.verify import check_parity
+from export.generate.run import BundleScorer
+from export.gguf.write import export_gguf
+from export.graph.targets import Target
+from export.parity.verify import check_parity
+from export.portable.write import export_portable
+from export.write import export_bundle
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, slim_config
 from saap.errors import SaapError

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from export.export import export_bundle
+from export.write import export_bundle
 from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError

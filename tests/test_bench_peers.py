@@ -22,8 +22,8 @@ from bench.runtimes.onnxruntime import OrtDecoder
 from bench.runtimes.peer import PEER_PYTHON, PeerError, python_with
 from bench.runtimes.specs import read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
-from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
-from export.clients import write_genai_config
+from export.bundle.clients import write_genai_config
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from saap.errors import SaapError
 from saap.gguf_import import read_tokenizer_fields
 from tests.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
@@ -275,7 +275,7 @@ def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
     import transformers
 
     from bench.runtimes.optimum import OptimumDecoder
-    from export.portable import export_portable
+    from export.portable.write import export_portable
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

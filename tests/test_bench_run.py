@@ -24,7 +24,7 @@ from bench.measure.run import bench
 from bench.measure.store import read_result, write_result
 from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
 from bench.runtimes.specs import PeerError, read_peers
-from export.bundle import BundleError
+from export.bundle.manifest import BundleError
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import pytest
 from test_run import ScriptedDecoder, bpe_directory
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.chat import Conversation
-from export.export import export_bundle
-from export.run import BundleTokenizer, RunError
+from export.generate.chat import Conversation
+from export.generate.run import BundleTokenizer, RunError
+from export.write import export_bundle
 
 APPENDS = (
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}"

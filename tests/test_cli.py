@@ -265,8 +265,8 @@ cli.main()
 
 
 def test_export_takes_what_prune_takes(tiny_model, tmp_path):
-    from export.bundle import verify_files
-    from export.gguf_write import export_gguf
+    from export.bundle.manifest import verify_files
+    from export.gguf.write import export_gguf
 
     export_gguf(tiny_model(vocab_size=320), tmp_path / "model.gguf", kind="F32")
     here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")

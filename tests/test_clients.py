@@ -10,17 +10,17 @@ from test_surgery import cut
 from tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.bundle import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
-from export.clients import (
+from export.bundle.clients import (
     genai_config,
     genai_tokenizer_note,
     optimum_config,
     write_genai_config,
     write_optimum_config,
 )
-from export.export import export_bundle
-from export.run import generate
-from export.tokenizer import BundleTokenizer
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
+from export.bundle.tokenizer import BundleTokenizer
+from export.generate.run import generate
+from export.write import export_bundle
 from saap.checkpoint import load_model, read_config
 from saap.structures import LayerPlan, PrunePlan
 

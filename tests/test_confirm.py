@@ -11,7 +11,7 @@ from bench.judge.comparison import NOT_COMPARABLE, SAME, SLOWER, compare
 from bench.measure.plan import Plan
 from bench.measure.result import INVALID, Result
 from devices.probe.host import probe
-from export.bundle import read_manifest
+from export.bundle.manifest import read_manifest
 from tests.bench_samples import measurement, result
 from tests.tiny_graphs import tiny_bundle
 

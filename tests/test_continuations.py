@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 
-from export.export import export_bundle
-from export.portable import export_portable
-from export.run import BundleScorer
+from export.generate.run import BundleScorer
+from export.portable.write import export_portable
+from export.write import export_bundle
 from saap import continuations
 from saap.checkpoint import load_model
 from saap.continuations import Group, cached_continuations, torch_continuations

@@ -15,7 +15,7 @@ from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_sta
 from bench.costs.measure import CostsError, measure_costs, schedule, write_costs
 from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
-from export.bundle import LayerSizes, read_manifest
+from export.bundle.manifest import LayerSizes, read_manifest
 
 BANDWIDTH = Bandwidth(1, 1, [1e9])
 
@@ -147,8 +147,8 @@ def test_the_waiting_clock_reads_the_second_number_of_schedstat(tmp_path: Path) 
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four stacks of a tiny model: whole, without FFN, without attention, and with a narrower FFN."""
     pytest.importorskip("onnx_ir")
-    from export.probe_graphs import write_probe_stacks
-    from export.probe_model import read_probe_model
+    from export.graph.probe_model import read_probe_model
+    from export.graph.probe_stacks import write_probe_stacks
     from saap.structures import LayerSizes as Sizes
 
     root = tmp_path_factory.mktemp("stacks")

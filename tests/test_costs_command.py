@@ -19,9 +19,9 @@ from bench.measure.result import Bandwidth
 from bench.remote import costs as remote_costs
 from devices.common.files import with_checksum
 from devices.transport import BoardError
-from export.bundle import read_manifest
-from export.probe_graphs import write_probe_stacks
-from export.probe_model import read_probe_model
+from export.bundle.manifest import read_manifest
+from export.graph.probe_model import read_probe_model
+from export.graph.probe_stacks import write_probe_stacks
 from saap.console import Console
 from saap.cost import read_costs
 from saap.costs_command import Place, probe_costs, probe_costs_step

@@ -63,7 +63,7 @@ def test_cuda_computes_what_the_cpu_does(bundle, provider, graph) -> None:
 def test_a_portable_graph_does_not_see_the_position_that_tensorrt_needs(tiny_model, tmp_path, writer) -> None:
     if writer == "optimum":
         pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
-    from export.portable import export_portable
+    from export.portable.write import export_portable
 
     export_portable(tiny_model(), tmp_path / "bundle", writer=writer)
     reference = OrtDecoder(tmp_path / "bundle", 1, 32)
@@ -92,8 +92,8 @@ def _shapes(text: str) -> dict[str, list[int]]:
 
 
 def test_a_real_cuda_bundle_keeps_its_cache_in_float16_on_the_device(tiny_model, tmp_path) -> None:
-    from export.export import export_bundle
-    from export.targets import Target
+    from export.graph.targets import Target
+    from export.write import export_bundle
 
     manifest = export_bundle(tiny_model(), tmp_path / "bundle", target=Target("cuda"), bits=4)
     decoder, machine = gpu_decoder(tmp_path / "bundle", "cuda", length=24)

@@ -19,7 +19,7 @@ from bench.remote.emulated import GREEDY, Answer, document, emulate, judged
 from devices.emulate import qemu as devices_emulate
 from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
 from devices.probe.host import probe
-from export.bundle import read_manifest
+from export.bundle.manifest import read_manifest
 from saap import emulate_command
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
@@ -217,7 +217,7 @@ def test_the_emulated_cpu_has_the_kernels_features(root: Root, cpu: str, tmp_pat
 def test_a_bundle_says_the_same_on_every_cpu(
     root: Root, tiny_model: Callable[..., Path], tmp_path: Path, bits: int
 ) -> None:
-    from export.export import export_bundle
+    from export.write import export_bundle
 
     export_bundle(tiny_model(), tmp_path / "bundle", bits=bits)
     found = emulate(str(tmp_path / "bundle"), list(CPUS), TEXT, root)

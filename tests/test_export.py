@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.bundle import BundleError, read_manifest, verify_files
-from export.export import export_bundle
-from export.run import BundleScorer
-from export.targets import ONNXRUNTIME_INT8_CACHE, Target
-from export.verify import check_parity, reference_model
+from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.generate.run import BundleScorer
+from export.graph.targets import ONNXRUNTIME_INT8_CACHE, Target
+from export.parity.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.structures import LayerPlan, PrunePlan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from export.export import export_bundle
-from export.tokenizer import RunError
+from export.bundle.tokenizer import RunError
+from export.write import export_bundle
 from saap.errors import SaapError
 
 MEND = "get or make the model again"

@@ -19,7 +19,7 @@ from devices.fit.memory import (
 from devices.fit.remedies import prune_to, with_bits
 from devices.probe.isa import FEATURES
 from devices.profiles.profile import DeviceError
-from export.bundle import PREFILL_CHUNK
+from export.bundle.manifest import PREFILL_CHUNK
 from saap.bundle_size import BundleSize
 
 MB = 10**6

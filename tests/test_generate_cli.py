@@ -16,9 +16,9 @@ import time
 import pytest
 from test_cli import here, refused
 
-from export.bundle import read_manifest, write_manifest
-from export.export import export_bundle
-from export.tokenizer import BundleTokenizer
+from export.bundle.manifest import read_manifest, write_manifest
+from export.bundle.tokenizer import BundleTokenizer
+from export.write import export_bundle
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
-from export.gguf_write import export_gguf
+from export.gguf.write import export_gguf
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.models import load_tokenizer

@@ -9,8 +9,8 @@ import pytest
 from conftest import SENTENCES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from export.gguf_tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
-from export.gguf_write import export_gguf
+from export.gguf.tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
+from export.gguf.write import export_gguf
 from saap.errors import SaapError
 from saap.models import load_tokenizer
 

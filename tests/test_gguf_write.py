@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_surgery import EMPTY, PLANS, WHOLE, cut
 
-from export.gguf_layout import rotary_order
-from export.gguf_write import export_gguf
+from export.gguf.layout import rotary_order
+from export.gguf.write import export_gguf
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.group_quant import quantize, quantize_model

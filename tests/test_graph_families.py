@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.export import export_bundle
-from export.run import BundleScorer
-from export.verify import check_parity, reference_model
+from export.generate.run import BundleScorer
+from export.parity.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config
 

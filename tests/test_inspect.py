@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_graphs import tiny_bundle
 
-from export.bundle import BundleError, read_manifest
-from export.external_data import check_external_data, external_locations
-from export.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
+from export.bundle.external_data import check_external_data, external_locations
+from export.bundle.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
+from export.bundle.manifest import BundleError, read_manifest
 from tests.edited import edited
 
 
@@ -67,8 +67,8 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     from test_export import UNEVEN
     from test_surgery import cut
 
-    from export.export import export_bundle
-    from export.portable import export_portable
+    from export.portable.write import export_portable
+    from export.write import export_bundle
     from saap.architectures import shape_of
     from saap.checkpoint import read_config
     from saap.structures import PrunePlan
@@ -97,7 +97,7 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
 
 def test_layers_that_are_alike_share_a_row(tiny_model, tmp_path):
     pytest.importorskip("torch")
-    from export.export import export_bundle
+    from export.write import export_bundle
 
     export_bundle(tiny_model(), tmp_path / "bundle")
     rows = {t: rows for t, _, rows in inspection_tables(inspect_bundle(tmp_path / "bundle"))}["layers"]
@@ -220,7 +220,7 @@ def test_the_check_runs_on_a_board(tmp_path):
     """No torch, no onnx: it stands before every session that a board opens."""
     bundle = tiny_bundle(tmp_path / "bundle")
     code = (
-        "import sys\nfrom export.external_data import check_external_data\n"
+        "import sys\nfrom export.bundle.external_data import check_external_data\n"
         f"print([p.name for p in check_external_data({str(bundle / 'model.onnx')!r})])\n"
         "assert not {'torch', 'onnx', 'numpy', 'onnx_ir', 'google.protobuf'} & set(sys.modules)"
     )

@@ -17,8 +17,8 @@ from bench.costs.measure import write_costs
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
 from bench.judge.quality import KIND, VERSION, QualityError, read_quality
 from bench.measure.store import ResultError, read_result, write_result
-from export.bundle import BundleError, verify_files
-from export.export import export_bundle
+from export.bundle.manifest import BundleError, verify_files
+from export.write import export_bundle
 from saap.checkpoint import load_model, read_record
 from saap.cost import read_costs
 from saap.errors import SaapError

@@ -29,9 +29,9 @@ from sshd import Sshd
 
 from bench.measure.store import read_result
 from devices.common.gguf_header import read_header
-from export.bundle import verify_files
-from export.export import export_bundle
-from export.gguf_write import export_gguf
+from export.bundle.manifest import verify_files
+from export.gguf.write import export_gguf
+from export.write import export_bundle
 from saap.checkpoint import load_model
 from saap.integrity import check_directory
 from saap.prune import prune

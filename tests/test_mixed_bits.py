@@ -15,15 +15,15 @@ from test_export import logits_of, tensors_of
 from test_portable import check_standard, feed
 from transformers import AutoModelForCausalLM
 
-from export.export import export_bundle
-from export.gguf_write import export_gguf
-from export.inspect import inspect_bundle, inspection_lines
-from export.portable import export_portable
-from export.run import BundleScorer
+from export.bundle.inspect import inspect_bundle, inspection_lines
+from export.generate.run import BundleScorer
+from export.gguf.write import export_gguf
+from export.graph.targets import Target
+from export.parity.streamed import streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
 from export.source import ModelSource
-from export.streamed import streamed_logits
-from export.targets import Target
-from export.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.bundle_size import tuned_bundle_size
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError

@@ -23,7 +23,7 @@ from bench.judge.baselines import read_baselines
 from bench.judge.regression import Verdict, retest
 from bench.measure.result import Result
 from bench.measure.store import read_result
-from export.bundle import verify_files
+from export.bundle.manifest import verify_files
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config
 from saap.cost import read_costs

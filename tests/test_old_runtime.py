@@ -14,8 +14,8 @@ import torch
 from test_surgery import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.export import export_bundle
-from export.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
+from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
+from export.write import export_bundle
 from saap.structures import LayerPlan, PrunePlan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,11 +7,11 @@ import torch
 from test_surgery import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.bundle import BundleError
-from export.export import export_bundle
-from export.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
-from export.portable import export_portable
-from export.tokenizer import RunError
+from export.bundle.manifest import BundleError
+from export.bundle.tokenizer import RunError
+from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
+from export.portable.write import export_portable
+from export.write import export_bundle
 from saap.checkpoint import load_model
 from saap.structures import LayerPlan, PrunePlan
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.export import export_bundle
+from export.write import export_bundle
 from saap.errors import SaapError
 from saap.outputs import beside, claimed, put_in_place, writing_directory, writing_file
 from saap.prune import prune

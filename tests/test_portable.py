@@ -17,13 +17,13 @@ from test_graph_families import IDS as FAMILY_IDS
 from test_surgery import WHOLE, cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.export import export_bundle
-from export.inspect import inspect_bundle
-from export.portable import export_portable
-from export.run import BundleScorer, empty_past
+from export.bundle.inspect import inspect_bundle
+from export.generate.run import BundleScorer, empty_past
+from export.parity.streamed import streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
 from export.source import Precision
-from export.streamed import streamed_logits
-from export.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.group_quant import quantize
@@ -217,7 +217,9 @@ def test_optimum_where_it_can(tiny_model, tmp_path):
 
 
 def test_without_optimum_the_graph_is_ours(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.portable.find_spec", lambda name: None if name == "optimum" else SimpleNamespace())
+    monkeypatch.setattr(
+        "export.portable.write.find_spec", lambda name: None if name == "optimum" else SimpleNamespace()
+    )
     manifest = export_portable(tiny_model(), tmp_path / "bundle")
     assert manifest.lineage["graph_writer"] == "saap"
 

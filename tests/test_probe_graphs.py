@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from bench.costs.worker import PlacedDecoder
-from export.bundle import WEIGHTS, BundleError, read_manifest
-from export.export import export_bundle
-from export.graph_facts import read_graph
-from export.probe_graphs import stack_layers, write_probe_stacks
-from export.probe_model import LEAST_LAYERS, read_probe_model
+from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
+from export.graph.facts import read_graph
+from export.graph.probe_model import LEAST_LAYERS, read_probe_model
+from export.graph.probe_stacks import stack_layers, write_probe_stacks
+from export.write import export_bundle
 from saap.errors import SaapError
 from saap.structures import LayerSizes
 

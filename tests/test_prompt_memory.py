@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 from test_surgery import cut
 
-from export.bundle import PREFILL_CHUNK
-from export.export import export_bundle
+from export.bundle.manifest import PREFILL_CHUNK
+from export.write import export_bundle
 from saap.structures import LayerPlan, PrunePlan
 
 WIDEST, LAYERS = 2048, 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import here, last_line
 
-from export.bundle import read_manifest
+from export.bundle.manifest import read_manifest
 from saap.checkpoint import load_model
 from saap.errors import SaapError
 from saap.eval import evaluate, torch_scorer

@@ -13,7 +13,7 @@ import pytest
 from bench.runtimes.decoders import make_decoder, provider_facts
 from bench.runtimes.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
 from bench.runtimes.session import DecoderError
-from export.bundle import BundleError, read_manifest
+from export.bundle.manifest import BundleError, read_manifest
 from tests.edited import edited
 from tests.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from tests.tiny_graphs import tiny_bundle

@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from export.export import export_bundle
-from export.ort_model import CACHE
-from export.probe_model import read_probe_model
-from export.verify import check_parity
+from export.generate.ort_model import CACHE
+from export.graph.probe_model import read_probe_model
+from export.parity.verify import check_parity
+from export.write import export_bundle
 from saap.architectures import FAMILIES as ROWS
 from saap.architectures import architecture_of, shape_of, traits_of
 from saap.checkpoint import load_model, read_config, slim_config, write_slim

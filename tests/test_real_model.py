@@ -13,10 +13,10 @@ import torch
 from test_surgery import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.export import export_bundle
-from export.run import BundleScorer
-from export.tokenizer import BundleTokenizer
-from export.verify import check_parity, reference_model
+from export.bundle.tokenizer import BundleTokenizer
+from export.generate.run import BundleScorer
+from export.parity.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.checkpoint import load_model
 from saap.models import load_tokenizer
 from saap.protocol import Cut, windows_of

@@ -15,7 +15,7 @@ from bench.remote.bench import measure_on
 from bench.remote.board import COMMAND, Board
 from bench.remote.files import pack, positions_of
 from devices.transport import BoardError, Local, open_transport
-from export.bundle import BundleError
+from export.bundle.manifest import BundleError
 
 
 @pytest.fixture(scope="module")

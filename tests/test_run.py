@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from export.bundle import BundleManifest, LayerSizes
-from export.run import BundleScorer, BundleTokenizer, RunError, Sampling, generate, next_token_logprobs
-from export.tokenizer import TextStream
+from export.bundle.manifest import BundleManifest, LayerSizes
+from export.bundle.tokenizer import TextStream
+from export.generate.run import BundleScorer, BundleTokenizer, RunError, Sampling, generate, next_token_logprobs
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",

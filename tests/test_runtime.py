@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
-from export.bundle import BundleError
+from export.bundle.manifest import BundleError
 from tests.edited import edited
 from tests.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 

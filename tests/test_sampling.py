@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.sampling import GREEDY, Sampling
-from export.tokenizer import RunError
+from export.bundle.tokenizer import RunError
+from export.generate.sampling import GREEDY, Sampling
 
 LOGITS = np.random.default_rng(4).normal(scale=3, size=200).astype(np.float32)
 SEEN = [3, 5, 5, 17, int(LOGITS.argmax())]
@@ -46,7 +46,7 @@ def transformers_distribution(sampling):
     ],
 )
 def test_the_distribution_is_that_of_transformers(settings):
-    from export.sampling import _penalised
+    from export.generate.sampling import _penalised
 
     sampling = Sampling(**{"temperature": 1.0, **settings})
     expected = transformers_distribution(sampling)

@@ -11,7 +11,7 @@ from tiny_graphs import tiny_bundle
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from bench.runtimes.session import DecoderError, prepack, prepacked_directory
-from export.bundle import BundleError, read_manifest
+from export.bundle.manifest import BundleError, read_manifest
 from tests.edited import edited
 
 IDS = np.arange(5, dtype=np.int64)

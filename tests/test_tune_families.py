@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.export import export_bundle
-from export.run import BundleScorer
-from export.targets import Target
+from export.generate.run import BundleScorer
+from export.graph.targets import Target
+from export.write import export_bundle
 from saap.architectures import FAMILIES
 from saap.checkpoint import load_model
 from saap.group_quant import round_model

@@ -10,16 +10,16 @@ import torch
 from onnx import numpy_helper
 from test_export import IDS, MODELS, logits_of, model_of
 
-import export.pieces
-import export.streamed
-import export.verify
-from export.bundle import read_manifest
-from export.export import export_bundle
-from export.portable import export_portable
-from export.run import cpu_session
+import export.parity.pieces
+import export.parity.streamed
+import export.parity.verify
+from export.bundle.manifest import read_manifest
+from export.generate.run import cpu_session
+from export.parity.streamed import StreamedModel, streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
 from export.source import ModelSource, Precision
-from export.streamed import StreamedModel, streamed_logits
-from export.verify import check_parity, reference_model
+from export.write import export_bundle
 from saap.errors import SaapError
 from saap.tune import TuneOptions, tune
 
@@ -35,8 +35,8 @@ def any_model(request, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_streamed_logits_are_the_whole_models(any_model, bits, monkeypatch):
-    monkeypatch.setattr(export.streamed, "HEAD_ROWS", 100)  # the vocabulary of 320 in four pieces
-    monkeypatch.setattr(export.streamed, "LOGIT_BYTES", 1)  # one row at a time
+    monkeypatch.setattr(export.parity.streamed, "HEAD_ROWS", 100)  # the vocabulary of 320 in four pieces
+    monkeypatch.setattr(export.parity.streamed, "LOGIT_BYTES", 1)  # one row at a time
     source = ModelSource(any_model)
     precision = source.precision(None, None, None) if source.quant else Precision(bits, 32, bits)
     found = torch.stack(list(streamed_logits(any_model, IDS, precision)))
@@ -107,9 +107,11 @@ def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, writ
     whole = check_parity(bundle, path, IDS, "dice")
     before = sorted(bundle.iterdir())
     sessions = []
-    monkeypatch.setattr(export.verify, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(export.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
-    monkeypatch.setattr(export.pieces, "cpu_session", lambda *a: sessions.append(cpu_session(*a)) or sessions[-1])
+    monkeypatch.setattr(export.parity.verify, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(export.parity.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
+    monkeypatch.setattr(
+        export.parity.pieces, "cpu_session", lambda *a: sessions.append(cpu_session(*a)) or sessions[-1]
+    )
     near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
     # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.
     report = check_parity(bundle, path, IDS, "dice")
@@ -121,8 +123,8 @@ def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, writ
 def test_a_piece_holds_its_own_weights_only(tiny_model, tmp_path):
     export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
     graph = onnx.load(tmp_path / "bundle/scoring.onnx", load_external_data=False).graph
-    sizes = {i.name: export.pieces._bytes_of(i) for i in graph.initializer}
-    cut = export.pieces._Cut(graph, 20_000)
+    sizes = {i.name: export.parity.pieces._bytes_of(i) for i in graph.initializer}
+    cut = export.parity.pieces._Cut(graph, 20_000)
     held = [{name for node in piece for name in node.input if name in sizes} for piece in cut.pieces]
     assert set().union(*held) >= {name for name, size in sizes.items() if size > 100}
     largest = max(size for name, size in sizes.items() if "embedding" not in name)

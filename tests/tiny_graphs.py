@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, LayerSizes, write_manifest
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, LayerSizes, write_manifest
 
 HIDDEN, HEAD_DIM, VOCAB, CONTEXT = 64, 16, 96, 128
 LAYERS = [LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(3, 1, 96)]  # the middle one has no attention

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.measure.result import Bandwidth
-from export.bundle import BundleManifest, LayerSizes
+from export.bundle.manifest import BundleManifest, LayerSizes
 
 HUBER_TUNING, HUBER_ROUNDS = 1.345, 20
 QUIET = 10  # percent

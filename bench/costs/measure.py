@@ -1,6 +1,6 @@
 """Time probe stacks on this device: what the parts of a decoder layer cost, at every size.
 
-A stack is a bundle in which every second layer takes another size than the model's (``export.probe_graphs``). Four
+A stack is a bundle in which every second layer takes another size than the model's (``export.graph.probe_stacks``). Four
 stacks take their steps in turns in one process, so that what the machine does meanwhile hits all of them. Where the
 weights come to lie in memory is worth some per cent too, and another matter in every process; so processes are many,
 short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their steps.
@@ -28,7 +28,7 @@ from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.onnxruntime import check_threads
 from devices.common.files import with_checksum, write_text
 from devices.probe.host import probe
-from export.bundle import BundleManifest, read_manifest
+from export.bundle.manifest import BundleManifest, read_manifest
 
 SCHEMA = 1
 KIND = "saap costs"
@@ -60,7 +60,7 @@ def measure_costs(
     """Time probe stacks; the document that :func:`write_costs` writes.
 
     Args:
-        bundles: the stacks, the base first, as ``export.probe_graphs.write_probe_stacks`` returns them.
+        bundles: the stacks, the base first, as ``export.graph.probe_stacks.write_probe_stacks`` returns them.
         threads: counts, each measured by itself.
         depth: positions in the cache at the first step of every turn.
         rounds: fresh processes that time each stack.

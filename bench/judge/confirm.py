@@ -17,7 +17,7 @@ from bench.measure.result import Measurement, Result
 from bench.measure.rounds import Progress
 from bench.measure.run import bench
 from devices.probe.host import probe
-from export.bundle import BundleError, read_manifest
+from export.bundle.manifest import BundleError, read_manifest
 
 PREPACKED = "prepacked:"
 

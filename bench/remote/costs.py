@@ -16,7 +16,7 @@ from bench.remote.board import Say
 from bench.remote.files import pack
 from bench.remote.run import Errand, own_version, run_on_all, ways_to
 from devices.common.files import without_checksum
-from export.bundle import BundleManifest, read_manifest
+from export.bundle.manifest import BundleManifest, read_manifest
 
 
 def costs_on(

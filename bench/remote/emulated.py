@@ -25,7 +25,7 @@ from bench.remote.board import Board
 from bench.remote.files import pack, positions_of
 from bench.runtimes.specs import read_peers
 from devices.emulate.qemu import Emulated, EmulationError, Root
-from export.bundle import BundleManifest, read_manifest
+from export.bundle.manifest import BundleManifest, read_manifest
 
 GREEDY = 16
 NO_SPEED = "computed by an emulator, whose times say nothing of a board"

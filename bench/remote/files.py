@@ -16,7 +16,7 @@ from bench.runtimes.onnxruntime import check_context
 from bench.runtimes.specs import PREPACKED
 from devices.common.files import sha256_file
 from devices.transport import BoardError
-from export.bundle import MANIFEST, BundleManifest, verify_files
+from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 
 PACKAGES = Path(__file__).resolve().parents[1]
 CODE = (
@@ -24,8 +24,8 @@ CODE = (
     "devices/**/*.py",
     "devices/**/*.toml",
     "export/__init__.py",
-    "export/bundle.py",
-    "export/external_data.py",
+    "export/bundle/manifest.py",
+    "export/bundle/external_data.py",
 )
 REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64

@@ -26,7 +26,7 @@ import numpy as np
 from bench.runtimes.onnxruntime import Ids, Logits, check_context, check_threads
 from bench.runtimes.providers import MASKED, GpuSession, check_provider, gpu_runtime, provider_options
 from bench.runtimes.session import DecoderError, first_line
-from export.bundle import DECODE_GRAPH, read_manifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, read_manifest, verify_files
 
 DEVICE = "cuda"  # where TensorRT's buffers are, too
 NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id

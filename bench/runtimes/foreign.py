@@ -12,7 +12,7 @@ from bench.measure.result import ModelFacts
 from bench.runtimes.peer import Peer, PeerError, python_with, unknown_facts
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
-from export.bundle import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, verify_files
 
 LLAMA_CPP, GENAI, OPTIMUM = "llama.cpp:", "genai:", "optimum:"
 GENAI_CONFIG, LONGEST_NAME = "genai_config.json", 255

@@ -16,7 +16,7 @@ import numpy as np
 from bench.measure.worker import Job, serve
 from bench.runtimes.onnx_facts import graph_facts
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
-from export.bundle import MANIFEST
+from export.bundle.manifest import MANIFEST
 
 CONFIG = "genai_config.json"
 _NOT_HERE: Logits = np.empty(0, np.float32)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bench.runtimes.huge_pages import collapse
 from bench.runtimes.providers import check_provider
 from bench.runtimes.session import DecoderError, open_session, prepacked_session
-from export.bundle import (
+from export.bundle.manifest import (
     DECODE_GRAPH,
     PREFILL_CHUNK,
     SCORING_GRAPH,

@@ -11,7 +11,7 @@ import numpy as np
 from bench.measure.worker import Job, serve
 from bench.runtimes.onnx_facts import graph_facts
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
-from export.bundle import DECODE_GRAPH, MANIFEST
+from export.bundle.manifest import DECODE_GRAPH, MANIFEST
 
 
 class OptimumDecoder:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.runtimes.session import DecoderError, cache_directory, first_line, session_options
-from export.bundle import BundleManifest, too_old
-from export.external_data import check_external_data
+from export.bundle.external_data import check_external_data
+from export.bundle.manifest import BundleManifest, too_old
 
 EXECUTION = {
     "cpu": "CPUExecutionProvider",

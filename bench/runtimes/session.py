@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from export.bundle import BundleManifest
-from export.external_data import check_external_data
+from export.bundle.external_data import check_external_data
+from export.bundle.manifest import BundleManifest
 
 CACHE = "SAAP_CACHE"
 PREPACKED = "model.onnx"

@@ -19,7 +19,7 @@ from bench.runtimes.onnxruntime import check_context
 from bench.runtimes.peer import Peer, PeerError, unknown_facts
 from bench.runtimes.providers import check_provider
 from bench.runtimes.session import prepack
-from export.bundle import DECODE_GRAPH, read_manifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, read_manifest, verify_files
 
 __all__ = ["FORMS", "Peer", "PeerError", "read_peers"]
 

@@ -24,7 +24,7 @@ from devices.fit.kernels import dotprod
 RUNTIME_BYTES = 68_000_000
 # What the allocator holds for a prompt over the activations that are needed at once: 1.6 to 1.9.
 HELD_SHARE = 1.9
-# Tokens of a prompt that are read at once (export/bundle.py).
+# Tokens of a prompt that are read at once (export/bundle/manifest.py).
 PIECE = 256
 # What the system keeps of RAM that it sees: 775 MiB on an Orin Nano with JetPack 6 and no desktop (its tegrastats), and
 # no more than a quarter, since smaller boards run smaller systems. An assumption: --memory and this host know better.

@@ -51,8 +51,8 @@ def main() -> None:
     from bench.judge.statistics import bootstrap_ratio, typical
     from bench.measure.plan import Plan
     from bench.measure.run import bench
-    from export.probe_graphs import write_probe_stacks
-    from export.probe_model import read_probe_model
+    from export.graph.probe_model import read_probe_model
+    from export.graph.probe_stacks import write_probe_stacks
     from saap.cost import read_costs
     from saap.models import resolve
 

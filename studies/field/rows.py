@@ -14,7 +14,7 @@ from typing import Any
 from bench.judge.comparison import compare_within
 from bench.measure.store import read_result
 from bench.report.tables import table_rows
-from export.bundle import read_manifest
+from export.bundle.manifest import read_manifest
 from saap.json_files import write_json
 from studies.common import provenance
 from studies.field.cells import PROTOCOLS, cells_of

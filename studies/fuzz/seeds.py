@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
-from export.bundle import BundleManifest, LayerSizes
+from export.bundle.manifest import BundleManifest, LayerSizes
 
 FILES = {"model.onnx": {"bytes": 3, "sha256": "ab" * 32}}
 MANIFEST = asdict(

@@ -80,8 +80,8 @@ def _documents(place: Path) -> Iterator[Target]:
     from bench.measure.store import read_result
     from bench.runtimes.foreign import genai_peer
     from devices.profiles.profile import PROFILES, read_profile
-    from export.bundle import read_manifest, verify_files
-    from export.tokenizer import BundleTokenizer
+    from export.bundle.manifest import read_manifest, verify_files
+    from export.bundle.tokenizer import BundleTokenizer
     from saap.architectures import positions_of, shape_of
     from saap.board import make_report
     from saap.checkpoint import read_config, read_record
@@ -227,7 +227,7 @@ def _lines(place: Path) -> Iterator[Target]:
 def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
     from devices.common.gguf_header import read_header
-    from export.external_data import check_external_data
+    from export.bundle.external_data import check_external_data
     from saap.gguf_import import read_tokenizer_fields
     from saap.sealed_tensors import load_sealed
     from saap.weight_files import tensor_reader

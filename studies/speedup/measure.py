@@ -113,8 +113,8 @@ def _renewed(cell: Cell, bundle: dict[str, Any]) -> Cell:
 
 def export(model_dir: Path, out: Path) -> dict[str, Any]:
     """Write the bundle that `saap export` writes by default; its hash, parameters and bytes."""
-    from export.bundle import read_manifest
-    from export.export import export_bundle
+    from export.bundle.manifest import read_manifest
+    from export.write import export_bundle
 
     if not out.is_dir():
         export_bundle(model_dir, out)

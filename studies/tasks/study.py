@@ -89,7 +89,7 @@ def options_of(task: str) -> Any:
 
 def bundle_of(model_dir: Path, bits: int) -> Path:
     """A bundle of the model, made where it is not there."""
-    from export.export import export_bundle
+    from export.write import export_bundle
 
     out = BUNDLES / f"{bits}-bit"
     if not out.is_dir():

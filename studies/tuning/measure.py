@@ -110,7 +110,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
     integers = variant.get("integers") if variant["fold"] in ("lora", "none") else "tuned"
     if integers is None:
         return mean_nll(load_model(directory), ids)
-    from export.export import export_bundle
+    from export.write import export_bundle
     from saap.eval import evaluate
     from saap.eval_command import scorer_of
 

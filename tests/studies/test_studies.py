@@ -19,7 +19,7 @@ from bench.judge.comparison import compare_within
 from bench.judge.confirm import Confirmed
 from bench.measure.result import INVALID
 from devices.probe.host import probe
-from export.run import BundleScorer
+from export.generate.run import BundleScorer
 from saap.architectures import shape_of
 from saap.checkpoint import load_model, read_config
 from saap.masking import masked, mean_nll

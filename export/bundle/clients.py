@@ -2,7 +2,7 @@
 
 ``genai_config.json`` is for onnxruntime-genai, ``config.json`` for optimum's ``ORTModelForCausalLM``. The latter's
 batches must not be padded on bundles of the ``cpu`` target: their operator takes padding on the left for text.
-``export.ort_model`` has no such limit.
+``export.generate.ort_model`` has no such limit.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.files import write_text
-from export.bundle import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
-from export.tokenizer import BundleTokenizer
+from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
+from export.bundle.tokenizer import BundleTokenizer
 from saap.architectures import PER_LAYER, SLIM
 
 GENAI_CONFIG = "genai_config.json"

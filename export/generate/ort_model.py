@@ -17,9 +17,9 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
-from export.run import cpu_session
-from export.tokenizer import RunError
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
+from export.bundle.tokenizer import RunError
+from export.generate.run import cpu_session
 
 CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
 # Later releases of transformers 5 call the cache by another name.

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
-from export.external_data import check_external_data
-from export.generation import Decoder, Generation, generate
-from export.sampling import Logits, Sampling
-from export.tokenizer import BundleTokenizer, RunError
+from export.bundle.external_data import check_external_data
+from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
+from export.bundle.tokenizer import BundleTokenizer, RunError
+from export.generate.loop import Decoder, Generation, generate
+from export.generate.sampling import Logits, Sampling
 
 __all__ = [
     "BundleScorer",

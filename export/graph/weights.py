@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.bundle import WEIGHTS
+from export.bundle.manifest import WEIGHTS
 from export.source import ModelSource, Precision, Progress, StackedLinear, stack_linears
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from export.bundle import MANIFEST, BundleManifest, read_manifest
+from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
+from export.graph.targets import CPU
 from export.source import Precision
-from export.targets import CPU
 from saap.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
 from saap.checkpoint import read_config
 from saap.errors import SaapError

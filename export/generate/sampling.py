@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.tokenizer import RunError
+from export.bundle.tokenizer import RunError
 
 Logits = NDArray[np.float32]
 Draw = Callable[[Logits, Sequence[int]], int]

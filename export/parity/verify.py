@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
-from export.pieces import logits_in_pieces
-from export.run import BundleScorer, empty_past, graph_feed
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
+from export.generate.run import BundleScorer, empty_past, graph_feed
+from export.parity.pieces import logits_in_pieces
+from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision, Progress
-from export.streamed import StreamedModel
 from saap.checkpoint import load_model, read_config
 from saap.errors import SaapError
 from saap.group_quant import round_model

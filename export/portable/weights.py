@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias
 from export.source import ModelSource, Precision, Progress, stack_linears
-from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias
 from saap.errors import SaapError
 from saap.group_quant import QuantMatrix, quantize
 from saap.modeling_slim import unpack_codes, unpack_zero_points

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from export.graph_builder import GraphBuilder
-from export.rotary import Table, rotary_names
+from export.graph.builder import GraphBuilder
+from export.graph.rotary import Table, rotary_names
 from export.source import Precision
 from saap.architectures import Traits
 from saap.structures import LayerSizes, ModelShape
@@ -31,7 +31,7 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
 class StandardGraph:
-    """Builds one graph over weights that :func:`export.standard_weights.write_standard_weights` wrote."""
+    """Builds one graph over weights that :func:`export.portable.weights.write_standard_weights` wrote."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from export.bundle import FIRST_LOGIT
+from export.bundle.manifest import FIRST_LOGIT
 
 
 class GraphBuilder:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from tokenizers import Tokenizer
 
 from devices.common.files import parse_json
-from export.bundle import MANIFEST
+from export.bundle.manifest import MANIFEST
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

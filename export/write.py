@@ -11,21 +11,21 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.bundle import (
+from export.bundle.clients import write_client_files
+from export.bundle.manifest import (
     DECODE_GRAPH,
     SCORING_GRAPH,
     BundleManifest,
     LayerSizes,
     write_manifest,
 )
-from export.clients import write_client_files
-from export.graph import DecoderGraph, check_attention
-from export.kv_cache import cache_scales
-from export.rotary import all_rotary_tables
+from export.bundle.tokenizer import BundleTokenizer, end_ids
+from export.graph.decoder import DecoderGraph, check_attention
+from export.graph.kv_cache import cache_scales
+from export.graph.rotary import all_rotary_tables
+from export.graph.targets import CPU, Target
+from export.graph.weights import WeightFile, write_weights
 from export.source import ModelSource, Precision, Progress
-from export.targets import CPU, Target
-from export.tokenizer import BundleTokenizer, end_ids
-from export.weights import WeightFile, write_weights
 from saap.architectures import Traits, traits_of
 from saap.checkpoint import read_record
 from saap.errors import SaapError

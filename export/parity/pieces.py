@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from export.run import cpu_session
+from export.generate.run import cpu_session
 from saap.needs import PIECE_BYTES
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
@@ -34,7 +34,7 @@ def logits_in_pieces(
         threads: of ONNX Runtime within an operator.
 
     Raises:
-        BundleError, RunError: as :func:`export.run.cpu_session`; a piece is a graph of its own.
+        BundleError, RunError: as :func:`export.generate.run.cpu_session`; a piece is a graph of its own.
     """
     model = onnx.load(graph, load_external_data=False)
     states: list[dict[str, NDArray[Any]]] = [{} for _ in feeds]  # what earlier pieces made and later ones read

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.gguf_layout import GGUFSource, Tensor
-from export.gguf_rotary import RotaryFields, rotary_fields
-from export.gguf_tensors import KINDS, encode, row_bytes
-from export.gguf_tokenizer import TokenizerFields, tokenizer_fields
+from export.gguf.layout import GGUFSource, Tensor
+from export.gguf.rotary import RotaryFields, rotary_fields
+from export.gguf.tensors import KINDS, encode, row_bytes
+from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.checkpoint import read_record
 from saap.errors import SaapError
 from saap.outputs import writing_file
@@ -42,7 +42,7 @@ def export_gguf(
 
     Returns:
         ``file``, ``bytes``, ``architecture``, ``kind`` (None where each tuned matrix has its own), ``layers``,
-        ``tensors`` (per matrix its ``type``, ``relative_error`` as in :class:`export.gguf_tensors.Encoded` and
+        ``tensors`` (per matrix its ``type``, ``relative_error`` as in :class:`export.gguf.tensors.Encoded` and
         ``carried``, the share of groups taken over as integers), ``worst_error_carried`` and ``worst_error_rounded``
         (over the matrices whose groups all were carried, and over the others), ``notes`` for a person.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from export.gguf_tensors import BLOCK, natural_kind
+from export.gguf.tensors import BLOCK, natural_kind
 from saap.architectures import SLIM, architecture_of, shape_of
 from saap.checkpoint import read_config
 from saap.errors import SaapError

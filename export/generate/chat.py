@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 
-from export.generation import Decoder, Generation, HeldSequence, check_request
-from export.sampling import GREEDY, Sampling
-from export.tokenizer import BundleTokenizer, RunError, TextStream
+from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
+from export.generate.loop import Decoder, Generation, HeldSequence, check_request
+from export.generate.sampling import GREEDY, Sampling
 
 
 class Conversation:

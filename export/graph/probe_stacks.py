@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.bundle import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
-from export.bundle import LayerSizes as BundleSizes
-from export.graph import DecoderGraph, check_attention
-from export.probe_model import ProbeModel
-from export.rotary import all_rotary_tables
+from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
+from export.bundle.manifest import LayerSizes as BundleSizes
+from export.graph.decoder import DecoderGraph, check_attention
+from export.graph.probe_model import ProbeModel
+from export.graph.rotary import all_rotary_tables
+from export.graph.targets import CPU
+from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from export.source import Precision
-from export.targets import CPU
-from export.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from saap.architectures import Architecture
 from saap.structures import LayerSizes, ModelShape
 
@@ -181,7 +181,7 @@ def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int
     )
 
 
-# The tensors that export.weights writes for a model, by name and shape
+# The tensors that export.graph.weights writes for a model, by name and shape
 
 
 def _tensors(model: ProbeModel, shape: ModelShape) -> Iterator[tuple[str, _Tensor]]:

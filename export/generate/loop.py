@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import PREFILL_CHUNK
-from export.sampling import GREEDY, Draw, Logits, Sampling
-from export.tokenizer import BundleTokenizer, RunError, TextStream
+from export.bundle.manifest import PREFILL_CHUNK
+from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
+from export.generate.sampling import GREEDY, Draw, Logits, Sampling
 
 Ids = NDArray[np.int64]
 

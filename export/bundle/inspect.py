@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.files import sha256_file
-from export.bundle import DECODE_GRAPH, BundleManifest, read_manifest
-from export.external_data import check_external_data
-from export.graph_facts import GraphFacts, read_graph
+from export.bundle.external_data import check_external_data
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest
+from export.graph.facts import GraphFacts, read_graph
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"

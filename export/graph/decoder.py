@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export.graph_builder import GraphBuilder
-from export.rotary import rotary_names
+from export.graph.builder import GraphBuilder
+from export.graph.rotary import rotary_names
+from export.graph.weights import WeightFile
 from export.source import Precision
-from export.weights import WeightFile
 from saap.architectures import LayerTraits, Traits
 from saap.errors import SaapError
 from saap.structures import LayerSizes, ModelShape

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import LayerSizes
-from export.run import cpu_session
+from export.bundle.manifest import LayerSizes
+from export.generate.run import cpu_session
 from saap.errors import SaapError
 
 LARGEST = 127

@@ -1,7 +1,7 @@
 """The portable target: standard operators only, for TensorRT and other runtimes that do not take com.microsoft.
 
 Uniform float32 LLaMA models go through optimum where it is installed; all others (layers of their own sizes, integers,
-other families) are written by :mod:`export.standard_graph`. Both take ``position_ids`` and grow the KV cache by Concat.
+other families) are written by :mod:`export.portable.decoder`. Both take ``position_ids`` and grow the KV cache by Concat.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export.bundle import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
-from export.clients import write_client_files
-from export.export import make_manifest, transformers_config
-from export.rotary import all_rotary_tables
+from export.bundle.clients import write_client_files
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
+from export.graph.rotary import all_rotary_tables
+from export.graph.weights import WeightFile
+from export.portable.decoder import StandardGraph
+from export.portable.weights import write_standard_weights
 from export.source import ModelSource, Precision, Progress
-from export.standard_graph import StandardGraph
-from export.standard_weights import write_standard_weights
-from export.weights import WeightFile
+from export.write import make_manifest, transformers_config
 from saap.architectures import traits_of
 from saap.models import copy_sidecars
 from saap.outputs import writing_directory

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from export.bundle import BundleError, is_there
+from export.bundle.manifest import BundleError, is_there
 
 # Message: the fields that lead to tensors, and what message each holds.
 _PATHS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.tokenizer import BundleTokenizer
+from export.bundle.tokenizer import BundleTokenizer
 from saap.errors import SaapError
 from saap.gguf_import import CONTROL, END_TOKENS, USER_DEFINED
 

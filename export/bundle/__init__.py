@@ -1,0 +1,1 @@
+"""The bundle: what bench, generate and a board read. No torch."""

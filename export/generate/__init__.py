@@ -1,0 +1,1 @@
+"""Text from a bundle: the decoder loop, sampling, chat, and transformers' generate."""

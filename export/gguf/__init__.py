@@ -1,0 +1,1 @@
+"""The GGUF target: one file for llama.cpp."""

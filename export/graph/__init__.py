@@ -1,0 +1,1 @@
+"""The ONNX graph of a decoder, node by node, and its weights."""

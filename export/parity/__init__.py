@@ -1,0 +1,1 @@
+"""Parity: the exported graph against the torch model."""
