@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from saap.architectures import Architecture, architecture_of, shape_of
-from saap.checkpoint import read_config
-from saap.errors import SaapError
-from saap.group_quant import QuantMatrix, check_blocks, quantize
-from saap.slim_quant import module_bits, stacked_bits
-from saap.structures import ModelShape
-from saap.weight_files import tensor_reader
+from saap.models.architectures import Architecture, architecture_of, shape_of
+from saap.models.checkpoint import read_config
+from saap.models.slim_quant import module_bits, stacked_bits
+from saap.models.structures import ModelShape
+from saap.models.weight_files import tensor_reader
+from saap.quantize.groups import QuantMatrix, check_blocks, quantize
+from saap.system.errors import SaapError
 
 Progress = Callable[[str, float, float], None]
 

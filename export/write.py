@@ -26,13 +26,13 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU, Target
 from export.graph.weights import WeightFile, write_weights
 from export.source import ModelSource, Precision, Progress
-from saap.architectures import Traits, traits_of
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.json_files import read_object
-from saap.models import copy_sidecars
-from saap.outputs import writing_directory
-from saap.weight_files import weights_hash
+from saap.models.architectures import Traits, traits_of
+from saap.models.checkpoint import read_record
+from saap.models.resolve import copy_sidecars
+from saap.models.weight_files import weights_hash
+from saap.system.errors import SaapError
+from saap.system.json_files import read_object
+from saap.system.outputs import writing_directory
 
 
 def export_bundle(
@@ -175,6 +175,6 @@ def transformers_config(source: ModelSource) -> Any:
     """The model's config as transformers reads it."""
     from transformers import AutoConfig
 
-    import saap.checkpoint  # noqa: F401  registers our model type
+    import saap.models.checkpoint  # noqa: F401  registers our model type
 
     return AutoConfig.from_pretrained(source.directory, local_files_only=True)

@@ -15,7 +15,7 @@ __all__ = ["__version__", "load_model"]
 
 
 def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a dense, slim or tuned directory as a transformers model; see :func:`saap.checkpoint.load_model`."""
-    from saap.checkpoint import load_model as load
+    """Load a dense, slim or tuned directory as a transformers model; see :func:`saap.models.checkpoint.load_model`."""
+    from saap.models.checkpoint import load_model as load
 
     return load(path, **kwargs)

@@ -46,8 +46,8 @@ def data_dir() -> Path:
 def real_model() -> Path:
     """SmolLM2-135M-Instruct as a model directory; fetched once into the cache."""
     pytest.importorskip("transformers")
-    from saap.errors import SaapError
-    from saap.models import resolve
+    from saap.models.resolve import resolve
+    from saap.system.errors import SaapError
 
     try:
         return resolve("smollm2-135m")
@@ -184,7 +184,7 @@ def _skip_windows_of_old_runtimes(config: Any) -> None:
     from packaging.version import Version
 
     from export.graph.targets import ONNXRUNTIME_WINDOWS
-    from saap.architectures import traits_of
+    from saap.models.architectures import traits_of
 
     windows = [layer.window for layer in traits_of(config.to_dict()).layers if layer.window]
     if windows and Version(onnxruntime.__version__) < Version(ONNXRUNTIME_WINDOWS):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from export.graph.targets import Target
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.group_quant import quantize, quantize_model
-from saap.weight_files import tensor_reader
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.weight_files import tensor_reader
+from saap.quantize.groups import quantize, quantize_model
 
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saap.adaptive import AdaptiveOptions, adaptive_plan, weighed
-from saap.architectures import shape_of
-from saap.budget import Budget
-from saap.checkpoint import load_model, read_record
-from saap.errors import SaapError
-from saap.explain import Weighed
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.prune_steps import plan_of
-from saap.requirement import Requirement
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_record
+from saap.prune.kept_stages import plan_of
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.adaptive import AdaptiveOptions, adaptive_plan, weighed
+from saap.prune.search.budget import Budget
+from saap.prune.search.explain import Weighed
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
 REFIT = "refit"
@@ -36,7 +36,7 @@ def found(tiny_model, monkeypatch):
         asked.append(attention_cut(each, shape))
         return torch.tensor([said[asked[-1]], said[asked[-1]] + 1])
 
-    monkeypatch.setattr("saap.adaptive.losses_compensated", losses)
+    monkeypatch.setattr("saap.prune.search.adaptive.losses_compensated", losses)
 
     def plan(ratio, heads=None):
         asked.clear()

@@ -15,12 +15,12 @@ from export.graph.targets import Target
 from export.parity.verify import check_parity
 from export.portable.write import export_portable
 from export.write import export_bundle
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, slim_config
-from saap.errors import SaapError
-from saap.masking import masked
-from saap.structures import LayerPlan, PrunePlan
-from saap.tune import TuneOptions, tune
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.search.masking import masked
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
 
 __all__ = ["dense_dir"]
 FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on

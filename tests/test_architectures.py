@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from export.write import export_bundle
-from saap.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
+from saap.models.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
+from saap.models.checkpoint import load_model, read_config
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 # What google/gemma-3-1b-it's config.json says and, above all, leaves out.

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap.baseline_plans import Ranking, ffn_widths, module_steps, threshold_key, uniform_key
-from saap.errors import SaapError
-from saap.structures import LayerSizes, ModelShape, check_plan
+from saap.models.structures import LayerSizes, ModelShape, check_plan
+from saap.prune.baselines.plans import Ranking, ffn_widths, module_steps, threshold_key, uniform_key
+from saap.system.errors import SaapError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)
 SHAPES = [

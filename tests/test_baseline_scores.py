@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.activations import collect
-from saap.architectures import shape_of
-from saap.baseline_scores import TAYLOR, flap_scores, magnitude_scores, taylor_scores, wanda_scores
-from saap.checkpoint import load_model
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.prune.baselines.scores import TAYLOR, flap_scores, magnitude_scores, taylor_scores, wanda_scores
+from saap.prune.scores.activations import collect
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.activations import collect
-from saap.architectures import shape_of
-from saap.baseline_scores import magnitude_scores
-from saap.baselines import BASELINES, published, rank
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.structures import check_plan
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.models.structures import check_plan
+from saap.prune.baselines.methods import BASELINES, published, rank
+from saap.prune.baselines.scores import magnitude_scores
+from saap.prune.scores.activations import collect
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 

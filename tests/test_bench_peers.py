@@ -24,8 +24,8 @@ from bench.runtimes.specs import read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.clients import write_genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
-from saap.errors import SaapError
-from saap.gguf_import import read_tokenizer_fields
+from saap.models.gguf.convert import read_tokenizer_fields
+from saap.system.errors import SaapError
 from tests.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -382,8 +382,8 @@ def test_bench_imports_no_torch() -> None:
 def test_slim_directory_in_torch(tmp_path: Path) -> None:
     """Sizes differ per layer and the first layer has no attention, so plain transformers could not load it."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    checkpoint = pytest.importorskip("saap.checkpoint")
-    from saap.structures import LayerSizes, ModelShape
+    checkpoint = pytest.importorskip("saap.models.checkpoint")
+    from saap.models.structures import LayerSizes, ModelShape
 
     layers = (LayerSizes(0, 0, 32), LayerSizes(2, 1, 48))
     dense = transformers.LlamaConfig(

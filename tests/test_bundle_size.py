@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from test_added_bias import compensated, dense_dir
 
-from saap.architectures import shape_of
-from saap.bundle_size import bundle_size
-from saap.checkpoint import read_config
-from saap.errors import SaapError
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.search.bundle_size import bundle_size
+from saap.system.errors import SaapError
 
 __all__ = ["compensated", "dense_dir"]
 FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3"]

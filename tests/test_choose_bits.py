@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from saap.architectures import shape_of
-from saap.bundle_size import bundle_size
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.group_quant import quantize
-from saap.mixed_bits import choose_bits, divergences, knapsack, rounded, units_of
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.prune.search.bundle_size import bundle_size
+from saap.quantize.groups import quantize
+from saap.quantize.mixed_bits import choose_bits, divergences, knapsack, rounded, units_of
+from saap.system.errors import SaapError
 
 ROWS = torch.randint(320, (4, 24), generator=torch.Generator().manual_seed(0))
 

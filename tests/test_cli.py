@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from command_line import here, refused, saap
 
-from saap.checkpoint import load_model
+from saap.models.checkpoint import load_model
 
 
 def test_help_is_instant_and_has_no_torch():
     script = (
-        "import sys\nfrom saap.cli import cli\ntry:\n cli(['--help'])\nexcept SystemExit:\n pass\n"
+        "import sys\nfrom saap.cli.main import cli\ntry:\n cli(['--help'])\nexcept SystemExit:\n pass\n"
         "assert not {'torch', 'transformers', 'numpy', 'onnxruntime', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
@@ -198,7 +198,7 @@ def test_without_any_text_the_model_writes_its_own_and_perplexity_is_not_shown(t
     env = {k: v for k, v in os.environ.items() if k != "SAAP_DATA"}
     model = tiny_model(max_position_embeddings=512)
     done = subprocess.run(
-        [sys.executable, "-m", "saap.cli", "run", str(model), "-o", str(tmp_path / "demo"), "--tokens", "1024",
+        [sys.executable, "-m", "saap.cli.main", "run", str(model), "-o", str(tmp_path / "demo"), "--tokens", "1024",
          "--repetitions", "1", "--threads", "1"],
         capture_output=True, text=True, check=False, env=env,
     )  # fmt: skip
@@ -242,7 +242,7 @@ def test_an_interrupt_that_a_library_dresses_up_is_told_as_one(late: bool) -> No
     """transformers makes "could not import" of it while it imports; late, the interpreter's own end is cut."""
     code = """
 import atexit, os, signal
-from saap import cli
+from saap.cli import main as cli
 
 def cut():
     os.kill(os.getpid(), signal.SIGINT)

@@ -11,9 +11,9 @@ from command_line import here, refused
 from safetensors.torch import load_file, save_file
 from test_requirement import cost_file
 
-from saap.architectures import shape_of
-from saap.checkpoint import read_config, read_record
-from saap.requirement import Requirement
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config, read_record
+from saap.prune.search.requirement import Requirement
 
 
 @pytest.fixture(scope="module")

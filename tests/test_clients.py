@@ -21,8 +21,8 @@ from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, rea
 from export.bundle.tokenizer import BundleTokenizer
 from export.generate.run import generate
 from export.write import export_bundle
-from saap.checkpoint import load_model, read_config
-from saap.structures import LayerPlan, PrunePlan
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerPlan, PrunePlan
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.compensate import compensate, losses_compensated
-from saap.masking import masked, mean_nll
-from saap.structures import LayerPlan, PrunePlan, whole_layer
-from saap.surgery import cut_tensors
-from saap.weight_files import tensor_reader
+from saap.models.architectures import architecture_of, shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.structures import LayerPlan, PrunePlan, whole_layer
+from saap.models.weight_files import tensor_reader
+from saap.prune.cut.refit import compensate, losses_compensated
+from saap.prune.cut.surgery import cut_tensors
+from saap.prune.search.masking import masked, mean_nll
 
 IDS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(4))
 
@@ -68,8 +68,8 @@ def test_biases_are_the_means_of_what_goes(dense):
 def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeypatch):
     """The first block sees the stream of the whole model, so that plain linear algebra must agree."""
     _, model, shape = dense
-    monkeypatch.setattr("saap.compensate.LAMBDAS", (0.1, 1.0))
-    monkeypatch.setattr("saap.compensate.ROWS", 1)
+    monkeypatch.setattr("saap.prune.cut.refit.LAMBDAS", (0.1, 1.0))
+    monkeypatch.setattr("saap.prune.cut.refit.ROWS", 1)
     found = compensate("refit", model, shape, halved(shape), IDS)
     on_the_way = compensate("refit", model, shape, halved(shape), IDS, last=False)
     layer = model.model.layers[0]
@@ -99,8 +99,8 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
 
 
 def test_only_the_last_step_fits_what_chose_lambda(tiny_model, tmp_path, monkeypatch):
-    from saap import prune as module
-    from saap.requirement import Requirement
+    from saap.prune import pruning as module
+    from saap.prune.search.requirement import Requirement
 
     seen = []
     monkeypatch.setattr(module, "compensate", lambda *args, last, **kwargs: seen.append(last) or {})

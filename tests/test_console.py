@@ -6,8 +6,9 @@ import io
 
 import pytest
 
-from saap import cli, console
-from saap.console import Console, print_table
+from saap.cli import console
+from saap.cli import main as cli
+from saap.cli.console import Console, print_table
 
 ODD = "ssh://pi@[fe80::1]:22 [/x] [bold]"
 

@@ -14,9 +14,9 @@ import torch
 from export.generate.run import BundleScorer
 from export.portable.write import export_portable
 from export.write import export_bundle
-from saap import continuations
-from saap.checkpoint import load_model
-from saap.continuations import Group, cached_continuations, torch_continuations
+from saap.evaluate import continuations
+from saap.evaluate.continuations import Group, cached_continuations, torch_continuations
+from saap.models.checkpoint import load_model
 
 WINDOW = 8
 CASES = {

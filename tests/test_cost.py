@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from saap.cost import CostError, CostTable, read_costs
-from saap.structures import LayerSizes, ModelShape
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.search.layer_costs import CostError, CostTable, read_costs
 
 SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 ATTENTION = {(1, 1): 10.0, (3, 1): 14.0, (3, 3): 30.0, (9, 3): 42.0}

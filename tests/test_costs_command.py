@@ -22,11 +22,11 @@ from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
-from saap.console import Console
-from saap.cost import read_costs
-from saap.costs_command import Place, probe_costs, probe_costs_step
-from saap.errors import SaapError
-from saap.structures import LayerSizes, ModelShape
+from saap.cli.console import Console
+from saap.cli.costs import Place, probe_costs, probe_costs_step
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.search.layer_costs import read_costs
+from saap.system.errors import SaapError
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,

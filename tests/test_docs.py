@@ -11,7 +11,7 @@ import click
 import pytest
 from command_line import here
 
-from saap.cli import cli
+from saap.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("saap", "export", "bench", "devices")
@@ -133,7 +133,7 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_named_files_exist(name):
-    """Of our own folders, such as `saap/cli.py` and `devices/agent*.py`, but no NAME that a reader replaces."""
+    """Of our own folders, such as `saap/cli/main.py` and `devices/agent*.py`, but no NAME that a reader replaces."""
     text = (ROOT / name).read_text()
     for path in re.findall(
         rf"(?<![\w/.])((?:{'|'.join((*PACKAGES, 'tests', 'studies'))})/[\w/*.-]+\.(?:py|toml|md))", text

@@ -9,13 +9,13 @@ import torch
 from command_line import here, refused
 from test_requirement import cost_file
 
-from saap import prune as pruning
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, read_record
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.prune_stages import stages_of
-from saap.requirement import Requirement
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, read_record
+from saap.prune import pruning
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.prune.stages import stages_of
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 

@@ -20,7 +20,7 @@ from devices.emulate import qemu as devices_emulate
 from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
 from devices.probe.host import probe
 from export.bundle.manifest import read_manifest
-from saap import emulate_command
+from saap.cli import emulate as emulate_command
 from tests.bench_samples import measurement, result
 from tests.command_line import here, refused
 from tests.tiny_graphs import tiny_bundle

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.eval import evaluate, torch_scorer
+from saap.evaluate.perplexity import evaluate, torch_scorer
+from saap.models.checkpoint import load_model
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (5, 12), generator=torch.Generator().manual_seed(4))
 

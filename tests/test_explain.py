@@ -7,14 +7,14 @@ import pytest
 import torch
 from test_search import SHAPE, milliseconds, prices, weights
 
-from saap.checkpoint import read_record
-from saap.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
-from saap.explain_words import layer_table, sentences, short
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.search import Module, Option, modules_of, solve
-from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.checkpoint import read_record
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
+from saap.prune.search.explain_words import layer_table, sentences, short
+from saap.prune.search.milp import Module, Option, modules_of, solve
+from saap.prune.search.requirement import Requirement
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 FFN = Module(

@@ -22,11 +22,11 @@ from export.generate.run import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, Target
 from export.parity.verify import check_parity, reference_model
 from export.write import export_bundle
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
-from saap.structures import LayerPlan, PrunePlan
-from saap.tune import TuneOptions, tune
-from saap.weight_files import tensor_reader
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.models.weight_files import tensor_reader
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
 from tests.edited import edited
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))

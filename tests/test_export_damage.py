@@ -6,7 +6,7 @@ import pytest
 
 from export.bundle.tokenizer import RunError
 from export.write import export_bundle
-from saap.errors import SaapError
+from saap.system.errors import SaapError
 
 MEND = "get or make the model again"
 

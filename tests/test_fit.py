@@ -20,7 +20,7 @@ from devices.fit.remedies import prune_to, with_bits
 from devices.probe.isa import FEATURES
 from devices.profiles.profile import DeviceError
 from export.bundle.manifest import PREFILL_CHUNK
-from saap.bundle_size import BundleSize
+from saap.prune.search.bundle_size import BundleSize
 
 MB = 10**6
 # SmolLM2-135M in 4 bit, as `saap export` writes it.

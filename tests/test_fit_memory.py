@@ -12,7 +12,7 @@ import pytest
 
 from devices.fit.facts import Model
 from devices.fit.memory import memory_of
-from saap.fit_command import read_model
+from saap.cli.fit import read_model
 from tests.test_fit import MB, SMOL, SMOL8, SMOL32, X86
 
 WIDE = replace(
@@ -71,7 +71,7 @@ def test_memory_of_a_real_bundle(real_model: Path, tmp_path: Path, flags: list[s
     export = [
         sys.executable,
         "-m",
-        "saap.cli",
+        "saap.cli.main",
         "export",
         str(real_model),
         "-o",

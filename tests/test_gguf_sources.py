@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_surgery import cut
 
 from export.gguf.write import export_gguf
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.models import load_tokenizer
-from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
-from saap.weight_files import weights_hash
+from saap.models.checkpoint import load_model
+from saap.models.resolve import load_tokenizer
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.weight_files import weights_hash
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 SIZES = {

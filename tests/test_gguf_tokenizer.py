@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from export.gguf.tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
 from export.gguf.write import export_gguf
-from saap.errors import SaapError
-from saap.models import load_tokenizer
+from saap.models.resolve import load_tokenizer
+from saap.system.errors import SaapError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [

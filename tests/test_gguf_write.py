@@ -11,12 +11,12 @@ from test_surgery import EMPTY, PLANS, WHOLE, cut
 
 from export.gguf.layout import rotary_order
 from export.gguf.write import export_gguf
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.group_quant import quantize, quantize_model
-from saap.structures import LayerPlan, PrunePlan
-from saap.tune import TuneOptions, tune
-from saap.weight_files import tensor_reader
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.models.weight_files import tensor_reader
+from saap.quantize.groups import quantize, quantize_model
+from saap.tune.tuning import TuneOptions, tune
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

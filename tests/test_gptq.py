@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap import gptq as module
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
-from saap.group_quant import fill, quantize, quantize_model
-from saap.modeling_slim import GroupQuantTable, unpack_zero_points
+from saap.models.checkpoint import load_model
+from saap.models.modeling_slim import GroupQuantTable, unpack_zero_points
+from saap.quantize import gptq as module
+from saap.quantize.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
+from saap.quantize.groups import fill, quantize, quantize_model
+from saap.system.errors import SaapError
 
 GENERATOR = torch.Generator().manual_seed(3)
 # Inputs that depend on one another, as a model's do: without that there is nothing to compensate with.

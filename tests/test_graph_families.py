@@ -11,8 +11,8 @@ from bench.runtimes.onnxruntime import OrtDecoder
 from export.generate.run import BundleScorer
 from export.parity.verify import check_parity, reference_model
 from export.write import export_bundle
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens

@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from saap.architectures import FAMILIES
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.group_adapter import (
+from saap.models.architectures import FAMILIES
+from saap.models.checkpoint import load_model
+from saap.models.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
+from saap.quantize.groups import fill, quantize, quantize_model
+from saap.system.errors import SaapError
+from saap.tune.adapters.attach import (
     GroupAdapterConfig,
     attach,
     detach,
@@ -18,9 +20,7 @@ from saap.group_adapter import (
     layers_of,
     trained_parameters,
 )
-from saap.group_folds import FOLDS, float_zero_point_matrix
-from saap.group_quant import fill, quantize, quantize_model
-from saap.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
+from saap.tune.adapters.folds import FOLDS, float_zero_point_matrix
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
 CONFIGS = [
@@ -264,7 +264,7 @@ def test_a_peft_that_ignores_the_registration_is_found_out(quantised, monkeypatc
     with pytest.raises(SaapError, match="does not take the layers"):
         attach(quantised(), GroupAdapterConfig())
     monkeypatch.undo()
-    monkeypatch.setattr("saap.group_adapter._pattern", lambda model, holders: r".*\.1\..*(o_proj|down_proj)")
+    monkeypatch.setattr("saap.tune.adapters.attach._pattern", lambda model, holders: r".*\.1\..*(o_proj|down_proj)")
     with pytest.raises(SaapError, match=r"put no group adapter on model.layers.0"):
         attach(quantised(), GroupAdapterConfig())
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.group_matmul import float16_through, group_matmul, whole_through
+from saap.tune.adapters.matmul import float16_through, group_matmul, whole_through
 
 GENERATOR = torch.Generator().manual_seed(0)
 CENTRED = torch.randint(-8, 8, (7, 2, 32), generator=GENERATOR).to(torch.int8)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.checkpoint import load_model, materialise_linears
-from saap.errors import SaapError
-from saap.group_quant import fill, pack_codes, pack_zero_points, quantize, quantize_model
-from saap.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
+from saap.models.checkpoint import load_model, materialise_linears
+from saap.models.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
+from saap.quantize.groups import fill, pack_codes, pack_zero_points, quantize, quantize_model
+from saap.system.errors import SaapError
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(10, 96, generator=GENERATOR)

@@ -6,13 +6,13 @@ import weakref
 import pytest
 import torch
 
-from saap.architectures import shape_of
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
-from saap.importance import TYPES, estimate, per_structure
-from saap.score_cache import cached_scores
-from saap.stability import stability_factor
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.prune.scores.cache import cached_scores
+from saap.prune.scores.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
+from saap.prune.scores.importance import TYPES, estimate, per_structure
+from saap.prune.scores.stability import stability_factor
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 
@@ -259,7 +259,7 @@ def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model
             if entry.stat().st_mtime > 1e6:
                 os.utime(entry, (number, number))
     size = sum(entry.stat().st_size for entry in folder.iterdir()) // 2
-    monkeypatch.setattr("saap.score_cache.KEPT_BYTES", int(2.5 * size))
+    monkeypatch.setattr("saap.prune.scores.cache.KEPT_BYTES", int(2.5 * size))
     assert cached_scores("first", IDS, {}, lambda: scores)[1]  # used last now
     cached_scores("third", IDS, {}, lambda: scores)
     hits = {name: cached_scores(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}

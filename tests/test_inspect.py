@@ -69,9 +69,9 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
 
     from export.portable.write import export_portable
     from export.write import export_bundle
-    from saap.architectures import shape_of
-    from saap.checkpoint import read_config
-    from saap.structures import PrunePlan
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.structures import PrunePlan
 
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     write = export_bundle if target == "cpu" else export_portable

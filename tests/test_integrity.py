@@ -19,19 +19,19 @@ from bench.judge.quality import KIND, VERSION, QualityError, read_quality
 from bench.measure.store import ResultError, read_result, write_result
 from export.bundle.manifest import BundleError, verify_files
 from export.write import export_bundle
-from saap.checkpoint import load_model, read_record
-from saap.cost import read_costs
-from saap.errors import SaapError
-from saap.json_files import read_object, write_document
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.score_cache import KnownLosses, cached_scores
-from saap.scoring import scores_of
-from saap.sealed_tensors import load_sealed, save_sealed
-from saap.streaming import load_streamed
-from saap.structures import LayerPlan
-from saap.teacher import teacher_targets
+from saap.models.checkpoint import load_model, read_record
+from saap.models.streaming import load_streamed
+from saap.models.structures import LayerPlan
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.scores.cache import KnownLosses, cached_scores
+from saap.prune.scores.scoring import scores_of
+from saap.prune.search.layer_costs import read_costs
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
+from saap.system.json_files import read_object, write_document
+from saap.system.sealed_tensors import load_sealed, save_sealed
+from saap.tune.teacher import teacher_targets
 from tests.bench_samples import measurement, result
 from tests.command_line import refused
 from tests.slim_integers import WIDE
@@ -175,8 +175,8 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
         return value
 
     def scores() -> list[float]:
-        from saap.architectures import shape_of
-        from saap.checkpoint import read_config
+        from saap.models.architectures import shape_of
+        from saap.models.checkpoint import read_config
 
         def compute():
             calls.append("scores")
@@ -196,7 +196,7 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
 
 
 def test_the_cache_of_converted_models_is_made_anew(tmp_path):
-    from saap.model_cache import cached
+    from saap.models.cache import cached
 
     built = []
 

@@ -32,11 +32,11 @@ from devices.common.gguf_header import read_header
 from export.bundle.manifest import verify_files
 from export.gguf.write import export_gguf
 from export.write import export_bundle
-from saap.checkpoint import load_model
-from saap.integrity import check_directory
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
+from saap.models.checkpoint import load_model
+from saap.models.integrity import check_directory
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
 from tests.slim_integers import WIDE
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ class Case:
 def start(case: Case, mark: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **case.env, "SAAP_KILLS": mark}
     return subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", *map(str, case.command)], env=env, start_new_session=True,
+        [sys.executable, "-m", "saap.cli.main", *map(str, case.command)], env=env, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from saap.architectures import FAMILIES, shape_of
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.matrices import ROLES, matrices_of
+from saap.models.architectures import FAMILIES, shape_of
+from saap.models.checkpoint import load_model
+from saap.models.matrices import ROLES, matrices_of
+from saap.system.errors import SaapError
 
 
 @pytest.mark.parametrize("family", FAMILIES)

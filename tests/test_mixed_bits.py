@@ -24,14 +24,14 @@ from export.parity.verify import check_parity, reference_model
 from export.portable.write import export_portable
 from export.source import ModelSource
 from export.write import export_bundle
-from saap.bundle_size import tuned_bundle_size
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
-from saap.export_command import show_bundle
-from saap.group_quant import quantize, quantize_model
-from saap.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
-from saap.tune import TuneOptions, tune
-from saap.weight_files import tensor_reader
+from saap.cli.export import show_bundle
+from saap.models.checkpoint import load_model, read_config
+from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
+from saap.models.weight_files import tensor_reader
+from saap.prune.search.bundle_size import tuned_bundle_size
+from saap.quantize.groups import quantize, quantize_model
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
 from tests.edited import edited
 
 KINDS = {  # bits, group, symmetric, bits by module

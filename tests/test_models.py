@@ -14,11 +14,12 @@ pytest.importorskip("transformers")
 import torch
 from command_line import here
 
-from saap import model_cache, packaged
-from saap.checkpoint import read_config
-from saap.errors import SaapError
-from saap.gguf_import import byte_level_bpe, read_tokenizer_fields, write_tokenizer
-from saap.models import copy_sidecars, load_tokenizer, resolve
+from saap.models import cache as model_cache
+from saap.models import packaged
+from saap.models.checkpoint import read_config
+from saap.models.gguf.convert import byte_level_bpe, read_tokenizer_fields, write_tokenizer
+from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
+from saap.system.errors import SaapError
 
 SNIPPETS = [
     "Hello world  12 345",

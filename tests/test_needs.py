@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saap import needs as module
-from saap import prune as pruning
-from saap.architectures import shape_of
-from saap.checkpoint import read_config, read_record
-from saap.errors import SaapError
-from saap.needs import (
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config, read_record
+from saap.models.streaming import is_streamed
+from saap.prune import pruning
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import budget_of, prune, streamed
+from saap.prune.search.requirement import Requirement
+from saap.system import needs as module
+from saap.system.errors import SaapError
+from saap.system.needs import (
     Needs,
     available_memory,
     check_disk,
@@ -23,10 +27,6 @@ from saap.needs import (
     prune_disk,
     prune_needs,
 )
-from saap.prune import budget_of, prune, streamed
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.streaming import is_streamed
 from tests.command_line import here, refused
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))

@@ -24,9 +24,9 @@ from bench.judge.regression import Verdict, retest
 from bench.measure.result import Result
 from bench.measure.store import read_result
 from export.bundle.manifest import verify_files
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config
-from saap.cost import read_costs
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.prune.search.layer_costs import read_costs
 from tests.command_line import here
 
 OLD = Path(__file__).parent / "support" / "old"

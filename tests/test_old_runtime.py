@@ -16,7 +16,7 @@ from test_surgery import cut
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
 from export.write import export_bundle
-from saap.structures import LayerPlan, PrunePlan
+from saap.models.structures import LayerPlan, PrunePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))

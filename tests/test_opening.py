@@ -6,16 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saap import eval_command, needs, opening
-from saap import tune as tuning
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.modeling_slim import GroupQuantLinear
-from saap.opening import open_model, open_writer, whole_needs
-from saap.streaming import is_streamed
-from saap.training_options import TrainOptions
-from saap.tune import tune
-from saap.tune_options import TuneOptions
+from saap.cli import eval as eval_command
+from saap.models import opening
+from saap.models.checkpoint import load_model
+from saap.models.modeling_slim import GroupQuantLinear
+from saap.models.opening import open_model, open_writer, whole_needs
+from saap.models.streaming import is_streamed
+from saap.system import needs
+from saap.system.errors import SaapError
+from saap.tune import tuning
+from saap.tune.loop.options import TrainOptions
+from saap.tune.options import TuneOptions
+from saap.tune.tuning import tune
 from tests.command_line import here
 
 IDS = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(1))

@@ -12,8 +12,8 @@ from export.bundle.tokenizer import RunError
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
 from export.portable.write import export_portable
 from export.write import export_bundle
-from saap.checkpoint import load_model
-from saap.structures import LayerPlan, PrunePlan
+from saap.models.checkpoint import load_model
+from saap.models.structures import LayerPlan, PrunePlan
 
 LAYERS = (
     LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first

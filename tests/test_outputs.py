@@ -14,16 +14,18 @@ import pytest
 import torch
 
 from export.write import export_bundle
-from saap.errors import SaapError
-from saap.outputs import beside, claimed, put_in_place, writing_directory, writing_file
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
+from saap.system.outputs import beside, claimed, put_in_place, writing_directory, writing_file
 from tests.command_line import here, last_line, refused
 from tests.slim_integers import WIDE
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
-HOLDER = "import sys; from saap.outputs import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
+HOLDER = (
+    "import sys; from saap.system.outputs import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
+)
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def is_told(message: str, disk: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_output(small_disk, commands, monkeypatch):
-    for module in ("saap.prune", "saap.export_command"):  # else the sums refuse it before anything is written
+    for module in ("saap.prune.pruning", "saap.cli.export"):  # else the sums refuse it before anything is written
         monkeypatch.setattr(f"{module}.check_disk", lambda *a: None, raising=False)
     for name, command in commands.items():
         here(*command, small_disk / name)

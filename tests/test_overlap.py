@@ -8,9 +8,9 @@ import pytest
 from command_line import here, last_line
 
 pytest.importorskip("transformers")
-from saap.errors import SaapError
-from saap.overlap import refuse_overlap
-from saap.text import EVALUATION_FILE, load_documents
+from saap.system.errors import SaapError
+from saap.text.documents import EVALUATION_FILE, load_documents
+from saap.text.overlap import refuse_overlap
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

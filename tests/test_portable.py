@@ -24,11 +24,11 @@ from export.parity.verify import check_parity, reference_model
 from export.portable.write import export_portable
 from export.source import Precision
 from export.write import export_bundle
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.group_quant import quantize
-from saap.structures import PrunePlan
-from saap.tune import TuneOptions, tune
+from saap.models.checkpoint import load_model
+from saap.models.structures import PrunePlan
+from saap.quantize.groups import quantize
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven"])

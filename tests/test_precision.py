@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap import precision
-from saap.precision import fast_float32
+from saap.system import precision
+from saap.system.precision import fast_float32
 
 AMD = "processor : 0\nvendor_id\t: AuthenticAMD\nflags\t: fpu avx2 avx512f\n"
 INTEL = AMD.replace("AuthenticAMD", "GenuineIntel")

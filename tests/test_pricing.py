@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.architectures import shape_of
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.fusion import fuse
-from saap.importance import estimate
-from saap.masking import masked, mean_nll, without_attention
-from saap.pricing import fit_prices
-from saap.score_cache import KnownLosses
-from saap.structures import whole_layer
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.models.structures import whole_layer
+from saap.prune.scores.cache import KnownLosses
+from saap.prune.scores.fusion import fuse
+from saap.prune.scores.importance import estimate
+from saap.prune.search.masking import masked, mean_nll, without_attention
+from saap.prune.search.prices import fit_prices
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
 
@@ -70,7 +70,7 @@ def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypa
     model, shape, fused = scored
     first = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
     calls = []
-    monkeypatch.setattr("saap.pricing.mean_nll", lambda *_: calls.append(1) or 1.0)
+    monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: calls.append(1) or 1.0)
     again = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
     assert not calls
     for kind in ("ffn", "head", "group"):
@@ -110,6 +110,6 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
 
 def test_a_price_is_never_made_of_a_loss_that_is_not_finite(scored, monkeypatch):
     model, shape, fused = scored
-    monkeypatch.setattr("saap.pricing.mean_nll", lambda *_: float("nan"))
+    monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: float("nan"))
     with pytest.raises(SaapError, match="the loss is nan"):
         fit_prices(model, shape, fused, IDS[2:])

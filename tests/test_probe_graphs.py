@@ -17,8 +17,8 @@ from export.graph.facts import read_graph
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import stack_layers, write_probe_stacks
 from export.write import export_bundle
-from saap.errors import SaapError
-from saap.structures import LayerSizes
+from saap.models.structures import LayerSizes
+from saap.system.errors import SaapError
 
 SMOLLM2 = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,

@@ -13,7 +13,7 @@ from test_surgery import cut
 
 from export.bundle.manifest import PREFILL_CHUNK
 from export.write import export_bundle
-from saap.structures import LayerPlan, PrunePlan
+from saap.models.structures import LayerPlan, PrunePlan
 
 WIDEST, LAYERS = 2048, 8
 TOKENS = 4 * PREFILL_CHUNK

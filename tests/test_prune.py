@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from saap import prune as pruning
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, read_record
-from saap.errors import SaapError
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.structures import whole_layer
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.structures import whole_layer
+from saap.prune import pruning
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 

@@ -11,12 +11,12 @@ from command_line import here
 from launching import DATA_PARALLEL, launch
 from safetensors.torch import load_file, save_file
 
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.gpu import out_of_memory
-from saap.needs import available_memory
-from saap.ridge import Products, Rows, regression
-from saap.shares import Shares, joined
+from saap.models.checkpoint import read_record
+from saap.prune.cut.ridge import Products, Rows, regression
+from saap.prune.shares import Shares, joined
+from saap.system.errors import SaapError
+from saap.system.gpu import out_of_memory
+from saap.system.needs import available_memory
 
 ONE_STEP = ["--iterative-steps", "1"]  # a later one may find a random model's structures alike
 LINES = [f"Line {n} of a text that is long enough to be scored on, {n * n} and more." for n in range(400)]
@@ -46,7 +46,7 @@ def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path, how, sizes)
     command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", sizes[0], "--length", sizes[1]]
     here(*command, *how, "-o", tmp_path / "one")
     shutil.rmtree(os.environ["SAAP_CACHE"])
-    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, *how, "-o", tmp_path / "two")
+    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, *how, "-o", tmp_path / "two")
 
     assert done.stdout.count("layers' weights removed") == 1  # one of them talks
     assert not list(tmp_path.glob(".two*"))
@@ -66,9 +66,9 @@ def test_what_one_process_meets_ends_both_in_one_line(tiny_model, text, tmp_path
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", "9", "--length", "32"]
-    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, "-o", tmp_path / "out", fails=True)
+    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, "-o", tmp_path / "out", fails=True)
     assert "the loss is nan on calibration sequence 0: check the model and the text" in done.stderr
-    assert "saap/scoring.py" not in done.stderr  # no traceback of ours
+    assert "saap/prune/scores/scoring.py" not in done.stderr  # no traceback of ours
     assert not (tmp_path / "out").exists()
 
 

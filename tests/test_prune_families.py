@@ -16,13 +16,13 @@ from export.generate.ort_model import CACHE
 from export.graph.probe_model import read_probe_model
 from export.parity.verify import check_parity
 from export.write import export_bundle
-from saap.architectures import FAMILIES as ROWS
-from saap.architectures import architecture_of, shape_of, traits_of
-from saap.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.masking import masked
-from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
-from saap.surgery import cut_tensors
-from saap.weight_files import tensor_reader
+from saap.models.architectures import FAMILIES as ROWS
+from saap.models.architectures import architecture_of, shape_of, traits_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.weight_files import tensor_reader
+from saap.prune.cut.surgery import cut_tensors
+from saap.prune.search.masking import masked
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens

@@ -11,11 +11,11 @@ from command_line import here, refused
 from safetensors.torch import load_file, save_file
 from test_requirement import cost_file
 
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config, read_record
-from saap.cli_prune import METHODS
-from saap.compensate import COMPENSATIONS
-from saap.prune_options import METHODS as KNOWN
+from saap.cli.prune_options import METHODS
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, read_record
+from saap.prune.cut.refit import COMPENSATIONS
+from saap.prune.options import METHODS as KNOWN
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
 

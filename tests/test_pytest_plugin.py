@@ -16,7 +16,7 @@ from bench.judge.regression import record
 from bench.measure.plan import Plan
 from bench.measure.run import bench
 from bench.pytest_plugin import Device
-from saap.regression_command import name_of
+from saap.cli.guard import name_of
 from tests.tiny_graphs import tiny_bundle
 
 pytest_plugins = ["pytester"]

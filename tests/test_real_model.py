@@ -17,11 +17,11 @@ from export.bundle.tokenizer import BundleTokenizer
 from export.generate.run import BundleScorer
 from export.parity.verify import check_parity, reference_model
 from export.write import export_bundle
-from saap.checkpoint import load_model
-from saap.models import load_tokenizer
-from saap.protocol import Cut, windows_of
-from saap.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
-from saap.text import documents_of
+from saap.evaluate.protocol import Cut, windows_of
+from saap.models.checkpoint import load_model
+from saap.models.resolve import load_tokenizer
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.text.documents import documents_of
 
 LAYER = whole_layer(LayerSizes(9, 3, 1536))
 
@@ -91,7 +91,7 @@ def test_the_bundle_loads_and_peaks_below_250_mb(real_model, tmp_path):
     export_bundle(real_model, tmp_path / "bundle")
     result = tmp_path / "result.json"
     subprocess.run(
-        [sys.executable, "-m", "saap.cli", "bench", str(tmp_path / "bundle"), "-r", "3", "-t", "2", "--json",
+        [sys.executable, "-m", "saap.cli.main", "bench", str(tmp_path / "bundle"), "-r", "3", "-t", "2", "--json",
          str(result)],
         check=True, capture_output=True,
     )  # fmt: skip

@@ -29,9 +29,9 @@ from bench.remote.bench import bench_on, measure_on
 from bench.remote.board import Board, Stopped
 from bench.remote.files import pack, positions_of
 from devices.transport import BoardError, Local, open_transport
-from saap.interrupt import ask_to_end, ended_as_by_a_person
-from saap.regression_command import measure
-from saap.remote_command import _places
+from saap.cli.guard import measure
+from saap.cli.remote import _places
+from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 def test_an_ended_command_leaves_no_worker_here_either(bundles):
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
+        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     workers = []
@@ -233,7 +233,7 @@ def test_an_ended_command_leaves_no_worker_here_either(bundles):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
+        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
          "--no-cold", "--board-packages"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from saap.architectures import shape_of
-from saap.baselines import rank
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
-from saap.requirement import Requirement
-from saap.search import meet
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.baselines.methods import rank
+from saap.prune.search.milp import meet
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,

@@ -8,10 +8,10 @@ import pytest
 from command_line import here, refused
 from test_requirement import cost_file
 
-from saap import pipeline
-from saap.checkpoint import read_record
-from saap.console import Console
-from saap.pipeline import RunOptions
+from saap.cli import run as pipeline
+from saap.cli.console import Console
+from saap.cli.run import RunOptions
+from saap.models.checkpoint import read_record
 
 
 @pytest.fixture

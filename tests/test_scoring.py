@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from saap import scoring
-from saap.architectures import shape_of
-from saap.checkpoint import load_model
-from saap.importance import estimate
-from saap.importance_layerwise import rows_at_once
-from saap.scoring import scores_of
-from saap.streaming import load_streamed
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.models.streaming import load_streamed
+from saap.prune.scores import scoring
+from saap.prune.scores.importance import estimate
+from saap.prune.scores.layerwise import rows_at_once
+from saap.prune.scores.scoring import scores_of
 
 IDS = torch.randint(0, 300, (5, 24), generator=torch.Generator().manual_seed(3))
 
@@ -30,7 +30,7 @@ def test_portions_add_up_to_the_whole(element, streaming, tiny_model, monkeypatc
     whole = load_model(path)
     shape = shape_of(whole.config)
     monkeypatch.setattr(scoring, "PORTION", 2)
-    monkeypatch.setattr("saap.importance_layerwise.STATE_BYTES", 2 * 24 * 4 * shape.hidden * (len(shape.layers) + 1))
+    monkeypatch.setattr("saap.prune.scores.layerwise.STATE_BYTES", 2 * 24 * 4 * shape.hidden * (len(shape.layers) + 1))
     assert rows_at_once(shape, 24) == 2
     said = []
     model = load_streamed(path) if streaming else whole
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_at_the_portion_where_it_stopped(streaming, tiny_mo
     model = load_streamed(path) if streaming else load_model(path)
     shape = shape_of(model.config)
     monkeypatch.setattr(scoring, "PORTION", 2)
-    monkeypatch.setattr("saap.importance_layerwise.STATE_BYTES", 2 * 24 * 4 * shape.hidden * (len(shape.layers) + 1))
+    monkeypatch.setattr("saap.prune.scores.layerwise.STATE_BYTES", 2 * 24 * 4 * shape.hidden * (len(shape.layers) + 1))
     undisturbed = scores_of(model, shape, IDS, c=24.0, element="none", weights=None)
     name = "estimate_layerwise" if streaming else "estimate"
     estimator, scored, left = getattr(scoring, name), [], [2]

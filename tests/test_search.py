@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from saap.budget import Budget, StepTime, Weights
-from saap.cost import CostTable
-from saap.errors import SaapError
-from saap.search import Prices, check_floor, meet, modules_of, plan_from, solve
-from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
+from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
+from saap.prune.search.budget import Budget, StepTime, Weights
+from saap.prune.search.layer_costs import CostTable
+from saap.prune.search.milp import Prices, check_floor, meet, modules_of, plan_from, solve
+from saap.system.errors import SaapError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 TABLE = CostTable(1, 192, 1.0, None, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from saap.activations import collect
-from saap.architectures import shape_of
-from saap.checkpoint import load_model
-from saap.compensate import compensate
-from saap.importance import estimate
-from saap.importance_layerwise import estimate_layerwise
-from saap.layer_walk import layers_of
-from saap.masking import masked, mean_nll
-from saap.ridge import Products, Rows, regression
-from saap.streaming import is_streamed, load_streamed, present
-from saap.structures import LayerPlan, PrunePlan
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model
+from saap.models.layer_walk import layers_of
+from saap.models.streaming import is_streamed, load_streamed, present
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.cut.refit import compensate
+from saap.prune.cut.ridge import Products, Rows, regression
+from saap.prune.scores.activations import collect
+from saap.prune.scores.importance import estimate
+from saap.prune.scores.layerwise import estimate_layerwise
+from saap.prune.search.masking import masked, mean_nll
 from tests.test_prune_families import CASES
 
 

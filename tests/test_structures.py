@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from saap.architectures import architecture_of, shape_of
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
-from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
+from saap.models.architectures import architecture_of, shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
+from saap.system.errors import SaapError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 

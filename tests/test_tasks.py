@@ -7,10 +7,10 @@ import json
 import pytest
 from command_line import here, last_line
 
-from saap.checkpoint import load_model
-from saap.errors import SaapError
-from saap.models import load_tokenizer
-from saap.task_files import FIELDS, PROMPTS, drawn, find_task
+from saap.evaluate.task_files import FIELDS, PROMPTS, drawn, find_task
+from saap.models.checkpoint import load_model
+from saap.models.resolve import load_tokenizer
+from saap.system.errors import SaapError
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -47,8 +47,8 @@ def folder(tmp_path):
 
 
 def run(path, options):
-    from saap.eval_command import continuation_model
-    from saap.tasks import run_tasks
+    from saap.cli.eval import continuation_model
+    from saap.evaluate.tasks import run_tasks
 
     return run_tasks(continuation_model(path), options, None)
 
@@ -58,7 +58,7 @@ def test_every_task_gives_what_the_harness_gives_with_its_own_class(tiny_model, 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from saap.tasks import TaskOptions, task_files
+    from saap.evaluate.tasks import TaskOptions, task_files
 
     directory, options = tiny_model(max_position_embeddings=256), TaskOptions(tuple(FIELDS), folder)
     rows = run(directory, options)
@@ -82,7 +82,7 @@ def test_every_task_gives_what_the_harness_gives_with_its_own_class(tiny_model, 
 
 def test_a_bundle_chooses_as_its_model(tiny_model, folder, tmp_path):
     from export.write import export_bundle
-    from saap.tasks import TaskOptions
+    from saap.evaluate.tasks import TaskOptions
 
     directory = tiny_model()
     export_bundle(directory, tmp_path / "bundle", bits=32)
@@ -100,7 +100,7 @@ def test_the_examples_that_are_drawn_depend_on_the_seed_alone():
 
 
 def test_a_row_names_its_examples(tiny_model, folder):
-    from saap.tasks import TaskOptions
+    from saap.evaluate.tasks import TaskOptions
 
     [row] = run(tiny_model(), TaskOptions(("piqa",), folder, max_examples=4, seed=1))
     assert [example["index"] for example in row["examples"]] == drawn("piqa", 12, 4, 1)
@@ -183,7 +183,7 @@ def test_one_example_is_refused_before_a_model_is_read(tmp_path):
 
 
 def test_a_context_of_digits_is_a_context(tiny_model, tmp_path):
-    from saap.tasks import TaskOptions
+    from saap.evaluate.tasks import TaskOptions
 
     write(
         tmp_path / "t",
@@ -197,7 +197,7 @@ def test_a_context_of_digits_is_a_context(tiny_model, tmp_path):
 def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    from saap.tasks import _check_kind
+    from saap.evaluate.tasks import _check_kind
 
     config = find_task("piqa", folder).config()
     tasks = dict(get_task_dict([config], TaskManager(include_defaults=False)))
@@ -210,8 +210,8 @@ def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
 
 
 def test_a_model_that_gives_no_numbers_is_refused(tiny_model, folder):
-    from saap.eval_command import continuation_model
-    from saap.tasks import TaskOptions, run_tasks
+    from saap.cli.eval import continuation_model
+    from saap.evaluate.tasks import TaskOptions, run_tasks
 
     def broken(progress):
         made = continuation_model(tiny_model())(progress)
@@ -224,7 +224,7 @@ def test_a_model_that_gives_no_numbers_is_refused(tiny_model, folder):
 
 
 def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_path, monkeypatch):
-    from saap import eval_command
+    from saap.cli import eval as eval_command
 
     def broken(document):
         raise SaapError("the screen is broken")
@@ -238,7 +238,7 @@ def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_pa
 
 
 def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder, tmp_path, monkeypatch):
-    from saap import tasks
+    from saap.evaluate import tasks
 
     whole, seen = tasks.run_tasks, []
 

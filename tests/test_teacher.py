@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saap import teacher as teacher_module
-from saap.checkpoint import load_model
-from saap.distillation import bucket_shares
-from saap.errors import SaapError
-from saap.opening import open_model
-from saap.teacher import check_same_vocabulary, distillation_loss, teacher_targets
+from saap.models.checkpoint import load_model
+from saap.models.opening import open_model
+from saap.system.errors import SaapError
+from saap.tune import teacher as teacher_module
+from saap.tune.distillation import bucket_shares
+from saap.tune.teacher import check_same_vocabulary, distillation_loss, teacher_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(300, (70, 12), generator=GENERATOR)

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
-from saap import text
-from saap.errors import SaapError
-from saap.text import load_documents, pack, self_written
+from saap.system.errors import SaapError
+from saap.text import documents as text
+from saap.text.documents import load_documents, pack, self_written
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 

@@ -8,12 +8,12 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from saap.checkpoint import load_model
-from saap.console import Console
-from saap.errors import SaapError
-from saap.precision import autocast_dtype, computes_bf16
-from saap.training import DivergedError, TrainOptions, cosine, train
-from saap.training_state import discard_states
+from saap.cli.console import Console
+from saap.models.checkpoint import load_model
+from saap.system.errors import SaapError
+from saap.system.precision import autocast_dtype, computes_bf16
+from saap.tune.loop.state import discard_states
+from saap.tune.loop.steps import DivergedError, TrainOptions, cosine, train
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Text with something to learn: every token is followed by the next one.
@@ -366,7 +366,7 @@ def test_bf16_is_taken_where_the_cpu_has_it(tmp_path, monkeypatch, text, expecte
     cpu = torch.device("cpu")
     assert computes_bf16(cpu, path) is expected
     assert not computes_bf16(cpu, tmp_path / "missing")
-    monkeypatch.setattr("saap.precision.computes_bf16", lambda device: expected)
+    monkeypatch.setattr("saap.system.precision.computes_bf16", lambda device: expected)
     assert autocast_dtype("auto", cpu) == (torch.bfloat16 if expected else None)
     assert autocast_dtype("fp32", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16
 
@@ -380,7 +380,7 @@ def test_progress_says_losses_and_speed_and_the_console_the_time_left(run, monke
     assert said[-1][0].endswith(" tokens/s")
     # what was done before a kill took none of this run's time
     now = [0.0]
-    monkeypatch.setattr("saap.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("saap.cli.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     with Console() as console:
         console.report("tuning, continued at step 60", 60, 100)
         now[0] = 20.0

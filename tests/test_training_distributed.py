@@ -15,11 +15,11 @@ from launching import DATA_PARALLEL, SHARDED, launch
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.training import TrainOptions
-from saap.training_options import steps_of
-from saap.training_processes import FSDP_TORCH, join_processes
+from saap.models.checkpoint import read_record
+from saap.system.errors import SaapError
+from saap.tune.loop.options import steps_of
+from saap.tune.loop.processes import FSDP_TORCH, join_processes
+from saap.tune.loop.steps import TrainOptions
 
 TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
 
@@ -82,7 +82,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
 def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
     program = tmp_path / "join.py"
     program.write_text(
-        "import torch\nfrom saap.errors import SaapError\nfrom saap.training_processes import join_processes\n"
+        "import torch\nfrom saap.system.errors import SaapError\nfrom saap.tune.loop.processes import join_processes\n"
         "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept SaapError as error:\n    print(error)\n"
     )
     assert launch(SHARDED, program).stdout.count("FSDP needs torch 2.9 and this is 2.8.0+cpu: install it, or") == 2
@@ -126,7 +126,7 @@ def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_pat
     command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
     here(*command, "-o", tmp_path / "one")
     shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
-    done = launch(how, "-m", "saap.cli", *command, "-o", tmp_path / "two")
+    done = launch(how, "-m", "saap.cli.main", *command, "-o", tmp_path / "two")
     assert done.stdout.count("held-out NLL") == 1  # one of them talks
     histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("one", "two")]
     assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)

@@ -9,18 +9,18 @@ import torch
 from command_line import here
 from torch.nn import functional as F
 
-from saap import tune as tune_module
-from saap.checkpoint import load_model, read_config, read_record
-from saap.errors import SaapError
-from saap.gptq import compensated_matrices
-from saap.group_quant import quantize_model
-from saap.modeling_slim import GroupQuantLinear, GroupQuantTable
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.training import DivergedError, TrainOptions
-from saap.tune import TuneOptions, loss_of, tune
-from saap.tuning_rows import TuningRows
+from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.quantize.gptq import compensated_matrices
+from saap.quantize.groups import quantize_model
+from saap.system.errors import SaapError
+from saap.text.tuning_rows import TuningRows
+from saap.tune import tuning as tune_module
+from saap.tune.loop.steps import DivergedError, TrainOptions
+from saap.tune.tuning import TuneOptions, loss_of, tune
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Text with something to learn: every token is followed by the next one.
@@ -138,7 +138,7 @@ def test_prompts_are_not_learnt(tiny_model):
 
 
 def test_a_teacher_adds_its_divergence(tiny_model):
-    from saap.teacher import teacher_targets
+    from saap.tune.teacher import teacher_targets
 
     teacher_dir = tiny_model("teacher", seed=1)
     teacher, student = load_model(teacher_dir), load_model(tiny_model("student", seed=2))

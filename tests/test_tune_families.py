@@ -9,11 +9,11 @@ import torch
 from export.generate.run import BundleScorer
 from export.graph.targets import Target
 from export.write import export_bundle
-from saap.architectures import FAMILIES
-from saap.checkpoint import load_model
-from saap.group_quant import round_model
-from saap.training import TrainOptions
-from saap.tune import TuneOptions, tune
+from saap.models.architectures import FAMILIES
+from saap.models.checkpoint import load_model
+from saap.quantize.groups import round_model
+from saap.tune.loop.steps import TrainOptions
+from saap.tune.tuning import TuneOptions, tune
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 

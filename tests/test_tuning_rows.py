@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
-from saap.conversations import ChatEncoder, messages_of
-from saap.errors import SaapError
-from saap.models import load_tokenizer
-from saap.rows import training_rows
-from saap.tuning_rows import IGNORED, WINDOW, TuningRows, _pack, held_out, tuning_rows
+from saap.models.resolve import load_tokenizer
+from saap.system.errors import SaapError
+from saap.text.conversations import ChatEncoder, messages_of
+from saap.text.rows import training_rows
+from saap.text.tuning_rows import IGNORED, WINDOW, TuningRows, _pack, held_out, tuning_rows
 
 TALK = [
     {"role": "system", "content": "Be brief."},

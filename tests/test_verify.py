@@ -20,8 +20,8 @@ from export.parity.verify import check_parity, reference_model
 from export.portable.write import export_portable
 from export.source import ModelSource, Precision
 from export.write import export_bundle
-from saap.errors import SaapError
-from saap.tune import TuneOptions, tune
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven", "tuned"])

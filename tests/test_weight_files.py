@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saap.checkpoint import load_model
-from saap.weight_files import TensorFolder, tensor_reader, write_shards
+from saap.models.checkpoint import load_model
+from saap.models.weight_files import TensorFolder, tensor_reader, write_shards
 from tests.command_line import here
 
 
@@ -18,7 +18,7 @@ def test_small_weights_are_one_file_and_large_ones_several_that_transformers_rea
     (tmp_path / "one").mkdir()
     write_shards(tmp_path / "one", ((name, read(name)) for name in names))
     assert [file.name for file in (tmp_path / "one").iterdir()] == ["model.safetensors"]
-    monkeypatch.setattr("saap.weight_files.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("saap.models.weight_files.SHARD_BYTES", 100_000)
     expected = load_model(path).state_dict()
     (path / "model.safetensors").unlink()
     tensors = load_file(tmp_path / "one/model.safetensors")

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from saap.checkpoint import load_model
-from saap.training import DivergedError, TrainOptions, train
-from saap.training_processes import is_main_process, prepare
+from saap.models.checkpoint import load_model
+from saap.tune.loop.processes import is_main_process, prepare
+from saap.tune.loop.steps import DivergedError, TrainOptions, train
 
 STEPS, ROWS = 3, 4
 
@@ -86,7 +86,7 @@ def main(model_dir: str, out: Path, state: str, kill: int | None = None, poison:
     held_out = {name: tensor[ROWS * STEPS + 3 :] for name, tensor in rows.items()}  # 5: not the same for both
     options = TrainOptions(rows_per_step=ROWS, micro_rows=1, precision="fp32", save_seconds=0.0)
     try:
-        with mock.patch("saap.training.prepare", watched):
+        with mock.patch("saap.tune.loop.steps.prepare", watched):
             history = train(
                 model, groups, cut, loss_of, options, held_out=held_out, state_dir=out / state,
                 progress=lambda *seen: said.append(seen),

@@ -88,7 +88,7 @@ def load(job: Job) -> Decoder:
     torch.set_num_threads(job.threads)
     path = Path(job.path)
     if (path / "saap.json").is_file():
-        from saap.checkpoint import load_model
+        from saap.models.checkpoint import load_model
 
         model: Any = load_model(path, materialise=True, verify=False)  # whoever asks for a run has done it
     else:

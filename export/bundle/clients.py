@@ -15,7 +15,7 @@ from typing import Any
 from devices.common.files import write_text
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
 from export.bundle.tokenizer import BundleTokenizer
-from saap.architectures import PER_LAYER, SLIM
+from saap.models.architectures import PER_LAYER, SLIM
 
 GENAI_CONFIG = "genai_config.json"
 CONFIG = "config.json"

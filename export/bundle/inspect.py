@@ -159,7 +159,7 @@ def _provenance_lines(lineage: dict[str, Any]) -> list[str]:
 
 
 def inspection_tables(report: dict[str, Any]) -> list[Table]:
-    """Title, columns and rows of each table, for ``saap.console.print_table``."""
+    """Title, columns and rows of each table, for ``saap.cli.console.print_table``."""
     graph = report["graph"]
     nodes = [[kind, str(count)] for kind, count in graph["nodes"].items()]
     matrices = [

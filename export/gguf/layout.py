@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from export.gguf.tensors import BLOCK, natural_kind
-from saap.architectures import SLIM, architecture_of, shape_of
-from saap.checkpoint import read_config
-from saap.errors import SaapError
-from saap.group_quant import QuantMatrix
-from saap.slim_quant import module_bits
-from saap.structures import LayerSizes
-from saap.weight_files import tensor_reader
+from saap.models.architectures import SLIM, architecture_of, shape_of
+from saap.models.checkpoint import read_config
+from saap.models.slim_quant import module_bits
+from saap.models.structures import LayerSizes
+from saap.models.weight_files import tensor_reader
+from saap.quantize.groups import QuantMatrix
+from saap.system.errors import SaapError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 

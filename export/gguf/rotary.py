@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saap.errors import SaapError
+from saap.system.errors import SaapError
 
 TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
 
@@ -36,7 +36,7 @@ def rotary_fields(directory: Path) -> RotaryFields:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    import saap.checkpoint  # noqa: F401  registers our model type
+    import saap.models.checkpoint  # noqa: F401  registers our model type
 
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

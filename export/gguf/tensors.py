@@ -1,6 +1,6 @@
 """Matrices as GGUF blocks: integers of ours carried over where a block holds them, floats rounded where not.
 
-Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.group_quant); a GGUF block is 32
+Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups); a GGUF block is 32
 columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
 
 * Q4_1, W = d q + m with q in 0..15: every 4-bit group, with m = -scale * zero_point rounded to float16.
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saap.group_quant import QuantMatrix
-from saap.modeling_slim import unpack_codes, unpack_zero_points
+from saap.models.modeling_slim import unpack_codes, unpack_zero_points
+from saap.quantize.groups import QuantMatrix
 
 BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
 BYTES = {"F32": 128, "F16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of 32 numbers

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle.tokenizer import BundleTokenizer
-from saap.errors import SaapError
-from saap.gguf_import import CONTROL, END_TOKENS, USER_DEFINED
+from saap.models.gguf.convert import CONTROL, END_TOKENS, USER_DEFINED
+from saap.system.errors import SaapError
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # tokenizer.ggml.token_type
 _LLAMA3 = (

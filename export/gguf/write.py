@@ -15,10 +15,10 @@ from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode, row_bytes
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.outputs import writing_file
-from saap.weight_files import weights_hash
+from saap.models.checkpoint import read_record
+from saap.models.weight_files import weights_hash
+from saap.system.errors import SaapError
+from saap.system.outputs import writing_file
 
 Progress = Callable[[str, float, float], None]
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}

@@ -6,7 +6,7 @@ embedding inside, o_proj, norm, one matrix for gate and up, SiLU x up, down_proj
 without FFN simply leaves its nodes out. The decode graph takes the last position before the head, so that a prompt does
 not pay for the vocabulary at every token; the scoring graph keeps all positions.
 
-What a family has beyond LLaMA is in its :class:`saap.architectures.Traits`, or simply in the data file: a bias or a
+What a family has beyond LLaMA is in its :class:`saap.models.architectures.Traits`, or simply in the data file: a bias or a
 norm that is there is applied. Norms of single heads cost a Split before the attention, which takes none on a CPU.
 """
 
@@ -22,9 +22,9 @@ from export.graph.builder import GraphBuilder
 from export.graph.rotary import rotary_names
 from export.graph.weights import WeightFile
 from export.source import Precision
-from saap.architectures import LayerTraits, Traits
-from saap.errors import SaapError
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import LayerTraits, Traits
+from saap.models.structures import LayerSizes, ModelShape
+from saap.system.errors import SaapError
 
 MICROSOFT = "com.microsoft"
 OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.microsoft

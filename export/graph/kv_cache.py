@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.bundle.manifest import LayerSizes
 from export.generate.run import cpu_session
-from saap.errors import SaapError
+from saap.system.errors import SaapError
 
 LARGEST = 127
 MARGIN = 1.05  # other text reaches a little further

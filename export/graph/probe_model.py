@@ -9,11 +9,11 @@ from typing import Any
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
 from export.source import Precision
-from saap.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
-from saap.checkpoint import read_config
-from saap.errors import SaapError
-from saap.group_quant import check_blocks
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
+from saap.models.checkpoint import read_config
+from saap.models.structures import LayerSizes, ModelShape
+from saap.quantize.groups import check_blocks
+from saap.system.errors import SaapError
 
 WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
 LEAST_LAYERS = 4
@@ -73,7 +73,7 @@ def _of_model(directory: Path) -> tuple[Any, dict[str, Any]]:
     """The config, and the quantisation of a tuned directory."""
     from transformers import AutoConfig
 
-    import saap.checkpoint  # noqa: F401  registers our model type
+    import saap.models.checkpoint  # noqa: F401  registers our model type
 
     raw = read_config(directory)
     architecture_of(raw)
@@ -84,7 +84,7 @@ def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
     """A config with the sizes of a manifest, and the bundle's quantisation."""
     from transformers import AutoConfig
 
-    import saap.checkpoint  # noqa: F401  registers our model type
+    import saap.models.checkpoint  # noqa: F401  registers our model type
 
     manifest = read_manifest(directory)
     common = {

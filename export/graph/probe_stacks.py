@@ -29,8 +29,8 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from export.source import Precision
-from saap.architectures import Architecture
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import Architecture
+from saap.models.structures import LayerSizes, ModelShape
 
 Progress = Callable[[str, float, float], None]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from saap.architectures import Traits, architecture_of
-from saap.errors import SaapError
+from saap.models.architectures import Traits, architecture_of
+from saap.system.errors import SaapError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
 Table = Literal["default", "local"]

@@ -15,8 +15,8 @@ import torch
 
 from export.bundle.manifest import WEIGHTS
 from export.source import ModelSource, Precision, Progress, StackedLinear, stack_linears
-from saap.errors import SaapError
-from saap.group_quant import QuantMatrix
+from saap.quantize.groups import QuantMatrix
+from saap.system.errors import SaapError
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import saap.checkpoint  # noqa: F401  registers our model type
+import saap.models.checkpoint  # noqa: F401  registers our model type
 from export.source import ModelSource, Precision, Progress
-from saap.group_quant import QuantMatrix, check_blocks, quantize
-from saap.streaming import empty_parameters
+from saap.models.streaming import empty_parameters
+from saap.quantize.groups import QuantMatrix, check_blocks, quantize
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once

@@ -17,11 +17,11 @@ from export.generate.run import BundleScorer, empty_past, graph_feed
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision, Progress
-from saap.checkpoint import load_model, read_config
-from saap.errors import SaapError
-from saap.group_quant import round_model
-from saap.needs import WHOLE_BYTES
-from saap.precision import fast_float32
+from saap.models.checkpoint import load_model, read_config
+from saap.quantize.groups import round_model
+from saap.system.errors import SaapError
+from saap.system.needs import WHOLE_BYTES
+from saap.system.precision import fast_float32
 
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
 LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
@@ -48,7 +48,7 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
-    A bundle of more than :data:`saap.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the memory.
+    A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the memory.
 
     Returns:
         the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.

@@ -7,7 +7,7 @@ head_dim, total]), so keys and values are never repeated.
 
 Beside the usual inputs the graph takes ``position_ids`` [batch, sequence] int64. Masked are the keys behind a query,
 those before the layer's window, and those whose ``attention_mask`` is 0 (padding). What a family has beyond LLaMA is in
-its :class:`saap.architectures.Traits`, or simply in the data file: a bias or a norm that is there is applied.
+its :class:`saap.models.architectures.Traits`, or simply in the data file: a bias or a norm that is there is applied.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import onnx_ir as ir
 from export.graph.builder import GraphBuilder
 from export.graph.rotary import Table, rotary_names
 from export.source import Precision
-from saap.architectures import Traits
-from saap.structures import LayerSizes, ModelShape
+from saap.models.architectures import Traits
+from saap.models.structures import LayerSizes, ModelShape
 
 OPSET = 21  # the first one with 4-bit integers and DequantizeLinear in blocks
 IR_VERSION = 10

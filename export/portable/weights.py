@@ -16,9 +16,9 @@ import torch
 
 from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias
 from export.source import ModelSource, Precision, Progress, stack_linears
-from saap.errors import SaapError
-from saap.group_quant import QuantMatrix, quantize
-from saap.modeling_slim import unpack_codes, unpack_zero_points
+from saap.models.modeling_slim import unpack_codes, unpack_zero_points
+from saap.quantize.groups import QuantMatrix, quantize
+from saap.system.errors import SaapError
 
 
 def write_standard_weights(

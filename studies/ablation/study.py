@@ -40,7 +40,7 @@ def ablation_variants() -> list[Variant]:
 
 def make(where: Path, variants: list[Variant], ratios: Sequence[float], seeds: Sequence[int]) -> None:
     """The cells that are missing."""
-    from saap.models import resolve
+    from saap.models.resolve import resolve
     from studies.pruning.measure import Texts, remember_rankings, run_cell
 
     model_dir = Path(resolve(MODEL))

@@ -208,8 +208,8 @@ def shortgpt(directory: Path, source: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def ours(source: Any, ids: torch.Tensor, method: str, kept: frozenset[int] | None, gone: Gone) -> tuple[Gone, Scores]:
     """The beginning of our ranking whose weights are nearest to what the reference removed, and our scores."""
-    from saap import baselines
-    from saap.architectures import shape_of
+    from saap.models.architectures import shape_of
+    from saap.prune.baselines import methods as baselines
 
     shape = shape_of(source.config)
     weights = {"ffn": 3 * shape.hidden, "group": 4 * HEAD_DIM * shape.hidden}
@@ -264,8 +264,8 @@ def main() -> None:
     for method in ("magnitude", "vector", "param_first", "param_second", "param_mix"):
         theirs = llm_pruner(given.llm_pruner, source, ids, method)
         print(row(method, theirs, ours(source, ids, method, KEPT, theirs[0])))
-    from saap.activations import collect
-    from saap.architectures import shape_of
+    from saap.models.architectures import shape_of
+    from saap.prune.scores.activations import collect
 
     mine = collect(source, shape_of(source.config), ids).influence
     theirs_bi = shortgpt(given.shortgpt, source, ids) / ids.numel()

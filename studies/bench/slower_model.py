@@ -22,11 +22,11 @@ from pathlib import Path
 def main(model: str, out: str, extra: list[str], silent: bool = False, swap: str | None = None) -> None:
     import torch
 
-    from saap.architectures import shape_of
-    from saap.checkpoint import read_config, slim_config, write_slim
-    from saap.models import resolve
-    from saap.structures import LayerSizes
-    from saap.weight_files import tensor_reader
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config, slim_config, write_slim
+    from saap.models.resolve import resolve
+    from saap.models.structures import LayerSizes
+    from saap.models.weight_files import tensor_reader
 
     base = resolve(model)
     config = read_config(base)

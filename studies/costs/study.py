@@ -22,7 +22,7 @@ KINDS += [(12, 0.0, 0.0, 64)]
 
 def random_models(full, block: int) -> list[tuple]:
     """Layer sizes of each model, the same every time."""
-    from saap.structures import LayerSizes
+    from saap.models.structures import LayerSizes
 
     draw = random.Random(7)
     models = []
@@ -53,8 +53,8 @@ def main() -> None:
     from bench.measure.run import bench
     from export.graph.probe_model import read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
-    from saap.cost import read_costs
-    from saap.models import resolve
+    from saap.models.resolve import resolve
+    from saap.prune.search.layer_costs import read_costs
 
     model = read_probe_model(resolve(given.model))
     full = model.shape.layers[0]

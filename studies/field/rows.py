@@ -15,7 +15,7 @@ from bench.judge.comparison import compare_within
 from bench.measure.store import read_result
 from bench.report.tables import table_rows
 from export.bundle.manifest import read_manifest
-from saap.json_files import write_json
+from saap.system.json_files import write_json
 from studies.common import provenance
 from studies.field.cells import PROTOCOLS, cells_of
 
@@ -59,7 +59,7 @@ class Cell:
         self.commands.append(["saap", *map(self._typed, words)])
         if not out.exists():
             began = time.monotonic()
-            run = [sys.executable, "-m", "saap.cli", *words]
+            run = [sys.executable, "-m", "saap.cli.main", *words]
             done = subprocess.run(run, check=False, capture_output=True, text=True)
             if not out.exists():
                 raise SystemExit(f"{self.name}: saap {' '.join(words)} failed: {done.stderr[-600:]}")

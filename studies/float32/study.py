@@ -1,4 +1,4 @@
-"""What float32 products by oneDNN instead of MKL give (saap.precision), as ratios of runs in turn.
+"""What float32 products by oneDNN instead of MKL give (saap.system.precision), as ratios of runs in turn.
 
     python -m studies.float32.study products     # a minute: products of several sizes, with the error of each way
     python -m studies.float32.study prune        # `saap prune` of SmolLM2 on 16 sequences, in processes of its own
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from saap.precision import fast_float32
+from saap.system.precision import fast_float32
 
 SIZES = ((256, 576, 1536), (256, 1536, 576), (256, 576, 49152), (128, 4096, 11008), (1280, 4096, 11008))
 ROUNDS = 8
-LEFT = "import saap.precision as p; p._mkl_is_slow = lambda _: False; "  # to MKL
-MAIN = "import sys; from saap.cli import main; sys.argv[0] = 'saap'; main()"
+LEFT = "import saap.system.precision as p; p._mkl_is_slow = lambda _: False; "  # to MKL
+MAIN = "import sys; from saap.cli.main import main; sys.argv[0] = 'saap'; main()"
 
 
 def products() -> None:
@@ -53,7 +53,7 @@ def prune(model: str, pairs: int) -> None:
     """Seconds of the whole command both ways in turn, each with an empty cache of scores."""
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
-        from saap.models import resolve
+        from saap.models.resolve import resolve
 
         source = resolve(model)
         for pair in range(pairs):

@@ -154,7 +154,7 @@ def sealed(place: Path) -> tuple[bytes, ...]:
     """The same with their own sha256."""
     import torch
 
-    from saap.sealed_tensors import save_sealed
+    from saap.system.sealed_tensors import save_sealed
 
     save_sealed({"a": torch.ones(3, 2)}, place / "sealed", {"c": "1.0"})
     return ((place / "sealed").read_bytes(),)

@@ -82,12 +82,12 @@ def _documents(place: Path) -> Iterator[Target]:
     from devices.profiles.profile import PROFILES, read_profile
     from export.bundle.manifest import read_manifest, verify_files
     from export.bundle.tokenizer import BundleTokenizer
-    from saap.architectures import positions_of, shape_of
-    from saap.board import make_report
-    from saap.checkpoint import read_config, read_record
-    from saap.cost import read_costs
-    from saap.integrity import check_directory
-    from saap.structures import ModelShape
+    from saap.cli.report import make_report
+    from saap.models.architectures import positions_of, shape_of
+    from saap.models.checkpoint import read_config, read_record
+    from saap.models.integrity import check_directory
+    from saap.models.structures import ModelShape
+    from saap.prune.search.layer_costs import read_costs
     from studies.fuzz import seeds
 
     here = place / "bundle"
@@ -164,9 +164,9 @@ def _documents(place: Path) -> Iterator[Target]:
 
 def _rows(place: Path) -> Iterator[Target]:
     """Data to learn from and questions."""
-    from saap.conversations import is_conversation, messages_of
-    from saap.task_files import FIELDS, read_task
-    from saap.text import checked_text, load_documents, load_rows
+    from saap.evaluate.task_files import FIELDS, read_task
+    from saap.text.conversations import is_conversation, messages_of
+    from saap.text.documents import checked_text, load_documents, load_rows
     from studies.fuzz import seeds
 
     data = place / "data.jsonl"
@@ -228,9 +228,9 @@ def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
     from devices.common.gguf_header import read_header
     from export.bundle.external_data import check_external_data
-    from saap.gguf_import import read_tokenizer_fields
-    from saap.sealed_tensors import load_sealed
-    from saap.weight_files import tensor_reader
+    from saap.models.gguf.convert import read_tokenizer_fields
+    from saap.models.weight_files import tensor_reader
+    from saap.system.sealed_tensors import load_sealed
     from studies.fuzz import seeds
 
     gguf = place / "model.gguf"
@@ -263,7 +263,7 @@ def _arguments(place: Path) -> Target:
     import contextlib
     import sys
 
-    from saap import cli
+    from saap.cli import main as cli
 
     def run(data: bytes) -> None:
         before, told = sys.argv, io.StringIO()

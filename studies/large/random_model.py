@@ -64,7 +64,7 @@ def config(size: str, layers: int) -> dict[str, object]:
 
 def tokenizer_into(out: Path) -> None:
     """The files of a tokenizer whose ids are below the vocabulary: SmolLM2's, cut to the ids that there are."""
-    from saap.models import resolve
+    from saap.models.resolve import resolve
 
     base = Path(resolve("smollm2-135m"))
     for name in ("tokenizer_config.json", "LICENSE"):
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer or more of them")
     given = parser.parse_args()
-    from saap.outputs import writing_directory
-    from saap.weight_files import write_shards
+    from saap.models.weight_files import write_shards
+    from saap.system.outputs import writing_directory
 
     layers = given.layers or SHAPES[given.size][2]
     with writing_directory(given.out) as out:

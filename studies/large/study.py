@@ -66,13 +66,13 @@ def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
 
 def sum_of(phase: str, place: Path) -> float | None:
     """The memory, MB, that saap says before it begins; None for `saap bench`, which has no torch and sums up itself."""
-    from saap.architectures import shape_of
-    from saap.bundle_size import bundle_size
-    from saap.checkpoint import read_config
-    from saap.export_command import PARITY_ROWS, PARITY_TOKENS
-    from saap.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
-    from saap.opening import whole_needs
-    from saap.weight_files import weights_bytes
+    from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.opening import whole_needs
+    from saap.models.weight_files import weights_bytes
+    from saap.prune.search.bundle_size import bundle_size
+    from saap.system.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
 
     dense, directory = place / "dense", place / ("dense" if phase in OF_DENSE else "slim")
     config = read_config(directory)
@@ -94,7 +94,7 @@ def sum_of(phase: str, place: Path) -> float | None:
 
 def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
     """Run one command to its end: seconds, peak memory of its processes, bytes that the disk filled by, exit code."""
-    command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "saap.cli.main", *map(str, arguments)]
     free, began = shutil.disk_usage(PLACE).free, time.monotonic()
     peak, least = 0, free
     with log.open("w") as told:

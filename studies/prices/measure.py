@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from saap.adaptive import cut_layers, prices_of
-from saap.architectures import shape_of
-from saap.budget import Budget
-from saap.pricing import correct_prices
-from saap.prune_options import PruneOptions
-from saap.search import Module, Option, Prices, modules_of, plan_from, solve
-from saap.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
-from saap.working_point import WorkingPoint
+from saap.models.architectures import shape_of
+from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.prune.options import PruneOptions
+from saap.prune.search.adaptive import cut_layers, prices_of
+from saap.prune.search.budget import Budget
+from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
+from saap.prune.search.prices import correct_prices
+from saap.prune.search.working_point import WorkingPoint
 
 OPTIONS, DRAW = 40, 7
 PLACES = ("alone", "planned")  # where an option is measured

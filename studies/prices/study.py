@@ -42,11 +42,11 @@ def run(variant: Variant, draw: int | None = None) -> None:
     if name in known:
         print(f"{name}: is in {FILE} already")
         return
-    from saap.architectures import shape_of
-    from saap.checkpoint import load_model, read_config
-    from saap.json_files import write_json
-    from saap.models import resolve
-    from saap.weight_files import weights_hash
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import load_model, read_config
+    from saap.models.resolve import resolve
+    from saap.models.weight_files import weights_hash
+    from saap.system.json_files import write_json
     from studies.prices.measure import DRAW, judged
     from studies.pruning.measure import Texts, options_of
 

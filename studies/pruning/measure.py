@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from saap.adaptive import AdaptiveOptions
-from saap.baselines import published
-from saap.checkpoint import load_model, read_record
-from saap.errors import SaapError
-from saap.fusion import FusionOptions
-from saap.masking import mean_nll
-from saap.models import load_tokenizer
-from saap.protocol import Cut, windows_of
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.rows import training_rows
-from saap.text import documents_of, pack, read_file
+from saap.evaluate.protocol import Cut, windows_of
+from saap.models.checkpoint import load_model, read_record
+from saap.models.resolve import load_tokenizer
+from saap.prune.baselines.methods import published
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.scores.fusion import FusionOptions
+from saap.prune.search.adaptive import AdaptiveOptions
+from saap.prune.search.masking import mean_nll
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
+from saap.text.documents import documents_of, pack, read_file
+from saap.text.rows import training_rows
 from studies.common import provenance
 from studies.pruning.cells import HELD, LENGTH, SEQUENCES, Variant, slug
 
@@ -161,7 +161,7 @@ def means_of(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def remember_rankings() -> None:
     """Score once for all ratios and compensations: a ranking depends on neither."""
-    from saap import prune as module
+    from saap.prune import pruning as module
 
     known: dict[tuple[Any, ...], Any] = {}
     rank = module.rank

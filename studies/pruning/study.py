@@ -27,7 +27,7 @@ from studies.pruning.cells import SCREEN, SEEDS, SEQUENCES, STRONGEST_FIRST, Row
 if TYPE_CHECKING:
     import torch
 
-    from saap.prune_options import PruneOptions
+    from saap.prune.options import PruneOptions
     from studies.pruning.measure import Texts
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ def table_variants() -> list[Variant]:
 
 def make_table(variants: list[Variant], ratios: Sequence[float], seeds: Sequence[int], chunks: int) -> None:
     """The cells of the table that are missing."""
-    from saap.models import resolve
+    from saap.models.resolve import resolve
     from studies.pruning.measure import Texts, remember_rankings, run_cell
 
     model_dir = Path(resolve(MODEL))
@@ -97,7 +97,7 @@ def spread(where: Path, model_dir: Path, texts: Texts, methods: Sequence[str], s
 
 def twice(model_dir: Path, ids: torch.Tensor, options: PruneOptions) -> list[dict[str, str]]:
     """sha256 of every file of two slim directories, made with nothing kept from one to the other."""
-    from saap.prune import prune
+    from saap.prune.pruning import prune
 
     found = []
     cache = os.environ.get("SAAP_CACHE")
@@ -187,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variants = [v for v in table_variants() if settings.items() <= v.items()]
         variants = [v for v in variants if methods is None or v["method"] in methods]
         return make_table(variants, [float(ratio) for ratio in given.ratios.split(",")], seeds, given.chunks)
-    from saap.json_files import write_json
-    from saap.models import resolve
+    from saap.models.resolve import resolve
+    from saap.system.json_files import write_json
     from studies.pruning.measure import Texts, options_of, remember_rankings
 
     model_dir = Path(resolve(MODEL))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from saap.checkpoint import read_record
-from saap.errors import SaapError
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
+from saap.models.checkpoint import read_record
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.system.errors import SaapError
 from studies.common import Cell, provenance
 from studies.pruning.cells import Variant
 from studies.pruning.measure import options_of
@@ -32,7 +32,7 @@ def speed_options(variant: Variant, asked: float, costs: Path, onnxruntime: str 
 def make_costs(setup: Setup) -> None:
     """Measure the table where there is none; refuse one of another machine."""
     if not setup.costs.is_file():
-        from saap.costs_command import probe_costs
+        from saap.cli.costs import probe_costs
 
         probe_costs(setup.model_dir, setup.costs, threads=[THREADS])
     runtime_of(setup.costs)
@@ -40,14 +40,14 @@ def make_costs(setup: Setup) -> None:
 
 def table_runtime(costs: Path) -> str:
     """The ONNX Runtime of the table, of any machine: what quality is measured of may be made anywhere."""
-    from saap.json_files import read_object
+    from saap.system.json_files import read_object
 
     return str(read_object(costs, "make it with `studies.speedup.study costs`")["device"]["onnxruntime"])
 
 
 def runtime_of(costs: Path) -> str:
     """The ONNX Runtime that the table was measured with, on this machine."""
-    from saap.steps import refuse_elsewhere, runtime_here
+    from saap.cli.prune import refuse_elsewhere, runtime_here
 
     if not costs.is_file():
         raise SaapError(f"{costs} is not there: make it with `studies.speedup.study costs`")
@@ -125,8 +125,8 @@ def export(model_dir: Path, out: Path) -> dict[str, Any]:
 
 def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
     """NLL of a bundle on the test, nats per token."""
-    from saap.eval import evaluate
-    from saap.eval_command import scorer_of
+    from saap.cli.eval import scorer_of
+    from saap.evaluate.perplexity import evaluate
 
     scorer = scorer_of(setup.bundles / name, torch.get_num_threads())
     (found,) = evaluate({name: scorer}, setup.texts.test(setup.chunks))

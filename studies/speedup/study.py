@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.what == "table":
         return show_tables(HERE, tables(), given.write)
-    from saap.models import resolve
+    from saap.models.resolve import resolve
     from studies.pruning.measure import Texts, remember_rankings
     from studies.speedup import measure
 

@@ -34,9 +34,9 @@ def by_harness(model_dir: Path, task: str) -> Row:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from saap.checkpoint import load_model
-    from saap.models import load_tokenizer
-    from saap.tasks import task_files
+    from saap.evaluate.tasks import task_files
+    from saap.models.checkpoint import load_model
+    from saap.models.resolve import load_tokenizer
 
     model, (file,) = load_model(model_dir), task_files(options_of(task))
     theirs: Any = HFLM(model, tokenizer=load_tokenizer(model_dir), device="cpu", batch_size=BATCH)
@@ -54,8 +54,8 @@ def by_harness(model_dir: Path, task: str) -> Row:
 
 def by_saap(path: Path, task: str) -> Row:
     """What `saap eval --tasks` gives."""
-    from saap.eval_command import continuation_model
-    from saap.tasks import run_tasks
+    from saap.cli.eval import continuation_model
+    from saap.evaluate.tasks import run_tasks
 
     model = continuation_model(path)(None)
     began = time.monotonic()
@@ -82,7 +82,7 @@ def choices_of(likelihoods: list[list[float]]) -> str:
 
 def options_of(task: str) -> Any:
     """The whole file of a task."""
-    from saap.tasks import TaskOptions
+    from saap.evaluate.tasks import TaskOptions
 
     return TaskOptions((task,), Path(os.environ["SAAP_DATA"]))
 
@@ -101,8 +101,8 @@ def run(tasks: list[str], who: list[str], again: bool) -> None:
     """The cells that are not there, in turn, so that two that are compared in time run one after the other."""
     import torch
 
-    from saap.json_files import write_json
-    from saap.models import resolve
+    from saap.models.resolve import resolve
+    from saap.system.json_files import write_json
 
     model_dir = resolve("smollm2-135m")
     for task in tasks:

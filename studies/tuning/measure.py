@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from saap import models
-from saap.checkpoint import load_model, read_config, read_record, write_slim
-from saap.json_files import write_json
-from saap.masking import mean_nll
-from saap.prune import prune
-from saap.prune_options import PruneOptions
-from saap.requirement import Requirement
-from saap.training import train
-from saap.tune import TuneOptions, loss_of, targets_of, tensors_of, tune
-from saap.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
-from saap.weight_files import tensor_reader
+from saap.models import resolve as models
+from saap.models.checkpoint import load_model, read_config, read_record, write_slim
+from saap.models.weight_files import tensor_reader
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.masking import mean_nll
+from saap.prune.search.requirement import Requirement
+from saap.system.json_files import write_json
+from saap.text.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
+from saap.tune.loop.steps import train
+from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune
 from studies.common import ROOT, provenance
 from studies.pruning.cells import Variant, slug
 from studies.pruning.measure import Texts
@@ -111,8 +111,8 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
     if integers is None:
         return mean_nll(load_model(directory), ids)
     from export.write import export_bundle
-    from saap.eval import evaluate
-    from saap.eval_command import scorer_of
+    from saap.cli.eval import scorer_of
+    from saap.evaluate.perplexity import evaluate
 
     source, bundle = directory, OUT / f"bundle-{slug(variant)}"
     if not bundle.is_dir():

@@ -18,9 +18,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saap.text import load_documents, pack
-from saap.training import TrainOptions, train
-from saap.tune import TuneOptions, loss_of
+from saap.text.documents import load_documents, pack
+from saap.tune.loop.steps import TrainOptions, train
+from saap.tune.tuning import TuneOptions, loss_of
 
 VOCABULARY, LENGTH, UNSEEN = 4096, 256, 600  # rows from the front are left to calibration and to judging
 

@@ -20,11 +20,11 @@ from bench.judge.confirm import Confirmed
 from bench.measure.result import INVALID
 from devices.probe.host import probe
 from export.generate.run import BundleScorer
-from saap.architectures import shape_of
-from saap.checkpoint import load_model, read_config
-from saap.masking import masked, mean_nll
-from saap.search import Module, Option
-from saap.structures import LayerPlan, PrunePlan, whole_layer
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerPlan, PrunePlan, whole_layer
+from saap.prune.search.masking import masked, mean_nll
+from saap.prune.search.milp import Module, Option
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of

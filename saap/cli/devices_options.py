@@ -1,0 +1,122 @@
+"""The commands about devices: profiles, what this host is, what fits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saap.cli.console import Console
+from saap.cli.guard_options import COMMANDS
+from saap.cli.types import BYTES, Counts, directory
+from saap.system.errors import SaapError
+
+
+@click.group()
+def devices() -> None:
+    """Known devices and this host."""
+
+
+@devices.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_list(as_json: bool) -> None:
+    """The devices that have a profile.
+
+    \b
+    Example:
+      saap devices list
+    """
+    from saap.cli.devices import list_devices
+
+    list_devices(as_json)
+
+
+@devices.command(name="show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_show(name: str, as_json: bool) -> None:
+    """A profile: every number with its unit, source and level.
+
+    \b
+    Example:
+      saap devices show raspberry-pi-5
+    """
+    from saap.cli.devices import show_device
+
+    show_device(name, as_json)
+
+
+@devices.command(name="probe")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
+@click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle.")
+@click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="Of --costs.")
+@click.option("-t", "--threads", type=Counts(), help="Of --costs; default: all physical cores.")
+@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of --costs; default: 4, or the bundle's.")
+@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Of --costs; default: 32, or the bundle's.")
+@click.option("-d", "--depth", type=int, help="Of --costs: tokens in the cache; default: 192.")
+@click.option(
+    "--on", metavar="URL", help="Of --costs, a board: ssh://user@host[:port], adb://[serial], labgrid://PLACE."
+)
+@click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index.")
+@click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has.")
+def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | None, **options: Any) -> None:
+    """What this host is, or with --costs what each layer size of a model takes on it, or on a board.
+
+    With --on the graphs are made here and timed there; the board needs Python and nothing else.
+
+    \b
+    Example:
+      saap devices probe
+      saap devices probe --costs smollm2-135m -t 1 -o cost.json
+      saap devices probe --costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
+    """
+    if on is not None:
+        from saap.cli.remote import check_board_options
+
+        if costs is None:
+            raise SaapError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
+        check_board_options(options)
+    if costs is None:
+        from saap.cli.devices import probe_host
+
+        probe_host(as_json, bandwidth)
+        return
+    from saap.cli.costs import Place, probe_costs_step
+
+    place = None if on is None else Place(on, options["wheels"], own=not options["board_packages"])
+    bits, block = (int(options[name]) if options[name] else None for name in ("bits", "group"))
+    with Console() as console:
+        probe_costs_step(
+            costs, options["out"], threads=options["threads"], bits=bits, block=block, depth=options["depth"],
+            on=place, console=console,
+        )  # fmt: skip
+
+
+@devices.command(name="check")
+@click.argument("bundle", type=directory)
+@click.option("--device", "name", metavar="NAME", help="A profile of `saap devices list`; default: this host.")
+@click.option("--context", type=int, help="Tokens that the cache holds; default: 4096, or what the model has.")
+@click.option("--memory", type=BYTES, help="RAM of the device, such as 8GiB, where its profile does not know it.")
+@click.option("--onnxruntime", metavar="VERSION", help="That is on the device, where it is not its system's.")
+@click.option("--bandwidth", is_flag=True, help="Without --device: read memory for some seconds, for the ceiling.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def devices_check(bundle: Path, name: str | None, **options: Any) -> None:
+    """Will a bundle run there? Exit 1 when it does not fit.
+
+    Whether it loads, how much memory it takes, how much context fits, which kernels run it, how fast it could be at
+    most, and what would make it fit. Nothing is run.
+
+    \b
+    Example:
+      saap devices check out/demo/slim-int4 --device raspberry-pi-4 --memory 2GiB
+    """
+    from saap.cli.fit import check_step
+
+    sys.exit(check_step(bundle, name, options))
+
+
+for command in COMMANDS:
+    devices.add_command(command)

@@ -1,0 +1,200 @@
+"""`saap devices check`: read a bundle and a device, ask :mod:`devices.fit.fit`, and say it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from saap.cli.console import print_table
+from saap.system.errors import SaapError
+
+if TYPE_CHECKING:
+    from devices.fit.facts import Device, Model
+    from devices.fit.fit import Fit
+    from devices.profiles.profile import Profile
+
+CONTEXT = 4096  # tokens, as a conversation has by default
+DOES_NOT_FIT = 1
+
+
+def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
+    """Print the verdict; the exit code.
+
+    Args:
+        name: a profile; None is this host.
+        options: context, memory (bytes), onnxruntime, bandwidth (measure it here) and as_json.
+
+    Raises:
+        SaapError, BundleError, DeviceError: the user's input.
+    """
+    from devices.fit.fit import fit
+
+    model = read_model(bundle)
+    if (version := options["onnxruntime"]) and not re.fullmatch(r"\d+(\.\d+)+", version):
+        raise SaapError(f"{version!r} is no version of ONNX Runtime: write something like 1.23.2")
+    device = (
+        _known(name, options["memory"], version) if name else _here(options["memory"], version, options["bandwidth"])
+    )
+    if name and options["bandwidth"]:
+        raise SaapError("--bandwidth measures this host: leave it out with --device")
+    context = min(CONTEXT, model.context_length) if options["context"] is None else options["context"]
+    verdict = fit(model, device, context)
+    if options["as_json"]:
+        click.echo(json.dumps(as_document(bundle, model, device, verdict), indent=1))
+    else:
+        _show(bundle, device, verdict)
+    return 0 if verdict.fits else DOES_NOT_FIT
+
+
+def read_model(bundle: Path) -> Model:
+    """The numbers of a bundle's manifest."""
+    from devices.fit.facts import Model
+    from export.bundle.manifest import WEIGHTS, read_manifest
+
+    manifest = read_manifest(bundle)
+    weights = manifest.files.get(WEIGHTS)
+    return Model(
+        **{
+            key: getattr(manifest, key)
+            for key in (
+                "target", "bits", "block", "accuracy_level", "weight_bytes_per_token", "kv_bytes_per_token", "kv_dtype",
+                "context_length", "head_dim", "onnxruntime_min",
+            )
+        },
+        hidden=manifest.hidden_size,
+        widest_ffn=max((layer.ffn for layer in manifest.layers), default=0),
+        file_bytes=weights.bytes if weights else manifest.weight_bytes_per_token,
+        attention=tuple((layer.query_heads, layer.kv_heads) for layer in manifest.kv_layers),
+    )  # fmt: skip
+
+
+def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dict[str, Any]:
+    """Everything for machines; JSON types, bytes, tokens per second; unknown is null."""
+    known = asdict(device) | {"isa": sorted(device.isa), "lacks": sorted(device.lacks)}
+    memory = asdict(verdict.memory) | {"total": verdict.memory.total}
+    return {"bundle": str(bundle), "model": asdict(model), "device": known} | asdict(verdict) | {"memory": memory}
+
+
+def _known(name: str, memory: int | None, version: str | None) -> Device:
+    from devices.fit.facts import Device
+    from devices.fit.memory import usable_memory
+    from devices.profiles.profile import load_profile
+
+    profile = load_profile(name)
+    values = {key: number.value for key, number in profile.numbers.items()}
+    usable = usable_memory(values, memory)
+    if usable is None:
+        raise SaapError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
+    bandwidth = profile.numbers["memory_bandwidth"]
+    runtime = profile.runtime
+    return Device(
+        name=profile.title,
+        architecture=profile.architecture,
+        isa=frozenset(profile.isa),
+        lacks=frozenset(profile.lacks),
+        memory_bytes=usable[0],
+        memory_source=usable[1],
+        bandwidth=bandwidth.value,
+        bandwidth_source=bandwidth.source,
+        last_level_cache=_whole(values.get("last_level_cache")),
+        cuda=profile.cuda or ("none" if not name.startswith("generic") else None),
+        onnxruntime=version or (runtime.onnxruntime if runtime else None),
+        onnxruntime_source="given"
+        if version
+        else f"{runtime.system}, Python {runtime.python}"
+        if runtime
+        else "unknown",
+    )
+
+
+def _here(memory: int | None, version: str | None, measure: bool) -> Device:
+    from devices.fit.facts import Device
+    from devices.probe.host import probe
+    from devices.probe.isa import FEATURES
+    from devices.probe.state import available
+    from devices.profiles.profile import load_profiles, profile_of
+    from saap.cli.devices import read_bandwidth
+
+    if memory is not None:
+        raise SaapError("--memory is the size of a board's RAM, this host's is read: give --device with it")
+    facts, profiles = probe(), load_profiles()
+    known = profiles.get(profile_of(facts["compatible"], profiles) or "")
+    free = available(Path("/")) or facts["memory_bytes"]
+    if free is None:
+        raise SaapError("how much memory this host has cannot be read: check with --device and --memory")
+    bandwidth: tuple[float | None, str] = (None, "measure it with --bandwidth")
+    if measure:
+        best = max((row["bytes_per_s"] or 0 for row in read_bandwidth(facts["last_level_cache_bytes"])), default=0)
+        bandwidth = (best or None, "read just now")
+    elif known:
+        bandwidth = (known.numbers["memory_bandwidth"].value, known.numbers["memory_bandwidth"].source)
+    isa = frozenset(facts["isa"] or ())
+    return Device(
+        name=facts["board"] or facts["cpu_model"] or "this host",
+        architecture=facts["architecture"],
+        isa=isa,
+        lacks=FEATURES - isa if isa else isa,
+        memory_bytes=free,
+        memory_source="available at the moment",
+        bandwidth=bandwidth[0],
+        bandwidth_source=bandwidth[1],
+        last_level_cache=facts["last_level_cache_bytes"],
+        cuda=_gpu_here(known),
+        onnxruntime=version or facts["onnxruntime"],
+        onnxruntime_source="given" if version else f"installed here, Python {facts['python']}",
+    )
+
+
+def _gpu_here(known: Profile | None) -> str | None:
+    """The board's GPU; elsewhere none without NVIDIA's driver, and unknown with it."""
+    if known:
+        return known.cuda or "none"
+    return None if Path("/proc/driver/nvidia/version").exists() else "none"
+
+
+def _show(bundle: Path, device: Device, verdict: Fit) -> None:
+    m = verdict.memory
+    click.echo(f"{bundle} on {device.name}: {'fits' if verdict.fits else 'does not fit'}")
+    for finding in verdict.refusals:
+        click.echo(f"  {finding.what}")
+    rows = [
+        ["runtime and session", _mb(m.runtime)],
+        ["packed weights", _mb(m.weights)],
+        [f"cache of {verdict.context} tokens", _mb(m.cache)],
+        ["activations of a piece of a prompt", _mb(m.work)],
+        ["together", _mb(m.total)],
+    ]
+    print_table("memory that must stay resident", ["what", "MB"], rows)
+    click.echo(f"  there are {_mb(verdict.available)} MB: {device.memory_source}")
+    click.echo(f"  largest context that fits: {verdict.largest_context or 'none'}")
+    empty, full = verdict.ceiling
+    if empty is not None and full is not None:
+        click.echo(
+            f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({_gb(device.bandwidth)}: "
+            f"{device.bandwidth_source}); what it will do is less, measure it"
+        )
+    for line in verdict.kernels:
+        click.echo(f"  kernels: {line}")
+    for line in verdict.remarks:
+        click.echo(f"  note: {line}")
+    if verdict.remedies:
+        click.echo("what would help:")
+    for finding in verdict.remedies:
+        click.echo(f"  {finding.what}: {finding.command}" if finding.command else f"  {finding.what}")
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f}"
+
+
+def _gb(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate / 1e9:.1f} GB/s"

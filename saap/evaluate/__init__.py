@@ -1,0 +1,1 @@
+"""Quality: perplexity, agreement with the dense model, and zero-shot tasks."""

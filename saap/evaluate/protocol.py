@@ -1,0 +1,155 @@
+"""How a text becomes predictions: what a perplexity is of.
+
+Two perplexities compare only where text, tokens, chunk, stride, beginning and joining are the same, so all of these are
+part of a result. Usual ones: chunks of 2048 of WikiText-2 joined as papers do (GPTQ, Wanda, FLAP: ``--chunk 2048
+--join wikitext --no-bos``), of 128 (LLM-Pruner, SAAP), PTB joined by spaces; a stride below the chunk gives each
+token more context (Hugging Face's guide to perplexity).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from saap.system.errors import SaapError
+from saap.text.documents import Documents, beginning, encode
+
+Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a text is cut.
+
+    Attributes:
+        chunk: tokens of a window.
+        stride: tokens from one window's start to the next's; None is ``chunk``. A window after the first predicts its
+            last ``stride`` tokens only.
+        bos: a beginning-of-sequence token before each window, which then predicts its first token too; None: where the
+            tokenizer sets one before a text.
+        join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line; wikitext
+            does so with lines that keep their ends, which is what ``"\\n\\n".join`` over the rows of Hugging Face's
+            data set gives; spaces joins lines, stripped as in its PTB, by a space.
+        max_chunks: windows at most.
+    """
+
+    chunk: int = 256
+    stride: int | None = None
+    bos: bool | None = None
+    join: Join = "raw"
+    max_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk < 2 or (self.max_chunks is not None and self.max_chunks < 1):
+            raise SaapError(
+                f"{self.max_chunks} chunks of {self.chunk} tokens predict nothing: give at least 1 chunk of 2"
+            )
+        if self.stride is not None and not 1 <= self.stride <= self.chunk:
+            raise SaapError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
+        if self.join not in get_args(Join):
+            raise SaapError(f"no way of joining {self.join!r}: give {', '.join(get_args(Join))}")
+
+    @property
+    def step(self) -> int:
+        """Tokens between two starts."""
+        return self.stride or self.chunk
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a perplexity is of; two compare only where these are equal."""
+
+    text: str
+    text_sha256: str | None
+    tokens_sha256: str
+    tokenizer_sha256: str
+    chunk: int
+    chunks: int
+    stride: int
+    bos: bool
+    join: str
+    predictions: int
+    self_written: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is read: ids [n, s] int64, and counted [n, s - 1] bool, which predictions enter the mean."""
+
+    ids: torch.Tensor
+    counted: torch.Tensor
+    protocol: Protocol
+
+
+def joined(text: str, how: Join) -> str:
+    """A text as the protocol joins its lines."""
+    if how == "raw":
+        return text
+    lines = [line if line.strip() else "" for line in text.split("\n")]
+    if how == "paragraphs":
+        return "\n\n".join(lines)
+    if how == "spaces":
+        return " ".join(line.strip() for line in lines if line)
+    rows = lines[:-1] if not lines[-1] else lines  # after the last line's end there is no row
+    return "\n\n".join(f"{line}\n" if line else "" for line in rows)
+
+
+def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
+    """Cut a text; its remainder is left out.
+
+    Raises:
+        SaapError: less than one window, or no beginning-of-sequence token where one is asked for.
+    """
+    ids = encode(joined(documents.text, cut.join), tokenizer)
+    starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
+    if not starts:
+        raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")
+    rows = torch.tensor([ids[start : start + cut.chunk] for start in starts], dtype=torch.int64)
+    cut = replace(cut, bos=bool(beginning(tokenizer)) if cut.bos is None else cut.bos)
+    if cut.bos:
+        if tokenizer.bos_token_id is None:
+            raise SaapError("this tokenizer has no beginning-of-sequence token: leave --bos out")
+        rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
+    counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
+    counted[1:, : max(0, counted.shape[1] - cut.step)] = False
+    return given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+
+
+def given_windows(
+    ids: torch.Tensor,
+    source: str,
+    sha256: str | None,
+    tokenizer: Any,
+    cut: Cut,
+    counted: torch.Tensor | None = None,
+) -> Windows:
+    """Windows out of rows [n, s]; without a hash they are what a model wrote, and without ``counted`` all counts."""
+    if counted is None:
+        counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+    protocol = Protocol(
+        text=source,
+        text_sha256=sha256,
+        tokens_sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        chunk=cut.chunk,
+        chunks=len(ids),
+        stride=cut.step,
+        bos=bool(cut.bos),
+        join=cut.join,
+        predictions=int(counted.sum()),
+        self_written=sha256 is None,
+    )
+    return Windows(ids, counted, protocol)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of what decides on ids: the vocabulary with its numbers."""
+    words = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()

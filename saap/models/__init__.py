@@ -1,0 +1,1 @@
+"""What a model is: names, families, checkpoints and the walk through its layers."""

@@ -1,0 +1,298 @@
+"""Where heads, groups, channels and norms are, per ``model_type``: a small table that pruning and export share.
+
+A family differs from LLaMA in names (packed matrices, more norms) and in what its forward pass does (windows, layers
+without rotary embedding, scales, caps). Both are data: a row of the table, and :class:`Traits` read from a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from saap.models.structures import LayerSizes, ModelShape
+from saap.system.errors import SaapError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: module names, relative to a decoder layer or to the model, and what sets it apart from LLaMA.
+
+    Attributes:
+        family: the stem of its classes in transformers.
+        packed_qkv: one module that holds query, key and value, in this order; empty where they are three.
+        packed_gate_up: one module that holds gate and up, in this order; empty where they are two.
+        query_norm: norm of each query head before the rotary embedding; empty where there is none.
+        attention_post_norm: norm of what attention adds to the residual stream; empty where there is none.
+        offset_norms: the norms' weights are stored minus one.
+        scaled_embedding: the embedding is multiplied by the square root of the hidden size.
+        qkv_bias: query, key and value always have a bias, the output projection never.
+        window: which layers slide: none, all, or those that ``config.layer_types`` names.
+        local_rotary: sliding layers have a rotary base of their own.
+        skips_rotary: ``config.no_rope_layers`` is 0 for the layers without rotary embedding.
+    """
+
+    family: str = "Llama"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    packed_qkv: str = ""
+    output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    packed_gate_up: str = ""
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    query_norm: str = ""
+    key_norm: str = ""
+    attention_post_norm: str = ""
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_post_norm: str = ""
+    offset_norms: bool = False
+    scaled_embedding: bool = False
+    qkv_bias: bool = False
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    window: Literal["none", "all", "by layer"] = "none"
+    local_rotary: bool = False
+    skips_rotary: bool = False
+
+    @property
+    def qkv(self) -> tuple[str, ...]:
+        """The modules whose rows, stacked, are queries, keys and values."""
+        return (self.packed_qkv,) if self.packed_qkv else (self.query, self.key, self.value)
+
+    @property
+    def gate_up(self) -> tuple[str, ...]:
+        """The modules whose rows, stacked, are gate and up."""
+        return (self.packed_gate_up,) if self.packed_gate_up else (self.gate, self.up)
+
+    @property
+    def matrices(self) -> dict[str, tuple[str, ...]]:
+        """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up`` and ``down`` of a layer."""
+        return {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
+
+    def in_attention(self, module: str) -> bool:
+        """Whether a module, relative to its layer, goes where the layer's attention goes."""
+        inside = module.startswith(self.output.rpartition(".")[0] + ".")
+        return inside or module in (self.attention_norm, self.attention_post_norm)
+
+
+SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
+MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
+MOST_POSITIONS = 1 << 24
+POSITIONS = 2048  # what transformers takes where a LLaMA config names none
+PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
+QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
+LLAMA = Architecture()
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": Architecture("Mistral", window="all"),
+    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer"),
+    "qwen3": Architecture("Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer"),
+    "phi3": Architecture(
+        "Phi3", packed_qkv="self_attn.qkv_proj", packed_gate_up="mlp.gate_up_proj", window="all"
+    ),
+    "gemma3_text": Architecture(
+        "Gemma3", query_norm=QUERY_NORM, key_norm=KEY_NORM, attention_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm", ffn_post_norm="post_feedforward_layernorm", offset_norms=True,
+        scaled_embedding=True, activation="gelu_pytorch_tanh", activation_key="hidden_activation", window="by layer",
+        local_rotary=True,
+    ),
+    "smollm3": Architecture("SmolLM3", window="by layer", skips_rotary=True),
+}  # fmt: skip
+ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What one layer's attention does.
+
+    Attributes:
+        window: tokens that a token sees, itself included; 0 is all before it.
+        rotary: the layer's rotary tables: ``default``, ``local`` (a second base, for sliding layers) or None.
+    """
+
+    window: int = 0
+    rotary: Literal["default", "local"] | None = "default"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a model's forward pass does beyond its sizes.
+
+    Attributes:
+        activation: of the gate, by its name in transformers.
+        attention_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
+        embedding_scale: factor of the embedding; None is 1.
+        logit_cap: c in logits = c * tanh(logits / c); None caps nothing.
+    """
+
+    layers: tuple[LayerTraits, ...]
+    activation: str = "silu"
+    attention_scale: float | None = None
+    embedding_scale: float | None = None
+    logit_cap: float | None = None
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The table row for a transformers config (or its dict).
+
+    Raises:
+        SaapError: the architecture is not supported.
+    """
+    name = _get(config, "model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise SaapError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    architecture = ARCHITECTURES[name]
+    activation = _get(config, architecture.activation_key, architecture.activation)
+    if activation != architecture.activation:
+        raise SaapError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
+    if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
+        _require_transformers5()
+    return architecture
+
+
+def _require_transformers5() -> None:
+    """Older ones overlook ``rope_parameters`` and turn by another base, without a word."""
+    from transformers import __version__
+
+    if int(__version__.split(".")[0]) < 5:
+        raise SaapError(
+            f"config.json is of transformers 5 (it has rope_parameters), which {__version__} misreads: install "
+            "transformers 5, or write rope_theta and rope_scaling there"
+        )
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Read a model's sizes from its config (or the config's dict).
+
+    Raises:
+        SaapError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
+    """
+    architecture = architecture_of(config)
+    config = with_defaults(config)
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
+    slim = _get(config, "slim_layers")
+    if slim:
+        try:
+            layers = tuple(LayerSizes(*(_checked("slim_layers", size, 0) for size in sizes)) for sizes in slim)
+        except TypeError:
+            raise SaapError("config.json has slim_layers that are not three sizes per layer: make it again") from None
+    else:
+        kv_heads = _count(config, "num_key_value_heads", heads)
+        layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
+    for index, sizes in enumerate(layers):
+        if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
+            raise SaapError(
+                f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple; "
+                "mend config.json"
+            )
+    quant = _get(config, "slim_quant")
+    return ModelShape(
+        hidden=hidden,
+        head_dim=_count(config, "head_dim", max(1, hidden // heads)),
+        vocab=_count(config, "vocab_size", most=MOST_WORDS),
+        tied=bool(quant.get("tied") if isinstance(quant, dict) else _get(config, "tie_word_embeddings", False)),
+        layers=layers,
+        attention_bias=architecture.qkv_bias or bool(_get(config, "attention_bias", False)),
+        mlp_bias=bool(_get(config, "mlp_bias", False)),
+        output_bias=not architecture.qkv_bias,
+        qk_norm=bool(architecture.query_norm),
+        norms=2 if architecture.attention_post_norm else 1,
+        added_bias=bool(_get(config, "slim_bias")),
+    )
+
+
+def traits_of(config: Any) -> Traits:
+    """Read what a model's forward pass does from its config (or the config's dict).
+
+    ``attn_logit_softcapping`` of Gemma 3 is not read: transformers, whose numbers are the reference, does not apply it.
+
+    Raises:
+        SaapError: the config asks for something that no graph of ours computes.
+    """
+    architecture = architecture_of(config)
+    config = with_defaults(config)
+    if _get(config, "use_bidirectional_attention"):
+        raise SaapError("attention in both directions is not supported; supported: causal attention")
+    scalar = _get(config, "query_pre_attn_scalar")
+    return Traits(
+        layers=tuple(_layer_traits(config, architecture, i) for i in range(_get(config, "num_hidden_layers"))),
+        activation=architecture.activation,
+        attention_scale=scalar**-0.5 if scalar else None,
+        embedding_scale=_get(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
+        logit_cap=_get(config, "final_logit_softcapping"),
+    )
+
+
+def _layer_traits(config: Any, architecture: Architecture, index: int) -> LayerTraits:
+    kinds = _get(config, "layer_types")
+    kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
+    if kind not in ("full_attention", "sliding_attention"):
+        raise SaapError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
+    slides = architecture.window == "all" or kind == "sliding_attention"
+    rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
+    if architecture.skips_rotary and not _get(config, "no_rope_layers")[index]:
+        rotary = None
+    return LayerTraits(window=(_get(config, "sliding_window") or 0) if slides else 0, rotary=rotary)
+
+
+def with_defaults(config: Any) -> Any:
+    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
+
+    Raises:
+        SaapError: transformers refuses the file.
+    """
+    if not isinstance(config, dict) or architecture_of(config) is LLAMA:
+        return config
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+
+
+def positions_of(config: Any) -> int:
+    """Tokens that a model holds, by default what transformers takes.
+
+    Raises:
+        SaapError: the config names something else than a number.
+    """
+    return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
+
+    Raises:
+        SaapError: more layers or labels than any model has.
+    """
+    for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
+        if config.get(key) is not None:
+            _checked(key, config[key], 0, most)
+
+
+def _count(config: Any, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
+    """A size of the config, or what it is by default."""
+    value = _get(config, key)
+    return _checked(key, default if value is None and default is not None else value, 1, most)
+
+
+def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise SaapError(
+            f"config.json has {key} {str(value)[:40]!r}: must be a whole number of {least} to {most}; get it again"
+        )
+    return value
+
+
+def _get(config: Any, key: str, default: Any = None) -> Any:
+    return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)

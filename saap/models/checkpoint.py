@@ -1,0 +1,244 @@
+"""Slim directories: write one beside and rename, read one back as a transformers model.
+
+A slim directory holds ``config.json``, weights as safetensors, tokenizer files and ``saap.json`` (plan, lineage and
+hashes). Models whose layers are all alike are plain Hugging Face directories. Others need this module imported, which
+registers their class with transformers, or the ``modeling_slim.py`` shipped in the directory and
+``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from saap.models import modeling_slim
+from saap.models.architectures import PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
+from saap.models.integrity import RECORD, check_directory, hashes
+from saap.models.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
+from saap.models.structures import ModelShape
+from saap.models.weight_files import write_shards
+from saap.system.errors import SaapError
+from saap.system.json_files import read_object, write_document
+from saap.system.outputs import writing_directory
+
+FORMAT = 1
+
+for _classes in SLIM_CLASSES.values():
+    AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
+    AutoModelForCausalLM.register(_classes.config, _classes.model, exist_ok=True)
+
+
+def load_model(
+    path: str | Path, *, materialise: bool = False, dtype: torch.dtype = torch.float32, verify: bool = True
+) -> PreTrainedModel:
+    """Load a dense, slim or tuned directory as a transformers model in eval mode.
+
+    Args:
+        path: the directory.
+        materialise: turn integer weights into ordinary linears with the same numbers (faster forward, more memory).
+        dtype: of the floating-point weights.
+        verify: hold the files against their hashes first, which reads them all.
+
+    Raises:
+        SaapError: no model there, of an architecture or format that is not supported.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    architecture_of(config)
+    read_record(directory)
+    if verify:
+        check_directory(directory)
+    transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SaapError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+    model, found = opened
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise SaapError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
+    if materialise:
+        materialise_linears(model)
+    return model.eval()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``config.json`` as a dict.
+
+    Raises:
+        SaapError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
+    config = read_object(path, "make the directory again")
+    check_counts(config)
+    quant = config.get("slim_quant")
+    if isinstance(quant, dict) and quant.get("branch"):
+        raise SaapError(
+            f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again, "
+            "with --fold scale or --fold zero-point"
+        )
+    return config
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """``saap.json`` as a dict, empty for a dense model.
+
+    Raises:
+        SaapError: damaged, or of a newer format.
+    """
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        return {}
+    record = read_object(path, "make the directory again")
+    if record.get("format") != FORMAT:
+        raise SaapError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
+    return record
+
+
+def materialise_linears(model: PreTrainedModel) -> None:
+    """Replace holders of integers by ordinary modules with the same numbers, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, modeling_slim.GroupQuantLinear):
+                linear = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                linear.weight = torch.nn.Parameter(child.dequantize(), requires_grad=False)
+                if child.bias is not None:
+                    linear.bias = child.bias
+                setattr(parent, name, linear)
+    table = model.get_input_embeddings()
+    if isinstance(table, GroupQuantTable):
+        weight = torch.nn.Parameter(table.dequantize(), requires_grad=False)
+        model.set_input_embeddings(_embedding(weight, getattr(table, "factor", 1.0)))
+        if isinstance(model.lm_head, TiedHead):
+            model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            model.lm_head.weight = weight
+
+
+def _embedding(weight: torch.nn.Parameter, factor: Any) -> torch.nn.Embedding:
+    rows, columns = weight.shape
+    if factor == 1:
+        return torch.nn.Embedding(rows, columns, _weight=weight)
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    scaled: Any = Gemma3TextScaledWordEmbedding(rows, columns, None, embed_scale=factor)  # type: ignore[arg-type]
+    scaled.weight = weight
+    return scaled
+
+
+def slim_config(
+    config: dict[str, Any],
+    shape: ModelShape,
+    quant: dict[str, Any] | None = None,
+    *,
+    kept: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """``config.json`` of a model cut to ``shape``: of its own family where all layers are alike, ours where not.
+
+    Ours is also what is quantised, or has biases that the family does not have.
+
+    Args:
+        config: of the model that is cut, dense or slim.
+        quant: the ``slim_quant`` entry of a model that holds integers.
+        kept: which layers of that model are left, ``plan.kept_layers``; None is all of them.
+
+    Raises:
+        ValueError: ``kept`` is needed to know what each layer does.
+    """
+    architecture = architecture_of(config)
+    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")
+    slim = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
+    slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
+    family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
+    biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
+    if quant is None and not biased and _is_plain(slim, shape):
+        return slim | {
+            "model_type": family,
+            "architectures": [f"{architecture.family}ForCausalLM"],
+            "num_attention_heads": first.query_heads,
+            "num_key_value_heads": first.kv_heads,
+            "intermediate_size": first.ffn,
+        }
+    classes = SLIM_CLASSES[family]
+    slim |= {
+        "model_type": classes.config.model_type,
+        "architectures": [classes.model.__name__],
+        "auto_map": {
+            "AutoConfig": f"modeling_slim.{classes.config.__name__}",
+            "AutoModelForCausalLM": f"modeling_slim.{classes.model.__name__}",
+        },
+        "slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in shape.layers],
+    }
+    if biased:
+        slim["slim_bias"] = True
+    if quant is not None:
+        slim |= {"slim_quant": quant, "tie_word_embeddings": False}  # the integers are tied, not a float weight
+    return slim
+
+
+def _is_plain(slim: dict[str, Any], shape: ModelShape) -> bool:
+    """Whether the family's own class in transformers builds the model."""
+    first, base_heads = shape.layers[0], slim.get("num_attention_heads")
+    alike = len(set(shape.layers)) == 1 and bool(first.ffn and first.query_heads)
+    if not alike or first.query_heads == base_heads:
+        return alike
+    # transformers 5 refuses query heads that do not divide the hidden size, and Phi-3 counts the factors of its long
+    # rotary embedding by hidden size / heads.
+    scaling = slim.get("rope_parameters") or slim.get("rope_scaling") or {}
+    return shape.hidden % first.query_heads == 0 and "short_factor" not in scaling
+
+
+def _layer_lists(config: dict[str, Any], shape: ModelShape, kept: Sequence[int] | None) -> dict[str, Any]:
+    """The config's lists with one entry per layer, also those that it leaves to defaults, cut to the kept layers.
+
+    A layer without attention takes the type of one that attends: so the first layer's type, by which transformers
+    measures how long a KV cache is, is one that has keys and values.
+    """
+    if architecture_of(config).window != "by layer":
+        return {}
+    full = with_defaults(config)
+    count = full.num_hidden_layers
+    if kept is None and count != len(shape.layers):
+        raise ValueError(f"{count} layers become {len(shape.layers)}: say which are kept")
+    lists = {key: getattr(full, key, None) for key in PER_LAYER}
+    cut = {
+        key: [entries[i] for i in (range(count) if kept is None else kept)] for key, entries in lists.items() if entries
+    }
+    if "layer_types" in cut:
+        kinds = cut["layer_types"]
+        attending = [kind for kind, sizes in zip(kinds, shape.layers, strict=True) if sizes.query_heads]
+        cut["layer_types"] = [
+            kind if sizes.query_heads else attending[0] for kind, sizes in zip(kinds, shape.layers, strict=True)
+        ]
+    return cut
+
+
+def write_slim(
+    out: str | Path,
+    base: str | Path,
+    config: dict[str, Any],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    record: dict[str, Any],
+) -> Path:
+    """Write a slim directory: weights, config, the base's tokenizer files, and ``saap.json``."""
+    from saap.models.resolve import copy_sidecars
+
+    with writing_directory(out) as partial:
+        write_shards(partial, tensors)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        copy_sidecars(Path(base), partial)
+        if config["model_type"].startswith(SLIM):
+            shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
+        write_document(partial / RECORD, {**record, "format": FORMAT, "files": hashes(partial)})
+    return Path(out)

@@ -1,0 +1,270 @@
+"""A GGUF file turned into a Hugging Face directory: float32 safetensors, config and tokenizer.
+
+transformers reads the weights. The tokenizer is built here from the file's own fields where its kind is known,
+because transformers' conversion (4.57 and 5.x) of byte-level BPE loses the pre-tokenizer, takes ``<|im_start|>`` for
+the end of text, prepends a BOS that the file says is not wanted, and saves the whole GGUF as ``tokenizer.model``; of a
+sentencepiece BPE see :mod:`saap.models.gguf.spm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saap.models.gguf.spm import CONTROL, USER_DEFINED, spm_tokenizer
+from saap.system.errors import SaapError
+
+# Control tokens that end a turn or a text, whatever the file names as its one EOS: llama.cpp treats them so as well.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file says of its tokenizer; ids are None where the file is silent."""
+
+    kind: str  # gpt2 = byte-level BPE, llama = sentencepiece
+    pre: str  # name of the pre-tokenizer
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]  # of sentencepiece's pieces; else empty
+    merges: list[str]
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+    add_bos: bool
+    space_prefix: bool  # sentencepiece puts a space before the text
+    chat_template: str | None
+    context: int | None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every id that ends a generation, the file's own EOS first."""
+        named = [
+            index
+            for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind == CONTROL and token in END_TOKENS
+        ]
+        return list(dict.fromkeys([*([] if self.eos is None else [self.eos]), *named]))
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
+
+    Args:
+        source: the GGUF file.
+        destination: an existing directory.
+
+    Raises:
+        SaapError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
+    """
+    fields = read_tokenizer_fields(source)
+    _convert_weights(source, destination, fields)
+    if fields.kind == "gpt2" and fields.pre in ("gpt-2", "smollm"):
+        write_tokenizer(fields, byte_level_bpe(fields), destination)
+    elif fields.kind == "llama" and fields.scores:
+        spm = spm_tokenizer(fields.tokens, fields.types, fields.scores, fields.unk, fields.space_prefix)
+        write_tokenizer(fields, spm, destination)
+    else:
+        _convert_tokenizer(source, destination, fields)
+
+
+def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
+    """Read the ``tokenizer.ggml.*`` fields.
+
+    Raises:
+        SaapError: the file is not a GGUF file, is cut short, or holds no tokenizer.
+    """
+    from gguf import GGUFReader
+
+    from devices.common.gguf_header import GgufHeaderError, read_header
+
+    try:
+        read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60
+    except GgufHeaderError as error:
+        raise SaapError(str(error)) from None
+    try:
+        reader = GGUFReader(source)
+    except Exception as error:  # the reader raises what numpy raises on garbage
+        raise SaapError(f"{source} is not a whole GGUF file ({_first_line(error)}): download it again") from None
+
+    def field(name: str, default: Any = None) -> Any:
+        found = reader.get_field(name)
+        try:
+            return default if found is None else found.contents()
+        except ValueError as error:  # bytes that are no text
+            raise SaapError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
+
+    prefix = "tokenizer.ggml."
+    tokens = field(prefix + "tokens")
+    if not tokens:
+        raise SaapError(f"{source} holds no tokenizer: give a GGUF file of a whole language model")
+    kind = field(prefix + "model", "")
+    context = field(f"{field('general.architecture', '')}.context_length")
+    return GGUFTokenizer(
+        kind=kind,
+        pre=field(prefix + "pre", "gpt-2"),
+        tokens=tokens,
+        types=field(prefix + "token_type", [1] * len(tokens)),
+        scores=field(prefix + "scores", []),
+        merges=field(prefix + "merges", []),
+        bos=field(prefix + "bos_token_id"),
+        eos=field(prefix + "eos_token_id"),
+        pad=field(prefix + "padding_token_id"),
+        unk=field(prefix + "unknown_token_id"),
+        add_bos=bool(field(prefix + "add_bos_token", kind == "llama")),
+        space_prefix=bool(field(prefix + "add_space_prefix", True)),
+        chat_template=field("tokenizer.chat_template"),
+        context=context,
+    )
+
+
+def byte_level_bpe(fields: GGUFTokenizer) -> Any:
+    """A ``tokenizers.Tokenizer`` of a byte-level BPE.
+
+    ``smollm`` splits every digit off before GPT-2's byte-level split; ``gpt-2`` is the latter alone.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate(fields.tokens)}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in fields.merges)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if fields.pre == "smollm" else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    typed = list(zip(fields.tokens, fields.types, strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, kind in typed if kind == CONTROL]
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED])
+    return tokenizer
+
+
+def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
+    if fields.add_bos and fields.bos is not None:
+        _prepend(tokenizer, fields.tokens[fields.bos], fields.bos)
+    tokenizer.save(str(destination / "tokenizer.json"))
+    _write_json(destination / "tokenizer_config.json", _tokenizer_config(fields))
+    if fields.chat_template:
+        (destination / "chat_template.jinja").write_text(fields.chat_template, encoding="utf-8")
+
+
+def _prepend(tokenizer: Any, token: str, index: int) -> None:
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, index)]
+    )
+
+
+def _tokenizer_config(fields: GGUFTokenizer) -> dict[str, Any]:
+    # PreTrainedTokenizerFast takes tokenizer.json as it is; a class by the model's name would rebuild it.
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # else token_type_ids come along, which generate refuses
+        "add_bos_token": fields.add_bos,
+        **_special_tokens(fields),
+    }
+    if fields.context:
+        config["model_max_length"] = fields.context
+    return config
+
+
+def _special_tokens(fields: GGUFTokenizer) -> dict[str, str]:
+    ids = {"bos_token": fields.bos, "eos_token": fields.eos, "pad_token": fields.pad, "unk_token": fields.unk}
+    return {name: fields.tokens[index] for name, index in ids.items() if index is not None}
+
+
+def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from saap.system.sealed_tensors import save_tensors
+
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
+            )
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise SaapError(
+            f"{source} cannot be read by transformers ({_first_line(error)}): use a GGUF file of a LLaMA-type model"
+        ) from None
+    # Written here because transformers 5 refuses to save what it has just dequantised.
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        tensors.setdefault(tensor.data_ptr(), (name, tensor))  # a tied lm_head comes last and is left out
+    save_tensors(dict(tensors.values()), destination / "model.safetensors")
+    _write_json(destination / "config.json", _config(model, fields))
+    _write_json(destination / "generation_config.json", _generation_config(fields))
+
+
+def _config(model: Any, fields: GGUFTokenizer) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+    config.pop("_model_name_or_path", None)
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    config["eos_token_id"] = fields.eos
+    # transformers 5 keeps the rotary base and scaling in rope_parameters only, where 4 would not find them.
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope.pop("rope_theta"))
+        config.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
+    return dict(sorted(config.items()))
+
+
+def _generation_config(fields: GGUFTokenizer) -> dict[str, Any]:
+    pad = fields.eos if fields.pad is None else fields.pad
+    ids = {"bos_token_id": fields.bos, "eos_token_id": fields.end_ids or None, "pad_token_id": pad}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -> None:
+    """transformers' conversion, with the special tokens that the file names."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(source.parent), gguf_file=source.name, local_files_only=True, **_special_tokens(fields)
+            )
+    except Exception as error:  # a converter per model family, each with its own way to fail
+        raise SaapError(
+            f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({_first_line(error)}): "
+            "give the Hugging Face directory of this model"
+        ) from None
+    if fields.chat_template:
+        tokenizer.chat_template = fields.chat_template
+    tokenizer.save_pretrained(str(destination))
+    (destination / "tokenizer.model").unlink(missing_ok=True)  # this is the GGUF itself
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' GGUF reader draws its own bar on stderr and advises on legacy tokenizers; both would be ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

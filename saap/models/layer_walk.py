@@ -1,0 +1,148 @@
+"""Walk a decoder layer by layer: what reaches each layer, one layer's run, and the inputs of modules within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from saap.models.architectures import architecture_of, traits_of
+from saap.models.streaming import absent
+
+ROWS = 8  # sequences of one forward pass
+HEAD_ROWS = 2  # sequences whose logits are held at once
+
+
+@dataclass
+class Batch:
+    """Some sequences on their way through the decoder.
+
+    Attributes:
+        hidden: what reaches the first layer, [sequences, tokens, hidden].
+        given: the other arguments of each layer: masks and rotary tables, which families vary by layer.
+    """
+
+    hidden: torch.Tensor
+    given: list[dict[str, Any]] = field(default_factory=list)
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    """The decoder layers."""
+    return model.get_submodule(architecture_of(model.config).layers)
+
+
+@torch.no_grad()
+def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) -> list[Batch]:
+    """What the decoder hands to its layers for rows of ids [sequences, tokens]; no layer but the first runs, once."""
+    found: list[Batch] = []
+    with _idle_layers(model, found):
+        for part in rows.split(batch):
+            found.append(Batch(torch.empty(0)))
+            model.base_model(input_ids=part.to(model.device), use_cache=False)
+    return found
+
+
+def batches_of(model: PreTrainedModel, parts: Sequence[torch.Tensor]) -> list[Batch]:
+    """:func:`layer_inputs` of parts [sequences, tokens], of which only the last may be smaller; there may be none."""
+    return layer_inputs(model, torch.cat(tuple(parts)), batch=len(parts[0])) if parts else []
+
+
+@contextmanager
+def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
+    """Layers that note what they are given in the last batch, and pass the hidden states on."""
+    layers = layers_of(model)
+    first = layers[0].forward
+    in_tuple: list[bool] = []  # families differ in what a layer gives back
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        batch = found[-1]
+        if not batch.given:
+            batch.hidden = hidden
+        batch.given.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if not in_tuple:
+            in_tuple.append(isinstance(first(*args, **kwargs), tuple))
+        return (hidden,) if in_tuple[0] else hidden
+
+    with absent(layers[1:]):
+        try:
+            for layer in layers:
+                layer.forward = idle
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """One layer's output, [sequences, tokens, hidden]."""
+    out = layer(hidden, **given)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [sequences, tokens, vocab] float32 of the states after the last layer."""
+    architecture = architecture_of(model.config)
+    norm, head = (model.get_submodule(name) for name in (architecture.final_norm, architecture.head))
+    logits: torch.Tensor = head(norm(hidden)).float()
+    cap = traits_of(model.config).logit_cap
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood of ids [sequences, tokens], nats per token, by their states after the last layer."""
+    total = 0.0
+    for x, rows in zip(torch.cat(tuple(hidden)).split(HEAD_ROWS), ids.split(HEAD_ROWS), strict=True):
+        logits = logits_after(model, x[:, :-1])
+        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten().to(x.device), reduction="sum").item()
+    return total / (len(ids) * (ids.shape[1] - 1))
+
+
+class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is known
+    pass
+
+
+def run_until(
+    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any], last: nn.Module, also: Mapping[str, nn.Module]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run a layer until module ``last`` is about to run: its input, and those of other modules before it."""
+    reached: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        reached.append(args[0])
+        raise _Reached
+
+    with inputs_of(also) as seen:
+        handle = last.register_forward_pre_hook(stop)
+        try:
+            run_layer(layer, hidden, given)
+        except _Reached:
+            return reached[0], seen
+        finally:
+            handle.remove()
+    raise RuntimeError("the layer does not run that module")
+
+
+@contextmanager
+def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dict that holds, after each run, the last input of every named module."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            (seen[name],) = args
+
+        return see
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,90 @@
+"""A layer's logical matrices on a loaded model: query, key, value, output, gate, up and down, packed or not.
+
+Worked example, a Phi-3 layer with 3 query heads of 32 on 1 KV head and FFN 128: ``self_attn.qkv_proj`` [160, 96] holds
+query in rows 0:96, key in 96:128 and value in 128:160; ``mlp.gate_up_proj`` [256, 96] holds gate in 0:128 and up in
+128:256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from saap.models.architectures import Architecture, architecture_of
+from saap.models.structures import LayerSizes, ModelShape
+from saap.system.errors import SaapError
+
+ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One logical matrix of one layer.
+
+    Attributes:
+        layer: index of the layer.
+        role: one of :data:`ROLES`.
+        linear: the module that holds it; several matrices share a packed one.
+        rows: the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix.
+    """
+
+    layer: int
+    role: str
+    linear: nn.Linear
+    rows: slice
+
+
+def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
+    """The matrices of every layer in order, in a layer in the order of :data:`ROLES`.
+
+    A layer without attention or without feed-forward block has no matrices of these roles.
+
+    Args:
+        model: a transformers causal language model, dense or slim, with floating-point weights.
+        shape: its sizes, ``shape_of(model.config)``.
+
+    Raises:
+        SaapError: the model holds integers, or other sizes than ``shape`` says.
+    """
+    config: Any = model.config
+    architecture = architecture_of(config)
+    layers: Any = model.get_submodule(architecture.layers)
+    if len(layers) != len(shape.layers):
+        raise SaapError(f"the shape has {len(shape.layers)} layers, the model has {len(layers)}: read it again")
+    return [
+        Matrix(index, role, _linear(layer, index, name), rows)
+        for index, (layer, sizes) in enumerate(zip(layers, shape.layers, strict=True))
+        for role, name, rows in placed_roles(sizes, shape, architecture)
+    ]
+
+
+def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architecture) -> Iterator[tuple[str, str, slice]]:
+    """(role, module relative to the layer, rows of its weight) of what a layer of these sizes holds."""
+    if sizes.query_heads:
+        queries, keys = sizes.query_heads * shape.head_dim, sizes.kv_heads * shape.head_dim
+        attention = (architecture.query, architecture.key, architecture.value)
+        yield from _stacked(ROLES[:3], attention, architecture.packed_qkv, (queries, keys, keys))
+        yield "output", architecture.output, slice(0, shape.hidden)
+    if sizes.ffn:
+        feed_forward = (architecture.gate, architecture.up)
+        yield from _stacked(ROLES[4:6], feed_forward, architecture.packed_gate_up, (sizes.ffn,) * 2)
+        yield "down", architecture.down, slice(0, shape.hidden)
+
+
+def _stacked(
+    roles: tuple[str, ...], names: tuple[str, ...], packed: str, counts: tuple[int, ...]
+) -> Iterator[tuple[str, str, slice]]:
+    start = 0
+    for role, name, count in zip(roles, names, counts, strict=True):
+        yield role, packed or name, slice(start, start + count)
+        start += count if packed else 0
+
+
+def _linear(layer: Any, index: int, name: str) -> nn.Linear:
+    module = dict(layer.named_modules()).get(name)
+    if not isinstance(module, nn.Linear):
+        raise SaapError(f"layer {index}: {name} is not a matrix of numbers; take the model before it was tuned")
+    return module

@@ -1,0 +1,176 @@
+"""From the name of a model to a directory that holds it.
+
+A name is a directory, a GGUF file, a hub id (``org/name``) or the name of a packaged model. GGUF files and packaged
+models are converted once into the cache: the directory that ``SAAP_CACHE`` names, else the platform's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from devices.common.files import sha256_file
+from saap.models.cache import cache_directory, cached
+from saap.models.packaged import PACKAGED, fetch, model_card
+from saap.system.errors import SaapError
+
+Progress = Callable[[str, float, float], None]
+
+WEIGHTS = "*.safetensors"
+
+# What goes along from one model directory to the next: all but weights and config.
+SIDECARS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+)
+
+
+def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
+    """Find or make the directory of a model: ``config.json``, safetensors and tokenizer files.
+
+    Args:
+        name: a directory, a GGUF file, a packaged name (see :data:`PACKAGED`) or a hub id.
+        cache_dir: where converted models are kept; by default ``SAAP_CACHE``, else the platform's cache directory.
+        progress: called as (label, done, total).
+
+    Raises:
+        SaapError: no such model, a directory that is none, a package or hub that cannot be reached.
+    """
+    report = progress or _silent
+    cache = cache_dir or cache_directory()
+    path = Path(name)
+    if path.is_dir():
+        return _checked(path)
+    if path.is_file():
+        return _from_gguf(path, cache, report)
+    if str(name) in PACKAGED:
+        return _from_package(str(name), cache, report)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        return _checked(_from_hub(str(name), report))
+    raise SaapError(
+        f"no model {str(name)!r}: give a directory, a GGUF file, a hub id (org/name) or one of {', '.join(PACKAGED)}"
+    )
+
+
+def copy_sidecars(src: Path, dst: Path) -> None:
+    """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
+
+    Args:
+        src: a model directory.
+        dst: an existing directory; files of the same name are replaced.
+    """
+    for pattern in SIDECARS:
+        for path in src.glob(pattern):
+            target = dst / path.name
+            if path.is_file() and not (target.exists() and target.samefile(path)):
+                shutil.copyfile(path, target)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model directory, as transformers loads it.
+
+    Raises:
+        SaapError: there is no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise SaapError(f"{path} is not a directory: give a model directory")
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
+        raise SaapError(
+            f"{path} has no tokenizer that can be read ({_first_line(error)}): "
+            "copy the base model's tokenizer files there"
+        ) from None
+
+
+def _checked(path: Path) -> Path:
+    """The path, if it is a model directory."""
+    if (path / "bundle.json").is_file():
+        raise SaapError(f"{path} is an exported bundle, not a model: give the model directory it was made from")
+    if not (path / "config.json").is_file():
+        raise SaapError(f"{path} is not a model directory: it has no config.json; give a Hugging Face model directory")
+    if not any(path.glob(WEIGHTS)):
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+        what = "only pickled weights" if pickled else "no weights"
+        raise SaapError(f"{path} holds {what}: saap reads safetensors; save the model with save_pretrained first")
+    return path
+
+
+def _from_gguf(source: Path, cache: Path, report: Progress) -> Path:
+    with source.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SaapError(f"{source} is not a GGUF file: give a GGUF file or a model directory")
+    digest = sha256_file(source)
+    return cached(cache / f"{source.stem}-{digest[:12]}", lambda out: _convert(source, out, report), digest)
+
+
+def _from_package(name: str, cache: Path, report: Progress) -> Path:
+    package = PACKAGED[name]
+
+    def build(out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".download.building-{os.getpid()}-") as work:
+            gguf = fetch(package, Path(work), out, report)
+            _convert(gguf, out, report)
+        (out / "README.md").write_text(model_card(name, package), encoding="utf-8")
+
+    return cached(cache / f"{name}-{package.sha256[:12]}", build, package.sha256)
+
+
+def _convert(source: Path, out: Path, report: Progress) -> None:
+    try:
+        from saap.models.gguf.convert import convert
+    except ImportError as error:
+        raise SaapError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
+    label = f"converting {source.name}"
+    report(label, 0, 1)
+    convert(source, out)
+    report(label, 1, 1)
+
+
+def _from_hub(name: str, report: Progress) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise SaapError(
+            f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
+        ) from None
+    label = f"downloading {name}"
+    report(label, 0, 1)
+    try:
+        path = snapshot_download(
+            name,
+            allow_patterns=[WEIGHTS, "*.safetensors.index.json", "config.json", *SIDECARS],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
+        raise SaapError(
+            f"{name} is no directory here, and no model hub gave it ({type(error).__name__}): check the id and the "
+            f"network, or give a directory, a GGUF file or one of {', '.join(PACKAGED)}"
+        ) from None
+    report(label, 1, 1)
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _silent(label: str, done: float, total: float) -> None:
+    pass

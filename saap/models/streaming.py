@@ -1,0 +1,159 @@
+"""Models larger than memory: decoder layers stay in their files, and one is in memory while it runs.
+
+The model is its family's own class in transformers, built with parameters that hold nothing. Embedding, norm and head
+are read at once; a layer's weights are read when it starts to run, or when :func:`present` asks for it, and are let go
+after. So whatever runs the model, or walks it layer by layer, runs a model that does not fit; it should take as many
+sequences at a time as it can, since each run of a layer reads it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from saap.models.architectures import architecture_of
+from saap.models.checkpoint import read_config, read_record
+from saap.models.weight_files import tensor_reader
+from saap.system.errors import SaapError
+
+CPU = torch.device("cpu")
+Read = Callable[[str], torch.Tensor]
+
+
+class LayerWeights:
+    """Where a layer's parameters come from, and how many are using them."""
+
+    def __init__(self, layer: nn.Module, prefix: str, read: Read, dtype: torch.dtype, device: torch.device) -> None:
+        self._layer, self._prefix, self._read, self._dtype, self._device = layer, prefix, read, dtype, device
+        self._users = 0
+        self.wanted = True  # else a run needs none of them
+        self.hooks: list[Any] = []
+
+    def enter(self) -> None:
+        """Read them, unless they are there."""
+        if not self._users and self.wanted:
+            names = [name for name, _ in self._layer.named_parameters()]
+            state = {name: self._read(f"{self._prefix}.{name}").to(self._device, self._dtype) for name in names}
+            self._layer.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
+            self._layer.requires_grad_(False)
+        self._users += 1
+
+    def settle(self) -> None:
+        """Read those that the layer still has, for good."""
+        for hook in self.hooks:
+            hook.remove()
+        self.enter()
+
+    def leave(self) -> None:
+        """Let them go when nobody else uses them."""
+        self._users -= 1
+        if not self._users and self.wanted:
+            self._layer.to("meta")
+
+
+def load_streamed(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> PreTrainedModel:
+    """A dense or slim directory as a transformers model in eval mode, whose layers are read as they run.
+
+    Its parameters take no gradient.
+
+    Args:
+        dtype: in which layers compute; ``device``: on which.
+
+    Raises:
+        SaapError: no model there, of an architecture or format that is not supported, or one that holds integers.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    architecture = architecture_of(config)
+    read_record(directory)
+    if config.get("slim_quant"):
+        raise SaapError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
+    names, read = tensor_reader(directory)
+    with empty_parameters():
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(directory, local_files_only=True), dtype=dtype
+        )
+    prefix = architecture.layers + "."
+    outside = {name: read(name).to(device, dtype) for name in names if not name.startswith(prefix)}
+    model.load_state_dict(outside, strict=False, assign=True)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not name.startswith(prefix):
+            read(name)  # which says that it is missing
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for index, layer in enumerate(model.get_submodule(architecture.layers)):
+        weights = LayerWeights(layer, f"{prefix}{index}", read, dtype, device)
+        layer.streamed = weights
+        weights.hooks = [
+            layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),
+            layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
+        ]
+    return model.eval().requires_grad_(False)
+
+
+def settle(model: nn.Module) -> None:
+    """Give every layer what it still has as parameters, for good: norms and biases, where integers took the rest."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "streamed", None), LayerWeights):
+            module.streamed.settle()  # type: ignore[union-attr, operator]
+            del module.streamed
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether a model came from :func:`load_streamed`."""
+    return any(isinstance(getattr(module, "streamed", None), LayerWeights) for module in model.modules())
+
+
+@contextmanager
+def present(layer: nn.Module) -> Iterator[None]:
+    """A layer's weights are in memory inside the block, and what is written to them is lost after it if streamed."""
+    weights = getattr(layer, "streamed", None)
+    if weights is None:
+        yield
+        return
+    weights.enter()
+    try:
+        yield
+    finally:
+        weights.leave()
+
+
+@contextmanager
+def absent(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Layers that run inside the block, and have been made to do nothing, do so without their weights."""
+    found = (getattr(layer, "streamed", None) for layer in layers)
+    streamed = [weights for weights in found if isinstance(weights, LayerWeights)]
+    for weights in streamed:
+        weights.wanted = False
+    try:
+        yield
+    finally:
+        for weights in streamed:
+            weights.wanted = True
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Parameters made inside hold nothing (device meta); buffers, such as rotary frequencies, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

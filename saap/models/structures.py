@@ -1,0 +1,179 @@
+"""The coupled structure: weight slices that must be removed together or not at all.
+
+Worked example, a LLaMA layer with hidden 576, 9 query heads of 64 in 3 KV groups and FFN 1536:
+
+* FFN channel 7: row 7 of gate_proj and up_proj [1536, 576], column 7 of down_proj [576, 1536]: 3 * 576 weights.
+* query head 4 (KV group 1): rows 256:320 of q_proj [576, 576], columns 256:320 of o_proj: 2 * 64 * 576 weights.
+* KV group 1: rows 64:128 of k_proj and v_proj [192, 576] and its query heads 3, 4, 5.
+* module: a whole attention or a whole FFN with the norm before it; layer: both.
+
+GQA maps query head i to KV head i // (query_heads / kv_heads), so inside a layer every KV group keeps the same number
+of query heads. Layers may differ from one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from saap.system.errors import SaapError
+
+if TYPE_CHECKING:
+    from saap.prune.search.explain import Reasons
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What is left of one decoder layer; 0 query heads: no attention, 0 ffn: no feed-forward block."""
+
+    query_heads: int
+    kv_heads: int
+    ffn: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads in each KV group."""
+        return self.query_heads // self.kv_heads if self.kv_heads else 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that pruning reads and changes, and what else a block owns.
+
+    Attributes:
+        attention_bias: whether the linears of attention have biases; ``mlp_bias``: those of the feed-forward block.
+        output_bias: whether the output projection has one too where attention has biases.
+        qk_norm: whether queries and keys pass a norm of one head's width.
+        norms: norms of the hidden width that each block owns.
+        added_bias: whether pruning gave the output and the down projections biases that their family does not have.
+    """
+
+    hidden: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    layers: tuple[LayerSizes, ...]
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    output_bias: bool = True
+    qk_norm: bool = False
+    norms: int = 1
+    added_bias: bool = False
+
+    @property
+    def biased_output(self) -> bool:
+        """Whether the output projection of an attention has a bias."""
+        return self.added_bias or (self.attention_bias and self.output_bias)
+
+    @property
+    def biased_down(self) -> bool:
+        """Whether the down projection of a feed-forward block has a bias."""
+        return self.added_bias or self.mlp_bias
+
+    def attention_weights(self, layer: LayerSizes) -> int:
+        """Weights of one attention block with its norms."""
+        if not layer.query_heads:
+            return 0
+        rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
+        biases = rows * self.attention_bias + self.hidden * self.biased_output
+        norms = self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return rows * self.hidden + layer.query_heads * self.head_dim * self.hidden + norms + biases
+
+    def ffn_weights(self, layer: LayerSizes) -> int:
+        """Weights of one feed-forward block with its norms."""
+        if not layer.ffn:
+            return 0
+        biases = 2 * layer.ffn * self.mlp_bias + self.hidden * self.biased_down
+        return 3 * layer.ffn * self.hidden + self.norms * self.hidden + biases
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of all decoder layers: what ``--ratio`` is a share of."""
+        return sum(self.attention_weights(layer) + self.ffn_weights(layer) for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """All weights: layers, embedding, final norm, and the head where it is not tied."""
+        return self.layer_weights + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
+        """The same model with other layers."""
+        return replace(self, layers=layers)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """How many of each are kept."""
+        return LayerSizes(len(self.query_heads), len(self.kv_heads), len(self.ffn))
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to keep of every layer of the base model, and what was asked and planned.
+
+    A layer whose plan is empty is dropped whole.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
+    price: float = 0.0  # predicted loss, nats per token
+    reasons: Reasons | None = None  # why each block lost what it lost
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices, in the base model, of the layers that are not dropped."""
+        return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
+
+    def kept_shape(self, dense: ModelShape) -> ModelShape:
+        """Shape of the slim model."""
+        return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))
+
+
+def whole_layer(sizes: LayerSizes) -> LayerPlan:
+    """The plan that keeps everything of a layer."""
+    return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
+
+
+def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
+    nothing = LayerPlan((), (), ())
+    layers = [nothing] * len(first.layers)
+    for index, keep in zip(first.kept_layers, second.layers, strict=True):
+        before = first.layers[index]
+        layers[index] = LayerPlan(
+            tuple(before.query_heads[i] for i in keep.query_heads),
+            tuple(before.kv_heads[i] for i in keep.kv_heads),
+            tuple(before.ffn[i] for i in keep.ffn),
+        )
+    return PrunePlan(tuple(layers), second.requirement, first.price + second.price)
+
+
+def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
+    """Raise SaapError where a plan does not fit the model or breaks GQA."""
+    if len(plan.layers) != len(dense.layers):
+        raise SaapError(f"the plan has {len(plan.layers)} layers, the model has {len(dense.layers)}")
+    for index, (keep, sizes) in enumerate(zip(plan.layers, dense.layers, strict=True)):
+        for kept, count, what in (
+            (keep.query_heads, sizes.query_heads, "query head"),
+            (keep.kv_heads, sizes.kv_heads, "KV head"),
+            (keep.ffn, sizes.ffn, "FFN channel"),
+        ):
+            if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
+                raise SaapError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
+        per_group = sizes.heads_per_group
+        counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
+        owners = {head // per_group for head in keep.query_heads} if per_group else set()
+        if owners != set(keep.kv_heads) or len(counts) > 1:
+            raise SaapError(
+                f"layer {index}: every kept KV group must keep the same number of query heads, at least one"
+            )
+    if not any(keep.query_heads for keep in plan.layers):
+        raise SaapError("the plan leaves no layer with attention: prune less")

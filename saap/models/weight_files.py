@@ -1,0 +1,149 @@
+"""A model's weight files: read tensor by tensor, written as tensors come, counted and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from saap.models.integrity import check_directory, known_sha256
+from saap.system.errors import SaapError
+from saap.system.sealed_tensors import save_tensors
+
+SHARD_BYTES = 1 << 30
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
+
+    Raises:
+        SaapError: no safetensors there, or files that are not what was written.
+    """
+    check_directory(directory)
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
+    where = {}
+    for file in files:
+        with opened(file) as handle:
+            where.update(dict.fromkeys(handle.keys(), file))
+
+    def read(name: str) -> torch.Tensor:
+        if name not in where:
+            raise SaapError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
+        with opened(where[name]) as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+    return sorted(where), read
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file to read from.
+
+    Raises:
+        SaapError: it is damaged, or cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise SaapError(f"{file} is damaged ({error}): get or make it again") from None
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """``model.safetensors``; or files of about 1 GiB and their index, as transformers has them.
+
+    Args:
+        tensors: (name, tensor) in the order of the files.
+    """
+    parts: list[Path] = []
+    places: dict[str, int] = {}
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        part = directory / f"part-{len(parts)}.safetensors"
+        save_tensors(pending, part)
+        places.update(dict.fromkeys(pending, len(parts)))
+        parts.append(part)
+        pending.clear()
+        pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > SHARD_BYTES:
+            flush()
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        parts[0].rename(directory / SINGLE)
+        return
+    names = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    for part, name in zip(parts, names, strict=True):
+        part.rename(directory / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in sorted(places.items())}}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class TensorFolder(MutableMapping[str, torch.Tensor]):
+    """A mapping whose tensors lie in a folder, a file each; what is read is a tensor of its own.
+
+    Args:
+        folder: exists, and is removed by who made it.
+        dtype: in which tensors are kept; None is as they come.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._files: dict[str, Path] = {}
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        file = self._files.setdefault(name, self._folder / f"{len(self._files)}.safetensors")
+        save_tensors({"tensor": tensor.to(self._dtype or tensor.dtype)}, file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as handle:
+            return handle.get_tensor("tensor")
+
+    def __delitem__(self, name: str) -> None:
+        self._files.pop(name).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def weights_hash(directory: str | Path) -> str:
+    """sha256 over a model's config and weight files: what a lineage calls the base. A file is read once per process."""
+    files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file, sha256 in zip(files, pool.map(known_sha256, files), strict=True):
+            digest.update(f"{file.name} {sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def weights_bytes(directory: str | Path) -> int:
+    """Bytes of a model's weight files."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def weights_dtype(directory: str | Path) -> torch.dtype:
+    """The type of a model's widest tensor, which is that of its matrices."""
+    names, read = tensor_reader(directory)
+    return max(map(read, names), key=lambda tensor: tensor.numel()).dtype

@@ -1,0 +1,1 @@
+"""Pruning: score the coupled structures of a model, choose what to keep, cut it out."""

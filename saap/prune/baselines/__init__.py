@@ -1,0 +1,1 @@
+"""The pruning methods that SAAP is compared with."""

@@ -1,0 +1,174 @@
+"""The methods that SAAP is compared with, in the same harness: the same grid, budget and cut.
+
+docs/method.md says what each does, where it differs from its reference code and how that was checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.models.layer_walk import layers_of
+from saap.models.streaming import present
+from saap.models.structures import ModelShape
+from saap.prune.baselines.plans import Ranking, Step, module_steps, threshold_key, uniform_key
+from saap.prune.baselines.scores import (
+    TAYLOR,
+    StructureScores,
+    flap_scores,
+    magnitude_scores,
+    random_scores,
+    taylor_scores,
+    wanda_scores,
+)
+from saap.prune.scores.activations import Activations, Progress, collect
+from saap.system.errors import SaapError
+
+BASELINES = ("random", "magnitude", *TAYLOR, "wanda_sp", "flap", "shortgpt")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A method's settings in its paper and reference code, for rows of a table that say "as published".
+
+    Attributes:
+        sequences: calibration sequences; None is every window of the text.
+        tokens: per sequence; both are 0 where no text is read.
+        keep_layers_rule: how many first and last layers stay whole in a model of 32 layers.
+        heads: whether attention is pruned too.
+        text: what the calibration text is.
+        source: where these settings are from.
+    """
+
+    sequences: int | None
+    tokens: int
+    keep_layers_rule: tuple[int, int]
+    heads: bool
+    text: str
+    source: str
+
+    def kept(self, layers: int) -> frozenset[int]:
+        """The layers that the rule keeps whole in a model of this many; shallow models keep fewer."""
+        first, last = self.keep_layers_rule
+        first, last = min(first, layers // 4), min(last, layers // 8)
+        return frozenset((*range(first), *range(layers - last, layers)))
+
+
+_LLM_PRUNER = "arXiv 2305.11627 and horseee/LLM-Pruner at 128a07d, scripts/llama_prune.sh and hf_prune.py"
+_FLAP = "CASIA-IVA-Lab/FLAP at 3bb57db, scripts, main.py and lib/prune.py"
+_NO_TEXT = Published(0, 0, (4, 2), True, "none", _LLM_PRUNER)
+_BOOKS = Published(10, 64, (4, 2), True, "BookCorpus, train", _LLM_PRUNER)
+_PUBLISHED = {
+    "random": _NO_TEXT,
+    "magnitude": _NO_TEXT,
+    **dict.fromkeys(TAYLOR, _BOOKS),
+    "wanda_sp": Published(128, 128, (0, 0), True, "C4, train", f"{_FLAP} (prune_wanda_sp)"),
+    "flap": Published(1024, 128, (0, 0), True, "WikiText-2 raw, train", f"arXiv 2312.11983 and {_FLAP}"),
+    "shortgpt": Published(
+        None, 256, (0, 0), True, "PG19, validation",
+        "arXiv 2403.03853 and icip-cas/ShortGPT at 9a2ee8d, shortgpt/run_shortgpt.py",
+    ),
+}  # fmt: skip
+
+
+def published(method: str) -> Published:
+    """The settings of a method as its authors have them.
+
+    Raises:
+        SaapError: no such method.
+    """
+    _check_method(method)
+    return _PUBLISHED[method]
+
+
+def rank(
+    method: str,
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    keep_layers: frozenset[int] | None = frozenset(),
+    heads: bool,
+    block: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Ranking:
+    """Score ``model`` once; the ranking then gives a plan for any share. Weights and flags stay as they were.
+
+    Args:
+        method: one of :data:`BASELINES`.
+        shape: ``shape_of(model.config)``.
+        ids: [sequences, tokens] int64; random and magnitude do not read it.
+        keep_layers: exactly these layers stay whole. Empty leaves it to the method: LLM-Pruner's four keep the first 4
+            and last 2 layers (of 16 or more), the others none. None keeps none, whatever the method.
+        heads: whether KV groups go too, each with all its query heads; whole layers go in any case.
+        block: quantisation group that every width is a multiple of.
+        seed: of random.
+
+    Raises:
+        SaapError: no such method or layer, or the model is not finite on the text.
+    """
+    _check_method(method)
+    if keep_layers is not None and not keep_layers and method in TAYLOR:
+        keep_layers = published(method).kept(len(shape.layers))
+    kept = keep_layers or frozenset()
+    if wrong := sorted(i for i in kept if not 0 <= i < len(shape.layers)):
+        raise SaapError(f"layer {wrong[0]} is to be kept; the model has layers 0 to {len(shape.layers) - 1}")
+    free = [i for i in range(len(shape.layers)) if i not in kept]
+    if method == "shortgpt":
+        steps = _layer_steps(shape, free, collect(model, shape, ids, progress=progress))
+        return Ranking(method, shape, tuple(steps))
+    scores = _scores(method, model, shape, ids, seed, progress)
+    steps = []
+    for place, layer in enumerate(free):
+        for kind, values in (("ffn", scores.ffn[layer]), *((("group", scores.group[layer]),) if heads else ())):
+            if not len(values):
+                continue
+            if not torch.isfinite(values).all():
+                raise SaapError(f"layer {layer}: the scores of {method} are not finite: check the model and the text")
+            key = threshold_key(values) if method == "flap" else uniform_key(place, kind)
+            steps += [step.at(key(step)) for step in module_steps(shape, layer, kind, values, block)]
+    return Ranking(method, shape, tuple(sorted(steps, key=lambda step: step.key)))
+
+
+def _scores(
+    method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, seed: int, progress: Progress | None
+) -> StructureScores:
+    if method == "random":
+        _check_weights(model)
+        return random_scores(shape, seed)
+    if method == "magnitude":
+        return magnitude_scores(model, shape)
+    if method in TAYLOR:
+        return taylor_scores(method, model, shape, ids, progress)
+    score = wanda_scores if method == "wanda_sp" else flap_scores
+    return score(model, shape, collect(model, shape, ids, progress=progress))
+
+
+def _layer_steps(shape: ModelShape, free: list[int], activations: Activations) -> list[Step]:
+    """Whole layers, least block influence first; the last layer with attention stays, wherever it is in the order."""
+    order = sorted(free, key=lambda layer: float(activations.influence[layer]))
+    attending = [i for i, sizes in enumerate(shape.layers) if sizes.query_heads]
+    if all(i in free for i in attending):
+        order.remove(max(attending, key=order.index))
+    return [
+        Step(layer, "layer", (), shape.attention_weights(shape.layers[layer]) + shape.ffn_weights(shape.layers[layer]),
+             0.0, 1.0, float(activations.influence[layer]))
+        for layer in order
+    ]  # fmt: skip
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse a broken model where no score would show it."""
+    for module in (*layers_of(model), model):
+        with present(module):
+            for name, weight in module.named_parameters():
+                if not weight.is_meta and not torch.isfinite(weight).all():
+                    raise SaapError(f"{name} is not finite: check the model")
+
+
+def _check_method(method: str) -> None:
+    if method not in BASELINES:
+        raise SaapError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")

@@ -1,0 +1,1 @@
+"""The cut: weights without the pruned structures, and the remaining weights refitted."""

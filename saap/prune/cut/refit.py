@@ -1,0 +1,275 @@
+"""Compensation: let what stays make up for what goes, without training.
+
+* ``bias``: the mean of what the removed structures added, as a bias on o_proj and down_proj; FLAP, arXiv 2312.11983,
+  eq. 6: b = W_gone mean(x_gone).
+* ``refit``: ridge regression of what a matrix added on the inputs that stay,
+
+      W' = W_kept + W_gone X_gone X_kept^T (X_kept X_kept^T + lambda D)^-1,   D = diag(X_kept X_kept^T)
+
+  The layers are walked in order and X is what reaches the matrix in the model that is already cut and refitted: fitting
+  the dense model's outputs instead shrinks whatever an earlier cut made noisy (regression dilution). A token counts by
+  one over the mean square of its hidden state, since the next norm divides by that. lambda is chosen per matrix on
+  sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
+  all sequences, but for steps on the way: a later step could not choose lambda on what an earlier one was fitted to.
+  It adds no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.models.architectures import Architecture, architecture_of
+from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
+from saap.models.streaming import present
+from saap.models.structures import LayerPlan, ModelShape, PrunePlan
+from saap.prune.cut.ridge import regression
+from saap.prune.cut.surgery import head_rows
+from saap.prune.scores.importance import Progress
+from saap.prune.shares import shares
+
+Compensation = Literal["none", "bias", "refit"]
+COMPENSATIONS = ("none", "bias", "refit")
+LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+HELD_SHARE = 6  # one sixth of the batches chooses lambda
+
+
+@dataclass
+class _Block:
+    """One attention or feed-forward block: the matrix that writes to the residual stream, and what of it is kept."""
+
+    matrix: str  # its name within the layer
+    linear: nn.Linear
+    norm: nn.Module  # reads the stream before the block
+    kept: torch.Tensor  # columns
+
+    @property
+    def gone(self) -> torch.Tensor:
+        """The other columns, as a mask."""
+        gone = torch.ones(self.linear.in_features, dtype=torch.bool)
+        gone[self.kept] = False
+        return gone
+
+    def cut(self, new: Mapping[str, torch.Tensor]) -> None:
+        """Take the other columns away in place, and put in what is new."""
+        if (weight := new.get(f"{self.matrix}.weight")) is not None:
+            self.linear.weight[:, self.kept] = weight
+        self.linear.weight[:, self.gone] = 0
+        if (bias := new.get(f"{self.matrix}.bias")) is not None:
+            self.linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        if not len(self.kept):  # the whole block goes
+            self.linear.register_parameter("bias", None)
+
+
+@torch.no_grad()
+def compensate(
+    kind: Compensation,
+    model: PreTrainedModel,
+    shape: ModelShape,
+    plan: PrunePlan,
+    ids: torch.Tensor,
+    *,
+    last: bool = True,
+    into: MutableMapping[str, torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> MutableMapping[str, torch.Tensor]:
+    """New weights and biases of o_proj and down_proj for a plan; the model is left as it was.
+
+    Args:
+        model: the dense model that the plan is about.
+        ids: calibration ids [sequences, tokens].
+        last: no other refit on these ids follows, so the sequences that chose lambda may be fitted too.
+        into: takes what is found; None is a dict.
+
+    Returns:
+        name in the slim model -> tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
+        ``bias``; empty for ``none``, and in all processes but the main one.
+    """
+    found: MutableMapping[str, torch.Tensor] = {} if into is None else into
+    if kind == "none":
+        return found
+    architecture = architecture_of(model.config)
+    walk = _Walk(kind, model, ids, last)
+    number = 0
+    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
+            new = walk.enter(index, layer, blocks)
+        if keep.query_heads or keep.ffn:
+            if shares().main:
+                found.update({f"{architecture.layers}.{number}.{name}": tensor.cpu() for name, tensor in new.items()})
+            number += 1
+        if progress:
+            progress("compensating", index + 1, len(plan.layers))
+    return found
+
+
+@torch.no_grad()
+def losses_compensated(
+    kind: Compensation,
+    model: PreTrainedModel,
+    shape: ModelShape,
+    plan: PrunePlan,
+    ids: torch.Tensor,
+    judged: torch.Tensor,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``; nothing is changed.
+
+    Args:
+        ids, judged: [sequences, tokens], of different text.
+
+    Returns:
+        nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
+    """
+    architecture = architecture_of(model.config)
+    walk = _Walk(kind, model, ids, last=True)
+    parts = shares().mine(list(enumerate(judged.split(ROWS))))
+    batches = batches_of(model, [rows for _, rows in parts])
+    stream = [batch.hidden for batch in batches]
+    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
+            new = walk.enter(index, layer, blocks) if kind != "none" else {}
+            for block in blocks:
+                block.cut(new)
+            stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
+        if progress:
+            progress("trying a plan", index + 1, len(plan.layers))
+    losses = torch.zeros(len(judged), dtype=torch.float64)
+    for x, (part, rows) in zip(stream, parts, strict=True):
+        for row in range(len(rows)):
+            losses[part * ROWS + row] = loss_after(model, [x[row : row + 1]], rows[row : row + 1])
+    return shares().add_up(losses)
+
+
+class _Walk:
+    """This process's calibration sequences on their way through a decoder that is compensated layer by layer."""
+
+    def __init__(self, kind: Compensation, model: PreTrainedModel, ids: torch.Tensor, last: bool) -> None:
+        self._kind, self._last = kind, last
+        fitted, held = _parts(ids)
+        mine = shares().mine(range(len(fitted) + len(held)))
+        self._batches = batches_of(model, [fitted[n] for n in mine if n < len(fitted)])
+        self._batches += batches_of(model, [held[n - len(fitted)] for n in mine if n >= len(fitted)])
+        self._stream = [batch.hidden for batch in self._batches]
+        self._sizes = [part.numel() for part in fitted], [part.numel() for part in held]
+
+    def enter(self, index: int, layer: nn.Module, blocks: list[_Block]) -> dict[str, torch.Tensor]:
+        """What is new in a layer; its weights are changed on the way."""
+        given = [batch.given[index] for batch in self._batches]
+        if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
+            new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
+        else:
+            new, self._stream = _refitted(layer, blocks, self._stream, given, self._sizes, self._last)
+        return new
+
+
+def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Batches that are fitted, and those that choose lambda: of the same sequences for any number of processes."""
+    size = max(1, min(ROWS, len(ids) // 2))
+    batches = -(-len(ids) // size)
+    first_held = (batches - max(1, batches // HELD_SHARE)) * size
+    size = max(1, min(size, -(-first_held // shares().count)))
+    return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
+
+
+def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
+    modules = dict(layer.named_modules())
+    sizes = (
+        (architecture.output, architecture.attention_norm, head_rows(keep.query_heads, head_dim)),
+        (architecture.down, architecture.ffn_norm, torch.tensor(keep.ffn, dtype=torch.long)),
+    )
+    return [_Block(name, modules[name], modules[norm], kept) for name, norm, kept in sizes if name in modules]
+
+
+@contextmanager
+def _restored(blocks: list[_Block]) -> Iterator[None]:
+    saved = [(block.linear, block.linear.weight.detach().clone(), block.linear.bias) for block in blocks]
+    try:
+        yield
+    finally:
+        for linear, weight, bias in saved:
+            linear.weight.data.copy_(weight)
+            linear.bias = bias
+
+
+def _zeros(block: _Block) -> torch.Tensor:
+    return torch.zeros(block.linear.in_features, dtype=torch.float64, device=block.linear.weight.device)
+
+
+def _biases(
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], tokens: int
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The mean of what goes, per block that keeps something; and the stream after the layer."""
+    totals = {block.matrix: _zeros(block) for block in blocks}
+    after = []
+    for hidden, arguments in zip(stream, given, strict=True):
+        with inputs_of({block.matrix: block.linear for block in blocks}) as seen:
+            after.append(run_layer(layer, hidden, arguments))
+        for name, inputs in seen.items():
+            totals[name] += inputs.flatten(0, -2).double().sum(0)
+    new = {}
+    for block in blocks:
+        total = shares().add_up(totals[block.matrix])
+        if len(block.kept):
+            weight, gone = block.linear.weight, block.gone
+            bias = weight[:, gone] @ (total[gone] / tokens).to(weight.dtype)
+            new[f"{block.matrix}.bias"] = bias + (block.linear.bias if block.linear.bias is not None else 0)
+    return new, after
+
+
+def _refitted(
+    layer: nn.Module,
+    blocks: list[_Block],
+    stream: list[torch.Tensor],
+    given: list[dict[str, Any]],
+    sizes: tuple[list[int], list[int]],
+    last: bool,
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
+    new = {}
+    for block in blocks:
+        if not block.gone.any():
+            continue
+        if len(block.kept):
+            new[f"{block.matrix}.weight"] = _ridge(layer, block, stream, given, sizes, last)
+        block.cut(new)
+    return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
+
+
+def _ridge(
+    layer: nn.Module,
+    block: _Block,
+    stream: list[torch.Tensor],
+    given: list[dict[str, Any]],
+    sizes: tuple[list[int], list[int]],
+    last: bool,
+) -> torch.Tensor:
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
+
+    Args:
+        stream, given: of this process's batches; ``sizes``: tokens of all processes' batches, fitted and held.
+    """
+    weight, gone, size = block.linear.weight, block.gone, len(block.kept)
+    if not sizes[0]:  # none to fit, where the only one chooses lambda
+        return weight[:, block.kept]
+    fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
+    first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
+    for number, hidden, arguments in zip(shares().mine(range(parts)), stream, given, strict=True):
+        x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
+        x = (x * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
+        (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
+    fit.gather(sizes[0], 0)
+    held.gather(sizes[1], first_held)
+    best, least = None, held.rest
+    for damping in LAMBDAS:
+        if (error := held.error(fit.solved(damping))) < least:
+            best, least = damping, error
+    if best is None:
+        return weight[:, block.kept]
+    return weight[:, block.kept] + (fit.plus(held) if last else fit).solved(best).to(weight.dtype)

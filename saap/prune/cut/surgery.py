@@ -1,0 +1,115 @@
+"""Apply a plan: cut the weights of a dense model, tensor by tensor, so that nothing is held twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+
+from saap.models.architectures import Architecture
+from saap.models.matrices import placed_roles
+from saap.models.structures import LayerPlan, ModelShape, PrunePlan, check_plan
+
+Read = Callable[[str], torch.Tensor]
+
+
+def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
+    """Row indices of whole heads: (1, 3) with head_dim 2 -> [2, 3, 6, 7]."""
+    starts = torch.tensor(heads, dtype=torch.long) * head_dim
+    return (starts.unsqueeze(1) + torch.arange(head_dim)).flatten()
+
+
+def cut_tensors(
+    names: list[str],
+    read: Read,
+    plan: PrunePlan,
+    shape: ModelShape,
+    architecture: Architecture,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the slim model's (name, tensor), reading one tensor of the dense model at a time.
+
+    Args:
+        names: tensor names of the dense checkpoint.
+        read: gives the tensor of a name.
+        plan: what to keep of each layer; layers left with nothing are dropped and the rest renumbered.
+        shape: sizes of the dense model.
+        replaced: tensors of the slim model, by their names and in their sizes there, that take the place of the cut
+            ones, in their type; also biases of output and down projections that the dense model does not have.
+
+    Raises:
+        SaapError: the plan does not fit the model.
+        ValueError: ``replaced`` names a tensor that the slim model does not have.
+    """
+    check_plan(plan, shape)
+    fresh, left = replaced or {}, set(replaced or ())
+    prefix = architecture.layers + "."
+    renumbered = {old: new for new, old in enumerate(plan.kept_layers)}
+    for name in names:
+        slim_name, cut = name, partial(read, name)
+        if name.startswith(prefix):
+            index_text, rest = name[len(prefix) :].split(".", 1)
+            index = int(index_text)
+            if not _is_kept(rest, plan.layers[index], architecture):
+                continue
+            slim_name = f"{prefix}{renumbered[index]}.{rest}"
+            cut = partial(cut_layer_tensor, rest, cut, plan.layers[index], index, shape, architecture)
+        if slim_name in left:
+            left.remove(slim_name)
+            yield slim_name, fresh[slim_name].to(read(name).dtype)
+        else:
+            yield slim_name, cut()
+    yield from _added_biases({name: fresh[name] for name in sorted(left)}, plan, architecture)
+
+
+def cut_layer_tensor(
+    name: str,
+    read: Callable[[], torch.Tensor],
+    keep: LayerPlan,
+    index: int,
+    shape: ModelShape,
+    architecture: Architecture,
+) -> torch.Tensor:
+    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps of its module.
+
+    Norms are kept whole: those of heads are one head wide.
+    """
+    module, kind = name.rsplit(".", 1)
+    queries, keys = head_rows(keep.query_heads, shape.head_dim), head_rows(keep.kv_heads, shape.head_dim)
+    channels = torch.tensor(keep.ffn, dtype=torch.long)
+    kept = {"query": queries, "key": keys, "value": keys, "gate": channels, "up": channels}
+    placed = [
+        rows.start + kept[role]
+        for role, place, rows in placed_roles(shape.layers[index], shape, architecture)
+        if place == module and role in kept
+    ]
+    if placed:
+        return read().index_select(0, torch.cat(placed))
+    columns = {architecture.output: queries, architecture.down: channels}
+    if module in columns and kind == "weight":
+        return read().index_select(1, columns[module])
+    return read().clone()
+
+
+def _is_kept(name: str, keep: LayerPlan, architecture: Architecture) -> bool:
+    """Whether the module of a layer's tensor is still there."""
+    return bool(keep.query_heads if architecture.in_attention(name.rsplit(".", 1)[0]) else keep.ffn)
+
+
+def _added_biases(
+    biases: Mapping[str, torch.Tensor], plan: PrunePlan, architecture: Architecture
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is left of the replacements: new biases of modules that the slim model has."""
+    allowed = {
+        f"{architecture.layers}.{new}.{module}.bias"
+        for new, old in enumerate(plan.kept_layers)
+        for module, there in (
+            (architecture.output, plan.layers[old].query_heads),
+            (architecture.down, plan.layers[old].ffn),
+        )
+        if there
+    }
+    if wrong := sorted(set(biases) - allowed):
+        raise ValueError(f"{wrong[0]} is no tensor of the slim model")
+    yield from biases.items()

@@ -1,0 +1,159 @@
+"""Statistics of activations from one forward pass: what Wanda, FLAP, ShortGPT and bias compensation read.
+
+Per layer, for the inputs X [tokens, K] of the output projection and of down_proj: the mean, the fluctuation (sample
+variance: FLAP, arXiv 2312.11983) and the mean square, whose root is Wanda's input norm ||X_k||_2 up to the square root
+of the number of tokens (arXiv 2306.11695, equation 1). And per layer ShortGPT's block influence, 1 - the mean cosine of
+the hidden states that enter and leave it (arXiv 2403.03853, equation 1).
+
+Statistics are merged batch by batch in float64 (Chan, Golub & LeVeque 1979), so nothing is buffered and a large mean
+does not swallow a small variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.models.architectures import architecture_of
+from saap.models.matrices import matrices_of
+from saap.models.structures import ModelShape
+from saap.system.errors import SaapError
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Of one linear's inputs over all tokens, each [K] float32: K is the linear's number of columns.
+
+    Attributes:
+        mean: of x_k.
+        fluctuation: sample variance of x_k, divided by tokens - 1.
+        mean_square: of x_k; not centred.
+    """
+
+    mean: torch.Tensor
+    fluctuation: torch.Tensor
+    mean_square: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one pass saw, one entry per layer; None where a layer has no such linear.
+
+    Attributes:
+        output: inputs of the output projection, K = query_heads * head_dim.
+        down: inputs of down_proj, K = the FFN's width.
+        influence: block influence, [layers] float32, between 0 (nothing changes) and 2.
+        tokens: how many tokens the numbers are of.
+    """
+
+    output: list[InputStatistics | None]
+    down: list[InputStatistics | None]
+    influence: torch.Tensor
+    tokens: int
+
+
+def collect(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Activations:
+    """Run calibration sequences through ``model`` once; its weights and flags are left as they were.
+
+    Args:
+        ids: [sequences, tokens] int64, at least two tokens in all.
+        batch: sequences per forward pass.
+
+    Raises:
+        SaapError: too few tokens, or an activation that is not finite.
+    """
+    if ids.dim() != 2 or ids.numel() < 2:
+        raise SaapError("activations need calibration text of at least 2 tokens: give more")
+    running: dict[tuple[int, str], _Running] = {}
+    cosines = [0.0] * len(shape.layers)
+    with torch.inference_mode(), _forward_hooks(model, shape, running, cosines):
+        for start in range(0, len(ids), batch):
+            if progress:
+                progress("activations", start, len(ids))
+            # The bare decoder: no statistic needs the logits.
+            model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
+    if progress:
+        progress("activations", len(ids), len(ids))
+    layers = range(len(shape.layers))
+    return Activations(
+        output=[running[i, "output"].statistics() if (i, "output") in running else None for i in layers],
+        down=[running[i, "down"].statistics() if (i, "down") in running else None for i in layers],
+        influence=1 - torch.tensor(cosines, dtype=torch.float64).div(ids.numel()).float(),
+        tokens=ids.numel(),
+    )
+
+
+class _Running:
+    """Count, mean and summed squared deviations, in float64."""
+
+    def __init__(self, columns: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(columns, dtype=torch.float64)
+        self.deviations = torch.zeros(columns, dtype=torch.float64)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Merge rows [tokens, columns]."""
+        rows = rows.double()
+        mean = rows.mean(0)
+        deviations = (rows - mean).square_().sum(0).cpu()
+        mean, seen = mean.cpu(), self.count
+        self.count += len(rows)
+        shift = mean - self.mean
+        self.mean += shift * (len(rows) / self.count)
+        self.deviations += deviations + shift.square() * (seen * len(rows) / self.count)
+
+    def statistics(self) -> InputStatistics:
+        mean_square = self.deviations / self.count + self.mean.square()
+        fluctuation = self.deviations / (self.count - 1)
+        return InputStatistics(self.mean.float(), fluctuation.float(), mean_square.float())
+
+
+@contextmanager
+def _forward_hooks(
+    model: PreTrainedModel, shape: ModelShape, running: dict[tuple[int, str], _Running], cosines: list[float]
+) -> Iterator[None]:
+    def see_input(layer: int, role: str, module: Any, args: tuple[Any, ...]) -> None:
+        rows = args[0].flatten(0, -2)
+        if not torch.isfinite(rows).all():
+            raise SaapError(
+                f"layer {layer}: the inputs of {role} are not finite on the calibration text: check model and text"
+            )
+        running.setdefault((layer, role), _Running(rows.shape[1])).add(rows)
+
+    def see_layer(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = result[0] if isinstance(result, tuple) else result
+        cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum().item()
+        if cosine != cosine:
+            raise SaapError(f"layer {layer}: its output is not finite on the calibration text: check model and text")
+        cosines[layer] += cosine
+
+    handles = [
+        matrix.linear.register_forward_pre_hook(partial(see_input, matrix.layer, matrix.role))
+        for matrix in matrices_of(model, shape)
+        if matrix.role in ("output", "down")
+    ]
+    layers: Any = model.get_submodule(architecture_of(model.config).layers)
+    handles += [
+        layer.register_forward_hook(partial(see_layer, index), with_kwargs=True) for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,134 @@
+"""Fusion of the scores of a structure by homoscedastic uncertainty.
+
+The scores I_m are taken as outputs with observation noise sigma_m (Kendall, Gal & Cipolla 2018, eq. 7):
+
+    I(G) = sum_m I_m(G) / (2 sigma_m^2) + sum_m log sigma_m
+
+The sigmas minimise the sum of I(G) over the structures that share them; setting the derivative to zero gives
+sigma_m^2 = mean_G I_m(G). For selection only the non-negative part P(G) = sum_m I_m / (2 sigma_m^2) counts: the log
+term is one offset for all structures that share the sigmas.
+
+Ours is a factor for layers. Channels are scored one by one, but go by the hundred, and what goes from one layer adds up
+in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the mean of P over the layer's
+channels in units of the mean over layers, to the power of gamma. A sum would be lower for layers that were cut before,
+and empty them step by step. Heads, of which a layer has few, do worse with the factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from saap.models.structures import ModelShape
+from saap.prune.scores.importance import TYPES, Scores, Slices
+from saap.prune.scores.stability import stability_factor
+
+Term = Literal["vector", "element", "token"]
+Scope = Literal["type", "layer"]
+FUSIONS: dict[str, tuple[Term, ...]] = {
+    "vector": ("vector",),
+    "element": ("element",),
+    "token": ("token",),
+    "fused": ("vector", "element"),
+    "vector-token": ("vector", "token"),
+    "fused-token": ("vector", "element", "token"),
+}
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How scores become one number per structure.
+
+    Attributes:
+        score: which scores enter, a name of :data:`FUSIONS`.
+        slices: a structure's slices that enter vector and element scores: all, or those of the output side alone.
+        sigma: the structures that share a sigma: of a type over the whole model, or of a type and a layer.
+        learned: find the log-variances by gradient descent instead of in closed form; both agree.
+        stability: lambda in P exp(lambda ASI); below 0 structures whose importance fluctuates are pruned first, above 0
+            they are kept, 0 is off.
+        layer_power: gamma in P (mean of P in the layer / mean over layers)^gamma of FFN channels; 0 is off.
+    """
+
+    score: str = "vector-token"
+    slices: Slices = "all"
+    sigma: Scope = "type"
+    learned: bool = False
+    stability: float = 0.0
+    layer_power: float = 1.0
+
+
+def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:
+    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures]; FFN channels by layer_weighted too.
+
+    The mean of P over the structures that share the sigmas is half the number of scores.
+    """
+    options = options or FusionOptions()
+    fused = {}
+    for kind in TYPES:
+        terms = [_term(scores, term, kind, shape, options.slices) for term in FUSIONS[options.score]]
+        total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term, options) for term in terms), strict=True)]
+        if options.stability:
+            factors = stability_factor(
+                scores.fluctuating(kind, shape, options.slices), options.stability, options.sigma
+            )
+            total = [row * factor for row, factor in zip(total, factors, strict=True)]
+        fused[kind] = layer_weighted(total, options.layer_power) if kind == "ffn" else total
+    return fused
+
+
+def layer_weighted(rows: list[torch.Tensor], power: float) -> list[torch.Tensor]:
+    """Scores per layer, [structures] each, times (the layer's mean / the mean of such means above 0)^power."""
+    means = torch.stack([row.mean() if len(row) else row.new_zeros(()) for row in rows])
+    some = means > 0
+    if not power or not some.any():
+        return rows
+    factors = torch.where(some, (means / means[some].mean()) ** power, 1.0)
+    return [row * factor for row, factor in zip(rows, factors, strict=True)]
+
+
+def _term(scores: Scores, term: Term, kind: str, shape: ModelShape, slices: Slices) -> list[torch.Tensor]:
+    if term == "vector":
+        return scores.vector(kind, shape, slices)
+    return scores.fine(kind, shape, slices) if term == "element" else scores.tokenwise(kind, shape)
+
+
+def _scaled(rows: list[torch.Tensor], options: FusionOptions) -> list[torch.Tensor]:
+    """I / (2 sigma^2) per layer."""
+    variance = learned_variance if options.learned else closed_form_variance
+    if options.sigma == "layer":
+        return [row / (2 * variance([row])) if len(row) else row for row in rows]
+    shared = variance(rows)
+    return [row / (2 * shared) for row in rows]
+
+
+def closed_form_variance(scores: list[torch.Tensor]) -> torch.Tensor:
+    """sigma^2 = mean of the scores of all structures, which minimises sum_G I(G) / (2 sigma^2) + log sigma."""
+    flat = torch.cat(scores)
+    return (flat.mean() if len(flat) else flat.new_ones(())).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tensor:
+    """sigma^2 by gradient descent on s = log sigma^2 of mean_G I(G) exp(-s) / 2 + s / 2, which is convex in s.
+
+    Started at the geometric mean, and scaled by it so that scores of any size take the same number of steps.
+    """
+    flat = torch.cat(scores).double()
+    if not len(flat) or not bool((flat > 0).any()):
+        return closed_form_variance(scores)
+    origin = flat[flat > 0].log().mean()
+    mean = (flat / origin.exp()).mean()
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [s], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mean * torch.exp(-s) / 2 + s / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (s.detach() + origin).exp().to(scores[0].dtype)

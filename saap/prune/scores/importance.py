@@ -1,0 +1,286 @@
+"""Estimation: how much the loss rises when a coupled structure goes, streamed sequence by sequence.
+
+For calibration sequence j of T tokens with loss L_j (mean NLL per token) and gradient g_j, removing structure G sets
+its weights w to zero, and a second-order Taylor expansion with the empirical Fisher in place of the Hessian gives
+
+* vector-wise   I_v(G) = | mean_j t_j - c/2 mean_j t_j^2 |,   t_j(G) = sum_w g_j w
+* element-wise  I_e(G) = sum_w | mean_j(g_j) w - c/2 mean_j (g_j w)^2 |            (exact)
+                I_e(G) = mean_j sum_w | g_j w - c/2 (g_j w)^2 |                     (streamed: an upper bound)
+
+after LLM-Pruner (arXiv 2305.11627) and SAAP (arXiv 2412.15127). Ours is a third one between the two,
+
+* token-wise    I_t(G) = 1/2 mean_j T sum_tokens p_jt^2,   p_jt = the product of the structure's output and its gradient
+
+the Fisher of the structure's own mask, token by token: sum_tokens p_jt = t_j over the output slices. It rests on
+tokens, not on sequences, so that the same text says more.
+
+Vector and token scores need no gradient of a weight: by the chain rule t_j over the rows of a matrix is the sum over
+tokens of its output times the output's gradient, and over columns of its input times the input's. The element score
+does; such gradients are consumed in post-accumulate hooks and freed at once. Peak memory is weights + one layer +
+activations; the exact element score keeps two numbers per weight of the layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.models.matrices import Matrix, matrices_of
+from saap.models.structures import ModelShape
+from saap.system.errors import SaapError
+
+Progress = Callable[[str, float, float], None]
+Slices = Literal["all", "output"]
+Element = Literal["none", "streamed", "exact"]
+TYPES = ("ffn", "head", "group")
+INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head.
+
+    Attributes:
+        products: t_j of the matrix's slice, [sequences, structures].
+        element: the element-wise score of the slice, [structures]; empty where it was not asked for.
+        token: the token-wise score, [structures], of the roles output and down.
+        c: weight of the second-order term.
+        loss: mean over the sequences, nats per token.
+    """
+
+    products: dict[tuple[int, str], torch.Tensor]
+    element: dict[tuple[int, str], torch.Tensor]
+    token: dict[tuple[int, str], torch.Tensor]
+    c: float
+    loss: float
+
+    def vector(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_v(G) of structure type ``kind`` per layer, [structures]."""
+        return [
+            (t.mean(0) - self.c / 2 * t.square().mean(0)).abs()
+            for t in per_structure(self.products, kind, shape, slices)
+        ]
+
+    def fluctuating(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_j(G) = |t_j - c/2 t_j^2| per layer, [sequences, structures]: what stability looks at."""
+        return [(t - self.c / 2 * t.square()).abs() for t in per_structure(self.products, kind, shape, slices)]
+
+    def fine(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
+        """I_e(G) per layer, [structures]."""
+        return per_structure(self.element, kind, shape, slices)
+
+    def tokenwise(self, kind: str, shape: ModelShape) -> list[torch.Tensor]:
+        """I_t(G) per layer, [structures]."""
+        return per_structure(self.token, kind, shape, "output")
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """The scores of all sequences from those of portions of them; not of exact element scores, which do not add up."""
+    counts = [len(next(iter(part.products.values()))) for part in parts]
+
+    def mean(numbers: Sequence[Any]) -> Any:
+        return sum(n * count for n, count in zip(numbers, counts, strict=True)) / sum(counts)
+
+    return Scores(
+        products={key: torch.cat([part.products[key] for part in parts]) for key in parts[0].products},
+        element={key: mean([part.element[key] for part in parts]) for key in parts[0].element},
+        token={key: mean([part.token[key] for part in parts]) for key in parts[0].token},
+        c=parts[0].c,
+        loss=mean([part.loss for part in parts]),
+    )
+
+
+def per_structure(
+    sums: dict[tuple[int, str], torch.Tensor], kind: str, shape: ModelShape, slices: Slices = "all"
+) -> list[torch.Tensor]:
+    """Add up the matrices that a structure has slices in, per layer [..., structures].
+
+    The chain rule makes t_j of a channel's slices in up_proj and down_proj the same number, so that ``all`` counts a
+    channel two to three times against a head; ``output`` takes the columns of down_proj and o_proj alone. A group's
+    numbers include its query heads.
+    """
+    lead = next(iter(sums.values())).shape[:-1]
+    result = []
+    for index, layer in enumerate(shape.layers):
+        if not (layer.ffn if kind == "ffn" else layer.query_heads):
+            result.append(torch.zeros(*lead, 0))
+        elif kind == "ffn":
+            roles = INPUT_WIDE if slices == "all" else ("down",)
+            result.append(torch.stack([sums[index, role] for role in roles]).sum(0))
+        else:
+            heads = sums[index, "output"] if slices == "output" else sums[index, "query"] + sums[index, "output"]
+            if kind == "group":
+                heads = heads.unflatten(-1, (layer.kv_heads, layer.heads_per_group)).sum(-1)
+                if slices == "all":
+                    heads = heads + sums[index, "key"] + sums[index, "value"]
+            result.append(heads)
+    return result
+
+
+def estimate(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    c: float | None = None,
+    element: Element = "streamed",
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every structure of ``model`` on calibration sequences.
+
+    Args:
+        ids: [sequences, tokens] int64.
+        c: weight of the second-order term; None is the number of tokens per sequence, which makes up for the loss being
+            a mean over tokens (the literature prints 1).
+        element: whether the element score is wanted, which takes half as long again, and which form of it.
+
+    Raises:
+        SaapError: the loss is not finite on a sequence.
+    """
+    c = float(ids.shape[1]) if c is None else c
+    sums = Sums(shape.head_dim, c, element)
+    losses = []
+    with watched(model, matrices_of(model, shape), sums):
+        for index, row in enumerate(ids):
+            if progress:
+                progress("scoring", index, len(ids))
+            losses.append(_backward(model, row, index))
+    if progress:
+        progress("scoring", len(ids), len(ids))
+    return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
+    ids = row[None].to(model.device)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    value = check_loss(float(loss.item()), index)
+    loss.backward()
+    return value
+
+
+def check_loss(loss: float, index: int) -> float:
+    """The loss itself; SaapError where it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise SaapError(f"the loss is {loss} on calibration sequence {index}: check the model and the text")
+    return loss
+
+
+@dataclass
+class Sums:
+    """Collects, per logical matrix, sums over each structure's slice."""
+
+    head_dim: int
+    c: float
+    kind: Element
+    vector: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)
+    element: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    token: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    # Exact scores only: sums over sequences of g and g^2 per weight, and the weights.
+    whole: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def consume(self, matrices: list[Matrix], weight: nn.Parameter) -> None:
+        """Reduce this sequence's gradient of one linear to one number per structure and free it."""
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad, None
+        for matrix in matrices:
+            self._reduce(matrix, gradient[matrix.rows], weight.detach()[matrix.rows])
+
+    def _reduce(self, matrix: Matrix, gradient: torch.Tensor, weight: torch.Tensor) -> None:
+        key, axis = (matrix.layer, matrix.role), _axis(matrix.role)
+        if self.kind == "exact":
+            first, second, _ = self.whole.get(key) or (torch.zeros_like(weight), torch.zeros_like(weight), weight)
+            self.whole[key] = (first.add_(gradient), second.addcmul_(gradient, gradient), weight)
+        product = gradient.mul_(weight)
+        self.vector.setdefault(key, []).append(self._by_structure(product.sum(axis), matrix.role))
+        if self.kind == "streamed":
+            # Few passes over memory: they cost as much as the backward pass itself.
+            fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
+            self.element[key] = self.element.get(key, 0) + self._by_structure(fine, matrix.role)
+
+    def consume_input(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Products of what structures put into output or down and its gradient, both [1, tokens, K]."""
+        product = (inputs * gradient).flatten(0, 1)
+        if matrix.role == "output":
+            product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
+        key = (matrix.layer, matrix.role)
+        self.token[key] = self.token.get(key, 0) + len(product) / 2 * product.square().sum(0)
+        if self.kind == "none":
+            self.vector.setdefault(key, []).append(product.sum(0))
+
+    def consume_rows(self, matrices: list[Matrix], outputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """t_j of the rows of a linear, whose outputs without bias and their gradient are [1, tokens, N]."""
+        product = (outputs * gradient).flatten(0, 1).sum(0)
+        for matrix in matrices:
+            summed = self._by_structure(product[matrix.rows], matrix.role)
+            self.vector.setdefault((matrix.layer, matrix.role), []).append(summed)
+
+    def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
+        return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
+
+    def scores(self, sequences: int, loss: float) -> Scores:
+        """What was collected over so many sequences, whose mean loss is given; on the CPU."""
+        for key, (first, second, weight) in self.whole.items():
+            taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
+            total = torch.linalg.vector_norm(taylor, 1, dim=_axis(key[1]))
+            self.element[key] = self._by_structure(total, key[1])
+        return Scores(
+            products={key: torch.stack(rows).cpu() for key, rows in self.vector.items()},
+            element={key: (total / sequences).cpu() for key, total in self.element.items()},
+            token={key: (total / sequences).cpu() for key, total in self.token.items()},
+            c=self.c,
+            loss=loss,
+        )
+
+
+def _axis(role: str) -> int:
+    """The axis to sum over: a structure is a column of output and down, a row of the others."""
+    return 0 if role in ("output", "down") else 1
+
+
+@contextmanager
+def watched(model: PreTrainedModel, matrices: list[Matrix], sums: Sums) -> Iterator[None]:
+    """Inside the block a backward pass adds the products of these matrices to the sums; no gradient is kept."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    by_linear: dict[nn.Linear, list[Matrix]] = {}
+    for matrix in matrices:
+        by_linear.setdefault(matrix.linear, []).append(matrix)
+    handles: list[Any] = []
+    if sums.kind == "none":  # then nothing else starts a graph
+        embedding: Any = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
+    for linear, held in by_linear.items():
+        if held[0].role in ("output", "down"):
+            handles.append(linear.register_forward_pre_hook(partial(_watch_input, held[0], sums)))
+        if sums.kind != "none":
+            linear.weight.requires_grad_(True)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
+        elif held[0].role not in ("output", "down"):
+            handles.append(linear.register_forward_hook(partial(_watch_output, held, sums)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, before in wanted.items():
+            parameter.requires_grad_(before)
+            parameter.grad = None
+
+
+# Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.
+def _watch_input(matrix: Matrix, sums: Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
+    args[0].register_hook(partial(sums.consume_input, matrix, args[0].detach()))
+
+
+def _watch_output(held: list[Matrix], sums: Sums, linear: nn.Linear, _: Any, output: torch.Tensor) -> None:
+    plain = output.detach() if linear.bias is None else output.detach() - linear.bias.detach()
+    output.register_hook(partial(sums.consume_rows, held, plain))

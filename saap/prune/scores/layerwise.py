@@ -1,0 +1,88 @@
+"""Estimation for a model that is not in memory: all sequences go through a layer before the next one is read.
+
+The numbers are those of :func:`saap.prune.scores.importance.estimate`. The states before every layer are kept on the way up, and a
+layer runs once more on the way down, which is one forward pass more. The model is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
+from saap.models.matrices import matrices_of
+from saap.models.streaming import present
+from saap.models.structures import ModelShape
+from saap.prune.scores.importance import Element, Progress, Scores, Sums, check_loss, watched
+
+STATE_BYTES = 2 << 30  # of states before every layer; more sequences should go through in another portion
+
+
+def estimate_layerwise(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    c: float,
+    element: Element,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every structure, layer by layer; arguments and result as of :func:`saap.prune.scores.importance.estimate`."""
+    sums, steps = Sums(shape.head_dim, c, element), 2 * len(shape.layers)
+
+    def say(step: int) -> None:
+        if progress:
+            progress("scoring", step, steps)
+
+    batches = layer_inputs(model, ids, batch=1)
+    states = [[batch.hidden for batch in batches]]
+    with torch.no_grad():
+        for index, layer in enumerate(layers_of(model)):
+            say(index)
+            with present(layer):
+                states.append([run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)])
+    losses, gradients = [], []
+    for index, (hidden, row) in enumerate(zip(states.pop(), ids, strict=True)):
+        loss, gradient = _loss(model, hidden, row)
+        losses.append(check_loss(loss, index))
+        gradients.append(gradient)
+    _down(model, shape, sums, batches, states, gradients, say)
+    return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+def rows_at_once(shape: ModelShape, tokens: int) -> int:
+    """Sequences whose states fit into :data:`STATE_BYTES`."""
+    return max(1, STATE_BYTES // (4 * shape.hidden * tokens * (len(shape.layers) + 1)))
+
+
+def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Mean NLL of a sequence and its gradient by the states after the last layer, [1, tokens, hidden]."""
+    hidden = hidden.detach().requires_grad_(True)
+    loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:].to(hidden.device))
+    loss.backward()
+    assert hidden.grad is not None
+    return float(loss.item()), hidden.grad
+
+
+def _down(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    sums: Sums,
+    batches: list[Batch],
+    states: list[list[torch.Tensor]],
+    gradients: list[torch.Tensor],
+    say: Callable[[int], None],
+) -> None:
+    """Send the gradients down the layers; hooks on their matrices take the sums."""
+    matrices = matrices_of(model, shape)
+    layers = layers_of(model)
+    for index in reversed(range(len(layers))):
+        with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
+            for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
+                x = hidden.detach().requires_grad_(True)
+                run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
+                assert x.grad is not None
+                gradients[number] = x.grad
+        say(2 * len(layers) - index)

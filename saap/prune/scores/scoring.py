@@ -1,0 +1,86 @@
+"""Scores of all sequences from portions that are kept one by one: what was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.models.streaming import is_streamed
+from saap.models.structures import ModelShape
+from saap.prune.scores.cache import cached_scores, named, scores_from
+from saap.prune.scores.importance import Element, Progress, Scores, estimate, merged
+from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
+from saap.prune.shares import shares
+from saap.system.errors import SaapError
+
+LOSS = "loss"  # beside the scores on their way to other processes
+PORTION = 8  # sequences; seconds of a small model, a minute of one that barely fits
+
+
+def scores_of(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: torch.Tensor,
+    *,
+    c: float,
+    element: Element,
+    weights: str | None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every structure on ids [sequences, tokens], portion by portion.
+
+    Args:
+        weights: hash of the model's weights, under which scores are kept; None keeps none.
+
+    Raises:
+        SaapError: a loss is not finite.
+    """
+    by_layer = is_streamed(model)
+    estimator = estimate_layerwise if by_layer else estimate
+    rows = rows_at_once(shape, ids.shape[1]) if by_layer else PORTION
+    settings = {"element": element} if element == "none" else {"element": element, "c": c}
+    together = shares()
+    rows = min(rows, -(-len(ids) // together.count))
+    portions = [ids] if element == "exact" else list(ids.split(rows))  # exact scores do not add up
+    mine = together.mine(portions)
+    of = sum(map(len, mine))
+    found: list[Scores] = []
+    done = 0
+    error = None
+    for portion in mine:
+        say = partial(_portion, progress, done, len(portion), of) if progress else None
+        compute = partial(estimator, model, shape, portion, c=c, element=element, progress=say)
+        try:
+            found.append(compute() if weights is None else cached_scores(weights, portion, settings, compute)[0])
+        except SaapError as problem:
+            if together.count == 1:
+                raise
+            error = problem  # which the others wait for
+            break
+        done += len(portion)
+    return replace(merged(_of_all(found, error, len(portions), c) if together.count > 1 else found), c=c)
+
+
+def _of_all(mine: list[Scores], error: SaapError | None, portions: int, c: float) -> list[Scores]:
+    """The scores of all portions, in their order, from those of every process."""
+    together, found = shares(), []
+    for number in range(portions):
+        place, owner = divmod(number, together.count)
+        own: dict[str, torch.Tensor] | SaapError | None = None
+        if owner == together.rank:
+            own = (
+                error
+                if place >= len(mine)
+                else {**named(mine[place]), LOSS: torch.tensor([mine[place].loss], dtype=torch.float64)}
+            )
+        tensors = together.tensors(owner, own)
+        found.append(scores_from(tensors, c, float(tensors.pop(LOSS))))
+    return found
+
+
+def _portion(progress: Progress, before: int, count: int, of: int, label: str, done: float, total: float) -> None:
+    """Progress of a portion as that of all sequences."""
+    progress(label, before + count * done / total, of)

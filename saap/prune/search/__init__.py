@@ -1,0 +1,1 @@
+"""The search: what the user requires, what each option costs and loses, and the best plan."""

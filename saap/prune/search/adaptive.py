@@ -1,0 +1,204 @@
+"""SAAP's plan: estimate, fuse, price, search, and look again (arXiv 2412.15127, and what is ours).
+
+Prices of structures that go one at a time say little about what they cost together. So prices can be corrected: each
+module's price is scaled to a loss measured where all others are cut as planned, and the search is repeated; the plan
+with the least measured loss is kept. And a plan that cuts attention has to be measured better than the best one that
+does not. Pruning in steps, each with scores of its own, is :mod:`saap.prune.pruning`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from saap.models.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
+from saap.prune.cut.refit import Compensation, losses_compensated
+from saap.prune.scores.cache import KnownLosses
+from saap.prune.scores.fusion import FUSIONS, FusionOptions, fuse
+from saap.prune.scores.importance import Element, Progress
+from saap.prune.scores.scoring import scores_of
+from saap.prune.search.budget import Budget
+from saap.prune.search.explain import Weighed, reasons_of
+from saap.prune.search.masking import masked, mean_nll
+from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
+from saap.prune.search.prices import correct_prices, finite, fit_prices
+from saap.system.errors import SaapError
+
+Pricing = Literal["silenced", "compensated"]
+PRICINGS = get_args(Pricing)
+PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions:
+    """How SAAP chooses.
+
+    Attributes:
+        fusion: how scores become one number per structure.
+        c: weight of the Taylor term of second order; None is the number of tokens per sequence.
+        exact: the exact element score instead of the streamed one; two more numbers per weight.
+        heads: whether query heads and KV groups may go; None: where it pays, see :func:`adaptive_plan`.
+        modules: whether whole attention and feed-forward blocks may go.
+        corrections: how many times prices are corrected by measured loss.
+        prices: ``compensated``: of what compensation leaves; ``silenced``: of what goes without it.
+    """
+
+    fusion: FusionOptions = field(default_factory=FusionOptions)
+    c: float | None = None
+    exact: bool = False
+    heads: bool | None = None
+    modules: bool = False
+    corrections: int = 0
+    prices: Pricing = "silenced"
+
+    @property
+    def element(self) -> Element:
+        """The form of the element score that is needed."""
+        if "element" not in FUSIONS[self.fusion.score]:
+            return "none"
+        return "exact" if self.exact else "streamed"
+
+    def check(self) -> None:
+        """Raise SaapError for numbers that are not allowed."""
+        if self.corrections < 0:
+            raise SaapError(f"{self.corrections} corrections are not allowed: give 0 or more")
+        if self.prices not in PRICINGS:
+            raise SaapError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
+        if self.corrections and self.prices == "compensated":
+            raise SaapError("corrections measure without compensation: leave them out, or give --prices silenced")
+        if self.exact and self.element == "none":
+            raise SaapError(
+                f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
+                "fused, fused-token or element"
+            )
+        if self.c is not None and not self.c >= 0:
+            raise SaapError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
+
+
+def adaptive_plan(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    calibration: torch.Tensor,
+    budget: Budget,
+    options: AdaptiveOptions,
+    *,
+    block: int,
+    keep_layers: frozenset[int] = frozenset(),
+    compensation: Compensation = "none",
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> PrunePlan:
+    """Choose what to keep; the model is left as it was.
+
+    A structure of attention is a large step at a price that is fitted to all of its kind, so that the search finds
+    those whose price is too low. With ``options.heads`` None a plan that cuts attention is held against the best one
+    that leaves it whole, and stays if it is better by more than two standard errors (after the one-standard-error rule
+    of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+
+    Args:
+        calibration: [sequences, tokens] int64; the last eighth prices what the others scored.
+        compensation: what will be done about what goes.
+        weights: hash of the model's weights, under which scores are kept; None keeps none.
+
+    Raises:
+        SaapError: too little text, a loss that is not finite, or a budget that cannot be met.
+    """
+    prices, priced = prices_of(
+        model, shape, calibration, options, keep_layers=keep_layers, compensation=compensation, weights=weights,
+        progress=progress,
+    )  # fmt: skip
+    modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
+    best, least = plan, float("inf")
+    for _ in range(options.corrections):
+        prices, loss = correct_prices(model, shape, prices, modules, chosen, plan, priced, progress=progress)
+        best, least = (plan, loss) if loss < least else (best, least)
+        modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
+    if options.corrections:
+        with masked(model, cut_layers(plan, shape), shape.head_dim):
+            plan = plan if mean_nll(model, priced) < least else best
+    cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
+    if options.heads is not None or not cuts:
+        return plan
+    try:
+        simpler = _search(shape, attention_whole(prices), block, keep_layers, budget)[2]
+    except SaapError:  # the FFN alone cannot meet the budget
+        return plan
+    scored = calibration[: -len(priced)]
+    cut, whole = (
+        losses_compensated(compensation, model, shape, each, scored, priced, progress) for each in (plan, simpler)
+    )
+    found = weighed(cut, whole)
+    plan = plan if found.pays else simpler
+    return replace(plan, reasons=replace(plan.reasons, weighed=(found,))) if plan.reasons else plan
+
+
+def attention_whole(prices: Prices) -> Prices:
+    """Prices that offer nothing of attention."""
+    return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
+
+
+def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:
+    """Losses [sequences] of a plan that cuts attention against those, on the same text, of one that leaves it whole.
+
+    Raises:
+        SaapError: a loss is not finite.
+    """
+    gain = whole - cut
+    error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return Weighed(finite(float(gain.mean())), error)
+
+
+def prices_of(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    calibration: torch.Tensor,
+    options: AdaptiveOptions,
+    *,
+    keep_layers: frozenset[int] = frozenset(),
+    compensation: Compensation = "none",
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Prices, torch.Tensor]:
+    """Estimate, fuse and price, before any search: the prices, and the rows that priced, [sequences, tokens].
+
+    Raises:
+        SaapError: too little text, or a loss that is not finite.
+    """
+    if len(calibration) < 2:
+        raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
+    held = max(1, len(calibration) // PRICING_SHARE)
+    scored, priced = calibration[:-held], calibration[-held:]
+    c = float(calibration.shape[1]) if options.c is None else options.c
+    scores = scores_of(model, shape, scored, c=c, element=options.element, weights=weights, progress=progress)
+    settings, compensated = None, None
+    if options.prices == "compensated" and compensation != "none":
+        settings = {"compensation": compensation, "on": hashlib.sha256(scored.numpy().tobytes()).hexdigest()}
+
+        def compensated(plan: PrunePlan) -> float:
+            return float(losses_compensated(compensation, model, shape, plan, scored, priced).mean())
+
+    prices = fit_prices(
+        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers,
+        heads=options.heads is not False, modules=options.modules, compensated=compensated,
+        known=KnownLosses(weights, priced, settings), progress=progress,
+    )  # fmt: skip
+    return prices, priced
+
+
+def _search(
+    shape: ModelShape, prices: Prices, block: int, keep_layers: frozenset[int], budget: Budget
+) -> tuple[list[Module], list[Option], PrunePlan]:
+    modules = modules_of(shape, prices, block, keep_layers, budget)
+    chosen = solve(modules, budget)
+    plan = plan_from(modules, chosen, shape)
+    return modules, chosen, replace(plan, reasons=reasons_of(modules, chosen, budget.unit))
+
+
+def cut_layers(plan: PrunePlan, shape: ModelShape) -> dict[int, LayerPlan]:
+    """What the layers keep that lose something."""
+    return {i: keep for i, keep in enumerate(plan.layers) if keep != whole_layer(shape.layers[i])}

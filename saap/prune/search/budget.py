@@ -1,0 +1,198 @@
+"""What a requirement leaves for a model's layers, in weights, parameters, bytes or milliseconds.
+
+A model's cost is a sum: what pruning leaves alone (embedding, head, last norm, the constant part of a step), and its
+attention and feed-forward blocks. That sum is what :mod:`saap.prune.search.milp` brings below :attr:`Budget.limit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.search.bundle_size import BundleSize, bundle_size
+from saap.prune.search.layer_costs import CostTable
+from saap.system.errors import SaapError
+
+ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group or fewer --keep-layers"
+ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
+
+
+class Measure(Protocol):
+    """Costs in one unit; :class:`saap.prune.search.bundle_size.BundleSize` is one."""
+
+    def outside(self, shape: ModelShape) -> float:
+        """Of what is in no layer."""
+
+    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one attention block."""
+
+    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one feed-forward block."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Counts weights: of the decoder layers only, or with ``everything`` of the whole model."""
+
+    everything: bool
+
+    def outside(self, shape: ModelShape) -> float:
+        """Embedding, head and last norm."""
+        return shape.parameters - shape.layer_weights if self.everything else 0
+
+    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one attention block."""
+        return shape.attention_weights(sizes)
+
+    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one feed-forward block."""
+        return shape.ffn_weights(sizes)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of a decode step by a table of costs."""
+
+    table: CostTable
+
+    def outside(self, shape: ModelShape) -> float:
+        """The constant part of a step."""
+        return self.table.constant_ms
+
+    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one attention block."""
+        return self.table.attention_ms(sizes.query_heads, sizes.kv_heads)
+
+    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one feed-forward block."""
+        return self.table.ffn_ms(sizes.ffn)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A requirement on one model.
+
+    Attributes:
+        unit: of all costs: weights, parameters, bytes or ms.
+        most: what the whole model may cost.
+        measure: what counts in that unit.
+        asked: the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token.
+        dense: the model that is pruned.
+        cut: its shape with the biases that the slim model will have; what options cost is read from it.
+        bits: of the bundle that is planned for; ``block`` is its quantisation group.
+        size: of that bundle; None where none can be made of the model.
+        table: milliseconds; None without a table of costs.
+        costs: what a record says about the table.
+    """
+
+    unit: str
+    most: float
+    measure: Measure
+    asked: dict[str, float]
+    dense: ModelShape
+    cut: ModelShape
+    bits: int = 4
+    block: int = 32
+    size: BundleSize | None = None
+    table: CostTable | None = None
+    costs: dict[str, Any] | None = None
+
+    @property
+    def fixed(self) -> float:
+        """What the slim model costs without any layer."""
+        return self.measure.outside(self.cut)
+
+    @property
+    def limit(self) -> float:
+        """What all blocks together may cost; below 0 where the rest alone is too much."""
+        return self.most - self.fixed
+
+    def attention_cost(self, sizes: LayerSizes) -> float:
+        """Cost of one attention block of the slim model."""
+        return self.measure.attention(self.cut, sizes)
+
+    def ffn_cost(self, sizes: LayerSizes) -> float:
+        """Cost of one feed-forward block of the slim model."""
+        return self.measure.ffn(self.cut, sizes)
+
+    def total(self, shape: ModelShape) -> float:
+        """Cost of a whole model."""
+        blocks = (self.measure.attention(shape, s) + self.measure.ffn(shape, s) for s in shape.layers)
+        return self.measure.outside(shape) + sum(blocks)
+
+    def meets(self, shape: ModelShape) -> bool:
+        """Whether a model meets the requirement."""
+        return self.fits(self.total(shape))
+
+    def fits(self, total: float) -> bool:
+        """Whether a whole model of this cost meets the requirement."""
+        return total <= self.most * (1 + ROUNDING)
+
+    def partway(self, share: float) -> Budget:
+        """The budget after ``share`` of the way from the dense model to what was asked, for pruning in steps."""
+        whole = self.total(self.dense)
+        return replace(self, most=whole + share * (self.most - whole))
+
+    def report(self, shape: ModelShape, config: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+        """A model in all units that are known; None is unknown.
+
+        Args:
+            config: its own ``config.json``; None takes the positions and rotary tables of the dense model.
+
+        Returns:
+            ratio (share of the decoder layers' weights that is gone), ratio_of_all, parameters, bytes (of the bundle's
+            weights file), and with a table of costs ms_per_token and speedup.
+        """
+        size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.block)
+        numbers: dict[str, float | None] = {
+            "ratio": 1 - shape.layer_weights / self.dense.layer_weights,
+            "ratio_of_all": 1 - shape.parameters / self.dense.parameters,
+            "parameters": shape.parameters,
+            "bytes": size.total(shape) if size else None,
+        }
+        if self.table:
+            ms = self.table.total_ms(shape.layers)
+            numbers |= {"ms_per_token": ms, "speedup": self.table.total_ms(self.dense.layers) / ms}
+        return numbers
+
+    def record(self) -> dict[str, Any]:
+        """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
+        bundle = {"bits": self.bits, "block": self.block if self.bits != 32 else 0}
+        costs = {"costs": self.costs} if self.costs else {}
+        return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report(self.dense)}
+
+    def in_words(self, value: float) -> str:
+        """An amount of the budget's unit for a person."""
+        if self.unit == "bytes":
+            return f"{value / 1e6:,.2f} MB at {self.bits} bit ({value:,.0f} bytes)"
+        if self.unit == "ms":
+            return f"{value:.4g} ms per token"
+        return f"{value:,.0f} {self.unit}"
+
+    def below_floor(self, floor: float) -> SaapError:
+        """The error for what cannot be met; asking for the number that it names can be.
+
+        Args:
+            floor: the least that a whole model can cost.
+        """
+        ((kind, asked),) = self.asked.items()
+        if kind in ("ratio", "speedup"):
+            whole = self.total(self.dense)
+            best = 1 - floor / whole if kind == "ratio" else whole / floor
+            name = {"ratio": "a ratio", "speedup": "a speed-up"}[kind]
+            words = f"asked {name} of {asked:g}, the largest that these options allow is {_rounded(best, math.floor):g}"
+        else:
+            least = _rounded(floor, math.ceil) if self.unit == "ms" else floor
+            words = f"asked {self.in_words(asked)}, the smallest that these options allow is {self.in_words(least)}"
+        return SaapError(f"{words}: {ALLOW_MORE}")
+
+
+def _rounded(value: float, way: Any) -> float:
+    """Four digits, rounded to the side that can be met."""
+    if value <= 0:
+        return 0.0
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    return float(way(value * scale) / scale)

@@ -1,0 +1,167 @@
+"""How large a bundle's weights file will be, before there is one.
+
+The file of the cpu target holds one array after another, each begun at a multiple of 4096 bytes, since ONNX Runtime
+maps it in pages. With groups of b columns:
+
+* a matrix [N, K] at 4 or 8 bit: N K bits/8 bytes of integers and 4 N K/b of scales; symmetric, so no zero points
+* a matrix [N, K] at 32 bit: 4 N K
+* zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
+* a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
+
+Queries, keys and values are one matrix, gate and up are one, and a tied head is the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saap.models.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
+from saap.models.slim_quant import stacked_bits
+from saap.models.structures import LayerSizes, ModelShape
+from saap.system.errors import SaapError
+
+PAGE = 4096  # bytes
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class BundleSize:
+    """Bytes of a bundle's weights at a precision.
+
+    Attributes:
+        bits: of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32.
+        block: quantisation group; means nothing at 32 bit.
+        rotary_tables: pairs of cos and sin.
+        rotary_bytes: of one cos or sin.
+        head_bits: of embedding and head; 0 is ``bits``.
+        quant: the ``slim_quant`` entry of a tuned model, for bits by layer; only :meth:`total` asks it.
+        architecture: of that model.
+        zero_points: its linears have zero points of their own.
+    """
+
+    bits: int
+    block: int
+    rotary_tables: int
+    rotary_bytes: int
+    head_bits: int = 0
+    quant: Mapping[str, Any] | None = None
+    architecture: Architecture | None = None
+    zero_points: bool = False
+
+    def attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
+        """Bytes of one attention block with its norms; 0 heads are 0 bytes. ``layer``: which, of a tuned model."""
+        if not sizes.query_heads:
+            return 0
+        queries, both = sizes.query_heads * shape.head_dim, 2 * sizes.kv_heads * shape.head_dim
+        arrays = self._linear(queries + both, shape.hidden, layer, "qkv")
+        arrays += self._linear(shape.hidden, queries, layer, "o")
+        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * shape.head_dim] * (2 * shape.qk_norm)
+        if shape.attention_bias:
+            arrays.append(FLOAT * (queries + both))
+        if shape.biased_output:
+            arrays.append(FLOAT * shape.hidden)
+        return sum(map(_paged, arrays))
+
+    def ffn(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
+        """Bytes of one feed-forward block with its norms; width 0 is 0 bytes. ``layer``: which, of a tuned model."""
+        if not sizes.ffn:
+            return 0
+        arrays = self._linear(2 * sizes.ffn, shape.hidden, layer, "gate_up")
+        arrays += self._linear(shape.hidden, sizes.ffn, layer, "down")
+        arrays += [FLOAT * shape.hidden] * shape.norms
+        if shape.mlp_bias:
+            arrays.append(FLOAT * 2 * sizes.ffn)
+        if shape.biased_down:
+            arrays.append(FLOAT * shape.hidden)
+        return sum(map(_paged, arrays))
+
+    def outside(self, shape: ModelShape) -> int:
+        """Bytes of what is in no layer: embedding, head where it is not tied, last norm, rotary tables."""
+        table = self._matrix(shape.vocab, shape.hidden, self.head_bits or self.bits)
+        arrays = [FLOAT * shape.hidden, *(1 if shape.tied else 2) * table]
+        arrays += [self.rotary_bytes] * (2 * self.rotary_tables)
+        return sum(map(_paged, arrays)) - (_paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
+
+    def total(self, shape: ModelShape) -> int:
+        """Bytes of the whole file."""
+        layers = (self.attention(shape, s, i) + self.ffn(shape, s, i) for i, s in enumerate(shape.layers))
+        return self.outside(shape) + sum(layers)
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse a model whose matrices are not whole groups.
+
+        Raises:
+            SaapError: names the width.
+        """
+        widths = [("the hidden size", shape.hidden)]
+        for index, sizes in enumerate(shape.layers):
+            widths += [(f"attention of layer {index}", sizes.query_heads * shape.head_dim)]
+            widths += [(f"the FFN of layer {index}", sizes.ffn)]
+        for what, width in widths:
+            if self.bits != 32 and width % self.block:
+                raise SaapError(
+                    f"{what} is {width} wide, which groups of {self.block} do not divide: choose another group size "
+                    "with --group (32, 64 or 128), or plan for --bits 32"
+                )
+
+    def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
+        """Integers, scales and zero points of one matrix of a layer, or its floats."""
+        if self.quant is None or self.architecture is None or layer is None:
+            return self._matrix(rows, columns, self.bits)
+        bits, groups = stacked_bits(self.quant, self.architecture, layer, part), columns // self.block
+        arrays = self._matrix(rows, columns, bits)
+        if self.zero_points:
+            arrays.append(rows * -(-groups * bits // 8))
+        return arrays
+
+    def _matrix(self, rows: int, columns: int, bits: int) -> list[int]:
+        if bits == 32:
+            return [FLOAT * rows * columns]
+        return [rows * columns * bits // 8, FLOAT * rows * columns // self.block]
+
+
+def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
+    """What the bundle of a model with this ``config.json`` takes.
+
+    Raises:
+        SaapError: a model that no bundle is made of.
+    """
+    traits, full = traits_of(dict(config)), with_defaults(dict(config))
+
+    def get(key: str) -> Any:
+        return full.get(key) if isinstance(full, dict) else getattr(full, key, None)
+
+    scaling = get("rope_parameters") or get("rope_scaling") or {}
+    share = get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
+    width = get("head_dim") or get("hidden_size") // get("num_attention_heads")
+    half = -(-int(width * share) // 2)
+    tables = len({layer.rotary for layer in traits.layers if layer.rotary})
+    return BundleSize(bits, block, tables, FLOAT * positions_of(full) * half)
+
+
+def tuned_bundle_size(
+    config: Mapping[str, Any], quant: Mapping[str, Any] | None = None, zero_points: bool = False
+) -> int:
+    """Bytes of the weights file of a model that holds integers, exactly, before or after it is written.
+
+    Args:
+        config: its ``config.json``, or that of the model to be quantised.
+        quant: its ``slim_quant`` entry (:mod:`saap.models.slim_quant`); None takes the one in ``config``.
+        zero_points: its linears have zero points other than the middle.
+
+    Raises:
+        SaapError: linears of one matrix that hold different bits, or a model that no bundle is made of.
+    """
+    quant = config["slim_quant"] if quant is None else quant
+    size = bundle_size(config, quant["bits"], quant["block"])
+    size = replace(
+        size, head_bits=quant["embedding_bits"], quant=quant, architecture=architecture_of(dict(config)),
+        zero_points=zero_points,
+    )  # fmt: skip
+    return size.total(replace(shape_of(dict(config)), tied=bool(quant["tied"])))
+
+
+def _paged(size: int) -> int:
+    return -(-size // PAGE) * PAGE

@@ -1,0 +1,242 @@
+"""Reasons of a plan (:mod:`saap.prune.search.explain`) for a person: a row per layer, and a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from saap.prune.search.explain import Move, Reason, Reasons
+
+# The unit that prices are told in: how many of the budget's units it is, its name, its name in a heading.
+UNITS = {
+    "weights": (1e6, "million weights", "M"),
+    "parameters": (1e6, "million parameters", "M"),
+    "bytes": (1e6, "MB", "MB"),
+    "ms": (1.0, "millisecond", "ms"),
+}
+# docs/method.md has more.
+DECIDES = {
+    "random": "random draws what goes; every layer loses the same share",
+    "magnitude": "magnitude removes the structures of least squared weight; every layer loses the same share",
+    "vector": "vector removes the rows and columns whose weights times gradient sum up to least",
+    "param_first": "param_first removes the structures whose |weight times gradient| sum up to least",
+    "param_second": "param_second removes the structures whose squared weights times squared gradients sum up to least",
+    "param_mix": "param_mix removes the structures of which gradients of first and second order predict the least loss",
+    "wanda_sp": "wanda_sp removes the structures of least weight times norm of input; every layer loses the same share",
+    "flap": "flap removes the structures whose inputs fluctuate least, by one threshold for the whole model",
+    "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
+}
+TAYLOR = ("vector", "param_first", "param_second", "param_mix")
+SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
+MOST_NAMED = 3  # layers that lost most, by name
+ALIKE = 0.005  # shares that are told as the same
+CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Both blocks of a layer as one."""
+
+    index: int
+    blocks: list[Reason]
+
+    @property
+    def saved(self) -> float:
+        return sum(block.saved for block in self.blocks)
+
+    @property
+    def share(self) -> float:
+        return self.saved / sum(block.whole for block in self.blocks)
+
+    @property
+    def whole(self) -> bool:
+        return all(block.had == block.keeps for block in self.blocks)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it went whole without a price."""
+        return self.price is None and all(not (block.keeps.query_heads or block.keeps.ffn) for block in self.blocks)
+
+    @property
+    def price(self) -> float | None:
+        prices = [block.price for block in self.blocks if block.price is not None]
+        return sum(prices) if len(prices) == len(self.blocks) else None
+
+    @property
+    def next(self) -> tuple[Reason, Move] | None:
+        moves = [(block, block.next) for block in self.blocks if block.next]
+        return min(moves, key=lambda pair: pair[1].per_unit, default=None)
+
+
+def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings, and a row of cells per layer; what has no price has a dash."""
+    scale, name, unit = UNITS[reasons.unit]
+    headings = ["layer", "query heads", "KV groups", "FFN channels", f"{unit} saved"]
+    title = "What each layer lost"
+    priced = any(block.price is not None for block in reasons.blocks)
+    if priced:
+        title = f"Why each layer lost what it lost: prices in nats and in nats per {name}"
+        headings += ["nats", f"per {unit}", "next step", f"per {unit} then"]
+    return title, headings, [_row(layer, scale, priced) for layer in _layers(reasons)]
+
+
+def _row(layer: _Layer, scale: float, priced: bool) -> list[str]:
+    had = {block.kind: block.had for block in layer.blocks}
+    keeps = {block.kind: block.keeps for block in layer.blocks}
+
+    def kept(kind: str, field: str) -> str:
+        return f"{getattr(keeps[kind], field)}/{getattr(had[kind], field)}" if kind in had else "-"
+
+    row = [str(layer.index), kept("attention", "query_heads"), kept("attention", "kv_heads"), kept("ffn", "ffn")]
+    row.append(short(layer.saved / scale))
+    if priced:
+        step = layer.next
+        paid = layer.price if layer.saved > 0 else None
+        row += [
+            short(layer.price),
+            short(None if paid is None else paid / layer.saved * scale),
+            to_words(*step) if step else "none on offer",
+            short(step[1].per_unit * scale if step else None),
+        ]
+    return row
+
+
+def to_words(block: Reason, move: Move) -> str:
+    """What a block keeps after a step, in words."""
+    if block.kind == "ffn":
+        return f"FFN to {move.to.ffn}" if move.to.ffn else "no FFN"
+    if not move.to.query_heads:
+        return "no attention"
+    groups = f", {move.to.kv_heads} KV" if move.to.kv_heads != block.keeps.kv_heads else ""
+    return f"{move.to.query_heads} heads{groups}"
+
+
+def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
+    """Where most was taken, what stayed whole and whether attention did, what would go next; how a baseline decides.
+
+    Args:
+        kept: layers that were to stay whole.
+    """
+    layers = _layers(reasons)
+    told = [_decides(method)] if method in DECIDES else []
+    gone = [layer for layer in layers if layer.dropped]
+    if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
+        went = _named([layer.index for layer in gone]).capitalize()
+        change = "they change" if len(gone) > 1 else "it changes"
+        told.append(f"{went} went whole, as asked: {change} least what passes through.")
+        layers = [layer for layer in layers if layer not in gone]
+    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
+    return [sentence for sentence in told if sentence]
+
+
+def _decides(method: str) -> str:
+    return f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices."
+
+
+def _most(layers: list[_Layer], unit: str) -> str:
+    """Which layers lost the largest share, what that cost, and whether an equal cut is cheaper there than elsewhere."""
+    scale, name, _ = UNITS[unit]
+    order = sorted((layer for layer in layers if not layer.whole), key=lambda layer: -layer.share)
+    if not order:
+        return ""
+    least = order[min(MOST_NAMED, len(order)) - 1].share - ALIKE
+    most = [layer for layer in order if layer.share >= least]
+    others = [layer for layer in layers if layer not in most]
+    shares = list(dict.fromkeys(f"{share(layer.share for layer in most):.0%}" for share in (min, max)))
+    what = {"ms": "time", "bytes": "bytes"}.get(unit, "weights")
+    whose = "its" if len(most) == 1 else "their"
+    text = f"Most went from {_named([layer.index for layer in most])}, {' to '.join(shares)} of {whose} {what}"
+    price, saved = sum(layer.price or 0.0 for layer in most), sum(layer.saved for layer in most)
+    if any(layer.price is None for layer in most) or saved <= 0:
+        return f"{text}."
+    text += f", at {short(price / saved * scale)} nats per {name}."
+    here, there = _quarter(most), _quarter(others)
+    if here is None or there is None or here > CHEAPER * there:
+        return text
+    return (
+        f"{text} It is cheap there: losing a quarter costs {short(here * scale)}, in the others {short(there * scale)}."
+    )
+
+
+def _quarter(layers: list[_Layer]) -> float | None:
+    """Nats per unit of losing a quarter of each block of these layers; None where there are no prices."""
+    moves = [block.quarter for layer in layers for block in layer.blocks if block.quarter]
+    return sum(move.price for move in moves) / sum(move.saved for move in moves) if moves else None
+
+
+def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
+    whole = [layer for layer in layers if layer.whole]
+    asked = [layer.index for layer in whole if layer.index in kept]
+    rest = [layer for layer in whole if layer.index not in kept]
+    told = [f"{_named(asked).capitalize()} stayed whole as asked."] if asked else []
+    if rest:
+        text = f"{_named([layer.index for layer in rest]).capitalize()} stayed whole"
+        steps = [layer.next[1].per_unit for layer in rest if layer.next]
+        taken = reasons.dearest_taken
+        if steps and taken and taken.last:
+            scale, name, _ = UNITS[reasons.unit]
+            text += (
+                f": the first step there costs {short(min(steps) * scale)} nats per {name} or more, "
+                f"the dearest step taken anywhere {short(taken.last.per_unit * scale)}"
+            )
+        told.append(f"{text}.")
+    return " ".join(told)
+
+
+def _weighed(reasons: Reasons) -> str:
+    """How attention was weighed in each search, of which later ones are of a model that is smaller."""
+    told = []
+    for each in reasons.weighed:
+        gain = (
+            f"{'gains' if each.gain > 0 else 'loses'} {short(abs(each.gain))} nats (standard error {short(each.error)})"
+        )
+        told.append(f"cut, as that {gain}" if each.pays else f"left whole, as cutting it {gain}")
+    return f"Attention was {'; then '.join(told)}." if told else ""
+
+
+def _next(reasons: Reasons) -> str:
+    left, taken = reasons.cheapest_left, reasons.dearest_taken
+    if left is None or left.next is None:
+        priced = any(block.price is not None for block in reasons.blocks)
+        return "Nothing smaller is on offer." if priced else ""
+    scale, name, _ = UNITS[reasons.unit]
+    text = (
+        f"Next would go {_block(left)}, to {to_words(left, left.next).removeprefix('FFN to ')}, "
+        f"at {short(left.next.per_unit * scale)} nats per {name}"
+    )
+    if taken is None or taken.last is None:
+        return f"{text}."
+    return f"{text}; the dearest step taken, {_block(taken)}, cost {short(taken.last.per_unit * scale)}."
+
+
+def _block(block: Reason) -> str:
+    return f"{'the FFN' if block.kind == 'ffn' else 'attention'} of layer {block.layer}"
+
+
+def _layers(reasons: Reasons) -> list[_Layer]:
+    return [_Layer(index, reasons.of_layer(index)) for index in reasons.layers]
+
+
+def _named(layers: Sequence[int]) -> str:
+    """Layers in words; three or more in a row as a range: ``layers 0-2 and 29``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
+    return f"layer{'s' * (len(layers) > 1)} {_and(parts)}"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def short(value: float | None) -> str:
+    """Three digits, without an exponent where that is readable."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-4 else f"{value:.0e}"

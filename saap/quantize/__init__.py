@@ -1,0 +1,1 @@
+"""Group-wise integers: their layout, how they are chosen, and mixed bits."""

@@ -1,0 +1,213 @@
+"""Error-compensating integers: what rounding one column breaks, the columns after it repair.
+
+GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): with H = X X^T over calibration inputs and U the upper Cholesky
+factor of H^-1, column k is rounded and its error divided by U_kk is taken off the later columns along U_k. Groups are
+symmetric by default, which needs no zero points at run time; the scale of a group is the one of a small grid with
+the least error weighted by diag(H). Columns stay in their order, since permuted groups have no fast kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.models.architectures import architecture_of
+from saap.models.layer_walk import layer_inputs, layers_of, run_layer
+from saap.models.streaming import present
+from saap.prune.scores.importance import Progress
+from saap.quantize.groups import (
+    QuantMatrix,
+    best_scales,
+    check_blocks,
+    pack_codes,
+    pack_zero_points,
+    quantize,
+)
+from saap.system.errors import SaapError
+
+DAMPING = 0.01  # of the mean of diag(H), as in the paper
+LAZY = 256  # columns whose errors reach the columns after them in one product: the paper's lazy batch updates
+ROWS = 8192  # of a vocabulary, that are rounded together
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+    """Quantise a matrix.
+
+    Args:
+        weight: [N, K].
+        hessian: X X^T [K, K] of its inputs, any positive factor.
+        block: group of input columns that share a scale; divides K.
+        symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
+
+    Raises:
+        SaapError: K is not whole groups, or the inputs were not finite.
+    """
+    inverse = inverse_factor(hessian)
+    parts = [gptq_with_latent(rows, hessian, bits, block, symmetric, inverse)[0] for rows in weight.split(ROWS)]
+    qweight, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in QuantMatrix.PARTS)
+    return QuantMatrix(qweight, scales, zeros, bits, block)
+
+
+def gptq_with_latent(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: int,
+    block: int,
+    symmetric: bool = True,
+    inverse: torch.Tensor | None = None,
+) -> tuple[QuantMatrix, torch.Tensor]:
+    """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32, not contiguous.
+
+    Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
+    integers can be trained on.
+
+    Args:
+        inverse: :func:`inverse_factor` of ``hessian``, where it is known.
+    """
+    check_blocks(weight.shape[1], block, "a matrix")
+    inverse = inverse_factor(hessian) if inverse is None else inverse
+    # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
+    rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
+    importance = hessian.diagonal().float()
+    top = 2**bits - 1
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    lazy = max(block, LAZY // block * block)
+    gaps = rest.new_empty(lazy, rest.shape[1])
+    for start in range(0, len(rest), block):
+        end, batch = start + block, start // lazy * lazy
+        batch_end = batch + lazy
+        group = rest[start:end]
+        scale, zero = (
+            part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
+        )
+        for k in range(block):
+            code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
+            codes[start + k] = code.to(torch.uint8)
+            gap = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
+            group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gap, alpha=-1)
+            gaps[start - batch + k] = gap
+        if end < batch_end:
+            rest[end:batch_end].addmm_(
+                inverse[start:end, end:batch_end].t(), gaps[start - batch : end - batch], alpha=-1
+            )
+        else:
+            rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[: end - batch], alpha=-1)
+        scales.append(scale)
+        zeros.append(zero)
+    packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
+    zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
+    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), rest.t()
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U upper triangular with U^T U = (H + damping)^-1, [K, K] float32; an input that is always 0 gets 1 there.
+
+    H backwards is L L^T; L backwards is R, upper, with H = R R^T; and U is the inverse of R: half the work of
+    inverting H and factoring that. By scipy's LAPACK, which inverts triangles, in float32 as the authors do:
+    the damping is far above what is lost there.
+
+    Raises:
+        SaapError: the inputs were not finite.
+    """
+    from scipy.linalg import lapack
+
+    if not bool(torch.isfinite(hessian.diagonal()).all()):  # sums of squares: where they are, so are the rest
+        raise SaapError("calibration inputs are not finite: the model's activations overflow on this text")
+    backwards = hessian.to("cpu", torch.float32).flip(0, 1)
+    diagonal = backwards.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    factor, singular = lapack.spotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
+    if not singular:
+        factor, singular = lapack.strtri(factor, lower=1, overwrite_c=1)
+    if singular:
+        raise SaapError("the calibration inputs have no Cholesky factor: give more or other text")
+    return torch.from_numpy(factor).flip(0, 1).to(hessian.device)
+
+
+@torch.no_grad()
+def compensated_matrices(
+    model: PreTrainedModel,
+    rows: torch.Tensor,
+    bits: int,
+    block: int,
+    head_bits: int,
+    progress: Progress | None = None,
+    *,
+    symmetric: bool = True,
+    bits_of: Mapping[str, int] | None = None,
+) -> dict[str, QuantMatrix]:
+    """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
+
+    The weights of ``model`` are replaced by the numbers that the integers hold. A tied table is chosen for its use as
+    the head, where an error meets every token.
+
+    Args:
+        rows: calibration ids [sequences, tokens].
+        symmetric: of the layers' linears; the vocabulary always is, as the graph demands.
+        bits_of: of the linears that do not have ``bits``, by module name.
+
+    Returns:
+        module name -> integers.
+    """
+    architecture, layers = architecture_of(model.config), layers_of(model)
+    matrices: dict[str, QuantMatrix] = {}
+    walk = layer_inputs(model, rows)
+    hidden = [batch.hidden for batch in walk]
+    for index, layer in enumerate(layers):
+        with present(layer):
+            linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
+            hessians, known = _hessians(layer, linears, batches), None
+            for name, linear in linears.items():
+                hessian = hessians[name]
+                if hessian is not known:  # linears that are fed alike follow one another
+                    known, inverse = hessian, inverse_factor(hessian)
+                full = f"{architecture.layers}.{index}.{name}"
+                own = (bits_of or {}).get(full, bits)
+                matrices[full], _ = gptq_with_latent(linear.weight, hessian, own, block, symmetric, inverse)
+                linear.weight.copy_(matrices[full].dequantize())
+            hidden = [run_layer(layer, x, given) for x, given in batches]
+        if progress:
+            progress("choosing integers", index + 1, len(layers))
+    norm = model.get_submodule(architecture.final_norm)
+    final = [norm(x).flatten(0, -2).float() for x in hidden]
+    head: Any = model.get_submodule(architecture.head)
+    table: Any = model.get_submodule(architecture.embedding)
+    matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), head_bits, block)
+    tied = head.weight is table.weight
+    matrices[architecture.embedding] = matrices[architecture.head] if tied else quantize(table.weight, head_bits, block)
+    return matrices
+
+
+def _hessians(
+    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Any]]
+) -> dict[str, torch.Tensor]:
+    """X X^T of every linear's inputs; linears that are fed one tensor share the product."""
+    sums: dict[str, torch.Tensor] = {}
+    first: dict[str, str] = {}  # the linear that was fed the same tensor before
+    last: list[Any] = [None, ""]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if last[0] is not args[0]:
+                last[:] = args[0], name
+                x = args[0].flatten(0, -2).float()
+                sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
+            first[name] = last[1]
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        for hidden, given in batches:
+            run_layer(layer, hidden, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sums[first[name]] for name in linears}

@@ -1,0 +1,208 @@
+"""Group-wise integers in the layout of com.microsoft.MatMulNBits: W = scale * (q - zero_point).
+
+Groups are ``block`` consecutive input columns. Scales are rounded to numbers that float16 represents before the
+integers are chosen, so that float32 and float16 runtimes hold one number. Codes and zero points are unsigned; zero is
+always representable, as the unsigned zero point demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saap.models.architectures import architecture_of
+from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
+from saap.models.slim_quant import check_matrices
+from saap.system.errors import SaapError
+
+SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
+CHUNK = 1 << 18  # elements
+# How far the codes reach past the largest value, relative to it; below 1 clips it, a negative one flips the side that
+# has the extra code. Clipping pays at 4 bit and not at 8.
+SYMMETRIC_RANGES = {4: (1.0, 1.06, 0.96, 0.92, 0.87, 0.82, -1.14, -1.05, -0.97, -0.9), 8: (1.0, 1.008)}
+RANGE_SHARES = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78), 8: (1.0,)}
+
+
+@dataclass(frozen=True)
+class QuantMatrix:
+    """Packed integers of a matrix [N, K].
+
+    ``qweight`` [N, K/block, block*bits/8] uint8, low nibble first; ``scales`` [N, K/block] float32;
+    ``zero_points`` [N, ceil(K/block*bits/8)] uint8.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+    bits: int
+    block: int
+
+    PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
+
+    def dequantize(self) -> torch.Tensor:
+        """The numbers [N, K] float32 that the integers stand for."""
+        rows, groups = self.scales.shape
+        holder = GroupQuantTable(rows, groups * self.block, self.bits, self.block)
+        fill(holder, self)
+        return holder.dequantize()
+
+
+def check_blocks(columns: int, block: int, what: str) -> None:
+    """Raise SaapError when ``columns`` is not whole groups."""
+    if columns % block:
+        raise SaapError(
+            f"{what} has {columns} input columns, not a multiple of the group size {block}: choose a group "
+            f"size that divides it (32, 64 or 128)"
+        )
+
+
+def quantize(weight: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+    """Quantisation of a matrix [N, K] without data: in each group, the scale with the least squared error."""
+    check_blocks(weight.shape[1], block, "a matrix")
+    groups = weight.detach().float().view(weight.shape[0], -1, block)
+    scale, zero = best_scales(groups, bits, symmetric)
+    top = 2**bits - 1
+    codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top).to(torch.uint8)
+    return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, block)
+
+
+def best_scales(
+    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each group, float16-representable and whole: the best of a small grid of ranges.
+
+    A symmetric range has one code more below zero than above: the scale's sign puts it where the group's largest value
+    is, or on the other side where that leaves less error.
+
+    Args:
+        groups: [N, groups, block].
+        importance: [block] weight of each column's squared error; None is all alike.
+
+    Returns:
+        scales [N, groups] and zero points [N, groups], both float32.
+    """
+    rows = max(1, CHUNK // groups[0].numel())  # pieces that stay in the cache
+    pieces = [_best_scales(piece, bits, symmetric, importance) for piece in groups.split(rows)]
+    return torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])
+
+
+def _best_scales(
+    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    half, top = 2 ** (bits - 1), 2**bits - 1
+    candidates: list[tuple[torch.Tensor, torch.Tensor | None]]
+    if symmetric:
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        candidates = [(largest / (-half * range_), None) for range_ in SYMMETRIC_RANGES[bits]]
+    else:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        candidates = [((high - low) * (share / top), low * share) for share in RANGE_SHARES[bits]]
+    best = torch.full(groups.shape[:-1], torch.inf)
+    scales, zeros = torch.ones_like(best), torch.full_like(best, half)
+    for wide, lowest in candidates:
+        scale = _float16(wide)
+        zero = torch.full_like(scale, half) if lowest is None else torch.round(-lowest / scale).clamp_(0, top)
+        codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top)
+        error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_()
+        total = error.sum(-1) if importance is None else error.flatten(0, -2).mv(importance).view(best.shape)
+        better = total < best
+        best = torch.where(better, total, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros
+
+
+def _float16(scale: torch.Tensor) -> torch.Tensor:
+    """Rounded to what float16 holds; never 0, so that a group of zeros divides."""
+    size = scale.abs().clamp_min(SMALLEST_SCALE).half().float()
+    return torch.where(scale < 0, -size, size)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N, groups, block] uint8 codes -> [N, groups, block*bits/8] uint8, low nibble first."""
+    return codes.contiguous() if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def pack_zero_points(zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N, groups] uint8 -> [N, ceil(groups*bits/8)] uint8, low nibble first; an odd last nibble is padded with 0."""
+    if bits == 8:
+        return zero.contiguous()
+    if zero.shape[1] % 2:
+        zero = torch.nn.functional.pad(zero, (0, 1))
+    return zero[:, 0::2] | (zero[:, 1::2] << 4)
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    bits: int,
+    block: int,
+    embedding_bits: int,
+    matrices: Mapping[str, QuantMatrix] | None = None,
+    bits_of: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Replace linears, embedding and head by holders of integers, in place.
+
+    Args:
+        matrices: integers by module name; those that are not named are chosen without data, symmetric.
+        bits_of: by module name, of linears of the decoder layers that hold other than ``bits``; those in ``matrices``
+            hold what is there.
+
+    Returns:
+        the ``slim_quant`` entry of the config (:mod:`saap.models.slim_quant`).
+
+    Raises:
+        SaapError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.
+        ValueError: a matrix of other bits or groups than its module is to hold.
+    """
+    architecture = architecture_of(model.config)
+    originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    table: Any = model.get_submodule(architecture.embedding)
+    head: Any = model.get_submodule(architecture.head)
+    quant: dict[str, Any] = {"bits": bits, "block": block, "embedding_bits": embedding_bits}
+    quant["tied"] = head.weight is table.weight
+    inside = {name for name in originals if name.startswith(architecture.layers)}
+    given = {name: matrix.bits for name, matrix in (matrices or {}).items() if name in inside} | dict(bits_of or {})
+    if own_bits := {name: own for name, own in sorted(given.items()) if own != bits}:
+        quant["matrices"] = own_bits
+    check_matrices(quant, architecture, inside)
+    for name, linear in originals.items():
+        check_blocks(linear.in_features, block, name)
+    quantize_modules(model, quant)
+    for name, holder in model.named_modules():
+        if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
+            continue
+        source: Any = table if name == architecture.embedding else originals[name]
+        known = (matrices or {}).get(name)
+        fill(holder, quantize(source.weight, holder.bits, block) if known is None else known)
+        if getattr(source, "bias", None) is not None:
+            holder.bias = source.bias
+    return quant
+
+
+def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: int) -> None:
+    """Give linears, embedding and head the numbers that :func:`quantize` holds, in place, of any family."""
+    architecture = architecture_of(model.config)
+    vocabulary = (architecture.embedding, architecture.head)
+    for name, module in model.named_modules():
+        tied = name == architecture.head and module.weight is model.get_input_embeddings().weight
+        if tied or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        own_bits = embedding_bits if name in vocabulary else bits
+        check_blocks(module.weight.shape[1], block, name)
+        module.weight.data = quantize(module.weight, own_bits, block).dequantize()
+
+
+def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
+    """Put integers into a module.
+
+    Raises:
+        ValueError: they are of other bits or groups.
+    """
+    if (holder.bits, holder.block) != (matrix.bits, matrix.block):
+        found, wanted = (f"{of.bits} bits in groups of {of.block}" for of in (matrix, holder))
+        raise ValueError(f"integers of {found} are given to a module of {wanted}")
+    holder.qweight, holder.scales, holder.zero_points = matrix.qweight, matrix.scales, matrix.zero_points

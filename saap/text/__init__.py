@@ -1,0 +1,1 @@
+"""Text for calibration, tuning and evaluation, as rows of token ids."""

@@ -1,0 +1,298 @@
+"""Text for calibration, tuning and evaluation, and its way into token ids.
+
+Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
+model writes its own (:func:`self_written`). What a result is evaluated on must not be what the model was calibrated
+or tuned on: :mod:`saap.text.overlap` holds that.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from devices.common.files import parse_json
+from saap.system.errors import SaapError
+from saap.text.conversations import is_conversation, messages_of
+from saap.text.self_written import self_written
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack",
+    "read_file", "self_written",
+]  # fmt: skip
+
+Split = Literal["calibration", "tuning", "evaluation"]
+
+# Files of the SAAP_DATA directory. Web pages, encyclopedia and instructions: no single style decides what is kept.
+TRAINING_FILES = ("c4_sample300.jsonl", "wikipedia_docs.jsonl.gz", "dolly_filtered3k.jsonl.gz")
+EVALUATION_FILE = "wikitext2_test_raw.txt"
+
+# Documents that are read from a hub's data set at most: calibration needs a few hundred.
+HUB_DOCUMENTS = 4000
+# A plain text is cut into documents of at least so many characters, at line ends, so that it can be shuffled.
+DOCUMENT_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts with their origin.
+
+    Attributes:
+        texts: documents in file order; evaluation text files are one document, exactly as they are.
+        source: where they come from, for people.
+        sha256: over the texts, for the lineage of a result.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    sha256: str
+
+    @property
+    def text(self) -> str:
+        """All of it as one text; documents are parted by a blank line."""
+        return "\n\n".join(self.texts)
+
+
+def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
+    """Read the documents of ``source``.
+
+    Args:
+        source: a text file, ``.jsonl`` or ``.json`` file (``text``, or ``instruction``/``input``/``output``), any of
+            these with ``.gz``, or a data set id of a hub (``org/name`` or ``org/name:config``). None: the files in
+            the directory that ``SAAP_DATA`` names.
+        split: what the text is for; evaluation keeps a text file whole.
+        seed: order in which the files of ``SAAP_DATA`` are mixed.
+
+    Returns:
+        None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
+
+    Raises:
+        SaapError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
+    """
+    if source is None:
+        return _from_environment(split, seed)
+    path = Path(source)
+    if path.is_file():
+        return documents_of(read_file(path, whole=split == "evaluation"), str(source))
+    rows = _hub_rows(str(source), split)
+    return documents_of([_row_text(row, where) for where, row in rows], f"data set {source}")
+
+
+def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, Any]] | None:
+    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
+
+    Raises:
+        SaapError: as :func:`load_documents`.
+    """
+    path = Path(source)
+    return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
+
+
+def read_file(path: Path, *, whole: bool = False) -> list[str]:
+    """The documents of one file; ``whole`` keeps a plain text as one document.
+
+    Raises:
+        SaapError: naming the file, and the line where there is one.
+    """
+    content = _content(path)
+    rows = _json_rows(path, content)
+    if rows is not None:
+        return [_row_text(row, where) for where, row in rows]
+    return [content] if whole else cut_text(content)
+
+
+def _content(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise SaapError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
+
+
+def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind in (".jsonl", ".ndjson"):
+        return [(f"{path} line {n}", _parsed(line, f"{path} line {n}")) for n, line in _lines(content)]
+    if kind != ".json":
+        return None
+    rows = _parsed(content, str(path))
+    if not isinstance(rows, list):
+        raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
+    return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
+
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
+    """Rows of token ids for calibration and tuning, int64 [count, length].
+
+    Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
+    cut into rows; reading stops when there are enough. A row begins as :func:`beginning` says.
+
+    Raises:
+        SaapError: too little text, with the numbers.
+    """
+    import torch
+
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = beginning(tokenizer)
+    needed = count * (length - len(begin))
+    ids: list[int] = []
+    for text in order:
+        if len(ids) >= needed:
+            break
+        ids += encode(text, tokenizer) + end
+    if len(ids) < needed:
+        raise SaapError(
+            f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
+            f"{needed}; give more text or ask for fewer tokens"
+        )
+    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length - len(begin))
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
+
+
+def _from_environment(split: Split, seed: int) -> Documents | None:
+    named = os.environ.get("SAAP_DATA")
+    if not named:
+        return None
+    names = (EVALUATION_FILE,) if split == "evaluation" else TRAINING_FILES
+    missing = [name for name in names if not (Path(named) / name).is_file()]
+    if missing:
+        raise SaapError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
+    if split == "evaluation":
+        return documents_of(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
+    texts = [text for name in names for text in read_file(Path(named) / name)]
+    random.Random(f"{split} {seed}").shuffle(texts)
+    return documents_of(texts, " + ".join(names))
+
+
+def documents_of(texts: Iterable[str], source: str) -> Documents:
+    """Texts with their origin and hash; blank ones are left out.
+
+    Raises:
+        SaapError: nothing is left.
+    """
+    kept = tuple(text for text in texts if text.strip())
+    if not kept:
+        raise SaapError(f"{source} holds no text: give a file with text in it")
+    digest = hashlib.sha256()
+    for text in kept:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}\n".encode() + encoded)
+    return Documents(kept, source, digest.hexdigest())
+
+
+def _lines(content: str) -> Iterator[tuple[int, str]]:
+    # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
+    return ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text of a row.
+
+    Args:
+        where: file and line.
+
+    Raises:
+        SaapError: it is none.
+    """
+    if not is_unicode(text):
+        raise SaapError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
+    return text
+
+
+def _row_text(row: Any, where: str) -> str:
+    """One row as plain text.
+
+    Raises:
+        SaapError: naming file and line.
+    """
+    return checked_text(_joined(row, where), where)
+
+
+def _joined(row: Any, where: str) -> str:
+    """The fields of a row; an instruction with its input and its answer, a line each."""
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        if "instruction" in row:
+            parts = (row["instruction"], row.get("input", row.get("context")), row.get("output", row.get("response")))
+            return "\n".join(str(part) for part in parts if part)
+        if is_conversation(row):
+            return "\n".join(turn["content"] for turn in messages_of(row, where))
+        if "choices" in row or "question" in row:
+            raise SaapError(f"{where} is a multiple-choice question: those are for evaluation tasks, give running text")
+    raise SaapError(f"{where} has neither 'text' nor 'instruction' nor 'messages': give rows with one of these fields")
+
+
+def cut_text(content: str) -> list[str]:
+    """A plain text as the documents that it is shuffled by."""
+    documents, lines, size = [], [], 0
+    for line in content.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= DOCUMENT_CHARACTERS:
+            documents.append("".join(lines))
+            lines, size = [], 0
+    return [*documents, "".join(lines)] if lines else documents
+
+
+def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
+    """Rows of a hub's data set; whatever is no file comes here to be refused."""
+    if Path(name).is_dir():
+        raise SaapError(f"{name} is a directory: give a text, .jsonl or .gz file")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) or Path(name).suffix:
+        raise SaapError(f"no text {name!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SaapError(
+            f"{name} is no file here, and a data set id needs `pip install datasets`: or give a file"
+        ) from None
+    identifier, _, config = name.partition(":")
+    wanted = "test" if split == "evaluation" else "train"
+    try:
+        rows = load_dataset(identifier, config or None, split=wanted, streaming=True)
+        taken = [row for row, _ in zip(rows, range(HUB_DOCUMENTS), strict=False)]
+    except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
+        raise SaapError(
+            f"{name} is no file here, and no hub gave its {wanted!r} split ({type(error).__name__}): check the id and "
+            "the network, or give a file"
+        ) from None
+    return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
+
+    A model that always saw that token hardly works without it: Gemma 3 270M has 6.2 instead of 4.2 nats per token.
+    """
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []

@@ -1,0 +1,89 @@
+"""No model is judged on text that it was calibrated or tuned on.
+
+A record keeps where such text came from and its hash, not the text. Where the file is still what it was, its lines are
+held against the evaluation's; where it is gone, the evaluation is refused only if it is that very text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from saap.system.errors import SaapError
+from saap.text.documents import TRAINING_FILES, Documents, cut_text, documents_of, load_documents, read_file
+
+# Lines from this length on are taken to identify a text; shorter ones ("= = Reception = =") recur everywhere.
+TELLING_CHARACTERS = 80
+
+
+def refuse_overlap(training: Documents, evaluation: Documents) -> None:
+    """Refuse to evaluate on text that the model was calibrated or tuned on.
+
+    Texts coincide when they are equal, when they share a document, or when a hundredth of the evaluation's long lines
+    occur in the training text.
+
+    Raises:
+        SaapError: naming both sources.
+    """
+    shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
+    seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
+    if training.sha256 == evaluation.sha256 or shared or (seen and len(seen & known) >= max(1, len(seen) / 100)):
+        raise SaapError(_same_text(training.source, evaluation.source))
+
+
+def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -> None:
+    """The same, by what a model's record says about text that may be gone.
+
+    Args:
+        model: its name, for the message.
+        lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
+
+    Raises:
+        SaapError: naming the model and both sources.
+    """
+    cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
+    held: set[str] = set()  # calibration and tuning are often of one text
+    for about in _texts_in(lineage):
+        source, sha256 = str(about.get("source")), about.get("text_sha256")
+        if sha256 in (evaluation.sha256, cut.sha256):
+            raise SaapError(f"{model}: {_same_text(source, evaluation.source)}")
+        documents = _again(source, sha256) if sha256 and source not in held else None
+        if documents is not None:
+            held.add(source)
+            try:
+                refuse_overlap(documents, evaluation)
+            except SaapError as error:
+                raise SaapError(f"{model}: {error}") from None
+
+
+def _same_text(training: str, evaluation: str) -> str:
+    return (
+        f"{training} and {evaluation} hold the same text: a model is not evaluated on what it was calibrated or tuned "
+        "on; give another file for one of them"
+    )
+
+
+def _texts_in(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What is known of each text, that of earlier prunings too."""
+    for key in ("calibration", "tuning"):
+        if about := lineage.get(key):
+            yield about
+    if before := lineage.get("base_record"):
+        yield from _texts_in(before)
+
+
+def _again(source: str, sha256: str) -> Documents | None:
+    """The text itself, if it is still to be had."""
+    try:
+        if source == " + ".join(TRAINING_FILES):  # their order, and so the hash, is of a seed
+            return load_documents(None, split="calibration")
+        documents = documents_of(read_file(Path(source)), source) if Path(source).is_file() else None
+    except SaapError:
+        return None
+    return documents if documents is not None and documents.sha256 == sha256 else None
+
+
+def _telling_lines(texts: Iterable[str]) -> set[str]:
+    lines = (" ".join(line.split()) for text in texts for line in text.splitlines())
+    return {line for line in lines if len(line) >= TELLING_CHARACTERS}

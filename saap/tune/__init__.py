@@ -1,0 +1,1 @@
+"""Tuning: heal a pruned model while it is quantised."""

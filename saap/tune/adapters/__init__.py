@@ -1,0 +1,1 @@
+"""Group adapters: what is trained beside the integers."""

@@ -1,0 +1,134 @@
+"""What a training run is asked to do, and what it says it did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from saap.system.errors import SaapError
+from saap.tune.loop.processes import Batch
+
+SMOOTHED = 8  # steps whose mean loss is shown
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Schedule and costs of a run.
+
+    Attributes:
+        rows_per_step: the global batch, split over the processes.
+        micro_rows: rows of one forward pass in one process; None is a process's whole share.
+        passes: over the rows, in the same order each.
+        warmup_share: of the steps.
+        clip: largest norm of the gradient of all groups together; None does not clip.
+        precision: "auto", "bf16" or "fp32" (:mod:`saap.system.precision`).
+        checkpointing: keep a layer's input instead of its activations, and compute it again in the backward pass.
+        evaluations: on held-out rows, evenly spread over the run, besides the one before the first step.
+        patience: evaluations without a better loss before the run stops; None runs to the end.
+        save_seconds: between two states on disk, besides those after every evaluation; what a kill can cost.
+        seed: of dropout, where the model has any.
+    """
+
+    rows_per_step: int = 4
+    micro_rows: int | None = None
+    passes: int = 1
+    warmup_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    precision: str = "auto"
+    checkpointing: bool = True
+    evaluations: int = 10
+    patience: int | None = 3
+    save_seconds: float = 60.0
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        steps: planned.
+        losses: of every step taken, in nats per learnt token, before its update.
+        held_out: (steps taken, loss) of every evaluation.
+        best_step: after how many steps the parameters were what they are now.
+        stopped: why the run ended before ``steps``; None if it did not.
+        resumed_at: the step it was continued at after a kill.
+        precision: "bf16" or "fp32".
+        tokens: in the rows of the steps taken, learnt or not.
+        seconds: spent on the steps, evaluations not included.
+    """
+
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    stopped: str | None = None
+    resumed_at: int | None = None
+    precision: str = "fp32"
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def said(self) -> str:
+        """The run so far, for a progress bar; the loss is a mean over the last few steps."""
+        recent = self.losses[-SMOOTHED:]
+        held_out = f", held-out {self.held_out[-1][1]:.3f}" if self.held_out else ""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return f"loss {sum(recent) / len(recent):.3f}{held_out}, {speed:.0f} tokens/s"
+
+    def kept(self) -> str:
+        """Which state is the best, in words."""
+        known = f" (held-out loss {min(loss for _, loss in self.held_out):.3f})" if self.held_out else ""
+        return f"the state of step {self.best_step}{known}"
+
+
+class DivergedError(SaapError):
+    """A loss or gradient stopped being finite; the model holds the state that the message names.
+
+    It is an error, so that nobody writes out such a run without noticing; who wants to, catches it and does.
+    """
+
+    def __init__(self, message: str, step: int, history: History) -> None:
+        super().__init__(message)
+        self.step = step
+        self.history = history
+
+
+def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:
+    """Factor of the learning rate per step: linear warm-up, then a cosine to a tenth."""
+    warmup = max(1, round(steps * warmup_share))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
+    """How many steps the rows are good for.
+
+    Raises:
+        SaapError: too few rows, rows that cannot be split over the processes, or a step that teaches nothing.
+    """
+    size, count = options.rows_per_step, len(rows["ids"])
+    if any(len(tensor) != count for tensor in rows.values()):
+        raise ValueError(f"rows of different numbers: { {name: len(tensor) for name, tensor in rows.items()} }")
+    for value, name in ((size, "rows per step"), (options.passes, "passes"), (options.evaluations, "evaluations")):
+        if value < 1:
+            raise SaapError(f"{value} {name} are not allowed: give 1 or more")
+    if size % processes:
+        raise SaapError(f"{size} rows per step cannot be split over {processes} processes: give a multiple of them")
+    if count < size:
+        raise SaapError(f"{count} sequences of training text are fewer than one step's {size}: give more")
+    once = count // size
+    if "labels" in rows:
+        learnt = (rows["labels"][: once * size, 1:] != -100).view(once, -1).sum(1)
+        if (empty := (learnt == 0).nonzero()).numel():
+            first = int(empty[0]) * size
+            raise SaapError(f"rows {first + 1} to {first + size} hold no token to learn: leave such rows out")
+    return once * options.passes

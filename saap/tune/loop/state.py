@@ -1,0 +1,147 @@
+"""The state of a training run in one file, so that a killed run continues on the same loss curve.
+
+``training-<fingerprint>.safetensors`` holds the trained parameters, the optimiser's moments and the best parameters as
+tensors, and the step and the history as JSON in the header. The schedule and the random numbers are functions of the
+step. One file, written beside and renamed, is always whole: there is no moment in which a kill loses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.system.errors import SaapError
+from saap.system.sealed_tensors import load_sealed, save_sealed
+from saap.tune.loop.processes import like, whole
+
+FORMAT = 2
+HEADER = "training"
+
+
+class Trained:
+    """The parameters of an optimiser, their names, and their values when they were best."""
+
+    def __init__(self, names: list[str], optimizer: torch.optim.Optimizer) -> None:
+        """``names`` in the order of the optimiser's groups; its parameters may be sharded."""
+        self.optimizer = optimizer
+        parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.by_name = dict(zip(names, parameters, strict=True))
+        self.keep_best()
+
+    def shapes(self) -> list[list[Any]]:
+        """Names and sizes."""
+        return [[name, *p.shape] for name, p in self.by_name.items()]
+
+    def keep_best(self) -> None:
+        """The values of now are the best."""
+        self.best = {name: p.detach().clone() for name, p in self.by_name.items()}
+
+    @torch.no_grad()
+    def put_best(self) -> None:
+        """Go back to the best values."""
+        for name, parameter in self.by_name.items():
+            parameter.copy_(self.best[name])
+
+    def mean_gradient(self, factor: float, clip: float | None) -> float:
+        """Multiply the gradients, clip the norm of all together to ``clip``; the norm before."""
+        for parameter in self.by_name.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        norm = nn.utils.clip_grad_norm_(list(self.by_name.values()), math.inf if clip is None else clip)
+        return float(whole(norm))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything, by name, whole and on the CPU; of several processes all have to ask."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.by_name.items():
+            tensors[f"trained.{name}"], tensors[f"best.{name}"] = whole(parameter), whole(self.best[name])
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = whole(value)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what :meth:`tensors` gave."""
+        for name, parameter in self.by_name.items():
+            parameter.copy_(like(parameter, tensors[f"trained.{name}"]))
+            self.best[name] = like(parameter, tensors[f"best.{name}"]).clone()
+        for entry, tensor in sorted(tensors.items()):  # sharding is done together, so in the same order everywhere
+            kind, _, rest = entry.partition(".")
+            if kind == "optimizer":
+                key, _, name = rest.partition(".")
+                parameter = self.by_name[name]
+                # AdamW keeps its count of steps on the CPU.
+                self.optimizer.state[parameter][key] = tensor if key == "step" else like(parameter, tensor)
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """sha256 of everything that the loss curve depends on; ``parts`` is JSON."""
+    return hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
+
+
+def state_path(directory: Path, fingerprint: str) -> Path:
+    """The file of a run."""
+    return directory / f"training-{fingerprint[:16]}.safetensors"
+
+
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write beside and rename.
+
+    Args:
+        about: JSON.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".training-*.partial-*"):  # of killed processes: only one run owns the directory
+        left.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_sealed(tensors, partial, {HEADER: json.dumps(about)})
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaapError(f"the state of the training cannot be written to {path} ({error}): make room there") from None
+
+
+def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON of a state.
+
+    Raises:
+        SaapError: damaged.
+    """
+    try:
+        tensors, header = load_sealed(content)
+        return tensors, json.loads(header[HEADER])
+    except (KeyError, ValueError) as error:
+        raise SaapError(f"{path} is damaged ({error}): delete it, and the training starts anew") from None
+
+
+def others_differ_in(path: Path, parts: Mapping[str, Any]) -> list[str] | None:
+    """Where the fingerprint of the newest state of another run beside ``path`` differs; None if there is none."""
+    others = [other for other in path.parent.glob("training-*.safetensors") if other != path]
+    if not others:
+        return None
+    newest = max(others, key=lambda other: other.stat().st_mtime)
+    try:
+        known = parse_state(newest, newest.read_bytes())[1]["parts"]
+    except (SaapError, KeyError):
+        return ["its format"]
+    mine = json.loads(json.dumps(parts))
+    return sorted(key for key in {*mine, *known} if mine.get(key) != known.get(key))
+
+
+def discard_states(directory: str | Path) -> None:
+    """Delete the states in a directory, and the directory if nothing else is in it; for when the result is written."""
+    directory = Path(directory)
+    for pattern in ("training-*.safetensors", ".training-*.partial-*"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

@@ -1,0 +1,299 @@
+"""The training loop: parameters, rows and a loss in; the best state of the parameters out.
+
+AdamW with a linear warm-up and a cosine to a tenth of each group's peak rate, in bfloat16 autocast where the hardware
+has it. It stops early on held-out rows, stops before a step that is not finite, continues after a kill on the same loss
+curve, and runs in several processes of ``accelerate launch`` with one's gradients (:mod:`saap.tune.loop.processes`).
+
+The loss of a step is the mean over all tokens that its rows teach, wherever they are computed: sums of losses are
+differentiated, added up over micro-batches and processes, and divided by the number of tokens in the end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saap.prune.scores.importance import Progress
+from saap.system.precision import autocast_dtype
+from saap.system.sealed_tensors import data_hash
+from saap.tune.loop.checkpointing import recompute
+from saap.tune.loop.options import DivergedError, History, TrainOptions, cosine, steps_of
+from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
+from saap.tune.loop.state import (
+    Trained,
+    fingerprint_of,
+    others_differ_in,
+    parse_state,
+    state_path,
+    write_state,
+)
+
+__all__ = ["Batch", "DivergedError", "History", "LossOf", "TrainOptions", "cosine", "train"]
+
+
+def train(
+    model: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    rows: Batch,
+    loss_of: LossOf,
+    options: TrainOptions | None = None,
+    *,
+    held_out: Batch | None = None,
+    held_out_loss: LossOf | None = None,
+    state_dir: str | Path | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    label: str = "tuning",
+    progress: Progress | None = None,
+) -> History:
+    """Train parameter groups of a model in place, and leave it with the best state.
+
+    Args:
+        model: parameters in no group stay as they are. Under FSDP it can be written out, but not run, afterwards.
+        groups: as torch's optimisers take them: {"params": [...], "lr": peak rate} and AdamW's other options.
+        rows: tensors with one entry per row, "ids" [rows, tokens] among them; taken in order, what does not fill a step
+            is left out. Every process is given all of them.
+        loss_of: (model, batch) -> the sum of the losses over the learnt tokens, and their number; ``batch`` holds
+            slices of ``rows``. A process may get rows without any learnt token: the sum must still have a gradient.
+        held_out: rows to evaluate; without, nothing stops early and the last state is the best.
+        held_out_loss: what they are evaluated with, if not ``loss_of``.
+        state_dir: where the state is kept for a run that is killed; :func:`saap.tune.loop.state.discard_states` deletes
+            it when the result is safe. A state of other options or rows is not touched and not continued.
+        fingerprint: what else the loss curve depends on (the model's hash), JSON. Options, rows and the parameters'
+            names and rates are added.
+        progress: called in the main process; the label carries losses and tokens per second.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite.
+        SaapError: too few rows, rows that cannot be split, a damaged state, a launch that is not supported.
+    """
+    options = options or TrainOptions()
+    with torch.random.fork_rng():
+        run = _Run(model, groups, rows, loss_of, options, label, progress)
+        run.held_out, run.held_out_loss = held_out, held_out_loss or loss_of
+        try:
+            run.keep(state_dir, dict(fingerprint or {}))
+            run.go()
+        finally:
+            run.close()
+    return run.history
+
+
+class _Run:
+    """One run: what is trained, on what, how far it is, and the best so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        rows: Batch,
+        loss_of: LossOf,
+        options: TrainOptions,
+        label: str,
+        progress: Progress | None,
+    ) -> None:
+        self.accelerator = join_processes()
+        self.options, self.rows, self.loss_of, self.label = options, rows, loss_of, label
+        self.progress = progress if self.accelerator.is_main_process else None
+        steps = steps_of(rows, options, self.accelerator.num_processes)
+        self.dtype = autocast_dtype(options.precision, self.accelerator.device)
+        self.history = History(steps, precision="bf16" if self.dtype else "fp32")
+        self.factor = cosine(steps, options.warmup_share)
+        self.every = max(1, math.ceil(steps / max(1, options.evaluations)))
+        self.model, self.home, self.was_training = model, next(model.parameters()).device, model.training
+        self.rates = [float(group["lr"]) for group in groups]
+        self.given = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        called = {id(p): name for name, p in model.named_parameters()}
+        names = [called.pop(id(p)) for group in groups for p in group["params"]]
+        self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) in called]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        if options.checkpointing:
+            recompute(model, True)
+        model.to(self.accelerator.device)
+        optimizer = torch.optim.AdamW(map(dict, groups), betas=options.betas, weight_decay=options.weight_decay)
+        self.module, self.optimizer = prepare(self.accelerator, model, optimizer)
+        self.trained = Trained(names, self.optimizer)
+        self.held_out: Batch | None = None
+        self.held_out_loss = loss_of
+        self.path: Path | None = None
+        self.saved = time.monotonic()
+        self.resumed = False
+
+    def keep(self, directory: str | Path | None, fingerprint: dict[str, Any]) -> None:
+        """Keep the state there, and continue from one that is there."""
+        note = None
+        if directory is not None:
+            self.parts = self._parts(fingerprint)
+            self.path = state_path(Path(directory), fingerprint_of(self.parts))
+            main = self.accelerator.is_main_process
+            content = from_main(self.accelerator, self.path.read_bytes() if main and self.path.is_file() else None)
+            if content is not None:
+                self._restore(*parse_state(self.path, content))
+                note = f"continued at step {self.step}"
+            elif main and (changed := others_differ_in(self.path, self.parts)) is not None:
+                note = f"from the start, the state in {directory} is of another run ({', '.join(changed)})"
+        if note and self.progress:
+            self.progress(f"{self.label}, {note}", self.step, self.history.steps)
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.history.losses)
+
+    def go(self) -> None:
+        """Take the steps that are left."""
+        history = self.history
+        if not self.resumed:
+            self._judge()
+        while self.step < history.steps and history.stopped is None:
+            due = self._take_step()
+            judged = self.step % self.every == 0 or self.step == history.steps
+            if judged:
+                self._judge()
+            if due or judged:
+                self._save()
+            if self.progress:
+                self.progress(f"{self.label}, {history.said()}", self.step, history.steps)
+        self.trained.put_best()
+
+    def close(self) -> None:
+        """Give the model back as it came: whole, in its mode, on its device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.is_fsdp2:
+            unshard(self.model)
+        self.accelerator.free_memory()
+        if self.options.checkpointing:
+            recompute(self.model, False)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.model.train(self.was_training)
+        self.model.to(self.home)
+
+    def _take_step(self) -> bool:
+        """One update; whether the state should be saved."""
+        options, number, accelerator = self.options, self.step + 1, self.accelerator
+        begin = time.monotonic()
+        for group, peak in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = peak * self.factor(self.step)
+        # Seeded by the step: a continued run draws what an uninterrupted one does, with nothing to save.
+        torch.manual_seed(
+            (options.seed * 1_000_003 + self.step) * accelerator.num_processes + accelerator.process_index
+        )
+        self.module.train()
+        total = learnt = 0.0
+        batches = list(self._share_of_step())
+        for batch in batches:
+            whole_step = batch is batches[-1]
+            with nullcontext() if whole_step else accelerator.no_sync(self.module):
+                loss, count = self._loss(self.loss_of, batch)
+                loss.backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
+            total, learnt = total + float(loss.detach()), learnt + float(count)
+        late = accelerator.is_main_process and time.monotonic() - self.saved >= options.save_seconds
+        total, learnt, due = add_up(accelerator, [total, learnt, float(late)])
+        value = total / max(learnt, 1.0)
+        norm = self.trained.mean_gradient(accelerator.num_processes / max(learnt, 1.0), options.clip)
+        for what, found in (("loss", value), ("gradient", norm)):
+            if not math.isfinite(found):
+                self._diverge(f"the {what} became {found} at step {number} of {self.history.steps}", number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.history.losses.append(value)
+        self.history.tokens += options.rows_per_step * self.rows["ids"].shape[1]
+        self.history.seconds += time.monotonic() - begin
+        return due > 0
+
+    def _share_of_step(self) -> Iterable[Batch]:
+        size = self.options.rows_per_step
+        share = size // self.accelerator.num_processes
+        first = self.step * size % (len(self.rows["ids"]) // size * size) + self.accelerator.process_index * share
+        micro = self.options.micro_rows or share
+        for at in range(first, first + share, micro):
+            yield self._slice(self.rows, at, min(at + micro, first + share))
+
+    def _slice(self, rows: Batch, first: int, end: int) -> Batch:
+        return {name: tensor[first:end].to(self.accelerator.device) for name, tensor in rows.items()}
+
+    def _loss(self, loss_of: LossOf, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.dtype is not None):
+            return self.module(loss_of, batch)
+
+    @torch.no_grad()
+    def _evaluate(self, rows: Batch) -> float:
+        """Mean loss of the held-out rows, in nats per learnt token; all processes do as many forward passes."""
+        self.module.eval()
+        processes, count = self.accelerator.num_processes, len(rows["ids"])
+        micro = self.options.micro_rows or self.options.rows_per_step // processes
+        total = learnt = 0.0
+        for at in range(0, count, micro * processes):
+            first = at + self.accelerator.process_index * micro
+            idle = first >= count  # FSDP waits for every process, so one without rows does some for nothing
+            loss, number = self._loss(
+                self.held_out_loss, self._slice(rows, *((0, 1) if idle else (first, first + micro)))
+            )
+            if not idle:
+                total, learnt = total + float(loss), learnt + float(number)
+        total, learnt = add_up(self.accelerator, [total, learnt])
+        return total / max(learnt, 1.0)
+
+    def _judge(self) -> None:
+        """Evaluate; keep the parameters if they are the best so far, stop if none were for long."""
+        history = self.history
+        if self.held_out is None:
+            self.trained.keep_best()
+            history.best_step = self.step
+            return
+        known = min((loss for _, loss in history.held_out), default=math.inf)
+        loss = self._evaluate(self.held_out)
+        if not math.isfinite(loss):
+            self._diverge(f"the held-out loss became {loss} after step {self.step} of {history.steps}", self.step)
+        history.held_out.append((self.step, loss))
+        if loss < known:
+            self.trained.keep_best()
+            history.best_step = self.step
+            return
+        waited = sum(step > history.best_step for step, _ in history.held_out)
+        if self.options.patience is not None and waited >= self.options.patience and self.step < history.steps:
+            history.stopped = f"no lower held-out loss in {waited} evaluations since step {history.best_step}"
+
+    def _diverge(self, what: str, step: int) -> None:
+        self.trained.put_best()
+        history = self.history
+        if self.held_out is not None and not history.held_out:
+            raise DivergedError(
+                f"{what}: the model or the held-out text is unusable before any training", step, history
+            )
+        raise DivergedError(f"{what}; {history.kept()} is kept: lower the learning rate", step, history)
+
+    def _parts(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """What the loss curve depends on."""
+        options = {f"options.{key}": value for key, value in asdict(self.options).items() if key != "save_seconds"}
+        return {**fingerprint, **options} | {
+            "precision": self.history.precision,
+            "rows": data_hash(self.rows),
+            "held-out rows": data_hash(self.held_out) if self.held_out is not None else None,
+            "parameters": self.trained.shapes(),
+            "rates": self.given,
+        }
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        tensors = self.trained.tensors()
+        if self.accelerator.is_main_process:
+            write_state(self.path, tensors, {"parts": self.parts, "history": asdict(self.history)})
+        self.saved = time.monotonic()
+
+    def _restore(self, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        self.trained.load(tensors)
+        self.history = History(**about["history"])
+        self.history.held_out = [(step, loss) for step, loss in self.history.held_out]
+        self.history.resumed_at = self.step
+        self.resumed = True

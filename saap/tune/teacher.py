@@ -1,0 +1,247 @@
+"""The dense teacher runs once: its k likeliest tokens per predicted place are kept on disk.
+
+An entry of the cache is a directory named by the sha256 over all that its numbers depend on: the teacher's weights, the
+token ids, k, the temperature, the precision and a format number. It holds shards of some rows each (safetensors),
+written beside their place and renamed, so a killed run goes on with the first shard that is missing. Tokens are uint16
+where the vocabulary allows it, else int32; log-probabilities are float16, so a probability is known to 0.05 % where it
+is above a third and to 0.4 % at 1e-5. All entries together are bounded; those unused longest go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from saap.models.architectures import shape_of
+from saap.models.cache import cache_directory
+from saap.models.checkpoint import read_config
+from saap.models.opening import open_model
+from saap.models.resolve import load_tokenizer
+from saap.models.weight_files import weights_hash
+from saap.prune.scores.importance import Progress
+from saap.system.errors import SaapError
+from saap.system.sealed_tensors import load_sealed, save_sealed
+from saap.tune.distillation import distillation_loss
+
+__all__ = ["TeacherTargets", "check_same_vocabulary", "distillation_loss", "teacher_targets"]
+
+FORMAT = 1  # counts up when the same inputs would give other numbers
+LIMIT_BYTES = 4 << 30  # of all entries
+SHARD_ROWS, MOST_SHARDS = 32, 128  # a killed run loses one shard; every shard is an open file
+TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then 200 MB
+
+
+class TeacherTargets:
+    """What a teacher thinks of every row, read from memory-mapped shards.
+
+    Attributes:
+        k: tokens kept per predicted place.
+        temperature: the log-probabilities are those of softmax(logits / temperature).
+        note: what the user should be told, such as a lowered k; None where there is nothing.
+        directory: the entry of the cache.
+    """
+
+    def __init__(self, directory: Path, rows: int, k: int, temperature: float, note: str | None) -> None:
+        self.directory, self.k, self.temperature, self.note = directory, k, temperature, note
+        self._rows, self._each = rows, _shard_rows(rows)
+        self._shards = [safe_open(path, framework="pt") for path in _shard_paths(directory, rows)]
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 and log-probabilities float32, both [stop - start, tokens - 1, k], the likeliest first.
+
+        Place t of a row is what the teacher expects at t + 1, as logits[:, :-1] are.
+
+        Raises:
+            IndexError: rows that are not there.
+        """
+        if not 0 <= start < stop <= self._rows:
+            raise IndexError(f"rows {start} to {stop} of {self._rows}")
+        parts: dict[str, list[torch.Tensor]] = {"tokens": [], "logprobs": []}
+        for index in range(start // self._each, (stop - 1) // self._each + 1):
+            first = index * self._each
+            for name, found in parts.items():
+                shard = self._shards[index].get_slice(name)
+                found.append(shard[max(start - first, 0) : min(stop - first, self._each)])
+        tokens = torch.cat([part.to(torch.int64) for part in parts["tokens"]])
+        return tokens, torch.cat([part.float() for part in parts["logprobs"]])
+
+
+def teacher_targets(
+    teacher_dir: str | Path,
+    ids: torch.Tensor,
+    *,
+    k: int = 64,
+    temperature: float = 1.0,
+    limit_bytes: int = LIMIT_BYTES,
+    autocast: bool = False,
+    progress: Progress | None = None,
+) -> TeacherTargets:
+    """Run the teacher over the rows, but for those that the cache has, and keep its k likeliest tokens.
+
+    Args:
+        teacher_dir: a model directory; it is not loaded where the cache has all.
+        ids: [rows, tokens] int64, at least two tokens.
+        k: tokens kept per place; fewer where the rows would not fit into ``limit_bytes``, and then ``note`` says so.
+            64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
+        temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
+            an entry of its own and costs the teacher one run.
+        limit_bytes: of all entries; older ones are removed.
+        autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
+            bfloat16 logits are (three digits).
+
+    Raises:
+        SaapError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
+    """
+    if not temperature > 0 or k < 1:
+        raise SaapError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
+    rows, length = ids.shape
+    if rows < 1 or length < 2:
+        raise SaapError(f"{rows} rows of {length} tokens predict nothing: give at least 1 row of 2 tokens")
+    vocabulary = _vocabulary(teacher_dir)
+    asked = min(k, vocabulary)
+    per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
+    k = min(asked, limit_bytes // (rows * (length - 1) * per_token))
+    if k < 1:
+        raise SaapError(
+            f"the teacher's answers to {rows} rows of {length} tokens do not fit into {limit_bytes / 1e6:.0f} MB: "
+            "ask for fewer tokens, or tune without a teacher"
+        )
+    note = None
+    if k < asked:
+        note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {limit_bytes / 1e6:.0f} MB"
+    root = cache_directory() / "teacher"
+    entry = root / _key(teacher_dir, ids, k, temperature, autocast)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        os.utime(entry)
+        _make_room(root, entry, limit_bytes - rows * (length - 1) * per_token * k)
+        _fill(entry, teacher_dir, ids, _Kept(k, temperature, vocabulary, autocast), progress)
+        return TeacherTargets(entry, rows, k, temperature, note)
+    except OSError as error:
+        raise SaapError(
+            f"the teacher's answers cannot be kept in {root} ({error.strerror or error}): "
+            "make room there, or set SAAP_CACHE to another place"
+        ) from None
+
+
+def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> None:
+    """Refuse a teacher whose token ids mean something else than the student's.
+
+    Raises:
+        SaapError: other sizes, or tokenizers that differ, naming both.
+    """
+    advice = "a teacher must have the student's vocabulary; give the dense model that the student was made from"
+    sizes = _vocabulary(teacher_dir), _vocabulary(student_dir)
+    if sizes[0] != sizes[1]:
+        raise SaapError(f"{teacher_dir} has {sizes[0]} tokens and {student_dir} {sizes[1]}: {advice}")
+    words = [load_tokenizer(directory).get_vocab() for directory in (teacher_dir, student_dir)]
+    different = sorted(set(words[0].items()) ^ set(words[1].items()), key=lambda item: (item[1], item[0]))
+    if different:
+        word, index = different[0]
+        raise SaapError(
+            f"{teacher_dir} and {student_dir} have tokenizers that differ (token {index}, {word!r}, first): {advice}"
+        )
+
+
+class _Kept:
+    """Which of a teacher's numbers are kept, and in what form."""
+
+    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool) -> None:
+        self.k, self.temperature, self.autocast = k, temperature, autocast
+        self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
+
+    @torch.inference_mode()
+    def of(self, teacher: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``tokens`` and ``logprobs`` [rows, tokens - 1, k] of ids [rows, tokens]."""
+        tokens, logprobs = [], []
+        for few in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                logits = teacher(input_ids=few, use_cache=False).logits
+            for row in logits:  # one by one: the float32 copies are as large as the logits
+                scaled = row[:-1].float() / self.temperature
+                likeliest = scaled.topk(self.k)
+                tokens.append(likeliest.indices.to(self.tokens))
+                logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half())
+        return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
+
+    def intact(self, path: Path, rows: int, places: int) -> bool:
+        """Whether a shard is what was written, and has the form it should."""
+        try:
+            tensors = load_sealed(path.read_bytes())[0]
+        except (OSError, ValueError):
+            return False
+        forms = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        return forms == {name: [rows, places, self.k] for name in ("tokens", "logprobs")}
+
+
+def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, progress: Progress | None) -> None:
+    """Make the shards that are missing or broken."""
+    for left in entry.glob("*.partial-*"):
+        owner = left.name.rsplit("-", 1)[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            left.unlink(missing_ok=True)
+    teacher, done = None, 0
+    for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
+        if not kept.intact(path, len(part), ids.shape[1] - 1):
+            teacher = teacher or open_model(teacher_dir)
+            _write(path, kept.of(teacher, part))
+        done += len(part)
+        if progress and teacher is not None:
+            progress(f"teacher, {kept.k} likeliest tokens", done, len(ids))
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        save_sealed(tensors, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _shard_rows(rows: int) -> int:
+    return max(SHARD_ROWS, -(-rows // MOST_SHARDS))
+
+
+def _shard_paths(entry: Path, rows: int) -> list[Path]:
+    count = -(-rows // _shard_rows(rows))
+    return [entry / f"{index:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+
+def _vocabulary(directory: str | Path) -> int:
+    return shape_of(read_config(directory)).vocab
+
+
+def _key(teacher_dir: str | Path, ids: torch.Tensor, k: int, temperature: float, autocast: bool) -> str:
+    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), k, float(temperature), autocast]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _make_room(root: Path, entry: Path, allowed: int) -> None:
+    """Remove the other entries that were unused longest until they take ``allowed`` bytes at most."""
+    used, sizes = {}, {}
+    for other in root.iterdir():
+        with suppress(OSError):  # another process may be removing it
+            if other.is_dir() and other != entry:
+                used[other] = other.stat().st_mtime
+                sizes[other] = sum(file.stat().st_size for file in other.iterdir())
+    total = sum(sizes.values())
+    for other in sorted(sizes, key=lambda other: used[other]):
+        if total <= allowed:
+            return
+        shutil.rmtree(other, ignore_errors=True)
+        total -= sizes[other]
