@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
-from command_line import here
+from support.command_line import here
 
 from saap.cli.main import cli
 

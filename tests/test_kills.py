@@ -24,8 +24,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from remote_runs import OPTIONS, running
-from sshd import Sshd
+from support.remote_runs import OPTIONS, running
+from support.slim_integers import WIDE
+from support.sshd import Sshd
 
 from bench.measure.store import read_result
 from devices.common.gguf_header import read_header
@@ -37,7 +38,6 @@ from saap.models.integrity import check_directory
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.requirement import Requirement
-from tests.slim_integers import WIDE
 
 pytestmark = pytest.mark.slow
 

@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 import torch
+from support.command_line import here
 from transformers import AutoTokenizer
 
 from bench.judge.baselines import read_baselines
@@ -27,7 +28,6 @@ from export.bundle.manifest import verify_files
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.search.layer_costs import read_costs
-from tests.command_line import here
 
 OLD = Path(__file__).parent / "support" / "old"
 MODELS = ("saap", "saap-two-stages", "flap", "shortgpt", "tuned")

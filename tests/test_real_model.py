@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_surgery import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.tokenizer import BundleTokenizer
@@ -22,6 +21,7 @@ from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.text.documents import documents_of
+from tests.saap.prune.cut.test_surgery import cut
 
 LAYER = whole_layer(LayerSizes(9, 3, 1536))
 

@@ -1,6 +1,7 @@
 """Time probe stacks on this device: what the parts of a decoder layer cost, at every size.
 
-A stack is a bundle in which every second layer takes another size than the model's (``export.graph.probe_stacks``). Four
+A stack is a bundle in which every second layer takes another size than the model's (``export.graph.probe_stacks``).
+Four
 stacks take their steps in turns in one process, so that what the machine does meanwhile hits all of them. Where the
 weights come to lie in memory is worth some per cent too, and another matter in every process; so processes are many,
 short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their steps.

@@ -1,6 +1,7 @@
 """Is a device still as good as its baseline? Speed, load, memory, energy and answers, each judged by itself.
 
-Times, bytes and joules are series, one value per process, and are judged as ``bench.judge.comparison`` judges: an interval that
+Times, bytes and joules are series, one value per process, and are judged as ``bench.judge.comparison`` judges: an
+interval that
 excludes 1, an effect that matters, a test that agrees. Effects are wider than those of interleaved runs, since a
 baseline is of another day. Answers are exact and need no statistics: tokens differ or not, the likelihood of a text
 moved by more than rounding or not.

@@ -209,7 +209,8 @@ def metric_of(m: Measurement) -> str:
 
 
 def decisive_values(*measurements: Measurement) -> list[list[float]]:
-    """Seconds per measurement and process, in the order measured: :func:`bench.judge.statistics.typical` of the decode steps.
+    """Seconds per measurement and process, in the order measured: :func:`bench.judge.statistics.typical` of the
+    decode steps.
 
     The mean of the steps where any of the measurements knows no single ones, the prompt's time where there is no
     decode.

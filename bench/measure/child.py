@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from bench.measure.signals import signals_wait
 
-PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
+PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
 

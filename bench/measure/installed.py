@@ -1,4 +1,5 @@
-"""Which packages this interpreter has: ``python -m bench.measure.installed``, modules as JSON on stdin, one JSON line out."""
+"""Which packages this interpreter has: ``python -m bench.measure.installed``, modules as JSON on stdin, one JSON line
+out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """How fast decode could be at most: measured read bandwidth divided by the bytes that a token reads.
 
-``python -m bench.measure.roofline`` is the child that probes: it reads a buffer larger than any cache with as many threads as
+``python -m bench.measure.roofline`` is the child that probes: it reads a buffer larger than any cache with as many
+threads as
 the measurement uses, on the same cores. numpy releases the interpreter's lock inside its reductions, so Python threads
 read in parallel. Each pass tries the reductions that stream best on different CPUs and keeps the fastest: a ceiling
 must err upwards.

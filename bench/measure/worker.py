@@ -1,4 +1,5 @@
-"""The process that measures one repetition: ``python -m bench.measure.worker``, config as JSON on stdin, JSON lines out.
+"""The process that measures one repetition: ``python -m bench.measure.worker``, config as JSON on stdin, JSON lines
+out.
 
 A fresh process each time, so that nothing of an earlier repetition (allocator, page tables, clocks) is inherited. The
 last line is the answer; those before it tell the rate of the moment.

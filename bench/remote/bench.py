@@ -1,6 +1,7 @@
 """``saap bench --on``: the bench, run on boards by itself, and its results brought here.
 
-On the board the same :func:`bench.measure.run.bench` starts the same workers, so a result has the same form and its numbers the
+On the board the same :func:`bench.measure.run.bench` starts the same workers, so a result has the same form and its
+numbers the
 same meaning.
 """
 

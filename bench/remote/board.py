@@ -30,7 +30,7 @@ POLL_S = 0.5
 MOST_LINE = 256 << 20
 MOST_NOISE = 1000  # lines of a login script
 NO_PYTHON = "saap-no-python"
-_AGENT = ("agent_home", "agent_files", "agent_install", "agent_run", "agent")  # each after what it imports
+_AGENT = ("home", "files", "install", "run", "main")  # each after what it imports
 
 # Both lines are fixed: whatever differs goes over standard input. No quote of either kind, backslash or dollar in it.
 _LOADER = (
@@ -250,8 +250,8 @@ class Board:
 
 
 def _sources() -> dict[str, str]:
-    folder = Path(__file__).resolve().parents[1] / "devices"
-    found = {f"devices.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
+    folder = Path(__file__).resolve().parents[2] / "devices" / "agent"
+    found = {f"devices.agent.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
     return {**found, "answer": "from devices.agent.main import main\nmain()\n"}
 
 

@@ -18,12 +18,13 @@ from devices.common.files import sha256_file
 from devices.transport import BoardError
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 
-PACKAGES = Path(__file__).resolve().parents[1]
+PACKAGES = Path(__file__).resolve().parents[2]
 CODE = (
-    "bench/*.py",
+    "bench/**/*.py",
     "devices/**/*.py",
     "devices/**/*.toml",
     "export/__init__.py",
+    "export/bundle/__init__.py",
     "export/bundle/manifest.py",
     "export/bundle/external_data.py",
 )

@@ -1,7 +1,8 @@
 """The measuring process of a remote run: ``python -m bench.remote.job FOLDER`` on the board.
 
 ``FOLDER/job.json`` holds what to do; lines of JSON on standard output say how far it is, and ``FOLDER/result.json`` is
-what :func:`bench.measure.run.bench` or :func:`bench.costs.measure.measure_costs` returned there, so that a number means what a local
+what :func:`bench.measure.run.bench` or :func:`bench.costs.measure.measure_costs` returned there, so that a number
+means what a local
 one means.
 """
 

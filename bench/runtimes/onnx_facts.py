@@ -17,7 +17,8 @@ _BYTES = {
 
 
 def graph_facts(graph: Path, head_size: int | None = None) -> dict[str, Any]:
-    """The fields of ``bench.measure.result.ModelFacts``; what cannot be told is None, with its reason under ``unknown``.
+    """The fields of ``bench.measure.result.ModelFacts``; what cannot be told is None, with its reason under
+    ``unknown``.
 
     Args:
         graph: the ONNX file.

@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROFILES = Path(__file__).parent / "profiles"
+PROFILES = Path(__file__).parent
 
 Level = Literal["vendor", "measured", "computed", "unknown"]
 

@@ -1,6 +1,7 @@
 """Matrices as GGUF blocks: integers of ours carried over where a block holds them, floats rounded where not.
 
-Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups); a GGUF block is 32
+Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups); a GGUF block
+is 32
 columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
 
 * Q4_1, W = d q + m with q in 0..15: every 4-bit group, with m = -scale * zero_point rounded to float16.

@@ -6,7 +6,8 @@ embedding inside, o_proj, norm, one matrix for gate and up, SiLU x up, down_proj
 without FFN simply leaves its nodes out. The decode graph takes the last position before the head, so that a prompt does
 not pay for the vocabulary at every token; the scoring graph keeps all positions.
 
-What a family has beyond LLaMA is in its :class:`saap.models.architectures.Traits`, or simply in the data file: a bias or a
+What a family has beyond LLaMA is in its :class:`saap.models.architectures.Traits`, or simply in the data file: a bias
+or a
 norm that is there is applied. Norms of single heads cost a Split before the attention, which takes none on a CPU.
 """
 

@@ -48,7 +48,8 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
-    A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the memory.
+    A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the
+    memory.
 
     Returns:
         the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.

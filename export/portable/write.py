@@ -1,7 +1,8 @@
 """The portable target: standard operators only, for TensorRT and other runtimes that do not take com.microsoft.
 
 Uniform float32 LLaMA models go through optimum where it is installed; all others (layers of their own sizes, integers,
-other families) are written by :mod:`export.portable.decoder`. Both take ``position_ids`` and grow the KV cache by Concat.
+other families) are written by :mod:`export.portable.decoder`. Both take ``position_ids`` and grow the KV cache by
+Concat.
 """
 
 from __future__ import annotations

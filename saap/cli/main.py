@@ -169,7 +169,7 @@ def check_packages() -> None:
     """Refuse to run with a ``bench``, ``export`` or ``devices`` that belongs to another distribution."""
     from importlib.util import find_spec
 
-    home = Path(__file__).resolve().parent.parent
+    home = Path(__file__).resolve().parents[2]
     for name in ("export", "bench", "devices"):
         spec = find_spec(name)
         found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None

@@ -38,7 +38,8 @@ class TuningRows:
         sha256: over the text; None for text that the model wrote itself.
         kind: ``text`` or ``chat``.
         note: what the user should be told about how the data was read; None where there is nothing to tell.
-        documents: the text, to hold against an evaluation's (:func:`saap.text.overlap.refuse_overlap`); None as ``sha256``.
+        documents: the text, to hold against an evaluation's (:func:`saap.text.overlap.refuse_overlap`); None as
+        ``sha256``.
     """
 
     ids: torch.Tensor
@@ -82,18 +83,21 @@ def tuning_rows(
 ) -> TuningRows:
     """``count`` rows of ``length`` tokens, after ``skip`` rows that another purpose has used.
 
-    Plain text is packed as for calibration (:func:`saap.text.documents.pack`) and every token of it is learnt. Without a source
+    Plain text is packed as for calibration (:func:`saap.text.documents.pack`) and every token of it is learnt.
+    Without a source
     (``SAAP_DATA``, or text that the model writes) it is always text.
 
     Conversations are written with the model's chat template and only what the assistant says is learnt
-    (:class:`saap.text.conversations.ChatEncoder`). They are shuffled with the seed and each is whole in one row: a row takes
+    (:class:`saap.text.conversations.ChatEncoder`). They are shuffled with the seed and each is whole in one row: a
+    row takes
     the one that has waited longest and then, of the next 256, the longest that still fits. One that is longer than a
     row has one of its own, cut at the end. Conversations in one row see each other, as packed documents do; what
     remains of a row is filled with the end-of-sequence token and not learnt. Rows do not depend on ``count``.
 
     Args:
         model_dir: whose tokenizer, chat template and, without any source, words are taken.
-        source: as for :func:`saap.text.documents.load_documents`; chat data is a ``.jsonl`` or ``.json`` file or a hub's data
+        source: as for :func:`saap.text.documents.load_documents`; chat data is a ``.jsonl`` or ``.json`` file or a
+        hub's data
             set with ``messages``, ``conversations`` or ``instruction``.
         kind: ``text`` reads chat data as plain text, an utterance a line. ``chat`` takes nothing else. ``auto`` takes
             data as chat where every row is a conversation and the model has a chat template; a base model, which has

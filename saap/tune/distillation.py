@@ -44,7 +44,8 @@ def distillation_loss(
     Args:
         logits: the student's [b, t, V], any floating type.
         tokens: the teacher's likeliest tokens, int64 [b, t, k], no token twice.
-        logprobs: their log-probabilities AT ``temperature`` [b, t, k], as :class:`saap.tune.teacher.TeacherTargets` gives.
+        logprobs: their log-probabilities AT ``temperature`` [b, t, k], as :class:`saap.tune.teacher.TeacherTargets`
+        gives.
         mask: bool [b, t], the places that count.
         temperature: T, above 0.
         reduction: ``mean`` over the places that count (0 where there are none), or their ``sum``.

@@ -22,7 +22,8 @@ class TuneOptions:
         bits, block: of the linears; ``block`` consecutive input columns share a scale.
         head_bits: of embedding and head, which are quantised and not trained; None is ``bits``.
         symmetric: zero points of the layers' linears are 2^(bits-1), which needs none at run time.
-        max_bytes: of the bundle's weights file; matrices get 4 or 8 bit as loses least (:mod:`saap.quantize.mixed_bits`), and
+        max_bytes: of the bundle's weights file; matrices get 4 or 8 bit as loses least
+        (:mod:`saap.quantize.mixed_bits`), and
             ``bits`` and ``head_bits`` mean nothing.
         integers: ``gptq`` (:mod:`saap.quantize.gptq`) or ``nearest``, which takes each matrix by itself.
         calibration_rows: sequences that gptq looks at, the first of the text.

@@ -1,12 +1,14 @@
 """Group-wise tuning of a quantised slim model: what is trained is what is deployed.
 
-The integers are chosen first, with their errors compensated on the first rows of the text (:mod:`saap.quantize.gptq`). Then one
+The integers are chosen first, with their errors compensated on the first rows of the text
+(:mod:`saap.quantize.gptq`). Then one
 number per group of input columns is trained, together with the norms' weights, in the form that the deployed kernel
 takes (:mod:`saap.tune.adapters.folds`). The forward pass of the last step and the exported graph hold the same integers,
 scales and zero points, bit for bit.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
-(:mod:`saap.tune.teacher`). Under ``accelerate launch`` the rows of a step are split over processes (:mod:`saap.tune.loop.steps`).
+(:mod:`saap.tune.teacher`). Under ``accelerate launch`` the rows of a step are split over processes
+(:mod:`saap.tune.loop.steps`).
 """
 
 from __future__ import annotations

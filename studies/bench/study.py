@@ -189,7 +189,7 @@ def resampled(path: Path, rounds: int, draws: int = 2000) -> Iterator[bool]:
     import numpy as np
 
     from bench.judge.comparison import SLOWER, compare_within, confirmed
-    from tests.bench_samples import measurement, result, sample
+    from tests.support.bench_samples import measurement, result, sample
 
     pool = [pair for record in records(path) for pair in rounds_of(record)]
     random = np.random.default_rng(0)

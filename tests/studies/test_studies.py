@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from support.bench_samples import measurement, result
 
 import studies.prices.measure as prices
 import studies.prices.study as price_study
@@ -29,8 +30,7 @@ from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
-from tests.bench_samples import measurement, result
-from tests.test_requirement import cost_file
+from tests.saap.prune.search.test_requirement import cost_file
 
 IDS = torch.randint(320, (10, 24), generator=torch.Generator().manual_seed(2))
 HELD = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(3))

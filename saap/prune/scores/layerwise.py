@@ -1,6 +1,7 @@
 """Estimation for a model that is not in memory: all sequences go through a layer before the next one is read.
 
-The numbers are those of :func:`saap.prune.scores.importance.estimate`. The states before every layer are kept on the way up, and a
+The numbers are those of :func:`saap.prune.scores.importance.estimate`. The states before every layer are kept on the
+way up, and a
 layer runs once more on the way down, which is one forward pass more. The model is read twice.
 """
 
@@ -29,7 +30,8 @@ def estimate_layerwise(
     element: Element,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every structure, layer by layer; arguments and result as of :func:`saap.prune.scores.importance.estimate`."""
+    """Score every structure, layer by layer; arguments and result as of
+    :func:`saap.prune.scores.importance.estimate`."""
     sums, steps = Sums(shape.head_dim, c, element), 2 * len(shape.layers)
 
     def say(step: int) -> None:

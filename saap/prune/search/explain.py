@@ -1,6 +1,7 @@
 """Why each block lost what it lost: its price, what that saved, and what the next step down would have cost.
 
-The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the fewest nats per unit saved over the whole model. Under
+The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the fewest nats per unit saved over the whole
+model. Under
 a Lagrange multiplier of the budget, its shadow price (Everett, Operations Research 11(3), 1963), every step that costs
 less per unit is taken and none that costs more, so the dearest step taken and the cheapest one left enclose it. Options
 come in whole pieces, so the two may overlap a little.
@@ -68,7 +69,8 @@ class Reason:
 
 @dataclass(frozen=True)
 class Weighed:
-    """A plan that cuts attention, held against one that leaves it whole; see :func:`saap.prune.search.adaptive.adaptive_plan`.
+    """A plan that cuts attention, held against one that leaves it whole; see
+    :func:`saap.prune.search.adaptive.adaptive_plan`.
 
     Attributes:
         gain: by how much it was measured to lose less, nats per token.

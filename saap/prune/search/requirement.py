@@ -3,7 +3,8 @@
 * ratio r: weights of the decoder layers at most (1 - r) times the dense model's
 * max_params: parameters, embedding and head included
 * max_bytes: bytes of the bundle's weights file (:mod:`saap.prune.search.bundle_size`)
-* ms_per_token: milliseconds of a decode step by a table that was measured on the device (:mod:`saap.prune.search.layer_costs`)
+* ms_per_token: milliseconds of a decode step by a table that was measured on the device
+(:mod:`saap.prune.search.layer_costs`)
 * speedup x: milliseconds of a step at most those of the dense model by the table / x
 """
 

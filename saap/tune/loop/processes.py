@@ -54,7 +54,8 @@ def join_processes() -> Accelerator:
     Raises:
         SaapError: started in a way that is not supported.
     """
-    # Precision is ours (saap.system.precision): accelerate's would turn outputs to float32 and cannot change within a process.
+    # Precision is ours (saap.system.precision): accelerate's would turn outputs to float32 and cannot change within a
+    # process.
     # Buffers are the same everywhere already; sending the integers with every forward pass would be slow.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=_meet_on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bench_samples import measurement, result, sample
+
+from bench.judge.comparison import (
+    FASTER,
+    NOT_COMPARABLE,
+    SAME,
+    SLOWER,
+    CompareError,
+    Comparison,
+    Row,
+    compare,
+    compare_within,
+    confirm,
+    confirmed,
+    decisive_values,
+    noise_floor,
+)
+from bench.measure.result import INVALID, Result
+
+BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]
+
+
+def _run(scale: float, **fields: Any) -> Result:
+    return result(measurement("m", [scale * t for t in BASE], **fields))
+
+
+@pytest.mark.parametrize(
+    ("scale", "min_effect", "verdict"),
+    [(0.8, 0.02, FASTER), (1.25, 0.02, SLOWER), (1.0, 0.02, SAME), (1.04, 0.02, SLOWER), (1.04, 0.1, SAME)],
+)
+def test_verdicts(scale: float, min_effect: float, verdict: str) -> None:
+    (row,) = compare(_run(1.0), _run(scale), min_effect).rows
+    assert (row.verdict, row.setting, row.metric, row.test) == (verdict, "pp8+tg4", "decode", "mann-whitney")
+    assert row.ratio == pytest.approx(scale) and row.speedup == pytest.approx(1 / scale)
+    assert row.low <= row.ratio <= row.high
+    assert (row.p_value < 0.05) == (scale != 1.0)
+
+
+def test_noise_wider_than_the_difference_is_the_same() -> None:
+    noisy = result(measurement("m", [0.008, 0.014, 0.010, 0.009, 0.013]))
+    (row,) = compare(noisy, result(measurement("m", [0.009, 0.015, 0.011, 0.008, 0.013]))).rows
+    assert row.verdict == SAME and row.low < 1 < row.high
+
+
+def test_interval_and_test_must_both_see_a_change() -> None:
+    old = [1.057, 1.017, 0.973, 0.939, 0.91, 1.001, 0.96, 0.957]
+    new = [1.029, 1.037, 0.928, 1.089, 0.94, 1.141, 1.071, 1.016]
+    for a, b in ((old, new), (new, old)):
+        (row,) = compare_within(result(measurement("a", a), measurement("b", b)), "a", "b").rows
+        assert not row.low <= 1 <= row.high and row.p_value > 0.05 and row.verdict == SAME
+    old = [1.096, 0.857, 1.049, 1.003, 1.068, 1.019, 1.096, 1.002, 0.975, 1.029, 1.022, 0.982, 0.988, 1.037, 1.036]
+    old += [0.976, 0.982, 0.914, 1.088, 0.989]
+    new = [1.101, 1.052, 1.135, 1.112, 1.047, 1.109, 0.982, 1.097, 0.957, 1.048, 1.086, 1.042, 1.011, 0.989, 1.012]
+    new += [1.086, 1.077, 1.017, 0.968, 1.065]
+    for a, b in ((old, new), (new, old)):
+        (row,) = compare(result(measurement("a", a)), result(measurement("a", b))).rows
+        assert row.low <= 1 <= row.high and row.p_value < 0.05 and row.verdict == SAME
+
+
+def test_exit_codes() -> None:
+    slower, faster = compare(_run(1.0), _run(1.3)), compare(_run(1.0), _run(0.7))
+    assert [slower.exit_code(), slower.exit_code(True), faster.exit_code(True)] == [0, 1, 0]
+    assert compare(_run(1.0), _run(1.3, status=INVALID)).exit_code(True) == 3
+    assert compare(result(), result()).exit_code() == 3
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        (_run(1.0, status=INVALID, reasons=["the host swapped"]), "new measurement is INVALID: the host swapped"),
+        (replace(_run(1.0), device={"fingerprint": "0" * 16}), "different devices: cpu_model test and"),
+        (
+            replace(_run(1.0), device={"fingerprint": "0" * 16, "cpu_model": "test", "onnxruntime": "1.99"}),
+            "different devices: onnxruntime \u2013 and 1.99",
+        ),
+        (
+            replace(_run(1.0), device={"fingerprint": "0" * 16, "cpu_model": "test", "emulated": "rpi, 1 cores, 9 MB"}),
+            "different devices: emulated \u2013 and rpi, 1 cores, 9 MB",
+        ),
+        (replace(_run(1.0), device={}), "does not say which device"),
+        (result(measurement("m", BASE[:2])), "2 repetitions, 3 are needed"),
+        (_run(1.0, provider="cuda"), "provider differs: cpu and cuda"),
+    ],
+)
+def test_not_comparable(new: Result, reason: str) -> None:
+    (row,) = compare(_run(1.0), new).rows
+    assert row.verdict == NOT_COMPARABLE and reason in row.reason
+    assert row.ratio is None and row.speedup is None
+
+
+def test_a_change_that_so_few_repetitions_cannot_show_is_neither_said_nor_denied() -> None:
+    few = result(measurement("m", BASE[:3]))
+    (row,) = compare(few, result(measurement("m", [1.3 * t for t in BASE[:3]]))).rows
+    assert row.verdict == NOT_COMPARABLE and row.ratio == pytest.approx(1.3)
+    assert row.reason == "it looks slower, but 3 repetitions are too few to tell: measure 6 or more"
+    assert compare(few, few).exit_code() == 0
+
+
+def test_other_settings_are_told() -> None:
+    old, new = compare(_run(1.0), _run(1.0, n_prompt=64)).rows
+    assert old.verdict == new.verdict == NOT_COMPARABLE
+    told = "only in the old result, where m was measured with pp8+tg4; the other has pp64+tg4 with 1 thread"
+    assert old.reason == told
+    assert new.reason.startswith("only in the new result, where m was measured with pp64+tg4")
+
+
+def test_names_in_one_result_only() -> None:
+    old = result(measurement("a", BASE), measurement("b", BASE))
+    new = result(measurement("b", BASE), measurement("c", BASE))
+    rows = compare(old, new).rows
+    assert [(r.name, r.verdict) for r in rows] == [("a", NOT_COMPARABLE), ("b", SAME), ("c", NOT_COMPARABLE)]
+    assert (rows[0].reason, rows[2].reason) == ("only in the old result", "only in the new result")
+
+
+def test_one_name_against_another_in_every_setting() -> None:
+    old = result(*(measurement("dense", BASE, n_depth=depth) for depth in (0, 64)))
+    new = result(*(measurement("slim", [0.8 * t for t in BASE], n_depth=depth) for depth in (64, 0)))
+    rows = compare(old, new).rows
+    assert [(r.name, r.setting, r.verdict) for r in rows] == [
+        ("slim against dense", "pp8+tg4", FASTER),
+        ("slim against dense", "pp8+tg4@d64", FASTER),
+    ]
+
+
+def test_prefill_is_judged_where_nothing_is_generated() -> None:
+    def prefill(scale: float) -> Result:
+        samples = [sample([], i, prefill_s=scale * t) for i, t in enumerate(BASE)]
+        return result(measurement("m", [], n_gen=0, samples=samples))
+
+    (row,) = compare(prefill(1.0), prefill(1.2)).rows
+    assert (row.verdict, row.metric, row.setting) == (SLOWER, "prefill", "pp8")
+    unknown = result(measurement("m", [], n_gen=0, samples=[sample([], prefill_s=None)] * 3))
+    assert compare(unknown, unknown).rows[0].reason == "neither decode nor prefill was timed"
+
+
+def test_a_process_is_judged_by_a_low_quantile_in_the_order_measured() -> None:
+    burst = measurement("m", [], samples=[sample([1.0, 1.0, 1.0, 9.0], 1), sample([2.0, 2.0, 9.0, 9.0], 0)])
+    assert decisive_values(burst) == [[2.0, 1.0]]
+    sums = measurement("m", [], samples=[sample([], decode_s=12.0), sample([], decode_s=22.0)])
+    assert decisive_values(burst, sums) == [[5.5, 3.0], [3.0, 5.5]]
+
+
+def test_interleaved_pairs_of_one_run() -> None:
+    wild = [0.010, 0.020, 0.013, 0.017, 0.011, 0.019]
+    run = result(
+        measurement("dense", wild), measurement("dense", wild, n_depth=9), measurement("slim", [0.9 * t for t in wild])
+    )
+    (row,) = compare_within(run, "dense", "slim").rows
+    assert (row.verdict, row.test) == (FASTER, "wilcoxon") and row.high == pytest.approx(0.9)
+    with pytest.raises(CompareError, match="no measurement 'none': it has dense, slim"):
+        compare_within(run, "none", "slim")
+
+
+def test_noise_floor_is_the_far_end_of_the_interval() -> None:
+    run = result(measurement("m", BASE), measurement("m again", [1.03, 0.99, 1.01, 1.0, 1.02, 0.98] * np.array(BASE)))
+    (row,) = compare_within(run, "m", "m again").rows
+    assert noise_floor(run, "m", "m again") == max(1 - row.low, row.high - 1)
+    assert 0.01 < noise_floor(run, "m", "m again") <= 0.03
+    invalid = result(measurement("m", BASE), measurement("m again", BASE, status=INVALID, reasons=["hot"]))
+    with pytest.raises(CompareError, match=r"for m again, pp8\+tg4: the new measurement is INVALID: hot"):
+        noise_floor(invalid, "m", "m again")
+    with pytest.raises(CompareError, match="share no setting"):
+        noise_floor(result(measurement("m", BASE), measurement("n", BASE, n_threads=2)), "m", "n")
+
+
+def test_a_change_stands_only_if_a_second_run_says_it_too() -> None:
+    slower, faster, same, refused = (Row("m", 1, v, ratio=r) for v, r in zip(
+        (SLOWER, FASTER, SAME, NOT_COMPARABLE), (1.1, 0.9, 1.01, None), strict=True
+    ))  # fmt: skip
+    assert confirmed(slower, replace(slower, ratio=1.05)) == replace(slower, ratio=1.05, confirmed=True)
+    for other in (same, faster):
+        row = confirmed(slower, other)
+        assert (row.verdict, row.confirmed, row.ratio) == (SAME, False, other.ratio)
+        assert row.reason == "slower: a second run did not confirm it"
+    assert confirmed(same, slower) is same
+    row = confirmed(slower, replace(refused, reason="INVALID: hot"))
+    assert (row.verdict, row.reason) == (NOT_COMPARABLE, "the second run: INVALID: hot")
+
+
+def test_confirming_a_comparison_leaves_its_other_rows_alone() -> None:
+    first = Comparison(0.02, [Row("a", 1, SLOWER), Row("a", 2, SLOWER), Row("b", 1, SAME)])
+    second = Comparison(0.02, [Row("a", 1, SLOWER), Row("b", 1, SLOWER), Row("a", 2, SAME)])
+    assert [row.verdict for row in confirm(first, second).rows] == [SLOWER, SAME, SAME]
+    assert confirm(first, second).exit_code(True) == 1
+
+
+@pytest.mark.parametrize("effect", [-0.1, 1.0, float("nan")])
+def test_smallest_effect_is_a_fraction(effect: float) -> None:
+    with pytest.raises(CompareError, match="0 to below 1"):
+        compare(_run(1.0), _run(1.0), effect)
+
+
+def test_a_comparison_is_the_same_whenever_it_is_made() -> None:
+    noisy = np.random.default_rng(3).uniform(0.9, 1.1, (2, 20))
+    run = result(measurement("a", noisy[0]), measurement("b", noisy[1]))
+    assert compare_within(run, "a", "b") == compare_within(run, "a", "b")

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from support.bench_samples import measurement, result
+from support.command_line import here, refused
+from support.tiny_graphs import tiny_bundle
+
+from bench.judge.answers import answers
+from bench.judge.baselines import checked_folder, read_baselines, write_baseline
+from bench.judge.checks import SAME, UNKNOWN, WORSE
+from bench.judge.comparison import NOT_COMPARABLE
+from bench.judge.formats import junit_cases
+from bench.judge.regression import OtherDeviceError, RegressionError, Verdict, plan_of, record, retest, verdict_cases
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID, Energy, Result
+from bench.measure.run import bench
+from bench.measure.store import write_result
+from bench.runtimes.onnxruntime import OrtDecoder
+
+TEXT = tuple(range(3, 23))
+PLAN = Plan(prompt=8, generate=4, threads=1, text=TEXT)
+TOKENS = list(range(16))
+NOISE = np.random.default_rng(7).normal(1.0, 0.01, 400)  # recorded once: 1 % between processes
+
+
+class Device:
+    """Stands in for a run on a device: each gives the next of ``scales``, by which decode takes longer."""
+
+    def __init__(self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, **fields: Any) -> None:
+        self.scales, self.asked, self.fields = list(scales), list[Plan](), fields
+        self.answers = {"tokens": list(tokens), "nll": nll}
+        self.samples: dict[str, Any] = {}
+        self.fingerprint = "a" * 16
+        self.noise = iter(NOISE[len(scales) :])  # other processes, other noise
+
+    def __call__(self, plan: Plan) -> Result:
+        self.asked.append(plan)
+        scale = self.scales.pop(0)
+        m = measurement("tiny", [0.01 * scale * next(self.noise) for _ in range(10)], **self.fields)
+        m = replace(m, samples=[replace(s, **self.sample(s)) for s in m.samples])
+        settings = {"seed": 0, "repetitions": None, "text": list(plan.text), "answers": {"tiny": dict(self.answers)}}
+        return result(m, fingerprint=self.fingerprint, settings=settings)
+
+    def sample(self, s: Any) -> dict[str, Any]:
+        wobble = next(self.noise)
+        fields = {"load_s": 0.5 * wobble, "prefill_s": 0.2 * wobble, "peak_decode_bytes": int(120e6 * wobble)}
+        return {**fields, **{name: value * wobble for name, value in self.samples.items()}}
+
+
+def guarded(folder: Path, device: Device) -> Verdict:
+    """A test of ``device`` against a baseline of an ordinary one."""
+    write_baseline(folder, record("tiny", Device(1.0, 1.0), PLAN))
+    return retest(folder, "tiny", device)
+
+
+def verdicts(verdict: Verdict) -> dict[str, str]:
+    return {check.what: check.verdict for check in verdict.checks}
+
+
+def test_a_device_against_itself_flags_nothing(tmp_path: Path) -> None:
+    device = Device(1.0)
+    verdict = guarded(tmp_path, device)
+    assert not verdict.worse and verdict.exit_code == 0 and len(device.asked) == 1
+    told = verdicts(verdict)
+    assert told.pop("energy") == UNKNOWN and set(told.values()) == {SAME}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path, seed: int) -> None:
+    device = Device(1.0, 1.0)
+    device.noise = iter(np.random.default_rng(100 + seed).normal(1.0, 0.02, 400))
+    assert not guarded(tmp_path, device).worse
+
+
+def test_a_planted_slow_down_is_caught_and_nothing_else(tmp_path: Path) -> None:
+    device = Device(1.10, 1.10)
+    verdict = guarded(tmp_path, device)
+    (worse,) = verdict.worse
+    assert (worse.what, worse.confirmed) == ("decode", True) and worse.ratio == pytest.approx(1.10, abs=0.02)
+    assert verdict.exit_code == 1 and len(device.asked) == 2
+
+
+def test_one_that_a_second_run_does_not_confirm_is_none(tmp_path: Path) -> None:
+    verdict = guarded(tmp_path, Device(1.10, 1.0))
+    assert verdict.exit_code == 0
+    (decode,) = [check for check in verdict.checks if check.what == "decode"]
+    assert decode.verdict == SAME and decode.confirmed is False and "did not confirm" in (decode.reason or "")
+
+
+def test_a_planted_token_is_caught_and_nothing_else(tmp_path: Path) -> None:
+    verdict = guarded(tmp_path, Device(1.0, 1.0, tokens=[*TOKENS[:5], 77, *TOKENS[6:]]))
+    (worse,) = verdict.worse
+    assert worse.what == "greedy tokens" and worse.reason == "token 6 of 16 is 77, it was 5" and worse.confirmed
+
+
+def test_both_at_once_are_two(tmp_path: Path) -> None:
+    verdict = guarded(tmp_path, Device(1.10, 1.10, tokens=[1, *TOKENS[1:]]))
+    assert [check.what for check in verdict.worse] == ["decode", "greedy tokens"]
+
+
+@pytest.mark.parametrize(
+    ("nll", "worse"), [(2.519, []), (2.53, ["NLL"]), (float("nan"), ["NLL"]), (None, ["NLL"]), (2.4, [])]
+)
+def test_likelihood_may_move_by_rounding(tmp_path: Path, nll: float | None, worse: list[str]) -> None:
+    assert [check.what for check in guarded(tmp_path, Device(1.0, 1.0, nll=nll)).worse] == worse
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("peak_decode_bytes", 140e6, "peak memory, decode"),
+        ("peak_load_bytes", 120e6, "peak memory, load"),
+        ("load_s", 0.8, "load"),
+        ("prefill_s", 0.23, "prefill"),
+    ],
+)
+def test_each_other_quantity_is_guarded(tmp_path: Path, field: str, value: float, what: str) -> None:
+    device = Device(1.0, 1.0)
+    device.samples[field] = value
+    assert [check.what for check in guarded(tmp_path, device).worse] == [what]
+
+
+def energy(joules: float, scope: str = "module_input") -> Energy:
+    return Energy(joules, 0.04, None, scope, "ina3221", 10.0)
+
+
+class Powered(Device):
+    joules, scope = 1.0, "module_input"
+
+    def sample(self, s: Any) -> dict[str, Any]:
+        return {**super().sample(s), "energy": energy(self.joules * next(self.noise), self.scope)}
+
+
+@pytest.mark.parametrize(("joules", "scope", "verdict"), [(1.0, "module_input", SAME), (1.3, "module_input", WORSE)])
+def test_energy_where_there_is_a_sensor(tmp_path: Path, joules: float, scope: str, verdict: str) -> None:
+    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
+    device = Powered(1.0, 1.0)
+    device.joules, device.scope = joules, scope
+    assert verdicts(retest(tmp_path, "tiny", device))["energy"] == verdict
+
+
+def test_energy_of_another_sensor_is_not_judged(tmp_path: Path) -> None:
+    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
+    device = Powered(1.0)
+    device.joules, device.scope = 3.0, "wall"
+    (check,) = [c for c in retest(tmp_path, "tiny", device).checks if c.what == "energy"]
+    assert (
+        check.verdict == UNKNOWN and check.reason == "another sensor: ina3221 (module_input) then, ina3221 (wall) now"
+    )
+
+
+def test_an_invalid_run_is_not_comparable(tmp_path: Path) -> None:
+    verdict = guarded(tmp_path, Device(1.0, status=INVALID, reasons=["the host swapped"]))
+    assert verdict.exit_code == 3 and "the host swapped" in (verdict.checks[0].reason or "")
+    assert verdicts(verdict) == {"measurement": NOT_COMPARABLE, "greedy tokens": SAME, "NLL": SAME}
+
+
+def test_a_run_that_is_invalid_still_tells_other_answers(tmp_path: Path) -> None:
+    """They do not depend on time, and a noisy host must not hide a broken model."""
+    others = [*TOKENS[:3], 99, *TOKENS[4:]]
+    device = Device(1.0, 1.0, tokens=others, status=INVALID, reasons=["the host swapped"])
+    verdict = guarded(tmp_path, device)
+    assert verdict.exit_code == 1 and len(device.asked) == 2
+    (worse,) = verdict.worse
+    assert (worse.what, worse.confirmed) == ("greedy tokens", True)
+    assert verdicts(verdict)["measurement"] == NOT_COMPARABLE
+
+
+def test_a_second_run_that_is_invalid_leaves_it_open(tmp_path: Path) -> None:
+    class Spoilt(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.fields = {"status": INVALID, "reasons": ["hot"]} if self.asked else {}
+            return super().__call__(plan)
+
+    verdict = guarded(tmp_path, Spoilt(1.10, 1.10))
+    assert verdict.exit_code == 3 and verdict.checks[0].reason == "the second run: the new measurement is INVALID: hot"
+
+
+def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
+    class Unplugged(Powered):
+        joules = 1.3
+
+        def sample(self, s: Any) -> dict[str, Any]:
+            return {**super().sample(s), **({"energy": None} if len(self.asked) > 1 else {})}
+
+    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
+    verdict = retest(tmp_path, "tiny", Unplugged(1.0, 1.0))
+    assert verdicts(verdict)["energy"] == "not comparable" and verdict.exit_code == 3
+
+
+def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: Path) -> None:
+    class Switched(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.fingerprint = "ab"[len(self.asked)] * 16
+            return super().__call__(plan)
+
+    with pytest.raises(OtherDeviceError, match="the device changed between two runs"):
+        guarded(tmp_path, Switched(1.10, 1.10))
+
+
+def test_an_invalid_run_is_no_baseline() -> None:
+    device = Device(1.0, 1.0, 1.0, status=INVALID, reasons=["hot"])
+    with pytest.raises(RegressionError, match=r"run 1 is INVALID, so it is no baseline: hot \(3 times in a row\)"):
+        record("tiny", device, PLAN)
+    assert len(device.asked) == 3
+
+
+def test_a_run_that_is_invalid_once_is_measured_again() -> None:
+    class Hot(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.fields = {"status": INVALID, "reasons": ["hot"]} if len(self.asked) == 1 else {}
+            return super().__call__(plan)
+
+    device, heard = Hot(1.0, 5.0, 1.0), list[str]()
+    baseline = record("tiny", device, PLAN, say=heard.append)
+    assert heard == ["run 2 is INVALID and is measured again: hot"]
+    assert [plan.cold for plan in device.asked] == [PLAN.cold, False, False] and len(baseline.results) == 2
+    assert all(m.status != INVALID for kept in baseline.results for m in kept.measurements)
+
+
+def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
+    class Fickle(Device):
+        def __call__(self, plan: Plan) -> Result:
+            self.answers = {"tokens": [len(self.asked), *TOKENS], "nll": 2.5}
+            return super().__call__(plan)
+
+    with pytest.raises(RegressionError, match="does not answer the same twice"):
+        record("tiny", Fickle(1.0, 1.0), PLAN)
+
+
+@pytest.mark.parametrize(
+    ("plan", "runs", "says"),
+    [
+        (replace(PLAN, prompt=(8, 16)), 2, "one setting"),
+        (replace(PLAN, text=(1, 2)), 2, "2 tokens says too little"),
+        (replace(PLAN, repetitions=2), 2, "too few"),
+        (replace(PLAN, repetitions=2), 3, "too few"),  # no later run of 2 would compare
+        (replace(PLAN, repetitions=6), 0, "0 runs record nothing"),
+    ],
+)
+def test_a_plan_that_guards_nothing_is_refused(plan: Plan, runs: int, says: str) -> None:
+    with pytest.raises(RegressionError, match=says):
+        record("tiny", Device(1.0, 1.0), plan, runs)
+
+
+def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
+    device = Device(1.0)
+    device.fingerprint = "b" * 16
+    with pytest.raises(OtherDeviceError, match="no baseline of tiny is of this device") as raised:
+        guarded(tmp_path, device)
+    assert raised.value.exit_code == 3 and "saap devices baseline" in str(raised.value)
+
+
+def test_a_known_other_device_is_not_measured_first(tmp_path: Path) -> None:
+    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
+    device = Device()
+    with pytest.raises(OtherDeviceError):
+        retest(tmp_path, "tiny", device, here="c" * 16)
+    assert not device.asked
+
+
+def test_each_device_has_its_own(tmp_path: Path) -> None:
+    slow = Device(2.0, 2.0)
+    slow.fingerprint = "b" * 16
+    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
+    write_baseline(tmp_path, record("tiny", slow, PLAN))
+    again = Device(2.0, 2.0)
+    again.fingerprint = "b" * 16
+    assert retest(tmp_path, "tiny", again).exit_code == 0
+
+
+def test_the_setting_is_the_baselines(tmp_path: Path) -> None:
+    baseline = record("tiny", Device(1.0, 1.0), PLAN)
+    plan = plan_of(baseline)
+    assert (plan.prompt, plan.generate, plan.threads, plan.text, plan.greedy) == (8, 4, 1, TEXT, 16)
+
+
+def test_it_survives_the_disk(tmp_path: Path) -> None:
+    baseline = record("a model/of mine", Device(1.0, 1.0), PLAN)
+    path = write_baseline(tmp_path / "new", baseline)
+    assert path.parent == tmp_path / "new" and read_baselines(tmp_path / "new", "a model/of mine") == [baseline]
+    assert len(baseline.pooled.measurements[0].samples) == 20
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"baseline": 9}', "[1]", '{"baseline": 1, "name": "x", "results": []}'])
+def test_a_damaged_baseline_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tiny.abc.json").write_text(text)
+    with pytest.raises(RegressionError, match=r"tiny\.abc\.json is no baseline or damaged"):
+        read_baselines(tmp_path, "tiny")
+
+
+def test_no_baseline_says_which_there_are(tmp_path: Path) -> None:
+    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
+    (tmp_path / "cost.json").write_text("{}")  # not ours, and no reason to say something else
+    with pytest.raises(RegressionError, match="holds no baseline of other; it has tiny: record one"):
+        read_baselines(tmp_path, "other")
+
+
+def test_an_installed_package_is_no_place(tmp_path: Path) -> None:
+    packages = tmp_path / "site-packages"
+    with pytest.raises(RegressionError, match="inside the installed packages"):
+        checked_folder(packages / "devices" / "baselines", [packages])
+    assert checked_folder(tmp_path / "devices" / "baselines", [packages]) == tmp_path / "devices" / "baselines"
+
+
+def test_junit_counts_what_went_wrong(tmp_path: Path) -> None:
+    verdict = guarded(tmp_path, Device(1.10, 1.10))
+    suite = ElementTree.fromstring(junit_cases("saap devices test", verdict_cases(verdict)).encode()).find("testsuite")
+    assert suite is not None
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["8", "1", "0", "1"]
+    (failed,) = [case for case in suite if case.find("failure") is not None]
+    assert failed.get("name") == "decode"
+
+
+def test_answers_are_those_of_a_decoder_that_is_asked_by_hand(tmp_path: Path) -> None:
+    decoder = OrtDecoder(tiny_bundle(tmp_path / "tiny"), 1, 40)
+    told = answers(decoder, list(TEXT), 5)
+    whole = OrtDecoder(tmp_path / "tiny", 1, 40, scoring=True)
+    rows = whole.logits(np.array(TEXT)).astype(np.float64)
+    expected = np.mean([np.log(np.exp(row).sum()) - row[i] for row, i in zip(rows, TEXT[1:], strict=False)])
+    assert told["nll"] == pytest.approx(float(expected), abs=1e-4)
+    ids = list(TEXT)
+    for token in told["tokens"]:
+        whole.reset()
+        assert token == int(np.argmax(whole.logits(np.array(ids))[-1]))
+        ids.append(token)
+
+
+def test_a_likelihood_that_is_no_number_fits_into_json() -> None:
+    class Broken:
+        def reset(self) -> None: ...
+
+        def prefill(self, ids: Any) -> Any:
+            return np.full(8, np.nan, np.float32)
+
+        step = prefill
+
+    assert answers(Broken(), [1, 2, 3], 2)["nll"] is None  # type: ignore[arg-type]
+
+
+def test_a_run_asks_each_model(tmp_path: Path) -> None:
+    specs = [str(tiny_bundle(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    plan = Plan(prompt=4, generate=4, threads=1, repetitions=1, warmup=1, cold=False, text=TEXT, greedy=6)
+    told = bench(specs, plan).settings["answers"]
+    assert told["a"] == told["b"] != told["c"] and len(told["a"]["tokens"]) == 6
+
+
+COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3"]
+
+
+def recorded(bundle: Path, *options: Any) -> Any:
+    """A baseline of a machine that nobody keeps quiet: an INVALID run is none, so it is recorded again."""
+    for _ in range(5):
+        done = here("devices", "baseline", bundle, *options, *COMMAND, code=None)
+        if "is INVALID, so it is no baseline" not in done.stderr:
+            break
+    assert done.code == 0, done.stderr
+    return done
+
+
+def test_the_commands_catch_changed_weights(tmp_path: Path) -> None:
+    """Real runs of real bundles. Their speeds are left out: nobody keeps this machine quiet."""
+    bundle, folder = tmp_path / "tiny", tmp_path / "kept"
+    tiny_bundle(bundle)
+    done = recorded(bundle, "--baselines", folder)
+    (kept,) = folder.glob("tiny.*.json")
+    assert str(kept) in done.stdout
+    junit = tmp_path / "out" / "j.xml"
+    quiet = ["--baselines", folder, "--min-effect", "0.9", "--junit", junit]
+    here("devices", "test", bundle, *quiet)
+    tiny_bundle(bundle, seed=1)
+    done = here("devices", "test", bundle, *quiet, code=1)
+    assert "greedy tokens: worse, token 1 of 16" in done.stdout
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert suite is not None and int(suite.get("failures", "0")) >= 1
+
+
+def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    assert "holds no baseline of tiny" in refused("devices", "test", bundle, "--baselines", tmp_path / "none")
+    inside = Path(sysconfig.get_path("purelib")) / "devices" / "baselines"
+    told = refused("devices", "baseline", bundle, "--baselines", inside, *COMMAND)
+    assert "inside the installed packages" in told and not inside.exists()
+    (tmp_path / "file").touch()
+    told = refused("devices", "baseline", bundle, "--baselines", tmp_path / "file/below", *COMMAND)
+    assert "cannot be written (Not a directory): give another --baselines" in told  # before anything is measured
+    assert "belong to --on" in refused("devices", "test", bundle, "--board-packages")
+    both = ["--on", "local://", "--board-packages", "--wheels", tmp_path]
+    assert "give one of them" in refused("devices", "baseline", bundle, *both, *COMMAND)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write_result(tmp_path / "a.json", result(measurement("a", [0.01] * 3)))
+    told = refused("compare", tmp_path / "a.json", tmp_path / "a.json", "--junit", tmp_path / "file/j.xml")
+    assert re.search(r"file(/j\.xml)?: (Not a directory|File exists): give another place", told)
+
+
+def test_another_device_ends_with_3_and_junit_tells(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    write_baseline(tmp_path / "kept", record("tiny", Device(1.0, 1.0), PLAN))
+    junit = tmp_path / "j.xml"
+    done = here("devices", "test", bundle, "--baselines", tmp_path / "kept", "--junit", junit, code=3)
+    assert "no baseline of tiny is of this device" in done.stderr
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert suite is not None and suite.get("errors") == "1"
+
+
+def test_a_board_is_guarded_by_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host by the protocol of a board, with the packages that its Python has."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "agent"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    bundle, folder = tiny_bundle(tmp_path / "tiny"), tmp_path / "kept"
+    there = ["--on", "local://", "--board-packages", "--baselines", folder]
+    recorded(bundle, *there)
+    (kept,) = read_baselines(folder, "tiny")
+    assert kept.on == "local://" and len(kept.results) == 2
+    tiny_bundle(bundle, seed=1)
+    done = here("devices", "test", bundle, *there, "--min-effect", "0.9", code=1)
+    assert "greedy tokens: worse" in done.stdout

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.bench_samples import measurement, sample
+
+from bench.measure.result import INVALID, OK, WARN, Sample
+from bench.measure.validity import drift, judge, judge_sample
+
+# What a host that tells everything tells when all is well.
+QUIET: dict[str, float | None] = {
+    "wall_s": 1.0,
+    "steal_share": 0.0,
+    "others_share": 0.01,
+    "neighbours_cores": 0.02,
+    "elsewhere_cores": 0.01,
+    "runnable_others": 1,
+    "wait_share": 0.0,
+    "swapped_pages": 0.0,
+    "read_bytes": 4096.0,
+    "memory_stall_share": 0.0,
+    "memory_bytes": 8e9,
+    "room_bytes": 6e9,
+    "taken_bytes": 2e7,
+    "boot_id": 12345,
+    "clock_share": 1.0,
+    "fixed_clock": 1,
+    "temperature_c": 60.0,
+    "temperature_start_c": 50.0,
+    "firmware_throttled": 0,
+    "throttle_events": 0,
+    "cooling_state": 0,
+    "oc1_events": 0,
+    "oc2_events": 0,
+    "oc3_events": 0,
+    "mixed_cores": 0,
+    "smt_siblings": 0,
+    "clock_drift": 0.02,
+    "clock_limit": 0.03,
+    "clock_s": 0.001,
+    "provider_fallback": 0,
+}
+
+
+def repetitions(changes: list[dict[str, float | None]], **fields: Any) -> list[Sample]:
+    return [sample([0.01] * 4, i, counters={**QUIET, **change}, **fields) for i, change in enumerate(changes)]
+
+
+def judged(changes: list[dict[str, float | None]], **fields: Any) -> tuple[str, list[str]]:
+    return judge(measurement("m", [], samples=repetitions(changes, **fields)), None, None)
+
+
+def test_a_quiet_host_breaks_no_rule() -> None:
+    assert judge_sample(QUIET) == []
+    assert judged([{}] * 5, steady=True) == (OK, [])
+
+
+def test_a_host_that_tells_nothing_breaks_no_rule() -> None:
+    assert judge_sample(dict.fromkeys(QUIET)) == [] and judge_sample({}) == []
+    assert judged([dict.fromkeys(QUIET)] * 5) == (OK, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "reason"),
+    [
+        ({"provider_fallback": 1}, INVALID, "another provider than the one asked for"),
+        ({"firmware_throttled": 5}, INVALID, "the firmware reported under-voltage, throttling: "),
+        ({"firmware_throttled": 10}, INVALID, "the firmware reported a capped clock, the soft temperature limit: "),
+        ({"throttle_events": 3}, INVALID, "the CPU throttled 3 times for heat"),
+        ({"cooling_state": 2}, INVALID, "cooling slowed the processor (state 2)"),
+        ({"oc1_events": 4}, INVALID, "under-voltage, 4 OC1 events"),
+        ({"swapped_pages": 7}, INVALID, "swapped 7 pages"),
+        ({"read_bytes": 5e6}, INVALID, "5 MB were read from storage"),
+        ({"memory_stall_share": 0.03}, INVALID, "tasks waited 3% of the time for memory"),
+        ({"steal_share": 0.2}, INVALID, "the hypervisor took 20% of the cores' time"),
+        ({"clock_drift": 0.08}, INVALID, "fixed work took 8% more time after decode"),
+        ({"clock_drift": -0.08}, INVALID, "fixed work took 8% less time after decode"),
+        ({"steal_share": 0.05}, WARN, "the hypervisor took 5% of the cores' time"),
+        ({"oc2_events": 1}, WARN, "1 OC2 events"),
+        ({"oc3_events": 6}, WARN, "6 OC3 events"),
+        ({"wait_share": 0.2}, WARN, "waited for a core 20% of the time"),
+        ({"fixed_clock": 0}, WARN, "governor"),
+        ({"clock_share": 0.8}, WARN, "a core ran at 80% of its highest clock"),
+        ({"mixed_cores": 1}, WARN, "fast and slow cores were mixed"),
+        ({"smt_siblings": 2}, WARN, "2 CPUs shared cores"),
+        ({"neighbours_cores": 0.5}, WARN, "other processes used 0.5 of the chosen cores"),
+        ({"neighbours_cores": 1.0, "elsewhere_cores": 0.95}, WARN, "used 0.9 of the other cores, which share the mem"),
+        ({"neighbours_cores": None, "runnable_others": 2}, WARN, "2 threads of other processes were running"),
+        ({"taken_bytes": 5e8}, WARN, "other processes took 500 MB of memory"),
+    ],
+)
+def test_each_rule(change: dict[str, float | None], status: str, reason: str) -> None:
+    ((found, text),) = judge_sample({**QUIET, **change})
+    assert found == status and reason in text
+    got, (told,) = judged([change] * 5)
+    assert got == status and told == f"{text} (5 of 5 repetitions)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steal_share": 0.02},
+        {"read_bytes": 1e6},
+        {"memory_stall_share": 0.01},
+        {"clock_drift": 0.08, "clock_limit": 0.09},
+        {"clock_drift": 0.08, "clock_limit": None},
+        {"clock_share": 0.95},
+        {"wall_s": 0.25, "neighbours_cores": 0.19},  # under five ticks in all
+        {"taken_bytes": 3.9e8},  # under 5 % of 8 GB
+        {"taken_bytes": 2.5e8, "memory_bytes": 1e9},
+        {"taken_bytes": -5e9},
+    ],
+)
+def test_under_the_limit(change: dict[str, float | None]) -> None:
+    assert judge_sample({**QUIET, **change}) == []
+
+
+def test_small_memory_has_a_limit_in_bytes() -> None:
+    ((status, _),) = judge_sample({**QUIET, "taken_bytes": 2.6e8, "memory_bytes": 1e9})
+    assert status == WARN
+
+
+def test_neighbours_on_both_kinds_of_cores_are_told_apart() -> None:
+    found = judge_sample({**QUIET, "neighbours_cores": 1.5, "elsewhere_cores": 1.0})
+    assert [status for status, _ in found] == [WARN, WARN]
+    assert "0.5 of the chosen cores" in found[0][1] and "1.0 of the other cores" in found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("hit", "total", "status"), [(0, 5, OK), (2, 5, WARN), (3, 5, INVALID), (2, 4, INVALID), (1, 1, INVALID)]
+)
+def test_a_median_stands_until_half_of_its_repetitions_are_hit(hit: int, total: int, status: str) -> None:
+    got, reasons = judged([{"swapped_pages": float(i < hit)} for i in range(total)])
+    assert got == status
+    told = [f"the host swapped 1 pages during decode: free memory ({hit} of {total} repetitions)"]
+    assert reasons == (told if hit else [])
+
+
+def test_of_several_repetitions_the_worst_is_told() -> None:
+    shares = [0.03, 0.12, 0.30, 0.0, 0.05]
+    status, reasons = judged([{"steal_share": share} for share in shares])
+    assert (status, reasons) == (WARN, ["the hypervisor took 30% of the cores' time (4 of 5 repetitions)"])
+
+
+def test_a_warm_up_that_did_not_become_steady() -> None:
+    status, reasons = judged([{}] * 3, steady=False)
+    assert status == WARN
+    assert reasons == ["warm-up had not become steady when it ended: leave the machine alone (3 of 3 repetitions)"]
+
+
+def test_a_host_that_was_restarted() -> None:
+    assert judged([{}, {}, {"boot_id": 54321}]) == (INVALID, ["the host was restarted between repetitions"])
+
+
+def test_a_clock_that_moves_between_repetitions_is_a_warning() -> None:
+    status, reasons = judged([{"clock_s": seconds} for seconds in (0.001, 0.00105, 0.0012)])
+    assert (status, reasons) == (WARN, ["the core's clock differed by 20% between repetitions"])
+    assert judged([{"clock_s": seconds} for seconds in (0.001, 0.00109)]) == (OK, [])
+
+
+def test_a_memory_hog_that_came_between_repetitions() -> None:
+    status, reasons = judged([{"room_bytes": room} for room in (6e9, 6.1e9, 3e9, 3e9)])
+    assert (status, reasons) == (WARN, ["other processes took or freed 3100 MB of memory during the run"])
+
+
+def test_above_the_ceiling_is_invalid_when_the_cache_is_known() -> None:
+    m = measurement("m", [0.01] * 3)  # 100 tok/s
+    assert judge(m, 96.0, 1000) == (OK, [])
+    status, reasons = judge(m, 95.0, 1000)
+    assert status == INVALID and reasons == ["100.0 tok/s is above the memory ceiling of 95.0 tok/s"]
+    assert judge(m, 95.0, None) == (OK, [])
+    assert judge(m, None, 1000) == (OK, [])
+
+
+def test_drift_is_over_the_run_and_not_over_depth() -> None:
+    deeper_is_slower = [0.010, 0.011, 0.012, 0.013]
+    steady = [sample(deeper_is_slower, i) for i in range(5)]
+    assert drift(steady) == pytest.approx(0)
+    heating = [sample([t * (1 + 0.05 * i) for t in deeper_is_slower], i) for i in range(5)]
+    assert drift(heating) == pytest.approx(0.2 / 1.1 * 19 / 16, rel=0.2)
+    assert judge(measurement("m", [], samples=heating), None, None)[0] == WARN
+    assert drift(steady[:1]) is None
+
+
+def test_repetitions_without_single_tokens_have_no_drift() -> None:
+    assert drift([sample([], i, decode_s=1.0 + i) for i in range(5)]) is None
+    mixed = [sample([], 0), *(sample([0.01] * 4, i) for i in range(1, 5))]
+    assert drift(mixed) == pytest.approx(0)
+    assert judge(measurement("m", [], n_gen=0, samples=[sample([], i) for i in range(3)]), 10.0, 1000) == (OK, [])
+
+
+def test_no_repetitions_at_all() -> None:
+    assert judge(measurement("m", []), 10.0, 1000) == (OK, [])

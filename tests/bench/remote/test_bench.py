@@ -1,0 +1,369 @@
+"""`saap bench --on` over a real sshd: the same result as here, nothing lost, nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.command_line import here
+from support.remote_runs import LONG, ONCE, OPTIONS, QUICK, VENV, one, remains, running, script, two_bundles
+
+from bench.judge.comparison import compare
+from bench.measure.run import bench
+from bench.measure.store import read_result
+from bench.remote import bench as remote
+from bench.remote import board as remote_board
+from bench.remote.bench import bench_on, measure_on
+from bench.remote.board import Board, Stopped
+from bench.remote.files import pack, positions_of
+from devices.transport import BoardError, Local, open_transport
+from saap.cli.guard import measure
+from saap.cli.remote import _places
+from saap.system.interrupt import ask_to_end, ended_as_by_a_person
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    return two_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def sshd(tmp_path, monkeypatch):
+    yield from running(tmp_path, monkeypatch)
+
+
+def form(value):
+    """Names and types, without the values; the numbers of a list may differ in count."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: form(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [form(value[0])] if value else []
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def test_a_result_has_the_form_of_a_local_one_and_compares_with_it(sshd, bundles):
+    local = bench(bundles, QUICK)
+    found = one(sshd.url, bundles)
+    assert found.device["fingerprint"] == local.device["fingerprint"]
+    assert [(m.name, m.spec, m.bundle_hash, len(m.samples)) for m in found.measurements] == [
+        (m.name, m.spec, m.bundle_hash, len(m.samples)) for m in local.measurements
+    ]
+    assert found.versions == local.versions and found.command == local.command
+    there = dict(found.settings)
+    assert there.pop("on") == sshd.url and form(there) == form(local.settings)
+    for mine, theirs in zip(local.measurements, found.measurements, strict=True):
+        assert form(dataclasses.replace(mine.samples[0], unknown={}, steady=None)) == form(
+            dataclasses.replace(theirs.samples[0], unknown={}, steady=None)
+        )
+    rows = compare(local, found).rows
+    assert [row.name for row in rows] == ["dense", "slim"]
+    assert not any("device" in (row.reason or "") for row in rows)
+    assert not remains(sshd.cache)
+
+
+def test_a_second_run_sends_only_what_rotted_there(sshd, bundles):
+    one(sshd.url, bundles[:1], ONCE)
+    labels = []
+    before = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()}
+    one(sshd.url, bundles[:1], ONCE, progress=lambda label, done, total: labels.append(label))
+    assert labels and not [label for label in labels if label.startswith(("push", "install"))]
+    assert {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()} == before
+    assert len(list(sshd.cache.glob("agent-*"))) == 1
+    largest = max(before, key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    largest.write_bytes(b"x" + whole[1:])
+    found = one(sshd.url, [f"prepacked:{bundles[0]}"], ONCE)
+    assert [(m.name, m.spec) for m in found.measurements] == [("dense (prepacked)", f"prepacked:{bundles[0]}")]
+    assert found.measurements[0].samples
+    assert largest.read_bytes() == whole
+
+
+def test_a_connection_that_is_cut_in_the_middle_loses_nothing(sshd, bundles):
+    cuts, said = [], []
+
+    def progress(label, done, total):
+        if done >= 2 and not cuts:
+            cuts.append(sshd.cut())
+
+    longer = dataclasses.replace(LONG, repetitions=20)  # a fast board is done with six before the cut is noticed
+    found = one(sshd.url, bundles[:1], longer, progress=progress, say=said.append)
+    assert cuts[0] > 0 and any("trying again" in line for line in said)
+    assert [sample.order for sample in found.measurements[0].samples] == list(range(20))
+    assert not remains(sshd.cache)
+
+
+def test_a_killed_ssh_here_loses_nothing_either(sshd, bundles):
+    killed = []
+
+    def progress(label, done, total):
+        if done >= 2 and not killed:
+            mine = [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)]
+            killed.extend(process.pid for process in mine)
+            for process in mine:
+                with contextlib.suppress(psutil.NoSuchProcess):  # a shared connection takes the others with it
+                    process.kill()
+
+    assert len(one(sshd.url, bundles[:1], LONG, progress=progress).measurements[0].samples) == 6
+    assert killed
+
+
+def test_a_push_that_is_cut_goes_on_where_it_was(sshd, bundles, monkeypatch):
+    whole, offsets = remote_board.pieces, []
+
+    def pieces(source, offset):
+        size = source.stat().st_size if isinstance(source, Path) else 0
+        if size < 100_000:  # the weights are what is cut
+            yield from whole(source, offset)
+            return
+        offsets.append(offset)
+        content = source.read_bytes()
+        if len(offsets) > 1:
+            yield content[offset:]
+            return
+        yield content[: size // 2]
+        store = sshd.cache / "files"
+        while not any(part.stat().st_size for part in store.glob("*.part")):
+            time.sleep(0.02)
+            yield b""
+        sshd.cut()
+        yield content[size // 2 :]
+
+    monkeypatch.setattr(remote_board, "pieces", pieces)
+    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
+    assert len(offsets) == 2 and offsets[0] == 0
+
+
+@pytest.mark.parametrize(("kept", "told"), [(None, "No such file or directory"), (60_000, "it became shorter")])
+def test_a_file_that_changes_while_it_is_sent_is_an_error_and_not_sent_forever(tmp_path, monkeypatch, kept, told):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "board"))
+    data = bytes(100_000)
+    source = tmp_path / "weights"
+    source.write_bytes(data)
+    size = remote_board.size_of
+
+    def measured_before(path):
+        found = size(path)
+        if kept is None:
+            path.unlink()
+        else:
+            path.write_bytes(data[:kept])
+        return found
+
+    monkeypatch.setattr(remote_board, "size_of", measured_before)
+    with pytest.raises(BoardError, match=f"{source} cannot be sent: {told}"):
+        Board(Local(), patience_s=5, silence_s=5).push(hashlib.sha256(data).hexdigest(), source, 0)
+
+
+def test_a_login_script_that_prints_is_no_garbage(sshd, bundles):
+    sshd.stop()
+    script(sshd.folder / "loud/python3", f'echo "Welcome to the board"\nexec {sys.executable} "$@"')
+    sshd.environment["PATH"] = f"{sshd.folder}/loud:/usr/bin:/bin"
+    sshd.start()
+    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
+
+
+def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
+    boot = tmp_path / "root/proc/sys/kernel/random/boot_id"
+    boot.parent.mkdir(parents=True)
+    boot.write_text("first\n")
+
+    def progress(label, done, total):
+        if label.startswith("bench"):
+            boot.write_text("second\n")
+
+    board = Board(open_transport(sshd.url), root=str(tmp_path / "root"))
+    with pytest.raises(BoardError, match="it rebooted in the middle of the run, which is INVALID"):
+        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
+    board.transport.close()
+    assert not remains(sshd.cache)
+
+
+def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
+    stop = threading.Event()
+
+    def progress(label, done, total):
+        if label.startswith("bench") and done >= 1:
+            stop.set()
+
+    board = Board(open_transport(sshd.url), stop)
+    with pytest.raises(Stopped):
+        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
+    board.transport.close()
+    assert not remains(sshd.cache)
+    assert not [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)], "ssh is left here"
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_an_ended_command_leaves_no_worker_here_either(bundles):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    workers = []
+    while not workers:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if any(part.startswith("bench.") for part in _command(child))]
+    for worker in workers:
+        worker.suspend()  # one that hangs has nobody else who would end it
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert not [worker for worker in workers if worker.is_running()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
+         "--no-cold", "--board-packages"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for _ in range(600):
+        if list((sshd.cache / "runs").glob("*/beat")):
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"
+    assert "Traceback" not in said and "could not be cleaned" not in said
+    assert not remains(sshd.cache)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_as_by_a_person():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is ask_to_end
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is not ask_to_end
+
+
+def test_a_test_of_a_board_is_ended_like_a_bench(monkeypatch):
+    seen = []
+
+    def bench_on(*arguments, **options):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise BoardError("enough")
+
+    monkeypatch.setattr(remote, "bench_on", bench_on)
+    with pytest.raises(BoardError, match="enough"):
+        measure("tiny", {"url": "local://"}, None)(QUICK)
+    assert seen == [ask_to_end]
+
+
+def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):
+    with pytest.raises(BoardError, match=re.escape(sshd.url) + r".*4096 threads"):
+        one(sshd.url, bundles[:1], dataclasses.replace(QUICK, threads=4096))
+    assert not remains(sshd.cache)
+
+
+def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
+    found = one(sshd.url, bundles[:1], dataclasses.replace(QUICK, timeout_s=0.01))
+    assert found.measurements[0].status == "INVALID"
+    assert any("no answer within 0.01 s" in reason for reason in found.measurements[0].reasons)
+
+
+def test_several_boards_on_the_command_line(sshd, bundles, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "here"))
+    monkeypatch.setenv("PATH", f"{sshd.bin}:{VENV}")
+    done = here("bench", *bundles, "--on", sshd.url, "--on", "local://", *OPTIONS, "--json", tmp_path / "r.json")
+    assert "side by side" in done.stdout and done.stdout.count("### ") == 2
+    names = [f"r.{sshd.url.removeprefix('ssh://').replace('@', '-').replace(':', '-')}.json", "r.local.json"]
+    assert {path.name for path in tmp_path.glob("r.*")} == set(names)
+    results = [read_result(tmp_path / name) for name in names]
+    assert [r.settings["on"] for r in results] == [sshd.url, "local://"]
+    assert not remains(sshd.cache) and not remains(tmp_path / "here")
+
+
+def test_no_two_boards_write_one_file():
+    urls = ["adb://", "local://", "ssh://pi@board", "ssh://pi-board", "ssh://other"]
+    places = _places(Path("out/r.json"), urls)
+    assert [path.name for path in places.values()] == [
+        "r.adb.json", "r.local.json", "r.ssh-pi-board-3.json", "r.ssh-pi-board-4.json", "r.other.json",
+    ]  # fmt: skip
+    assert _places(Path("r.json"), urls[:1]) == {"adb://": Path("r.json")}
+
+
+def test_what_a_board_wrote_steers_no_terminal(sshd, bundles, monkeypatch):
+    whole = remote.result_from_dict
+
+    def coloured(raw):
+        found = whole(raw)
+        (m,) = found.measurements
+        return dataclasses.replace(
+            found, measurements=[dataclasses.replace(m, reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])]
+        )
+
+    monkeypatch.setattr(remote, "result_from_dict", coloured)
+    (m,) = one(sshd.url, bundles[:1], ONCE).measurements
+    assert (m.reasons, m.stderr) == (["?[31mhot"], ["?]0;title?"])
+
+
+def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "here"))
+    monkeypatch.setenv("PATH", f"{sshd.bin}:{VENV}")
+    sshd.stop()
+    done = here("bench", bundles[0], "--on", sshd.url, "--on", "local://", *OPTIONS, code=2)
+    assert "no connection" in done.stderr and "decode" in done.stdout
+
+
+def test_a_lock_that_nobody_hears_of_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", VENV)
+    request = {"do": "take", "root": "/", "run": "0" * 16, "owner": "me", "files": {}, "key": "0" * 16, "reserve": 0}
+    sources = json.dumps(remote_board._sources()).encode()
+    agent = subprocess.Popen(
+        ["sh", "-c", remote_board.COMMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    agent.stdout.close()
+    agent.stdin.write(
+        f"{len(sources)}\n".encode() + sources + json.dumps({**request, "agent_bytes": 0}).encode() + b"\n"
+    )
+    agent.stdin.close()
+    assert agent.wait(30) == 1
+    assert (tmp_path / "lock.guard").exists() and not (tmp_path / "lock.json").exists()
+
+
+@pytest.mark.slow
+def test_the_agent_installs_itself_into_a_venv_of_its_own(sshd, bundles, tmp_path):
+    """From the board's index, then the same from wheels that are pushed to it."""
+    base = getattr(sys, "_base_executable", sys.executable)
+    sshd.stop()
+    script(sshd.folder / "plain/python3", f'exec {base} "$@"')
+    sshd.environment["PATH"] = f"{sshd.folder}/plain:/usr/bin:/bin"
+    sshd.environment.update({k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.endswith("_proxy")})
+    sshd.start()
+    (found,) = bench_on([sshd.url], bundles[:1], QUICK)
+    assert found.error is None, found.error
+    assert found.result.versions["saap"] and len(found.result.measurements[0].samples) == 2
+    (agent,) = sshd.cache.glob("agent-*")
+    packages = {path.name.split("-")[0] for path in agent.glob("venv/lib/python3*/site-packages/*.dist-info")}
+    assert {"numpy", "onnxruntime", "psutil"} <= packages and not {"torch", "scipy", "click"} & packages
+    wheels = tmp_path / "wheels"
+    pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), "numpy", "onnxruntime", "psutil"]
+    subprocess.run(pip, check=True)
+    (found,) = bench_on([sshd.url], bundles[:1], QUICK, wheels=wheels)
+    assert found.error is None, found.error
+    assert len(list(sshd.cache.glob("agent-*"))) == 2 and not remains(sshd.cache)

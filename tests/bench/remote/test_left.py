@@ -1,0 +1,57 @@
+"""A computer that was killed in the middle of a remote run, and measures again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.command_line import saap
+from support.remote_runs import OPTIONS, remains, running, two_bundles
+
+from bench.remote.left import _folder, left
+
+
+@pytest.fixture
+def sshd(tmp_path, monkeypatch):
+    yield from running(tmp_path, monkeypatch)
+
+
+def test_a_killed_command_finds_the_board_free_when_it_is_run_again(sshd, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    bundle = two_bundles(tmp_path)[0]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saap.cli.main", "bench", bundle, "--on", sshd.url, *OPTIONS[:-4], "-r", "400", "--no-cold",
+         "--board-packages"],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while not list((sshd.cache / "runs").glob("*/beat")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert remains(sshd.cache), "the run goes on there"
+    assert "decode" in saap("bench", bundle, "--on", sshd.url, *OPTIONS).stdout
+    assert not remains(sshd.cache)
+    assert not list((tmp_path / "cache/boards").glob("*/*"))
+
+
+def test_only_runs_of_processes_that_are_gone_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    place = _folder("ssh://a")
+    place.mkdir(parents=True)
+    mine = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    notes = {"living": mine, "reused": {**mine, "started": 1.0}, "gone": {"pid": 2**22 + 1, "started": 1.0}}
+    for name, about in notes.items():
+        (place / f"{name}.json").write_text(json.dumps(about))
+    (place / "damaged.json").write_text("{")
+    assert left("ssh://a") == ["gone", "reused"]
+    assert left("ssh://a") == [] == left("ssh://b")
+    assert [note.name for note in place.iterdir()] == ["living.json"]

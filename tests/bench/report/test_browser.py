@@ -1,0 +1,111 @@
+"""The page in a real browser: a headless Chromium of the system, driven by playwright."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from bench.measure.store import write_result
+from bench.report.page import write_report
+from tests.bench.report.test_page import RUN, measurement, result
+from tests.bench.report.test_quality import document, row, task
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+LONG = "a-model-with-a-very-long-name-such-as-people-give-to-their-runs-int4-block32-no-dotprod"
+WIDTHS = (380, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """Everything a page can hold: a run, speeds with energy, quality of two documents, tasks, hostile names."""
+    folder = tmp_path_factory.mktemp("page")
+    measured = [measurement("dense", 10.0), measurement("slim", 8.0), measurement(LONG, 7.0)]
+    write_result(folder / "bench.json", result(*measured))
+    rows = [row("dense", 20.0), row("slim", 25.0), row(LONG, 31.0)]
+    names = ("piqa", "arc_easy", "boolq", "hellaswag", "winogrande", "arc_challenge", "openbookqa")
+    tasks = [task(r["name"], name, 0.5, 0.6) for r in rows for name in names]
+    (folder / "quality.json").write_text(json.dumps(document(rows, tasks=tasks)))
+    return write_report([folder / "bench.json", folder / "quality.json"], folder / "page.html", run=RUN)
+
+
+def opened(browser, path, width, scheme="light"):
+    """The page, and what the browser complained of or fetched."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said, fetched = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: fetched.append(request.url))
+    page.goto(path.as_uri())
+    return page, said, fetched
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_opens_whole_and_fetches_nothing(browser, page_file, width, scheme):
+    page, said, fetched = opened(browser, page_file, width, scheme)
+    assert said == [] and fetched == [page_file.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('svg') && !e.closest('.details')"
+        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert wide == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_plots_are_drawn_and_their_letters_can_be_read(browser, page_file, width):
+    page, _, _ = opened(browser, page_file, width)
+    plots = page.evaluate(
+        "[...document.querySelectorAll('figure svg')].map(svg => { const box = svg.getBoundingClientRect();"
+        " const inner = svg.viewBox.baseVal;"
+        " return {width: box.width, height: box.height, scale: box.width / inner.width,"
+        " marks: svg.querySelectorAll('path, use').length,"
+        " letters: [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize)),"
+        " outside: [...svg.querySelectorAll('text')].filter(t => { const b = t.getBoundingClientRect();"
+        " return b.left < -1 || b.right > innerWidth + 1; }).map(t => t.textContent)}; })"
+    )
+    assert len(plots) == 8  # speed, time, memory, what was kept; of two protocols quality against speed and size
+    for plot in plots:
+        assert plot["width"] > 250 and plot["height"] > 100 and plot["marks"] > 3
+        assert min(plot["letters"]) * plot["scale"] >= 8  # CSS pixels
+        assert plot["outside"] == []
+    page.close()
+
+
+def test_dark_and_light_differ_and_both_have_contrast(browser, page_file):
+    shades = {}
+    for scheme in ("light", "dark"):
+        page, _, _ = opened(browser, page_file, 1280, scheme)
+        body, text = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        shades[scheme] = [sum(map(int, c.strip("rgb()").split(","))) / 3 for c in (body, text)]
+        assert abs(shades[scheme][0] - shades[scheme][1]) > 150
+        page.close()
+    assert shades["light"][0] > 200 and shades["dark"][0] < 60
+
+
+def test_a_printed_page_is_white_and_cuts_nothing_off(browser, page_file, tmp_path):
+    page, _, _ = opened(browser, page_file, 1280, "dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
+    assert pdf[:4] == b"%PDF"
+    page.close()
+
+
+def test_the_page_is_small(page_file):
+    assert page_file.stat().st_size < 2_000_000

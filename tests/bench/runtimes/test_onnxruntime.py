@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support.edited import edited
+from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
+
+from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
+from export.bundle.manifest import BundleError
+
+IDS = np.random.default_rng(3).integers(VOCAB, size=20)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def test_prefill_and_steps_equal_one_longer_prefill(bundle: Path) -> None:
+    whole = OrtDecoder(bundle, 1, 32, verify=False).prefill(IDS).copy()
+    stepped = OrtDecoder(bundle, 1, 64)
+    stepped.prefill(IDS[:12])
+    for token in IDS[12:]:
+        last = stepped.step(int(token))
+    assert last.shape == (VOCAB,)
+    np.testing.assert_allclose(last, whole, atol=2e-5)
+    assert stepped.length == len(IDS)
+
+
+def test_a_prompt_may_come_in_chunks(bundle: Path) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    whole = decoder.prefill(IDS).copy()
+    decoder.reset()
+    decoder.prefill(IDS[:7])
+    np.testing.assert_allclose(decoder.prefill(IDS[7:]), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10, 19, 20, 21])
+def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    whole = decoder.prefill(IDS).copy()
+    runs = []
+    append = decoder._append
+    monkeypatch.setattr("bench.runtimes.onnxruntime.PREFILL_CHUNK", piece)
+    monkeypatch.setattr(decoder, "_append", lambda ids: runs.append(len(ids)) or append(ids))
+    decoder.reset()
+    np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)
+    assert sum(runs) == len(IDS) == decoder.length and max(runs) == min(piece, len(IDS))
+    with pytest.raises(DecoderError, match="holds 32 positions and 40 are needed"):
+        decoder.prefill(IDS)
+    assert decoder.length == len(IDS)  # no piece of a prompt that does not fit was read
+
+
+def test_reset_forgets(bundle: Path) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    first = decoder.prefill(IDS[:5]).copy()
+    decoder.step(7)
+    decoder.reset()
+    np.testing.assert_array_equal(decoder.prefill(IDS[:5]), first)
+
+
+def test_scoring_gives_every_position(bundle: Path) -> None:
+    scoring = OrtDecoder(bundle, 1, 32, scoring=True, verify=False)
+    every = scoring.logits(IDS)
+    assert every.shape == (len(IDS), VOCAB)
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    for i in (1, 9, 20):
+        decoder.reset()
+        np.testing.assert_allclose(every[i - 1], decoder.prefill(IDS[:i]), atol=2e-5)
+
+
+def test_past_and_present_share_one_buffer(bundle: Path) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    decoder.prefill(IDS)
+    cache = dict(decoder._kv)
+    key = cache["1.key"].numpy()
+    assert key.shape == (1, 1, 32, 16)  # the attention-free layer is not counted
+    assert np.abs(key[0, 0, : len(IDS)]).sum(axis=-1).all()
+    assert not key[0, 0, len(IDS) :].any()
+
+
+def test_session_options_reach_the_session(bundle: Path) -> None:
+    decoder = OrtDecoder(bundle, 1, 32, session_options={"session.disable_prepacking": "1"}, verify=False)
+    options = decoder._session.get_session_options()
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
+    assert options.intra_op_num_threads == 1
+
+
+def test_cache_that_grows_gives_the_same(bundle: Path, tmp_path: Path) -> None:
+    """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
+    for path in bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edited(tmp_path / "bundle.json", target="portable")
+    growing, shared = OrtDecoder(tmp_path, 1, 32), OrtDecoder(bundle, 1, 32)
+    for decoder in (growing, shared):
+        decoder.prefill(IDS[:9])
+        decoder.step(int(IDS[9]))
+    np.testing.assert_allclose(growing.step(5), shared.step(5), atol=2e-5)
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, tmp_path: Path, target: str) -> None:
+    for path in bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edited(tmp_path / "bundle.json", target=target)
+    decoder = OrtDecoder(tmp_path, 1, 32)
+    whole = decoder.prefill(IDS).copy()
+    for kept in (7, 0):
+        decoder.reset()
+        decoder.prefill(IDS[:7])
+        decoder.prefill(IDS[10:15])
+        decoder.step(3)
+        decoder.rewind(kept)
+        assert decoder.length == kept
+        np.testing.assert_allclose(decoder.prefill(IDS[kept:]), whole, atol=2e-5)
+    with pytest.raises(DecoderError, match="21 positions cannot be kept: 20 are in use"):
+        decoder.rewind(21)
+
+
+@pytest.mark.parametrize("length", [0, CONTEXT + 1])
+def test_context_is_refused(bundle: Path, length: int) -> None:
+    with pytest.raises(DecoderError, match=rf"{length} tokens of context .* 1 to {CONTEXT}"):
+        OrtDecoder(bundle, 1, length)
+
+
+def test_full_cache_is_refused(bundle: Path) -> None:
+    decoder = OrtDecoder(bundle, 1, 4, verify=False)
+    decoder.prefill(IDS[:4])
+    with pytest.raises(DecoderError, match="holds 4 positions and 5 are needed"):
+        decoder.step(1)
+
+
+@pytest.mark.parametrize("threads", [0, -1, len(os.sched_getaffinity(0)) + 1])
+def test_threads_are_refused(bundle: Path, threads: int) -> None:
+    with pytest.raises(DecoderError, match=f"{threads} threads"):
+        OrtDecoder(bundle, threads, 8)
+
+
+def test_changed_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    for path in bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.onnx.data"
+    weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
+    with pytest.raises(BundleError, match=r"model\.onnx\.data does not match"):
+        OrtDecoder(tmp_path, 1, 8)
+
+
+def test_broken_graph_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    for path in bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="is not an ONNX file"):
+        OrtDecoder(tmp_path, 1, 8, verify=False)
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(DecoderError, match="cannot load") as caught:
+        OrtDecoder(tmp_path, 1, 8, verify=False)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from support.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
+
+from bench.measure.one_pass import measure, warm_up
+from bench.measure.plan import Plan
+from bench.measure.result import INVALID
+from bench.measure.rounds import prompt_tokens
+from bench.measure.run import bench
+from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.onnxruntime import OrtDecoder
+from bench.runtimes.peer import PEER_PYTHON, PeerError, python_with
+from bench.runtimes.specs import read_peers
+from devices.common.gguf_header import GgufHeaderError, read_header
+from export.bundle.clients import write_genai_config
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
+from saap.models.gguf.convert import read_tokenizer_fields
+from saap.system.errors import SaapError
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAD, KV_HEADS, WIDTH = 16, 2, 64
+
+
+tick = map(float, itertools.count()).__next__
+
+
+def tiny_gguf(path: Path, *, untied: bool = False, architecture: str = "llama") -> Path:
+    """Two layers of random Q8_0 weights, and no tokenizer: the bench gives token ids."""
+    gguf = pytest.importorskip("gguf")
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(HIDDEN // HEAD)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    shapes = {"attn_q": HIDDEN, "attn_k": KV_HEADS * HEAD, "attn_v": KV_HEADS * HEAD, "attn_output": HIDDEN}
+    shapes |= {"ffn_gate": WIDTH, "ffn_up": WIDTH, "ffn_down": HIDDEN}
+    named = {f"blk.{n}.{name}.weight": rows for n in range(2) for name, rows in shapes.items()}
+    for name, rows in {"token_embd.weight": VOCAB, **named, **({"output.weight": VOCAB} if untied else {})}.items():
+        values = random.normal(0, 0.3, (rows, HIDDEN)).astype(np.float32)
+        writer.add_tensor(name, gguf.quantize(values, q8), raw_dtype=q8)
+    for n in range(2):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{n}.{name}.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def llama_cpp_python() -> str:
+    try:
+        return python_with(["llama_cpp"], "this test", "llama-cpp-python")
+    except PeerError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def genai_bundle(tmp_path: Path) -> Path:
+    """The tiny bundle in the form that genai takes: it sizes its logits by the graph's dimension, a number."""
+    return genai_form(tiny_bundle(tmp_path / "bundle"), eos=[VOCAB - 1])
+
+
+def genai_form(directory: Path, eos: list[int]) -> Path:
+    fields = {**vars(read_manifest(directory)), "eos_token_ids": eos}
+    write_genai_config(directory, BundleManifest(**fields))
+    model = onnx.load(directory / DECODE_GRAPH, load_external_data=False)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    onnx.save(model, directory / DECODE_GRAPH)
+    write_manifest(directory, BundleManifest(**fields))
+    return directory
+
+
+def test_gguf_header_counts_what_a_token_reads(tmp_path: Path) -> None:
+    tied, untied = (read_header(tiny_gguf(tmp_path / f"{u}.gguf", untied=u)) for u in (False, True))
+    assert (tied.vocab_size, tied.context_length, tied.bits) == (VOCAB, CONTEXT, 8)
+    rows = VOCAB + 2 * (HIDDEN + 2 * KV_HEADS * HEAD + HIDDEN + 2 * WIDTH + HIDDEN)
+    assert tied.weight_bytes_per_token == rows * HIDDEN // 32 * 34 + 5 * HIDDEN * 4
+    assert untied.weight_bytes_per_token == tied.weight_bytes_per_token  # the head instead of the table
+    assert len(untied.tensors) == len(tied.tensors) + 1
+    assert tied.kv_bytes_per_token(2) == 2 * KV_HEADS * 2 * HEAD * 2
+
+
+def test_gguf_header_of_layers_that_differ(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "deci")
+    writer.add_block_count(3)
+    writer.add_embedding_length(64)
+    writer.add_head_count([4, 0, 2])
+    writer.add_head_count_kv([2, 0, 1])
+    writer.add_key_length(24)
+    writer.add_value_length(8)
+    writer.add_token_list(["a", "bc", "def"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = read_header(tmp_path / "a.gguf")
+    assert header.vocab_size == 3 and header.context_length is None
+    assert header.kv_bytes_per_token(4) == 3 * (24 + 8) * 4
+
+
+def test_gguf_of_more_than_two_gigabytes(tmp_path: Path) -> None:
+    path, offset = tmp_path / "large.gguf", 3 << 30
+    first, last = (
+        struct.pack("<Q1sIQIQ", 1, name, 1, 32, 0, start) for name, start in ((b"a", 0), (b"b", offset))
+    )  # one dimension of 32 float32 numbers
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + first + last)
+    start = -(-path.stat().st_size // 32) * 32
+    with path.open("r+b") as file:
+        file.truncate(start + offset + 32 * 4)  # a hole, which takes no room
+    assert read_header(path).tensors["b"].offset == offset
+    with path.open("r+b") as file:
+        file.truncate(start + offset + 32 * 4 - 1)
+    with pytest.raises(GgufHeaderError, match="cut off"):
+        read_header(path)
+
+
+def test_damaged_gguf_is_one_line(tmp_path: Path) -> None:
+    whole = tiny_gguf(tmp_path / "a.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in (4, 12, 30, 200, 900, len(whole) - 4096):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(GgufHeaderError, match="cut off") as caught:
+            read_header(cut)
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    pairs = whole[:4] + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9)
+    for array in (struct.pack("<IQ", 4, 1 << 60), struct.pack("<IQ", 8, 1 << 30), struct.pack("<IQ", 9, 1) * 3000):
+        cut.write_bytes(pairs + array)  # more numbers or strings than the file has bytes; arrays in arrays
+        with pytest.raises(GgufHeaderError, match="cut off"):
+            read_header(cut)
+        with pytest.raises(SaapError, match="cut off"):
+            read_tokenizer_fields(cut)
+    tokens = b"tokenizer.ggml.tokens"
+    pair = struct.pack("<Q", len(tokens)) + tokens + struct.pack("<IIQQ", 9, 8, 1, 1) + b"\x9c"
+    cut.write_bytes(whole[:4] + struct.pack("<IQQ", 3, 0, 1) + pair)
+    with pytest.raises(SaapError, match=r"damaged in tokenizer\.ggml\.tokens"):
+        read_tokenizer_fields(cut)
+    cut.write_bytes(b"GGML" + whole[4:])
+    with pytest.raises(GgufHeaderError, match="no GGUF file"):
+        read_header(cut)
+    cut.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
+    with pytest.raises(GgufHeaderError, match="GGUF version 1"):
+        read_header(cut)
+    with pytest.raises(GgufHeaderError, match="cannot be read"):
+        read_header(tmp_path / "none.gguf")
+
+
+def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -> None:
+    """A wrong position, a cache that was not cleared or a stale view of the logits would give other tokens."""
+    path = tiny_gguf(tmp_path / "tiny.gguf")
+    code = f"""
+import json, itertools, numpy as np
+from pathlib import Path
+from bench.runtimes.llama_cpp import LlamaCppDecoder
+from bench.measure.one_pass import measure
+clock = map(float, itertools.count()).__next__
+decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
+prompt = np.array([1, 5, 9, 7])
+stepped = [measure(decoder, prompt, 12, clock).tokens for _ in range(2)]
+whole = []
+for n in range(13):
+    decoder.reset()
+    whole.append(int(np.argmax(decoder.prefill(np.array([1, 5, 9, 7, *whole])))))
+print(json.dumps([*stepped, whole, decoder.prefill(prompt).shape]))
+"""
+    done = subprocess.run([llama_cpp_python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, again, whole, shape = json.loads(done.stdout)
+    assert first == again == whole and len(first) == 13 and shape == [VOCAB]
+    assert len(set(first)) > 3  # so that agreement says something
+
+
+def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
+    bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
+    unknown = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
+    specs = [str(bundle), f"llama.cpp:{path}", f"llama.cpp:{unknown}"]
+    result = bench(specs, Plan(prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60, cold=False))
+    ours, theirs, broken = result.measurements
+    assert (theirs.name, theirs.kind) == ("tiny (llama.cpp)", "llama.cpp")
+    assert len(ours.samples) == len(theirs.samples) == 2 and len(theirs.samples[0].token_s) == 5
+    assert theirs.model.kv_bytes_per_token == 2 * KV_HEADS * 2 * HEAD * 2 and theirs.model.bits == 8
+    assert theirs.model.model_bytes == path.stat().st_size and theirs.model.vocab_size == VOCAB
+    assert "CPU" in result.versions["llama.cpp system"] and "n_ubatch 512" in result.versions["llama.cpp options"]
+    assert broken.status == INVALID and broken.samples == []
+    assert "cannot load" in broken.reasons[0] and "unknown model architecture" in broken.reasons[0]
+
+
+def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from bench.runtimes.genai import GenaiDecoder
+
+    prompt = np.array(prompt_tokens(6, VOCAB, 0))
+    ours = measure(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick)
+    assert VOCAB - 1 not in ours.tokens  # genai would have suppressed it
+    decoder = GenaiDecoder(genai_bundle, 1, 26)
+    warm_up(decoder, prompt, 4, tick)
+    theirs = [measure(decoder, prompt, 20, tick) for _ in range(2)]
+    assert [done.tokens for done in theirs] == [ours.tokens] * 2
+    assert len(theirs[0].token_s) == 20
+
+
+def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from bench.runtimes.genai import GenaiDecoder
+
+    prompt = np.array(prompt_tokens(6, VOCAB, 0))
+    first = measure(OrtDecoder(genai_bundle, 1, 8, verify=False), prompt, 1, tick).tokens
+    genai_form(genai_bundle, eos=first)
+    done = measure(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
+    assert len(done.tokens) == 13 and not set(first) & set(done.tokens)
+
+
+def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    result = bench(
+        [str(genai_bundle), f"genai:{genai_bundle}"],
+        Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
+    )
+    ours, theirs = result.measurements
+    assert len(theirs.samples) == 1, theirs.reasons
+    assert (theirs.name, theirs.kind) == ("bundle (genai)", "genai")
+    assert theirs.model == ours.model and theirs.bundle_hash == ours.bundle_hash is not None
+    assert "onnxruntime-genai" in result.versions
+
+
+def test_graph_facts_agree_with_the_manifest(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    manifest, facts = read_manifest(bundle), graph_facts(bundle / DECODE_GRAPH)
+    assert facts["bits"] == 32 and facts["kv_bytes_per_token"] == manifest.kv_bytes_per_token
+    assert facts["model_bytes"] == sum((bundle / name).stat().st_size for name in (DECODE_GRAPH, "model.onnx.data"))
+    # The manifest of this toy counts every float; the table and the rotary tables are only looked up in.
+    looked_up = 4 * (VOCAB * HIDDEN + 2 * CONTEXT * 8)
+    assert 0 <= facts["weight_bytes_per_token"] - (manifest.weight_bytes_per_token - looked_up) < 256
+    assert facts["parameters"] is None and "parameters" in facts["unknown"]
+
+
+def test_graph_facts_of_packed_weights(tmp_path: Path) -> None:
+    helper, types = onnx.helper, onnx.TensorProto
+    packed = onnx.numpy_helper.from_array(np.zeros((64, 2, 16), np.uint8), "w")
+    scales = onnx.numpy_helper.from_array(np.ones((64, 2), np.float32), "s")
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=64, N=64, bits=4)
+    x, y = (helper.make_tensor_value_info(n, types.FLOAT, [1, 1, 64]) for n in "xy")
+    past = helper.make_tensor_value_info("past_key_values.0.key", types.FLOAT16, ["b", 2, "past", "size"])
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [x, past], [y], [packed, scales])), tmp_path / "g.onnx")
+    facts = graph_facts(tmp_path / "g.onnx", head_size=24)
+    assert (facts["bits"], facts["weight_bytes_per_token"]) == (4, 64 * 32 + 64 * 8)
+    assert facts["kv_bytes_per_token"] == 2 * 24 * 2
+    unsized = graph_facts(tmp_path / "g.onnx")
+    assert unsized["kv_bytes_per_token"] is None and "kv_bytes_per_token" in unsized["unknown"]
+
+
+def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is an extra of its own")
+    import torch
+    import transformers
+
+    from bench.runtimes.optimum import OptimumDecoder
+    from export.portable.write import export_portable
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "tiny")
+    export_portable(tmp_path / "tiny", tmp_path / "bundle", writer="saap")
+    if not (tmp_path / "bundle/config.json").exists():
+        config.save_pretrained(tmp_path / "bundle")
+    (peer,) = read_peers([f"optimum:{tmp_path / 'bundle'}"], 12)
+    assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == ("optimum", 64, False)
+    prompt = np.array([3, 1, 4, 1, 5])
+    decoder = OptimumDecoder(peer.path, 1, 32)
+    done = [measure(decoder, prompt, 7, tick).tokens for _ in range(2)]
+    expected = model.generate(
+        torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert done == [expected[0, 5:].tolist()] * 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in interpreter is a shell script")
+def test_a_peer_in_another_python_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process: an interpreter with a package of the peer's name, which aborts when it is used."""
+    package = tmp_path / "packages/llama_cpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import os, sys\nprint('GGML_ASSERT(x) failed', file=sys.stderr)\nos.abort()\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(PEER_PYTHON, str(python))
+    bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
+    result = bench(
+        [f"llama.cpp:{path}", str(bundle)],
+        Plan(prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60, cold=False),
+    )
+    crashed, ours = result.measurements
+    assert crashed.status == INVALID and crashed.samples == []
+    assert crashed.reasons == ["killed by SIGABRT: GGML_ASSERT(x) failed"]
+    assert len(ours.samples) == 2
+
+
+def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PEER_PYTHON, raising=False)
+    with pytest.raises(PeerError, match="x needs no_such_package, which is not installed: pip install some-package"):
+        python_with(["no_such_package"], "x", "some-package")
+    assert python_with(["numpy"], "x", "numpy") == sys.executable
+    monkeypatch.setenv(PEER_PYTHON, sys.executable)
+    with pytest.raises(PeerError, match=f"not installed in {sys.executable} or here"):
+        python_with(["no_such_package.part"], "x", "some-package")
+    monkeypatch.setenv(PEER_PYTHON, "/nowhere/python")
+    with pytest.raises(PeerError, match="/nowhere/python does not run"):
+        python_with(["numpy"], "x", "numpy")
+
+
+def test_bad_specs_are_one_line(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "a.gguf")
+    bundle = tiny_bundle(tmp_path / "bundle")  # its genai_config.json is empty
+    (tmp_path / "config.json").write_text("{}")
+    for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None)):
+        (tmp_path / name).mkdir()
+        model = {"vocab_size": 9, "context_length": 9, "decoder": {"filename": graph}}
+        (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
+    for spec, length, message in (
+        (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
+        (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),
+        (f"llama.cpp:{tmp_path}", 8, "cannot be read"),
+        (f"genai:{bundle}", 8, "names no vocab_size"),
+        (f"genai:{tmp_path}", 8, "no genai_config.json"),
+        (f"genai:{tmp_path / 'long'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"genai:{tmp_path / 'above'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"genai:{tmp_path / 'none'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"optimum:{bundle}", 8, "no config.json"),
+        (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
+        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            read_peers([spec], length)
+        assert "\n" not in str(caught.value) and getattr(caught.value, "exit_code", None) == 2, spec

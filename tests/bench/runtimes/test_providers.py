@@ -1,0 +1,152 @@
+"""Fallbacks of ONNX Runtime: real ones on the CPU (Azure's provider computes nothing here), others on a fake GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from support.edited import edited
+from support.fake_gpu import CPU, CUDA, TENSORRT, Machine
+from support.tiny_graphs import tiny_bundle
+
+from bench.runtimes.decoders import make_decoder, provider_facts
+from bench.runtimes.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
+from bench.runtimes.session import DecoderError
+from export.bundle.manifest import BundleError, read_manifest
+
+AZURE = "AzureExecutionProvider"
+SHAPES = ["Shape", "Gather", "Cast"]
+COMPUTED = ["MatMul", "GroupQueryAttention", "LayerNormalization", "Relu"]
+needs_azure = pytest.mark.skipif(AZURE not in ort.get_available_providers(), reason=f"this ONNX Runtime has no {AZURE}")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    path = tiny_bundle(tmp_path / "bundle")
+    edited(path / "bundle.json", target="cuda")
+    return path
+
+
+def run_once(gpu: GpuSession) -> None:
+    feed = {"input_ids": np.ones((1, 3), np.int64), "attention_mask": np.ones((1, 3), np.int64)}
+    caches = [i for i in gpu.session.get_inputs() if i.name.startswith("past")]
+    gpu.session.run(None, {**feed, **{i.name: np.zeros((1, i.shape[1], 0, 16), np.float32) for i in caches}})
+
+
+@needs_azure
+@pytest.mark.parametrize("older", [False, True])
+def test_a_real_silent_fallback_is_found(bundle, older) -> None:
+    """The provider is in the session and first, and every node runs on the CPU."""
+    runtime = ort
+    if older:  # whose sessions do not tell where their nodes are, so that the profile must
+        session = lambda *args, **kwargs: ort.InferenceSession(*args, **kwargs)  # noqa: E731
+        names = ("SessionOptions", "ExecutionMode", "__version__")
+        runtime = SimpleNamespace(InferenceSession=session, **{name: getattr(ort, name) for name in names})
+    gpu = GpuSession(bundle / "model.onnx", 1, [(AZURE, {})], runtime)
+    run_once(gpu)
+    facts = gpu.facts(AZURE)
+    assert facts.active == AZURE and facts.fallback
+    assert set(facts.on_cpu) == set(COMPUTED)
+    assert facts.nodes == {"cpu": 35}
+
+
+def test_a_session_without_its_provider_is_refused(bundle) -> None:
+    with pytest.raises(DecoderError, match=rf"could not start {CUDA} and would run .* on {CPU}") as caught:
+        make_decoder(bundle, 1, 16, "cuda", runtime=Machine(nodes={}, starts=False))
+    assert "\n" not in str(caught.value)
+    broken = Machine(nodes={}, fails={CUDA: "out of memory\nat line 3"})
+    with pytest.raises(DecoderError, match=rf"1\.99\.0 cannot run .*model\.onnx on {CUDA}: out of memory$"):
+        make_decoder(bundle, 1, 16, "cuda", runtime=broken)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "on_cpu", "fallback"),
+    [
+        ({CUDA: ["MatMulNBits", "MatMulNBits"], CPU: SHAPES}, (), False),
+        ({CUDA: ["MatMulNBits"], CPU: [*SHAPES, "MatMulNBits", "MatMulNBits"]}, ("MatMulNBits",), True),
+        ({CPU: SHAPES}, (), True),
+    ],
+)
+def test_shapes_on_the_cpu_are_no_fallback_and_matrices_are(bundle, nodes, on_cpu, fallback) -> None:
+    decoder = make_decoder(bundle, 1, 16, "cuda", runtime=Machine(nodes))
+    decoder.prefill(np.arange(4))
+    facts = provider_facts(decoder)
+    assert (facts.asked, facts.active, facts.on_cpu, facts.fallback) == ("cuda", "cuda", on_cpu, fallback)
+    assert facts.nodes == {"cuda" if key == CUDA else "cpu": len(value) for key, value in nodes.items()}
+    assert provider_facts(decoder).active == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "counted", "fallback"),
+    [
+        ({TENSORRT: ["MatMul"] * 8, CUDA: ["Range"]}, {"tensorrt": 8, "cuda": 1}, False),
+        ({TENSORRT: ["MatMul"] * 8, CPU: ["BitShift"]}, {"tensorrt": 8, "cpu": 1}, True),
+        ({CUDA: ["MatMul"] * 9}, {"cuda": 9}, True),  # TensorRT took nothing
+    ],
+)
+def test_tensorrt_may_leave_nodes_to_cuda_but_not_all(bundle, monkeypatch, tmp_path, nodes, counted, fallback) -> None:
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    edited(bundle / "bundle.json", target="portable")
+    facts = provider_facts(make_decoder(bundle, 1, 16, "tensorrt", runtime=Machine(nodes)))
+    assert (facts.active, facts.nodes, facts.fallback) == ("tensorrt", counted, fallback)
+
+
+def test_an_older_runtime_is_profiled_until_the_first_sequence_ends(bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "profiles"))
+    (tmp_path / "profiles").mkdir()
+    machine = Machine()
+    decoder = make_decoder(bundle, 1, 16, "cuda", runtime=machine)
+    decoder.reset()
+    decoder.prefill(np.arange(4))
+    decoder.step(3)
+    assert "profile ends" not in machine.log
+    for _ in range(2):
+        decoder.reset()
+        decoder.prefill(np.arange(4))
+    assert machine.log.count("profile ends") == 1
+    facts = provider_facts(decoder)  # the fake computed on the CPU, and the profile says so
+    assert facts.fallback and set(facts.on_cpu) == set(COMPUTED) and facts.nodes == {"cpu": 35}
+    assert not list((tmp_path / "profiles").iterdir())
+
+
+def test_a_profile_counts_nodes_not_runs() -> None:
+    def event(name: str, operator: str, provider: str) -> dict[str, object]:
+        return {"cat": "Node", "name": name, "args": {"provider": provider, "op_name": operator}}
+
+    events = [event("a_kernel_time", "MatMul", CUDA), event("b_kernel_time", "MatMul", CUDA)] * 3
+    other = [{"cat": "Session", "name": "model_run"}, {"cat": "Node", "name": "a_fence_before", "args": {}}]
+    other.append({**event("ampere_gemm", "MatMul", CUDA), "cat": "Kernel"})  # of a build that traces the GPU
+    expected = {CUDA: Counter(MatMul=2), CPU: Counter(Shape=1)}
+    assert placed_by_profile([*events, *other, event("c_kernel_time", "Shape", CPU)]) == expected
+
+
+def test_a_decoder_of_the_cpu_has_no_fallback(tmp_path) -> None:
+    decoder = make_decoder(tiny_bundle(tmp_path / "bundle"), 1, 16)
+    facts = provider_facts(decoder)
+    assert facts == ProviderFacts("cpu", "cpu", None, ()) and not facts.fallback
+    assert provider_facts(decoder).active == "cpu"
+
+
+def test_a_provider_that_is_not_installed_is_refused_before_anything_is_loaded(bundle) -> None:
+    with pytest.raises(DecoderError, match=rf"needs {CUDA}, .* has only {CPU}: .*onnxruntime-gpu.*Jetson") as caught:
+        check_provider(read_manifest(bundle), "cuda", "B", runtime=Machine(available=(CPU,)))
+    assert "\n" not in str(caught.value)
+    check_provider(read_manifest(bundle), "cuda", "B", runtime=Machine(available=(CUDA, CPU)), cuda_graph=True)
+    if CUDA not in ort.get_available_providers():  # the real one
+        with pytest.raises(DecoderError, match=f"this ONNX Runtime {ort.__version__} has only"):
+            check_provider(read_manifest(bundle), "cuda", "B")
+    with pytest.raises(DecoderError, match="no provider 'rocm': give cpu, cuda, tensorrt"):
+        check_provider(read_manifest(bundle), "rocm", "B")
+
+
+def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle, tmp_path) -> None:
+    (bundle / "model.onnx.data").rename(tmp_path / "data")
+    (bundle / "model.onnx.data").symlink_to(tmp_path / "data")
+    machine = Machine(nodes={})
+    with pytest.raises(BundleError, match="outside the bundle's folder"):
+        GpuSession(bundle / "model.onnx", 1, [(CUDA, {})], machine)
+    assert machine.sessions == []

@@ -1,0 +1,111 @@
+"""The plugin in suites of their own, each in a fresh pytest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.tiny_graphs import tiny_bundle
+
+from bench.judge import regression
+from bench.judge.baselines import write_baseline
+from bench.judge.regression import record
+from bench.measure.plan import Plan
+from bench.measure.run import bench
+from bench.pytest_plugin import Device
+from saap.cli.guard import name_of
+
+pytest_plugins = ["pytester"]
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = """
+import pytest
+
+def test_plain():
+    pass
+
+@pytest.mark.device
+def test_marked_by_somebody_else():
+    pass
+
+def test_on_the_device(saap_device):
+    assert saap_device.measure("tiny", prompt=4, generate=4, threads=1, repetitions=3).measurements[0].samples
+
+def test_against_the_baseline(saap_device):
+    verdict = saap_device.check("tiny", min_effect=0.9)
+    assert {check.what for check in verdict.checks} >= {"decode", "greedy tokens", "NLL"}
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    pytester.makepyfile(SUITE)
+    return pytester
+
+
+def ran(suite: pytest.Pytester, *options: str) -> pytest.RunResult:
+    return suite.runpytest_subprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
+
+
+def test_without_a_device_they_are_skipped_and_others_are_not(suite: pytest.Pytester) -> None:
+    done = ran(suite)
+    done.assert_outcomes(passed=2, skipped=2)
+    done.stdout.fnmatch_lines(["*no device: name one with --saap-device*"])
+
+
+def test_the_mark_selects_them(suite: pytest.Pytester) -> None:
+    ran(suite, "-m", "not device").assert_outcomes(passed=1, deselected=3)
+
+
+def test_on_this_host_against_a_baseline(suite: pytest.Pytester) -> None:
+    bundle = tiny_bundle(suite.path / "tiny")
+    plan = Plan(prompt=4, generate=4, threads=1, repetitions=3, cold=False, text=tuple(range(3, 23)))
+    write_baseline(suite.path / "kept", record("tiny", lambda p: bench([str(bundle)], p), plan))
+    ran(suite, "--saap-device", "local", "--saap-baselines", "kept").assert_outcomes(passed=4)
+    tiny_bundle(bundle, seed=1)
+    done = ran(suite, "--saap-device", "local", "--saap-baselines", "kept")
+    done.assert_outcomes(passed=3, failed=1)
+    done.stdout.fnmatch_lines(["*greedy tokens: worse, token 1 of 16*"])
+
+
+def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def retest(folder: Path, name: str, measure: object, **options: object) -> object:
+        names.append(name)
+        return SimpleNamespace(checks=[SimpleNamespace(verdict="worse")])
+
+    monkeypatch.setattr(regression, "retest", retest)
+    monkeypatch.setattr(regression, "told", lambda check: "decode: worse")
+    with pytest.raises(AssertionError, match="decode: worse"):
+        Device("ssh://board", tmp_path, 1.0).check("prepacked:tiny")
+    assert names == ["tiny"] == [name_of("prepacked:tiny", None)]
+
+
+def test_no_baseline_says_how_to_make_one(suite: pytest.Pytester) -> None:
+    tiny_bundle(suite.path / "tiny")
+    done = ran(suite, "--saap-device", "local", "-k", "baseline")
+    done.stdout.fnmatch_lines(["*RegressionError*devices/baselines holds no baseline of tiny: record one*"])
+
+
+def test_an_installation_brings_it() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    ((name, value),) = declared.items()
+    plugin = EntryPoint(name, value, "pytest11").load()
+    assert plugin.pytest_addoption and plugin.saap_device
+
+
+def test_what_names_no_board_is_refused(suite: pytest.Pytester) -> None:
+    done = ran(suite, "--saap-device", "telnet://board")
+    done.assert_outcomes(passed=2, errors=2)
+    done.stdout.fnmatch_lines(["*--saap-device: 'telnet://board' names no board*"])

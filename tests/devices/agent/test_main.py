@@ -1,0 +1,327 @@
+"""The board's store of files, its lock, and its installations."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from support.agent_requests import KEY, OTHER, RUN, boot, nothing, put, request, stream
+
+from devices.agent import files as agent_files
+from devices.agent import home as agent_home
+from devices.agent import install as agent_install
+from devices.agent import main as agent
+from devices.agent.files import Store, inside
+from devices.agent.home import AgentError, Lock, started
+from devices.agent.install import install, ready
+
+DATA = bytes(range(256)) * 400
+SHA = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def test_a_file_goes_on_where_it_was_cut(store):
+    assert store.held(SHA) == 0
+    with pytest.raises(AgentError, match="cut short") as caught:
+        store.receive(SHA, len(DATA), 0, stream(DATA[:1000]), nothing)
+    assert caught.value.again and store.held(SHA) == 1000
+    with pytest.raises(AgentError, match="another offset"):
+        store.receive(SHA, len(DATA), 500, stream(DATA[500:]), nothing)
+    store.receive(SHA, len(DATA), 1000, stream(DATA[1000:]), nothing)
+    assert store.held(SHA) is None and store.file(SHA).read_bytes() == DATA
+    assert [path.name for path in store.path.iterdir()] == [SHA]
+
+
+def test_other_bytes_than_were_promised_are_thrown_away(store):
+    with pytest.raises(AgentError, match="it arrived damaged"):
+        store.receive(SHA, len(DATA), 0, stream(DATA[:-1] + b"!"), nothing)
+    assert store.held(SHA) == 0 and not list(store.path.iterdir())
+    store.file(SHA).write_bytes(DATA[:-1] + b"!")  # rotted where it lay
+    assert store.held(SHA) == 0 and not store.file(SHA).exists()
+
+
+def test_no_more_is_taken_than_was_promised(store):
+    store.receive(SHA, len(DATA), 0, stream(DATA + b"more"), nothing)
+    assert store.file(SHA).read_bytes() == DATA
+
+
+def test_a_file_that_is_still_being_written_is_left_alone(store):
+    with (store.path / f"{SHA}.part").open("ab") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(AgentError, match="still being written") as caught:
+            store.receive(SHA, len(DATA), 0, stream(DATA), nothing)
+    assert caught.value.again
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """One of a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here: a full disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_becomes_full(small_disk):
+    store, data = Store(small_disk), bytes(3 << 20)
+    with pytest.raises(AgentError, match=r"the disk is full: 3 MB are needed in .*: free some, or name another folder"):
+        store.receive(hashlib.sha256(data).hexdigest(), len(data), 0, stream(data), nothing)
+    assert not list(store.path.iterdir())
+    assert agent_files.free(small_disk) > 900_000
+
+
+def test_room_is_made_from_what_was_used_longest_ago(store, monkeypatch):
+    monkeypatch.setattr(agent_files, "CACHE_BYTES", 250)
+    names = [character * 64 for character in "abcd"]
+    for age, name in enumerate(names):
+        (store.path / name).write_bytes(b"x" * 100)
+        os.utime(store.path / name, (1000 - age, 1000 - age))  # d is the oldest
+    store.make_room([names[3]], 0)
+    assert sorted(path.name[0] for path in store.path.iterdir()) == ["a", "d"]
+    store.make_room([names[3]], 1 << 60)  # more than any disk has
+    assert [path.name[0] for path in store.path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", ".", "a\0b", None, 3])
+def test_paths_that_leave_their_folder(store, tmp_path, name):
+    with pytest.raises(AgentError, match="leaves the folder"):
+        inside(name)
+    store.receive(SHA, len(DATA), 0, stream(DATA), nothing)
+    if isinstance(name, str):
+        with pytest.raises(AgentError, match="leaves the folder"):
+            store.lay_out(tmp_path / "run", {name: SHA})
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("sha", ["", "../lock.json", "A" * 64, "a" * 63, None])
+def test_what_is_no_hash_names_no_file(store, sha):
+    with pytest.raises(AgentError, match="no sha256"):
+        store.held(sha)
+
+
+def test_bundles_are_laid_out_as_second_names(store, tmp_path):
+    store.receive(SHA, len(DATA), 0, stream(DATA), nothing)
+    store.lay_out(tmp_path / "run", {"model.onnx": SHA, "deep/er.bin": SHA})
+    assert (tmp_path / "run/deep/er.bin").stat().st_ino == store.file(SHA).stat().st_ino
+    with pytest.raises(AgentError, match="not there any more"):
+        store.lay_out(tmp_path / "run", {"gone": "b" * 64})
+
+
+def test_bundles_are_copied_where_there_are_no_second_names(store, tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted", str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    put(tmp_path, "x" * (3 << 20))
+    (sha,) = [path.name for path in store.path.iterdir()]
+    beats = []
+    Store(tmp_path, lambda: beats.append(1)).lay_out(tmp_path / "run", {"a/model.onnx": sha})
+    assert (tmp_path / "run/a/model.onnx").read_bytes() == store.file(sha).read_bytes()
+    assert len(beats) > 2  # the lock is kept, and the other side hears of it
+
+
+def asked_alone(folder, line, head=b""):
+    """The agent as a process of its own; its standard input stays open."""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", "from devices import agent; agent.GONE_S = 1; agent.main()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "SAAP_CACHE": folder},
+    )  # fmt: skip
+    agent.stdin.write(json.dumps({"root": "/", **line}).encode() + b"\n" + head)
+    agent.stdin.flush()
+    return agent
+
+
+def test_a_sender_that_fell_silent_leaves_the_file_to_the_next(store, tmp_path):
+    line = {"do": "put", "sha": SHA, "size": len(DATA), "offset": 0}
+    with asked_alone(str(tmp_path), line, DATA[:50_000]) as agent:
+        assert agent.wait(30) == 0  # though nobody closed its standard input
+        assert b'"again": true' in agent.stdout.read()
+        agent.stdin.close()
+    assert store.held(SHA) == 50_000
+    store.receive(SHA, len(DATA), 50_000, stream(DATA[50_000:]), nothing)
+
+
+def test_a_file_of_another_user_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+
+    def refused(folder, request, tell):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "lock.guard"))
+
+    monkeypatch.setitem(agent.REQUESTS, "hello", refused)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"do": "hello", "root": "/"}\n')))
+    agent.main()
+    assert f"{tmp_path}/lock.guard: Permission denied: give it to this user" in capsys.readouterr().out
+
+
+def test_the_lock_is_of_one_run(tmp_path):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann@desk")
+    lock.take(RUN, "ann@desk")  # the same request, made again
+    lock.process(RUN, os.getpid())
+    with pytest.raises(AgentError, match=rf"ann@desk measures there since 0 s \(process {os.getpid()} there\): wait"):
+        lock.take(OTHER, "bob@desk")
+    lock.release(OTHER)
+    assert lock.holds(RUN)
+    lock.release(RUN)
+    lock.take(OTHER, "bob@desk")
+    assert lock.holds(OTHER)
+
+
+def test_a_request_that_hears_late_of_its_cut_leaves_the_lock_to_the_one_made_again(tmp_path, monkeypatch):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann")
+    mine = os.getpid()
+    monkeypatch.setattr(agent_home.os, "getpid", lambda: mine + 1)
+    lock.take(RUN, "ann")  # over another connection
+    monkeypatch.setattr(agent_home.os, "getpid", lambda: mine)
+    lock.untake(RUN)
+    assert lock.holds(RUN)
+    lock.take(RUN, "ann")
+    lock.untake(RUN)
+    assert not lock.path.exists()
+
+
+@pytest.mark.parametrize("jump", [-agent_home.STALE_S - 1, 10 * 365 * 86400.0])
+def test_a_lock_that_nobody_holds_is_free_whichever_way_the_clock_jumped(tmp_path, jump):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann")
+    with pytest.raises(AgentError, match="ann measures"):
+        lock.take(OTHER, "bob")
+    then = time.time() + jump
+    os.utime(lock.path, (then, then))
+    lock.take(OTHER, "bob")
+    assert lock.holds(OTHER)
+
+
+def test_a_lock_without_a_process_holds_while_it_is_touched(tmp_path):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "ann")
+    old = time.time() - agent_home.STALE_S - 1
+    os.utime(lock.path, (old, old))
+    lock.process(RUN, os.getpid())  # touches it, and names a process that runs
+    os.utime(lock.path, (old, old))
+    with pytest.raises(AgentError, match="ann measures"):
+        lock.take(OTHER, "bob")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock.process(RUN, child.pid)
+    child.communicate(b"\n")
+    with pytest.raises(AgentError, match="ann measures"):  # it may be fetching
+        lock.take(OTHER, "bob")
+    os.utime(lock.path, (old, old))
+    lock.take(OTHER, "bob")
+    assert lock.holds(OTHER)
+
+
+def test_a_lock_does_not_outlive_a_boot(tmp_path):
+    root = boot(tmp_path / "root", "first")
+    Lock(tmp_path, root).take(RUN, "ann")
+    boot(tmp_path / "root", "second")
+    Lock(tmp_path, root).take(OTHER, "bob")
+    assert Lock(tmp_path, root).holds(OTHER)
+
+
+def test_a_process_is_known_by_its_start_too():
+    mine = started(os.getpid())
+    assert mine is not None and agent_home.alive(os.getpid(), mine)
+    assert not agent_home.alive(os.getpid(), str(int(mine) - 1))
+    zombie = subprocess.Popen(["true"])
+    time.sleep(0.3)
+    assert started(zombie.pid) is None
+    zombie.wait()
+
+
+def test_the_folder_is_where_the_users_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "there"))
+    assert agent_home.home() == tmp_path / "there"
+    monkeypatch.delenv("SAAP_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert agent_home.home() == tmp_path / ".cache/saap"
+    monkeypatch.chdir(tmp_path)
+    for relative in ("here", "~/here"):  # the run is started in another folder
+        monkeypatch.setenv("SAAP_CACHE", relative)
+        assert agent_home.home() == tmp_path / "here"
+    monkeypatch.setenv("SAAP_CACHE", "/proc/no")
+    with pytest.raises(AgentError, match="/proc/no cannot be written"):
+        agent_home.home()
+
+
+def test_installations(tmp_path):
+    asked = request(tmp_path, "")
+    made = install(tmp_path, asked, lambda: None)
+    assert made["python"] == sys.executable and "onnxruntime" in made["versions"]
+    assert ready(tmp_path, KEY, lambda: None) == made
+    (tmp_path / f"agent-{KEY}/ready.json").write_text('{"python": "/no/such/python"}')
+    assert ready(tmp_path, KEY, lambda: None) is None  # the board's Python was upgraded
+    assert install(tmp_path, asked, lambda: None) == made
+
+
+def test_code_that_leaves_its_folder_is_refused_and_nothing_is_left(tmp_path):
+    asked = {**request(tmp_path, ""), "code": put(tmp_path, {"../../x.py": "print(1)"})}
+    with pytest.raises(AgentError, match="leaves the folder"):
+        install(tmp_path, asked, lambda: None)
+    assert not list(tmp_path.glob("agent-*")) and not list(tmp_path.rglob("x.py"))
+
+
+def test_packages_that_are_not_there(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'onnxruntime'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(agent_install.sys, "executable", str(python))
+    with pytest.raises(AgentError, match=r"does not have what the bench needs: ModuleNotFoundError.*onnxruntime"):
+        install(tmp_path, request(tmp_path, ""), lambda: None)
+    python.write_text(
+        "#!/bin/sh\necho 'The virtual environment was not created: ensurepip is not available.'\nexit 1\n"
+    )
+    with pytest.raises(AgentError, match="sudo apt install python3-venv"):
+        install(tmp_path, {**request(tmp_path, ""), "own": True}, lambda: None)
+    assert not list(tmp_path.glob("agent-*"))
+
+
+def test_no_index_and_no_wheels(tmp_path):
+    """A real pip in a real venv, which finds nothing in an empty folder."""
+    asked = {
+        **request(tmp_path, ""),
+        "own": True,
+        "requirements": ["onnxruntime"],
+        "wheels": {"other.txt": put(tmp_path, {})},
+    }
+    with pytest.raises(AgentError, match=r"cannot be installed: push the right ones.*No matching distribution"):
+        install(tmp_path, asked, lambda: None)
+    assert not list(tmp_path.glob("agent-*"))
+
+
+def test_an_installation_whose_connection_is_cut_ends(tmp_path, monkeypatch):
+    beats = []
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) > 1:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        agent_install._run([sys.executable, "-c", "import time; time.sleep(60)"], beat)
+    assert not [p for p in psutil.Process().children() if "time.sleep(60)" in p.cmdline()]
+
+
+def test_old_installations_are_removed(tmp_path):
+    for index, key in enumerate(("1" * 16, "2" * 16, "3" * 16)):
+        place = tmp_path / f"agent-{key}"
+        place.mkdir()
+        os.utime(place, (index, index))
+    install(tmp_path, request(tmp_path, ""), lambda: None)
+    assert sorted(path.name for path in tmp_path.glob("agent-*")) == [f"agent-{'3' * 16}", f"agent-{KEY}"]

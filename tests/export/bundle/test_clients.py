@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
+
+from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.clients import (
+    genai_config,
+    genai_tokenizer_note,
+    optimum_config,
+    write_genai_config,
+    write_optimum_config,
+)
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
+from export.bundle.tokenizer import BundleTokenizer
+from export.generate.run import generate
+from export.write import export_bundle
+from saap.models.checkpoint import load_model, read_config
+from saap.models.structures import LayerPlan, PrunePlan
+from tests.saap.prune.cut.test_surgery import cut
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny_bundle(tmp_path_factory.mktemp("clients") / "bundle")
+
+
+def without(manifest: BundleManifest, **changes) -> BundleManifest:
+    return BundleManifest(**{**{n: getattr(manifest, n) for n in manifest.__dataclass_fields__}, **changes})
+
+
+def test_config_names_every_cache_tensor_of_the_graph(bundle):
+    decoder = genai_config(read_manifest(bundle))["model"]["decoder"]
+    model = onnx.load(bundle / decoder["filename"], load_external_data=False)
+    layers = range(decoder["num_hidden_layers"])
+    for told, has in ((decoder["inputs"], model.graph.input), (decoder["outputs"], model.graph.output)):
+        named = {name % n if "%d" in name else name for name in told.values() for n in layers}
+        assert named == {value.name for value in has}
+
+
+def test_sizes_are_of_the_layers_that_have_a_cache(bundle):
+    config = genai_config(read_manifest(bundle))
+    decoder = config["model"]["decoder"]
+    assert (decoder["head_size"], decoder["hidden_size"], config["model"]["vocab_size"]) == (HEAD_DIM, HIDDEN, VOCAB)
+    # Layers of 4/2, none and 3/1 heads: two with a cache, the largest counts.
+    assert (decoder["num_hidden_layers"], decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (2, 4, 2)
+    assert config["model"]["context_length"] == config["search"]["max_length"] == CONTEXT
+    assert config["search"]["past_present_share_buffer"] is True
+    assert config["search"]["do_sample"] is False
+
+
+def test_every_end_of_text_id_and_an_id_of_zero_survive(bundle):
+    manifest = without(read_manifest(bundle), eos_token_ids=[0, 2, 7], bos_token_id=0)
+    model = genai_config(manifest)["model"]
+    assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([0, 2, 7], 0, 0)
+    assert genai_config(manifest, pad_token_id=5)["model"]["pad_token_id"] == 5
+    assert genai_config(without(manifest, bos_token_id=None, eos_token_ids=[3]))["model"]["bos_token_id"] == 3
+
+
+def test_search_defaults_of_the_model_go_over_greedy_ones(bundle):
+    search = genai_config(read_manifest(bundle), search={"do_sample": True, "top_p": 0.9})["search"]
+    assert (search["do_sample"], search["top_p"], search["top_k"]) == (True, 0.9, 50)
+
+
+def test_model_without_attention_has_no_cache(bundle):
+    manifest = without(read_manifest(bundle), layers=[LayerSizes(0, 0, 64)])
+    assert genai_config(manifest)["model"]["decoder"]["num_hidden_layers"] == 0
+
+
+def test_writer_leaves_the_document_and_nothing_beside_it(tmp_path, bundle):
+    manifest = read_manifest(bundle)
+    path = write_genai_config(tmp_path, manifest)
+    assert json.loads(path.read_text()) == genai_config(manifest)
+    assert [p.name for p in tmp_path.iterdir()] == ["genai_config.json"]
+
+
+IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+UNEVEN = (
+    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
+    LayerPlan((0, 1, 2, 3, 4, 5), (0, 1, 2), tuple(range(64))),
+    LayerPlan((2, 3), (1,), ()),  # another number of KV heads, and no FFN
+)
+NARROW = tuple(LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(width))) for width in (32, 96, 64))  # KV heads alike
+
+
+def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai")
+    slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle"
+    export_bundle(slim, directory)
+    tokenizer = BundleTokenizer(directory)
+    ours = generate(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", max_tokens=24, stop_ids=())
+    assert "".join(ours)
+    ids = tokenizer.encode_chat("The quick brown fox")
+    model = og.Model(str(directory))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=64)
+    generator, theirs = og.Generator(model, parameters), og.Tokenizer(model)
+    prompt = theirs.apply_chat_template(
+        '[{"role": "user", "content": "The quick brown fox"}]', add_generation_prompt=True
+    )
+    assert theirs.encode(prompt).tolist() == ids
+    generator.append_tokens(np.array([ids], np.int32))
+    drawn = []
+    while len(drawn) < 24 and not generator.is_done():
+        generator.generate_next_token()
+        drawn.append(int(generator.get_next_tokens()[0]))
+    assert len(drawn) == 24
+    assert drawn == ours.drawn
+    # genai's stream swallows what follows a byte that is no UTF-8, which a random model may draw: a real text instead.
+    stream, sentence = theirs.create_stream(), "naïve 日本 foxes, 12 of them"
+    assert "".join(stream.decode(token) for token in tokenizer.encode(sentence)) == sentence
+
+
+def test_genai_tokenizer_that_agrees_needs_no_note(tiny_model, tmp_path):
+    pytest.importorskip("onnxruntime_genai")
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    assert genai_tokenizer_note(tmp_path / "bundle") is None
+
+
+def test_genai_tokenizer_that_differs_gets_a_note(tiny_model, tmp_path):
+    pytest.importorskip("onnxruntime_genai")
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    path = tmp_path / "bundle/tokenizer.json"
+    # A split that ours obeys and genai 0.18 does not know.
+    document = json.loads(path.read_text())
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"String": "o"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}  # fmt: skip
+    path.write_text(json.dumps(document))
+    note = genai_tokenizer_note(tmp_path / "bundle")
+    assert note is not None and "encodes 'The quick brown fox" in note and "give it ids" in note
+
+
+def test_optimum_draws_the_tokens_of_torch_where_kv_heads_are_alike(tiny_model, tmp_path):
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(NARROW)), tmp_path / "bundle"
+    manifest = export_bundle(slim, directory, bits=32)
+    assert write_optimum_config(directory, read_config(slim), manifest) == directory / "config.json"
+    theirs = optimum.ORTModelForCausalLM.from_pretrained(directory, file_name=DECODE_GRAPH, local_files_only=True)
+    torch_model = load_model(slim)
+    for options in ({}, {"num_beams": 3}):
+        options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 2, **options}
+        assert theirs.generate(IDS, **options).tolist() == torch_model.generate(IDS, **options).tolist()
+
+
+def test_optimum_has_no_config_where_kv_heads_differ(bundle, tmp_path):
+    manifest = read_manifest(bundle)  # KV heads 2 and 1
+    assert optimum_config({"model_type": "llama"}, manifest) is None
+    assert write_optimum_config(tmp_path, {"model_type": "llama"}, manifest) is None
+    assert list(tmp_path.iterdir()) == []
+    alike = without(manifest, layers=[LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(2, 2, 96)])
+    config = optimum_config({"model_type": "saap_llama", "slim_layers": [], "auto_map": {}, "rms_norm_eps": 1.0}, alike)
+    assert config == {"model_type": "llama", "rms_norm_eps": 1.0, "num_hidden_layers": 2, "num_attention_heads": 4,
+                      "num_key_value_heads": 2, "head_dim": HEAD_DIM}  # fmt: skip
+    assert optimum_config({"model_type": "llama"}, without(alike, hidden_size=HIDDEN + 8)) is None

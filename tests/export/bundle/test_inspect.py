@@ -1,0 +1,235 @@
+"""What a bundle shows of itself, and data files outside its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from support.edited import edited
+from support.tiny_graphs import tiny_bundle
+
+from export.bundle.external_data import check_external_data, external_locations
+from export.bundle.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
+from export.bundle.manifest import BundleError, read_manifest
+
+
+def test_a_bundle_of_floats(tmp_path):
+    report = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    assert report["graph"]["nodes"]["com.microsoft:GroupQueryAttention"] == 2
+    assert report["graph"]["nodes"]["LayerNormalization"] == 6
+    assert report["graph"]["opsets"] == {"ai.onnx": 17, "com.microsoft": 1}
+    assert report["graph"]["quantised"] == []
+    assert [(x["query_heads"], x["kv_heads"], x["ffn"]) for x in report["layers"]] == [
+        (4, 2, 128), (0, 0, 64), (3, 1, 96),
+    ]  # fmt: skip
+    assert report["bytes_per_token"]["kv_cache"] == 2 * 3 * 16 * 4
+    assert report["data_files"] == {"model.onnx": ["model.onnx.data"], "scoring.onnx": ["model.onnx.data"]}
+    assert {file["state"] for file in report["files"]} == {"ok"}
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_no_parity_is_said_first(tmp_path):
+    report = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    assert report["verified"] is False
+    lines = inspection_lines(report)
+    assert lines[0] == UNVERIFIED
+    assert lines[0].startswith("UNVERIFIED")
+    assert "  parity: UNVERIFIED" in lines
+
+
+def test_damage_is_shown(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    data = bytearray((bundle / "model.onnx.data").read_bytes())
+    data[77] ^= 1
+    (bundle / "model.onnx.data").write_bytes(data)
+    (bundle / "genai_config.json").unlink()
+    states = {file["name"]: file["state"] for file in inspect_bundle(bundle)["files"]}
+    assert states == {
+        "model.onnx": "ok", "scoring.onnx": "ok", "model.onnx.data": "differs from its hash",
+        "genai_config.json": "missing",
+    }  # fmt: skip
+    assert any(
+        "DAMAGED: genai_config.json (missing), model.onnx.data" in x for x in inspection_lines(inspect_bundle(bundle))
+    )
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
+    pytest.importorskip("torch")
+    from export.portable.write import export_portable
+    from export.write import export_bundle
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.structures import PrunePlan
+    from tests.export.test_write import UNEVEN
+    from tests.saap.prune.cut.test_surgery import cut
+
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    write = export_bundle if target == "cpu" else export_portable
+    manifest = write(slim, tmp_path / "bundle", bits=bits)
+    report = inspect_bundle(tmp_path / "bundle")
+    shape = shape_of(read_config(slim))
+    expected = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    assert [layer["parameters"] for layer in report["layers"]] == expected
+    read = report["bytes_per_token"]
+    final_norm = 4 * shape.hidden
+    assert read["layers"] + read["head"] + final_norm == read["weights"] == manifest.weight_bytes_per_token
+    node = "com.microsoft:MatMulNBits" if target == "cpu" else "DequantizeLinear"
+    level = 4 if target == "cpu" else None  # DequantizeLinear knows of none
+    found = [(q["node"], q["bits"], q["block"], q["accuracy_level"], q["count"]) for q in report["graph"]["quantised"]]
+    matrices = 2 + 4 + 2 + 1
+    assert found == ([(node, bits, 32, level, matrices)] if bits != 32 else [])
+    if bits != 32:
+        norms = 1 + 4
+        assert report["graph"]["quantised"][0]["bytes"] == manifest.weight_bytes_per_token - norms * 4 * shape.hidden
+    titles = [title for title, _, _ in inspection_tables(report)]
+    assert ("quantised matrices" in titles) is (bits != 32)
+
+
+def test_layers_that_are_alike_share_a_row(tiny_model, tmp_path):
+    pytest.importorskip("torch")
+    from export.write import export_bundle
+
+    export_bundle(tiny_model(), tmp_path / "bundle")
+    rows = {t: rows for t, _, rows in inspection_tables(inspect_bundle(tmp_path / "bundle"))}["layers"]
+    assert [row[:4] for row in rows] == [["0-2", "6", "3", "128"]]
+
+
+def test_parity_and_provenance_are_shown(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    parity = {
+        "tokens": 80, "sample": "dice", "max_abs_logit_difference": 0.25, "kl": 0.001, "top1_agreement": 0.9875,
+        "perplexity_ratio": 1.0021,
+    }  # fmt: skip
+    lineage = {
+        "model_sha256": "a" * 64, "base": "tiny", "base_sha256": "b" * 64, "method": "saap",
+        "plan": {"asked": {"ratio": 0.2}, "planned": {"ratio": 0.201}, "achieved": {"ratio": 0.2013}},
+        "calibration": {"sha256": "c" * 64, "source": "letters"}, "versions": {"saap": "0.1.0"},
+    }  # fmt: skip
+    edited(bundle / "bundle.json", parity=parity, lineage=lineage)
+    report = inspect_bundle(bundle)
+    text = "\n".join(inspection_lines(report))
+    assert report["verified"] is True
+    assert "UNVERIFIED" not in text
+    assert (
+        "parity on 80 tokens (dice): logit difference 0.25, KL 0.001, top-1 agreement 98.75%, perplexity x 1.0021"
+        in text
+    )
+    assert "base: tiny, sha256 bbbbbbbbbbbbbbbb\n" in text
+    assert "pruned by: saap, asked ratio 0.2, planned 20.10%, achieved 20.13%" in text
+    assert "calibrated on: letters, sha256 cccccccccccccccc" in text
+
+
+def with_location(bundle: Path, location: str, name: str = "model.onnx") -> Path:
+    model = onnx.load(bundle / name, load_external_data=False)
+    changed = 0
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value, changed = location, changed + 1
+    assert changed
+    (bundle / name).write_bytes(model.SerializeToString())
+    return bundle / name
+
+
+@pytest.mark.parametrize(
+    "location", ["../other.data", "/etc/hostname", "sub/../../other.data", "..\\other.data", "o\0er"]
+)
+def test_weights_outside_the_folder_are_refused(tmp_path, location):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    shutil.copyfile(bundle / "model.onnx.data", tmp_path / "other.data")
+    graph = with_location(bundle, location)
+    with pytest.raises(BundleError, match=r"outside the bundle's folder: do not use it") as caught:
+        check_external_data(graph)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BundleError, match="outside the bundle"):
+        inspect_bundle(bundle)
+
+
+def test_a_name_that_no_file_system_has_is_missing(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="which is missing: export the bundle again"):
+        check_external_data(with_location(bundle, 300 * "a"))
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    (bundle / "model.onnx.data").rename(tmp_path / "elsewhere.data")
+    (bundle / "model.onnx.data").symlink_to(tmp_path / "elsewhere.data")
+    with pytest.raises(BundleError, match="outside the bundle's folder"):
+        check_external_data(bundle / "model.onnx")
+
+
+def test_the_scoring_graph_is_checked_too(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    with_location(bundle, "../model.onnx.data", "scoring.onnx")
+    with pytest.raises(BundleError, match=r"scoring\.onnx wants its weights in '\.\./model\.onnx\.data'"):
+        inspect_bundle(bundle)
+
+
+def external(location: str) -> TensorProto:
+    tensor = TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def test_every_place_of_a_tensor_is_looked_at(tmp_path):
+    """An attribute, a branch, a sparse tensor, a function: each may name a file."""
+    constant = helper.make_node("Constant", [], ["c"], value=external("constant"))
+    branch = helper.make_graph([helper.make_node("Identity", ["t"], ["b"])], "b", [], [], [external("branch")])
+    chosen = helper.make_node("If", ["x"], ["y"], then_branch=branch)
+    graph = helper.make_graph([constant, chosen], "g", [], [], [external("initialiser"), external("initialiser")])
+    graph.sparse_initializer.add(values=external("sparse values"), indices=external("sparse indices"))
+    model = helper.make_model(graph)
+    inner = helper.make_node("Constant", [], ["c"], value=external("function"))
+    model.functions.append(helper.make_function("d", "f", [], ["c"], [inner], [helper.make_opsetid("", 17)]))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    assert sorted(external_locations(tmp_path / "model.onnx")) == [
+        "branch", "constant", "function", "initialiser", "sparse indices", "sparse values",
+    ]  # fmt: skip
+
+
+def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
+    bundle = tiny_bundle(tmp_path / "bundle")
+    whole = (bundle / "model.onnx").read_bytes()
+    for content in (b"", b"\xff" * 40, whole[: len(whole) // 2]):
+        (bundle / "model.onnx").write_bytes(content)
+        with pytest.raises(BundleError, match=r"model\.onnx is not an ONNX file: export the bundle again"):
+            check_external_data(bundle / "model.onnx")
+    (bundle / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx is missing"):
+        check_external_data(bundle / "model.onnx")
+    with pytest.raises(BundleError, match="it has no bundle"):
+        inspect_bundle(tmp_path)
+    bundle = tiny_bundle(tmp_path / "again")
+    with_location(bundle, "lost.data")
+    with pytest.raises(BundleError, match=r"'lost\.data', which is missing"):
+        check_external_data(bundle / "model.onnx")
+
+
+def test_the_check_runs_on_a_board(tmp_path):
+    """No torch, no onnx: it stands before every session that a board opens."""
+    bundle = tiny_bundle(tmp_path / "bundle")
+    code = (
+        "import sys\nfrom export.bundle.external_data import check_external_data\n"
+        f"print([p.name for p in check_external_data({str(bundle / 'model.onnx')!r})])\n"
+        "assert not {'torch', 'onnx', 'numpy', 'onnx_ir', 'google.protobuf'} & set(sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "['model.onnx.data']", "")
+    assert read_manifest(bundle).parity is None

@@ -1,0 +1,158 @@
+"""What becomes a GGUF file and what is refused, in one line and with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import llama_cpp_run
+
+from export.gguf.write import export_gguf
+from saap.models.checkpoint import load_model
+from saap.models.resolve import load_tokenizer
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.weight_files import weights_hash
+from saap.system.errors import SaapError
+from tests.saap.prune.cut.test_surgery import cut
+
+IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
+SIZES = {
+    "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def family(tiny_model, name, **config):
+    """A random model of another family with the tiny model's tokenizer."""
+    import transformers
+
+    path = tiny_model()
+    torch.manual_seed(0)
+    fields = getattr(transformers, f"{name}Config")(**SIZES, **config)
+    model = getattr(transformers, f"{name}ForCausalLM")(fields)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.dim() == 1))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name, config, window", [
+    ("Mistral", {"head_dim": 32, "sliding_window": None}, 256),
+    ("Mistral", {"sliding_window": 64}, 64),
+    ("Qwen2", {}, 256),
+])  # fmt: skip
+def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config, window):
+    path = family(tiny_model, name, **config)
+    report = export_gguf(path, tmp_path / "model.gguf", kind="F32")
+    with torch.inference_mode():
+        expected = load_model(path)(input_ids=IDS, use_cache=False).logits[0].numpy()
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    assert np.abs(found - expected).max() <= 2e-3
+    context = gguf.GGUFReader(tmp_path / "model.gguf").get_field("llama.context_length").contents()
+    assert context == window
+    assert len(report["notes"]) == (window < 256)
+
+
+def test_the_real_model_cut_unevenly(real_model, tmp_path):
+    whole = whole_layer(LayerSizes(9, 3, 1536))
+    layers = [whole] * 6 + [LayerPlan((), (), ())] * 24  # the sizes of all thirty cost seconds and show no more
+    layers[0] = LayerPlan((), (), whole.ffn)
+    layers[2] = LayerPlan((0, 1, 3, 4), (0, 1), whole.ffn[:1000])
+    layers[4] = LayerPlan(whole.query_heads, whole.kv_heads, ())
+    path = cut(real_model, tmp_path / "slim", PrunePlan(tuple(layers)))
+    export_gguf(path, tmp_path / "model.gguf", kind="F32")
+    ids = load_tokenizer(real_model)("The river rose by 12 centimetres, and", return_tensors="pt").input_ids
+    model = load_model(path)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        tokens = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=2)
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=ids[0].tolist(), greedy=16)
+    assert np.abs(found["logits"] - expected).max() <= 2e-3
+    assert found["tokens"] == tokens[0, ids.shape[1] :].tolist()
+    assert found["architecture"] == "deci"
+
+
+def test_where_the_file_comes_from_is_in_it(tiny_model, tmp_path):
+    path = tiny_model()
+    steps = []
+    export_gguf(path, tmp_path / "sub/model.gguf", kind="F16", progress=lambda *step: steps.append(step))
+    reader = gguf.GGUFReader(tmp_path / "sub/model.gguf")
+    said = {key: reader.get_field(key).contents() for key in ("general.name", "general.license", "saap.model_sha256")}
+    assert said == {
+        "general.name": "tiny",
+        "general.license": "apache-2.0",
+        "saap.model_sha256": weights_hash(path),
+    }
+    assert steps[0] == ("writing GGUF", 0, len(reader.tensors))
+    assert steps[-1] == ("writing GGUF", len(reader.tensors), len(reader.tensors))
+
+
+def edit_config(path, **fields):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_weights(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+REFUSED = {
+    "q/k norm by type": (lambda p: edit_config(p, model_type="qwen3"), {}, "'qwen3'.*no q/k norm.*cpu target"),
+    "q/k norm by tensor": (
+        lambda p: edit_weights(p, lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(16)})),
+        {},
+        "model.layers.1.self_attn.q_norm.weight, for which llama.cpp's 'llama' architecture has no place",
+    ),
+    "a tensor missing": (
+        lambda p: edit_weights(p, lambda t: t.pop("model.norm.weight")),
+        {},
+        "lacks model.norm.weight",
+    ),
+    "other sizes": (
+        lambda p: edit_config(p, intermediate_size=160),
+        {},
+        r"blk.0.ffn_gate.weight is \(128, 96\) in the weights and \(160, 96\) by config.json",
+    ),
+    "rope by length": (
+        lambda p: edit_config(p, rope_scaling={"rope_type": "dynamic", "factor": 2.0}, rope_parameters=None),
+        {},
+        "rope type 'dynamic' cannot be written as GGUF; allowed: default, linear",
+    ),
+    "type": (lambda p: None, {"kind": "Q4_K"}, "'Q4_K' is not written; allowed: F32, F16, Q8_0, Q4_0, Q4_1"),
+    "head type": (lambda p: None, {"head_kind": "4"}, "'4' is not written; allowed: F32"),
+}
+
+
+@pytest.mark.parametrize("break_it, options, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refusals_are_one_line_and_leave_nothing(tiny_model, tmp_path, break_it, options, message):
+    path = tiny_model()
+    break_it(path)
+    with pytest.raises(SaapError, match=message) as error:
+        export_gguf(path, tmp_path / "model.gguf", **options)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_a_hidden_size_of_no_whole_blocks_needs_a_float_type(tiny_model, tmp_path):
+    path = tiny_model(hidden_size=80, num_attention_heads=5, num_key_value_heads=5)
+    with pytest.raises(SaapError, match=r"hidden size of 80, not a multiple of the 32 columns .* choose F16 or F32"):
+        export_gguf(path, tmp_path / "model.gguf")
+    assert export_gguf(path, tmp_path / "model.gguf", kind="F16")["worst_error_rounded"] <= 2**-11
+
+
+def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
+    path, thesis = tiny_model(), tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    with pytest.raises(SaapError, match="is not a GGUF file and is not written over"):
+        export_gguf(path, thesis)
+    assert thesis.read_text() == "years of work"
+    with pytest.raises(SaapError, match="is a directory: give the name of a file"):
+        export_gguf(path, tmp_path)
+    sizes = [export_gguf(path, tmp_path / "model.gguf", kind=kind)["bytes"] for kind in ("F32", "F16")]
+    assert sizes[0] > sizes[1] == (tmp_path / "model.gguf").stat().st_size

@@ -1,0 +1,298 @@
+"""GGUF files of tiny models, read back number by number and run by a real llama.cpp."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support import llama_cpp_run
+
+from export.gguf.layout import rotary_order
+from export.gguf.write import export_gguf
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.models.weight_files import tensor_reader
+from saap.quantize.groups import quantize, quantize_model
+from saap.tune.tuning import TuneOptions, tune
+from tests.saap.prune.cut.test_surgery import EMPTY, PLANS, WHOLE, cut
+
+IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+UNEVEN = (
+    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
+    LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))),
+    LayerPlan((0, 2), (0, 1), ()),  # no FFN last
+)
+# name: (config, plan, llama.cpp's architecture)
+CASES = {
+    "dense": ({}, None, "llama"),
+    "untied, wide heads": ({"tie_word_embeddings": False, "head_dim": 32, "rope_theta": 5e5}, None, "llama"),
+    "biased": ({"attention_bias": True, "mlp_bias": True}, None, "llama"),
+    "linear rope": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None, "llama"),
+    "yarn rope": ({"rope_scaling": YARN_ROPE}, None, "llama"),
+    "uneven": ({}, UNEVEN, "deci"),
+    "uneven, biased": ({"attention_bias": True, "mlp_bias": True}, UNEVEN, "deci"),
+    "uneven, llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, UNEVEN, "deci"),
+    "no FFN first, no attention last": (
+        {"tie_word_embeddings": False},
+        (LayerPlan((0, 1, 2, 3), (0, 1), ()), WHOLE, LayerPlan((), (), tuple(range(64)))),
+        "deci",
+    ),
+    "attention only, all alike": ({}, (LayerPlan((0, 1), (0,), ()),) * 3, "deci"),
+    "a layer dropped": ({}, (WHOLE, EMPTY, LayerPlan((1, 4), (0, 2), tuple(range(5)))), "deci"),
+    "odd widths": ({}, PLANS["random 3"], "deci"),
+}
+
+
+def model_of(tiny_model, tmp_path, config, plan):
+    path = tiny_model(**config)
+    if "attention_bias" in config:
+        model = load_model(path)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(path)
+    return cut(path, tmp_path / "slim", PrunePlan(plan)) if plan else path
+
+
+def torch_run(path, new):
+    model = load_model(path)
+    with torch.inference_mode():
+        logits = model(input_ids=IDS, use_cache=False).logits[0].numpy()
+        tokens = model.generate(IDS, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=2)
+    return logits, tokens[0, IDS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("config, plan, architecture", CASES.values(), ids=CASES.keys())
+def test_llama_cpp_computes_at_float32_what_torch_does(tiny_model, tmp_path, config, plan, architecture):
+    path = model_of(tiny_model, tmp_path, config, plan)
+    report = export_gguf(path, tmp_path / "model.gguf", kind="F32")
+    expected, tokens = torch_run(path, 16)
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist(), greedy=16)
+    assert np.abs(found["logits"] - expected).max() <= 2e-3
+    assert found["tokens"] == tokens
+    assert found["architecture"] == report["architecture"] == architecture
+    assert report["notes"] == []
+
+
+def tensors_of(file):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def floats(tensor):
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(tensor.shape[::-1]))
+
+
+def order_of(name, rows, heads):
+    """Rows of the directory's matrix in the order of the file; ``heads``: of queries and of keys."""
+    part = name.split(".")[-2]
+    if part not in ("attn_q", "attn_k"):
+        return torch.arange(rows)
+    return rotary_order(rows, heads[part == "attn_k"])
+
+
+NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}  # fmt: skip
+
+
+def module_of(name):
+    if name == "token_embd.weight":
+        return "model.embed_tokens"
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{NAMES[part]}"
+
+
+def worst_group(found, wanted):
+    found, wanted = (array.reshape(len(array), -1, 32) for array in (found, wanted))
+    return (np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)).max()
+
+
+# Half a step over the largest weight of a group (Q4_0 cuts one end off by a whole one), and d and m in float16.
+@pytest.mark.parametrize("kind, bound", [("F16", 0), ("Q8_0", 0.5 / 127), ("Q4_0", 1 / 8), ("Q4_1", 1 / 15)])
+def test_the_numbers_in_the_file_are_off_by_what_the_report_says(tiny_model, tmp_path, kind, bound):
+    path = tiny_model()
+    report = export_gguf(path, tmp_path / "model.gguf", kind=kind)
+    read = tensor_reader(path)[1]
+    assert len(report["tensors"]) == 1 + 3 * 7
+    for name, entry in report["tensors"].items():
+        tensor = tensors_of(tmp_path / "model.gguf")[name]
+        weight = read(f"{module_of(name)}.weight")
+        wanted = weight[order_of(name, len(weight), (6, 3))].numpy()
+        assert tensor.tensor_type.name == entry["type"] == kind
+        assert entry["relative_error"] == pytest.approx(worst_group(floats(tensor), wanted), rel=1e-5)
+        assert 0 < entry["relative_error"] <= bound + 2**-10 and entry["carried"] == 0
+    assert report["worst_error_rounded"] == max(entry["relative_error"] for entry in report["tensors"].values())
+    assert report["worst_error_carried"] is None
+    assert report["bytes"] == (tmp_path / "model.gguf").stat().st_size
+
+
+FILLED_IN = {"blk.0.attn_output.weight", *(f"blk.2.ffn_{part}.weight" for part in ("gate", "up", "down"))}
+UNEVEN_HEADS = {"blk.1": (4, 2), "blk.2": (2, 2)}
+
+
+@pytest.mark.parametrize("kind, bar", [("F16", 1e-3), ("Q8_0", 0.05), ("Q4_0", 0.05), ("Q4_1", 0.05)])
+def test_llama_cpp_computes_what_torch_does_with_the_numbers_in_the_file(tiny_model, tmp_path, kind, bar):
+    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    report = export_gguf(path, tmp_path / "model.gguf", kind=kind)
+    model, tensors = load_model(path), tensors_of(tmp_path / "model.gguf")
+    for name in FILLED_IN:
+        assert not floats(tensors[name]).any()
+    for name in report["tensors"]:
+        weight = model.get_submodule(module_of(name)).weight
+        order = order_of(name, len(weight), UNEVEN_HEADS.get(name[:5]))
+        weight.data[order] = torch.from_numpy(floats(tensors[name]))
+    with torch.inference_mode():
+        expected = model(input_ids=IDS, use_cache=False).logits[0].numpy()
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    assert np.sqrt(np.square(found - expected).mean()) <= bar * expected.std()  # its activations are int8
+
+
+def nibbles(blocks):
+    """[..., 16] uint8 -> [..., 32], as ggml defines a block: low nibbles first."""
+    return np.concatenate([blocks & 15, blocks >> 4], axis=-1)
+
+
+def packed(read, name, bits, block):
+    """(codes, zero points, scales) of a tuned matrix in the order of the file and in groups of 32."""
+    module = module_of(name)
+    codes, zeros, scales = (read(f"{module}.{part}").numpy() for part in ("qweight", "zero_points", "scales"))
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1)
+        zeros = np.stack([zeros & 15, zeros >> 4], -1)
+    rows, groups = scales.shape
+    codes = codes.reshape(rows, -1, 32)
+    zeros = np.repeat(zeros.reshape(rows, -1)[:, :groups], block // 32, axis=1)
+    order = order_of(name, rows, UNEVEN_HEADS.get(name[:5])).numpy()
+    return codes[order], zeros[order], np.repeat(scales, block // 32, axis=1)[order]
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+def integers(path, out, bits=4, block=32):
+    """A directory as tuning writes it, with zero points of their own in the layers; tuning itself chooses none."""
+    model = load_model(path)
+    linears = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    matrices = {f"model.{n}": quantize(m.weight, bits, block, symmetric=False) for n, m in linears.items()}
+    config = read_config(path)
+    entry = quantize_model(model, bits, block, bits, matrices)
+    return write_slim(out, path, slim_config(config, shape_of(config), entry), iter(model.state_dict().items()), {})
+
+
+def uneven_integers(tiny_model, tmp_path, bits=4):
+    return integers(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "tuned", bits)
+
+
+def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
+    path = uneven_integers(tiny_model, tmp_path)
+    report = export_gguf(path, tmp_path / "model.gguf")
+    read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
+    assert report["tensors"]["token_embd.weight"] == {"type": "Q4_0", "relative_error": 0.0, "carried": 1.0}
+    for name in report["tensors"].keys() - {"token_embd.weight"}:
+        codes, zeros, scales = packed(read, name, 4, 32)
+        blocks = tensors[name].data.reshape(*scales.shape, 20)
+        assert report["tensors"][name]["type"] == tensors[name].tensor_type.name == "Q4_1"
+        assert np.array_equal(nibbles(blocks[..., 4:]), codes), name
+        d, m = (blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in (0, 2))
+        assert np.array_equal(d.astype(np.float32), scales), name
+        assert np.array_equal(m, (-scales * zeros).astype(np.float16)), name
+        wanted = ((codes.astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
+        assert report["tensors"][name]["relative_error"] == pytest.approx(
+            worst_group(floats(tensors[name]), wanted), rel=1e-5
+        )
+    codes, _, scales = packed(read, "token_embd.weight", 4, 32)
+    blocks = tensors["token_embd.weight"].data.reshape(*scales.shape, 18)
+    assert np.array_equal(nibbles(blocks[..., 2:]), codes)
+    assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+    assert 0 < report["worst_error_carried"] <= 2**-11  # of m
+    assert report["worst_error_rounded"] is None and report["notes"] == []
+
+
+def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
+    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    for bits, kind, size in ((4, "Q4_0", 18), (8, "Q8_0", 34)):
+        tune(path, tmp_path / "tuned", IDS.repeat(8, 1), TuneOptions(bits=bits, learning_rate=2e-2))
+        report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
+        read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
+        signs = set()
+        for name, entry in report["tensors"].items():
+            assert entry == {"type": kind, "relative_error": 0.0, "carried": 1.0}, name
+            codes, _, scales = packed(read, name, bits, 32)
+            blocks = tensors[name].data.reshape(*scales.shape, size)
+            assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+            found = nibbles(blocks[..., 2:]) if bits == 4 else blocks[..., 2:] ^ 0x80
+            assert np.array_equal(found, codes), name
+            signs |= set(np.sign(scales).flatten().tolist())
+        assert signs == {-1.0, 1.0}
+        assert report["worst_error_carried"] == 0 and report["notes"] == []
+
+
+def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
+    integers(tiny_model(**WIDE), tmp_path / "tuned", block=64)
+    report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
+    read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
+    assert {entry["carried"] for entry in report["tensors"].values()} == {1.0}
+    for name in ("blk.1.attn_v.weight", "blk.2.ffn_down.weight"):
+        codes, _, scales = packed(read, name, 4, 64)
+        blocks = tensors[name].data.reshape(*scales.shape, 20)
+        assert np.array_equal(nibbles(blocks[..., 4:]), codes)
+        assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+
+
+def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_model, tmp_path):
+    path = uneven_integers(tiny_model, tmp_path, bits=8)
+    report = export_gguf(path, tmp_path / "model.gguf")
+    read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
+    assert report["tensors"]["token_embd.weight"] == {"type": "Q8_0", "relative_error": 0.0, "carried": 1.0}
+    both = set()
+    for name in report["tensors"]:
+        codes, zeros, scales = packed(read, name, 8, 32)
+        centred = codes.astype(int) - zeros[..., None]
+        fits = (centred.min(-1) >= -128) & (centred.max(-1) <= 127)
+        blocks = tensors[name].data.reshape(*scales.shape, 34)
+        assert np.array_equal(blocks[..., 2:].view(np.int8)[fits], centred[fits]), name
+        assert report["tensors"][name]["carried"] == pytest.approx(fits.mean())
+        both |= set(fits.flatten().tolist())
+    assert both == {True, False}
+    assert 0 < report["worst_error_rounded"] <= 0.5 / 127 + 2**-10
+    assert "rounded again, worst error 0." in report["notes"][0]
+
+
+def test_another_type_holds_tuned_integers_exactly_or_says_how_far_off(tiny_model, tmp_path):
+    path = uneven_integers(tiny_model, tmp_path)
+    exact = export_gguf(path, tmp_path / "q8.gguf", kind="Q8_0")
+    assert exact["worst_error_carried"] == 0 and exact["worst_error_rounded"] is None
+    coarse = export_gguf(path, tmp_path / "q4.gguf", kind="Q4_0")
+    assert coarse["tensors"]["token_embd.weight"]["relative_error"] == 0
+    assert 0.05 < coarse["worst_error_rounded"] <= 1 / 8 + 2**-10
+    export_gguf(path, tmp_path / "f32.gguf", kind="F32")
+    expected, tokens = torch_run(path, 8)
+    found = llama_cpp_run.run(tmp_path / "f32.gguf", ids=IDS[0].tolist(), greedy=8)
+    assert np.abs(found["logits"] - expected).max() <= 2e-3 and found["tokens"] == tokens
+
+
+def test_rows_that_are_not_whole_blocks_are_float16_and_said(tiny_model, tmp_path):
+    plan = (WHOLE, WHOLE, LayerPlan((0,), (0,), tuple(range(37))))
+    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(plan))
+    report = export_gguf(path, tmp_path / "model.gguf", kind="Q8_0")
+    found = {name for name, entry in report["tensors"].items() if entry["type"] == "F16"}
+    assert found == {"blk.2.attn_output.weight", "blk.2.ffn_down.weight"}
+    assert [note.split(":")[0] for note in report["notes"]] == [
+        "blk.2.attn_output has 16 input columns, not a multiple of 32",
+        "blk.2.ffn_down has 37 input columns, not a multiple of 32",
+    ]
+    expected, _ = torch_run(path, 1)
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    assert np.sqrt(np.square(found - expected).mean()) <= 0.05 * expected.std()
+
+
+def test_the_head_may_have_a_type_of_its_own(tiny_model, tmp_path):
+    report = export_gguf(tiny_model(tie_word_embeddings=False), tmp_path / "model.gguf", kind="Q4_1", head_kind="Q8_0")
+    types = {name: entry["type"] for name, entry in report["tensors"].items()}
+    assert types.pop("token_embd.weight") == types.pop("output.weight") == "Q8_0"
+    assert set(types.values()) == {"Q4_1"}

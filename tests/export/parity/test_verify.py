@@ -1,0 +1,131 @@
+"""Parity: the reference that streams its layers equals the whole model, and a wrong graph is noticed."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import export.parity.pieces
+import export.parity.streamed
+import export.parity.verify
+from export.bundle.manifest import read_manifest
+from export.generate.run import cpu_session
+from export.parity.streamed import StreamedModel, streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
+from export.source import ModelSource, Precision
+from export.write import export_bundle
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
+from tests.export.test_write import IDS, MODELS, logits_of, model_of
+
+
+@pytest.fixture(params=[*MODELS, "uneven", "tuned"])
+def any_model(request, tiny_model, tmp_path):
+    path = model_of(request.param, tiny_model, tmp_path)
+    if request.param == "tuned":
+        tune(path, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+        path = tmp_path / "tuned"
+    return path
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_streamed_logits_are_the_whole_models(any_model, bits, monkeypatch):
+    monkeypatch.setattr(export.parity.streamed, "HEAD_ROWS", 100)  # the vocabulary of 320 in four pieces
+    monkeypatch.setattr(export.parity.streamed, "LOGIT_BYTES", 1)  # one row at a time
+    source = ModelSource(any_model)
+    precision = source.precision(None, None, None) if source.quant else Precision(bits, 32, bits)
+    found = torch.stack(list(streamed_logits(any_model, IDS, precision)))
+    expected = logits_of(reference_model(any_model, precision.bits, 32, precision.head_bits), IDS)
+    assert (found - torch.from_numpy(expected)).abs().max() <= 1e-5
+
+
+def test_one_layer_is_in_memory_at_a_time(tiny_model):
+    reference = StreamedModel(ModelSource(tiny_model()), Precision(32, 0, 32))
+    layers = reference._model.model.layers
+    held = []
+
+    def look(*_):
+        held.append([all(not p.is_meta for p in layer.parameters()) for layer in layers])
+
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(look)
+    reference.hidden_states(IDS)
+    assert held == [[True, False, False], [False, True, False], [False, False, True]]
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+
+
+def test_progress_counts_layers(tiny_model):
+    seen = []
+    reference = StreamedModel(ModelSource(tiny_model()), Precision(32, 0, 32))
+    reference.hidden_states(IDS, lambda label, done, total: seen.append((done, total)))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_the_report_says_what_the_whole_model_says(any_model, tmp_path):
+    export_bundle(any_model, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    report = check_parity(tmp_path / "bundle", any_model, IDS, "dice")
+    logits = torch.from_numpy(logits_of(reference_model(any_model, 4, 32, manifest.lineage["head_bits"]), IDS))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
+    assert report["nll_torch"] == pytest.approx(loss, rel=1e-5)
+    assert report["perplexity_torch"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert report["perplexity_graph"] / report["perplexity_torch"] == pytest.approx(report["perplexity_ratio"])
+    assert 0 < report["max_abs_logit_difference"] < 1
+    assert report["tokens"] == 80
+
+
+def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
+    path = tiny_model()
+    export_bundle(path, tmp_path / "bundle", bits=32)
+    check_parity(tmp_path / "bundle", path, IDS, "dice")
+    graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
+    norm = next(i for i in graph.initializer if i.name == "layers.1.ffn_norm")
+    offset = next(int(e.value) for e in norm.external_data if e.key == "offset")
+    data = bytearray((tmp_path / "bundle/model.onnx.data").read_bytes())
+    value = numpy_helper.to_array(onnx.TensorProto(data_type=1, dims=[1], raw_data=bytes(data[offset : offset + 4])))
+    data[offset : offset + 4] = (value * 1.5).tobytes()
+    (tmp_path / "bundle/model.onnx.data").write_bytes(data)
+    with pytest.raises(SaapError, match=r"parity failed .*max_abs_logit_difference"):
+        check_parity(tmp_path / "bundle", path, IDS, "dice")
+
+
+def numbers(report):
+    return {key: value for key, value in report.items() if isinstance(value, float)}
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("write", [export_bundle, export_portable])
+@pytest.mark.parametrize("piece_bytes", [1, 20_000])
+def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, write, bits, piece_bytes):
+    path, bundle = tiny_model(), tmp_path / "bundle"
+    write(path, bundle, bits=bits)
+    whole = check_parity(bundle, path, IDS, "dice")
+    before = sorted(bundle.iterdir())
+    sessions = []
+    monkeypatch.setattr(export.parity.verify, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(export.parity.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
+    monkeypatch.setattr(
+        export.parity.pieces, "cpu_session", lambda *a: sessions.append(cpu_session(*a)) or sessions[-1]
+    )
+    near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
+    # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.
+    report = check_parity(bundle, path, IDS, "dice")
+    assert numbers(report) == pytest.approx(numbers(whole), **near)
+    assert len(sessions) > (20 if piece_bytes == 1 else 3)
+    assert sorted(bundle.iterdir()) == before
+
+
+def test_a_piece_holds_its_own_weights_only(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
+    graph = onnx.load(tmp_path / "bundle/scoring.onnx", load_external_data=False).graph
+    sizes = {i.name: export.parity.pieces._bytes_of(i) for i in graph.initializer}
+    cut = export.parity.pieces._Cut(graph, 20_000)
+    held = [{name for node in piece for name in node.input if name in sizes} for piece in cut.pieces]
+    assert set().union(*held) >= {name for name, size in sizes.items() if size > 100}
+    largest = max(size for name, size in sizes.items() if "embedding" not in name)
+    assert all(sum(sizes[n] for n in names if "embedding" not in n) <= 20_000 + largest for names in held)

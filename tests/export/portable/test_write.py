@@ -1,0 +1,234 @@
+"""The portable graphs: standard operators, checked in ONNX Runtime and in onnx's own reference implementation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from packaging.version import Version
+from support.onnx_reference import reference
+
+from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.inspect import inspect_bundle
+from export.generate.run import BundleScorer, empty_past
+from export.parity.streamed import streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
+from export.source import Precision
+from export.write import export_bundle
+from saap.models.checkpoint import load_model
+from saap.models.structures import PrunePlan
+from saap.quantize.groups import quantize
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
+from tests.export.graph.test_families import FAMILIES, WINDOW, largest_differences
+from tests.export.graph.test_families import IDS as FAMILY_IDS
+from tests.export.test_write import IDS, MODELS, UNEVEN, logits_of, model_of
+from tests.saap.prune.cut.test_surgery import WHOLE, cut
+
+
+@pytest.fixture(params=[*MODELS, "uneven"])
+def any_model(request, tiny_model, tmp_path):
+    return model_of(request.param, tiny_model, tmp_path)
+
+
+@pytest.fixture
+def uneven(tiny_model, tmp_path):
+    return cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+
+
+def export(path, out, **options):
+    return export_portable(path, out, writer="saap", **options)
+
+
+def check_standard(bundle):
+    for name in ("model.onnx", "scoring.onnx"):
+        onnx.checker.check_model(str(bundle / name), full_check=True)
+        graph = onnx.load(bundle / name, load_external_data=False)
+        assert {n.domain for n in graph.graph.node} <= {"", "ai.onnx"}
+        assert {o.domain for o in graph.opset_import} <= {"", "ai.onnx"}
+
+
+def test_fp32_prefill_chunked_prefill_and_decode(any_model, tmp_path):
+    export(any_model, tmp_path / "bundle")
+    check_standard(tmp_path / "bundle")
+    expected = logits_of(load_model(any_model), IDS)
+    assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 1e-4
+    row, decoder = IDS[0].numpy(), OrtDecoder(tmp_path / "bundle", 1, 48)
+    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-4
+    assert np.abs(decoder.prefill(row[17:30]) - expected[0, 29]).max() <= 1e-4
+    for position in range(30, 40):
+        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_transformers(family, tiny_family, tmp_path):
+    model_type, overrides = FAMILIES[family]
+    path = tiny_family(model_type, **overrides)
+    manifest = export(path, tmp_path / "bundle")
+    check_standard(tmp_path / "bundle")
+    expected = logits_of(load_model(path), FAMILY_IDS)
+    assert expected.std() > 0.3
+    for difference in largest_differences(tmp_path / "bundle", expected):
+        assert difference <= 1e-4
+    ids = FAMILY_IDS[:, :12].numpy()
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids))[0]
+    assert np.abs(found - expected[:, :12]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma3"])
+def test_integers_of_packed_and_offset_families(family, tiny_family, tmp_path):
+    model_type, overrides = FAMILIES[family]
+    path = tiny_family(model_type, **overrides)
+    manifest = export_portable(
+        path, tmp_path / "bundle", bits=4, parity=lambda b: check_parity(b, path, FAMILY_IDS, "dice")
+    )
+    ids = FAMILY_IDS[:, :12]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
+    assert np.abs(found - logits_of(reference_model(path, 4, 32, 4), ids)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])
+def test_a_window_that_is_one_off_is_seen(wrong, tiny_family, tmp_path):
+    path = tiny_family("mistral", sliding_window=wrong)
+    export(path, tmp_path / "bundle")
+    model = load_model(path)
+    model.config.sliding_window = WINDOW
+    for difference in largest_differences(tmp_path / "bundle", logits_of(model, FAMILY_IDS)):
+        assert difference > 1e-2
+
+
+def feed(manifest, ids, mask=None, positions=None):
+    mask = np.ones_like(ids) if mask is None else mask
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if positions is None else positions
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **empty_past(manifest, len(ids))}
+
+
+def test_left_padding_changes_nothing(uneven, tmp_path):
+    manifest = export(uneven, tmp_path / "bundle")
+    session = onnxruntime.InferenceSession(str(tmp_path / "bundle/scoring.onnx"))
+    row = IDS[:1, :9].numpy()
+    (alone,) = session.run(["logits"], feed(manifest, row))
+    padded = np.concatenate([np.full((1, 4), 7), row], axis=1)
+    mask = np.concatenate([np.zeros((1, 4), np.int64), np.ones_like(row)], axis=1)
+    (shifted,) = session.run(["logits"], feed(manifest, padded, mask, np.maximum(mask.cumsum(1) - 1, 0)))
+    assert np.abs(shifted[:, 4:] - alone).max() <= 1e-5
+    assert np.isfinite(shifted).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_the_reference_implementation_of_onnx_computes_the_same(any_model, tmp_path, bits):
+    """A second runtime, independent of ONNX Runtime and without any fusion."""
+    manifest = export(any_model, tmp_path / "bundle", bits=bits)
+    check_standard(tmp_path / "bundle")
+    ids = IDS[:, :6].numpy()
+    session = reference(tmp_path / "bundle/scoring.onnx")
+    found, *present = session.run(None, feed(manifest, ids))
+    expected = logits_of(reference_model(any_model, bits, manifest.block, bits), IDS[:, :6])
+    assert np.abs(found - expected).max() <= 1e-4
+    past = dict(zip(empty_past(manifest, 1), present, strict=True))
+    decode = reference(tmp_path / "bundle/model.onnx")
+    step = feed(manifest, IDS[:, 6:7].numpy(), np.ones((2, 7), np.int64), np.full((2, 1), 6)) | past
+    expected = logits_of(reference_model(any_model, bits, manifest.block, bits), IDS[:, :7])[:, -1:]
+    assert np.abs(decode.run(["logits"], step)[0] - expected).max() <= 1e-4
+
+
+@pytest.mark.skipif(Version(onnxruntime.__version__) < Version("1.25"), reason="older ones do not fuse them")
+def test_onnx_runtime_fuses_every_integer_matrix(any_model, tmp_path):
+    for bits in (4, 8):
+        manifest = export(any_model, tmp_path / "bundle", bits=bits)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(tmp_path / "bundle/model.onnx"), options)
+        nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+        fused = [n for n in nodes if n.op_type == "MatMulNBits"]
+        matrices = sum(2 * bool(s.query_heads) + 2 * bool(s.ffn) for s in manifest.layers) + 1
+        assert len(fused) == matrices
+        assert {a.i for n in fused for a in n.attribute if a.name == "bits"} == {bits}
+        assert not [n for n in nodes if n.op_type == "DequantizeLinear"]
+
+
+def test_parity_with_integers_tuned_or_rounded(any_model, tmp_path):
+    for bits in (4, 8):
+        manifest = export(
+            any_model, tmp_path / "bundle", bits=bits, parity=lambda b: check_parity(b, any_model, IDS, "dice")
+        )
+        assert (manifest.target, manifest.bits, manifest.accuracy_level) == ("portable", bits, 4)
+        assert manifest.parity["kl"] <= 0.05
+
+
+def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
+    tune(uneven, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+    manifest = export_portable(tmp_path / "tuned", tmp_path / "bundle")
+    ids = IDS[:, :6]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
+    assert np.abs(found - logits_of(load_model(tmp_path / "tuned"), ids)).max() <= 1e-4
+    assert manifest.bits == 4
+    with pytest.raises(SaapError, match="tuned integers of 4 bits, not 32"):
+        export_portable(tmp_path / "tuned", tmp_path / "bundle", bits=32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.source.quantize", lambda weight, bits, block, *_: quantize(weight, bits, block, False))
+    manifest = export(uneven, tmp_path / "bundle", bits=bits)
+    check_standard(tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
+    dequantised = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert sorted(len(n.input) for n in dequantised) == [2] + [3] * 8, "the head alone has none"
+    ids = IDS[:, :6]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
+    expected = torch.stack(list(streamed_logits(uneven, ids, Precision(bits, 32, bits))))
+    assert np.abs(found - expected.numpy()).max() <= 1e-4
+    in_onnx_runtime = BundleScorer(tmp_path / "bundle").logits(ids.numpy())
+    assert np.corrcoef(in_onnx_runtime.ravel(), found.ravel())[0, 1] > 0.999
+
+
+def test_the_file_is_as_small_as_the_cpu_bundle(any_model, tmp_path):
+    """A tied table is stored once although it is gathered and multiplied; zero points add nothing."""
+    for bits in (4, 8, 32):
+        ours = export(any_model, tmp_path / "portable", bits=bits)
+        theirs = export_bundle(any_model, tmp_path / "cpu", bits=bits)
+        sizes = [m.files["model.onnx.data"].bytes for m in (ours, theirs)]
+        assert sizes[0] <= sizes[1] + 4096
+        read = inspect_bundle(tmp_path / "portable")["bytes_per_token"]
+        assert read["layers"] + read["head"] + 4 * 96 == ours.weight_bytes_per_token
+
+
+def test_optimum_where_it_can(tiny_model, tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
+    path = tiny_model()
+    manifest = export_portable(path, tmp_path / "bundle", parity=lambda b: check_parity(b, path, IDS, "dice"))
+    assert manifest.lineage["graph_writer"] == "optimum"
+    assert {n.domain for n in onnx.load(tmp_path / "bundle/model.onnx").graph.node} <= {"", "ai.onnx"}
+    expected = logits_of(load_model(path), IDS)
+    decoder, row = OrtDecoder(tmp_path / "bundle", 1, 48), IDS[0].numpy()
+    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-3
+    for position in range(17, 24):
+        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-3
+    slim = cut(path, tmp_path / "slim", PrunePlan((WHOLE, WHOLE, UNEVEN[1])))
+    assert export_portable(slim, tmp_path / "other").lineage["graph_writer"] == "saap"
+    assert export_portable(path, tmp_path / "small", bits=8).lineage["graph_writer"] == "saap"
+
+
+def test_without_optimum_the_graph_is_ours(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "export.portable.write.find_spec", lambda name: None if name == "optimum" else SimpleNamespace()
+    )
+    manifest = export_portable(tiny_model(), tmp_path / "bundle")
+    assert manifest.lineage["graph_writer"] == "saap"
+
+
+def test_bad_input_is_refused(tiny_model, tmp_path):
+    with pytest.raises(SaapError, match="3 bits are not supported"):
+        export_portable(tiny_model(), tmp_path / "bundle", bits=3)
+    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+        export_portable(tiny_model("other"), tmp_path / "bundle", bits=4, block=64)
+    with pytest.raises(SaapError, match="321 tokens is odd"):
+        export_portable(tiny_model("odd", vocab_size=321), tmp_path / "bundle", bits=4)
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,113 @@
+"""`saap bench` and `saap compare` as a person and a workflow meet them, on bundles of a few kilobytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from support.bench_samples import measurement, result
+from support.tiny_graphs import tiny_bundle
+
+from bench.measure.result import INVALID
+from bench.measure.store import read_result, write_result
+from tests.saap.cli.test_main import here, refused
+
+QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]
+BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098, 0.0101, 0.0100]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("bundles")
+    return [tiny_bundle(root / "dense"), tiny_bundle(root / "slim", seed=1)]
+
+
+def test_the_last_line_is_one_document(bundles: list[Path]) -> None:
+    done = here("bench", *bundles, *QUICK, "--json", "-")
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert [m["name"] for m in document["measurements"]] == ["dense", "slim"]
+    assert "decode" in done.stdout and "slim" in done.stdout
+
+
+def test_sweeps_and_forms(bundles: list[Path], tmp_path: Path) -> None:
+    sweep = ["-p", "4,0", "-n", "6", "-d", "0,3", "-pg", "5,2", *QUICK[4:]]
+    told = here("bench", bundles[0], *sweep, "--format", "csv", "--json", tmp_path / "r.json").stdout
+    rows = list(csv.DictReader(io.StringIO(told)))
+    tests = [m.test for m in read_result(tmp_path / "r.json").measurements]
+    assert len(rows) == len(tests) == 6 and tests[:3] == ["tg6", "pp4+tg6", "pp5+tg2"]
+    assert here("bench", bundles[0], *QUICK, "--format", "md").stdout.startswith("| name")
+
+
+def test_noise_floor_quality_and_history(bundles: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps({"rows": [{"name": "dense", "perplexity": 12.0}]}))
+    options = ["--noise-floor", "--history", tmp_path / "h", "--quality", tmp_path / "eval.json", *QUICK[:-3]]
+    done = here("bench", *bundles, *options, "-r", "6", "--no-cold", "--json", tmp_path / "r.json")
+    assert "noise floor" in done.stdout
+    kept = read_result(tmp_path / "r.json")
+    assert [m.name for m in kept.measurements] == ["dense", "slim", "dense #2"]
+    assert kept.quality["rows"][0]["perplexity"] == 12.0
+    (stored,) = (tmp_path / "h").glob("*.json")
+    assert read_result(stored) == kept
+    here("report", "--history", tmp_path / "h", "-o", tmp_path / "page.html")
+    assert "History" in (tmp_path / "page.html").read_text()
+
+
+def test_bundles_are_compared_live(bundles: list[Path], tmp_path: Path) -> None:
+    options = ["-p", "4", "-n", "16", "-t", "1", "-r", "6", "--min-effect", "0.9"]
+    done = here("compare", *bundles, *options, "--json", tmp_path / "c.json", code=None)
+    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert row["verdict"] in ("same", "not comparable") and row["name"] == "slim"
+    assert row["test"] in ("wilcoxon", None) and "pp4+tg16" in done.stdout
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, Path]:
+    """Written by hand: a base, a slower one and one that is not valid."""
+    made = {
+        "old": measurement("m", BASE),
+        "slow": measurement("m", [1.2 * t for t in BASE]),
+        "bad": measurement("m", BASE, status=INVALID, reasons=["the host swapped"]),
+    }
+    for name, m in made.items():
+        write_result(tmp_path / f"{name}.json", result(m))
+    return {name: tmp_path / f"{name}.json" for name in made}
+
+
+def test_a_workflow_gets_its_files_and_exit_codes(
+    results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    outputs = ["--junit", tmp_path / "j.xml"]
+    done = here("compare", results["old"], results["slow"], "--fail-on", "regression", *outputs, code=1)
+    assert "slower" in done.stdout and "not confirmed" in done.stdout  # measured on another device than this
+    assert ElementTree.parse(tmp_path / "j.xml").find(".//failure") is not None
+    assert "slower" in (tmp_path / "summary.md").read_text()
+    here("compare", results["old"], results["slow"])  # without --fail-on it only tells
+    here("compare", results["old"], results["old"], "--fail-on", "regression")
+    assert "the host swapped" in here("compare", results["old"], results["bad"], code=3).stdout
+
+
+def test_mistakes_are_one_line(bundles: list[Path], results: dict[str, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.json"
+    cut.write_text(results["old"].read_text()[:-40])
+    assert "truncated" in refused("compare", cut, results["old"])
+    (tmp_path / "theirs.json").write_text('[{"model_filename": "a.gguf", "n_gen": 16, "samples_ns": [10, 11]}]')
+    assert "theirs.json is not a bench result" in refused("compare", tmp_path / "theirs.json", results["old"])
+    assert "two results" in refused("compare", results["old"], bundles[0])
+    assert "no runtime" in refused("compare", "mlx:/nowhere", bundles[0])
+    assert "cannot read result" in refused("compare", tmp_path / "none.json", results["old"])
+    assert "no number" in refused("bench", bundles[0], "-p", "many")
+    assert "no pair" in refused("bench", bundles[0], "-pg", "1,2,3")
+    assert "cores" in refused("bench", bundles[0], "-t", "4096")
+    assert "provider" in refused("bench", bundles[0], *QUICK, "--provider", "cuda")
+    assert "eval" in refused("bench", bundles[0], "--quality", tmp_path / "none.json", *QUICK)
+    assert "--history" in refused("report", "-o", tmp_path / "x.html")
+
+
+def test_a_run_in_which_nothing_could_be_measured(bundles: list[Path]) -> None:
+    done = here("bench", bundles[0], *QUICK, "--time-limit", "0.01", code=3)
+    assert "no answer within 0.01 s" in done.stdout

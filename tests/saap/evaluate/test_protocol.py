@@ -1,0 +1,153 @@
+"""How a text becomes predictions."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from support.command_line import here, last_line
+
+from export.bundle.manifest import read_manifest
+from saap.evaluate.perplexity import evaluate, torch_scorer
+from saap.evaluate.protocol import Cut, joined, tokenizer_hash, windows_of
+from saap.models.checkpoint import load_model
+from saap.system.errors import SaapError
+from saap.text.documents import documents_of
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home", "by", "day"]
+TEXT = documents_of([" ".join(WORDS[n * n % 12] for n in range(400))], "text")
+
+
+def test_chunks_lie_side_by_side(tiny_tokenizer):
+    windows = windows_of(TEXT, tiny_tokenizer, Cut(16, max_chunks=3))
+    ids = tiny_tokenizer(TEXT.text, add_special_tokens=False)["input_ids"]
+    assert windows.ids.flatten().tolist() == ids[:48]
+    assert windows.counted.all() and windows.protocol.predictions == 3 * 15
+    assert (windows.protocol.chunks, windows.protocol.stride, windows.protocol.bos) == (3, 16, False)
+
+
+def test_with_a_stride_every_token_after_the_first_is_predicted_once(tiny_tokenizer):
+    windows = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=5, max_chunks=6))
+    ids = tiny_tokenizer(TEXT.text, add_special_tokens=False)["input_ids"]
+    predicted = [
+        5 * row + place + 1
+        for row, places in enumerate(windows.counted.tolist())
+        for place, c in enumerate(places)
+        if c
+    ]
+    assert predicted == list(range(1, 16 + 5 * 5))
+    assert [windows.ids[row, 0].item() for row in range(6)] == [ids[5 * row] for row in range(6)]
+
+
+def test_a_stride_of_one_gives_every_token_the_whole_window(tiny_model, tiny_tokenizer):
+    model = load_model(tiny_model())
+    windows = windows_of(TEXT, tiny_tokenizer, Cut(8, stride=1, max_chunks=10))
+    (found,) = evaluate({"m": torch_scorer(model)}, windows.ids, windows.counted)
+    ids = torch.tensor(tiny_tokenizer(TEXT.text, add_special_tokens=False)["input_ids"])
+    total = 0.0
+    for place in range(1, 17):
+        before = ids[max(0, place - 7) : place]
+        with torch.no_grad():
+            total -= model(before[None]).logits[0, -1].double().log_softmax(-1)[ids[place]].item()
+    assert found.nll == pytest.approx(total / 16, abs=1e-5)
+    assert sum(found.window_nll) == pytest.approx(total, abs=1e-4)
+
+
+def test_a_beginning_lets_the_first_token_count(tiny_tokenizer):
+    windows = windows_of(TEXT, tiny_tokenizer, Cut(16, bos=True, max_chunks=2))
+    assert windows.ids.shape == (2, 17) and (windows.ids[:, 0] == tiny_tokenizer.bos_token_id).all()
+    assert windows.protocol.predictions == 32
+
+
+def test_a_beginning_is_set_where_the_tokenizer_sets_one(beginning_tokenizer, tiny_tokenizer):
+    windows = windows_of(TEXT, beginning_tokenizer, Cut(16, max_chunks=2))
+    assert windows.protocol.bos is True and windows.protocol.predictions == 32
+    assert torch.equal(windows.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, bos=True, max_chunks=2)).ids)
+    without = windows_of(TEXT, beginning_tokenizer, Cut(16, bos=False, max_chunks=2))
+    assert without.protocol.bos is False
+    assert torch.equal(without.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, max_chunks=2)).ids)
+
+
+def test_a_beginning_with_a_stride(tiny_tokenizer):
+    windows = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=4, bos=True, max_chunks=3))
+    assert windows.counted.sum(1).tolist() == [16, 4, 4]
+
+
+def test_lines_are_joined_as_the_papers_do():
+    text = " a b \n \n= c =\n"
+    assert joined(text, "raw") == text
+    assert joined(text, "paragraphs") == " a b \n\n\n\n= c =\n\n"
+    rows = [" a b \n", "", "= c =\n"]  # as Hugging Face's loaders read that file
+    assert joined(text, "wikitext") == joined(text.removesuffix("\n"), "wikitext") == "\n\n".join(rows)
+    assert joined(text, "spaces") == " ".join(row.strip() for row in rows if row)
+
+
+def test_protocols_tell_texts_and_tokenizers_apart(tiny_tokenizer):
+    one, two = (windows_of(TEXT, tiny_tokenizer, Cut(size, max_chunks=2)).protocol for size in (16, 8))
+    assert one.tokens_sha256 != two.tokens_sha256 and one.text_sha256 == two.text_sha256
+    before = tokenizer_hash(tiny_tokenizer)
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["quite new"])
+    assert tokenizer_hash(other) != before == one.tokenizer_sha256
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chunk": 1}, "predict nothing"),
+        ({"max_chunks": 0}, "predict nothing"),
+        ({"stride": 0}, "a stride of 0 is not allowed: give 1 to 256"),
+        ({"stride": 257}, "a stride of 257"),
+        ({"join": "commas"}, "no way of joining 'commas'"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(fields, message):
+    with pytest.raises(SaapError, match=message):
+        Cut(**fields)
+
+
+def test_too_little_text_is_refused(tiny_tokenizer):
+    with pytest.raises(SaapError, match=r"too little text: .* tokens, a chunk needs 5000"):
+        windows_of(TEXT, tiny_tokenizer, Cut(5000))
+
+
+def test_a_tokenizer_without_a_beginning_is_refused(tiny_tokenizer):
+    other = copy.deepcopy(tiny_tokenizer)
+    other.bos_token = None
+    with pytest.raises(SaapError, match="leave --bos out"):
+        windows_of(TEXT, other, Cut(16, bos=True))
+
+
+def test_from_the_command_line(tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    cut = ("--text", tmp_path / "text.txt", "--chunk", 16, "--stride", 8, "--bos", "--join", "spaces")
+    done = here("eval", tiny_model(), *cut, "--max-chunks", 5, "--json", tmp_path / "quality.json")
+    assert "5 chunks of 16 tokens, stride 8, BOS, lines spaces, 48 predictions" in " ".join(done.stdout.split())
+
+
+def test_a_config_that_names_no_positions(tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    path = tiny_model()
+    config = json.loads((path / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (path / "config.json").write_text(json.dumps(config))
+    done = here("eval", path, "--text", tmp_path / "text.txt", "--chunk", 16, "--max-chunks", 2)
+    assert "2 chunks of 16 tokens" in " ".join(done.stdout.split())
+    done = here("export", path, "-o", tmp_path / "bundle", "--text", tmp_path / "text.txt")
+    assert read_manifest(tmp_path / "bundle").context_length == 2048
+
+
+def test_models_that_would_read_other_tokens_are_refused(tiny_model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    one, other = tiny_model("one"), tiny_model("other", max_position_embeddings=32)
+    done = here("eval", one, other, "--text", tmp_path / "text.txt", "--chunk", 40, code=2)
+    assert f"{other} holds 32 tokens, a window has 40: give a smaller --chunk" in last_line(done)
+    path = other / "tokenizer.json"
+    vocabulary = json.loads(path.read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(vocabulary))
+    done = here("eval", one, other, "--text", tmp_path / "text.txt", "--chunk", 16, code=2)
+    assert f"{other} has another tokenizer than the first model" in last_line(done)

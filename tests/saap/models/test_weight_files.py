@@ -1,0 +1,92 @@
+"""Weights in several files, and tensors put aside on disk."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.command_line import here
+
+from saap.models.checkpoint import load_model
+from saap.models.weight_files import TensorFolder, tensor_reader, write_shards
+
+
+def test_small_weights_are_one_file_and_large_ones_several_that_transformers_reads(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    names, read = tensor_reader(path)
+    (tmp_path / "one").mkdir()
+    write_shards(tmp_path / "one", ((name, read(name)) for name in names))
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    monkeypatch.setattr("saap.models.weight_files.SHARD_BYTES", 100_000)
+    expected = load_model(path).state_dict()
+    (path / "model.safetensors").unlink()
+    tensors = load_file(tmp_path / "one/model.safetensors")
+    write_shards(path, iter(tensors.items()))
+    shards = sorted(path.glob("*.safetensors"))
+    assert len(shards) > 2 and all(file.stat().st_size <= 150_000 for file in shards)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    found = load_model(path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_folder_of_tensors_is_a_mapping(tmp_path):
+    folder = TensorFolder(tmp_path, torch.bfloat16)
+    folder["a"], folder["b"] = torch.tensor([1.0, 2.0]), torch.zeros(2, 3).t()
+    folder["a"] = torch.tensor([3.0])
+    assert dict(folder).keys() == {"a", "b"} and len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(folder["a"], torch.tensor([3.0], dtype=torch.bfloat16)) and folder["b"].shape == (3, 2)
+    del folder["a"]
+    assert list(folder) == ["b"] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(KeyError):
+        folder["a"]
+
+
+def damaged(path, how):
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "a header that claims 2^63 bytes":
+        file.write_bytes(b"\xff" * 7 + b"\x7f" + content[8:])
+    elif how == "no safetensors":
+        file.write_bytes(b"nothing of the kind")
+    else:
+        tensors = load_file(file)
+        del tensors[how]
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "cannot be loaded|is damaged"),
+        ("a header that claims 2^63 bytes", "cannot be loaded|is damaged"),
+        ("no safetensors", "cannot be loaded|is damaged"),
+        ("model.norm.weight", "has no tensor model.norm.weight"),
+        ("model.embed_tokens.weight", r"has no tensor (model.embed_tokens|lm_head).weight"),
+        ("model.layers.1.mlp.down_proj.weight", "has no tensor model.layers.1.mlp.down_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT"),
+        ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT", "--stream"),
+        ("tune", "--data", "TEXT", "-o", "OUT"),
+        ("eval", "--text", "TEXT"),
+        ("export", "--text", "TEXT", "-o", "OUT"),
+    ],
+    ids=lambda command: command[0] + ("-stream" if "--stream" in command else ""),
+)
+def test_damaged_weights_are_named_and_nothing_is_written(how, said, command, tiny_model, tmp_path):
+    path, text = tiny_model("model"), tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 4000)
+    damaged(path, how)
+    places = {"TEXT": text, "OUT": tmp_path / "out"}
+    done = here(command[0], path, *(places.get(word, word) for word in command[1:]), code=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("saap: ") and re.search(said, last) and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -1,0 +1,181 @@
+"""Biases that pruning adds to the output and down projections: the slim model, its bundles, and pruning it again."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support import llama_cpp_run
+
+from export.generate.run import BundleScorer
+from export.gguf.write import export_gguf
+from export.graph.targets import Target
+from export.parity.verify import check_parity
+from export.portable.write import export_portable
+from export.write import export_bundle
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config
+from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.search.masking import masked
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
+from tests.saap.prune.test_families import (
+    CASES,
+    EXPORTED,
+    IDS,
+    check_generation,
+    cut,
+    dense_dir,
+    logits,
+    masked_logits,
+    shipped,
+)
+
+__all__ = ["dense_dir"]
+FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
+MODULES = {"self_attn.o_proj": "query_heads", "mlp.down_proj": "ffn"}
+
+
+def kept_modules(plan):
+    """(layer of the base, layer of the slim model, module) of each output and down projection that is left."""
+    for new, old in enumerate(plan.kept_layers):
+        for module, sizes in MODULES.items():
+            if getattr(plan.layers[old], sizes):
+                yield old, new, module
+
+
+@pytest.fixture
+def compensated(dense_dir, tmp_path):
+    """A slim directory with random biases and one changed matrix, and the logits that it must give."""
+
+    def make(case, plan=EXPORTED):
+        path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
+        generator = torch.Generator().manual_seed(9)
+        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan)}
+        replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
+        dense = load_model(path)
+        changed = dense.model.layers[0].mlp.down_proj.weight
+        changed.data += 0.05 * torch.randn(changed.shape, generator=generator)
+        replaced["model.layers.0.mlp.down_proj.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
+        with masked(dense, dict(enumerate(plan.layers)), 16):
+            for (old, _, module), bias in biases.items():
+                dense.model.layers[old].get_submodule(module).bias = torch.nn.Parameter(bias)
+            expected = logits(dense)
+        return cut(path, tmp_path / "slim", plan, replaced, added_bias=True), expected
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compensated_model_is_what_was_asked(compensated, tmp_path, case):
+    directory, expected = compensated(case)
+    config = read_config(directory)
+    assert config["slim_bias"] is True
+    assert config["model_type"] == f"saap_{CASES[case][0]}"
+    slim = load_model(directory)
+    assert (logits(slim) - expected).abs().max() <= 1e-5
+    assert (logits(shipped(directory)) - expected).abs().max() <= 1e-5
+    shape = shape_of(config)
+    assert shape.added_bias
+    assert shape.parameters == sum(p.numel() for p in slim.parameters())
+    check_generation(slim)
+    slim.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compensated_model_is_pruned_again(compensated, tmp_path, case):
+    directory, _ = compensated(case)
+    half = LayerPlan((0, 1), (0,), tuple(range(0, 64, 2)))
+    no_ffn = LayerPlan((0, 1), (0, 1), ())
+    plan = PrunePlan((half, no_ffn, LayerPlan((), (), (1, 5)), LayerPlan((), (), ()), half))
+    expected = masked_logits(directory, plan)
+    again = load_model(cut(directory, tmp_path / "again", plan))
+    assert again.config.slim_bias is True
+    assert (logits(again) - expected).abs().max() <= 1e-5
+    assert "model.layers.1.mlp.down_proj.bias" not in again.state_dict()
+    assert again.model.layers[1].self_attn.o_proj.bias.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bundles_carry_the_biases(compensated, tmp_path, case):
+    directory, expected = compensated(case)
+    writers = {"cpu": export_bundle, "portable": export_portable}
+    for name, write in writers.items():
+        for bits in (32, 4):
+            write(directory, tmp_path / name, bits=bits, parity=lambda b: check_parity(b, directory, IDS, "dice"))
+            if bits == 32:
+                assert np.abs(BundleScorer(tmp_path / name).logits(IDS.numpy()) - expected.numpy()).max() <= 1e-4
+    on_cpu = export_bundle(directory, tmp_path / "cpu", bits=4, accuracy_level=0)
+    export_bundle(directory, tmp_path / "cuda", bits=4, target=Target("cuda"))
+    float32, float16 = (BundleScorer(tmp_path / name).logits(IDS.numpy()) for name in ("cpu", "cuda"))
+    assert np.abs(float32 - float16).max() <= 0.05
+    assert on_cpu.parameters == shape_of(read_config(directory)).parameters
+
+
+def test_a_compensated_llama_is_tuned_and_exported(compensated, tmp_path):
+    directory, _ = compensated("llama")
+    tune(directory, tmp_path / "tuned", IDS.repeat(2, 1), TuneOptions())
+    config, state = read_config(tmp_path / "tuned"), load_model(directory).state_dict()
+    assert config["slim_bias"] is True
+    tuned = load_model(tmp_path / "tuned")
+    for name, bias in state.items():
+        if name.endswith("bias"):
+            assert torch.equal(tuned.state_dict()[name], bias)
+    export_bundle(
+        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
+    )
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2"])
+def test_gguf_carries_the_biases(compensated, tmp_path, case):
+    directory, expected = compensated(case)
+    report = export_gguf(directory, tmp_path / "model.gguf", kind="F32")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    state = load_model(directory).state_dict()
+    for index in (0, 1, 3, 4):
+        found, wanted = tensors[f"blk.{index}.attn_output.bias"], state[f"model.layers.{index}.self_attn.o_proj.bias"]
+        assert (found == wanted.numpy()).all()
+    assert (tensors["blk.2.ffn_down.bias"] == state["model.layers.2.mlp.down_proj.bias"].numpy()).all()
+    assert report["architecture"] == "deci"
+    row = IDS[0, :8].tolist()  # within the window, which llama.cpp does not know
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=row)["logits"]
+    assert np.abs(found - expected[0, :8].numpy()).max() <= 2e-3
+
+
+@pytest.mark.parametrize("case", ["qwen3", "phi3", "gemma3", "smollm3"])
+def test_gguf_refuses_what_it_cannot_hold(compensated, tmp_path, case):
+    directory, _ = compensated(case)
+    with pytest.raises(SaapError, match=f"is of type 'saap_{CASES[case][0]}': .* export it for the cpu target"):
+        export_gguf(directory, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("native", [{"attention_bias": True, "mlp_bias": True}, {"attention_bias": True}, {}])
+def test_biases_that_the_family_has_need_no_class_of_ours(dense_dir, tmp_path, native):
+    path = dense_dir("llama", **{**FULL, **native})
+    keep = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(32)))
+    plan = PrunePlan((keep,) * 6)
+    added = {f"model.layers.{i}.{m}.bias": torch.full((96,), 0.5) for i in range(6) for m in MODULES}
+    directory = cut(path, tmp_path / "slim", plan, added, added_bias=True)
+    plain = len(native) == 2
+    assert read_config(directory)["model_type"] == ("llama" if plain else "saap_llama")
+    assert read_config(directory).get("slim_bias", False) is not plain
+    slim = load_model(directory)
+    assert shape_of(slim.config).parameters == sum(p.numel() for p in slim.parameters())
+    assert (slim.model.layers[5].self_attn.o_proj.bias == 0.5).all()
+
+
+def test_the_key_goes_with_the_biases(dense_dir):
+    config = read_config(dense_dir("qwen2")) | {"slim_bias": True}
+    shape = shape_of(config)
+    assert shape.added_bias
+    assert slim_config(config, shape)["slim_bias"] is True
+    assert "slim_bias" not in slim_config(config, shape_of(read_config(dense_dir("qwen2"))))
+
+
+def test_a_replacement_that_is_no_tensor_of_the_slim_model(dense_dir, tmp_path):
+    wrong = {"model.layers.2.self_attn.o_proj.bias": torch.zeros(96)}  # there are channels only
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj\.bias is no tensor of the slim model"):
+        cut(dense_dir("mistral"), tmp_path / "slim", EXPORTED, wrong, added_bias=True)
+    assert not (tmp_path / "slim").exists()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config
+from saap.models.structures import LayerSizes, ModelShape
+from saap.prune.search.bundle_size import bundle_size
+from saap.system.errors import SaapError
+from tests.saap.prune.cut.test_added_bias import compensated, dense_dir
+
+__all__ = ["compensated", "dense_dir"]
+FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3"]
+
+
+def planned_and_real(model, bundle, bits, block=32):
+    """Bytes by the formula, and of the file that export writes."""
+    from export.write import export_bundle
+
+    config = read_config(model)
+    export_bundle(model, bundle, bits=bits, block=None if bits == 32 else block)
+    return bundle_size(config, bits, block).total(shape_of(config)), (bundle / "model.onnx.data").stat().st_size
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_the_file_is_as_large_as_planned(tiny_model, tmp_path, bits):
+    planned, real = planned_and_real(tiny_model(), tmp_path / "bundle", bits)
+    assert planned == real
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 192},
+        {"max_position_embeddings": 1000},
+    ],
+)
+def test_so_is_that_of_other_llamas(tiny_model, tmp_path, changes):
+    planned, real = planned_and_real(tiny_model(**changes), tmp_path / "bundle", 4)
+    assert planned == real
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_is_that_of_every_family(tiny_family, tmp_path, family):
+    planned, real = planned_and_real(tiny_family(family), tmp_path / "bundle", 4)
+    assert planned == real
+
+
+def test_so_is_that_of_larger_groups(tiny_model, tmp_path):
+    changes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    planned, real = planned_and_real(tiny_model(**changes), tmp_path / "bundle", 4, block=64)
+    assert planned == real
+
+
+def test_so_is_that_of_a_model_of_real_size(tiny_model, tmp_path):
+    model = tiny_model(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
+        head_dim=64, vocab_size=4096, max_position_embeddings=8192,
+    )  # fmt: skip
+    planned, real = planned_and_real(model, tmp_path / "bundle", 4)
+    assert planned == real
+    assert real > 10e6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_so_is_that_of_a_slim_model_with_biases_of_its_own(compensated, tmp_path, family):
+    slim, _ = compensated(family)
+    assert shape_of(read_config(slim)).added_bias
+    planned, real = planned_and_real(slim, tmp_path / "bundle", 4)
+    assert planned == real
+
+
+def test_a_matrix_takes_its_integers_and_its_scales():
+    shape = ModelShape(hidden=4096, head_dim=64, vocab=1024, tied=True, layers=(LayerSizes(0, 0, 2048),))
+    size = bundle_size(LLAMA, 4, 32)
+    weights = 3 * 4096 * 2048
+    assert size.ffn(shape, shape.layers[0]) == weights // 2 + weights // 32 * 4 + 4 * 4096
+    assert size.attention(shape, shape.layers[0]) == 0
+
+
+def test_every_array_begins_a_page():
+    shape = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 0),))
+    assert bundle_size(LLAMA, 4, 32).attention(shape, shape.layers[0]) % 4096 == 0
+
+
+def test_widths_that_groups_do_not_divide_are_refused():
+    size = bundle_size(LLAMA, 4, 64)
+    whole = ModelShape(128, 64, 320, True, (LayerSizes(2, 1, 128),))
+    size.check(whole)
+    with pytest.raises(SaapError, match="the hidden size is 96 wide, which groups of 64 do not divide: choose another"):
+        size.check(replace(whole, hidden=96))
+    with pytest.raises(SaapError, match="the FFN of layer 0 is 96 wide"):
+        size.check(whole.with_layers((LayerSizes(2, 1, 96),)))
+    bundle_size(LLAMA, 32, 64).check(replace(whole, hidden=100))
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,
+    "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": 256,
+}  # fmt: skip

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from saap.models.checkpoint import read_record
+from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
+from saap.prune.search.explain_words import layer_table, sentences, short
+from saap.prune.search.milp import Module, Option, modules_of, solve
+from saap.prune.search.requirement import Requirement
+from tests.saap.prune.search.test_milp import SHAPE, milliseconds, prices, weights
+
+IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
+FFN = Module(
+    1,
+    "ffn",
+    tuple(
+        Option(LayerPlan((), (), tuple(range(width))), price, cost)
+        for width, price, cost in ((32, 9.0, 10.0), (64, 2.5, 20.0), (96, 1.0, 30.0), (128, 0.0, 40.0), (0, 10.0, 0.0))
+    ),
+)
+
+
+def test_what_a_block_lost_and_what_would_go_next():
+    (reason,) = reasons_of([FFN], [FFN.options[1]], "weights").blocks
+    assert (reason.layer, reason.kind) == (1, "ffn")
+    assert (reason.had, reason.keeps) == (LayerSizes(0, 0, 128), LayerSizes(0, 0, 64))
+    assert (reason.whole, reason.saved, reason.price) == (40, 20, 2.5)
+    # From 96 to 64 was dearer than from 128: 1.5 nats for 10, not 2.5 for 20.
+    assert reason.last == Move(LayerSizes(0, 0, 64), 1.5, 10) and reason.last.per_unit == 0.15
+    # All of it is cheaper per unit than the next width: 7.5 for 20, not 6.5 for 10.
+    assert reason.next == Move(LayerSizes(0, 0, 0), 7.5, 20) and reason.next.per_unit == 0.375
+    assert reason.quarter == Move(LayerSizes(0, 0, 96), 1.0, 10)
+
+
+def test_the_ends_have_no_further_step():
+    whole, gone = (reasons_of([FFN], [FFN.options[i]], "weights").blocks[0] for i in (3, 4))
+    assert whole.last is None and whole.saved == whole.price == 0 and whole.next.per_unit == 0.1
+    assert gone.next is None and gone.saved == 40 and gone.last == Move(LayerSizes(0, 0, 0), 7.5, 20)
+    only = Module(0, "ffn", (FFN.options[3],))
+    (kept,) = reasons_of([only], [only.options[0]], "weights").blocks
+    assert kept.last is kept.next is kept.quarter is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
+    """Equal steps of rising price: the search takes the cheapest ones, so the two enclose the shadow price."""
+    random = np.random.default_rng(seed)
+    rises = np.sort(random.random((4, 3)), axis=1)
+    modules = [
+        Module(i, "ffn", tuple(
+            Option(LayerPlan((), (), tuple(range(4 - n))), float(rise[:n].sum()), float(4 - n)) for n in range(4)
+        ))
+        for i, rise in enumerate(rises)
+    ]  # fmt: skip
+    modules.append(Module(0, "attention", (Option(LayerPlan((0,), (0,), ()), 0.0, 0.0),)))
+    found = reasons_of(modules, solve(modules, weights(16.0 - steps)), "weights")
+    order = np.sort(rises.ravel())
+    assert found.dearest_taken.last.per_unit == pytest.approx(order[steps - 1])
+    assert found.cheapest_left.next.per_unit == pytest.approx(order[steps])
+
+
+@pytest.mark.parametrize("budget", [weights(0.6 * SHAPE.layer_weights), milliseconds(3.2)], ids=["weights", "ms"])
+def test_savings_and_prices_add_up_to_the_plan_s(budget):
+    modules = modules_of(SHAPE, prices(1), 32, frozenset(), budget)
+    chosen = solve(modules, budget)
+    found = reasons_of(modules, chosen, budget.unit)
+    slim = budget.fixed + sum(option.cost for option in chosen)
+    assert sum(block.saved for block in found.blocks) == pytest.approx(budget.total(SHAPE) - slim)
+    assert sum(block.price for block in found.blocks) == pytest.approx(sum(option.price for option in chosen))
+    assert all(block.next is None or block.next.saved > 0 for block in found.blocks)
+
+
+def test_a_baseline_has_sizes_and_no_prices():
+    budget = weights(0.6 * SHAPE.layer_weights)
+    plan = PrunePlan((LayerPlan((), (), ()), replace(whole_layer(SHAPE.layers[1]), ffn=tuple(range(64)))))
+    found = sizes_lost(plan, budget)
+    assert [(b.layer, b.kind, b.price, b.next) for b in found.blocks] == [
+        (0, "attention", None, None), (0, "ffn", None, None), (1, "attention", None, None), (1, "ffn", None, None)
+    ]  # fmt: skip
+    assert [block.keeps for block in found.blocks] == [
+        LayerSizes(0, 0, 0), LayerSizes(0, 0, 0), LayerSizes(6, 3, 0), LayerSizes(0, 0, 64)
+    ]  # fmt: skip
+    assert sum(b.saved for b in found.blocks) == budget.total(SHAPE) - budget.total(plan.kept_shape(SHAPE))
+    assert found.record()["dearest_taken"] is found.record()["cheapest_left"] is None
+
+
+def block(layer, kind, had, keeps, whole, saved, price=None, **steps):
+    sizes = [LayerSizes(0, 0, n) if kind == "ffn" else LayerSizes(n, n // 2, 0) for n in (had, keeps)]
+    return Reason(layer, kind, *sizes, whole, saved, price, **steps)
+
+
+def test_pruned_again_prices_and_savings_add_up():
+    """Layer 0 went whole in the first pruning, so layer 0 of the second is layer 1 of the first."""
+    step = Move(LayerSizes(0, 0, 32), 1.0, 2.0)
+    first = Reasons("ms", (
+        block(0, "ffn", 128, 0, 8.0, 8.0, 3.0, last=step),
+        block(1, "ffn", 128, 96, 8.0, 2.0, 0.5, next=step, quarter=step),
+    ))  # fmt: skip
+    second = Reasons("ms", (block(0, "ffn", 96, 64, 6.0, 2.0, 0.75, last=step),))
+    found = after(first, second, (1,))
+    assert found.blocks == (
+        block(0, "ffn", 128, 0, 8.0, 8.0, 3.0),
+        block(1, "ffn", 128, 64, 8.0, 4.0, 1.25, last=step, quarter=step),
+    )
+    one, two = Weighed(0.003, 0.004), Weighed(-0.01, 0.0)
+    again = after(replace(first, weighed=(one,)), replace(second, weighed=(two,)), (1,))
+    assert again.weighed == (one, two) and found.weighed == ()
+    assert after(None, second, (1,)).blocks[0].layer == 1
+    assert after(first, None, (1,)) is first
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_record_of_a_slim_model_has_the_reasons(tiny_model, tmp_path, steps):
+    options = PruneOptions(Requirement(ratio=0.4), steps=steps, compensate="none")
+    plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
+    record = read_record(tmp_path / "slim")["plan"]
+    blocks = record["reasons"]["blocks"]
+    assert sum(b["price"] for b in blocks) == pytest.approx(record["price_nats"]) and record["price_nats"] > 0
+    gone = sum(b["saved"] for b in blocks)
+    assert gone / sum(b["whole"] for b in blocks) == pytest.approx(record["achieved"]["ratio"])
+    for reason in plan.reasons.blocks:
+        keep = plan.layers[reason.layer].sizes
+        kept = LayerSizes(0, 0, keep.ffn) if reason.kind == "ffn" else replace(keep, ffn=0)
+        assert reason.keeps == kept
+        assert reason.had == (LayerSizes(0, 0, 128) if reason.kind == "ffn" else LayerSizes(6, 3, 0))
+    assert record["reasons"]["dearest_taken"] == plan.reasons.dearest_taken.last.per_unit
+
+
+def told():
+    """Three layers: cut where it is cheap, whole where it is dear, whole as asked."""
+    cheap, dear = Move(LayerSizes(0, 0, 96), 0.01, 1e6), Move(LayerSizes(0, 0, 96), 0.5, 1e6)
+    taken, left = Move(LayerSizes(0, 0, 64), 0.03, 1e6), Move(LayerSizes(0, 0, 32), 0.07, 1e6)
+    heads = Move(LayerSizes(4, 2, 0), 0.4, 1e6)
+    return Reasons("weights", (
+        block(0, "attention", 4, 4, 2e6, 0.0, 0.0),
+        block(0, "ffn", 128, 128, 4e6, 0.0, 0.0),
+        block(1, "attention", 8, 8, 2e6, 0.0, 0.0, next=heads),
+        block(1, "ffn", 128, 64, 4e6, 2e6, 0.04, last=taken, next=left, quarter=cheap),
+        block(2, "attention", 8, 8, 2e6, 0.0, 0.0, next=heads),
+        block(2, "ffn", 128, 128, 4e6, 0.0, 0.0, next=dear, quarter=dear),
+    ))  # fmt: skip
+
+
+def test_a_row_per_layer():
+    title, headings, rows = layer_table(told())
+    assert title.endswith("nats per million weights")
+    assert headings[4:] == ["M saved", "nats", "per M", "next step", "per M then"]
+    assert rows == [
+        ["0", "4/4", "2/2", "128/128", "0", "0", "-", "none on offer", "-"],
+        ["1", "8/8", "4/4", "64/128", "2", "0.04", "0.02", "FFN to 32", "0.07"],
+        ["2", "8/8", "4/4", "128/128", "0", "0", "-", "4 heads, 2 KV", "0.4"],
+    ]
+
+
+def test_where_most_went_what_stayed_and_what_would_go_next():
+    assert sentences(told(), "saap", frozenset({0})) == [
+        "Most went from layer 1, 33% of its weights, at 0.02 nats per million weights. "
+        "It is cheap there: losing a quarter costs 0.01, in the others 0.5.",
+        "Layer 0 stayed whole as asked. Layer 2 stayed whole: the first step there costs 0.4 nats per million weights "
+        "or more, the dearest step taken anywhere 0.03.",
+        "Next would go the FFN of layer 1, to 32, at 0.07 nats per million weights; "
+        "the dearest step taken, the FFN of layer 1, cost 0.03.",
+    ]
+
+
+def test_how_attention_was_weighed():
+    def about(*found):
+        before, after_it = (sentences(replace(told(), weighed=each), "saap") for each in ((), found))
+        (said,) = [sentence for sentence in after_it if sentence not in before]
+        return said
+
+    assert (
+        about(Weighed(0.0034, 0.0041))
+        == "Attention was left whole, as cutting it gains 0.0034 nats (standard error 0.0041)."
+    )
+    assert about(Weighed(-0.02, 0.01), Weighed(0.1234, 0.01)) == (
+        "Attention was left whole, as cutting it loses 0.02 nats (standard error 0.01); "
+        "then cut, as that gains 0.123 nats (standard error 0.01)."
+    )
+
+
+def test_what_is_not_cheap_is_not_called_cheap():
+    dear = Move(LayerSizes(0, 0, 96), 0.49, 1e6)
+    blocks = [replace(b, quarter=dear) if b.quarter else b for b in told().blocks]
+    assert "cheap" not in sentences(Reasons("weights", tuple(blocks)), "saap")[0]
+
+
+@pytest.mark.parametrize(
+    ("unit", "saved", "heading", "name"),
+    [
+        ("bytes", "2", "MB saved", "MB"),
+        ("ms", "2,000,000", "ms saved", "millisecond"),
+        ("parameters", "2", "M saved", "million parameters"),
+    ],
+)
+def test_the_unit_is_that_of_the_requirement(unit, saved, heading, name):
+    title, headings, rows = layer_table(replace(told(), unit=unit))
+    assert (rows[1][4], headings[4]) == (saved, heading)
+    assert title.endswith(f"nats per {name}")
+    assert f"nats per {name}" in " ".join(sentences(replace(told(), unit=unit), "saap"))
+
+
+def test_a_baseline_says_how_it_decides():
+    blocks = tuple(
+        block(i, "ffn", 128, 128 if i in (0, 1, 2, 9) else 64, 4e6, 0.0 if i in (0, 1, 2, 9) else 2e6)
+        for i in range(10)
+    )
+    words = sentences(Reasons("weights", blocks), "param_first")
+    assert words[0].endswith("but for the first and last, which are kept. It has no prices.")
+    assert words[1:] == ["Most went from layers 3-8, 50% of their weights.", "Layers 0-2 and 9 stayed whole."]
+    assert len(layer_table(Reasons("weights", blocks))[1]) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0"), (0.081732, "0.0817"), (12345.6, "12,346"), (0.00012, "0.00012"), (3.2e-6, "3e-06")],
+)
+def test_numbers_are_short(value, text):
+    assert short(value) == text

@@ -1,0 +1,105 @@
+"""Pruning by two real processes under ``accelerate launch``, against one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.command_line import here
+from support.launching import DATA_PARALLEL, launch
+
+from saap.models.checkpoint import read_record
+from saap.prune.cut.ridge import Products, Rows, regression
+from saap.prune.shares import Shares, joined
+from saap.system.errors import SaapError
+from saap.system.gpu import out_of_memory
+from saap.system.needs import available_memory
+
+ONE_STEP = ["--iterative-steps", "1"]  # a later one may find a random model's structures alike
+LINES = [f"Line {n} of a text that is long enough to be scored on, {n * n} and more." for n in range(400)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(LINES))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "sizes"),
+    [
+        (["--iterative-steps", "2"], ("17", "32")),
+        (["--stream", *ONE_STEP, "--prices", "compensated"], ("12", "16")),  # fewer tokens than inputs
+        (["--method", "flap"], ("9", "32")),
+        ([*ONE_STEP, "--score", "element", "--exact", "--corrections", "1"], ("10", "32")),
+    ],
+    ids=["in steps", "streamed", "bias", "exact"],
+)
+def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path, how, sizes):
+    if "--stream" in how:
+        assert regression(12 * 16, 320, 96).__class__ is Rows
+    model = tiny_model(intermediate_size=512) if "--stream" in how else tiny_model()
+    command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", sizes[0], "--length", sizes[1]]
+    here(*command, *how, "-o", tmp_path / "one")
+    shutil.rmtree(os.environ["SAAP_CACHE"])
+    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, *how, "-o", tmp_path / "two")
+
+    assert done.stdout.count("layers' weights removed") == 1  # one of them talks
+    assert not list(tmp_path.glob(".two*"))
+    one, two = (read_record(tmp_path / name) for name in ("one", "two"))
+    assert one["plan"]["layers"] == two["plan"]["layers"]
+    assert one["plan"]["price_nats"] == pytest.approx(two["plan"]["price_nats"], rel=2e-3)
+    assert one["lineage"]["calibration"] == two["lineage"]["calibration"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert torch.allclose(values, second[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_what_one_process_meets_ends_both_in_one_line(tiny_model, text, tmp_path):
+    model = tiny_model()
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", "9", "--length", "32"]
+    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, "-o", tmp_path / "out", fails=True)
+    assert "the loss is nan on calibration sequence 0: check the model and the text" in done.stderr
+    assert "saap/prune/scores/scoring.py" not in done.stderr  # no traceback of ours
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_is_alone_and_keeps_what_it_has():
+    with joined() as together:
+        assert together == Shares() and together.main
+        assert together.each([1, 2, 3], lambda x: x / 2) == [0.5, 1.0, 1.5]
+        assert together.agreed({"a": [1]}) == {"a": [1]} and together.total(2.5) == 2.5
+        for form in (Rows(4, 2), Products(4, 2)):
+            form.add(torch.ones(3, 4), torch.ones(3, 2))
+            before = form.error(torch.zeros(2, 4))
+            form.gather([3], 0)
+            assert form.error(torch.zeros(2, 4)) == before == 6
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = available_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory() == pytest.approx(whole / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tpu9", "device 'tpu9' is not known"), ("meta", "is not known: give cpu, cuda"), ("cuda:77", "sees")],
+)
+def test_a_device_that_is_not_there_is_refused(tiny_model, text, tmp_path, name, said):
+    command = ["prune", tiny_model(), "--ratio", "0.3", "--calibration", text, "--device", name]
+    assert said in here(*command, "-o", tmp_path / "out", code=2).stderr
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line():
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+    with pytest.raises(SaapError, match=r"^CUDA out of memory: give --stream"), out_of_memory():
+        raise torch.OutOfMemoryError(said)

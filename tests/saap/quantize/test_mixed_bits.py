@@ -1,0 +1,281 @@
+"""Integers of a tuned directory in every file that is exported from it: bit for bit, 4 and 8 bits side by side."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.edited import edited
+from support.onnx_reference import reference
+from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
+from transformers import AutoModelForCausalLM
+
+from export.bundle.inspect import inspect_bundle, inspection_lines
+from export.generate.run import BundleScorer
+from export.gguf.write import export_gguf
+from export.graph.targets import Target
+from export.parity.streamed import streamed_logits
+from export.parity.verify import check_parity, reference_model
+from export.portable.write import export_portable
+from export.source import ModelSource
+from export.write import export_bundle
+from saap.cli.export import show_bundle
+from saap.models.checkpoint import load_model, read_config
+from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
+from saap.models.weight_files import tensor_reader
+from saap.prune.search.bundle_size import tuned_bundle_size
+from saap.quantize.groups import quantize, quantize_model
+from saap.system.errors import SaapError
+from saap.tune.tuning import TuneOptions, tune
+from tests.export.portable.test_write import check_standard, feed
+from tests.export.test_write import logits_of, tensors_of
+
+KINDS = {  # bits, group, symmetric, bits by module
+    "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
+    "8, 32": (8, 32, True, {}), "8, 64": (8, 64, True, {}), "8, 128": (8, 128, True, {}),
+    "4, 32, asymmetric": (4, 32, False, {}), "4, 64, asymmetric": (4, 64, False, {}),
+    "4, 128, asymmetric": (4, 128, False, {}), "8, 32, asymmetric": (8, 32, False, {}),
+    "8, 64, asymmetric": (8, 64, False, {}), "8, 128, asymmetric": (8, 128, False, {}),
+    "mixed, 32": (4, 32, True, MIXED), "mixed, 64, asymmetric": (4, 64, False, MIXED),
+}  # fmt: skip
+
+SOME = ["4, 32", "8, 128", "4, 64, asymmetric", "8, 32, asymmetric", "mixed, 32", "mixed, 64, asymmetric"]
+some = pytest.mark.parametrize("integers", SOME, indirect=True)
+
+
+@pytest.fixture(params=KINDS)
+def integers(request, tiny_model, tmp_path):
+    bits, block, symmetric, bits_of = KINDS[request.param]
+    path = tiny_model(**WIDE, attention_bias=True)
+    return write_integers(path, tmp_path / "tuned", bits, block, symmetric=symmetric, bits_of=bits_of)
+
+
+@pytest.fixture
+def mixed(tiny_model, tmp_path):
+    return write_integers(tiny_model(**WIDE), tmp_path / "mixed", bits_of=MIXED)
+
+
+def entry_of(directory):
+    return read_config(directory)["slim_quant"]
+
+
+def part_bits(entry, layer, part):
+    return entry.get("matrices", {}).get(f"model.layers.{layer}.{PARTS[part][0]}", entry["bits"])
+
+
+def test_integers_and_scales_of_the_graph_are_those_of_the_directory(integers, tmp_path):
+    entry = entry_of(integers)
+    for target, floats in (("cpu", np.float32), ("cuda", np.float16)):
+        export_bundle(integers, tmp_path / target, target=Target(target))
+        found = tensors_of(tmp_path / target)
+        for layer in range(2):
+            for part in PARTS:
+                name, bits = f"layers.{layer}.{part}", part_bits(entry, layer, part)
+                qweight, scales = (stacked(integers, layer, part, tensor).numpy() for tensor in ("qweight", "scales"))
+                assert np.array_equal(found[f"{name}.qweight"], qweight)
+                assert qweight.shape[2] * 8 == bits * entry["block"]
+                assert found[f"{name}.scales"].dtype == floats
+                assert np.array_equal(found[f"{name}.scales"].astype(np.float32), scales.flatten())
+                packed = stacked(integers, layer, part, "zero_points")
+                middle = unpack_zero_points(packed, bits, qweight.shape[1]) == 2 ** (bits - 1)
+                assert (f"{name}.zero_points" in found) == (not middle.all())
+                assert np.array_equal(found.get(f"{name}.zero_points", packed.flatten()), packed.flatten())
+    nodes = onnx.load(tmp_path / "cpu/model.onnx", load_external_data=False).graph.node
+    bits_of_nodes = {
+        n.input[1]: {a.name: a.i for a in n.attribute}["bits"] for n in nodes if n.op_type == "MatMulNBits"
+    }
+    expected = {f"layers.{i}.{part}.qweight": part_bits(entry, i, part) for i in range(2) for part in PARTS}
+    assert bits_of_nodes == expected | {"embedding.qweight": entry["embedding_bits"]}
+
+
+def test_integers_and_scales_of_the_portable_graph_are_those_of_the_directory(integers, tmp_path):
+    entry, block = entry_of(integers), entry_of(integers)["block"]
+    export_portable(integers, tmp_path / "portable")
+    check_standard(tmp_path / "portable")
+    found = tensors_of(tmp_path / "portable")
+    for layer in range(2):
+        for part in PARTS:
+            name, bits = f"layers.{layer}.{part}", part_bits(entry, layer, part)
+            scales = stacked(integers, layer, part, "scales").numpy()
+            codes = unpack_codes(stacked(integers, layer, part, "qweight"), bits, block).flatten(1).numpy().T
+            zeros = unpack_zero_points(stacked(integers, layer, part, "zero_points"), bits, scales.shape[1]).numpy().T
+            assert np.array_equal(found[f"{name}.scales"], scales.T)
+            if f"{name}.zero_points" in found:
+                assert np.array_equal(found[f"{name}.zero_points"].astype(np.int16), zeros)
+                assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes)
+            else:
+                assert (zeros == 2 ** (bits - 1)).all()
+                assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes.astype(np.int16) - 2 ** (bits - 1))
+
+
+def test_the_graph_at_level_0_computes_what_torch_does(integers, tmp_path):
+    export_bundle(integers, tmp_path / "bundle", target=Level0())
+    expected = logits_of(load_model(integers), IDS)
+    assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 2e-3
+    assert expected.std() > 0.3
+    assert np.abs(logits_of(reference_model(integers, 0, 0, 0), IDS) - expected).max() <= 1e-4
+
+
+@some
+def test_the_portable_graph_computes_what_torch_does(integers, tmp_path):
+    manifest = export_portable(integers, tmp_path / "bundle", parity=lambda b: check_parity(b, integers, IDS, "dice"))
+    ids = IDS[:, :6]
+    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
+    assert np.abs(found - logits_of(load_model(integers), ids)).max() <= 1e-4
+
+
+def test_gguf_has_a_type_for_each_tensor(mixed, tmp_path):
+    report = export_gguf(mixed, tmp_path / "model.gguf")
+    types = {name: entry["type"] for name, entry in report["tensors"].items()}
+    eight = {"blk.0.ffn_down.weight", *(f"blk.1.attn_{part}.weight" for part in "qkv")}
+    assert {name for name, kind in types.items() if kind == "Q8_0"} == eight
+    assert set(types.values()) == {"Q8_0", "Q4_0"}
+    assert {entry["carried"] for entry in report["tensors"].values()} == {1.0} and report["worst_error_carried"] == 0
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, module in (("blk.0.ffn_down", "0.mlp.down_proj"), ("blk.1.ffn_down", "1.mlp.down_proj")):
+        tensor = tensors[f"{name}.weight"]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        holder = load_model(mixed).get_submodule(f"model.layers.{module}")
+        assert np.array_equal(values, holder.dequantize().numpy())
+
+
+def test_the_directory_loads_with_the_bits_of_each_matrix(mixed):
+    assert entry_of(mixed) == {"bits": 4, "block": 32, "embedding_bits": 4, "tied": True, "matrices": MIXED}
+    model = load_model(mixed)
+    found = {n: m.bits for n, m in model.named_modules() if isinstance(m, GroupQuantLinear)}
+    assert found == {name: MIXED.get(name, 4) for name in found} and len(found) == 14
+    whole = torch.from_numpy(logits_of(model, IDS))
+    precision = ModelSource(mixed).precision(None, None, None)
+    assert precision.all_bits == (4, 8)
+    assert (torch.stack(list(streamed_logits(mixed, IDS, precision))) - whole).abs().max() <= 1e-5
+
+
+def test_eight_bits_come_closer_where_they_are_given(tiny_model, tmp_path):
+    path = tiny_model(**WIDE)
+    dense = load_model(path)
+    model = load_model(path)
+    entry = quantize_model(model, 4, 32, 4, bits_of={**QKV_OF_LAYER_1, "model.layers.0.mlp.up_proj": 4})
+    assert entry["matrices"] == QKV_OF_LAYER_1, "what is as all others is not said"
+    errors = {}
+    for name, linear in dense.named_modules():
+        if isinstance(linear, torch.nn.Linear) and "layers" in name:
+            error = model.get_submodule(name).dequantize() - linear.weight
+            errors[name] = float(error.detach().norm() / linear.weight.detach().norm())
+    eight = [errors.pop(name) for name in QKV_OF_LAYER_1]
+    assert max(eight) < 0.01 < min(errors.values())
+    assert "matrices" not in quantize_model(load_model(path), 4, 32, 4)
+
+
+def test_bits_that_no_graph_holds_are_refused(tiny_model, tmp_path):
+    path, query = tiny_model(**WIDE), "model.layers.1.self_attn.q_proj"
+    for bits_of, message in (
+        ({query: 8}, r"layer 1 .* one matrix .*q_proj 8, self_attn.k_proj 4.*: give them the same"),
+        ({"model.layers.0.mlp.gate_proj": 8}, "mlp.gate_proj 8, mlp.up_proj 4"),
+        ({"model.layers.7.mlp.down_proj": 8}, "model.layers.7.mlp.down_proj, which is no linear"),
+        ({"lm_head": 8}, "lm_head, which is no linear"),
+        ({"model.layers.0.mlp.down_proj": 6}, "6 bits; allowed: 4, 8"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            quantize_model(load_model(path), 4, 32, 4, bits_of=bits_of)
+    matrices = {query: quantize(load_model(path).get_submodule(query).weight, 4, 64)}
+    with pytest.raises(ValueError, match="4 bits in groups of 64 are given to a module of 4 bits in groups of 32"):
+        quantize_model(load_model(path), 4, 32, 4, matrices)
+
+
+def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
+    config = json.loads((mixed / "config.json").read_text())
+    matrices = config["slim_quant"]["matrices"]
+    for changed, message in (
+        ({k: v for k, v in matrices.items() if "q_proj" not in k}, "layer 1 has linears that are one matrix"),
+        (
+            {k: v for k, v in matrices.items() if "down" not in k},
+            "0.mlp.down_proj holds other integers than the 4 bits",
+        ),
+    ):
+        config["slim_quant"]["matrices"] = changed
+        (mixed / "config.json").write_text(json.dumps(config))
+        edited(mixed / "saap.json")
+        for write in (export_bundle, export_portable):
+            with pytest.raises(SaapError, match=message):
+                write(mixed, tmp_path / "bundle")
+        with pytest.raises(SaapError, match="cannot be loaded"):
+            load_model(mixed)
+
+
+def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
+    for options in ({"accuracy_level": 0}, {"target": Target(dotprod=False)}):
+        with pytest.raises(SaapError, match="8 bit needs accuracy level 4"):
+            export_bundle(mixed, tmp_path / "bundle", **options)
+
+
+def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):
+    manifest = export_bundle(mixed, tmp_path / "bundle", parity=lambda b: check_parity(b, mixed, IDS, "dice"))
+    assert (manifest.bits, manifest.lineage["matrices"], manifest.lineage["head_bits"]) == (4, MIXED, 4)
+    assert manifest.parity["kl"] < 0.05
+    report = inspect_bundle(tmp_path / "bundle")
+    read, counts = report["bytes_per_token"], {q["bits"]: q["count"] for q in report["graph"]["quantised"]}
+    assert counts == {4: 2 * 4 - 2 + 1, 8: 2}
+    assert read["layers"] + read["head"] + 4 * 128 == manifest.weight_bytes_per_token
+    assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspection_lines(report)
+    show_bundle(tmp_path / "bundle")
+    assert " 4 and 8 bit, " in capsys.readouterr().out
+    with pytest.raises(SaapError, match="tuned integers of 4 bits, not 8"):
+        export_bundle(mixed, tmp_path / "other", bits=8)
+
+
+@some
+def test_the_file_is_as_large_as_planned(integers, tmp_path):
+    manifest = export_bundle(integers, tmp_path / "bundle")
+    asymmetric = any(name.endswith("zero_points") for name in tensors_of(tmp_path / "bundle"))
+    size = tuned_bundle_size(read_config(integers), zero_points=asymmetric)
+    assert size == manifest.files["model.onnx.data"].bytes
+
+
+def test_it_can_be_planned_before_there_are_integers(mixed, tiny_model, tmp_path):
+    real = export_bundle(mixed, tmp_path / "bundle").files["model.onnx.data"].bytes
+    assert tuned_bundle_size(read_config(tiny_model(**WIDE)), entry_of(mixed)) == real
+    fewer = {**entry_of(mixed), "matrices": QKV_OF_LAYER_1}
+    assert tuned_bundle_size(read_config(mixed), fewer) == real - 128 * 256 // 2
+
+
+def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
+    tune(tiny_model(), tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(head_bits=8, learning_rate=1e-2))
+    assert (entry_of(tmp_path / "tuned")["bits"], entry_of(tmp_path / "tuned")["embedding_bits"]) == (4, 8)
+    table = tensor_reader(tmp_path / "tuned")[1]("model.embed_tokens.qweight").numpy()
+    assert table.shape == (320, 3, 32)
+    for target in ("cpu", "cuda"):
+        manifest = export_bundle(tmp_path / "tuned", tmp_path / target, target=Target(target))
+        assert (manifest.bits, manifest.lineage["head_bits"]) == (4, 8)
+        assert np.array_equal(tensors_of(tmp_path / target)["embedding.qweight"], table)
+    export_portable(tmp_path / "tuned", tmp_path / "portable")
+    codes = tensors_of(tmp_path / "portable")["head.codes"]
+    assert np.array_equal(codes.astype(np.int16), table.reshape(320, 96).T.astype(np.int16) - 128)
+    size = tuned_bundle_size(read_config(tmp_path / "tuned"))
+    assert size == (tmp_path / "cpu/model.onnx.data").stat().st_size
+    tensors = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")["tensors"]
+    assert {e["type"] for name, e in tensors.items() if name != "token_embd.weight"} == {"Q4_0"}
+    assert tensors["token_embd.weight"]["type"] == "Q8_0"
+
+
+@pytest.mark.parametrize("rank", [16, {"model.layers.0.mlp.down_proj": 3}])
+def test_a_directory_of_an_older_version_with_a_branch_is_refused(mixed, tmp_path, rank):
+    edited(mixed / "config.json", lambda config: config["slim_quant"].update(branch=rank))
+    edited(mixed / "saap.json")
+    message = (
+        r"mixed was tuned with --fold branch, which saap no longer has: tune the slim directory again, with --fold"
+    )
+    for use in (
+        load_model,
+        lambda path: export_bundle(path, tmp_path / "out"),
+        lambda path: export_portable(path, tmp_path / "out"),
+        lambda path: export_gguf(path, tmp_path / "out"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            use(mixed)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="tuned with a branch, which this version does not compute"):
+        AutoModelForCausalLM.from_pretrained(mixed)

@@ -1,0 +1,140 @@
+"""Two real processes that meet over gloo, started by ``accelerate launch``, against one with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import train_in_processes
+from support.command_line import here
+from support.launching import DATA_PARALLEL, SHARDED, launch
+from torch.torch_version import TorchVersion
+
+from saap.models.checkpoint import read_record
+from saap.system.errors import SaapError
+from saap.tune.loop.options import steps_of
+from saap.tune.loop.processes import FSDP_TORCH, join_processes
+from saap.tune.loop.steps import TrainOptions
+
+TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
+
+
+def found(out, run, rank=0):
+    """What a process reported about a run, and its trained parameters."""
+    report = json.loads((out / f"{run}-{rank}.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(report=report, tensors=load_file(out / f"{run}-{rank}.safetensors"))
+
+
+def agree(one, other):
+    assert one.report["losses"] == pytest.approx(other.report["losses"], abs=1e-6)
+    for (step, loss), (other_step, other_loss) in zip(one.report["held_out"], other.report["held_out"], strict=True):
+        assert step == other_step and loss == pytest.approx(other_loss, abs=1e-6)
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, value in one.tensors.items():
+        assert torch.allclose(value, other.tensors[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("how", [DATA_PARALLEL, pytest.param(SHARDED, marks=TOO_OLD)], ids=["data parallel", "sharded"])
+def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
+    path = str(tiny_model())
+    train_in_processes.main(path, tmp_path, "alone")
+    train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
+    runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
+    runs.append({"state": "poisoned", "poison": 2})
+    launch(how, train_in_processes.__file__, path, tmp_path, json.dumps(runs))
+    train_in_processes.main(path, tmp_path, "begun-by-two")
+
+    alone, first, second = found(tmp_path, "alone"), found(tmp_path, "two"), found(tmp_path, "two", 1)
+    for process in (first, second):
+        assert process.report["kind"] == ("FSDP" if how == SHARDED else "MULTI_CPU")
+        assert process.report["sharded"] == (how == SHARDED)
+    assert len(alone.report["losses"]) == 3 and len(alone.report["held_out"]) == 4
+    agree(first, alone)
+    # both have the same bits, so that they decide the same
+    for key in ("losses", "held_out", "best_step", "stopped"):
+        assert first.report[key] == second.report[key], key
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    # one talks, and one state is on disk
+    assert len(first.report["said"]) == 3 and second.report["said"] == []
+    assert len(list((tmp_path / "two").iterdir())) == 1
+
+    # one process continues what two began, and the reverse
+    for run, ranks in (("begun-by-two", (0,)), ("begun-by-one", (0, 1))):
+        for rank in ranks:
+            continued = found(tmp_path, run, rank)
+            assert continued.report["resumed_at"] == 2
+            agree(continued, alone)
+
+    # a loss that is not finite in one of them ends both, with the same state
+    poisoned = [found(tmp_path, "poisoned", rank) for rank in (0, 1)]
+    assert poisoned[0].report["error"] == poisoned[1].report["error"]
+    best = poisoned[0].report["best_step"]
+    said = f"the loss became nan at step 2 of 3; the state of step {best} (held-out loss "
+    assert poisoned[0].report["error"].startswith(said)
+    assert all(torch.equal(poisoned[0].tensors[name], value) for name, value in poisoned[1].tensors.items())
+
+
+def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
+    program = tmp_path / "join.py"
+    program.write_text(
+        "import torch\nfrom saap.system.errors import SaapError\nfrom saap.tune.loop.processes import join_processes\n"
+        "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept SaapError as error:\n    print(error)\n"
+    )
+    assert launch(SHARDED, program).stdout.count("FSDP needs torch 2.9 and this is 2.8.0+cpu: install it, or") == 2
+
+
+def test_rows_that_cannot_be_split_are_refused():
+    ids = torch.zeros(8, 4, dtype=torch.int64)
+    assert steps_of({"ids": ids}, TrainOptions(rows_per_step=4, passes=3), 2) == 6
+    with pytest.raises(SaapError, match="4 rows per step cannot be split over 3 processes"):
+        steps_of({"ids": ids}, TrainOptions(rows_per_step=4), 3)
+
+
+def test_processes_that_did_not_meet_are_refused(monkeypatch):
+    """Each would take itself for the main one and write over the other's files."""
+    join_processes()  # alone, which accelerate remembers
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SaapError, match="2 processes were started and 1 met"):
+        join_processes()
+
+
+@pytest.mark.parametrize(
+    ("how", "fold"),
+    [pytest.param(SHARDED, "scale", marks=TOO_OLD), (DATA_PARALLEL, "zero-point")],
+    ids=["sharded", "parallel"],
+)
+def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_path, how, fold):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
+    command = [
+        "tune",
+        tiny_model(),
+        "--data",
+        text,
+        "--tokens",
+        "1600",
+        "--length",
+        "64",
+        "--batch",
+        "4",
+    ]
+    command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
+    here(*command, "-o", tmp_path / "one")
+    shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
+    done = launch(how, "-m", "saap.cli.main", *command, "-o", tmp_path / "two")
+    assert done.stdout.count("held-out NLL") == 1  # one of them talks
+    histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("one", "two")]
+    assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
+            assert (values != two[name]).float().mean() < 0.001, name
+        else:
+            assert torch.allclose(values, two[name], rtol=2e-3, atol=1e-6), name
+    assert not list(tmp_path.glob(".two*"))

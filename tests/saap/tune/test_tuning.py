@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.command_line import here
+from torch.nn import functional as F
+
+from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.search.requirement import Requirement
+from saap.quantize.gptq import compensated_matrices
+from saap.quantize.groups import quantize_model
+from saap.system.errors import SaapError
+from saap.text.tuning_rows import TuningRows
+from saap.tune import tuning as tune_module
+from saap.tune.loop.steps import DivergedError, TrainOptions
+from saap.tune.tuning import TuneOptions, loss_of, tune
+
+GENERATOR = torch.Generator().manual_seed(0)
+# Text with something to learn: every token is followed by the next one.
+ROWS = (torch.arange(24)[None] + torch.randint(300, (32, 1), generator=GENERATOR)) % 320
+TRAINING = TrainOptions(rows_per_step=4, checkpointing=False, precision="fp32")
+FAST = TuneOptions(learning_rate=2e-2, norm_rate=1e-2, calibration_rows=8, held_out=0, training=TRAINING)
+
+
+def nll_of(model, ids):
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits.float(), ids[:, 1:].flatten()).item()
+
+
+@pytest.fixture
+def slim(tiny_model, tmp_path):
+    prune(tiny_model(), tmp_path / "slim", ROWS[:8], PruneOptions(Requirement(ratio=0.3)))
+    return tmp_path / "slim"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, bits):
+    before = load_model(slim)
+    quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], bits, 32, bits))
+    history = tune(slim, tmp_path / "tuned", ROWS[:28], replace(FAST, bits=bits))
+    assert len(history.losses) == 7
+    after = load_model(tmp_path / "tuned")
+    assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
+    changed = 0
+    for (name, old), new in zip(before.named_modules(), after.modules(), strict=True):
+        if isinstance(old, GroupQuantTable):
+            assert torch.equal(old.qweight, new.qweight) and torch.equal(old.zero_points, new.zero_points), name
+            assert torch.equal(new.scales, new.scales.half().float()), name
+            changed += isinstance(old, GroupQuantLinear) and not torch.equal(old.scales, new.scales)
+    assert changed == sum(isinstance(m, GroupQuantLinear) for m in before.modules())
+
+
+def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
+    untrained = replace(FAST, fold="zero-point", learning_rate=0.0, norm_rate=0.0)
+    tune(slim, tmp_path / "untrained", ROWS[:28], untrained)
+    options = replace(FAST, fold="zero-point", learning_rate=3e-2, training=replace(TRAINING, passes=3))
+    tune(slim, tmp_path / "tuned", ROWS[:28], options)
+    before, after = (load_model(tmp_path / name) for name in ("untrained", "tuned"))
+    assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
+
+
+def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
+    options = replace(FAST, symmetric=False, integers="nearest")
+    tune(slim, tmp_path / "asymmetric", ROWS[:8], options)
+    linear = load_model(tmp_path / "asymmetric").get_submodule("model.layers.0.mlp.up_proj")
+    assert len(linear.zero_points.unique()) > 3
+    tune(slim, tmp_path / "all4", ROWS[:8], FAST)
+    tune(slim, tmp_path / "mixed", ROWS[:8], replace(FAST, max_bytes=260_000))
+    mixed = read_config(tmp_path / "mixed")["slim_quant"]
+    kinds = set(mixed.get("matrices", {}).values()) | {mixed["bits"], mixed["embedding_bits"]}
+    assert kinds == {4, 8}
+    assert nll_of(load_model(tmp_path / "mixed"), ROWS[28:]) < 10
+
+
+def test_the_record_keeps_the_plan_and_adds_the_tuning(slim, tmp_path):
+    rows = TuningRows(ROWS[:8], ROWS[:8].clone(), "a text", "0" * 64, "text")
+    tune(slim, tmp_path / "tuned", rows, FAST)
+    before, record = read_record(slim), read_record(tmp_path / "tuned")
+    assert record["plan"] == before["plan"]
+    tuning = record["tuning"]
+    assert tuning["tokens"] == 8 * 24 and tuning["text"]["source"] == "a text"
+    model = load_model(tmp_path / "tuned")
+    groups = sum(m.scales.numel() for m in model.modules() if isinstance(m, GroupQuantLinear))
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert tuning["trained_parameters"] == groups + norms
+    assert read_config(tmp_path / "tuned")["slim_quant"] == {"bits": 4, "block": 32, "embedding_bits": 4, "tied": True}
+
+
+def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_path):
+    path = tiny_model()
+    for name in ("one", "two"):
+        tune(path, tmp_path / name, ROWS[:8], FAST)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    load_model(tmp_path / "one").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == weights[0]
+
+
+def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    options = replace(FAST, held_out=0.1, training=replace(TRAINING, save_seconds=0.0))
+    history = tune(path, tmp_path / "straight", ROWS, options)
+    calls = []
+
+    def killed(label, done, total):
+        calls.append(label)
+        if label.startswith("tuning") and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(path, tmp_path / "again", ROWS, options, progress=killed)
+    assert not (tmp_path / "again").exists() and (tmp_path / ".again.tuning").is_dir()
+    continued = tune(path, tmp_path / "again", ROWS, options)
+    assert continued.resumed_at == 4 and continued.losses == history.losses
+    assert not (tmp_path / ".again.tuning").exists()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_prompts_are_not_learnt(tiny_model):
+    model = load_model(tiny_model())
+    labels = ROWS[:2].clone()
+    labels[:, :10] = -100
+    with torch.inference_mode():
+        total, count = loss_of(None, FAST)(model, {"ids": ROWS[:2], "labels": labels})
+        logits = model(input_ids=ROWS[:2]).logits[:, 9:-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, ROWS[:2, 10:].flatten(), reduction="sum")
+    assert int(count) == 2 * 14
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_adds_its_divergence(tiny_model):
+    from saap.tune.teacher import teacher_targets
+
+    teacher_dir = tiny_model("teacher", seed=1)
+    teacher, student = load_model(teacher_dir), load_model(tiny_model("student", seed=2))
+    targets = teacher_targets(teacher_dir, ROWS[:4], k=320)
+    batch = {"ids": ROWS[2:4], "labels": ROWS[2:4], "row": torch.tensor([2, 3])}
+    with torch.inference_mode():
+        nll, count = loss_of(None, FAST)(student, batch)
+        both, _ = loss_of(targets, replace(FAST, teacher_weight=0.25))(student, batch)
+        p = teacher(input_ids=ROWS[2:4]).logits[:, :-1].log_softmax(-1)
+        q = student(input_ids=ROWS[2:4]).logits[:, :-1].log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum().item()
+    assert both.item() == pytest.approx(0.75 * nll.item() + 0.25 * kl, rel=1e-3)
+    assert int(count) == 2 * 23
+
+
+def test_learning_from_a_teacher_comes_closer_to_it(tiny_model, slim, tmp_path):
+    teacher_dir = tmp_path / "tiny"
+    teacher = load_model(teacher_dir)
+    options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=3))
+    for name, weight in (("alone", 0.0), ("taught", 1.0)):
+        tune(slim, tmp_path / name, ROWS[:28], replace(options, teacher_weight=weight), teacher_dir=teacher_dir)
+
+    def divergence(name):
+        with torch.inference_mode():
+            p = teacher(input_ids=ROWS[28:]).logits.log_softmax(-1)
+            q = load_model(tmp_path / name)(input_ids=ROWS[28:]).logits.log_softmax(-1)
+            return F.kl_div(q, p, log_target=True, reduction="sum").item()
+
+    assert divergence("taught") < 0.9 * divergence("alone")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+    real, seen = loss_of(None, FAST), []
+
+    def broken(targets, options):
+        def loss(model, batch):
+            total, count = real(model, batch)
+            seen.append(model.training)
+            return (total * float("nan") if sum(seen) > 5 else total), count
+
+        return loss
+
+    monkeypatch.setattr(tune_module, "loss_of", broken)
+    with pytest.raises(DivergedError, match=r"loss became nan at step 6 of 8.*is kept.*it was written to"):
+        tune(path, tmp_path / "out", ROWS, replace(FAST, learning_rate=1e-3, norm_rate=1e-4))
+    monkeypatch.undo()
+    assert read_record(tmp_path / "out")["tuning"]["history"]["best_step"] == 5
+    assert nll_of(load_model(tmp_path / "out"), ROWS) < 20
+
+
+def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
+    path = tiny_model()
+    tune(path, tmp_path / "tuned", ROWS[:4], FAST)
+    with pytest.raises(SaapError, match="tuned integers already"):
+        tune(tmp_path / "tuned", tmp_path / "out", ROWS[:4], FAST)
+    with pytest.raises(SaapError, match="fewer than one step"):
+        tune(path, tmp_path / "out", ROWS[:3], FAST)
+    with pytest.raises(SaapError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
+        tune(path, tmp_path / "out", ROWS[:4], replace(FAST, block=64))
+    for wrong, message in (
+        ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
+        ({"fold": "magic"}, "'magic' is no fold"),
+        ({"fold": "branch"}, "'branch' is no fold: choose one of scale, zero-point"),
+        ({"rank": -1}, "rank -1 is negative"),
+        ({"teacher_weight": 2.0}, "no share of the loss"),
+        ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
+    ):
+        with pytest.raises(SaapError, match=message):
+            tune(path, tmp_path / "out", ROWS[:4], replace(FAST, **wrong))
+    other = tiny_model("other", vocab_size=384)
+    with pytest.raises(SaapError, match=r"has 384 tokens and .* 320"):
+        tune(path, tmp_path / "out", ROWS[:4], FAST, teacher_dir=other)
+    with pytest.raises(SaapError, match=r"(loss became (nan|inf)|inputs are not finite)"):
+        broken = load_model(path)
+        broken.model.norm.weight.data.fill_(float("nan"))
+        broken.save_pretrained(path)
+        tune(path, tmp_path / "out", ROWS[:8], FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_tunes_and_shows_it(slim, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
+    chats = tmp_path / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
+            for n in range(300)]  # fmt: skip
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    common = ["--tokens", "2048", "--length", "64", "--batch", "2"]
+    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
+    assert "zero-point fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
+    assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
+    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", tmp_path / "tiny")
+    tuning = read_record(tmp_path / "chat")["tuning"]
+    assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(tmp_path / "tiny")
+    assert f"{tuning['text']['learnt_tokens']} of 2048 tokens are answers" in done.stderr
+    assert tuning["text"]["learnt_tokens"] < 1024
+    refused = here("tune", slim, "-o", tmp_path / "no", "--data", text, *common, "--kind", "chat", code=2)
+    assert "holds no conversations" in refused.stderr

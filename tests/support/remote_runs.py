@@ -1,0 +1,70 @@
+"""Runs on a board that is an sshd on this host, and what must not be left there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.sshd import Sshd, require_sshd
+from support.tiny_graphs import tiny_bundle
+
+from bench.measure.plan import Plan
+from bench.remote.bench import bench_on
+
+QUICK = Plan(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
+ONCE = dataclasses.replace(QUICK, repetitions=1)
+LONG = dataclasses.replace(QUICK, repetitions=6)
+OPTIONS = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold", "--board-packages"]
+VENV = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # this Python is the board's, so that nothing is downloaded
+
+
+def two_bundles(folder: Path) -> list[str]:
+    return [str(tiny_bundle(folder / "dense")), str(tiny_bundle(folder / "slim", seed=1))]
+
+
+def running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+    """A board that is up; afterwards nothing of ours may run on it."""
+    require_sshd()
+    server = Sshd(folder / "sshd", VENV)
+    monkeypatch.setenv("PATH", f"{server.bin}:{os.environ['PATH']}")
+    server.start()
+    yield server
+    server.stop()
+    assert not left(server.cache), "processes are left on the board"
+
+
+def left(cache: Path) -> list[list[str]]:
+    """Processes of the agent's folder that run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+        where = [*(process.info["cmdline"] or []), process.info["cwd"] or ""]
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(cache) in part for part in where):
+            found.append(process.info["cmdline"])
+    return found
+
+
+def remains(cache: Path) -> list[object]:
+    """A lock, runs and processes that are there."""
+    return [*cache.glob("lock.json"), *(cache / "runs").glob("*"), *left(cache)]
+
+
+def one(url: str, specs: list[str], plan: Plan = QUICK, **options: Any) -> Any:
+    """The result of one board, which uses the packages of this Python."""
+    (answer,) = bench_on([url], specs, plan, own=False, **options)
+    if answer.error is not None:
+        raise answer.error
+    return answer.result
+
+
+def script(path: Path, text: str) -> None:
+    """A program of sh."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
