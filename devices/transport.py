@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from devices.common.errors import UserError
+
 FORMS = "ssh://user@host[:port], adb://[serial], labgrid://PLACE or local://"
 # A name that cannot be taken for an option and holds nothing that ssh would expand.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
@@ -25,10 +27,8 @@ CONNECT_S = 10
 MOST_SOCKET = 50  # characters of the folder; a socket's path may have about 100, and ssh adds 57
 
 
-class BoardError(ValueError):
+class BoardError(UserError):
     """A board that cannot be used; one line that names it and says what to do."""
-
-    exit_code = 2
 
 
 class LostError(BoardError):

@@ -5,7 +5,7 @@ What is one matrix in a graph (queries, keys and values; gate and up) comes stac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ from saap.models.slim_quant import module_bits, stacked_bits
 from saap.models.structures import ModelShape
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_blocks, quantize
-from saap.system.errors import SaapError
-
-Progress = Callable[[str, float, float], None]
+from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,26 +70,26 @@ class ModelSource:
             )  # fmt: skip
             for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
                 if asked is not None and asked != has:
-                    raise SaapError(
+                    raise UserError(
                         f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
                     )
             return own
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
-            raise SaapError(f"{bits} bits are not supported; allowed: 4, 8, 32")
+            raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
         return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
 
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
 
         Raises:
-            SaapError: widths that are not whole groups, or tuned integers that are not what the config says.
+            UserError: widths that are not whole groups, or tuned integers that are not what the config says.
         """
         if self.quant:
             qweight, scales, zero_points = (self.tensor(f"{module}.{part}") for part in QuantMatrix.PARTS)
             bits, block = module_bits(self.quant, self.architecture, module), int(self.quant["block"])
             if qweight.shape[2] * 8 != block * bits:
-                raise SaapError(
+                raise UserError(
                     f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {block} that "
                     "config.json says: make the directory again"
                 )
@@ -107,10 +105,10 @@ class ModelSource:
         """A tensor of the checkpoint.
 
         Raises:
-            SaapError: the checkpoint does not hold what the config promises.
+            UserError: the checkpoint does not hold what the config promises.
         """
         if name not in self.names:
-            raise SaapError(
+            raise UserError(
                 f"{self.directory} has no tensor {name}, which its config.json asks for: get the model again"
             )
         return self.read(name)
@@ -142,7 +140,7 @@ def stack_linears(source: ModelSource, precision: Precision, layer: int, part: s
     """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
     Raises:
-        SaapError: its linears hold different bits.
+        UserError: its linears hold different bits.
     """
     arch = source.architecture
     if source.quant:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from devices.common.progress import Progress
 from export.bundle.clients import write_client_files
 from export.bundle.manifest import (
     DECODE_GRAPH,
@@ -25,12 +26,12 @@ from export.graph.kv_cache import cache_scales
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU, Target
 from export.graph.weights import WeightFile, write_weights
-from export.source import ModelSource, Precision, Progress
+from export.source import ModelSource, Precision
 from saap.models.architectures import Traits, traits_of
 from saap.models.checkpoint import read_record
 from saap.models.resolve import copy_sidecars
 from saap.models.weight_files import weights_hash
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 from saap.system.outputs import writing_directory
 
@@ -62,7 +63,7 @@ def export_bundle(
             None leaves the bundle unverified.
 
     Raises:
-        SaapError: unsupported architecture, precision, sizes or target.
+        UserError: unsupported architecture, precision, sizes or target.
         RunError: a tokenizer, or ids that end a text, that cannot be read.
     """
     source = ModelSource(Path(model_dir))
@@ -76,7 +77,7 @@ def export_bundle(
     rotary = all_rotary_tables(config, traits)
     check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     if precision.kv == "int8" and calibration is None:
-        raise SaapError("an int8 cache needs text to find its scales: give --text FILE")
+        raise UserError("an int8 cache needs text to find its scales: give --text FILE")
     _check_words(source.directory, config)
     with writing_directory(out) as partial:
         copy_sidecars(source.directory, partial)

@@ -47,11 +47,11 @@ def real_model() -> Path:
     """SmolLM2-135M-Instruct as a model directory; fetched once into the cache."""
     pytest.importorskip("transformers")
     from saap.models.resolve import resolve
-    from saap.system.errors import SaapError
+    from saap.system.errors import UserError
 
     try:
         return resolve("smollm2-135m")
-    except SaapError as error:
+    except UserError as error:
         if "could not be downloaded" not in str(error):
             raise
         pytest.skip(f"the real model cannot be fetched: {error}")

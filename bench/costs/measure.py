@@ -10,7 +10,7 @@ short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -27,7 +27,9 @@ from bench.measure.cores import choose_cores
 from bench.measure.result import command_line
 from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.onnxruntime import check_threads
+from devices.common.errors import UserError
 from devices.common.files import with_checksum, write_text
+from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.manifest import BundleManifest, read_manifest
 
@@ -39,13 +41,9 @@ SECONDS = 2.0  # of steps in one process
 TOGETHER = 4  # stacks in one process, the base among them
 COPIES = 2.5  # memory of a session over the bytes of its weights: mapped, and packed
 
-Progress = Callable[[str, float, float], None]
 
-
-class CostsError(ValueError):
+class CostsError(UserError):
     """The costs cannot be measured here; the message says why and what to do."""
-
-    exit_code = 2
 
 
 def measure_costs(

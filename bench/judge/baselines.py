@@ -13,16 +13,15 @@ from pathlib import Path
 
 from bench.measure.result import Result
 from bench.measure.store import result_from_dict
+from devices.common.errors import UserError
 from devices.common.files import parse_json, with_checksum, without_checksum, write_text
 
 FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
 
 
-class RegressionError(ValueError):
+class RegressionError(UserError):
     """A baseline that cannot be used or made; one line that says what to do."""
-
-    exit_code = 2
 
 
 class OtherDeviceError(RegressionError):

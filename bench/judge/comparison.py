@@ -15,6 +15,7 @@ from typing import Any
 from bench.judge.statistics import bootstrap_ratio, difference_p_value, least_p_value, typical
 from bench.measure.result import INVALID, Measurement, Result
 from bench.report.wording import plain, threads
+from devices.common.errors import UserError
 
 FASTER, SLOWER, SAME, NOT_COMPARABLE = "faster", "slower", "same", "not comparable"
 DECODE, PREFILL = "decode", "prefill"
@@ -38,10 +39,8 @@ IDENTITY = (
 ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
 
 
-class CompareError(ValueError):
+class CompareError(UserError):
     """The comparison that was asked for has no meaning."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

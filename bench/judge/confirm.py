@@ -14,8 +14,8 @@ from bench.judge.comparison import SLOWER, Comparison, Row, compare, compare_wit
 from bench.judge.comparison import confirm as confirm_rows
 from bench.measure.plan import Plan
 from bench.measure.result import Measurement, Result
-from bench.measure.rounds import Progress
 from bench.measure.run import bench
+from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.manifest import BundleError, read_manifest
 

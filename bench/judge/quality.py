@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.report.wording import plain
+from devices.common.errors import UserError
 from devices.common.files import parse_json, without_checksum
 
 KIND, VERSION = "saap-quality", 1
@@ -23,10 +24,8 @@ PERPLEXITY, MEAN = "NLL", "mean of the tasks"
 RESAMPLES = 9999
 
 
-class QualityError(ValueError):
+class QualityError(UserError):
     """A document that cannot be used; the message says what to do."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

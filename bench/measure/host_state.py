@@ -1,7 +1,7 @@
 """What went on around a measurement: counters of the host and of this process at both ends, and what changed between.
 
-``counters`` gives these, each None where the kernel does not tell; ``bench.measure.validity`` judges them. "Cores" are the
-chosen ones where nothing else is said, and a share is of 1.
+``counters`` gives these, each None where the kernel does not tell; ``bench.measure.validity`` judges them. "Cores" are
+the chosen ones where nothing else is said, and a share is of 1.
 
 | key | unit | what |
 |---|---|---|

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from bench.measure.result import ModelFacts, Sample
 from bench.measure.store import sample_from_dict
 from bench.power.energy import Recorder
 from bench.runtimes.peer import Peer
+from devices.common.progress import Progress
 
 IDLE_S = 2.0
-
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass

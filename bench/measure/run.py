@@ -19,12 +19,13 @@ from bench.measure.plan import Plan
 from bench.measure.preflight import check_memory
 from bench.measure.result import INVALID, Bandwidth, Measurement, Result, command_line
 from bench.measure.roofline import joined, probe_bandwidth
-from bench.measure.rounds import Outcome, Progress, Rounds
+from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
 from bench.runtimes.onnxruntime import check_threads
 from bench.runtimes.peer import Peer
 from bench.runtimes.specs import read_peers
+from devices.common.progress import Progress
 from devices.probe.host import probe
 
 

@@ -11,15 +11,14 @@ from typing import Any
 
 from bench.measure.dataclass_types import built, check_types
 from bench.measure.result import INVALID, OK, SCHEMA, WARN, Bandwidth, Energy, Measurement, ModelFacts, Result, Sample
+from devices.common.errors import UserError
 from devices.common.files import parse_json, with_checksum, without_checksum, write_text
 
 READABLE = (1, SCHEMA)  # schema 1 lacks fields that have defaults now
 
 
-class ResultError(ValueError):
+class ResultError(UserError):
     """A result file that cannot be used; the message names the file and what to do."""
-
-    exit_code = 2
 
 
 def write_result(path: str | Path, result: Result) -> None:

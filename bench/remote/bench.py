@@ -14,11 +14,11 @@ from typing import Any
 
 from bench.measure.plan import Plan
 from bench.measure.result import Measurement, Result, command_line
-from bench.measure.rounds import Progress
 from bench.measure.store import result_from_dict
 from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack, positions_of
 from bench.remote.run import Answer, Errand, own_version, run_on, run_on_all, ways_to
+from devices.common.progress import Progress
 from devices.transport import printable
 
 HERE_ONLY = ("root",)  # of a plan: it means this host

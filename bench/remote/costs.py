@@ -11,11 +11,11 @@ from bench.costs.measure import KIND, ROUNDS, SECONDS, check_depth, described
 from bench.costs.worker import TURN
 from bench.measure.dataclass_types import built
 from bench.measure.result import command_line
-from bench.measure.rounds import Progress
 from bench.remote.board import Say
 from bench.remote.files import pack
 from bench.remote.run import Errand, own_version, run_on_all, ways_to
 from devices.common.files import without_checksum
+from devices.common.progress import Progress
 from export.bundle.manifest import BundleManifest, read_manifest
 
 

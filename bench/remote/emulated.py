@@ -19,11 +19,11 @@ from bench.judge.answers import ask
 from bench.judge.checks import NLL_TOLERANCE, answer_of, numeric
 from bench.measure.plan import Plan
 from bench.measure.result import Result
-from bench.measure.rounds import Progress
 from bench.remote.bench import measure_on
 from bench.remote.board import Board
 from bench.remote.files import pack, positions_of
 from bench.runtimes.specs import read_peers
+from devices.common.progress import Progress
 from devices.emulate.qemu import Emulated, EmulationError, Root
 from export.bundle.manifest import BundleManifest, read_manifest
 

@@ -19,9 +19,9 @@ from typing import Any
 from bench.costs.measure import measure_costs, write_costs
 from bench.measure.cores import physical_cores
 from bench.measure.plan import Plan
-from bench.measure.rounds import Progress
 from bench.measure.run import bench
 from bench.measure.store import write_result
+from devices.common.progress import Progress
 
 EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
 

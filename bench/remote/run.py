@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
-from bench.measure.rounds import Progress
 from bench.measure.signals import until_done
 from bench.remote.board import Board, Say
 from bench.remote.files import RESERVE_BYTES, Shipment, memory_needed
 from bench.remote.left import noted_run
 from bench.remote.ways import Way, way_to
 from devices.common.files import parse_json
+from devices.common.progress import Progress
 from devices.transport import BoardError, printable
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said

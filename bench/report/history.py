@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -16,9 +16,9 @@ from bench.judge.comparison import decisive_values, metric_of
 from bench.judge.statistics import summarize
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.store import ResultError, read_result, result_text, write_result
+from devices.common.progress import Progress
 
 LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,14 @@ from pathlib import Path
 from bench.measure.child import ChildFailedError, call
 from bench.measure.installed import absent
 from bench.measure.result import ModelFacts
+from devices.common.errors import UserError
 
 PEER_PYTHON = "SAAP_PEER_PYTHON"
 WORKER_TELLS = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")
 
 
-class PeerError(ValueError):
+class PeerError(UserError):
     """A spec that cannot be measured here."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from devices.common.errors import UserError
 from export.bundle.external_data import check_external_data
 from export.bundle.manifest import BundleManifest
 
@@ -22,10 +23,8 @@ CACHE = "SAAP_CACHE"
 PREPACKED = "model.onnx"
 
 
-class DecoderError(ValueError):
+class DecoderError(UserError):
     """The bundle, the context or the threads that were asked for cannot be run here."""
-
-    exit_code = 2
 
 
 def open_session(graph: Path, threads: int, entries: dict[str, str] | None = None) -> Any:

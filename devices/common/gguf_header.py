@@ -17,6 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from devices.common.errors import UserError
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST = 1 << 31  # a count above this is damage, not a model
@@ -30,10 +32,8 @@ _TYPES = {
 }  # fmt: skip
 
 
-class GgufHeaderError(ValueError):
+class GgufHeaderError(UserError):
     """A file that is no GGUF, or is damaged; one line that names it."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from devices.common.errors import UserError
 from devices.transport import Local, last_line
 
 # qemu's CPU models and what they stand for: which kernels ONNX Runtime takes depends on them.
@@ -35,10 +36,8 @@ MIRROR = "http://deb.debian.org/debian"  # packages are verified by signature, n
 FETCH_S = 1800.0
 
 
-class EmulationError(ValueError):
+class EmulationError(UserError):
     """No emulated CPU here; one line that says what to install or to mend."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

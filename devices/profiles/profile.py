@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from devices.common.errors import UserError
 from devices.probe.isa import FEATURES
 
 if sys.version_info >= (3, 11):
@@ -44,10 +45,8 @@ UNITS = {
 ARCHITECTURES = ("aarch64", "x86_64")
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """A device or profile that cannot be used; the message names the file and key and what is allowed."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

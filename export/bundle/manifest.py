@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from devices.common.errors import UserError
 from devices.common.files import parse_json, sha256_file, with_checksum, without_checksum, write_text
 
 FORMAT = 1
@@ -37,10 +38,8 @@ WEIGHTS = "model.onnx.data"
 PREFILL_CHUNK = 256
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle that cannot be used; the message names the file and what to do."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

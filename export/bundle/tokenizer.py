@@ -14,16 +14,15 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
+from devices.common.errors import UserError
 from devices.common.files import parse_json
 from export.bundle.manifest import MANIFEST
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A prompt or a bundle that cannot be run; one line that says what to do."""
-
-    exit_code = 2
 
 
 class BundleTokenizer:

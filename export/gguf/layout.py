@@ -23,7 +23,7 @@ from saap.models.slim_quant import module_bits
 from saap.models.structures import LayerSizes
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 
@@ -42,14 +42,14 @@ class Tensor:
     measured: bool = False
 
     def check(self, values: QuantMatrix | torch.Tensor) -> None:
-        """Raise SaapError where what was read is not of the promised sizes."""
+        """Raise UserError where what was read is not of the promised sizes."""
         if isinstance(values, QuantMatrix):
             rows, groups, _ = values.qweight.shape
             found: tuple[int, ...] = (rows, groups * values.block)
         else:
             found = tuple(values.shape)
         if found != self.shape:
-            raise SaapError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
+            raise UserError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
 
 
 class GGUFSource:
@@ -65,7 +65,7 @@ class GGUFSource:
         self.config = read_config(directory)
         model_type = str(self.config.get("model_type"))
         if model_type.removeprefix(SLIM) not in MODEL_TYPES:
-            raise SaapError(
+            raise UserError(
                 f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama, mistral and "
                 "qwen2 models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
             )
@@ -79,7 +79,7 @@ class GGUFSource:
         self._written: set[str] = set()
         quantised = any(k not in ("F32", "F16") for k in (self.kind, self.head_kind))
         if quantised and self.shape.hidden % BLOCK:
-            raise SaapError(
+            raise UserError(
                 f"{directory} has a hidden size of {self.shape.hidden}, not a multiple of the {BLOCK} columns of a "
                 "quantised GGUF block: choose F16 or F32"
             )
@@ -87,7 +87,7 @@ class GGUFSource:
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the directory."""
         if name not in self.names:
-            raise SaapError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
+            raise UserError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
         return self._read(name)
 
     @property
@@ -125,12 +125,12 @@ class GGUFSource:
         """Refuse a directory with tensors that the file has no place for.
 
         Raises:
-            SaapError: names the first of them.
+            UserError: names the first of them.
         """
         harmless = {f"{self.architecture.head}.weight"} if self.shape.tied else set()
         left = [n for n in self.names if n not in self._written | harmless and not n.endswith("rotary_emb.inv_freq")]
         if left:
-            raise SaapError(
+            raise UserError(
                 f"{self.directory} has {left[0]}, for which llama.cpp's {self.name!r} architecture has no place: "
                 "export it for the cpu target"
             )

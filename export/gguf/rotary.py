@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
 
@@ -31,7 +31,7 @@ def rotary_fields(directory: Path) -> RotaryFields:
     so that llama.cpp turns by the angles of transformers and not by its own version of the formula.
 
     Raises:
-        SaapError: a scaling that depends on the length of the input.
+        UserError: a scaling that depends on the length of the input.
     """
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -42,7 +42,7 @@ def rotary_fields(directory: Path) -> RotaryFields:
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in TYPES:
-        raise SaapError(f"rope type {kind!r} cannot be written as GGUF; allowed: {', '.join(TYPES)}")
+        raise UserError(f"rope type {kind!r} cannot be written as GGUF; allowed: {', '.join(TYPES)}")
     base = float(getattr(config, "rope_theta", None) or scaling["rope_theta"])
     floats, strings, factors = {"rope.freq_base": base}, {"rope.scaling.type": "none"}, None
     if kind == "linear":

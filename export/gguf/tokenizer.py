@@ -13,7 +13,7 @@ from typing import Any
 
 from export.bundle.tokenizer import BundleTokenizer
 from saap.models.gguf.convert import CONTROL, END_TOKENS, USER_DEFINED
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # tokenizer.ggml.token_type
 _LLAMA3 = (
@@ -74,15 +74,15 @@ def tokenizer_fields(directory: Path, vocabulary: int) -> TokenizerFields:
         vocabulary: rows of the embedding; ids above the tokenizer's are filled up with unused tokens.
 
     Raises:
-        SaapError: no tokenizer.json, or one that llama.cpp has no counterpart for.
+        UserError: no tokenizer.json, or one that llama.cpp has no counterpart for.
     """
     if not (directory / "tokenizer.json").is_file():
-        raise SaapError(f"{directory} has no tokenizer.json, which a GGUF file needs: put the model's own there")
+        raise UserError(f"{directory} has no tokenizer.json, which a GGUF file needs: put the model's own there")
     ours = BundleTokenizer(directory)
     content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE":
-        raise SaapError(
+        raise UserError(
             f"{directory} has a tokenizer of type {model.get('type')!r}, which no GGUF of ours holds; allowed: BPE"
         )
     sentencepiece = bool(model.get("byte_fallback"))
@@ -119,9 +119,9 @@ def _tokens(content: dict[str, Any], vocabulary: int, sentencepiece: bool) -> tu
     if sentencepiece and unknown is not None:
         by_id[content["model"]["vocab"][unknown]] = (unknown, UNKNOWN)
     if not by_id:
-        raise SaapError("the model's tokenizer has no tokens: get or make the model again")
+        raise UserError("the model's tokenizer has no tokens: get or make the model again")
     if max(by_id) >= vocabulary:
-        raise SaapError(f"the tokenizer has ids up to {max(by_id)}, the embedding {vocabulary} rows: not of one model")
+        raise UserError(f"the tokenizer has ids up to {max(by_id)}, the embedding {vocabulary} rows: not of one model")
     filled = [by_id.get(index, (f"[PAD{index}]", UNUSED)) for index in range(vocabulary)]
     return [token for token, _ in filled], [kind for _, kind in filled]
 
@@ -148,7 +148,7 @@ def _pre_tokenizer(directory: Path, found: dict[str, Any] | None) -> str:
             name = SPLITS.get(steps[0]["pattern"].get("Regex", ""))
             if name and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
                 return name
-    raise SaapError(
+    raise UserError(
         f"{directory} splits text before its BPE ({' + '.join(shape) or 'not at all'}) as no known pre-tokenizer of "
         f"llama.cpp does; known: gpt-2, smollm, {', '.join(SPLITS.values())}; export it for the cpu target"
     )

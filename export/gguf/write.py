@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from devices.common.progress import Progress
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode, row_bytes
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.models.checkpoint import read_record
 from saap.models.weight_files import weights_hash
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.outputs import writing_file
 
-Progress = Callable[[str, float, float], None]
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
 
@@ -47,13 +46,13 @@ def export_gguf(
         (over the matrices whose groups all were carried, and over the others), ``notes`` for a person.
 
     Raises:
-        SaapError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
+        UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
     """
     out = Path(out)
     _check_output(out)
     for asked in (kind, head_kind):
         if asked is not None and asked not in KINDS:
-            raise SaapError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
+            raise UserError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
     source = GGUFSource(Path(model_dir), kind, head_kind)
     rotary = rotary_fields(source.directory)
     tensors = list(source.tensors(rotary.factors))
@@ -67,11 +66,11 @@ def export_gguf(
 
 def _check_output(out: Path) -> None:
     if out.is_dir():
-        raise SaapError(f"{out} is a directory: give the name of a file, such as {out / 'model.gguf'}")
+        raise UserError(f"{out} is a directory: give the name of a file, such as {out / 'model.gguf'}")
     if out.is_file():
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise SaapError(f"{out} is not a GGUF file and is not written over: give another name")
+                raise UserError(f"{out} is not a GGUF file and is not written over: give another name")
 
 
 def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> Any:

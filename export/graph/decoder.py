@@ -25,7 +25,7 @@ from export.graph.weights import WeightFile
 from export.source import Precision
 from saap.models.architectures import LayerTraits, Traits
 from saap.models.structures import LayerSizes, ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 MICROSOFT = "com.microsoft"
 OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.microsoft
@@ -40,16 +40,16 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
         rotary_dims: elements of a head that each of the rotary tables turns.
 
     Raises:
-        SaapError: names the size and what is allowed.
+        UserError: names the size and what is allowed.
     """
     step = 16 if any(layer.rotary for layer in traits.layers) else 8
     if shape.head_dim % step:
-        raise SaapError(
+        raise UserError(
             f"a head size of {shape.head_dim} cannot be exported: ONNX Runtime's attention takes multiples of {step}"
         )
     for dims in rotary_dims.values():
         if dims % 16:
-            raise SaapError(
+            raise UserError(
                 f"rotary embedding of {dims} elements of a head cannot be exported: ONNX Runtime takes multiples of 16"
             )
 

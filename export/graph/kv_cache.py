@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.bundle.manifest import LayerSizes
 from export.generate.run import cpu_session
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 LARGEST = 127
 MARGIN = 1.05  # other text reaches a little further
@@ -34,7 +34,7 @@ def cache_scales(graph: Path, layers: list[LayerSizes], head_dim: int, ids: NDAr
         ``layers.N.key_scale`` and ``layers.N.value_scale``, each [kv_heads * head_dim] float32.
 
     Raises:
-        SaapError: a cache that is not finite.
+        UserError: a cache that is not finite.
     """
     session = cpu_session(graph, os.cpu_count() or 1)
     attending = [(index, sizes) for index, sizes in enumerate(layers) if sizes.query_heads]
@@ -50,7 +50,7 @@ def cache_scales(graph: Path, layers: list[LayerSizes], head_dim: int, ids: NDAr
         for name, cache in zip(names, session.run([f"present.{name}" for name in names], feed), strict=True):
             ranges[name] = np.maximum(ranges[name], np.abs(cache).max(axis=(0, 2)).flatten())
     if not all(np.isfinite(largest).all() for largest in ranges.values()):
-        raise SaapError("the KV cache is not finite on the calibration text: export with a float cache")
+        raise UserError("the KV cache is not finite on the calibration text: export with a float cache")
     return {
         f"layers.{index}.{part}_scale": np.maximum(ranges[f"{n}.{part}"] * MARGIN, 1e-6).astype(np.float32) / LARGEST
         for n, (index, _) in enumerate(attending)

@@ -13,7 +13,7 @@ from saap.models.architectures import SLIM, Architecture, Traits, architecture_o
 from saap.models.checkpoint import read_config
 from saap.models.structures import LayerSizes, ModelShape
 from saap.quantize.groups import check_blocks
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
 LEAST_LAYERS = 4
@@ -49,7 +49,7 @@ def read_probe_model(
             last-level cache.
 
     Raises:
-        SaapError: no config, an unsupported architecture, precision or size.
+        UserError: no config, an unsupported architecture, precision or size.
         BundleError: a damaged bundle.
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
@@ -121,7 +121,7 @@ def _tied(manifest: BundleManifest) -> bool:
 def _precision(own: dict[str, Any], bits: int | None, block: int | None) -> Precision:
     bits = bits or own.get("bits", 4)
     if bits not in (4, 8, 32):
-        raise SaapError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
+        raise UserError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
     if bits == 32:
         return Precision(32, 0, 32)
     head_bits = own["embedding_bits"] if own.get("bits") == bits else bits

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
 from export.bundle.manifest import LayerSizes as BundleSizes
 from export.graph.decoder import DecoderGraph, check_attention
@@ -31,8 +32,6 @@ from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from export.source import Precision
 from saap.models.architectures import Architecture
 from saap.models.structures import LayerSizes, ModelShape
-
-Progress = Callable[[str, float, float], None]
 
 FFN_WIDTHS = 8
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
@@ -79,7 +78,7 @@ def write_probe_stacks(
         stacks: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
 
     Raises:
-        SaapError: sizes that ONNX Runtime's attention refuses.
+        UserError: sizes that ONNX Runtime's attention refuses.
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from saap.models.architectures import Traits, architecture_of
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
 Table = Literal["default", "local"]
@@ -39,7 +39,7 @@ def rotary_tables(config: Any, table: Table = "default") -> tuple[np.ndarray, np
         table: ``local`` is that of sliding layers, in a family where they have their own base.
 
     Raises:
-        SaapError: a scaling whose tables depend on the input's length.
+        UserError: a scaling whose tables depend on the input's length.
     """
     _check_type(config, table)
     embedding = _embedding(config, table)
@@ -68,4 +68,4 @@ def _check_type(config: Any, table: Table) -> None:
         scaling = scaling["sliding_attention" if table == "local" else "full_attention"]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in STATIC_TYPES:
-        raise SaapError(f"rope type {kind!r} is not supported; supported: {', '.join(STATIC_TYPES)}")
+        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(STATIC_TYPES)}")

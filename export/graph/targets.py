@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from export.source import Precision
 from saap.models.structures import ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
 ONNXRUNTIME_WINDOWS = "1.24"  # before, GroupQueryAttention on a CPU gets sliding windows wrong
@@ -38,18 +38,18 @@ class Target:
         """``precision`` as this target computes it.
 
         Raises:
-            SaapError: a combination that the target has no fast kernel for.
+            UserError: a combination that the target has no fast kernel for.
         """
         if self.name == "cuda":
             if kv_bits == 8:
-                raise SaapError("the cuda target keeps its cache in float16: leave --kv out")
+                raise UserError("the cuda target keeps its cache in float16: leave --kv out")
             return replace(precision, accuracy_level=0, floats="float16", kv="float16")
         level = accuracy_level if self.dotprod else 0
         if 8 in precision.all_bits and level != 4:
             why = "a CPU without dot product has no 8-bit kernel" if not self.dotprod else "8 bit has no other kernel"
-            raise SaapError(f"8 bit needs accuracy level 4, not {level}: {why}; export at 4 bit")
+            raise UserError(f"8 bit needs accuracy level 4, not {level}: {why}; export at 4 bit")
         if kv_bits == 8 and self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_INT8_CACHE):
-            raise SaapError(
+            raise UserError(
                 f"ONNX Runtime {self.onnxruntime} has no int8 cache, {ONNXRUNTIME_INT8_CACHE} has: leave --kv out"
             )
         return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
@@ -64,11 +64,11 @@ class Target:
         """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses.
 
         Raises:
-            SaapError: names the size or the version.
+            UserError: names the size or the version.
         """
         oldest = self.oldest_runtime(precision, windows)
         if self.onnxruntime and _version(self.onnxruntime) < _version(oldest):
-            raise SaapError(
+            raise UserError(
                 f"ONNX Runtime {self.onnxruntime} is too old, {oldest} or newer is needed"
                 + (" for sliding windows" if oldest == ONNXRUNTIME_WINDOWS else "")
             )
@@ -77,7 +77,7 @@ class Target:
         for index, sizes in enumerate(shape.layers):
             for width in (shape.hidden, sizes.query_heads * shape.head_dim, sizes.ffn):
                 if width % CUDA_STEP:
-                    raise SaapError(
+                    raise UserError(
                         f"layer {index} has a width of {width}, not a multiple of {CUDA_STEP} as CUDA's kernels "
                         "want: prune with --group 32 or larger"
                     )
@@ -90,4 +90,4 @@ def _version(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(".")[:2])
     except ValueError:
-        raise SaapError(f"{text!r} is no version of ONNX Runtime: write something like {ONNXRUNTIME_MIN}") from None
+        raise UserError(f"{text!r} is no version of ONNX Runtime: write something like {ONNXRUNTIME_MIN}") from None

@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from devices.common.progress import Progress
 from export.bundle.manifest import WEIGHTS
-from export.source import ModelSource, Precision, Progress, StackedLinear, stack_linears
+from export.source import ModelSource, Precision, StackedLinear, stack_linears
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
@@ -137,7 +138,7 @@ def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFil
 def _require_midpoint(table: QuantMatrix, module: str) -> None:
     """The graph leaves the zero points of the vocabulary out, which means 2^(bits-1)."""
     if not symmetric(table):
-        raise SaapError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
+        raise UserError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
 
 
 def symmetric(matrix: QuantMatrix) -> bool:

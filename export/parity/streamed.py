@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import saap.models.checkpoint  # noqa: F401  registers our model type
-from export.source import ModelSource, Precision, Progress
+from devices.common.progress import Progress
+from export.source import ModelSource, Precision
 from saap.models.streaming import empty_parameters
 from saap.quantize.groups import QuantMatrix, check_blocks, quantize
 

@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
 from export.generate.run import BundleScorer, empty_past, graph_feed
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
-from export.source import ModelSource, Precision, Progress
+from export.source import ModelSource, Precision
 from saap.models.checkpoint import load_model, read_config
 from saap.quantize.groups import round_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.needs import WHOLE_BYTES
 from saap.system.precision import fast_float32
 
@@ -55,7 +56,7 @@ def check_parity(
         the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.
 
     Raises:
-        SaapError: the two do not agree within what the precision allows.
+        UserError: the two do not agree within what the precision allows.
     """
     manifest = read_manifest(bundle)
     reference = StreamedModel(ModelSource(Path(model_dir)), _precision(manifest))
@@ -123,7 +124,7 @@ def _check_decode_graph(bundle: Path, ids: torch.Tensor, expected: torch.Tensor,
     difference = (found[0] - expected).abs().max().item()
     # The head sees one row instead of many, which may take another kernel: equal up to rounding.
     if not difference <= 1e-2:
-        raise SaapError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")
+        raise UserError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")
 
 
 def _judge(report: dict[str, Any], bits: int) -> None:
@@ -135,4 +136,4 @@ def _judge(report: dict[str, Any], bits: int) -> None:
         wanted = f"a perplexity within {LEVEL4_PERPLEXITY:.0%} and a KL of at most {LEVEL4_KL}"
     if not good:
         found = ", ".join(f"{key} {value:.4g}" for key, value in report.items() if isinstance(value, float))
-        raise SaapError(f"parity failed ({found}); {wanted} was expected: nothing was exported")
+        raise UserError(f"parity failed ({found}); {wanted} was expected: nothing was exported")

@@ -14,11 +14,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from devices.common.progress import Progress
 from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile, write_bias
-from export.source import ModelSource, Precision, Progress, stack_linears
+from export.source import ModelSource, Precision, stack_linears
 from saap.models.modeling_slim import unpack_codes, unpack_zero_points
 from saap.quantize.groups import QuantMatrix, quantize
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 
 def write_standard_weights(
@@ -86,14 +87,14 @@ def _vocabulary_matrix(source: ModelSource, precision: Precision, module: str) -
         return weight if bits == 32 else quantize(weight, bits, block, symmetric=True)
     table = source.matrix(module, precision)
     if isinstance(table, QuantMatrix) and not is_symmetric(table):
-        raise SaapError(f"{module} has zero points other than {2 ** (bits - 1)}: quantise it symmetrically")
+        raise UserError(f"{module} has zero points other than {2 ** (bits - 1)}: quantise it symmetrically")
     return table
 
 
 def _name_for_gather(file: WeightFile, hidden: int, vocab: int, bits: int) -> None:
     """Second names for what the embedding reads: ONNX Runtime fuses a matrix only if nothing else uses its tensors."""
     if bits == 4 and vocab % 2:
-        raise SaapError(f"a vocabulary of {vocab} tokens is odd: a 4-bit tied table needs an even one; use 8 bits")
+        raise UserError(f"a vocabulary of {vocab} tokens is odd: a 4-bit tied table needs an even one; use 8 bits")
     dtype = ir.DataType.UINT8 if bits == 4 else ir.DataType.INT8
     retype(file, "gathered.codes", "head.codes", dtype, (hidden, vocab * bits // 8))
     retype(file, "gathered.scales", "head.scales", ir.DataType.FLOAT, file.tensors["head.scales"].shape)

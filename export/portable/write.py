@@ -15,13 +15,14 @@ from typing import Any
 
 import onnx_ir as ir
 
+from devices.common.progress import Progress
 from export.bundle.clients import write_client_files
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
 from export.graph.rotary import all_rotary_tables
 from export.graph.weights import WeightFile
 from export.portable.decoder import StandardGraph
 from export.portable.weights import write_standard_weights
-from export.source import ModelSource, Precision, Progress
+from export.source import ModelSource, Precision
 from export.write import make_manifest, transformers_config
 from saap.models.architectures import traits_of
 from saap.models.resolve import copy_sidecars
@@ -53,7 +54,7 @@ def export_portable(
         parity: is given the finished files before the bundle appears, returns the parity report, raises on failure.
 
     Raises:
-        SaapError: unsupported architecture, precision or sizes.
+        UserError: unsupported architecture, precision or sizes.
     """
     source = ModelSource(Path(model_dir))
     precision = source.precision(bits if bits or source.quant else 32, block, head_bits)

@@ -13,7 +13,7 @@ import click
 from devices.common.files import write_text
 from saap.cli.compare import compare_quality_step
 from saap.cli.console import Console, print_table
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 from saap.system.json_files import read_object
 
@@ -154,7 +154,7 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
             with ended_as_by_a_person():
                 comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
     elif any(files):
-        raise SaapError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
+        raise UserError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
         verify_models([old, new])
         with ended_as_by_a_person():

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from saap.cli.console import print_table, shown
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import write_document
 
 
@@ -18,9 +18,9 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
     from bench.judge.quality import compare_quality, exit_code, read_quality
 
     if not both:
-        raise SaapError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
+        raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
     if options["junit"]:
-        raise SaapError("--junit is for speeds: use --json for qualities")
+        raise UserError("--junit is for speeds: use --json for qualities")
     rows = compare_quality(read_quality(old), read_quality(new))
     pairs = {row.models: None for row in rows}
     for models in pairs:

@@ -81,7 +81,7 @@ def probe_costs(
         The document.
 
     Raises:
-        SaapError, BundleError, CostsError, DecoderError: the user's input, or too little memory.
+        UserError, BundleError, CostsError, DecoderError: the user's input, or too little memory.
         BoardError: naming the board and what to do.
     """
     from bench.costs.measure import DEPTH, measure_costs, write_costs

@@ -11,7 +11,7 @@ import click
 from saap.cli.console import Console
 from saap.cli.guard_options import COMMANDS
 from saap.cli.types import BYTES, Counts, directory
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 
 @click.group()
@@ -77,7 +77,7 @@ def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | N
         from saap.cli.remote import check_board_options
 
         if costs is None:
-            raise SaapError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
+            raise UserError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
         check_board_options(options)
     if costs is None:
         from saap.cli.devices import probe_host

@@ -12,7 +12,7 @@ from devices.common.files import write_text
 from saap.cli.bench import STDOUT
 from saap.cli.console import Console, print_table
 from saap.cli.guard import text_ids
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 
 
@@ -24,13 +24,13 @@ def emulate_step(bundle: str, cpus: tuple[str, ...], options: dict[str, Any], co
     from devices.probe.host import probe
 
     if options["tokens"] < 2:
-        raise SaapError(f"a text of {options['tokens']} tokens has no likelihood: give --tokens 2 or more")
+        raise UserError(f"a text of {options['tokens']} tokens has no likelihood: give --tokens 2 or more")
     ids = text_ids(Path(bundle), options["text"])[: options["tokens"]]
     if len(ids) < 2:
-        raise SaapError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
+        raise UserError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
     onnxruntime = probe()["onnxruntime"]
     if onnxruntime is None:
-        raise SaapError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
+        raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
     console.report("emulate, arm64 packages and wheels", 0, 1)
     root = prepare(cache_directory(), str(onnxruntime))
     with ended_as_by_a_person():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from devices.common.progress import Progress
 from saap.cli.console import Console, print_table
 from saap.cli.prune import say_text
 from saap.evaluate.perplexity import Score, evaluate, torch_scorer
@@ -17,8 +18,7 @@ from saap.models.checkpoint import read_config, read_record
 from saap.models.opening import open_model, whole_needs
 from saap.models.resolve import load_tokenizer, resolve
 from saap.models.weight_files import weights_bytes
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import check_place, write_document
 from saap.system.needs import check_memory, eval_needs, fits
 from saap.system.precision import fast_float32
@@ -190,7 +190,7 @@ def _task_options(options: dict[str, Any]) -> TaskOptions | None:
     names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
     if not names:
         if options["task_dir"] or options["max_examples"]:
-            raise SaapError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
+            raise UserError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
         return None
     from saap.evaluate.tasks import TaskOptions
 
@@ -204,7 +204,7 @@ def _windows(named: dict[str, Path], options: dict[str, Any], console: Console) 
         from saap.text.documents import load_documents
 
         if load_documents(None, split="evaluation") is None:
-            raise SaapError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
+            raise UserError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
     cut = Cut(options["chunk"], options["stride"], options["bos"], options["join"], options["max_chunks"])
     windows, text = evaluation_windows(base, options["text"], cut, console.report)
     if text is not None:
@@ -217,12 +217,12 @@ def _windows(named: dict[str, Path], options: dict[str, Any], console: Console) 
 
 
 def _check_reads(name: str, path: Path, windows: Windows) -> None:
-    """Raise SaapError where a model would read other ids than it knows, or more of them than it holds."""
+    """Raise UserError where a model would read other ids than it knows, or more of them than it holds."""
     if tokenizer_hash(load_tokenizer(path)) != windows.protocol.tokenizer_sha256:
-        raise SaapError(f"{name} has another tokenizer than the first model: evaluate them one at a time")
+        raise UserError(f"{name} has another tokenizer than the first model: evaluate them one at a time")
     positions, tokens = _positions(path), windows.ids.shape[1]
     if tokens > positions:
-        raise SaapError(f"{name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")
+        raise UserError(f"{name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")
 
 
 def _positions(path: Path) -> int:

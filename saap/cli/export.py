@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from saap.cli.console import Console, print_table, shown
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def export_step(model: str | Path, out: Path, options: dict[str, Any], console: 
     """``saap export``.
 
     Raises:
-        SaapError: options that do not go together, or no such model.
+        UserError: options that do not go together, or no such model.
     """
     from saap.models.resolve import resolve
     from saap.system.outputs import check_output
@@ -101,7 +101,7 @@ def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, opt
 def _check_options(target: str, bits: int | None, options: dict[str, Any]) -> None:
     if bits is not None and bits not in BITS[target]:
         allowed = ", ".join(map(str, BITS[target]))
-        raise SaapError(f"{bits} bits are not supported for the {target} target; allowed: {allowed}")
+        raise UserError(f"{bits} bits are not supported for the {target} target; allowed: {allowed}")
     of_cpu = {"--kv": options["kv"] != "32", "--no-dotprod": not options["dotprod"]}
     of_bundles = {"--ort": options["onnxruntime"], "--group": options["group"], "--parity": options["parity"] == "none"}
     wrong = [name for name, given in of_cpu.items() if given and target != "cpu"]
@@ -109,7 +109,7 @@ def _check_options(target: str, bits: int | None, options: dict[str, Any]) -> No
     if options["gguf_type"] and target != "gguf":
         wrong.append("--type")
     if wrong:
-        raise SaapError(f"{', '.join(wrong)} cannot be used with --target {target}: leave it out")
+        raise UserError(f"{', '.join(wrong)} cannot be used with --target {target}: leave it out")
 
 
 def _write_gguf(path: Path, out: Path, bits: int | None, options: dict[str, Any], console: Console) -> None:

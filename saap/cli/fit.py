@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from saap.cli.console import print_table
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from devices.fit.facts import Device, Model
@@ -30,18 +30,18 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
         options: context, memory (bytes), onnxruntime, bandwidth (measure it here) and as_json.
 
     Raises:
-        SaapError, BundleError, DeviceError: the user's input.
+        UserError, BundleError, DeviceError: the user's input.
     """
     from devices.fit.fit import fit
 
     model = read_model(bundle)
     if (version := options["onnxruntime"]) and not re.fullmatch(r"\d+(\.\d+)+", version):
-        raise SaapError(f"{version!r} is no version of ONNX Runtime: write something like 1.23.2")
+        raise UserError(f"{version!r} is no version of ONNX Runtime: write something like 1.23.2")
     device = (
         _known(name, options["memory"], version) if name else _here(options["memory"], version, options["bandwidth"])
     )
     if name and options["bandwidth"]:
-        raise SaapError("--bandwidth measures this host: leave it out with --device")
+        raise UserError("--bandwidth measures this host: leave it out with --device")
     context = min(CONTEXT, model.context_length) if options["context"] is None else options["context"]
     verdict = fit(model, device, context)
     if options["as_json"]:
@@ -89,7 +89,7 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
     values = {key: number.value for key, number in profile.numbers.items()}
     usable = usable_memory(values, memory)
     if usable is None:
-        raise SaapError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
+        raise UserError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
     bandwidth = profile.numbers["memory_bandwidth"]
     runtime = profile.runtime
     return Device(
@@ -121,12 +121,12 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
     from saap.cli.devices import read_bandwidth
 
     if memory is not None:
-        raise SaapError("--memory is the size of a board's RAM, this host's is read: give --device with it")
+        raise UserError("--memory is the size of a board's RAM, this host's is read: give --device with it")
     facts, profiles = probe(), load_profiles()
     known = profiles.get(profile_of(facts["compatible"], profiles) or "")
     free = available(Path("/")) or facts["memory_bytes"]
     if free is None:
-        raise SaapError("how much memory this host has cannot be read: check with --device and --memory")
+        raise UserError("how much memory this host has cannot be read: check with --device and --memory")
     bandwidth: tuple[float | None, str] = (None, "measure it with --bandwidth")
     if measure:
         best = max((row["bytes_per_s"] or 0 for row in read_bandwidth(facts["last_level_cache_bytes"])), default=0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def generate_text(
             :class:`export.generate.sampling.Sampling`, None where not given.
 
     Raises:
-        SaapError, RunError, BundleError, DecoderError: what the user can mend.
+        UserError, RunError, BundleError, DecoderError: what the user can mend.
     """
     from export.bundle.manifest import read_manifest
     from export.bundle.tokenizer import BundleTokenizer
@@ -81,7 +81,7 @@ def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
     Asked for means: ``sample``, a temperature above 0, top_k, top_p or min_p.
 
     Raises:
-        SaapError: a temperature of 0 beside an option that only means something when tokens are drawn.
+        UserError: a temperature of 0 beside an option that only means something when tokens are drawn.
         RunError: a value out of range.
     """
     from export.generate.sampling import Sampling
@@ -90,7 +90,7 @@ def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
     asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options["sample"] else [])
     if asked and given.get("temperature") == 0:
         flag = "--" + asked[0].replace("_", "-")
-        raise SaapError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
+        raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
     if asked or given.get("temperature"):
         given = {"temperature": 1.0, **_model_defaults(bundle), **given}
     return Sampling(**given, seed=options["seed"] or 0)
@@ -102,7 +102,7 @@ def _model_defaults(bundle: Path) -> dict[str, Any]:
     found = {name: config[name] for name in SAMPLED if config.get(name) is not None}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise SaapError(f"{path} has {name} {value!r}, which is no number: give --{name.replace('_', '-')}")
+            raise UserError(f"{path} has {name} {value!r}, which is no number: give --{name.replace('_', '-')}")
     if found.get("top_k") == 0:  # transformers' way to say that all are kept
         del found["top_k"]
     return found
@@ -112,13 +112,13 @@ def _check_mode(
     prompt: str | None, interactive: bool, chat: bool | None, templated: bool, system: str | None, as_json: bool
 ) -> None:
     if prompt is None and not interactive and not chat:
-        raise SaapError("no prompt: give one, - to read it from standard input, or --chat to read one turn per line")
+        raise UserError("no prompt: give one, - to read it from standard input, or --chat to read one turn per line")
     if prompt is None and not templated:
-        raise SaapError("a conversation needs the model's chat template: give a prompt to continue")
+        raise UserError("a conversation needs the model's chat template: give a prompt to continue")
     if system is not None and not templated:
-        raise SaapError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
+        raise UserError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
     if interactive and as_json:
-        raise SaapError("--json is no conversation at a terminal: give a prompt, or --chat and turns on standard input")
+        raise UserError("--json is no conversation at a terminal: give a prompt, or --chat and turns on standard input")
 
 
 def _conversation(
@@ -284,7 +284,7 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise SaapError("standard input is not UTF-8 text: convert it first") from None
+        raise UserError("standard input is not UTF-8 text: convert it first") from None
 
 
 def _check_text(text: str | None) -> None:
@@ -292,4 +292,4 @@ def _check_text(text: str | None) -> None:
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:
-        raise SaapError("the prompt is not UTF-8 text: convert it first") from None
+        raise UserError("the prompt is not UTF-8 text: convert it first") from None

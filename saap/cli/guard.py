@@ -12,7 +12,7 @@ import click
 from saap.cli.bench import show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.remote import check_board_options
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 
 GREEDY = 16
@@ -69,7 +69,7 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     from devices.probe.host import probe
 
     if not 0 < options["min_effect"] < 1:
-        raise SaapError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")
+        raise UserError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")
     _check(options)
     name, junit = name_of(bundle, options["name"]), options["junit"]
     try:
@@ -165,13 +165,13 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     try:
         words = TEXT if text is None else text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SaapError(f"cannot read {text} ({error}): give a text file in UTF-8") from None
+        raise UserError(f"cannot read {text} ({error}): give a text file in UTF-8") from None
     return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
 
 
 def _check(options: dict[str, Any]) -> None:
     if options["url"] is None and (options["wheels"] or options["board_packages"]):
-        raise SaapError("--wheels and --board-packages belong to --on: name a board")
+        raise UserError("--wheels and --board-packages belong to --on: name a board")
     check_board_options(options)
 
 

@@ -22,7 +22,7 @@ from saap.prune.search.budget import Budget
 from saap.prune.search.explain import Reasons
 from saap.prune.search.explain_words import layer_table, sentences
 from saap.prune.search.requirement import KINDS, Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 from saap.system.outputs import check_output
 from saap.text.rows import training_rows
@@ -105,25 +105,25 @@ def runtime_here(costs: Path) -> str | None:
         here = probe()
         versions = {name: here[name] for name in ("python", "onnxruntime")}
         same = fingerprint({**device, **versions}) == here["fingerprint"]  # type: ignore[dict-item]
-    except (SaapError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None  # read_costs says what is wrong with the file
     return here["onnxruntime"] if same else None
 
 
 def refuse_elsewhere(costs: Path | None) -> None:
-    """Raise SaapError for a table of costs of another machine; what is no table is left to who reads it."""
+    """Raise UserError for a table of costs of another machine; what is no table is left to who reads it."""
     from devices.probe.host import probe
 
     if costs is None:
-        raise SaapError("--here is about the table of --costs: give one, or leave --here out")
+        raise UserError("--here is about the table of --costs: give one, or leave --here out")
     try:
         there = read_object(costs, "")["device"]
         name = there.get("board") or there.get("cpu_model") or "an unnamed device"
         measured = f"{name} (fingerprint {there['fingerprint']})"
-    except (SaapError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return
     here = probe()
-    raise SaapError(
+    raise UserError(
         f"{costs} was measured on {measured}, this machine is {here['board'] or here['cpu_model']} (fingerprint "
         f"{here['fingerprint']}): measure here with `saap devices probe --costs MODEL`, or leave --here out"
     )

@@ -12,7 +12,7 @@ import click
 
 from saap.cli.bench import NOTHING_MEASURED, PLAN, STDOUT, keep, show_reasons, show_result
 from saap.cli.console import Console, print_table
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 from saap.system.json_files import read_object
 
@@ -49,19 +49,19 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     for error in failed:
         click.echo(f"saap: {error}", err=True)
     if failed:
-        return SaapError.exit_code
+        return UserError.exit_code
     return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
 
 
 def check_board_options(options: dict[str, Any]) -> None:
     """What contradicts itself in the options of a board."""
     if options["wheels"] is not None and options["board_packages"]:
-        raise SaapError("--wheels fills a venv there, --board-packages makes none: give one of them")
+        raise UserError("--wheels fills a venv there, --board-packages makes none: give one of them")
 
 
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:
     if len(urls) > 1 and options["form"] == "csv":
-        raise SaapError("--format csv is of one board: give md, or --json FILE")
+        raise UserError("--format csv is of one board: give md, or --json FILE")
 
 
 def _show(url: str, result: Any, options: dict[str, Any], several: bool) -> None:

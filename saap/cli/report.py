@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
 
@@ -31,5 +31,5 @@ def read_run(directory: Path) -> dict[str, Any]:
     """``run.json`` of a run's directory."""
     path = directory / "run.json"
     if not path.is_file():
-        raise SaapError(f"{directory} holds no run.json: give the -o directory of `saap run`, or result files")
+        raise UserError(f"{directory} holds no run.json: give the -o directory of `saap run`, or result files")
     return read_object(path, "run `saap run` again")

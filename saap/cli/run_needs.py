@@ -57,7 +57,7 @@ def check_run(directory: Path, out: Path, budget: Budget, pruning: PruneOptions,
     """Refuse what memory or disk is too small for.
 
     Raises:
-        SaapError: naming the step, the sum, and what there is.
+        UserError: naming the step, the sum, and what there is.
     """
     steps = run_needs(directory, budget, pruning, options)
     name = max(steps, key=lambda step: steps[step].memory_bytes)

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from devices.common.progress import Progress
+from saap.system.errors import UserError
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 
@@ -75,7 +75,7 @@ def evaluate(
         batch: rows at once; None: as many as have about a thousand tokens.
 
     Raises:
-        SaapError: vocabularies differ, or a model's loss is no number.
+        UserError: vocabularies differ, or a model's loss is no number.
     """
     counted = torch.ones_like(ids[:, 1:], dtype=torch.bool) if counted is None else counted
     batch = batch or max(1, BATCH_TOKENS // ids.shape[1])
@@ -89,7 +89,7 @@ def evaluate(
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
             told = F.nll_loss(mine, rows[:, 1:][chosen], reduction="none").double()
             if not torch.isfinite(told).all():
-                raise SaapError(f"{name} gives losses that are no numbers (NaN or infinite): its weights are broken")
+                raise UserError(f"{name} gives losses that are no numbers (NaN or infinite): its weights are broken")
             losses[name] += [part.sum().item() for part in told.split(chosen.sum(1).tolist())]
             if base is not None:
                 sums[name] += _agreement(name, mine, base)
@@ -110,7 +110,7 @@ def _log_probabilities(score: Score, rows: torch.Tensor, chosen: torch.Tensor) -
 def _agreement(name: str, mine: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Summed KL and agreements over some predictions [n, vocab]."""
     if base.shape != mine.shape:
-        raise SaapError(
+        raise UserError(
             f"{name} has a vocabulary of {mine.shape[-1]}, the reference {base.shape[-1]}: they do not compare"
         )
     kl = F.kl_div(mine, base, log_target=True, reduction="none").sum(-1).clamp_min(0).sum().item()

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import Documents, beginning, encode
 
 Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
@@ -44,13 +44,13 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.chunk < 2 or (self.max_chunks is not None and self.max_chunks < 1):
-            raise SaapError(
+            raise UserError(
                 f"{self.max_chunks} chunks of {self.chunk} tokens predict nothing: give at least 1 chunk of 2"
             )
         if self.stride is not None and not 1 <= self.stride <= self.chunk:
-            raise SaapError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
+            raise UserError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
         if self.join not in get_args(Join):
-            raise SaapError(f"no way of joining {self.join!r}: give {', '.join(get_args(Join))}")
+            raise UserError(f"no way of joining {self.join!r}: give {', '.join(get_args(Join))}")
 
     @property
     def step(self) -> int:
@@ -105,17 +105,17 @@ def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
     """Cut a text; its remainder is left out.
 
     Raises:
-        SaapError: less than one window, or no beginning-of-sequence token where one is asked for.
+        UserError: less than one window, or no beginning-of-sequence token where one is asked for.
     """
     ids = encode(joined(documents.text, cut.join), tokenizer)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
-        raise SaapError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")
+        raise UserError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")
     rows = torch.tensor([ids[start : start + cut.chunk] for start in starts], dtype=torch.int64)
     cut = replace(cut, bos=bool(beginning(tokenizer)) if cut.bos is None else cut.bos)
     if cut.bos:
         if tokenizer.bos_token_id is None:
-            raise SaapError("this tokenizer has no beginning-of-sequence token: leave --bos out")
+            raise UserError("this tokenizer has no beginning-of-sequence token: leave --bos out")
         rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     counted[1:, : max(0, counted.shape[1] - cut.step)] = False

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import is_unicode, load_rows
 
 # Of each task the fields that a row must have, beside ``label``.
@@ -89,12 +89,12 @@ def find_task(name: str, folder: Path) -> TaskFile:
     """The task's file in a folder: its name begins with the task's, as in ``arc_easy_test.jsonl``.
 
     Raises:
-        SaapError: unknown task, no file or several, or a row that is not of the task's form, by file and line.
+        UserError: unknown task, no file or several, or a row that is not of the task's form, by file and line.
     """
     if name not in FIELDS:
-        raise SaapError(f"no task {name!r} from files: choose among {', '.join(FIELDS)}")
+        raise UserError(f"no task {name!r} from files: choose among {', '.join(FIELDS)}")
     if not folder.is_dir():
-        raise SaapError(f"{folder} is no folder: give --task-dir the folder that holds the tasks' files")
+        raise UserError(f"{folder} is no folder: give --task-dir the folder that holds the tasks' files")
     found = sorted(
         path
         for path in folder.iterdir()
@@ -102,7 +102,7 @@ def find_task(name: str, folder: Path) -> TaskFile:
     )
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
-        raise SaapError(f"{name} needs one file in {folder}, {there} is there: name it {name}.jsonl")
+        raise UserError(f"{name} needs one file in {folder}, {there} is there: name it {name}.jsonl")
     return read_task(name, found[0])
 
 
@@ -110,12 +110,12 @@ def read_task(name: str, path: Path) -> TaskFile:
     """Read and check a task's file.
 
     Raises:
-        SaapError: as :func:`find_task`.
+        UserError: as :func:`find_task`.
     """
     rows = load_rows(path, split="evaluation") or []
     checked = tuple(_checked(name, row, where) for where, row in rows)
     if len(checked) < 2:  # without a standard error
-        raise SaapError(f"{path} holds {'one' if checked else 'no'} example: give 2 or more, one JSON object a line")
+        raise UserError(f"{path} holds {'one' if checked else 'no'} example: give 2 or more, one JSON object a line")
     return TaskFile(name, checked, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -125,18 +125,18 @@ def _checked(name: str, row: Any, where: str) -> dict[str, Any]:
         row = _without_marks(row)
     missing = [field for field in wanted if not isinstance(row, dict) or field not in row]
     if missing:
-        raise SaapError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
+        raise UserError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
     text = [field for field in wanted if field not in ("choices", "label")]
     if wrong := [field for field in text if not _is_text(row[field])]:
-        raise SaapError(f"{where}: {wrong[0]} is no text")
+        raise UserError(f"{where}: {wrong[0]} is no text")
     choices = row.get("choices", ["", ""])
     if "choices" in wanted and not (isinstance(choices, list) and len(choices) > 1 and all(map(_is_text, choices))):
-        raise SaapError(f"{where}: choices must be a list of two or more texts")
+        raise UserError(f"{where}: choices must be a list of two or more texts")
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        raise SaapError(f"{where}: label {label!r} must count the {len(choices)} choices from 0")
+        raise UserError(f"{where}: label {label!r} must count the {len(choices)} choices from 0")
     if name == "winogrande" and row["sentence"].count("_") != 1:
-        raise SaapError(f"{where}: a sentence of winogrande has one _ where an option goes")
+        raise UserError(f"{where}: a sentence of winogrande has one _ where an option goes")
     return dict(row)
 
 

@@ -20,10 +20,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
+from devices.common.progress import Progress
 from saap.evaluate.continuations import Group, Likelihood, Scorer
 from saap.evaluate.task_files import TaskFile, drawn, find_task
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, tail ids), as the harness hands them over
 
@@ -62,7 +62,7 @@ class ContinuationModel(TemplateLM):
     def eot_token_id(self) -> int:
         """What stands for an empty context where there is no beginning-of-sequence token."""
         if self.tokenizer.eos_token_id is None:
-            raise SaapError(
+            raise UserError(
                 "a question begins with nothing, and this tokenizer has no token to begin with: mend its file"
             )
         return int(self.tokenizer.eos_token_id)
@@ -89,9 +89,9 @@ class ContinuationModel(TemplateLM):
         tails: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for index, (texts, context, tail) in enumerate(requests):
             if not tail:
-                raise SaapError(f"a choice without a token follows {str(texts[0])[-60:]!r}: mend its file")
+                raise UserError(f"a choice without a token follows {str(texts[0])[-60:]!r}: mend its file")
             if len(tail) > self.max_length:
-                raise SaapError(
+                raise UserError(
                     f"a choice of {len(tail)} tokens follows {str(texts[0])[-60:]!r}: the model reads {self.max_length}"
                 )
             room = max(1, self.max_length + 1 - len(tail))  # cut on the left, as the harness does
@@ -102,7 +102,7 @@ class ContinuationModel(TemplateLM):
         done = 0
         for group, found in zip(order, self.score(order), strict=True):
             if not all(math.isfinite(answer[0]) for answer in found):
-                raise SaapError(
+                raise UserError(
                     "the model gives likelihoods that are no numbers (NaN or infinite): its weights are broken"
                 )
             for choice, answer in zip(group.tails, found, strict=True):
@@ -115,11 +115,11 @@ class ContinuationModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Not of these tasks; perplexity has a command of its own."""
-        raise SaapError("a task that asks for perplexity: use `saap eval --text`, which states its protocol")
+        raise UserError("a task that asks for perplexity: use `saap eval --text`, which states its protocol")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Not of these tasks."""
-        raise SaapError("a task that lets the model write: only multiple-choice tasks are run here")
+        raise UserError("a task that lets the model write: only multiple-choice tasks are run here")
 
 
 def run_tasks(
@@ -128,7 +128,7 @@ def run_tasks(
     """Run tasks with one model: a row per task with accuracies, standard errors and every example's likelihoods.
 
     Raises:
-        SaapError: unknown tasks, files that are not of a task's form, or a data set that cannot be had.
+        UserError: unknown tasks, files that are not of a task's form, or a data set that cannot be had.
     """
     files = task_files(options)
     asked: list[Any] = [file.config() for file in files] if files else list(options.names)
@@ -146,29 +146,29 @@ def run_tasks(
 
 def _loaded(asked: list[Any], manager: TaskManager, options: TaskOptions) -> dict[str, Any]:
     if options.folder is None and (unknown := sorted(set(options.names) - set(manager.all_tasks))):
-        raise SaapError(f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
+        raise UserError(f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
     try:
         return dict(get_task_dict(asked, manager))
     except OSError as error:  # a lost connection's classes are all of these
-        raise SaapError(
+        raise UserError(
             f"the data of {', '.join(options.names)} cannot be had ({type(error).__name__}): check the network, or "
             "give --task-dir a folder with the tasks' files"
         ) from None
 
 
 def _check_kind(tasks: dict[str, Any]) -> None:
-    """Raise SaapError for what is no multiple-choice task with an accuracy, before a model is loaded."""
+    """Raise UserError for what is no multiple-choice task with an accuracy, before a model is loaded."""
     for name, task in tasks.items():
         if not isinstance(task, harness_task.ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
-            raise SaapError(f"{name} is no multiple-choice task: name some, and those of a group one by one")
+            raise UserError(f"{name} is no multiple-choice task: name some, and those of a group one by one")
         if "acc" not in task.aggregation():
-            raise SaapError(f"{name} is not judged by accuracy but by {', '.join(task.aggregation())}: name others")
+            raise UserError(f"{name} is not judged by accuracy but by {', '.join(task.aggregation())}: name others")
 
 
 def task_files(options: TaskOptions) -> list[TaskFile]:
     """The files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
     if options.max_examples is not None and options.max_examples < 2:
-        raise SaapError(f"{options.max_examples} examples have no standard error: give 2 or more")
+        raise UserError(f"{options.max_examples} examples have no standard error: give 2 or more")
     return [] if options.folder is None else [find_task(name, options.folder) for name in options.names]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saap.models.structures import LayerSizes, ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,15 @@ def architecture_of(config: Any) -> Architecture:
     """The table row for a transformers config (or its dict).
 
     Raises:
-        SaapError: the architecture is not supported.
+        UserError: the architecture is not supported.
     """
     name = _get(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise SaapError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
     activation = _get(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
-        raise SaapError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
+        raise UserError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
     if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
         _require_transformers5()
     return architecture
@@ -162,7 +162,7 @@ def _require_transformers5() -> None:
     from transformers import __version__
 
     if int(__version__.split(".")[0]) < 5:
-        raise SaapError(
+        raise UserError(
             f"config.json is of transformers 5 (it has rope_parameters), which {__version__} misreads: install "
             "transformers 5, or write rope_theta and rope_scaling there"
         )
@@ -172,7 +172,7 @@ def shape_of(config: Any) -> ModelShape:
     """Read a model's sizes from its config (or the config's dict).
 
     Raises:
-        SaapError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
+        UserError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
@@ -183,13 +183,13 @@ def shape_of(config: Any) -> ModelShape:
         try:
             layers = tuple(LayerSizes(*(_checked("slim_layers", size, 0) for size in sizes)) for sizes in slim)
         except TypeError:
-            raise SaapError("config.json has slim_layers that are not three sizes per layer: make it again") from None
+            raise UserError("config.json has slim_layers that are not three sizes per layer: make it again") from None
     else:
         kv_heads = _count(config, "num_key_value_heads", heads)
         layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
-            raise SaapError(
+            raise UserError(
                 f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple; "
                 "mend config.json"
             )
@@ -215,12 +215,12 @@ def traits_of(config: Any) -> Traits:
     ``attn_logit_softcapping`` of Gemma 3 is not read: transformers, whose numbers are the reference, does not apply it.
 
     Raises:
-        SaapError: the config asks for something that no graph of ours computes.
+        UserError: the config asks for something that no graph of ours computes.
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
     if _get(config, "use_bidirectional_attention"):
-        raise SaapError("attention in both directions is not supported; supported: causal attention")
+        raise UserError("attention in both directions is not supported; supported: causal attention")
     scalar = _get(config, "query_pre_attn_scalar")
     return Traits(
         layers=tuple(_layer_traits(config, architecture, i) for i in range(_get(config, "num_hidden_layers"))),
@@ -235,7 +235,7 @@ def _layer_traits(config: Any, architecture: Architecture, index: int) -> LayerT
     kinds = _get(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
-        raise SaapError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
+        raise UserError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
     slides = architecture.window == "all" or kind == "sliding_attention"
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
     if architecture.skips_rotary and not _get(config, "no_rope_layers")[index]:
@@ -247,7 +247,7 @@ def with_defaults(config: Any) -> Any:
     """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
 
     Raises:
-        SaapError: transformers refuses the file.
+        UserError: transformers refuses the file.
     """
     if not isinstance(config, dict) or architecture_of(config) is LLAMA:
         return config
@@ -257,14 +257,14 @@ def with_defaults(config: Any) -> Any:
         return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SaapError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+        raise UserError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
 
 
 def positions_of(config: Any) -> int:
     """Tokens that a model holds, by default what transformers takes.
 
     Raises:
-        SaapError: the config names something else than a number.
+        UserError: the config names something else than a number.
     """
     return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 
@@ -273,7 +273,7 @@ def check_counts(config: Mapping[str, Any]) -> None:
     """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
 
     Raises:
-        SaapError: more layers or labels than any model has.
+        UserError: more layers or labels than any model has.
     """
     for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
         if config.get(key) is not None:
@@ -288,7 +288,7 @@ def _count(config: Any, key: str, default: int | None = None, most: int = MOST_S
 
 def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise SaapError(
+        raise UserError(
             f"config.json has {key} {str(value)[:40]!r}: must be a whole number of {least} to {most}; get it again"
         )
     return value

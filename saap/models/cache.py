@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from saap.models.integrity import CACHE_RECORD, differing, hashes
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document
 
 # Counts up when a conversion would write other files, so that old entries are not taken for new ones.
@@ -58,7 +58,7 @@ def _make_cache(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaapError(
+        raise UserError(
             f"the cache {cache} cannot be made ({error.strerror}): set SAAP_CACHE to another place"
         ) from None
 
@@ -80,7 +80,7 @@ def _intact(directory: Path, source_sha256: str) -> bool:
     """Whether every recorded file is there unchanged."""
     try:
         record = read_object(directory / CACHE_RECORD, "")
-    except SaapError:
+    except UserError:
         return False
     known = record.get("converter"), record.get("source_sha256")
     return known == (CONVERTER, source_sha256) and differing(directory, record.get("files")) is None

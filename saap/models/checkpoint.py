@@ -25,7 +25,7 @@ from saap.models.integrity import RECORD, check_directory, hashes
 from saap.models.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
 from saap.models.structures import ModelShape
 from saap.models.weight_files import write_shards
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document
 from saap.system.outputs import writing_directory
 
@@ -48,7 +48,7 @@ def load_model(
         verify: hold the files against their hashes first, which reads them all.
 
     Raises:
-        SaapError: no model there, of an architecture or format that is not supported.
+        UserError: no model there, of an architecture or format that is not supported.
     """
     directory = Path(path)
     config = read_config(directory)
@@ -63,10 +63,10 @@ def load_model(
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SaapError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+        raise UserError(f"{directory} cannot be loaded ({first_line}): make it again") from error
     model, found = opened
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
-        raise SaapError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
+        raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
     if materialise:
         materialise_linears(model)
     return model.eval()
@@ -76,16 +76,16 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` as a dict.
 
     Raises:
-        SaapError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
+        UserError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise SaapError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
+        raise UserError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
     config = read_object(path, "make the directory again")
     check_counts(config)
     quant = config.get("slim_quant")
     if isinstance(quant, dict) and quant.get("branch"):
-        raise SaapError(
+        raise UserError(
             f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again, "
             "with --fold scale or --fold zero-point"
         )
@@ -96,14 +96,14 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     """``saap.json`` as a dict, empty for a dense model.
 
     Raises:
-        SaapError: damaged, or of a newer format.
+        UserError: damaged, or of a newer format.
     """
     path = Path(directory) / RECORD
     if not path.is_file():
         return {}
     record = read_object(path, "make the directory again")
     if record.get("format") != FORMAT:
-        raise SaapError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
+        raise UserError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
     return record
 
 

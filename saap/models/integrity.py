@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.files import sha256_file
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
 RECORD, CACHE_RECORD = "saap.json", "saap-cache.json"
@@ -36,7 +36,7 @@ def check_directory(directory: str | Path) -> None:
     """Hold a model directory's files against their hashes, once per process for each content.
 
     Raises:
-        SaapError: a file that is not there or has changed, or a record that is damaged.
+        UserError: a file that is not there or has changed, or a record that is damaged.
     """
     directory = Path(directory)
     record = next((file for name in (RECORD, CACHE_RECORD) if (file := directory / name).is_file()), None)
@@ -48,7 +48,7 @@ def check_directory(directory: str | Path) -> None:
         blobs = {file.name: {"sha256": found[0]} for file, found in named.items() if found and file.is_symlink()}
         bad, remedy = differing(directory, blobs), "remove it from the hub's cache, and it is downloaded again"
     if bad:
-        raise SaapError(f"{directory / bad} is damaged (not the file that was written there): {remedy}")
+        raise UserError(f"{directory / bad} is damaged (not the file that was written there): {remedy}")
 
 
 def differing(directory: Path, files: Any) -> str | None:

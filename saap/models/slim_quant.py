@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from saap.models.architectures import Architecture
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 BITS = (4, 8)
 
@@ -28,13 +28,13 @@ def stacked_bits(quant: Mapping[str, Any], architecture: Architecture, layer: in
     """Bits of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
     Raises:
-        SaapError: its modules hold different bits.
+        UserError: its modules hold different bits.
     """
     modules = architecture.matrices[part]
     bits = [module_bits(quant, architecture, f"{architecture.layers}.{layer}.{module}") for module in modules]
     if len(set(bits)) > 1:
         found = ", ".join(f"{module} {n}" for module, n in zip(modules, bits, strict=True))
-        raise SaapError(
+        raise UserError(
             f"layer {layer} has linears that are one matrix in the graph, of different bits ({found}): "
             "give them the same bits"
         )
@@ -48,14 +48,14 @@ def check_matrices(quant: Mapping[str, Any], architecture: Architecture, linears
         linears: names of the decoder layers' linears.
 
     Raises:
-        SaapError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
+        UserError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
     """
     known = set(linears)
     for name, bits in quant.get("matrices", {}).items():
         if name not in known:
-            raise SaapError(f"bits are given for {name}, which is no linear of the decoder layers: mend the name")
+            raise UserError(f"bits are given for {name}, which is no linear of the decoder layers: mend the name")
         if bits not in BITS:
-            raise SaapError(f"{name} is given {bits} bits; allowed: 4, 8")
+            raise UserError(f"{name} is given {bits} bits; allowed: 4, 8")
         layer, _, module = name.removeprefix(f"{architecture.layers}.").partition(".")
         for part, modules in architecture.matrices.items():
             if module in modules:

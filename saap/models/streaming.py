@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from saap.models.architectures import architecture_of
 from saap.models.checkpoint import read_config, read_record
 from saap.models.weight_files import tensor_reader
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 CPU = torch.device("cpu")
 Read = Callable[[str], torch.Tensor]
@@ -68,14 +68,14 @@ def load_streamed(
         dtype: in which layers compute; ``device``: on which.
 
     Raises:
-        SaapError: no model there, of an architecture or format that is not supported, or one that holds integers.
+        UserError: no model there, of an architecture or format that is not supported, or one that holds integers.
     """
     directory = Path(path)
     config = read_config(directory)
     architecture = architecture_of(config)
     read_record(directory)
     if config.get("slim_quant"):
-        raise SaapError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
+        raise UserError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
     names, read = tensor_reader(directory)
     with empty_parameters():
         model: Any = AutoModelForCausalLM.from_config(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.prune.search.explain import Reasons
@@ -157,9 +157,9 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
-    """Raise SaapError where a plan does not fit the model or breaks GQA."""
+    """Raise UserError where a plan does not fit the model or breaks GQA."""
     if len(plan.layers) != len(dense.layers):
-        raise SaapError(f"the plan has {len(plan.layers)} layers, the model has {len(dense.layers)}")
+        raise UserError(f"the plan has {len(plan.layers)} layers, the model has {len(dense.layers)}")
     for index, (keep, sizes) in enumerate(zip(plan.layers, dense.layers, strict=True)):
         for kept, count, what in (
             (keep.query_heads, sizes.query_heads, "query head"),
@@ -167,13 +167,13 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
             (keep.ffn, sizes.ffn, "FFN channel"),
         ):
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
-                raise SaapError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
+                raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
         per_group = sizes.heads_per_group
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()
         if owners != set(keep.kv_heads) or len(counts) > 1:
-            raise SaapError(
+            raise UserError(
                 f"layer {index}: every kept KV group must keep the same number of query heads, at least one"
             )
     if not any(keep.query_heads for keep in plan.layers):
-        raise SaapError("the plan leaves no layer with attention: prune less")
+        raise UserError("the plan leaves no layer with attention: prune less")

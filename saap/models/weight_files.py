@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saap.models.integrity import check_directory, known_sha256
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
@@ -26,12 +26,12 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
 
     Raises:
-        SaapError: no safetensors there, or files that are not what was written.
+        UserError: no safetensors there, or files that are not what was written.
     """
     check_directory(directory)
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
-        raise SaapError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
+        raise UserError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
     where = {}
     for file in files:
         with opened(file) as handle:
@@ -39,7 +39,7 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 
     def read(name: str) -> torch.Tensor:
         if name not in where:
-            raise SaapError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
+            raise UserError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
         with opened(where[name]) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
@@ -52,13 +52,13 @@ def opened(file: Path) -> Iterator[Any]:
     """A safetensors file to read from.
 
     Raises:
-        SaapError: it is damaged, or cannot be read.
+        UserError: it is damaged, or cannot be read.
     """
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise SaapError(f"{file} is damaged ({error}): get or make it again") from None
+        raise UserError(f"{file} is damaged ({error}): get or make it again") from None
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -20,7 +20,7 @@ from saap.models.integrity import check_directory
 from saap.models.structures import LayerPlan, LayerSizes, PrunePlan
 from saap.prune.search.explain import Move, Reason, Reasons, Weighed
 from saap.prune.shares import shares
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 
 class KeptSteps:
@@ -46,7 +46,7 @@ class KeptSteps:
                 if record:
                     check_directory(self.path(step))
                     return step, plan_of(record["plan"])
-            except (SaapError, KeyError, TypeError):
+            except (UserError, KeyError, TypeError):
                 continue
         return None
 

@@ -10,7 +10,7 @@ from saap.prune.baselines.scores import TAYLOR
 from saap.prune.cut.refit import COMPENSATIONS, Compensation
 from saap.prune.search.adaptive import AdaptiveOptions
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.gpu import device_of
 
 METHODS = ("saap", *BASELINES)
@@ -63,23 +63,23 @@ class PruneOptions:
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:
-        """Raise SaapError for names that are not known and numbers that are not allowed."""
+        """Raise UserError for names that are not known and numbers that are not allowed."""
         self.requirement.check()
         self.adaptive.check()
         device_of(self.device)
         if self.drop_layers < 0:
-            raise SaapError(f"--drop-layers {self.drop_layers} is not allowed: give 0 or more")
+            raise UserError(f"--drop-layers {self.drop_layers} is not allowed: give 0 or more")
         if self.method != "saap" and self.drop_layers:
-            raise SaapError(f"--drop-layers is for the method saap: leave it out for {self.method}")
+            raise UserError(f"--drop-layers is for the method saap: leave it out for {self.method}")
         if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
-            raise SaapError(f"steps and corrections are for the method saap: leave them out for {self.method}")
+            raise UserError(f"steps and corrections are for the method saap: leave them out for {self.method}")
         if self.steps is not None and self.steps < 1:
-            raise SaapError(f"{self.steps} steps are not allowed: give 1 or more")
+            raise UserError(f"{self.steps} steps are not allowed: give 1 or more")
         if self.method not in METHODS:
-            raise SaapError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
+            raise UserError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if self.stream and self.method in TAYLOR:
-            raise SaapError(
+            raise UserError(
                 f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
             )
         if self.compensation not in COMPENSATIONS:
-            raise SaapError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
+            raise UserError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")

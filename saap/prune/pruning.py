@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, read_record, slim_config
 from saap.models.checkpoint import write_slim as write
@@ -25,7 +26,6 @@ from saap.prune.cut.surgery import cut_tensors
 from saap.prune.kept_stages import agreed, kept_steps
 from saap.prune.options import PruneOptions
 from saap.prune.record import record_of
-from saap.prune.scores.importance import Progress
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import after, sizes_lost
@@ -33,7 +33,7 @@ from saap.prune.search.milp import meet
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, layers_plan, share_of, stages_of
 from saap.system.allocator import kept_memory
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
 from saap.system.outputs import check_output, claimed
@@ -58,7 +58,7 @@ def prune(
         lineage: what to record about the base model and the text, beside what is found here.
 
     Raises:
-        SaapError: the requirement cannot be met, or the input does not fit.
+        UserError: the requirement cannot be met, or the input does not fit.
     """
     check_output(out)
     budget = budget_of(model_dir, options)
@@ -116,7 +116,7 @@ def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, seque
     """Whether the layers stay in their files: as asked, or where the whole model does not fit into memory.
 
     Raises:
-        SaapError: not even a layer at a time fits, or the method needs the whole model.
+        UserError: not even a layer at a time fits, or the method needs the whole model.
     """
     element = options.adaptive.element if options.method == "saap" else "none"
     whole, single = (
@@ -200,12 +200,12 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     """The requirement on this model, before anything is scored; read and checked, nothing is written.
 
     Raises:
-        SaapError: the model cannot be pruned, or no choice of options can meet the requirement.
+        UserError: the model cannot be pruned, or no choice of options can meet the requirement.
     """
     options.check()
     config = read_config(model_dir)
     if config.get("slim_quant"):
-        raise SaapError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
+        raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)
     _check_layers(options.keep_layers or frozenset(), shape)
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
@@ -232,7 +232,7 @@ def make_plan(
         weights: hash of the model's weights, under which scores are kept; None keeps none.
 
     Raises:
-        SaapError: the requirement cannot be met, or the model is not finite on the text.
+        UserError: the requirement cannot be met, or the model is not finite on the text.
     """
     if options.method == "saap":
         return adaptive_plan(
@@ -251,4 +251,4 @@ def make_plan(
 def _check_layers(keep: frozenset[int], shape: ModelShape) -> None:
     wrong = sorted(i for i in keep if not 0 <= i < len(shape.layers))
     if wrong:
-        raise SaapError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
+        raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")

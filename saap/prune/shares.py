@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load, save
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)  # until a process counts as lost: one may wait for a layer's share of another
@@ -78,11 +78,11 @@ class Shares:
         found: Item = json.loads(sent)
         return found
 
-    def tensors(self, owner: int, found: dict[str, torch.Tensor] | SaapError | None) -> dict[str, torch.Tensor]:
+    def tensors(self, owner: int, found: dict[str, torch.Tensor] | UserError | None) -> dict[str, torch.Tensor]:
         """Named tensors that process ``owner`` found, in all of them.
 
         Raises:
-            SaapError: what the owner met instead.
+            UserError: what the owner met instead.
         """
         content = b""
         if self.rank == owner:
@@ -90,7 +90,7 @@ class Shares:
             content = b"\0" + save(found) if isinstance(found, dict) else b"\1" + str(found).encode()
         content = self._sent(content, owner)
         if content[:1] == b"\1":
-            raise SaapError(content[1:].decode())
+            raise UserError(content[1:].decode())
         return load(content[1:])
 
     def wait(self) -> None:

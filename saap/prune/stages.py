@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.structures import ModelShape, PrunePlan
 from saap.prune.baselines.methods import rank
 from saap.prune.options import PruneOptions
-from saap.prune.scores.importance import Progress
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import sizes_lost
 from saap.prune.search.milp import check_floor
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
 
@@ -43,7 +43,7 @@ def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
     """The steps to the requirement.
 
     Raises:
-        SaapError: the layers that go whole are more than has to go, or than there are.
+        UserError: the layers that go whole are more than has to go, or than there are.
     """
     if options.method != "saap":
         return [Stage(budget)]
@@ -55,7 +55,7 @@ def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
         if way >= 1:
             most = math.ceil((whole - budget.limit) / whole * len(budget.dense.layers)) - 1
             advice = f"give at most {most}" if most else "leave it out"
-            raise SaapError(f"--drop-layers {options.drop_layers} is more than has to go: {advice}, or ask for more")
+            raise UserError(f"--drop-layers {options.drop_layers} is more than has to go: {advice}, or ask for more")
         share = 1 - budget.limit / (whole - dropped)
         first = [Stage(budget.partway(way), options.drop_layers, last=False)]
     count = options.steps or max(1, math.ceil(share / SHARE_PER_STEP - 1e-9))
@@ -72,13 +72,13 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
     """Refuse, before anything is scored, what no choice of SAAP's options can meet.
 
     Raises:
-        SaapError: names the nearest that can be met, or how many layers can go.
+        UserError: names the nearest that can be met, or how many layers can go.
     """
     shape, kept = budget.dense, options.keep_layers or frozenset()
     if options.drop_layers:
         free = [i for i in range(len(shape.layers)) if i not in kept]
         if options.drop_layers >= len(free) + bool(kept):
-            raise SaapError(
+            raise UserError(
                 f"--drop-layers {options.drop_layers} leaves no layer: {len(free)} of {len(shape.layers)} may go"
             )
         # Which ones go is not known yet; those that cost most leave the least.
@@ -108,14 +108,14 @@ def layers_plan(
         calibration: [sequences, tokens] int64.
 
     Raises:
-        SaapError: no layer with attention would be left, or the model is not finite on the text.
+        UserError: no layer with attention would be left, or the model is not finite on the text.
     """
     ranking = rank(
         "shortgpt", model, shape, calibration, keep_layers=keep_layers, heads=False, block=1, seed=0,
         progress=progress,
     )  # fmt: skip
     if count > len(ranking.steps):
-        raise SaapError(f"--drop-layers {count} leaves no attention: {len(ranking.steps)} layers may go")
+        raise UserError(f"--drop-layers {count} leaves no attention: {len(ranking.steps)} layers may go")
     plan = ranking.plan_below(sum(step.weights for step in ranking.steps[:count]) / shape.layer_weights)
     reasons = sizes_lost(plan, budget)
     blocks = tuple(replace(block, price=None if block.saved else 0.0) for block in reasons.blocks)

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, run_layer
 from saap.models.streaming import present
-from saap.prune.scores.importance import Progress
 from saap.quantize.groups import (
     QuantMatrix,
     best_scales,
@@ -27,7 +27,7 @@ from saap.quantize.groups import (
     pack_zero_points,
     quantize,
 )
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
 LAZY = 256  # columns whose errors reach the columns after them in one product: the paper's lazy batch updates
@@ -44,7 +44,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, sym
         symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
 
     Raises:
-        SaapError: K is not whole groups, or the inputs were not finite.
+        UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
     parts = [gptq_with_latent(rows, hessian, bits, block, symmetric, inverse)[0] for rows in weight.split(ROWS)]
@@ -112,12 +112,12 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     the damping is far above what is lost there.
 
     Raises:
-        SaapError: the inputs were not finite.
+        UserError: the inputs were not finite.
     """
     from scipy.linalg import lapack
 
     if not bool(torch.isfinite(hessian.diagonal()).all()):  # sums of squares: where they are, so are the rest
-        raise SaapError("calibration inputs are not finite: the model's activations overflow on this text")
+        raise UserError("calibration inputs are not finite: the model's activations overflow on this text")
     backwards = hessian.to("cpu", torch.float32).flip(0, 1)
     diagonal = backwards.diagonal()
     diagonal[diagonal == 0] = 1
@@ -126,7 +126,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     if not singular:
         factor, singular = lapack.strtri(factor, lower=1, overwrite_c=1)
     if singular:
-        raise SaapError("the calibration inputs have no Cholesky factor: give more or other text")
+        raise UserError("the calibration inputs have no Cholesky factor: give more or other text")
     return torch.from_numpy(factor).flip(0, 1).to(hessian.device)
 
 

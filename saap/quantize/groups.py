@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from saap.models.architectures import architecture_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 from saap.models.slim_quant import check_matrices
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
 CHUNK = 1 << 18  # elements
@@ -53,9 +53,9 @@ class QuantMatrix:
 
 
 def check_blocks(columns: int, block: int, what: str) -> None:
-    """Raise SaapError when ``columns`` is not whole groups."""
+    """Raise UserError when ``columns`` is not whole groups."""
     if columns % block:
-        raise SaapError(
+        raise UserError(
             f"{what} has {columns} input columns, not a multiple of the group size {block}: choose a group "
             f"size that divides it (32, 64 or 128)"
         )
@@ -155,7 +155,7 @@ def quantize_model(
         the ``slim_quant`` entry of the config (:mod:`saap.models.slim_quant`).
 
     Raises:
-        SaapError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.
+        UserError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.
         ValueError: a matrix of other bits or groups than its module is to hold.
     """
     architecture = architecture_of(model.config)

@@ -19,12 +19,12 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import layer_inputs, layers_of, run_layer
-from saap.prune.scores.importance import Progress
 from saap.prune.search.bundle_size import PAGE, bundle_size
 from saap.quantize.groups import quantize
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 LOW, HIGH = 4, 8
 ROWS = 4  # sequences that a divergence is measured on
@@ -72,12 +72,12 @@ def choose_bits(
         rows: ids [sequences, tokens] of calibration text; the first four are used.
 
     Raises:
-        SaapError: not even all matrices at 4 bit fit.
+        UserError: not even all matrices at 4 bit fit.
     """
     units = units_of(model)
     least = bundle_size(model.config.to_dict(), LOW, block).total(shape_of(model.config))
     if least > max_bytes:
-        raise SaapError(
+        raise UserError(
             f"{max_bytes:,} bytes cannot be met: with all matrices at 4 bit the weights take {least:,}; allow that "
             "many, or prune more"
         )
@@ -187,5 +187,5 @@ def knapsack(losses: np.ndarray, extra: np.ndarray, room: float) -> np.ndarray:
         constraints=[LinearConstraint(extra[None] / extra.max(), -np.inf, room / extra.max())],
     )
     if answer.x is None:
-        raise SaapError(f"no choice of bits was found ({answer.message}): give another number of bytes")
+        raise UserError(f"no choice of bits was found ({answer.message}): give another number of bytes")
     return answer.x > 0.5

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.needs import FREE_SHARE, PROCESS, Needs
 
 
@@ -16,19 +16,19 @@ def device_of(name: str) -> torch.device:
     """The device of a name; ``cuda`` is each process's own where ``accelerate launch`` started several.
 
     Raises:
-        SaapError: no such device here, or one of another kind than CPUs and CUDA GPUs.
+        UserError: no such device here, or one of another kind than CPUs and CUDA GPUs.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise SaapError(f"device {name!r} is not known: give cpu, cuda, or a number as cuda:1")
+        raise UserError(f"device {name!r} is not known: give cpu, cuda, or a number as cuda:1")
     if device.type == "cuda":
         there = torch.cuda.device_count()
         number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         if number >= there:
-            raise SaapError(f"{name} is not there, torch {torch.__version__} sees {there} GPUs: leave --device out")
+            raise UserError(f"{name} is not there, torch {torch.__version__} sees {there} GPUs: leave --device out")
         device = torch.device("cuda", number)
     return device
 
@@ -49,4 +49,4 @@ def out_of_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         advice = "give --stream, fewer --sequences, a smaller --length, or leave --device out"
-        raise SaapError(f"{str(error).split('. ')[0]}: {advice}") from None
+        raise UserError(f"{str(error).split('. ')[0]}: {advice}") from None

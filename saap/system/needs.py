@@ -16,7 +16,7 @@ import psutil
 
 from devices.common.cgroup import memory_left
 from saap.models.weight_files import SHARD_BYTES
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.models.structures import LayerSizes, ModelShape
@@ -80,27 +80,27 @@ def fits(needs: Needs) -> bool:
 
 
 def check_memory(needs: Needs, what: str, advice: str) -> None:
-    """Raise SaapError with the sum where memory would run out.
+    """Raise UserError with the sum where memory would run out.
 
     Args:
         what: the command, as ``pruning``.
         advice: what would make it fit.
     """
     if not fits(needs):
-        raise SaapError(
+        raise UserError(
             f"{what} needs {gigabytes(needs.memory_bytes)} of memory ({parts(needs.memory)}), and "
             f"{gigabytes(available_memory())} are free: {advice}"
         )
 
 
 def check_disk(needs: Needs, out: Path, what: str) -> None:
-    """Raise SaapError with the sum where the file system of ``out`` would run full."""
+    """Raise UserError with the sum where the file system of ``out`` would run full."""
     place = Path(out).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if needs.disk_bytes > free:
-        raise SaapError(
+        raise UserError(
             f"{what} needs {gigabytes(needs.disk_bytes)} of disk ({parts(needs.disk)}), and {gigabytes(free)} are free "
             f"at {place}: make room, or give -o a folder on another disk"
         )

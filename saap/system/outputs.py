@@ -14,7 +14,7 @@ import psutil
 from devices.common.files import naming
 from saap.models.cache import cache_directory
 from saap.models.integrity import RECORD
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
@@ -23,9 +23,9 @@ def check_output(out: str | Path) -> None:
     """Refuse an output path that holds something else than an earlier output of ours."""
     out = Path(out)
     if out.is_file():
-        raise SaapError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
+        raise UserError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
-        raise SaapError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")
+        raise UserError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def claimed(out: str | Path) -> Iterator[None]:
     This process may claim an output again inside the block.
 
     Raises:
-        SaapError: another process is writing it.
+        UserError: another process is writing it.
     """
     from filelock import FileLock, Timeout
 
@@ -47,7 +47,7 @@ def claimed(out: str | Path) -> Iterator[None]:
         lock = FileLock(place, is_singleton=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise SaapError(
+        raise UserError(
             f"another process of saap is writing {out}: wait until it has ended, or give another output"
         ) from None
     except OSError:  # a cache that cannot be written: one process is the usual case
@@ -64,7 +64,7 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
     """Give a fresh directory beside ``out``; it takes the place of ``out`` when the block ends without an error.
 
     Raises:
-        SaapError: ``out`` exists and holds something that saap did not write, or another process is writing it.
+        UserError: ``out`` exists and holds something that saap did not write, or another process is writing it.
     """
     out = Path(out)
     check_output(out)
@@ -78,7 +78,7 @@ def writing_file(out: str | Path) -> Iterator[Path]:
     """Give a name beside ``out``; the file that the block writes there takes the place of ``out`` when it ends well.
 
     Raises:
-        SaapError: another process is writing it.
+        UserError: another process is writing it.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CPUINFO = Path("/proc/cpuinfo")
@@ -29,10 +29,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
             float32; "bf16" and "fp32" are taken as they are.
 
     Raises:
-        SaapError: another precision.
+        UserError: another precision.
     """
     if precision not in PRECISIONS:
-        raise SaapError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
+        raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
     if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
         return torch.bfloat16
     return None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 Message = dict[str, str]
 Sample = tuple[list[int], list[bool]]
@@ -35,10 +35,10 @@ def messages_of(row: Any, where: str) -> list[Message]:
         where: file and line, for errors.
 
     Raises:
-        SaapError: another form, an unknown role, a turn that is no text, or no answer to learn.
+        UserError: another form, an unknown role, a turn that is no text, or no answer to learn.
     """
     if not is_conversation(row):
-        raise SaapError(f"{where} is no chat: give rows with 'messages', 'conversations' or 'instruction'")
+        raise UserError(f"{where} is no chat: give rows with 'messages', 'conversations' or 'instruction'")
     if "messages" in row:
         turns = _turns(row["messages"], "role", "content", where)
     elif "conversations" in row:
@@ -49,20 +49,20 @@ def messages_of(row: Any, where: str) -> list[Message]:
         turns = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": str(answer)}]
     answers = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
     if not answers or not all(answers):
-        raise SaapError(f"{where} has {'an empty' if answers else 'no'} answer: there is nothing to learn, remove it")
+        raise UserError(f"{where} has {'an empty' if answers else 'no'} answer: there is nothing to learn, remove it")
     if next(turn["role"] for turn in turns if turn["role"] != "system") == "assistant":
-        raise SaapError(f"{where} begins with an answer: give what it answers, or remove that turn")
+        raise UserError(f"{where} begins with an answer: give what it answers, or remove that turn")
     return turns
 
 
 def _turns(turns: Any, role: str, content: str, where: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise SaapError(f"{where} has turns that are no list of objects: give [{{'{role}', '{content}'}}, ...]")
+        raise UserError(f"{where} has turns that are no list of objects: give [{{'{role}', '{content}'}}, ...]")
     for turn in turns:
         if not isinstance(turn.get(role), str) or turn[role] not in ROLES:
-            raise SaapError(f"{where} has a turn of {role} {turn.get(role)!r}: {', '.join(ROLES)} are read, remove it")
+            raise UserError(f"{where} has a turn of {role} {turn.get(role)!r}: {', '.join(ROLES)} are read, remove it")
         if not isinstance(turn.get(content), str):
-            raise SaapError(f"{where} has a turn whose {content} is no text: give text only")
+            raise UserError(f"{where} has a turn whose {content} is no text: give text only")
     return [{"role": ROLES[turn[role]], "content": turn[content]} for turn in turns]
 
 
@@ -79,12 +79,12 @@ class ChatEncoder:
     exactly: every answer of the conversation is then a sample of its own, after what the model would really see.
 
     Raises:
-        SaapError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not has_chat_template(tokenizer):
-            raise SaapError("the model has no chat template, so chat data has no form: give kind='text'")
+            raise UserError("the model has no chat template, so chat data has no form: give kind='text'")
         self._tokenizer = tokenizer
         self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -96,7 +96,7 @@ class ChatEncoder:
         What follows the last answer is left out.
 
         Raises:
-            SaapError: the template refuses the conversation, or does not say where an answer begins.
+            UserError: the template refuses the conversation, or does not say where an answer begins.
         """
         last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
         turns = list(messages[: last + 1])
@@ -110,7 +110,7 @@ class ChatEncoder:
             if turn["role"] == "assistant":
                 prompt, answered = self._render(turns[:i], where, prompt=True), self._render(turns[: i + 1], where)
                 if not answered.startswith(prompt):
-                    raise SaapError(
+                    raise UserError(
                         f"{where}: the model's chat template does not write an answer after its own prompt for one, "
                         "so what is to be learnt cannot be told: give kind='text'"
                     )
@@ -185,9 +185,9 @@ def has_chat_template(tokenizer: Any) -> bool:
         return False
 
 
-def _refused(where: str, error: Exception) -> SaapError:
+def _refused(where: str, error: Exception) -> UserError:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return SaapError(f"{where}: the model's chat template refuses it ({said}): mend or remove it, or give kind='text'")
+    return UserError(f"{where}: the model's chat template refuses it ({said}): mend or remove it, or give kind='text'")
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

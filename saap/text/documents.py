@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devices.common.files import parse_json
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.conversations import is_conversation, messages_of
 from saap.text.self_written import self_written
 
@@ -77,7 +77,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
         None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
 
     Raises:
-        SaapError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
+        UserError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
     """
     if source is None:
         return _from_environment(split, seed)
@@ -92,7 +92,7 @@ def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, Any]] | No
     """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
 
     Raises:
-        SaapError: as :func:`load_documents`.
+        UserError: as :func:`load_documents`.
     """
     path = Path(source)
     return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
@@ -102,7 +102,7 @@ def read_file(path: Path, *, whole: bool = False) -> list[str]:
     """The documents of one file; ``whole`` keeps a plain text as one document.
 
     Raises:
-        SaapError: naming the file, and the line where there is one.
+        UserError: naming the file, and the line where there is one.
     """
     content = _content(path)
     rows = _json_rows(path, content)
@@ -116,7 +116,7 @@ def _content(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise SaapError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
+        raise UserError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
 
 
 def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
@@ -127,7 +127,7 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
         return None
     rows = _parsed(content, str(path))
     if not isinstance(rows, list):
-        raise SaapError(f"{path} is not a list of rows: give .jsonl, one object a line")
+        raise UserError(f"{path} is not a list of rows: give .jsonl, one object a line")
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
@@ -138,7 +138,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: in
     cut into rows; reading stops when there are enough. A row begins as :func:`beginning` says.
 
     Raises:
-        SaapError: too little text, with the numbers.
+        UserError: too little text, with the numbers.
     """
     import torch
 
@@ -153,7 +153,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: in
             break
         ids += encode(text, tokenizer) + end
     if len(ids) < needed:
-        raise SaapError(
+        raise UserError(
             f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
             f"{needed}; give more text or ask for fewer tokens"
         )
@@ -168,7 +168,7 @@ def _from_environment(split: Split, seed: int) -> Documents | None:
     names = (EVALUATION_FILE,) if split == "evaluation" else TRAINING_FILES
     missing = [name for name in names if not (Path(named) / name).is_file()]
     if missing:
-        raise SaapError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
+        raise UserError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
     if split == "evaluation":
         return documents_of(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
     texts = [text for name in names for text in read_file(Path(named) / name)]
@@ -180,11 +180,11 @@ def documents_of(texts: Iterable[str], source: str) -> Documents:
     """Texts with their origin and hash; blank ones are left out.
 
     Raises:
-        SaapError: nothing is left.
+        UserError: nothing is left.
     """
     kept = tuple(text for text in texts if text.strip())
     if not kept:
-        raise SaapError(f"{source} holds no text: give a file with text in it")
+        raise UserError(f"{source} holds no text: give a file with text in it")
     digest = hashlib.sha256()
     for text in kept:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -201,7 +201,7 @@ def _parsed(line: str, where: str) -> Any:
     try:
         return parse_json(line)
     except ValueError as error:
-        raise SaapError(f"{where} is not JSON ({error}): mend or remove it") from None
+        raise UserError(f"{where} is not JSON ({error}): mend or remove it") from None
 
 
 def is_unicode(text: str) -> bool:
@@ -216,10 +216,10 @@ def checked_text(text: str, where: str) -> str:
         where: file and line.
 
     Raises:
-        SaapError: it is none.
+        UserError: it is none.
     """
     if not is_unicode(text):
-        raise SaapError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
+        raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
     return text
 
 
@@ -227,7 +227,7 @@ def _row_text(row: Any, where: str) -> str:
     """One row as plain text.
 
     Raises:
-        SaapError: naming file and line.
+        UserError: naming file and line.
     """
     return checked_text(_joined(row, where), where)
 
@@ -243,8 +243,8 @@ def _joined(row: Any, where: str) -> str:
         if is_conversation(row):
             return "\n".join(turn["content"] for turn in messages_of(row, where))
         if "choices" in row or "question" in row:
-            raise SaapError(f"{where} is a multiple-choice question: those are for evaluation tasks, give running text")
-    raise SaapError(f"{where} has neither 'text' nor 'instruction' nor 'messages': give rows with one of these fields")
+            raise UserError(f"{where} is a multiple-choice question: those are for evaluation tasks, give running text")
+    raise UserError(f"{where} has neither 'text' nor 'instruction' nor 'messages': give rows with one of these fields")
 
 
 def cut_text(content: str) -> list[str]:
@@ -262,13 +262,13 @@ def cut_text(content: str) -> list[str]:
 def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
     """Rows of a hub's data set; whatever is no file comes here to be refused."""
     if Path(name).is_dir():
-        raise SaapError(f"{name} is a directory: give a text, .jsonl or .gz file")
+        raise UserError(f"{name} is a directory: give a text, .jsonl or .gz file")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) or Path(name).suffix:
-        raise SaapError(f"no text {name!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
+        raise UserError(f"no text {name!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise SaapError(
+        raise UserError(
             f"{name} is no file here, and a data set id needs `pip install datasets`: or give a file"
         ) from None
     identifier, _, config = name.partition(":")
@@ -277,7 +277,7 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
         rows = load_dataset(identifier, config or None, split=wanted, streaming=True)
         taken = [row for row, _ in zip(rows, range(HUB_DOCUMENTS), strict=False)]
     except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
-        raise SaapError(
+        raise UserError(
             f"{name} is no file here, and no hub gave its {wanted!r} split ({type(error).__name__}): check the id and "
             "the network, or give a file"
         ) from None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import TRAINING_FILES, Documents, cut_text, documents_of, load_documents, read_file
 
 # Lines from this length on are taken to identify a text; shorter ones ("= = Reception = =") recur everywhere.
@@ -24,12 +24,12 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
     occur in the training text.
 
     Raises:
-        SaapError: naming both sources.
+        UserError: naming both sources.
     """
     shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
     seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
     if training.sha256 == evaluation.sha256 or shared or (seen and len(seen & known) >= max(1, len(seen) / 100)):
-        raise SaapError(_same_text(training.source, evaluation.source))
+        raise UserError(_same_text(training.source, evaluation.source))
 
 
 def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -> None:
@@ -40,21 +40,21 @@ def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -
         lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
 
     Raises:
-        SaapError: naming the model and both sources.
+        UserError: naming the model and both sources.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
     held: set[str] = set()  # calibration and tuning are often of one text
     for about in _texts_in(lineage):
         source, sha256 = str(about.get("source")), about.get("text_sha256")
         if sha256 in (evaluation.sha256, cut.sha256):
-            raise SaapError(f"{model}: {_same_text(source, evaluation.source)}")
+            raise UserError(f"{model}: {_same_text(source, evaluation.source)}")
         documents = _again(source, sha256) if sha256 and source not in held else None
         if documents is not None:
             held.add(source)
             try:
                 refuse_overlap(documents, evaluation)
-            except SaapError as error:
-                raise SaapError(f"{model}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{model}: {error}") from None
 
 
 def _same_text(training: str, evaluation: str) -> str:
@@ -79,7 +79,7 @@ def _again(source: str, sha256: str) -> Documents | None:
         if source == " + ".join(TRAINING_FILES):  # their order, and so the hash, is of a seed
             return load_documents(None, split="calibration")
         documents = documents_of(read_file(Path(source)), source) if Path(source).is_file() else None
-    except SaapError:
+    except UserError:
         return None
     return documents if documents is not None and documents.sha256 == sha256 else None
 

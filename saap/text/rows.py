@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from devices.common.progress import Progress
 from saap.evaluate.protocol import Cut, Windows, given_windows, windows_of
 from saap.models.opening import open_writer
 from saap.models.resolve import load_tokenizer
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import Documents, Split, load_documents, pack, self_written
 
 
@@ -48,7 +48,7 @@ def training_rows(
     """Rows for calibration or tuning, [count, length]; ``skip`` passes over rows that another purpose has used."""
     for value, name in ((count, "sequences"), (length, "tokens per sequence")):
         if value < 1:
-            raise SaapError(f"{value} {name} are not allowed: give 1 or more")
+            raise UserError(f"{value} {name} are not allowed: give 1 or more")
     documents = load_documents(source, split=split, seed=seed)
     tokenizer = load_tokenizer(model_dir)
     if documents is None:
@@ -67,13 +67,13 @@ def evaluation_windows(
     """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
 
     Raises:
-        SaapError: no such text, or too little.
+        UserError: no such text, or too little.
     """
     documents = load_documents(source, split="evaluation")
     tokenizer = load_tokenizer(model_dir)
     if documents is None:
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
-            raise SaapError("there is no text to cut like that: give --text FILE")
+            raise UserError("there is no text to cut like that: give --text FILE")
         model = open_writer(model_dir, "--text")
         ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
         return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None

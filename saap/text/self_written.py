@@ -7,12 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from saap.system.errors import SaapError
+from devices.common.progress import Progress
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, float, float], None]
 
 
 def self_written(
@@ -38,16 +37,16 @@ def self_written(
         held_out: text for evaluation, from a seed that calibration and tuning do not use.
 
     Raises:
-        SaapError: no token to begin with, or more positions than the model has.
+        UserError: no token to begin with, or more positions than the model has.
     """
     import torch
 
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise SaapError("the tokenizer names neither BOS nor EOS, so the model cannot begin a text: give a text file")
+        raise UserError("the tokenizer names neither BOS nor EOS, so the model cannot begin a text: give a text file")
     limit = getattr(model.config, "max_position_embeddings", length)
     if length > limit:
-        raise SaapError(f"rows of {length} tokens do not fit the model's {limit} positions: ask for shorter ones")
+        raise UserError(f"rows of {length} tokens do not fit the model's {limit} positions: ask for shorter ones")
     generator = torch.Generator().manual_seed(_derived_seed("held-out" if held_out else "written", seed))
     rows: list[torch.Tensor] = []
     was_training = model.training

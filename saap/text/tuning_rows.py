@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from devices.common.progress import Progress
 from saap.models.resolve import load_tokenizer
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
 from saap.text.documents import Documents, checked_text, documents_of, load_rows
 from saap.text.rows import training_rows
@@ -104,13 +104,13 @@ def tuning_rows(
             none, learns the same data as text, and ``note`` says so.
 
     Raises:
-        SaapError: no such data, too little of it, or kind ``chat`` where it cannot be.
+        UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
     """
     if kind not in KINDS:
-        raise SaapError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
+        raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
     rows, note = None, None
     if source is None and kind == "chat":
-        raise SaapError("chat needs conversations: give a .jsonl file of them, or leave kind='chat' out")
+        raise UserError("chat needs conversations: give a .jsonl file of them, or leave kind='chat' out")
     if source is not None and kind != "text":
         rows, note = _chat_rows(model_dir, source, kind)
     if rows is not None and source is not None:
@@ -125,12 +125,12 @@ def held_out(rows: TuningRows, share: float) -> tuple[TuningRows, TuningRows]:
     The document at the border of packed text has a part on either side.
 
     Raises:
-        SaapError: fewer than four rows, or a share that is not above 0 and at most a half.
+        UserError: fewer than four rows, or a share that is not above 0 and at most a half.
     """
     if not 0 < share <= 0.5:
-        raise SaapError(f"a share of {share} rows cannot be held out: give a number above 0 and at most 0.5")
+        raise UserError(f"a share of {share} rows cannot be held out: give a number above 0 and at most 0.5")
     if len(rows) < FEWEST_ROWS:
-        raise SaapError(
+        raise UserError(
             f"{len(rows)} rows are too few to hold some out, {FEWEST_ROWS} are needed: give more text, or shorter rows"
         )
     kept = len(rows) - max(1, round(share * len(rows)))
@@ -146,7 +146,7 @@ def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str,
     chats = [is_conversation(row) for _, row in rows or []]
     if kind == "chat":
         if not chats:
-            raise SaapError(f"{source} holds no conversations: give a .jsonl file of them, or kind='text'")
+            raise UserError(f"{source} holds no conversations: give a .jsonl file of them, or kind='text'")
         return rows, None
     if not any(chats):
         return None, None
@@ -161,7 +161,7 @@ def _chat(
     model_dir: Path, rows: list[tuple[str, Any]], source: str, count: int, length: int, seed: int, skip: int
 ) -> TuningRows:
     if count < 1 or length < 2:
-        raise SaapError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
+        raise UserError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
     talks = [(where, messages_of(row, where)) for where, row in rows]
     named = source if Path(source).is_file() else f"data set {source}"
     said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
@@ -182,7 +182,7 @@ def _chat(
     if len(packed) < count + skip:
         unused = f" ({left_out[0]} answers begin after {length} tokens)" if left_out[0] else ""
         after = f" after {skip} that are used" if skip else ""
-        raise SaapError(
+        raise UserError(
             f"too little chat data: {len(talks)} conversations fill {len(packed)} rows of {length} tokens{unused}, "
             f"{count} are needed{after}; give more conversations or ask for fewer tokens"
         )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SMALLEST_SHARE = 1e-30  # of q_r, so that p_r / q_r is finite
 
@@ -51,10 +51,10 @@ def distillation_loss(
         reduction: ``mean`` over the places that count (0 where there are none), or their ``sum``.
 
     Raises:
-        SaapError: a temperature that is not above 0.
+        UserError: a temperature that is not above 0.
     """
     if not temperature > 0:
-        raise SaapError(f"a temperature of {temperature} is not allowed: give a number above 0")
+        raise UserError(f"a temperature of {temperature} is not allowed: give a number above 0")
     if logits.shape[:2] != tokens.shape[:2] or tokens.shape != logprobs.shape or mask.shape != tokens.shape[:2]:
         shapes = [tuple(one.shape) for one in (logits, tokens, logprobs, mask)]
         raise ValueError(f"logits, tokens, logprobs and mask of shapes {shapes} do not belong together")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.adapters.attach import GroupAdapterConfig
 from saap.tune.loop.options import TrainOptions
 
@@ -60,20 +60,20 @@ class TuneOptions:
         """Refuse values that are not offered.
 
         Raises:
-            SaapError: names the option, what is allowed, and what to do.
+            UserError: names the option, what is allowed, and what to do.
         """
         for value, allowed, what in (
             (self.bits, BITS, "bits"), (self.block, BLOCKS, "group size"), (self.head_bits or self.bits, BITS, "bits"),
             (self.integers, INTEGERS, "kind of integers"), (self.fold, FOLDS, "fold"),
         ):  # fmt: skip
             if value not in allowed:
-                raise SaapError(f"{value!r} is no {what}: choose one of {', '.join(map(str, allowed))}")
+                raise UserError(f"{value!r} is no {what}: choose one of {', '.join(map(str, allowed))}")
         if self.rank is not None and self.rank < 0:
-            raise SaapError(f"rank {self.rank} is negative: give 1 or more")
+            raise UserError(f"rank {self.rank} is negative: give 1 or more")
         if not 0 <= self.held_out <= 0.5:
-            raise SaapError(f"a share of {self.held_out} rows cannot be held out: give one from 0 to 0.5")
+            raise UserError(f"a share of {self.held_out} rows cannot be held out: give one from 0 to 0.5")
         if not 0 <= self.teacher_weight <= 1:
-            raise SaapError(f"{self.teacher_weight} is no share of the loss: give the teacher's from 0 to 1")
+            raise UserError(f"{self.teacher_weight} is no share of the loss: give the teacher's from 0 to 1")
 
     @property
     def rate(self) -> float:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layers_of
 from saap.models.streaming import present, settle
-from saap.prune.scores.importance import Progress
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import QuantMatrix, quantize, quantize_model
 from saap.quantize.mixed_bits import choose_bits

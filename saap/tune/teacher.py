@@ -21,14 +21,14 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.cache import cache_directory
 from saap.models.checkpoint import read_config
 from saap.models.opening import open_model
 from saap.models.resolve import load_tokenizer
 from saap.models.weight_files import weights_hash
-from saap.prune.scores.importance import Progress
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.distillation import distillation_loss
 
@@ -102,19 +102,19 @@ def teacher_targets(
             bfloat16 logits are (three digits).
 
     Raises:
-        SaapError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
+        UserError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
     """
     if not temperature > 0 or k < 1:
-        raise SaapError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
+        raise UserError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
     rows, length = ids.shape
     if rows < 1 or length < 2:
-        raise SaapError(f"{rows} rows of {length} tokens predict nothing: give at least 1 row of 2 tokens")
+        raise UserError(f"{rows} rows of {length} tokens predict nothing: give at least 1 row of 2 tokens")
     vocabulary = _vocabulary(teacher_dir)
     asked = min(k, vocabulary)
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
     k = min(asked, limit_bytes // (rows * (length - 1) * per_token))
     if k < 1:
-        raise SaapError(
+        raise UserError(
             f"the teacher's answers to {rows} rows of {length} tokens do not fit into {limit_bytes / 1e6:.0f} MB: "
             "ask for fewer tokens, or tune without a teacher"
         )
@@ -130,7 +130,7 @@ def teacher_targets(
         _fill(entry, teacher_dir, ids, _Kept(k, temperature, vocabulary, autocast), progress)
         return TeacherTargets(entry, rows, k, temperature, note)
     except OSError as error:
-        raise SaapError(
+        raise UserError(
             f"the teacher's answers cannot be kept in {root} ({error.strerror or error}): "
             "make room there, or set SAAP_CACHE to another place"
         ) from None
@@ -140,17 +140,17 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
     """Refuse a teacher whose token ids mean something else than the student's.
 
     Raises:
-        SaapError: other sizes, or tokenizers that differ, naming both.
+        UserError: other sizes, or tokenizers that differ, naming both.
     """
     advice = "a teacher must have the student's vocabulary; give the dense model that the student was made from"
     sizes = _vocabulary(teacher_dir), _vocabulary(student_dir)
     if sizes[0] != sizes[1]:
-        raise SaapError(f"{teacher_dir} has {sizes[0]} tokens and {student_dir} {sizes[1]}: {advice}")
+        raise UserError(f"{teacher_dir} has {sizes[0]} tokens and {student_dir} {sizes[1]}: {advice}")
     words = [load_tokenizer(directory).get_vocab() for directory in (teacher_dir, student_dir)]
     different = sorted(set(words[0].items()) ^ set(words[1].items()), key=lambda item: (item[1], item[0]))
     if different:
         word, index = different[0]
-        raise SaapError(
+        raise UserError(
             f"{teacher_dir} and {student_dir} have tokenizers that differ (token {index}, {word!r}, first): {advice}"
         )
 

@@ -1,10 +1,9 @@
 """Group-wise tuning of a quantised slim model: what is trained is what is deployed.
 
 The integers are chosen first, with their errors compensated on the first rows of the text
-(:mod:`saap.quantize.gptq`). Then one
-number per group of input columns is trained, together with the norms' weights, in the form that the deployed kernel
-takes (:mod:`saap.tune.adapters.folds`). The forward pass of the last step and the exported graph hold the same integers,
-scales and zero points, bit for bit.
+(:mod:`saap.quantize.gptq`). Then one number per group of input columns is trained, together with the norms' weights, in
+the form that the deployed kernel takes (:mod:`saap.tune.adapters.folds`). The forward pass of the last step and the
+exported graph hold the same integers, scales and zero points, bit for bit.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
 (:mod:`saap.tune.teacher`). Under ``accelerate launch`` the rows of a step are split over processes
@@ -22,15 +21,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record, slim_config, write_slim
 from saap.models.streaming import load_streamed
 from saap.models.structures import ModelShape
 from saap.models.weight_files import weights_hash
-from saap.prune.scores.importance import Progress
 from saap.quantize.groups import check_blocks
 from saap.system.allocator import kept_memory
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.needs import check_memory, fits, tune_needs
 from saap.system.outputs import check_output
 from saap.system.precision import autocast_dtype, fast_float32
@@ -70,7 +69,7 @@ def tune(
 
     Raises:
         DivergedError: a loss that is not finite; the best state before it was written to ``out``.
-        SaapError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
+        UserError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
     """
     options = options or TuneOptions()
     options.check()
@@ -127,7 +126,7 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
     """Whether the floats stay in their files, and each layer's are read when its integers are chosen.
 
     Raises:
-        SaapError: memory is too small, or what is asked for needs all floats at once.
+        UserError: memory is too small, or what is asked for needs all floats at once.
     """
     tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
     whole, single = (
@@ -144,14 +143,14 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
 def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, Any]:
     config = read_config(slim_dir)
     if config.get("slim_quant"):
-        raise SaapError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
+        raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     shape, block = shape_of(config), options.block
     check_blocks(shape.hidden, block, "the hidden size")
     for index, sizes in enumerate(shape.layers):
         check_blocks(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
         check_blocks(sizes.ffn, block, f"down_proj of layer {index}")
     if len(rows) < options.training.rows_per_step:
-        raise SaapError(
+        raise UserError(
             f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
             "give more text, or shorter sequences"
         )

@@ -26,7 +26,7 @@ from saap.prune.scores.fusion import FusionOptions
 from saap.prune.search.adaptive import AdaptiveOptions
 from saap.prune.search.masking import mean_nll
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import documents_of, pack, read_file
 from saap.text.rows import training_rows
 from studies.common import provenance
@@ -119,7 +119,7 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
         out = Path(folder) / "slim"
         try:
             prune(model_dir, out, ids, options_of(variant))
-        except SaapError as error:
+        except UserError as error:
             print(f"{slug(variant)}: {error}", flush=True)
             return
         pruned = time.monotonic() - began

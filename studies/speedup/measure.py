@@ -16,7 +16,7 @@ from saap.models.checkpoint import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from studies.common import Cell, provenance
 from studies.pruning.cells import Variant
 from studies.pruning.measure import options_of
@@ -50,11 +50,11 @@ def runtime_of(costs: Path) -> str:
     from saap.cli.prune import refuse_elsewhere, runtime_here
 
     if not costs.is_file():
-        raise SaapError(f"{costs} is not there: make it with `studies.speedup.study costs`")
+        raise UserError(f"{costs} is not there: make it with `studies.speedup.study costs`")
     version = runtime_here(costs)
     if version is None:
         refuse_elsewhere(costs)
-        raise SaapError(f"{costs} is damaged: remove it, and make it with `studies.speedup.study costs`")
+        raise UserError(f"{costs} is damaged: remove it, and make it with `studies.speedup.study costs`")
     return version
 
 
@@ -79,7 +79,7 @@ def make_bundle(setup: Setup, variant: Variant, attempt: int, asked: float, onnx
         slim = Path(folder) / "slim"
         try:
             prune(setup.model_dir, slim, ids, options)
-        except SaapError as error:
+        except UserError as error:
             setup.write(name, {**cell, "refused": str(error)})
             return {**cell, "refused": str(error)}
         record = read_record(slim)

@@ -6,7 +6,7 @@ import pytest
 
 from export.bundle.tokenizer import RunError
 from export.write import export_bundle
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 MEND = "get or make the model again"
 
@@ -26,7 +26,7 @@ def test_damage_is_named(tiny_model, tmp_path, name, content, says):
     path = tiny_model()
     (path / name).write_text(content)
     told: list[str] = []
-    with pytest.raises((SaapError, RunError), match=says) as caught:
+    with pytest.raises((UserError, RunError), match=says) as caught:
         export_bundle(path, tmp_path / "bundle", progress=lambda *step: told.append(step[0]))
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2

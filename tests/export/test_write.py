@@ -25,7 +25,7 @@ from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerPlan, PrunePlan
 from saap.models.weight_files import tensor_reader
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.saap.prune.cut.test_surgery import cut
 
@@ -142,7 +142,7 @@ def test_only_fast_kernels_are_written(any_model, tmp_path):
 
 def test_eight_bit_below_level_4_is_refused(tiny_model, tmp_path):
     for wrong in ({"bits": 8}, {"bits": 4, "head_bits": 8}):
-        with pytest.raises(SaapError, match="8 bit needs accuracy level 4"):
+        with pytest.raises(UserError, match="8 bit needs accuracy level 4"):
             export_bundle(tiny_model(), tmp_path / "bundle", accuracy_level=0, **wrong)
     assert not (tmp_path / "bundle").exists()
 
@@ -213,18 +213,18 @@ def test_names_outside_the_bundle_are_refused(tiny_model, tmp_path):
 
 def test_parity_that_fails_exports_nothing(tiny_model, tmp_path):
     path, other = tiny_model(seed=1), tiny_model("other", seed=2)
-    with pytest.raises(SaapError, match="parity failed"):
+    with pytest.raises(UserError, match="parity failed"):
         export_bundle(path, tmp_path / "bundle", parity=lambda b: check_parity(b, other, IDS, "dice"))
     assert not (tmp_path / "bundle").exists()
 
 
 def test_unsupported_input_is_refused(tiny_model, tmp_path):
     dynamic = tiny_model(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    with pytest.raises(SaapError, match="rope type 'dynamic' is not supported"):
+    with pytest.raises(UserError, match="rope type 'dynamic' is not supported"):
         export_bundle(dynamic, tmp_path / "bundle")
-    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+    with pytest.raises(UserError, match="not a multiple of the group size 64"):
         export_bundle(tiny_model("again"), tmp_path / "bundle", block=64)
-    with pytest.raises(SaapError, match="3 bits are not supported"):
+    with pytest.raises(UserError, match="3 bits are not supported"):
         export_bundle(tiny_model("again2"), tmp_path / "bundle", bits=3)
     assert not (tmp_path / "bundle").exists()
 
@@ -264,7 +264,7 @@ def test_an_int8_cache_is_close_to_a_float_one(tiny_model, tmp_path):
 
 
 def test_an_int8_cache_without_text_is_refused(tiny_model, tmp_path):
-    with pytest.raises(SaapError, match="needs text"):
+    with pytest.raises(UserError, match="needs text"):
         export_bundle(tiny_model(), tmp_path / "bundle", kv_bits=8)
 
 
@@ -286,7 +286,7 @@ def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_
 
 def test_sliding_windows_need_a_newer_runtime(tiny_family, tmp_path):
     path = tiny_family("mistral", sliding_window=8)
-    with pytest.raises(SaapError, match=r"1\.23 is too old, 1\.24 or newer is needed for sliding windows"):
+    with pytest.raises(UserError, match=r"1\.23 is too old, 1\.24 or newer is needed for sliding windows"):
         export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.23"))
     assert export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.24")).onnxruntime_min == "1.24"
     whole = tiny_family("mistral", name="whole", sliding_window=None)
@@ -315,7 +315,7 @@ def test_targets_refuse_what_they_have_no_kernel_for(tiny_model, tmp_path):
         ({"target": Target(onnxruntime="new")}, "no version of ONNX Runtime"),
         ({"bits": 16}, "16 bits are not supported"),
     ):
-        with pytest.raises(SaapError, match=message):
+        with pytest.raises(UserError, match=message):
             export_bundle(tiny_model(), tmp_path / "bundle", **options)
     manifest = export_bundle(tiny_model(), tmp_path / "old", target=Target(dotprod=False))
     assert manifest.accuracy_level == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saap.models.gguf.spm import CONTROL, USER_DEFINED, spm_tokenizer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 # Control tokens that end a turn or a text, whatever the file names as its one EOS: llama.cpp treats them so as well.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
@@ -61,7 +61,7 @@ def convert(source: Path, destination: Path) -> None:
         destination: an existing directory.
 
     Raises:
-        SaapError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
+        UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
@@ -78,7 +78,7 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """Read the ``tokenizer.ggml.*`` fields.
 
     Raises:
-        SaapError: the file is not a GGUF file, is cut short, or holds no tokenizer.
+        UserError: the file is not a GGUF file, is cut short, or holds no tokenizer.
     """
     from gguf import GGUFReader
 
@@ -87,23 +87,23 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     try:
         read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60
     except GgufHeaderError as error:
-        raise SaapError(str(error)) from None
+        raise UserError(str(error)) from None
     try:
         reader = GGUFReader(source)
     except Exception as error:  # the reader raises what numpy raises on garbage
-        raise SaapError(f"{source} is not a whole GGUF file ({_first_line(error)}): download it again") from None
+        raise UserError(f"{source} is not a whole GGUF file ({_first_line(error)}): download it again") from None
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(name)
         try:
             return default if found is None else found.contents()
         except ValueError as error:  # bytes that are no text
-            raise SaapError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
+            raise UserError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
 
     prefix = "tokenizer.ggml."
     tokens = field(prefix + "tokens")
     if not tokens:
-        raise SaapError(f"{source} holds no tokenizer: give a GGUF file of a whole language model")
+        raise UserError(f"{source} holds no tokenizer: give a GGUF file of a whole language model")
     kind = field(prefix + "model", "")
     context = field(f"{field('general.architecture', '')}.context_length")
     return GGUFTokenizer(
@@ -196,7 +196,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
                 str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
             )
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        raise SaapError(
+        raise UserError(
             f"{source} cannot be read by transformers ({_first_line(error)}): use a GGUF file of a LLaMA-type model"
         ) from None
     # Written here because transformers 5 refuses to save what it has just dequantised.
@@ -238,7 +238,7 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
                 str(source.parent), gguf_file=source.name, local_files_only=True, **_special_tokens(fields)
             )
     except Exception as error:  # a converter per model family, each with its own way to fail
-        raise SaapError(
+        raise UserError(
             f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({_first_line(error)}): "
             "give the Hugging Face directory of this model"
         ) from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.layer_walk import layers_of
 from saap.models.streaming import present
 from saap.models.structures import ModelShape
@@ -23,8 +24,8 @@ from saap.prune.baselines.scores import (
     taylor_scores,
     wanda_scores,
 )
-from saap.prune.scores.activations import Activations, Progress, collect
-from saap.system.errors import SaapError
+from saap.prune.scores.activations import Activations, collect
+from saap.system.errors import UserError
 
 BASELINES = ("random", "magnitude", *TAYLOR, "wanda_sp", "flap", "shortgpt")
 
@@ -77,7 +78,7 @@ def published(method: str) -> Published:
     """The settings of a method as its authors have them.
 
     Raises:
-        SaapError: no such method.
+        UserError: no such method.
     """
     _check_method(method)
     return _PUBLISHED[method]
@@ -108,14 +109,14 @@ def rank(
         seed: of random.
 
     Raises:
-        SaapError: no such method or layer, or the model is not finite on the text.
+        UserError: no such method or layer, or the model is not finite on the text.
     """
     _check_method(method)
     if keep_layers is not None and not keep_layers and method in TAYLOR:
         keep_layers = published(method).kept(len(shape.layers))
     kept = keep_layers or frozenset()
     if wrong := sorted(i for i in kept if not 0 <= i < len(shape.layers)):
-        raise SaapError(f"layer {wrong[0]} is to be kept; the model has layers 0 to {len(shape.layers) - 1}")
+        raise UserError(f"layer {wrong[0]} is to be kept; the model has layers 0 to {len(shape.layers) - 1}")
     free = [i for i in range(len(shape.layers)) if i not in kept]
     if method == "shortgpt":
         steps = _layer_steps(shape, free, collect(model, shape, ids, progress=progress))
@@ -127,7 +128,7 @@ def rank(
             if not len(values):
                 continue
             if not torch.isfinite(values).all():
-                raise SaapError(f"layer {layer}: the scores of {method} are not finite: check the model and the text")
+                raise UserError(f"layer {layer}: the scores of {method} are not finite: check the model and the text")
             key = threshold_key(values) if method == "flap" else uniform_key(place, kind)
             steps += [step.at(key(step)) for step in module_steps(shape, layer, kind, values, block)]
     return Ranking(method, shape, tuple(sorted(steps, key=lambda step: step.key)))
@@ -166,9 +167,9 @@ def _check_weights(model: PreTrainedModel) -> None:
         with present(module):
             for name, weight in module.named_parameters():
                 if not weight.is_meta and not torch.isfinite(weight).all():
-                    raise SaapError(f"{name} is not finite: check the model")
+                    raise UserError(f"{name} is not finite: check the model")
 
 
 def _check_method(method: str) -> None:
     if method not in BASELINES:
-        raise SaapError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")
+        raise UserError(f"method {method!r} is not known; known: {', '.join(BASELINES)}")

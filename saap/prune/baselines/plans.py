@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SLACK = 1e-12  # a share that was computed from a plan's weights leads back to this plan
 
@@ -68,11 +68,11 @@ class Ranking:
         by further steps that are smaller, whichever overshoots less. A larger share never removes less.
 
         Raises:
-            SaapError: the share is out of range, or more than every step together removes.
+            UserError: the share is out of range, or more than every step together removes.
         """
         target = math.ceil(self._asked(share) * (1 - SLACK))
         if target > sum(step.weights for step in self.steps):
-            raise SaapError(
+            raise UserError(
                 f"{self.method} can remove {self.largest_share:.2%} of the decoder layers' weights at most here, "
                 f"{share:.2%} was asked: ask for less, keep fewer layers whole, or let heads go too"
             )
@@ -87,13 +87,13 @@ class Ranking:
         For methods with large steps (whole layers), which take the next larger model in a table.
 
         Raises:
-            SaapError: the share is out of range.
+            UserError: the share is out of range.
         """
         return self._plan(self._beginning(math.floor(self._asked(share) * (1 + SLACK)))[0])
 
     def _asked(self, share: float) -> float:
         if not (math.isfinite(share) and 0 <= share < 1):
-            raise SaapError(f"share {share} is not allowed: give one from 0 to below 1, such as 0.2")
+            raise UserError(f"share {share} is not allowed: give one from 0 to below 1, such as 0.2")
         return share * self.shape.layer_weights
 
     def _beginning(self, target: int) -> tuple[list[Step], int]:

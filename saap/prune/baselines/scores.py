@@ -22,12 +22,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.layer_walk import layers_of
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.streaming import present
 from saap.models.structures import ModelShape
-from saap.prune.scores.activations import Activations, InputStatistics, Progress
-from saap.system.errors import SaapError
+from saap.prune.scores.activations import Activations, InputStatistics
+from saap.system.errors import UserError
 
 TAYLOR = ("vector", "param_first", "param_second", "param_mix")
 Slices = dict[tuple[int, str], torch.Tensor]  # (layer, role) -> one number per row, or per column of output and down
@@ -71,7 +72,7 @@ def taylor_scores(
         ids: [sequences, tokens] int64.
 
     Raises:
-        SaapError: the loss or a gradient is not finite.
+        UserError: the loss or a gradient is not finite.
     """
     first, second = _mean_gradients(model, shape, ids, method, progress)
     slices = {}
@@ -174,7 +175,7 @@ def _mean_gradients(
             sequence = row[None].to(model.device)
             loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
             if not torch.isfinite(loss):
-                raise SaapError(
+                raise UserError(
                     f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text"
                 )
             loss.backward()
@@ -182,7 +183,7 @@ def _mean_gradients(
         progress("scoring", len(ids), len(ids))
     for gradients in (first, second):
         if not all(torch.isfinite(gradient).all() for gradient in gradients.values()):
-            raise SaapError("gradients are not finite on the calibration text: check the model, or load it in float32")
+            raise UserError("gradients are not finite on the calibration text: check the model, or load it in float32")
     return first, second
 
 

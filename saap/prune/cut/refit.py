@@ -25,13 +25,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
 from saap.models.streaming import present
 from saap.models.structures import LayerPlan, ModelShape, PrunePlan
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import head_rows
-from saap.prune.scores.importance import Progress
 from saap.prune.shares import shares
 
 Compensation = Literal["none", "bias", "refit"]

@@ -39,7 +39,7 @@ def cut_tensors(
             ones, in their type; also biases of output and down projections that the dense model does not have.
 
     Raises:
-        SaapError: the plan does not fit the model.
+        UserError: the plan does not fit the model.
         ValueError: ``replaced`` names a tensor that the slim model does not have.
     """
     check_plan(plan, shape)

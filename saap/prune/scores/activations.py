@@ -11,7 +11,7 @@ does not swallow a small variance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.matrices import matrices_of
 from saap.models.structures import ModelShape
-from saap.system.errors import SaapError
-
-Progress = Callable[[str, float, float], None]
+from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ def collect(
         batch: sequences per forward pass.
 
     Raises:
-        SaapError: too few tokens, or an activation that is not finite.
+        UserError: too few tokens, or an activation that is not finite.
     """
     if ids.dim() != 2 or ids.numel() < 2:
-        raise SaapError("activations need calibration text of at least 2 tokens: give more")
+        raise UserError("activations need calibration text of at least 2 tokens: give more")
     running: dict[tuple[int, str], _Running] = {}
     cosines = [0.0] * len(shape.layers)
     with torch.inference_mode(), _forward_hooks(model, shape, running, cosines):
@@ -130,7 +129,7 @@ def _forward_hooks(
     def see_input(layer: int, role: str, module: Any, args: tuple[Any, ...]) -> None:
         rows = args[0].flatten(0, -2)
         if not torch.isfinite(rows).all():
-            raise SaapError(
+            raise UserError(
                 f"layer {layer}: the inputs of {role} are not finite on the calibration text: check model and text"
             )
         running.setdefault((layer, role), _Running(rows.shape[1])).add(rows)
@@ -140,7 +139,7 @@ def _forward_hooks(
         after = result[0] if isinstance(result, tuple) else result
         cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum().item()
         if cosine != cosine:
-            raise SaapError(f"layer {layer}: its output is not finite on the calibration text: check model and text")
+            raise UserError(f"layer {layer}: its output is not finite on the calibration text: check model and text")
         cosines[layer] += cosine
 
     handles = [

@@ -21,7 +21,7 @@ from saap.models.cache import cache_directory
 from saap.models.structures import LayerPlan
 from saap.prune.scores.importance import Scores
 from saap.prune.shares import shares
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
@@ -120,7 +120,7 @@ class KnownLosses:
             try:
                 known = read_object(self._path, "")
                 self._known = {str(key): float(value) for key, value in known.items()}
-            except (SaapError, ValueError, TypeError):
+            except (UserError, ValueError, TypeError):
                 self._known = {}
         self._known = shares().agreed(self._known)
 

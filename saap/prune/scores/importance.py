@@ -23,7 +23,7 @@ activations; the exact element score keeps two numbers per weight of the layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,11 +33,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.structures import ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
-Progress = Callable[[str, float, float], None]
 Slices = Literal["all", "output"]
 Element = Literal["none", "streamed", "exact"]
 TYPES = ("ffn", "head", "group")
@@ -143,7 +143,7 @@ def estimate(
         element: whether the element score is wanted, which takes half as long again, and which form of it.
 
     Raises:
-        SaapError: the loss is not finite on a sequence.
+        UserError: the loss is not finite on a sequence.
     """
     c = float(ids.shape[1]) if c is None else c
     sums = Sums(shape.head_dim, c, element)
@@ -167,9 +167,9 @@ def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
 
 
 def check_loss(loss: float, index: int) -> float:
-    """The loss itself; SaapError where it is NaN or infinite."""
+    """The loss itself; UserError where it is NaN or infinite."""
     if not math.isfinite(loss):
-        raise SaapError(f"the loss is {loss} on calibration sequence {index}: check the model and the text")
+        raise UserError(f"the loss is {loss} on calibration sequence {index}: check the model and the text")
     return loss
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
 from saap.models.streaming import present
 from saap.models.structures import ModelShape
-from saap.prune.scores.importance import Element, Progress, Scores, Sums, check_loss, watched
+from saap.prune.scores.importance import Element, Scores, Sums, check_loss, watched
 
 STATE_BYTES = 2 << 30  # of states before every layer; more sequences should go through in another portion
 

@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.streaming import is_streamed
 from saap.models.structures import ModelShape
 from saap.prune.scores.cache import cached_scores, named, scores_from
-from saap.prune.scores.importance import Element, Progress, Scores, estimate, merged
+from saap.prune.scores.importance import Element, Scores, estimate, merged
 from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
 from saap.prune.shares import shares
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 LOSS = "loss"  # beside the scores on their way to other processes
 PORTION = 8  # sequences; seconds of a small model, a minute of one that barely fits
@@ -36,7 +37,7 @@ def scores_of(
         weights: hash of the model's weights, under which scores are kept; None keeps none.
 
     Raises:
-        SaapError: a loss is not finite.
+        UserError: a loss is not finite.
     """
     by_layer = is_streamed(model)
     estimator = estimate_layerwise if by_layer else estimate
@@ -55,7 +56,7 @@ def scores_of(
         compute = partial(estimator, model, shape, portion, c=c, element=element, progress=say)
         try:
             found.append(compute() if weights is None else cached_scores(weights, portion, settings, compute)[0])
-        except SaapError as problem:
+        except UserError as problem:
             if together.count == 1:
                 raise
             error = problem  # which the others wait for
@@ -64,12 +65,12 @@ def scores_of(
     return replace(merged(_of_all(found, error, len(portions), c) if together.count > 1 else found), c=c)
 
 
-def _of_all(mine: list[Scores], error: SaapError | None, portions: int, c: float) -> list[Scores]:
+def _of_all(mine: list[Scores], error: UserError | None, portions: int, c: float) -> list[Scores]:
     """The scores of all portions, in their order, from those of every process."""
     together, found = shares(), []
     for number in range(portions):
         place, owner = divmod(number, together.count)
-        own: dict[str, torch.Tensor] | SaapError | None = None
+        own: dict[str, torch.Tensor] | UserError | None = None
         if owner == together.rank:
             own = (
                 error

@@ -16,18 +16,19 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
 from saap.prune.cut.refit import Compensation, losses_compensated
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import FUSIONS, FusionOptions, fuse
-from saap.prune.scores.importance import Element, Progress
+from saap.prune.scores.importance import Element
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import Weighed, reasons_of
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
 from saap.prune.search.prices import correct_prices, finite, fit_prices
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 Pricing = Literal["silenced", "compensated"]
 PRICINGS = get_args(Pricing)
@@ -64,20 +65,20 @@ class AdaptiveOptions:
         return "exact" if self.exact else "streamed"
 
     def check(self) -> None:
-        """Raise SaapError for numbers that are not allowed."""
+        """Raise UserError for numbers that are not allowed."""
         if self.corrections < 0:
-            raise SaapError(f"{self.corrections} corrections are not allowed: give 0 or more")
+            raise UserError(f"{self.corrections} corrections are not allowed: give 0 or more")
         if self.prices not in PRICINGS:
-            raise SaapError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
+            raise UserError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
         if self.corrections and self.prices == "compensated":
-            raise SaapError("corrections measure without compensation: leave them out, or give --prices silenced")
+            raise UserError("corrections measure without compensation: leave them out, or give --prices silenced")
         if self.exact and self.element == "none":
-            raise SaapError(
+            raise UserError(
                 f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
                 "fused, fused-token or element"
             )
         if self.c is not None and not self.c >= 0:
-            raise SaapError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
+            raise UserError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 
 
 def adaptive_plan(
@@ -106,7 +107,7 @@ def adaptive_plan(
         weights: hash of the model's weights, under which scores are kept; None keeps none.
 
     Raises:
-        SaapError: too little text, a loss that is not finite, or a budget that cannot be met.
+        UserError: too little text, a loss that is not finite, or a budget that cannot be met.
     """
     prices, priced = prices_of(
         model, shape, calibration, options, keep_layers=keep_layers, compensation=compensation, weights=weights,
@@ -126,7 +127,7 @@ def adaptive_plan(
         return plan
     try:
         simpler = _search(shape, attention_whole(prices), block, keep_layers, budget)[2]
-    except SaapError:  # the FFN alone cannot meet the budget
+    except UserError:  # the FFN alone cannot meet the budget
         return plan
     scored = calibration[: -len(priced)]
     cut, whole = (
@@ -146,7 +147,7 @@ def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:
     """Losses [sequences] of a plan that cuts attention against those, on the same text, of one that leaves it whole.
 
     Raises:
-        SaapError: a loss is not finite.
+        UserError: a loss is not finite.
     """
     gain = whole - cut
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
@@ -167,10 +168,10 @@ def prices_of(
     """Estimate, fuse and price, before any search: the prices, and the rows that priced, [sequences, tokens].
 
     Raises:
-        SaapError: too little text, or a loss that is not finite.
+        UserError: too little text, or a loss that is not finite.
     """
     if len(calibration) < 2:
-        raise SaapError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
+        raise UserError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(calibration) // PRICING_SHARE)
     scored, priced = calibration[:-held], calibration[-held:]
     c = float(calibration.shape[1]) if options.c is None else options.c

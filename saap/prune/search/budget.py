@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from saap.models.structures import LayerSizes, ModelShape
 from saap.prune.search.bundle_size import BundleSize, bundle_size
 from saap.prune.search.layer_costs import CostTable
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
@@ -172,7 +172,7 @@ class Budget:
             return f"{value:.4g} ms per token"
         return f"{value:,.0f} {self.unit}"
 
-    def below_floor(self, floor: float) -> SaapError:
+    def below_floor(self, floor: float) -> UserError:
         """The error for what cannot be met; asking for the number that it names can be.
 
         Args:
@@ -187,7 +187,7 @@ class Budget:
         else:
             least = _rounded(floor, math.ceil) if self.unit == "ms" else floor
             words = f"asked {self.in_words(asked)}, the smallest that these options allow is {self.in_words(least)}"
-        return SaapError(f"{words}: {ALLOW_MORE}")
+        return UserError(f"{words}: {ALLOW_MORE}")
 
 
 def _rounded(value: float, way: Any) -> float:

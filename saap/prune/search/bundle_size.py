@@ -20,7 +20,7 @@ from typing import Any
 from saap.models.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
 from saap.models.slim_quant import stacked_bits
 from saap.models.structures import LayerSizes, ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 PAGE = 4096  # bytes
 FLOAT = 4  # bytes
@@ -93,7 +93,7 @@ class BundleSize:
         """Refuse a model whose matrices are not whole groups.
 
         Raises:
-            SaapError: names the width.
+            UserError: names the width.
         """
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
@@ -101,7 +101,7 @@ class BundleSize:
             widths += [(f"the FFN of layer {index}", sizes.ffn)]
         for what, width in widths:
             if self.bits != 32 and width % self.block:
-                raise SaapError(
+                raise UserError(
                     f"{what} is {width} wide, which groups of {self.block} do not divide: choose another group size "
                     "with --group (32, 64 or 128), or plan for --bits 32"
                 )
@@ -126,7 +126,7 @@ def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
     """What the bundle of a model with this ``config.json`` takes.
 
     Raises:
-        SaapError: a model that no bundle is made of.
+        UserError: a model that no bundle is made of.
     """
     traits, full = traits_of(dict(config)), with_defaults(dict(config))
 
@@ -152,7 +152,7 @@ def tuned_bundle_size(
         zero_points: its linears have zero points other than the middle.
 
     Raises:
-        SaapError: linears of one matrix that hold different bits, or a model that no bundle is made of.
+        UserError: linears of one matrix that hold different bits, or a model that no bundle is made of.
     """
     quant = config["slim_quant"] if quant is None else quant
     size = bundle_size(config, quant["bits"], quant["block"])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from saap.models.structures import LayerSizes, ModelShape
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
 SCHEMA = 1
@@ -25,7 +25,7 @@ MOST = 1e9  # milliseconds, heads, channels: what is above is damage
 AGAIN = "measure it again with `saap devices probe --costs`"
 
 
-class CostError(SaapError):
+class CostError(UserError):
     """A table of costs that cannot be used; the message names the file and what to do."""
 
 
@@ -140,7 +140,7 @@ def read_costs(
         raise CostError(f"{path} is not a file: make one with `saap devices probe --costs MODEL -o {path.name}`")
     try:
         raw = read_object(path, AGAIN)
-    except SaapError as error:
+    except UserError as error:
         raise CostError(str(error)) from None
     if raw.get("kind") != KIND:
         raise CostError(f"{path} is not a table of costs: make one with `saap devices probe --costs`")

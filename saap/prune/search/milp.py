@@ -16,7 +16,7 @@ import numpy as np
 
 from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan
 from saap.prune.search.budget import Budget
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 GAP = 0.0  # between the answer and the bound: none, the answer is the best
 NODES = 50_000  # of branch and bound; a limit in seconds would make the answer depend on the machine
@@ -140,7 +140,7 @@ def check_floor(
         heads: whether query heads and KV groups may.
 
     Raises:
-        SaapError: names the floor in the unit that was asked in.
+        UserError: names the floor in the unit that was asked in.
     """
     gone = [0.0 if remove_modules and i not in keep_layers else None for i in range(len(shape.layers))]
     free = Prices(
@@ -174,7 +174,7 @@ def solve(modules: list[Module], budget: Budget) -> list[Option]:
     At least one module keeps attention.
 
     Raises:
-        SaapError: even the smallest options exceed the budget; the floor is named.
+        UserError: even the smallest options exceed the budget; the floor is named.
     """
     _check_floor(modules, budget)
     limit = budget.limit
@@ -184,7 +184,7 @@ def solve(modules: list[Module], budget: Budget) -> list[Option]:
         if budget.fits(budget.most + excess):
             return _use_up(modules, chosen, -excess)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
-    raise SaapError(f"no choice of options was found within {budget.in_words(budget.most)}: ask for a little less")
+    raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: ask for a little less")
 
 
 def _least_price(modules: list[Module], limit: float, budget: Budget) -> list[Option]:
@@ -211,7 +211,7 @@ def _least_price(modules: list[Module], limit: float, budget: Budget) -> list[Op
         options={"mip_rel_gap": GAP, "node_limit": NODES},
     )
     if answer.x is None:
-        raise SaapError(f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): ask for less")
+        raise UserError(f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): ask for less")
     return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
 
 
@@ -256,21 +256,21 @@ def meet(plan_at: Callable[[float], PrunePlan], budget: Budget, dense: ModelShap
     upwards until one meets the budget, and the step in which that happened is halved; what is returned meets it.
 
     Args:
-        plan_at: the plan that removes a share of the decoder layers' weights; raises SaapError where it cannot.
+        plan_at: the plan that removes a share of the decoder layers' weights; raises UserError where it cannot.
         dense: the shape that the plans index into.
 
     Raises:
-        SaapError: not even the largest share meets the budget; names the least that a plan costs.
+        UserError: not even the largest share meets the budget; names the least that a plan costs.
     """
 
     below, above, least = 0.0, 1.0, np.inf
     best: PrunePlan | None = None
-    refusal: SaapError | None = None
+    refusal: UserError | None = None
     while above - below > SHARE_STEP:
         share = min(below + 1 / SHARES, (below + above) / 2)
         try:
             plan = plan_at(share)
-        except SaapError as error:
+        except UserError as error:
             refusal, above = error, share
             continue
         total = budget.total(plan.kept_shape(dense))

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from devices.common.progress import Progress
 from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
-from saap.prune.scores.importance import TYPES, Progress
+from saap.prune.scores.importance import TYPES
 from saap.prune.search.masking import masked, mean_nll, without_attention, without_ffn
 from saap.prune.search.milp import Module, Option, Prices
 from saap.prune.search.working_point import WorkingPoint
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
 FFN_LEVELS = (0.125, 0.25)
@@ -70,7 +71,7 @@ def fit_prices(
         known: losses that were measured before, on this model and these ids, compensated alike.
 
     Raises:
-        SaapError: a loss is not finite.
+        UserError: a loss is not finite.
     """
     kinds = TYPES if heads else ("ffn",)
     free = [i for i in range(len(shape.layers)) if i not in keep_layers]
@@ -119,10 +120,10 @@ def finite(loss: float) -> float:
     """The loss itself.
 
     Raises:
-        SaapError: it is NaN or infinite.
+        UserError: it is NaN or infinite.
     """
     if not math.isfinite(loss):
-        raise SaapError(f"the loss is {loss} on the calibration sequences for pricing: check the model and the text")
+        raise UserError(f"the loss is {loss} on the calibration sequences for pricing: check the model and the text")
     return loss
 
 

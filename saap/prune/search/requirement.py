@@ -21,7 +21,7 @@ from saap.models.structures import ModelShape
 from saap.prune.search.budget import Budget, Measure, StepTime, Weights
 from saap.prune.search.bundle_size import BundleSize, bundle_size
 from saap.prune.search.layer_costs import CostTable, read_costs
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
 KINDS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
@@ -63,34 +63,34 @@ class Requirement:
         return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
 
     def check(self) -> None:
-        """Raise SaapError for a requirement that is none, two, or out of range."""
+        """Raise UserError for a requirement that is none, two, or out of range."""
         if len(self.asked) != 1:
             found = " and ".join(map(_option, self.asked)) or "none"
             allowed = "--ratio, --max-params, --max-bytes, --speedup or --ms-per-token"
-            raise SaapError(f"give one requirement: {allowed} (given: {found})")
+            raise UserError(f"give one requirement: {allowed} (given: {found})")
         ((kind, value),) = self.asked.items()
         self._check_range(kind, value)
         timed = kind in TIMED
         if timed and self.costs is None:
-            raise SaapError(
+            raise UserError(
                 f"{_option(kind)} needs --costs FILE: measure one on the device with `saap devices probe --costs MODEL`"
             )
         for name in ("costs", "threads"):
             if not timed and getattr(self, name) is not None:
-                raise SaapError(f"{_option(name)} is for --speedup and --ms-per-token: leave it out, or ask for a time")
+                raise UserError(f"{_option(name)} is for --speedup and --ms-per-token: leave it out, or ask for a time")
         if self.bits not in BITS:
-            raise SaapError(f"{self.bits} bits are not supported; allowed: 4, 8, 32")
+            raise UserError(f"{self.bits} bits are not supported; allowed: 4, 8, 32")
 
     @staticmethod
     def _check_range(kind: str, value: float) -> None:
         name, finite = _option(kind)[2:], math.isfinite(value)
         if kind == "ratio" and not (finite and 0 < value < 1):
-            raise SaapError(f"ratio {value} is not allowed: give a share between 0 and 1, such as 0.2")
+            raise UserError(f"ratio {value} is not allowed: give a share between 0 and 1, such as 0.2")
         if kind == "speedup" and not (finite and value > 1):
-            raise SaapError(f"speedup {value} is not allowed: give a factor above 1, such as 1.25")
+            raise UserError(f"speedup {value} is not allowed: give a factor above 1, such as 1.25")
         if not (finite and value > 0):
             unit = {"max_params": "parameters", "max_bytes": "bytes", "ms_per_token": "milliseconds"}[kind]
-            raise SaapError(f"{name} {value} is not allowed: give a positive number of {unit}")
+            raise UserError(f"{name} {value} is not allowed: give a positive number of {unit}")
 
     def budget(self, dense: ModelShape, config: Mapping[str, Any], *, cut: ModelShape | None = None) -> Budget:
         """What the requirement leaves for the layers of a model.
@@ -101,7 +101,7 @@ class Requirement:
             cut: the same shape with the biases that a slim model of it will have beyond the dense one's.
 
         Raises:
-            SaapError: not one requirement, out of range, met by the dense model already, or a table of costs that is
+            UserError: not one requirement, out of range, met by the dense model already, or a table of costs that is
                 not of this model.
         """
         self.check()
@@ -119,7 +119,7 @@ class Requirement:
         whole = budget.total(dense)
         budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
         if budget.meets(dense):
-            raise SaapError(
+            raise UserError(
                 f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: ask for less"
             )
         return budget
@@ -140,7 +140,7 @@ class Requirement:
             size = bundle_size(config, self.bits, self.block)
             size.check(dense)
             return size
-        except SaapError:
+        except UserError:
             if kind != "max_bytes":  # then the size is a number to report only, and may be unknown
                 return None
             raise

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
 from saap.models.modeling_slim import GroupQuantLinear
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.adapters.folds import FOLDS, GroupAdapterLayer
 
 NAME = "default"  # of the adapter, PEFT's own
@@ -35,7 +35,7 @@ class GroupAdapterConfig:
         alpha: None is r.
 
     Raises:
-        SaapError: a fold that does not exist, or options that do not go together.
+        UserError: a fold that does not exist, or options that do not go together.
     """
 
     fold: str = "scale"
@@ -44,11 +44,11 @@ class GroupAdapterConfig:
 
     def __post_init__(self) -> None:
         if self.fold not in FOLDS:
-            raise SaapError(f"fold {self.fold!r} does not exist: choose one of {', '.join(FOLDS)}")
+            raise UserError(f"fold {self.fold!r} does not exist: choose one of {', '.join(FOLDS)}")
         if (self.rank or 0) < 0:
-            raise SaapError(f"rank {self.rank} is negative: give 1 or more, or 0 for a free factor per group")
+            raise UserError(f"rank {self.rank} is negative: give 1 or more, or 0 for a free factor per group")
         if self.alpha is not None and (not self.rank or self.alpha <= 0):
-            raise SaapError(f"alpha {self.alpha:g} needs a rank, and must be above 0: leave it out, or give both")
+            raise UserError(f"alpha {self.alpha:g} needs a rank, and must be above 0: leave it out, or give both")
 
 
 def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) -> PeftModel:
@@ -58,7 +58,7 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
         seed: of the A matrices, apart from torch's global one.
 
     Raises:
-        SaapError: linears that hold no integers or have an adapter already, or a PEFT that did not put our
+        UserError: linears that hold no integers or have an adapter already, or a PEFT that did not put our
             layer on each of them.
     """
     holders = _holders(model)
@@ -80,14 +80,14 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
         try:
             adapted: Any = get_peft_model(model, lora, adapter_name=NAME)
         except ValueError as error:
-            raise SaapError(
+            raise UserError(
                 f"PEFT {peft.__version__} does not take the layers of group adapters ({str(error).splitlines()[0]}): "
                 "install another version, 0.17 to 0.21"
             ) from error
     found = {name.removeprefix(PREFIX): type(m) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)}
     if found != dict.fromkeys(holders, layer_class):
         wrong = sorted(n for n in {*holders, *found} if found.get(n) is not layer_class or n not in holders)
-        raise SaapError(
+        raise UserError(
             f"PEFT {peft.__version__} put no group adapter on {wrong[0]} ({len(wrong)} of {len(holders)} linears): "
             "install another version, 0.17 to 0.21"
         )
@@ -122,7 +122,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
 def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
     """The decoder layers' linears by name, all of integers and untouched."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise SaapError("the model has an adapter already: fold or detach it first")
+        raise UserError("the model has an adapter already: fold or detach it first")
     inside = architecture_of(model.config).layers
     linears = {
         f"{inside}.{name}": module
@@ -132,7 +132,7 @@ def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
     holders = {name: module for name, module in linears.items() if isinstance(module, GroupQuantLinear)}
     if not linears or len(holders) < len(linears):
         plain = next(iter(linears.keys() - holders.keys()), "the model")
-        raise SaapError(f"{plain} holds no integers, which a group adapter is put on: quantise the model first")
+        raise UserError(f"{plain} holds no integers, which a group adapter is put on: quantise the model first")
     return holders
 
 

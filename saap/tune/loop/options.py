@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.loop.processes import Batch
 
 SMOOTHED = 8  # steps whose mean loss is shown
@@ -84,7 +84,7 @@ class History:
         return f"the state of step {self.best_step}{known}"
 
 
-class DivergedError(SaapError):
+class DivergedError(UserError):
     """A loss or gradient stopped being finite; the model holds the state that the message names.
 
     It is an error, so that nobody writes out such a run without noticing; who wants to, catches it and does.
@@ -113,22 +113,22 @@ def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
     """How many steps the rows are good for.
 
     Raises:
-        SaapError: too few rows, rows that cannot be split over the processes, or a step that teaches nothing.
+        UserError: too few rows, rows that cannot be split over the processes, or a step that teaches nothing.
     """
     size, count = options.rows_per_step, len(rows["ids"])
     if any(len(tensor) != count for tensor in rows.values()):
         raise ValueError(f"rows of different numbers: { {name: len(tensor) for name, tensor in rows.items()} }")
     for value, name in ((size, "rows per step"), (options.passes, "passes"), (options.evaluations, "evaluations")):
         if value < 1:
-            raise SaapError(f"{value} {name} are not allowed: give 1 or more")
+            raise UserError(f"{value} {name} are not allowed: give 1 or more")
     if size % processes:
-        raise SaapError(f"{size} rows per step cannot be split over {processes} processes: give a multiple of them")
+        raise UserError(f"{size} rows per step cannot be split over {processes} processes: give a multiple of them")
     if count < size:
-        raise SaapError(f"{count} sequences of training text are fewer than one step's {size}: give more")
+        raise UserError(f"{count} sequences of training text are fewer than one step's {size}: give more")
     once = count // size
     if "labels" in rows:
         learnt = (rows["labels"][: once * size, 1:] != -100).view(once, -1).sum(1)
         if (empty := (learnt == 0).nonzero()).numel():
             first = int(empty[0]) * size
-            raise SaapError(f"rows {first + 1} to {first + size} hold no token to learn: leave such rows out")
+            raise UserError(f"rows {first + 1} to {first + size} hold no token to learn: leave such rows out")
     return once * options.passes

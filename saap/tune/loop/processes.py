@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 LossOf = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]
@@ -52,7 +52,7 @@ def join_processes() -> Accelerator:
     """Meet the other processes of ``accelerate launch``, or be the only one.
 
     Raises:
-        SaapError: started in a way that is not supported.
+        UserError: started in a way that is not supported.
     """
     # Precision is ours (saap.system.precision): accelerate's would turn outputs to float32 and cannot change within a
     # process.
@@ -62,7 +62,7 @@ def join_processes() -> Accelerator:
     state = accelerator.state
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        raise SaapError(
+        raise UserError(
             f"{started} processes were started and {accelerator.num_processes} met: launch on one device type"
         )
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -70,13 +70,13 @@ def join_processes() -> Accelerator:
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise SaapError("FSDP 1 is not supported: give accelerate launch --fsdp_version 2")
+        raise UserError("FSDP 1 is not supported: give accelerate launch --fsdp_version 2")
     if state.distributed_type == DistributedType.FSDP and TorchVersion(torch.__version__) < FSDP_TORCH:
-        raise SaapError(
+        raise UserError(
             f"FSDP needs torch 2.9 and this is {torch.__version__}: install it, or launch with data parallel"
         )
     if state.distributed_type in REFUSED:
-        raise SaapError(f"{state.distributed_type.value} is not supported: launch with data parallel or FSDP 2")
+        raise UserError(f"{state.distributed_type.value} is not supported: launch with data parallel or FSDP 2")
     return accelerator
 
 

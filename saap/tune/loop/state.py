@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.loop.processes import like, whole
 
@@ -107,20 +107,20 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise SaapError(f"the state of the training cannot be written to {path} ({error}): make room there") from None
+        raise UserError(f"the state of the training cannot be written to {path} ({error}): make room there") from None
 
 
 def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and JSON of a state.
 
     Raises:
-        SaapError: damaged.
+        UserError: damaged.
     """
     try:
         tensors, header = load_sealed(content)
         return tensors, json.loads(header[HEADER])
     except (KeyError, ValueError) as error:
-        raise SaapError(f"{path} is damaged ({error}): delete it, and the training starts anew") from None
+        raise UserError(f"{path} is damaged ({error}): delete it, and the training starts anew") from None
 
 
 def others_differ_in(path: Path, parts: Mapping[str, Any]) -> list[str] | None:
@@ -131,7 +131,7 @@ def others_differ_in(path: Path, parts: Mapping[str, Any]) -> list[str] | None:
     newest = max(others, key=lambda other: other.stat().st_mtime)
     try:
         known = parse_state(newest, newest.read_bytes())[1]["parts"]
-    except (SaapError, KeyError):
+    except (UserError, KeyError):
         return ["its format"]
     mine = json.loads(json.dumps(parts))
     return sorted(key for key in {*mine, *known} if mine.get(key) != known.get(key))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saap.prune.scores.importance import Progress
+from devices.common.progress import Progress
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
 from saap.tune.loop.checkpointing import recompute
@@ -72,7 +72,7 @@ def train(
 
     Raises:
         DivergedError: a loss or gradient is not finite.
-        SaapError: too few rows, rows that cannot be split, a damaged state, a launch that is not supported.
+        UserError: too few rows, rows that cannot be split, a damaged state, a launch that is not supported.
     """
     options = options or TrainOptions()
     with torch.random.fork_rng():

@@ -26,7 +26,7 @@ from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.clients import write_genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from saap.models.gguf.convert import read_tokenizer_fields
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD, KV_HEADS, WIDTH = 16, 2, 64
@@ -149,12 +149,12 @@ def test_damaged_gguf_is_one_line(tmp_path: Path) -> None:
         cut.write_bytes(pairs + array)  # more numbers or strings than the file has bytes; arrays in arrays
         with pytest.raises(GgufHeaderError, match="cut off"):
             read_header(cut)
-        with pytest.raises(SaapError, match="cut off"):
+        with pytest.raises(UserError, match="cut off"):
             read_tokenizer_fields(cut)
     tokens = b"tokenizer.ggml.tokens"
     pair = struct.pack("<Q", len(tokens)) + tokens + struct.pack("<IIQQ", 9, 8, 1, 1) + b"\x9c"
     cut.write_bytes(whole[:4] + struct.pack("<IQQ", 3, 0, 1) + pair)
-    with pytest.raises(SaapError, match=r"damaged in tokenizer\.ggml\.tokens"):
+    with pytest.raises(UserError, match=r"damaged in tokenizer\.ggml\.tokens"):
         read_tokenizer_fields(cut)
     cut.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(GgufHeaderError, match="no GGUF file"):

@@ -167,6 +167,7 @@ def test_errors_name_file_key_and_what_is_allowed(tmp_path: Path, text: str, say
 
 
 def test_devices_imports_nothing_heavy() -> None:
-    code = "import sys, devices.probe.host, devices.profiles.profile; print({'torch', 'numpy', 'onnxruntime'} & set(sys.modules))"
+    imported = "import sys, devices.probe.host, devices.profiles.profile; "
+    code = imported + "print({'torch', 'numpy', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

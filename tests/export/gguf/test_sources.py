@@ -16,7 +16,7 @@ from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.models.weight_files import weights_hash
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from tests.saap.prune.cut.test_surgery import cut
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -133,7 +133,7 @@ REFUSED = {
 def test_refusals_are_one_line_and_leave_nothing(tiny_model, tmp_path, break_it, options, message):
     path = tiny_model()
     break_it(path)
-    with pytest.raises(SaapError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         export_gguf(path, tmp_path / "model.gguf", **options)
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
@@ -141,7 +141,7 @@ def test_refusals_are_one_line_and_leave_nothing(tiny_model, tmp_path, break_it,
 
 def test_a_hidden_size_of_no_whole_blocks_needs_a_float_type(tiny_model, tmp_path):
     path = tiny_model(hidden_size=80, num_attention_heads=5, num_key_value_heads=5)
-    with pytest.raises(SaapError, match=r"hidden size of 80, not a multiple of the 32 columns .* choose F16 or F32"):
+    with pytest.raises(UserError, match=r"hidden size of 80, not a multiple of the 32 columns .* choose F16 or F32"):
         export_gguf(path, tmp_path / "model.gguf")
     assert export_gguf(path, tmp_path / "model.gguf", kind="F16")["worst_error_rounded"] <= 2**-11
 
@@ -149,10 +149,10 @@ def test_a_hidden_size_of_no_whole_blocks_needs_a_float_type(tiny_model, tmp_pat
 def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
     path, thesis = tiny_model(), tmp_path / "thesis.txt"
     thesis.write_text("years of work")
-    with pytest.raises(SaapError, match="is not a GGUF file and is not written over"):
+    with pytest.raises(UserError, match="is not a GGUF file and is not written over"):
         export_gguf(path, thesis)
     assert thesis.read_text() == "years of work"
-    with pytest.raises(SaapError, match="is a directory: give the name of a file"):
+    with pytest.raises(UserError, match="is a directory: give the name of a file"):
         export_gguf(path, tmp_path)
     sizes = [export_gguf(path, tmp_path / "model.gguf", kind=kind)["bytes"] for kind in ("F32", "F16")]
     assert sizes[0] > sizes[1] == (tmp_path / "model.gguf").stat().st_size

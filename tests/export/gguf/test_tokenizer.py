@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from export.gguf.tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
 from export.gguf.write import export_gguf
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
@@ -169,7 +169,7 @@ def test_what_surrounds_a_text_otherwise_is_said(tiny_model):
 def test_an_unknown_pre_tokenizer_is_refused(tiny_model, tmp_path, pre, shown):
     path = tiny_model(vocab_size=960)
     byte_level(path, pre)
-    with pytest.raises(SaapError, match="known: gpt-2, smollm, llama-bpe, qwen2, tekken") as error:
+    with pytest.raises(UserError, match="known: gpt-2, smollm, llama-bpe, qwen2, tekken") as error:
         export_gguf(path, tmp_path / "model.gguf")
     assert f"({shown})" in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
@@ -177,16 +177,16 @@ def test_an_unknown_pre_tokenizer_is_refused(tiny_model, tmp_path, pre, shown):
 
 def test_no_tokenizer_another_kind_and_too_few_rows_are_refused(tiny_model):
     path = tiny_model()
-    with pytest.raises(SaapError, match="ids up to 299, the embedding 256 rows"):
+    with pytest.raises(UserError, match="ids up to 299, the embedding 256 rows"):
         tokenizer_fields(path, 256)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
-    with pytest.raises(SaapError, match="type 'WordLevel'"):
+    with pytest.raises(UserError, match="type 'WordLevel'"):
         tokenizer_fields(path, 320)
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
-    with pytest.raises(SaapError, match="tokenizer has no tokens"):
+    with pytest.raises(UserError, match="tokenizer has no tokens"):
         tokenizer_fields(path, 320)
     (path / "tokenizer.json").unlink()
-    with pytest.raises(SaapError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
         tokenizer_fields(path, 320)
 
 

@@ -18,7 +18,7 @@ from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import stack_layers, write_probe_stacks
 from export.write import export_bundle
 from saap.models.structures import LayerSizes
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SMOLLM2 = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
@@ -149,10 +149,10 @@ def test_without_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_cannot_be_probed_is_refused(
     tmp_path: Path, config: dict[str, Any], options: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         read_probe_model(config_only(tmp_path / "m", **config), **options)
 
 
 def test_no_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SaapError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         read_probe_model(tmp_path)

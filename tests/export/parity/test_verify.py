@@ -19,7 +19,7 @@ from export.parity.verify import check_parity, reference_model
 from export.portable.write import export_portable
 from export.source import ModelSource, Precision
 from export.write import export_bundle
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.export.test_write import IDS, MODELS, logits_of, model_of
 
@@ -90,7 +90,7 @@ def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
     value = numpy_helper.to_array(onnx.TensorProto(data_type=1, dims=[1], raw_data=bytes(data[offset : offset + 4])))
     data[offset : offset + 4] = (value * 1.5).tobytes()
     (tmp_path / "bundle/model.onnx.data").write_bytes(data)
-    with pytest.raises(SaapError, match=r"parity failed .*max_abs_logit_difference"):
+    with pytest.raises(UserError, match=r"parity failed .*max_abs_logit_difference"):
         check_parity(tmp_path / "bundle", path, IDS, "dice")
 
 

@@ -23,7 +23,7 @@ from export.write import export_bundle
 from saap.models.checkpoint import load_model
 from saap.models.structures import PrunePlan
 from saap.quantize.groups import quantize
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.export.graph.test_families import FAMILIES, WINDOW, largest_differences
 from tests.export.graph.test_families import IDS as FAMILY_IDS
@@ -169,7 +169,7 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
     assert np.abs(found - logits_of(load_model(tmp_path / "tuned"), ids)).max() <= 1e-4
     assert manifest.bits == 4
-    with pytest.raises(SaapError, match="tuned integers of 4 bits, not 32"):
+    with pytest.raises(UserError, match="tuned integers of 4 bits, not 32"):
         export_portable(tmp_path / "tuned", tmp_path / "bundle", bits=32)
 
 
@@ -225,10 +225,10 @@ def test_without_optimum_the_graph_is_ours(tiny_model, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_refused(tiny_model, tmp_path):
-    with pytest.raises(SaapError, match="3 bits are not supported"):
+    with pytest.raises(UserError, match="3 bits are not supported"):
         export_portable(tiny_model(), tmp_path / "bundle", bits=3)
-    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+    with pytest.raises(UserError, match="not a multiple of the group size 64"):
         export_portable(tiny_model("other"), tmp_path / "bundle", bits=4, block=64)
-    with pytest.raises(SaapError, match="321 tokens is odd"):
+    with pytest.raises(UserError, match="321 tokens is odd"):
         export_portable(tiny_model("odd", vocab_size=321), tmp_path / "bundle", bits=4)
     assert not (tmp_path / "bundle").exists()

@@ -26,7 +26,7 @@ from saap.cli.console import Console
 from saap.cli.costs import Place, probe_costs, probe_costs_step
 from saap.models.structures import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
@@ -83,11 +83,11 @@ def test_a_failure_leaves_no_files(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SaapError, match="no model 'nothing'"):
+    with pytest.raises(UserError, match="no model 'nothing'"):
         probe_costs("nothing", tmp_path / "cost.json")
-    with pytest.raises(SaapError, match="is a directory: give the JSON file to write"):
+    with pytest.raises(UserError, match="is a directory: give the JSON file to write"):
         probe_costs(model, tmp_path)
-    with pytest.raises(SaapError, match=r"cannot be written .*: give another place"):
+    with pytest.raises(UserError, match=r"cannot be written .*: give another place"):
         probe_costs(model, model / "config.json" / "cost.json")
 
 

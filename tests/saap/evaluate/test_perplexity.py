@@ -7,7 +7,7 @@ import torch
 
 from saap.evaluate.perplexity import evaluate, torch_scorer
 from saap.models.checkpoint import load_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (5, 12), generator=torch.Generator().manual_seed(4))
 
@@ -43,7 +43,7 @@ def test_hand_calculated():
 
 def test_vocabularies_that_differ_are_refused():
     scorers = {"a": lambda ids: torch.zeros(*ids.shape, 4), "b": lambda ids: torch.zeros(*ids.shape, 5)}
-    with pytest.raises(SaapError, match="b has a vocabulary of 5, the reference 4"):
+    with pytest.raises(UserError, match="b has a vocabulary of 5, the reference 4"):
         evaluate(scorers, torch.zeros(1, 3, dtype=torch.long), reference="a")
 
 
@@ -65,7 +65,7 @@ def test_a_model_that_gives_no_numbers_is_refused(value):
         logits[-1, 0, 1] = value
         return logits
 
-    with pytest.raises(SaapError, match="a gives losses that are no numbers"):
+    with pytest.raises(UserError, match="a gives losses that are no numbers"):
         evaluate({"a": score}, torch.zeros(3, 4, dtype=torch.long))
 
 

@@ -13,7 +13,7 @@ from export.bundle.manifest import read_manifest
 from saap.evaluate.perplexity import evaluate, torch_scorer
 from saap.evaluate.protocol import Cut, joined, tokenizer_hash, windows_of
 from saap.models.checkpoint import load_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import documents_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home", "by", "day"]
@@ -104,19 +104,19 @@ def test_protocols_tell_texts_and_tokenizers_apart(tiny_tokenizer):
     ],
 )
 def test_what_cannot_be_cut_is_refused(fields, message):
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         Cut(**fields)
 
 
 def test_too_little_text_is_refused(tiny_tokenizer):
-    with pytest.raises(SaapError, match=r"too little text: .* tokens, a chunk needs 5000"):
+    with pytest.raises(UserError, match=r"too little text: .* tokens, a chunk needs 5000"):
         windows_of(TEXT, tiny_tokenizer, Cut(5000))
 
 
 def test_a_tokenizer_without_a_beginning_is_refused(tiny_tokenizer):
     other = copy.deepcopy(tiny_tokenizer)
     other.bos_token = None
-    with pytest.raises(SaapError, match="leave --bos out"):
+    with pytest.raises(UserError, match="leave --bos out"):
         windows_of(TEXT, other, Cut(16, bos=True))
 
 

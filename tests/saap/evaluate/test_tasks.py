@@ -10,7 +10,7 @@ from support.command_line import here, last_line
 from saap.evaluate.task_files import FIELDS, PROMPTS, drawn, find_task
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -166,19 +166,19 @@ def test_hellaswag_is_cleaned_as_the_harness_does_it(folder):
 )
 def test_a_row_of_another_form_is_named(tmp_path, name, change, message):
     write(tmp_path / "t", name, [ROWS[name], {**ROWS[name], **change}])
-    with pytest.raises(SaapError, match=f"{name}_test.jsonl line 2.*{message}"):
+    with pytest.raises(UserError, match=f"{name}_test.jsonl line 2.*{message}"):
         find_task(name, tmp_path / "t")
 
 
 def test_a_missing_field_is_named(tmp_path):
     write(tmp_path / "t", "piqa", [{"question": "who"}])
-    with pytest.raises(SaapError, match=r"line 1 lacks choices, label: piqa needs question, choices, label"):
+    with pytest.raises(UserError, match=r"line 1 lacks choices, label: piqa needs question, choices, label"):
         find_task("piqa", tmp_path / "t")
 
 
 def test_one_example_is_refused_before_a_model_is_read(tmp_path):
     write(tmp_path / "t", "piqa", some_rows("piqa", 1))
-    with pytest.raises(SaapError, match=r"piqa_test.jsonl holds one example: give 2 or more"):
+    with pytest.raises(UserError, match=r"piqa_test.jsonl holds one example: give 2 or more"):
         find_task("piqa", tmp_path / "t")
 
 
@@ -203,9 +203,9 @@ def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
     tasks = dict(get_task_dict([config], TaskManager(include_defaults=False)))
     _check_kind(tasks)
     config["metric_list"] = [{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}]
-    with pytest.raises(SaapError, match="piqa is not judged by accuracy but by mcc"):
+    with pytest.raises(UserError, match="piqa is not judged by accuracy but by mcc"):
         _check_kind(dict(get_task_dict([config], TaskManager(include_defaults=False))))
-    with pytest.raises(SaapError, match="group is no multiple-choice task"):
+    with pytest.raises(UserError, match="group is no multiple-choice task"):
         _check_kind({"group": tasks})
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_gives_no_numbers_is_refused(tiny_model, folder):
         made.score = lambda groups: ([(float("nan"), False) for _ in told] for told in whole(groups))
         return made
 
-    with pytest.raises(SaapError, match="likelihoods that are no numbers"):
+    with pytest.raises(UserError, match="likelihoods that are no numbers"):
         run_tasks(broken, TaskOptions(("piqa",), folder), None)
 
 
@@ -227,7 +227,7 @@ def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_pa
     from saap.cli import eval as eval_command
 
     def broken(document):
-        raise SaapError("the screen is broken")
+        raise UserError("the screen is broken")
 
     monkeypatch.setattr(eval_command, "show_tasks", broken)
     out = tmp_path / "quality.json"
@@ -245,7 +245,7 @@ def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder
     def second_fails(*arguments):
         seen.append(arguments)
         if len(seen) == 2:
-            raise SaapError("no memory left")
+            raise UserError("no memory left")
         return whole(*arguments)
 
     monkeypatch.setattr(tasks, "run_tasks", second_fails)
@@ -255,12 +255,12 @@ def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder
 
 
 def test_what_is_no_task_is_refused(folder):
-    with pytest.raises(SaapError, match="no task 'mmlu' from files: choose among boolq, piqa"):
+    with pytest.raises(UserError, match="no task 'mmlu' from files: choose among boolq, piqa"):
         find_task("mmlu", folder)
-    with pytest.raises(SaapError, match="is no folder"):
+    with pytest.raises(UserError, match="is no folder"):
         find_task("piqa", folder / "nothing")
     (folder / "piqa.jsonl").write_text("{}")
-    with pytest.raises(SaapError, match=r"piqa needs one file .* piqa.jsonl, piqa_test.jsonl is there"):
+    with pytest.raises(UserError, match=r"piqa needs one file .* piqa.jsonl, piqa_test.jsonl is there"):
         find_task("piqa", folder)
 
 

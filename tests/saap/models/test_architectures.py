@@ -11,7 +11,7 @@ import transformers
 from export.write import export_bundle
 from saap.models.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 # What google/gemma-3-1b-it's config.json says and, above all, leaves out.
@@ -66,7 +66,7 @@ def test_heads_that_their_kv_groups_do_not_divide(changes):
     config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3,
               "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 320}  # fmt: skip
     assert shape_of(config).layers[0].heads_per_group == 2
-    with pytest.raises(SaapError, match=r"layer \d has \d query heads on \d KV heads: must be a multiple; mend config"):
+    with pytest.raises(UserError, match=r"layer \d has \d query heads on \d KV heads: must be a multiple; mend config"):
         shape_of(config | changes)
 
 
@@ -95,7 +95,7 @@ REFUSED = {
 def test_what_cannot_be_exported_is_refused_in_one_line(tiny_family, tmp_path, case):
     family, changes, complaint = REFUSED[case]
     path = with_config(tiny_family(family), **changes)
-    with pytest.raises(SaapError, match=complaint) as caught:
+    with pytest.raises(UserError, match=complaint) as caught:
         export_bundle(path, tmp_path / "bundle", bits=32)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "bundle").exists()
@@ -109,7 +109,7 @@ def test_a_config_that_transformers_4_would_misread(tiny_family):
     del config["rope_theta"]
     assert transformers.LlamaConfig.from_dict(config).rope_theta == 10000, "no longer misread: the check can go"
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SaapError, match=r"of transformers 5 .* install transformers 5, or write rope_theta"):
+    with pytest.raises(UserError, match=r"of transformers 5 .* install transformers 5, or write rope_theta"):
         load_model(path)
 
 
@@ -123,7 +123,7 @@ SIZES = {
 @pytest.mark.parametrize("case", SIZES)
 def test_sizes_that_the_attention_refuses(tiny_family, tmp_path, case):
     changes, complaint = SIZES[case]
-    with pytest.raises(SaapError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         export_bundle(tiny_family("smollm3", **changes), tmp_path / "bundle", bits=32)
 
 
@@ -133,18 +133,18 @@ def test_a_head_of_24_without_rotary_is_exported(tiny_family, tmp_path):
 
 
 def test_a_part_of_the_head_that_the_rotary_cannot_turn(tiny_family, tmp_path):
-    with pytest.raises(SaapError, match="rotary embedding of 24 elements of a head cannot be exported"):
+    with pytest.raises(UserError, match="rotary embedding of 24 elements of a head cannot be exported"):
         export_bundle(tiny_family("phi3", partial_rotary_factor=0.75), tmp_path / "bundle", bits=32)
 
 
 def test_a_group_that_does_not_divide(tiny_family, tmp_path):
-    with pytest.raises(SaapError, match="qkv_proj has 96 input columns, not a multiple of the group size 64"):
+    with pytest.raises(UserError, match="qkv_proj has 96 input columns, not a multiple of the group size 64"):
         export_bundle(tiny_family("phi3"), tmp_path / "bundle", block=64)
 
 
 def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):
     path = with_config(tiny_family("qwen2", tie_word_embeddings=True), tie_word_embeddings=False)
-    with pytest.raises(SaapError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
+    with pytest.raises(UserError, match=r"has no tensor lm_head\.weight, which its config\.json asks for"):
         export_bundle(path, tmp_path / "bundle")
 
 
@@ -153,12 +153,12 @@ def test_positions_of_configs_that_leave_them_out():
         expected = getattr(transformers, config)().max_position_embeddings
         assert positions_of({"model_type": family}) == expected
         assert positions_of({"model_type": family, "max_position_embeddings": 77}) == 77
-    with pytest.raises(SaapError, match="max_position_embeddings 'many': must be a whole number of 1 to"):
+    with pytest.raises(UserError, match="max_position_embeddings 'many': must be a whole number of 1 to"):
         positions_of({"model_type": "llama", "max_position_embeddings": "many"})
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
 def test_a_config_of_endless_layers_is_refused_before_transformers_counts_them(tmp_path, key):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", key: 1 << 60}))
-    with pytest.raises(SaapError, match=f"config.json has {key} '1152921504606846976': must be a whole number of 0 to"):
+    with pytest.raises(UserError, match=f"config.json has {key} '1152921504606846976': must be a whole number of 0 to"):
         load_model(tmp_path)

@@ -31,14 +31,14 @@ from saap.prune.scores.cache import KnownLosses, cached_scores
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.teacher import teacher_targets
 from tests.saap.prune.search.test_layer_costs import SHAPE, document
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
-NAMED = (SaapError, BundleError, ResultError, QualityError, RegressionError)
+NAMED = (UserError, BundleError, ResultError, QualityError, RegressionError)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def test_a_slim_directory_that_its_owner_changed_on_purpose(slim):
     config = json.loads((slim / "config.json").read_text()) | {"max_position_embeddings": 128}
     (slim / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        SaapError, match=r"config.json is damaged.*if the change is yours, remove its entry and the che"
+        UserError, match=r"config.json is damaged.*if the change is yours, remove its entry and the che"
     ):
         load_model(slim)
     record = json.loads((slim / "saap.json").read_text())
@@ -103,7 +103,7 @@ def test_a_slim_directory_that_its_owner_changed_on_purpose(slim):
 def test_a_record_that_names_files_elsewhere(slim, name):
     record = json.loads((slim / "saap.json").read_text())
     write_document(slim / "saap.json", record | {"files": {name: {"sha256": "0" * 64}}})
-    with pytest.raises(SaapError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         load_model(slim)
 
 
@@ -124,7 +124,7 @@ def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):
     weights.rename(blob)
     weights.symlink_to(blob)
     load_model(path)
-    with flipped(blob, random.Random(0)), pytest.raises(SaapError, match="remove it from the hub's cache"):
+    with flipped(blob, random.Random(0)), pytest.raises(UserError, match="remove it from the hub's cache"):
         load_model(path)
 
 

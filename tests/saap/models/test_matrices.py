@@ -9,7 +9,7 @@ from torch import nn
 from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import load_model
 from saap.models.matrices import ROLES, matrices_of
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,5 +44,5 @@ def test_rows_of_a_packed_matrix_are_its_queries_keys_and_values(tiny_family):
 def test_a_shape_of_another_model(tiny_family):
     model = load_model(tiny_family("llama"))
     shape = shape_of(model.config)
-    with pytest.raises(SaapError, match="the shape has 2 layers, the model has 3"):
+    with pytest.raises(UserError, match="the shape has 2 layers, the model has 3"):
         matrices_of(model, shape.with_layers(shape.layers[:2]))

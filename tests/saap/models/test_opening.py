@@ -14,7 +14,7 @@ from saap.models.modeling_slim import GroupQuantLinear
 from saap.models.opening import open_model, open_writer, whole_needs
 from saap.models.streaming import is_streamed
 from saap.system import needs
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune import tuning
 from saap.tune.loop.options import TrainOptions
 from saap.tune.options import TuneOptions
@@ -34,7 +34,7 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(tiny_model, little_mem
     assert is_streamed(model)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, load_model(path)(input_ids=IDS).logits)
-    with pytest.raises(SaapError, match=r"there is no text, .* are free: give --calibration FILE, or set SAAP_DATA"):
+    with pytest.raises(UserError, match=r"there is no text, .* are free: give --calibration FILE, or set SAAP_DATA"):
         open_writer(path, "--calibration")
 
 
@@ -88,7 +88,7 @@ def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family
 
 
 def test_what_needs_all_floats_is_refused(tiny_model, tmp_path, monkeypatch, little_memory):
-    with pytest.raises(SaapError, match=r"tuning needs .* --max-bytes needs all floats at once"):
+    with pytest.raises(UserError, match=r"tuning needs .* --max-bytes needs all floats at once"):
         tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(max_bytes=10**6))
-    with pytest.raises(SaapError, match=r"tuning needs .* give a smaller --length"):
+    with pytest.raises(UserError, match=r"tuning needs .* give a smaller --length"):
         tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions())

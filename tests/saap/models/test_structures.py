@@ -5,7 +5,7 @@ import pytest
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 
@@ -40,18 +40,18 @@ def test_a_whole_plan_keeps_the_shape():
 )
 def test_plans_that_break_gqa_or_the_model_are_refused(layer, complaint):
     plan = PrunePlan((layer, whole_layer(SHAPE.layers[1])))
-    with pytest.raises(SaapError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         check_plan(plan, SHAPE)
 
 
 def test_a_model_without_any_attention_is_refused():
     nothing = LayerPlan((), (), (0, 1))
-    with pytest.raises(SaapError, match="no layer with attention"):
+    with pytest.raises(UserError, match="no layer with attention"):
         check_plan(PrunePlan((nothing, nothing)), SHAPE)
 
 
 def test_unsupported_architectures_name_what_is_supported():
-    with pytest.raises(SaapError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: llama"):
         architecture_of({"model_type": "gpt2"})
-    with pytest.raises(SaapError, match="activation 'gelu'"):
+    with pytest.raises(UserError, match="activation 'gelu'"):
         architecture_of({"model_type": "llama", "hidden_act": "gelu"})

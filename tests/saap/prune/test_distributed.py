@@ -14,7 +14,7 @@ from support.launching import DATA_PARALLEL, launch
 from saap.models.checkpoint import read_record
 from saap.prune.cut.ridge import Products, Rows, regression
 from saap.prune.shares import Shares, joined
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.gpu import out_of_memory
 from saap.system.needs import available_memory
 
@@ -101,5 +101,5 @@ def test_a_device_that_is_not_there_is_refused(tiny_model, text, tmp_path, name,
 
 def test_a_gpu_that_is_full_is_told_in_one_line():
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
-    with pytest.raises(SaapError, match=r"^CUDA out of memory: give --stream"), out_of_memory():
+    with pytest.raises(UserError, match=r"^CUDA out of memory: give --stream"), out_of_memory():
         raise torch.OutOfMemoryError(said)

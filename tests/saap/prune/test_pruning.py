@@ -12,7 +12,7 @@ from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
@@ -79,25 +79,25 @@ def test_a_slim_model_can_be_pruned_again(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan"), float("inf")])
 def test_ratios_that_make_no_sense_are_refused(tiny_model, tmp_path, ratio):
-    with pytest.raises(SaapError, match="give a share between 0 and 1"):
+    with pytest.raises(UserError, match="give a share between 0 and 1"):
         prune(tiny_model(), tmp_path / "slim", IDS, options(ratio=ratio))
     assert not (tmp_path / "slim").exists()
 
 
 def test_one_requirement_only(tiny_model, tmp_path):
     for wrong in ({}, {"ratio": 0.2, "max_params": 10}):
-        with pytest.raises(SaapError, match="give one requirement"):
+        with pytest.raises(UserError, match="give one requirement"):
             prune(tiny_model(), tmp_path / "slim", IDS, options(**wrong))
 
 
 def test_a_requirement_that_is_met_already_says_so(tiny_model, tmp_path):
-    with pytest.raises(SaapError, match="parameters already"):
+    with pytest.raises(UserError, match="parameters already"):
         prune(tiny_model(), tmp_path / "slim", IDS, options(max_params=10**9))
 
 
 def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
     wrong = PruneOptions(Requirement(ratio=0.2), keep_layers=frozenset({7}))
-    with pytest.raises(SaapError, match="layer 7; the model has layers 0 to 2"):
+    with pytest.raises(UserError, match="layer 7; the model has layers 0 to 2"):
         prune(tiny_model(), tmp_path / "slim", IDS, wrong)
 
 

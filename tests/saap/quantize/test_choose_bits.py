@@ -13,7 +13,7 @@ from saap.models.checkpoint import load_model
 from saap.prune.search.bundle_size import bundle_size
 from saap.quantize.groups import quantize
 from saap.quantize.mixed_bits import choose_bits, divergences, knapsack, rounded, units_of
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 ROWS = torch.randint(320, (4, 24), generator=torch.Generator().manual_seed(0))
 
@@ -79,5 +79,5 @@ def test_what_is_chosen_fits_and_more_room_loses_less(tiny_model):
 def test_a_budget_below_all_at_4_bit_is_refused_with_the_least(tiny_model):
     model = model_of(tiny_model)
     least = bundle_size(model.config.to_dict(), 4, 32).total(shape_of(model.config))
-    with pytest.raises(SaapError, match=f"all matrices at 4 bit the weights take {least:,}"):
+    with pytest.raises(UserError, match=f"all matrices at 4 bit the weights take {least:,}"):
         choose_bits(model, ROWS, 32, least - 1)

@@ -10,7 +10,7 @@ from saap.models.modeling_slim import GroupQuantTable, unpack_zero_points
 from saap.quantize import gptq as module
 from saap.quantize.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
 from saap.quantize.groups import fill, quantize, quantize_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(3)
 # Inputs that depend on one another, as a model's do: without that there is nothing to compensate with.
@@ -52,7 +52,7 @@ def test_an_input_that_is_always_zero_does_not_spoil_the_others():
 
 
 def test_inputs_that_are_not_finite_are_refused():
-    with pytest.raises(SaapError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         gptq(WEIGHT, torch.full((96, 96), torch.nan), 4, 32)
 
 

@@ -6,7 +6,7 @@ import torch
 from saap.models.checkpoint import load_model, materialise_linears
 from saap.models.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
 from saap.quantize.groups import fill, pack_codes, pack_zero_points, quantize, quantize_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(10, 96, generator=GENERATOR)
@@ -76,7 +76,7 @@ def test_zero_is_exact_and_a_group_of_zeros_is_fine():
 
 
 def test_a_group_that_does_not_divide_is_refused():
-    with pytest.raises(SaapError, match="not a multiple of the group size 64"):
+    with pytest.raises(UserError, match="not a multiple of the group size 64"):
         quantize(WEIGHT, 4, 64)
 
 

@@ -29,7 +29,7 @@ from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zer
 from saap.models.weight_files import tensor_reader
 from saap.prune.search.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.export.portable.test_write import check_standard, feed
 from tests.export.test_write import logits_of, tensors_of
@@ -179,7 +179,7 @@ def test_bits_that_no_graph_holds_are_refused(tiny_model, tmp_path):
         ({"lm_head": 8}, "lm_head, which is no linear"),
         ({"model.layers.0.mlp.down_proj": 6}, "6 bits; allowed: 4, 8"),
     ):
-        with pytest.raises(SaapError, match=message):
+        with pytest.raises(UserError, match=message):
             quantize_model(load_model(path), 4, 32, 4, bits_of=bits_of)
     matrices = {query: quantize(load_model(path).get_submodule(query).weight, 4, 64)}
     with pytest.raises(ValueError, match="4 bits in groups of 64 are given to a module of 4 bits in groups of 32"):
@@ -200,15 +200,15 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
         (mixed / "config.json").write_text(json.dumps(config))
         edited(mixed / "saap.json")
         for write in (export_bundle, export_portable):
-            with pytest.raises(SaapError, match=message):
+            with pytest.raises(UserError, match=message):
                 write(mixed, tmp_path / "bundle")
-        with pytest.raises(SaapError, match="cannot be loaded"):
+        with pytest.raises(UserError, match="cannot be loaded"):
             load_model(mixed)
 
 
 def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
     for options in ({"accuracy_level": 0}, {"target": Target(dotprod=False)}):
-        with pytest.raises(SaapError, match="8 bit needs accuracy level 4"):
+        with pytest.raises(UserError, match="8 bit needs accuracy level 4"):
             export_bundle(mixed, tmp_path / "bundle", **options)
 
 
@@ -223,7 +223,7 @@ def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):
     assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspection_lines(report)
     show_bundle(tmp_path / "bundle")
     assert " 4 and 8 bit, " in capsys.readouterr().out
-    with pytest.raises(SaapError, match="tuned integers of 4 bits, not 8"):
+    with pytest.raises(UserError, match="tuned integers of 4 bits, not 8"):
         export_bundle(mixed, tmp_path / "other", bits=8)
 
 
@@ -274,7 +274,7 @@ def test_a_directory_of_an_older_version_with_a_branch_is_refused(mixed, tmp_pat
         lambda path: export_portable(path, tmp_path / "out"),
         lambda path: export_gguf(path, tmp_path / "out"),
     ):
-        with pytest.raises(SaapError, match=message):
+        with pytest.raises(UserError, match=message):
             use(mixed)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="tuned with a branch, which this version does not compute"):

@@ -16,7 +16,7 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of, prune, streamed
 from saap.prune.search.requirement import Requirement
 from saap.system import needs as module
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.needs import (
     Needs,
     available_memory,
@@ -65,12 +65,12 @@ def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
         monkeypatch.setattr(module, "available_memory", lambda free=free: free / module.FREE_SHARE)
         assert streamed(path, budget, OPTIONS, 8, 24) is expected
         assert streamed(path, budget, replace(OPTIONS, stream=True), 8, 24) is True
-    with pytest.raises(SaapError, match=r"pruning needs .* \(the process 560 MB, .*\), and .* are free: leave"):
+    with pytest.raises(UserError, match=r"pruning needs .* \(the process 560 MB, .*\), and .* are free: leave"):
         streamed(path, budget, replace(OPTIONS, stream=False), 8, 24)
-    with pytest.raises(SaapError, match="param_first needs the whole model"):
+    with pytest.raises(UserError, match="param_first needs the whole model"):
         streamed(path, budget, replace(OPTIONS, steps=None, method="param_first"), 8, 24)
     monkeypatch.setattr(module, "available_memory", lambda: single / 2)
-    with pytest.raises(SaapError, match="fewer --sequences or a smaller --length"):
+    with pytest.raises(UserError, match="fewer --sequences or a smaller --length"):
         streamed(path, budget, OPTIONS, 8, 24)
 
 
@@ -135,12 +135,12 @@ def test_a_refusal_says_the_sum_what_is_free_and_what_to_do(tmp_path, monkeypatc
     needs = Needs({"weights": 3_000_000_000, "activations": 20_000_000}, {"the slim model": 5_000_000_000_000_000})
     monkeypatch.setattr(module, "available_memory", lambda: 2_000_000_000)
     assert not fits(needs) and fits(Needs({"weights": 1_000_000}))
-    with pytest.raises(SaapError) as caught:
+    with pytest.raises(UserError) as caught:
         check_memory(needs, "tuning", "give --batch 1")
     assert str(caught.value) == (
         "tuning needs 3.0 GB of memory (weights 3.0 GB, activations 20 MB), and 2.0 GB are free: give --batch 1"
     )
-    with pytest.raises(SaapError, match=r"tuning needs 5000000.0 GB of disk .* are free at .*: make room"):
+    with pytest.raises(UserError, match=r"tuning needs 5000000.0 GB of disk .* are free at .*: make room"):
         check_disk(needs, tmp_path / "new/deep", "tuning")
     check_disk(Needs({}, {"the slim model": 1}), tmp_path / "new/deep", "tuning")
 

@@ -19,7 +19,7 @@ from export.write import export_bundle
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.outputs import beside, claimed, put_in_place, writing_directory, writing_file
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -41,7 +41,7 @@ def holder(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
 
 def test_another_process_on_the_same_output_is_refused_and_a_killed_one_forgotten(holder, tmp_path):
     def refusal(out: Path) -> Callable[[], object]:
-        return pytest.raises(SaapError, match=r"another process of saap is writing .*out: wait until it has ended, or")
+        return pytest.raises(UserError, match=r"another process of saap is writing .*out: wait until it has ended, or")
 
     (tmp_path / "link").symlink_to(tmp_path)
     for out in (tmp_path / "out", tmp_path / "link/out"):

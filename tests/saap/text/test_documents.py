@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text import documents as text
 from saap.text.documents import load_documents, pack, self_written
 
@@ -68,21 +68,21 @@ def test_jsonl_forms_and_gzip(tmp_path):
     ],
 )
 def test_bad_files_are_one_line(tmp_path, name, content, says):
-    with pytest.raises(SaapError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         load_documents(write(tmp_path / name, content), split="calibration")
     assert "\n" not in str(caught.value)
 
 
 def test_no_such_text(tmp_path):
-    with pytest.raises(SaapError, match="no text"):
+    with pytest.raises(UserError, match="no text"):
         load_documents(tmp_path / "missing.txt", split="calibration")
-    with pytest.raises(SaapError, match="is a directory"):
+    with pytest.raises(UserError, match="is a directory"):
         load_documents(tmp_path, split="calibration")
 
 
 def test_data_set_id(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SaapError, match="pip install datasets"):
+    with pytest.raises(UserError, match="pip install datasets"):
         load_documents("org/name", split="calibration")
     asked = []
 
@@ -95,7 +95,7 @@ def test_data_set_id(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert load_documents("org/name:config", split="tuning").texts == ("one", "two")
     assert asked == [("org/name", "config", "train")]
-    with pytest.raises(SaapError, match=r"no hub gave its 'test' split \(ConnectionError\)"):
+    with pytest.raises(UserError, match=r"no hub gave its 'test' split \(ConnectionError\)"):
         load_documents("org/none", split="evaluation")
 
 
@@ -106,9 +106,9 @@ def test_without_source_and_directory_there_is_nothing(monkeypatch):
 
 def test_broken_directory_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
-    with pytest.raises(SaapError, match=r"SAAP_DATA .* lacks wikitext2_test_raw.txt"):
+    with pytest.raises(UserError, match=r"SAAP_DATA .* lacks wikitext2_test_raw.txt"):
         load_documents(None, split="evaluation")
-    with pytest.raises(SaapError, match=r"lacks c4_sample300.jsonl, wiki"):
+    with pytest.raises(UserError, match=r"lacks c4_sample300.jsonl, wiki"):
         load_documents(None, split="tuning")
 
 
@@ -140,12 +140,12 @@ def test_packed_rows_begin_as_the_tokenizer_begins_a_text(beginning_tokenizer, t
     packed = pack(texts, beginning_tokenizer, 17, 8, seed=1)
     assert packed[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 8
     assert torch.equal(packed[:, 1:], pack(texts, tiny_tokenizer, 16, 8, seed=1))
-    with pytest.raises(SaapError, match=r"1 documents give 4 tokens, 10 rows of 16 need 150"):
+    with pytest.raises(UserError, match=r"1 documents give 4 tokens, 10 rows of 16 need 150"):
         pack(["abc"], beginning_tokenizer, 16, 10, seed=0)
 
 
 def test_pack_says_how_much_is_missing(tiny_tokenizer):
-    with pytest.raises(SaapError, match=r"1 documents give 4 tokens, 10 rows of 16 need 160"):
+    with pytest.raises(UserError, match=r"1 documents give 4 tokens, 10 rows of 16 need 160"):
         pack(["abc"], tiny_tokenizer, 16, 10, seed=0)
 
 
@@ -183,5 +183,5 @@ def test_self_written_refuses_what_it_cannot_do(tiny_model, tiny_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
-    with pytest.raises(SaapError, match="256 positions"):
+    with pytest.raises(UserError, match="256 positions"):
         self_written(model, tiny_tokenizer, 1, 257, 0)

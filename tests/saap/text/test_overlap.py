@@ -8,7 +8,7 @@ import pytest
 from support.command_line import here, last_line
 
 pytest.importorskip("transformers")
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.documents import EVALUATION_FILE, load_documents
 from saap.text.overlap import refuse_overlap
 
@@ -26,7 +26,7 @@ def lines(start, count=60):
 def test_files_of_the_data_directory(data_dir):
     evaluation = load_documents(None, split="evaluation")
     refuse_overlap(load_documents(None, split="calibration", seed=3), evaluation)
-    with pytest.raises(SaapError, match="hold the same text"):
+    with pytest.raises(UserError, match="hold the same text"):
         refuse_overlap(load_documents(data_dir / EVALUATION_FILE, split="tuning"), evaluation)
     refuse_overlap(load_documents(data_dir / "wikitext2_train_raw_head1MB.txt", split="tuning"), evaluation)
 
@@ -40,10 +40,10 @@ def test_overlap_is_seen_in_parts_but_short_lines_are_not_text(tmp_path):
         return json.dumps({"text": text}) + "\n"
 
     one = documents("one.txt", "= = Reception = =\n" + LONG + "its own\n")
-    with pytest.raises(SaapError, match=r"one\.txt and .*two\.txt hold the same text"):
+    with pytest.raises(UserError, match=r"one\.txt and .*two\.txt hold the same text"):
         refuse_overlap(one, documents("two.txt", "another beginning\n  " + LONG))
     refuse_overlap(one, documents("three.txt", "= = Reception = =\nsomething else\n"))
-    with pytest.raises(SaapError, match="same text"):
+    with pytest.raises(UserError, match="same text"):
         refuse_overlap(documents("a.jsonl", row("short")), documents("b.jsonl", row("short ")))
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import torch
 
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, messages_of
 from saap.text.rows import training_rows
 from saap.text.tuning_rows import IGNORED, WINDOW, TuningRows, _pack, held_out, tuning_rows
@@ -195,7 +195,7 @@ def test_long_conversations_are_cut_at_their_end(tiny_model, tmp_path, tiny_toke
     assert all(answer.startswith(("0 the fox", "1 the fox")) for answer in answers(rows, tiny_tokenizer))
     assert (rows.labels[:, -1] != IGNORED).all()
     assert rows.note == "1 answers that begin after 64 tokens are left out"
-    with pytest.raises(SaapError, match=r"3 conversations fill 2 rows of 64 tokens \(1 answers begin after 64 tokens"):
+    with pytest.raises(UserError, match=r"3 conversations fill 2 rows of 64 tokens \(1 answers begin after 64 tokens"):
         tuning_rows(tiny_model(), str(tmp_path / "a.jsonl"), 3, 64, 0)
 
 
@@ -209,7 +209,7 @@ def test_kinds(tiny_model, tmp_path):
     assert torch.equal(fallen.ids, text.ids) and fallen.note == (
         f"{source} is read as plain text: the model has no chat template"
     )
-    with pytest.raises(SaapError, match=r"no chat template.* give kind='text'"):
+    with pytest.raises(UserError, match=r"no chat template.* give kind='text'"):
         tuning_rows(model, source, 2, 64, 0, kind="chat")
     messages = write_rows(tmp_path / "m.jsonl", [{"messages": TALK}] * 9)
     assert tuning_rows(model, messages, 2, 64, 0).kind == "text"
@@ -238,7 +238,7 @@ def test_kinds(tiny_model, tmp_path):
 )
 def test_bad_rows_name_file_and_line(tiny_model, tmp_path, row, says):
     source = write_rows(tmp_path / "bad.jsonl", [*dolly(1), row])
-    with pytest.raises(SaapError, match=rf"bad\.jsonl {says}") as caught:
+    with pytest.raises(UserError, match=rf"bad\.jsonl {says}") as caught:
         tuning_rows(tiny_model(), source, 1, 32, 0, kind="chat")
     assert "\n" not in str(caught.value)
 
@@ -257,13 +257,13 @@ def test_what_cannot_be_learnt_from_is_refused(tiny_model, tmp_path, tiny_tokeni
         ((str(tmp_path), 1, 64), {}, "is a directory"),
     ]
     for arguments, options, says in refusals:
-        with pytest.raises(SaapError, match=says):
+        with pytest.raises(UserError, match=says):
             tuning_rows(model, *arguments, 0, **options)
     strict = with_template(tiny_tokenizer, "{{ raise_exception('No system turn') }}")
-    with pytest.raises(SaapError, match=r"line 1: .* refuses it \(No system turn\)"):
+    with pytest.raises(UserError, match=r"line 1: .* refuses it \(No system turn\)"):
         list(ChatEncoder(strict).samples(TALK, "line 1"))
     unprompted = with_template(tiny_tokenizer, "{{ messages | length }}{% if add_generation_prompt %}>{% endif %}")
-    with pytest.raises(SaapError, match="does not write an answer after its own prompt"):
+    with pytest.raises(UserError, match="does not write an answer after its own prompt"):
         list(ChatEncoder(unprompted).samples(TALK, "line 1"))
 
 
@@ -274,8 +274,8 @@ def test_the_last_rows_are_held_out():
     assert (len(train), len(held)) == (8, 2) and torch.equal(torch.cat([train.ids, held.ids]), ids)
     assert torch.equal(held.labels, ids[8:] + 100) and held.source == "here"
     assert len(held_out(rows, 0.01)[1]) == 1
-    with pytest.raises(SaapError, match="3 rows are too few"):
+    with pytest.raises(UserError, match="3 rows are too few"):
         held_out(TuningRows(ids[:3], ids[:3], "here", None, "text"), 0.1)
     for share in (0.0, 0.6, float("nan")):
-        with pytest.raises(SaapError, match="cannot be held out"):
+        with pytest.raises(UserError, match="cannot be held out"):
             held_out(rows, share)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saap.models.checkpoint import load_model
 from saap.models.opening import open_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune import teacher as teacher_module
 from saap.tune.distillation import bucket_shares
 from saap.tune.teacher import check_same_vocabulary, distillation_loss, teacher_targets
@@ -240,7 +240,7 @@ def test_the_cache_is_bounded(tiny_model):
     assert lowered.k == 9 and lowered.batch(0, 1)[0].shape == (1, 11, 9)
     assert lowered.note == "9 instead of 10 of the teacher's tokens are kept, to fit into 0 MB"
     assert not first.exists() and not third.exists()
-    with pytest.raises(SaapError, match="do not fit into 0 MB"):
+    with pytest.raises(UserError, match="do not fit into 0 MB"):
         teacher_targets(path, IDS, limit_bytes=70 * 11 * 4 - 1)
 
 
@@ -257,27 +257,27 @@ def test_all_tokens_of_a_small_vocabulary(tiny_model):
 def test_refusals(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
     for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"k": 0}):
-        with pytest.raises(SaapError, match="is not allowed"):
+        with pytest.raises(UserError, match="is not allowed"):
             teacher_targets(path, IDS, **options)
-    with pytest.raises(SaapError, match="predict nothing"):
+    with pytest.raises(UserError, match="predict nothing"):
         teacher_targets(path, IDS[:, :1])
-    with pytest.raises(SaapError, match="is not allowed"):
+    with pytest.raises(UserError, match="is not allowed"):
         distillation_loss(drawn(2, 5, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE, 0.0)
     with pytest.raises(ValueError, match="do not belong together"):
         distillation_loss(drawn(2, 4, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE)
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "file"))
-    with pytest.raises(SaapError, match="set SAAP_CACHE to another place"):
+    with pytest.raises(UserError, match="set SAAP_CACHE to another place"):
         teacher_targets(path, IDS)
 
 
 def test_vocabularies(tiny_model, tiny_tokenizer):
     path, other = tiny_model(), tiny_model("other", seed=1)
     check_same_vocabulary(path, other)
-    with pytest.raises(SaapError, match=r"tiny has 320 tokens and .*larger 384: a teacher must"):
+    with pytest.raises(UserError, match=r"tiny has 320 tokens and .*larger 384: a teacher must"):
         check_same_vocabulary(path, tiny_model("larger", vocab_size=384))
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     assert '"a"' in text
     (other / "tokenizer.json").write_text(text.replace('"!":', '"\u20ac":'), encoding="utf-8")
-    with pytest.raises(SaapError, match=r"tiny and .*other have tokenizers that differ \(token \d+, '!', first\)"):
+    with pytest.raises(UserError, match=r"tiny and .*other have tokenizers that differ \(token \d+, '!', first\)"):
         check_same_vocabulary(path, other)

@@ -16,7 +16,7 @@ from saap.prune.pruning import prune
 from saap.prune.search.requirement import Requirement
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import quantize_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.text.tuning_rows import TuningRows
 from saap.tune import tuning as tune_module
 from saap.tune.loop.steps import DivergedError, TrainOptions
@@ -193,11 +193,11 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_mode
 def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     path = tiny_model()
     tune(path, tmp_path / "tuned", ROWS[:4], FAST)
-    with pytest.raises(SaapError, match="tuned integers already"):
+    with pytest.raises(UserError, match="tuned integers already"):
         tune(tmp_path / "tuned", tmp_path / "out", ROWS[:4], FAST)
-    with pytest.raises(SaapError, match="fewer than one step"):
+    with pytest.raises(UserError, match="fewer than one step"):
         tune(path, tmp_path / "out", ROWS[:3], FAST)
-    with pytest.raises(SaapError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
+    with pytest.raises(UserError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
         tune(path, tmp_path / "out", ROWS[:4], replace(FAST, block=64))
     for wrong, message in (
         ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
@@ -207,12 +207,12 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
         ({"teacher_weight": 2.0}, "no share of the loss"),
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):
-        with pytest.raises(SaapError, match=message):
+        with pytest.raises(UserError, match=message):
             tune(path, tmp_path / "out", ROWS[:4], replace(FAST, **wrong))
     other = tiny_model("other", vocab_size=384)
-    with pytest.raises(SaapError, match=r"has 384 tokens and .* 320"):
+    with pytest.raises(UserError, match=r"has 384 tokens and .* 320"):
         tune(path, tmp_path / "out", ROWS[:4], FAST, teacher_dir=other)
-    with pytest.raises(SaapError, match=r"(loss became (nan|inf)|inputs are not finite)"):
+    with pytest.raises(UserError, match=r"(loss became (nan|inf)|inputs are not finite)"):
         broken = load_model(path)
         broken.model.norm.weight.data.fill_(float("nan"))
         broken.save_pretrained(path)

@@ -9,7 +9,7 @@ from saap.models.structures import check_plan
 from saap.prune.baselines.methods import BASELINES, published, rank
 from saap.prune.baselines.scores import magnitude_scores
 from saap.prune.scores.activations import collect
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 
@@ -31,7 +31,7 @@ def test_shortgpt_drops_the_layers_that_change_least(tiny_model):
         check_plan(plan, shape)
     assert sum(not layer.ffn for layer in ranking.plan_below(0.39).layers) == 1
     assert sum(not layer.ffn for layer in ranking.plan_below(0.4).layers) == 2
-    with pytest.raises(SaapError, match=r"at most here, 90\.00% was asked"):
+    with pytest.raises(UserError, match=r"at most here, 90\.00% was asked"):
         ranking.plan_at(0.9)
     spared = rank("shortgpt", model, shape, IDS, keep_layers=frozenset({order[0]}), heads=False, block=32, seed=0)
     assert [step.layer for step in spared.steps] == order[1:]
@@ -96,7 +96,7 @@ def test_llm_pruner_keeps_the_ends_unless_told(tiny_model):
     assert touched("vector", frozenset({7})) == set(range(16)) - {7}
     assert touched("vector", None) == set(range(16))
     assert touched("magnitude", frozenset()) == set(range(16))
-    with pytest.raises(SaapError, match=r"^layer 16 is to be kept; the model has layers 0 to 15$"):
+    with pytest.raises(UserError, match=r"^layer 16 is to be kept; the model has layers 0 to 15$"):
         touched("vector", frozenset({16}))
 
 
@@ -107,7 +107,7 @@ def test_published_settings():
     assert published("param_mix").kept(30) == {0, 1, 2, 3, 28, 29}
     assert published("param_mix").kept(3) == published("flap").kept(32) == frozenset()
     assert all(published(m).source and published(m).text for m in BASELINES)
-    with pytest.raises(SaapError, match="method 'wanda' is not known; known: random, magnitude, vector"):
+    with pytest.raises(UserError, match="method 'wanda' is not known; known: random, magnitude, vector"):
         published("wanda")
 
 
@@ -115,6 +115,6 @@ def test_published_settings():
 def test_a_model_that_is_not_finite_is_refused(tiny_model, method):
     model = load_model(tiny_model())
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
-    with pytest.raises(SaapError, match=r"the loss is nan on calibration sequence 0|layer 1: .* not finite"):
+    with pytest.raises(UserError, match=r"the loss is nan on calibration sequence 0|layer 1: .* not finite"):
         rank(method, model, shaped(model), IDS, keep_layers=None, heads=True, block=32, seed=0)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from saap.models.structures import LayerSizes, ModelShape, check_plan
 from saap.prune.baselines.plans import Ranking, ffn_widths, module_steps, threshold_key, uniform_key
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)
 SHAPES = [
@@ -42,7 +42,7 @@ def ranking_of(method, shape, heads, block, seed):
 def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, block, share, other, seed):
     ranking = ranking_of(method, shape, heads, block, seed)
     if share > ranking.largest_share + 1e-12:
-        with pytest.raises(SaapError, match="at most"):
+        with pytest.raises(UserError, match="at most"):
             ranking.plan_at(share)
         return
     plan = ranking.plan_at(share)
@@ -107,5 +107,5 @@ def test_the_rest_is_filled_by_the_step_that_overshoots_least():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(SaapError, match="give one from 0 to below 1"):
+    with pytest.raises(UserError, match="give one from 0 to below 1"):
         ranking_of("flap", SMOLLM2, True, 32, 0).plan_at(share)

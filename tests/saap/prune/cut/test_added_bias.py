@@ -18,7 +18,7 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.models.structures import LayerPlan, PrunePlan
 from saap.prune.search.masking import masked
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.saap.prune.test_families import (
     CASES,
@@ -147,7 +147,7 @@ def test_gguf_carries_the_biases(compensated, tmp_path, case):
 @pytest.mark.parametrize("case", ["qwen3", "phi3", "gemma3", "smollm3"])
 def test_gguf_refuses_what_it_cannot_hold(compensated, tmp_path, case):
     directory, _ = compensated(case)
-    with pytest.raises(SaapError, match=f"is of type 'saap_{CASES[case][0]}': .* export it for the cpu target"):
+    with pytest.raises(UserError, match=f"is of type 'saap_{CASES[case][0]}': .* export it for the cpu target"):
         export_gguf(directory, tmp_path / "model.gguf")
 
 

@@ -16,7 +16,7 @@ from saap.models.structures import LayerPlan, PrunePlan, whole_layer
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors, head_rows
 from saap.prune.search.masking import masked
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 EMPTY = LayerPlan((), (), ())
 
@@ -143,7 +143,7 @@ def test_an_output_directory_with_other_files_is_refused(tiny_model, tmp_path):
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(SaapError, match="holds other files"):
+    with pytest.raises(UserError, match="holds other files"):
         cut(tiny_model(), out, PrunePlan((WHOLE,) * 3))
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
 
@@ -173,5 +173,5 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_are_n
 def test_a_newer_format_is_refused(tiny_model, tmp_path):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((WHOLE,) * 3))
     (slim / "saap.json").write_text('{"format": 99}')
-    with pytest.raises(SaapError, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         load_model(slim)

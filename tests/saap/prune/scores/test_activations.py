@@ -6,7 +6,7 @@ import torch
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.activations import collect
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(1))
 
@@ -97,14 +97,14 @@ def test_progress_counts_sequences_and_hooks_are_gone(tiny_model):
 def test_errors_are_one_line(tiny_model):
     model = load_model(tiny_model())
     shape = shape_of(model.config)
-    with pytest.raises(SaapError, match="at least 2 tokens"):
+    with pytest.raises(UserError, match="at least 2 tokens"):
         collect(model, shape, IDS[:1, :1])
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(SaapError, match=r"^layer 1: the inputs of down are not finite.*$"):
+    with pytest.raises(UserError, match=r"^layer 1: the inputs of down are not finite.*$"):
         collect(model, shape, IDS)
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 0
     model.model.layers[2].mlp.down_proj.weight.data[3, 3] = float("inf")
-    with pytest.raises(SaapError, match=r"^layer 2: its output is not finite"):
+    with pytest.raises(UserError, match=r"^layer 2: its output is not finite"):
         collect(model, shape, IDS)
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -12,7 +12,7 @@ from saap.prune.scores.cache import cached_scores
 from saap.prune.scores.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
 from saap.prune.scores.importance import TYPES, estimate, per_structure
 from saap.prune.scores.stability import stability_factor
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
     model = load_model(tiny_model(tie_word_embeddings=False))
     bad = next(int(token) for token in IDS[1] if token not in IDS[0])
     model.model.embed_tokens.weight.data[bad] = float("nan")
-    with pytest.raises(SaapError, match="nan on calibration sequence 1"):
+    with pytest.raises(UserError, match="nan on calibration sequence 1"):
         estimate(model, shape_of(model.config), IDS)
 
 

@@ -16,7 +16,7 @@ from saap.prune.search.adaptive import AdaptiveOptions, adaptive_plan, weighed
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import Weighed
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
 REFIT = "refit"
@@ -72,7 +72,7 @@ def test_whoever_asks_for_heads_gets_what_the_search_finds(found):
 
 def test_where_the_ffn_alone_cannot_meet_the_budget_nothing_is_compared(found):
     plan, _, asked, shape = found
-    with pytest.raises(SaapError):
+    with pytest.raises(UserError):
         plan(0.6, heads=False)
     assert attention_cut(plan(0.6), shape) and not asked
 
@@ -95,7 +95,7 @@ def test_better_by_more_than_two_standard_errors(cut, whole, better):
 
 
 def test_losses_that_are_not_finite_decide_nothing():
-    with pytest.raises(SaapError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss is nan"):
         weighed(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]))
 
 

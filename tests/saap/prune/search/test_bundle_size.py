@@ -8,7 +8,7 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.structures import LayerSizes, ModelShape
 from saap.prune.search.bundle_size import bundle_size
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from tests.saap.prune.cut.test_added_bias import compensated, dense_dir
 
 __all__ = ["compensated", "dense_dir"]
@@ -91,9 +91,9 @@ def test_widths_that_groups_do_not_divide_are_refused():
     size = bundle_size(LLAMA, 4, 64)
     whole = ModelShape(128, 64, 320, True, (LayerSizes(2, 1, 128),))
     size.check(whole)
-    with pytest.raises(SaapError, match="the hidden size is 96 wide, which groups of 64 do not divide: choose another"):
+    with pytest.raises(UserError, match="the hidden size is 96 wide, which groups of 64 do not divide: choose another"):
         size.check(replace(whole, hidden=96))
-    with pytest.raises(SaapError, match="the FFN of layer 0 is 96 wide"):
+    with pytest.raises(UserError, match="the FFN of layer 0 is 96 wide"):
         size.check(whole.with_layers((LayerSizes(2, 1, 96),)))
     bundle_size(LLAMA, 32, 64).check(replace(whole, hidden=100))
 

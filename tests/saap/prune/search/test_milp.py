@@ -9,7 +9,7 @@ from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan,
 from saap.prune.search.budget import Budget, StepTime, Weights
 from saap.prune.search.layer_costs import CostTable
 from saap.prune.search.milp import Prices, check_floor, meet, modules_of, plan_from, solve
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 TABLE = CostTable(1, 192, 1.0, None, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
@@ -92,7 +92,7 @@ def test_widths_are_whole_groups_and_attention_never_goes_everywhere():
     budget = weights(least)  # everything may go but one attention block of the fewest heads
     plan = plan_from(modules, solve(modules, budget), SHAPE)
     assert sorted(len(layer.query_heads) for layer in plan.layers) == [0, 2]
-    with pytest.raises(SaapError, match="the largest that these options allow is"):
+    with pytest.raises(UserError, match="the largest that these options allow is"):
         solve(modules, weights(least - 1))
 
 
@@ -118,16 +118,16 @@ def test_the_named_floor_can_be_met_and_less_cannot():
     floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
     check_floor(SHAPE, 32, keep, False, milliseconds(floor))
     assert milliseconds(floor).meets(solved(prices(modules=False), milliseconds(floor), keep).kept_shape(SHAPE))
-    with pytest.raises(SaapError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
+    with pytest.raises(UserError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
         check_floor(SHAPE, 32, keep, False, milliseconds(floor - 0.01))
-    with pytest.raises(SaapError, match=r"the smallest that these options allow is 1\.4 ms"):
+    with pytest.raises(UserError, match=r"the smallest that these options allow is 1\.4 ms"):
         check_floor(SHAPE, 32, frozenset(), True, milliseconds(1.3))
 
 
 def uniform(share):
     """Every FFN loses as much: what a method plans that knows only shares of weights."""
     if share > 0.4:
-        raise SaapError("no more than 0.4 can go")
+        raise UserError("no more than 0.4 can go")
     gone = min(n for n in range(0, 129) if 2 * 3 * 96 * n >= share * SHAPE.layer_weights)
     return PrunePlan(tuple(LayerPlan(*whole_layer(s).__dict__.values()) for s in narrowed(gone)))
 
@@ -157,16 +157,16 @@ def test_meet_returns_what_meets_although_plans_are_not_monotone():
 
 def test_meet_fails_with_the_least_that_can_be_had():
     least = 1 + 2 * (0.9 + TABLE.ffn_ms(128 - next(n for n in range(129) if 576 * n >= 0.3999 * SHAPE.layer_weights)))
-    with pytest.raises(SaapError, match="asked 2 ms per token, the smallest that these options allow is") as error:
+    with pytest.raises(UserError, match="asked 2 ms per token, the smallest that these options allow is") as error:
         meet(uniform, milliseconds(2.0), SHAPE)
     named = float(str(error.value).split("allow is ")[1].split()[0])
     assert named == pytest.approx(least, rel=0.01)
-    with pytest.raises(SaapError, match="nothing can go"):
+    with pytest.raises(UserError, match="nothing can go"):
         meet(refusing, milliseconds(2.0), SHAPE)
 
 
 def refusing(share):
-    raise SaapError("nothing can go")
+    raise UserError("nothing can go")
 
 
 def test_prices_far_below_the_largest_still_count():

@@ -11,7 +11,7 @@ from saap.prune.scores.fusion import fuse
 from saap.prune.scores.importance import estimate
 from saap.prune.search.masking import masked, mean_nll, without_attention
 from saap.prune.search.prices import fit_prices
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
 
@@ -111,5 +111,5 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
 def test_a_price_is_never_made_of_a_loss_that_is_not_finite(scored, monkeypatch):
     model, shape, fused = scored
     monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: float("nan"))
-    with pytest.raises(SaapError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss is nan"):
         fit_prices(model, shape, fused, IDS[2:])

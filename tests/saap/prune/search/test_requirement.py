@@ -16,7 +16,7 @@ from saap.models.structures import LayerSizes, ModelShape
 from saap.prune.baselines.methods import rank
 from saap.prune.search.milp import meet
 from saap.prune.search.requirement import Requirement
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,
@@ -109,7 +109,7 @@ def test_bytes_are_unknown_where_no_bundle_can_be_made() -> None:
     config = {**CONFIG, "hidden_size": 80}
     budget = Requirement(ratio=0.2).budget(shape_of(config), config)
     assert budget.report(shape_of(config))["bytes"] is None
-    with pytest.raises(SaapError, match="the hidden size is 80 wide, which groups of 32 do not divide"):
+    with pytest.raises(UserError, match="the hidden size is 80 wide, which groups of 32 do not divide"):
         Requirement(max_bytes=100).budget(shape_of(config), config)
 
 
@@ -140,7 +140,7 @@ def test_a_part_of_the_way(costs: Path) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"ratio": 0.2, "max_bytes": 10}, {"speedup": 2.0, "ms_per_token": 3.0}])
 def test_one_requirement_only(given: dict[str, Any]) -> None:
-    with pytest.raises(SaapError, match="give one requirement: --ratio, --max-params, --max-bytes, --speedup or"):
+    with pytest.raises(UserError, match="give one requirement: --ratio, --max-params, --max-bytes, --speedup or"):
         Requirement(**given).check()
 
 
@@ -162,7 +162,7 @@ def test_one_requirement_only(given: dict[str, Any]) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(SaapError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Requirement(**given).check()
     assert "\n" not in str(error.value)
 
@@ -177,7 +177,7 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> 
 )
 def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str, costs: Path) -> None:
     timed = {"costs": costs} if "ms_per_token" in given else {}
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         Requirement(**given, **timed).budget(DENSE, CONFIG)
 
 
@@ -194,7 +194,7 @@ def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str,
 def test_the_floor_is_named_in_the_unit_that_was_asked_in(given: dict[str, Any], message: str, costs: Path) -> None:
     timed = {"costs": costs} if {"speedup", "ms_per_token"} & set(given) else {}
     budget = Requirement(**given, **timed).budget(DENSE, CONFIG)
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         raise budget.below_floor(budget.total(SLIM))
 
 
@@ -219,19 +219,19 @@ def test_the_floor_that_is_named_can_be_asked_for(kind: str, costs: Path) -> Non
 )
 def test_a_table_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = cost_file(tmp_path / "other.json", **changes)
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         Requirement(speedup=1.2, costs=path).budget(DENSE, CONFIG)
 
 
 def test_a_table_of_another_runtime_is_refused_where_one_is_named(costs: Path) -> None:
     Requirement(speedup=1.2, costs=costs).budget(DENSE, CONFIG)
-    with pytest.raises(SaapError, match=r"was measured for ONNX Runtime 1.23.0, not 1.24.0"):
+    with pytest.raises(UserError, match=r"was measured for ONNX Runtime 1.23.0, not 1.24.0"):
         Requirement(speedup=1.2, costs=costs, onnxruntime="1.24.0").budget(DENSE, CONFIG)
 
 
 def test_a_model_wider_than_the_table_is_refused(costs: Path) -> None:
     wide: ModelShape = DENSE.with_layers((LayerSizes(6, 3, 256),))
-    with pytest.raises(SaapError, match="costs were measured up to an FFN width of 128, not for 256"):
+    with pytest.raises(UserError, match="costs were measured up to an FFN width of 128, not for 256"):
         Requirement(speedup=1.2, costs=costs).budget(wide, CONFIG)
 
 

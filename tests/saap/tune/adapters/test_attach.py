@@ -11,7 +11,7 @@ from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
 from saap.quantize.groups import fill, quantize, quantize_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.adapters.attach import (
     GroupAdapterConfig,
     attach,
@@ -261,11 +261,11 @@ def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(config, tmp_path
 
 def test_a_peft_that_ignores_the_registration_is_found_out(quantised, monkeypatch):
     monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda self, mapping: None)
-    with pytest.raises(SaapError, match="does not take the layers"):
+    with pytest.raises(UserError, match="does not take the layers"):
         attach(quantised(), GroupAdapterConfig())
     monkeypatch.undo()
     monkeypatch.setattr("saap.tune.adapters.attach._pattern", lambda model, holders: r".*\.1\..*(o_proj|down_proj)")
-    with pytest.raises(SaapError, match=r"put no group adapter on model.layers.0"):
+    with pytest.raises(UserError, match=r"put no group adapter on model.layers.0"):
         attach(quantised(), GroupAdapterConfig())
 
 
@@ -277,10 +277,10 @@ def test_bad_options_and_bad_moments(quantised, tiny_model):
         (("scale", None, 4), "needs a rank"),
         (("scale", 4, 0), "above 0"),
     ]:
-        with pytest.raises(SaapError, match=match):
+        with pytest.raises(UserError, match=match):
             GroupAdapterConfig(*options)
     adapted = attach(quantised(), GroupAdapterConfig("zero-point", 1))
-    with pytest.raises(SaapError, match="adapter already"):
+    with pytest.raises(UserError, match="adapter already"):
         attach(adapted.get_base_model(), GroupAdapterConfig())
-    with pytest.raises(SaapError, match="holds no integers"):
+    with pytest.raises(UserError, match="holds no integers"):
         attach(load_model(tiny_model("dense")), GroupAdapterConfig())

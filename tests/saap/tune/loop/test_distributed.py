@@ -16,7 +16,7 @@ from support.launching import DATA_PARALLEL, SHARDED, launch
 from torch.torch_version import TorchVersion
 
 from saap.models.checkpoint import read_record
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.tune.loop.options import steps_of
 from saap.tune.loop.processes import FSDP_TORCH, join_processes
 from saap.tune.loop.steps import TrainOptions
@@ -82,8 +82,8 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
 def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
     program = tmp_path / "join.py"
     program.write_text(
-        "import torch\nfrom saap.system.errors import SaapError\nfrom saap.tune.loop.processes import join_processes\n"
-        "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept SaapError as error:\n    print(error)\n"
+        "import torch\nfrom saap.system.errors import UserError\nfrom saap.tune.loop.processes import join_processes\n"
+        "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept UserError as error:\n    print(error)\n"
     )
     assert launch(SHARDED, program).stdout.count("FSDP needs torch 2.9 and this is 2.8.0+cpu: install it, or") == 2
 
@@ -91,7 +91,7 @@ def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
 def test_rows_that_cannot_be_split_are_refused():
     ids = torch.zeros(8, 4, dtype=torch.int64)
     assert steps_of({"ids": ids}, TrainOptions(rows_per_step=4, passes=3), 2) == 6
-    with pytest.raises(SaapError, match="4 rows per step cannot be split over 3 processes"):
+    with pytest.raises(UserError, match="4 rows per step cannot be split over 3 processes"):
         steps_of({"ids": ids}, TrainOptions(rows_per_step=4), 3)
 
 
@@ -99,7 +99,7 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
     """Each would take itself for the main one and write over the other's files."""
     join_processes()  # alone, which accelerate remembers
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SaapError, match="2 processes were started and 1 met"):
+    with pytest.raises(UserError, match="2 processes were started and 1 met"):
         join_processes()
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from saap.cli.console import Console
 from saap.models.checkpoint import load_model
-from saap.system.errors import SaapError
+from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype, computes_bf16
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import DivergedError, TrainOptions, cosine, train
@@ -199,7 +199,7 @@ def test_the_state_is_one_whole_file_of_tensors_and_json(run, tmp_path):
         kinds = {name.split(".")[0] for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
     assert kinds == {"trained", "best", "optimizer"}
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(SaapError, match=r"is damaged .*delete it"):
+    with pytest.raises(UserError, match=r"is damaged .*delete it"):
         run(state_dir=state)
 
 
@@ -329,7 +329,7 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     ],
 )
 def test_bad_input_is_refused(run, change, message):
-    with pytest.raises(SaapError, match=message):
+    with pytest.raises(UserError, match=message):
         run(**change)
 
 

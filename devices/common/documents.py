@@ -1,0 +1,109 @@
+"""JSON files that saap writes and reads: one :class:`Document` for each kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from devices.common.errors import UserError
+from devices.common.files import parse_json, with_checksum, without_checksum, write_text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Document(Generic[T]):
+    """A kind of JSON file: a dataclass, its format versions, and what to do about a file that is damaged.
+
+    Attributes:
+        kind: the dataclass; constraints are ``msgspec.Meta`` in its annotations.
+        what: what a person calls it, such as ``bench result``.
+        remedy: how to get a good one, such as ``run `saap bench --json` again``.
+        version: the key that holds the format version; None where the document has none.
+        versions: that can be read; the last is written.
+        upgrade: an older document's fields as today's; called on every document before its types are checked.
+        check: what types cannot say; raises ValueError.
+        error: raised for all that is wrong with a file.
+        sealed: whether it carries a checksum.
+    """
+
+    kind: type[T]
+    what: str
+    remedy: str
+    version: str | None = None
+    versions: tuple[int, ...] = (1,)
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    check: Callable[[T], None] | None = None
+    error: type[UserError] = UserError
+    sealed: bool = True
+
+    def read(self, path: str | Path) -> T:
+        """The document in a file.
+
+        Raises:
+            UserError: (``error``) not there, not JSON, changed since, of another version, or not of these types.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise self.error(f"cannot read {path}: {error.strerror}; {self.remedy}") from None
+        except ValueError:
+            raise self.error(f"{path} is damaged (not UTF-8 text): {self.remedy}") from None
+        return self.parse(text, str(path))
+
+    def parse(self, text: str | bytes, name: str) -> T:
+        """The document in a text; ``name`` stands in messages for where it came from."""
+        try:
+            raw = parse_json(text)
+        except ValueError as error:
+            raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
+        if not isinstance(raw, dict):
+            raise self.error(f"{name} is damaged (not an object): {self.remedy}")
+        if self.version is not None and raw.get(self.version) not in self.versions:
+            raise self.error(
+                f"{name} has {self.what} {self.version} {raw.get(self.version)!r}, this saap reads "
+                f"{' and '.join(map(str, self.versions))}: {self.remedy}"
+            )
+        try:
+            return self.made(without_checksum(raw) if self.sealed else raw)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
+
+    def made(self, raw: Mapping[str, Any]) -> T:
+        """The dataclass of parsed JSON; ValueError, TypeError or KeyError where it does not fit."""
+        given = dict(raw)
+        if self.upgrade is not None:
+            given = self.upgrade(given)
+        made = msgspec.convert(given, self.kind)
+        if self.check is not None:
+            self.check(made)
+        return made
+
+    def text(self, value: T, indent: int | None = 1) -> str:
+        """The document as JSON; one line where ``indent`` is None."""
+        raw = plain(value)
+        if self.version is not None:
+            raw = {self.version: self.versions[-1], **raw}
+        return json.dumps(with_checksum(raw) if self.sealed else raw, indent=indent, allow_nan=False)
+
+    def write(self, path: str | Path, value: T) -> None:
+        """Write beside and rename."""
+        write_text(Path(path), self.text(value) + "\n")
+
+
+def plain(value: object) -> dict[str, Any]:
+    """A dataclass as the types of JSON."""
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{value!r} is not a dataclass")
+    return asdict(value)
+
+
+def unknown_fields(raw: Mapping[str, Any], kind: type) -> list[str]:
+    """Keys that the dataclass does not have."""
+    return sorted(set(raw) - {field.name for field in fields(kind)})
