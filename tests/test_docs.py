@@ -132,13 +132,25 @@ def test_links_lead_somewhere(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_named_files_exist(name):
-    """Of our own folders, such as `saap/cli/main.py` and `devices/agent*.py`, but no NAME that a reader replaces."""
+def test_named_files_and_modules_exist(name):
+    """Of our own folders, such as `saap/cli/main.py` and `saap.load_model`, but no NAME that a reader replaces."""
     text = (ROOT / name).read_text()
-    for path in re.findall(
-        rf"(?<![\w/.])((?:{'|'.join((*PACKAGES, 'tests', 'studies'))})/[\w/*.-]+\.(?:py|toml|md))", text
-    ):
+    ours = "|".join((*PACKAGES, "tests", "studies"))
+    for path in re.findall(rf"(?<![\w/.])((?:{ours})/[\w/*.-]+\.(?:py|toml|md))", text):
         assert re.search("[A-Z]{3}", Path(path).stem) or list(ROOT.glob(path)), path
+    for dotted in re.findall(rf"(?:`|-m |from |import )((?:{ours})(?:\.\w+)+)", text):
+        if not dotted.endswith((".json", ".toml")):
+            assert is_there(dotted), dotted
+
+
+def is_there(dotted):
+    """Whether a module has that name, or one holds it."""
+    place, (top, *parts) = ROOT, dotted.split(".")
+    place = place / top
+    while parts and (place / parts[0]).is_dir():
+        place = place / parts.pop(0)
+    module = place / f"{parts.pop(0)}.py" if parts and (place / f"{parts[0]}.py").is_file() else place / "__init__.py"
+    return not parts or (module.is_file() and re.search(rf"\b{parts[0]}\b", module.read_text()) is not None)
 
 
 @pytest.mark.parametrize("name", PAGES)
