@@ -20,7 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.measure.result import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("saap", "torch", "transformers", "onnxruntime")
@@ -102,6 +105,23 @@ def show_tables(folder: Path, tables: Mapping[str, str], write: bool = False) ->
         return
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
+
+
+def decode_over(result: Result, base: str, name: str, digits: int = 2) -> str:
+    """Decode of one measurement over another's in pairs, with its 95 % interval.
+
+    The comparison is of times per token, so speeds are one over them.
+    """
+    from bench.judge.comparison import compare_within
+    from bench.measure.result import INVALID
+
+    status = {measurement.name: measurement.status for measurement in result.measurements}.get(name)
+    if name == base or status in (None, INVALID):
+        return "1" if name == base else status or ""
+    (pair,) = compare_within(result, base, name).rows
+    if not (pair.ratio and pair.low and pair.high):
+        return f"not comparable ({pair.reason})"
+    return f"{1 / pair.ratio:.{digits}f} ({1 / pair.high:.{digits}f} to {1 / pair.low:.{digits}f})"
 
 
 def _machine() -> str:

@@ -19,13 +19,15 @@ import argparse
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from studies.common import parser_of
 
 LAYERS, HEADS, HEAD_DIM, FFN, VOCAB = 6, 4, 128, 384, 256
 KEPT = frozenset({0, LAYERS - 1})  # stands for LLM-Pruner's first 4 and last 2
@@ -238,14 +240,15 @@ def row(name: str, theirs: tuple[Gone, Scores], mine: tuple[Gone, Scores]) -> st
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
     parser.add_argument("flap", type=Path, help="a checkout of FLAP")
     parser.add_argument("llm_pruner", type=Path, help="a checkout of LLM-Pruner")
     parser.add_argument("shortgpt", type=Path, help="a checkout of ShortGPT")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     import transformers
 
     source = our_model()

@@ -6,23 +6,25 @@
     python -m studies.bench.study size A B --rounds 200               true ratio, and processes to resample
     python -m studies.bench.study trials A B --trials 60 --max-time 50  live verdicts of `saap compare A B`
     python -m studies.bench.study disturb BUNDLE --trials 20          neighbours, a memory hog, a throttled clock
-    python -m studies.bench.study resample size-A-B.json --rounds 20  2000 verdicts from recorded processes
-    python -m studies.bench.study summary                             all of it, as a table
+    python -m studies.bench.study judge                              verdicts drawn from recorded processes; minutes
+    python -m studies.bench.study table [--write]
 
-Everything goes to cells/ (--out), so that a run can be interrupted and goes on.
+Everything goes to cells/, so that a run can be interrupted and goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from bench.judge.statistics import bootstrap_ratio, typical
+from studies.common import Bar, add_write_option, bar_table, markdown, parser_of, show_tables
 
 HERE = Path(__file__).resolve().parent
 ROOT, OUT = HERE.parents[1], HERE / "cells"
@@ -174,7 +176,7 @@ def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
 
 def disturb(out: Path, bundle: str, count: int) -> None:
     """Two spinning processes, a process that takes memory, and a clock that falls, each begun in the middle."""
-    from tests.disturbances import DISTURBANCES, judged_under
+    from tests.support.disturbances import DISTURBANCES, judged_under
 
     path = out / "disturb.jsonl"
     for kind in DISTURBANCES:
@@ -213,62 +215,100 @@ def rounds_of(record: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
         yield from zip(run["a"], run["b"], strict=False)
 
 
-def ratio_of(pairs: list[tuple[float, float]]) -> str:
-    from bench.judge.statistics import bootstrap_ratio
-
+def ratio_of(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Second over first of the pairs, with its 95 % interval."""
     old, new = ([pair[side] for pair in pairs] for side in (0, 1))
     resamples = 2000 if len(pairs) <= 100 else 200  # the estimate looks at all pairs of pairs
-    return "{:.3f} ({:.3f} to {:.3f})".format(*bootstrap_ratio(old, new, paired=True, resamples=resamples))
+    return bootstrap_ratio(old, new, paired=True, resamples=resamples)
 
 
-def summary(out: Path, rounds: int) -> None:
-    from bench.judge.statistics import typical
+def judge(out: Path, rounds: int, draws: int) -> None:
+    """The true ratio of each pair of models, and what 2000 drawn verdicts say: minutes, so it is kept."""
+    path = out / "judged.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for trials_path in sorted(out.glob("trials-*.jsonl")):
+        if trials_path.stem not in known:
+            pairs = [(typical(a), typical(b)) for record in records(trials_path) for a, b in rounds_of(record)]
+            hits = sum(resampled(trials_path, rounds, draws))
+            ratio = dict(zip(("ratio", "low", "high"), ratio_of(pairs), strict=True))
+            known[trials_path.stem] = {**ratio, "pairs": len(pairs), "draws": draws, "slower": hits}
+            path.write_text(json.dumps(known, indent=1) + "\n")
+            print(trials_path.stem, known[trials_path.stem], flush=True)
 
-    print(f"overhead: bench / bare {ratio_of([(r['bare'], r['bench']) for r in records(out / 'overhead.jsonl')])}")
-    pairs = [(r["llama-bench"], r["adapter"]) for r in records(out / "llama.jsonl")]
-    print(f"llama: adapter / llama-bench {ratio_of(pairs)}")
-    for path in sorted(out.glob("size-*.jsonl")):
-        pairs = [(typical(a), typical(b)) for record in records(path) for a, b in rounds_of(record)]
-        hits = list(resampled(path, rounds))
-        print(f"{path.stem}: time ratio {ratio_of(pairs)}, {len(pairs)} pairs; slower in {sum(hits)} of {len(hits)}")
-    for path in sorted(out.glob("trials-*.jsonl")):
-        found = records(path)
+
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    return {"overhead": overhead_table(), "verdicts": verdicts_table(), "disturbances": disturbances_table()}
+
+
+def overhead_table() -> str:
+    """What the bench adds, and whether its memory is the kernel's."""
+    bare = [(r["bare"], r["bench"]) for r in records(OUT / "overhead.jsonl")]
+    theirs = [(r["llama-bench"], r["adapter"]) for r in records(OUT / "llama.jsonl")]
+    (memory,) = records(OUT / "memory.jsonl")
+    (found, low, high), (their, their_low, their_high) = ratio_of(bare), ratio_of(theirs)
+    kernel = [memory["anonymous_ratio"], memory["total_ratio"]]
+    bars = [
+        Bar("decode in the bench over a bare ONNX Runtime loop", ">= 0.98", f"{found:.3f} ({low:.3f} to {high:.3f})",
+            found >= 0.98),
+        Bar("llama.cpp in the bench over its own llama-bench", "within 3 %",
+            f"{their:.3f} ({their_low:.3f} to {their_high:.3f})", abs(their - 1) <= 0.03),
+        Bar("anonymous memory over the control group's, all memory over smaps_rollup", "within 3 %",
+            ", ".join(f"{share:.4f}" for share in kernel), all(abs(share - 1) <= 0.03 for share in kernel)),
+    ]  # fmt: skip
+    return bar_table(bars)
+
+
+def verdicts_table() -> str:
+    """Live verdicts of `saap compare`, and those of pairs drawn from the recorded processes."""
+    judged = json.loads((OUT / "judged.json").read_text())
+    lines = []
+    for path in sorted(OUT.glob("trials-*.jsonl")):
+        found, drawn = records(path), judged[path.stem]
         verdicts = {v: sum(r["verdict"] == v for r in found) for v in sorted({r["verdict"] for r in found})}
-        slowest = max(r["seconds"] for r in found)
-        pairs = [(typical(a), typical(b)) for record in found for a, b in rounds_of(record)]
-        hits = list(resampled(path, rounds))
-        print(f"{path.stem}: {verdicts} of {len(found)}, longest {slowest:.0f} s; time ratio {ratio_of(pairs)} over")
-        print(f"  {len(pairs)} pairs; of {rounds} drawn, confirmed by {rounds}: slower in {sum(hits)} of {len(hits)}")
-    for kind in sorted({r["kind"] for r in records(out / "disturb.jsonl")}):
-        found = [r for r in records(out / "disturb.jsonl") if r["kind"] == kind]
-        named = sum(r["status"] != "OK" and bool(r["reasons"]) for r in found)  # kept are reasons of its kind only
-        print(f"{kind}: {named} of {len(found)}; {found[-1]['reasons']}")
-    for record in records(out / "memory.jsonl"):
-        print("memory:", record)
+        true = f"{drawn['ratio']:.3f} ({drawn['low']:.3f} to {drawn['high']:.3f}; {drawn['pairs']} pairs)"
+        told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        slower = f"{drawn['slower']} of {drawn['draws']}"
+        lines.append([path.stem.removeprefix("trials-"), true, told, f"{max(r['seconds'] for r in found):.0f}", slower])
+    heads = ["pair", "true ratio of times (95 %)", "live verdicts", "longest, s", "called slower when drawn"]
+    return markdown(heads, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", choices=["overhead", "llama", "memory", "size", "trials", "disturb", "resample", "summary"]
-    )
+def disturbances_table() -> str:
+    """How often a disturbance that began in the middle was named."""
+    lines = []
+    found = records(OUT / "disturb.jsonl")
+    for kind in sorted({record["kind"] for record in found}):
+        tries = [record for record in found if record["kind"] == kind]
+        named = sum(r["status"] != "OK" and bool(r["reasons"]) for r in tries)  # kept are reasons of its kind only
+        lines.append([kind, f"{named} of {len(tries)}", tries[-1]["reasons"][0]])
+    return markdown(["disturbance", "named", "for example"], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    work = {"overhead": 1, "llama": 2, "memory": 1, "size": 2, "trials": 2, "disturb": 1, "judge": 0, "table": 0}
+    parser.add_argument("what", choices=list(work))
     parser.add_argument("paths", nargs="*")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--max-time", type=float, default=50)
-    given = parser.parse_args()
-    work = {
-        "overhead": lambda: overhead(given.out, *given.paths, given.rounds),
-        "llama": lambda: llama(given.out, *given.paths, given.rounds),
-        "memory": lambda: memory(given.out, *given.paths),
-        "size": lambda: size(given.out, *given.paths, given.rounds),
-        "trials": lambda: trials(given.out, *given.paths, given.trials, given.max_time),
-        "disturb": lambda: disturb(given.out, *given.paths, given.trials),
-        "resample": lambda: print(sum(resampled(Path(given.paths[0]), given.rounds)), "of 2000 called slower"),
-        "summary": lambda: summary(given.out, given.rounds),
-    }
-    work[given.what]()
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if len(given.paths) != work[given.what]:
+        parser.error(f"{given.what} takes {work[given.what]} paths")
+    {
+        "overhead": lambda: overhead(OUT, *given.paths, given.rounds),
+        "llama": lambda: llama(OUT, *given.paths, given.rounds),
+        "memory": lambda: memory(OUT, *given.paths),
+        "size": lambda: size(OUT, *given.paths, given.rounds),
+        "trials": lambda: trials(OUT, *given.paths, given.trials, given.max_time),
+        "disturb": lambda: disturb(OUT, *given.paths, given.trials),
+        "judge": lambda: judge(OUT, given.rounds, given.draws),
+        "table": lambda: show_tables(HERE, tables(), given.write),
+    }[given.what]()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Does a sum of layer costs predict a whole model? Predicted against measured speed-ups of random uneven models.
 
     saap devices probe --costs smollm2-135m -t 1 -o out/cost.json
-    python -m studies.costs.study out/cost.json smollm2-135m out/costs-check --threads 1 --rounds 12
+    python -m studies.costs.study run out/cost.json smollm2-135m out/costs-check --threads 1 --rounds 12
+    python -m studies.costs.study table [--write]
 
 Writes the model of the table and six models whose layers have random sizes (weights are random integers, since time
 does not depend on them), measures them interleaved with the bench at 128 + 128 tokens, and compares.
@@ -9,12 +10,15 @@ does not depend on them), measures them interleaved with the bench at 128 + 128 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+from studies.common import add_write_option, markdown, parser_of, provenance, show_tables
+
 HERE = Path(__file__).resolve().parent
+CELL = HERE / "cells" / "costs.json"
 # (layers, share without attention, share without FFN, narrowest FFN)
 KINDS = [(30, 0.05, 0.0, 768), (30, 0.1, 0.1, 640), (28, 0.2, 0.05, 512), (24, 0.0, 0.0, 1024), (20, 0.1, 0.1, 640)]
 KINDS += [(12, 0.0, 0.0, 64)]
@@ -39,15 +43,8 @@ def random_models(full, block: int) -> list[tuple]:
     return models
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("costs", type=Path)
-    parser.add_argument("model")
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=HERE / "cells" / "costs.json")
-    given = parser.parse_args()
+def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
+    """Write the models, measure them, and compare."""
     from bench.judge.statistics import bootstrap_ratio, typical
     from bench.measure.plan import Plan
     from bench.measure.run import bench
@@ -56,28 +53,54 @@ def main() -> None:
     from saap.models.resolve import resolve
     from saap.prune.search.layer_costs import read_costs
 
-    model = read_probe_model(resolve(given.model))
-    full = model.shape.layers[0]
-    models = [tuple(model.shape.layers), *random_models(full, model.precision.block)]
-    given.work.mkdir(parents=True, exist_ok=True)
-    bundles = write_probe_stacks(model, given.work, models)
-    table = read_costs(
-        given.costs, model.shape, bits=model.precision.bits, block=model.precision.block, threads=given.threads
-    )
-    plan = Plan(threads=given.threads, repetitions=given.rounds, cold=False)
-    result = bench([str(path) for path in bundles], plan)
+    model = read_probe_model(resolve(name))
+    full, precision = model.shape.layers[0], model.precision
+    models = [tuple(model.shape.layers), *random_models(full, precision.block)]
+    work.mkdir(parents=True, exist_ok=True)
+    bundles = write_probe_stacks(model, work, models)
+    table = read_costs(costs, model.shape, bits=precision.bits, block=precision.block, threads=threads)
+    result = bench([str(path) for path in bundles], Plan(threads=threads, repetitions=rounds, cold=False))
     dense, *others = result.measurements
     rows = []
     for m, layers in zip(others, models[1:], strict=True):
         times = [[typical(s.token_s) for s in side.samples] for side in (m, dense)]
         measured, low, high = bootstrap_ratio(*times, paired=True)
         predicted = table.total_ms(models[0]) / table.total_ms(layers)
-        error = predicted / measured - 1
-        rows.append({"predicted": predicted, "measured": measured, "low": low, "high": high, "error": error})
-        spread = f"{measured:.3f}x ({low:.3f} to {high:.3f})"
-        print(f"{len(layers)} layers: predicted {predicted:.3f}x, measured {spread}, {error:+.1%}")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"threads": given.threads, "rounds": given.rounds, "rows": rows}, indent=1) + "\n")
+        row = {"layers": len(layers), "predicted": predicted, "measured": measured, "low": low, "high": high}
+        rows.append({**row, "error": predicted / measured - 1})
+    CELL.parent.mkdir(exist_ok=True)
+    about = {"threads": threads, "rounds": rounds, **provenance(), "rows": rows}
+    CELL.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def tables() -> dict[str, str]:
+    """The table of the README."""
+    lines = [
+        [
+            f"{row['predicted']:.3f}",
+            f"{row['measured']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['error']:+.1%}",
+        ]
+        for row in json.loads(CELL.read_text())["rows"]
+    ]
+    return {"costs": markdown(["predicted speed-up", "measured (95 %)", "error"], lines)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("run")
+    check.add_argument("costs", type=Path)
+    check.add_argument("model")
+    check.add_argument("work", type=Path)
+    check.add_argument("--threads", type=int, default=1)
+    check.add_argument("--rounds", type=int, default=12)
+    add_write_option(commands.add_parser("table"))
+    given = parser.parse_args(arguments)
+    if given.command == "table":
+        return show_tables(HERE, tables(), given.write)
+    run(given.costs, given.model, given.work, given.threads, given.rounds)
 
 
 if __name__ == "__main__":

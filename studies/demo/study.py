@@ -1,6 +1,9 @@
-"""Measure the speed and memory bars on this machine and print them as rows of a table.
+"""What the demo gives: the pruned bundle against the dense one, and the dense one against transformers.
 
-Usage: python -m studies.demo.study out/demo MODEL_DIR [repetitions]
+    make demo
+    python -m studies.demo.study run out/demo MODEL_DIR           # on an idle machine; two results into cells/
+    python -m studies.demo.study run out/demo MODEL_DIR --pairs 4
+    python -m studies.demo.study table
 
 Needs the directory of a finished `saap run`, and the dense model's directory for the transformers peer.
 """
@@ -8,37 +11,60 @@ Needs the directory of a finished `saap run`, and the dense model's directory fo
 from __future__ import annotations
 
 import statistics
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from bench.judge.comparison import compare_within
-from bench.measure.plan import Plan
-from bench.measure.run import bench
+from bench.measure.store import read_result
+from studies.common import decode_over, markdown, parser_of, show_tables
 
-
-def speedup(result, base: str, other: str) -> str:
-    (row,) = compare_within(result, base, other).rows
-    if row.ratio is None:
-        return f"not comparable ({row.reason})"
-    return f"{1 / row.ratio:.2f}x (95 %: {1 / row.high:.2f} to {1 / row.low:.2f})"
+HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+PAIRS = {"pruned": ("dense-int4", "slim-int4"), "transformers": ("transformers", "dense-int4")}  # (slow, fast)
 
 
-def main(run: str, dense: str, repetitions: int = 12) -> None:
-    specs, names = [f"{run}/dense-int4", f"{run}/slim-int4"], ["dense-int4", "slim-int4"]
-    pairs = bench(specs, Plan(threads=1, repetitions=repetitions, cold=False), names=names)
-    print(f"| 20 %-pruned against dense, int4, 1 thread, {repetitions} pairs | {speedup(pairs, *names)} |")
-    peers = bench(
-        [specs[0], f"torch:{dense}"], Plan(threads=2, repetitions=5, cold=False), names=["dense-int4", "transformers"]
-    )
-    print(
-        f"| dense int4 against transformers fp32, 2 threads, 5 pairs | {speedup(peers, 'transformers', 'dense-int4')} |"
-    )
-    peak = max(sample.peak_decode_bytes for sample in peers.measurements[0].samples)
-    print(f"| peak memory of the worker, dense int4, 2 threads | {peak / 1e6:.0f} MB |")
-    for result in (pairs, peers):
-        for m in result.measurements:
-            rate = statistics.median(m.decode_ts)
-            print(f"<!-- {m.name}, {m.n_threads} threads: {rate:.1f} tok/s, {m.status} {m.reasons} -->")
+def run(folder: str, dense: str, pairs: int) -> None:
+    """Both comparisons, interleaved."""
+    from bench.measure.plan import Plan
+    from bench.measure.run import bench
+    from bench.measure.store import write_result
+
+    specs = [f"{folder}/dense-int4", f"{folder}/slim-int4"]
+    plan = Plan(threads=1, repetitions=pairs, cold=False)
+    CELLS.mkdir(exist_ok=True)
+    write_result(CELLS / "pruned.json", bench(specs, plan, names=list(PAIRS["pruned"])))
+    plan = Plan(threads=2, repetitions=5, cold=False)
+    found = bench([specs[0], f"torch:{dense}"], plan, names=["dense-int4", "transformers"])
+    write_result(CELLS / "transformers.json", found)
+
+
+def tables() -> dict[str, str]:
+    """Speed-ups, rates and peaks of the results that are there."""
+    lines = []
+    for name, (slow, fast) in PAIRS.items():
+        if (CELLS / f"{name}.json").is_file():
+            result = read_result(CELLS / f"{name}.json")
+            for m in result.measurements:
+                over = decode_over(result, slow, fast) if m.name == fast else "1"
+                peak = max(sample.peak_decode_bytes or 0 for sample in m.samples) / 1e6
+                rate = statistics.median(m.decode_ts)
+                lines.append([m.name, m.n_threads, f"{rate:.1f}", over, f"{peak:.0f}", m.status])
+    return {"demo": markdown(["", "threads", "decode tok/s", "x (95 %)", "peak MB", ""], lines)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("run")
+    measure.add_argument("folder")
+    measure.add_argument("dense")
+    measure.add_argument("--pairs", type=int, default=12)
+    commands.add_parser("table")
+    given = parser.parse_args(arguments)
+    if given.command == "table":
+        return show_tables(HERE, tables())
+    run(given.folder, given.dense, given.pairs)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:4]))
+    main()

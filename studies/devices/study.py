@@ -9,7 +9,6 @@ differ, and what the cut run said and brought. Needs openssh-server, and a host 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -18,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.sshd import Sshd  # the server that the tests use
+from studies.common import parser_of
+from tests.support.sshd import Sshd  # the server that the tests use
 
 CUT_AFTER_S = 4.0  # into the first round, which is in the middle of its repetitions
 
@@ -59,13 +60,14 @@ def run(command: list[str], path: Path, cut: Sshd | None = None) -> dict[str, An
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("-o", "--out", type=Path, help="both results of every pair, a pair a line")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     command = ["bench", str(given.bundle), "-t", "1", "-r", str(given.repetitions), "--no-cold"]
     with tempfile.TemporaryDirectory(prefix="saap-remote-") as place:
         server = Sshd(Path(place) / "sshd", f"{Path(sys.executable).parent}:/usr/bin:/bin")

@@ -22,11 +22,20 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.judge.comparison import compare_within
 from bench.judge.quality import metric_of
-from bench.measure.result import INVALID, Result
 from bench.measure.store import read_result
-from studies.common import METHODS, ROOT, Bar, Cell, add_write_option, bar_table, markdown, parser_of, show_tables
+from studies.common import (
+    METHODS,
+    ROOT,
+    Bar,
+    Cell,
+    add_write_option,
+    bar_table,
+    decode_over,
+    markdown,
+    parser_of,
+    show_tables,
+)
 from studies.field.cells import (
     CELLS,
     PROTOCOLS,
@@ -180,21 +189,12 @@ def speed_table(percent: str) -> str:
     machines = {"Zen 4": "", "Zen 3": "-zen3"}
     results = [read_result(CELLS / "speed" / f"{MODEL}-{percent}{suffix}.json") for suffix in machines.values()]
     for method in METHODS:
-        pairs = [faster(result, base, f"{method}-{ratio}") for result in results for base in ("dense", f"saap-{ratio}")]
+        pairs = [
+            decode_over(result, base, f"{method}-{ratio}") for result in results for base in ("dense", f"saap-{ratio}")
+        ]
         lines.append([named(method, ""), *pairs])
     heads = [f"{machine}: over {base}" for machine in machines for base in ("dense", "SAAP")]
     return markdown(["not tuned", *heads], lines)
-
-
-def faster(result: Result, base: str, name: str) -> str:
-    """Decode of a bundle over another's, with its 95 % interval; of times per token, so one over them."""
-    status = {measurement.name: measurement.status for measurement in result.measurements}.get(name)
-    if name == base or status in (None, INVALID):
-        return "1" if name == base else status or ""
-    (pair,) = compare_within(result, base, name).rows
-    if not (pair.ratio and pair.low and pair.high):
-        return pair.reason or "-"
-    return f"{1 / pair.ratio:.2f} ({1 / pair.high:.2f} to {1 / pair.low:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

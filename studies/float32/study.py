@@ -8,19 +8,20 @@ Threads are those of OMP_NUM_THREADS. On a processor where saap leaves products 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from saap.system.precision import fast_float32
+from studies.common import parser_of
 
 SIZES = ((256, 576, 1536), (256, 1536, 576), (256, 576, 49152), (128, 4096, 11008), (1280, 4096, 11008))
 ROUNDS = 8
@@ -75,12 +76,13 @@ def prune(model: str, pairs: int) -> None:
     print(f"median of {pairs} pairs: {statistics.median(ratios):.2f}x")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=["products", "prune"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--pairs", type=int, default=3)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.what == "products":
         products()
     else:

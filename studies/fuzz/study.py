@@ -1,7 +1,8 @@
 """Feed damaged documents to every parser: nothing but a result or an error of one line, in bounded time and memory.
 
-    python -m studies.fuzz.study --runs 50000            # of each target, into cells/fuzz.json
-    python -m studies.fuzz.study --only "GGUF header" --runs 1000000
+    python -m studies.fuzz.study run --runs 50000            # of each target, into cells/fuzz.json
+    python -m studies.fuzz.study run --only "GGUF header" --runs 1000000
+    python -m studies.fuzz.study table [--write]
 
 Each target runs in a process of its own that may take 2 GB. With atheris (`pip install atheris`) three quarters of the
 documents are those that it finds by coverage, from the seeds on; the rest, or all, are drawn by mutations.mutated.
@@ -20,10 +21,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from studies.common import add_write_option, markdown, parser_of, provenance, show_tables
 from studies.fuzz.mutations import mutated
 from studies.fuzz.targets import RUN, Target, folder, is_told, targets
 
@@ -128,14 +131,34 @@ def _atheris() -> str | None:
         return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def tables() -> dict[str, str]:
+    """The table of the README."""
+    found = json.loads(OUT.read_text())["targets"]
+    lines = [
+        [each["target"], f"{each['runs']:,}", f"{each['slowest_s']:.2f}", f"{each['peak_bytes'] / 1e6:.0f}",
+         each["finding"] or "none"]
+        for each in found
+    ]  # fmt: skip
+    total = f"{sum(each['runs'] for each in found):,}"
+    slowest, peak = max(each["slowest_s"] for each in found), max(each["peak_bytes"] for each in found)
+    lines.append([f"**all {len(found)}**", total, f"{slowest:.2f}", f"{peak / 1e6:.0f}", ""])
+    return {"fuzz": markdown(["parser", "documents", "slowest, s", "peak, MB", "finding"], lines)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", nargs="?", default="run", choices=["run", "table"])
     parser.add_argument("--runs", type=int, default=10_000, help="documents for each target")
     parser.add_argument("--only", help="one target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--guided", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        show_tables(HERE, tables(), given.write)
+        return 0
     if given.child is not None:
         child(given.only, given.child, given.seed)
         return 0
@@ -160,7 +183,7 @@ def main() -> int:
             f"{entry['finding']}\n\n{entry.get('document', '')}\n", encoding="utf-8"
         )
     if not given.only:
-        about = {"date": time.strftime("%Y-%m-%d"), "seed": given.seed, "atheris": _atheris(), "targets": entries}
+        about = {**provenance(), "seed": given.seed, "atheris": _atheris(), "targets": entries}
         OUT.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return 1 if findings else 0
 

@@ -9,7 +9,6 @@ They lie in a temporary folder (about 0.5 GB) that is removed at the end.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 from bench.measure.store import write_result
 from bench.report.history import add
+from studies.common import parser_of
 
 START = datetime(2020, 1, 1, tzinfo=timezone.utc)
 FACTS = ModelFacts(134_000_000, 83_000_000, 83_000_000, 23_040, 4, 49152)
@@ -57,11 +57,12 @@ def timed(label: str, command: Sequence[object]) -> None:
     print(f"| {label} | {seconds:.1f} s | {shown} MB |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
     parser.add_argument("--history", type=int, default=100_000)
     parser.add_argument("--page", type=int, default=1000)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="saap-load-") as place:
         folder, page = Path(place) / "history", Path(place) / "page.html"

