@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.tokenizer import BundleTokenizer
 from export.generate.run import BundleScorer
-from export.parity.verify import check_parity, reference_model
+from export.parity.verify import check_parity
 from export.write import export_bundle
 from saap.evaluate.protocol import Cut, windows_of
 from saap.models.checkpoint import load_model

@@ -220,10 +220,6 @@ class Result:
         """The measurements of one spec."""
         return (m for m in self.measurements if m.name == name)
 
-    def bandwidth_bytes_per_s(self, n_threads: int) -> float | None:
-        """Probed read bandwidth for that many threads, None where it was not probed."""
-        return next((b.bytes_per_s for b in self.bandwidth if b.n_threads == n_threads), None)
-
     def ceiling_ts(self, measurement: Measurement) -> float | None:
         """Tokens per second at which memory would be read at full probed bandwidth.
 

@@ -19,7 +19,6 @@ from bench.runtimes.session import DecoderError, open_session, prepacked_session
 from export.bundle.manifest import (
     DECODE_GRAPH,
     PREFILL_CHUNK,
-    SCORING_GRAPH,
     BundleManifest,
     read_manifest,
     verify_files,
@@ -71,9 +70,6 @@ class OrtDecoder:
         bundle_dir: the bundle.
         threads: intra-op threads; the caller pins the process.
         max_length: positions of the KV cache, allocated zeroed, touched as it fills.
-        scoring: run ``scoring.onnx``, whose logits cover every position (``logits``).
-        session_options: ONNX Runtime session config entries that override the defaults, e.g.
-            ``{"session.intra_op.allow_spinning": "0"}``.
         verify: check the files' hashes first, which reads them all.
         prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
             memory and no packing at the next start, but no huge pages.
@@ -91,8 +87,6 @@ class OrtDecoder:
         bundle_dir: str | Path,
         threads: int,
         max_length: int,
-        scoring: bool = False,
-        session_options: dict[str, str] | None = None,
         *,
         verify: bool = True,
         prepacked: bool = False,
@@ -103,12 +97,8 @@ class OrtDecoder:
         check_context(self.manifest, max_length, str(directory))
         check_threads(threads)
         self._max_length = max_length
-        self._scoring = scoring
-        graph = directory / (SCORING_GRAPH if scoring else DECODE_GRAPH)
-        if prepacked and not scoring:
-            self._session = prepacked_session(graph, self.manifest, threads, session_options or {})
-        else:
-            self._session = open_session(graph, threads, session_options)
+        graph = directory / DECODE_GRAPH
+        self._session = prepacked_session(graph, self.manifest, threads) if prepacked else open_session(graph, threads)
         # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
         move = not prepacked and self.manifest.weight_bytes_per_token <= HUGE_PAGES_LIMIT
         self.huge_page_bytes = collapse() if move else 0
@@ -161,10 +151,6 @@ class OrtDecoder:
             last: Logits = self._append(ids[start : start + PREFILL_CHUNK])[-1]
         return last
 
-    def logits(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n]; logits [n, vocab] of every position (unless ``scoring``, [1, vocab] of the last)."""
-        return self._append(ids)
-
     def step(self, token_id: int) -> Logits:
         """Append one token; the logits [vocab] after it."""
         self._token[0, 0] = token_id
@@ -175,9 +161,7 @@ class OrtDecoder:
         array = np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
         if not array.size:
             raise DecoderError("an empty prompt has no next token: give at least one token")
-        rows = array.shape[1] if self._scoring else 1
-        logits = self._logits if rows == 1 else np.empty((1, rows, self.manifest.vocab_size), np.float32)
-        return self._run(array, logits)
+        return self._run(array, self._logits)
 
     def _check_room(self, count: int) -> None:
         total = self._length + count

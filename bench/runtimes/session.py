@@ -27,27 +27,24 @@ class DecoderError(UserError):
     """The bundle, the context or the threads that were asked for cannot be run here."""
 
 
-def open_session(graph: Path, threads: int, entries: dict[str, str] | None = None) -> Any:
+def open_session(graph: Path, threads: int) -> Any:
     """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
-
-    Args:
-        entries: session config entries that override the defaults.
 
     Raises:
         BundleError: weights outside the graph's folder, or none there.
         DecoderError: ONNX Runtime refuses the graph.
     """
     check_external_data(graph)
-    return _session(graph, session_options(threads, entries or {}))
+    return _session(graph, session_options(threads, {}))
 
 
-def prepacked_session(graph: Path, manifest: BundleManifest, threads: int, entries: dict[str, str]) -> Any:
+def prepacked_session(graph: Path, manifest: BundleManifest, threads: int) -> Any:
     """A session over packed weights in the user's cache, which the first call makes.
 
     Raises:
         BundleError, DecoderError: as :func:`open_session`.
     """
-    return open_session(prepack(graph, manifest), threads, entries)
+    return open_session(prepack(graph, manifest), threads)
 
 
 def cache_directory() -> Path:

@@ -28,32 +28,23 @@ PROBES = (  # what tokenizers disagree about: spaces, digits, code, other script
 )
 
 
-def genai_config(
-    manifest: BundleManifest, *, pad_token_id: int | None = None, search: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def genai_config(manifest: BundleManifest) -> dict[str, Any]:
     """The document that onnxruntime-genai reads to run ``model.onnx``.
 
     Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
     are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
     ``past_key_values.N`` for each.
-
-    Args:
-        manifest: of the bundle.
-        pad_token_id: None takes the first end-of-text id, as nothing is padded in a single stream.
-        search: sampling defaults of the model (``do_sample``, ``temperature``, ``top_k``, ``top_p``,
-            ``repetition_penalty``), over greedy ones.
     """
     cached = manifest.kv_layers
-    if pad_token_id is None:
-        pad_token_id = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0
+    pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
     model = {
         "type": "decoder",  # genai's name for any decoder-only model with these inputs
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,
         # genai insists on a number; it adds no BOS by itself, the tokenizer's template does.
-        "bos_token_id": pad_token_id if manifest.bos_token_id is None else manifest.bos_token_id,
+        "bos_token_id": pad if manifest.bos_token_id is None else manifest.bos_token_id,
         "eos_token_id": list(manifest.eos_token_ids),
-        "pad_token_id": pad_token_id,
+        "pad_token_id": pad,
         "decoder": {
             # The pattern is a block of memory for each length of prompt, much larger where layers differ in width.
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False},
@@ -76,19 +67,12 @@ def genai_config(
             },
         },
     }
-    return {"model": model, "search": {**_greedy(manifest.context_length), **(search or {})}}
+    return {"model": model, "search": _greedy(manifest.context_length)}
 
 
-def write_genai_config(
-    directory: str | Path,
-    manifest: BundleManifest,
-    *,
-    pad_token_id: int | None = None,
-    search: dict[str, Any] | None = None,
-) -> Path:
+def write_genai_config(directory: str | Path, manifest: BundleManifest) -> Path:
     """Write :func:`genai_config` into ``directory``, by rename; to be called before the manifest hashes the files."""
-    document = genai_config(manifest, pad_token_id=pad_token_id, search=search)
-    return _write(Path(directory) / GENAI_CONFIG, document)
+    return _write(Path(directory) / GENAI_CONFIG, genai_config(manifest))
 
 
 def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str, Any] | None:

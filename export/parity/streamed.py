@@ -9,7 +9,6 @@ some thousand rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,26 +26,16 @@ HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
 
 
-def streamed_logits(
-    model_dir: str | Path,
-    ids: torch.Tensor,
-    precision: Precision,
-    progress: Progress | None = None,
-) -> Iterator[torch.Tensor]:
-    """Logits [tokens, vocab] float32 of each row of ids [rows, tokens], in order.
+class StreamedModel:
+    """A model directory that runs layer by layer.
 
-    All layers have run when the first row comes back; then only hidden states and pieces of the head are in memory.
+    All layers have run when the first row of logits comes. After that only hidden states and pieces of the head are in
+    memory.
 
     Args:
-        model_dir: a dense, slim or tuned directory.
+        source: a dense, slim or tuned directory.
         precision: what its matrices are rounded to, as the exporter rounds them; a tuned directory has its integers.
     """
-    reference = StreamedModel(ModelSource(Path(model_dir)), precision)
-    return reference.logits(reference.hidden_states(ids, progress))
-
-
-class StreamedModel:
-    """A model directory that runs layer by layer. The arguments are those of :func:`streamed_logits`."""
 
     def __init__(self, source: ModelSource, precision: Precision) -> None:
         self._source, self._precision = source, precision

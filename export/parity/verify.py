@@ -18,8 +18,6 @@ from export.generate.run import BundleScorer, empty_past, graph_feed
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision
-from saap.models.checkpoint import load_model, read_config
-from saap.quantize.groups import round_model
 from saap.system.errors import UserError
 from saap.system.needs import WHOLE_BYTES
 from saap.system.precision import fast_float32
@@ -27,15 +25,6 @@ from saap.system.precision import fast_float32
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
 LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
 LEVEL4_KL = 0.05
-
-
-def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> Any:
-    """The torch model with the integers that the exporter wrote, as ordinary linears."""
-    if bits == 32 or read_config(model_dir).get("slim_quant"):
-        return load_model(model_dir, materialise=True)
-    model = load_model(model_dir)
-    round_model(model, bits, block, head_bits)
-    return model
 
 
 @fast_float32()

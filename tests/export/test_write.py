@@ -15,12 +15,13 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support.command_line import refused
 from support.edited import edited
+from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.run import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, Target
-from export.parity.verify import check_parity, reference_model
+from export.parity.verify import check_parity
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerPlan, PrunePlan

@@ -157,14 +157,3 @@ FOLDS: dict[str, type[GroupAdapterLayer]] = {
 def _weight(linear: Any) -> torch.Tensor:
     weight: torch.Tensor = linear.weight
     return weight
-
-
-def float_zero_point_matrix(base: GroupQuantLinear, factor: torch.Tensor) -> torch.Tensor:
-    """The literature's fold, W' [N, K] = s (q - z') with z' = z - D / s not rounded (QA-LoRA).
-
-    A reference only: no fast kernel holds such zero points. x W'^T is x W^T + gsum(x) D^T.
-
-    Args:
-        factor: D [N, groups].
-    """
-    return (base.scales.unsqueeze(-1) * (base.centred() + (factor / base.scales).unsqueeze(-1))).flatten(1)

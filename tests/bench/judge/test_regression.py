@@ -27,6 +27,7 @@ from bench.measure.result import INVALID, Energy, Result
 from bench.measure.run import bench
 from bench.measure.store import write_result
 from bench.runtimes.onnxruntime import OrtDecoder
+from export.generate.run import BundleScorer
 
 TEXT = tuple(range(3, 23))
 PLAN = Plan(prompt=8, generate=4, threads=1, text=TEXT)
@@ -326,14 +327,13 @@ def test_junit_counts_what_went_wrong(tmp_path: Path) -> None:
 def test_answers_are_those_of_a_decoder_that_is_asked_by_hand(tmp_path: Path) -> None:
     decoder = OrtDecoder(tiny_bundle(tmp_path / "tiny"), 1, 40)
     told = answers(decoder, list(TEXT), 5)
-    whole = OrtDecoder(tmp_path / "tiny", 1, 40, scoring=True)
-    rows = whole.logits(np.array(TEXT)).astype(np.float64)
+    whole = BundleScorer(tmp_path / "tiny", 1)
+    rows = whole.logits(np.array([TEXT]))[0].astype(np.float64)
     expected = np.mean([np.log(np.exp(row).sum()) - row[i] for row, i in zip(rows, TEXT[1:], strict=False)])
     assert told["nll"] == pytest.approx(float(expected), abs=1e-4)
     ids = list(TEXT)
     for token in told["tokens"]:
-        whole.reset()
-        assert token == int(np.argmax(whole.logits(np.array(ids))[-1]))
+        assert token == int(np.argmax(whole.logits(np.array([ids]))[0, -1]))
         ids.append(token)
 
 

@@ -58,13 +58,7 @@ def test_every_end_of_text_id_and_an_id_of_zero_survive(bundle):
     manifest = without(read_manifest(bundle), eos_token_ids=[0, 2, 7], bos_token_id=0)
     model = genai_config(manifest)["model"]
     assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([0, 2, 7], 0, 0)
-    assert genai_config(manifest, pad_token_id=5)["model"]["pad_token_id"] == 5
     assert genai_config(without(manifest, bos_token_id=None, eos_token_ids=[3]))["model"]["bos_token_id"] == 3
-
-
-def test_search_defaults_of_the_model_go_over_greedy_ones(bundle):
-    search = genai_config(read_manifest(bundle), search={"do_sample": True, "top_p": 0.9})["search"]
-    assert (search["do_sample"], search["top_p"], search["top_k"]) == (True, 0.9, 50)
 
 
 def test_model_without_attention_has_no_cache(bundle):

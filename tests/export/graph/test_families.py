@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.generate.run import BundleScorer
-from export.parity.verify import check_parity, reference_model
+from export.parity.verify import check_parity
 from export.write import export_bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config

@@ -8,14 +8,15 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from support.references import reference_model, streamed_logits
 
 import export.parity.pieces
 import export.parity.streamed
 import export.parity.verify
 from export.bundle.manifest import read_manifest
 from export.generate.run import cpu_session
-from export.parity.streamed import StreamedModel, streamed_logits
-from export.parity.verify import check_parity, reference_model
+from export.parity.streamed import StreamedModel
+from export.parity.verify import check_parity
 from export.portable.write import export_portable
 from export.source import ModelSource, Precision
 from export.write import export_bundle

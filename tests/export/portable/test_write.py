@@ -11,12 +11,12 @@ import pytest
 import torch
 from packaging.version import Version
 from support.onnx_reference import reference
+from support.references import reference_model, streamed_logits
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.inspect import inspect_bundle
 from export.generate.run import BundleScorer, empty_past
-from export.parity.streamed import streamed_logits
-from export.parity.verify import check_parity, reference_model
+from export.parity.verify import check_parity
 from export.portable.write import export_portable
 from export.source import Precision
 from export.write import export_bundle

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.edited import edited
 from support.onnx_reference import reference
+from support.references import reference_model, streamed_logits
 from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,7 @@ from export.bundle.inspect import inspect_bundle, inspection_lines
 from export.generate.run import BundleScorer
 from export.gguf.write import export_gguf
 from export.graph.targets import Target
-from export.parity.streamed import streamed_logits
-from export.parity.verify import check_parity, reference_model
+from export.parity.verify import check_parity
 from export.portable.write import export_portable
 from export.source import ModelSource
 from export.write import export_bundle

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from torch.nn import functional as F
 
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
@@ -20,7 +19,7 @@ from saap.tune.adapters.attach import (
     layers_of,
     trained_parameters,
 )
-from saap.tune.adapters.folds import FOLDS, float_zero_point_matrix
+from saap.tune.adapters.folds import FOLDS
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
 CONFIGS = [
@@ -127,17 +126,6 @@ def test_the_forward_is_what_its_formula_says(config, bits):
         zeros = (zeros - factor / scales).clamp(0, 2**bits - 1).round()
     weight = (scales.unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
     assert torch.allclose(layer(x), x @ weight.T + base.bias, atol=1e-4)
-
-
-def test_the_reference_of_the_literature_is_the_additive_adapter():
-    generator = torch.Generator().manual_seed(6)
-    base = GroupQuantLinear(64, 5, 4, 32)
-    fill(base, quantize(torch.randn(5, 64, generator=generator), 4, 32, symmetric=False))
-    factor, x = (torch.randn(5, 2, generator=generator), torch.randn(7, 64, generator=generator))
-    sums = x.view(7, 2, 32).sum(-1)
-    assert torch.allclose(
-        x @ float_zero_point_matrix(base, factor).T, F.linear(x, base.dequantize()) + sums @ factor.T, atol=1e-4
-    )
 
 
 def test_a_group_keeps_its_sign_and_zero_points_their_range():

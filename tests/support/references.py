@@ -1,0 +1,29 @@
+"""What a bundle's logits are held against: the torch model with the exporter's integers, whole or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.parity.streamed import StreamedModel
+from export.source import ModelSource, Precision
+from saap.models.checkpoint import load_model, read_config
+from saap.quantize.groups import round_model
+
+
+def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> Any:
+    """The torch model with the integers that the exporter wrote, as ordinary linears."""
+    if bits == 32 or read_config(model_dir).get("slim_quant"):
+        return load_model(model_dir, materialise=True)
+    model = load_model(model_dir)
+    round_model(model, bits, block, head_bits)
+    return model
+
+
+def streamed_logits(model_dir: Path, ids: torch.Tensor, precision: Precision) -> Iterator[torch.Tensor]:
+    """Logits [tokens, vocab] float32 of each row of ids [rows, tokens], layer by layer."""
+    reference = StreamedModel(ModelSource(Path(model_dir)), precision)
+    return reference.logits(reference.hidden_states(ids))
