@@ -198,8 +198,12 @@ def arithmetic(model: Path) -> str:
         root = torch.linalg.cholesky(gram)
         found += [gram, root, torch.cholesky_inverse(root), torch.linalg.solve(gram, rows[:64]), rows.var(0)]
         found += [torch.linalg.eigvalsh(gram), torch.log_softmax(rows, -1), rows.abs().sqrt().sum(1)]
+        found += [getattr(torch, name)(rows.abs() + 0.1) for name in ("exp", "log", "sin", "cos", "sigmoid", "rsqrt")]
+        found += [(rows.abs() + 0.1).pow(0.75), rows.mean(0), rows.std(1), rows.norm(dim=1), rows.cumsum(1)]
     values = [tensor.detach().numpy() for tensor in found]
-    values += [np.exp(values[1]), np.log1p(np.abs(values[1])), values[2] @ values[2].T, values[1].sum(axis=1)]
+    for rows in (values[1].reshape(-1, 320), values[1].reshape(-1, 320).astype(np.float64)):
+        values += [np.exp(rows), np.log1p(np.abs(rows)), np.abs(rows) ** 0.75, rows.T @ rows, rows.sum(axis=1)]
+        values += [rows.mean(axis=0), np.linalg.solve(rows.T @ rows + np.eye(320, dtype=rows.dtype), rows[:320])]
     return hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest()
 
 
