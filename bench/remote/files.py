@@ -28,7 +28,7 @@ CODE = (
     "export/bundle/manifest.py",
     "export/bundle/external_data.py",
 )
-REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
+REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
 RESERVE_BYTES = 64 << 20  # results, logs, and a system that goes on working
 OTHER_RUNTIMES = ("torch:", "llama.cpp:", "genai:", "optimum:")

@@ -23,7 +23,7 @@ CHECK_S = 180.0  # a busy board imports for long
 _KEY = re.compile(r"[0-9a-f]{16}")
 _CHECK = """
 import importlib.metadata, json
-import numpy, psutil, onnxruntime
+import msgspec, numpy, onnxruntime, psutil
 print(json.dumps({"onnxruntime": onnxruntime.__version__, "numpy": numpy.__version__}))
 """
 _OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")

@@ -1,6 +1,6 @@
 """The board's side of ``saap bench --on``: answers one request and ends. Python >= 3.10, standard library only.
 
-This file and its neighbours ``agent_*.py`` travel with every request, so a board that was never seen before needs
+This file and its neighbours travel with every request, so a board that was never seen before needs
 nothing but Python, and the two sides are always of one version. A request is one line of JSON on standard input, for
 ``put`` followed by the file's bytes. Answers are lines of ``MARK`` and JSON on standard output: any number of
 ``{"beat"|"at"|"line": ...}``, then ``{"answer": ...}``, or ``{"error": ...}``, one line for a person.

@@ -10,7 +10,7 @@ from pathlib import Path
 from devices.agent import home as agent_home
 from devices.agent.files import Store
 
-DEVICES = Path(agent_home.__file__).parent
+AGENT = Path(agent_home.__file__).parent
 RUN, OTHER, KEY = "0123456789abcdef", "fedcba9876543210", "a1b2c3d4e5f60718"
 
 
@@ -31,8 +31,9 @@ def boot(root: Path, value: str) -> str:
 
 def code(job: str) -> dict[str, str]:
     """The agent's real code with a measuring process of our own."""
-    sources = {f"devices/{path.name}": path.read_text() for path in DEVICES.glob("agent*.py")}
-    return {**sources, "devices/__init__.py": "", "bench/__init__.py": "", "bench/remote/job.py": job}
+    sources = {f"devices/agent/{path.name}": path.read_text() for path in AGENT.glob("*.py")}
+    packages = {f"{package}/__init__.py": "" for package in ("devices", "bench", "bench/remote")}
+    return {**sources, **packages, "bench/remote/job.py": job}
 
 
 def put(folder: Path, document: object) -> str:

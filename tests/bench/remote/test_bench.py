@@ -27,7 +27,7 @@ from bench.remote import bench as remote
 from bench.remote import board as remote_board
 from bench.remote.bench import bench_on, measure_on
 from bench.remote.board import Board, Stopped
-from bench.remote.files import pack, positions_of
+from bench.remote.files import REQUIREMENTS, pack, positions_of
 from devices.transport import BoardError, Local, open_transport
 from saap.cli.guard import measure
 from saap.cli.remote import _places
@@ -360,9 +360,9 @@ def test_the_agent_installs_itself_into_a_venv_of_its_own(sshd, bundles, tmp_pat
     assert found.result.versions["saap"] and len(found.result.measurements[0].samples) == 2
     (agent,) = sshd.cache.glob("agent-*")
     packages = {path.name.split("-")[0] for path in agent.glob("venv/lib/python3*/site-packages/*.dist-info")}
-    assert {"numpy", "onnxruntime", "psutil"} <= packages and not {"torch", "scipy", "click"} & packages
+    assert {"msgspec", "numpy", "onnxruntime", "psutil"} <= packages and not {"torch", "scipy", "click"} & packages
     wheels = tmp_path / "wheels"
-    pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), "numpy", "onnxruntime", "psutil"]
+    pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), *REQUIREMENTS]
     subprocess.run(pip, check=True)
     (found,) = bench_on([sshd.url], bundles[:1], QUICK, wheels=wheels)
     assert found.error is None, found.error

@@ -138,7 +138,7 @@ def test_bundles_are_copied_where_there_are_no_second_names(store, tmp_path, mon
 def asked_alone(folder, line, head=b""):
     """The agent as a process of its own; its standard input stays open."""
     agent = subprocess.Popen(
-        [sys.executable, "-c", "from devices import agent; agent.GONE_S = 1; agent.main()"],
+        [sys.executable, "-c", "from devices.agent import main as agent; agent.GONE_S = 1; agent.main()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "SAAP_CACHE": folder},
     )  # fmt: skip
     agent.stdin.write(json.dumps({"root": "/", **line}).encode() + b"\n" + head)
