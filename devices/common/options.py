@@ -1,20 +1,35 @@
-"""What a field of an options dataclass says to the command line; the click options are made of it.
+"""What a field of an options dataclass says to the command line, and how text becomes its value.
 
     @dataclass(frozen=True)
     class PruneOptions:
         ratio: Annotated[float | None, Option("Share to remove.", metavar="SHARE"), Meta(gt=0, lt=1)] = None
         slices: Annotated[int, Option("Slices of the Taylor integral.", shown=False), Meta(ge=1)] = 1
 
-The range is ``msgspec.Meta``'s, the choices are a ``Literal``'s, a ``bool`` is a flag. A field that is itself an
-options
-dataclass is flattened. A field without an ``Option`` is not set from outside.
+The range is ``msgspec.Meta``'s, the choices are a ``Literal``'s, a ``bool`` is a flag, a ``tuple`` without ``parse``
+is a flag that may be given several times. A field that is itself an options dataclass is flattened, so names are unique
+in all of them. A field without an ``Option`` is not set from outside. Annotations are read at run time: import
+their names outside ``TYPE_CHECKING``.
+
+Python callers get the same ranges: ``check_values(options)`` in a dataclass's ``check``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from msgspec import Meta
+
+from devices.common.errors import UserError
+
+T = TypeVar("T")
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
 @dataclass(frozen=True)
@@ -22,17 +37,326 @@ class Option:
     """One option of a command.
 
     Attributes:
-        help: one sentence, without the default.
+        help: one sentence; the default is added where it is neither None, False nor empty.
         section: the heading that help shows it under.
-        flags: its spellings on the command line; empty is the field's name with dashes.
+        flags: its spellings on the command line; empty is the field's name with dashes. A ``bool`` whose only flag is
+            not a pair (``--x/--no-x``) sets the opposite of the default.
+        old: spellings that still work and that help does not show.
         metavar: what help shows for the value.
-        shown: False keeps it out of help: ``--set NAME=VALUE``, ``--config FILE`` and ``--help-all`` know it.
+        shown: False keeps it out of help and off the command line: ``--set NAME=VALUE``, ``--config FILE`` and
+            ``--help-all`` know it.
         parse: text to value, raising ValueError with one line; None goes by the annotation.
+        repeated: the flag may be given several times, each text is an element of the tuple.
     """
 
     help: str
     section: str = "Options"
     flags: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
     metavar: str | None = None
     shown: bool = True
     parse: Callable[[str], Any] | None = None
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field that can be set from outside, of an options dataclass or of one inside it.
+
+    Attributes:
+        kind: the type without None: ``int``, ``Path``, ``tuple``, ...
+        optional: whether None is allowed.
+        choices: the values of a ``Literal``.
+        element: what a repeated flag's text becomes.
+        default: ``dataclasses.MISSING`` where a value must be given.
+    """
+
+    name: str
+    option: Option
+    kind: type
+    optional: bool
+    choices: tuple[str | int, ...]
+    metas: tuple[Meta, ...]
+    default: object
+    element: type = str
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The spellings that help shows."""
+        plain = "--" + self.name.replace("_", "-")
+        if self.option.flags:
+            return self.option.flags
+        pair = self.kind is bool and self.default is not False
+        return (f"{plain}/--no-{plain[2:]}" if pair else plain,)
+
+    @property
+    def flag(self) -> str:
+        """How messages name it."""
+        if not self.option.shown:
+            return self.name
+        return next((flag for flag in self.flags if flag.startswith("--")), self.flags[0]).split("/")[0]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether its flag may be given several times."""
+        return self.option.repeated or (self.kind is tuple and self.option.parse is None)
+
+    @property
+    def metavar(self) -> str:
+        """What help shows for a value."""
+        choices = "|".join(map(str, ("true", "false") if self.kind is bool else self.choices))
+        return self.option.metavar or (f"[{choices}]" if choices else NAMES.get(self.kind, "VALUE"))
+
+    @property
+    def allowed(self) -> str:
+        """The values that are allowed, in words."""
+        if self.choices:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}" if others else last
+        if self.kind is bool:
+            return "true or false"
+        low = {k: getattr(m, k) for m in self.metas for k in ("ge", "gt") if getattr(m, k) is not None}
+        high = {k: getattr(m, k) for m in self.metas for k in ("le", "lt") if getattr(m, k) is not None}
+        if "ge" in low and not high:
+            return f"{low['ge']} or more"
+        what = {int: "a whole number", float: "a number", str: "text", Path: "a path"}.get(self.kind, "a number")
+        if "gt" in low and "lt" in high:
+            return f"{what} between {low['gt']} and {high['lt']}"
+        if "ge" in low and "le" in high:
+            return f"{what} from {low['ge']} to {high['le']}"
+        words = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
+        return " ".join([what, " and ".join(f"{words[k]} {limit}" for k, limit in (low | high).items())]).strip()
+
+    def read(self, text: str) -> object:
+        """The value that a text means; of a repeated flag one element.
+
+        Raises:
+            ValueError: what is allowed.
+        """
+        if self.option.parse is not None:
+            value = self.option.parse(text)
+            return value if self.option.repeated else self.checked(value)
+        if self.kind is tuple:
+            return self._converted(text, self.element)
+        choice = next((choice for choice in self.choices if str(choice) == text), None)
+        if choice is not None:
+            return choice
+        if self.optional and text == "none" and self.kind not in (str, Path):
+            return None
+        return self.checked(self._converted(text, self.kind))
+
+    def _converted(self, text: str, kind: type) -> object:
+        if kind is bool and text.lower() in WORDS:
+            return WORDS[text.lower()]
+        if kind in (str, Path, int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        raise self._refusal(text)
+
+    def checked(self, value: object) -> object:
+        """A value of the right kind and within its range; whole numbers serve where fractions do.
+
+        Raises:
+            ValueError: what is allowed.
+        """
+        if value is None and self.optional:
+            return value
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        right = value in self.choices if self.choices else isinstance(value, self.kind)
+        if not right or (isinstance(value, bool) and self.kind is not bool) or not self._in_range(value):
+            raise self._refusal(value)
+        return value
+
+    def _in_range(self, value: object) -> bool:
+        numbers = value if isinstance(value, tuple | frozenset) else (value,)
+        return all(
+            math.isfinite(number) and all(_within(number, meta) for meta in self.metas)
+            for number in numbers
+            if isinstance(number, int | float)
+        )
+
+    def _refusal(self, value: object) -> ValueError:
+        return ValueError(f"{_plain(value)} is not allowed: give {self.allowed}")
+
+
+def _within(number: float, meta: Meta) -> bool:
+    return not (
+        (meta.ge is not None and number < meta.ge)
+        or (meta.gt is not None and number <= meta.gt)
+        or (meta.le is not None and number > meta.le)
+        or (meta.lt is not None and number >= meta.lt)
+    )
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | frozenset) else str(value)
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings of an options dataclass and of those inside it, by name, in their order.
+
+    Raises:
+        TypeError: two have the same name.
+    """
+    found: dict[str, Setting] = {}
+    for setting in _settings(kind, None):
+        if setting.name in found:
+            raise TypeError(f"{kind.__name__} has two fields {setting.name}: names are unique, or have no Option")
+        found[setting.name] = setting
+    return found
+
+
+def _settings(kind: type, base: object) -> Iterator[Setting]:
+    """``base`` is the instance that holds the defaults where a dataclass lies inside another."""
+    hints = get_type_hints(kind, include_extras=True)
+    for each in fields(kind):
+        hint, default = hints[each.name], _default(each, base)
+        inner, extras = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+        option = next((extra for extra in extras if isinstance(extra, Option)), None)
+        if is_dataclass(inner):
+            yield from _settings(cast("type", inner), None if default is MISSING else default)
+        elif option is not None and each.init:
+            metas = tuple(extra for extra in extras if isinstance(extra, Meta))
+            yield _setting(each.name, option, inner, metas, default)
+
+
+def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], default: object) -> Setting:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    optional = NoneType in parts
+    (hint,) = (part for part in parts if part is not NoneType)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kind = type(choices[0]) if choices else get_origin(hint) or hint
+    element = str
+    if kind in (tuple, frozenset) and get_args(hint):
+        element = get_args(hint)[0]
+        if get_origin(element) is Annotated:
+            metas += tuple(extra for extra in get_args(element)[1:] if isinstance(extra, Meta))
+            element = get_args(element)[0]
+    return Setting(name, option, kind, optional, choices, metas, default, element)
+
+
+def _default(each: Field[Any], base: object) -> object:
+    if base is not None:
+        return getattr(base, each.name)
+    if each.default_factory is not MISSING:
+        return each.default_factory()
+    return each.default
+
+
+def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T:
+    """The options dataclass of values by name; what is not given is at its default, or as in ``base``.
+
+    Raises:
+        UserError: a value that must be given is missing.
+    """
+    hints, values = get_type_hints(kind), {}
+    for each in fields(cast("Any", kind)):
+        default = _default(each, base)
+        if is_dataclass(hints[each.name]):
+            inner = cast("type", hints[each.name])
+            values[each.name] = made(inner, given, None if default is MISSING else default)
+        elif each.init and each.name in given:
+            values[each.name] = given[each.name]
+        elif each.init and default is not MISSING:
+            values[each.name] = default
+        elif each.init:
+            raise UserError(f"{each.name} is missing: give a value")
+    return kind(**values)
+
+
+def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
+    """A setting by its name, with dashes or underscores.
+
+    Raises:
+        UserError: no such name; says which are nearest.
+    """
+    plain = name.strip().lstrip("-").replace("-", "_")
+    if plain in settings:
+        return settings[plain]
+    near = difflib.get_close_matches(plain, settings, cutoff=0.6) or sorted(settings)
+    raise UserError(f"there is no option {name.strip()!r}: did you mean {', '.join(near)}?")
+
+
+def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
+    """``NAME=VALUE`` as a name and a value; elements of a tuple are separated by commas.
+
+    Raises:
+        UserError: no such name, or not a value for it.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text} has no value: write NAME=VALUE")
+    setting = setting_named(settings, name)
+    try:
+        if setting.repeated:
+            separator = ";" if setting.option.repeated else ","
+            return setting.name, tuple(setting.read(part.strip()) for part in value.split(separator))
+        return setting.name, setting.read(value)
+    except ValueError as error:
+        raise UserError(f"{setting.name}: {error}") from None
+
+
+def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
+    """The settings in a TOML file: the same names, in tables or not; text is read as on the command line.
+
+    Raises:
+        UserError: no such file, not TOML, no such name, or not a value for it.
+    """
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not TOML ({error}): write lines such as ratio = 0.2") from None
+    found: dict[str, object] = {}
+    for name, value in _entries(tree):
+        try:
+            setting = setting_named(settings, name)
+            found[setting.name] = _from_toml(setting, value)
+        except ValueError as error:
+            named = "" if isinstance(error, UserError) else f"{name}: "
+            raise UserError(f"{path}: {named}{error}") from None
+    return found
+
+
+def _entries(tree: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield name, value
+
+
+def _from_toml(setting: Setting, value: object) -> object:
+    if setting.repeated:
+        parts = value if isinstance(value, list) else [value]
+        return tuple(setting.read(part if isinstance(part, str) else str(part)) for part in parts)
+    if isinstance(value, str):
+        return setting.read(value)
+    if isinstance(value, list) and setting.kind in (tuple, frozenset):
+        return setting.kind(value)
+    return setting.checked(value)
+
+
+def check_values(options: object) -> None:
+    """Refuse a value of an options dataclass, or of one inside it, that its annotation does not allow.
+
+    Raises:
+        UserError: names the option and what is allowed.
+    """
+    for setting in _settings(type(options), options):
+        value = setting.default  # of an instance: what it holds
+        try:
+            setting.checked(value)
+        except ValueError as error:
+            raise UserError(f"{setting.flag} {error}") from None

@@ -1,0 +1,70 @@
+"""Text of the command line as values, for ``Option(parse=...)``; a mistake is a ValueError of one line."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+UNITS = {"": 1, "b": 1}
+for power, letter in enumerate("kmgt", 1):
+    UNITS |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def parse_layers(text: str) -> frozenset[int] | None:
+    """``0-2,29`` -> {0, 1, 2, 29}; ``none`` is None."""
+    if text == "none":
+        return None
+    layers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ValueError(f"{text!r} names no layers: write something like 0-2,29, or none") from None
+    return frozenset(layers)
+
+
+def parse_count(text: str) -> int | None:
+    """``160`` -> 160; ``all`` is None."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number: write something like 160, or all") from None
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """One number or a list, such as ``128,512``."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither a number nor a list of numbers: write something like 128 or 128,512"
+        ) from None
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """llama-bench's pair of prompt and generated tokens, such as ``512,128``."""
+    pair = parse_counts(text)
+    if len(pair) != 2:
+        raise ValueError(f"{text!r} is not a pair: write prompt and generated tokens, such as 512,128")
+    return pair[0], pair[1]
+
+
+def parse_bytes(text: str) -> int:
+    """``1.5G`` -> 1500000000, ``80MiB``; upper and lower case are alike."""
+    return _amount(text, UNITS, "bytes", "80MB, 80MiB or 1.5G")
+
+
+def parse_parameters(text: str) -> int:
+    """``1.5B`` -> 1500000000, ``100M``."""
+    return _amount(text, COUNTS, "parameters", "100M or 1.5B")
+
+
+def _amount(text: str, units: dict[str, int], name: str, example: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().replace("_", "").lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"{text!r} is not a number of {name}: write something like {example}")
+    return int(Fraction(match[1]) * units[match[2]])

@@ -1,0 +1,190 @@
+"""Click options made of an options dataclass.
+
+    @click.command(cls=OptionsCommand)
+    @click.argument("model")
+    @options_of(PruneOptions)
+    def prune(model: str, options: PruneOptions) -> None: ...
+
+A flag wins over ``--set NAME=VALUE``, and that over ``--config FILE.toml``. What a field says is
+:class:`devices.common.options.Option`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from devices.common.options import Setting, assigned, from_toml, made, settings_of
+from saap.cli.types import InSection, Sections
+from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    ValueType = click.ParamType[Any]
+else:
+    ValueType = click.ParamType  # generic in click's types only
+
+T = TypeVar("T")
+MORE = "More"
+
+
+class OptionsCommand(Sections):
+    """A command that says for an option without a flag how it is set."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if not any(name in option.type.settings for option in self.params if isinstance(option.type, _Assignment)):
+                raise
+            raise UserError(
+                f"{error.option_name} is not a flag: write --set {name}=VALUE, or leave it at its default"
+            ) from None
+
+
+class _Value(ValueType):
+    """Text for a setting; a mistake is one line that says what is allowed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.name, self.setting = setting.name, setting
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """By the setting's own annotation."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.setting.read(value)
+        except ValueError as error:
+            raise UserError(f"{self.setting.flag} {error}") from None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """The choices."""
+        return [click.shell_completion.CompletionItem(str(c)) for c in self.setting.choices]
+
+
+class _Assignment(ValueType):
+    """``NAME=VALUE``."""
+
+    name = "assignment"
+
+    def __init__(self, settings: Mapping[str, Setting]) -> None:
+        self.settings = settings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A name and a value."""
+        return assigned(self.settings, value) if isinstance(value, str) else value
+
+
+class FieldOption(InSection):
+    """A flag with its old spellings, which help and messages do not show."""
+
+    def __init__(self, *arguments: Any, old: tuple[str, ...] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.old = old
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Under all its spellings."""
+        shown = self.opts
+        self.opts = [*shown, *self.old]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+
+
+def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator: the flags of an options dataclass; the function gets the dataclass as ``options``."""
+    settings = settings_of(kind)
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def command(*arguments: Any, set_: list[tuple[str, object]], config: Path | None, **values: Any) -> T:
+            context = click.get_current_context()
+            given = from_toml(settings, config) if config else {}
+            given |= dict(set_)
+            for name in settings.keys() & values.keys():
+                value = values.pop(name)
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                    given[name] = value
+            return function(*arguments, options=made(kind, given), **values)
+
+        decorated: Callable[..., T] = command
+        for option in reversed([*map(_flag, filter(lambda s: s.option.shown, settings.values())), *_more(settings)]):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def _flag(setting: Setting) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    option = setting.option
+    about: dict[str, Any] = {"cls": FieldOption, "section": option.section, "old": option.old}
+    if setting.kind is bool:
+        pair = any("/" in flag for flag in setting.flags)
+        about |= {"default": None} if pair else {"is_flag": True, "flag_value": not setting.default, "default": None}
+        shown = f"{setting.name.replace('_', '-')}" if pair and setting.default else ""
+    else:
+        about |= {"type": _Value(setting), "metavar": setting.metavar, "multiple": setting.repeated}
+        about["required"] = setting.default is MISSING
+        shown = default_of(setting)
+    about["help"] = option.help + (f" [default: {shown}]" if shown else "")
+    return click.option(*setting.flags, setting.name, **about)
+
+
+def default_of(setting: Setting) -> str:
+    """The default as help shows it; nothing where it is None, False or empty."""
+    value = setting.default
+    if value is MISSING or value is None or value is False or value in ("", (), frozenset()):
+        return ""
+    if isinstance(value, tuple | frozenset):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _more(settings: Mapping[str, Setting]) -> list[Callable[[Callable[..., T]], Callable[..., T]]]:
+    def show_all(context: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            click.echo(help_all(context, settings))
+            context.exit()
+
+    return [
+        click.option(
+            "--set", "set_", cls=InSection, section=MORE, type=_Assignment(settings), multiple=True,
+            metavar="NAME=VALUE", help="Set an option by its name; --help-all lists them.",
+        ),
+        click.option(
+            "--config", cls=InSection, section=MORE, type=click.Path(path_type=Path), metavar="FILE",
+            help="A TOML file of NAME = VALUE.",
+        ),
+        click.option(
+            "--help-all", cls=InSection, section=MORE, is_flag=True, is_eager=True, expose_value=False,
+            callback=show_all, help="Every option with its meaning and default.",
+        ),
+    ]  # fmt: skip
+
+
+def help_all(context: click.Context, settings: Mapping[str, Setting]) -> str:
+    """Every setting: its flag or its name, meaning, values and default."""
+    formatter = context.make_formatter()
+    formatter.write_usage(context.command_path, "[OPTIONS] ...")
+    formatter.write_paragraph()
+    formatter.write_text(
+        "Options with dashes are flags; all names can be set by --set NAME=VALUE and stand in a --config file."
+    )
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for setting in settings.values():
+        left = ", ".join(setting.flags) if setting.option.shown else setting.name
+        if setting.kind is not bool or not setting.option.shown:
+            left += f" {setting.metavar}" if setting.option.shown else f"={setting.metavar}"
+        shown = default_of(setting) or ("required" if setting.default is MISSING else str(setting.default).lower())
+        shown = "" if "default:" in setting.option.help else f" [default: {shown}]"
+        sections.setdefault(setting.option.section, []).append((left, setting.option.help + shown))
+    for heading, rows in sections.items():
+        with formatter.section(heading):
+            formatter.write_dl(rows)
+    return formatter.getvalue().rstrip("\n")
