@@ -38,6 +38,7 @@ OTHER_PROGRAMS = {
     *("--scope", "--user"),  # systemd-run
     "--rows",  # a study
     "--interval",  # tegrastats
+    *("--config", "--help-all", "--set"),  # what every command gets from its options dataclass
     "--saap",  # no option: an arrow in the picture of the commands
 }
 
