@@ -20,10 +20,10 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -q -m "slow"
 
-# The cells of the field that are missing (hours for all of them), and its tables.
+# The cells of the field that are missing (hours for all of them), and the tables of its page.
 studies: $(VENV)/.test
-	$(BIN)/python -m studies.field.study
-	$(BIN)/python -m studies.field.study show
+	$(BIN)/python -m studies.field.study run
+	$(BIN)/python -m studies.field.study table --write
 
 # The model tests once more on transformers 5, which optimum-onnx does not allow yet.
 test-transformers5: $(VENV5)/.test

@@ -16,7 +16,7 @@ from studies.common import ROOT, Cell
 CELLS = Path(__file__).resolve().parent / "cells"
 # Chunk and windows of a perplexity; about 20,000 predictions each.
 PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
-RESAMPLES, SEED = 29_999, 0
+RESAMPLES, SEED = 9999, 0
 Answers = dict[str, NDArray[np.int64]]  # task -> right (1) or not (0) by the metric that is quoted, [examples]
 
 

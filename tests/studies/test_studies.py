@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.bench_samples import measurement, result
@@ -26,14 +29,95 @@ from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option
+from studies.common import with_tables
+from studies.field.cells import gain
+from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
 from tests.saap.prune.search.test_requirement import cost_file
 
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path.parent.name for path in ROOT.glob("studies/*/study.py"))
 IDS = torch.randint(320, (10, 24), generator=torch.Generator().manual_seed(2))
 HELD = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(3))
+
+
+def page_of(study):
+    return (ROOT / "studies" / study / "README.md").read_text()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_module_of_a_study_is_imported(study):
+    for path in sorted((ROOT / "studies" / study).glob("*.py")):
+        importlib.import_module(f"studies.{study}.{path.stem}")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_tables_are_those_of_the_cells(study):
+    """`python -m studies.NAME.study table --write` mends it."""
+    page, module = page_of(study), importlib.import_module(f"studies.{study}.study")
+    if "<!-- table:" in page:
+        assert with_tables(page, module.tables()) == page
+    else:  # nothing was kept of it: it says so
+        assert "No cells" in page or "no cells" in page
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_page_answers_its_question_and_is_on_the_first_page(study):
+    title, _, answer, *_ = page_of(study).splitlines()
+    assert title.startswith("# ") and title.endswith("?") and answer.startswith("**")
+    assert "\n## How to run\n" in page_of(study)
+    assert f"]({study}/README.md)" in (ROOT / "studies" / "README.md").read_text()
+
+
+def test_a_table_without_a_marker_is_refused():
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n"
+    assert with_tables(page, {"one": "| new |"}) == page.replace("old", "| new |")
+    with pytest.raises(ValueError, match="marks tables"):
+        with_tables(page, {"two": ""})
+
+
+def test_a_gain_is_of_examples_and_seeds():
+    """Against a plain bootstrap that draws every example by itself."""
+    draw = np.random.default_rng(1)
+    ours, theirs = ([{"a": draw.integers(2, size=400), "b": draw.integers(2, size=60)} for _ in range(3)] for _ in "ab")
+    mean, low, high = gain(ours, theirs)
+    found = []
+    for _ in range(3000):
+        seeds, drawn = draw.integers(3, size=3), {task: draw.integers(n, size=n) for task, n in (("a", 400), ("b", 60))}
+        each = [(ours[s][t][drawn[t]] - theirs[s][t][drawn[t]]).mean() for s in seeds for t in drawn]
+        found.append(100 * np.mean(each))
+    assert mean == pytest.approx(
+        100 * np.mean([(o[t] - p[t]).mean() for o, p in zip(ours, theirs, strict=True) for t in o])
+    )
+    assert [low, high] == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.5)
+
+
+def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
+    ran = []
+
+    def fetched(package, work, out, report):
+        (work / peers.Q4_1).write_bytes(b"GGUF")
+        return work / peers.Q4_1
+
+    def run(*command, **env):
+        ran.append([str(word) for word in command])
+        if "quantise.py" in ran[-1][1]:
+            Path(command[-1]).write_bytes(b"Q4_0")
+
+    monkeypatch.setattr("saap.models.packaged.fetch", fetched)
+    monkeypatch.setattr("saap.models.resolve", lambda name: tmp_path / name)
+    monkeypatch.setattr(peers, "run", run)
+    monkeypatch.setattr(peers, "make_venv", lambda venv, packages, over=None: venv / "bin" / "python")
+    monkeypatch.setattr(peers, "describe", lambda work: None)
+    peers.make(tmp_path / "peers")
+    assert sorted(path.name for path in (tmp_path / "peers").iterdir()) == [peers.Q4_1, peers.Q4_0]
+    assert len(ran) == 1 + len(peers.GRAPHS) and ran[0][-1].endswith(".partial")
+    ran.clear()
+    peers.make(tmp_path / "peers")
+    assert len(ran) == len(peers.GRAPHS)  # the files are there; the graphs were not written
 
 
 @pytest.fixture
