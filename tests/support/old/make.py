@@ -55,7 +55,7 @@ def here(*arguments: object) -> None:
     """A command of saap in this process, which spares the imports."""
     from click.testing import CliRunner
 
-    from saap.cli import cli
+    from saap.cli.main import cli
 
     done = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
     if done.exit_code:
@@ -136,7 +136,7 @@ def products() -> None:
 
 def tidy(path: Path) -> None:
     """Take out of a document which kernel its machine ran, and of a table of costs most of its raw samples."""
-    from devices.whole_files import with_checksum, without_checksum
+    from devices.common.files import with_checksum, without_checksum
 
     document = without_checksum(json.loads(path.read_text(encoding="utf-8")))
     for part in (document, *document.get("results", [])):
