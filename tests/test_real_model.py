@@ -17,11 +17,11 @@ from export.bundle.tokenizer import BundleTokenizer
 from export.generate.run import BundleScorer
 from export.parity.verify import check_parity
 from export.write import export_bundle
-from saap.evaluate.protocol import Cut, windows_of
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
 from saap.text.documents import documents_of
+from saap.text.windows import Cut, windows_of
 from tests.saap.prune.cut.test_surgery import cut
 
 LAYER = whole_layer(LayerSizes(9, 3, 1536))

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,3 +97,14 @@ def without_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
 def _checksum(fields: Mapping[str, Any]) -> str:
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def cache_directory() -> Path:
+    """``SAAP_CACHE``, else ``saap`` in the platform's directory for caches."""
+    if chosen := os.environ.get("SAAP_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "saap"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "saap"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saap"

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.generate.run import cpu_session
-from saap.system.needs import PIECE_BYTES
+from export.needs import PIECE_BYTES
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
 from export.generate.run import BundleScorer, empty_past, graph_feed
+from export.needs import WHOLE_BYTES
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision
 from saap.system.errors import UserError
-from saap.system.needs import WHOLE_BYTES
 from saap.system.precision import fast_float32
 
 FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference

@@ -12,18 +12,19 @@ from devices.common.progress import Progress
 from saap.cli.console import Console, print_table
 from saap.cli.prune import say_text
 from saap.evaluate.perplexity import Score, evaluate, torch_scorer
-from saap.evaluate.protocol import Cut, Windows, tokenizer_hash
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config, read_record
+from saap.models.needs import eval_needs
 from saap.models.opening import open_model, whole_needs
 from saap.models.resolve import load_tokenizer, resolve
 from saap.models.weight_files import weights_bytes
 from saap.system.errors import UserError
 from saap.system.json_files import check_place, write_document
-from saap.system.needs import check_memory, eval_needs, fits
+from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.overlap import refuse_seen
 from saap.text.rows import evaluation_windows
+from saap.text.windows import Cut, Windows, tokenizer_hash
 
 STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
 

@@ -81,10 +81,11 @@ def export_step(model: str | Path, out: Path, options: dict[str, Any], console: 
 
 def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, options: dict[str, Any]) -> None:
     """Refuse what memory or disk is too small for, before anything is written."""
+    from export.needs import export_needs
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.prune.search.bundle_size import bundle_size, tuned_bundle_size
-    from saap.system.needs import check_disk, check_memory, export_needs
+    from saap.system.needs import check_disk, check_memory
 
     config = read_config(path)
     shape, written = shape_of(config), {None: 4, 16: 32}.get(bits, bits)

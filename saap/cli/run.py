@@ -31,7 +31,6 @@ from saap.cli.report import read_run
 from saap.cli.run_needs import check_run
 from saap.cli.run_options import TUNE_LENGTH, RunOptions
 from saap.cli.tune import tune_step
-from saap.evaluate.protocol import Cut, Windows
 from saap.models import resolve as models
 from saap.models.architectures import shape_of, traits_of
 from saap.models.checkpoint import read_config, read_record
@@ -39,6 +38,7 @@ from saap.prune.pruning import budget_of
 from saap.system.json_files import write_document
 from saap.system.outputs import check_output
 from saap.text.rows import evaluation_windows
+from saap.text.windows import Cut, Windows
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",

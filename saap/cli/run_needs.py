@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from export.needs import PACKED, export_needs
 from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
 from saap.cli.run_options import TUNE_LENGTH, RunOptions
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.weight_files import weights_bytes
+from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import Budget
 from saap.prune.search.bundle_size import bundle_size
 from saap.prune.stages import share_of, stages_of
-from saap.system.needs import (
-    PACKED,
-    PROCESS,
-    Needs,
-    check_disk,
-    check_memory,
-    export_needs,
-    gigabytes,
-    prune_disk,
-    prune_needs,
-    tune_needs,
-)
+from saap.system.needs import PROCESS, Needs, check_disk, check_memory, gigabytes
 from saap.tune.loop.options import TrainOptions
+from saap.tune.needs import tune_needs
 
 BITS, BLOCK = 4, 32  # of what run tunes and exports
 

@@ -12,9 +12,9 @@ from saap.cli.console import Console, print_table
 from saap.models import resolve as models
 from saap.models.checkpoint import read_config, read_record
 from saap.system.outputs import check_output, claimed
+from saap.system.processes import is_main_process
 from saap.text.tuning_rows import TuningRows, tuning_rows
 from saap.tune.loop.options import History, TrainOptions
-from saap.tune.loop.processes import is_main_process
 from saap.tune.options import TuneOptions
 from saap.tune.tuning import tune as tune_model
 

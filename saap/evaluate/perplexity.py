@@ -1,7 +1,7 @@
 """Quality: perplexity, and agreement with the dense model.
 
 Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models
-and bundles go through the same arithmetic. What is predicted is for :mod:`saap.evaluate.protocol` to say; the
+and bundles go through the same arithmetic. What is predicted is for :mod:`saap.text.windows` to say; the
 perplexity is exp
 of the mean NLL.
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,17 +20,6 @@ from saap.system.json_files import read_object, write_document
 
 # Counts up when a conversion would write other files, so that old entries are not taken for new ones.
 CONVERTER = 1
-
-
-def cache_directory() -> Path:
-    """``SAAP_CACHE``, else ``saap`` in the platform's directory for caches."""
-    if chosen := os.environ.get("SAAP_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "saap"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "saap"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saap"
 
 
 def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Path:

@@ -15,8 +15,9 @@ from typing import Any
 from devices.common.files import sha256_file
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
+from saap.system.outputs import RECORD
 
-RECORD, CACHE_RECORD = "saap.json", "saap-cache.json"
+CACHE_RECORD = "saap-cache.json"
 # The record itself, and a card that its owner goes on writing.
 NOT_HASHED = re.compile(r"saap(-cache)?\.json$|README|LICENSE|NOTICE|\.")
 _known: dict[tuple[str, int, int], str] = {}

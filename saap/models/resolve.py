@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from devices.common.files import sha256_file
+from devices.common.files import cache_directory, sha256_file
 from devices.common.progress import Progress
-from saap.models.cache import cache_directory, cached
+from saap.models.cache import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 from saap.system.errors import UserError
 

@@ -24,6 +24,7 @@ from saap.prune.baselines.scores import TAYLOR
 from saap.prune.cut.refit import Compensation, compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.kept_stages import agreed, kept_steps
+from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.record import record_of
 from saap.prune.search.adaptive import adaptive_plan
@@ -35,7 +36,7 @@ from saap.prune.stages import Stage, check_reachable, layers_plan, share_of, sta
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
 from saap.system.gpu import device_of, fits_device, out_of_memory
-from saap.system.needs import Needs, check_disk, check_memory, fits, prune_disk, prune_needs
+from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.outputs import check_output, claimed
 from saap.system.precision import fast_float32
 

@@ -124,7 +124,7 @@ def joined() -> Iterator[Shares]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _here is not ALONE:
         yield _here
         return
-    from saap.tune.loop.processes import is_main_process
+    from saap.system.processes import is_main_process
 
     is_main_process()  # the processes meet
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)  # theirs may be of GPUs only

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from devices.common.files import naming
-from saap.models.cache import cache_directory
-from saap.models.integrity import RECORD
+from devices.common.files import cache_directory, naming
 from saap.system.errors import UserError
 
+RECORD = "saap.json"
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
 

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from devices.common.files import cache_directory
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
-from saap.models.cache import cache_directory
 from saap.models.checkpoint import read_config
 from saap.models.opening import open_model
 from saap.models.resolve import load_tokenizer

@@ -30,14 +30,15 @@ from saap.models.weight_files import weights_hash
 from saap.quantize.groups import check_blocks
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
-from saap.system.needs import check_memory, fits, tune_needs
+from saap.system.needs import check_memory, fits
 from saap.system.outputs import check_output
 from saap.system.precision import autocast_dtype, fast_float32
+from saap.system.processes import is_main_process
 from saap.text.tuning_rows import IGNORED, TuningRows, held_out
 from saap.tune.head_loss import head_loss
-from saap.tune.loop.processes import is_main_process
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import Batch, DivergedError, History, LossOf, train
+from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
 from saap.tune.quantised import Quantised
 from saap.tune.teacher import TeacherTargets, check_same_vocabulary, distillation_loss, teacher_targets

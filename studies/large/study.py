@@ -66,13 +66,17 @@ def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
 
 def sum_of(phase: str, place: Path) -> float | None:
     """The memory, MB, that saap says before it begins; None for `saap bench`, which has no torch and sums up itself."""
+    from export.needs import export_needs
     from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
+    from saap.models.needs import eval_needs
     from saap.models.opening import whole_needs
     from saap.models.weight_files import weights_bytes
+    from saap.prune.needs import prune_needs
     from saap.prune.search.bundle_size import bundle_size
-    from saap.system.needs import eval_needs, export_needs, fits, prune_needs, tune_needs
+    from saap.system.needs import fits
+    from saap.tune.needs import tune_needs
 
     dense, directory = place / "dense", place / ("dense" if phase in OF_DENSE else "slim")
     config = read_config(directory)

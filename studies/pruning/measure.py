@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from saap.evaluate.protocol import Cut, windows_of
 from saap.models.checkpoint import load_model, read_record
 from saap.models.resolve import load_tokenizer
 from saap.prune.baselines.methods import published
@@ -29,6 +28,7 @@ from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 from saap.text.documents import documents_of, pack, read_file
 from saap.text.rows import training_rows
+from saap.text.windows import Cut, windows_of
 from studies.common import provenance
 from studies.pruning.cells import HELD, LENGTH, SEQUENCES, Variant, slug
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from saap.models.checkpoint import load_model
-from saap.tune.loop.processes import is_main_process, prepare
+from saap.system.processes import is_main_process
+from saap.tune.loop.processes import prepare
 from saap.tune.loop.steps import DivergedError, TrainOptions, train
 
 STEPS, ROWS = 3, 4

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from saap.models.cache import cache_directory
+from devices.common.files import cache_directory
 from saap.models.structures import LayerPlan
 from saap.prune.scores.importance import Scores
 from saap.prune.shares import shares

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.torch_version import TorchVersion
 
 from saap.system.errors import UserError
+from saap.system.processes import meet_on_cpus
 
 Batch = dict[str, torch.Tensor]
 LossOf = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]
@@ -58,7 +59,7 @@ def join_processes() -> Accelerator:
     # process.
     # Buffers are the same everywhere already; sending the integers with every forward pass would be slow.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=_meet_on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=meet_on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])
     state = accelerator.state
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -90,19 +91,6 @@ def prepare(
         )  # its heir is in new torch
         module, wrapped = accelerator.prepare(LossModule(model), optimizer)
     return module, wrapped.optimizer  # accelerate's wrapper adds gradient scaling, which bfloat16 does not need
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files and talks to the person; of several, one does."""
-    return PartialState(cpu=_meet_on_cpus()).is_main_process
-
-
-def _meet_on_cpus() -> bool:
-    """Whether the processes are on CPUs: accelerate looks for them there only when it is told to."""
-    # Every process loads the model; transformers would leave it empty in all but the first, for accelerate to fill.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    several = "WORLD_SIZE" in os.environ and not (torch.cuda.is_available() or torch.xpu.is_available())
-    return several or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def add_up(accelerator: Accelerator, numbers: Sequence[float]) -> list[float]:

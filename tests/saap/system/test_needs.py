@@ -8,26 +8,19 @@ import pytest
 import torch
 from support.command_line import here, refused
 
+from export.needs import export_needs
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config, read_record
+from saap.models.needs import eval_needs
 from saap.models.streaming import is_streamed
 from saap.prune import pruning
+from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of, prune, streamed
 from saap.prune.search.requirement import Requirement
 from saap.system import needs as module
 from saap.system.errors import UserError
-from saap.system.needs import (
-    Needs,
-    available_memory,
-    check_disk,
-    check_memory,
-    eval_needs,
-    export_needs,
-    fits,
-    prune_disk,
-    prune_needs,
-)
+from saap.system.needs import Needs, available_memory, check_disk, check_memory, fits
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 OPTIONS = PruneOptions(Requirement(ratio=0.4), steps=2)

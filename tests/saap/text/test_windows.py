@@ -11,10 +11,10 @@ from support.command_line import here, last_line
 
 from export.bundle.manifest import read_manifest
 from saap.evaluate.perplexity import evaluate, torch_scorer
-from saap.evaluate.protocol import Cut, joined, tokenizer_hash, windows_of
 from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.text.documents import documents_of
+from saap.text.windows import Cut, joined, tokenizer_hash, windows_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home", "by", "day"]
 TEXT = documents_of([" ".join(WORDS[n * n % 12] for n in range(400))], "text")

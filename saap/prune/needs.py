@@ -1,0 +1,82 @@
+"""What pruning takes at its peak, in memory and on disk; the constants were measured (docs/method.md)."""
+
+from __future__ import annotations
+
+from saap.models.needs import PER_LOGIT, SQUARES, kept_per_token
+from saap.models.structures import ModelShape
+from saap.models.weight_files import SHARD_BYTES
+from saap.prune.scores.layerwise import rows_at_once
+from saap.system.needs import PROCESS, Needs
+
+MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
+KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers uses
+BATCH = 8  # sequences that a refit takes at once
+
+
+def prune_needs(
+    shape: ModelShape, sequences: int, tokens: int, file_bytes: int, *, streamed: bool, element: str = "none"
+) -> Needs:
+    """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing.
+
+    Args:
+        sequences, tokens: of the calibration text.
+        file_bytes: of the model's weight files.
+        element: the form of the element score, which keeps gradients of weights.
+    """
+    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), _refit(shape, sequences, tokens))
+    stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
+    if streamed:
+        outside = 4 * (shape.parameters - sum(layers))
+        stages.append(
+            {
+                "embedding and head": outside,
+                "a layer": 4 * max(layers),
+                "activations": round(KEPT_BACK * computing),
+                "its file": min(MAPPED, round(file_bytes / shape.parameters * max(layers))),
+            }
+        )
+    else:
+        weights = {"weights": 4 * shape.parameters}
+        stages += [{**weights, "activations": computing}, {**weights, "the files while they are read": file_bytes}]
+    largest: dict[str, int] = max(stages, key=lambda stage: sum(stage.values()))
+    return Needs({"the process": PROCESS, **largest})
+
+
+def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, streamed: bool, element: str) -> int:
+    """Numbers beside the weights: what a backward pass keeps, or the states before every layer."""
+    kept = [kept_per_token(shape, sizes) for sizes in shape.layers]
+    logits = PER_LOGIT * tokens * shape.vocab
+    gradients = {"none": 0, "streamed": max(layers), "exact": 2 * sum(layers)}[element]
+    if not streamed:
+        return tokens * sum(kept) + logits + gradients
+    states = min(sequences, rows_at_once(shape, tokens)) * tokens * shape.hidden * (len(layers) + 1)
+    return states + max(tokens * max(kept) + gradients, logits)
+
+
+def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
+    """Numbers that a refit of the widest layer takes beside the weights: states, one batch, the sums, the matrices."""
+    widest = max(sizes.ffn for sizes in shape.layers)
+    heads = max(sizes.query_heads for sizes in shape.layers) * shape.head_dim
+    stream = 2 * sequences * tokens * shape.hidden
+    batch = max(1, min(BATCH, sequences // 2)) * tokens * (3 * widest + 2 * heads + 4 * shape.hidden)
+    few = sequences * tokens < widest
+    sums = 2 * sequences * tokens * (widest + shape.hidden) if few else SQUARES * widest**2
+    return stream + batch + sums + 3 * shape.hidden * (widest + heads)
+
+
+def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> dict[str, int]:
+    """Of pruning in steps: the model of the step before, the refitted matrices, and the output.
+
+    Args:
+        file_bytes: of the dense model's weight files.
+        share: of the layers that goes.
+    """
+    each = file_bytes / shape.parameters
+
+    def left(gone: float) -> int:
+        return round(each * (shape.parameters - gone * shape.layer_weights))
+
+    refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
+    before = left(share * (steps - 1) / steps) if steps > 1 else 0
+    return {"the step before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
