@@ -1,0 +1,64 @@
+"""What can be chosen when a model is exported. Imports no torch: the command line builds its help from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from devices.common.errors import UserError
+from devices.common.options import Option
+
+Target = Literal["cpu", "cuda", "portable", "gguf"]
+BITS: dict[str, tuple[int, ...]] = {
+    "cpu": (4, 8, 32), "cuda": (4, 8, 16), "portable": (4, 8, 32), "gguf": (4, 8, 16, 32),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of :func:`export.export`; what is None follows from the model and the target."""
+
+    target: Annotated[
+        Target, Option("portable: standard operators, for TensorRT and others; gguf: one file for llama.cpp.")
+    ] = "cpu"
+    bits: Annotated[Literal[4, 8, 16, 32] | None, Option("Bits of the linears; default: 4, or as tuned.")] = None
+    group_size: Annotated[
+        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or as tuned.", flags=("--group",))
+    ] = None
+    head_bits: Annotated[Literal[4, 8] | None, Option("Bits of embedding and head; default: as --bits.")] = None
+    kv_bits: Annotated[Literal[8, 32], Option("Bits of the KV cache.", flags=("--kv",))] = 32
+    dotprod: Annotated[bool, Option("For Raspberry Pi 3 and 4.", flags=("--no-dotprod",))] = True
+    onnxruntime: Annotated[
+        str | None, Option("Oldest ONNX Runtime that must load it, such as 1.23 (JetPack 6).", flags=("--ort",))
+    ] = None
+    gguf_type: Annotated[str | None, Option("GGUF type: F32, F16, Q8_0, Q4_0 or Q4_1.", flags=("--type",))] = None
+    parity: Annotated[Literal["full", "none"], Option("none: faster, and the bundle is marked UNVERIFIED.")] = "full"
+    text: Annotated[
+        str | None, Option("Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
+    ] = None
+    accuracy_level: Annotated[
+        Literal[0, 4],
+        Option("What MatMulNBits computes in: 4 is int8, 0 is float32, slow and for checks.", shown=False),
+    ] = 4
+    graph_writer: Annotated[
+        Literal["saap", "optimum"] | None,
+        Option("Who writes the portable graph; default: optimum for uniform float32 LLaMA models.", shown=False),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            UserError: names the options by their flags.
+        """
+        if self.bits is not None and self.bits not in BITS[self.target]:
+            allowed = ", ".join(map(str, BITS[self.target]))
+            raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")
+        only_cpu = {"--kv": self.kv_bits != 32, "--no-dotprod": not self.dotprod}
+        only_bundles = {"--ort": self.onnxruntime, "--group": self.group_size, "--parity": self.parity == "none"}
+        wrong = [flag for flag, given in only_cpu.items() if given and self.target != "cpu"]
+        wrong += [flag for flag, given in only_bundles.items() if given and self.target == "gguf"]
+        if self.gguf_type and self.target != "gguf":
+            wrong.append("--type")
+        if wrong:
+            raise UserError(f"{', '.join(wrong)} cannot be used with --target {self.target}: leave it out")
