@@ -106,7 +106,7 @@ def strings(name):
 def misused(text):
     """The options in a text that no command has, and in its quoted `saap ...` those that this command has not."""
     for option in OPTION.findall(text):
-        if option not in ANY_OPTION:
+        if option not in ANY_OPTION and not re.fullmatch("--(no-)?[xX]", option):  # of a name that is filled in
             yield option
     for _, code in CODE_SPAN.findall(text):
         words = re.split(r"[\s=]+", code.strip())
