@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.judge.comparison import FASTER, NOT_COMPARABLE, SAME, SLOWER, Row, judge_values, obstacle_between
-from bench.judge.statistics import summarize, typical
 from bench.measure.result import Measurement, Result, Sample
+from bench.measure.statistics import summarize, typical
 
 BETTER, WORSE, UNKNOWN = "better", "worse", "not judged"
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by

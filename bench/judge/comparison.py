@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.judge.statistics import bootstrap_ratio, difference_p_value, least_p_value, typical
 from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.statistics import bootstrap_ratio, difference_p_value, least_p_value, typical
 from bench.report.wording import plain, threads
 from devices.common.errors import UserError
 
@@ -208,7 +208,7 @@ def metric_of(m: Measurement) -> str:
 
 
 def decisive_values(*measurements: Measurement) -> list[list[float]]:
-    """Seconds per measurement and process, in the order measured: :func:`bench.judge.statistics.typical` of the
+    """Seconds per measurement and process, in the order measured: :func:`bench.measure.statistics.typical` of the
     decode steps.
 
     The mean of the steps where any of the measurements knows no single ones, the prompt's time where there is no

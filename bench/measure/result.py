@@ -1,7 +1,7 @@
 """One JSON document per bench run: what was measured, where, how, raw samples, and whether it may be believed.
 
 Base units (seconds, bytes, joules, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why.
-Only raw samples are stored; medians and spreads are computed on reading (``bench.judge.statistics``). Field names
+Only raw samples are stored; medians and spreads are computed on reading (``bench.measure.statistics``). Field names
 follow
 llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties ``avg_ts, stddev_ts``.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.judge.statistics import Summary, summarize
+from bench.measure.statistics import Summary, summarize
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.judge.statistics import relative_half_width, typical
 from bench.measure.child import ChildFailedError, call
 from bench.measure.cooling import CoolDown
 from bench.measure.cores import choose_cores
 from bench.measure.memory import available
 from bench.measure.plan import KNOWN_ROUNDS, LEAST_ROUNDS, Plan, Setting
 from bench.measure.result import ModelFacts, Sample
+from bench.measure.statistics import relative_half_width, typical
 from bench.measure.store import sample_from_dict
 from bench.power.energy import Recorder
 from bench.runtimes.peer import Peer

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.judge.statistics import relative_slope, summarize
 from bench.measure.result import INVALID, OK, WARN, Measurement, Sample
+from bench.measure.statistics import relative_slope, summarize
 
 SLOPE_WARN = 0.05
 CEILING_MARGIN = 1.05

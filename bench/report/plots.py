@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.judge.statistics import summarize
 from bench.measure.result import INVALID, Measurement
+from bench.measure.statistics import summarize
 
 SERIES = 6  # colours that the page has, --s1 to --s6
 INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bench.judge.statistics import percentile, summarize
 from bench.measure.result import Measurement, Result
+from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
 from bench.report.wording import as_dict, as_list
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.judge.statistics import bootstrap_ratio, typical
+from bench.measure.statistics import bootstrap_ratio, typical
 from studies.common import Bar, add_write_option, bar_table, markdown, parser_of, show_tables
 
 HERE = Path(__file__).resolve().parent

@@ -45,9 +45,9 @@ def random_models(full, block: int) -> list[tuple]:
 
 def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     """Write the models, measure them, and compare."""
-    from bench.judge.statistics import bootstrap_ratio, typical
     from bench.measure.plan import Plan
     from bench.measure.run import bench
+    from bench.measure.statistics import bootstrap_ratio, typical
     from export.graph.probe_model import read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
     from saap.models.resolve import resolve

@@ -24,8 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.judge.statistics import bootstrap_ratio
 from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.statistics import bootstrap_ratio
 from bench.measure.store import read_result
 from bench.report.tables import table_rows
 from studies.common import add_write_option, decode_over, markdown, parser_of, show_tables

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.judge.statistics import (
+from bench.measure.statistics import (
     bootstrap_ratio,
     difference_p_value,
     least_p_value,
