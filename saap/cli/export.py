@@ -84,7 +84,7 @@ def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, opt
     from export.needs import export_needs
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
-    from saap.prune.search.bundle_size import bundle_size, tuned_bundle_size
+    from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
     from saap.system.needs import check_disk, check_memory
 
     config = read_config(path)

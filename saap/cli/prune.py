@@ -13,15 +13,12 @@ from saap.cli.console import Console, plan_chart, print_table, speaks
 from saap.models import resolve as models
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config, read_record
-from saap.prune.options import PruneOptions
+from saap.prune.options import REQUIREMENTS, AdaptiveOptions, FusionOptions, PruneOptions
 from saap.prune.pruning import budget_of, streamed
 from saap.prune.pruning import prune as prune_model
-from saap.prune.scores.fusion import FusionOptions
-from saap.prune.search.adaptive import AdaptiveOptions
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import Reasons
 from saap.prune.search.explain_words import layer_table, sentences
-from saap.prune.search.requirement import KINDS, Requirement
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
 from saap.system.outputs import check_output
@@ -29,7 +26,10 @@ from saap.text.rows import training_rows
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
 # Options that have the same name there.
-PLAIN = ("method", "compensate", "heads", "drop_layers", "keep_layers", "seed", "stream", "device")
+PLAIN = (
+    *REQUIREMENTS, "costs", "threads", "method", "compensate", "heads", "modules", "drop_layers", "keep_layers",
+    "sequences", "length", "seed", "stream", "device",
+)  # fmt: skip
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
     ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),
@@ -42,11 +42,10 @@ REPORTED = (
 
 def prune_step(model: str, out: Path, options: dict[str, Any], console: Console, name: str | None = None) -> None:
     """``saap prune``."""
-    requirement = requirement_of(options)
-    requirement.check()
+    prune_options = prune_options_of(options)
+    prune_options.check_requirement()
     check_output(out)
     directory = models.resolve(model, progress=console.report)
-    prune_options = prune_options_of(options, requirement)
     budget = budget_of(directory, prune_options)  # what cannot be met is refused before a text is read
     rows = training_rows(
         directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
@@ -66,30 +65,24 @@ def prune_step(model: str, out: Path, options: dict[str, Any], console: Console,
         show_reasons(plan.reasons, prune_options)
 
 
-def prune_options_of(options: dict[str, Any], requirement: Requirement) -> PruneOptions:
+def prune_options_of(options: dict[str, Any]) -> PruneOptions:
     """The options of ``saap prune``; what is missing is at its default."""
     fusion = {
         name: options[name] for name in ("score", "slices", "sigma", "stability", "layer_power") if name in options
     }
-    chosen = {name: options[name] for name in ("c", "exact", "modules", "corrections", "prices") if name in options}
-    rest = {name: options[name] for name in PLAIN if name in options}
-    adaptive = AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen)
-    return PruneOptions(
-        requirement, block=int(options["block"]), adaptive=adaptive, steps=options.get("iterative_steps"), **rest
-    )
-
-
-def requirement_of(options: dict[str, Any]) -> Requirement:
-    """The requirement among the options of ``saap prune``."""
-    given = {kind: options.get(kind) for kind in KINDS}
+    chosen = {name: options[name] for name in ("c", "exact", "corrections", "prices") if name in options}
     costs = options.get("costs")
     onnxruntime = runtime_here(costs) if costs else None
     if options.get("here") and onnxruntime is None:
         refuse_elsewhere(costs)
-    return Requirement(
-        **given, costs=costs, threads=options.get("threads"), bits=int(options.get("bits") or 4),
-        block=int(options["block"]), onnxruntime=onnxruntime,
-    )  # fmt: skip
+    return PruneOptions(
+        **{name: options[name] for name in PLAIN if name in options},
+        bits=int(options.get("bits") or 4),  # type: ignore[arg-type]
+        group_size=int(options["block"]),  # type: ignore[arg-type]
+        onnxruntime=onnxruntime,
+        stages=options.get("iterative_steps"),
+        adaptive=AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen),
+    )
 
 
 def runtime_here(costs: Path) -> str | None:

@@ -24,7 +24,6 @@ from saap.cli.export import DEFAULTS, export_step
 from saap.cli.prune import (
     prune_options_of,
     prune_step,
-    requirement_of,
     say_text,
 )
 from saap.cli.report import read_run
@@ -92,14 +91,13 @@ class _State:
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
     settings = options.prune_settings()
-    requirement = requirement_of(settings)
-    requirement.check()
+    pruning = prune_options_of(settings)
+    pruning.check_requirement()
     check_output(out)
     begun = time.monotonic()
     directory = models.resolve(model, progress=console.report)
     # What cannot be met or exported is refused before hours are spent.
     _check_exportable(directory)
-    pruning = prune_options_of(settings, requirement)
     check_run(directory, out, budget_of(directory, pruning), pruning, options)
     evaluation = _evaluation(directory, options, console)
     say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written, console)

@@ -13,8 +13,8 @@ from saap.models.weight_files import weights_bytes
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import Budget
-from saap.prune.search.bundle_size import bundle_size
 from saap.prune.stages import share_of, stages_of
+from saap.quantize.bundle_size import bundle_size
 from saap.system.needs import PROCESS, Needs, check_disk, check_memory, gigabytes
 from saap.tune.loop.options import TrainOptions
 from saap.tune.needs import tune_needs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saap.prune.search.requirement import KINDS
+from saap.prune.options import REQUIREMENTS
 
 DEFAULT_RATIO = 0.2
 
@@ -51,7 +51,7 @@ class RunOptions:
     @property
     def asked(self) -> dict[str, float]:
         """What was asked, by its name; the default where nothing was."""
-        given = {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
+        given = {kind: value for kind in REQUIREMENTS if (value := getattr(self, kind)) is not None}
         return given or {"ratio": DEFAULT_RATIO}
 
     def prune_settings(self) -> dict[str, Any]:

@@ -1,80 +1,265 @@
-"""How to prune: the options of :func:`saap.prune.pruning.prune`."""
+"""How to prune: what ``saap prune`` and :func:`saap.prune.prune` are asked for. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from saap.models.structures import ModelShape
-from saap.prune.baselines.methods import BASELINES
-from saap.prune.baselines.scores import TAYLOR
-from saap.prune.cut.refit import COMPENSATIONS, Compensation
-from saap.prune.search.adaptive import AdaptiveOptions
-from saap.prune.search.requirement import Requirement
+from devices.common.amounts import byte_count, parameter_count
+from devices.common.options import Option
 from saap.system.errors import UserError
-from saap.system.gpu import device_of
 
-METHODS = ("saap", *BASELINES)
+if TYPE_CHECKING:
+    from saap.models.structures import ModelShape
+
+Method = Literal[
+    "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+TAYLOR = ("vector", "param_first", "param_second", "param_mix")  # methods that hold the gradients of all weights
+Compensation = Literal["none", "bias", "refit"]
+COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
+OWN_COMPENSATION: dict[str, Compensation] = {"saap": "refit", "flap": "bias"}
+Element = Literal["none", "streamed", "exact"]  # forms of the element-wise score
+Slices = Literal["all", "output"]
+Scope = Literal["type", "layer"]
+Term = Literal["vector", "element", "token"]
+Score = Literal["vector", "element", "token", "fused", "vector-token", "fused-token"]
+FUSIONS: dict[Score, tuple[Term, ...]] = {
+    "vector": ("vector",),
+    "element": ("element",),
+    "token": ("token",),
+    "fused": ("vector", "element"),
+    "vector-token": ("vector", "token"),
+    "fused-token": ("vector", "element", "token"),
+}
+Pricing = Literal["silenced", "compensated"]
+PRICINGS: tuple[Pricing, ...] = get_args(Pricing)
+BITS = (4, 8, 32)
+REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
+TIMED = ("speedup", "ms_per_token")
+
+_MUST = "What the model must meet (one of these)"
+_FOR = "What is planned for"
+_GOES = "What may go"
+_HOW = "How it is chosen"
+_ON = "What is scored on"
+_SCORES = "How SAAP scores (the defaults are the ablation's)"
+_LOADED = "How it is loaded"
+
+
+def layer_range(text: str) -> frozenset[int] | None:
+    """``0-2,29`` -> {0, 1, 2, 29}, ``none`` -> None; ValueError for anything else."""
+    if text == "none":
+        return None
+    layers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ValueError(f"{text!r} names no layers: write something like 0-2,29, or none") from None
+    return frozenset(layers)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How scores become one number per structure; :mod:`saap.prune.scores.fusion` says what it computes."""
+
+    score: Annotated[
+        Score,
+        Option("Which scores enter: fused is vector and element; token is ours.", section=_SCORES, shown=False),
+    ] = "vector-token"
+    slices: Annotated[
+        Slices,
+        Option("Slices of a structure that are summed: all, or those of the output side.", _SCORES, shown=False),
+    ] = "all"
+    sigma: Annotated[
+        Scope, Option("Structures that share a sigma: of a type, or of a type and a layer.", _SCORES, shown=False)
+    ] = "type"
+    learned: bool = False  # find the sigmas by gradient descent instead of in closed form; both agree
+    stability: Annotated[
+        float, Option("Lambda: below 0 prunes what fluctuates, above 0 keeps it.", _SCORES, shown=False)
+    ] = 0.0
+    layer_power: Annotated[
+        float, Option("Gamma: how much its layer counts in an FFN channel; 0 is off.", _SCORES, shown=False)
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions:
+    """How SAAP scores and prices; the other methods do not read it."""
+
+    fusion: FusionOptions = field(default_factory=FusionOptions)
+    c: Annotated[
+        float | None,
+        Option("Weight of the second-order term; default: tokens per sequence; papers print 1.", _SCORES, shown=False),
+    ] = None
+    exact: Annotated[
+        bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
+    ] = False
+    corrections: Annotated[
+        int, Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False)
+    ] = 0
+    prices: Annotated[
+        Pricing,
+        Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False),
+    ] = "silenced"
+
+    @property
+    def element(self) -> Element:
+        """The form of the element score that is needed."""
+        if "element" not in FUSIONS[self.fusion.score]:
+            return "none"
+        return "exact" if self.exact else "streamed"
+
+    def check(self) -> None:
+        """Raise UserError for what is not allowed."""
+        if self.corrections < 0:
+            raise UserError(f"{self.corrections} corrections are not allowed: give 0 or more")
+        if self.prices not in PRICINGS:
+            raise UserError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
+        if self.corrections and self.prices == "compensated":
+            raise UserError("corrections measure without compensation: leave them out, or give --prices silenced")
+        if self.exact and self.element == "none":
+            raise UserError(
+                f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
+                "fused, fused-token or element"
+            )
+        if self.c is not None and not self.c >= 0:
+            raise UserError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How to prune.
+    """How to prune. Exactly one of the first five fields says what the slim model must meet."""
 
-    Attributes:
-        requirement: what the slim model must meet.
-        method: ``saap`` or one of :data:`saap.prune.baselines.methods.BASELINES`.
-        compensate: how what stays makes up for what goes; None is the method's own: a refit for saap, a bias for flap.
-        heads: whether attention loses heads or KV groups; None lets saap weigh it, and baselines where every query head
-            has its own KV head: whole groups are dear.
-        block: the quantisation group that every width must be a multiple of.
-        adaptive: how saap chooses.
-        steps: how many times saap scores, cuts and makes up for it on the way to the requirement; None is one for every
-            15 % of what the layers cost that has to go.
-        drop_layers: how many layers go whole, in a step before these: those with the least block influence.
-        keep_layers: layers that stay whole; empty leaves it to the method, None keeps none, whatever the method.
-        seed: of the method ``random``.
-        stream: leave the decoder layers in their files and read one at a time; None does where memory is too small.
-        device: that computes, such as ``cuda``; of several processes each takes its own.
-    """
-
-    requirement: Requirement
-    method: str = "saap"
-    compensate: Compensation | None = None
-    heads: bool | None = None
-    block: int = 32
+    ratio: Annotated[
+        float | None, Option("Share of the decoder layers' weights to remove, such as 0.2.", _MUST, metavar="SHARE")
+    ] = None
+    max_params: Annotated[
+        int | None,
+        Option("Most parameters, with the embedding, such as 100M.", _MUST, metavar="COUNT", parse=parameter_count),
+    ] = None
+    max_bytes: Annotated[
+        int | None,
+        Option("Largest weights file of the bundle, as 80MB or 80MiB.", _MUST, metavar="SIZE", parse=byte_count),
+    ] = None
+    speedup: Annotated[
+        float | None,
+        Option("Times as many tokens per second, such as 1.25; with --costs.", _MUST, metavar="FACTOR"),
+    ] = None
+    ms_per_token: Annotated[
+        float | None, Option("Longest decode step in milliseconds; with --costs.", _MUST, metavar="MS")
+    ] = None
+    costs: Annotated[
+        Path | None, Option("What `saap devices probe --costs` measured on the device.", _FOR, metavar="FILE")
+    ] = None
+    threads: Annotated[
+        int | None, Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N")
+    ] = None
+    bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
+    group_size: Annotated[
+        Literal[32, 64, 128],
+        Option("Its weights per scale; every width is a multiple of it.", _FOR, flags=("--group",)),
+    ] = 32
+    onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
+    method: Annotated[Method, Option("SAAP, or another method.", _HOW)] = "saap"
+    compensate: Annotated[
+        Compensation | None,
+        Option("How the remaining weights compensate; default: refit for saap, bias for flap, none for others.", _HOW),
+    ] = None
+    stages: Annotated[
+        int | None,
+        Option(
+            "Prune in this many stages, each scored anew (saap); default: one for every 15 % of the layers' cost.",
+            _HOW,
+            flags=("--stages", "--iterative-steps"),
+            metavar="N",
+            shown=False,
+        ),
+    ] = None
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
-    steps: int | None = None
-    drop_layers: int = 0
-    keep_layers: frozenset[int] | None = frozenset()
-    seed: int = 0
-    stream: bool | None = None
-    device: str = "cpu"
+    heads: Annotated[
+        bool | None,
+        Option(
+            "Query heads and KV groups too; default: where measured to pay; not by other methods on models with GQA.",
+            _GOES,
+            flags=("--heads/--no-heads",),
+        ),
+    ] = None
+    modules: Annotated[bool, Option("Whole attention and FFN blocks too (each is measured: slower).", _GOES)] = False
+    drop_layers: Annotated[
+        int,
+        Option(
+            "So many whole layers first, those that change least what passes through; the rest in width (saap).",
+            _GOES,
+            metavar="N",
+        ),
+    ] = 0
+    keep_layers: Annotated[
+        frozenset[int] | None,
+        Option(
+            "Not from these, such as 0-2,29; none: from all; default: as the method has it.",
+            _GOES,
+            metavar="LAYERS",
+            parse=layer_range,
+        ),
+    ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
+    sequences: Annotated[int, Option("Calibration sequences.", _ON, metavar="N")] = 64
+    length: Annotated[int, Option("Tokens per sequence.", _ON, metavar="N")] = 256
+    seed: Annotated[int, Option("Of the text's order, and of the method random.", _ON, metavar="N")] = 0
+    stream: Annotated[
+        bool | None,
+        Option(
+            "Read the model layer by layer; default: where it does not fit into memory as a whole.",
+            _LOADED,
+            flags=("--stream/--no-stream",),
+        ),
+    ] = None
+    device: Annotated[str, Option("Compute device: cpu, cuda or cuda:1.", _LOADED, metavar="NAME")] = "cpu"
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What the slim model must meet, by its name."""
+        return {name: value for name in REQUIREMENTS if (value := getattr(self, name)) is not None}
 
     @property
     def compensation(self) -> Compensation:
         """The kind that is used."""
-        own: dict[str, Compensation] = {"saap": "refit", "flap": "bias"}
-        return self.compensate or own.get(self.method, "none")
+        return self.compensate or OWN_COMPENSATION.get(self.method, "none")
+
+    @property
+    def kept_layers(self) -> frozenset[int]:
+        """The layers that were asked to stay whole."""
+        return self.keep_layers or frozenset()
 
     def prunes_heads(self, shape: ModelShape) -> bool:
-        """Whether attention loses heads or KV groups in a model of this shape."""
+        """Whether attention loses heads or KV groups in a model of this shape.
+
+        By default SAAP weighs it, and other methods leave out whole KV groups of several query heads: those are dear.
+        """
         if self.heads is not None:
             return self.heads
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:
         """Raise UserError for names that are not known and numbers that are not allowed."""
-        self.requirement.check()
+        from saap.system.gpu import device_of
+
+        self.check_requirement()
         self.adaptive.check()
         device_of(self.device)
         if self.drop_layers < 0:
             raise UserError(f"--drop-layers {self.drop_layers} is not allowed: give 0 or more")
         if self.method != "saap" and self.drop_layers:
             raise UserError(f"--drop-layers is for the method saap: leave it out for {self.method}")
-        if self.method != "saap" and (self.steps is not None or self.adaptive.corrections):
-            raise UserError(f"steps and corrections are for the method saap: leave them out for {self.method}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"{self.steps} steps are not allowed: give 1 or more")
+        if self.method != "saap" and (self.stages is not None or self.adaptive.corrections):
+            raise UserError(f"stages and corrections are for the method saap: leave them out for {self.method}")
+        if self.stages is not None and self.stages < 1:
+            raise UserError(f"{self.stages} stages are not allowed: give 1 or more")
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if self.stream and self.method in TAYLOR:
@@ -83,3 +268,36 @@ class PruneOptions:
             )
         if self.compensation not in COMPENSATIONS:
             raise UserError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
+
+    def check_requirement(self) -> None:
+        """Raise UserError for a requirement that is none, two, or out of range."""
+        if len(self.asked) != 1:
+            found = " and ".join(map(_flag, self.asked)) or "none"
+            allowed = "--ratio, --max-params, --max-bytes, --speedup or --ms-per-token"
+            raise UserError(f"give one requirement: {allowed} (given: {found})")
+        ((kind, value),) = self.asked.items()
+        _check_range(kind, value)
+        if kind in TIMED and self.costs is None:
+            raise UserError(
+                f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices probe --costs MODEL`"
+            )
+        for name in ("costs", "threads"):
+            if kind not in TIMED and getattr(self, name) is not None:
+                raise UserError(f"{_flag(name)} is for --speedup and --ms-per-token: leave it out, or ask for a time")
+        if self.bits not in BITS:
+            raise UserError(f"{self.bits} bits are not supported; allowed: 4, 8, 32")
+
+
+def _check_range(kind: str, value: float) -> None:
+    finite = math.isfinite(value)
+    if kind == "ratio" and not (finite and 0 < value < 1):
+        raise UserError(f"ratio {value} is not allowed: give a share between 0 and 1, such as 0.2")
+    if kind == "speedup" and not (finite and value > 1):
+        raise UserError(f"speedup {value} is not allowed: give a factor above 1, such as 1.25")
+    if not (finite and value > 0):
+        unit = {"max_params": "parameters", "max_bytes": "bytes", "ms_per_token": "milliseconds"}[kind]
+        raise UserError(f"{_flag(kind)[2:]} {value} is not allowed: give a positive number of {unit}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

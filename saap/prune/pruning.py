@@ -20,15 +20,14 @@ from saap.models.streaming import load_streamed
 from saap.models.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.models.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
 from saap.prune.baselines.methods import rank
-from saap.prune.baselines.scores import TAYLOR
-from saap.prune.cut.refit import Compensation, compensate
+from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.kept_stages import agreed, kept_steps
 from saap.prune.needs import prune_disk, prune_needs
-from saap.prune.options import PruneOptions
+from saap.prune.options import TAYLOR, Compensation, PruneOptions
 from saap.prune.record import record_of
 from saap.prune.search.adaptive import adaptive_plan
-from saap.prune.search.budget import Budget
+from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after, sizes_lost
 from saap.prune.search.milp import meet
 from saap.prune.shares import joined, shares
@@ -208,9 +207,9 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     if config.get("slim_quant"):
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)
-    _check_layers(options.keep_layers or frozenset(), shape)
+    _check_layers(options.kept_layers, shape)
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
-    budget = options.requirement.budget(shape, config, cut=cut)
+    budget = budget_for(options, shape, config, cut=cut)
     if options.method == "saap":
         check_reachable(budget, options)
         stages_of(budget, options)
@@ -236,14 +235,10 @@ def make_plan(
         UserError: the requirement cannot be met, or the model is not finite on the text.
     """
     if options.method == "saap":
-        return adaptive_plan(
-            model, shape, calibration, budget, replace(options.adaptive, heads=options.heads), block=options.block,
-            keep_layers=options.keep_layers or frozenset(), compensation=options.compensation, weights=weights,
-            progress=progress,
-        )  # fmt: skip
+        return adaptive_plan(model, calibration, budget, options, weights=weights, progress=progress)
     ranking = rank(
         options.method, model, shape, calibration, keep_layers=options.keep_layers, heads=options.prunes_heads(shape),
-        block=options.block, seed=options.seed, progress=progress,
+        block=options.group_size, seed=options.seed, progress=progress,
     )  # fmt: skip
     plan = meet(ranking.plan_at, budget, budget.cut)
     return replace(plan, reasons=sizes_lost(plan, budget))

@@ -45,14 +45,14 @@ def record_of(
             "layers": [asdict(layer) for layer in plan.layers],
         },
         "options": {
-            "block": options.block,
+            "block": options.group_size,
             "compensate": options.compensation,
             "heads": options.heads if options.method == "saap" else options.prunes_heads(budget.dense),
             "steps": steps,
             **({"drop_layers": options.drop_layers} if options.drop_layers else {}),
-            "keep_layers": sorted(options.keep_layers or ()),
+            "keep_layers": sorted(options.kept_layers),
             "seed": options.seed,
-            **({"adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
+            **({"modules": options.modules, "adaptive": asdict(options.adaptive)} if options.method == "saap" else {}),
         },
         "lineage": {
             **lineage,

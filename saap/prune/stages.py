@@ -58,7 +58,7 @@ def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
             raise UserError(f"--drop-layers {options.drop_layers} is more than has to go: {advice}, or ask for more")
         share = 1 - budget.limit / (whole - dropped)
         first = [Stage(budget.partway(way), options.drop_layers, last=False)]
-    count = options.steps or max(1, math.ceil(share / SHARE_PER_STEP - 1e-9))
+    count = options.stages or max(1, math.ceil(share / SHARE_PER_STEP - 1e-9))
     parts = [budget.partway(way + (1 - way) * step / count) for step in range(1, count)]
     return [*first, *(Stage(part, last=False) for part in parts), Stage(budget)]
 
@@ -74,7 +74,7 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
     Raises:
         UserError: names the nearest that can be met, or how many layers can go.
     """
-    shape, kept = budget.dense, options.keep_layers or frozenset()
+    shape, kept = budget.dense, options.kept_layers
     if options.drop_layers:
         free = [i for i in range(len(shape.layers)) if i not in kept]
         if options.drop_layers >= len(free) + bool(kept):
@@ -87,7 +87,7 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
         left = [i for i in range(len(shape.layers)) if i not in gone]
         kept = frozenset(place for place, index in enumerate(left) if index in kept)
         shape = shape.with_layers(tuple(shape.layers[i] for i in left))
-    check_floor(shape, options.block, kept, options.adaptive.modules, budget, options.prunes_heads(shape))
+    check_floor(shape, options.group_size, kept, options.modules, budget, options.prunes_heads(shape))
 
 
 def layers_plan(

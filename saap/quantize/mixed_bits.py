@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import layer_inputs, layers_of, run_layer
-from saap.prune.search.bundle_size import PAGE, bundle_size
+from saap.quantize.bundle_size import PAGE, bundle_size
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
 

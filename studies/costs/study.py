@@ -58,7 +58,7 @@ def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     models = [tuple(model.shape.layers), *random_models(full, precision.block)]
     work.mkdir(parents=True, exist_ok=True)
     bundles = write_probe_stacks(model, work, models)
-    table = read_costs(costs, model.shape, bits=precision.bits, block=precision.block, threads=threads)
+    table = read_costs(costs, model.shape, bits=precision.bits, group_size=precision.block, threads=threads)
     result = bench([str(path) for path in bundles], Plan(threads=threads, repetitions=rounds, cold=False))
     dense, *others = result.measurements
     rows = []

@@ -115,7 +115,7 @@ def _documents(place: Path) -> Iterator[Target]:
     shape = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 
     def costs() -> Any:
-        table = read_costs(cost, shape, bits=4, block=32)
+        table = read_costs(cost, shape, bits=4, group_size=32)
         return table.attention_ms(9, 3), table.ffn_ms(512)
 
     yield Target("cost.json", _from_file(cost, costs), _json(seeds.COSTS))

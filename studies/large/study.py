@@ -74,7 +74,7 @@ def sum_of(phase: str, place: Path) -> float | None:
     from saap.models.opening import whole_needs
     from saap.models.weight_files import weights_bytes
     from saap.prune.needs import prune_needs
-    from saap.prune.search.bundle_size import bundle_size
+    from saap.quantize.bundle_size import bundle_size
     from saap.system.needs import fits
     from saap.tune.needs import tune_needs
 

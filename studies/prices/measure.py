@@ -99,8 +99,8 @@ def one_step_plan(
     nothing: list[float | None] = [None] * len(shape.layers)
 
     def searched(prices: Prices) -> tuple[list[Module], list[Option], PrunePlan]:
-        allowed = prices if options.adaptive.modules else replace(prices, no_attention=nothing, no_ffn=nothing)
-        modules = modules_of(shape, allowed, options.block, frozenset(), budget)
+        allowed = prices if options.modules else replace(prices, no_attention=nothing, no_ffn=nothing)
+        modules = modules_of(shape, allowed, options.group_size, frozenset(), budget)
         chosen = solve(modules, budget)
         return modules, chosen, plan_from(modules, chosen, shape)
 
@@ -148,9 +148,9 @@ def judged(
         weights: the hash under which scores are kept; None keeps none.
     """
     shape = shape_of(model.config)
-    prices, priced = prices_of(model, shape, calibration, replace(options.adaptive, modules=True), weights=weights)
+    prices, priced = prices_of(model, shape, calibration, replace(options, modules=True), weights=weights)
     prices, plan = one_step_plan(model, shape, prices, priced, budget, options)
-    drawn = draw(modules_of(shape, prices, options.block, frozenset(), budget), shape, count, seed)
+    drawn = draw(modules_of(shape, prices, options.group_size, frozenset(), budget), shape, count, seed)
     dense = PrunePlan(tuple(whole_layer(sizes) for sizes in shape.layers))
     measured = [increases(model, shape, at, drawn, held) for at in (dense, plan)]
     points = [

@@ -46,6 +46,7 @@ def run(variant: Variant, draw: int | None = None) -> None:
     from saap.models.checkpoint import load_model, read_config
     from saap.models.resolve import resolve
     from saap.models.weight_files import weights_hash
+    from saap.prune.search.budget import budget_for
     from saap.system.json_files import write_json
     from studies.prices.measure import DRAW, judged
     from studies.pruning.measure import Texts, options_of
@@ -55,7 +56,7 @@ def run(variant: Variant, draw: int | None = None) -> None:
     model_dir = Path(resolve(MODEL))
     config, texts = read_config(model_dir), Texts(model_dir)
     began = time.monotonic()
-    budget = options.requirement.budget(shape_of(config), config)
+    budget = budget_for(options, shape_of(config), config)
     calibration, held = texts.alike(variant["seed"]), texts.held(variant["seed"])[:ROWS]
     weights = weights_hash(model_dir)
     record = judged(

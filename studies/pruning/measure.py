@@ -19,12 +19,9 @@ import torch
 from saap.models.checkpoint import load_model, read_record
 from saap.models.resolve import load_tokenizer
 from saap.prune.baselines.methods import published
-from saap.prune.options import PruneOptions
+from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.scores.fusion import FusionOptions
-from saap.prune.search.adaptive import AdaptiveOptions
 from saap.prune.search.masking import mean_nll
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 from saap.text.documents import documents_of, pack, read_file
 from saap.text.rows import training_rows
@@ -39,13 +36,15 @@ def options_of(variant: Variant) -> PruneOptions:
         part: {name: variant[name] for name in names if name in variant}
         for part, names in (
             ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
-            ("adaptive", ("c", "exact", "modules", "corrections", "prices")),
-            ("rest", ("method", "compensate", "heads", "seed", "steps")),
+            ("adaptive", ("c", "exact", "corrections", "prices")),
+            ("rest", ("method", "compensate", "heads", "modules", "seed")),
         )
     }
     adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
     kept = None if variant.get("text") == "alike" else frozenset[int]()  # alike: every layer may be pruned
-    return PruneOptions(Requirement(ratio=variant["ratio"]), adaptive=adaptive, keep_layers=kept, **given["rest"])
+    return PruneOptions(
+        ratio=variant["ratio"], stages=variant.get("steps"), adaptive=adaptive, keep_layers=kept, **given["rest"]
+    )
 
 
 class Texts:

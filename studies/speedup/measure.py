@@ -15,7 +15,6 @@ import torch
 from saap.models.checkpoint import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 from studies.common import Cell, provenance
 from studies.pruning.cells import Variant
@@ -25,8 +24,10 @@ from studies.speedup.rows import THREADS, Setup, attempt_name, closest, next_ask
 
 def speed_options(variant: Variant, asked: float, costs: Path, onnxruntime: str | None = None) -> PruneOptions:
     """PruneOptions of a row's bundle."""
-    requirement = Requirement(speedup=asked, costs=costs, threads=THREADS, onnxruntime=onnxruntime)
-    return replace(options_of({**variant, "ratio": 0.5}), requirement=requirement)  # the ratio gives way to it
+    return replace(
+        options_of({**variant, "ratio": 0.5}), ratio=None, speedup=asked, costs=costs, threads=THREADS,
+        onnxruntime=onnxruntime,
+    )  # fmt: skip
 
 
 def make_costs(setup: Setup) -> None:

@@ -18,7 +18,6 @@ from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
-from saap.prune.search.requirement import Requirement
 from saap.system.json_files import write_json
 from saap.text.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.tune.loop.steps import train
@@ -37,7 +36,7 @@ def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
     """The pruned model with SAAP's defaults."""
     out = OUT / f"slim-{model_dir.name}-{ratio:g}"
     if not out.is_dir():
-        prune(model_dir, out, texts.alike(SEED), PruneOptions(Requirement(ratio=ratio)))
+        prune(model_dir, out, texts.alike(SEED), PruneOptions(ratio=ratio))
     return out
 
 

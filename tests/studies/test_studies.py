@@ -27,6 +27,7 @@ from export.generate.run import BundleScorer
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerPlan, PrunePlan, whole_layer
+from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option
 from studies.common import with_tables
@@ -36,7 +37,7 @@ from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
-from tests.saap.prune.search.test_requirement import cost_file
+from tests.saap.prune.search.test_budget import cost_file
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.parent.name for path in ROOT.glob("studies/*/study.py"))
@@ -126,7 +127,7 @@ def judged(tiny_model):
     directory = tiny_model(head_dim=32)
     model = load_model(directory)
     options = options_of({"ratio": 0.3})
-    budget = options.requirement.budget(shape_of(model.config), read_config(directory))
+    budget = budget_for(options, shape_of(model.config), read_config(directory))
     return model, prices.judged(model, IDS, HELD, options, budget, None, count=20, seed=1)
 
 
@@ -174,7 +175,7 @@ def test_variants_are_judged_by_the_same_options(tiny_model):
     model, drawn = load_model(directory), []
     for variant in ({"score": "token"}, {"score": "vector", "corrections": 1}):
         options = options_of({**variant, "ratio": 0.3})
-        budget = options.requirement.budget(shape_of(model.config), read_config(directory))
+        budget = budget_for(options, shape_of(model.config), read_config(directory))
         record = prices.judged(model, IDS, HELD, options, budget, None, count=12)
         drawn.append([(p["layer"], p["type"], p["keep"]) for p in record["points"]])
     assert drawn[0] == drawn[1]

@@ -16,7 +16,6 @@ from saap.models.streaming import present
 from saap.models.structures import ModelShape
 from saap.prune.baselines.plans import Ranking, Step, module_steps, threshold_key, uniform_key
 from saap.prune.baselines.scores import (
-    TAYLOR,
     StructureScores,
     flap_scores,
     magnitude_scores,
@@ -24,10 +23,11 @@ from saap.prune.baselines.scores import (
     taylor_scores,
     wanda_scores,
 )
+from saap.prune.options import METHODS, TAYLOR
 from saap.prune.scores.activations import Activations, collect
 from saap.system.errors import UserError
 
-BASELINES = ("random", "magnitude", *TAYLOR, "wanda_sp", "flap", "shortgpt")
+BASELINES = METHODS[1:]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from saap.models.structures import ModelShape
 from saap.prune.scores.activations import Activations, InputStatistics
 from saap.system.errors import UserError
 
-TAYLOR = ("vector", "param_first", "param_second", "param_mix")
 Slices = dict[tuple[int, str], torch.Tensor]  # (layer, role) -> one number per row, or per column of output and down
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +32,9 @@ from saap.models.streaming import present
 from saap.models.structures import LayerPlan, ModelShape, PrunePlan
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import head_rows
+from saap.prune.options import Compensation
 from saap.prune.shares import shares
 
-Compensation = Literal["none", "bias", "refit"]
-COMPENSATIONS = ("none", "bias", "refit")
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_SHARE = 6  # one sixth of the batches chooses lambda
 

@@ -16,47 +16,12 @@ and empty them step by step. Heads, of which a layer has few, do worse with the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
 from saap.models.structures import ModelShape
-from saap.prune.scores.importance import TYPES, Scores, Slices
+from saap.prune.options import FUSIONS, FusionOptions, Slices, Term
+from saap.prune.scores.importance import TYPES, Scores
 from saap.prune.scores.stability import stability_factor
-
-Term = Literal["vector", "element", "token"]
-Scope = Literal["type", "layer"]
-FUSIONS: dict[str, tuple[Term, ...]] = {
-    "vector": ("vector",),
-    "element": ("element",),
-    "token": ("token",),
-    "fused": ("vector", "element"),
-    "vector-token": ("vector", "token"),
-    "fused-token": ("vector", "element", "token"),
-}
-
-
-@dataclass(frozen=True)
-class FusionOptions:
-    """How scores become one number per structure.
-
-    Attributes:
-        score: which scores enter, a name of :data:`FUSIONS`.
-        slices: a structure's slices that enter vector and element scores: all, or those of the output side alone.
-        sigma: the structures that share a sigma: of a type over the whole model, or of a type and a layer.
-        learned: find the log-variances by gradient descent instead of in closed form; both agree.
-        stability: lambda in P exp(lambda ASI); below 0 structures whose importance fluctuates are pruned first, above 0
-            they are kept, 0 is off.
-        layer_power: gamma in P (mean of P in the layer / mean over layers)^gamma of FFN channels; 0 is off.
-    """
-
-    score: str = "vector-token"
-    slices: Slices = "all"
-    sigma: Scope = "type"
-    learned: bool = False
-    stability: float = 0.0
-    layer_power: float = 1.0
 
 
 def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:

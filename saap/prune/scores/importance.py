@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,10 +36,9 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.structures import ModelShape
+from saap.prune.options import Element, Slices
 from saap.system.errors import UserError
 
-Slices = Literal["all", "output"]
-Element = Literal["none", "streamed", "exact"]
 TYPES = ("ffn", "head", "group")
 INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
 

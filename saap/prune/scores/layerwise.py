@@ -17,7 +17,8 @@ from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after,
 from saap.models.matrices import matrices_of
 from saap.models.streaming import present
 from saap.models.structures import ModelShape
-from saap.prune.scores.importance import Element, Scores, Sums, check_loss, watched
+from saap.prune.options import Element
+from saap.prune.scores.importance import Scores, Sums, check_loss, watched
 
 STATE_BYTES = 2 << 30  # of states before every layer; more sequences should go through in another portion
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.streaming import is_streamed
 from saap.models.structures import ModelShape
+from saap.prune.options import Element
 from saap.prune.scores.cache import cached_scores, named, scores_from
-from saap.prune.scores.importance import Element, Scores, estimate, merged
+from saap.prune.scores.importance import Scores, estimate, merged
 from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
 from saap.prune.shares import shares
 from saap.system.errors import UserError

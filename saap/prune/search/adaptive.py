@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
-from saap.prune.cut.refit import Compensation, losses_compensated
+from saap.prune.cut.refit import losses_compensated
+from saap.prune.options import PruneOptions
 from saap.prune.scores.cache import KnownLosses
-from saap.prune.scores.fusion import FUSIONS, FusionOptions, fuse
-from saap.prune.scores.importance import Element
+from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import Weighed, reasons_of
@@ -30,67 +29,15 @@ from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from
 from saap.prune.search.prices import correct_prices, finite, fit_prices
 from saap.system.errors import UserError
 
-Pricing = Literal["silenced", "compensated"]
-PRICINGS = get_args(Pricing)
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
-
-
-@dataclass(frozen=True)
-class AdaptiveOptions:
-    """How SAAP chooses.
-
-    Attributes:
-        fusion: how scores become one number per structure.
-        c: weight of the Taylor term of second order; None is the number of tokens per sequence.
-        exact: the exact element score instead of the streamed one; two more numbers per weight.
-        heads: whether query heads and KV groups may go; None: where it pays, see :func:`adaptive_plan`.
-        modules: whether whole attention and feed-forward blocks may go.
-        corrections: how many times prices are corrected by measured loss.
-        prices: ``compensated``: of what compensation leaves; ``silenced``: of what goes without it.
-    """
-
-    fusion: FusionOptions = field(default_factory=FusionOptions)
-    c: float | None = None
-    exact: bool = False
-    heads: bool | None = None
-    modules: bool = False
-    corrections: int = 0
-    prices: Pricing = "silenced"
-
-    @property
-    def element(self) -> Element:
-        """The form of the element score that is needed."""
-        if "element" not in FUSIONS[self.fusion.score]:
-            return "none"
-        return "exact" if self.exact else "streamed"
-
-    def check(self) -> None:
-        """Raise UserError for numbers that are not allowed."""
-        if self.corrections < 0:
-            raise UserError(f"{self.corrections} corrections are not allowed: give 0 or more")
-        if self.prices not in PRICINGS:
-            raise UserError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
-        if self.corrections and self.prices == "compensated":
-            raise UserError("corrections measure without compensation: leave them out, or give --prices silenced")
-        if self.exact and self.element == "none":
-            raise UserError(
-                f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
-                "fused, fused-token or element"
-            )
-        if self.c is not None and not self.c >= 0:
-            raise UserError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 
 
 def adaptive_plan(
     model: PreTrainedModel,
-    shape: ModelShape,
     calibration: torch.Tensor,
     budget: Budget,
-    options: AdaptiveOptions,
+    options: PruneOptions,
     *,
-    block: int,
-    keep_layers: frozenset[int] = frozenset(),
-    compensation: Compensation = "none",
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> PrunePlan:
@@ -103,30 +50,27 @@ def adaptive_plan(
 
     Args:
         calibration: [sequences, tokens] int64; the last eighth prices what the others scored.
-        compensation: what will be done about what goes.
         weights: hash of the model's weights, under which scores are kept; None keeps none.
 
     Raises:
         UserError: too little text, a loss that is not finite, or a budget that cannot be met.
     """
-    prices, priced = prices_of(
-        model, shape, calibration, options, keep_layers=keep_layers, compensation=compensation, weights=weights,
-        progress=progress,
-    )  # fmt: skip
-    modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
+    shape, compensation = budget.dense, options.compensation
+    prices, priced = prices_of(model, shape, calibration, options, weights=weights, progress=progress)
+    modules, chosen, plan = _search(prices, options, budget)
     best, least = plan, float("inf")
-    for _ in range(options.corrections):
+    for _ in range(options.adaptive.corrections):
         prices, loss = correct_prices(model, shape, prices, modules, chosen, plan, priced, progress=progress)
         best, least = (plan, loss) if loss < least else (best, least)
-        modules, chosen, plan = _search(shape, prices, block, keep_layers, budget)
-    if options.corrections:
+        modules, chosen, plan = _search(prices, options, budget)
+    if options.adaptive.corrections:
         with masked(model, cut_layers(plan, shape), shape.head_dim):
             plan = plan if mean_nll(model, priced) < least else best
     cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
     if options.heads is not None or not cuts:
         return plan
     try:
-        simpler = _search(shape, attention_whole(prices), block, keep_layers, budget)[2]
+        simpler = _search(attention_whole(prices), options, budget)[2]
     except UserError:  # the FFN alone cannot meet the budget
         return plan
     scored = calibration[: -len(priced)]
@@ -158,10 +102,8 @@ def prices_of(
     model: PreTrainedModel,
     shape: ModelShape,
     calibration: torch.Tensor,
-    options: AdaptiveOptions,
+    options: PruneOptions,
     *,
-    keep_layers: frozenset[int] = frozenset(),
-    compensation: Compensation = "none",
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Prices, torch.Tensor]:
@@ -174,29 +116,28 @@ def prices_of(
         raise UserError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(calibration) // PRICING_SHARE)
     scored, priced = calibration[:-held], calibration[-held:]
-    c = float(calibration.shape[1]) if options.c is None else options.c
-    scores = scores_of(model, shape, scored, c=c, element=options.element, weights=weights, progress=progress)
+    adaptive, compensation = options.adaptive, options.compensation
+    c = float(calibration.shape[1]) if adaptive.c is None else adaptive.c
+    scores = scores_of(model, shape, scored, c=c, element=adaptive.element, weights=weights, progress=progress)
     settings, compensated = None, None
-    if options.prices == "compensated" and compensation != "none":
+    if adaptive.prices == "compensated" and compensation != "none":
         settings = {"compensation": compensation, "on": hashlib.sha256(scored.numpy().tobytes()).hexdigest()}
 
         def compensated(plan: PrunePlan) -> float:
             return float(losses_compensated(compensation, model, shape, plan, scored, priced).mean())
 
     prices = fit_prices(
-        model, shape, fuse(scores, shape, options.fusion), priced, keep_layers=keep_layers,
+        model, shape, fuse(scores, shape, adaptive.fusion), priced, keep_layers=options.kept_layers,
         heads=options.heads is not False, modules=options.modules, compensated=compensated,
         known=KnownLosses(weights, priced, settings), progress=progress,
     )  # fmt: skip
     return prices, priced
 
 
-def _search(
-    shape: ModelShape, prices: Prices, block: int, keep_layers: frozenset[int], budget: Budget
-) -> tuple[list[Module], list[Option], PrunePlan]:
-    modules = modules_of(shape, prices, block, keep_layers, budget)
+def _search(prices: Prices, options: PruneOptions, budget: Budget) -> tuple[list[Module], list[Option], PrunePlan]:
+    modules = modules_of(budget.dense, prices, options.group_size, options.kept_layers, budget)
     chosen = solve(modules, budget)
-    plan = plan_from(modules, chosen, shape)
+    plan = plan_from(modules, chosen, budget.dense)
     return modules, chosen, replace(plan, reasons=reasons_of(modules, chosen, budget.unit))
 
 

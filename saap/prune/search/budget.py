@@ -1,27 +1,37 @@
 """What a requirement leaves for a model's layers, in weights, parameters, bytes or milliseconds.
 
+* ratio r: weights of the decoder layers at most (1 - r) times the dense model's
+* max_params: parameters, embedding and head included
+* max_bytes: bytes of the bundle's weights file (:mod:`saap.quantize.bundle_size`)
+* ms_per_token: milliseconds of a decode step by a table measured on the device (:mod:`saap.prune.search.layer_costs`)
+* speedup x: milliseconds of a step at most those of the dense model by the table / x
+
 A model's cost is a sum: what pruning leaves alone (embedding, head, last norm, the constant part of a step), and its
 attention and feed-forward blocks. That sum is what :mod:`saap.prune.search.milp` brings below :attr:`Budget.limit`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from saap.models.structures import LayerSizes, ModelShape
-from saap.prune.search.bundle_size import BundleSize, bundle_size
-from saap.prune.search.layer_costs import CostTable
+from saap.prune.options import TIMED, PruneOptions
+from saap.prune.search.layer_costs import CostTable, read_costs
+from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
+from saap.system.json_files import read_object
 
 ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
 
 class Measure(Protocol):
-    """Costs in one unit; :class:`saap.prune.search.bundle_size.BundleSize` is one."""
+    """Costs in one unit; :class:`saap.quantize.bundle_size.BundleSize` is one."""
 
     def outside(self, shape: ModelShape) -> float:
         """Of what is in no layer."""
@@ -82,7 +92,7 @@ class Budget:
         asked: the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token.
         dense: the model that is pruned.
         cut: its shape with the biases that the slim model will have; what options cost is read from it.
-        bits: of the bundle that is planned for; ``block`` is its quantisation group.
+        bits, group_size: of the bundle that is planned for.
         size: of that bundle; None where none can be made of the model.
         table: milliseconds; None without a table of costs.
         costs: what a record says about the table.
@@ -95,7 +105,7 @@ class Budget:
     dense: ModelShape
     cut: ModelShape
     bits: int = 4
-    block: int = 32
+    group_size: int = 32
     size: BundleSize | None = None
     table: CostTable | None = None
     costs: dict[str, Any] | None = None
@@ -132,7 +142,7 @@ class Budget:
         return total <= self.most * (1 + ROUNDING)
 
     def partway(self, share: float) -> Budget:
-        """The budget after ``share`` of the way from the dense model to what was asked, for pruning in steps."""
+        """The budget after ``share`` of the way from the dense model to what was asked, for pruning in stages."""
         whole = self.total(self.dense)
         return replace(self, most=whole + share * (self.most - whole))
 
@@ -146,7 +156,7 @@ class Budget:
             ratio (share of the decoder layers' weights that is gone), ratio_of_all, parameters, bytes (of the bundle's
             weights file), and with a table of costs ms_per_token and speedup.
         """
-        size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.block)
+        size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.group_size)
         numbers: dict[str, float | None] = {
             "ratio": 1 - shape.layer_weights / self.dense.layer_weights,
             "ratio_of_all": 1 - shape.parameters / self.dense.parameters,
@@ -160,7 +170,7 @@ class Budget:
 
     def record(self) -> dict[str, Any]:
         """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
-        bundle = {"bits": self.bits, "block": self.block if self.bits != 32 else 0}
+        bundle = {"bits": self.bits, "block": self.group_size if self.bits != 32 else 0}
         costs = {"costs": self.costs} if self.costs else {}
         return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report(self.dense)}
 
@@ -190,9 +200,76 @@ class Budget:
         return UserError(f"{words}: {ALLOW_MORE}")
 
 
-def _rounded(value: float, way: Any) -> float:
+def _rounded(value: float, way: Callable[[float], float]) -> float:
     """Four digits, rounded to the side that can be met."""
     if value <= 0:
         return 0.0
     scale = 10.0 ** (3 - math.floor(math.log10(value)))
-    return float(way(value * scale) / scale)
+    return way(value * scale) / scale
+
+
+def budget_for(
+    options: PruneOptions, dense: ModelShape, config: Mapping[str, Any], *, cut: ModelShape | None = None
+) -> Budget:
+    """What the requirement leaves for the layers of a model.
+
+    Args:
+        dense: the model that is pruned.
+        config: its ``config.json``, from which the bundle's rotary tables are read.
+        cut: the same shape with the biases that a slim model of it will have beyond the dense one's.
+
+    Raises:
+        UserError: not one requirement, out of range, met by the dense model already, or a table of costs that is not
+            of this model.
+    """
+    options.check_requirement()
+    ((kind, value),) = options.asked.items()
+    size, table, costs = _size(options, kind, dense, config), None, None
+    if options.costs is not None:
+        table = read_costs(
+            options.costs, dense, bits=options.bits, group_size=options.group_size, threads=options.threads,
+            onnxruntime=options.onnxruntime,
+        )  # fmt: skip
+        costs = _described(options.costs, table)
+    unit, measure = _measure(kind, size, table)
+    budget = Budget(
+        unit, math.inf, measure, options.asked, dense, cut or dense, options.bits, options.group_size, size, table,
+        costs,
+    )  # fmt: skip
+    whole = budget.total(dense)
+    budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
+    if budget.meets(dense):
+        raise UserError(
+            f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: ask for less"
+        )
+    return budget
+
+
+def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tuple[str, Measure]:
+    """The unit, and what counts in it."""
+    if kind == "max_bytes":
+        assert size is not None
+        return "bytes", size
+    if kind in TIMED:
+        assert table is not None
+        return "ms", StepTime(table)
+    return ("weights", Weights(False)) if kind == "ratio" else ("parameters", Weights(True))
+
+
+def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[str, Any]) -> BundleSize | None:
+    try:
+        size = bundle_size(config, options.bits, options.group_size)
+        size.check(dense)
+        return size
+    except UserError:
+        if kind != "max_bytes":  # then the size is a number to report only, and may be unknown
+            return None
+        raise
+
+
+def _described(path: Path, table: CostTable) -> dict[str, Any]:
+    """Which table, of which device: enough to find it again."""
+    device = read_object(path, "measure it again with `saap devices probe --costs`")["device"]
+    known = {name: device.get(name) for name in ("board", "cpu_model", "fingerprint", "onnxruntime")}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.name, "sha256": sha256, **known, "threads": table.threads, "depth": table.depth}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saap.prune.options import TAYLOR
 from saap.prune.search.explain import Move, Reason, Reasons
 
 # The unit that prices are told in: how many of the budget's units it is, its name, its name in a heading.
@@ -26,7 +27,6 @@ DECIDES = {
     "flap": "flap removes the structures whose inputs fluctuate least, by one threshold for the whole model",
     "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
 }
-TAYLOR = ("vector", "param_first", "param_second", "param_mix")
 SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
 MOST_NAMED = 3  # layers that lost most, by name
 ALIKE = 0.005  # shares that are told as the same

@@ -116,7 +116,7 @@ def read_costs(
     shape: ModelShape,
     *,
     bits: int,
-    block: int,
+    group_size: int,
     threads: int | None = None,
     fingerprint: str | None = None,
     onnxruntime: str | None = None,
@@ -126,7 +126,7 @@ def read_costs(
     Args:
         shape: of the model that is pruned: hidden size, head size and vocabulary must be the table's.
         bits: of the bundle that will be made.
-        block: its quantisation group; 0 at 32 bit.
+        group_size: its weights per scale; means nothing at 32 bit.
         threads: which of the file's thread counts; None takes the only one.
         fingerprint: of the device that the model is for; None accepts any, for a table brought from another device.
         onnxruntime: version that will run it; None accepts any.
@@ -149,7 +149,7 @@ def read_costs(
     try:
         wanted = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
         if bits != 32:
-            wanted["block"] = block
+            wanted["block"] = group_size
         _same(path, "a model", {name: raw["model"][name] for name in wanted}, wanted)
         _same(path, "device", raw["device"]["fingerprint"], fingerprint)
         _same(path, "ONNX Runtime", raw["device"]["onnxruntime"], onnxruntime)

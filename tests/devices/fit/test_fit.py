@@ -20,7 +20,7 @@ from devices.fit.remedies import prune_to, with_bits
 from devices.probe.isa import FEATURES
 from devices.profiles.profile import DeviceError
 from export.bundle.manifest import PREFILL_CHUNK
-from saap.prune.search.bundle_size import BundleSize
+from saap.quantize.bundle_size import BundleSize
 
 MB = 10**6
 # SmolLM2-135M in 4 bit, as `saap export` writes it.
@@ -242,8 +242,8 @@ def test_a_tight_fit_is_called_so() -> None:
 
 
 def test_bits_scale_as_the_exporter_packs_them() -> None:
-    by_hand = BundleSize(bits=8, block=32, rotary_tables=0, rotary_bytes=0)
-    four = BundleSize(bits=4, block=32, rotary_tables=0, rotary_bytes=0)
+    by_hand = BundleSize(bits=8, group_size=32, rotary_tables=0, rotary_bytes=0)
+    four = BundleSize(bits=4, group_size=32, rotary_tables=0, rotary_bytes=0)
     ratio = sum(by_hand._matrix(576, 576, 8)) / sum(four._matrix(576, 576, 4))
     assert with_bits(SMOL8, 4).weight_bytes_per_token == round(SMOL8.weight_bytes_per_token / ratio)
     assert with_bits(SMOL32, 4).weight_bytes_per_token == pytest.approx(SMOL.weight_bytes_per_token, rel=0.01)

@@ -63,7 +63,7 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
-        tmp_path / "cost.json", SHAPE, bits=8, block=32, threads=1, fingerprint=device["fingerprint"],
+        tmp_path / "cost.json", SHAPE, bits=8, group_size=32, threads=1, fingerprint=device["fingerprint"],
         onnxruntime=device["onnxruntime"],
     )  # fmt: skip
     assert (table.threads, table.depth) == (1, 50) and len(document["threads"]) == 1
@@ -106,7 +106,7 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd, mo
     assert document.keys() == {*local, "on"} and local["stacks"] == document["stacks"]
     assert [table.keys() for table in document["threads"]] == [table.keys() for table in local["threads"]]
     assert document["command"] == local["command"] and document["device"]["fingerprint"]
-    table = read_costs(tmp_path / "pi.json", SHAPE, bits=8, block=32, threads=1)
+    table = read_costs(tmp_path / "pi.json", SHAPE, bits=8, group_size=32, threads=1)
     assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
 
     with pytest.raises(costs.CostsError, match="a depth of 99999 cannot be probed"):

@@ -12,8 +12,9 @@ from support.command_line import here, refused
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config, read_record
-from saap.prune.search.requirement import Requirement
-from tests.saap.prune.search.test_requirement import cost_file
+from saap.prune.options import PruneOptions
+from saap.prune.search.budget import budget_for
+from tests.saap.prune.search.test_budget import cost_file
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_speed_up(model, tmp_path, text, costs):
     assert plan["costs"]["sha256"] == hashlib.sha256(costs.read_bytes()).hexdigest()
     config = read_config(tmp_path / "slim")
     dense_config = read_config(model)
-    budget = Requirement(speedup=1.5, costs=costs).budget(shape_of(dense_config), dense_config)
+    budget = budget_for(PruneOptions(speedup=1.5, costs=costs), shape_of(dense_config), dense_config)
     assert budget.meets(shape_of(config))
     assert plan["achieved"]["ms_per_token"] == budget.total(shape_of(config))
     assert plan["dense"]["ms_per_token"] == pytest.approx(6.1)

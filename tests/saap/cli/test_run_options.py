@@ -11,7 +11,7 @@ from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.run import RunOptions
 from saap.models.checkpoint import read_record
-from tests.saap.prune.search.test_requirement import cost_file
+from tests.saap.prune.search.test_budget import cost_file
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from saap.prune.pruning import prune
 from saap.prune.scores.cache import KnownLosses, cached_scores
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
@@ -73,7 +72,7 @@ def holds(path: Path, read: Callable[[], Any], times: int = 40, same: Any = None
 
 @pytest.fixture
 def slim(tiny_model, tmp_path):
-    return prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3))) and tmp_path / "slim"
+    return prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(ratio=0.3)) and tmp_path / "slim"
 
 
 @pytest.mark.parametrize("load", [load_model, load_streamed])
@@ -142,7 +141,10 @@ def test_results_and_other_documents(tmp_path):
     write_document(tmp_path / "eval.json", {"kind": KIND, "version": VERSION, "rows": [{"name": "a", "nll": 3.25}]})
     assert holds(tmp_path / "eval.json", lambda: read_quality(tmp_path / "eval.json")) > 20
     write_costs(tmp_path / "cost.json", document())
-    assert holds(tmp_path / "cost.json", lambda: read_costs(tmp_path / "cost.json", SHAPE, bits=4, block=32), 200) > 150
+    assert (
+        holds(tmp_path / "cost.json", lambda: read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32), 200)
+        > 150
+    )
     baseline = write_baseline(tmp_path / "of", Baseline("a", [result(measurement("a", [0.01] * 5))]))
     assert holds(baseline, lambda: read_baselines(tmp_path / "of", "a"), 100) > 80
     write_document(tmp_path / "run.json", {"model": "a", "steps": [], "quality": {"rows": [1.5, 2]}})

@@ -13,9 +13,9 @@ from saap.models.checkpoint import load_model, read_config, read_record
 from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.requirement import Requirement
+from saap.prune.search.budget import budget_for
 from saap.prune.stages import stages_of
-from tests.saap.prune.search.test_requirement import cost_file
+from tests.saap.prune.search.test_budget import cost_file
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
@@ -42,10 +42,10 @@ def dropped(plan):
 
 def test_it_is_shortgpt_and_then_saap(model, tmp_path):
     """To the byte what both give one after the other, with the plan told of the dense model."""
-    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.4), drop_layers=2))
-    shortgpt = prune(model, tmp_path / "depth", IDS, PruneOptions(Requirement(ratio=0.33), method="shortgpt"))
+    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(ratio=0.4, drop_layers=2))
+    shortgpt = prune(model, tmp_path / "depth", IDS, PruneOptions(ratio=0.33, method="shortgpt"))
     assert len(dropped(shortgpt)) == 2 and dropped(plan) == dropped(shortgpt)
-    prune(tmp_path / "depth", tmp_path / "width", IDS, PruneOptions(Requirement(ratio=1 - 0.6 * 6 / 4)))
+    prune(tmp_path / "depth", tmp_path / "width", IDS, PruneOptions(ratio=1 - 0.6 * 6 / 4))
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("slim", "width")]
     assert files[0] == files[1]
     record = read_record(tmp_path / "slim")
@@ -56,17 +56,17 @@ def test_it_is_shortgpt_and_then_saap(model, tmp_path):
 
 
 def test_layers_that_are_kept_do_not_go(model, tmp_path):
-    free = prune(model, tmp_path / "free", IDS, PruneOptions(Requirement(ratio=0.4), drop_layers=2))
+    free = prune(model, tmp_path / "free", IDS, PruneOptions(ratio=0.4, drop_layers=2))
     keep = frozenset(dropped(free))
-    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.4), drop_layers=2, keep_layers=keep))
+    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(ratio=0.4, drop_layers=2, keep_layers=keep))
     assert len(dropped(plan)) == 2 and not keep & set(dropped(plan))
     assert {len(plan.layers[i].ffn) for i in keep} == {128} and {len(plan.layers[i].kv_heads) for i in keep} == {3}
 
 
 def test_the_width_is_scored_as_often_as_it_takes(model):
     config = read_config(model)
-    budget = Requirement(ratio=0.5).budget(shape_of(config), config)
-    options = PruneOptions(Requirement(ratio=0.5))
+    budget = budget_for(PruneOptions(ratio=0.5), shape_of(config), config)
+    options = PruneOptions(ratio=0.5)
     assert [stage.layers for stage in stages_of(budget, options)] == [0, 0, 0, 0]
     stages = stages_of(budget, replace(options, drop_layers=1))
     assert [(stage.layers, stage.last) for stage in stages] == [(1, False), (0, False), (0, False), (0, True)]
@@ -87,7 +87,7 @@ def test_a_time_is_met_with_fewer_layers(model, tmp_path, text):
 
 
 def test_one_that_was_killed_goes_on_after_the_layers(model, tmp_path, monkeypatch):
-    options = PruneOptions(Requirement(ratio=0.4), drop_layers=2)
+    options = PruneOptions(ratio=0.4, drop_layers=2)
     prune(model, tmp_path / "whole", IDS, options)
     once, stages = pruning._prune_once, []
 

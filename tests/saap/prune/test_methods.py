@@ -13,9 +13,9 @@ from support.command_line import here, refused
 from saap.cli.prune_options import METHODS
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record
-from saap.prune.cut.refit import COMPENSATIONS
+from saap.prune.options import COMPENSATIONS
 from saap.prune.options import METHODS as KNOWN
-from tests.saap.prune.search.test_requirement import cost_file
+from tests.saap.prune.search.test_budget import cost_file
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
 
@@ -95,15 +95,15 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--iterative-steps", "0"], "0 steps are not allowed: give 1 or more"),
+        (["--iterative-steps", "0"], "0 stages are not allowed: give 1 or more"),
         (["--corrections", "-1"], "-1 corrections are not allowed: give 0 or more"),
         (["--corrections", "1", "--prices", "compensated"], "corrections measure without compensation: leave them out"),
         (["--prices", "low"], "Invalid value for '--prices': 'low' is not one of 'silenced', 'compensated'"),
         (["--c", "-1"], "c = -1.0 is not allowed: give 0 or more"),
         (["--c", "nan"], "c = nan is not allowed"),
         (["--exact"], "the score vector-token has no element score to be exact"),
-        (["--method", "flap", "--corrections", "1"], "steps and corrections are for the method saap"),
-        (["--method", "flap", "--iterative-steps", "2"], "steps and corrections are for the method saap"),
+        (["--method", "flap", "--corrections", "1"], "stages and corrections are for the method saap"),
+        (["--method", "flap", "--iterative-steps", "2"], "stages and corrections are for the method saap"),
         (["--method", "best"], "Invalid value for '--method': 'best' is not one of 'saap', 'random'"),
         (["--compensate", "hope"], "Invalid value for '--compensate': 'hope' is not one of 'none', 'bias', 'refit'"),
     ],

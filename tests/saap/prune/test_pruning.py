@@ -11,14 +11,13 @@ from saap.models.structures import whole_layer
 from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
 
 def options(**requirement):
-    return PruneOptions(Requirement(**requirement))
+    return PruneOptions(**requirement)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
@@ -96,7 +95,7 @@ def test_a_requirement_that_is_met_already_says_so(tiny_model, tmp_path):
 
 
 def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
-    wrong = PruneOptions(Requirement(ratio=0.2), keep_layers=frozenset({7}))
+    wrong = PruneOptions(ratio=0.2, keep_layers=frozenset({7}))
     with pytest.raises(UserError, match="layer 7; the model has layers 0 to 2"):
         prune(tiny_model(), tmp_path / "slim", IDS, wrong)
 
@@ -104,7 +103,7 @@ def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
 def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
     """The plan indexes into the base model, whatever lay between."""
     path = tiny_model()
-    in_steps = PruneOptions(Requirement(ratio=0.4), steps=3, compensate="none")
+    in_steps = PruneOptions(ratio=0.4, stages=3, compensate="none")
     plan = prune(path, tmp_path / "slim", IDS, in_steps)
     record = read_record(tmp_path / "slim")["plan"]
     assert record["achieved"]["ratio"] >= 0.4
@@ -117,12 +116,12 @@ def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
 
 def test_steps_of_other_settings_are_removed(tiny_model, tmp_path):
     (tmp_path / ".slim.pruning/1-0123456789abcdef").mkdir(parents=True)
-    prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3), steps=2))
+    prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(ratio=0.3, stages=2))
     assert not (tmp_path / ".slim.pruning").exists()
 
 
 def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
-    options = PruneOptions(Requirement(ratio=0.3), steps=2, keep_layers=frozenset({1}))
+    options = PruneOptions(ratio=0.3, stages=2, keep_layers=frozenset({1}))
     plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
     assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
     assert len(plan.layers[1].ffn) == 128
@@ -131,7 +130,7 @@ def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_path, monkeypatch, stream):
     """The same plan, reasons and bytes, and no step twice; one that was damaged meanwhile is made again."""
-    path, steps = tiny_model(), PruneOptions(Requirement(ratio=0.4), steps=3, stream=stream)
+    path, steps = tiny_model(), PruneOptions(ratio=0.4, stages=3, stream=stream)
     prune(path, tmp_path / "whole", IDS, steps)
     once, made = pruning._prune_once, []
 
@@ -169,5 +168,5 @@ def test_a_pruning_that_fails_leaves_no_steps(tiny_model, tmp_path, monkeypatch)
         pruning, "_prune_once", lambda *given: given[2].mkdir() or (_ for _ in ()).throw(OSError(28, ""))
     )
     with pytest.raises(OSError):
-        prune(path, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3), steps=2))
+        prune(path, tmp_path / "slim", IDS, PruneOptions(ratio=0.3, stages=2))
     assert {p.name for p in tmp_path.iterdir()} == {path.name}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.prune.search.bundle_size import bundle_size
+from saap.quantize.bundle_size import bundle_size
 from saap.quantize.groups import quantize
 from saap.quantize.mixed_bits import choose_bits, divergences, knapsack, rounded, units_of
 from saap.system.errors import UserError

@@ -27,7 +27,7 @@ from saap.cli.export import show_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
 from saap.models.weight_files import tensor_reader
-from saap.prune.search.bundle_size import tuned_bundle_size
+from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune

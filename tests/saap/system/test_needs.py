@@ -17,13 +17,12 @@ from saap.prune import pruning
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of, prune, streamed
-from saap.prune.search.requirement import Requirement
 from saap.system import needs as module
 from saap.system.errors import UserError
 from saap.system.needs import Needs, available_memory, check_disk, check_memory, fits
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
-OPTIONS = PruneOptions(Requirement(ratio=0.4), steps=2)
+OPTIONS = PruneOptions(ratio=0.4, stages=2)
 
 
 def files_of(directory):

@@ -18,7 +18,6 @@ from support.slim_integers import WIDE
 from export.write import export_bundle
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 from saap.system.outputs import beside, claimed, put_in_place, writing_directory, writing_file
 
@@ -139,7 +138,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def commands(tiny_model, tmp_path) -> dict[str, tuple[object, ...]]:
     """Commands without their output, the name of which comes last; quick ones on a tiny model."""
     path = tiny_model(**WIDE)
-    prune(path, tmp_path / "slim", IDS, PruneOptions(Requirement(ratio=0.3)))
+    prune(path, tmp_path / "slim", IDS, PruneOptions(ratio=0.3))
     export_bundle(path, tmp_path / "bundle")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)

@@ -13,7 +13,6 @@ from saap.models.checkpoint import load_model, read_config, read_record
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.requirement import Requirement
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import quantize_model
 from saap.system.errors import UserError
@@ -37,7 +36,7 @@ def nll_of(model, ids):
 
 @pytest.fixture
 def slim(tiny_model, tmp_path):
-    prune(tiny_model(), tmp_path / "slim", ROWS[:8], PruneOptions(Requirement(ratio=0.3)))
+    prune(tiny_model(), tmp_path / "slim", ROWS[:8], PruneOptions(ratio=0.3))
     return tmp_path / "slim"
 
 

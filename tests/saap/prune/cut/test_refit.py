@@ -100,11 +100,10 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
 
 def test_only_the_last_step_fits_what_chose_lambda(tiny_model, tmp_path, monkeypatch):
     from saap.prune import pruning as module
-    from saap.prune.search.requirement import Requirement
 
     seen = []
     monkeypatch.setattr(module, "compensate", lambda *args, last, **kwargs: seen.append(last) or {})
-    module.prune(tiny_model(), tmp_path / "slim", IDS, module.PruneOptions(Requirement(ratio=0.3), steps=3))
+    module.prune(tiny_model(), tmp_path / "slim", IDS, module.PruneOptions(ratio=0.3, stages=3))
     assert seen == [False, False, True]
 
 

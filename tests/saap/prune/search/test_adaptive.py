@@ -12,10 +12,9 @@ from saap.models.checkpoint import load_model, read_record
 from saap.prune.kept_stages import plan_of
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.adaptive import AdaptiveOptions, adaptive_plan, weighed
-from saap.prune.search.budget import Budget
+from saap.prune.search.adaptive import adaptive_plan, weighed
+from saap.prune.search.budget import budget_for
 from saap.prune.search.explain import Weighed
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
@@ -40,9 +39,10 @@ def found(tiny_model, monkeypatch):
 
     def plan(ratio, heads=None):
         asked.clear()
-        budget: Budget = Requirement(ratio=ratio).budget(shape, model.config.to_dict())
-        options = AdaptiveOptions(heads=heads)
-        return adaptive_plan(model, shape, IDS, budget, options, block=32, compensation=REFIT)
+        options = PruneOptions(ratio=ratio, heads=heads)
+        budget = budget_for(options, shape, model.config.to_dict())
+
+        return adaptive_plan(model, IDS, budget, options)
 
     return plan, said, asked, shape
 
@@ -60,7 +60,7 @@ def test_attention_is_cut_only_where_that_is_measured_to_be_better(found):
     said.update({True: 3.0, False: 3.0})
     simpler = plan(0.4)
     assert not attention_cut(simpler, shape) and simpler.reasons.weighed == (Weighed(0.0, 0.0),)
-    weights = Requirement(ratio=0.4).budget(shape, {})
+    weights = budget_for(PruneOptions(ratio=0.4), shape, {})
     assert weights.fits(weights.total(simpler.kept_shape(shape)))
 
 
@@ -102,7 +102,7 @@ def test_losses_that_are_not_finite_decide_nothing():
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, stream):
     labels: list[str] = []
-    options = PruneOptions(Requirement(ratio=0.4), block=32, steps=1, stream=stream)
+    options = PruneOptions(ratio=0.4, stages=1, stream=stream)
     prune(tiny_model(), tmp_path / "slim", IDS, options, progress=lambda label, *_: labels.append(label))
     assert labels.count("trying a plan") == 2 * 3
     record = read_record(tmp_path / "slim")

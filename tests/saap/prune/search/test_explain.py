@@ -13,7 +13,6 @@ from saap.prune.pruning import prune
 from saap.prune.search.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
 from saap.prune.search.explain_words import layer_table, sentences, short
 from saap.prune.search.milp import Module, Option, modules_of, solve
-from saap.prune.search.requirement import Requirement
 from tests.saap.prune.search.test_milp import SHAPE, milliseconds, prices, weights
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -119,7 +118,7 @@ def test_pruned_again_prices_and_savings_add_up():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_record_of_a_slim_model_has_the_reasons(tiny_model, tmp_path, steps):
-    options = PruneOptions(Requirement(ratio=0.4), steps=steps, compensate="none")
+    options = PruneOptions(ratio=0.4, stages=steps, compensate="none")
     plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
     record = read_record(tmp_path / "slim")["plan"]
     blocks = record["reasons"]["blocks"]

@@ -74,19 +74,19 @@ def test_larger_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> 
 
 def test_a_table_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "cost.json", document())
-    found = read_costs(path, SHAPE, bits=4, block=32, threads=1, fingerprint="abc", onnxruntime="1.32.0")
+    found = read_costs(path, SHAPE, bits=4, group_size=32, threads=1, fingerprint="abc", onnxruntime="1.32.0")
     assert found == TABLE
-    assert read_costs(path, SHAPE, bits=4, block=32) == TABLE
+    assert read_costs(path, SHAPE, bits=4, group_size=32) == TABLE
 
 
 def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
     one = document()["threads"][0]
     path = written(tmp_path / "cost.json", document(threads=[one, {**one, "n_threads": 2, "constant_ms": 60.0}]))
-    assert read_costs(path, SHAPE, bits=4, block=32, threads=2).constant_ms == 60
+    assert read_costs(path, SHAPE, bits=4, group_size=32, threads=2).constant_ms == 60
     with pytest.raises(CostError, match="holds costs for 1, 2 threads, say for how many threads: choose one"):
-        read_costs(path, SHAPE, bits=4, block=32)
+        read_costs(path, SHAPE, bits=4, group_size=32)
     with pytest.raises(CostError, match="holds costs for 1, 2 threads, it has none for 4"):
-        read_costs(path, SHAPE, bits=4, block=32, threads=4)
+        read_costs(path, SHAPE, bits=4, group_size=32, threads=4)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
         ({"fingerprint": "xyz"}, "was measured for device abc, not xyz"),
         ({"onnxruntime": "1.33.0"}, "was measured for ONNX Runtime 1.32.0, not 1.33.0"),
         ({"bits": 8}, "was measured for a model with bits 4, not bits 8"),
-        ({"block": 64}, "was measured for a model with block 32, not block 64"),
+        ({"group_size": 64}, "was measured for a model with block 32, not block 64"),
         (
             {"shape": ModelShape(512, 64, 300, True, ())},
             "a model with hidden 576, vocab 49152, not hidden 512, vocab 300",
@@ -105,14 +105,14 @@ def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
 def test_another_device_or_model_is_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
     path = written(tmp_path / "cost.json", document())
     with pytest.raises(CostError, match=message) as error:
-        read_costs(path, **{"shape": SHAPE, "bits": 4, "block": 32, **asked})
+        read_costs(path, **{"shape": SHAPE, "bits": 4, "group_size": 32, **asked})
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
 def test_the_block_means_nothing_for_floats(tmp_path: Path) -> None:
     model = {**document()["model"], "bits": 32, "block": 0}
     path = written(tmp_path / "cost.json", document(model=model))
-    assert read_costs(path, SHAPE, bits=32, block=32) == TABLE
+    assert read_costs(path, SHAPE, bits=32, group_size=32) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_the_block_means_nothing_for_floats(tmp_path: Path) -> None:
 def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = written(tmp_path / "cost.json", content)
     with pytest.raises(CostError, match=message) as error:
-        read_costs(path, SHAPE, bits=4, block=32)
+        read_costs(path, SHAPE, bits=4, group_size=32)
     assert "\n" not in str(error.value)
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CostError, match="is not a file: make one with `saap devices probe --costs MODEL"):
-        read_costs(tmp_path / "cost.json", SHAPE, bits=4, block=32)
+        read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32)

@@ -32,7 +32,7 @@ class BundleSize:
 
     Attributes:
         bits: of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32.
-        block: quantisation group; means nothing at 32 bit.
+        group_size: weights per scale; means nothing at 32 bit.
         rotary_tables: pairs of cos and sin.
         rotary_bytes: of one cos or sin.
         head_bits: of embedding and head; 0 is ``bits``.
@@ -42,7 +42,7 @@ class BundleSize:
     """
 
     bits: int
-    block: int
+    group_size: int
     rotary_tables: int
     rotary_bytes: int
     head_bits: int = 0
@@ -100,17 +100,17 @@ class BundleSize:
             widths += [(f"attention of layer {index}", sizes.query_heads * shape.head_dim)]
             widths += [(f"the FFN of layer {index}", sizes.ffn)]
         for what, width in widths:
-            if self.bits != 32 and width % self.block:
+            if self.bits != 32 and width % self.group_size:
                 raise UserError(
-                    f"{what} is {width} wide, which groups of {self.block} do not divide: choose another group size "
-                    "with --group (32, 64 or 128), or plan for --bits 32"
+                    f"{what} is {width} wide, which groups of {self.group_size} do not divide: choose another group "
+                    "size with --group (32, 64 or 128), or plan for --bits 32"
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
         """Integers, scales and zero points of one matrix of a layer, or its floats."""
         if self.quant is None or self.architecture is None or layer is None:
             return self._matrix(rows, columns, self.bits)
-        bits, groups = stacked_bits(self.quant, self.architecture, layer, part), columns // self.block
+        bits, groups = stacked_bits(self.quant, self.architecture, layer, part), columns // self.group_size
         arrays = self._matrix(rows, columns, bits)
         if self.zero_points:
             arrays.append(rows * -(-groups * bits // 8))
@@ -119,10 +119,10 @@ class BundleSize:
     def _matrix(self, rows: int, columns: int, bits: int) -> list[int]:
         if bits == 32:
             return [FLOAT * rows * columns]
-        return [rows * columns * bits // 8, FLOAT * rows * columns // self.block]
+        return [rows * columns * bits // 8, FLOAT * rows * columns // self.group_size]
 
 
-def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
+def bundle_size(config: Mapping[str, Any], bits: int, group_size: int) -> BundleSize:
     """What the bundle of a model with this ``config.json`` takes.
 
     Raises:
@@ -138,7 +138,7 @@ def bundle_size(config: Mapping[str, Any], bits: int, block: int) -> BundleSize:
     width = get("head_dim") or get("hidden_size") // get("num_attention_heads")
     half = -(-int(width * share) // 2)
     tables = len({layer.rotary for layer in traits.layers if layer.rotary})
-    return BundleSize(bits, block, tables, FLOAT * positions_of(full) * half)
+    return BundleSize(bits, group_size, tables, FLOAT * positions_of(full) * half)
 
 
 def tuned_bundle_size(

@@ -14,8 +14,9 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.structures import LayerSizes, ModelShape
 from saap.prune.baselines.methods import rank
+from saap.prune.options import PruneOptions
+from saap.prune.search.budget import budget_for
 from saap.prune.search.milp import meet
-from saap.prune.search.requirement import Requirement
 from saap.system.errors import UserError
 
 CONFIG: dict[str, Any] = {
@@ -51,7 +52,7 @@ def cost_file(path: Path, **changes: Any) -> Path:
 
 
 def test_a_ratio_is_a_share_of_the_layers_weights() -> None:
-    budget = Requirement(ratio=0.25).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(ratio=0.25), DENSE, CONFIG)
     assert budget.unit == "weights" and budget.fixed == 0
     assert budget.limit == 0.75 * 3 * (sum(LINEARS.values()) + 2 * 96)
     assert budget.attention_cost(LayerSizes(6, 3, 0)) == LINEARS["attention"] + 96
@@ -60,7 +61,7 @@ def test_a_ratio_is_a_share_of_the_layers_weights() -> None:
 
 
 def test_parameters_count_the_embedding() -> None:
-    budget = Requirement(max_params=200_000).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(max_params=200_000), DENSE, CONFIG)
     assert budget.unit == "parameters" and budget.fixed == 320 * 96 + 96
     assert budget.limit == 200_000 - 320 * 96 - 96
     assert budget.total(SLIM) == SLIM.parameters
@@ -68,18 +69,18 @@ def test_parameters_count_the_embedding() -> None:
 
 
 def test_bytes_are_those_of_the_weights_file() -> None:
-    budget = Requirement(max_bytes=200_000).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(max_bytes=200_000), DENSE, CONFIG)
     # In pages of 4096 bytes: integers, scales, norm. The last rotary table is no whole page.
     assert budget.ffn_cost(LayerSizes(0, 0, 128)) == (3 + 1 + 2 + 1 + 1) * 4096
     assert budget.attention_cost(LayerSizes(6, 3, 0)) == (3 + 1 + 2 + 1 + 1) * 4096
     assert budget.fixed == (1 + 4 + 1 + 2) * 4096 + 256 * 8 * 4
     assert budget.total(SLIM) == budget.report(SLIM)["bytes"]
-    wider = Requirement(max_bytes=700_000, bits=32).budget(DENSE, CONFIG)
+    wider = budget_for(PruneOptions(max_bytes=700_000, bits=32), DENSE, CONFIG)
     assert wider.ffn_cost(LayerSizes(0, 0, 128)) == LINEARS["ffn"] * 4 + 4096
 
 
 def test_milliseconds_are_the_tables(costs: Path) -> None:
-    budget = Requirement(ms_per_token=4.0, costs=costs).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(ms_per_token=4.0, costs=costs), DENSE, CONFIG)
     assert budget.unit == "ms" and (budget.fixed, budget.limit) == (1, 3)
     assert budget.attention_cost(LayerSizes(2, 1, 0)) == 0.4 and budget.ffn_cost(LayerSizes(0, 0, 80)) == 0.5
     assert budget.total(DENSE) == pytest.approx(6.1)
@@ -87,52 +88,52 @@ def test_milliseconds_are_the_tables(costs: Path) -> None:
 
 
 def test_a_speed_up_is_a_share_of_the_dense_models_time(costs: Path) -> None:
-    budget = Requirement(speedup=1.25, costs=costs).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(speedup=1.25, costs=costs), DENSE, CONFIG)
     assert budget.most == pytest.approx(6.1 / 1.25)
     assert budget.report(SLIM)["speedup"] == pytest.approx(6.1 / 3.5)
     assert budget.meets(SLIM) and not budget.meets(DENSE)
 
 
 def test_a_report_is_in_all_units_that_are_known(costs: Path) -> None:
-    plain = Requirement(ratio=0.2).budget(DENSE, CONFIG)
+    plain = budget_for(PruneOptions(ratio=0.2), DENSE, CONFIG)
     assert plain.report(SLIM) == {
         "ratio": 1 - SLIM.layer_weights / DENSE.layer_weights,
         "ratio_of_all": 1 - SLIM.parameters / DENSE.parameters,
         "parameters": SLIM.parameters,
-        "bytes": Requirement(max_bytes=100_000).budget(DENSE, CONFIG).total(SLIM),
+        "bytes": budget_for(PruneOptions(max_bytes=100_000), DENSE, CONFIG).total(SLIM),
     }
-    timed = Requirement(speedup=1.2, costs=costs).budget(DENSE, CONFIG).report(SLIM)
+    timed = budget_for(PruneOptions(speedup=1.2, costs=costs), DENSE, CONFIG).report(SLIM)
     assert set(timed) == {"ratio", "ratio_of_all", "parameters", "bytes", "ms_per_token", "speedup"}
 
 
 def test_bytes_are_unknown_where_no_bundle_can_be_made() -> None:
     config = {**CONFIG, "hidden_size": 80}
-    budget = Requirement(ratio=0.2).budget(shape_of(config), config)
+    budget = budget_for(PruneOptions(ratio=0.2), shape_of(config), config)
     assert budget.report(shape_of(config))["bytes"] is None
     with pytest.raises(UserError, match="the hidden size is 80 wide, which groups of 32 do not divide"):
-        Requirement(max_bytes=100).budget(shape_of(config), config)
+        budget_for(PruneOptions(max_bytes=100), shape_of(config), config)
 
 
 def test_added_biases_are_counted_for_what_is_cut_only() -> None:
     cut = replace(DENSE, added_bias=True)
-    budget = Requirement(ratio=0.25).budget(DENSE, CONFIG, cut=cut)
+    budget = budget_for(PruneOptions(ratio=0.25), DENSE, CONFIG, cut=cut)
     assert budget.most == 0.75 * DENSE.layer_weights
     assert budget.ffn_cost(LayerSizes(0, 0, 64)) == DENSE.ffn_weights(LayerSizes(0, 0, 64)) + 96
 
 
 def test_the_record_names_the_table(costs: Path) -> None:
-    record = Requirement(speedup=1.25, costs=costs).budget(DENSE, CONFIG).record()
+    record = budget_for(PruneOptions(speedup=1.25, costs=costs), DENSE, CONFIG).record()
     assert record["asked"] == {"speedup": 1.25}
     assert record["costs"]["sha256"] == hashlib.sha256(costs.read_bytes()).hexdigest()
     assert record["costs"]["cpu_model"] == "Cortex-A76" and record["costs"]["threads"] == 1
     assert record["dense"]["ms_per_token"] == pytest.approx(6.1)
     assert record["bundle"] == {"bits": 4, "block": 32}
-    assert "costs" not in Requirement(ratio=0.2, bits=32).budget(DENSE, CONFIG).record()
+    assert "costs" not in budget_for(PruneOptions(ratio=0.2, bits=32), DENSE, CONFIG).record()
     json.dumps(record, allow_nan=False)
 
 
 def test_a_part_of_the_way(costs: Path) -> None:
-    budget = Requirement(speedup=2, costs=costs).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(speedup=2, costs=costs), DENSE, CONFIG)
     assert budget.partway(0).most == budget.total(DENSE)
     assert budget.partway(0.5).most == pytest.approx(6.1 * 0.75)
     assert budget.partway(1).most == pytest.approx(budget.most)
@@ -141,7 +142,7 @@ def test_a_part_of_the_way(costs: Path) -> None:
 @pytest.mark.parametrize("given", [{}, {"ratio": 0.2, "max_bytes": 10}, {"speedup": 2.0, "ms_per_token": 3.0}])
 def test_one_requirement_only(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="give one requirement: --ratio, --max-params, --max-bytes, --speedup or"):
-        Requirement(**given).check()
+        PruneOptions(**given).check_requirement()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_one_requirement_only(given: dict[str, Any]) -> None:
 )
 def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        Requirement(**given).check()
+        PruneOptions(**given).check_requirement()
     assert "\n" not in str(error.value)
 
 
@@ -178,7 +179,7 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> 
 def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str, costs: Path) -> None:
     timed = {"costs": costs} if "ms_per_token" in given else {}
     with pytest.raises(UserError, match=message):
-        Requirement(**given, **timed).budget(DENSE, CONFIG)
+        budget_for(PruneOptions(**given, **timed), DENSE, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str,
 )
 def test_the_floor_is_named_in_the_unit_that_was_asked_in(given: dict[str, Any], message: str, costs: Path) -> None:
     timed = {"costs": costs} if {"speedup", "ms_per_token"} & set(given) else {}
-    budget = Requirement(**given, **timed).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(**given, **timed), DENSE, CONFIG)
     with pytest.raises(UserError, match=message):
         raise budget.below_floor(budget.total(SLIM))
 
@@ -203,10 +204,10 @@ def test_the_floor_that_is_named_can_be_asked_for(kind: str, costs: Path) -> Non
     timed = {} if kind == "ratio" else {"costs": costs}
     tight = {"ratio": 0.99, "speedup": 6.0, "ms_per_token": 1.0}[kind]
     shape = DENSE.with_layers((LayerSizes(2, 1, 71), LayerSizes(0, 0, 37)))
-    budget = Requirement(**{kind: tight}, **timed).budget(DENSE, CONFIG)
+    budget = budget_for(PruneOptions(**{kind: tight}, **timed), DENSE, CONFIG)
     words = str(budget.below_floor(budget.total(shape)))
     named = float(words.split("allow is ")[1].split()[0].rstrip(":"))
-    assert Requirement(**{kind: named}, **timed).budget(DENSE, CONFIG).meets(shape)
+    assert budget_for(PruneOptions(**{kind: named}, **timed), DENSE, CONFIG).meets(shape)
 
 
 @pytest.mark.parametrize(
@@ -220,19 +221,19 @@ def test_the_floor_that_is_named_can_be_asked_for(kind: str, costs: Path) -> Non
 def test_a_table_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = cost_file(tmp_path / "other.json", **changes)
     with pytest.raises(UserError, match=message):
-        Requirement(speedup=1.2, costs=path).budget(DENSE, CONFIG)
+        budget_for(PruneOptions(speedup=1.2, costs=path), DENSE, CONFIG)
 
 
 def test_a_table_of_another_runtime_is_refused_where_one_is_named(costs: Path) -> None:
-    Requirement(speedup=1.2, costs=costs).budget(DENSE, CONFIG)
+    budget_for(PruneOptions(speedup=1.2, costs=costs), DENSE, CONFIG)
     with pytest.raises(UserError, match=r"was measured for ONNX Runtime 1.23.0, not 1.24.0"):
-        Requirement(speedup=1.2, costs=costs, onnxruntime="1.24.0").budget(DENSE, CONFIG)
+        budget_for(PruneOptions(speedup=1.2, costs=costs, onnxruntime="1.24.0"), DENSE, CONFIG)
 
 
 def test_a_model_wider_than_the_table_is_refused(costs: Path) -> None:
     wide: ModelShape = DENSE.with_layers((LayerSizes(6, 3, 256),))
     with pytest.raises(UserError, match="costs were measured up to an FFN width of 128, not for 256"):
-        Requirement(speedup=1.2, costs=costs).budget(wide, CONFIG)
+        budget_for(PruneOptions(speedup=1.2, costs=costs), wide, CONFIG)
 
 
 @pytest.mark.parametrize("given", [{"max_bytes": 200_000}, {"ms_per_token": 5.0}, {"max_params": 180_000}])
@@ -242,7 +243,7 @@ def test_a_baseline_is_brought_to_a_requirement(tiny_model: Any, costs: Path, me
     ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(3))
     heads = method == "magnitude"
     ranking = rank(method, load_model(path), DENSE, ids, heads=heads, block=32, seed=0)
-    requirement = Requirement(**given, costs=costs if "ms_per_token" in given else None)
-    budget = requirement.budget(DENSE, read_config(path))
+    options = PruneOptions(**given, costs=costs if "ms_per_token" in given else None)
+    budget = budget_for(options, DENSE, read_config(path))
     kept = meet(ranking.plan_at, budget, DENSE).kept_shape(DENSE)
     assert budget.meets(kept) and budget.total(kept) > 0.6 * budget.most
