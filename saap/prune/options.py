@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from devices.common.amounts import byte_count, parameter_count
-from devices.common.options import Option
+from msgspec import Meta
+
+from devices.common.options import Option, check_values
+from devices.common.values import parse_bytes, parse_layers, parse_parameters
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ FUSIONS: dict[Score, tuple[Term, ...]] = {
     "fused-token": ("vector", "element", "token"),
 }
 Pricing = Literal["silenced", "compensated"]
-PRICINGS: tuple[Pricing, ...] = get_args(Pricing)
-BITS = (4, 8, 32)
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
 
@@ -48,20 +47,6 @@ _HOW = "How it is chosen"
 _ON = "What is scored on"
 _SCORES = "How SAAP scores (the defaults are the ablation's)"
 _LOADED = "How it is loaded"
-
-
-def layer_range(text: str) -> frozenset[int] | None:
-    """``0-2,29`` -> {0, 1, 2, 29}, ``none`` -> None; ValueError for anything else."""
-    if text == "none":
-        return None
-    layers: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            layers.update(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise ValueError(f"{text!r} names no layers: write something like 0-2,29, or none") from None
-    return frozenset(layers)
 
 
 @dataclass(frozen=True)
@@ -96,12 +81,13 @@ class AdaptiveOptions:
     c: Annotated[
         float | None,
         Option("Weight of the second-order term; default: tokens per sequence; papers print 1.", _SCORES, shown=False),
+        Meta(ge=0),
     ] = None
     exact: Annotated[
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
     ] = False
     corrections: Annotated[
-        int, Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False)
+        int, Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False), Meta(ge=0)
     ] = 0
     prices: Annotated[
         Pricing,
@@ -116,20 +102,14 @@ class AdaptiveOptions:
         return "exact" if self.exact else "streamed"
 
     def check(self) -> None:
-        """Raise UserError for what is not allowed."""
-        if self.corrections < 0:
-            raise UserError(f"{self.corrections} corrections are not allowed: give 0 or more")
-        if self.prices not in PRICINGS:
-            raise UserError(f"prices {self.prices!r} are not known: give {' or '.join(PRICINGS)}")
+        """Raise UserError for what does not go together."""
         if self.corrections and self.prices == "compensated":
-            raise UserError("corrections measure without compensation: leave them out, or give --prices silenced")
+            raise UserError("corrections measure without compensation: leave them out, or set prices to silenced")
         if self.exact and self.element == "none":
             raise UserError(
-                f"the score {self.fusion.score} has no element score to be exact: leave --exact out, or give --score "
+                f"the score {self.fusion.score} has no element score to be exact: leave exact out, or set score to "
                 "fused, fused-token or element"
             )
-        if self.c is not None and not self.c >= 0:
-            raise UserError(f"c = {self.c} is not allowed: give 0 or more, 1 as printed or the tokens per sequence")
 
 
 @dataclass(frozen=True)
@@ -137,28 +117,33 @@ class PruneOptions:
     """How to prune. Exactly one of the first five fields says what the slim model must meet."""
 
     ratio: Annotated[
-        float | None, Option("Share of the decoder layers' weights to remove, such as 0.2.", _MUST, metavar="SHARE")
+        float | None,
+        Option("Share of the decoder layers' weights to remove, such as 0.2.", _MUST, metavar="SHARE"),
+        Meta(gt=0, lt=1),
     ] = None
     max_params: Annotated[
         int | None,
-        Option("Most parameters, with the embedding, such as 100M.", _MUST, metavar="COUNT", parse=parameter_count),
+        Option("Most parameters, with the embedding, such as 100M.", _MUST, metavar="COUNT", parse=parse_parameters),
+        Meta(gt=0),
     ] = None
     max_bytes: Annotated[
         int | None,
-        Option("Largest weights file of the bundle, as 80MB or 80MiB.", _MUST, metavar="SIZE", parse=byte_count),
+        Option("Largest weights file of the bundle, as 80MB or 80MiB.", _MUST, metavar="SIZE", parse=parse_bytes),
+        Meta(gt=0),
     ] = None
     speedup: Annotated[
         float | None,
         Option("Times as many tokens per second, such as 1.25; with --costs.", _MUST, metavar="FACTOR"),
+        Meta(gt=1),
     ] = None
     ms_per_token: Annotated[
-        float | None, Option("Longest decode step in milliseconds; with --costs.", _MUST, metavar="MS")
+        float | None, Option("Longest decode step in milliseconds; with --costs.", _MUST, metavar="MS"), Meta(gt=0)
     ] = None
     costs: Annotated[
         Path | None, Option("What `saap devices probe --costs` measured on the device.", _FOR, metavar="FILE")
     ] = None
     threads: Annotated[
-        int | None, Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N")
+        int | None, Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"), Meta(ge=1)
     ] = None
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
@@ -176,10 +161,10 @@ class PruneOptions:
         Option(
             "Prune in this many stages, each scored anew (saap); default: one for every 15 % of the layers' cost.",
             _HOW,
-            flags=("--stages", "--iterative-steps"),
             metavar="N",
             shown=False,
         ),
+        Meta(ge=1),
     ] = None
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
@@ -198,6 +183,7 @@ class PruneOptions:
             _GOES,
             metavar="N",
         ),
+        Meta(ge=0),
     ] = 0
     keep_layers: Annotated[
         frozenset[int] | None,
@@ -205,11 +191,11 @@ class PruneOptions:
             "Not from these, such as 0-2,29; none: from all; default: as the method has it.",
             _GOES,
             metavar="LAYERS",
-            parse=layer_range,
+            parse=parse_layers,
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
-    sequences: Annotated[int, Option("Calibration sequences.", _ON, metavar="N")] = 64
-    length: Annotated[int, Option("Tokens per sequence.", _ON, metavar="N")] = 256
+    sequences: Annotated[int, Option("Calibration sequences.", _ON, metavar="N"), Meta(ge=1)] = 64
+    length: Annotated[int, Option("Tokens per sequence.", _ON, metavar="N"), Meta(ge=1)] = 256
     seed: Annotated[int, Option("Of the text's order, and of the method random.", _ON, metavar="N")] = 0
     stream: Annotated[
         bool | None,
@@ -246,37 +232,29 @@ class PruneOptions:
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:
-        """Raise UserError for names that are not known and numbers that are not allowed."""
+        """Raise UserError for values that are not allowed or do not go together."""
         from saap.system.gpu import device_of
 
         self.check_requirement()
         self.adaptive.check()
         device_of(self.device)
-        if self.drop_layers < 0:
-            raise UserError(f"--drop-layers {self.drop_layers} is not allowed: give 0 or more")
         if self.method != "saap" and self.drop_layers:
             raise UserError(f"--drop-layers is for the method saap: leave it out for {self.method}")
         if self.method != "saap" and (self.stages is not None or self.adaptive.corrections):
             raise UserError(f"stages and corrections are for the method saap: leave them out for {self.method}")
-        if self.stages is not None and self.stages < 1:
-            raise UserError(f"{self.stages} stages are not allowed: give 1 or more")
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if self.stream and self.method in TAYLOR:
             raise UserError(
                 f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
             )
-        if self.compensation not in COMPENSATIONS:
-            raise UserError(f"compensation {self.compensate!r} is not known; known: {', '.join(COMPENSATIONS)}")
 
     def check_requirement(self) -> None:
         """Raise UserError for a requirement that is none, two, or out of range."""
+        check_values(self)
         if len(self.asked) != 1:
             found = " and ".join(map(_flag, self.asked)) or "none"
             allowed = "--ratio, --max-params, --max-bytes, --speedup or --ms-per-token"
             raise UserError(f"give one requirement: {allowed} (given: {found})")
-        ((kind, value),) = self.asked.items()
-        _check_range(kind, value)
+        (kind,) = self.asked
         if kind in TIMED and self.costs is None:
             raise UserError(
                 f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices probe --costs MODEL`"
@@ -284,19 +262,6 @@ class PruneOptions:
         for name in ("costs", "threads"):
             if kind not in TIMED and getattr(self, name) is not None:
                 raise UserError(f"{_flag(name)} is for --speedup and --ms-per-token: leave it out, or ask for a time")
-        if self.bits not in BITS:
-            raise UserError(f"{self.bits} bits are not supported; allowed: 4, 8, 32")
-
-
-def _check_range(kind: str, value: float) -> None:
-    finite = math.isfinite(value)
-    if kind == "ratio" and not (finite and 0 < value < 1):
-        raise UserError(f"ratio {value} is not allowed: give a share between 0 and 1, such as 0.2")
-    if kind == "speedup" and not (finite and value > 1):
-        raise UserError(f"speedup {value} is not allowed: give a factor above 1, such as 1.25")
-    if not (finite and value > 0):
-        unit = {"max_params": "parameters", "max_bytes": "bytes", "ms_per_token": "milliseconds"}[kind]
-        raise UserError(f"{_flag(kind)[2:]} {value} is not allowed: give a positive number of {unit}")
 
 
 def _flag(name: str) -> str:

@@ -95,12 +95,12 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--iterative-steps", "0"], "0 stages are not allowed: give 1 or more"),
-        (["--corrections", "-1"], "-1 corrections are not allowed: give 0 or more"),
+        (["--iterative-steps", "0"], "stages 0 is not allowed: give 1 or more"),
+        (["--corrections", "-1"], "corrections -1 is not allowed: give 0 or more"),
         (["--corrections", "1", "--prices", "compensated"], "corrections measure without compensation: leave them out"),
         (["--prices", "low"], "Invalid value for '--prices': 'low' is not one of 'silenced', 'compensated'"),
-        (["--c", "-1"], "c = -1.0 is not allowed: give 0 or more"),
-        (["--c", "nan"], "c = nan is not allowed"),
+        (["--c", "-1"], "c -1.0 is not allowed: give 0 or more"),
+        (["--c", "nan"], "c nan is not allowed"),
         (["--exact"], "the score vector-token has no element score to be exact"),
         (["--method", "flap", "--corrections", "1"], "stages and corrections are for the method saap"),
         (["--method", "flap", "--iterative-steps", "2"], "stages and corrections are for the method saap"),

@@ -148,18 +148,18 @@ def test_one_requirement_only(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ratio": math.nan}, "ratio nan is not allowed: give a share between 0 and 1"),
-        ({"ratio": 1.0}, "give a share between 0 and 1"),
-        ({"max_params": 0}, "max-params 0 is not allowed: give a positive number of parameters"),
-        ({"max_bytes": -1}, "max-bytes -1 is not allowed: give a positive number of bytes"),
-        ({"speedup": 1.0}, r"speedup 1.0 is not allowed: give a factor above 1"),
+        ({"ratio": math.nan}, "ratio nan is not allowed: give a number between 0 and 1"),
+        ({"ratio": 1.0}, "give a number between 0 and 1"),
+        ({"max_params": 0}, "max-params 0 is not allowed: give a whole number above 0"),
+        ({"max_bytes": -1}, "max-bytes -1 is not allowed: give a whole number above 0"),
+        ({"speedup": 1.0}, r"speedup 1.0 is not allowed: give a number above 1"),
         ({"speedup": math.inf}, "speedup inf is not allowed"),
-        ({"ms_per_token": math.nan}, "ms-per-token nan is not allowed: give a positive number of milliseconds"),
+        ({"ms_per_token": math.nan}, "ms-per-token nan is not allowed: give a number above 0"),
         ({"ms_per_token": -2.0}, r"ms-per-token -2.0 is not allowed"),
         ({"speedup": 1.5}, "--speedup needs --costs FILE: measure one on the device with `saap devices probe"),
         ({"ratio": 0.2, "costs": Path("cost.json")}, "--costs is for --speedup and --ms-per-token: leave it out"),
         ({"max_bytes": 9, "threads": 1}, "--threads is for --speedup and --ms-per-token"),
-        ({"ratio": 0.2, "bits": 3}, "3 bits are not supported; allowed: 4, 8, 32"),
+        ({"ratio": 0.2, "bits": 3}, "bits 3 is not allowed: give 4, 8 or 32"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
