@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.judge.comparison import FASTER, NOT_COMPARABLE, SAME, SLOWER, Row, judge_values, obstacle_between
+from bench.measure.answers import NLL_TOLERANCE, answer_of
 from bench.measure.result import Measurement, Result, Sample
 from bench.measure.statistics import summarize, typical
 
 BETTER, WORSE, UNKNOWN = "better", "worse", "not judged"
-NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 WORDS = {FASTER: BETTER, SLOWER: WORSE}
 
 
@@ -82,21 +82,10 @@ def judge_all(old: Result, new: Result, limits: Limits) -> list[Check]:
 
 
 def judge_answers(old: dict[str, Any], new: dict[str, Any]) -> list[Check]:
-    """Greedy tokens and likelihood, as ``bench.judge.answers`` gave them."""
+    """Greedy tokens and likelihood, as ``bench.measure.answers`` gave them."""
     if why := old.get("error") or new.get("error"):
         return [Check(what, NOT_COMPARABLE, reason=str(why)) for what in ("greedy tokens", "NLL")]
     return [_tokens(old["tokens"], new["tokens"]), _likelihood(old["nll"], new["nll"])]
-
-
-def answer_of(result: Result) -> dict[str, Any]:
-    """The answers of a result's only model."""
-    given = result.settings.get("answers") or {}
-    return numeric(next(iter(given.values()), {"error": "the run did not ask the model"}))
-
-
-def numeric(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer whose likelihood is a float, NaN where it is no number."""
-    return answer if "error" in answer or answer["nll"] is not None else {**answer, "nll": math.nan}
 
 
 def confirmed(first: Sequence[Check], second: Sequence[Check]) -> list[Check]:

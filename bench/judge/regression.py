@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.judge.baselines import Baseline, OtherDeviceError, RegressionError, read_baselines
-from bench.judge.checks import UNKNOWN, WORSE, Check, Limits, answer_of, confirmed, judge_all, judge_answers
+from bench.judge.checks import UNKNOWN, WORSE, Check, Limits, confirmed, judge_all, judge_answers
 from bench.judge.comparison import LEAST_REPETITIONS, NOT_COMPARABLE, device_differs
 from bench.judge.formats import Case
+from bench.measure.answers import answer_of
 from bench.measure.plan import Plan
 from bench.measure.result import INVALID, Result
 

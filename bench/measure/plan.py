@@ -60,7 +60,7 @@ class Plan:
         cool_down_s: longest wait before a repetition until the cores are within 3 degrees of their start.
         cold: load once more with the files dropped from the page cache.
         root: of /proc and /sys, for a recorded host.
-        text: token ids that every bundle is asked about in the end (bench.judge.answers); empty: none.
+        text: token ids that every bundle is asked about in the end (bench.measure.answers); empty: none.
         greedy: tokens that it shall say after them.
     """
 

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
-from bench.judge.answers import ask
+from bench.measure.answers import ask
 from bench.measure.cores import choose_cores
 from bench.measure.plan import Plan
 from bench.measure.preflight import check_memory

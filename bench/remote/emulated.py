@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.judge.answers import ask
-from bench.judge.checks import NLL_TOLERANCE, answer_of, numeric
+from bench.measure.answers import NLL_TOLERANCE, answer_of, ask, numeric
 from bench.measure.plan import Plan
 from bench.measure.result import Result
 from bench.remote.bench import measure_on

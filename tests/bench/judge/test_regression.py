@@ -16,12 +16,12 @@ from support.bench_samples import measurement, result
 from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
-from bench.judge.answers import answers
 from bench.judge.baselines import checked_folder, read_baselines, write_baseline
 from bench.judge.checks import SAME, UNKNOWN, WORSE
 from bench.judge.comparison import NOT_COMPARABLE
 from bench.judge.formats import junit_cases
 from bench.judge.regression import OtherDeviceError, RegressionError, Verdict, plan_of, record, retest, verdict_cases
+from bench.measure.answers import answers
 from bench.measure.plan import Plan
 from bench.measure.result import INVALID, Energy, Result
 from bench.measure.run import bench

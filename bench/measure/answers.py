@@ -1,6 +1,6 @@
 """What a model says, beside how fast: greedy tokens after a fixed text, and the text's negative log-likelihood.
 
-``python -m bench.judge.answers`` is the process that asks one bundle, job as JSON on stdin, the answer as one line
+``python -m bench.measure.answers`` is the process that asks one bundle, job as JSON on stdin, the answer as one line
 of JSON. The text is token ids, so that a board needs neither tokenizer nor file, and a changed tokenizer is no excuse.
 Results differ between instruction sets (int8 kernels sum in another order), so answers compare within one device.
 """
@@ -18,9 +18,11 @@ import numpy as np
 from bench.measure.child import ChildFailedError, call
 from bench.measure.cores import choose_cores, pin
 from bench.measure.plan import Plan
+from bench.measure.result import Result
 from bench.runtimes.onnxruntime import Decoder, Logits
 from bench.runtimes.peer import Peer
 
+NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 WORKERS = ("bench.measure.worker", "bench.runtimes.prepacked")  # whose bundles can be asked
 
 
@@ -39,9 +41,20 @@ def ask(peer: Peer, plan: Plan, threads: int) -> dict[str, Any]:
     }  # fmt: skip
     environment = peer.environment(threads)
     try:
-        return call("bench.judge.answers", job, plan.timeout_s, environment, peer.python)
+        return call("bench.measure.answers", job, plan.timeout_s, environment, peer.python)
     except ChildFailedError as error:
         return {"error": str(error)}
+
+
+def answer_of(result: Result) -> dict[str, Any]:
+    """The answers of a result's only model."""
+    given = result.settings.get("answers") or {}
+    return numeric(next(iter(given.values()), {"error": "the run did not ask the model"}))
+
+
+def numeric(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer whose likelihood is a float, NaN where it is no number."""
+    return answer if "error" in answer or answer["nll"] is not None else {**answer, "nll": math.nan}
 
 
 def answers(decoder: Decoder, ids: list[int], greedy: int) -> dict[str, Any]:
