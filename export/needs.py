@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saap.models.needs import LOGIT_COPIES
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.system.needs import PROCESS, Needs
 
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers

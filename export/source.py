@@ -15,8 +15,8 @@ import torch
 
 from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.checkpoint import read_config
+from saap.models.shape import ModelShape
 from saap.models.slim_quant import module_bits, stacked_bits
-from saap.models.structures import ModelShape
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_blocks, quantize
 from saap.system.errors import UserError

@@ -19,7 +19,8 @@ from export.parity.verify import check_parity
 from export.write import export_bundle
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.text.documents import documents_of
 from saap.text.windows import Cut, windows_of
 from tests.saap.prune.cut.test_surgery import cut

@@ -19,8 +19,8 @@ import torch
 from export.gguf.tensors import BLOCK, natural_kind
 from saap.models.architectures import SLIM, architecture_of, shape_of
 from saap.models.checkpoint import read_config
+from saap.models.shape import LayerSizes
 from saap.models.slim_quant import module_bits
-from saap.models.structures import LayerSizes
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError

@@ -24,7 +24,7 @@ from export.graph.rotary import rotary_names
 from export.graph.weights import WeightFile
 from export.source import Precision
 from saap.models.architectures import LayerTraits, Traits
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 MICROSOFT = "com.microsoft"

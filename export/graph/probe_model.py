@@ -11,7 +11,7 @@ from export.graph.targets import CPU
 from export.source import Precision
 from saap.models.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
 from saap.models.checkpoint import read_config
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.groups import check_blocks
 from saap.system.errors import UserError
 

@@ -31,7 +31,7 @@ from export.graph.targets import CPU
 from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
 from export.source import Precision
 from saap.models.architectures import Architecture
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 
 FFN_WIDTHS = 8
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each

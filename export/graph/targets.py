@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from export.source import Precision
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.system.errors import UserError
 
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8

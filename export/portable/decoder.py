@@ -20,7 +20,7 @@ from export.graph.builder import GraphBuilder
 from export.graph.rotary import Table, rotary_names
 from export.source import Precision
 from saap.models.architectures import Traits
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 
 OPSET = 21  # the first one with 4-bit integers and DequantizeLinear in blocks
 IR_VERSION = 10

@@ -14,11 +14,11 @@ from saap.models import resolve as models
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config, read_record
 from saap.prune.options import REQUIREMENTS, AdaptiveOptions, FusionOptions, PruneOptions
+from saap.prune.plan import Reasons
 from saap.prune.pruning import budget_of, streamed
 from saap.prune.pruning import prune as prune_model
 from saap.prune.search.budget import Budget
-from saap.prune.search.explain import Reasons
-from saap.prune.search.explain_words import layer_table, sentences
+from saap.prune.search.explain import layer_table, sentences
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
 from saap.system.outputs import check_output

@@ -23,7 +23,7 @@ from saap.models import modeling_slim
 from saap.models.architectures import PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
 from saap.models.integrity import RECORD, check_directory, hashes
 from saap.models.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.models.weight_files import write_shards
 from saap.system.errors import UserError
 from saap.system.json_files import read_object, write_document

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from saap.models.architectures import Architecture, architecture_of
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.system.needs import PROCESS, Needs
 
 # Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, of

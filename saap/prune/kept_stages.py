@@ -17,8 +17,8 @@ import transformers
 from saap import __version__
 from saap.models.checkpoint import read_record
 from saap.models.integrity import check_directory
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan
-from saap.prune.search.explain import Move, Reason, Reasons, Weighed
+from saap.models.shape import LayerSizes
+from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed
 from saap.prune.shares import shares
 from saap.system.errors import UserError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saap.models.needs import PER_LOGIT, SQUARES, kept_per_token
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.models.weight_files import SHARD_BYTES
 from saap.prune.scores.layerwise import rows_at_once
 from saap.system.needs import PROCESS, Needs

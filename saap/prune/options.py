@@ -13,7 +13,7 @@ from devices.common.values import parse_bytes, parse_layers, parse_parameters
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
-    from saap.models.structures import ModelShape
+    from saap.models.shape import ModelShape
 
 Method = Literal[
     "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt"

@@ -16,8 +16,8 @@ from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, read_record, slim_config
 from saap.models.checkpoint import write_slim as write
+from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed
-from saap.models.structures import ModelShape, PrunePlan, composed, whole_layer
 from saap.models.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
 from saap.prune.baselines.methods import rank
 from saap.prune.cut.refit import compensate
@@ -25,6 +25,7 @@ from saap.prune.cut.surgery import cut_tensors
 from saap.prune.kept_stages import agreed, kept_steps
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import TAYLOR, Compensation, PruneOptions
+from saap.prune.plan import PrunePlan, composed, whole_layer
 from saap.prune.record import record_of
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget, budget_for

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from saap import __version__
-from saap.models.structures import PrunePlan
+from saap.prune.plan import PrunePlan
 from saap.prune.search.budget import Budget
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.structures import ModelShape, PrunePlan
+from saap.models.shape import ModelShape
 from saap.prune.baselines.methods import rank
 from saap.prune.options import PruneOptions
+from saap.prune.plan import PrunePlan
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import sizes_lost
 from saap.prune.search.milp import check_floor

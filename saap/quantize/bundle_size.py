@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from saap.models.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
+from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import stacked_bits
-from saap.models.structures import LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 PAGE = 4096  # bytes

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record, slim_config, write_slim
+from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed
-from saap.models.structures import ModelShape
 from saap.models.weight_files import weights_hash
 from saap.quantize.groups import check_blocks
 from saap.system.allocator import kept_memory

@@ -25,7 +25,7 @@ def main(model: str, out: str, extra: list[str], silent: bool = False, swap: str
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config, slim_config, write_slim
     from saap.models.resolve import resolve
-    from saap.models.structures import LayerSizes
+    from saap.models.shape import LayerSizes
     from saap.models.weight_files import tensor_reader
 
     base = resolve(model)

@@ -26,7 +26,7 @@ KINDS += [(12, 0.0, 0.0, 64)]
 
 def random_models(full, block: int) -> list[tuple]:
     """Layer sizes of each model, the same every time."""
-    from saap.models.structures import LayerSizes
+    from saap.models.shape import LayerSizes
 
     draw = random.Random(7)
     models = []

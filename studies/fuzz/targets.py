@@ -86,7 +86,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from saap.models.architectures import positions_of, shape_of
     from saap.models.checkpoint import read_config, read_record
     from saap.models.integrity import check_directory
-    from saap.models.structures import ModelShape
+    from saap.models.shape import ModelShape
     from saap.prune.search.layer_costs import read_costs
     from studies.fuzz import seeds
 

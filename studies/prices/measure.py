@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.models.architectures import shape_of
-from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.adaptive import cut_layers, prices_of
 from saap.prune.search.budget import Budget
+from saap.prune.search.masking import WorkingPoint
 from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
 from saap.prune.search.prices import correct_prices
-from saap.prune.search.working_point import WorkingPoint
 
 OPTIONS, DRAW = 40, 7
 PLACES = ("alone", "planned")  # where an option is measured

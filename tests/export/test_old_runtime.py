@@ -15,7 +15,7 @@ import torch
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
 from export.write import export_bundle
-from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan
 from tests.saap.prune.cut.test_surgery import cut
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,8 +24,8 @@ from export.graph.targets import ONNXRUNTIME_INT8_CACHE, Target
 from export.parity.verify import check_parity
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_config
-from saap.models.structures import LayerPlan, PrunePlan
 from saap.models.weight_files import tensor_reader
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
 from tests.saap.prune.cut.test_surgery import cut

@@ -26,7 +26,7 @@ from devices.probe.host import probe
 from export.generate.run import BundleScorer
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.structures import LayerPlan, PrunePlan, whole_layer
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option

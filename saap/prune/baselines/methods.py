@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.layer_walk import layers_of
+from saap.models.shape import ModelShape
 from saap.models.streaming import present
-from saap.models.structures import ModelShape
 from saap.prune.baselines.plans import Ranking, Step, module_steps, threshold_key, uniform_key
 from saap.prune.baselines.scores import (
     StructureScores,

@@ -16,7 +16,8 @@ from itertools import pairwise
 
 import torch
 
-from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.system.errors import UserError
 
 SLACK = 1e-12  # a share that was computed from a plan's weights leads back to this plan

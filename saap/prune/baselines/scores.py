@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.layer_walk import layers_of
 from saap.models.matrices import Matrix, matrices_of
+from saap.models.shape import ModelShape
 from saap.models.streaming import present
-from saap.models.structures import ModelShape
 from saap.prune.scores.activations import Activations, InputStatistics
 from saap.system.errors import UserError
 

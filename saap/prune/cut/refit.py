@@ -28,11 +28,12 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
+from saap.models.shape import ModelShape
 from saap.models.streaming import present
-from saap.models.structures import LayerPlan, ModelShape, PrunePlan
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import head_rows
 from saap.prune.options import Compensation
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.shares import shares
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

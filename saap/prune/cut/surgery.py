@@ -9,7 +9,8 @@ import torch
 
 from saap.models.architectures import Architecture
 from saap.models.matrices import placed_roles
-from saap.models.structures import LayerPlan, ModelShape, PrunePlan, check_plan
+from saap.models.shape import ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan, check_plan
 
 Read = Callable[[str], torch.Tensor]
 

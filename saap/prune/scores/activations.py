@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.matrices import matrices_of
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.system.errors import UserError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from devices.common.files import cache_directory
-from saap.models.structures import LayerPlan
+from saap.prune.plan import LayerPlan
 from saap.prune.scores.importance import Scores
 from saap.prune.shares import shares
 from saap.system.errors import UserError

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.prune.options import FUSIONS, FusionOptions, Slices, Term
 from saap.prune.scores.importance import TYPES, Scores
 from saap.prune.scores.stability import stability_factor

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.matrices import Matrix, matrices_of
-from saap.models.structures import ModelShape
+from saap.models.shape import ModelShape
 from saap.prune.options import Element, Slices
 from saap.system.errors import UserError
 

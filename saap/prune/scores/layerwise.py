@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
+from saap.models.shape import ModelShape
 from saap.models.streaming import present
-from saap.models.structures import ModelShape
 from saap.prune.options import Element
 from saap.prune.scores.importance import Scores, Sums, check_loss, watched
 

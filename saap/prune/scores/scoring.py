@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
+from saap.models.shape import ModelShape
 from saap.models.streaming import is_streamed
-from saap.models.structures import ModelShape
 from saap.prune.options import Element
 from saap.prune.scores.cache import cached_scores, named, scores_from
 from saap.prune.scores.importance import Scores, estimate, merged

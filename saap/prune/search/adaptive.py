@@ -16,14 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.structures import LayerPlan, ModelShape, PrunePlan, whole_layer
+from saap.models.shape import ModelShape
 from saap.prune.cut.refit import losses_compensated
 from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan, PrunePlan, Weighed, whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.budget import Budget
-from saap.prune.search.explain import Weighed, reasons_of
+from saap.prune.search.explain import reasons_of
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
 from saap.prune.search.prices import correct_prices, finite, fit_prices

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size

@@ -4,125 +4,44 @@ The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the few
 model. Under
 a Lagrange multiplier of the budget, its shadow price (Everett, Operations Research 11(3), 1963), every step that costs
 less per unit is taken and none that costs more, so the dearest step taken and the cheapest one left enclose it. Options
-come in whole pieces, so the two may overlap a little.
+come in whole pieces, so the two may overlap a little. A person gets a row per layer (:func:`layer_table`) and a few
+:func:`sentences`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan
+from saap.models.shape import LayerSizes
+from saap.prune.options import TAYLOR
+from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
 from saap.prune.search.milp import Module, Option
 
-CLEAR = 2.0  # standard errors: what is gained by less on calibration text was lost several times over on other text
-
-
-@dataclass(frozen=True)
-class Move:
-    """A step of one block between two options.
-
-    Attributes:
-        to: what is kept after it.
-        price: predicted loss that it adds, nats per token.
-        saved: what it saves, in the budget's unit; above 0.
-    """
-
-    to: LayerSizes
-    price: float
-    saved: float
-
-    @property
-    def per_unit(self) -> float:
-        """Nats per unit of the budget."""
-        return self.price / self.saved
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One attention or feed-forward block: what went, at what price, and what was left.
-
-    Attributes:
-        layer: index in the model that was pruned; ``kind``: attention or ffn.
-        had, keeps: sizes before and after; a feed-forward block has no heads and attention no channels.
-        whole: what the block cost before, in the budget's unit; ``saved``: how much of that went.
-        price: predicted loss of what went, nats per token; None where the method has no prices.
-        last: the dearest part of the way to the chosen option; None where nothing went.
-        next: the cheapest way on, per unit; None where nothing smaller is on offer.
-        quarter: losing the part of the whole block that is nearest a quarter, by which blocks compare; of the first
-            search where there were several. None where nothing between all and nothing is on offer.
-    """
-
-    layer: int
-    kind: str
-    had: LayerSizes
-    keeps: LayerSizes
-    whole: float
-    saved: float
-    price: float | None = None
-    last: Move | None = None
-    next: Move | None = None
-    quarter: Move | None = None
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A plan that cuts attention, held against one that leaves it whole; see
-    :func:`saap.prune.search.adaptive.adaptive_plan`.
-
-    Attributes:
-        gain: by how much it was measured to lose less, nats per token.
-        error: standard error of that, over sequences.
-    """
-
-    gain: float
-    error: float
-
-    @property
-    def pays(self) -> bool:
-        """Whether attention is cut."""
-        return self.gain > CLEAR * self.error
-
-
-@dataclass(frozen=True)
-class Reasons:
-    """All blocks of a plan, in the budget's unit; and how attention was weighed, once per search where it was."""
-
-    unit: str
-    blocks: tuple[Reason, ...]
-    weighed: tuple[Weighed, ...] = ()
-
-    @property
-    def dearest_taken(self) -> Reason | None:
-        """The block with the dearest step per unit that was taken."""
-        return max((b for b in self.blocks if b.last), key=lambda b: b.last.per_unit, default=None)  # type: ignore[union-attr]
-
-    @property
-    def cheapest_left(self) -> Reason | None:
-        """The block with the cheapest step per unit that was not taken."""
-        return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
-
-    def of_layer(self, layer: int) -> list[Reason]:
-        """The blocks of one layer."""
-        return [block for block in self.blocks if block.layer == layer]
-
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the layers, in order."""
-        return sorted({block.layer for block in self.blocks})
-
-    def record(self) -> dict[str, Any]:
-        """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
-        taken, left = self.dearest_taken, self.cheapest_left
-        return {
-            "unit": self.unit,
-            "dearest_taken": taken.last.per_unit if taken and taken.last else None,
-            "cheapest_left": left.next.per_unit if left and left.next else None,
-            "blocks": [asdict(block) for block in self.blocks],
-            "weighed": [asdict(each) for each in self.weighed],
-        }
+# The unit that prices are told in: how many of the budget's units it is, its name, its name in a heading.
+UNITS = {
+    "weights": (1e6, "million weights", "M"),
+    "parameters": (1e6, "million parameters", "M"),
+    "bytes": (1e6, "MB", "MB"),
+    "ms": (1.0, "millisecond", "ms"),
+}
+# docs/method.md has more.
+DECIDES = {
+    "random": "random draws what goes; every layer loses the same share",
+    "magnitude": "magnitude removes the structures of least squared weight; every layer loses the same share",
+    "vector": "vector removes the rows and columns whose weights times gradient sum up to least",
+    "param_first": "param_first removes the structures whose |weight times gradient| sum up to least",
+    "param_second": "param_second removes the structures whose squared weights times squared gradients sum up to least",
+    "param_mix": "param_mix removes the structures of which gradients of first and second order predict the least loss",
+    "wanda_sp": "wanda_sp removes the structures of least weight times norm of input; every layer loses the same share",
+    "flap": "flap removes the structures whose inputs fluctuate least, by one threshold for the whole model",
+    "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
+}
+SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
+MOST_NAMED = 3  # layers that lost most, by name
+ALIKE = 0.005  # shares that are told as the same
+CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
 def reasons_of(modules: Sequence[Module], chosen: Sequence[Option], unit: str) -> Reasons:
@@ -205,3 +124,212 @@ def _added(before: Reason, now: Reason | None) -> Reason:
     return replace(
         now, had=before.had, whole=before.whole, saved=before.saved + now.saved, price=price, quarter=before.quarter
     )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Both blocks of a layer as one."""
+
+    index: int
+    blocks: list[Reason]
+
+    @property
+    def saved(self) -> float:
+        return sum(block.saved for block in self.blocks)
+
+    @property
+    def share(self) -> float:
+        return self.saved / sum(block.whole for block in self.blocks)
+
+    @property
+    def whole(self) -> bool:
+        return all(block.had == block.keeps for block in self.blocks)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether it went whole without a price."""
+        return self.price is None and all(not (block.keeps.query_heads or block.keeps.ffn) for block in self.blocks)
+
+    @property
+    def price(self) -> float | None:
+        prices = [block.price for block in self.blocks if block.price is not None]
+        return sum(prices) if len(prices) == len(self.blocks) else None
+
+    @property
+    def next(self) -> tuple[Reason, Move] | None:
+        moves = [(block, block.next) for block in self.blocks if block.next]
+        return min(moves, key=lambda pair: pair[1].per_unit, default=None)
+
+
+def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings, and a row of cells per layer; what has no price has a dash."""
+    scale, name, unit = UNITS[reasons.unit]
+    headings = ["layer", "query heads", "KV groups", "FFN channels", f"{unit} saved"]
+    title = "What each layer lost"
+    priced = any(block.price is not None for block in reasons.blocks)
+    if priced:
+        title = f"Why each layer lost what it lost: prices in nats and in nats per {name}"
+        headings += ["nats", f"per {unit}", "next step", f"per {unit} then"]
+    return title, headings, [_row(layer, scale, priced) for layer in _layers(reasons)]
+
+
+def _row(layer: _Layer, scale: float, priced: bool) -> list[str]:
+    had = {block.kind: block.had for block in layer.blocks}
+    keeps = {block.kind: block.keeps for block in layer.blocks}
+
+    def kept(kind: str, field: str) -> str:
+        return f"{getattr(keeps[kind], field)}/{getattr(had[kind], field)}" if kind in had else "-"
+
+    row = [str(layer.index), kept("attention", "query_heads"), kept("attention", "kv_heads"), kept("ffn", "ffn")]
+    row.append(short(layer.saved / scale))
+    if priced:
+        step = layer.next
+        paid = layer.price if layer.saved > 0 else None
+        row += [
+            short(layer.price),
+            short(None if paid is None else paid / layer.saved * scale),
+            to_words(*step) if step else "none on offer",
+            short(step[1].per_unit * scale if step else None),
+        ]
+    return row
+
+
+def to_words(block: Reason, move: Move) -> str:
+    """What a block keeps after a step, in words."""
+    if block.kind == "ffn":
+        return f"FFN to {move.to.ffn}" if move.to.ffn else "no FFN"
+    if not move.to.query_heads:
+        return "no attention"
+    groups = f", {move.to.kv_heads} KV" if move.to.kv_heads != block.keeps.kv_heads else ""
+    return f"{move.to.query_heads} heads{groups}"
+
+
+def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
+    """Where most was taken, what stayed whole and whether attention did, what would go next; how a baseline decides.
+
+    Args:
+        kept: layers that were to stay whole.
+    """
+    layers = _layers(reasons)
+    told = [_decides(method)] if method in DECIDES else []
+    gone = [layer for layer in layers if layer.dropped]
+    if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
+        went = _named([layer.index for layer in gone]).capitalize()
+        change = "they change" if len(gone) > 1 else "it changes"
+        told.append(f"{went} went whole, as asked: {change} least what passes through.")
+        layers = [layer for layer in layers if layer not in gone]
+    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
+    return [sentence for sentence in told if sentence]
+
+
+def _decides(method: str) -> str:
+    return f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices."
+
+
+def _most(layers: list[_Layer], unit: str) -> str:
+    """Which layers lost the largest share, what that cost, and whether an equal cut is cheaper there than elsewhere."""
+    scale, name, _ = UNITS[unit]
+    order = sorted((layer for layer in layers if not layer.whole), key=lambda layer: -layer.share)
+    if not order:
+        return ""
+    least = order[min(MOST_NAMED, len(order)) - 1].share - ALIKE
+    most = [layer for layer in order if layer.share >= least]
+    others = [layer for layer in layers if layer not in most]
+    shares = list(dict.fromkeys(f"{share(layer.share for layer in most):.0%}" for share in (min, max)))
+    what = {"ms": "time", "bytes": "bytes"}.get(unit, "weights")
+    whose = "its" if len(most) == 1 else "their"
+    text = f"Most went from {_named([layer.index for layer in most])}, {' to '.join(shares)} of {whose} {what}"
+    price, saved = sum(layer.price or 0.0 for layer in most), sum(layer.saved for layer in most)
+    if any(layer.price is None for layer in most) or saved <= 0:
+        return f"{text}."
+    text += f", at {short(price / saved * scale)} nats per {name}."
+    here, there = _quarter(most), _quarter(others)
+    if here is None or there is None or here > CHEAPER * there:
+        return text
+    return (
+        f"{text} It is cheap there: losing a quarter costs {short(here * scale)}, in the others {short(there * scale)}."
+    )
+
+
+def _quarter(layers: list[_Layer]) -> float | None:
+    """Nats per unit of losing a quarter of each block of these layers; None where there are no prices."""
+    moves = [block.quarter for layer in layers for block in layer.blocks if block.quarter]
+    return sum(move.price for move in moves) / sum(move.saved for move in moves) if moves else None
+
+
+def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
+    whole = [layer for layer in layers if layer.whole]
+    asked = [layer.index for layer in whole if layer.index in kept]
+    rest = [layer for layer in whole if layer.index not in kept]
+    told = [f"{_named(asked).capitalize()} stayed whole as asked."] if asked else []
+    if rest:
+        text = f"{_named([layer.index for layer in rest]).capitalize()} stayed whole"
+        steps = [layer.next[1].per_unit for layer in rest if layer.next]
+        taken = reasons.dearest_taken
+        if steps and taken and taken.last:
+            scale, name, _ = UNITS[reasons.unit]
+            text += (
+                f": the first step there costs {short(min(steps) * scale)} nats per {name} or more, "
+                f"the dearest step taken anywhere {short(taken.last.per_unit * scale)}"
+            )
+        told.append(f"{text}.")
+    return " ".join(told)
+
+
+def _weighed(reasons: Reasons) -> str:
+    """How attention was weighed in each search, of which later ones are of a model that is smaller."""
+    told = []
+    for each in reasons.weighed:
+        gain = (
+            f"{'gains' if each.gain > 0 else 'loses'} {short(abs(each.gain))} nats (standard error {short(each.error)})"
+        )
+        told.append(f"cut, as that {gain}" if each.pays else f"left whole, as cutting it {gain}")
+    return f"Attention was {'; then '.join(told)}." if told else ""
+
+
+def _next(reasons: Reasons) -> str:
+    left, taken = reasons.cheapest_left, reasons.dearest_taken
+    if left is None or left.next is None:
+        priced = any(block.price is not None for block in reasons.blocks)
+        return "Nothing smaller is on offer." if priced else ""
+    scale, name, _ = UNITS[reasons.unit]
+    text = (
+        f"Next would go {_block(left)}, to {to_words(left, left.next).removeprefix('FFN to ')}, "
+        f"at {short(left.next.per_unit * scale)} nats per {name}"
+    )
+    if taken is None or taken.last is None:
+        return f"{text}."
+    return f"{text}; the dearest step taken, {_block(taken)}, cost {short(taken.last.per_unit * scale)}."
+
+
+def _block(block: Reason) -> str:
+    return f"{'the FFN' if block.kind == 'ffn' else 'attention'} of layer {block.layer}"
+
+
+def _layers(reasons: Reasons) -> list[_Layer]:
+    return [_Layer(index, reasons.of_layer(index)) for index in reasons.layers]
+
+
+def _named(layers: Sequence[int]) -> str:
+    """Layers in words; three or more in a row as a range: ``layers 0-2 and 29``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
+    return f"layer{'s' * (len(layers) > 1)} {_and(parts)}"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def short(value: float | None) -> str:
+    """Three digits, without an exponent where that is readable."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-4 else f"{value:.0e}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan
+from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 

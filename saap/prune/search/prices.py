@@ -21,12 +21,12 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.importance import TYPES
-from saap.prune.search.masking import masked, mean_nll, without_attention, without_ffn
+from saap.prune.search.masking import WorkingPoint, masked, mean_nll, without_attention, without_ffn
 from saap.prune.search.milp import Module, Option, Prices
-from saap.prune.search.working_point import WorkingPoint
 from saap.system.errors import UserError
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.

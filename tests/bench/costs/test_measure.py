@@ -149,7 +149,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     pytest.importorskip("onnx_ir")
     from export.graph.probe_model import read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
-    from saap.models.structures import LayerSizes as Sizes
+    from saap.models.shape import LayerSizes as Sizes
 
     root = tmp_path_factory.mktemp("stacks")
     config = {

@@ -383,7 +383,7 @@ def test_slim_directory_in_torch(tmp_path: Path) -> None:
     """Sizes differ per layer and the first layer has no attention, so plain transformers could not load it."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     checkpoint = pytest.importorskip("saap.models.checkpoint")
-    from saap.models.structures import LayerSizes, ModelShape
+    from saap.models.shape import LayerSizes, ModelShape
 
     layers = (LayerSizes(0, 0, 32), LayerSizes(2, 1, 48))
     dense = transformers.LlamaConfig(

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 from export.bundle.manifest import PREFILL_CHUNK
 from export.write import export_bundle
-from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan
 from tests.saap.prune.cut.test_surgery import cut
 
 WIDEST, LAYERS = 2048, 8

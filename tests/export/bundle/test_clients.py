@@ -21,7 +21,7 @@ from export.bundle.tokenizer import BundleTokenizer
 from export.generate.run import generate
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_config
-from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan
 from tests.saap.prune.cut.test_surgery import cut
 
 

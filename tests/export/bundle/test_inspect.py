@@ -68,7 +68,7 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     from export.write import export_bundle
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
-    from saap.models.structures import PrunePlan
+    from saap.prune.plan import PrunePlan
     from tests.export.test_write import UNEVEN
     from tests.saap.prune.cut.test_surgery import cut
 

@@ -12,7 +12,7 @@ from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
 from export.portable.write import export_portable
 from export.write import export_bundle
 from saap.models.checkpoint import load_model
-from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan
 from tests.saap.prune.cut.test_surgery import cut
 
 LAYERS = (

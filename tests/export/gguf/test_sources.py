@@ -14,8 +14,9 @@ from support import llama_cpp_run
 from export.gguf.write import export_gguf
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes
 from saap.models.weight_files import weights_hash
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.system.errors import UserError
 from tests.saap.prune.cut.test_surgery import cut
 

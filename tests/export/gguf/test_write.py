@@ -12,8 +12,8 @@ from export.gguf.layout import rotary_order
 from export.gguf.write import export_gguf
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.structures import LayerPlan, PrunePlan
 from saap.models.weight_files import tensor_reader
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.quantize.groups import quantize, quantize_model
 from saap.tune.tuning import TuneOptions, tune
 from tests.saap.prune.cut.test_surgery import EMPTY, PLANS, WHOLE, cut

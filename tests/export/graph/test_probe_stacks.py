@@ -17,7 +17,7 @@ from export.graph.facts import read_graph
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import stack_layers, write_probe_stacks
 from export.write import export_bundle
-from saap.models.structures import LayerSizes
+from saap.models.shape import LayerSizes
 from saap.system.errors import UserError
 
 SMOLLM2 = {

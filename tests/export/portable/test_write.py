@@ -21,7 +21,7 @@ from export.portable.write import export_portable
 from export.source import Precision
 from export.write import export_bundle
 from saap.models.checkpoint import load_model
-from saap.models.structures import PrunePlan
+from saap.prune.plan import PrunePlan
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune

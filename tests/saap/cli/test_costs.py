@@ -24,7 +24,7 @@ from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
 from saap.cli.console import Console
 from saap.cli.costs import Place, probe_costs, probe_costs_step
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
 

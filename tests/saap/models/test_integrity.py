@@ -24,8 +24,8 @@ from export.bundle.manifest import BundleError, verify_files
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_record
 from saap.models.streaming import load_streamed
-from saap.models.structures import LayerPlan
 from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan
 from saap.prune.pruning import prune
 from saap.prune.scores.cache import KnownLosses, cached_scores
 from saap.prune.scores.scoring import scores_of

@@ -7,9 +7,9 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.layer_walk import layers_of
 from saap.models.streaming import is_streamed, load_streamed, present
-from saap.models.structures import LayerPlan, PrunePlan
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.ridge import Products, Rows, regression
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.scores.activations import collect
 from saap.prune.scores.importance import estimate
 from saap.prune.scores.layerwise import estimate_layerwise

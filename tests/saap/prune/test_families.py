@@ -19,9 +19,10 @@ from export.write import export_bundle
 from saap.models.architectures import FAMILIES as ROWS
 from saap.models.architectures import architecture_of, shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.masking import masked
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))

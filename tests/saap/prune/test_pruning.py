@@ -7,9 +7,9 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record
-from saap.models.structures import whole_layer
 from saap.prune import pruning
 from saap.prune.options import PruneOptions
+from saap.prune.plan import whole_layer
 from saap.prune.pruning import prune
 from saap.system.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.bundle_size import bundle_size
 from saap.system.errors import UserError
 from tests.saap.prune.cut.test_added_bias import compensated, dense_dir

@@ -5,9 +5,9 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.models.structures import check_plan
 from saap.prune.baselines.methods import BASELINES, published, rank
 from saap.prune.baselines.scores import magnitude_scores
+from saap.prune.plan import check_plan
 from saap.prune.scores.activations import collect
 from saap.system.errors import UserError
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap.models.structures import LayerSizes, ModelShape, check_plan
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.baselines.plans import Ranking, ffn_widths, module_steps, threshold_key, uniform_key
+from saap.prune.plan import check_plan
 from saap.system.errors import UserError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)

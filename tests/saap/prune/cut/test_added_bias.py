@@ -16,7 +16,7 @@ from export.portable.write import export_portable
 from export.write import export_bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
-from saap.models.structures import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune

@@ -5,10 +5,10 @@ import torch
 
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.structures import LayerPlan, PrunePlan, whole_layer
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.refit import compensate, losses_compensated
 from saap.prune.cut.surgery import cut_tensors
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.masking import masked, mean_nll
 
 IDS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(4))

@@ -11,10 +11,10 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_record
 from saap.prune.kept_stages import plan_of
 from saap.prune.options import PruneOptions
+from saap.prune.plan import Weighed
 from saap.prune.pruning import prune
 from saap.prune.search.adaptive import adaptive_plan, weighed
 from saap.prune.search.budget import budget_for
-from saap.prune.search.explain import Weighed
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))

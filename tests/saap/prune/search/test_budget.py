@@ -12,7 +12,7 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.baselines.methods import rank
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from saap.models.checkpoint import read_record
-from saap.models.structures import LayerPlan, LayerSizes, PrunePlan, whole_layer
+from saap.models.shape import LayerSizes
 from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed, whole_layer
 from saap.prune.pruning import prune
-from saap.prune.search.explain import Move, Reason, Reasons, Weighed, after, reasons_of, sizes_lost
-from saap.prune.search.explain_words import layer_table, sentences, short
+from saap.prune.search.explain import after, layer_table, reasons_of, sentences, short, sizes_lost
 from saap.prune.search.milp import Module, Option, modules_of, solve
 from tests.saap.prune.search.test_milp import SHAPE, milliseconds, prices, weights
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saap.models.structures import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import CostError, CostTable, read_costs
 
 SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from saap.models.structures import LayerPlan, LayerSizes, ModelShape, PrunePlan, check_plan, whole_layer
+from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
 from saap.prune.search.budget import Budget, StepTime, Weights
 from saap.prune.search.layer_costs import CostTable
 from saap.prune.search.milp import Prices, check_floor, meet, modules_of, plan_from, solve

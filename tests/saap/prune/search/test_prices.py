@@ -5,7 +5,7 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.models.structures import whole_layer
+from saap.prune.plan import whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.importance import estimate

@@ -13,13 +13,7 @@ of query heads. Layers may differ from one another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from saap.system.errors import UserError
-
-if TYPE_CHECKING:
-    from saap.prune.search.explain import Reasons
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -99,81 +93,3 @@ class ModelShape:
     def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
         """The same model with other layers."""
         return replace(self, layers=layers)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
-
-    query_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn: tuple[int, ...]
-
-    @property
-    def sizes(self) -> LayerSizes:
-        """How many of each are kept."""
-        return LayerSizes(len(self.query_heads), len(self.kv_heads), len(self.ffn))
-
-
-@dataclass(frozen=True)
-class PrunePlan:
-    """What to keep of every layer of the base model, and what was asked and planned.
-
-    A layer whose plan is empty is dropped whole.
-    """
-
-    layers: tuple[LayerPlan, ...]
-    requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
-    price: float = 0.0  # predicted loss, nats per token
-    reasons: Reasons | None = None  # why each block lost what it lost
-
-    @property
-    def kept_layers(self) -> tuple[int, ...]:
-        """Indices, in the base model, of the layers that are not dropped."""
-        return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
-
-    def kept_shape(self, dense: ModelShape) -> ModelShape:
-        """Shape of the slim model."""
-        return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))
-
-
-def whole_layer(sizes: LayerSizes) -> LayerPlan:
-    """The plan that keeps everything of a layer."""
-    return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
-
-
-def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
-    nothing = LayerPlan((), (), ())
-    layers = [nothing] * len(first.layers)
-    for index, keep in zip(first.kept_layers, second.layers, strict=True):
-        before = first.layers[index]
-        layers[index] = LayerPlan(
-            tuple(before.query_heads[i] for i in keep.query_heads),
-            tuple(before.kv_heads[i] for i in keep.kv_heads),
-            tuple(before.ffn[i] for i in keep.ffn),
-        )
-    return PrunePlan(tuple(layers), second.requirement, first.price + second.price)
-
-
-def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
-    """Raise UserError where a plan does not fit the model or breaks GQA."""
-    if len(plan.layers) != len(dense.layers):
-        raise UserError(f"the plan has {len(plan.layers)} layers, the model has {len(dense.layers)}")
-    for index, (keep, sizes) in enumerate(zip(plan.layers, dense.layers, strict=True)):
-        for kept, count, what in (
-            (keep.query_heads, sizes.query_heads, "query head"),
-            (keep.kv_heads, sizes.kv_heads, "KV head"),
-            (keep.ffn, sizes.ffn, "FFN channel"),
-        ):
-            if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
-                raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
-        per_group = sizes.heads_per_group
-        counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
-        owners = {head // per_group for head in keep.query_heads} if per_group else set()
-        if owners != set(keep.kv_heads) or len(counts) > 1:
-            raise UserError(
-                f"layer {index}: every kept KV group must keep the same number of query heads, at least one"
-            )
-    if not any(keep.query_heads for keep in plan.layers):
-        raise UserError("the plan leaves no layer with attention: prune less")

@@ -1,0 +1,193 @@
+"""What to keep of a model, and why: the plan that a search makes, the cut carries out and ``saap.json`` records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from saap.models.shape import LayerSizes, ModelShape
+from saap.system.errors import UserError
+
+CLEAR = 2.0  # standard errors: what is gained by less on calibration text was lost several times over on other text
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """How many of each are kept."""
+        return LayerSizes(len(self.query_heads), len(self.kv_heads), len(self.ffn))
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step of one block between two options.
+
+    Attributes:
+        to: what is kept after it.
+        price: predicted loss that it adds, nats per token.
+        saved: what it saves, in the budget's unit; above 0.
+    """
+
+    to: LayerSizes
+    price: float
+    saved: float
+
+    @property
+    def per_unit(self) -> float:
+        """Nats per unit of the budget."""
+        return self.price / self.saved
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One attention or feed-forward block: what went, at what price, and what was left.
+
+    Attributes:
+        layer: index in the model that was pruned; ``kind``: attention or ffn.
+        had, keeps: sizes before and after; a feed-forward block has no heads and attention no channels.
+        whole: what the block cost before, in the budget's unit; ``saved``: how much of that went.
+        price: predicted loss of what went, nats per token; None where the method has no prices.
+        last: the dearest part of the way to the chosen option; None where nothing went.
+        next: the cheapest way on, per unit; None where nothing smaller is on offer.
+        quarter: losing the part of the whole block that is nearest a quarter, by which blocks compare; of the first
+            search where there were several. None where nothing between all and nothing is on offer.
+    """
+
+    layer: int
+    kind: str
+    had: LayerSizes
+    keeps: LayerSizes
+    whole: float
+    saved: float
+    price: float | None = None
+    last: Move | None = None
+    next: Move | None = None
+    quarter: Move | None = None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`.
+
+    Attributes:
+        gain: by how much it was measured to lose less, nats per token.
+        error: standard error of that, over sequences.
+    """
+
+    gain: float
+    error: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether attention is cut."""
+        return self.gain > CLEAR * self.error
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """All blocks of a plan, in the budget's unit; and how attention was weighed, once per search where it was."""
+
+    unit: str
+    blocks: tuple[Reason, ...]
+    weighed: tuple[Weighed, ...] = ()
+
+    @property
+    def dearest_taken(self) -> Reason | None:
+        """The block with the dearest step per unit that was taken."""
+        return max((b for b in self.blocks if b.last), key=lambda b: b.last.per_unit, default=None)  # type: ignore[union-attr]
+
+    @property
+    def cheapest_left(self) -> Reason | None:
+        """The block with the cheapest step per unit that was not taken."""
+        return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
+
+    def of_layer(self, layer: int) -> list[Reason]:
+        """The blocks of one layer."""
+        return [block for block in self.blocks if block.layer == layer]
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers, in order."""
+        return sorted({block.layer for block in self.blocks})
+
+    def record(self) -> dict[str, Any]:
+        """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
+        taken, left = self.dearest_taken, self.cheapest_left
+        return {
+            "unit": self.unit,
+            "dearest_taken": taken.last.per_unit if taken and taken.last else None,
+            "cheapest_left": left.next.per_unit if left and left.next else None,
+            "blocks": [asdict(block) for block in self.blocks],
+            "weighed": [asdict(each) for each in self.weighed],
+        }
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to keep of every layer of the base model, and what was asked and planned.
+
+    A layer whose plan is empty is dropped whole.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
+    price: float = 0.0  # predicted loss, nats per token
+    reasons: Reasons | None = None  # why each block lost what it lost
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices, in the base model, of the layers that are not dropped."""
+        return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
+
+    def kept_shape(self, dense: ModelShape) -> ModelShape:
+        """Shape of the slim model."""
+        return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))
+
+
+def whole_layer(sizes: LayerSizes) -> LayerPlan:
+    """The plan that keeps everything of a layer."""
+    return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
+
+
+def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
+    nothing = LayerPlan((), (), ())
+    layers = [nothing] * len(first.layers)
+    for index, keep in zip(first.kept_layers, second.layers, strict=True):
+        before = first.layers[index]
+        layers[index] = LayerPlan(
+            tuple(before.query_heads[i] for i in keep.query_heads),
+            tuple(before.kv_heads[i] for i in keep.kv_heads),
+            tuple(before.ffn[i] for i in keep.ffn),
+        )
+    return PrunePlan(tuple(layers), second.requirement, first.price + second.price)
+
+
+def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
+    """Raise UserError where a plan does not fit the model or breaks GQA."""
+    if len(plan.layers) != len(dense.layers):
+        raise UserError(f"the plan has {len(plan.layers)} layers, the model has {len(dense.layers)}")
+    for index, (keep, sizes) in enumerate(zip(plan.layers, dense.layers, strict=True)):
+        for kept, count, what in (
+            (keep.query_heads, sizes.query_heads, "query head"),
+            (keep.kv_heads, sizes.kv_heads, "KV head"),
+            (keep.ffn, sizes.ffn, "FFN channel"),
+        ):
+            if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
+                raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
+        per_group = sizes.heads_per_group
+        counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
+        owners = {head // per_group for head in keep.query_heads} if per_group else set()
+        if owners != set(keep.kv_heads) or len(counts) > 1:
+            raise UserError(
+                f"layer {index}: every kept KV group must keep the same number of query heads, at least one"
+            )
+    if not any(keep.query_heads for keep in plan.layers):
+        raise UserError("the plan leaves no layer with attention: prune less")
