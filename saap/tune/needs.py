@@ -5,7 +5,7 @@ from __future__ import annotations
 from saap.models.needs import PER_LOGIT, SQUARES, kept_per_token
 from saap.models.shape import ModelShape
 from saap.system.needs import PROCESS, Needs
-from saap.tune.head_loss import PLACES
+from saap.tune.losses import PLACES
 
 TUNING = 70_000_000  # peft and accelerate, beside the process
 CHOOSING = 6  # bytes per weight of a matrix whose integers are chosen: a copy, codes, and codes as they are packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from saap.system.errors import UserError
-from saap.tune.adapters.attach import GroupAdapterConfig
+from saap.tune.adapters import GroupAdapterConfig
 from saap.tune.loop.options import TrainOptions
 
 BITS, BLOCKS, INTEGERS = (4, 8), (32, 64, 128), ("gptq", "nearest")
@@ -82,5 +82,5 @@ class TuneOptions:
 
     @property
     def adapter(self) -> GroupAdapterConfig:
-        """The fold as :mod:`saap.tune.adapters.attach` takes it."""
+        """The fold as :mod:`saap.tune.adapters` takes it."""
         return GroupAdapterConfig(self.fold, self.rank)

@@ -15,7 +15,7 @@ from saap.models.streaming import present, settle
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import QuantMatrix, quantize, quantize_model
 from saap.quantize.mixed_bits import choose_bits
-from saap.tune.adapters import attach as group_adapter
+from saap.tune import adapters
 from saap.tune.options import TuneOptions
 
 
@@ -58,9 +58,9 @@ class Quantised:
         settle(self.model)
         for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
             parameter.data = parameter.data.clone()
-        self.model = group_adapter.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
-        adapters = group_adapter.trained_parameters(self.model)
-        return [{"params": adapters, "lr": options.rate}, self._norms()]
+        self.model = adapters.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
+        trained = adapters.trained_parameters(self.model)
+        return [{"params": trained, "lr": options.rate}, self._norms()]
 
     def _norms(self) -> dict[str, Any]:
         found = [p for name, p in self.model.named_parameters() if "norm" in name]
@@ -70,7 +70,7 @@ class Quantised:
 
     def fold(self) -> dict[str, Any]:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
-        self.model = group_adapter.fold(self.model)  # type: ignore[arg-type]
+        self.model = adapters.fold(self.model)  # type: ignore[arg-type]
         return self.quant
 
 

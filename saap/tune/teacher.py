@@ -30,9 +30,6 @@ from saap.models.resolve import load_tokenizer
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.sealed_tensors import load_sealed, save_sealed
-from saap.tune.distillation import distillation_loss
-
-__all__ = ["TeacherTargets", "check_same_vocabulary", "distillation_loss", "teacher_targets"]
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
 LIMIT_BYTES = 4 << 30  # of all entries

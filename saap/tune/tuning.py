@@ -2,7 +2,7 @@
 
 The integers are chosen first, with their errors compensated on the first rows of the text
 (:mod:`saap.quantize.gptq`). Then one number per group of input columns is trained, together with the norms' weights, in
-the form that the deployed kernel takes (:mod:`saap.tune.adapters.folds`). The forward pass of the last step and the
+the form that the deployed kernel takes (:mod:`saap.tune.adapters`). The forward pass of the last step and the
 exported graph hold the same integers, scales and zero points, bit for bit.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
@@ -35,13 +35,13 @@ from saap.system.outputs import check_output
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
 from saap.text.tuning_rows import IGNORED, TuningRows, held_out
-from saap.tune.head_loss import head_loss
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import Batch, DivergedError, History, LossOf, train
+from saap.tune.losses import distillation_loss, head_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
 from saap.tune.quantised import Quantised
-from saap.tune.teacher import TeacherTargets, check_same_vocabulary, distillation_loss, teacher_targets
+from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_targets
 
 __all__ = ["TuneOptions", "tune"]
 

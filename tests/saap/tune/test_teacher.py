@@ -14,8 +14,8 @@ from saap.models.checkpoint import load_model
 from saap.models.opening import open_model
 from saap.system.errors import UserError
 from saap.tune import teacher as teacher_module
-from saap.tune.distillation import bucket_shares
-from saap.tune.teacher import check_same_vocabulary, distillation_loss, teacher_targets
+from saap.tune.losses import bucket_shares, distillation_loss
+from saap.tune.teacher import check_same_vocabulary, teacher_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(300, (70, 12), generator=GENERATOR)

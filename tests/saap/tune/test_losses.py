@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from saap.models.checkpoint import load_model
 from saap.quantize.groups import quantize_model
-from saap.tune import head_loss as module
-from saap.tune.head_loss import head_loss
+from saap.tune import losses as module
+from saap.tune.losses import head_loss
 
 IDS = torch.randint(320, (3, 40), generator=torch.Generator().manual_seed(0))
 PLACES = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) < 0.6

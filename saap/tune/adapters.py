@@ -1,0 +1,401 @@
+"""The group adapters: PEFT LoRA layers whose base is a matrix of integers, one class per fold.
+
+An adapter is D = B A * alpha / r with A [r, groups] and B [N, r]: one number per output row and group of input columns
+(the low-rank group form of QA-LoRA, Xu et al., arXiv 2309.14717), or a free D [N, groups], which is B with A the
+identity. B is 0 at the start. What D does to W = s (q - z) is the fold:
+
+* scale: s' = s (1 + D), kept away from 0 and rounded to what float16 represents. The deployed kernel stays as it is.
+* zero point: z' = z - D / s, rounded to a whole number of 0 .. 2^bits - 1, so that it is free where the literature's
+  float zero points are not, but coarse.
+
+All rounding happens in the forward pass, with the gradient going straight through: :meth:`GroupAdapterLayer.merge`
+writes into the base what the last forward pass used, to the bit.
+
+:func:`attach` puts one on every linear of the decoder layers, :func:`fold` writes what was trained into the integers'
+holders.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from saap.models.architectures import architecture_of
+from saap.models.modeling_slim import GroupQuantLinear, unpack_zero_points
+from saap.quantize.groups import pack_zero_points
+from saap.system.errors import UserError
+
+NAME = "default"  # of the adapter, PEFT's own
+PREFIX = "base_model.model."  # before a module's name in a PeftModel
+SMALLEST_FACTOR = 0.05  # 1 + D stays positive: a group must not change its sign
+LARGEST_FLOAT16 = 65504.0
+
+
+class GroupAdapterLayer(nn.Module, LoraLayer):
+    """A GroupQuantLinear with one adapter; PEFT makes it, from the config that it is registered with."""
+
+    centred: torch.Tensor
+
+    def __init__(
+        self,
+        base_layer: GroupQuantLinear,
+        adapter_name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        free: bool,
+        **_: Any,  # PEFT's other options, which differ from version to version and are off here
+    ) -> None:
+        """Wrap ``base_layer``; with ``free``, A is the identity and has no parameters."""
+        super().__init__()
+        with warnings.catch_warnings():  # PEFT asks for sizes of kinds of layers that it knows, and warns of ours
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            LoraLayer.__init__(self, base_layer)
+        self.name, self.free = adapter_name, free
+        self._active_adapter = adapter_name
+        groups, device = base_layer.columns // base_layer.block, base_layer.scales.device
+        if free and r != groups:
+            raise ValueError(f"a free factor per group is of rank {groups} here, not {r}")
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        a = nn.Identity() if free else nn.Linear(groups, r, bias=False)
+        if isinstance(a, nn.Linear):
+            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+        b = nn.Linear(r, base_layer.out_features, bias=False)
+        nn.init.zeros_(b.weight)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = a.to(device), b.to(device)
+        centred = base_layer.centred()
+        narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
+        self.register_buffer("centred", centred.to(torch.int8) if narrow else centred, persistent=False)
+
+    @property
+    def base(self) -> GroupQuantLinear:
+        """The matrix of integers."""
+        base: Any = self.base_layer
+        return base
+
+    def update_layer(self, *_: Any, **__: Any) -> None:
+        """PEFT's way to put a second adapter on a layer, which has no meaning for integers."""
+        raise ValueError("a matrix of integers takes one adapter: fold or detach the one that it has")
+
+    def factor(self) -> torch.Tensor:
+        """D [N, groups], float32 under autocast too."""
+        b = _weight(self.lora_B[self.name])
+        if self.free:
+            return b
+        with torch.autocast(b.device.type, enabled=False):
+            return (b @ _weight(self.lora_A[self.name])) * self.scaling[self.name]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], what the folded matrix gives."""
+        if self.disable_adapters or self.merged:
+            return self.base(x)
+        y = self.adapted(x)
+        return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The product without its bias."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write into the base what the forward pass uses; PEFT's ``merge_and_unload`` calls it too."""
+        if not self.merged:
+            self.write()
+            self.merged_adapters.append(self.name)
+
+    def write(self) -> None:
+        """Put the folded numbers into the base's buffers."""
+        raise NotImplementedError
+
+
+class ScaleAdapter(GroupAdapterLayer):
+    """s' = s (1 + D)."""
+
+    def scales(self) -> torch.Tensor:
+        """s' [N, groups]."""
+        return float16_through(self.base.scales * (1 + self.factor()).clamp_min(SMALLEST_FACTOR))
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the tuned scales."""
+        return group_matmul(x, self.centred, self.scales())
+
+    def write(self) -> None:
+        """Tuned scales."""
+        self.base.scales = self.scales()
+
+
+class ZeroPointAdapter(GroupAdapterLayer):
+    """z' = z - D / s, whole."""
+
+    zeros: torch.Tensor
+
+    def __init__(self, base_layer: GroupQuantLinear, adapter_name: str, **options: Any) -> None:
+        super().__init__(base_layer, adapter_name, **options)
+        groups = base_layer.scales.shape[1]
+        zeros = unpack_zero_points(base_layer.zero_points, base_layer.bits, groups)
+        self.register_buffer("zeros", zeros.to(base_layer.scales.dtype), persistent=False)
+
+    def zero_points(self) -> torch.Tensor:
+        """z' [N, groups], whole numbers as floats."""
+        return whole_through(self.zeros - self.factor() / self.base.scales, 2**self.base.bits - 1)
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the moved zero points."""
+        return group_matmul(x, self.centred, self.base.scales, self.zeros - self.zero_points())
+
+    def write(self) -> None:
+        """Moved zero points, packed."""
+        self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
+
+
+FOLDS: dict[str, type[GroupAdapterLayer]] = {
+    "scale": ScaleAdapter,
+    "zero-point": ZeroPointAdapter,
+}
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    weight: torch.Tensor = linear.weight
+    return weight
+
+
+@dataclass(frozen=True)
+class GroupAdapterConfig:
+    """What is trained for each group of input columns.
+
+    Attributes:
+        fold: ``scale`` or ``zero-point`` (:mod:`saap.tune.adapters`).
+        rank: r of D = B A * alpha / r; None or 0 is a free D.
+        alpha: None is r.
+
+    Raises:
+        UserError: a fold that does not exist, or options that do not go together.
+    """
+
+    fold: str = "scale"
+    rank: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fold not in FOLDS:
+            raise UserError(f"fold {self.fold!r} does not exist: choose one of {', '.join(FOLDS)}")
+        if (self.rank or 0) < 0:
+            raise UserError(f"rank {self.rank} is negative: give 1 or more, or 0 for a free factor per group")
+        if self.alpha is not None and (not self.rank or self.alpha <= 0):
+            raise UserError(f"alpha {self.alpha:g} needs a rank, and must be above 0: leave it out, or give both")
+
+
+def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) -> PeftModel:
+    """Put an adapter on every linear of the decoder layers, in place; all other parameters are frozen.
+
+    Args:
+        seed: of the A matrices, apart from torch's global one.
+
+    Raises:
+        UserError: linears that hold no integers or have an adapter already, or a PEFT that did not put our
+            layer on each of them.
+    """
+    holders = _holders(model)
+    free = not config.rank
+    ranks = {name: holder.scales.shape[1] for name, holder in holders.items()} if free else {}
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank or 1,
+        lora_alpha=config.alpha or config.rank or 1,  # type: ignore[arg-type]  # PEFT only divides by r
+        target_modules=_pattern(model, holders),
+        rank_pattern=_by_value(ranks),
+        alpha_pattern=_by_value(ranks),
+    )
+    layer_class = FOLDS[config.fold]
+    lora._register_custom_module({GroupQuantLinear: partial(layer_class, free=free)})  # type: ignore[dict-item]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads
+        try:
+            adapted: Any = get_peft_model(model, lora, adapter_name=NAME)
+        except ValueError as error:
+            raise UserError(
+                f"PEFT {peft.__version__} does not take the layers of group adapters ({str(error).splitlines()[0]}): "
+                "install another version, 0.17 to 0.21"
+            ) from error
+    found = {name.removeprefix(PREFIX): type(m) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)}
+    if found != dict.fromkeys(holders, layer_class):
+        wrong = sorted(n for n in {*holders, *found} if found.get(n) is not layer_class or n not in holders)
+        raise UserError(
+            f"PEFT {peft.__version__} put no group adapter on {wrong[0]} ({len(wrong)} of {len(holders)} linears): "
+            "install another version, 0.17 to 0.21"
+        )
+    return adapted
+
+
+def layers_of(model: nn.Module) -> dict[str, GroupAdapterLayer]:
+    """The adapted linears by their name in the plain model."""
+    return {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, GroupAdapterLayer)}
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, in the order of the model."""
+    return [p for layer in layers_of(model).values() for p in layer.parameters() if p.requires_grad]
+
+
+def fold(model: PeftModel) -> PreTrainedModel:
+    """Write what the adapted model computes into its integers' holders; the plain model, on the same modules."""
+    for layer in layers_of(model).values():
+        layer.merge()
+    return detach(model)
+
+
+def detach(model: PeftModel) -> PreTrainedModel:
+    """Take the adapter off and drop it; the plain model, on the same modules."""
+    plain: Any = model.unload()
+    if hasattr(plain, "peft_config"):  # older PEFT leaves it there and warns at the next adapter
+        del plain.peft_config
+    return plain
+
+
+def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
+    """The decoder layers' linears by name, all of integers and untouched."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError("the model has an adapter already: fold or detach it first")
+    inside = architecture_of(model.config).layers
+    linears = {
+        f"{inside}.{name}": module
+        for name, module in model.get_submodule(inside).named_modules()
+        if isinstance(module, nn.Linear | GroupQuantLinear)
+    }
+    holders = {name: module for name, module in linears.items() if isinstance(module, GroupQuantLinear)}
+    if not linears or len(holders) < len(linears):
+        plain = next(iter(linears.keys() - holders.keys()), "the model")
+        raise UserError(f"{plain} holds no integers, which a group adapter is put on: quantise the model first")
+    return holders
+
+
+def _pattern(model: PreTrainedModel, holders: dict[str, GroupQuantLinear]) -> str:
+    """A regular expression for the names; PEFT would write a set of names in another order each time."""
+    inside = re.escape(architecture_of(model.config).layers)
+    names = sorted({re.sub(rf"^{inside}\.\d+\.", "", name) for name in holders})
+    return rf"{inside}\.\d+\.({'|'.join(re.escape(name) for name in names)})"
+
+
+def _by_value(numbers: dict[str, int]) -> dict[str, int]:
+    """One pattern of names for each number, as PEFT's rank and alpha patterns may be: it tries them one by one."""
+    names = defaultdict(list)
+    for name, number in numbers.items():
+        names[number].append(re.escape(name))
+    return {"|".join(which): number for number, which in names.items()}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second number, with the gradient going to the first; to the bit, as first + (second - first) is not."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def float16_through(exact: torch.Tensor) -> torch.Tensor:
+    """Rounded to what float16 represents, finite; the gradient passes straight through."""
+    rounded = exact.detach().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16).half().to(exact.dtype)
+    return _StraightThrough.apply(exact, rounded)
+
+
+def whole_through(exact: torch.Tensor, top: int) -> torch.Tensor:
+    """Rounded to a whole number of 0 .. top; the gradient passes where the number is inside or on the border."""
+    # Not clamp's own gradient, which from torch 2.15 on stops at the border, where zero points start.
+    inside = torch.where((exact >= 0) & (exact <= top), exact, exact.detach().clamp(0, top))
+    return _StraightThrough.apply(inside, inside.detach().round())
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product with x is computed in: its own type, or autocast's where that is on and x is eligible."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def group_matmul(
+    x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = x (scale * (centred + shift))^T in :func:`product_dtype`.
+
+    The matrix is dequantised in the scales' type and then rounded to that of the product: rounding the scales instead
+    would hide small changes of them. Gradients of scale and shift are summed in the scales' type.
+
+    Args:
+        x: [..., K].
+        centred: [N, groups, block] integers.
+        scale: [N, groups].
+        shift: [N, groups]; None is 0.
+
+    Returns:
+        [..., N].
+    """
+    return _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift)
+
+
+class _GroupMatMul(torch.autograd.Function):
+    """The dequantised matrix is made twice instead of being kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, centred, scale, shift)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _dequantize(centred, scale, shift, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, Any]:
+        x, centred, scale, shift = ctx.saved_tensors
+        for_x, _, for_scale, for_shift = ctx.needs_input_grad
+        grad_x = grad_scale = grad_shift = None
+        with torch.autocast(x.device.type, enabled=False):
+            if for_x:
+                grad_x = grad @ _dequantize(centred, scale, shift, x.dtype)
+            if for_scale or for_shift:
+                weight_grad = matrix_gradient(grad, x, scale.dtype).view(centred.shape)
+                sums = weight_grad.sum(-1) if shift is not None else None
+                if for_shift:
+                    grad_shift = scale * sums
+                if for_scale:
+                    grad_scale = weight_grad.mul_(centred).sum(-1)
+                    if sums is not None:
+                        grad_scale += shift * sums
+        return grad_x, None, grad_scale, grad_shift
+
+
+def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of y = x W^T: dL/dW [N, K] in ``dtype``, from dL/dy [..., N] and x [..., K]."""
+    return (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(dtype)
+
+
+def _dequantize(
+    centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    numbers = centred.to(scale.dtype)
+    if shift is not None:
+        numbers += shift.unsqueeze(-1)
+    return numbers.mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)

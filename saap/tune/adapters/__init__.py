@@ -1,1 +1,0 @@
-"""Group adapters: what is trained beside the integers."""
