@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from saap.models import modeling_slim
-from saap.models.architectures import PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
+from saap.models.architectures import FAMILIES, PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
 from saap.models.integrity import RECORD, check_directory, hashes
-from saap.models.modeling_slim import SLIM_CLASSES, GroupQuantTable, TiedHead
+from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.shape import ModelShape
 from saap.models.weight_files import write_shards
 from saap.system.errors import UserError
@@ -31,9 +31,10 @@ from saap.system.outputs import writing_directory
 
 FORMAT = 1
 
-for _classes in SLIM_CLASSES.values():
-    AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
-    AutoModelForCausalLM.register(_classes.config, _classes.model, exist_ok=True)
+for _row in FAMILIES.values():
+    if (_classes := slim_classes(_row.family)) is not None:
+        AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
+        AutoModelForCausalLM.register(_classes.config, _classes.model, exist_ok=True)
 
 
 def load_model(
@@ -126,14 +127,12 @@ def materialise_linears(model: PreTrainedModel) -> None:
             model.lm_head.weight = weight
 
 
-def _embedding(weight: torch.nn.Parameter, factor: Any) -> torch.nn.Embedding:
+def _embedding(weight: torch.nn.Parameter, factor: float) -> torch.nn.Embedding:
     rows, columns = weight.shape
     if factor == 1:
         return torch.nn.Embedding(rows, columns, _weight=weight)
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    scaled: Any = Gemma3TextScaledWordEmbedding(rows, columns, None, embed_scale=factor)  # type: ignore[arg-type]
-    scaled.weight = weight
+    scaled = ScaledEmbedding(rows, columns, _weight=weight)
+    scaled.factor = factor
     return scaled
 
 
@@ -170,7 +169,8 @@ def slim_config(
             "num_key_value_heads": first.kv_heads,
             "intermediate_size": first.ffn,
         }
-    classes = SLIM_CLASSES[family]
+    classes = slim_classes(architecture.family)
+    assert classes is not None, "transformers has the family of a model that it read"
     slim |= {
         "model_type": classes.config.model_type,
         "architectures": [classes.model.__name__],

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
@@ -82,13 +81,23 @@ class GroupQuantLinear(GroupQuantTable):
 
 
 class GroupQuantEmbedding(GroupQuantTable):
-    """An embedding table held as integers; Gemma multiplies what it looks up by ``factor``."""
+    """An embedding table held as integers; some families multiply what they look up by ``factor``."""
 
     factor = 1.0
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int -> [..., columns] float32."""
         return self.dequantize(ids.flatten()).reshape(*ids.shape, self.columns) * self.factor
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by ``factor``."""
+
+    factor = 1.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int -> [..., columns]."""
+        return super().forward(ids) * self.factor
 
 
 class TiedHead(nn.Module):
@@ -106,7 +115,7 @@ class TiedHead(nn.Module):
 class NoAttention(nn.Module):
     """Stands where a layer lost its attention: adds nothing to the residual stream."""
 
-    is_sliding = False  # Gemma 3 asks which rotary embedding to hand in
+    is_sliding = False  # some layers ask which rotary embedding to hand in
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
         """[b, s, hidden] -> zeros of that shape."""
@@ -144,18 +153,6 @@ class SlimDecoder:
             quantize_modules(self, quant)
 
 
-class SlimLlamaConfig(LlamaConfig):
-    """A LlamaConfig; the extra keys are kept as plain attributes."""
-
-    model_type = "saap_llama"
-
-
-class SlimLlamaForCausalLM(SlimDecoder, LlamaForCausalLM):  # type: ignore[misc]  # transformers' own bases disagree
-    """LlamaForCausalLM whose layers are cut to ``config.slim_layers``."""
-
-    config_class: Any = SlimLlamaConfig
-
-
 class SlimClasses(NamedTuple):
     """The two classes of a family, as transformers registers them."""
 
@@ -163,33 +160,28 @@ class SlimClasses(NamedTuple):
     model: Any
 
 
-_ENDS = ("Config", "ForCausalLM")
-OTHERS = {  # model type of a family: stems of its config and its model class in transformers
-    "mistral": ("Mistral", "Mistral"),
-    "qwen2": ("Qwen2", "Qwen2"),
-    "qwen3": ("Qwen3", "Qwen3"),
-    "phi3": ("Phi3", "Phi3"),
-    "gemma3_text": ("Gemma3Text", "Gemma3"),
-    "smollm3": ("SmolLM3", "SmolLM3"),
-}
-SLIM_CLASSES = {"llama": SlimClasses(SlimLlamaConfig, SlimLlamaForCausalLM)}  # of the families that transformers has
-
-
-def _derive(name: str, stems: tuple[str, str]) -> SlimClasses | None:
-    """The slim classes of a family, found under their names in this module; None where transformers lacks it."""
-    parents: list[Any] = [getattr(transformers, stem + end, None) for stem, end in zip(stems, _ENDS, strict=True)]
-    if None in parents:
+def slim_classes(family: str) -> SlimClasses | None:
+    """The slim classes of a family, ``Llama`` for one; None where the installed transformers lacks it."""
+    parent = getattr(transformers, f"{family}ForCausalLM", None)
+    if parent is None:
         return None
-    place = {"__module__": __name__, "__doc__": f"The {stems[1]} family with sizes of their own in its layers."}
-    config = type(f"Slim{stems[0]}{_ENDS[0]}", (parents[0],), {**place, "model_type": f"saap_{name}"})
-    model = type(f"Slim{stems[1]}{_ENDS[1]}", (SlimDecoder, parents[1]), {**place, "config_class": config})
-    globals().update({kind.__name__: kind for kind in (config, model)})
-    return SlimClasses(config, model)
+    own, names = globals(), (f"Slim{parent.config_class.__name__}", f"Slim{parent.__name__}")
+    if names[1] not in own:
+        place = {"__module__": __name__, "__doc__": f"The {family} family with its own sizes in every layer."}
+        kind = f"saap_{parent.config_class.model_type}"
+        own[names[0]] = type(names[0], (parent.config_class,), {**place, "model_type": kind})
+        own[names[1]] = type(names[1], (SlimDecoder, parent), {**place, "config_class": own[names[0]]})
+    return SlimClasses(own[names[0]], own[names[1]])
 
 
-for _name, _stems in OTHERS.items():
-    if (_classes := _derive(_name, _stems)) is not None:
-        SLIM_CLASSES[_name] = _classes
+def __getattr__(name: str) -> Any:
+    """The classes that ``config.json`` names, made of those of transformers when they are asked for."""
+    for end in ("TextConfig", "Config", "ForCausalLM"):
+        if name.startswith("Slim") and name.endswith(end):
+            slim_classes(name[len("Slim") : -len(end)])
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = False) -> None:
@@ -227,8 +219,8 @@ def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, in
 
 
 def _norms(layer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the norms that go with a layer's attention, and with its MLP."""
-    if hasattr(layer, "pre_feedforward_layernorm"):
+    """Names of the norms that go with a layer's attention, and with its MLP; a layer has some of them."""
+    if hasattr(layer, "post_feedforward_layernorm"):  # then the other "post" is after the attention, not before the MLP
         after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
         return ("input_layernorm", "post_attention_layernorm"), after
     return ("input_layernorm",), ("post_attention_layernorm",)
@@ -236,13 +228,14 @@ def _norms(layer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _remove(layer: Any, names: tuple[str, ...]) -> None:
     for name in names:
-        setattr(layer, name, nn.Identity())
+        if hasattr(layer, name):
+            setattr(layer, name, nn.Identity())
 
 
 def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bias: bool) -> None:
     queries, keys = query_heads * attention.head_dim, kv_heads * attention.head_dim
     attention.num_key_value_groups, attention.num_key_value_heads = query_heads // kv_heads, kv_heads
-    if hasattr(attention, "qkv_proj"):  # whose place in the packed rows Phi-3 asks its config for
+    if hasattr(attention, "qkv_proj"):  # where its packed rows end is asked of the config
         attention.config = LayerConfig(attention.config, query_heads)
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": queries + 2 * keys}
     _resize_rows(attention, rows)
@@ -281,6 +274,6 @@ def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
     table, bits = model.model.embed_tokens, quant["embedding_bits"]
     (rows, columns), device = table.weight.shape, table.weight.device
     model.model.embed_tokens = embedding = GroupQuantEmbedding(rows, columns, bits, quant["block"]).to(device)
-    embedding.factor = float(columns) ** 0.5 if hasattr(table, "embed_scale") else 1.0
+    embedding.factor = getattr(table, "factor", float(columns) ** 0.5 if hasattr(table, "embed_scale") else 1.0)
     head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, quant["block"])
     model.lm_head = head.to(device)

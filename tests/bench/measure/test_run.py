@@ -395,7 +395,7 @@ def test_slim_directory_in_torch(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     shape = ModelShape(hidden=32, head_dim=8, vocab=64, tied=True, layers=layers)
-    classes = checkpoint.SLIM_CLASSES["llama"]
+    classes = checkpoint.slim_classes("Llama")
     config = checkpoint.slim_config({**dense.to_dict(), "architectures": ["LlamaForCausalLM"]}, shape)
     torch.manual_seed(0)
     model = classes.model(classes.config.from_dict(config))
