@@ -23,15 +23,20 @@ class ExportOptions:
     ] = "cpu"
     bits: Annotated[Literal[4, 8, 16, 32] | None, Option("Bits of the linears; default: 4, or as tuned.")] = None
     group_size: Annotated[
-        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or as tuned.", flags=("--group",))
+        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or as tuned.", old=("--group",))
     ] = None
     head_bits: Annotated[Literal[4, 8] | None, Option("Bits of embedding and head; default: as --bits.")] = None
     kv_bits: Annotated[Literal[8, 32], Option("Bits of the KV cache.", flags=("--kv",))] = 32
-    dotprod: Annotated[bool, Option("For Raspberry Pi 3 and 4.", flags=("--no-dotprod",))] = True
+    dotprod: Annotated[bool, Option("For Raspberry Pi 3 and 4, which lack dot products.", flags=("--no-dotprod",))] = (
+        True
+    )
     onnxruntime: Annotated[
-        str | None, Option("Oldest ONNX Runtime that must load it, such as 1.23 (JetPack 6).", flags=("--ort",))
+        str | None,
+        Option("Oldest ONNX Runtime that must load it, such as 1.23 (JetPack 6).", flags=("--ort",), metavar="VERSION"),
     ] = None
-    gguf_type: Annotated[str | None, Option("GGUF type: F32, F16, Q8_0, Q4_0 or Q4_1.", flags=("--type",))] = None
+    gguf_type: Annotated[
+        str | None, Option("GGUF type: F32, F16, Q8_0, Q4_0 or Q4_1.", flags=("--type",), metavar="TYPE")
+    ] = None
     parity: Annotated[Literal["full", "none"], Option("none: faster, and the bundle is marked UNVERIFIED.")] = "full"
     text: Annotated[
         str | None, Option("Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
@@ -55,7 +60,7 @@ class ExportOptions:
             allowed = ", ".join(map(str, BITS[self.target]))
             raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")
         only_cpu = {"--kv": self.kv_bits != 32, "--no-dotprod": not self.dotprod}
-        only_bundles = {"--ort": self.onnxruntime, "--group": self.group_size, "--parity": self.parity == "none"}
+        only_bundles = {"--ort": self.onnxruntime, "--group-size": self.group_size, "--parity": self.parity == "none"}
         wrong = [flag for flag, given in only_cpu.items() if given and self.target != "cpu"]
         wrong += [flag for flag, given in only_bundles.items() if given and self.target == "gguf"]
         if self.gguf_type and self.target != "gguf":

@@ -171,7 +171,7 @@ def test_what_no_command_has_is_found():
     assert list(misused("choose another with --block (32, 64 or 128)")) == ["--block"]
     assert list(misused("see `saap tune SLIM --ratio 0.2`")) == ["saap tune --ratio"]
     assert list(misused("see `saap mend MODEL`")) == ["saap mend MODEL"]
-    assert list(misused("`saap devices probe --costs MODEL`, and `saap prune MODEL --group 32`")) == []
+    assert list(misused("`saap devices costs MODEL -t 1`, and `saap prune MODEL --group-size 32`")) == []
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,4 +1,4 @@
-"""``saap devices probe --costs --on``: probe stacks that were written here, timed on a board."""
+"""``saap devices costs --on``: probe stacks that were written here, timed on a board."""
 
 from __future__ import annotations
 

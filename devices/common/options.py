@@ -15,10 +15,9 @@ Python callers get the same ranges: ``check_values(options)`` in a dataclass's `
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -45,6 +44,7 @@ class Option:
         metavar: what help shows for the value.
         shown: False keeps it out of help and off the command line: ``--set NAME=VALUE``, ``--config FILE`` and
             ``--help-all`` know it.
+        hidden: a flag that only ``--help-all`` shows.
         parse: text to value, raising ValueError with one line; None goes by the annotation.
         repeated: the flag may be given several times, each text is an element of the tuple.
     """
@@ -55,8 +55,24 @@ class Option:
     old: tuple[str, ...] = ()
     metavar: str | None = None
     shown: bool = True
+    hidden: bool = False
     parse: Callable[[str], Any] | None = None
     repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an options dataclass lets outside set of another one inside it, in place of all that it says itself.
+
+    Attributes:
+        flags: the names that are flags; those of the others that are not left out are for ``--set``.
+        without: names that are not set from outside here.
+        headings: what help calls sections here, by what it calls them there.
+    """
+
+    flags: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    headings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,16 +149,16 @@ class Setting:
         Raises:
             ValueError: what is allowed.
         """
+        choice = next((choice for choice in self.choices if str(choice) == text), None)
+        if choice is not None:
+            return choice
+        if self.optional and text == "none" and (self.choices or self.kind not in (str, Path)):
+            return None
         if self.option.parse is not None:
             value = self.option.parse(text)
             return value if self.option.repeated else self.checked(value)
         if self.kind is tuple:
             return self._converted(text, self.element)
-        choice = next((choice for choice in self.choices if str(choice) == text), None)
-        if choice is not None:
-            return choice
-        if self.optional and text == "none" and self.kind not in (str, Path):
-            return None
         return self.checked(self._converted(text, self.kind))
 
     def _converted(self, text: str, kind: type) -> object:
@@ -163,6 +179,8 @@ class Setting:
         """
         if value is None and self.optional:
             return value
+        if isinstance(value, int) and self.kind is tuple and self.element is int and not isinstance(value, bool):
+            value = (value,)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         right = value in self.choices if self.choices else isinstance(value, self.kind)
@@ -217,16 +235,29 @@ def _settings(kind: type, base: object) -> Iterator[Setting]:
         inner, extras = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if is_dataclass(inner):
-            yield from _settings(cast("type", inner), None if default is MISSING else default)
+            part = next((extra for extra in extras if isinstance(extra, Part)), None)
+            found = _settings(cast("type", inner), None if default is MISSING else default)
+            yield from found if part is None else _part(found, part)
         elif option is not None and each.init:
             metas = tuple(extra for extra in extras if isinstance(extra, Meta))
             yield _setting(each.name, option, inner, metas, default)
 
 
+def _part(settings: Iterator[Setting], part: Part) -> Iterator[Setting]:
+    for setting in settings:
+        if setting.name not in part.without:
+            option = setting.option
+            shown = setting.name in part.flags
+            heading = part.headings.get(option.section, option.section)
+            option = replace(option, section=heading, shown=shown, hidden=option.hidden and not shown)
+            yield replace(setting, option=option)
+
+
 def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], default: object) -> Setting:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     optional = NoneType in parts
-    (hint,) = (part for part in parts if part is not NoneType)
+    kinds = [part for part in parts if part is not NoneType]
+    hint = next((part for part in kinds if get_origin(part) is tuple), kinds[0])  # of int | tuple: one, or a list
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
     element = str
@@ -252,12 +283,16 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
     Raises:
         UserError: a value that must be given is missing.
     """
-    hints, values = get_type_hints(kind), {}
+    hints, values = get_type_hints(kind, include_extras=True), {}
     for each in fields(cast("Any", kind)):
         default = _default(each, base)
-        if is_dataclass(hints[each.name]):
-            inner = cast("type", hints[each.name])
-            values[each.name] = made(inner, given, None if default is MISSING else default)
+        inner, *extras = (
+            get_args(hints[each.name]) if get_origin(hints[each.name]) is Annotated else (hints[each.name],)
+        )
+        if is_dataclass(inner):
+            without = {name for extra in extras if isinstance(extra, Part) for name in extra.without}
+            theirs = {name: value for name, value in given.items() if name not in without}
+            values[each.name] = made(cast("type", inner), theirs, None if default is MISSING else default)
         elif each.init and each.name in given:
             values[each.name] = given[each.name]
         elif each.init and default is not MISSING:
@@ -276,6 +311,8 @@ def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
     plain = name.strip().lstrip("-").replace("-", "_")
     if plain in settings:
         return settings[plain]
+    import difflib
+
     near = difflib.get_close_matches(plain, settings, cutoff=0.6) or sorted(settings)
     raise UserError(f"there is no option {name.strip()!r}: did you mean {', '.join(near)}?")
 
@@ -296,7 +333,7 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
             return setting.name, tuple(setting.read(part.strip()) for part in value.split(separator))
         return setting.name, setting.read(value)
     except ValueError as error:
-        raise UserError(f"{setting.name}: {error}") from None
+        raise UserError(f"{setting.name} {error}") from None
 
 
 def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
@@ -324,7 +361,7 @@ def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
             setting = setting_named(settings, name)
             found[setting.name] = _from_toml(setting, value)
         except ValueError as error:
-            named = "" if isinstance(error, UserError) else f"{name}: "
+            named = "" if isinstance(error, UserError) else f"{name} "
             raise UserError(f"{path}: {named}{error}") from None
     return found
 
@@ -344,7 +381,7 @@ def _from_toml(setting: Setting, value: object) -> object:
     if isinstance(value, str):
         return setting.read(value)
     if isinstance(value, list) and setting.kind in (tuple, frozenset):
-        return setting.kind(value)
+        return setting.checked(setting.kind(value))
     return setting.checked(value)
 
 
@@ -360,3 +397,34 @@ def check_values(options: object) -> None:
             setting.checked(value)
         except ValueError as error:
             raise UserError(f"{setting.flag} {error}") from None
+
+
+def arguments_of(options: object) -> list[str]:
+    """What a person types for these options: all that is not at its default."""
+    words: list[str] = []
+    defaults = settings_of(type(options))
+    for now in _settings(type(options), options):
+        if now.name not in defaults or now.default == defaults[now.name].default:
+            continue
+        setting, value = defaults[now.name], now.default
+        if not setting.option.shown:
+            words += ["--set", f"{setting.name}={_text(value, ';')}"]
+        elif setting.kind is bool:
+            on, _, off = next((flag for flag in setting.flags if "/" in flag), setting.flag).partition("/")
+            words.append(off if off and value is False else on)
+        elif setting.repeated:
+            words += [word for each in cast("tuple[object, ...]", value) for word in (setting.flag, _text(each))]
+        else:
+            words += [setting.flag, _text(value)]
+    return words
+
+
+def _text(value: object, separator: str = ",") -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, frozenset):
+        return ",".join(map(str, sorted(value)))
+    if isinstance(value, tuple):
+        inner = any(isinstance(each, tuple) for each in value)
+        return (separator if inner else ",").join(map(_text, value))
+    return str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 UNITS = {"": 1, "b": 1}
 for power, letter in enumerate("kmgt", 1):
@@ -64,6 +63,8 @@ def parse_parameters(text: str) -> int:
 
 
 def _amount(text: str, units: dict[str, int], name: str, example: str) -> int:
+    from fractions import Fraction
+
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().replace("_", "").lower())
     if match is None or match[2] not in units:
         raise ValueError(f"{text!r} is not a number of {name}: write something like {example}")

@@ -79,7 +79,7 @@ class Target:
                 if width % CUDA_STEP:
                     raise UserError(
                         f"layer {index} has a width of {width}, not a multiple of {CUDA_STEP} as CUDA's kernels "
-                        "want: prune with --group 32 or larger"
+                        "want: prune with --group-size 32 or larger"
                     )
 
 

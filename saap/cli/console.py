@@ -63,6 +63,11 @@ class Console:
         if speaks():
             click.echo(shown(text), err=True)
 
+    def say_text(self, purpose: str, source: str, self_written: bool) -> None:
+        """Which text a command works on; where there was none, that the model wrote it."""
+        why = "; no text was given and SAAP_DATA is not set" if self_written else ""
+        self.say(f"  {purpose} text: {source}{why}")
+
     def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import (

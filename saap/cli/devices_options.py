@@ -95,6 +95,30 @@ def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | N
         )  # fmt: skip
 
 
+@devices.command(name="costs")
+@click.argument("model")
+@click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="The JSON file.")
+@click.option("-t", "--threads", type=Counts(), help="Default: all physical cores.")
+@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Default: 4, or the bundle's.")
+@click.option("--group-size", "group", type=click.Choice(["32", "64", "128"]), help="Default: 32, or the bundle's.")
+@click.option("-d", "--depth", type=int, help="Tokens in the cache; default: 192.")
+@click.option("--on", metavar="URL", help="A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.")
+@click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index.")
+@click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has.")
+def devices_costs(model: str, **options: Any) -> None:
+    """What each layer size of MODEL takes, on this device or on a board.
+
+    With --on the graphs are made here and timed there; the board needs Python and nothing else.
+
+    \b
+    Example:
+      saap devices costs smollm2-135m -t 1 -o cost.json
+      saap devices costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
+    """
+    assert devices_probe.callback is not None
+    devices_probe.callback(False, False, model, **options)
+
+
 @devices.command(name="check")
 @click.argument("bundle", type=directory)
 @click.option("--device", "name", metavar="NAME", help="A profile of `saap devices list`; default: this host.")

@@ -3,49 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
+import click
+from msgspec import Meta
 
+from devices.common.options import Option
 from devices.common.progress import Progress
+from devices.common.values import parse_count
 from saap.cli.console import Console, print_table
-from saap.cli.prune import say_text
-from saap.evaluate.perplexity import Score, evaluate, torch_scorer
-from saap.models.architectures import positions_of, shape_of
-from saap.models.checkpoint import read_config, read_record
-from saap.models.needs import eval_needs
-from saap.models.opening import open_model, whole_needs
-from saap.models.resolve import load_tokenizer, resolve
-from saap.models.weight_files import weights_bytes
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.system.errors import UserError
-from saap.system.json_files import check_place, write_document
-from saap.system.needs import check_memory, fits
-from saap.system.precision import fast_float32
-from saap.text.overlap import refuse_seen
-from saap.text.rows import evaluation_windows
-from saap.text.windows import Cut, Windows, tokenizer_hash
-
-STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
 
 if TYPE_CHECKING:
+    from saap.evaluate.perplexity import Score
     from saap.evaluate.tasks import ContinuationModel, TaskOptions
+    from saap.text.windows import Windows
+
+STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
+_TEXT, _TASKS = "Perplexity", "Zero-shot tasks"
 
 
-def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> None:
+@dataclass(frozen=True)
+class EvalOptions:
+    """What models are evaluated on."""
+
+    text: Annotated[
+        str | None,
+        Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.", _TEXT),
+    ] = None
+    chunk: Annotated[int, Option("Tokens per chunk.", _TEXT)] = 256
+    stride: Annotated[int | None, Option("Tokens from one chunk's start to the next's; default: the chunk.", _TEXT)] = (
+        None
+    )
+    bos: Annotated[
+        bool | None, Option("A beginning-of-sequence token before each chunk; default: as the tokenizer.", _TEXT)
+    ] = None
+    join: Annotated[
+        Literal["raw", "paragraphs", "wikitext", "spaces"],
+        Option("Lines as they are, by blank lines, or as papers join them: wikitext, and PTB by spaces.", _TEXT),
+    ] = "raw"
+    max_chunks: Annotated[int | None, Option("Chunks at most, or all.", _TEXT, metavar="N", parse=parse_count)] = 160
+    reference: Annotated[
+        Path | None, Option("The dense model directory that KL and top-1 are against.", _TEXT, metavar="MODEL")
+    ] = None
+    tasks: Annotated[
+        str | None,
+        Option("Such as piqa,arc_easy; with them perplexity only where --text is given.", _TASKS),
+    ] = None
+    task_dir: Annotated[
+        Path | None, Option("Folder of the tasks' .jsonl files; default: the harness downloads.", _TASKS)
+    ] = None
+    max_examples: Annotated[
+        int | None, Option("Of each task, drawn with --seed; default: all.", _TASKS), Meta(ge=1)
+    ] = None
+    seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS)] = 0
+
+
+@click.command(name="eval", cls=OptionsCommand)
+@click.argument("paths", type=directory, nargs=-1, required=True)
+@options_of(EvalOptions)
+@click.option("--json", "json_path", type=directory, help="Write the numbers here, for compare and report.")
+def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalOptions) -> None:
+    """Perplexity, KL, top-1 agreement and zero-shot tasks of model directories and bundles.
+
+    A perplexity is told with its protocol; `saap compare` refuses two of different ones.
+
+    \b
+    Example:
+      saap eval out/bundle --reference smollm2-135m --max-chunks 40
+      saap eval out/slim --text wiki.test.raw --chunk 2048 --join wikitext --max-chunks all
+      saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
+    """
+    with Console() as console:
+        evaluate_models(list(paths), options, json_path, console)
+
+
+def evaluate_models(paths: list[Path], options: EvalOptions, json_path: Path | None, console: Console) -> None:
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
     from bench.judge.quality import KIND, VERSION
+    from saap.models.resolve import resolve
+    from saap.system.json_files import check_place
 
-    if options["json_path"] is not None:
-        check_place(options["json_path"])
-    reference, tasks = options["reference"], _task_options(options)
+    if json_path is not None:
+        check_place(json_path)
+    reference, tasks = options.reference, _task_options(options)
     everything = ([reference] if reference else []) + [p for p in paths if p != reference]
     named = {str(path): path if path.is_dir() else resolve(str(path), progress=console.report) for path in everything}
     document: dict[str, Any] = {"kind": KIND, "version": VERSION}
-    if tasks is None or options["text"] is not None:
+    if tasks is None or options.text is not None:
         windows = _windows(named, options, console)
         document |= quality_of(named, windows, str(reference) if reference else None, console)
-        _keep(document, options["json_path"])
+        _keep(document, json_path)
         show_quality(document)
     else:
         rows = [{"name": name, **_size_of(path)} for name, path in named.items()]
@@ -53,27 +105,43 @@ def eval_step(paths: list[Path], options: dict[str, Any], console: Console) -> N
     if tasks is not None:
         for scores in tasks_of(named, tasks, console):
             document |= scores
-            _keep(document, options["json_path"])
+            _keep(document, json_path)
         show_tasks(document)
 
 
 def _keep(document: dict[str, Any], path: Path | None) -> None:
     """Before anything is shown, so that what took hours is there whatever happens then."""
+    from saap.system.json_files import write_document
+
     if path is not None:
         write_document(path, document)
 
 
 def scorer_of(path: Path, threads: int) -> Score:
     """Score with a model directory or a bundle."""
+    import torch
+
+    from saap.evaluate.perplexity import torch_scorer
+    from saap.models.opening import open_model
+
     if is_bundle(path):
         bundle = _bundle_scorer(path, threads)
         return lambda ids: torch.from_numpy(bundle.logits(ids.numpy()))
     return torch_scorer(open_model(path))
 
 
-@fast_float32()
 def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, console: Console) -> dict[str, Any]:
     """Evaluate directories and bundles over the same windows: the protocol and one row per name."""
+    import torch
+
+    from saap.evaluate.perplexity import evaluate as evaluate_scorers
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.needs import eval_needs
+    from saap.models.opening import whole_needs
+    from saap.system.needs import check_memory, fits
+    from saap.system.precision import fast_float32
+
     threads = torch.get_num_threads()
     large = [path for path in paths.values() if not is_bundle(path) and not fits(whole_needs(path))]
     batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if large else None
@@ -81,8 +149,11 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
         if not config.get("slim_quant"):  # integers are small
             needs = eval_needs(shape_of(config), windows.ids[:batch].numel(), streamed=True)
             check_memory(needs, "evaluating", "give a smaller --chunk or fewer --max-chunks")
-    scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
-    results = evaluate(scorers, windows.ids, windows.counted, reference=reference, batch=batch, progress=console.report)
+    with fast_float32():
+        scorers = {name: scorer_of(path, threads) for name, path in paths.items()}
+        results = evaluate_scorers(
+            scorers, windows.ids, windows.counted, reference=reference, batch=batch, progress=console.report
+        )
     table = []
     for result in results:
         row = result.as_dict()
@@ -95,6 +166,8 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
 def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> Iterator[dict[str, Any]]:
     """Zero-shot tasks of directories and bundles, one model in memory at a time; after each what is known by then."""
     from saap.evaluate.tasks import run_tasks, task_files
+    from saap.models.resolve import load_tokenizer
+    from saap.system.precision import fast_float32
 
     task_files(options)  # what is wrong with a file or a tokenizer is said before a model is loaded
     for path in paths.values():
@@ -109,8 +182,12 @@ def tasks_of(paths: dict[str, Path], options: TaskOptions, console: Console) -> 
 
 def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationModel]:
     """What makes the harness's model out of a directory or a bundle."""
+    import torch
+
     from saap.evaluate.continuations import cached_continuations, torch_continuations
     from saap.evaluate.tasks import ContinuationModel
+    from saap.models.opening import open_model
+    from saap.models.resolve import load_tokenizer
 
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = load_tokenizer(path)
@@ -187,38 +264,45 @@ def _accuracy(row: dict[str, Any]) -> str:
     )
 
 
-def _task_options(options: dict[str, Any]) -> TaskOptions | None:
-    names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+def _task_options(options: EvalOptions) -> TaskOptions | None:
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     if not names:
-        if options["task_dir"] or options["max_examples"]:
+        if options.task_dir or options.max_examples:
             raise UserError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
         return None
     from saap.evaluate.tasks import TaskOptions
 
-    return TaskOptions(tuple(dict.fromkeys(names)), options["task_dir"], options["max_examples"], options["seed"])
+    return TaskOptions(tuple(dict.fromkeys(names)), options.task_dir, options.max_examples, options.seed)
 
 
-def _windows(named: dict[str, Path], options: dict[str, Any], console: Console) -> Windows:
+def _windows(named: dict[str, Path], options: EvalOptions, console: Console) -> Windows:
+    from saap.text.overlap import refuse_seen
+    from saap.text.rows import evaluation_windows
+    from saap.text.windows import Cut
+
     paths = list(named.values())
     base = next((p for p in paths if not is_bundle(p)), paths[0])  # the reference comes first
-    if options["text"] is None and is_bundle(base):
+    if options.text is None and is_bundle(base):
         from saap.text.documents import load_documents
 
         if load_documents(None, split="evaluation") is None:
             raise UserError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
-    cut = Cut(options["chunk"], options["stride"], options["bos"], options["join"], options["max_chunks"])
-    windows, text = evaluation_windows(base, options["text"], cut, console.report)
+    cut = Cut(options.chunk, options.stride, options.bos, options.join, options.max_chunks)
+    windows, text = evaluation_windows(base, options.text, cut, console.report)
     if text is not None:
         for name, path in named.items():
             refuse_seen(name, _lineage_of(path), text)
     for name, path in named.items():
         _check_reads(name, path, windows)
-    say_text("evaluation", windows.protocol.text, windows.protocol.self_written, console)
+    console.say_text("evaluation", windows.protocol.text, windows.protocol.self_written)
     return windows
 
 
 def _check_reads(name: str, path: Path, windows: Windows) -> None:
     """Raise UserError where a model would read other ids than it knows, or more of them than it holds."""
+    from saap.models.resolve import load_tokenizer
+    from saap.text.windows import tokenizer_hash
+
     if tokenizer_hash(load_tokenizer(path)) != windows.protocol.tokenizer_sha256:
         raise UserError(f"{name} has another tokenizer than the first model: evaluate them one at a time")
     positions, tokens = _positions(path), windows.ids.shape[1]
@@ -231,6 +315,9 @@ def _positions(path: Path) -> int:
         from export.bundle.manifest import read_manifest
 
         return read_manifest(path).context_length
+    from saap.models.architectures import positions_of
+    from saap.models.checkpoint import read_config
+
     return positions_of(read_config(path))
 
 
@@ -239,6 +326,8 @@ def _lineage_of(path: Path) -> dict[str, Any]:
         from export.bundle.manifest import read_manifest
 
         return read_manifest(path).lineage
+    from saap.models.checkpoint import read_record
+
     record = read_record(path)
     return record.get("lineage", {}) | {"tuning": record.get("tuning", {}).get("text")}
 
@@ -262,4 +351,8 @@ def _size_of(path: Path) -> dict[str, Any]:
         manifest = read_manifest(path)
         size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
         return {"parameters": manifest.parameters, "bytes": size}
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.weight_files import weights_bytes
+
     return {"parameters": shape_of(read_config(path)).parameters, "bytes": weights_bytes(path)}

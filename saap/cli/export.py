@@ -1,4 +1,4 @@
-"""``saap export``: a model directory to a bundle or a GGUF file, and what a bundle holds. The command line's room."""
+"""``saap export``: a model directory to a bundle or a GGUF file, and what a bundle holds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from export.options import ExportOptions
 from saap.cli.console import Console, print_table, shown
-from saap.system.errors import UserError
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 
 if TYPE_CHECKING:
     import torch
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256
 CACHE_ROWS = 16
-DEFAULTS: dict[str, Any] = {
-    "target": "cpu", "bits": None, "group": None, "head_bits": None, "kv": "32", "dotprod": True, "onnxruntime": None,
-    "gguf_type": None, "parity": "full", "text": None,
-}  # fmt: skip
-BITS = {"cpu": (4, 8, 32), "cuda": (4, 8, 16), "portable": (4, 8, 32), "gguf": (4, 8, 16, 32)}
 
 
-def inspect_step(bundle: Path, as_json: bool) -> None:
+@click.command(cls=OptionsCommand)
+@click.argument("model")
+@options_of(ExportOptions)
+@click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
+@click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle MODEL.")
+@click.option("--json", "as_json", is_flag=True, help="With --inspect, for machines.")
+def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: ExportOptions) -> None:
+    """Write a model (directory, GGUF file or name) as a bundle, with parity checked; or look into a bundle.
+
+    \b
+    Example:
+      saap export out/tuned -o out/bundle
+      saap export smollm2-135m -o out/dense
+      saap export out/slim -o out/slim.gguf --target gguf --bits 8
+      saap export --inspect out/bundle
+    """
+    if inspect:
+        show_inside(Path(model), as_json)
+        return
+    if out is None:
+        raise click.UsageError("give -o OUT, where the bundle should be written, or --inspect to look into one")
+    with Console() as console:
+        export_model(model, out, options, console)
+
+
+def show_inside(bundle: Path, as_json: bool) -> None:
     """``saap export --inspect``."""
     from export.bundle.inspect import inspect_bundle, inspection_lines, inspection_tables
 
@@ -38,8 +60,8 @@ def inspect_step(bundle: Path, as_json: bool) -> None:
         print_table(title, columns, rows)
 
 
-def export_step(model: str | Path, out: Path, options: dict[str, Any], console: Console) -> None:
-    """``saap export``.
+def export_model(model: str | Path, out: Path, options: ExportOptions, console: Console) -> None:
+    """Export, and show what was written.
 
     Raises:
         UserError: options that do not go together, or no such model.
@@ -47,39 +69,37 @@ def export_step(model: str | Path, out: Path, options: dict[str, Any], console: 
     from saap.models.resolve import resolve
     from saap.system.outputs import check_output
 
-    target = options["target"]
-    if target != "gguf":
+    if options.target != "gguf":
         check_output(out)
-    bits = int(options["bits"]) if options["bits"] else None
-    _check_options(target, bits, options)
+    options.check()
     path = resolve(model, progress=console.report)
-    if target == "gguf":
-        _write_gguf(path, out, bits, options, console)
+    if options.target == "gguf":
+        _write_gguf(path, out, options, console)
         return
-    block = int(options["group"]) if options["group"] else None
-    head_bits = int(options["head_bits"]) if options["head_bits"] else None
-    parity = None if options["parity"] == "none" else _parity(path, options["text"], console)
-    _check_needs(path, out, bits, block, options)
-    common: dict[str, Any] = {"bits": bits, "block": block, "head_bits": head_bits, "parity": parity}
-    if target == "portable":
+    parity = None if options.parity == "none" else _parity(path, options.text, console)
+    _check_needs(path, out, options)
+    if options.target == "portable":
         from export.portable.write import export_portable
 
-        export_portable(path, out, **common, progress=console.report)
+        export_portable(
+            path, out, bits=options.bits, block=options.group_size, head_bits=options.head_bits, parity=parity,
+            progress=console.report,
+        )  # fmt: skip
     else:
         from export.graph.targets import Target
         from export.write import export_bundle
 
-        kv_bits = int(options["kv"])
         export_bundle(
-            path, out, **common, kv_bits=kv_bits, target=Target(target, options["dotprod"], options["onnxruntime"]),
-            calibration=parity_sample(path, options["text"], CACHE_ROWS)[0] if kv_bits == 8 else None,
+            path, out, bits=options.bits, block=options.group_size, head_bits=options.head_bits, parity=parity,
+            kv_bits=options.kv_bits, target=Target(options.target, options.dotprod, options.onnxruntime),
+            calibration=parity_sample(path, options.text, CACHE_ROWS)[0] if options.kv_bits == 8 else None,
             progress=console.report,
         )  # fmt: skip
     console.finish()
     show_bundle(out)
 
 
-def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, options: dict[str, Any]) -> None:
+def _check_needs(path: Path, out: Path, options: ExportOptions) -> None:
     """Refuse what memory or disk is too small for, before anything is written."""
     from export.needs import export_needs
     from saap.models.architectures import shape_of
@@ -88,40 +108,27 @@ def _check_needs(path: Path, out: Path, bits: int | None, block: int | None, opt
     from saap.system.needs import check_disk, check_memory
 
     config = read_config(path)
-    shape, written = shape_of(config), {None: 4, 16: 32}.get(bits, bits)
+    shape = shape_of(config)
     if config.get("slim_quant"):
         size = tuned_bundle_size(config)
     else:
-        size = bundle_size(config, written or 4, block or 32).total(shape)
-    tokens = 0 if options["parity"] == "none" else PARITY_ROWS * PARITY_TOKENS
+        written = 32 if options.bits == 16 else options.bits or 4
+        size = bundle_size(config, written, options.group_size or 32).total(shape)
+    tokens = 0 if options.parity == "none" else PARITY_ROWS * PARITY_TOKENS
     needs = export_needs(shape, size, tokens)
     check_memory(needs, "exporting", "give --parity none" if tokens else "use a machine with more memory")
     check_disk(needs, out, "exporting")
 
 
-def _check_options(target: str, bits: int | None, options: dict[str, Any]) -> None:
-    if bits is not None and bits not in BITS[target]:
-        allowed = ", ".join(map(str, BITS[target]))
-        raise UserError(f"{bits} bits are not supported for the {target} target; allowed: {allowed}")
-    of_cpu = {"--kv": options["kv"] != "32", "--no-dotprod": not options["dotprod"]}
-    of_bundles = {"--ort": options["onnxruntime"], "--group": options["group"], "--parity": options["parity"] == "none"}
-    wrong = [name for name, given in of_cpu.items() if given and target != "cpu"]
-    wrong += [name for name, given in of_bundles.items() if given and target == "gguf"]
-    if options["gguf_type"] and target != "gguf":
-        wrong.append("--type")
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} cannot be used with --target {target}: leave it out")
-
-
-def _write_gguf(path: Path, out: Path, bits: int | None, options: dict[str, Any], console: Console) -> None:
+def _write_gguf(path: Path, out: Path, options: ExportOptions, console: Console) -> None:
     from export.gguf.write import BITS as KINDS
     from export.gguf.write import export_gguf
     from saap.models.checkpoint import read_config
 
     tuned_bits = (read_config(path).get("slim_quant") or {}).get("bits")
     # Tuned integers know the type that holds them best.
-    kind = options["gguf_type"] or (KINDS[bits] if bits and bits != tuned_bits else None)
-    head_kind = KINDS[int(options["head_bits"])] if options["head_bits"] else None
+    kind = options.gguf_type or (KINDS[options.bits] if options.bits and options.bits != tuned_bits else None)
+    head_kind = KINDS[options.head_bits] if options.head_bits else None
     report = export_gguf(path, out, kind=kind, head_kind=head_kind, progress=console.report)
     console.finish()
     click.echo(

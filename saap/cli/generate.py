@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from export.generate.options import GenerateOptions
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
@@ -31,19 +34,31 @@ CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  
 Ask = Callable[[str], "Generation"]
 
 
-def generate_text(
-    bundle: Path, prompt: str | None, *, chat: bool | None, system: str | None, as_json: bool, **options: Any
-) -> None:
+@click.command(cls=OptionsCommand)
+@click.argument("bundle", type=directory)
+@click.argument("prompt", required=False)
+@options_of(GenerateOptions)
+@click.option("--json", "as_json", is_flag=True, help="One document with texts, ids and times, for machines.")
+def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateOptions) -> None:
+    """Stream text from a bundle; needs no torch.
+
+    Without a prompt it is a conversation: at a terminal, or with --chat one turn per line of standard input. A prompt
+    of - is read from standard input.
+
+    \b
+    Example:
+      saap generate out/demo/slim-int4 "Why is the sky blue?"
+      saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
+    """
+    generate_text(bundle, prompt, options, as_json)
+
+
+def generate_text(bundle: Path, prompt: str | None, options: GenerateOptions, as_json: bool = False) -> None:
     """Answer one prompt, or hold a conversation.
 
     Args:
-        bundle: its directory.
         prompt: a text, ``-`` for all of standard input, or None for a conversation.
-        chat: use the chat template; None where there is one.
-        system: what the model is told first, with the template only.
         as_json: print one document instead of a stream.
-        options: ``max_tokens``, ``threads`` and ``context`` (None: by what is needed), ``sample``, and the fields of
-            :class:`export.generate.sampling.Sampling`, None where not given.
 
     Raises:
         UserError, RunError, BundleError, DecoderError: what the user can mend.
@@ -53,29 +68,29 @@ def generate_text(
 
     manifest, tokenizer = read_manifest(bundle), BundleTokenizer(bundle)
     interactive = prompt is None and sys.stdin.isatty()
-    templated = tokenizer.has_chat_template if chat is None else chat
-    _check_mode(prompt, interactive, chat, templated, system, as_json)
+    templated = tokenizer.has_chat_template if options.chat is None else options.chat
+    _check_mode(prompt, interactive, options, templated, as_json)
     sampling = chosen_sampling(bundle, options)
     text = prompt if prompt != "-" else _decoded(sys.stdin.buffer.read())
-    for given in (text, system):
+    for given in (text, options.system):
         _check_text(given)
     if text is not None and not templated:
         ask, setup = _continuation(bundle, manifest, tokenizer, text, sampling, options)
         talk = None
     else:
-        talk, setup = _conversation(bundle, manifest, tokenizer, text, system, sampling, options)
+        talk, setup = _conversation(bundle, manifest, tokenizer, text, sampling, options)
         ask = talk.ask
     if not as_json:
         turns = _typed() if interactive else _lines() if text is None else iter([text])
         _hold(ask, talk if text is None else None, turns)
         return
     answers = _quietly(ask, _lines() if text is None else iter([text]))
-    document = {"bundle": str(bundle), "bundle_sha256": manifest.content_hash, **setup, "system": system,
+    document = {"bundle": str(bundle), "bundle_sha256": manifest.content_hash, **setup, "system": options.system,
                 "sampling": asdict(sampling), "turns": answers, "peak_memory_bytes": _peak()}  # fmt: skip
     click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
-def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
+def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
     """Greedy unless sampling is asked for; then what is not given comes from the model's generation_config.json.
 
     Asked for means: ``sample``, a temperature above 0, top_k, top_p or min_p.
@@ -86,14 +101,14 @@ def chosen_sampling(bundle: Path, options: dict[str, Any]) -> Sampling:
     """
     from export.generate.sampling import Sampling
 
-    given = {name: options[name] for name in SAMPLED if options.get(name) is not None}
-    asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options["sample"] else [])
+    given = {name: value for name in SAMPLED if (value := getattr(options, name)) is not None}
+    asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options.sample else [])
     if asked and given.get("temperature") == 0:
         flag = "--" + asked[0].replace("_", "-")
         raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
     if asked or given.get("temperature"):
         given = {"temperature": 1.0, **_model_defaults(bundle), **given}
-    return Sampling(**given, seed=options["seed"] or 0)
+    return Sampling(**given, seed=options.seed)
 
 
 def _model_defaults(bundle: Path) -> dict[str, Any]:
@@ -109,56 +124,56 @@ def _model_defaults(bundle: Path) -> dict[str, Any]:
 
 
 def _check_mode(
-    prompt: str | None, interactive: bool, chat: bool | None, templated: bool, system: str | None, as_json: bool
+    prompt: str | None, interactive: bool, options: GenerateOptions, templated: bool, as_json: bool
 ) -> None:
-    if prompt is None and not interactive and not chat:
+    if prompt is None and not interactive and not options.chat:
         raise UserError("no prompt: give one, - to read it from standard input, or --chat to read one turn per line")
     if prompt is None and not templated:
         raise UserError("a conversation needs the model's chat template: give a prompt to continue")
-    if system is not None and not templated:
+    if options.system is not None and not templated:
         raise UserError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
     if interactive and as_json:
         raise UserError("--json is no conversation at a terminal: give a prompt, or --chat and turns on standard input")
 
 
 def _conversation(
-    bundle: Path, manifest: Any, tokenizer: Any, text: str | None, system: str | None, sampling: Any, options: Any
+    bundle: Path, manifest: Any, tokenizer: Any, text: str | None, sampling: Any, options: GenerateOptions
 ) -> tuple[Conversation, dict[str, Any]]:
     """With the chat template, over a cache that one prompt needs or a conversation may."""
     from export.generate.chat import Conversation
 
     needed = CHAT_CONTEXT
     if text is not None:
-        turns = [] if system is None else [{"role": "system", "content": system}]
+        turns = [] if options.system is None else [{"role": "system", "content": options.system}]
         rendered = tokenizer.render_chat([*turns, {"role": "user", "content": text}])
-        needed = len(tokenizer.encode(rendered, add_special_tokens=False)) + options["max_tokens"]
+        needed = len(tokenizer.encode(rendered, add_special_tokens=False)) + options.max_tokens
     decoder, setup = _decoder(bundle, manifest, needed, options)
-    talk = Conversation(decoder, tokenizer, system=system, max_tokens=options["max_tokens"], sampling=sampling)
+    talk = Conversation(decoder, tokenizer, system=options.system, max_tokens=options.max_tokens, sampling=sampling)
     return talk, {**setup, "chat_template": True}
 
 
 def _continuation(
-    bundle: Path, manifest: Any, tokenizer: Any, text: str, sampling: Any, options: Any
+    bundle: Path, manifest: Any, tokenizer: Any, text: str, sampling: Any, options: GenerateOptions
 ) -> tuple[Ask, dict[str, Any]]:
     """A plain text that is continued."""
     from export.generate.loop import generate
 
-    needed = len(tokenizer.encode(text)) + options["max_tokens"]
+    needed = len(tokenizer.encode(text)) + options.max_tokens
     decoder, setup = _decoder(bundle, manifest, needed, options)
 
     def ask(prompt: str) -> Generation:
-        return generate(decoder, tokenizer, prompt, max_tokens=options["max_tokens"], sampling=sampling, chat=False)
+        return generate(decoder, tokenizer, prompt, max_tokens=options.max_tokens, sampling=sampling, chat=False)
 
     return ask, {**setup, "chat_template": False}
 
 
-def _decoder(bundle: Path, manifest: Any, needed: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _decoder(bundle: Path, manifest: Any, needed: int, options: GenerateOptions) -> tuple[Any, dict[str, Any]]:
     from bench.measure.cores import physical_cores
     from bench.runtimes.onnxruntime import OrtDecoder
 
-    threads = physical_cores() if options["threads"] is None else options["threads"]
-    context = max(1, min(manifest.context_length, needed)) if options["context"] is None else options["context"]
-    return OrtDecoder(bundle, threads, context, prepacked=options["prepacked"]), {
+    threads = physical_cores() if options.threads is None else options.threads
+    context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
+    return OrtDecoder(bundle, threads, context, prepacked=options.prepacked), {
         "threads": threads,
         "context": context,
     }

@@ -5,18 +5,12 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 
-from saap.cli.board_commands import bench, compare, report
-from saap.cli.console import Console, shown
-from saap.cli.devices_options import devices
-from saap.cli.eval_options import evaluate
-from saap.cli.prune_options import CHOICE, COSTS, DROPPED, REQUIREMENTS, prune, required, together
-from saap.cli.tune_options import tune
-from saap.cli.types import Sections, directory
+from saap.cli.console import shown
 from saap.system.interrupt import ask_to_end, was_asked_to_end
 
 EXTRAS = {
@@ -39,7 +33,42 @@ PLACES = {
 }  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+COMMANDS = {  # the module and the function of each, and what it is for; no module is imported to say so
+    "run": ("run:run", "All of it: from a model to a measured bundle and a page."),
+    "prune": ("prune:prune", "Remove the coupled structures that matter least."),
+    "tune": ("tune:tune", "Quantise in groups and tune the groups."),
+    "eval": ("eval:evaluate", "Perplexity, KL, top-1 agreement and zero-shot tasks."),
+    "export": ("export:export", "Write a model as a bundle, or look into a bundle."),
+    "generate": ("generate:generate", "Stream text from a bundle."),
+    "bench": ("board_commands:bench", "Measure bundles and other runtimes, here or on boards."),
+    "compare": ("board_commands:compare", "Is it faster or slower, better or worse than before?"),
+    "devices": ("devices_options:devices", "Known devices and this host: what they are, what fits, what changed."),
+    "report": ("board_commands:report", "One page from results, a run or a history."),
+}
+
+
+class Commands(click.Group):
+    """The commands; the module of each is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(f"saap.cli.{module}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line each."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="saap")
 def cli() -> None:
     """Prune a language model until it is as fast as you need on the device you have.
@@ -48,121 +77,6 @@ def cli() -> None:
     One command, from a model to a measured bundle:
       saap run smollm2-135m -o out/demo --ratio 0.2
     """
-
-
-@cli.command(cls=Sections)
-@click.argument("model")
-@click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
-@required("--ratio", type=float, metavar="SHARE", help="Share of the decoder layers' weights to remove; default: 0.2.")
-@together(*REQUIREMENTS, COSTS, *CHOICE, DROPPED)
-@click.option("--calibration", help="Text for scoring: a text, .jsonl or .gz file, or a data set id.")
-@click.option("--data", help="Text for tuning, likewise.")
-@click.option("--text", help="Text for evaluation, likewise; never the same as the others.")
-@click.option("--tokens", type=int, default=24576, show_default=True, help="Tuning tokens.")
-@click.option("--repetitions", type=int, default=6, show_default=True, help="Interleaved bench repetitions.")
-@click.option("--threads", type=int, help="Threads of the bench; default: 1, and all physical cores.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def run(model: str, out: Path, **options: Any) -> None:
-    """All of it: prune, tune, export, evaluate, bench, report.
-
-    Interrupted and started again, finished steps are not repeated.
-
-    \b
-    Example:
-      saap run smollm2-135m -o out/demo --ratio 0.2
-      saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
-    """
-    from saap.cli.run import run_all
-    from saap.cli.run_options import RunOptions
-    from saap.system.outputs import claimed
-
-    with Console() as console, claimed(out):
-        run_all(model, out, RunOptions(**options), console)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
-@click.option(
-    "--target",
-    type=click.Choice(["cpu", "cuda", "portable", "gguf"]),
-    default="cpu",
-    show_default=True,
-    help="portable: standard operators, for TensorRT and others; gguf: one file for llama.cpp.",
-)
-@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), help="Of the linears; default: 4, or as tuned.")
-@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Weights per scale; default: 32, or as tuned.")
-@click.option("--head-bits", type=click.Choice(["4", "8"]), help="Of embedding and head; default: as --bits.")
-@click.option("--kv", type=click.Choice(["8", "32"]), default="32", show_default=True, help="Bits of the KV cache.")
-@click.option("--no-dotprod", "dotprod", is_flag=True, default=True, flag_value=False, help="For Raspberry Pi 3 and 4.")
-@click.option("--ort", "onnxruntime", help="Oldest ONNX Runtime that must load it, such as 1.23 (JetPack 6).")
-@click.option("--type", "gguf_type", help="GGUF type: F32, F16, Q8_0, Q4_0 or Q4_1.")
-@click.option(
-    "--parity",
-    type=click.Choice(["full", "none"]),
-    default="full",
-    show_default=True,
-    help="none: faster, and the bundle is marked UNVERIFIED.",
-)
-@click.option("--text", help="Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
-@click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle MODEL.")
-@click.option("--json", "as_json", is_flag=True, help="With --inspect, for machines.")
-def export(model: str, out: Path | None, inspect: bool, as_json: bool, **options: Any) -> None:
-    """Write a model (directory, GGUF file or name) as a bundle, with parity checked; or look into a bundle.
-
-    \b
-    Example:
-      saap export out/tuned -o out/bundle
-      saap export smollm2-135m -o out/dense
-      saap export out/slim -o out/slim.gguf --target gguf --bits 8
-      saap export --inspect out/bundle
-    """
-    from saap.cli.export import export_step, inspect_step
-
-    if inspect:
-        inspect_step(Path(model), as_json)
-        return
-    if out is None:
-        raise click.UsageError("give -o OUT, where the bundle shall be written, or --inspect to look into one")
-    with Console() as console:
-        export_step(model, out, options, console)
-
-
-@cli.command()
-@click.argument("bundle", type=directory)
-@click.argument("prompt", required=False)
-@click.option("--max-tokens", type=int, default=256, show_default=True, help="Of one answer.")
-@click.option("--chat/--no-chat", " /--raw", default=None, help="Use the chat template; default: where there is one.")
-@click.option("--system", help="What the model is told before the first turn.")
-@click.option("--sample", is_flag=True, help="Draw tokens, with the settings that the model comes with.")
-@click.option("--temperature", type=float, help="Above 0 draws tokens; default: 0, or the model's with --sample.")
-@click.option("--top-k", type=int, help="Draw from this many likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability together.")
-@click.option("--min-p", type=float, help="Draw from tokens at least this times as likely as the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens less likely that were there before.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--threads", type=int, help="Default: all physical cores.")
-@click.option("--context", type=int, help="Tokens that the cache holds; default: as needed, 4096 for a conversation.")
-@click.option("--prepacked", is_flag=True, help="Keep packed weights in the cache: less memory, faster next start.")
-@click.option("--json", "as_json", is_flag=True, help="One document with texts, ids and times, for machines.")
-def generate(bundle: Path, prompt: str | None, **options: Any) -> None:
-    """Stream text from a bundle; needs no torch.
-
-    Without a prompt it is a conversation: at a terminal, or with --chat one turn per line of standard input. A prompt
-    of - is read from standard input.
-
-    \b
-    Example:
-      saap generate out/demo/slim-int4 "Why is the sky blue?"
-      saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
-    """
-    from saap.cli.generate import generate_text
-
-    generate_text(bundle, prompt, **options)
-
-
-for command in (prune, tune, evaluate, bench, compare, devices, report):
-    cli.add_command(command)
 
 
 def check_packages() -> None:

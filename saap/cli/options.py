@@ -30,7 +30,6 @@ else:
     ValueType = click.ParamType  # generic in click's types only
 
 T = TypeVar("T")
-MORE = "More"
 
 
 class OptionsCommand(Sections):
@@ -123,7 +122,7 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 def _flag(setting: Setting) -> Callable[[Callable[..., T]], Callable[..., T]]:
     option = setting.option
-    about: dict[str, Any] = {"cls": FieldOption, "section": option.section, "old": option.old}
+    about: dict[str, Any] = {"cls": FieldOption, "section": option.section, "old": option.old, "hidden": option.hidden}
     if setting.kind is bool:
         pair = any("/" in flag for flag in setting.flags)
         about |= {"default": None} if pair else {"is_flag": True, "flag_value": not setting.default, "default": None}
@@ -139,7 +138,7 @@ def _flag(setting: Setting) -> Callable[[Callable[..., T]], Callable[..., T]]:
 def default_of(setting: Setting) -> str:
     """The default as help shows it; nothing where it is None, False or empty."""
     value = setting.default
-    if value is MISSING or value is None or value is False or value in ("", (), frozenset()):
+    if value is MISSING or value in (None, "", (), frozenset()) or value == 0:  # False is 0
         return ""
     if isinstance(value, tuple | frozenset):
         return ",".join(map(str, value))
@@ -154,15 +153,15 @@ def _more(settings: Mapping[str, Setting]) -> list[Callable[[Callable[..., T]], 
 
     return [
         click.option(
-            "--set", "set_", cls=InSection, section=MORE, type=_Assignment(settings), multiple=True,
+            "--set", "set_", type=_Assignment(settings), multiple=True,
             metavar="NAME=VALUE", help="Set an option by its name; --help-all lists them.",
         ),
         click.option(
-            "--config", cls=InSection, section=MORE, type=click.Path(path_type=Path), metavar="FILE",
+            "--config", type=click.Path(path_type=Path), metavar="FILE",
             help="A TOML file of NAME = VALUE.",
         ),
         click.option(
-            "--help-all", cls=InSection, section=MORE, is_flag=True, is_eager=True, expose_value=False,
+            "--help-all", is_flag=True, is_eager=True, expose_value=False,
             callback=show_all, help="Every option with its meaning and default.",
         ),
     ]  # fmt: skip
@@ -179,8 +178,9 @@ def help_all(context: click.Context, settings: Mapping[str, Setting]) -> str:
     sections: dict[str, list[tuple[str, str]]] = {}
     for setting in settings.values():
         left = ", ".join(setting.flags) if setting.option.shown else setting.name
+        values = f"[{'|'.join(map(str, setting.choices))}]" if setting.choices else setting.metavar
         if setting.kind is not bool or not setting.option.shown:
-            left += f" {setting.metavar}" if setting.option.shown else f"={setting.metavar}"
+            left += f" {values}" if setting.option.shown else f"={values}"
         shown = default_of(setting) or ("required" if setting.default is MISSING else str(setting.default).lower())
         shown = "" if "default:" in setting.option.help else f" [default: {shown}]"
         sections.setdefault(setting.option.section, []).append((left, setting.option.help + shown))

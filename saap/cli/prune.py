@@ -1,35 +1,27 @@
-"""The commands that need torch, one function each. Part of the command line's room."""
+"""``saap prune``."""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
+from devices.common.options import Option
 from saap.cli.console import Console, plan_chart, print_table, speaks
-from saap.models import resolve as models
-from saap.models.architectures import shape_of
-from saap.models.checkpoint import read_config, read_record
-from saap.prune.options import REQUIREMENTS, AdaptiveOptions, FusionOptions, PruneOptions
-from saap.prune.plan import Reasons
-from saap.prune.pruning import budget_of, streamed
-from saap.prune.pruning import prune as prune_model
-from saap.prune.search.budget import Budget
-from saap.prune.search.explain import layer_table, sentences
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
+from saap.prune.options import PruneOptions
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
-from saap.system.outputs import check_output
-from saap.text.rows import training_rows
+
+if TYPE_CHECKING:
+    from saap.prune.plan import Reasons
+    from saap.prune.search.budget import Budget
 
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
-# Options that have the same name there.
-PLAIN = (
-    *REQUIREMENTS, "costs", "threads", "method", "compensate", "heads", "modules", "drop_layers", "keep_layers",
-    "sequences", "length", "seed", "stream", "device",
-)  # fmt: skip
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
     ("ratio_of_all", "all weights removed, %", 0.01, ".2f"),
@@ -40,49 +32,83 @@ REPORTED = (
 )
 
 
-def prune_step(model: str, out: Path, options: dict[str, Any], console: Console, name: str | None = None) -> None:
-    """``saap prune``."""
-    prune_options = prune_options_of(options)
-    prune_options.check_requirement()
+@dataclass(frozen=True)
+class PruneCommand:
+    """What ``saap prune`` is asked for: how to prune, on which text, and what is shown."""
+
+    options: PruneOptions = field(default_factory=PruneOptions)
+    calibration: Annotated[
+        str | None,
+        Option(
+            "Text for scoring: a text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.",
+            section="How it is chosen",
+        ),
+    ] = None
+    here: Annotated[
+        bool,
+        Option(
+            "The bundle is for this machine: refuse a table of costs of another one.",
+            section="What is planned for",
+            hidden=True,
+        ),
+    ] = False
+    explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("model")
+@options_of(PruneCommand)
+@click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
+def prune(model: str, out: Path, options: PruneCommand) -> None:
+    """Remove the coupled structures that matter least.
+
+    \b
+    Example:
+      saap prune smollm2-135m -o out/slim --ratio 0.2
+      saap devices costs smollm2-135m -t 1 -o cost.json
+      saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
+    """
+    with Console() as console:
+        prune_model(model, out, options, console)
+
+
+def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, name: str | None = None) -> None:
+    """Prune, and show the plan; ``name`` is what the record calls the base model."""
+    from saap.models.resolve import resolve
+    from saap.prune.pruning import budget_of, streamed
+    from saap.prune.pruning import prune as prune_directory
+    from saap.system.outputs import check_output
+    from saap.text.rows import training_rows
+
+    options = for_this_machine(asked)
+    options.check_requirement()
     check_output(out)
-    directory = models.resolve(model, progress=console.report)
-    budget = budget_of(directory, prune_options)  # what cannot be met is refused before a text is read
+    directory = resolve(model, progress=console.report)
+    budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
     rows = training_rows(
-        directory, options["calibration"], "calibration", options["sequences"], options["length"], options["seed"],
-        console.report,
-    )  # fmt: skip
-    say_text("calibration", rows.source, rows.self_written, console)
-    prune_options = replace(prune_options, stream=streamed(directory, budget, prune_options, *rows.ids.shape))
-    if prune_options.stream:
+        directory, asked.calibration, "calibration", options.sequences, options.length, options.seed, console.report
+    )
+    console.say_text("calibration", rows.source, rows.self_written)
+    options = replace(options, stream=streamed(directory, budget, options, *rows.ids.shape))
+    if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
     lineage = {"base": name or model, "calibration": rows.lineage()}
-    plan = prune_model(directory, out, rows.ids, prune_options, lineage=lineage, progress=console.report)
+    plan = prune_directory(directory, out, rows.ids, options, lineage=lineage, progress=console.report)
     console.finish()
     if not speaks():
         return
     show_plan(out, budget)
-    if options.get("explain") and plan.reasons:
-        show_reasons(plan.reasons, prune_options)
+    if asked.explain and plan.reasons:
+        show_reasons(plan.reasons, options)
 
 
-def prune_options_of(options: dict[str, Any]) -> PruneOptions:
-    """The options of ``saap prune``; what is missing is at its default."""
-    fusion = {
-        name: options[name] for name in ("score", "slices", "sigma", "stability", "layer_power") if name in options
-    }
-    chosen = {name: options[name] for name in ("c", "exact", "corrections", "prices") if name in options}
-    costs = options.get("costs")
+def for_this_machine(asked: PruneCommand) -> PruneOptions:
+    """The options, with the version of ONNX Runtime that a table of costs of this machine must be of."""
+    costs = asked.options.costs
     onnxruntime = runtime_here(costs) if costs else None
-    if options.get("here") and onnxruntime is None:
+    if asked.here and onnxruntime is None:
         refuse_elsewhere(costs)
-    return PruneOptions(
-        **{name: options[name] for name in PLAIN if name in options},
-        bits=int(options.get("bits") or 4),  # type: ignore[arg-type]
-        group_size=int(options["block"]),  # type: ignore[arg-type]
-        onnxruntime=onnxruntime,
-        stages=options.get("iterative_steps"),
-        adaptive=AdaptiveOptions(fusion=FusionOptions(**fusion), **chosen),
-    )
+    return replace(asked.options, onnxruntime=onnxruntime)
 
 
 def runtime_here(costs: Path) -> str | None:
@@ -118,14 +144,8 @@ def refuse_elsewhere(costs: Path | None) -> None:
     here = probe()
     raise UserError(
         f"{costs} was measured on {measured}, this machine is {here['board'] or here['cpu_model']} (fingerprint "
-        f"{here['fingerprint']}): measure here with `saap devices probe --costs MODEL`, or leave --here out"
+        f"{here['fingerprint']}): measure here with `saap devices costs MODEL`, or leave --here out"
     )
-
-
-def say_text(purpose: str, source: str, self_written: bool, console: Console) -> None:
-    """Which text a step works on; where there was none, that the model wrote it."""
-    why = "; no text was given and SAAP_DATA is not set" if self_written else ""
-    console.say(f"  {purpose} text: {source}{why}")
 
 
 def show_plan(slim: Path, budget: Budget) -> None:
@@ -133,6 +153,9 @@ def show_plan(slim: Path, budget: Budget) -> None:
 
     What was achieved is counted from the directory as it was written.
     """
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config, read_record
+
     plan, config = read_record(slim)["plan"], read_config(slim)
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
     columns = [
@@ -158,6 +181,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
 
 def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
     """Why each layer lost what it lost: a row each, then in words."""
+    from saap.prune.search.explain import layer_table, sentences
+
     print_table(*layer_table(reasons))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))

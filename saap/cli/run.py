@@ -1,57 +1,135 @@
-"""``saap run``: every step from a model to a measured bundle and a page. Part of the command line's room.
+"""``saap run``: every step from a model to a measured bundle and a page.
 
 ``run.json`` in the output directory keeps, for every finished step, the hash of what went into it. Started again, a
-step whose input is the same and whose output is there is not repeated.
+step whose input is the same and whose output is there is not repeated. It also keeps the command that does each step
+alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
-import torch
+from msgspec import Meta
 
-from saap.cli.bench import keep, measured, show_result
+from devices.common.options import Option, Part, arguments_of
+from export.options import ExportOptions
 from saap.cli.console import Console
-from saap.cli.eval import quality_of, show_quality
-from saap.cli.export import DEFAULTS, export_step
-from saap.cli.prune import (
-    prune_options_of,
-    prune_step,
-    say_text,
-)
-from saap.cli.report import read_run
-from saap.cli.run_needs import check_run
-from saap.cli.run_options import TUNE_LENGTH, RunOptions
-from saap.cli.tune import tune_step
-from saap.models import resolve as models
-from saap.models.architectures import shape_of, traits_of
-from saap.models.checkpoint import read_config, read_record
-from saap.prune.pruning import budget_of
-from saap.system.json_files import write_document
-from saap.system.outputs import check_output
-from saap.text.rows import evaluation_windows
-from saap.text.windows import Cut, Windows
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.prune import PruneCommand, for_this_machine, prune_model
+from saap.cli.tune import TuneCommand, tune_model
+from saap.cli.types import directory
+from saap.prune.options import MUST
 
+if TYPE_CHECKING:
+    from saap.prune.options import PruneOptions
+    from saap.prune.search.budget import Budget
+    from saap.system.needs import Needs
+    from saap.text.windows import Windows
+
+DEFAULT_RATIO = 0.2
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "Write a short note to a neighbour who lent you a ladder.",
     "Name three things that plants need to grow.",
 )
-BUNDLES = ("dense-int4", "slim-int4")
+ANSWER_TOKENS = 96
+_STEPS = "How each step is done"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``saap run`` is asked for; what several steps take is given once."""
+
+    pruning: Annotated[
+        PruneCommand,
+        Part(
+            flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
+                   "drop_layers", "calibration", "seed"),
+            without=("bits", "group_size", "threads", "here", "explain"),
+            headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
+        ),
+    ] = field(default_factory=PruneCommand)  # fmt: skip
+    tuning: Annotated[
+        TuneCommand,
+        Part(
+            flags=("bits", "group_size", "teacher", "data", "tokens"),
+            without=("max_bytes", "length", "seed"),
+            headings={"The integers": _STEPS, "What is learnt from": _STEPS},
+        ),
+    ] = field(default_factory=TuneCommand)
+    text: Annotated[str | None, Option("Text for evaluation, likewise; never the same as the others.", _STEPS)] = None
+    chunk: Annotated[int, Option("Evaluation: tokens per chunk.", _STEPS, shown=False), Meta(ge=2)] = 256
+    max_chunks: Annotated[int, Option("Evaluation: chunks at most.", _STEPS, shown=False), Meta(ge=1)] = 40
+    repetitions: Annotated[int, Option("Interleaved repetitions of the bench.", _STEPS), Meta(ge=1)] = 6
+    threads: Annotated[
+        int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), Meta(ge=1)
+    ] = None
+
+    @property
+    def prune(self) -> PruneCommand:
+        """What the pruning step is asked for: a ratio of 0.2 where nothing else is."""
+        tuned, options = self.tuning.options, self.pruning.options
+        options = replace(
+            options, bits=tuned.bits, group_size=tuned.group_size, threads=self.threads if options.costs else None,
+            ratio=options.ratio if options.asked else DEFAULT_RATIO,
+        )  # fmt: skip
+        return replace(self.pruning, options=options)
+
+    def tune(self, teacher: str) -> TuneCommand:
+        """What the tuning step is asked for, with the dense model as the teacher where no other is named."""
+        options = self.tuning.options
+        training = replace(options.training, seed=self.pruning.options.seed)
+        return replace(self.tuning, options=replace(options, training=training), teacher=self.tuning.teacher or teacher)
+
+    def export(self, *, tuned: bool) -> ExportOptions:
+        """How the slim model, whose integers are tuned, or the dense one is exported."""
+        text, quant = self.pruning.calibration, self.tuning.options
+        if tuned:
+            return ExportOptions(text=text)
+        return ExportOptions(bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits, text=text)
+
+    @property
+    def bundles(self) -> tuple[str, str]:
+        """The folders of the dense and the slim bundle."""
+        return f"dense-int{self.tuning.options.bits}", f"slim-int{self.tuning.options.bits}"
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("model")
+@click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
+@options_of(RunOptions)
+def run(model: str, out: Path, options: RunOptions) -> None:
+    """All of it: prune, tune, export, evaluate, bench, report.
+
+    Interrupted and started again, finished steps are not repeated.
+
+    \b
+    Example:
+      saap run smollm2-135m -o out/demo --ratio 0.2
+      saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
+    """
+    from saap.system.outputs import claimed
+
+    with Console() as console, claimed(out):
+        run_all(model, out, options, console)
 
 
 class _State:
     """``run.json``: what is finished, and what the report is made of."""
 
-    def __init__(self, out: Path, model: str, console: Console) -> None:
-        self.out, self.console, self.number, self.steps = out, console, 0, 0
+    def __init__(self, out: Path, model: str, options: RunOptions, console: Console) -> None:
+        from saap.cli.report import read_run
+
+        self.out, self.model, self.options, self.console = out, model, options, console
+        self.number = self.steps = 0
         self.run: dict[str, Any] = {"model": model, "steps": []}
         if (out / "run.json").is_file():
             previous = read_run(out)
@@ -59,12 +137,17 @@ class _State:
                 self.run = previous
 
     def step(
-        self, name: str, command: str, inputs: Any, outputs: list[str], work: Callable[[], dict[str, Any] | None]
+        self,
+        name: str,
+        command: Sequence[object],
+        inputs: Any,
+        outputs: list[str],
+        work: Callable[[], dict[str, Any] | None],
     ) -> str:
         """Do a step unless it was done with the same inputs.
 
         Args:
-            command: what a person would type to do this step alone.
+            command: what a person would type after `saap` to do this step alone.
             inputs: everything the outcome depends on; earlier steps by the hash that this function returned.
             outputs: paths below the run's directory that must be there for the step to count as done.
             work: does it; what it returns is kept in ``run.json``.
@@ -72,6 +155,10 @@ class _State:
         Returns:
             the hash of the inputs.
         """
+        import hashlib
+
+        from saap.system.json_files import write_document
+
         self.number += 1
         key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
         done = next((s for s in self.run["steps"] if s["name"] == name), None)
@@ -81,7 +168,8 @@ class _State:
         self.console.say(f"[{self.number}/{self.steps}] {name} ...")
         start = time.monotonic()
         found = work() or {}
-        entry = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": command}
+        line = shlex.join(["saap", *map(str, command)])
+        entry = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": line}
         self.run["steps"] = [s for s in self.run["steps"] if s["name"] != name] + [entry]
         self.run |= found
         write_document(self.out / "run.json", self.run)
@@ -90,96 +178,151 @@ class _State:
 
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
-    settings = options.prune_settings()
-    pruning = prune_options_of(settings)
-    pruning.check_requirement()
+    from saap.models.resolve import resolve
+    from saap.prune.pruning import budget_of
+    from saap.system.json_files import write_document
+    from saap.system.outputs import check_output
+
+    options.prune.options.check_requirement()
+    options.tuning.options.check()
     check_output(out)
     begun = time.monotonic()
-    directory = models.resolve(model, progress=console.report)
+    source = resolve(model, progress=console.report)
     # What cannot be met or exported is refused before hours are spent.
-    _check_exportable(directory)
-    check_run(directory, out, budget_of(directory, pruning), pruning, options)
-    evaluation = _evaluation(directory, options, console)
-    say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written, console)
+    _check_exportable(source)
+    pruning = for_this_machine(options.prune)
+    check_run(source, out, budget_of(source, pruning), pruning, options)
+    evaluation = _evaluation(source, options, console)
+    console.say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written)
     out.mkdir(parents=True, exist_ok=True)
-    state = _State(out, model, console)
+    state = _State(out, model, options, console)
     write_document(out / "run.json", state.run)
-    dense = _identity(directory)
     state.steps = 6 + len(thread_counts(options))
 
-    pruned = _prune(state, model, directory, options, dense)
-    tuned = _tune(state, model, directory, options, pruned)
-    exported = [
-        _export(state, BUNDLES[0], directory, model, dense, options),
-        _export(state, BUNDLES[1], out / "tuned", f"{out}/tuned", tuned, options),
-    ]
-    _evaluate(state, directory, evaluation, [pruned, *exported], options)
-    results = _bench(state, exported, options)
+    dense = _identity(source)
+    pruned = _prune(state, source, dense)
+    tuned = _tune(state, source, pruned)
+    exported = [_export(state, source, [dense], tuned=False), _export(state, out / "tuned", [tuned], tuned=True)]
+    _evaluate(state, source, evaluation, [pruned, *exported])
+    results = _bench(state, exported)
     state.step(
-        "texts", f'saap generate {out}/slim-int4 "{PROMPTS[0]}"', exported, [], lambda: {"texts": _texts(out, console)}
-    )
+        "texts", ["generate", out / options.bundles[1], PROMPTS[0], "--max-tokens", ANSWER_TOKENS], exported, [],
+        lambda: {"texts": _texts(state)},
+    )  # fmt: skip
     _finish(state, results, begun)
 
 
-def _check_exportable(directory: Path) -> None:
-    from export.graph.decoder import check_attention
+def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
+    """Of each step that may be the largest, read layer by layer where that is possible; the disk is that of all steps.
 
-    config = read_config(directory)
+    Args:
+        source: the dense model.
+        budget: what is asked of it.
+    """
+    from export.needs import PACKED, export_needs
+    from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.weight_files import weights_bytes
+    from saap.prune.needs import prune_disk, prune_needs
+    from saap.prune.stages import share_of, stages_of
+    from saap.quantize.bundle_size import bundle_size
+    from saap.system.needs import PROCESS, Needs
+    from saap.tune.needs import tune_needs
+
+    shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
+    bundle = bundle_size(read_config(source), tuning.bits, tuning.group_size).total(shape)
+    share, training = share_of(budget), tuning.training
+    tokens = (training.micro_rows or training.rows_per_step) * options.tuning.length
+    disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
+    disk |= {"the tuned model": round((1 - share) * bundle), "two bundles": round((2 - share) * bundle)}
+    element = pruning.adaptive.element if pruning.method == "saap" else "none"
+    steps = {
+        "pruning": prune_needs(shape, pruning.sequences, pruning.length, floats, streamed=True, element=element),
+        "tuning": tune_needs(shape, tuning.bits, tuning.group_size, tokens, streamed=True),
+        "exporting": export_needs(shape, bundle, PARITY_ROWS * PARITY_TOKENS),
+        "evaluating": Needs({"the process": PROCESS, "both bundles, packed": round((2 - share) * PACKED * bundle)}),
+    }
+    return {name: Needs(needs.memory, disk) for name, needs in steps.items()}
+
+
+def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> None:
+    """Refuse what memory or disk is too small for.
+
+    Raises:
+        UserError: naming the step, the sum, and what there is.
+    """
+    from saap.system.needs import check_disk, check_memory, gigabytes
+
+    steps = run_needs(source, budget, pruning, options)
+    name = max(steps, key=lambda step: steps[step].memory_bytes)
+    others = ", ".join(f"{step} {gigabytes(needs.memory_bytes)}" for step, needs in steps.items() if step != name)
+    advice = f"the other steps need {others}: call the commands one by one, or use a machine with more memory"
+    check_memory(steps[name], f"a run, in its step {name},", advice)
+    if not (out / "run.json").is_file():  # of a run that goes on, part lies there already; each step asks for its own
+        check_disk(steps[name], out, "a run")
+
+
+def _check_exportable(source: Path) -> None:
+    from export.graph.decoder import check_attention
+    from saap.models.architectures import shape_of, traits_of
+    from saap.models.checkpoint import read_config
+
+    config = read_config(source)
     check_attention(shape_of(config), traits_of(config), {})
 
 
-def _prune(state: _State, model: str, directory: Path, options: RunOptions, dense: Any) -> str:
-    out = state.out
+def _prune(state: _State, source: Path, dense: Any) -> str:
+    import hashlib
+
+    asked, out = state.options.prune, state.out / "slim"
 
     def work() -> dict[str, Any]:
-        prune_step(str(directory), out / "slim", options.prune_settings(), state.console, name=model)
-        return {"plan": _plan(out / "slim")}
+        prune_model(str(source), out, asked, state.console, name=state.model)
+        return {"plan": _plan(out)}
 
-    command = options.prune_command(model, out / "slim")
-    return state.step("prune", command, [dense, options.prune_inputs()], ["slim/saap.json"], work)
+    inputs: dict[str, Any] = asdict(asked)
+    if costs := asked.options.costs:
+        inputs["options"]["costs"] = hashlib.sha256(costs.read_bytes()).hexdigest()
+    command = ["prune", state.model, "-o", out, *arguments_of(asked)]
+    return state.step("prune", command, [dense, inputs], ["slim/saap.json"], work)
 
 
-def _tune(state: _State, model: str, directory: Path, options: RunOptions, pruned: str) -> str:
-    out = state.out
-    settings = {
-        "bits": "4",
-        "group": "32",
-        "teacher": str(directory),
-        "data": options.data,
-        "tokens": options.tokens,
-        "length": TUNE_LENGTH,
-        "seed": options.seed,
-    }
-    command = f"saap tune {out}/slim -o {out}/tuned --teacher {model} --tokens {options.tokens} --seed {options.seed}"
+def _tune(state: _State, source: Path, pruned: str) -> str:
+    slim, out = state.out / "slim", state.out / "tuned"
+    asked = state.options.tune(str(source))
+    command = ["tune", slim, "-o", out, *arguments_of(state.options.tune(state.model))]
     return state.step(
-        "tune", command, [pruned, settings], ["tuned/saap.json"],
-        lambda: tune_step(out / "slim", out / "tuned", settings, state.console),
+        "tune", command, [pruned, asdict(asked)], ["tuned/saap.json"],
+        lambda: tune_model(slim, out, asked, state.console),
     )  # fmt: skip
 
 
-def _export(state: _State, name: str, source: Path, shown: str, made_from: Any, options: RunOptions) -> str:
+def _export(state: _State, source: Path, made_from: list[Any], *, tuned: bool) -> str:
     from export.bundle.manifest import read_manifest
+    from saap.cli.export import export_model
+
+    name, options = state.options.bundles[tuned], state.options.export(tuned=tuned)
 
     def work() -> dict[str, Any]:
-        settings = {**DEFAULTS, "text": options.calibration}
-        export_step(source, state.out / name, settings, state.console)
+        export_model(source, state.out / name, options, state.console)
         return {"parity": {**state.run.get("parity", {}), name: read_manifest(state.out / name).parity}}
 
-    command = f"saap export {shown} -o {state.out}/{name}"
-    return state.step(f"export {name}", command, made_from, [f"{name}/bundle.json"], work)
+    command = ["export", source if tuned else state.model, "-o", state.out / name, *arguments_of(options)]
+    return state.step(f"export {name}", command, [*made_from, asdict(options)], [f"{name}/bundle.json"], work)
 
 
-def _evaluate(state: _State, directory: Path, windows: Windows, made_from: list[str], options: RunOptions) -> None:
-    out = state.out
-    paths = {"dense fp32": directory, "slim fp32, untuned": out / "slim", **{name: out / name for name in BUNDLES}}
-    command = (
-        f"saap eval {out}/slim {out}/{BUNDLES[0]} {out}/{BUNDLES[1]} --reference {directory} "
-        f"--chunk {options.chunk} --max-chunks {options.max_chunks}"
-    )
-    inputs = [made_from, windows.protocol.as_dict()]
+def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str]) -> None:
+    from saap.cli.eval import quality_of
+
+    options, bundles = state.options, [state.out / name for name in state.options.bundles]
+    paths = {"dense fp32": source, "slim fp32, untuned": state.out / "slim", **{path.name: path for path in bundles}}
+    command = ["eval", state.out / "slim", *bundles, "--reference", state.model, "--chunk", options.chunk]
+    command += ["--max-chunks", options.max_chunks, *(["--text", options.text] if options.text else [])]
     state.step(
-        "evaluate", command, inputs, [], lambda: {"quality": quality_of(paths, windows, "dense fp32", state.console)}
-    )
+        "evaluate", command, [made_from, windows.protocol.as_dict()], [],
+        lambda: {"quality": quality_of(paths, windows, "dense fp32", state.console)},
+    )  # fmt: skip
 
 
 def thread_counts(options: RunOptions) -> list[int]:
@@ -189,39 +332,43 @@ def thread_counts(options: RunOptions) -> list[int]:
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 
 
-def _bench(state: _State, made_from: list[str], options: RunOptions) -> list[Path]:
+def _bench(state: _State, made_from: list[str]) -> list[Path]:
     """One result per thread count: small models gain from a second thread what their operators allow, so show both."""
-    results = []
-    for threads in thread_counts(options):
-        results.append(state.out / f"bench-{threads}.json")
+    results, repetitions = [], state.options.repetitions
+    for threads in thread_counts(state.options):
+        result = state.out / f"bench-{threads}.json"
+        results.append(result)
+        command = ["bench", *(state.out / name for name in state.options.bundles), "--threads", threads]
         state.step(
             f"bench with {threads} thread{'s' * (threads > 1)}",
-            f"saap bench {state.out}/{BUNDLES[0]} {state.out}/{BUNDLES[1]} --threads {threads} "
-            f"--repetitions {options.repetitions} --json {results[-1]}",
-            [made_from, options.repetitions, threads],
-            [results[-1].name],
-            partial(_bench_once, state, threads, options.repetitions, results[-1]),
+            [*command, "--repetitions", repetitions, "--json", result],
+            [made_from, repetitions, threads],
+            [result.name],
+            partial(_bench_once, state, threads, result),
         )
     return results
 
 
-def _bench_once(state: _State, threads: int, repetitions: int, result: Path) -> None:
+def _bench_once(state: _State, threads: int, result: Path) -> None:
     from bench.measure.plan import Plan
+    from saap.cli.bench import keep, measured
 
-    specs = [str(state.out / name) for name in BUNDLES]
-    plan = Plan(threads=threads, repetitions=repetitions)
-    keep(measured(specs, plan, state.console, list(BUNDLES)), result)
+    bundles = state.options.bundles
+    plan = Plan(threads=threads, repetitions=state.options.repetitions)
+    keep(measured([str(state.out / name) for name in bundles], plan, state.console, list(bundles)), result)
 
 
-def _evaluation(directory: Path, options: RunOptions, console: Console) -> Windows:
+def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
     """The evaluation text, checked against what the model will be calibrated and tuned on before hours are spent."""
     from saap.text.documents import load_documents
     from saap.text.overlap import refuse_overlap
+    from saap.text.rows import evaluation_windows
+    from saap.text.windows import Cut
 
     cut = Cut(options.chunk, max_chunks=options.max_chunks)
-    windows, text = evaluation_windows(directory, options.text, cut, console.report)
-    for source in (options.calibration, options.data):
-        documents = load_documents(source, split="calibration", seed=options.seed)
+    windows, text = evaluation_windows(source, options.text, cut, console.report)
+    for other in (options.pruning.calibration, options.tuning.data):
+        documents = load_documents(other, split="calibration", seed=options.pruning.options.seed)
         if documents is not None and text is not None:
             refuse_overlap(documents, text)
     return windows
@@ -234,26 +381,33 @@ def _identity(directory: Path) -> list[Any]:
 
 def _plan(slim: Path) -> dict[str, Any]:
     """The plan as the report shows it: counts per layer."""
+    from saap.models.checkpoint import read_record
+
     plan = dict(read_record(slim)["plan"])
     plan["layers"] = [{key: len(kept) for key, kept in layer.items()} for layer in plan["layers"]]
     return plan
 
 
-def _texts(out: Path, console: Console) -> list[dict[str, Any]]:
+def _texts(state: _State) -> list[dict[str, Any]]:
     """The same prompts to every bundle, greedy."""
+    import torch
+
     from bench.runtimes.onnxruntime import OrtDecoder
     from export.bundle.tokenizer import BundleTokenizer
     from export.generate.run import generate
 
+    bundles, report = state.options.bundles, state.console.report
     answers: list[dict[str, Any]] = [{"prompt": prompt, "outputs": {}} for prompt in PROMPTS]
-    for number, name in enumerate(BUNDLES):
-        tokenizer = BundleTokenizer(out / name)
-        decoder = OrtDecoder(out / name, torch.get_num_threads(), 256)
+    for number, name in enumerate(bundles):
+        tokenizer = BundleTokenizer(state.out / name)
+        decoder = OrtDecoder(state.out / name, torch.get_num_threads(), 256)
         for index, answer in enumerate(answers):
-            console.report("writing texts", number * len(answers) + index, len(BUNDLES) * len(answers))
-            pieces = generate(decoder, tokenizer, answer["prompt"], max_tokens=96, chat=tokenizer.has_chat_template)
+            report("writing texts", number * len(answers) + index, len(bundles) * len(answers))
+            pieces = generate(
+                decoder, tokenizer, answer["prompt"], max_tokens=ANSWER_TOKENS, chat=tokenizer.has_chat_template
+            )
             answer["outputs"][name] = "".join(pieces)
-    console.report("writing texts", len(BUNDLES) * len(answers), len(BUNDLES) * len(answers))
+    report("writing texts", len(bundles) * len(answers), len(bundles) * len(answers))
     return answers
 
 
@@ -262,11 +416,15 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import platform
 
     import onnxruntime
+    import torch
     import transformers
 
     from bench.measure.store import read_result
     from bench.report.page import write_report
     from saap import __version__
+    from saap.cli.bench import show_result
+    from saap.cli.eval import show_quality
+    from saap.system.json_files import write_document
 
     out = state.out
     state.run["versions"] = {

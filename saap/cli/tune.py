@@ -1,70 +1,93 @@
-"""``saap tune``: from options to a tuned directory, and what is said about it. The command line's room."""
+"""``saap tune``."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import click
+from msgspec import Meta
+
+from devices.common.options import Option
 from saap.cli.console import Console, print_table
-from saap.models import resolve as models
-from saap.models.checkpoint import read_config, read_record
-from saap.system.outputs import check_output, claimed
-from saap.system.processes import is_main_process
-from saap.text.tuning_rows import TuningRows, tuning_rows
-from saap.tune.loop.options import History, TrainOptions
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.tune.options import TuneOptions
-from saap.tune.tuning import tune as tune_model
 
-DEFAULTS: dict[str, Any] = {"bits": "4", "group": "32", "kind": "auto"}
+if TYPE_CHECKING:
+    from saap.text.tuning_rows import TuningRows
+    from saap.tune.loop.options import History
+
+_LEARNT = "What is learnt from"
 
 
-def tune_step(slim: Path, out: Path, options: dict[str, Any], console: Console) -> None:
-    """``saap tune``; what is missing in ``options`` is at its default."""
-    options = DEFAULTS | options
+@dataclass(frozen=True)
+class TuneCommand:
+    """What ``saap tune`` is asked for: how to tune, from whom, and on which text."""
+
+    options: TuneOptions = field(default_factory=TuneOptions)
+    teacher: Annotated[
+        str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _LEARNT, metavar="MODEL")
+    ] = None
+    data: Annotated[
+        str | None,
+        Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT),
+    ] = None
+    kind: Annotated[
+        Literal["auto", "text", "chat"], Option("chat: the model's template, only answers are learnt.", _LEARNT)
+    ] = "auto"
+    tokens: Annotated[int, Option("Training tokens.", _LEARNT)] = 24576
+    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=1)] = 256
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("slim", type=directory)
+@options_of(TuneCommand)
+@click.option("-o", "--out", type=directory, required=True, help="The directory with integer weights to write.")
+def tune(slim: Path, out: Path, options: TuneCommand) -> None:
+    """Quantise in groups and tune the groups: the integers that the device will run.
+
+    SLIM is what saap prune wrote, or a whole model. Killed and started again it continues. In several processes:
+    accelerate launch --multi_gpu --num_processes 2 -m saap.cli.main tune ...
+
+    \b
+    Example:
+      saap tune out/slim -o out/tuned --teacher smollm2-135m
+    """
+    with Console() as console:
+        tune_model(slim, out, options, console)
+
+
+def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
+    """Tune, and show the losses."""
+    from saap.models.checkpoint import read_record
+    from saap.models.resolve import resolve
+    from saap.system.outputs import check_output, claimed
+    from saap.system.processes import is_main_process
+    from saap.text.tuning_rows import tuning_rows
+    from saap.tune.tuning import tune as tune_directory
+
     check_output(out)
-    slim = models.resolve(slim, progress=console.report)
-    chosen = tune_options_of(options)
-    chosen.check()
-    length = options["length"]
+    slim = resolve(slim, progress=console.report)
+    asked.options.check()
     calibrated = read_record(slim).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
-    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / length)
+    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / asked.length)
     # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
-    teacher_dir = models.resolve(options["teacher"], progress=console.report) if options["teacher"] else None
+    teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
     rows = tuning_rows(
-        teacher_dir or slim, options["data"], max(1, options["tokens"] // length), length, options["seed"], skip=skip,
-        kind=options["kind"], progress=console.report,
+        teacher or slim, asked.data, max(1, asked.tokens // asked.length), asked.length, asked.options.training.seed,
+        skip=skip, kind=asked.kind, progress=console.report,
     )  # fmt: skip
     say_rows(rows, console)
     with claimed(out) if is_main_process() else nullcontext():
-        history = tune_model(slim, out, rows, chosen, teacher_dir=teacher_dir, progress=console.report)
+        history = tune_directory(slim, out, rows, asked.options, teacher_dir=teacher, progress=console.report)
     console.finish()
     if is_main_process():
         show_tuning(out, history)
-
-
-def tune_options_of(options: dict[str, Any]) -> TuneOptions:
-    """The options of ``saap tune``."""
-    names = ("max_bytes", "integers", "fold", "rank", "learning_rate", "teacher_weight", "temperature")
-    given = {name: options[name] for name in names if name in options}
-    running = {
-        mine: options[theirs]
-        for mine, theirs in (("rows_per_step", "batch"), ("micro_rows", "micro_batch"), ("precision", "precision"),
-                             ("checkpointing", "checkpointing"), ("seed", "seed"))
-        if theirs in options
-    }  # fmt: skip
-    if "patience" in options:
-        running["patience"] = options["patience"] or None
-    default = TuneOptions()
-    training: TrainOptions = replace(default.training, **running)
-    head_bits = int(options["head_bits"]) if options.get("head_bits") else None
-    return TuneOptions(
-        bits=int(options["bits"]), block=int(options["group"]), head_bits=head_bits,
-        symmetric=not options.get("asymmetric", False), training=training, **given,
-    )  # fmt: skip
 
 
 def say_rows(rows: TuningRows, console: Console) -> None:
@@ -78,6 +101,8 @@ def say_rows(rows: TuningRows, console: Console) -> None:
 
 def show_tuning(out: Path, history: History) -> None:
     """What was trained, and the losses before and after."""
+    from saap.models.checkpoint import read_config, read_record
+
     tuning, quant = read_record(out)["tuning"], read_config(out)["slim_quant"]
     options = tuning["options"]
     mixed = f", {len(quant['matrices'])} matrices other" if quant.get("matrices") else ""

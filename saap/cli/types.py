@@ -119,4 +119,4 @@ class Sections(click.Command):
                 sections.setdefault(getattr(param, "section", "Options"), []).append(record)
         for heading, rows in sections.items():
             with formatter.section(heading):
-                formatter.write_dl(rows)
+                formatter.write_dl(rows, col_max=36)

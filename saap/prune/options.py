@@ -40,13 +40,12 @@ Pricing = Literal["silenced", "compensated"]
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
 
-_MUST = "What the model must meet (one of these)"
+MUST = "What the model must meet (one of these)"
 _FOR = "What is planned for"
 _GOES = "What may go"
 _HOW = "How it is chosen"
-_ON = "What is scored on"
 _SCORES = "How SAAP scores (the defaults are the ablation's)"
-_LOADED = "How it is loaded"
+_RUNS = "How it runs"
 
 
 @dataclass(frozen=True)
@@ -118,51 +117,54 @@ class PruneOptions:
 
     ratio: Annotated[
         float | None,
-        Option("Share of the decoder layers' weights to remove, such as 0.2.", _MUST, metavar="SHARE"),
+        Option("Share of the decoder layers' weights to remove, such as 0.2.", MUST, metavar="SHARE"),
         Meta(gt=0, lt=1),
     ] = None
     max_params: Annotated[
         int | None,
-        Option("Most parameters, with the embedding, such as 100M.", _MUST, metavar="COUNT", parse=parse_parameters),
+        Option("Most parameters, with the embedding, such as 100M.", MUST, metavar="COUNT", parse=parse_parameters),
         Meta(gt=0),
     ] = None
     max_bytes: Annotated[
         int | None,
-        Option("Largest weights file of the bundle, as 80MB or 80MiB.", _MUST, metavar="SIZE", parse=parse_bytes),
+        Option("Largest weights file of the bundle, as 80MB or 80MiB.", MUST, metavar="SIZE", parse=parse_bytes),
         Meta(gt=0),
     ] = None
     speedup: Annotated[
         float | None,
-        Option("Times as many tokens per second, such as 1.25; with --costs.", _MUST, metavar="FACTOR"),
+        Option("Times as many tokens per second, such as 1.25; with --costs.", MUST, metavar="FACTOR"),
         Meta(gt=1),
     ] = None
     ms_per_token: Annotated[
-        float | None, Option("Longest decode step in milliseconds; with --costs.", _MUST, metavar="MS"), Meta(gt=0)
+        float | None, Option("Longest decode step in milliseconds; with --costs.", MUST, metavar="MS"), Meta(gt=0)
     ] = None
-    costs: Annotated[
-        Path | None, Option("What `saap devices probe --costs` measured on the device.", _FOR, metavar="FILE")
-    ] = None
+    costs: Annotated[Path | None, Option("What `saap devices costs` measured on the device.", _FOR, metavar="FILE")] = (
+        None
+    )
     threads: Annotated[
         int | None, Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"), Meta(ge=1)
     ] = None
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
         Literal[32, 64, 128],
-        Option("Its weights per scale; every width is a multiple of it.", _FOR, flags=("--group",)),
+        Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",)),
     ] = 32
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
-    method: Annotated[Method, Option("SAAP, or another method.", _HOW)] = "saap"
+    method: Annotated[Method, Option("saap, flap, wanda_sp, shortgpt, ... (--help-all).", _HOW, metavar="NAME")] = (
+        "saap"
+    )
     compensate: Annotated[
         Compensation | None,
-        Option("How the remaining weights compensate; default: refit for saap, bias for flap, none for others.", _HOW),
+        Option("How the remaining weights compensate; default: the method's own.", _HOW),
     ] = None
     stages: Annotated[
         int | None,
         Option(
             "Prune in this many stages, each scored anew (saap); default: one for every 15 % of the layers' cost.",
             _HOW,
+            old=("--iterative-steps",),
             metavar="N",
-            shown=False,
+            hidden=True,
         ),
         Meta(ge=1),
     ] = None
@@ -170,7 +172,7 @@ class PruneOptions:
     heads: Annotated[
         bool | None,
         Option(
-            "Query heads and KV groups too; default: where measured to pay; not by other methods on models with GQA.",
+            "Query heads and KV groups too; default: where measured to pay.",
             _GOES,
             flags=("--heads/--no-heads",),
         ),
@@ -179,7 +181,7 @@ class PruneOptions:
     drop_layers: Annotated[
         int,
         Option(
-            "So many whole layers first, those that change least what passes through; the rest in width (saap).",
+            "Remove this many whole layers first, then prune in width (saap).",
             _GOES,
             metavar="N",
         ),
@@ -188,24 +190,25 @@ class PruneOptions:
     keep_layers: Annotated[
         frozenset[int] | None,
         Option(
-            "Not from these, such as 0-2,29; none: from all; default: as the method has it.",
+            "Leave these layers whole, such as 0-2,29; none: no layer.",
             _GOES,
             metavar="LAYERS",
             parse=parse_layers,
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
-    sequences: Annotated[int, Option("Calibration sequences.", _ON, metavar="N"), Meta(ge=1)] = 64
-    length: Annotated[int, Option("Tokens per sequence.", _ON, metavar="N"), Meta(ge=1)] = 256
-    seed: Annotated[int, Option("Of the text's order, and of the method random.", _ON, metavar="N")] = 0
+    sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), Meta(ge=1)] = 64
+    length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=1)] = 256
+    seed: Annotated[int, Option("Of the text's order, and of the method random.", _HOW, metavar="N", hidden=True)] = 0
     stream: Annotated[
         bool | None,
         Option(
             "Read the model layer by layer; default: where it does not fit into memory as a whole.",
-            _LOADED,
+            _RUNS,
+            hidden=True,
             flags=("--stream/--no-stream",),
         ),
     ] = None
-    device: Annotated[str, Option("Compute device: cpu, cuda or cuda:1.", _LOADED, metavar="NAME")] = "cpu"
+    device: Annotated[str, Option("Compute device: cpu, cuda or cuda:1.", _RUNS, metavar="NAME", hidden=True)] = "cpu"
 
     @property
     def asked(self) -> dict[str, float]:
@@ -257,7 +260,7 @@ class PruneOptions:
         (kind,) = self.asked
         if kind in TIMED and self.costs is None:
             raise UserError(
-                f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices probe --costs MODEL`"
+                f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices costs MODEL`"
             )
         for name in ("costs", "threads"):
             if kind not in TIMED and getattr(self, name) is not None:

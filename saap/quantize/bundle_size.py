@@ -103,7 +103,7 @@ class BundleSize:
             if self.bits != 32 and width % self.group_size:
                 raise UserError(
                     f"{what} is {width} wide, which groups of {self.group_size} do not divide: choose another group "
-                    "size with --group (32, 64 or 128), or plan for --bits 32"
+                    "size with --group-size (32, 64 or 128), or plan for --bits 32"
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:

@@ -2,59 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+from msgspec import Meta
+
+from devices.common.options import Option
+from devices.common.values import parse_bytes
 from saap.system.errors import UserError
-from saap.tune.adapters import GroupAdapterConfig
 from saap.tune.loop.options import TrainOptions
 
-BITS, BLOCKS, INTEGERS = (4, 8), (32, 64, 128), ("gptq", "nearest")
-FOLDS = ("scale", "zero-point")
+if TYPE_CHECKING:
+    from saap.tune.adapters import GroupAdapterConfig
+
+Bits = Literal[4, 8]
+GroupSize = Literal[32, 64, 128]
+Integers = Literal["gptq", "nearest"]
+Fold = Literal["scale", "zero-point"]
+BITS, GROUP_SIZES, INTEGERS, FOLDS = (get_args(kind) for kind in (Bits, GroupSize, Integers, Fold))
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3}
+_INTEGERS = "The integers"
+_TRAINED = "What is trained"
+_LEARNT = "What is learnt from"
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Precision, what is trained, and from whom it is learnt.
+    """Precision, what is trained, and how the teacher counts."""
 
-    Attributes:
-        bits, block: of the linears; ``block`` consecutive input columns share a scale.
-        head_bits: of embedding and head, which are quantised and not trained; None is ``bits``.
-        symmetric: zero points of the layers' linears are 2^(bits-1), which needs none at run time.
-        max_bytes: of the bundle's weights file; matrices get 4 or 8 bit as loses least
-        (:mod:`saap.quantize.mixed_bits`), and
-            ``bits`` and ``head_bits`` mean nothing.
-        integers: ``gptq`` (:mod:`saap.quantize.gptq`) or ``nearest``, which takes each matrix by itself.
-        calibration_rows: sequences that gptq looks at, the first of the text.
-        fold: what is trained for each group, one of :data:`FOLDS`.
-        rank: of the fold's low-rank form; None is a free factor per group.
-        learning_rate: peak, of the fold's parameters; None is the fold's own.
-        norm_rate: peak for the weights of the norms.
-        teacher_weight: share of the loss that is KL to the teacher, where there is one.
-        temperature: of both sides of that KL.
-        kept_tokens: the teacher's likeliest tokens that are kept per place.
-        held_out: share of the rows that decides when to stop and which state is kept. The last state is kept where
-            it is less than one row.
-        training: schedule, precision and memory.
-    """
-
-    bits: int = 4
-    block: int = 32
-    head_bits: int | None = None
-    symmetric: bool = True
-    max_bytes: int | None = None
-    integers: str = "gptq"
-    calibration_rows: int = 16
-    fold: str = "scale"
-    rank: int | None = None
-    learning_rate: float | None = None
-    norm_rate: float = 1e-3
-    teacher_weight: float = 0.5
-    temperature: float = 1.0
-    kept_tokens: int = 256
-    held_out: float = 0.04
+    bits: Annotated[Bits, Option("Bits of the linears.", _INTEGERS)] = 4
+    group_size: Annotated[GroupSize, Option("Weights per scale.", _INTEGERS, old=("--group",))] = 32
+    head_bits: Annotated[Bits | None, Option("Bits of embedding and head; default: as --bits.", _INTEGERS)] = None
+    symmetric: Annotated[
+        bool, Option("Zero points per group: closer, and a little slower.", _INTEGERS, flags=("--asymmetric",))
+    ] = True
+    max_bytes: Annotated[
+        int | None,
+        Option(
+            "Largest weights file, such as 80MB: each matrix gets 4 or 8 bit.",
+            _INTEGERS,
+            metavar="SIZE",
+            parse=parse_bytes,
+        ),
+    ] = None  # with it bits and head_bits mean nothing (saap.quantize.mixed_bits)
+    integers: Annotated[Integers, Option("Error-compensating, or each weight by itself.", _INTEGERS)] = "gptq"
+    calibration_rows: Annotated[
+        int, Option("Sequences that gptq looks at, the first of the text.", _INTEGERS, shown=False), Meta(ge=1)
+    ] = 16
+    fold: Annotated[Fold, Option("Trained for each group; zero-point is slower.", _TRAINED)] = "scale"
+    rank: Annotated[
+        int | None, Option("Rank of a low-rank fold; default: a free factor per group.", _TRAINED), Meta(ge=0)
+    ] = None
+    learning_rate: Annotated[float | None, Option("Peak learning rate; default: the fold's own.", _TRAINED)] = None
+    norm_rate: Annotated[
+        float, Option("Peak learning rate of the norms' weights.", _TRAINED, shown=False), Meta(ge=0)
+    ] = 1e-3
+    teacher_weight: Annotated[
+        float, Option("Share of the loss that is the KL to the teacher.", _LEARNT), Meta(ge=0, le=1)
+    ] = 0.5
+    temperature: Annotated[float, Option("Temperature of teacher and model in the KL.", _LEARNT, hidden=True)] = 1.0
+    kept_tokens: Annotated[
+        int, Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False), Meta(ge=1)
+    ] = 256
+    held_out: Annotated[
+        float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
+    ] = 0.04  # less than one row: the last state is kept
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
+
+    def recorded(self) -> dict[str, object]:
+        """As saap.json and states hold them, whose name for the group size is older."""
+        return {"block" if name == "group_size" else name: value for name, value in asdict(self).items()}
 
     def check(self) -> None:
         """Refuse values that are not offered.
@@ -63,7 +81,8 @@ class TuneOptions:
             UserError: names the option, what is allowed, and what to do.
         """
         for value, allowed, what in (
-            (self.bits, BITS, "bits"), (self.block, BLOCKS, "group size"), (self.head_bits or self.bits, BITS, "bits"),
+            (self.bits, BITS, "bits"), (self.head_bits or self.bits, BITS, "bits"),
+            (self.group_size, GROUP_SIZES, "group size"),
             (self.integers, INTEGERS, "kind of integers"), (self.fold, FOLDS, "fold"),
         ):  # fmt: skip
             if value not in allowed:
@@ -83,4 +102,6 @@ class TuneOptions:
     @property
     def adapter(self) -> GroupAdapterConfig:
         """The fold as :mod:`saap.tune.adapters` takes it."""
+        from saap.tune.adapters import GroupAdapterConfig
+
         return GroupAdapterConfig(self.fold, self.rank)

@@ -24,10 +24,11 @@ class Quantised:
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
         self.model, self.options = model, options
-        self.head_bits, self.bits_of = options.head_bits or options.bits, dict[str, int]()
+        self.head_bits: int = options.head_bits or options.bits
+        self.bits_of: dict[str, int] = {}
         sample = ids[: options.calibration_rows]
         if options.max_bytes is not None:
-            choice = choose_bits(model, sample, options.block, options.max_bytes, progress)
+            choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
             self.head_bits, self.bits_of = choice.vocabulary, choice.bits_of
         self.matrices = self._integers(sample, progress)
 
@@ -35,7 +36,7 @@ class Quantised:
         model, options = self.model, self.options
         if options.integers == "gptq":
             return compensated_matrices(
-                model, sample, options.bits, options.block, self.head_bits, progress, symmetric=options.symmetric,
+                model, sample, options.bits, options.group_size, self.head_bits, progress, symmetric=options.symmetric,
                 bits_of=self.bits_of,
             )  # fmt: skip
         architecture = architecture_of(model.config)
@@ -44,16 +45,16 @@ class Quantised:
             with present(layer):
                 for name, linear in linears_of(model, layer).items():
                     bits = self.bits_of.get(name, options.bits)
-                    found[name] = quantize(linear.weight, bits, options.block, options.symmetric)
+                    found[name] = quantize(linear.weight, bits, options.group_size, options.symmetric)
         for name in (architecture.head, architecture.embedding):
             weight: Any = model.get_submodule(name).weight
-            found[name] = quantize(weight, self.head_bits, options.block)
+            found[name] = quantize(weight, self.head_bits, options.group_size)
         return found
 
     def prepare(self) -> list[dict[str, Any]]:
         """Wrap the model for training; the parameter groups with their peak rates."""
         options = self.options
-        self.quant = quantize_model(self.model, options.bits, options.block, self.head_bits, self.matrices)
+        self.quant = quantize_model(self.model, options.bits, options.group_size, self.head_bits, self.matrices)
         self.matrices.clear()
         settle(self.model)
         for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written

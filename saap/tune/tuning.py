@@ -105,7 +105,7 @@ def tune(
         quant = quantised.fold()
         record = {k: v for k, v in read_record(slim_dir).items() if k != "format"}
         record["tuning"] = {
-            "options": asdict(options),
+            "options": options.recorded(),
             "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
             "tokens": rows.ids.numel(),
             "text": rows.lineage(),
@@ -131,7 +131,7 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
     """
     tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
     whole, single = (
-        tune_needs(shape, options.bits, options.block, tokens, streamed=streamed) for streamed in (False, True)
+        tune_needs(shape, options.bits, options.group_size, tokens, streamed=streamed) for streamed in (False, True)
     )
     if fits(whole):
         return False
@@ -145,7 +145,7 @@ def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -
     config = read_config(slim_dir)
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
-    shape, block = shape_of(config), options.block
+    shape, block = shape_of(config), options.group_size
     check_blocks(shape.hidden, block, "the hidden size")
     for index, sizes in enumerate(shape.layers):
         check_blocks(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
@@ -211,5 +211,5 @@ def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOpti
     return {
         "model": weights,
         "teacher": weights_hash(teacher_dir) if teacher_dir else None,
-        "tuning": {key: value for key, value in asdict(options).items() if key != "training"},
+        "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
     }

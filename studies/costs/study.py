@@ -1,6 +1,6 @@
 """Does a sum of layer costs predict a whole model? Predicted against measured speed-ups of random uneven models.
 
-    saap devices probe --costs smollm2-135m -t 1 -o out/cost.json
+    saap devices costs smollm2-135m -t 1 -o out/cost.json
     python -m studies.costs.study run out/cost.json smollm2-135m out/costs-check --threads 1 --rounds 12
     python -m studies.costs.study table [--write]
 

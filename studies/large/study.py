@@ -46,7 +46,7 @@ POLL = 0.2  # seconds
 
 def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
     """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
-    in_steps = [] if steps is None else ["--iterative-steps", str(steps)]
+    in_steps = [] if steps is None else ["--stages", str(steps)]
     dense, slim, gguf = place / "dense", place / "slim", place / "dense.gguf"
     dense_bundles = [place / f"dense-int4{block}" for block in ("", "-64", "-128")]
     return {
@@ -54,8 +54,8 @@ def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
         "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
         "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
-        "export-64": ["export", dense, "-o", place / "dense-int4-64", "--parity", "none", "--group", "64"],
-        "export-128": ["export", dense, "-o", place / "dense-int4-128", "--parity", "none", "--group", "128"],
+        "export-64": ["export", dense, "-o", place / "dense-int4-64", "--parity", "none", "--group-size", "64"],
+        "export-128": ["export", dense, "-o", place / "dense-int4-128", "--parity", "none", "--group-size", "128"],
         "eval": ["eval", slim, "--max-chunks", "4", "--chunk", "128"],
         "bench": ["bench", place / "dense-int4", place / "slim-int4", *BENCH, "--json", place / "bench.json"],
         "gguf": ["export", dense, "-o", gguf, "--target", "gguf", "--type", "Q4_0", "--head-bits", "4"],

@@ -52,7 +52,7 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
 def options_of(variant: Variant) -> TuneOptions:
     """TuneOptions of a cell; the loop's options are the defaults."""
     names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
-             "bits": "bits", "group": "block", "integers": "integers"}  # fmt: skip
+             "bits": "bits", "group": "group_size", "integers": "integers"}  # fmt: skip
     given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
     if given["fold"] in ("lora", "none"):
         given["fold"] = "scale"

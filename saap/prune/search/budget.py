@@ -26,7 +26,7 @@ from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
 from saap.system.json_files import read_object
 
-ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group or fewer --keep-layers"
+ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group-size or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
 
@@ -269,7 +269,7 @@ def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[s
 
 def _described(path: Path, table: CostTable) -> dict[str, Any]:
     """Which table, of which device: enough to find it again."""
-    device = read_object(path, "measure it again with `saap devices probe --costs`")["device"]
+    device = read_object(path, "measure it again with `saap devices costs`")["device"]
     known = {name: device.get(name) for name in ("board", "cpu_model", "fingerprint", "onnxruntime")}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": sha256, **known, "threads": table.threads, "depth": table.depth}

@@ -2,7 +2,7 @@
 
 A decode step is taken as a sum: a constant (embedding, final norm, head), and for each layer an attention block that
 depends on its heads and a feed-forward block that depends on its width. Widths and heads between those that were
-measured are interpolated. ``saap devices probe --costs`` measures a table; one table is of one model's hidden size,
+measured are interpolated. ``saap devices costs`` measures a table; one table is of one model's hidden size,
 head size and vocabulary, one precision, one thread count and one depth of the cache.
 """
 
@@ -22,7 +22,7 @@ from saap.system.json_files import read_object
 SCHEMA = 1
 KIND = "saap costs"
 MOST = 1e9  # milliseconds, heads, channels: what is above is damage
-AGAIN = "measure it again with `saap devices probe --costs`"
+AGAIN = "measure it again with `saap devices costs`"
 
 
 class CostError(UserError):
@@ -137,13 +137,13 @@ def read_costs(
     """
     path = Path(path)
     if not path.is_file():
-        raise CostError(f"{path} is not a file: make one with `saap devices probe --costs MODEL -o {path.name}`")
+        raise CostError(f"{path} is not a file: make one with `saap devices costs MODEL -o {path.name}`")
     try:
         raw = read_object(path, AGAIN)
     except UserError as error:
         raise CostError(str(error)) from None
     if raw.get("kind") != KIND:
-        raise CostError(f"{path} is not a table of costs: make one with `saap devices probe --costs`")
+        raise CostError(f"{path} is not a table of costs: make one with `saap devices costs`")
     if raw.get("schema") != SCHEMA:
         raise CostError(f"{path} has schema {raw.get('schema')!r} of costs, this saap reads {SCHEMA}: {AGAIN}")
     try:

@@ -5,44 +5,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from msgspec import Meta
+
+from devices.common.options import Option
 from saap.system.errors import UserError
-from saap.tune.loop.processes import Batch
+
+if TYPE_CHECKING:
+    from saap.tune.loop.processes import Batch
 
 SMOOTHED = 8  # steps whose mean loss is shown
+Precision = Literal["auto", "bf16", "fp32"]
+_RUNS = "How it runs"
+
+
+def _patience(text: str) -> int | None:
+    return int(text) or None
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Schedule and costs of a run.
+    """Schedule, precision and memory of a training run."""
 
-    Attributes:
-        rows_per_step: the global batch, split over the processes.
-        micro_rows: rows of one forward pass in one process; None is a process's whole share.
-        passes: over the rows, in the same order each.
-        warmup_share: of the steps.
-        clip: largest norm of the gradient of all groups together; None does not clip.
-        precision: "auto", "bf16" or "fp32" (:mod:`saap.system.precision`).
-        checkpointing: keep a layer's input instead of its activations, and compute it again in the backward pass.
-        evaluations: on held-out rows, evenly spread over the run, besides the one before the first step.
-        patience: evaluations without a better loss before the run stops; None runs to the end.
-        save_seconds: between two states on disk, besides those after every evaluation; what a kill can cost.
-        seed: of dropout, where the model has any.
-    """
-
-    rows_per_step: int = 4
-    micro_rows: int | None = None
-    passes: int = 1
-    warmup_share: float = 0.1
+    rows_per_step: Annotated[
+        int, Option("Sequences per step, split over the processes.", _RUNS, flags=("--batch",)), Meta(ge=1)
+    ] = 4
+    micro_rows: Annotated[
+        int | None,
+        Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
+        Meta(ge=1),
+    ] = None  # a process's whole share
+    passes: Annotated[int, Option("Passes over the text, in the same order.", _RUNS, shown=False), Meta(ge=1)] = 1
+    warmup_share: Annotated[float, Option("Share of the steps that warm up.", _RUNS, shown=False), Meta(ge=0, le=1)] = (
+        0.1
+    )
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    precision: str = "auto"
-    checkpointing: bool = True
-    evaluations: int = 10
-    patience: int | None = 3
-    save_seconds: float = 60.0
-    seed: int = 0
+    weight_decay: Annotated[float, Option("Weight decay.", _RUNS, shown=False), Meta(ge=0)] = 0.0
+    clip: Annotated[
+        float | None, Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False)
+    ] = 1.0
+    precision: Annotated[Precision, Option("Precision of the forward and backward passes.", _RUNS, hidden=True)] = (
+        "auto"
+    )
+    checkpointing: Annotated[
+        bool, Option("Recompute activations: less memory, a third more time.", _RUNS, hidden=True)
+    ] = True
+    evaluations: Annotated[
+        int, Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False), Meta(ge=1)
+    ] = 10
+    patience: Annotated[
+        int | None,
+        Option("Evaluations without a better one before it stops; 0: never.", _RUNS, parse=_patience),
+        Meta(ge=1),
+    ] = 3
+    save_seconds: Annotated[
+        float, Option("Seconds between two states on disk: what a kill can cost.", _RUNS, shown=False), Meta(ge=0)
+    ] = 60.0
+    seed: Annotated[int, Option("Random seed.", _RUNS)] = 0
 
 
 @dataclass

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from support.command_line import here, refused, saap
 
+from saap.cli import main as cli
 from saap.models.checkpoint import load_model
 
 
@@ -29,6 +31,19 @@ def test_help_is_instant_and_has_no_torch():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3, times  # of the processor, which other work does not take from it
+
+
+def test_help_is_one_screen(monkeypatch):
+    """At most 45 lines of at most 100 columns, for every command."""
+    monkeypatch.setenv("COLUMNS", "100")
+    context, names = click.Context(cli.cli), []
+    for name in cli.cli.list_commands(context):
+        command = cli.cli.get_command(context, name)
+        names += [[name, below] for below in command.commands] if isinstance(command, click.Group) else [[name]]
+    assert len(names) > 15
+    for words in names:
+        lines = here(*words, "--help").stdout.splitlines()
+        assert len(lines) <= 45 and max(map(len, lines)) <= 100, (words, len(lines), max(lines, key=len))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +69,9 @@ def test_devices():
 @pytest.mark.parametrize("ratio", ["0", "1", "-0.5", "nan"])
 def test_ratios(tmp_path, ratio):
     for command in ("prune", "run"):
-        assert "give a share between 0 and 1" in refused(command, "whatever", "-o", tmp_path / "out", "--ratio", ratio)
+        assert "is not allowed: give a number between 0 and 1" in refused(
+            command, "whatever", "-o", tmp_path / "out", "--ratio", ratio
+        )
     assert not (tmp_path / "out").exists()
 
 

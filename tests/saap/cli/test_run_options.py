@@ -7,11 +7,16 @@ import json
 import pytest
 from support.command_line import here, refused
 
+from devices.common.options import arguments_of, made
 from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.run import RunOptions
 from saap.models.checkpoint import read_record
 from tests.saap.prune.search.test_budget import cost_file
+
+
+def options(**given):
+    return made(RunOptions, given)
 
 
 @pytest.fixture
@@ -27,22 +32,34 @@ def text(tmp_path):
 
 
 def test_a_ratio_is_the_default_and_only_without_another_requirement(costs):
-    assert RunOptions().asked == {"ratio": 0.2}
-    assert RunOptions(ratio=0.0).asked == {"ratio": 0.0}  # refused later, not replaced
-    timed = RunOptions(speedup=1.5, costs=costs, threads=2, method="flap").prune_settings()
-    assert "ratio" not in timed
-    assert (timed["speedup"], timed["costs"], timed["threads"], timed["method"]) == (1.5, costs, 2, "flap")
-    assert RunOptions(threads=2).prune_settings()["threads"] is None  # of the bench only
+    assert RunOptions().prune.options.asked == {"ratio": 0.2}
+    assert options(ratio=0.0).prune.options.asked == {"ratio": 0.0}  # refused later, not replaced
+    timed = options(speedup=1.5, costs=costs, threads=2, method="flap").prune.options
+    assert timed.asked == {"speedup": 1.5}
+    assert (timed.costs, timed.threads, timed.method) == (costs, 2, "flap")
+    assert options(threads=2).prune.options.threads is None  # of the bench only
 
 
-def test_the_command_alone(costs, tmp_path):
-    options = RunOptions(ms_per_token=4.5, costs=costs, threads=1, compensate="bias", seed=3)
-    told = options.prune_command("a model", tmp_path / "slim")
-    timed = f"--ms-per-token 4.5 --costs {costs} --threads 1"
-    assert told == f"saap prune 'a model' -o {tmp_path}/slim {timed} --compensate bias --seed 3"
-    told = RunOptions(drop_layers=2).prune_command("m", tmp_path)
-    assert told == f"saap prune m -o {tmp_path} --ratio 0.2 --drop-layers 2 --seed 0"
-    assert RunOptions().prune_command("m", tmp_path) == f"saap prune m -o {tmp_path} --ratio 0.2 --seed 0"
+def test_what_several_steps_take_is_given_once():
+    asked = options(bits=8, group_size=64, seed=3, calibration="c.txt", data="d.txt")
+    pruning, tuning = asked.prune.options, asked.tune("dense")
+    assert (pruning.bits, pruning.group_size, pruning.seed) == (8, 64, 3)
+    assert (tuning.options.bits, tuning.options.group_size, tuning.options.training.seed) == (8, 64, 3)
+    assert (tuning.teacher, tuning.data) == ("dense", "d.txt")
+    assert options(teacher="other").tune("dense").teacher == "other"
+    dense, slim = asked.export(tuned=False), asked.export(tuned=True)
+    assert (dense.bits, dense.group_size, dense.text) == (8, 64, "c.txt")
+    assert (slim.bits, slim.group_size, slim.text) == (None, None, "c.txt")  # as tuned
+    assert asked.bundles == ("dense-int8", "slim-int8")
+
+
+def test_the_words_of_a_command(costs):
+    told = arguments_of(options(ms_per_token=4.5, costs=costs, threads=1, compensate="bias", seed=3).prune)
+    timed = ["--ms-per-token", "4.5", "--costs", str(costs), "--threads", "1"]
+    assert told == [*timed, "--compensate", "bias", "--seed", "3"]
+    assert arguments_of(options(drop_layers=2).prune) == ["--ratio", "0.2", "--drop-layers", "2"]
+    assert arguments_of(options(slices="output").prune) == ["--ratio", "0.2", "--set", "slices=output"]
+    assert arguments_of(options(group_size=64).tune("a model")) == ["--group-size", "64", "--teacher", "a model"]
 
 
 def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, text, costs):
@@ -51,11 +68,11 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
 
     def step(**changes):
         """Whether the step was done, by the plan in run.json and the record of the slim directory."""
-        options = RunOptions(**{"calibration": str(text), "sequences": 4, "length": 16, **changes})
+        asked = options(**{"calibration": str(text), "sequences": 4, "length": 16, **changes})
         with Console() as console:
-            state = pipeline._State(out, "tiny", console)
+            state = pipeline._State(out, "tiny", asked, console)
             before = state.run["steps"]
-            pipeline._prune(state, "tiny", model, options, "dense")
+            pipeline._prune(state, model, "dense")
         record = read_record(out / "slim")
         assert state.run["plan"]["asked"] == record["plan"]["asked"]
         assert state.run["plan"]["reasons"]["unit"] == record["plan"]["reasons"]["unit"]
@@ -88,7 +105,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         (["--costs", "COSTS"], "--costs is for --speedup and --ms-per-token"),
         (["--max-bytes", "80kB"], "the smallest that these options allow is"),
         (["--speedup", "1.5", "--costs", "COSTS", "--threads", "4"], "holds costs for 1 threads, it has none for 4"),
-        (["--method", "best"], "'best' is not one of"),
+        (["--method", "best"], "--method best is not allowed: give saap"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_path, costs, options, message):

@@ -18,7 +18,7 @@ from saap.system.errors import UserError
 from saap.system.gpu import out_of_memory
 from saap.system.needs import available_memory
 
-ONE_STEP = ["--iterative-steps", "1"]  # a later one may find a random model's structures alike
+ONE_STEP = ["--stages", "1"]  # a later one may find a random model's structures alike
 LINES = [f"Line {n} of a text that is long enough to be scored on, {n * n} and more." for n in range(400)]
 
 
@@ -32,10 +32,10 @@ def text(tmp_path):
 @pytest.mark.parametrize(
     ("how", "sizes"),
     [
-        (["--iterative-steps", "2"], ("17", "32")),
-        (["--stream", *ONE_STEP, "--prices", "compensated"], ("12", "16")),  # fewer tokens than inputs
+        (["--stages", "2"], ("17", "32")),
+        (["--stream", *ONE_STEP, "--set", "prices=compensated"], ("12", "16")),  # fewer tokens than inputs
         (["--method", "flap"], ("9", "32")),
-        ([*ONE_STEP, "--score", "element", "--exact", "--corrections", "1"], ("10", "32")),
+        ([*ONE_STEP, "--set", "score=element", "--set", "exact=true", "--set", "corrections=1"], ("10", "32")),
     ],
     ids=["in steps", "streamed", "bias", "exact"],
 )

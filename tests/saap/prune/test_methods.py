@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import here, refused
 
-from saap.cli.prune_options import METHODS
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record
-from saap.prune.options import COMPENSATIONS
-from saap.prune.options import METHODS as KNOWN
+from saap.prune.options import COMPENSATIONS, METHODS
 from tests.saap.prune.search.test_budget import cost_file
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -45,9 +43,8 @@ def count(directory):
 
 
 def test_the_command_line_offers_what_there_is():
-    assert METHODS == KNOWN
-    shown = here("prune", "--help").stdout
-    assert f"--method [{'|'.join(KNOWN)}]" in shown
+    shown = here("prune", "--help-all").stdout
+    assert f"--method [{'|'.join(METHODS)}]" in shown
     assert f"--compensate [{'|'.join(COMPENSATIONS)}]" in shown
 
 
@@ -67,10 +64,10 @@ def test_every_method_with_every_compensation(model, tmp_path, text, method, com
 
 
 def test_scored_anew_in_steps_and_corrected(model, tmp_path, text):
-    here(*arguments(model, tmp_path / "steps", text, "--ratio", "0.4", "--iterative-steps", "2"))
+    here(*arguments(model, tmp_path / "steps", text, "--ratio", "0.4", "--stages", "2"))
     record = read_record(tmp_path / "steps")
     assert record["options"]["steps"] == 2 and record["plan"]["achieved"]["ratio"] >= 0.4
-    here(*arguments(model, tmp_path / "corrected", text, "--ratio", "0.4", "--corrections", "1"))
+    here(*arguments(model, tmp_path / "corrected", text, "--ratio", "0.4", "--set", "corrections=1"))
     record = read_record(tmp_path / "corrected")
     assert record["options"]["adaptive"]["corrections"] == 1 and record["plan"]["achieved"]["ratio"] >= 0.4
     assert torch.isfinite(load_model(tmp_path / "steps")(input_ids=IDS).logits).all()
@@ -82,9 +79,9 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, text):
     for name, options in {
         "after": ["--no-stream"],
         "streamed": ["--stream"],
-        "before": ["--prices", "silenced"],
+        "before": ["--set", "prices=silenced"],
     }.items():
-        prices = [] if name == "before" else ["--prices", "compensated"]
+        prices = [] if name == "before" else ["--set", "prices=compensated"]
         here(*arguments(model, tmp_path / name, text, "--ratio", "0.4", *prices, *options))
         record = read_record(tmp_path / name)
         plans[name] = record["plan"]["layers"], record["plan"]["price_nats"]
@@ -95,17 +92,20 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--iterative-steps", "0"], "stages 0 is not allowed: give 1 or more"),
-        (["--corrections", "-1"], "corrections -1 is not allowed: give 0 or more"),
-        (["--corrections", "1", "--prices", "compensated"], "corrections measure without compensation: leave them out"),
-        (["--prices", "low"], "Invalid value for '--prices': 'low' is not one of 'silenced', 'compensated'"),
-        (["--c", "-1"], "c -1.0 is not allowed: give 0 or more"),
-        (["--c", "nan"], "c nan is not allowed"),
-        (["--exact"], "the score vector-token has no element score to be exact"),
-        (["--method", "flap", "--corrections", "1"], "stages and corrections are for the method saap"),
-        (["--method", "flap", "--iterative-steps", "2"], "stages and corrections are for the method saap"),
-        (["--method", "best"], "Invalid value for '--method': 'best' is not one of 'saap', 'random'"),
-        (["--compensate", "hope"], "Invalid value for '--compensate': 'hope' is not one of 'none', 'bias', 'refit'"),
+        (["--stages", "0"], "stages 0 is not allowed: give 1 or more"),
+        (["--set", "corrections=-1"], "corrections -1 is not allowed: give 0 or more"),
+        (
+            ["--set", "corrections=1", "--set", "prices=compensated"],
+            "corrections measure without compensation: leave them out",
+        ),
+        (["--set", "prices=low"], "prices low is not allowed: give silenced or compensated"),
+        (["--set", "c=-1"], "c -1.0 is not allowed: give 0 or more"),
+        (["--set", "c=nan"], "c nan is not allowed"),
+        (["--set", "exact=true"], "the score vector-token has no element score to be exact"),
+        (["--method", "flap", "--set", "corrections=1"], "stages and corrections are for the method saap"),
+        (["--method", "flap", "--stages", "2"], "stages and corrections are for the method saap"),
+        (["--method", "best"], "--method best is not allowed: give saap, random,"),
+        (["--compensate", "hope"], "--compensate hope is not allowed: give none, bias or refit"),
     ],
 )
 def test_values_that_are_not_allowed(model, tmp_path, text, options, message):
@@ -196,7 +196,7 @@ def test_a_table_of_another_machine_is_refused_for_a_bundle_of_this_one(model, t
     theirs = cost_file(tmp_path / "theirs.json")
     message = refused(*arguments(model, tmp_path / "other", text, *asked, theirs))
     assert "theirs.json was measured on Cortex-A76 (fingerprint abc), this machine is " in message
-    assert f"(fingerprint {device['fingerprint']}): measure here with `saap devices probe --costs MODEL`" in message
+    assert f"(fingerprint {device['fingerprint']}): measure here with `saap devices costs MODEL`" in message
     unnamed = cost_file(tmp_path / "unnamed.json", device={"fingerprint": "abc", "onnxruntime": "1.23.0"})
     assert "measured on an unnamed device" in refused(*arguments(model, tmp_path / "other", text, *asked, unnamed))
     for damage, told in (({"kind": "x"}, "is not a table of costs"), ({"device": 5}, "is damaged")):

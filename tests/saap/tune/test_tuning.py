@@ -197,7 +197,7 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     with pytest.raises(UserError, match="fewer than one step"):
         tune(path, tmp_path / "out", ROWS[:3], FAST)
     with pytest.raises(UserError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
-        tune(path, tmp_path / "out", ROWS[:4], replace(FAST, block=64))
+        tune(path, tmp_path / "out", ROWS[:4], replace(FAST, group_size=64))
     for wrong, message in (
         ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
         ({"fold": "magic"}, "'magic' is no fold"),

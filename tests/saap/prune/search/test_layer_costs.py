@@ -142,5 +142,5 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, mes
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CostError, match="is not a file: make one with `saap devices probe --costs MODEL"):
+    with pytest.raises(CostError, match="is not a file: make one with `saap devices costs MODEL"):
         read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32)
