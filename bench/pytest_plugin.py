@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bench.judge.regression import Verdict
+    from bench.judge.regression import DeviceTest
     from bench.measure.result import Result
 
 FIXTURE, MARK = "saap_device", "device"
@@ -36,13 +36,13 @@ class Device:
     Attributes:
         url: of a board, None for this host.
         baselines: folder of ``saap devices baseline``.
-        verdicts: of all checks so far.
+        tests: all checks so far.
     """
 
     url: str | None
     baselines: Path
     max_time_s: float
-    verdicts: list[Verdict] = field(default_factory=list)
+    tests: list[DeviceTest] = field(default_factory=list)
 
     def measure(self, bundle: str | Path, **plan: Any) -> Result:
         """A bench run of one bundle; ``plan`` are fields of ``bench.measure.plan.Plan``.
@@ -59,19 +59,20 @@ class Device:
                 raise AssertionError(f"{m.name} on {self}: INVALID: {'; '.join(m.reasons)}")
         return result
 
-    def check(self, bundle: str | Path, name: str | None = None, min_effect: float = 0.05) -> Verdict:
+    def check(self, bundle: str | Path, name: str | None = None, min_effect: float = 0.05) -> DeviceTest:
         """Measure again and hold it against the baseline of this device.
 
         Raises:
             AssertionError: something is worse, or could not be compared.
             RegressionError: no baseline of this model, or none of this device.
         """
-        from bench.judge.checks import Limits
-        from bench.judge.regression import retest, told
+        from bench.judge.regression import Limits, retest
+        from bench.judge.verdict import NOT_COMPARABLE, WORSE
+        from bench.report.verdicts import sentence
         from bench.runtimes.specs import PREPACKED
         from devices.probe.host import probe
 
-        verdict = retest(
+        test = retest(
             self.baselines,
             name or Path(str(bundle).removeprefix(PREPACKED)).resolve().name,  # as the commands name it
             lambda plan: self._run(bundle, plan),
@@ -80,11 +81,11 @@ class Device:
             limits=Limits(speed=min_effect),
             max_time_s=self.max_time_s,
         )
-        self.verdicts.append(verdict)
-        broken = [told(check) for check in verdict.checks if check.verdict in ("worse", "not comparable")]
+        self.tests.append(test)
+        broken = [sentence(check) for check in test.checks if check.verdict in (WORSE, NOT_COMPARABLE)]
         if broken:
             raise AssertionError(f"{bundle} on {self}:\n  " + "\n  ".join(broken))
-        return verdict
+        return test
 
     def __str__(self) -> str:
         return self.url or "this host"

@@ -21,7 +21,7 @@ from support.command_line import here
 from transformers import AutoTokenizer
 
 from bench.judge.baselines import read_baselines
-from bench.judge.regression import Verdict, retest
+from bench.judge.regression import DeviceTest, retest
 from bench.measure.result import Result
 from bench.measure.store import read_result
 from export.bundle.manifest import verify_files
@@ -104,7 +104,7 @@ def test_a_device_is_judged_by_an_old_baseline(factor: float, worse: list[str]) 
     assert verdict.exit_code == len(worse)
 
 
-def judged(factor: float) -> Verdict:
+def judged(factor: float) -> DeviceTest:
     """A test of the very device, on which each token takes ``factor`` as long as when the baseline was recorded."""
     (baseline,) = read_baselines(OLD / "baselines", "bundle")
     runs = [slower(result, factor) for result in baseline.results]

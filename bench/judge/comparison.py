@@ -1,9 +1,4 @@
-"""Is the new measurement faster, slower, or the same? Ratio of the time of a process, with its interval and a test.
-
-A verdict needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
-comparison still errs in about 4 of 100 (``ALPHA``), so a change is only said once a second, fresh one says it too
-(:func:`confirm`): both err in the same direction in about 1 of 1000.
-"""
+"""Is the new measurement faster, slower, or the same? Two results, or two models of one result, setting by setting."""
 
 from __future__ import annotations
 
@@ -12,12 +7,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_values
+from bench.judge.wording import plain, threads
 from bench.measure.result import INVALID, Measurement, Result
-from bench.measure.statistics import bootstrap_ratio, difference_p_value, least_p_value, typical
-from bench.report.wording import plain, threads
+from bench.measure.statistics import typical
 from devices.common.errors import UserError
 
-FASTER, SLOWER, SAME, NOT_COMPARABLE = "faster", "slower", "same", "not comparable"
 DECODE, PREFILL = "decode", "prefill"
 LEAST_REPETITIONS = 3
 # What a device's fingerprint is made of, as a person knows it.
@@ -36,7 +31,6 @@ IDENTITY = (
     "power_mode",
     "l4t",
 )
-ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
 
 
 class CompareError(UserError):
@@ -44,39 +38,11 @@ class CompareError(UserError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One name in one setting. ``ratio`` is new / old time: below 1 is faster; low..high holds 95 %."""
-
-    name: str
-    n_threads: int
-    verdict: str
-    setting: str = ""  # Measurement.test, such as pp128+tg128
-    metric: str | None = None  # decode (time per token) or prefill (time of the prompt)
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
-    test: str | None = None  # wilcoxon (pairs) or mann-whitney
-    reason: str | None = None  # why it is not comparable, or why a change is not said
-    confirmed: bool | None = None  # by a second run; None: none was asked for
-
-    @property
-    def speedup(self) -> float | None:
-        """Old over new time."""
-        return 1 / self.ratio if self.ratio else None
-
-    @property
-    def changed(self) -> bool:
-        """Whether it says faster or slower."""
-        return self.verdict in (FASTER, SLOWER)
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Rows in the order of the old result, then settings that only the new one has."""
 
     min_effect: float
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Verdict] = field(default_factory=list)
 
     @property
     def comparable(self) -> bool:
@@ -98,7 +64,7 @@ class Comparison:
 def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
     """Match measurements by ``Measurement.key`` and judge each.
 
-    Where each result holds one name and they differ, it is one against the other, and the row's name says so.
+    Where each result holds one name and they differ, it is one against the other, and the verdict names both.
 
     Args:
         old, new: two bench runs on one device.
@@ -107,7 +73,6 @@ def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
     _check(min_effect)
     names = [list(dict.fromkeys(m.name for m in result.measurements)) for result in (old, new)]
     renamed = all(len(some) == 1 for some in names) and names[0] != names[1]
-    label = f"{names[1][0]} against {names[0][0]}" if renamed else None
     key: Callable[[Measurement], Hashable] = (lambda m: m.key[1:]) if renamed else (lambda m: m.key)
     olds, news = ({key(m): m for m in result.measurements} for result in (old, new))
     device = device_differs(old.device, new.device)
@@ -117,7 +82,7 @@ def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
             row = judge(olds[k], news[k], min_effect, paired=False, obstacle=device)
         else:
             row = _unmatched(olds.get(k), news.get(k), new if k in olds else old)
-        rows.append(replace(row, name=label) if label else row)
+        rows.append(replace(row, name=names[1][0], against=names[0][0]) if renamed else row)
     return Comparison(min_effect, rows)
 
 
@@ -159,47 +124,19 @@ def confirm(first: Comparison, second: Comparison) -> Comparison:
     rows = []
     for row in first.rows:
         again = fresh.get((row.name, row.setting, row.n_threads))
-        rows.append(confirmed(row, again) if again and row.changed else row)
+        rows.append(confirmed(row, again) if again else row)
     return replace(first, rows=rows)
 
 
-def confirmed(first: Row, second: Row) -> Row:
-    """What two comparisons of the same things say of one change.
-
-    The numbers are the second's: the first was picked for being conspicuous, so its ratio exaggerates.
-    """
-    if not first.changed:
-        return first
-    if second.verdict == NOT_COMPARABLE:
-        return replace(second, confirmed=False, reason=f"the second run: {second.reason}")
-    if second.verdict == first.verdict:
-        return replace(second, confirmed=True)
-    return replace(second, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")
-
-
-def judge(old: Measurement, new: Measurement, min_effect: float, *, paired: bool, obstacle: str | None = None) -> Row:
-    """One row. ``obstacle`` is a reason of the caller's not to compare them."""
-    row = Row(new.name, new.n_threads, NOT_COMPARABLE, new.test)
+def judge(
+    old: Measurement, new: Measurement, min_effect: float, *, paired: bool, obstacle: str | None = None
+) -> Verdict:
+    """One verdict. ``obstacle`` is a reason of the caller's not to compare them."""
+    row = Verdict(NOT_COMPARABLE, name=new.name, n_threads=new.n_threads, setting=new.test)
     if reason := obstacle or obstacle_between(old, new):
         return replace(row, reason=reason)
     a, b = decisive_values(old, new)
-    return judge_values(replace(row, metric=metric_of(new)), a, b, min_effect, paired=paired)
-
-
-def judge_values(row: Row, a: list[float], b: list[float], min_effect: float, *, paired: bool) -> Row:
-    """The row with what two series of positive values say, of which less is better: one value per process."""
-    ratio, low, high = bootstrap_ratio(a, b, paired=paired)
-    p, test = difference_p_value(a, b, paired)
-    row = replace(row, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
-    verdict = SAME
-    if high < 1 and ratio <= 1 - min_effect:
-        verdict = FASTER
-    elif low > 1 and ratio >= 1 + min_effect:
-        verdict = SLOWER
-    if verdict != SAME and least_p_value(len(a), len(b), paired) >= ALPHA:
-        reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
-        return replace(row, verdict=NOT_COMPARABLE, reason=reason)
-    return replace(row, verdict=verdict if p < ALPHA else SAME)
+    return judge_values(replace(row, what=metric_of(new)), a, b, min_effect, paired=paired)
 
 
 def metric_of(m: Measurement) -> str:
@@ -229,14 +166,14 @@ def _check(min_effect: float) -> None:
         raise CompareError(f"a smallest effect of {min_effect} is no fraction: give 0 to below 1, e.g. 0.02 for 2 %")
 
 
-def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Result) -> Row:
+def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Result) -> Verdict:
     found = old or new
     assert found is not None
     reason = f"only in the {'old' if old else 'new'} result"
     settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(found.name)]
     if settings:
         reason += f", where {found.name} was measured with {found.test}; the other has {', '.join(settings)}"
-    return Row(found.name, found.n_threads, NOT_COMPARABLE, found.test, reason=reason)
+    return Verdict(NOT_COMPARABLE, name=found.name, n_threads=found.n_threads, setting=found.test, reason=reason)
 
 
 def obstacle_between(old: Measurement, new: Measurement) -> str | None:

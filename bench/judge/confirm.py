@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.judge.comparison import SLOWER, Comparison, Row, compare, compare_within, confirmed
+from bench.judge.comparison import Comparison, compare, compare_within
 from bench.judge.comparison import confirm as confirm_rows
+from bench.judge.verdict import SLOWER, Verdict, confirmed
 from bench.measure.plan import Plan
 from bench.measure.result import Measurement, Result
 from bench.measure.run import bench
@@ -77,7 +78,7 @@ def confirm_files(
         if row.verdict != SLOWER:
             rows.append(row)
             continue
-        before, after = _behind(row, old), _behind(row, new)
+        before, after = _behind(row, row.against or row.name, old), _behind(row, row.name, new)
         obstacle = _gone(after, new, here)
         if obstacle:
             rows.append(replace(row, reason=f"not confirmed: {obstacle}"))
@@ -92,14 +93,13 @@ def confirm_files(
         results.append(fresh)
         minimum = comparison.min_effect
         again = compare_within(fresh, "old", "new", minimum) if both else compare(_only(old, before), fresh, minimum)
-        rows.append(replace(confirmed(row, again.rows[0]), name=row.name))
+        rows.append(replace(confirmed(row, again.rows[0]), name=row.name, against=row.against))
     return Confirmed(replace(comparison, rows=rows), results)
 
 
-def _behind(row: Row, result: Result) -> Measurement:
-    """The measurement that a row is about. Two files of one name each may differ in it."""
-    found = [m for m in result.measurements if (m.test, m.n_threads) == (row.setting, row.n_threads)]
-    return next((m for m in found if m.name == row.name), found[0])
+def _behind(row: Verdict, name: str, result: Result) -> Measurement:
+    """The measurement of that name that a row is about."""
+    return next(m for m in result.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads))
 
 
 def _gone(m: Measurement, result: Result, here: str) -> str | None:

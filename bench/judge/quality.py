@@ -7,41 +7,26 @@ perplexities of different protocols, or tasks on different examples, do not comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.report.wording import plain
+from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE, Verdict
+from bench.judge.wording import plain
 from devices.common.errors import UserError
 from devices.common.files import parse_json, without_checksum
 
 KIND, VERSION = "saap-quality", 1
-BETTER, WORSE, SAME, NOT_COMPARABLE = "better", "worse", "same", "not comparable"
 PERPLEXITY, MEAN = "NLL", "mean of the tasks"
+NATS, SHARE = "nats/token", "share"
 RESAMPLES = 9999
 
 
 class QualityError(UserError):
     """A document that cannot be used; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class QualityRow:
-    """One measure of one pair of models. ``difference`` is new - old, in nats or in shares; low..high holds 95 %."""
-
-    models: tuple[str, str]
-    measure: str
-    verdict: str
-    old: float | None = None
-    new: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    pairs: int = 0
-    reason: str | None = None
 
 
 def is_quality(path: str | Path) -> bool:
@@ -71,7 +56,7 @@ def read_quality(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
     """Compare what both documents hold of each pair of models.
 
     Models are paired by name, or, where each document holds one beside its reference, those two.
@@ -98,7 +83,7 @@ def metric_of(task: Mapping[str, Any]) -> str:
     return "acc" if task.get("acc_norm") is None else "acc_norm"
 
 
-def exit_code(rows: Sequence[QualityRow], fail_on_regression: bool) -> int:
+def exit_code(rows: Sequence[Verdict], fail_on_regression: bool) -> int:
     """3 where something does not compare, 1 for a regression where that is asked for, else 0."""
     if any(row.verdict == NOT_COMPARABLE for row in rows):
         return 3
@@ -115,7 +100,7 @@ def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, st
     raise QualityError(f"which models to compare is not clear, they hold {told}: evaluate one model per document")
 
 
-def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
     protocols: list[dict[str, Any]] = [document.get("protocol") or {} for document in (old, new)]
     if not all(protocols):
         return []
@@ -125,20 +110,19 @@ def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str,
         told = "; ".join(
             f"{key} {_short(protocols[0].get(key))} against {_short(protocols[1].get(key))}" for key in differing
         )
-        return [QualityRow(pair, PERPLEXITY, NOT_COMPARABLE, reason=f"the protocols differ: {told}")]
+        return [_refused(pair, PERPLEXITY, f"the protocols differ: {told}")]
     mine, theirs = (_row(document, name) for document, name in zip((old, new), pair, strict=True))
     if mine["nll"] is None or theirs["nll"] is None:
         reason = "the model wrote the text itself, so its perplexity says nothing; give --text"
-        return [QualityRow(pair, PERPLEXITY, NOT_COMPARABLE, reason=reason)]
+        return [_refused(pair, PERPLEXITY, reason)]
     windows = np.array([mine["window_nll"], theirs["window_nll"]], dtype=float)
     low, high = _interval([windows[1] - windows[0]])
     scale = windows.shape[1] / protocols[0]["predictions"]  # from nats per window to nats per token
-    return [
-        _judged(pair, PERPLEXITY, mine["nll"], theirs["nll"], low * scale, high * scale, windows.shape[1], less=True)
-    ]
+    of = _of(pair, PERPLEXITY)
+    return [_judged(of, mine["nll"], theirs["nll"], (low * scale, high * scale), windows.shape[1])]
 
 
-def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> list[QualityRow]:
+def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> list[Verdict]:
     """What one of the documents alone holds: a measurement that a run has lost must not pass for an unchanged one."""
     rows = []
     for side, (document, label) in enumerate(zip(documents, ("old", "new"), strict=True)):
@@ -150,7 +134,7 @@ def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> l
                 lost.append((pair, PERPLEXITY))
             theirs = _tasks_of(other, pair[1 - side])
             lost += [(pair, task) for task in _tasks_of(document, pair[side]) if task not in theirs]
-        rows += [QualityRow(pair, measure, NOT_COMPARABLE, reason=reason) for pair, measure in lost]
+        rows += [_refused(pair, measure, reason) for pair, measure in lost]
     return rows
 
 
@@ -163,24 +147,24 @@ def _tasks_of(document: Mapping[str, Any], name: str) -> dict[str, dict[str, Any
     return {row["task"]: row for row in document.get("tasks", []) if row["model"] == name}
 
 
-def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[QualityRow]:
+def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
     found = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
     rows, scores = [], []
     for task in [task for task in found[0] if task in found[1]]:
         mine, theirs = found[0][task], found[1][task]
         if reason := _other_examples(mine, theirs):
-            rows.append(QualityRow(pair, task, NOT_COMPARABLE, reason=reason))
+            rows.append(_refused(pair, task, reason))
             continue
         metric = metric_of(mine)
         counted = np.array([[float(e[metric]) for e in row["examples"]] for row in (mine, theirs)])
         scores.append(counted)
         before, after = counted.mean(1)
-        low, high = _interval([counted[1] - counted[0]])
-        rows.append(_judged(pair, f"{task} {metric}", before, after, low, high, counted.shape[1]))
+        interval = _interval([counted[1] - counted[0]])
+        rows.append(_judged(_of(pair, f"{task} {metric}"), before, after, interval, counted.shape[1]))
     if len(scores) > 1:
         before, after = (float(np.mean([counted[side].mean() for counted in scores])) for side in (0, 1))
-        low, high = _interval([counted[1] - counted[0] for counted in scores])
-        rows.append(_judged(pair, MEAN, before, after, low, high, sum(counted.shape[1] for counted in scores)))
+        interval = _interval([counted[1] - counted[0] for counted in scores])
+        rows.append(_judged(_of(pair, MEAN), before, after, interval, sum(counted.shape[1] for counted in scores)))
     return rows
 
 
@@ -216,21 +200,28 @@ def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _judged(
-    pair: tuple[str, str], measure: str, old: float, new: float, low: float, high: float, pairs: int, less: bool = False
-) -> QualityRow:
+def _of(pair: tuple[str, str], measure: str) -> Verdict:
+    old, new = pair
+    unit = NATS if measure == PERPLEXITY else SHARE
+    return Verdict(SAME, measure, new, old if old != new else "", unit=unit)
+
+
+def _refused(pair: tuple[str, str], measure: str, reason: str) -> Verdict:
+    return replace(_of(pair, measure), verdict=NOT_COMPARABLE, reason=reason)
+
+
+def _judged(of: Verdict, old: float, new: float, interval: tuple[float, float], pairs: int) -> Verdict:
+    """Less is better of nats, more of shares."""
+    of, (low, high) = replace(of, pairs=pairs), interval
     if not np.isfinite([old, new]).all():
-        return QualityRow(
-            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="a number of one of the models is NaN or infinite"
-        )
+        reason = "a number of one of the models is NaN or infinite"
+        return replace(of, verdict=NOT_COMPARABLE, reason=reason)
     if not np.isfinite([low, high]).all():
-        return QualityRow(
-            pair, measure, NOT_COMPARABLE, pairs=pairs, reason="one pair has no interval: evaluate on more"
-        )
+        return replace(of, verdict=NOT_COMPARABLE, reason="one pair has no interval: evaluate on more")
     verdict = SAME
     if low > 0 or high < 0:
-        verdict = BETTER if (high < 0) == less else WORSE
-    return QualityRow(pair, measure, verdict, float(old), float(new), float(new - old), low, high, pairs)
+        verdict = BETTER if (high < 0) == (of.unit == NATS) else WORSE
+    return replace(of, verdict=verdict, old=float(old), new=float(new), difference=float(new - old), low=low, high=high)
 
 
 def _row(document: Mapping[str, Any], name: str) -> dict[str, Any]:

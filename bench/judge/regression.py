@@ -3,21 +3,41 @@
 A baseline holds raw samples of two runs or more, so that what differs from run to run is in its spread. A test
 compares a fresh run with it, and says worse only when a second fresh run agrees. Both ask the model the same tokens.
 All of it holds for one device fingerprint: another board, governor, Python or ONNX Runtime is another device.
+
+Times, bytes and joules are series, one value per process, and are judged as two results are
+(:mod:`bench.judge.verdict`). Effects are wider than those of interleaved runs, since a baseline is of another day.
+Answers are exact and need no statistics: tokens differ or not, the likelihood of a text moved by more than rounding or
+not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from bench.judge.baselines import Baseline, OtherDeviceError, RegressionError, read_baselines
-from bench.judge.checks import UNKNOWN, WORSE, Check, Limits, confirmed, judge_all, judge_answers
-from bench.judge.comparison import LEAST_REPETITIONS, NOT_COMPARABLE, device_differs
-from bench.judge.formats import Case
-from bench.measure.answers import answer_of
+from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
+from bench.judge.verdict import (
+    BETTER,
+    FASTER,
+    NOT_COMPARABLE,
+    SAME,
+    SLOWER,
+    UNKNOWN,
+    WORSE,
+    Verdict,
+    confirmed,
+    judge_values,
+)
+from bench.measure.answers import NLL_TOLERANCE, answer_of
 from bench.measure.plan import Plan
-from bench.measure.result import INVALID, Result
+from bench.measure.result import INVALID, Measurement, Result, Sample
+from bench.measure.statistics import typical
 
 RUNS = 2
 AGAIN = 2  # times a run that is INVALID is measured once more: most of what makes it so passes
@@ -28,15 +48,25 @@ Measure = Callable[[Plan], Result]  # a run of the model on the device, wherever
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Limits:
+    """Smallest relative changes that count, as fractions."""
+
+    speed: float = 0.05
+    memory: float = 0.05
+    load: float = 0.25  # the page cache and the disk take part in it
+    energy: float = 0.10
+
+
+@dataclass(frozen=True)
+class DeviceTest:
     """What a test of a device found, and the runs that it rests on."""
 
     baseline: Baseline
-    checks: list[Check]
+    checks: list[Verdict]
     results: list[Result]
 
     @property
-    def worse(self) -> list[Check]:
+    def worse(self) -> list[Verdict]:
         """What became worse."""
         return [check for check in self.checks if check.verdict == WORSE]
 
@@ -97,7 +127,7 @@ def retest(
     here: str | None = None,
     limits: Limits | None = None,
     max_time_s: float = 120.0,
-) -> Verdict:
+) -> DeviceTest:
     """Measure again and judge against the baseline of this device.
 
     Args:
@@ -125,8 +155,17 @@ def retest(
         results.append(measure(replace(plan_of(same), max_time_s=max_time_s)))
         if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
             raise OtherDeviceError(f"the device changed between two runs: {differs}; test again")
-        checks = confirmed(checks, judge_all(same.pooled, results[1], limits))
-    return Verdict(same, checks, results)
+        checks = _confirmed(checks, judge_all(same.pooled, results[1], limits))
+    return DeviceTest(same, checks, results)
+
+
+def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:
+    """The first checks, in which only that is worse which a second, fresh run calls worse too."""
+    again = {check.what: check for check in second}
+    broken = again.get("measurement")  # the second run as a whole
+    return [
+        confirmed(check, other) if (other := again.get(check.what) or broken) is not None else check for check in first
+    ]
 
 
 def plan_of(baseline: Baseline) -> Plan:
@@ -169,19 +208,100 @@ def _differing(found: Sequence[Baseline], now: Result | None) -> str:
     return "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in told))
 
 
-def verdict_cases(verdict: Verdict) -> list[Case]:
-    """A JUnit case per check: worse is a failure, not comparable an error, not judged skipped."""
-    kinds = {WORSE: "failure", NOT_COMPARABLE: "error", UNKNOWN: "skipped"}
-    return [Case(check.what, kinds.get(check.verdict), check.verdict, told(check)) for check in verdict.checks]
+@dataclass(frozen=True)
+class _Series:
+    """A quantity of one process; ``least`` is an absolute change below which nothing is said."""
+
+    what: str
+    unit: str
+    limit: str  # field of Limits
+    field: str  # of Sample, whose ``unknown`` says why it is null
+    least: float = 0.0
 
 
-def told(check: Check) -> str:
-    """One check as a sentence for people."""
-    parts = [check.verdict]
-    if check.ratio is not None and check.low is not None and check.high is not None:
-        parts.append(f"{check.ratio:.3f} times the baseline (95 %: {check.low:.3f} to {check.high:.3f})")
-    if check.reason:
-        parts.append(check.reason)
-    if check.confirmed:
-        parts.append("confirmed by a second run")
-    return f"{check.what}: {', '.join(parts)}"
+SERIES = (
+    _Series("decode", "s/token", "speed", "token_s"),
+    _Series("prefill", "s", "speed", "prefill_s", least=0.001),
+    _Series("load", "s", "load", "load_s", least=0.02),
+    _Series("peak memory, load", "B", "memory", "peak_load_bytes", least=8e6),
+    _Series("peak memory, decode", "B", "memory", "peak_decode_bytes", least=8e6),
+    _Series("energy", "J/token", "energy", "energy"),
+)
+
+
+def judge_all(old: Result, new: Result, limits: Limits) -> list[Verdict]:
+    """Every check of one model, measured once before and once now, in one setting."""
+    before, now = old.measurements[0], new.measurements[0]
+    if reason := obstacle_between(before, now):
+        checks = [Verdict(NOT_COMPARABLE, "measurement", reason=reason)]  # but what is answered does not depend on time
+    else:
+        checks = [_judge(series, before, now, limits) for series in SERIES]
+    return [*checks, *judge_answers(answer_of(old), answer_of(new))]
+
+
+def judge_answers(old: dict[str, Any], new: dict[str, Any]) -> list[Verdict]:
+    """Greedy tokens and likelihood, as ``bench.measure.answers`` gave them."""
+    if why := old.get("error") or new.get("error"):
+        return [Verdict(NOT_COMPARABLE, what, reason=str(why)) for what in ("greedy tokens", "NLL")]
+    return [_tokens(old["tokens"], new["tokens"]), _likelihood(old["nll"], new["nll"])]
+
+
+def _judge(series: _Series, before: Measurement, now: Measurement, limits: Limits) -> Verdict:
+    a, b = _values(series, before), _values(series, now)
+    empty = Verdict(UNKNOWN, series.what, now.name, setting=now.test, n_threads=now.n_threads, unit=series.unit)
+    for values, m, run in ((a, before, "the baseline"), (b, now, "this run")):
+        if not values:
+            why = next((s.unknown[series.field] for s in m.samples if series.field in s.unknown), "not measured")
+            return replace(empty, reason=f"{run} has none: {why}")
+    if series.field == "energy" and (scopes := _scopes(before, now)):
+        return replace(empty, reason=scopes)
+    old, new = (float(np.median(values)) for values in (a, b))
+    judged = judge_values(replace(empty, old=old, new=new), a, b, getattr(limits, series.limit), paired=False)
+    if abs(new - old) < series.least:
+        return replace(judged, verdict=SAME, reason=None)
+    return replace(judged, verdict={FASTER: BETTER, SLOWER: WORSE}.get(judged.verdict, judged.verdict))
+
+
+def _values(series: _Series, m: Measurement) -> list[float]:
+    """One positive value per process in the order measured; empty where one does not know it."""
+    found = [_value(series, m, s) for s in sorted(m.samples, key=lambda s: s.order)]
+    values = [value for value in found if value is not None and value > 0]
+    return values if len(values) == len(found) else []
+
+
+def _value(series: _Series, m: Measurement, s: Sample) -> float | None:
+    if series.field == "token_s":
+        return (typical(s.token_s) if s.token_s else s.decoding_s / m.n_gen) if m.n_gen else None
+    if series.field == "energy":
+        return s.energy.decode_j / m.n_gen if s.energy and m.n_gen else None
+    value = getattr(s, series.field)
+    return None if value is None else float(value)
+
+
+def _scopes(before: Measurement, now: Measurement) -> str | None:
+    """Why two energies are not of the same thing."""
+    a, b = ({(s.energy.scope, s.energy.source) for s in m.samples if s.energy} for m in (before, now))
+    return None if a == b else f"another sensor: {_sensors(a)} then, {_sensors(b)} now"
+
+
+def _sensors(sensors: set[tuple[str, str]]) -> str:
+    return ", ".join(f"{source} ({scope})" for scope, source in sorted(sensors))
+
+
+def _tokens(old: list[int], new: list[int]) -> Verdict:
+    if old == new:
+        return Verdict(SAME, "greedy tokens", unit="tokens", old=len(old), new=len(new))
+    at = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    told = [str(tokens[at]) if at < len(tokens) else "none" for tokens in (old, new)]
+    reason = f"token {at + 1} of {len(old)} is {told[1]}, it was {told[0]}"
+    return Verdict(WORSE, "greedy tokens", unit="tokens", old=len(old), new=at, reason=reason)
+
+
+def _likelihood(old: float, new: float) -> Verdict:
+    moved, of = new - old, Verdict(SAME, "NLL", unit="nats/token", old=old, new=new)
+    if math.isnan(moved):
+        return replace(of, verdict=WORSE, new=None, reason="the likelihood is not a number")
+    if abs(moved) <= NLL_TOLERANCE:
+        return of
+    reason = f"moved by {moved:+.4f} nats per token, {NLL_TOLERANCE} are allowed"
+    return replace(of, verdict=WORSE if moved > 0 else BETTER, reason=reason)

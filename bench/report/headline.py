@@ -9,10 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 from bench.judge.comparison import decisive_values, metric_of
+from bench.judge.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
 from bench.report.tables import table_rows
-from bench.report.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
 
 
 @dataclass(frozen=True)

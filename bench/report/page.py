@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.judge.quality import is_quality, read_quality
-from bench.measure.result import Result
-from bench.measure.store import read_result
-from bench.report import plots
-from bench.report.headline import Entry, cards_of, entries_of, pair_of
-from bench.report.plan_plot import kept_of, kept_picture, told_shares, told_threshold
-from bench.report.quality import sections_of, tradeoffs
-from bench.report.tables import detail_table
-from bench.report.wording import (
+from bench.judge.wording import (
     as_dict,
     as_float,
     as_list,
@@ -30,6 +23,13 @@ from bench.report.wording import (
     plain,
     threads,
 )
+from bench.measure.result import Result
+from bench.measure.store import read_result
+from bench.report import plots
+from bench.report.headline import Entry, cards_of, entries_of, pair_of
+from bench.report.plan_plot import kept_of, kept_picture, told_shares, told_threshold
+from bench.report.quality import sections_of, tradeoffs
+from bench.report.tables import detail_table
 from devices.common.files import write_text
 
 MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand

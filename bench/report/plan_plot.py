@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.judge.wording import as_dict, as_float, as_list, number
 from bench.report.plots import GRID, INK, MUTED, SURFACE, drawing, series_colour
-from bench.report.wording import as_dict, as_float, as_list, number
 
 ROWS = (("query_heads", "query heads"), ("kv_heads", "KV groups"), ("ffn", "FFN width"))
 BLOCKS = (("attention", "attention", 5), ("ffn", "FFN", 2))  # a blue and an orange, which every eye tells apart

@@ -7,10 +7,10 @@ from itertools import count
 from typing import Any
 
 from bench.judge.quality import metric_of
+from bench.judge.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
 from bench.measure.result import INVALID, Result
 from bench.report.headline import Entry, model_of
 from bench.report.pareto import Point, pareto_front, pareto_plot
-from bench.report.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
 
 PRICES = (  # title, what the axis says, field of a row, factor, digits
     ("speed", "ms per generated token", "decode_ts", 1e3, 2),

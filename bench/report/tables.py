@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bench.judge.wording import as_dict, as_list
 from bench.measure.result import Measurement, Result
 from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
-from bench.report.wording import as_dict, as_list
 
 FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")

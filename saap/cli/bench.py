@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from saap.cli.console import Console, print_table
 from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 from saap.system.json_files import read_object
+
+if TYPE_CHECKING:
+    from bench.judge.comparison import Comparison
 
 STDOUT = Path("-")
 SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
@@ -118,7 +121,7 @@ def _show_against(result: Any, base: str, other: str, floor: float | None) -> No
         within = floor is not None and abs(row.ratio - 1) <= floor
         verdict = "within the noise floor" if within else row.reason or row.verdict
         threads = f"{row.n_threads} thread{'s' * (row.n_threads > 1)}"
-        click.echo(f"  {other}, {row.setting}, {threads}: {row.metric} {speed}: {verdict}")
+        click.echo(f"  {other}, {row.setting}, {threads}: {row.what} {speed}: {verdict}")
 
 
 def _noise_floor(result: Any, names: list[str]) -> float | None:
@@ -173,33 +176,27 @@ def _is_result(spec: str) -> bool:
     return path.suffix != ".gguf" and (path.is_file() or (path.suffix in (".json", ".jsonl") and not path.exists()))
 
 
-def show_comparison(comparison: Any) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """One row per name and setting, and the reasons."""
-    from bench.judge.formats import verdict_text
+    from bench.report.verdicts import SPEED, sentence, verdict_table
 
-    rows = []
-    for row in comparison.rows:
-        interval = f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "-"
-        p = "-" if row.p_value is None else f"{row.p_value:.3g}"
-        ratio = f"{row.ratio:.3f}" if row.ratio else "-"
-        setting = f"{row.setting} t{row.n_threads}"
-        rows.append([row.name, setting, row.metric or "-", ratio, interval, p, row.verdict])
-    print_table("time, new / old", ["name", "test", "of", "ratio", "95 %", "p", "verdict"], rows)
+    table = verdict_table(comparison.rows, SPEED)
+    print_table("time, new / old", table.header, table.rows)
     for row in comparison.rows:
         if row.reason or row.confirmed:
-            click.echo(f"  {row.name}, {row.setting}: {row.reason or verdict_text(row)}")
+            click.echo(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
 
 
-def _write_verdicts(comparison: Any, options: dict[str, Any]) -> None:
-    from bench.judge.formats import junit_xml, step_summary
+def _write_verdicts(comparison: Comparison, options: dict[str, Any]) -> None:
+    from bench.report.verdicts import comparison_json, comparison_junit, step_summary
 
     if options["junit"] is not None:
-        write_text(options["junit"], junit_xml(comparison))
+        write_text(options["junit"], comparison_junit(comparison))
     if summary := os.environ.get(SUMMARY):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(step_summary(comparison))
     if options["json_path"] is not None:
-        document = json.dumps({"comparable": comparison.comparable, **asdict(comparison)}, allow_nan=False, default=str)
+        document = json.dumps(comparison_json(comparison), allow_nan=False)
         if options["json_path"] == STDOUT:
             click.echo(document)
         else:

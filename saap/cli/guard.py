@@ -61,20 +61,19 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
 def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     """Measure again, show and judge; the exit code."""
     from bench.judge.baselines import OtherDeviceError, checked_folder
-    from bench.judge.checks import Limits
-    from bench.judge.comparison import SAME
-    from bench.judge.formats import Case, junit_cases
-    from bench.judge.regression import retest, told, verdict_cases
+    from bench.judge.regression import Limits, retest
+    from bench.judge.verdict import NOT_COMPARABLE, SAME
+    from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
     from devices.probe.host import probe
 
     if not 0 < options["min_effect"] < 1:
         raise UserError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")
     _check(options)
-    name, junit = name_of(bundle, options["name"]), options["junit"]
+    name, junit_path = name_of(bundle, options["name"]), options["junit"]
     try:
         with _one_board(options, console) as held:
-            verdict = retest(
+            test = retest(
                 checked_folder(folder_of(options)),
                 name,
                 measure(bundle, held, console),
@@ -84,18 +83,22 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
                 max_time_s=options["max_time_s"],
             )
     except OtherDeviceError as error:
-        if junit is not None:
-            write_text(junit, junit_cases("saap devices test", [Case(name, "error", "not comparable", str(error))]))
+        if junit_path is not None:
+            case = Case(name, "error", NOT_COMPARABLE, str(error))
+            write_text(junit_path, junit("saap devices test", [case]))
         raise
     console.finish()
-    show_reasons(verdict.results[-1])
-    _show(verdict)
-    for check in verdict.checks:
+    show_reasons(test.results[-1])
+    (m,) = test.results[-1].measurements
+    table = verdict_table(test.checks, DEVICE)
+    title = f"{test.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
+    print_table(title, table.header, table.rows)
+    for check in test.checks:
         if check.verdict != SAME or check.reason:
-            click.echo(f"  {told(check)}")
-    if junit is not None:
-        write_text(junit, junit_cases("saap devices test", verdict_cases(verdict)))
-    return int(verdict.exit_code)
+            click.echo(f"  {sentence(check)}")
+    if junit_path is not None:
+        write_text(junit_path, device_junit(test))
+    return test.exit_code
 
 
 def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Measured:
@@ -177,22 +180,3 @@ def _check(options: dict[str, Any]) -> None:
 
 def _path(bundle: str) -> Path:
     return Path(bundle.removeprefix("prepacked:"))
-
-
-def _show(verdict: Any) -> None:
-    rows = []
-    for check in verdict.checks:
-        interval = "-" if check.low is None or check.high is None else f"{check.low:.3f} to {check.high:.3f}"
-        values = [_number(value, check.unit) for value in (check.old, check.new)]
-        ratio = "-" if check.ratio is None else f"{check.ratio:.3f}"
-        rows.append([check.what, *values, ratio, interval, check.verdict])
-    (m,) = verdict.results[-1].measurements
-    title = f"{verdict.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
-    print_table(title, ["of", "baseline", "now", "now / baseline", "95 %", "verdict"], rows)
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    scale, shown = {"s": (1e3, "ms"), "s/token": (1e3, "ms/token"), "B": (1e-6, "MB")}.get(unit, (1.0, unit))
-    return f"{value * scale:.4g} {shown}"

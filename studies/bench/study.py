@@ -190,7 +190,8 @@ def resampled(path: Path, rounds: int, draws: int = 2000) -> Iterator[bool]:
     """Whether `b` is called slower than `a`, for pairs whose rounds of whole processes are drawn from recorded ones."""
     import numpy as np
 
-    from bench.judge.comparison import SLOWER, compare_within, confirmed
+    from bench.judge.comparison import compare_within
+    from bench.judge.verdict import SLOWER, confirmed
     from tests.support.bench_samples import measurement, result, sample
 
     pool = [pair for record in records(path) for pair in rounds_of(record)]

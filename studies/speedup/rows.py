@@ -106,7 +106,8 @@ def closest(cells: list[Cell], target: float) -> Cell | None:
 
 def speed_of(live: Any) -> dict[str, Any] | str:
     """Median speed-up over the pairs with its 95 % bootstrap interval, and the bench's own; or why there is none."""
-    from bench.judge.comparison import NOT_COMPARABLE, decisive_values
+    from bench.judge.comparison import decisive_values
+    from bench.judge.verdict import NOT_COMPARABLE
 
     (row,), result = live.comparison.rows, live.results[-1]
     if row.verdict == NOT_COMPARABLE:

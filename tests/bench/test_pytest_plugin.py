@@ -14,6 +14,7 @@ from support.tiny_graphs import tiny_bundle
 from bench.judge import regression
 from bench.judge.baselines import write_baseline
 from bench.judge.regression import record
+from bench.judge.verdict import WORSE, Verdict
 from bench.measure.plan import Plan
 from bench.measure.run import bench
 from bench.pytest_plugin import Device
@@ -83,10 +84,9 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 
     def retest(folder: Path, name: str, measure: object, **options: object) -> object:
         names.append(name)
-        return SimpleNamespace(checks=[SimpleNamespace(verdict="worse")])
+        return SimpleNamespace(checks=[Verdict(WORSE, "decode")])
 
     monkeypatch.setattr(regression, "retest", retest)
-    monkeypatch.setattr(regression, "told", lambda check: "decode: worse")
     with pytest.raises(AssertionError, match="decode: worse"):
         Device("ssh://board", tmp_path, 1.0).check("prepacked:tiny")
     assert names == ["tiny"] == [name_of("prepacked:tiny", None)]

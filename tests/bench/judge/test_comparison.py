@@ -8,20 +8,15 @@ import pytest
 from support.bench_samples import measurement, result, sample
 
 from bench.judge.comparison import (
-    FASTER,
-    NOT_COMPARABLE,
-    SAME,
-    SLOWER,
     CompareError,
     Comparison,
-    Row,
     compare,
     compare_within,
     confirm,
-    confirmed,
     decisive_values,
     noise_floor,
 )
+from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
 from bench.measure.result import INVALID, Result
 
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]
@@ -37,7 +32,7 @@ def _run(scale: float, **fields: Any) -> Result:
 )
 def test_verdicts(scale: float, min_effect: float, verdict: str) -> None:
     (row,) = compare(_run(1.0), _run(scale), min_effect).rows
-    assert (row.verdict, row.setting, row.metric, row.test) == (verdict, "pp8+tg4", "decode", "mann-whitney")
+    assert (row.verdict, row.setting, row.what, row.test) == (verdict, "pp8+tg4", "decode", "mann-whitney")
     assert row.ratio == pytest.approx(scale) and row.speedup == pytest.approx(1 / scale)
     assert row.low <= row.ratio <= row.high
     assert (row.p_value < 0.05) == (scale != 1.0)
@@ -123,7 +118,7 @@ def test_one_name_against_another_in_every_setting() -> None:
     old = result(*(measurement("dense", BASE, n_depth=depth) for depth in (0, 64)))
     new = result(*(measurement("slim", [0.8 * t for t in BASE], n_depth=depth) for depth in (64, 0)))
     rows = compare(old, new).rows
-    assert [(r.name, r.setting, r.verdict) for r in rows] == [
+    assert [(r.label, r.setting, r.verdict) for r in rows] == [
         ("slim against dense", "pp8+tg4", FASTER),
         ("slim against dense", "pp8+tg4@d64", FASTER),
     ]
@@ -135,7 +130,7 @@ def test_prefill_is_judged_where_nothing_is_generated() -> None:
         return result(measurement("m", [], n_gen=0, samples=samples))
 
     (row,) = compare(prefill(1.0), prefill(1.2)).rows
-    assert (row.verdict, row.metric, row.setting) == (SLOWER, "prefill", "pp8")
+    assert (row.verdict, row.what, row.setting) == (SLOWER, "prefill", "pp8")
     unknown = result(measurement("m", [], n_gen=0, samples=[sample([], prefill_s=None)] * 3))
     assert compare(unknown, unknown).rows[0].reason == "neither decode nor prefill was timed"
 
@@ -171,7 +166,7 @@ def test_noise_floor_is_the_far_end_of_the_interval() -> None:
 
 
 def test_a_change_stands_only_if_a_second_run_says_it_too() -> None:
-    slower, faster, same, refused = (Row("m", 1, v, ratio=r) for v, r in zip(
+    slower, faster, same, refused = (Verdict(v, name="m", ratio=r) for v, r in zip(
         (SLOWER, FASTER, SAME, NOT_COMPARABLE), (1.1, 0.9, 1.01, None), strict=True
     ))  # fmt: skip
     assert confirmed(slower, replace(slower, ratio=1.05)) == replace(slower, ratio=1.05, confirmed=True)
@@ -185,8 +180,10 @@ def test_a_change_stands_only_if_a_second_run_says_it_too() -> None:
 
 
 def test_confirming_a_comparison_leaves_its_other_rows_alone() -> None:
-    first = Comparison(0.02, [Row("a", 1, SLOWER), Row("a", 2, SLOWER), Row("b", 1, SAME)])
-    second = Comparison(0.02, [Row("a", 1, SLOWER), Row("b", 1, SLOWER), Row("a", 2, SAME)])
+    def of(**verdicts: str) -> Comparison:
+        return Comparison(0.02, [Verdict(v, name=k[0], n_threads=int(k[1])) for k, v in verdicts.items()])
+
+    first, second = of(a1=SLOWER, a2=SLOWER, b1=SAME), of(a1=SLOWER, b1=SLOWER, a2=SAME)
     assert [row.verdict for row in confirm(first, second).rows] == [SLOWER, SAME, SAME]
     assert confirm(first, second).exit_code(True) == 1
 

@@ -9,7 +9,8 @@ from support.bench_samples import measurement, result
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge import confirm
-from bench.judge.comparison import NOT_COMPARABLE, SAME, SLOWER, compare
+from bench.judge.comparison import compare
+from bench.judge.verdict import NOT_COMPARABLE, SAME, SLOWER
 from bench.measure.plan import Plan
 from bench.measure.result import INVALID, Result
 from devices.probe.host import probe

@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 from support.command_line import here
 
-from bench.judge.quality import (
-    BETTER,
-    MEAN,
-    NOT_COMPARABLE,
-    PERPLEXITY,
-    SAME,
-    WORSE,
-    QualityError,
-    compare_quality,
-    exit_code,
-    read_quality,
-)
+from bench.judge.quality import MEAN, PERPLEXITY, QualityError, compare_quality, exit_code, read_quality
+from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE
 
 RANDOM = np.random.default_rng(3)
 WINDOWS = RANDOM.normal(40.0, 8.0, 60)  # nats of windows of 11 predictions: windows differ far more than models do
@@ -50,7 +40,7 @@ def task(model, answers, name="piqa", start=0):
 @pytest.mark.parametrize(("shift", "verdict"), [(0.05, WORSE), (-0.05, BETTER), (0.0, SAME)])
 def test_a_difference_smaller_than_between_windows_is_seen(shift, verdict):
     [row] = compare_quality(document(), document(shift=shift))
-    assert (row.measure, row.verdict, row.pairs) == (PERPLEXITY, verdict, 60)
+    assert (row.what, row.verdict, row.pairs) == (PERPLEXITY, verdict, 60)
     assert row.difference == pytest.approx(shift, abs=0.01)
     assert row.low <= row.difference <= row.high
 
@@ -88,7 +78,7 @@ def test_examples_are_compared_in_pairs():
     better[np.flatnonzero(answers == 0)[:12]] = 1  # 3 of 100, which 400 unpaired examples could not show
     rows = compare_quality(document(answers=answers), document(answers=better))
     piqa = rows[1]
-    assert (piqa.measure, piqa.verdict, piqa.pairs) == ("piqa acc_norm", BETTER, 400)
+    assert (piqa.what, piqa.verdict, piqa.pairs) == ("piqa acc_norm", BETTER, 400)
     assert piqa.difference == pytest.approx(0.03)
     assert 0 < piqa.low < 0.03 < piqa.high < 0.06
 
@@ -97,7 +87,7 @@ def test_the_mean_weighs_tasks_alike():
     old, new = document(answers=[0] * 100), document(answers=[1] * 100)
     for made, right in ((old, 1), (new, 0)):
         made["tasks"].append(task("m", [right] * 10, "boolq"))
-    rows = {row.measure: row for row in compare_quality(old, new)}
+    rows = {row.what: row for row in compare_quality(old, new)}
     assert rows[MEAN].difference == 0.0
     assert (rows["piqa acc_norm"].verdict, rows["boolq acc_norm"].verdict) == (BETTER, WORSE)
 
@@ -116,22 +106,22 @@ def test_what_one_document_alone_holds_does_not_pass():
     old["tasks"].append(task("m", answers, name="arc_easy"))
     new["rows"].append({**new["rows"][0], "name": "other"})
     rows = compare_quality(old, new)
-    told = {(row.measure, row.models[0]): row.reason for row in rows if row.verdict == NOT_COMPARABLE}
+    told = {(row.what, row.against or row.name): row.reason for row in rows if row.verdict == NOT_COMPARABLE}
     assert told == {("arc_easy", "m"): "only in the old document", ("model", "other"): "only in the new document"}
     assert exit_code(rows, False) == 3
     old["protocol"] = None
-    assert (PERPLEXITY, "m") in {(row.measure, row.models[0]) for row in compare_quality(old, new) if row.reason}
+    assert (PERPLEXITY, "m") in {(row.what, row.against or row.name) for row in compare_quality(old, new) if row.reason}
 
 
 def test_models_of_other_names_are_paired_where_it_is_clear():
     [row] = compare_quality(document("a"), document("b"))
-    assert row.models == ("a", "b")
+    assert (row.against, row.name) == ("a", "b")
     two = document("b")
     two["rows"].append({**two["rows"][0], "name": "c"})
     with pytest.raises(QualityError, match="they hold a and b, c: evaluate one model per document"):
         compare_quality(document("a"), two)
     two["reference"] = "c"
-    assert compare_quality(document("a"), two)[0].models == ("a", "b")
+    assert compare_quality(document("a"), two)[0].label == "b against a"
 
 
 def test_what_is_no_such_document_is_refused(tmp_path):
@@ -190,5 +180,5 @@ def test_one_pair_tells_nothing():
     old, new = (document(answers=answers) for answers in ([1], [0]))
     old["tasks"].append(task("m", [1, 0, 1], "boolq"))
     new["tasks"].append(task("m", [1, 1, 1], "boolq"))
-    verdicts = {row.measure: row.verdict for row in compare_quality(old, new)}
+    verdicts = {row.what: row.verdict for row in compare_quality(old, new)}
     assert verdicts["piqa acc_norm"] == verdicts[MEAN] == NOT_COMPARABLE and verdicts["boolq acc_norm"] == SAME

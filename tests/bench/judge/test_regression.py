@@ -17,15 +17,14 @@ from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge.baselines import checked_folder, read_baselines, write_baseline
-from bench.judge.checks import SAME, UNKNOWN, WORSE
-from bench.judge.comparison import NOT_COMPARABLE
-from bench.judge.formats import junit_cases
-from bench.judge.regression import OtherDeviceError, RegressionError, Verdict, plan_of, record, retest, verdict_cases
+from bench.judge.regression import DeviceTest, OtherDeviceError, RegressionError, plan_of, record, retest
+from bench.judge.verdict import NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
 from bench.measure.plan import Plan
 from bench.measure.result import INVALID, Energy, Result
 from bench.measure.run import bench
 from bench.measure.store import write_result
+from bench.report.verdicts import device_junit
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.generate.run import BundleScorer
 
@@ -59,13 +58,13 @@ class Device:
         return {**fields, **{name: value * wobble for name, value in self.samples.items()}}
 
 
-def guarded(folder: Path, device: Device) -> Verdict:
+def guarded(folder: Path, device: Device) -> DeviceTest:
     """A test of ``device`` against a baseline of an ordinary one."""
     write_baseline(folder, record("tiny", Device(1.0, 1.0), PLAN))
     return retest(folder, "tiny", device)
 
 
-def verdicts(verdict: Verdict) -> dict[str, str]:
+def verdicts(verdict: DeviceTest) -> dict[str, str]:
     return {check.what: check.verdict for check in verdict.checks}
 
 
@@ -317,7 +316,7 @@ def test_an_installed_package_is_no_place(tmp_path: Path) -> None:
 
 def test_junit_counts_what_went_wrong(tmp_path: Path) -> None:
     verdict = guarded(tmp_path, Device(1.10, 1.10))
-    suite = ElementTree.fromstring(junit_cases("saap devices test", verdict_cases(verdict)).encode()).find("testsuite")
+    suite = ElementTree.fromstring(device_junit(verdict).encode()).find("testsuite")
     assert suite is not None
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["8", "1", "0", "1"]
     (failed,) = [case for case in suite if case.find("failure") is not None]

@@ -2,24 +2,33 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-from bench.judge.comparison import FASTER, NOT_COMPARABLE, SAME, SLOWER, Comparison, Row
-from bench.judge.formats import junit_xml, step_summary
+from bench.judge.comparison import Comparison
+from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict
+from bench.report.verdicts import comparison_junit, step_summary
 
 HOSTILE = "a|b <i>&\"']]> [x](y)\x07\x00\ud800\n\u2028"
-NUMBERS = {"metric": "decode", "ratio": 1.05, "low": 1.03, "high": 1.07, "p_value": 0.001, "test": "wilcoxon"}
+NUMBERS = {
+    "what": "decode",
+    "setting": "pp8+tg4",
+    "ratio": 1.05,
+    "low": 1.03,
+    "high": 1.07,
+    "p_value": 0.001,
+    "test": "wilcoxon",
+}
 COMPARISON = Comparison(
     0.02,
     [
-        Row("dense", 1, SAME, "pp8+tg4", **NUMBERS),
-        Row("slim", 1, SLOWER, "pp8+tg4", confirmed=True, **NUMBERS),
-        Row(HOSTILE, 2, NOT_COMPARABLE, "pp8+tg4", reason=HOSTILE),
-        Row("fast", 1, FASTER, "tg4", **NUMBERS),
+        Verdict(SAME, name="dense", **NUMBERS),
+        Verdict(SLOWER, name="slim", confirmed=True, **NUMBERS),
+        Verdict(NOT_COMPARABLE, name=HOSTILE, n_threads=2, setting="pp8+tg4", reason=HOSTILE),
+        Verdict(FASTER, name="fast", **NUMBERS),
     ],
 )
 
 
 def test_junit_counts_failures_and_errors() -> None:
-    suite = ElementTree.fromstring(junit_xml(COMPARISON).encode()).find("testsuite")
+    suite = ElementTree.fromstring(comparison_junit(COMPARISON).encode()).find("testsuite")
     assert suite is not None
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "0"]
     same, slower, refused, _ = suite.findall("testcase")
@@ -27,10 +36,10 @@ def test_junit_counts_failures_and_errors() -> None:
     assert [child.tag for child in same] == ["system-out"]
     failure = slower.find("failure")
     assert failure is not None
-    told = "slower: decode takes 1.050 times as long (95 %: 1.030 to 1.070, p = 0.001, wilcoxon), confirmed by a second"
-    assert failure.get("message") == f"{told} run"
+    told = "decode: slower, 1.050 times the baseline (95 %: 1.030 to 1.070, p = 0.001, wilcoxon)"
+    assert failure.get("message") == f"{told}, confirmed by a second run"
     error = refused.find("error")
-    assert error is not None and error.text == "not comparable: a|b <i>&\"']]> [x](y)???\n\u2028"
+    assert error is not None and error.text == "not comparable, a|b <i>&\"']]> [x](y)???\n\u2028"
 
 
 def test_step_summary_is_a_table_with_the_slower_rows_first() -> None:
@@ -39,7 +48,7 @@ def test_step_summary_is_a_table_with_the_slower_rows_first() -> None:
     table = [line for line in lines if line.startswith("|")]
     assert [line.split(" | ")[0] for line in table[2:]] == ["| slower", "| not comparable", "| same", "| faster"]
     assert len({line.count("|") for line in table}) == 1
-    assert "| 1.050 | 1.030-1.070 | 0.0010 |" in table[2]
+    assert "| 1.050 | 1.030 to 1.070 | 0.001 |" in table[2]
     assert "a&#124;b &lt;i&gt;&amp;" in table[3] and "<i>" not in "".join(lines)
     assert lines[-1] == "Changes below 2 % do not count; a ratio above 1 is slower."
     step_summary(COMPARISON).encode()

@@ -1,0 +1,82 @@
+"""What two measurements say of one quantity, and when a change is believed.
+
+A verdict needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
+comparison still errs in about 4 of 100 (``ALPHA``), so a change is only said once a second, fresh one says it too
+(:func:`confirmed`): both err in the same direction in about 1 of 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.measure.statistics import bootstrap_ratio, difference_p_value, least_p_value
+
+FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
+NOT_COMPARABLE, UNKNOWN = "not comparable", "not judged"
+ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One quantity of one model in one setting, new against old; the two values are in ``unit``."""
+
+    verdict: str  # faster | slower | better | worse | same | not comparable | not judged
+    what: str = ""  # decode (time per token), prefill (time of the prompt), load, NLL, a task; empty: nothing compared
+    name: str = ""  # of the model
+    against: str = ""  # the old model's name, where it is another one
+    setting: str = ""  # Measurement.test, such as pp128+tg128
+    n_threads: int = 1
+    unit: str = ""
+    old: float | None = None
+    new: float | None = None
+    ratio: float | None = None  # new / old: of times and sizes, so that below 1 is better
+    difference: float | None = None  # new - old: of nats and shares
+    low: float | None = None  # low..high holds 95 % of the ratio, or of the difference
+    high: float | None = None
+    p_value: float | None = None
+    test: str | None = None  # wilcoxon (pairs) or mann-whitney
+    pairs: int = 0  # windows or examples that both answered
+    reason: str | None = None  # why it is not comparable, or why a change is not said
+    confirmed: bool | None = None  # by a second run; None: none was asked for
+
+    @property
+    def speedup(self) -> float | None:
+        """Old over new time."""
+        return 1 / self.ratio if self.ratio else None
+
+    @property
+    def label(self) -> str:
+        """Both models' names where they differ."""
+        return f"{self.name} against {self.against}" if self.against else self.name
+
+
+def judge_values(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect: float, *, paired: bool) -> Verdict:
+    """The verdict with what two series of positive values say, of which less is better: one value per process."""
+    ratio, low, high = bootstrap_ratio(a, b, paired=paired)
+    p, test = difference_p_value(a, b, paired)
+    of = replace(of, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
+    verdict = SAME
+    if high < 1 and ratio <= 1 - min_effect:
+        verdict = FASTER
+    elif low > 1 and ratio >= 1 + min_effect:
+        verdict = SLOWER
+    if verdict != SAME and least_p_value(len(a), len(b), paired) >= ALPHA:
+        reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
+        return replace(of, verdict=NOT_COMPARABLE, reason=reason)
+    return replace(of, verdict=verdict if p < ALPHA else SAME)
+
+
+def confirmed(first: Verdict, second: Verdict) -> Verdict:
+    """What two comparisons of the same things say of a change; what is not one stays as it is.
+
+    The numbers are the second's: the first was picked for being conspicuous, so its ratio exaggerates. A second that
+    says nothing neither confirms nor refutes.
+    """
+    if first.verdict not in (FASTER, SLOWER, WORSE):
+        return first
+    if second.verdict in (NOT_COMPARABLE, UNKNOWN):
+        return replace(first, verdict=NOT_COMPARABLE, confirmed=False, reason=f"the second run: {second.reason}")
+    if second.verdict == first.verdict:
+        return replace(second, confirmed=True)
+    return replace(second, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")
