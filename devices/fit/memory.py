@@ -8,17 +8,14 @@ What must stay resident while the model runs:
     work       activations of a piece of a prompt
 
 The constants were measured on x86-64 with ONNX Runtime 1.32.0 and the session of bench/runtimes/session.py
-(docs/devices.md has
-the table): the sum is 1 to 5 % above what SmolLM2-135M takes, 1 % below to 2 % above for Gemma 3 270M, up to 7 % above
-for random models with other shapes. On arm64 nobody has measured it.
+(docs/devices.md has the table): the sum is 1 to 5 % above what SmolLM2-135M takes, 1 % below to 2 % above for
+Gemma 3 270M, up to 7 % above for random models with other shapes. On arm64 nobody has measured it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from devices.fit.facts import Device, Memory, Model
-from devices.fit.kernels import dotprod
+from dataclasses import dataclass
 
 # Resident beside weights, cache and activations: 60 to 63 MB, of which 30 are pages of libraries; on another machine
 # these were 36.
@@ -33,6 +30,82 @@ SYSTEM_BYTES = 775 << 20
 SYSTEM_SHARE = 0.25
 # Of the capacity that a system sees where nobody has looked: the least share of six Jetsons (tegrastats).
 VISIBLE_SHARE = 0.93
+
+
+@dataclass(frozen=True)
+class Model:
+    """Numbers of a bundle, bytes; as ``bundle.json`` names them.
+
+    Attributes:
+        widest_ffn: channels of the widest feed-forward block.
+        file_bytes: of the weights file.
+        attention: (query heads, KV heads) of the layers that have any.
+    """
+
+    target: str  # cpu | cuda | portable
+    bits: int
+    block: int
+    accuracy_level: int
+    weight_bytes_per_token: int
+    kv_bytes_per_token: int
+    kv_dtype: str
+    context_length: int
+    hidden: int
+    head_dim: int
+    widest_ffn: int
+    file_bytes: int
+    onnxruntime_min: str
+    attention: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is known of a device; None is unknown.
+
+    Attributes:
+        isa, lacks: features it has and those it has not; one in neither is unknown.
+        memory_bytes: what a process may take.
+        bandwidth: bytes per second that are read at most.
+        cuda: the GPU's architecture, ``none`` where there is no GPU for CUDA.
+        onnxruntime: the version that is installed, or that installs with the system's Python.
+    """
+
+    name: str
+    architecture: str | None
+    isa: frozenset[str]
+    lacks: frozenset[str]
+    memory_bytes: int
+    memory_source: str
+    bandwidth: float | None = None
+    bandwidth_source: str = "unknown"
+    last_level_cache: int | None = None
+    cuda: str | None = None
+    onnxruntime: str | None = None
+    onnxruntime_source: str = "unknown"
+
+    @property
+    def dotprod(self) -> bool | None:
+        """Whether the CPU multiplies int8 in hardware; every x86-64 is taken to, None is unknown."""
+        return True if self.architecture == "x86_64" else self.has("dotprod")
+
+    def has(self, feature: str) -> bool | None:
+        """Whether the CPU has a feature; None is unknown."""
+        return True if feature in self.isa else False if feature in self.lacks else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that must stay resident at a context."""
+
+    runtime: int
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.runtime + self.weights + self.cache + self.work
 
 
 def memory_of(model: Model, device: Device, context: int) -> Memory:
@@ -67,7 +140,7 @@ def packed_share(model: Model, device: Device) -> float:
         return 1.0
     scales = 4 / model.block
     share = scales / (model.bits / 8 + scales)  # of a block's bytes
-    int8 = model.accuracy_level == 4 and dotprod(device) is not False
+    int8 = model.accuracy_level == 4 and device.dotprod is not False
     return 1 + share if int8 else 1 - share
 
 

@@ -3,15 +3,81 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from devices.common.tree import cpu_list, first_text, glob, number, parse_cpu_list, text
-from devices.probe.isa import ISA_FEATURES
-from devices.probe.midr import core_name, core_of_midr
+from devices.common.tree import cpu_list, field, first_text, glob, number, parse_cpu_list, text
 
 CPU = "sys/devices/system/cpu"
+
+# What decides which int4, int8 and half-precision kernels ONNX Runtime takes.
+# Kernel name of a CPU feature (arch/arm64/kernel/cpuinfo.c, arch/x86/include/asm/cpufeatures.h) -> the name used in
+# profiles and results.
+ISA_FEATURES = {
+    "f16c": "f16c",
+    "fma": "fma",
+    "avx2": "avx2",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx_vnni": "avx_vnni",
+    "amx_int8": "amx_int8",
+    "asimd": "asimd",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+
+FEATURES = frozenset(ISA_FEATURES.values())
+
+# Names of arm64 cores by (implementer, part number); from Linux arch/arm64/include/asm/cputype.h and Arm's technical
+# reference manuals.
+PARTS = {
+    (0x41, 0xD03): "Cortex-A53",
+    (0x41, 0xD04): "Cortex-A35",
+    (0x41, 0xD05): "Cortex-A55",
+    (0x41, 0xD06): "Cortex-A65",
+    (0x41, 0xD07): "Cortex-A57",
+    (0x41, 0xD08): "Cortex-A72",
+    (0x41, 0xD09): "Cortex-A73",
+    (0x41, 0xD0A): "Cortex-A75",
+    (0x41, 0xD0B): "Cortex-A76",
+    (0x41, 0xD0C): "Neoverse-N1",
+    (0x41, 0xD0D): "Cortex-A77",
+    (0x41, 0xD0E): "Cortex-A76AE",
+    (0x41, 0xD40): "Neoverse-V1",
+    (0x41, 0xD41): "Cortex-A78",
+    (0x41, 0xD42): "Cortex-A78AE",
+    (0x41, 0xD44): "Cortex-X1",
+    (0x41, 0xD46): "Cortex-A510",
+    (0x41, 0xD47): "Cortex-A710",
+    (0x41, 0xD48): "Cortex-X2",
+    (0x41, 0xD49): "Neoverse-N2",
+    (0x41, 0xD4B): "Cortex-A78C",
+    (0x41, 0xD4C): "Cortex-X1C",
+    (0x41, 0xD4D): "Cortex-A715",
+    (0x41, 0xD4E): "Cortex-X3",
+    (0x41, 0xD4F): "Neoverse-V2",
+    (0x41, 0xD80): "Cortex-A520",
+    (0x41, 0xD81): "Cortex-A720",
+    (0x41, 0xD82): "Cortex-X4",
+    (0x41, 0xD83): "Neoverse-V3AE",
+    (0x41, 0xD84): "Neoverse-V3",
+    (0x41, 0xD85): "Cortex-X925",
+    (0x41, 0xD87): "Cortex-A725",
+    (0x41, 0xD88): "Cortex-A520AE",
+    (0x41, 0xD89): "Cortex-A720AE",
+    (0x41, 0xD8E): "Neoverse-N3",
+    (0x4E, 0x003): "Denver 2",
+    (0x4E, 0x004): "Carmel",
+    (0x51, 0x001): "Oryon",
+    (0xC0, 0xAC3): "Ampere-1",
+    (0xC0, 0xAC4): "Ampere-1a",
+}
 
 
 def cpuinfo(root: Path) -> list[dict[str, str]]:
@@ -147,8 +213,7 @@ def numa_nodes(root: Path) -> list[dict[str, Any]] | None:
     """Per memory node its CPUs and bytes; one node is uniform memory."""
     nodes = []
     for node in glob(root / "sys/devices/system/node", "node[0-9]*"):
-        match = re.search(r"MemTotal:\s*(\d{1,15}) kB", text(node / "meminfo") or "")
-        nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": int(match.group(1)) * 1024 if match else None})
+        nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": field(node / "meminfo", "MemTotal")})
     return nodes or None
 
 
@@ -199,3 +264,26 @@ def _counted(cpu: dict[str, str]) -> bool:
 def _kibibytes(size: str | None) -> int | None:
     match = re.fullmatch(r"(\d{1,9})([KM])", size or "")
     return int(match.group(1)) * {"K": 1 << 10, "M": 1 << 20}[match.group(2)] if match else None
+
+
+def core_name(cpu: Mapping[str, str]) -> str | None:
+    """The core of one paragraph of /proc/cpuinfo; an unknown part is named by its numbers, other CPUs are None."""
+    try:
+        return part_name(int(cpu["CPU implementer"], 16), int(cpu["CPU part"], 16))
+    except (KeyError, ValueError):
+        return None
+
+
+def core_of_midr(text: str | None) -> str | None:
+    """The core of sysfs' ``regs/identification/midr_el1``, such as ``0x00000000410fd421``; None for anything else."""
+    try:
+        midr = int(text or "", 16)
+    except ValueError:
+        return None
+    # Arm Architecture Reference Manual, MIDR_EL1: implementer in bits 31-24, part number in bits 15-4.
+    return part_name(midr >> 24 & 0xFF, midr >> 4 & 0xFFF)
+
+
+def part_name(implementer: int, part: int) -> str:
+    """The name of a part, or its numbers where it is not in the table."""
+    return PARTS.get((implementer, part), f"ARM implementer {implementer:#x} part {part:#x}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from devices.common.errors import UserError
-from devices.probe.isa import FEATURES
+from devices.probe.cpu import FEATURES
 
 if sys.version_info >= (3, 11):
     import tomllib

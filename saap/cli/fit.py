@@ -1,4 +1,4 @@
-"""`saap devices check`: read a bundle and a device, ask :mod:`devices.fit.fit`, and say it."""
+"""`saap devices check`: read a bundle and a device, ask :mod:`devices.fit.fitting`, and say it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from saap.cli.console import print_table
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
-    from devices.fit.facts import Device, Model
-    from devices.fit.fit import Fit
+    from devices.fit.fitting import Fit
+    from devices.fit.memory import Device, Model
     from devices.profiles.profile import Profile
 
 CONTEXT = 4096  # tokens, as a conversation has by default
@@ -32,7 +32,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
     Raises:
         UserError, BundleError, DeviceError: the user's input.
     """
-    from devices.fit.fit import fit
+    from devices.fit.fitting import fit
 
     model = read_model(bundle)
     if (version := options["onnxruntime"]) and not re.fullmatch(r"\d+(\.\d+)+", version):
@@ -53,7 +53,7 @@ def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
 
 def read_model(bundle: Path) -> Model:
     """The numbers of a bundle's manifest."""
-    from devices.fit.facts import Model
+    from devices.fit.memory import Model
     from export.bundle.manifest import WEIGHTS, read_manifest
 
     manifest = read_manifest(bundle)
@@ -81,8 +81,7 @@ def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dic
 
 
 def _known(name: str, memory: int | None, version: str | None) -> Device:
-    from devices.fit.facts import Device
-    from devices.fit.memory import usable_memory
+    from devices.fit.memory import Device, usable_memory
     from devices.profiles.profile import load_profile
 
     profile = load_profile(name)
@@ -113,9 +112,9 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
 
 
 def _here(memory: int | None, version: str | None, measure: bool) -> Device:
-    from devices.fit.facts import Device
+    from devices.fit.memory import Device
+    from devices.probe.cpu import FEATURES
     from devices.probe.host import probe
-    from devices.probe.isa import FEATURES
     from devices.probe.state import available
     from devices.profiles.profile import load_profiles, profile_of
     from saap.cli.devices import read_bandwidth

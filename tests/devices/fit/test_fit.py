@@ -3,44 +3,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from support.fit_models import MB, PI4, PI5, SMOL, SMOL8, SMOL32, X86
 
-from devices.fit.facts import Device, Finding, Model
-from devices.fit.fit import fit
-from devices.fit.kernels import kernels
+from devices.fit.fitting import Finding, fit, kernels, prune_to, with_bits
 from devices.fit.memory import (
     PIECE,
     RUNTIME_BYTES,
     SYSTEM_BYTES,
+    Device,
+    Model,
     largest_context,
     memory_of,
     packed_share,
     usable_memory,
 )
-from devices.fit.remedies import prune_to, with_bits
-from devices.probe.isa import FEATURES
+from devices.probe.cpu import FEATURES
 from devices.profiles.profile import DeviceError
 from export.bundle.manifest import PREFILL_CHUNK
 from saap.quantize.bundle_size import BundleSize
-
-MB = 10**6
-# SmolLM2-135M in 4 bit, as `saap export` writes it.
-SMOL = Model(
-    target="cpu", bits=4, block=32, accuracy_level=4, weight_bytes_per_token=84_190_464, kv_bytes_per_token=46_080,
-    kv_dtype="float32", context_length=8192, hidden=576, head_dim=64, widest_ffn=1536, file_bytes=86_642_688,
-    onnxruntime_min="1.23", attention=((9, 3),) * 30,
-)  # fmt: skip
-SMOL8 = replace(SMOL, bits=8, weight_bytes_per_token=151_430_400, file_bytes=153_759_744)
-SMOL32 = replace(SMOL, bits=32, block=0, weight_bytes_per_token=538_060_032, file_bytes=540_266_496)
-PI5 = Device(
-    "Pi 5", "aarch64", frozenset({"asimd", "dotprod", "fp16"}), frozenset({"i8mm", "bf16", "sve"}), 2000 * MB, "given",
-    bandwidth=17.1e9, bandwidth_source="computed", last_level_cache=2 << 20, cuda="none", onnxruntime="1.32.0",
-)  # fmt: skip
-PI4 = replace(
-    PI5, isa=frozenset({"asimd"}), lacks=frozenset({"dotprod", "fp16", "i8mm", "bf16", "sve"}), bandwidth=12.8e9
-)
-X86 = replace(
-    PI5, architecture="x86_64", isa=frozenset({"avx2", "avx512f", "avx512_vnni"}), lacks=frozenset({"avx_vnni"})
-)
 
 
 def test_memory_by_hand() -> None:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.fit_models import MB, SMOL, SMOL8, SMOL32, X86
 
-from devices.fit.facts import Model
-from devices.fit.memory import memory_of
+from devices.fit.memory import Model, memory_of
 from saap.cli.fit import read_model
-from tests.devices.fit.test_fit import MB, SMOL, SMOL8, SMOL32, X86
 
 WIDE = replace(
     SMOL, weight_bytes_per_token=69_505_024, kv_bytes_per_token=8192, widest_ffn=4096, hidden=1024,

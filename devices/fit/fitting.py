@@ -1,0 +1,274 @@
+"""Will a bundle run on a device: does it load, how much memory does it take, how fast could it be at most.
+
+Numbers in, numbers out: whoever calls reads the bundle and the device. What the kernels are was read from ONNX
+Runtime's sources (MLAS, KleidiAI) and, on x86-64, measured; nobody has run them on the boards.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from devices.fit.memory import Device, Memory, Model, largest_context, memory_of, packed_share
+from devices.profiles.profile import DeviceError
+
+CACHES = 2  # a model below so many last-level caches may run from them, and memory is then no ceiling
+TIGHT = 0.9  # of the memory, from where a fit is called tight
+# Head sizes and query heads per KV head for which CUDA's attention has its fast decode path (ONNX Runtime 1.32).
+CUDA_HEADS = (64, 128, 256)
+CUDA_RATIOS = (1, 2, 4, 5, 8, 16, 32)
+# What the onnxruntime-gpu wheel for arm64 holds kernels for.
+WHEEL_GPUS = ("sm_89", "sm_90", "sm_120", "sm_121")
+OWN_PYTHON = "install a Python of your own, 3.11 or newer, and onnxruntime into it; then say --onnxruntime VERSION"
+KV8_RUNTIME = (1, 27)  # ONNX Runtime whose attention takes an int8 cache on a CPU
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What stands against a bundle, or what would help, and the command that does it."""
+
+    what: str
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The verdict.
+
+    Attributes:
+        loads: None of ``refusals`` stands against it.
+        fits: it loads, and the memory suffices at ``context``.
+        largest_context: tokens that fit in the memory, at most the model's; 0 where not even one does.
+        ceiling: tokens per second that reading the memory allows, with an empty cache and with a full one; None is
+            unknown, and ``remarks`` say why.
+        remedies: what would make it fit.
+    """
+
+    context: int
+    memory: Memory
+    available: int
+    loads: bool
+    fits: bool
+    largest_context: int
+    ceiling: tuple[float | None, float | None]
+    kernels: tuple[str, ...]
+    refusals: tuple[Finding, ...]
+    remarks: tuple[str, ...]
+    remedies: tuple[Finding, ...]
+
+
+def fit(model: Model, device: Device, context: int) -> Fit:
+    """Judge a model on a device.
+
+    Args:
+        context: positions of the cache.
+
+    Raises:
+        DeviceError: a context that the model cannot have.
+    """
+    if not 1 <= context <= model.context_length:
+        raise DeviceError(f"a context of {context} tokens: this model holds 1 to {model.context_length}")
+    against = refusals(model, device)
+    memory = memory_of(model, device, context)
+    largest = largest_context(model, device)
+    fits = not against and memory.total <= device.memory_bytes
+    ceiling, why = _ceiling(model, device, context)
+    told = remarks(model, device) + why
+    if fits and memory.total > TIGHT * device.memory_bytes:
+        told += ("tight: less than a tenth of the memory is left, and other processes want some",)
+    return Fit(
+        context, memory, device.memory_bytes, not against, fits, largest, ceiling, kernels(model, device),
+        against, told, () if fits else _remedies(model, device, context, largest, against),
+    )  # fmt: skip
+
+
+def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | None, float | None], tuple[str, ...]]:
+    if device.bandwidth is None:
+        return (None, None), (f"ceiling unknown: the bandwidth is not known ({device.bandwidth_source})",)
+    empty = model.weight_bytes_per_token
+    if device.last_level_cache and empty <= CACHES * device.last_level_cache:
+        why = f"ceiling unknown: {_mb(empty)} per token may be read from a cache of {_mb(device.last_level_cache)}"
+        return (None, None), (why,)
+    full = empty + model.kv_bytes_per_token * context
+    return (device.bandwidth / empty, device.bandwidth / full), ()
+
+
+def _remedies(
+    model: Model, device: Device, context: int, largest: int, against: tuple[Finding, ...]
+) -> tuple[Finding, ...]:
+    found = tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
+    if memory_of(model, device, context).total > device.memory_bytes:
+        found += for_memory(model, device, context, largest)
+    return found
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def refusals(model: Model, device: Device) -> tuple[Finding, ...]:
+    """Why it would not load, or not run at a speed that makes sense; empty where nothing is known against it."""
+    found = []
+    if device.onnxruntime and _version(device.onnxruntime) < _version(model.onnxruntime_min):
+        found.append(
+            Finding(
+                f"it needs ONNX Runtime {model.onnxruntime_min}, there it is {device.onnxruntime} "
+                f"({device.onnxruntime_source})",
+                _for_older(model, device),
+            )
+        )
+    if model.target != "cuda" and model.bits == 8 and device.dotprod is False:
+        found.append(
+            Finding("8 bit has no kernel without dotprod", "saap export MODEL -o BUNDLE --bits 4 --no-dotprod")
+        )
+    if model.target != "cuda" and model.bits == 8 and model.accuracy_level != 4:
+        found.append(
+            Finding(
+                "8 bit is fast at accuracy level 4 only (else 250 times slower)", "saap export MODEL -o BUNDLE --bits 8"
+            )
+        )
+    if model.target == "cuda" and device.cuda == "none":
+        found.append(Finding("it is for CUDA, and there is no such GPU", "saap export MODEL -o BUNDLE --target cpu"))
+    return tuple(found)
+
+
+def kernels(model: Model, device: Device) -> tuple[str, ...]:
+    """Which kernels multiply its matrices, for people; empty where that cannot be told."""
+    if model.target == "cuda":
+        return (f"CUDA, {device.cuda or 'a GPU that is not known'}: float16, {model.bits}-bit weights",)
+    if model.bits == 32:
+        return ("float32",)
+    if device.architecture == "aarch64":
+        return _arm_kernels(model, device)
+    return _x86_kernels(model, device) if device.architecture == "x86_64" else ()
+
+
+def remarks(model: Model, device: Device) -> tuple[str, ...]:
+    """What a person has to know of a bundle that loads, or that may."""
+    told = []
+    if device.onnxruntime is None:
+        told.append(f"needs ONNX Runtime {model.onnxruntime_min}; which one is there is not known")
+    if model.target != "cuda" and model.bits == 8 and device.dotprod is None:
+        told.append("8 bit needs dotprod, and whether the CPU has it is not known")
+    if model.target != "cuda" and model.bits == 4 and device.dotprod is False:
+        told.append("without dotprod 4 bit is computed in float32: arithmetic, not memory, will be the limit")
+    if model.target == "cpu" and model.kv_dtype == "float16":
+        told.append("a float16 cache is slower than float32 on CPUs")
+    if model.target == "portable":
+        told.append("standard operators copy the cache at every token: it counts twice, and decode slows with depth")
+    return (*told, *(_cuda_remarks(model, device) if model.target == "cuda" else ()))
+
+
+def _arm_kernels(model: Model, device: Device) -> tuple[str, ...]:
+    dot = device.dotprod
+    if model.accuracy_level != 4 or dot is False:
+        return ("float32 (NEON) on weights of 4 bit",) if model.bits == 4 else ()
+    if dot is None:
+        return ("int8 dot product if the CPU has dotprod, else float32 (NEON)",)
+    decode = "int8 dot product (dotprod)"
+    if device.has("i8mm") and model.block % 32 == 0:
+        return (f"decode: {decode}", "prefill: int8 matrix product (i8mm)")
+    return (decode,)
+
+
+def _x86_kernels(model: Model, device: Device) -> tuple[str, ...]:
+    if device.has("avx2") is False:
+        return ("float32 after unpacking: without AVX2 there is no kernel for packed weights, and it is very slow",)
+    wide = "AVX512" if device.has("avx512f") else "AVX2" if device.has("avx2") else "AVX2 or AVX512"
+    if model.accuracy_level != 4:
+        return (f"float32 ({wide}) on weights of {model.bits} bit",)
+    if device.has("avx512_vnni") or (wide == "AVX2" and device.has("avx_vnni")):
+        return (f"int8 dot product ({wide}-VNNI)",)
+    return (f"int8 products in several instructions ({wide} without VNNI)",)
+
+
+def _cuda_remarks(model: Model, device: Device) -> list[str]:
+    told = ["the memory is a lower bound: what CUDA itself takes has not been measured"]
+    if device.cuda is None:
+        told.append("whether there is a GPU for CUDA is not known")
+    elif device.architecture == "aarch64" and device.cuda not in (*WHEEL_GPUS, "none"):
+        told.append(
+            f"onnxruntime-gpu on PyPI has no kernels for {device.cuda}: it needs a build of NVIDIA's for Jetson"
+        )
+    ratios = {heads / kv for heads, kv in model.attention}
+    if model.head_dim not in CUDA_HEADS or not ratios <= set(CUDA_RATIOS):
+        told.append(
+            f"attention takes CUDA's slow path: the fast one wants heads of {', '.join(map(str, CUDA_HEADS))} and "
+            f"{', '.join(map(str, CUDA_RATIOS))} query heads per KV head"
+        )
+    return told
+
+
+def _for_older(model: Model, device: Device) -> str:
+    """What to do about an ONNX Runtime that is too old: the int8 cache is what asks for a newer one."""
+    if model.kv_dtype == "int8" and device.onnxruntime and _version(device.onnxruntime) >= (1, 23):
+        return "saap export MODEL -o BUNDLE --kv 32"
+    return OWN_PYTHON
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d{1,9}", text)[:2])
+
+
+def for_memory(model: Model, device: Device, context: int, largest: int) -> tuple[Finding, ...]:
+    """What would bring it below the device's memory, each by itself; empty where nothing would."""
+    found = []
+    if largest:
+        found.append(Finding(f"a context of {largest} tokens fits", f"saap generate BUNDLE --context {largest}"))
+    for bits in (8, 4):
+        if bits < model.bits and (bits == 4 or device.dotprod is not False):
+            smaller = with_bits(model, bits)
+            if _fits(smaller, device, context):
+                found.append(Finding(f"weights of {bits} bit fit", f"saap export MODEL -o BUNDLE --bits {bits}"))
+    if model.kv_dtype == "float32" and model.target == "cpu" and _takes_int8_cache(device):
+        # A byte for each of four; the scales are part of the graph.
+        smaller = replace(model, kv_bytes_per_token=model.kv_bytes_per_token // 4, kv_dtype="int8")
+        if _fits(smaller, device, context):
+            found.append(Finding("a cache of 8 bit fits", f"saap export MODEL -o BUNDLE --bits {model.bits} --kv 8"))
+    if size := prune_to(model, device, context):
+        found.append(
+            Finding(
+                f"a weights file of {size // MEGABYTE} MB (now {model.file_bytes / 1e6:.0f}) fits",
+                f"saap prune MODEL -o SLIM --max-bytes {size // MEGABYTE}MB --bits {model.bits}",
+            )
+        )
+    return tuple(found)
+
+
+def with_bits(model: Model, bits: int, block: int = 32) -> Model:
+    """The same model with matrices of fewer bits in blocks of ``block`` columns, one float scale each."""
+
+    def per_weight(width: int, group: int) -> float:
+        return width / 8 + (4 / group if width != 32 else 0)
+
+    share = per_weight(bits, block) / per_weight(model.bits, model.block or block)
+    return replace(
+        model,
+        bits=bits,
+        block=block,
+        weight_bytes_per_token=round(model.weight_bytes_per_token * share),
+        file_bytes=round(model.file_bytes * share),
+    )
+
+
+def prune_to(model: Model, device: Device, context: int) -> int | None:
+    """Bytes of the weights file that would fit with this context, in whole megabytes; None where none would.
+
+    The cache and the activations of a pruned model are smaller too, so it errs on the safe side.
+    """
+    memory = memory_of(model, device, context)
+    left = device.memory_bytes - (memory.total - memory.weights)
+    size = int(left / packed_share(model, device) * model.file_bytes / model.weight_bytes_per_token)
+    size = size // MEGABYTE * MEGABYTE
+    return size if 0 < size < model.file_bytes else None
+
+
+def _fits(model: Model, device: Device, context: int) -> bool:
+    return memory_of(model, device, context).total <= device.memory_bytes
+
+
+def _takes_int8_cache(device: Device) -> bool:
+    if device.onnxruntime is None:
+        return True
+    return _version(device.onnxruntime) >= KV8_RUNTIME
