@@ -78,7 +78,8 @@ def measure_costs(
     check_depth(manifests[0], depth)
     together = _stacks_together(manifests[0].weight_bytes_per_token)
     groups = schedule(len(stacks), rounds, together)
-    device, tables = probe(), []
+    device: dict[str, Any] = {**probe()}
+    tables = []
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
         for index, group in enumerate(groups):

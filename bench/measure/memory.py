@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices.common.cgroup import memory_left
+from devices.common.tree import field
 
 SELF = Path("/proc/self")
 
@@ -24,7 +25,7 @@ class Split:
 
 def peak_rss(process: Path = SELF) -> int | None:
     """VmHWM, the largest resident set since the start or the last ``reset_peak``."""
-    return _kilobytes(process / "status", "VmHWM:")
+    return field(process / "status", "VmHWM")
 
 
 def reset_peak(process: Path = SELF) -> bool:
@@ -39,30 +40,19 @@ def reset_peak(process: Path = SELF) -> bool:
 def resident_split(process: Path = SELF) -> Split | None:
     """The present resident set split with ``smaps_rollup``; shared memory counts as anonymous, it cannot be dropped."""
     rollup = process / "smaps_rollup"
-    rss, anonymous = _kilobytes(rollup, "Rss:"), _kilobytes(rollup, "Anonymous:")
+    rss, anonymous = field(rollup, "Rss"), field(rollup, "Anonymous")
     if rss is None or anonymous is None:
         return None
-    shared = _kilobytes(process / "status", "RssShmem:") or 0
-    return Split(anonymous + shared, max(0, rss - anonymous - shared), _kilobytes(rollup, "Pss:"))
+    shared = field(process / "status", "RssShmem") or 0
+    return Split(anonymous + shared, max(0, rss - anonymous - shared), field(rollup, "Pss"))
 
 
 def resident(process: Path = SELF) -> int | None:
     """The present resident set."""
-    return _kilobytes(process / "status", "VmRSS:")
+    return field(process / "status", "VmRSS")
 
 
 def available(root: Path = Path("/")) -> int | None:
     """MemAvailable of the host, or what is left below a cgroup's limit where that is less."""
-    sizes = [_kilobytes(root / "proc/meminfo", "MemAvailable:"), memory_left(root)]
+    sizes = [field(root / "proc/meminfo", "MemAvailable"), memory_left(root)]
     return min((size for size in sizes if size is not None), default=None)
-
-
-def _kilobytes(path: Path, key: str) -> int | None:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return None

@@ -54,7 +54,7 @@ def bench(
         check_threads(threads)
     peers = read_peers(specs, max(setting.positions for setting in settings), names, plan.provider, plan.cuda_graph)
     check_memory(peers, settings, plan.root)
-    device = probe()
+    device: dict[str, Any] = {**probe()}
     widths = sorted({setting.threads for setting in settings})
     before = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
     with Recorder(plan.root) as recorder:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+_FIELD = re.compile(r"^(?:Node \d+ )?([\w()]+):?[ \t]+(\d{1,15})( kB)?[ \t]*$", re.MULTILINE)
 _COUNT = re.compile(r"[0-9]{1,5}")  # no machine has more processors
 
 
@@ -25,6 +26,17 @@ def number(path: Path) -> int | None:
         return int(found) if found else None
     except ValueError:
         return None
+
+
+def fields(path: Path) -> dict[str, int]:
+    """The counts of a file such as /proc/meminfo, a name and a number a line; bytes where the file says kB."""
+    found = _FIELD.findall(text(path) or "")
+    return {name: int(count) * (1024 if unit else 1) for name, count, unit in found}
+
+
+def field(path: Path, key: str) -> int | None:
+    """One of :func:`fields`."""
+    return fields(path).get(key)
 
 
 def strings(path: Path) -> list[str]:

@@ -11,15 +11,15 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
 from devices.common.cgroup import memory_limit
-from devices.common.tree import first_text, strings, text, why_unreadable
+from devices.common.tree import field, first_text, strings, text, why_unreadable
 from devices.probe import cpu as probe_cpu
 from devices.probe import jetson
 from devices.probe.jetson import Run
@@ -57,25 +57,53 @@ _REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
 _PACKAGES = ("numpy", "onnxruntime-genai", "tokenizers", "psutil")
 
 
-def probe(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
+class Cores(TypedDict):
+    """How many there are; ``allowed`` are those this process may run on, ``offline`` those that are switched off."""
+
+    physical: int | None
+    logical: int | None
+    allowed: int | None
+    offline: int | None
+
+
+class HostFacts(TypedDict):
+    """What is known of a host, as JSON holds it; None is unknown, and ``unknown`` says why."""
+
+    board: str | None
+    compatible: list[str] | None  # device tree names, most exact first
+    cpu_model: str | None
+    architecture: str | None
+    isa: list[str] | None  # sorted feature names
+    cores: Cores
+    clusters: list[dict[str, Any]] | None  # :func:`devices.probe.cpu.clusters`
+    last_level_cache_bytes: int | None  # summed over the caches that the allowed CPUs reach
+    numa: list[dict[str, Any]] | None
+    memory_bytes: int | None  # the smaller of RAM and cgroup limit
+    governor: str | None
+    frequencies: list[dict[str, Any]] | None  # per clock domain, Hz
+    power_mode: dict[str, Any] | None  # name and id
+    l4t: str | None
+    jetpack: str | None
+    os: str | None
+    kernel: str | None
+    python: str  # of this process, as the packages
+    onnxruntime: str | None
+    packages: dict[str, str]
+    unknown: dict[str, str]
+    fingerprint: str  # 16 hex digits, the same after a reboot
+
+
+def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
     """Describe the host whose /proc, /sys and /etc lie below ``root``.
 
     Args:
         run: runs nvpmodel where its file is not there; None asks this host's, and nobody for a recorded tree.
-
-    Returns:
-        board, compatible (device tree names, most exact first), cpu_model, architecture, isa (sorted feature names),
-        cores {physical, logical, allowed, offline}, clusters (:func:`devices.probe.cpu.clusters`),
-        last_level_cache_bytes (summed over the caches that the allowed CPUs reach), numa, memory_bytes (the smaller
-        of RAM and cgroup limit), governor, frequencies (per clock domain, Hz), power_mode {name, id}, l4t, jetpack,
-        os, kernel, python, onnxruntime, packages, unknown (why a fact is None) and fingerprint (16 hex digits, the
-        same after a reboot). Python and packages are those of this process.
     """
     host = _is_host(root)
     run = run or (run_here if host else nobody)
     cpus = probe_cpu.cpuinfo(root)
     l4t = jetson.l4t_release(root)
-    facts: dict[str, Any] = {
+    facts: HostFacts = {
         "board": _board(root),
         "compatible": _compatible(root),
         "cpu_model": probe_cpu.cpu_model(root, cpus),
@@ -96,6 +124,8 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "onnxruntime": _installed("onnxruntime", "onnxruntime-gpu"),
         "packages": {name: version for name in _PACKAGES if (version := _installed(name))},
+        "unknown": {},
+        "fingerprint": "",
     }
     facts["unknown"] = _unknown(root, facts)
     facts["fingerprint"] = fingerprint(facts)
@@ -108,7 +138,7 @@ def probe_all(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
     return {**probe(root, run), "state": probe_state(root, run)}
 
 
-def fingerprint(facts: dict[str, Any]) -> str:
+def fingerprint(facts: Mapping[str, Any]) -> str:
     """16 hex digits over what makes two measurements comparable and survives a reboot.
 
     It counts board, CPU model, architecture, ISA features, numbers of physical and logical cores that are on,
@@ -155,7 +185,7 @@ def _compatible(root: Path) -> list[str] | None:
     return next((names for tree in _TREES if (names := strings(root / tree / "compatible"))), None)
 
 
-def _cores(root: Path, cpus: list[dict[str, str]], host: bool) -> dict[str, int | None]:
+def _cores(root: Path, cpus: list[dict[str, str]], host: bool) -> Cores:
     logical = len(cpus) or (psutil.cpu_count() if host else None)
     physical = probe_cpu.physical_cores(root) or (psutil.cpu_count(logical=False) if host else None)
     allowed, offline = probe_cpu.allowed(root), probe_cpu.offline(root)
@@ -168,8 +198,7 @@ def _cores(root: Path, cpus: list[dict[str, str]], host: bool) -> dict[str, int 
 
 
 def _memory(root: Path, host: bool) -> int | None:
-    match = re.search(r"^MemTotal:\s*(\d{1,15}) kB", text(root / "proc/meminfo") or "", re.MULTILINE)
-    total = int(match.group(1)) * 1024 if match else (int(psutil.virtual_memory().total) if host else None)
+    total = field(root / "proc/meminfo", "MemTotal") or (int(psutil.virtual_memory().total) if host else None)
     return min((size for size in (total, memory_limit(root)) if size), default=None)
 
 
@@ -188,7 +217,7 @@ def _installed(*packages: str) -> str | None:
     return None
 
 
-def _unknown(root: Path, facts: dict[str, Any]) -> dict[str, str]:
+def _unknown(root: Path, facts: Mapping[str, object]) -> dict[str, str]:
     def reason(name: str) -> str:
         usual, files = _REASONS[name]
         return why_unreadable(_below(root, files)) or usual

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.cgroup import memory_left, memory_limit
-from devices.common.tree import first_text, glob, text
+from devices.common.tree import fields, first_text, glob, text
 from devices.probe.cpu import hertz, policies
 from devices.probe.jetson import Run
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
@@ -83,7 +83,7 @@ def throttling(root: Path, run: Run) -> dict[str, Any]:
 def memory(root: Path) -> dict[str, Any]:
     """Bytes: total, available, swap_total, swap_free, zram (stored and compressed), cgroup_limit, cgroup_left."""
     limit = memory_limit(root)
-    sizes = {key: int(kb) * 1024 for key, kb in re.findall(r"^(\w+):\s*(\d{1,15}) kB", _meminfo(root), re.MULTILINE)}
+    sizes = fields(root / "proc/meminfo")
     total = sizes.get("MemTotal")
     limited = limit is not None and (total is None or limit < total)  # version 1 writes 2^63 for none
     return {
@@ -144,7 +144,3 @@ def _zram(root: Path) -> dict[str, int] | None:
     if not known:
         return None
     return {"stored": sum(stored for stored, _ in known), "compressed": sum(packed for _, packed in known)}
-
-
-def _meminfo(root: Path) -> str:
-    return text(root / "proc/meminfo") or ""
