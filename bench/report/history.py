@@ -1,4 +1,4 @@
-"""A folder of results over time: one document per run, series per device and setting, and where they step."""
+"""A folder of results over time: one document per run, series per device and setting, where they step, and a plot."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from bench.judge.comparison import decisive_values, metric_of
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import summarize
 from bench.measure.store import ResultError, read_result, result_text, write_result
+from bench.report.plots import GRID, INK, MUTED, drawing, series_colour
 from devices.common.progress import Progress
 
 LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
+_MOST_POINTS = 256  # drawn; longer histories are binned, so that a page stays small
+_UNITS = {"decode": "ms per token", "prefill": "ms per prompt"}
 
 
 @dataclass(frozen=True)
@@ -153,3 +156,92 @@ def _moment(created: str, source: str) -> datetime:
             f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
         ) from None
     return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def history_plot(of: Series, changes: Sequence[int], salt: str) -> str:
+    """Median milliseconds of every run over time, quartiles shaded, each level's median, a line per change.
+
+    Args:
+        of: at least one point.
+        changes: indices into its points (:func:`change_points`).
+        salt: different for every plot of a page.
+    """
+
+    def draw(axes: Any) -> None:
+        times = np.array([datetime.fromisoformat(point.created).timestamp() for point in of.points])
+        days = times / 86400
+        values = 1e3 * np.array([[p.median_s, p.q1_s, p.q3_s] for p in of.points])
+        low, high = _limits(values[:, 0])
+        _draw_runs(axes, days, np.clip(values, low, high))
+        axes.set_ylim(low, high)
+        edges = [0, *changes, len(days)]
+        for first, last in pairwise(edges):
+            level = np.median(values[first:last, 0])
+            axes.plot([days[first], days[last - 1]], [level, level], color=INK, linewidth=1.4)
+        for change in changes:
+            axes.axvline(days[change], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
+        _date_axis(axes, days)
+        axes.set_ylabel(_UNITS[of.metric])
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+
+    return drawing(draw, 2.6, salt)
+
+
+def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
+    """One sentence per change: when, and by how much the level moved."""
+    values, edges = np.array(of.median_s), [0, *changes, len(of.points)]
+    levels = [float(np.median(values[a:b])) for a, b in pairwise(edges)]
+    told = []
+    for change, (before, after) in zip(changes, pairwise(levels), strict=True):
+        word = "slower" if after > before else "faster"
+        share = 100 * abs(after / before - 1)
+        point = of.points[change]
+        told.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
+    return told
+
+
+def history_panels(found: Sequence[Series]) -> list[dict[str, Any]]:
+    """What the page shows per series: title, description, changes and drawing."""
+    from markupsafe import Markup
+
+    panels = []
+    for index, of in enumerate(found):
+        changes = change_points(of.median_s)
+        panels.append(
+            {
+                "title": f"{of.name}, {of.setting}",
+                "series": of,
+                "runs": len(of.points),
+                "changes": changes_text(of, changes),
+                "svg": Markup(history_plot(of, changes, f"history{index}")),
+            }
+        )
+    return panels
+
+
+def _draw_runs(axes: Any, days: Any, values: Any) -> None:
+    colour = series_colour(1)
+    if len(days) > _MOST_POINTS:
+        parts = np.array_split(np.arange(len(days)), _MOST_POINTS)
+        days = np.array([np.median(days[part]) for part in parts])
+        values = np.array([np.median(values[part], axis=0) for part in parts])
+    axes.fill_between(days, values[:, 1], values[:, 2], color=colour, alpha=0.18, linewidth=0)
+    axes.scatter(days, values[:, 0], s=10, color=colour, linewidths=0, clip_on=False)
+
+
+def _limits(medians: Any) -> tuple[float, float]:
+    """Of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
+    low, high = np.percentile(medians, [5, 95])
+    room = max(high - low, 0.02 * high)
+    return low - room, high + room
+
+
+def _date_axis(axes: Any, days: Any) -> None:
+    """Dates in the place of days since 1970; matplotlib's own would need mathematics, which is off for the names."""
+    from matplotlib import dates
+
+    untyped: Any = dates
+    axes.xaxis.set_major_locator(untyped.AutoDateLocator(minticks=2, maxticks=4))
+    axes.xaxis.set_major_formatter(untyped.DateFormatter("%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"))
+    if len(days) == 1:
+        axes.set_xlim(days[0] - 1, days[0] + 1)

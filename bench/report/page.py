@@ -27,7 +27,7 @@ from bench.measure.result import Result
 from bench.measure.store import read_result
 from bench.report import plots
 from bench.report.headline import Entry, cards_of, entries_of, pair_of
-from bench.report.plan_plot import kept_of, kept_picture, told_shares, told_threshold
+from bench.report.kept import kept_of, kept_picture, told_shares, told_threshold
 from bench.report.quality import sections_of, tradeoffs
 from bench.report.tables import detail_table
 from devices.common.files import write_text
@@ -35,7 +35,7 @@ from devices.common.files import write_text
 MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
 
 
-def write_report(
+def report(
     results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None, history: Path | None = None
 ) -> Path:
     """Write the page, by rename.
@@ -148,8 +148,7 @@ def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 def _history(folder: Path | None) -> list[dict[str, Any]]:
     if folder is None:
         return []
-    from bench.report.history import series
-    from bench.report.history_plot import history_panels
+    from bench.report.history import history_panels, series
 
     return history_panels(series(folder))
 

@@ -13,7 +13,7 @@ from saap.system.json_files import read_object
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
-    from bench.report.page import write_report
+    from bench.report import report
 
     run: dict[str, Any] | None = None
     paths: list[Path] = []
@@ -23,7 +23,7 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
             paths += [path / name for name in run.get("results", [])]
         else:
             paths.append(path)
-    write_report(paths, out, run=run, history=history)
+    report(paths, out, run=run, history=history)
     click.echo(f"wrote {out}")
 
 

@@ -420,7 +420,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import transformers
 
     from bench.measure.store import read_result
-    from bench.report.page import write_report
+    from bench.report import report
     from saap import __version__
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
@@ -436,7 +436,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     }
     state.run["results"] = [path.name for path in results]
     write_document(out / "run.json", state.run)
-    write_report(results, out / "report.html", run=state.run)
+    report(results, out / "report.html", run=state.run)
     click.echo()
     show_quality(state.run["quality"])
     for path in results:

@@ -6,11 +6,10 @@ import json
 import shutil
 
 import pytest
+from support.report_page import RUN, document, measurement, result, row, task
 
 from bench.measure.store import write_result
-from bench.report.page import write_report
-from tests.bench.report.test_page import RUN, measurement, result
-from tests.bench.report.test_quality import document, row, task
+from bench.report import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -37,7 +36,7 @@ def page_file(tmp_path_factory):
     names = ("piqa", "arc_easy", "boolq", "hellaswag", "winogrande", "arc_challenge", "openbookqa")
     tasks = [task(r["name"], name, 0.5, 0.6) for r in rows for name in names]
     (folder / "quality.json").write_text(json.dumps(document(rows, tasks=tasks)))
-    return write_report([folder / "bench.json", folder / "quality.json"], folder / "page.html", run=RUN)
+    return report([folder / "bench.json", folder / "quality.json"], folder / "page.html", run=RUN)
 
 
 def opened(browser, path, width, scheme="light"):

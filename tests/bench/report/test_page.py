@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import html
 import re
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -10,69 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.report_page import RUN, measurement, result, sample, text_of
 
 from bench.judge.comparison import compare_within
-from bench.measure.result import Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.result import ModelFacts
 from bench.measure.store import ResultError, read_result, write_result
+from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
 from bench.report.history import add
-from bench.report.page import write_report
 
 HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07\ud800"
-RUN = {
-    "model": "a model",
-    "steps": [
-        {"name": "prune", "command": ["saap", "prune", "a b"], "seconds": 61.25},
-        {"name": "tune", "command": "saap tune", "seconds": None},
-    ],
-    "plan": {
-        "asked": 0.2,
-        "planned": 0.2012,
-        "achieved": 0.2009,
-        "layers": [{"query_heads": 6, "kv_heads": 2, "ffn": 1024}, {"query_heads": 0, "kv_heads": 0, "ffn": 992}],
-        "dense_layers": [{"query_heads": 9, "kv_heads": 3, "ffn": 1536}] * 2,
-    },
-    "quality": {
-        "protocol": {"chunk": 256, "bos": False},
-        "rows": [
-            {"name": "dense", "perplexity": 20.0, "nll": 2.9957, "kl": 0.0, "top1": 1.0, "parameters": 134515008},
-            {"name": "slim", "perplexity": 25.0, "nll": 3.2189, "kl": 0.25, "top1": 0.75, "bytes": None},
-        ],
-    },
-    "parity": {"slim": {"max_abs": 0.00031, "greedy_equal": 64}},
-    "texts": [{"prompt": "Why is the sky blue?", "outputs": {"dense": "Scattering.", "slim": "Because."}}],
-    "versions": {"torch": "2.13.0"},
-}
-
-
-def sample(order, milliseconds, count, **changes):
-    times = milliseconds / 1e3 * (1 + 0.01 * np.sin(np.arange(count) + order))
-    values = {
-        "started_at": "2025-01-01T00:00:00Z", "order": order, "load_s": 0.3, "warmup_s": [0.1], "prefill_s": 0.25,
-        "ttft_s": 0.26, "token_s": times.tolist(), "peak_load_bytes": 200_000_000, "peak_decode_bytes": 210_000_000,
-        "anonymous_bytes": 100_000_000, "file_bytes": 90_000_000,
-    }  # fmt: skip
-    return Sample(**values | changes)
-
-
-def measurement(name, milliseconds, *, count=16, repetitions=5, status="OK", reasons=(), **changes):
-    values = {
-        "name": name, "spec": f"out/{name}", "kind": "onnx", "bundle_hash": "ab" * 32,
-        "model": ModelFacts(134_515_008, 100_000_000, 90_000_000, 23_040, 4, 49_152),
-        "n_prompt": 128, "n_gen": count, "n_threads": 1, "affinity": [0],
-        "samples": [sample(2 * i, milliseconds, count) for i in range(repetitions)],
-        "status": status, "reasons": list(reasons),
-    }  # fmt: skip
-    return Measurement(**values | changes)
-
-
-def result(*measurements, **changes):
-    values = {
-        "device": {"board": None, "cpu_model": "Some CPU", "os": "Some OS", "memory_bytes": 8_000_000_000},
-        "measurements": list(measurements), "bandwidth": [Bandwidth(1, 1 << 28, [1.4e10, 1.5e10])],
-        "command": ["saap", "bench", "a b"], "versions": {"onnxruntime": "1.32.0"}, "created": "2025-01-01T00:00:00Z",
-    }  # fmt: skip
-    return Result(**values | changes)
 
 
 @pytest.fixture
@@ -82,7 +28,7 @@ def page(tmp_path):
         for index, document in enumerate(results):
             paths.append(tmp_path / f"{index}.json")
             write_result(paths[-1], document)
-        out = write_report(paths, tmp_path / "deep" / "report.html", run=run)
+        out = report(paths, tmp_path / "deep" / "report.html", run=run)
         assert [p.name for p in out.parent.iterdir()] == ["report.html"]
         return out.read_text(encoding="utf-8")
 
@@ -113,11 +59,6 @@ class Elements(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-
-
-def text_of(page):
-    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 def dense_and_slim(**slim):
@@ -341,12 +282,12 @@ def test_a_result_that_an_older_version_made_within_limits_is_shown(page, tmp_pa
 def test_unreadable_result_leaves_no_page(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ResultError, match=r"bad\.json"):
-        write_report([tmp_path / "bad.json"], tmp_path / "report.html")
+        report([tmp_path / "bad.json"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
 def test_text_has_enough_contrast_in_light_and_dark():
-    css = (Path(write_report.__code__.co_filename).parent / "report.html.jinja").read_text()
+    css = (Path(report.__code__.co_filename).parent / "report.html.jinja").read_text()
     themes = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in css.split("@media")[:2]]
     assert [len(theme) for theme in themes] == [18, 18]
     for theme in themes:
@@ -375,13 +316,13 @@ def test_history_has_a_section_with_its_changes(tmp_path):
         milliseconds = (10.0 if day < 12 else 11.0) + 0.02 * (day % 3)
         document = result(measurement(HOSTILE.replace("\ud800", ""), milliseconds), created=created)
         add(tmp_path / "history", replace(document, device={"fingerprint": "f" * 16, "cpu_model": "Some CPU"}))
-    out = write_report([], tmp_path / "report.html", history=tmp_path / "history")
+    out = report([], tmp_path / "report.html", history=tmp_path / "history")
     text = out.read_text()
     Elements(text)
     assert "<script" not in text
     assert "Some CPU, 1 thread, 24 runs" in text
     assert "10.0 % slower from 2025-01-13 00:00 on (20250113T000000Z-" in text
-    assert "<h2>History</h2>" not in write_report([], tmp_path / "plain.html").read_text()
+    assert "<h2>History</h2>" not in report([], tmp_path / "plain.html").read_text()
 
 
 def test_a_sweep_names_its_tests_and_details(page):
@@ -401,7 +342,7 @@ def test_plots_of_very_many_measurements_show_the_first_and_say_so(tmp_path):
     write_result(tmp_path / "many.json", result(*many))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a legend that leaves its plot no room
-        text = write_report([tmp_path / "many.json"], tmp_path / "page.html").read_text()
+        text = report([tmp_path / "many.json"], tmp_path / "page.html").read_text()
     assert text.count("The first 24 of 60 are drawn, the tables hold all.") == 3
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert "model-23<" in drawn and "model-24<" not in drawn and "model-59" in text

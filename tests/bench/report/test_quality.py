@@ -7,28 +7,12 @@ import html
 import json
 
 import pytest
+from support.report_page import document, measurement, result, row, sample, task
 
 from bench.measure.store import write_result
+from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
-from bench.report.page import write_report
-from bench.report.pareto import Point, pareto_front
-from bench.report.quality import sections_of, task_table, tradeoffs
-from tests.bench.report.test_page import measurement, result, sample
-
-PROTOCOL = {"text": "a.txt", "chunk": 256}
-
-
-def row(name, perplexity):
-    return {"name": name, "perplexity": perplexity, "nll": 3.0, "kl": None, "top1": None, "parameters": 1, "bytes": 2}
-
-
-def task(model, name, acc, acc_norm=None, count=5):
-    return {"model": model, "task": name, "acc": acc, "acc_stderr": 0.01, "acc_norm": acc_norm,
-            "acc_norm_stderr": None if acc_norm is None else 0.02, "examples": [{}] * count}  # fmt: skip
-
-
-def document(rows, protocol=PROTOCOL, tasks=()):
-    return {"kind": "saap-quality", "version": 1, "protocol": protocol, "rows": rows, "tasks": list(tasks)}
+from bench.report.quality import Point, pareto_front, sections_of, task_table, tradeoffs
 
 
 def test_documents_of_one_protocol_share_a_table_and_others_never():
@@ -90,7 +74,7 @@ def test_the_page_takes_files_of_bench_and_of_eval(tmp_path):
         [row("dense", 20.0), row("slim", 25.0)], tasks=[task("slim", "piqa", 0.6, 0.7), task(hostile, "piqa", 1)]
     )
     (tmp_path / "quality.json").write_text(json.dumps(made))
-    page = write_report([tmp_path / "bench.json", tmp_path / "quality.json"], tmp_path / "page.html").read_text()
+    page = report([tmp_path / "bench.json", tmp_path / "quality.json"], tmp_path / "page.html").read_text()
     assert "Quality against speed" in page and "70.0 % ± 2.0" in page
     assert hostile not in page and html.escape(hostile) in page
 
@@ -100,7 +84,7 @@ def test_a_quality_document_that_cannot_be_read_is_refused(tmp_path):
     from bench.judge.quality import QualityError
 
     with pytest.raises(QualityError, match="is of version 7"):
-        write_report([tmp_path / "quality.json"], tmp_path / "page.html")
+        report([tmp_path / "quality.json"], tmp_path / "page.html")
 
 
 def measured(*specs):
@@ -143,7 +127,7 @@ def test_a_document_of_tasks_alone_takes_no_headline(tmp_path):
     for name, made in (("tasks", tasks), ("quality", document([row("dense", 20.0), row("slim", 25.0)]))):
         (tmp_path / f"{name}.json").write_text(json.dumps(made))
     paths = [tmp_path / f"{name}.json" for name in ("bench", "tasks", "quality")]
-    page = html.unescape(write_report(paths, tmp_path / "page.html").read_text())
+    page = html.unescape(report(paths, tmp_path / "page.html").read_text())
     assert "1.25\u00d7" in page
 
 
@@ -188,4 +172,4 @@ def test_a_bench_of_prompts_alone_has_a_page(tmp_path):
         for name in ("dense", "slim")
     ]
     write_result(tmp_path / "bench.json", result(*prompts))
-    assert "prefill, median of 3" in write_report([tmp_path / "bench.json"], tmp_path / "page.html").read_text()
+    assert "prefill, median of 3" in report([tmp_path / "bench.json"], tmp_path / "page.html").read_text()

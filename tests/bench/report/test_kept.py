@@ -6,15 +6,15 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from support.report_page import RUN, text_of
 
-from bench.report.page import write_report
-from tests.bench.report.test_page import RUN, text_of
+from bench.report import report
 
 PLAN = RUN["plan"]
 
 
 def page(tmp_path, plan):
-    return write_report([], tmp_path / "report.html", run={"plan": plan}).read_text()
+    return report([], tmp_path / "report.html", run={"plan": plan}).read_text()
 
 
 def drawn(tmp_path, plan):
