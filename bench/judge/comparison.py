@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_values
 from bench.judge.wording import plain, threads
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import typical
+from bench.measure.store import read_result
 from devices.common.errors import UserError
 
 DECODE, PREFILL = "decode", "prefill"
@@ -61,15 +63,20 @@ class Comparison:
         return 1 if fail_on_regression and self.regressed else 0
 
 
-def compare(old: Result, new: Result, min_effect: float = 0.02) -> Comparison:
+def compare(old: Result | str | Path, new: Result | str | Path, min_effect: float = 0.02) -> Comparison:
     """Match measurements by ``Measurement.key`` and judge each.
 
     Where each result holds one name and they differ, it is one against the other, and the verdict names both.
 
     Args:
-        old, new: two bench runs on one device.
+        old, new: two bench runs on one device, or the files that hold them.
         min_effect: relative change below which a difference does not matter, in [0, 1).
+
+    Raises:
+        CompareError: ``min_effect`` is no fraction.
+        ResultError: a file is no result.
     """
+    old, new = (each if isinstance(each, Result) else read_result(each) for each in (old, new))
     _check(min_effect)
     names = [list(dict.fromkeys(m.name for m in result.measurements)) for result in (old, new)]
     renamed = all(len(some) == 1 for some in names) and names[0] != names[1]
@@ -190,7 +197,7 @@ def obstacle_between(old: Measurement, new: Measurement) -> str | None:
     return None
 
 
-def device_differs(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+def device_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Why results of two devices do not compare, or None: what of their identity differs."""
     prints = old.get("fingerprint"), new.get("fingerprint")
     if None in prints:
