@@ -6,8 +6,9 @@ without rotary embedding, scales, caps). Both are data: a row of the table, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from saap.models.shape import LayerSizes, ModelShape
@@ -22,14 +23,17 @@ class Architecture:
         family: the stem of its classes in transformers.
         packed_qkv: one module that holds query, key and value, in this order; empty where they are three.
         packed_gate_up: one module that holds gate and up, in this order; empty where they are two.
-        query_norm: norm of each query head before the rotary embedding; empty where there is none.
-        attention_post_norm: norm of what attention adds to the residual stream; empty where there is none.
+        attention_norm, ffn_norm: norm of what a block reads; empty where there is none.
+        query_norm, key_norm: norm of queries and keys before the rotary embedding; empty where there is none.
+        qk_norm_spans_heads: one norm over all heads, not one for each.
+        attention_post_norm, ffn_post_norm: norm of what a block adds to the residual stream; empty where there is none.
         offset_norms: the norms' weights are stored minus one.
         scaled_embedding: the embedding is multiplied by the square root of the hidden size.
         qkv_bias: query, key and value always have a bias, the output projection never.
         window: which layers slide: none, all, or those that ``config.layer_types`` names.
         local_rotary: sliding layers have a rotary base of their own.
         skips_rotary: ``config.no_rope_layers`` is 0 for the layers without rotary embedding.
+        multipliers: the config has factors of the embedding, of attention scores, of what a block adds, and of logits.
     """
 
     family: str = "Llama"
@@ -49,6 +53,7 @@ class Architecture:
     attention_norm: str = "input_layernorm"
     query_norm: str = ""
     key_norm: str = ""
+    qk_norm_spans_heads: bool = False
     attention_post_norm: str = ""
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
@@ -60,6 +65,7 @@ class Architecture:
     window: Literal["none", "all", "by layer"] = "none"
     local_rotary: bool = False
     skips_rotary: bool = False
+    multipliers: bool = False
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -129,6 +135,8 @@ class Traits:
         activation: of the gate, by its name in transformers.
         attention_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
         embedding_scale: factor of the embedding; None is 1.
+        residual_scale: factor of what a block adds to the residual stream; None is 1.
+        logit_scale: factor of the logits; None is 1.
         logit_cap: c in logits = c * tanh(logits / c); None caps nothing.
     """
 
@@ -136,6 +144,8 @@ class Traits:
     activation: str = "silu"
     attention_scale: float | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_cap: float | None = None
 
 
@@ -203,8 +213,8 @@ def shape_of(config: Any) -> ModelShape:
         attention_bias=architecture.qkv_bias or bool(_get(config, "attention_bias", False)),
         mlp_bias=bool(_get(config, "mlp_bias", False)),
         output_bias=not architecture.qkv_bias,
-        qk_norm=bool(architecture.query_norm),
-        norms=2 if architecture.attention_post_norm else 1,
+        qk_norm="all" if architecture.qk_norm_spans_heads else "head" if architecture.query_norm else "none",
+        norms=bool(architecture.attention_norm) + bool(architecture.attention_post_norm),
         added_bias=bool(_get(config, "slim_bias")),
     )
 
@@ -222,12 +232,21 @@ def traits_of(config: Any) -> Traits:
     if _get(config, "use_bidirectional_attention"):
         raise UserError("attention in both directions is not supported; supported: causal attention")
     scalar = _get(config, "query_pre_attn_scalar")
-    return Traits(
+    traits = Traits(
         layers=tuple(_layer_traits(config, architecture, i) for i in range(_get(config, "num_hidden_layers"))),
         activation=architecture.activation,
         attention_scale=scalar**-0.5 if scalar else None,
         embedding_scale=_get(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
         logit_cap=_get(config, "final_logit_softcapping"),
+    )
+    if not architecture.multipliers:
+        return traits
+    return replace(
+        traits,
+        embedding_scale=_factor(config, "embedding_multiplier"),
+        attention_scale=_factor(config, "attention_multiplier"),
+        residual_scale=_factor(config, "residual_multiplier"),
+        logit_scale=1 / _factor(config, "logits_scaling"),
     )
 
 
@@ -292,6 +311,13 @@ def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
             f"config.json has {key} {str(value)[:40]!r}: must be a whole number of {least} to {most}; get it again"
         )
     return value
+
+
+def _factor(config: Any, key: str) -> float:
+    value = _get(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")
+    return float(value)
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.models.architectures import architecture_of, traits_of
+from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.streaming import absent
 
 ROWS = 8  # sequences of one forward pass
@@ -90,9 +90,15 @@ def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [sequences, tokens, vocab] float32 of the states after the last layer."""
     architecture = architecture_of(model.config)
     norm, head = (model.get_submodule(name) for name in (architecture.final_norm, architecture.head))
-    logits: torch.Tensor = head(norm(hidden)).float()
-    cap = traits_of(model.config).logit_cap
-    return cap * torch.tanh(logits / cap) if cap else logits
+    return finished_logits(head(norm(hidden)).float(), traits_of(model.config))
+
+
+def finished_logits(products: torch.Tensor, traits: Traits) -> torch.Tensor:
+    """The model's logits, of the products of its head's matrix."""
+    if traits.logit_scale is not None:
+        products = products * traits.logit_scale
+    cap = traits.logit_cap
+    return cap * torch.tanh(products / cap) if cap else products
 
 
 def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:

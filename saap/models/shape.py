@@ -14,6 +14,9 @@ of query heads. Layers may differ from one another.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+QueryNorm = Literal["none", "head", "all"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ModelShape:
     Attributes:
         attention_bias: whether the linears of attention have biases; ``mlp_bias``: those of the feed-forward block.
         output_bias: whether the output projection has one too where attention has biases.
-        qk_norm: whether queries and keys pass a norm of one head's width.
+        qk_norm: norms of queries and of keys: none, one of each head, or one over all heads.
         norms: norms of the hidden width that each block owns.
         added_bias: whether pruning gave the output and the down projections biases that their family does not have.
     """
@@ -50,9 +53,14 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     output_bias: bool = True
-    qk_norm: bool = False
+    qk_norm: QueryNorm = "none"
     norms: int = 1
     added_bias: bool = False
+
+    @property
+    def separable_heads(self) -> bool:
+        """Whether what a head computes is the same without the others: not where a norm spans all of them."""
+        return self.qk_norm != "all"
 
     @property
     def biased_output(self) -> bool:
@@ -70,8 +78,13 @@ class ModelShape:
             return 0
         rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
         biases = rows * self.attention_bias + self.hidden * self.biased_output
-        norms = self.norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        norms = sum(self.attention_norms(layer))
         return rows * self.hidden + layer.query_heads * self.head_dim * self.hidden + norms + biases
+
+    def attention_norms(self, layer: LayerSizes) -> list[int]:
+        """Widths of the norms of one attention block."""
+        heads = {"none": (), "head": (1, 1), "all": (layer.query_heads, layer.kv_heads)}[self.qk_norm]
+        return [self.hidden] * self.norms + [count * self.head_dim for count in heads]
 
     def ffn_weights(self, layer: LayerSizes) -> int:
         """Weights of one feed-forward block with its norms."""

@@ -230,8 +230,8 @@ class PruneOptions:
 
         By default SAAP weighs it, and other methods leave out whole KV groups of several query heads: those are dear.
         """
-        if self.heads is not None:
-            return self.heads
+        if self.heads is not None or not shape.separable_heads:
+            return bool(self.heads)
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:

@@ -185,6 +185,8 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
         per_group = sizes.heads_per_group
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()
+        if not dense.separable_heads and 0 < len(keep.query_heads) < sizes.query_heads:
+            raise UserError(f"layer {index}: a norm spans its heads, so all of them are kept or none")
         if owners != set(keep.kv_heads) or len(counts) > 1:
             raise UserError(
                 f"layer {index}: every kept KV group must keep the same number of query heads, at least one"

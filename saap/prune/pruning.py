@@ -208,6 +208,8 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     if config.get("slim_quant"):
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     shape = shape_of(config)
+    if options.heads and not shape.separable_heads:
+        raise UserError(f"{model_dir} has a norm over all heads, so they are not pruned one by one: leave --heads out")
     _check_layers(options.kept_layers, shape)
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
     budget = budget_for(options, shape, config, cut=cut)

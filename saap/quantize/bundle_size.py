@@ -57,7 +57,7 @@ class BundleSize:
         queries, both = sizes.query_heads * shape.head_dim, 2 * sizes.kv_heads * shape.head_dim
         arrays = self._linear(queries + both, shape.hidden, layer, "qkv")
         arrays += self._linear(shape.hidden, queries, layer, "o")
-        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * shape.head_dim] * (2 * shape.qk_norm)
+        arrays += [FLOAT * width for width in shape.attention_norms(sizes)]
         if shape.attention_bias:
             arrays.append(FLOAT * (queries + both))
         if shape.biased_output:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.layer_walk import layer_inputs, layers_of, run_layer
+from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
 from saap.quantize.bundle_size import PAGE, bundle_size
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
@@ -130,7 +130,7 @@ def divergences(
     streams = [[batch.hidden for batch in walk]]
     for index, layer in enumerate(layers):
         streams.append([run_layer(layer, x, b.given[index]) for x, b in zip(streams[-1], walk, strict=True)])
-    reference = [_log_probabilities(model, x) for x in streams[-1]]
+    reference = [logits_after(model, x).log_softmax(-1) for x in streams[-1]]
     found = []
     for place, unit in enumerate(units):
         with rounded(model, unit, block):
@@ -141,21 +141,13 @@ def divergences(
                 hidden = streams[unit.layer]
                 for index in range(unit.layer, len(layers)):
                     hidden = [run_layer(layers[index], x, b.given[index]) for x, b in zip(hidden, walk, strict=True)]
-                predicted = [_log_probabilities(model, x) for x in hidden]
+                predicted = [logits_after(model, x).log_softmax(-1) for x in hidden]
         pairs = list(zip(predicted, reference, strict=True))
         total = sum(F.kl_div(own, true, log_target=True, reduction="sum").item() for own, true in pairs)
         found.append(max(0.0, total / rows.numel()))
         if progress:
             progress("measuring what 4 bit costs", place + 1, len(units))
     return found
-
-
-def _log_probabilities(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    architecture: Any = architecture_of(model.config)
-    normed = model.get_submodule(architecture.final_norm)(hidden)
-    logits = model.get_submodule(architecture.head)(normed).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return (logits if cap is None else torch.tanh(logits / cap) * cap).log_softmax(-1)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.models.architectures import architecture_of
+from saap.models.architectures import Traits, architecture_of, traits_of
+from saap.models.layer_walk import finished_logits
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead
 from saap.system.errors import UserError
 from saap.tune.adapters import product_dtype
@@ -152,8 +153,7 @@ def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of
         return loss_of(logits, 0, len(logits))
     backbone = base.get_submodule(architecture_of(base.config).layers.rpartition(".")[0])
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[places]
-    cap = getattr(base.config, "final_logit_softcapping", None)
-    return _HeadLoss.apply(hidden, matrix(product_dtype(hidden)), cap, loss_of)
+    return _HeadLoss.apply(hidden, matrix(product_dtype(hidden)), traits_of(base.config), loss_of)
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:
@@ -181,7 +181,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, matrix: torch.Tensor, cap: float | None, loss_of: PieceLoss
+        ctx: Any, hidden: torch.Tensor, matrix: torch.Tensor, traits: Traits, loss_of: PieceLoss
     ) -> torch.Tensor:
         """hidden [places, hidden size], matrix [vocabulary, hidden size] -> a number."""
         trains = ctx.needs_input_grad[0]
@@ -190,9 +190,7 @@ class _HeadLoss(torch.autograd.Function):
         for first in range(0, len(hidden), PLACES):
             piece = hidden[first : first + PLACES].detach().requires_grad_(trains)
             with torch.set_grad_enabled(trains):
-                logits = F.linear(piece.to(matrix.dtype), matrix)
-                if cap is not None:
-                    logits = cap * torch.tanh(logits / cap)
+                logits = finished_logits(F.linear(piece.to(matrix.dtype), matrix), traits)
                 loss = loss_of(logits, first, first + len(piece))
             total += loss.detach()
             if gradient is not None:

@@ -8,7 +8,8 @@
 
   The layers are walked in order and X is what reaches the matrix in the model that is already cut and refitted: fitting
   the dense model's outputs instead shrinks whatever an earlier cut made noisy (regression dilution). A token counts by
-  one over the mean square of its hidden state, since the next norm divides by that. lambda is chosen per matrix on
+  one over the mean square of its hidden state, since the next norm divides by that; of what the block adds, in a family
+  whose only norm is behind the block. lambda is chosen per matrix on
   sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
   all sequences, but for steps on the way: a later step could not choose lambda on what an earlier one was fitted to.
   It adds no parameter.
@@ -46,7 +47,7 @@ class _Block:
 
     matrix: str  # its name within the layer
     linear: nn.Linear
-    norm: nn.Module  # reads the stream before the block
+    norm: nn.Module | None  # reads the stream before the block
     kept: torch.Tensor  # columns
 
     @property
@@ -184,7 +185,11 @@ def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architectu
         (architecture.output, architecture.attention_norm, head_rows(keep.query_heads, head_dim)),
         (architecture.down, architecture.ffn_norm, torch.tensor(keep.ffn, dtype=torch.long)),
     )
-    return [_Block(name, modules[name], modules[norm], kept) for name, norm, kept in sizes if name in modules]
+    return [
+        _Block(name, modules[name], modules[norm] if norm else None, kept)
+        for name, norm, kept in sizes
+        if name in modules
+    ]
 
 
 @contextmanager
@@ -261,8 +266,9 @@ def _ridge(
     fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
     for number, hidden, arguments in zip(shares().mine(range(parts)), stream, given, strict=True):
-        x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm})
-        x = (x * seen["stream"].square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
+        x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm} if block.norm else {})
+        normed = seen["stream"] if block.norm else block.linear(x)
+        x = (x * normed.square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
     fit.gather(sizes[0], 0)
     held.gather(sizes[1], first_held)

@@ -129,7 +129,7 @@ def prices_of(
 
     prices = fit_prices(
         model, shape, fuse(scores, shape, adaptive.fusion), priced, keep_layers=options.kept_layers,
-        heads=options.heads is not False, modules=options.modules, compensated=compensated,
+        heads=options.prunes_heads(shape), modules=options.modules, compensated=compensated,
         known=KnownLosses(weights, priced, settings), progress=progress,
     )  # fmt: skip
     return prices, priced
