@@ -32,8 +32,8 @@ PLACE, OUT = ROOT / "out" / "versions", HERE / "cells" / "versions.json"
 BOARDS = ("3.10", "3.11", "3.12", "3.13")
 TESTERS = ("pytest", "hypothesis", "hatchling", "packaging")
 BUNDLES_OF_TESTS = ("onnx",)  # makes them; a board only runs them
-MORE = "torch|transformers|tiny_model|tiny_family|real_model|export\\.export|onnx_ir|sentencepiece"
-NEEDS_MORE = re.compile(rf"\b({MORE}|tests\.test_cli)\b")
+MORE = "torch|transformers|tiny_model|tiny_family|real_model|export\\.(write|graph)|onnx_ir|sentencepiece|studies"
+NEEDS_MORE = re.compile(rf"\b({MORE})\b")
 
 
 def lowest() -> list[str]:

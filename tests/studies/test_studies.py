@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.bench_samples import measurement, result
+from support.cost_files import cost_file
 
 import studies.prices.measure as prices
 import studies.prices.study as price_study
@@ -32,14 +34,15 @@ from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Module, Option
 from studies.common import with_tables
 from studies.field.cells import gain
+from studies.fuzz import study as fuzz
 from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
-from tests.saap.prune.search.test_budget import cost_file
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ("saap", "export", "bench", "devices", "studies")
 STUDIES = sorted(path.parent.name for path in ROOT.glob("studies/*/study.py"))
 IDS = torch.randint(320, (10, 24), generator=torch.Generator().manual_seed(2))
 HELD = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(3))
@@ -50,9 +53,16 @@ def page_of(study):
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_module_of_a_study_is_imported(study):
+def test_everything_that_a_study_imports_is_there(study):
+    """In its modules and inside of their functions, which a run reaches late."""
     for path in sorted((ROOT / "studies" / study).glob("*.py")):
         importlib.import_module(f"studies.{study}.{path.stem}")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    if not hasattr(module, name.name):
+                        importlib.import_module(f"{node.module}.{name.name}")
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -109,7 +119,7 @@ def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
             Path(command[-1]).write_bytes(b"Q4_0")
 
     monkeypatch.setattr("saap.models.packaged.fetch", fetched)
-    monkeypatch.setattr("saap.models.resolve", lambda name: tmp_path / name)
+    monkeypatch.setattr(importlib.import_module("saap.models.resolve"), "resolve", lambda name: tmp_path / name)
     monkeypatch.setattr(peers, "run", run)
     monkeypatch.setattr(peers, "make_venv", lambda venv, packages, over=None: venv / "bin" / "python")
     monkeypatch.setattr(peers, "describe", lambda work: None)
@@ -468,18 +478,44 @@ ROWS = [
 ]
 
 
-def test_tasks_are_answered_once_and_shown(tiny_model, tmp_path, monkeypatch):
+@pytest.fixture
+def answered(tiny_model, tmp_path, monkeypatch):
+    """A function that answers eight questions in some ways; their cells."""
+    pytest.importorskip("lm_eval")
+    model = tiny_model(max_position_embeddings=256)
     (tmp_path / "piqa_validation.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
     monkeypatch.setattr(tasks, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(tasks, "BUNDLES", tmp_path / "bundles")
-    monkeypatch.setattr("saap.models.resolve", lambda name: tiny_model(max_position_embeddings=256))
-    tasks.run(["piqa"], ["hf", "torch", "fp32"], again=False)
-    cells = [json.loads((tmp_path / f"cells/piqa-{who}.json").read_text()) for who in ("hf", "torch", "fp32")]
+    monkeypatch.setattr(importlib.import_module("saap.models.resolve"), "resolve", lambda name: model)
+
+    def answer(*who, again=False):
+        tasks.run(["piqa"], list(who), again=again)
+        return [json.loads((tmp_path / f"cells/piqa-{name}.json").read_text()) for name in who]
+
+    return answer
+
+
+def test_tasks_are_answered_once_and_shown(answered):
+    cells = answered("torch", "fp32")
     assert len({(cell["acc"], cell["acc_norm"], cell["choices"]) for cell in cells}) == 1
     assert len(cells[0]["choices"]) == len(ROWS) and set(cells[0]["choices"]) == {"0", "1"}
-    tasks.run(["piqa"], ["torch"], again=False)
-    tasks.run(["piqa"], ["fp32"], again=True)
-    times = [len(json.loads((tmp_path / f"cells/piqa-{who}.json").read_text())["seconds"]) for who in ("torch", "fp32")]
-    assert times == [1, 2]
-    assert tasks.tables()["tasks"].count("0 of 8") == 3
+    assert len(answered("torch")[0]["seconds"]) == 1
+    assert len(answered("fp32", again=True)[0]["seconds"]) == 2
+    assert tasks.tables()["tasks"].count("0 of 8") == 2
+
+
+@pytest.mark.slow
+def test_the_harness_s_own_class_answers_alike(answered):
+    theirs, ours = answered("hf", "torch")
+    assert [theirs[key] for key in ("acc", "acc_norm", "choices")] == [
+        ours[key] for key in ("acc", "acc_norm", "choices")
+    ]
+
+
+def test_parsers_stand_valid_documents_and_some_damaged_ones():
+    with fuzz.folder() as place:
+        for target in fuzz.targets(place).values():
+            for data in target.seeds:
+                fuzz.once(target, data)
+            assert fuzz.drawn(target, 4, 0)["finding"] is None, target.name

@@ -9,12 +9,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 from support.command_line import here, refused
+from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config, read_record
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
-from tests.saap.prune.search.test_budget import cost_file
 
 
 @pytest.fixture(scope="module")

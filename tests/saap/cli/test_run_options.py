@@ -6,13 +6,13 @@ import json
 
 import pytest
 from support.command_line import here, refused
+from support.cost_files import cost_file
 
 from devices.common.options import arguments_of, made
 from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.run import RunOptions
 from saap.models.checkpoint import read_record
-from tests.saap.prune.search.test_budget import cost_file
 
 
 def options(**given):

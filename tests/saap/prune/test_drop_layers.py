@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.command_line import here, refused
+from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record
@@ -15,7 +16,6 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.budget import budget_for
 from saap.prune.stages import stages_of
-from tests.saap.prune.search.test_budget import cost_file
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 

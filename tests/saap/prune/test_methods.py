@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import here, refused
+from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record
 from saap.prune.options import COMPENSATIONS, METHODS
-from tests.saap.prune.search.test_budget import cost_file
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
 

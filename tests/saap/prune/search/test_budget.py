@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
@@ -32,23 +33,6 @@ LINEARS = {"attention": 96 * 96 * 2 + 96 * 96, "ffn": 3 * 96 * 128}  # of a dens
 @pytest.fixture
 def costs(tmp_path: Path) -> Path:
     return cost_file(tmp_path / "cost.json")
-
-
-def cost_file(path: Path, **changes: Any) -> Path:
-    """A dense step of the tiny model takes 1 + 3 * (0.9 + 0.8) = 6.1 ms."""
-    model = {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}
-    attention = {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}
-    table = {
-        "n_threads": 1,
-        "constant_ms": 1.0,
-        "node_ms": None,
-        "attention": [{"query_heads": q, "kv_heads": kv, "ms": ms} for (q, kv), ms in attention.items()],
-        "ffn": [{"width": 32, "ms": 0.2}, {"width": 128, "ms": 0.8}],
-    }
-    device = {"board": None, "cpu_model": "Cortex-A76", "fingerprint": "abc", "onnxruntime": "1.23.0"}
-    whole = {"kind": "saap costs", "schema": 1, "device": device, "model": model, "depth": 192, "threads": [table]}
-    path.write_text(json.dumps({**whole, **changes}))
-    return path
 
 
 def test_a_ratio_is_a_share_of_the_layers_weights() -> None:
