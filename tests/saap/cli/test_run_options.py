@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 from support.command_line import here, refused
@@ -120,19 +124,45 @@ def test_what_cannot_be_exported_is_refused_before_it_is_pruned(tiny_model, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_to_a_size_by_a_baseline(tiny_model, tmp_path, text):
-    other = tmp_path / "other.txt"
-    other.write_text(
+def weights(out):
+    """The hash of every file of weights and graphs, and each model's plan."""
+    files = [path for path in sorted(out.rglob("*")) if path.suffix in (".safetensors", ".onnx", ".data")]
+    assert len(files) >= 6
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {
+        name: read_record(out / name)["plan"]["layers"] for name in ("slim", "tuned")
+    }
+
+
+def test_what_a_run_records_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
+    """To a size, by another method; with paths that a shell would split."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    text = text.rename("my texts/learn.txt")
+    (tmp_path / "my texts/judge.txt").write_text(
         "\n".join(f"She sold {i} boats in a year that had {i + 3} storms and some wind." for i in range(300))
     )
-    out = tmp_path / "demo"
+    out = Path("my demo")
     here("run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
-         "--calibration", text, "--data", text, "--text", other, "--tokens", "1024", "--repetitions", "1",
-         "--threads", "1")  # fmt: skip
-    assert (
-        (out / "slim-int4/model.onnx.data").stat().st_size
-        <= 242_000
-        < (out / "dense-int4/model.onnx.data").stat().st_size
-    )
-    page = (out / "report.html").read_text()
-    assert "--max-bytes 242000 --method flap" in page and "KV groups" in page
+         "--calibration", text, "--data", text, "--text", "my texts/judge.txt", "--tokens", "1024", "--seed", "3",
+         "--repetitions", "1", "--threads", "1", "--set", "sequences=16", "--set", "learning_rate=0.01",
+         "--set", "max_chunks=8")  # fmt: skip
+    sizes = [(out / name / "model.onnx.data").stat().st_size for name in ("slim-int4", "dense-int4")]
+    assert sizes[0] <= 242_000 < sizes[1]
+    assert "--max-bytes 242000 --method flap" in (out / "report.html").read_text()
+    run, made_by_run = json.loads((out / "run.json").read_text()), weights(out)
+    commands = [shlex.split(step["command"]) for step in run["steps"]]
+    assert [words[:2] for words in commands] == [
+        ["saap", name] for name in ("prune", "tune", "export", "export", "eval", "bench", "generate")
+    ]
+    for name in ("slim", "tuned", "dense-int4", "slim-int4"):
+        shutil.rmtree(out / name)
+    (out / "bench-1.json").unlink()
+    done = [here(*words[1:], *(["--json", "q.json"] if words[1] == "eval" else [])) for words in commands]
+    assert weights(out) == made_by_run
+    rows = {row["name"]: row for row in run["quality"]["rows"]}
+    for row in json.loads(Path("q.json").read_text())["rows"]:
+        name = Path(row["name"]).name
+        name = {"slim": "slim fp32, untuned"}.get(name, name if name in rows else "dense fp32")
+        assert row["nll"] == pytest.approx(rows[name]["nll"], abs=1e-6)
+    assert len(json.loads((out / "bench-1.json").read_text())["measurements"]) == 2
+    assert done[-1].stdout.rstrip("\n") == run["texts"][0]["outputs"]["slim-int4"].rstrip("\n")
