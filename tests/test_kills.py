@@ -170,7 +170,7 @@ def test_prune(tiny_model, tmp_path, text):
 
 def test_tune(tiny_model, tmp_path, text):
     slim, teacher = tmp_path / "slim", tiny_model(**WIDE)
-    prune(teacher, slim, IDS, PruneOptions(ratio=0.3))
+    prune(teacher, PruneOptions(ratio=0.3), output=slim, calibration=IDS)
     command = ("tune", slim, "--data", text, "--tokens", 8192, "--length", 64, "--teacher", teacher,
                "-o", tmp_path / "of/tuned")  # fmt: skip
     torment(Case(command, tmp_path / "of/tuned", slim_is_whole, kills=20))

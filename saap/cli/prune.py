@@ -92,14 +92,12 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     options = replace(options, stream=streamed(directory, budget, options, *rows.ids.shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
-    lineage = {"base": name or model, "calibration": rows.lineage()}
-    plan = prune_directory(directory, out, rows.ids, options, lineage=lineage, progress=console.report)
+    result = prune_directory(name or model, options, output=out, calibration=rows, progress=console.report)
     console.finish()
     if not speaks():
         return
     show_plan(out, budget)
-    if asked.explain and plan.reasons:
-        show_reasons(plan.reasons, options)
+    result = prune_directory(name or model, options, output=out, calibration=rows, progress=console.report)
 
 
 def for_this_machine(asked: PruneCommand) -> PruneOptions:

@@ -146,6 +146,10 @@ class PrunePlan:
         """Indices, in the base model, of the layers that are not dropped."""
         return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
 
+    def cut_layers(self, dense: ModelShape) -> dict[int, LayerPlan]:
+        """What the layers keep that lose something."""
+        return {i: keep for i, keep in enumerate(self.layers) if keep != whole_layer(dense.layers[i])}
+
     def kept_shape(self, dense: ModelShape) -> ModelShape:
         """Shape of the slim model."""
         return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))

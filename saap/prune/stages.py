@@ -1,33 +1,46 @@
-"""The steps of a pruning: whole layers first where that is asked, then structures, scored anew in each.
+"""The stages of a pruning: whole layers first where that is asked, then structures, scored anew in each.
 
 Layers are chosen by block influence, ShortGPT's criterion (arXiv 2403.03853), not by the loss without them: that is the
-loss of a model that was not tuned, and tuning makes up for a layer better than for as many weights of channels.
+loss of a model that was not tuned, and tuning recovers more of a layer than of as many weights of channels.
+
+Finished stages stay in a hidden folder beside the output until that is there, so that a pruning that was killed goes on
+after the last of them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.shape import ModelShape
+from saap import __version__
+from saap.models.checkpoint import read_record
+from saap.models.integrity import check_directory
 from saap.prune.baselines.methods import rank
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan
+from saap.prune.record import plan_of
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import sizes_lost
 from saap.prune.search.milp import check_floor
 from saap.system.errors import UserError
 
-SHARE_PER_STEP = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
+SHARE_PER_STAGE = 0.15  # of what the layers cost; more at a time and scores say little about what goes together
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step.
+    """One pass of scoring and cutting.
 
     Attributes:
         budget: what the model meets after it.
@@ -41,7 +54,7 @@ class Stage:
 
 
 def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
-    """The steps to the requirement.
+    """The stages on the way to the requirement.
 
     Raises:
         UserError: the layers that go whole are more than has to go, or than there are.
@@ -59,8 +72,8 @@ def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
             raise UserError(f"--drop-layers {options.drop_layers} is more than has to go: {advice}, or ask for more")
         share = 1 - budget.limit / (whole - dropped)
         first = [Stage(budget.partway(way), options.drop_layers, last=False)]
-    count = options.stages or max(1, math.ceil(share / SHARE_PER_STEP - 1e-9))
-    parts = [budget.partway(way + (1 - way) * step / count) for step in range(1, count)]
+    count = options.stages or max(1, math.ceil(share / SHARE_PER_STAGE - 1e-9))
+    parts = [budget.partway(way + (1 - way) * number / count) for number in range(1, count)]
     return [*first, *(Stage(part, last=False) for part in parts), Stage(budget)]
 
 
@@ -88,36 +101,90 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
         left = [i for i in range(len(shape.layers)) if i not in gone]
         kept = frozenset(place for place, index in enumerate(left) if index in kept)
         shape = shape.with_layers(tuple(shape.layers[i] for i in left))
-    check_floor(shape, options.group_size, kept, options.modules, budget, options.prunes_heads(shape))
+    check_floor(shape, budget, replace(options, keep_layers=kept))
 
 
 def layers_plan(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    calibration: torch.Tensor,
-    count: int,
-    budget: Budget,
-    *,
-    keep_layers: frozenset[int] = frozenset(),
-    progress: Progress | None = None,
+    model: PreTrainedModel, ids: torch.Tensor, stage: Stage, options: PruneOptions, progress: Progress | None = None
 ) -> PrunePlan:
-    """The plan without the ``count`` layers that change least what passes through them.
+    """The plan without the layers of a stage, those that change least what passes through them.
 
     Its reasons have no price for what went whole, and its own price is 0.
 
     Args:
-        calibration: [sequences, tokens] int64.
+        ids: of calibration, [sequences, tokens] int64.
+        stage: how many layers go, of the dense model of its budget.
 
     Raises:
         UserError: no layer with attention would be left, or the model is not finite on the text.
     """
-    ranking = rank(
-        "shortgpt", model, shape, calibration, keep_layers=keep_layers, heads=False, block=1, seed=0,
-        progress=progress,
-    )  # fmt: skip
-    if count > len(ranking.steps):
-        raise UserError(f"--drop-layers {count} leaves no attention: {len(ranking.steps)} layers may go")
-    plan = ranking.plan_below(sum(step.weights for step in ranking.steps[:count]) / shape.layer_weights)
-    reasons = sizes_lost(plan, budget)
+    shape = stage.budget.dense
+    ranking = rank(model, shape, ids, replace(options, method="shortgpt"), progress)
+    if stage.layers > len(ranking.removals):
+        raise UserError(f"--drop-layers {stage.layers} leaves no attention: {len(ranking.removals)} layers may go")
+    gone = sum(removal.weights for removal in ranking.removals[: stage.layers])
+    plan = ranking.plan_below(gone / shape.layer_weights)
+    reasons = sizes_lost(plan, stage.budget)
     blocks = tuple(replace(block, price=None if block.saved else 0.0) for block in reasons.blocks)
     return replace(plan, reasons=replace(reasons, blocks=blocks))
+
+
+class KeptStages:
+    """The hidden folder beside the output.
+
+    Attributes:
+        folder: holds the stages, and what a stage puts aside.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """``key`` names all that the stages depend on."""
+        self.folder, self._key = folder, key
+
+    def path(self, number: int) -> Path:
+        """Where a stage's model is written."""
+        return self.folder / f"{number}-{self._key}"
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder for what a stage puts aside."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / name).mkdir()
+        return self.folder / name
+
+    def last(self, before: int) -> tuple[int, PrunePlan] | None:
+        """The newest stage below ``before`` whose model is whole, and its plan of the base model."""
+        for number in range(before - 1, 0, -1):
+            try:
+                record = read_record(self.path(number))
+                if record:
+                    check_directory(self.path(number))
+                    return number, plan_of(record["plan"])
+            except (UserError, KeyError, TypeError):
+                continue
+        return None
+
+
+@contextmanager
+def kept_stages(output: Path, *parts: object, owner: bool = True) -> Iterator[KeptStages]:
+    """The stages of an output for the time of the block; they are removed when it ends, but not when it is killed.
+
+    Args:
+        parts: all that the stages depend on, but for the versions of the packages; tensors count by their bytes.
+        owner: this process writes and removes them; others read them.
+    """
+    said = [p if not isinstance(p, torch.Tensor) else hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in parts]
+    versions = [__version__, torch.__version__, transformers.__version__]
+    key = hashlib.sha256(json.dumps([versions, *said], default=repr, sort_keys=True).encode()).hexdigest()[:16]
+    folder = output.parent / f".{output.name}.pruning"
+    if not owner:
+        yield KeptStages(folder, key)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        if not left.name.endswith(f"-{key}"):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield KeptStages(folder, key)
+    except Exception:  # an interrupt is none: what was done stays
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

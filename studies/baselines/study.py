@@ -212,11 +212,13 @@ def ours(source: Any, ids: torch.Tensor, method: str, kept: frozenset[int] | Non
     """The beginning of our ranking whose weights are nearest to what the reference removed, and our scores."""
     from saap.models.architectures import shape_of
     from saap.prune.baselines import methods as baselines
+    from saap.prune.options import PruneOptions
 
     shape = shape_of(source.config)
     weights = {"ffn": 3 * shape.hidden, "group": 4 * HEAD_DIM * shape.hidden}
     need = sum(weights[kind] for _, kind, _ in gone)
-    steps = baselines.rank(method, source, shape, ids, keep_layers=kept, heads=True, block=1, seed=0).steps
+    options = PruneOptions(method=method, keep_layers=kept, heads=True, group_size=1)
+    steps = baselines.rank(source, shape, ids, options).removals
     removed: Gone = set()
     for step in steps:
         if need < step.weights / 2:

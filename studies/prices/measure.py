@@ -15,17 +15,19 @@ from saap.models.architectures import shape_of
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
-from saap.prune.search.adaptive import cut_layers, prices_of
+from saap.prune.scores.fusion import fuse
+from saap.prune.scores.scoring import scores_of
+from saap.prune.search.adaptive import divided, losses_on
 from saap.prune.search.budget import Budget
 from saap.prune.search.masking import WorkingPoint
-from saap.prune.search.milp import Module, Option, Prices, modules_of, plan_from, solve
-from saap.prune.search.prices import correct_prices
+from saap.prune.search.milp import Block, Found, Option, Prices, blocks_of, search
+from saap.prune.search.prices import correct_prices, fit_prices
 
 OPTIONS, DRAW = 40, 7
 PLACES = ("alone", "planned")  # where an option is measured
 
 
-def kind_of(module: Module, option: Option, sizes: LayerSizes) -> str | None:
+def kind_of(module: Block, option: Option, sizes: LayerSizes) -> str | None:
     """The type of an option; None where it leaves the module whole."""
     keep = option.keep.sizes
     if module.kind == "ffn":
@@ -37,9 +39,9 @@ def kind_of(module: Module, option: Option, sizes: LayerSizes) -> str | None:
     return "query heads" if keep.query_heads < sizes.query_heads else None
 
 
-def draw(modules: Sequence[Module], shape: ModelShape, count: int, seed: int) -> list[tuple[str, Module, Option]]:
+def draw(modules: Sequence[Block], shape: ModelShape, count: int, seed: int) -> list[tuple[str, Block, Option]]:
     """Random options, as many of each type, and of each type as many from each part of the depth."""
-    by_kind: dict[str, list[tuple[str, Module, Option]]] = {}
+    by_kind: dict[str, list[tuple[str, Block, Option]]] = {}
     for module in modules:
         for option in module.options:
             if kind := kind_of(module, option, shape.layers[module.layer]):
@@ -65,7 +67,7 @@ def increases(
     model: PreTrainedModel,
     shape: ModelShape,
     plan: PrunePlan,
-    drawn: Sequence[tuple[str, Module, Option]],
+    drawn: Sequence[tuple[str, Block, Option]],
     ids: torch.Tensor,
 ) -> list[float]:
     """What each option adds to the loss where all other modules are as planned, nats per token.
@@ -74,7 +76,7 @@ def increases(
     """
     whole: dict[tuple[int, str], float] = {}
     found = []
-    with WorkingPoint(model, shape, cut_layers(plan, shape), ids).entered() as here:
+    with WorkingPoint(model, shape, plan.cut_layers(shape), ids).entered() as here:
         for _, module, option in drawn:
             layer, kind = module.layer, module.kind
             now = plan.layers[layer]
@@ -85,31 +87,24 @@ def increases(
     return found
 
 
-def one_step_plan(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    prices: Prices,
-    priced: torch.Tensor,
-    budget: Budget,
-    options: PruneOptions,
+def one_stage_plan(
+    model: PreTrainedModel, prices: Prices, priced: torch.Tensor, budget: Budget, options: PruneOptions
 ) -> tuple[Prices, PrunePlan]:
     """The plan that meets the budget, and the prices after the corrections that were asked for.
 
-    Whole modules go only where ``--modules`` was given, as in `saap prune`; their prices are corrected all the same.
+    Whole blocks go only where ``--modules`` was given, as in `saap prune`; their prices are corrected all the same.
     """
-    nothing: list[float | None] = [None] * len(shape.layers)
+    nothing: list[float | None] = [None] * len(prices.no_attention)
 
-    def searched(prices: Prices) -> tuple[list[Module], list[Option], PrunePlan]:
+    def searched(prices: Prices) -> Found:
         allowed = prices if options.modules else replace(prices, no_attention=nothing, no_ffn=nothing)
-        modules = modules_of(shape, allowed, options.group_size, frozenset(), budget)
-        chosen = solve(modules, budget)
-        return modules, chosen, plan_from(modules, chosen, shape)
+        return search(allowed, budget, options)
 
-    modules, chosen, plan = searched(prices)
+    found = searched(prices)
     for _ in range(options.adaptive.corrections):
-        prices, _ = correct_prices(model, shape, prices, modules, chosen, plan, priced)
-        modules, chosen, plan = searched(prices)
-    return prices, plan
+        prices, _ = correct_prices(model, prices, found, priced)
+        found = searched(prices)
+    return prices, found.plan
 
 
 def spearman(prices: Sequence[float], losses: Sequence[float]) -> float | None:
@@ -149,9 +144,13 @@ def judged(
         weights: the hash under which scores are kept; None keeps none.
     """
     shape = shape_of(model.config)
-    prices, priced = prices_of(model, shape, calibration, replace(options, modules=True), weights=weights)
-    prices, plan = one_step_plan(model, shape, prices, priced, budget, options)
-    drawn = draw(modules_of(shape, prices, options.group_size, frozenset(), budget), shape, count, seed)
+    all_blocks = replace(options, modules=True)
+    scored, priced = divided(calibration)
+    scores = scores_of(model, shape, scored, options.adaptive, weights=weights)
+    losses = losses_on(model, scored, priced, all_blocks, weights=weights)
+    prices = fit_prices(losses, fuse(scores, shape, options.adaptive.fusion), all_blocks)
+    prices, plan = one_stage_plan(model, prices, priced, budget, options)
+    drawn = draw(blocks_of(shape, prices, budget, options), shape, count, seed)
     dense = PrunePlan(tuple(whole_layer(sizes) for sizes in shape.layers))
     measured = [increases(model, shape, at, drawn, held) for at in (dense, plan)]
     points = [

@@ -117,7 +117,7 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "slim"
         try:
-            prune(model_dir, out, ids, options_of(variant))
+            prune(model_dir, options_of(variant), output=out, calibration=ids)
         except UserError as error:
             print(f"{slug(variant)}: {error}", flush=True)
             return
@@ -160,16 +160,16 @@ def means_of(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def remember_rankings() -> None:
     """Score once for all ratios and compensations: a ranking depends on neither."""
-    from saap.prune import pruning as module
+    from saap.prune.baselines import methods as module
 
     known: dict[tuple[Any, ...], Any] = {}
     rank = module.rank
 
-    def remembered(method: str, model: Any, shape: Any, ids: torch.Tensor, **options: Any) -> Any:
-        settings = sorted((k, v) for k, v in options.items() if k != "progress")
-        key = (method, str(settings), hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+    def remembered(model: Any, shape: Any, ids: torch.Tensor, options: PruneOptions, progress: Any = None) -> Any:
+        settings = (options.method, options.keep_layers, options.heads, options.group_size, options.seed)
+        key = (*settings, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
         if key not in known:
-            known[key] = rank(method, model, shape, ids, **options)
+            known[key] = rank(model, shape, ids, options, progress)
         return known[key]
 
     module.rank = remembered

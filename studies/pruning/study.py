@@ -106,7 +106,7 @@ def twice(model_dir: Path, ids: torch.Tensor, options: PruneOptions) -> list[dic
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["SAAP_CACHE"] = str(Path(folder) / "cache")
                 slim = Path(folder) / "slim"
-                prune(model_dir, slim, ids, options)
+                prune(model_dir, options, output=slim, calibration=ids)
                 found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(slim.iterdir())})
     finally:
         os.environ.pop("SAAP_CACHE")

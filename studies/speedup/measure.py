@@ -79,7 +79,7 @@ def make_bundle(setup: Setup, variant: Variant, attempt: int, asked: float, onnx
     with tempfile.TemporaryDirectory() as folder:
         slim = Path(folder) / "slim"
         try:
-            prune(setup.model_dir, slim, ids, options)
+            prune(setup.model_dir, options, output=slim, calibration=ids)
         except UserError as error:
             setup.write(name, {**cell, "refused": str(error)})
             return {**cell, "refused": str(error)}

@@ -36,7 +36,7 @@ def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
     """The pruned model with SAAP's defaults."""
     out = OUT / f"slim-{model_dir.name}-{ratio:g}"
     if not out.is_dir():
-        prune(model_dir, out, texts.alike(SEED), PruneOptions(ratio=ratio))
+        prune(model_dir, PruneOptions(ratio=ratio), output=out, calibration=texts.alike(SEED))
     return out
 
 

@@ -31,7 +31,7 @@ from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
-from saap.prune.search.milp import Module, Option
+from saap.prune.search.milp import Block, Option
 from studies.common import with_tables
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
@@ -164,7 +164,7 @@ def test_on_a_plan_a_module_counts_from_whole(tiny_model):
     whole = [whole_layer(sizes) for sizes in shape.layers]
     kept = {width: LayerPlan((), (), tuple(range(width))) for width in (32, 64, 128)}
     plan = PrunePlan((prices.with_module(whole[0], "ffn", kept[64]), *whole[1:]))
-    drawn = [("FFN width", Module(0, "ffn", ()), Option(kept[width], 1.0, 1.0)) for width in (32, 128)]
+    drawn = [("FFN width", Block(0, "ffn", ()), Option(kept[width], 1.0, 1.0)) for width in (32, 128)]
     base = mean_nll(model, HELD)
     with masked(model, {0: prices.with_module(whole[0], "ffn", kept[32])}, 16):
         quarter = mean_nll(model, HELD)

@@ -5,7 +5,7 @@ docs/method.md says what each does, where it differs from its reference code and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from devices.common.progress import Progress
 from saap.models.layer_walk import layers_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
-from saap.prune.baselines.plans import Ranking, Step, module_steps, threshold_key, uniform_key
+from saap.prune.baselines.plans import Ranking, Removal, block_removals, meet, threshold_key, uniform_key
 from saap.prune.baselines.scores import (
     StructureScores,
     flap_scores,
@@ -23,8 +23,11 @@ from saap.prune.baselines.scores import (
     taylor_scores,
     wanda_scores,
 )
-from saap.prune.options import METHODS, TAYLOR
+from saap.prune.options import METHODS, TAYLOR, PruneOptions
+from saap.prune.plan import PrunePlan
 from saap.prune.scores.activations import Activations, collect
+from saap.prune.search.budget import Budget
+from saap.prune.search.explain import sizes_lost
 from saap.system.errors import UserError
 
 BASELINES = METHODS[1:]
@@ -84,33 +87,38 @@ def published(method: str) -> Published:
     return _PUBLISHED[method]
 
 
+def ranked_plan(
+    model: PreTrainedModel, ids: torch.Tensor, budget: Budget, options: PruneOptions, progress: Progress | None = None
+) -> PrunePlan:
+    """The method's plan for ``budget.dense`` that meets the budget; the model is left as it was.
+
+    Raises:
+        UserError: the requirement cannot be met, or the model is not finite on the text.
+    """
+    plan = meet(rank(model, budget.dense, ids, options, progress).plan_at, budget, budget.cut)
+    return replace(plan, reasons=sizes_lost(plan, budget))
+
+
 def rank(
-    method: str,
     model: PreTrainedModel,
     shape: ModelShape,
     ids: torch.Tensor,
-    *,
-    keep_layers: frozenset[int] | None = frozenset(),
-    heads: bool,
-    block: int,
-    seed: int,
+    options: PruneOptions,
     progress: Progress | None = None,
 ) -> Ranking:
     """Score ``model`` once; the ranking then gives a plan for any share. Weights and flags stay as they were.
 
     Args:
-        method: one of :data:`BASELINES`.
         shape: ``shape_of(model.config)``.
         ids: [sequences, tokens] int64; random and magnitude do not read it.
-        keep_layers: exactly these layers stay whole. Empty leaves it to the method: LLM-Pruner's four keep the first 4
-            and last 2 layers (of 16 or more), the others none. None keeps none, whatever the method.
-        heads: whether KV groups go too, each with all its query heads; whole layers go in any case.
-        block: quantisation group that every width is a multiple of.
-        seed: of random.
+        options: the method; whether KV groups go too, each with all its query heads; the group size, of which every
+            width is a multiple; the seed of random; the layers that stay whole. If none are given, LLM-Pruner's four
+            methods keep the first 4 and last 2 layers (of 16 or more), the others none.
 
     Raises:
         UserError: no such method or layer, or the model is not finite on the text.
     """
+    method, keep_layers, heads = options.method, options.keep_layers, options.prunes_heads(shape)
     _check_method(method)
     if keep_layers is not None and not keep_layers and method in TAYLOR:
         keep_layers = published(method).kept(len(shape.layers))
@@ -119,10 +127,10 @@ def rank(
         raise UserError(f"layer {wrong[0]} is to be kept; the model has layers 0 to {len(shape.layers) - 1}")
     free = [i for i in range(len(shape.layers)) if i not in kept]
     if method == "shortgpt":
-        steps = _layer_steps(shape, free, collect(model, shape, ids, progress=progress))
-        return Ranking(method, shape, tuple(steps))
-    scores = _scores(method, model, shape, ids, seed, progress)
-    steps = []
+        layers = _whole_layers(shape, free, collect(model, shape, ids, progress=progress))
+        return Ranking(method, shape, tuple(layers))
+    scores = _scores(method, model, shape, ids, options.seed, progress)
+    removals = []
     for place, layer in enumerate(free):
         for kind, values in (("ffn", scores.ffn[layer]), *((("group", scores.group[layer]),) if heads else ())):
             if not len(values):
@@ -130,8 +138,8 @@ def rank(
             if not torch.isfinite(values).all():
                 raise UserError(f"layer {layer}: the scores of {method} are not finite: check the model and the text")
             key = threshold_key(values) if method == "flap" else uniform_key(place, kind)
-            steps += [step.at(key(step)) for step in module_steps(shape, layer, kind, values, block)]
-    return Ranking(method, shape, tuple(sorted(steps, key=lambda step: step.key)))
+            removals += [each.at(key(each)) for each in block_removals(shape, layer, kind, values, options.group_size)]
+    return Ranking(method, shape, tuple(sorted(removals, key=lambda each: each.key)))
 
 
 def _scores(
@@ -148,17 +156,16 @@ def _scores(
     return score(model, shape, collect(model, shape, ids, progress=progress))
 
 
-def _layer_steps(shape: ModelShape, free: list[int], activations: Activations) -> list[Step]:
+def _whole_layers(shape: ModelShape, free: list[int], activations: Activations) -> list[Removal]:
     """Whole layers, least block influence first; the last layer with attention stays, wherever it is in the order."""
     order = sorted(free, key=lambda layer: float(activations.influence[layer]))
     attending = [i for i, sizes in enumerate(shape.layers) if sizes.query_heads]
     if all(i in free for i in attending):
         order.remove(max(attending, key=order.index))
+    weights = [shape.attention_weights(sizes) + shape.ffn_weights(sizes) for sizes in shape.layers]
     return [
-        Step(layer, "layer", (), shape.attention_weights(shape.layers[layer]) + shape.ffn_weights(shape.layers[layer]),
-             0.0, 1.0, float(activations.influence[layer]))
-        for layer in order
-    ]  # fmt: skip
+        Removal(layer, "layer", (), weights[layer], 0.0, 1.0, float(activations.influence[layer])) for layer in order
+    ]
 
 
 def _check_weights(model: PreTrainedModel) -> None:

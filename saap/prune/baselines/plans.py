@@ -1,10 +1,10 @@
-"""From scores of a baseline to plans: an ordered list of removal steps, and the shortest part of it that is enough.
+"""From scores of a method to plans: an ordered list of removals, and the shortest part of it that is enough.
 
-A step takes one notch off one module: one grid step of an FFN's width, whole KV groups with all their query heads, or a
-whole layer. Every plan is a beginning of the list, so a plan costs microseconds once the list is made.
+A removal takes one notch off one block: one grid step of an FFN's width, whole KV groups with all their query heads, or
+a whole layer. Every plan is a beginning of the list, so a plan costs microseconds once the list is made.
 
-Worked example, 30 layers of FFN 1536 on a grid of 64: 24 widths, 23 steps of 64 channels in each layer, 3 * 64 * 576
-weights a step. One ratio of 20 % is 4.8 steps in each layer: 24 layers give up 5, spread evenly, and 6 layers 4.
+Worked example, 30 layers of FFN 1536 on a grid of 64: 24 widths, 23 removals of 64 channels in each layer, 3 * 64 * 576
+weights a removal. One ratio of 20 % is 4.8 removals in each layer: 24 layers give up 5, spread evenly, and 6 layers 4.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import torch
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
+SHARES = 20  # of weights, tried one after another by meet()
+SHARE_STEP = 1 / 4096  # how closely meet() finds the smallest of them
 SLACK = 1e-12  # a share that was computed from a plan's weights leads back to this plan
 
 
 @dataclass(frozen=True)
-class Step:
+class Removal:
     """One notch: what goes, and how many weights that is.
 
     Attributes:
@@ -32,8 +35,8 @@ class Step:
         kind: ffn | group | layer.
         gone: FFN channels or KV groups that go; empty for a whole layer.
         weights: that go with them.
-        start, stop: shares of the module's structures that are gone before and after this step.
-        key: place in the ranking, least first; within a module never less than that of the step before.
+        start, stop: shares of the module's structures that are gone before and after this removal.
+        key: place in the ranking, least first; within a module never less than that of the removal before.
     """
 
     layer: int
@@ -44,48 +47,48 @@ class Step:
     stop: float
     key: float = 0.0
 
-    def at(self, key: float) -> Step:
-        """The same step at another place of the ranking."""
+    def at(self, key: float) -> Removal:
+        """The same removal at another place of the ranking."""
         return replace(self, key=key)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a baseline would remove, in order; ``plan_at`` stops where enough is gone."""
+    """What a method would remove, in order; ``plan_at`` stops where enough is gone."""
 
     method: str
     shape: ModelShape
-    steps: tuple[Step, ...]
+    removals: tuple[Removal, ...]
 
     @property
     def largest_share(self) -> float:
-        """The share of the decoder layers' weights that is gone when every step is taken."""
-        return sum(step.weights for step in self.steps) / self.shape.layer_weights
+        """The share of the decoder layers' weights that is gone when every removal is taken."""
+        return sum(removal.weights for removal in self.removals) / self.shape.layer_weights
 
     def plan_at(self, share: float) -> PrunePlan:
-        """The plan that removes at least ``share`` of the decoder layers' weights, and as little more as steps allow.
+        """The plan that removes at least ``share`` of the decoder layers' weights, and as little more as it can.
 
-        The list is followed as long as its steps fit in; what is left is filled by the one step that is just enough, or
-        by further steps that are smaller, whichever overshoots less. A larger share never removes less.
+        The list is followed as long as its removals fit in; what is left is filled by the one that is just enough, or
+        by smaller ones further on, whichever overshoots less. A larger share never removes less.
 
         Raises:
-            UserError: the share is out of range, or more than every step together removes.
+            UserError: the share is out of range, or more than every removal together removes.
         """
         target = math.ceil(self._asked(share) * (1 - SLACK))
-        if target > sum(step.weights for step in self.steps):
+        if target > sum(removal.weights for removal in self.removals):
             raise UserError(
                 f"{self.method} can remove {self.largest_share:.2%} of the decoder layers' weights at most here, "
                 f"{share:.2%} was asked: ask for less, keep fewer layers whole, or let heads go too"
             )
         taken, need = self._beginning(target)
         if need > 0:
-            taken = [*taken, *_fill(self.steps[len(taken) :], need)]
+            taken = [*taken, *_fill(self.removals[len(taken) :], need)]
         return self._plan(taken)
 
     def plan_below(self, share: float) -> PrunePlan:
         """The plan of the longest beginning of the list that removes at most ``share``.
 
-        For methods with large steps (whole layers), which take the next larger model in a table.
+        For methods with large removals (whole layers), which take the next larger model in a table.
 
         Raises:
             UserError: the share is out of range.
@@ -97,19 +100,19 @@ class Ranking:
             raise UserError(f"share {share} is not allowed: give one from 0 to below 1, such as 0.2")
         return share * self.shape.layer_weights
 
-    def _beginning(self, target: int) -> tuple[list[Step], int]:
+    def _beginning(self, target: int) -> tuple[list[Removal], int]:
         count = 0
-        for step in self.steps:
-            if step.weights > target:
+        for removal in self.removals:
+            if removal.weights > target:
                 break
-            target -= step.weights
+            target -= removal.weights
             count += 1
-        return list(self.steps[:count]), target
+        return list(self.removals[:count]), target
 
-    def _plan(self, taken: list[Step]) -> PrunePlan:
+    def _plan(self, taken: list[Removal]) -> PrunePlan:
         gone: dict[tuple[int, str], set[int]] = {}
-        for step in taken:
-            gone.setdefault((step.layer, step.kind), set()).update(step.gone)
+        for removal in taken:
+            gone.setdefault((removal.layer, removal.kind), set()).update(removal.gone)
         nothing = LayerPlan((), (), ())
         return PrunePlan(
             tuple(
@@ -128,20 +131,20 @@ def _without(sizes: LayerSizes, groups: set[int] | None, channels: set[int] | No
     )
 
 
-def _fill(pending: tuple[Step, ...], need: int) -> list[Step]:
-    """The fewest extra weights that cover ``need``: one step, or several that are smaller than the list's next."""
-    next_of_module: dict[tuple[int, str], Step] = {}
-    for step in pending:
-        next_of_module.setdefault((step.layer, step.kind), step)
+def _fill(pending: tuple[Removal, ...], need: int) -> list[Removal]:
+    """The fewest extra weights that cover ``need``: one removal, or several that are smaller than the list's next."""
+    next_of_module: dict[tuple[int, str], Removal] = {}
+    for removal in pending:
+        next_of_module.setdefault((removal.layer, removal.kind), removal)
     single = min((s for s in next_of_module.values() if s.weights >= need), key=lambda s: s.weights)
-    several: list[Step] = []
-    blocked: set[tuple[int, str]] = set()  # modules whose next step is a large one: what follows it must wait
-    for step in pending:
-        if step.weights >= single.weights or (step.layer, step.kind) in blocked:
-            blocked.add((step.layer, step.kind))
+    several: list[Removal] = []
+    blocked: set[tuple[int, str]] = set()  # modules whose next removal is a large one: what follows it must wait
+    for removal in pending:
+        if removal.weights >= single.weights or (removal.layer, removal.kind) in blocked:
+            blocked.add((removal.layer, removal.kind))
             continue
-        several.append(step)
-        need -= step.weights
+        several.append(removal)
+        need -= removal.weights
         if need <= 0:
             return several if sum(s.weights for s in several) < single.weights else [single]
     return [single]
@@ -150,8 +153,8 @@ def _fill(pending: tuple[Step, ...], need: int) -> list[Step]:
 def ffn_widths(ffn: int, block: int) -> list[int]:
     """The widths that an FFN may keep, largest first: multiples of the grid, and the width it has."""
     # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
-    step = max(block, 64) if ffn >= 512 else block
-    return [ffn, *reversed(range(step, ffn, step))]
+    grid = max(block, 64) if ffn >= 512 else block
+    return [ffn, *reversed(range(grid, ffn, grid))]
 
 
 def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
@@ -160,8 +163,8 @@ def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
     return [sizes.kv_heads, *(n for n in range(sizes.kv_heads - 1, 0, -1) if n * width % block == 0)]
 
 
-def module_steps(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Step]:
-    """All steps of one module in order, least scores first; the smallest size of the grid always stays.
+def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Removal]:
+    """All removals of one module in order, least scores first; the smallest size of the grid always stays.
 
     Args:
         kind: ffn | group.
@@ -178,7 +181,7 @@ def module_steps(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor,
 
     total = kept[0]
     return [
-        Step(
+        Removal(
             layer, kind, tuple(order[total - before : total - after]), weights(before) - weights(after),
             (total - before) / total, (total - after) / total,
         )
@@ -186,7 +189,7 @@ def module_steps(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor,
     ]  # fmt: skip
 
 
-def uniform_key(place: int, kind: str) -> Callable[[Step], float]:
+def uniform_key(place: int, kind: str) -> Callable[[Removal], float]:
     """Order by the share that is gone, so that every layer loses the same ratio.
 
     Where a ratio falls between two notches, some layers take one notch more: the golden ratio's multiples decide which,
@@ -197,13 +200,49 @@ def uniform_key(place: int, kind: str) -> Callable[[Step], float]:
     """
     phase = (place + 0.5) * 0.6180339887498949 % 1
     phase = 1 - phase if kind == "group" else phase  # so that a layer is not the first to lose both
-    return lambda step: step.start + phase * (step.stop - step.start)
+    return lambda removal: removal.start + phase * (removal.stop - removal.start)
 
 
-def threshold_key(scores: torch.Tensor) -> Callable[[Step], float]:
-    """Order by score over all modules: a step is taken when the threshold passes the middle of its structures.
+def threshold_key(scores: torch.Tensor) -> Callable[[Removal], float]:
+    """Order by score over all modules: a removal is taken when the threshold passes the middle of its structures.
 
     So the width that a threshold asks for is rounded to the nearest one of the grid.
     """
     values = scores.double().tolist()
-    return lambda step: values[step.gone[(len(step.gone) - 1) // 2]]
+    return lambda removal: values[removal.gone[(len(removal.gone) - 1) // 2]]
+
+
+def meet(plan_at: Callable[[float], PrunePlan], budget: Budget, dense: ModelShape) -> PrunePlan:
+    """The plan that removes the smallest share of weights and meets the budget in its own unit.
+
+    Plans cost less with the share only roughly (milliseconds do not follow weights), so shares are tried from the least
+    upwards until one meets the budget, and the step in which that happened is halved; what is returned meets it.
+
+    Args:
+        plan_at: the plan that removes a share of the decoder layers' weights; raises UserError where it cannot.
+        dense: the shape that the plans index into.
+
+    Raises:
+        UserError: not even the largest share meets the budget; names the least that a plan costs.
+    """
+    below, above, least = 0.0, 1.0, math.inf
+    best: PrunePlan | None = None
+    refusal: UserError | None = None
+    while above - below > SHARE_STEP:
+        share = min(below + 1 / SHARES, (below + above) / 2)
+        try:
+            plan = plan_at(share)
+        except UserError as error:
+            refusal, above = error, share
+            continue
+        total = budget.total(plan.kept_shape(dense))
+        least = min(least, total)
+        if budget.fits(total):
+            best, above = plan, share
+        else:
+            below = share
+    if best is not None:
+        return best
+    if refusal is not None and not math.isfinite(least):
+        raise refusal
+    raise budget.below_floor(float(least))

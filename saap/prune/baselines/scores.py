@@ -67,7 +67,7 @@ def taylor_scores(
     """LLM-Pruner's scores; the mean gradient and the mean squared gradient are held in full where they are needed.
 
     Args:
-        method: one of :data:`TAYLOR`.
+        method: one of :data:`saap.prune.options.TAYLOR`.
         ids: [sequences, tokens] int64.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Compensation: let what stays make up for what goes, without training.
+"""Compensation: let the remaining weights take over from what goes, without training.
 
 * ``bias``: the mean of what the removed structures added, as a bias on o_proj and down_proj; FLAP, arXiv 2312.11983,
   eq. 6: b = W_gone mean(x_gone).
@@ -11,13 +11,13 @@
   one over the mean square of its hidden state, since the next norm divides by that; of what the block adds, in a family
   whose only norm is behind the block. lambda is chosen per matrix on
   sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
-  all sequences, but for steps on the way: a later step could not choose lambda on what an earlier one was fitted to.
+  all sequences, but for stages on the way: a later stage could not choose lambda on what an earlier one was fitted to.
   It adds no parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.architectures import Architecture, architecture_of
+from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
-from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import head_rows
@@ -72,49 +71,44 @@ class _Block:
 def compensate(
     kind: Compensation,
     model: PreTrainedModel,
-    shape: ModelShape,
     plan: PrunePlan,
     ids: torch.Tensor,
     *,
     last: bool = True,
-    into: MutableMapping[str, torch.Tensor] | None = None,
     progress: Progress | None = None,
-) -> MutableMapping[str, torch.Tensor]:
-    """New weights and biases of o_proj and down_proj for a plan; the model is left as it was.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield new weights and biases of o_proj and down_proj for a plan; the model is left as it was.
 
     Args:
         model: the dense model that the plan is about.
         ids: calibration ids [sequences, tokens].
         last: no other refit on these ids follows, so the sequences that chose lambda may be fitted too.
-        into: takes what is found; None is a dict.
 
-    Returns:
-        name in the slim model -> tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
-        ``bias``; empty for ``none``, and in all processes but the main one.
+    Yields:
+        name in the slim model and tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
+        ``bias``; nothing for ``none``, and in all processes but the main one.
     """
-    found: MutableMapping[str, torch.Tensor] = {} if into is None else into
     if kind == "none":
-        return found
-    architecture = architecture_of(model.config)
+        return
+    architecture, head_dim = architecture_of(model.config), shape_of(model.config).head_dim
     walk = _Walk(kind, model, ids, last)
     number = 0
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
-        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, head_dim, architecture)):
             new = walk.enter(index, layer, blocks)
         if keep.query_heads or keep.ffn:
             if shares().main:
-                found.update({f"{architecture.layers}.{number}.{name}": tensor.cpu() for name, tensor in new.items()})
+                for name, tensor in new.items():
+                    yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
             number += 1
         if progress:
             progress("compensating", index + 1, len(plan.layers))
-    return found
 
 
 @torch.no_grad()
 def losses_compensated(
     kind: Compensation,
     model: PreTrainedModel,
-    shape: ModelShape,
     plan: PrunePlan,
     ids: torch.Tensor,
     judged: torch.Tensor,
@@ -128,13 +122,13 @@ def losses_compensated(
     Returns:
         nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
     """
-    architecture = architecture_of(model.config)
+    architecture, head_dim = architecture_of(model.config), shape_of(model.config).head_dim
     walk = _Walk(kind, model, ids, last=True)
     parts = shares().mine(list(enumerate(judged.split(ROWS))))
     batches = batches_of(model, [rows for _, rows in parts])
     stream = [batch.hidden for batch in batches]
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
-        with present(layer), _restored(blocks := _blocks(layer, keep, shape.head_dim, architecture)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, head_dim, architecture)):
             new = walk.enter(index, layer, blocks) if kind != "none" else {}
             for block in blocks:
                 block.cut(new)

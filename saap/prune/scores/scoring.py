@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.shape import ModelShape
 from saap.models.streaming import is_streamed
-from saap.prune.options import Element
+from saap.prune.options import AdaptiveOptions
 from saap.prune.scores.cache import cached_scores, named, scores_from
 from saap.prune.scores.importance import Scores, estimate, merged
 from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
@@ -26,10 +26,9 @@ def scores_of(
     model: PreTrainedModel,
     shape: ModelShape,
     ids: torch.Tensor,
+    options: AdaptiveOptions,
     *,
-    c: float,
-    element: Element,
-    weights: str | None,
+    weights: str | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every structure on ids [sequences, tokens], portion by portion.
@@ -40,6 +39,7 @@ def scores_of(
     Raises:
         UserError: a loss is not finite.
     """
+    c, element = float(ids.shape[1]) if options.c is None else options.c, options.element
     by_layer = is_streamed(model)
     estimator = estimate_layerwise if by_layer else estimate
     rows = rows_at_once(shape, ids.shape[1]) if by_layer else PORTION

@@ -17,7 +17,7 @@ from saap.models.shape import LayerSizes
 from saap.prune.options import TAYLOR
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
-from saap.prune.search.milp import Module, Option
+from saap.prune.search.milp import Block, Option
 
 # The unit that prices are told in: how many of the budget's units it is, its name, its name in a heading.
 UNITS = {
@@ -44,24 +44,24 @@ ALIKE = 0.005  # shares that are told as the same
 CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
-def reasons_of(modules: Sequence[Module], chosen: Sequence[Option], unit: str) -> Reasons:
+def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -> Reasons:
     """Why the search chose these options.
 
     Args:
-        modules: every block with its options, at the prices that the search saw; ``chosen``: one option of each.
+        searched: every block with its options, at the prices that the search saw; ``chosen``: one option of each.
         unit: of the options' costs.
     """
-    return Reasons(unit, tuple(_reason(module, option) for module, option in zip(modules, chosen, strict=True)))
+    return Reasons(unit, tuple(_reason(block, option) for block, option in zip(searched, chosen, strict=True)))
 
 
-def _reason(module: Module, chosen: Option) -> Reason:
-    whole = max(module.options, key=_kept)
-    parts = [o for o in module.options if 0 < _kept(o) < _kept(whole) and o.cost < whole.cost]
+def _reason(block: Block, chosen: Option) -> Reason:
+    whole = max(block.options, key=_kept)
+    parts = [o for o in block.options if 0 < _kept(o) < _kept(whole) and o.cost < whole.cost]
     quarter = min(parts, key=lambda o: (abs(_kept(o) - 0.75 * _kept(whole)), o.price), default=None)
-    taken = [_move(o, chosen) for o in module.options if o.cost > chosen.cost] if chosen is not whole else []
-    left = [_move(chosen, o) for o in module.options if o.cost < chosen.cost]
+    taken = [_move(o, chosen) for o in block.options if o.cost > chosen.cost] if chosen is not whole else []
+    left = [_move(chosen, o) for o in block.options if o.cost < chosen.cost]
     return Reason(
-        module.layer, module.kind, whole.keep.sizes, chosen.keep.sizes, whole.cost, whole.cost - chosen.cost,
+        block.layer, block.kind, whole.keep.sizes, chosen.keep.sizes, whole.cost, whole.cost - chosen.cost,
         chosen.price,
         max(taken, key=lambda move: move.per_unit, default=None),
         min(left, key=lambda move: move.per_unit, default=None),

@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.architectures import shape_of
+from saap.models.shape import LayerSizes
+from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.importance import TYPES
 from saap.prune.search.masking import WorkingPoint, masked, mean_nll, without_attention, without_ffn
-from saap.prune.search.milp import Module, Option, Prices
+from saap.prune.search.milp import Block, Found, Numbers, Option, Prices
 from saap.system.errors import UserError
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
 FFN_LEVELS = (0.125, 0.25)
 FFN_LEVELS_COMPENSATED = (0.25, 0.5)  # less is made up for so well that it says nothing about more
-MODULES_TOGETHER = 5
+BLOCKS_TOGETHER = 5
 # How far one measurement may move a price, and the least that anything costs, nats per token.
 FACTOR_LIMIT = 10.0
 LEAST_PRICE = 1e-4
@@ -46,72 +48,85 @@ class Curve:
     alpha: float
 
 
-def fit_prices(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    fused: dict[str, list[torch.Tensor]],
-    ids: torch.Tensor,
-    *,
-    keep_layers: frozenset[int] = frozenset(),
-    heads: bool = True,
-    modules: bool = False,
-    compensated: Callable[[PrunePlan], float] | None = None,
-    known: KnownLosses | None = None,
-    progress: Progress | None = None,
-) -> Prices:
-    """Price every structure and every whole module in nats per token.
+class Losses:
+    """Measures what the model loses without some structures, on a few sequences; the model is left as it was.
+
+    Args:
+        ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
+        known: losses that were measured before, on this model and these ids, compensated alike.
+        compensated: the loss on ``ids`` of the model that is cut to a plan and compensated, nats per token; None
+            prices structures by the loss where they are silenced, as whole blocks always are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        known: KnownLosses | None = None,
+        compensated: Callable[[PrunePlan], float] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.shape = shape_of(model.config)
+        self.compensated = compensated
+        self._model, self._ids, self._known, self._progress = model, ids, known or KnownLosses(None, ids), progress
+        self._done, self._of = 0, 1
+
+    def begin(self, count: int) -> None:
+        """So many will be asked for, which progress tells."""
+        self._done, self._of = 0, count
+
+    def end(self) -> None:
+        """Keep what was measured."""
+        self._known.save()
+        if self._progress:
+            self._progress("pricing", self._of, self._of)
+
+    def silenced(self, plans: dict[int, LayerPlan]) -> float:
+        """The loss where what these layers' plans do not keep is silenced."""
+
+        def measure() -> float:
+            with masked(self._model, plans, self.shape.head_dim):
+                return mean_nll(self._model, self._ids)
+
+        return self._counted(plans, measure)
+
+    def without(self, plans: dict[int, LayerPlan]) -> float:
+        """The loss where what these layers' plans do not keep is silenced, or gone and compensated."""
+        if (compensated := self.compensated) is None:
+            return self.silenced(plans)
+        layers = tuple(plans.get(i, whole_layer(sizes)) for i, sizes in enumerate(self.shape.layers))
+        return self._counted(plans, lambda: compensated(PrunePlan(layers)), "compensated")
+
+    def _counted(self, plans: dict[int, LayerPlan], measure: Callable[[], float], how: str = "") -> float:
+        if self._progress:
+            self._progress("pricing", self._done, self._of)
+        self._done += 1
+        return finite(self._known.of(plans, measure, how))
+
+
+def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: PruneOptions) -> Prices:
+    """Price every structure in nats per token, and with ``options.modules`` every whole block.
 
     Args:
         fused: P(G) per type and layer, from :func:`saap.prune.scores.fusion.fuse`.
-        ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
-        heads: whether query heads and KV groups may go.
-        modules: price whole attention and FFN blocks too, each silenced by itself (two forward passes per layer).
-        compensated: the loss on ``ids`` of the model that is cut to a plan and compensated, nats per token; None prices
-            structures by the loss where they are silenced, as modules always are.
-        known: losses that were measured before, on this model and these ids, compensated alike.
 
     Raises:
         UserError: a loss is not finite.
     """
+    shape, heads = losses.shape, options.prunes_heads(losses.shape)
     kinds = TYPES if heads else ("ffn",)
-    free = [i for i in range(len(shape.layers)) if i not in keep_layers]
-    steps = 2 * len(kinds) + 1 + (2 * len(shape.layers) + 2 if modules else 0)
-    done = 0
-
-    def counted(plans: dict[int, LayerPlan], measure: Callable[[], float], way: str = "") -> float:
-        nonlocal done
-        if progress:
-            progress("pricing", done, steps)
-        done += 1
-        return finite(measure() if known is None else known.of(plans, measure, way))
-
-    def silenced(plans: dict[int, LayerPlan]) -> float:
-        def measure() -> float:
-            with masked(model, plans, shape.head_dim):
-                return mean_nll(model, ids)
-
-        return counted(plans, measure)
-
-    def gone(plans: dict[int, LayerPlan]) -> float:
-        if compensated is None:
-            return silenced(plans)
-        plan = PrunePlan(tuple(plans.get(i, whole_layer(sizes)) for i, sizes in enumerate(shape.layers)))
-        return counted(plans, lambda: compensated(plan), "compensated")
-
-    base = silenced({})
-    levels = FFN_LEVELS if compensated is None else FFN_LEVELS_COMPENSATED
-    curves = {kind: _fit_curve(kind, shape, fused[kind], base, gone, free, levels) for kind in kinds}
-    curves = {kind: curves.get(kind, Curve(0.0, 0.0)) for kind in TYPES}
+    free = [i for i in range(len(shape.layers)) if i not in options.kept_layers]
+    losses.begin(2 * len(kinds) + 1 + (2 * len(shape.layers) + 2 if options.modules else 0))
+    base = losses.silenced({})
+    curves = dict.fromkeys(TYPES, Curve(0.0, 0.0))
+    curves |= {kind: _fit_curve(kind, losses, fused[kind], base, free) for kind in kinds}
     priced = {kind: [(curves[kind].kappa * p).double().numpy() for p in fused[kind]] for kind in TYPES}
     no_attention: list[float | None] = [None] * len(shape.layers)
     no_ffn = no_attention
-    if modules:
-        no_attention = _module_prices(shape, base, silenced, free, "query_heads", without_attention)
-        no_ffn = _module_prices(shape, base, silenced, free, "ffn", without_ffn)
-    if known:
-        known.save()
-    if progress:
-        progress("pricing", steps, steps)
+    if options.modules:  # each silenced by itself: two forward passes per layer
+        no_attention = _block_prices(losses, base, [i for i in free if shape.layers[i].query_heads], without_attention)
+        no_ffn = _block_prices(losses, base, [i for i in free if shape.layers[i].ffn], without_ffn)
+    losses.end()
     alpha = {kind: curve.alpha for kind, curve in curves.items()}
     return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha, heads)
 
@@ -127,27 +142,20 @@ def finite(loss: float) -> float:
     return loss
 
 
-def _fit_curve(
-    kind: str,
-    shape: ModelShape,
-    scores: list[torch.Tensor],
-    base: float,
-    loss_of: Callable[[dict[int, LayerPlan]], float],
-    free: list[int],
-    ffn_levels: tuple[float, float],
-) -> Curve:
+def _fit_curve(kind: str, losses: Losses, scores: list[torch.Tensor], base: float, free: list[int]) -> Curve:
+    ffn_levels = FFN_LEVELS if losses.compensated is None else FFN_LEVELS_COMPENSATED
     rows, increases = [], []
     for level in (0, 1):
         plans, scored, weighted = {}, 0.0, 0.0
         for layer in free:
-            sizes = shape.layers[layer]
+            sizes = losses.shape.layers[layer]
             lost = _cheapest(kind, sizes, scores[layer], level, ffn_levels)
             if lost:
                 plans[layer] = _without(kind, sizes, set(lost))
                 total, share = float(scores[layer][lost].sum()), len(lost) / len(scores[layer])
                 scored, weighted = scored + total, weighted + total * share
         rows.append((scored, weighted))
-        increases.append(max(loss_of(plans) - base, LEAST_PRICE))
+        increases.append(max(losses.without(plans) - base, LEAST_PRICE))
     if not all(total for total, _ in rows):
         return Curve(0.0, 0.0)
     # Two equations: kappa * scored + (kappa * alpha) * weighted = increase; neither term may be negative.
@@ -185,82 +193,71 @@ def _without(kind: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
     return LayerPlan(tuple(h for h in whole.query_heads if h not in lost), whole.kv_heads, whole.ffn)
 
 
-def _module_prices(
-    shape: ModelShape,
-    base: float,
-    loss_of: Callable[[dict[int, LayerPlan]], float],
-    free: list[int],
-    size: str,
-    without: Callable[[LayerPlan], LayerPlan],
+def _block_prices(
+    losses: Losses, base: float, layers: list[int], without: Callable[[LayerPlan], LayerPlan]
 ) -> list[float | None]:
-    """Measured loss without each module, times what the cheapest cost more together than one by one."""
-    allowed = [i for i in free if getattr(shape.layers[i], size)]
-    single = {i: max(loss_of({i: without(whole_layer(shape.layers[i]))}) - base, LEAST_PRICE) for i in allowed}
-    cheapest = sorted(single, key=single.__getitem__)[:MODULES_TOGETHER]
-    if len(cheapest) < 2:
-        return [single.get(i) for i in range(len(shape.layers))]
-    together = loss_of({i: without(whole_layer(shape.layers[i])) for i in cheapest}) - base
-    factor = max(1.0, together / sum(single[i] for i in cheapest))
-    return [single[i] * factor if i in single else None for i in range(len(shape.layers))]
+    """Measured loss without each of these layers' block, times what the cheapest cost more together than one by one."""
+    gone = {i: without(whole_layer(losses.shape.layers[i])) for i in layers}
+    single = {i: max(losses.silenced({i: gone[i]}) - base, LEAST_PRICE) for i in layers}
+    cheapest = sorted(single, key=single.__getitem__)[:BLOCKS_TOGETHER]
+    factor = 1.0
+    if len(cheapest) > 1:
+        together = losses.silenced({i: gone[i] for i in cheapest}) - base
+        factor = max(1.0, together / sum(single[i] for i in cheapest))
+    return [single[i] * factor if i in single else None for i in range(len(losses.shape.layers))]
 
 
 def correct_prices(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    prices: Prices,
-    modules: list[Module],
-    chosen: list[Option],
-    plan: PrunePlan,
-    ids: torch.Tensor,
-    *,
-    progress: Progress | None = None,
+    model: PreTrainedModel, prices: Prices, found: Found, ids: torch.Tensor, *, progress: Progress | None = None
 ) -> tuple[Prices, float]:
-    """Scale each module's prices so that they agree with a loss measured where all others are cut as planned.
+    """Scale each block's prices so that they agree with a loss measured where all others are cut as planned.
 
-    A module that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
-    number per module is measured: what its removal costs on top of all the others.
+    A block that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
+    number per block is measured: what its removal costs on top of all the others.
 
     Args:
-        modules: the options that the plan was chosen from, at these prices; ``chosen``: one of each.
+        found: by a search at these prices.
         ids: calibration ids [sequences, tokens] other than what the scores were computed on.
 
     Returns:
         the corrected prices, and the loss of the plan itself on ``ids``, nats per token.
     """
     factors: dict[tuple[int, str], float] = {}
-    cut = {i: keep for i, keep in enumerate(plan.layers) if keep != whole_layer(shape.layers[i])}
-    with WorkingPoint(model, shape, cut, ids).entered() as here:
-        for done, (module, option) in enumerate(zip(modules, chosen, strict=True)):
+    shape = shape_of(model.config)
+    with WorkingPoint(model, shape, found.plan.cut_layers(shape), ids).entered() as here:
+        for done, (block, option) in enumerate(zip(found.blocks, found.chosen, strict=True)):
             if progress:
-                progress("correcting prices", done, len(modules))
-            whole = max(module.options, key=_kept)
-            other = whole if option is not whole else _probe(module)
+                progress("correcting prices", done, len(found.blocks))
+            whole = max(block.options, key=_kept)
+            other = whole if option is not whole else _probe(block)
             if other is option:
                 continue
-            loss = here.loss_with(module.layer, _with_option(plan.layers[module.layer], module.kind, other))
+            loss = here.loss_with(block.layer, _with_option(found.plan.layers[block.layer], block.kind, other))
             measured = max((here.loss - loss) if other is whole else (loss - here.loss), LEAST_PRICE)
             predicted = max(option.price if other is whole else other.price, LEAST_PRICE)
-            factors[module.layer, module.kind] = min(max(measured / predicted, 1 / FACTOR_LIMIT), FACTOR_LIMIT)
+            factors[block.layer, block.kind] = min(max(measured / predicted, 1 / FACTOR_LIMIT), FACTOR_LIMIT)
         loss = here.loss
     if progress:
-        progress("correcting prices", len(modules), len(modules))
+        progress("correcting prices", len(found.blocks), len(found.blocks))
     return scaled_prices(prices, factors), loss
 
 
 def scaled_prices(prices: Prices, factors: dict[tuple[int, str], float]) -> Prices:
-    """Prices of each module, (layer, ``attention`` or ``ffn``), times a factor."""
+    """Prices of each block, (layer, ``attention`` or ``ffn``), times a factor."""
 
-    def scaled(values: list, kind: str) -> list:
-        return [None if v is None else v * factors.get((i, kind), 1.0) for i, v in enumerate(values)]
+    def each(values: list[Numbers], kind: str) -> list[Numbers]:
+        return [value * factors.get((i, kind), 1.0) for i, value in enumerate(values)]
 
-    return Prices(
-        scaled(prices.ffn, "ffn"),
-        scaled(prices.head, "attention"),
-        scaled(prices.group, "attention"),
-        scaled(prices.no_attention, "attention"),
-        scaled(prices.no_ffn, "ffn"),
-        prices.alpha,
-        prices.heads,
+    def blocks(values: list[float | None], kind: str) -> list[float | None]:
+        return [None if value is None else value * factors.get((i, kind), 1.0) for i, value in enumerate(values)]
+
+    return replace(
+        prices,
+        ffn=each(prices.ffn, "ffn"),
+        head=each(prices.head, "attention"),
+        group=each(prices.group, "attention"),
+        no_attention=blocks(prices.no_attention, "attention"),
+        no_ffn=blocks(prices.no_ffn, "ffn"),
     )
 
 
@@ -268,10 +265,10 @@ def _kept(option: Option) -> int:
     return len(option.keep.query_heads) + len(option.keep.ffn)
 
 
-def _probe(module: Module) -> Option:
-    """The option that keeps closest to three quarters of the module; the cheaper of two."""
-    most = max(map(_kept, module.options))
-    rest = [option for option in module.options if 0 < _kept(option) < most] or list(module.options)
+def _probe(block: Block) -> Option:
+    """The option that keeps closest to three quarters of the block; the cheaper of two."""
+    most = max(map(_kept, block.options))
+    rest = [option for option in block.options if 0 < _kept(option) < most] or list(block.options)
     return min(rest, key=lambda option: (abs(_kept(option) - 0.75 * most), option.price))
 
 

@@ -24,7 +24,7 @@ from export.bundle.manifest import BundleError, verify_files
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_record
 from saap.models.streaming import load_streamed
-from saap.prune.options import PruneOptions
+from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.pruning import prune
 from saap.prune.scores.cache import KnownLosses, cached_scores
@@ -72,7 +72,7 @@ def holds(path: Path, read: Callable[[], Any], times: int = 40, same: Any = None
 
 @pytest.fixture
 def slim(tiny_model, tmp_path):
-    return prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(ratio=0.3)) and tmp_path / "slim"
+    return prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS) and tmp_path / "slim"
 
 
 @pytest.mark.parametrize("load", [load_model, load_streamed])
@@ -182,7 +182,7 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
 
         def compute():
             calls.append("scores")
-            return scores_of(load_model(path), shape_of(read_config(path)), IDS, c=1.0, element="token", weights=None)
+            return scores_of(load_model(path), shape_of(read_config(path)), IDS, AdaptiveOptions(c=1.0))
 
         found = cached_scores("w", IDS, {}, compute)[0]
         return [float(part.double().sum()) for part in (*found.products.values(), *found.token.values())]

@@ -42,10 +42,12 @@ def dropped(plan):
 
 def test_it_is_shortgpt_and_then_saap(model, tmp_path):
     """To the byte what both give one after the other, with the plan told of the dense model."""
-    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(ratio=0.4, drop_layers=2))
-    shortgpt = prune(model, tmp_path / "depth", IDS, PruneOptions(ratio=0.33, method="shortgpt"))
+    plan = prune(model, PruneOptions(ratio=0.4, drop_layers=2), output=tmp_path / "slim", calibration=IDS).plan
+    shortgpt = prune(
+        model, PruneOptions(ratio=0.33, method="shortgpt"), output=tmp_path / "depth", calibration=IDS
+    ).plan
     assert len(dropped(shortgpt)) == 2 and dropped(plan) == dropped(shortgpt)
-    prune(tmp_path / "depth", tmp_path / "width", IDS, PruneOptions(ratio=1 - 0.6 * 6 / 4))
+    prune(tmp_path / "depth", PruneOptions(ratio=1 - 0.6 * 6 / 4), output=tmp_path / "width", calibration=IDS)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("slim", "width")]
     assert files[0] == files[1]
     record = read_record(tmp_path / "slim")
@@ -56,9 +58,11 @@ def test_it_is_shortgpt_and_then_saap(model, tmp_path):
 
 
 def test_layers_that_are_kept_do_not_go(model, tmp_path):
-    free = prune(model, tmp_path / "free", IDS, PruneOptions(ratio=0.4, drop_layers=2))
+    free = prune(model, PruneOptions(ratio=0.4, drop_layers=2), output=tmp_path / "free", calibration=IDS).plan
     keep = frozenset(dropped(free))
-    plan = prune(model, tmp_path / "slim", IDS, PruneOptions(ratio=0.4, drop_layers=2, keep_layers=keep))
+    plan = prune(
+        model, PruneOptions(ratio=0.4, drop_layers=2, keep_layers=keep), output=tmp_path / "slim", calibration=IDS
+    ).plan
     assert len(dropped(plan)) == 2 and not keep & set(dropped(plan))
     assert {len(plan.layers[i].ffn) for i in keep} == {128} and {len(plan.layers[i].kv_heads) for i in keep} == {3}
 
@@ -73,7 +77,7 @@ def test_the_width_is_scored_as_often_as_it_takes(model):
     limits = [stage.budget.limit / shape_of(config).layer_weights for stage in stages]
     assert limits == pytest.approx([5 / 6, 5 / 6 - 1 / 9, 5 / 6 - 2 / 9, 0.5])
     assert len(stages_of(budget, replace(options, drop_layers=2))) == 3  # 0.25 of what is left
-    assert len(stages_of(budget, replace(options, drop_layers=1, steps=1))) == 2
+    assert len(stages_of(budget, replace(options, drop_layers=1, stages=1))) == 2
     assert len(stages_of(budget, replace(options, method="flap"))) == 1
 
 
@@ -88,19 +92,19 @@ def test_a_time_is_met_with_fewer_layers(model, tmp_path, text):
 
 def test_one_that_was_killed_goes_on_after_the_layers(model, tmp_path, monkeypatch):
     options = PruneOptions(ratio=0.4, drop_layers=2)
-    prune(model, tmp_path / "whole", IDS, options)
-    once, stages = pruning._prune_once, []
+    prune(model, options, output=tmp_path / "whole", calibration=IDS)
+    once, stages = pruning._prune_stage, []
 
-    def until_the_second(source, weights, out, before, stage, *rest):
+    def until_the_second(job, stage, *rest):
         stages.append(stage.layers)
         if len(stages) == 2:
             raise KeyboardInterrupt
-        return once(source, weights, out, before, stage, *rest)
+        return once(job, stage, *rest)
 
-    monkeypatch.setattr(pruning, "_prune_once", until_the_second)
+    monkeypatch.setattr(pruning, "_prune_stage", until_the_second)
     with pytest.raises(KeyboardInterrupt):
-        prune(model, tmp_path / "slim", IDS, options)
-    prune(model, tmp_path / "slim", IDS, options)
+        prune(model, options, output=tmp_path / "slim", calibration=IDS)
+    prune(model, options, output=tmp_path / "slim", calibration=IDS)
     assert stages == [2, 0, 0]
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "slim" / file.name).read_bytes(), file.name

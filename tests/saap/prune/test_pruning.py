@@ -12,6 +12,7 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import whole_layer
 from saap.prune.pruning import prune
 from saap.system.errors import UserError
+from saap.text.rows import Rows
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
@@ -23,7 +24,7 @@ def options(**requirement):
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
     path = tiny_model()
-    prune(path, tmp_path / "slim", IDS, options(ratio=ratio))
+    prune(path, options(ratio=ratio), output=tmp_path / "slim", calibration=IDS)
     dense, slim = load_model(path), load_model(tmp_path / "slim")
     weights = [sum(p.numel() for p in m.model.layers.parameters()) for m in (dense, slim)]
     plan = read_record(tmp_path / "slim")["plan"]
@@ -38,14 +39,14 @@ def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
 def test_max_params_is_met(tiny_model, tmp_path):
     path = tiny_model()
     wanted = int(shape_of(read_config(path)).parameters * 0.8)
-    prune(path, tmp_path / "slim", IDS, options(max_params=wanted))
+    prune(path, options(max_params=wanted), output=tmp_path / "slim", calibration=IDS)
     assert sum(p.numel() for p in load_model(tmp_path / "slim").parameters()) <= wanted
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
     path = tiny_model()
     for name in ("one", "two"):
-        prune(path, tmp_path / name, IDS, options(ratio=0.3))
+        prune(path, options(ratio=0.3), output=tmp_path / name, calibration=IDS)
     files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1]
     for name in files[0]:
@@ -53,24 +54,31 @@ def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
 
 
 def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
-    prune(
-        tiny_model(),
-        tmp_path / "slim",
-        IDS,
-        options(ratio=0.2),
-        lineage={"base": "tiny", "calibration": {"source": "dice"}},
-    )
-    lineage = json.loads((tmp_path / "slim/saap.json").read_text())["lineage"]
-    assert lineage["base"] == "tiny"
-    assert lineage["calibration"]["source"] == "dice"
+    path, rows = tiny_model(), Rows(IDS, "dice", None, None)
+    result = prune(path, options(ratio=0.2), output=tmp_path / "slim", calibration=rows)
+    record = json.loads((tmp_path / "slim/saap.json").read_text())
+    lineage = record["lineage"]
+    assert lineage["base"] == str(path)
+    assert lineage["calibration"]["source"] == result.text == "dice"
     assert lineage["calibration"]["sequences"] == 8
     assert len(lineage["base_sha256"]) == len(lineage["calibration"]["sha256"]) == 64
     assert set(lineage["versions"]) == {"saap", "torch", "transformers"}
+    assert record["plan"]["achieved"] == result.achieved and result.path == tmp_path / "slim" and not result.streamed
+    assert record["plan"]["asked"] == result.budget.asked
+
+
+def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(200)))
+    asked = PruneOptions(ratio=0.2, sequences=6, length=16)
+    result = prune(tiny_model(), asked, output=tmp_path / "slim", calibration=text)
+    said = read_record(tmp_path / "slim")["lineage"]["calibration"]
+    assert (said["sequences"], said["tokens"], said["source"]) == (6, 16, result.text) and str(text) in result.text
 
 
 def test_a_slim_model_can_be_pruned_again(tiny_model, tmp_path):
-    prune(tiny_model(), tmp_path / "one", IDS, options(ratio=0.2))
-    prune(tmp_path / "one", tmp_path / "two", IDS, options(ratio=0.2))
+    prune(tiny_model(), options(ratio=0.2), output=tmp_path / "one", calibration=IDS)
+    prune(tmp_path / "one", options(ratio=0.2), output=tmp_path / "two", calibration=IDS)
     sizes = [shape_of(read_config(tmp_path / name)).layer_weights for name in ("one", "two")]
     assert sizes[1] <= 0.8 * sizes[0]
     assert torch.isfinite(load_model(tmp_path / "two")(input_ids=IDS).logits).all()
@@ -78,33 +86,33 @@ def test_a_slim_model_can_be_pruned_again(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan"), float("inf")])
 def test_ratios_that_make_no_sense_are_refused(tiny_model, tmp_path, ratio):
-    with pytest.raises(UserError, match="give a share between 0 and 1"):
-        prune(tiny_model(), tmp_path / "slim", IDS, options(ratio=ratio))
+    with pytest.raises(UserError, match="give a number between 0 and 1"):
+        prune(tiny_model(), options(ratio=ratio), output=tmp_path / "slim", calibration=IDS)
     assert not (tmp_path / "slim").exists()
 
 
 def test_one_requirement_only(tiny_model, tmp_path):
     for wrong in ({}, {"ratio": 0.2, "max_params": 10}):
         with pytest.raises(UserError, match="give one requirement"):
-            prune(tiny_model(), tmp_path / "slim", IDS, options(**wrong))
+            prune(tiny_model(), options(**wrong), output=tmp_path / "slim", calibration=IDS)
 
 
 def test_a_requirement_that_is_met_already_says_so(tiny_model, tmp_path):
     with pytest.raises(UserError, match="parameters already"):
-        prune(tiny_model(), tmp_path / "slim", IDS, options(max_params=10**9))
+        prune(tiny_model(), options(max_params=10**9), output=tmp_path / "slim", calibration=IDS)
 
 
 def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
     wrong = PruneOptions(ratio=0.2, keep_layers=frozenset({7}))
     with pytest.raises(UserError, match="layer 7; the model has layers 0 to 2"):
-        prune(tiny_model(), tmp_path / "slim", IDS, wrong)
+        prune(tiny_model(), wrong, output=tmp_path / "slim", calibration=IDS)
 
 
 def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
     """The plan indexes into the base model, whatever lay between."""
     path = tiny_model()
     in_steps = PruneOptions(ratio=0.4, stages=3, compensate="none")
-    plan = prune(path, tmp_path / "slim", IDS, in_steps)
+    plan = prune(path, in_steps, output=tmp_path / "slim", calibration=IDS).plan
     record = read_record(tmp_path / "slim")["plan"]
     assert record["achieved"]["ratio"] >= 0.4
     assert [layer["ffn"] for layer in record["layers"]] == [list(layer.ffn) for layer in plan.layers]
@@ -116,13 +124,13 @@ def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
 
 def test_steps_of_other_settings_are_removed(tiny_model, tmp_path):
     (tmp_path / ".slim.pruning/1-0123456789abcdef").mkdir(parents=True)
-    prune(tiny_model(), tmp_path / "slim", IDS, PruneOptions(ratio=0.3, stages=2))
+    prune(tiny_model(), PruneOptions(ratio=0.3, stages=2), output=tmp_path / "slim", calibration=IDS)
     assert not (tmp_path / ".slim.pruning").exists()
 
 
 def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
     options = PruneOptions(ratio=0.3, stages=2, keep_layers=frozenset({1}))
-    plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
+    plan = prune(tiny_model(), options, output=tmp_path / "slim", calibration=IDS).plan
     assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
     assert len(plan.layers[1].ffn) == 128
 
@@ -131,31 +139,31 @@ def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
 def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_path, monkeypatch, stream):
     """The same plan, reasons and bytes, and no step twice; one that was damaged meanwhile is made again."""
     path, steps = tiny_model(), PruneOptions(ratio=0.4, stages=3, stream=stream)
-    prune(path, tmp_path / "whole", IDS, steps)
-    once, made = pruning._prune_once, []
+    prune(path, steps, output=tmp_path / "whole", calibration=IDS)
+    once, made = pruning._prune_stage, []
 
-    def until_the_third(source, weights, out, *rest):
+    def until_the_third(job, stage, now, out, *rest):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(out.name)
-        return once(source, weights, out, *rest)
+        return once(job, stage, now, out, *rest)
 
-    def to_the_end(source, weights, out, *rest):
+    def to_the_end(job, stage, now, out, *rest):
         made.append(out.name)
-        return once(source, weights, out, *rest)
+        return once(job, stage, now, out, *rest)
 
     for name in ("slim", "again"):
         made.clear()
-        monkeypatch.setattr(pruning, "_prune_once", until_the_third)
+        monkeypatch.setattr(pruning, "_prune_stage", until_the_third)
         with pytest.raises(KeyboardInterrupt):
-            prune(path, tmp_path / name, IDS, steps)
+            prune(path, steps, output=tmp_path / name, calibration=IDS)
         assert [step[0] for step in made] == ["1", "2"] and not (tmp_path / name).exists()
         (left,) = (tmp_path / f".{name}.pruning").glob("2-*")
         if name == "again":
             weights = left / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-        monkeypatch.setattr(pruning, "_prune_once", to_the_end)
-        prune(path, tmp_path / name, IDS, steps)
+        monkeypatch.setattr(pruning, "_prune_stage", to_the_end)
+        prune(path, steps, output=tmp_path / name, calibration=IDS)
         assert [step[0] for step in made[2:]] == (["s"] if name == "slim" else ["1", "2", "a"])
         assert not left.parent.exists()
         for file in (tmp_path / "whole").iterdir():
@@ -165,8 +173,8 @@ def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_p
 def test_a_pruning_that_fails_leaves_no_steps(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
     monkeypatch.setattr(
-        pruning, "_prune_once", lambda *given: given[2].mkdir() or (_ for _ in ()).throw(OSError(28, ""))
+        pruning, "_prune_stage", lambda *given: given[3].mkdir() or (_ for _ in ()).throw(OSError(28, ""))
     )
     with pytest.raises(OSError):
-        prune(path, tmp_path / "slim", IDS, PruneOptions(ratio=0.3, stages=2))
+        prune(path, PruneOptions(ratio=0.3, stages=2), output=tmp_path / "slim", calibration=IDS)
     assert {p.name for p in tmp_path.iterdir()} == {path.name}

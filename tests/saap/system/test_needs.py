@@ -32,15 +32,15 @@ def files_of(directory):
 @pytest.mark.parametrize("method", ["saap", "flap", "wanda_sp", "shortgpt", "magnitude", "random"])
 def test_read_layer_by_layer_the_same_bytes_come_out(method, tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
-    options = OPTIONS if method == "saap" else replace(OPTIONS, method=method, steps=None)
-    prune(path, tmp_path / "whole", IDS, replace(options, stream=False))
+    options = OPTIONS if method == "saap" else replace(OPTIONS, method=method, stages=None)
+    prune(path, replace(options, stream=False), output=tmp_path / "whole", calibration=IDS)
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))  # no score is taken over
     seen = []
     load = pruning.load_streamed
     monkeypatch.setattr(
         pruning, "load_streamed", lambda source, **where: seen.append(load(source, **where)) or seen[-1]
     )
-    prune(path, tmp_path / "streamed", IDS, replace(options, stream=True))
+    prune(path, replace(options, stream=True), output=tmp_path / "streamed", calibration=IDS)
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "streamed")
     assert len(seen) == (2 if method == "saap" else 1) and all(map(is_streamed, seen))
     records = [read_record(tmp_path / name) for name in ("whole", "streamed")]
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
     with pytest.raises(UserError, match=r"pruning needs .* \(the process 560 MB, .*\), and .* are free: leave"):
         streamed(path, budget, replace(OPTIONS, stream=False), 8, 24)
     with pytest.raises(UserError, match="param_first needs the whole model"):
-        streamed(path, budget, replace(OPTIONS, steps=None, method="param_first"), 8, 24)
+        streamed(path, budget, replace(OPTIONS, stages=None, method="param_first"), 8, 24)
     monkeypatch.setattr(module, "available_memory", lambda: single / 2)
     with pytest.raises(UserError, match="fewer --sequences or a smaller --length"):
         streamed(path, budget, OPTIONS, 8, 24)

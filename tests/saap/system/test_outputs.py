@@ -138,7 +138,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def commands(tiny_model, tmp_path) -> dict[str, tuple[object, ...]]:
     """Commands without their output, the name of which comes last; quick ones on a tiny model."""
     path = tiny_model(**WIDE)
-    prune(path, tmp_path / "slim", IDS, PruneOptions(ratio=0.3))
+    prune(path, PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS)
     export_bundle(path, tmp_path / "bundle")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)

@@ -36,7 +36,7 @@ def nll_of(model, ids):
 
 @pytest.fixture
 def slim(tiny_model, tmp_path):
-    prune(tiny_model(), tmp_path / "slim", ROWS[:8], PruneOptions(ratio=0.3))
+    prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=ROWS[:8])
     return tmp_path / "slim"
 
 

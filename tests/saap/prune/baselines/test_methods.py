@@ -7,6 +7,7 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.baselines.methods import BASELINES, published, rank
 from saap.prune.baselines.scores import magnitude_scores
+from saap.prune.options import PruneOptions
 from saap.prune.plan import check_plan
 from saap.prune.scores.activations import collect
 from saap.system.errors import UserError
@@ -22,9 +23,9 @@ def test_shortgpt_drops_the_layers_that_change_least(tiny_model):
     model = load_model(tiny_model(num_hidden_layers=5))
     shape = shaped(model)
     influence = collect(model, shape, IDS).influence
-    ranking = rank("shortgpt", model, shape, IDS, heads=False, block=32, seed=0)
+    ranking = rank(model, shape, IDS, PruneOptions(method="shortgpt", heads=False))
     order = torch.argsort(influence).tolist()
-    assert [step.layer for step in ranking.steps] == order[:4]
+    assert [step.layer for step in ranking.removals] == order[:4]
     for share, gone in ((0.1, 1), (0.2, 1), (0.2001, 2), (0.8, 4)):
         plan = ranking.plan_at(share)
         assert [i for i, layer in enumerate(plan.layers) if not layer.ffn] == sorted(order[:gone])
@@ -33,8 +34,8 @@ def test_shortgpt_drops_the_layers_that_change_least(tiny_model):
     assert sum(not layer.ffn for layer in ranking.plan_below(0.4).layers) == 2
     with pytest.raises(UserError, match=r"at most here, 90\.00% was asked"):
         ranking.plan_at(0.9)
-    spared = rank("shortgpt", model, shape, IDS, keep_layers=frozenset({order[0]}), heads=False, block=32, seed=0)
-    assert [step.layer for step in spared.steps] == order[1:]
+    spared = rank(model, shape, IDS, PruneOptions(method="shortgpt", keep_layers=frozenset({order[0]}), heads=False))
+    assert [step.layer for step in spared.removals] == order[1:]
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -45,19 +46,19 @@ def test_every_method_plans_legal_models_and_leaves_the_model_alone(tiny_model, 
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     calls = []
-    ranking = rank(method, model, shape, IDS, heads=heads, block=32, seed=0, progress=lambda *c: calls.append(c))
+    ranking = rank(model, shape, IDS, PruneOptions(method=method, heads=heads), lambda *c: calls.append(c))
     plan = ranking.plan_at(0.3)
     check_plan(plan, shape)
     assert 1 - plan.kept_shape(shape).layer_weights / shape.layer_weights >= 0.3
     if method != "shortgpt":
-        assert {step.kind for step in ranking.steps} == ({"ffn", "group"} if heads else {"ffn"})
+        assert {step.kind for step in ranking.removals} == ({"ffn", "group"} if heads else {"ffn"})
         assert all(layer.ffn and layer.query_heads for layer in plan.layers)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
         assert parameter.grad is None
     assert not model.training
     assert bool(calls) == (method not in ("random", "magnitude"))
-    again = rank(method, model, shape, IDS, heads=heads, block=32, seed=0)
+    again = rank(model, shape, IDS, PruneOptions(method=method, heads=heads))
     assert again.plan_at(0.3) == plan
 
 
@@ -65,7 +66,7 @@ def test_the_seed_is_of_random_only(tiny_model):
     model = load_model(tiny_model())
     shape = shaped(model)
     plans = {
-        (method, seed): rank(method, model, shape, IDS, heads=True, block=32, seed=seed).plan_at(0.4)
+        (method, seed): rank(model, shape, IDS, PruneOptions(method=method, heads=True, seed=seed)).plan_at(0.4)
         for method in ("random", "magnitude")
         for seed in (0, 1)
     }
@@ -76,7 +77,7 @@ def test_the_seed_is_of_random_only(tiny_model):
 def test_the_lowest_scores_go(tiny_model):
     model = load_model(tiny_model())
     scores = magnitude_scores(model, shaped(model))
-    plan = rank("magnitude", model, shaped(model), IDS, heads=True, block=32, seed=0).plan_at(0.45)
+    plan = rank(model, shaped(model), IDS, PruneOptions(method="magnitude", heads=True)).plan_at(0.45)
     for layer, keep in enumerate(plan.layers):
         gone = [i for i in range(128) if i not in keep.ffn]
         assert gone and scores.ffn[layer][gone].max() <= scores.ffn[layer][list(keep.ffn)].min()
@@ -89,8 +90,8 @@ def test_llm_pruner_keeps_the_ends_unless_told(tiny_model):
     shape = shaped(model)
 
     def touched(method, keep_layers):
-        ranking = rank(method, model, shape, IDS, keep_layers=keep_layers, heads=True, block=32, seed=0)
-        return {step.layer for step in ranking.steps}
+        ranking = rank(model, shape, IDS, PruneOptions(method=method, keep_layers=keep_layers, heads=True))
+        return {step.layer for step in ranking.removals}
 
     assert touched("vector", frozenset()) == set(range(4, 14))
     assert touched("vector", frozenset({7})) == set(range(16)) - {7}
@@ -116,5 +117,5 @@ def test_a_model_that_is_not_finite_is_refused(tiny_model, method):
     model = load_model(tiny_model())
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     with pytest.raises(UserError, match=r"the loss is nan on calibration sequence 0|layer 1: .* not finite"):
-        rank(method, model, shaped(model), IDS, keep_layers=None, heads=True, block=32, seed=0)
+        rank(model, shaped(model), IDS, PruneOptions(method=method, keep_layers=None, heads=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

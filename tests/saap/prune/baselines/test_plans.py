@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap.models.shape import LayerSizes, ModelShape
-from saap.prune.baselines.plans import Ranking, ffn_widths, module_steps, threshold_key, uniform_key
+from saap.prune.baselines.plans import Ranking, block_removals, ffn_widths, threshold_key, uniform_key
 from saap.prune.plan import check_plan
 from saap.system.errors import UserError
 
@@ -31,7 +31,7 @@ def ranking_of(method, shape, heads, block, seed):
         for kind, count in (("ffn", sizes.ffn), *((("group", sizes.kv_heads),) if heads else ())):
             scores = torch.randn(count, generator=draw)
             key = threshold_key(scores) if method == "flap" else uniform_key(place, kind)
-            steps += [step.at(key(step)) for step in module_steps(shape, place, kind, scores, block)]
+            steps += [step.at(key(step)) for step in block_removals(shape, place, kind, scores, block)]
     return Ranking(method, shape, tuple(sorted(steps, key=lambda step: step.key)))
 
 
@@ -50,7 +50,7 @@ def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, b
     check_plan(plan, shape)
     removed = shape.layer_weights - plan.kept_shape(shape).layer_weights
     assert removed >= share * shape.layer_weights * (1 - 1e-9)
-    assert removed - share * shape.layer_weights <= max(step.weights for step in ranking.steps)
+    assert removed - share * shape.layer_weights <= max(step.weights for step in ranking.removals)
     if shape is SMOLLM2:
         assert removed / shape.layer_weights - share < 0.005
     for keep, sizes in zip(plan.layers, shape.layers, strict=True):
@@ -84,23 +84,25 @@ def test_one_ratio_means_at_most_one_notch_between_layers(share):
 def test_a_threshold_is_global_and_rounds_widths_to_the_grid():
     shape = ModelShape(96, 16, 320, True, (LayerSizes(6, 3, 128),) * 2)
     low, high = torch.arange(128) / 128 - 3, torch.arange(128) / 128 + 3
-    steps = [s.at(threshold_key(v)(s)) for i, v in enumerate((low, high)) for s in module_steps(shape, i, "ffn", v, 32)]
+    steps = [
+        s.at(threshold_key(v)(s)) for i, v in enumerate((low, high)) for s in block_removals(shape, i, "ffn", v, 32)
+    ]
     ranking = Ranking("flap", shape, tuple(sorted(steps, key=lambda s: s.key)))
     per_step = 3 * 32 * 96
     plan = ranking.plan_at(2 * per_step / shape.layer_weights)
     assert plan.layers[0].ffn == tuple(range(64, 128))
     assert plan.layers[1].ffn == tuple(range(128))
-    assert [s.key for s in ranking.steps[:3]] == pytest.approx([15 / 128 - 3, 47 / 128 - 3, 79 / 128 - 3])
+    assert [s.key for s in ranking.removals[:3]] == pytest.approx([15 / 128 - 3, 47 / 128 - 3, 79 / 128 - 3])
 
 
 def test_the_rest_is_filled_by_the_step_that_overshoots_least():
     shape = ModelShape(96, 16, 320, True, (LayerSizes(6, 3, 128),) * 2)
-    group = module_steps(shape, 0, "group", torch.tensor([1.0, 2.0, 3.0]), 32)[0].at(0.0)
-    ffn = [s.at(1.0) for s in module_steps(shape, 1, "ffn", torch.arange(128.0), 32)]
+    group = block_removals(shape, 0, "group", torch.tensor([1.0, 2.0, 3.0]), 32)[0].at(0.0)
+    ffn = [s.at(1.0) for s in block_removals(shape, 1, "ffn", torch.arange(128.0), 32)]
     ranking = Ranking("flap", shape, (group, *ffn))
     assert (group.weights, ffn[0].weights) == (96 * 96, 3 * 32 * 96)
     assert ranking.plan_at(0.9 * group.weights / shape.layer_weights).layers[0].kv_heads == (1, 2)
-    small = module_steps(shape, 1, "ffn", torch.arange(128.0), 8)[:9]
+    small = block_removals(shape, 1, "ffn", torch.arange(128.0), 8)[:9]
     ranking = Ranking("flap", shape, (group, *(s.at(1.0) for s in small)))
     plan = ranking.plan_at(2.5 * small[0].weights / shape.layer_weights)
     assert (plan.layers[0].kv_heads, len(plan.layers[1].ffn)) == ((0, 1, 2), 128 - 24)

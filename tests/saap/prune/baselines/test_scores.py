@@ -5,7 +5,8 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.prune.baselines.scores import TAYLOR, flap_scores, magnitude_scores, taylor_scores, wanda_scores
+from saap.prune.baselines.scores import flap_scores, magnitude_scores, taylor_scores, wanda_scores
+from saap.prune.options import TAYLOR
 from saap.prune.scores.activations import collect
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))

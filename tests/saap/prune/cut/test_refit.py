@@ -46,7 +46,7 @@ def dense(tiny_model):
 
 def test_nothing_is_nothing(dense):
     _, model, shape = dense
-    assert compensate("none", model, shape, halved(shape), IDS) == {}
+    assert dict(compensate("none", model, halved(shape), IDS)) == {}
 
 
 def test_biases_are_the_means_of_what_goes(dense):
@@ -56,7 +56,7 @@ def test_biases_are_the_means_of_what_goes(dense):
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(input_ids=IDS)
     handle.remove()
-    found = compensate("bias", model, shape, plan, IDS)
+    found = dict(compensate("bias", model, plan, IDS))
     assert sorted(found) == sorted(
         f"model.layers.{i}.{name}.bias" for i in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")
     )
@@ -70,8 +70,8 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     _, model, shape = dense
     monkeypatch.setattr("saap.prune.cut.refit.LAMBDAS", (0.1, 1.0))
     monkeypatch.setattr("saap.prune.cut.refit.ROWS", 1)
-    found = compensate("refit", model, shape, halved(shape), IDS)
-    on_the_way = compensate("refit", model, shape, halved(shape), IDS, last=False)
+    found = dict(compensate("refit", model, halved(shape), IDS))
+    on_the_way = dict(compensate("refit", model, halved(shape), IDS, last=False))
     layer = model.model.layers[0]
     seen = []
     handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -103,13 +103,13 @@ def test_only_the_last_step_fits_what_chose_lambda(tiny_model, tmp_path, monkeyp
 
     seen = []
     monkeypatch.setattr(module, "compensate", lambda *args, last, **kwargs: seen.append(last) or {})
-    module.prune(tiny_model(), tmp_path / "slim", IDS, module.PruneOptions(ratio=0.3, stages=3))
+    module.prune(tiny_model(), module.PruneOptions(ratio=0.3, stages=3), output=tmp_path / "slim", calibration=IDS)
     assert seen == [False, False, True]
 
 
 def test_a_refit_brings_what_the_model_says_closer_to_the_dense_one(dense, tmp_path):
     """On text that it did not see; channels that repeat others are made up for by those."""
-    path, _, shape = dense
+    path, *_ = dense
     model = load_model(path)
     for layer in model.model.layers:
         mlp = layer.mlp
@@ -120,7 +120,7 @@ def test_a_refit_brings_what_the_model_says_closer_to_the_dense_one(dense, tmp_p
     unseen = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(9))
     with torch.inference_mode():
         target = model(input_ids=unseen).logits
-    refit = compensate("refit", model, shape, plan, IDS)
+    refit = dict(compensate("refit", model, plan, IDS))
     with masked(model, dict(enumerate(plan.layers)), 16), torch.inference_mode():
         plain = model(input_ids=unseen).logits
         for name, tensor in refit.items():
@@ -134,7 +134,7 @@ def test_the_model_is_left_as_it_was_and_dropped_layers_are_renumbered(dense, tm
     path, model, shape = dense
     plan = halved(shape, drop=(1,))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = compensate(kind, model, shape, plan, IDS)
+    found = dict(compensate(kind, model, plan, IDS))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.model.layers[0].mlp.down_proj.bias is None
     assert {name.split(".")[2] for name in found} == {"0", "1"}
@@ -147,16 +147,16 @@ def test_the_model_is_left_as_it_was_and_dropped_layers_are_renumbered(dense, tm
 def test_a_whole_model_needs_no_compensation(dense):
     _, model, shape = dense
     plan = PrunePlan(tuple(whole_layer(sizes) for sizes in shape.layers))
-    assert compensate("refit", model, shape, plan, IDS) == {}
-    assert all(not bias.any() for bias in compensate("bias", model, shape, plan, IDS).values())
+    assert dict(compensate("refit", model, plan, IDS)) == {}
+    assert all(not bias.any() for bias in dict(compensate("bias", model, plan, IDS)).values())
 
 
 def test_a_lost_block_is_not_refitted_and_one_sequence_is_too_little_to_refit_on(dense):
     _, model, shape = dense
     whole = whole_layer(shape.layers[0])
     plan = PrunePlan((LayerPlan((), (), whole.ffn[:64]), whole, whole))
-    assert list(compensate("refit", model, shape, plan, IDS)) == ["model.layers.0.mlp.down_proj.weight"]
-    (alone,) = compensate("refit", model, shape, plan, IDS[:1]).values()
+    assert list(dict(compensate("refit", model, plan, IDS))) == ["model.layers.0.mlp.down_proj.weight"]
+    (alone,) = dict(compensate("refit", model, plan, IDS[:1])).values()
     assert torch.equal(alone, model.model.layers[0].mlp.down_proj.weight[:, :64])
 
 
@@ -167,10 +167,10 @@ def test_the_compensated_loss_is_that_of_the_model_that_would_be_written(dense, 
     plan = halved(shape, drop)
     unseen = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(9))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    losses = losses_compensated(kind, model, shape, plan, IDS, unseen)
+    losses = losses_compensated(kind, model, plan, IDS, unseen)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.model.layers[0].mlp.down_proj.bias is None
-    replaced = compensate(kind, model, shape, plan, IDS)
+    replaced = dict(compensate(kind, model, plan, IDS))
     slim = slim_model(path, tmp_path / "slim", plan, replaced, bias=kind == "bias")
     assert losses.tolist() == pytest.approx([mean_nll(slim, row[None]) for row in unseen], abs=1e-5)
     assert abs(losses.mean() - mean_nll(model, unseen)) > 1e-4

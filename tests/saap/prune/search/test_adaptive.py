@@ -9,10 +9,10 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_record
-from saap.prune.kept_stages import plan_of
 from saap.prune.options import PruneOptions
 from saap.prune.plan import Weighed
 from saap.prune.pruning import prune
+from saap.prune.record import plan_of
 from saap.prune.search.adaptive import adaptive_plan, weighed
 from saap.prune.search.budget import budget_for
 from saap.system.errors import UserError
@@ -30,7 +30,7 @@ def found(tiny_model, monkeypatch):
     asked: list[bool] = []
     said = {True: 0.0, False: 0.0}
 
-    def losses(kind, _model, _shape, each, scored, priced, _progress):
+    def losses(kind, _model, each, scored, priced, _progress):
         assert (kind, len(scored), len(priced)) == (REFIT, 14, 2)
         asked.append(attention_cut(each, shape))
         return torch.tensor([said[asked[-1]], said[asked[-1]] + 1])
@@ -102,13 +102,29 @@ def test_losses_that_are_not_finite_decide_nothing():
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, stream):
     labels: list[str] = []
+
+    def told(label, *_):
+        labels.append(label)
+
     options = PruneOptions(ratio=0.4, stages=1, stream=stream)
-    prune(tiny_model(), tmp_path / "slim", IDS, options, progress=lambda label, *_: labels.append(label))
+    prune(
+        tiny_model(),
+        options,
+        output=tmp_path / "slim",
+        calibration=IDS,
+        progress=lambda label, *_: labels.append(label),
+    )
     assert labels.count("trying a plan") == 2 * 3
     record = read_record(tmp_path / "slim")
     assert record["options"]["heads"] is None and len(record["plan"]["reasons"]["weighed"]) == 1
     assert plan_of(record["plan"]).reasons.record() == record["plan"]["reasons"]
     searched = replace(options, heads=True)
-    prune(tiny_model(), tmp_path / "searched", IDS, searched, progress=lambda label, *_: labels.append(label))
+    prune(
+        tiny_model(),
+        searched,
+        output=tmp_path / "searched",
+        calibration=IDS,
+        progress=lambda label, *_: labels.append(label),
+    )
     assert labels.count("trying a plan") == 2 * 3
     assert read_record(tmp_path / "searched")["options"]["heads"] is True

@@ -15,9 +15,9 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.baselines.methods import rank
+from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
-from saap.prune.search.milp import meet
 from saap.system.errors import UserError
 
 CONFIG: dict[str, Any] = {
@@ -226,7 +226,7 @@ def test_a_baseline_is_brought_to_a_requirement(tiny_model: Any, costs: Path, me
     path = tiny_model()
     ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(3))
     heads = method == "magnitude"
-    ranking = rank(method, load_model(path), DENSE, ids, heads=heads, block=32, seed=0)
+    ranking = rank(load_model(path), DENSE, ids, PruneOptions(method=method, heads=heads))
     options = PruneOptions(**given, costs=costs if "ms_per_token" in given else None)
     budget = budget_for(options, DENSE, read_config(path))
     kept = meet(ranking.plan_at, budget, DENSE).kept_shape(DENSE)

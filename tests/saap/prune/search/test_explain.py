@@ -12,11 +12,11 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed, whole_layer
 from saap.prune.pruning import prune
 from saap.prune.search.explain import after, layer_table, reasons_of, sentences, short, sizes_lost
-from saap.prune.search.milp import Module, Option, modules_of, solve
+from saap.prune.search.milp import Block, Option, blocks_of, solve
 from tests.saap.prune.search.test_milp import SHAPE, milliseconds, prices, weights
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
-FFN = Module(
+FFN = Block(
     1,
     "ffn",
     tuple(
@@ -42,7 +42,7 @@ def test_the_ends_have_no_further_step():
     whole, gone = (reasons_of([FFN], [FFN.options[i]], "weights").blocks[0] for i in (3, 4))
     assert whole.last is None and whole.saved == whole.price == 0 and whole.next.per_unit == 0.1
     assert gone.next is None and gone.saved == 40 and gone.last == Move(LayerSizes(0, 0, 0), 7.5, 20)
-    only = Module(0, "ffn", (FFN.options[3],))
+    only = Block(0, "ffn", (FFN.options[3],))
     (kept,) = reasons_of([only], [only.options[0]], "weights").blocks
     assert kept.last is kept.next is kept.quarter is None
 
@@ -54,12 +54,12 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
     random = np.random.default_rng(seed)
     rises = np.sort(random.random((4, 3)), axis=1)
     modules = [
-        Module(i, "ffn", tuple(
+        Block(i, "ffn", tuple(
             Option(LayerPlan((), (), tuple(range(4 - n))), float(rise[:n].sum()), float(4 - n)) for n in range(4)
         ))
         for i, rise in enumerate(rises)
     ]  # fmt: skip
-    modules.append(Module(0, "attention", (Option(LayerPlan((0,), (0,), ()), 0.0, 0.0),)))
+    modules.append(Block(0, "attention", (Option(LayerPlan((0,), (0,), ()), 0.0, 0.0),)))
     found = reasons_of(modules, solve(modules, weights(16.0 - steps)), "weights")
     order = np.sort(rises.ravel())
     assert found.dearest_taken.last.per_unit == pytest.approx(order[steps - 1])
@@ -68,7 +68,7 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
 
 @pytest.mark.parametrize("budget", [weights(0.6 * SHAPE.layer_weights), milliseconds(3.2)], ids=["weights", "ms"])
 def test_savings_and_prices_add_up_to_the_plan_s(budget):
-    modules = modules_of(SHAPE, prices(1), 32, frozenset(), budget)
+    modules = blocks_of(SHAPE, prices(1), budget, PruneOptions())
     chosen = solve(modules, budget)
     found = reasons_of(modules, chosen, budget.unit)
     slim = budget.fixed + sum(option.cost for option in chosen)
@@ -119,7 +119,7 @@ def test_pruned_again_prices_and_savings_add_up():
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_record_of_a_slim_model_has_the_reasons(tiny_model, tmp_path, steps):
     options = PruneOptions(ratio=0.4, stages=steps, compensate="none")
-    plan = prune(tiny_model(), tmp_path / "slim", IDS, options)
+    plan = prune(tiny_model(), options, output=tmp_path / "slim", calibration=IDS).plan
     record = read_record(tmp_path / "slim")["plan"]
     blocks = record["reasons"]["blocks"]
     assert sum(b["price"] for b in blocks) == pytest.approx(record["price_nats"]) and record["price_nats"] > 0

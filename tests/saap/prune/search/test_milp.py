@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.baselines.plans import meet
+from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
 from saap.prune.search.budget import Budget, StepTime, Weights
 from saap.prune.search.layer_costs import CostTable
-from saap.prune.search.milp import Prices, check_floor, meet, modules_of, plan_from, solve
+from saap.prune.search.milp import Prices, blocks_of, check_floor, plan_from, solve
 from saap.system.errors import UserError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
@@ -25,7 +27,7 @@ def milliseconds(limit):
 
 
 def options_of(prices, budget, keep=frozenset()):
-    return modules_of(SHAPE, prices, 32, keep, budget)
+    return blocks_of(SHAPE, prices, budget, PruneOptions(keep_layers=keep))
 
 
 def solved(prices, budget, keep=frozenset()):
@@ -117,12 +119,12 @@ def test_interaction_spreads_the_removal():
 def test_the_named_floor_can_be_met_and_less_cannot():
     keep = frozenset({1})
     floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
-    check_floor(SHAPE, 32, keep, False, milliseconds(floor))
+    check_floor(SHAPE, milliseconds(floor), PruneOptions(keep_layers=keep))
     assert milliseconds(floor).meets(solved(prices(modules=False), milliseconds(floor), keep).kept_shape(SHAPE))
     with pytest.raises(UserError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
-        check_floor(SHAPE, 32, keep, False, milliseconds(floor - 0.01))
+        check_floor(SHAPE, milliseconds(floor - 0.01), PruneOptions(keep_layers=keep))
     with pytest.raises(UserError, match=r"the smallest that these options allow is 1\.4 ms"):
-        check_floor(SHAPE, 32, frozenset(), True, milliseconds(1.3))
+        check_floor(SHAPE, milliseconds(1.3), PruneOptions(modules=True))
 
 
 def uniform(share):

@@ -5,15 +5,20 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
+from saap.prune.options import PruneOptions
 from saap.prune.plan import whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.importance import estimate
 from saap.prune.search.masking import masked, mean_nll, without_attention
-from saap.prune.search.prices import fit_prices
+from saap.prune.search.prices import Losses, fit_prices
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
+
+
+def fitted(model, fused, modules=False, **how):
+    return fit_prices(Losses(model, IDS[2:], **how), fused, PruneOptions(modules=modules))
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_mean_nll_is_the_models_own_loss(scored):
 
 def test_module_prices_are_measured_losses(scored):
     model, shape, fused = scored
-    prices = fit_prices(model, shape, fused, IDS[2:], modules=True)
+    prices = fitted(model, fused, modules=True)
     base = mean_nll(model, IDS[2:])
     with masked(model, {1: without_attention(whole_layer(shape.layers[1]))}, 16):
         increase = mean_nll(model, IDS[2:]) - base
@@ -40,8 +45,8 @@ def test_module_prices_are_measured_losses(scored):
 
 
 def test_prices_rank_as_the_scores_do(scored):
-    model, shape, fused = scored
-    prices = fit_prices(model, shape, fused, IDS[2:])
+    model, _, fused = scored
+    prices = fitted(model, fused)
     for kind in ("ffn", "head", "group"):
         for priced, score in zip(getattr(prices, kind), fused[kind], strict=True):
             assert (priced.argsort(kind="stable") == score.double().numpy().argsort(kind="stable")).all()
@@ -50,44 +55,44 @@ def test_prices_rank_as_the_scores_do(scored):
 
 
 def test_the_model_is_as_it_was(scored):
-    model, shape, fused = scored
+    model, _, fused = scored
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit_prices(model, shape, fused, IDS[2:], modules=True)
+    fitted(model, fused, modules=True)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_progress_ends_at_its_total(scored):
-    model, shape, fused = scored
+    model, _, fused = scored
     for modules in (False, True):
         seen = []
-        fit_prices(model, shape, fused, IDS[2:], modules=modules, progress=lambda *a, seen=seen: seen.append(a))
+        fitted(model, fused, modules=modules, progress=lambda *a, seen=seen: seen.append(a))
         assert [done for _, done, _ in seen] == [*list(range(len(seen) - 1)), seen[-1][2]]
         assert len(seen) == seen[-1][2] + 1
 
 
 def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
-    model, shape, fused = scored
-    first = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    model, _, fused = scored
+    first = fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
     calls = []
     monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: calls.append(1) or 1.0)
-    again = fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    again = fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
     assert not calls
     for kind in ("ffn", "head", "group"):
         assert all((a == b).all() for a, b in zip(getattr(first, kind), getattr(again, kind), strict=True))
-    fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("others", IDS[2:]))
+    fitted(model, fused, known=KnownLosses("others", IDS[2:]))
     count = len(calls)
     assert 3 <= count <= 7
     for path in (tmp_path / "scores").glob("*.json"):
         path.write_text("[torn")
-    fit_prices(model, shape, fused, IDS[2:], known=KnownLosses("weights", IDS[2:]))
+    fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
     assert len(calls) == 2 * count
 
 
 def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, monkeypatch):
     """Half of each increase makes half the prices; modules stay at the loss where they are silenced."""
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
-    model, shape, fused = scored
+    model, _, fused = scored
     base, plans = mean_nll(model, IDS[2:]), []
 
     def priced(factor):
@@ -97,11 +102,11 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
             return base + factor * sum((1 - heads) ** 2 + (1 - ffn) for heads, ffn in kept)
 
         known = KnownLosses("weights", IDS[2:], {"factor": factor})
-        return fit_prices(model, shape, fused, IDS[2:], modules=True, compensated=loss, known=known)
+        return fitted(model, fused, modules=True, compensated=loss, known=known)
 
     whole, half, again = priced(1.0), priced(0.5), priced(0.5)
     assert len(plans) == 10, "the second time they are known"
-    assert half.no_ffn == fit_prices(model, shape, fused, IDS[2:], modules=True).no_ffn
+    assert half.no_ffn == fitted(model, fused, modules=True).no_ffn
     for kind in ("ffn", "head", "group"):
         assert half.alpha[kind] == pytest.approx(whole.alpha[kind], rel=1e-3)
         for one, two, third in zip(getattr(half, kind), getattr(whole, kind), getattr(again, kind), strict=True):
@@ -109,7 +114,7 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
 
 
 def test_a_price_is_never_made_of_a_loss_that_is_not_finite(scored, monkeypatch):
-    model, shape, fused = scored
+    model, _, fused = scored
     monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: float("nan"))
     with pytest.raises(UserError, match="the loss is nan"):
-        fit_prices(model, shape, fused, IDS[2:])
+        fitted(model, fused)
