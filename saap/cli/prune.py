@@ -97,7 +97,8 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     if not speaks():
         return
     show_plan(out, budget)
-    result = prune_directory(name or model, options, output=out, calibration=rows, progress=console.report)
+    if asked.explain and result.plan.reasons:
+        show_reasons(result.plan.reasons, options)
 
 
 def for_this_machine(asked: PruneCommand) -> PruneOptions:

@@ -1,7 +1,7 @@
 """Pruning: score every structure, search for the plan that meets a budget, cut, and refit what remains.
 
-``scores/`` says how important a structure is, ``search/`` what to keep, ``cut/`` carries it out, ``baselines/`` holds the
-methods that SAAP is compared with. :mod:`saap.prune.pruning` leads through them.
+``scores/`` says how important a structure is, ``search/`` what to keep, ``cut/`` carries it out, ``baselines/`` holds
+the methods that SAAP is compared with. :mod:`saap.prune.pruning` leads through them.
 """
 
 from typing import TYPE_CHECKING
