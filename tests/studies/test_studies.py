@@ -9,6 +9,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from bench.judge.confirm import Confirmed
 from bench.measure.result import INVALID
 from devices.probe.host import probe
 from export.generate.run import BundleScorer
+from saap.cli.main import cli
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
@@ -33,8 +35,10 @@ from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Block, Option
 from studies.common import with_tables
+from studies.field import rows as field
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
+from studies.large import study as large
 from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
@@ -104,6 +108,29 @@ def test_a_gain_is_of_examples_and_seeds():
         100 * np.mean([(o[t] - p[t]).mean() for o, p in zip(ours, theirs, strict=True) for t in o])
     )
     assert [low, high] == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.5)
+
+
+def commands_of_studies():
+    """The command lines of saap that studies run."""
+    learned = ["--teacher", "t", "--tokens", "1", "--seed", "0", "--learning-rate", "6e-3"]
+    yield from large.phases(Path("place"), steps=1).values()
+    for options in field.OPTIONS.values():
+        yield ["prune", "m", "-o", "slim", "--ratio", "0.2", "--seed", "0", "--sequences", "64", *options]
+    yield ["tune", "m", "-o", "tuned", *learned]
+    yield ["export", "m", "-o", "bundle", "--text", "t", "--parity", "none"]
+    yield ["eval", "b", "--text", "t", "--chunk", "128", "--max-chunks", "3", "--join", "paragraphs", "--json", "j"]
+    yield ["eval", "b", "--tasks", "piqa", "--task-dir", "d", "--max-examples", "3", "--json", "j"]
+    yield ["bench", "a", "b", "-p", "1", "-n", "2", "-t", "1", "-r", "6", "--no-cold", "--json", "j"]
+    yield ["bench", "b", "-t", "1", "-r", "6", "--no-cold", "--on", "ssh://board", "--board-packages"]
+    yield ["report", "a", "--history", "folder", "-o", "page"]
+
+
+@pytest.mark.parametrize("words", commands_of_studies(), ids=lambda words: words[0])
+def test_commands_of_studies_have_options_that_there_are(words):
+    context, command, rest = click.Context(cli), cli, [str(word) for word in words]
+    while isinstance(command, click.Group):
+        _, command, rest = command.resolve_command(context, rest)
+    command.make_parser(click.Context(command)).parse_args(list(rest))
 
 
 def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
