@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench.measure.result import Result
 from bench.measure.store import result_from_dict
+from devices.common.documents import Document
 from devices.common.errors import UserError
-from devices.common.files import parse_json, with_checksum, without_checksum, write_text
+from devices.common.files import write_text
 
-FORMAT = 1
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
 
 
@@ -32,7 +32,7 @@ class OtherDeviceError(RegressionError):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What one model was on one device, in one or more runs of the same setting."""
+    """The document: what one model was on one device, in one or more runs of the same setting."""
 
     name: str
     results: list[Result]
@@ -97,8 +97,7 @@ def writable_folder(folder: Path) -> Path:
 def write_baseline(folder: Path, baseline: Baseline) -> Path:
     """Write beside and rename; an older one of the same name and device is replaced."""
     path = checked_folder(folder) / f"{_stem(baseline.name)}.{baseline.fingerprint}.json"
-    document = {"baseline": FORMAT, "name": baseline.name, "results": [asdict(result) for result in baseline.results]}
-    write_text(path, json.dumps(with_checksum(document), allow_nan=False) + "\n")
+    write_text(path, BASELINE.text(baseline, indent=None) + "\n")
     return path
 
 
@@ -109,7 +108,7 @@ def read_baselines(folder: Path, name: str) -> list[Baseline]:
         RegressionError: there is none, or one is damaged.
     """
     files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
-    found = [b for b in map(_read, files) if b.name == name]
+    found = [b for b in map(BASELINE.read, files) if b.name == name]
     if not found:
         known = sorted(set(_names(folder)))
         others = f"; it has {', '.join(known)}" if known else ""
@@ -123,24 +122,24 @@ def _names(folder: Path) -> Iterator[str]:
     """Of all baselines; another file beside them is no error."""
     for path in folder.glob("*.json"):
         with contextlib.suppress(RegressionError):
-            yield _read(path).name
-
-
-def _read(path: Path) -> Baseline:
-    try:
-        raw = without_checksum(parse_json(path.read_text(encoding="utf-8")))
-        if raw["baseline"] != FORMAT:
-            raise ValueError(f"format {raw['baseline']!r}, this saap reads {FORMAT}")
-        results = [result_from_dict(result) for result in raw["results"]]
-        if not results or any(len(result.measurements) != 1 for result in results):
-            raise ValueError("not one measurement a run")
-        return Baseline(str(raw["name"]), results)
-    except OSError as error:
-        raise RegressionError(f"cannot read {path}: {error.strerror}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise RegressionError(f"{path} is no baseline or damaged ({error}): record it again, or remove it") from None
+            yield BASELINE.read(path).name
 
 
 def _stem(name: str) -> str:
     """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
+
+
+def _with_results(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"name": raw["name"], "results": [result_from_dict(result) for result in raw["results"]]}
+
+
+def _check(baseline: Baseline) -> None:
+    if not baseline.results or any(len(result.measurements) != 1 for result in baseline.results):
+        raise ValueError("not one measurement a run")
+
+
+BASELINE = Document(
+    Baseline, "device", "record it again, or remove it", version="baseline", upgrade=_with_results, check=_check,
+    error=RegressionError,
+)  # fmt: skip

@@ -293,10 +293,20 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     assert len(baseline.pooled.measurements[0].samples) == 20
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"baseline": 9}', "[1]", '{"baseline": 1, "name": "x", "results": []}'])
-def test_a_damaged_baseline_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is damaged .Expecting value"),
+        ("[1]", "is damaged .not an object"),
+        ("{}", "has device baseline None, this saap reads 1"),
+        ('{"baseline": 9}', "has device baseline 9, this saap reads 1"),
+        ('{"baseline": 1, "name": "x"}', "is damaged .'results'"),
+        ('{"baseline": 1, "name": "x", "results": []}', "is damaged .not one measurement a run"),
+    ],
+)
+def test_a_damaged_baseline_is_named(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "tiny.abc.json").write_text(text)
-    with pytest.raises(RegressionError, match=r"tiny\.abc\.json is no baseline or damaged"):
+    with pytest.raises(RegressionError, match=rf"tiny\.abc\.json {why}.*: record it again, or remove it"):
         read_baselines(tmp_path, "tiny")
 
 
