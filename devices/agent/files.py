@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 from devices.agent.home import AgentError
 
@@ -133,7 +133,7 @@ class Store:
         return file.with_name(file.name + ".part")
 
 
-def inside(name: Any) -> Path:
+def inside(name: object) -> Path:
     """A relative path that stays where it is put.
 
     Raises:

@@ -11,10 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from devices.agent.files import Store, inside
 from devices.agent.home import AgentError, guarded, write_json
+
+if TYPE_CHECKING:
+    from devices.agent.requests import Installation, InstallRequest
 
 READY = "ready.json"
 KEPT = 2  # installations, this one included
@@ -40,7 +43,7 @@ def agent_folder(folder: Path, key: str) -> Path:
     return folder / f"agent-{key}"
 
 
-def ready(folder: Path, key: str, beat: Callable[[], None]) -> dict[str, Any] | None:
+def ready(folder: Path, key: str, beat: Callable[[], None]) -> Installation | None:
     """Its python and versions, or None where it is not whole or does not run any more; ``beat`` is called meanwhile."""
     place = agent_folder(folder, key)
     try:
@@ -55,12 +58,8 @@ def ready(folder: Path, key: str, beat: Callable[[], None]) -> dict[str, Any] | 
     return {"python": python, "versions": versions}
 
 
-def install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
+def install(folder: Path, request: InstallRequest, beat: Callable[[], None]) -> Installation:
     """The installation of a key, made where it is missing; an unfinished one is made anew.
-
-    Args:
-        request: key; code, the sha256 of a stored JSON object of path -> text; requirements; wheels, name -> sha256,
-            or None for the board's index; own, whether it gets a venv (else the Python that runs this is used).
 
     Raises:
         AgentError: no venv module, no index and no wheels, or a package that is not there.
@@ -69,7 +68,7 @@ def install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> 
         return ready(folder, request["key"], beat) or _install(folder, request, beat)
 
 
-def _install(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
+def _install(folder: Path, request: InstallRequest, beat: Callable[[], None]) -> Installation:
     place, store = agent_folder(folder, request["key"]), Store(folder)
     shutil.rmtree(place, ignore_errors=True)
     try:
@@ -109,7 +108,7 @@ def _venv(place: Path, beat: Callable[[], None]) -> str:
     return str(place / "bin/python")
 
 
-def _fill(python: str, place: Path, store: Store, request: dict[str, Any], beat: Callable[[], None]) -> None:
+def _fill(python: str, place: Path, store: Store, request: InstallRequest, beat: Callable[[], None]) -> None:
     source: list[str] = []
     if request["wheels"] is not None:
         wheels = place / "wheels"

@@ -27,20 +27,33 @@ from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from devices.agent.files import Store, free, full
 from devices.agent.home import AgentError, Lock, boot_id, home, started
 from devices.agent.install import install, ready
 from devices.agent.run import end, fetch, follow, start, sweep
 
+if TYPE_CHECKING:
+    from devices.agent.requests import (
+        FollowRequest,
+        HeldRequest,
+        HelloAnswer,
+        Installation,
+        InstallRequest,
+        PutRequest,
+        Request,
+        TakeAnswer,
+        TakeRequest,
+    )
+
 MARK = "saap-agent-1 "
 EVERY_S = 1.0
 GONE_S = 60  # without a byte of a file that is being sent; the other side gives a connection up sooner
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[[dict[str, object]], None]
 
 
-def hello(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def hello(folder: Path, request: Request, tell: Tell) -> HelloAnswer:
     """What a preflight asks: bytes, seconds since the epoch.
 
     Raises:
@@ -59,7 +72,7 @@ def hello(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     }
 
 
-def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def take(folder: Path, request: TakeRequest, tell: Tell) -> TakeAnswer:
     """The lock; then which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
 
     Raises:
@@ -85,7 +98,7 @@ def take(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     return {"missing": missing, "installed": agent is not None}
 
 
-def put(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def put(folder: Path, request: PutRequest, tell: Tell) -> dict[str, bool]:
     """A file, or the rest of one.
 
     A computer that lost its network says nothing, and sshd may wait for it for hours: whoever waits for its bytes ends
@@ -108,27 +121,27 @@ def put(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     return {"whole": True}
 
 
-def held(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def held(folder: Path, request: HeldRequest, tell: Tell) -> dict[str, int | None]:
     """Bytes that are here of one file; None when it is whole."""
     return {"held": Store(folder, _beat(Lock(folder, request["root"]), tell)).held(request["sha"])}
 
 
-def installs(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def installs(folder: Path, request: InstallRequest, tell: Tell) -> Installation:
     """The installation of a key, made where it is missing."""
     beat = _beat(Lock(folder, request["root"]), tell)
     return install(folder, request, beat)
 
 
-def follows(folder: Path, request: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def follows(folder: Path, request: FollowRequest, tell: Tell) -> dict[str, object]:
     """A run, until it has ended."""
     for told in follow(folder, request):
-        if "done" in told:
-            return dict(told["done"])
+        if isinstance(done := told.get("done"), dict):
+            return done
         tell(told)
     raise AgentError("the run is gone")
 
 
-REQUESTS: dict[str, Callable[[Path, dict[str, Any], Tell], dict[str, Any]]] = {
+REQUESTS: dict[str, Callable[[Path, Any, Tell], object]] = {
     "hello": hello,
     "take": take,
     "held": held,
@@ -145,7 +158,7 @@ def main() -> None:
     """Answer the request on standard input."""
     try:
         request = json.loads(sys.stdin.buffer.readline())
-        answer: dict[str, Any] = {"answer": REQUESTS[request["do"]](home(), request, say)}
+        answer: dict[str, object] = {"answer": REQUESTS[request["do"]](home(), request, say)}
     except AgentError as error:
         answer = {"error": str(error), "again": error.again}
     except BrokenPipeError:
@@ -160,7 +173,7 @@ def main() -> None:
         os._exit(1)
 
 
-def say(document: dict[str, Any]) -> None:
+def say(document: dict[str, object]) -> None:
     """One line to the other side."""
     sys.stdout.write(MARK + json.dumps(document) + "\n")
     sys.stdout.flush()

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devices.agent.files import Store, free, full
 from devices.agent.home import (
@@ -34,6 +34,9 @@ from devices.agent.home import (
     write_json,
 )  # fmt: skip
 from devices.agent.install import agent_folder, environment, ready
+
+if TYPE_CHECKING:
+    from devices.agent.requests import FetchAnswer, FollowRequest, RunRequest, StartRequest
 
 BEAT_S = 2.0
 HUNG_S = 120.0  # without a beat of a supervisor that still runs
@@ -54,12 +57,10 @@ def run_folder(folder: Path, run: str) -> Path:
     return folder / "runs" / run
 
 
-def start(folder: Path, request: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def start(folder: Path, request: StartRequest, beat: Callable[[], None] = lambda: None) -> dict[str, str | None]:
     """Lay out the bundles and start the supervisor, once: a second call for the same run changes nothing.
 
     Args:
-        request: run, key, bundles (each: name, files as relative path -> sha256), job (what the measuring process
-            gets), root, lease_s.
         beat: called while files are copied.
 
     Raises:
@@ -69,7 +70,7 @@ def start(folder: Path, request: dict[str, Any], beat: Callable[[], None] = lamb
         return _start(folder, request, beat)
 
 
-def _start(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
+def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dict[str, str | None]:
     place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
     if not lock.holds(request["run"]):
         raise AgentError("another run has taken the board meanwhile: measure again")
@@ -102,7 +103,7 @@ def _start(folder: Path, request: dict[str, Any], beat: Callable[[], None]) -> d
     return {"boot_id": boot}
 
 
-def follow(folder: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
     """What happens in a run from a byte of its progress on, a beat at least every other second, and how it ended.
 
     Raises:
@@ -141,7 +142,7 @@ def _why_gone(folder: Path) -> str:
     return full(folder) if free(folder) < LEAST_FREE else "its process was killed there"
 
 
-def fetch(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def fetch(folder: Path, request: RunRequest) -> FetchAnswer:
     """The result's text and its sha256."""
     path = run_folder(folder, request["run"]) / "result.json"
     try:
@@ -151,7 +152,7 @@ def fetch(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return {"result": text.decode("utf-8", "replace"), "sha256": hashlib.sha256(text).hexdigest()}
 
 
-def end(folder: Path, request: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def end(folder: Path, request: RunRequest, beat: Callable[[], None] = lambda: None) -> dict[str, bool]:
     """End the run where it still goes on, remove it, give up the lock. May be asked again.
 
     A start whose connection was cut is waited for; one that comes later finds the lock gone.

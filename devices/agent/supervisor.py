@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from devices.agent.home import Lock, below, kill, modified, read_json, write_json
 from devices.agent.run import BEAT_S, END_S, LEASE_S, run_folder
@@ -71,7 +70,7 @@ class Supervisor:
                 job.wait(BEAT_S)
                 return True
 
-    def _how(self, code: int) -> dict[str, Any]:
+    def _how(self, code: int) -> dict[str, object]:
         if code == 0:
             return {"code": 0}
         with (self.place / "stderr.txt").open("rb") as said:
