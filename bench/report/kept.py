@@ -61,7 +61,7 @@ def _prices(plan: Mapping[str, Any], layers: int) -> Any:
     return found if blocks else None
 
 
-def kept_picture(kept: Kept) -> str:
+def kept_plot(kept: Kept) -> str:
     """Rows of structures by columns of layers, filled by what is kept, and below bars of what that cost."""
 
     def draw(axes: Any) -> None:
@@ -129,13 +129,13 @@ def _draw_prices(axes: Any, prices: Any) -> None:
     _key(axes, ncols=len(BLOCKS))
 
 
-def told_shares(kept: Kept) -> str:
+def shares_text(kept: Kept) -> str:
     """What is kept over all layers, in words, for who does not see the picture."""
     parts = zip(ROWS, kept.totals, strict=True)
     return ", ".join(f"{title} {100 * total:.0f} %" for (_, title), total in parts if not np.isnan(total))
 
 
-def told_threshold(plan: Mapping[str, Any]) -> str | None:
+def threshold_text(plan: Mapping[str, Any]) -> str | None:
     """The dearest step that was taken and the cheapest one that was left, in words; None where that is not known."""
     reasons = as_dict(plan.get("reasons"))
     taken, left = (as_float(reasons.get(key)) for key in ("dearest_taken", "cheapest_left"))

@@ -27,7 +27,7 @@ from bench.measure.result import Result
 from bench.measure.store import read_result
 from bench.report import plots
 from bench.report.headline import Entry, cards_of, entries_of, pair_of
-from bench.report.kept import kept_of, kept_picture, told_shares, told_threshold
+from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
 from bench.report.quality import sections_of, tradeoffs
 from bench.report.tables import detail_table
 from devices.common.files import write_text
@@ -162,10 +162,10 @@ def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
     kept = kept_of(plan)
     return {
         "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
-        "svg": Markup(kept_picture(kept)) if kept else None,
-        "label": f"What is kept: {told_shares(kept)}" if kept else None,
+        "svg": Markup(kept_plot(kept)) if kept else None,
+        "label": f"What is kept: {shares_text(kept)}" if kept else None,
         "priced": bool(kept and kept.prices is not None),
-        "threshold": told_threshold(plan),
+        "threshold": threshold_text(plan),
     }
 
 

@@ -86,7 +86,7 @@ def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         scores = [_score(found.get((model, name), {})) for name in names]
         known = [value for value, _ in scores if value is not None]
         mean = sum(known) / len(known) if len(known) == len(names) else None
-        rows.append([model, *map(_told, scores), UNKNOWN if mean is None else percent(mean)])
+        rows.append([model, *map(_score_text, scores), UNKNOWN if mean is None else percent(mean)])
     counts = {
         name: max(len(as_list(row.get("examples"))) for row in tasks if plain(row.get("task")) == name)
         for name in names
@@ -165,7 +165,7 @@ def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
 
 
-def _told(score: tuple[float | None, float | None]) -> str:
+def _score_text(score: tuple[float | None, float | None]) -> str:
     value, error = score
     if value is None:
         return UNKNOWN

@@ -123,7 +123,7 @@ class Case(NamedTuple):
     name: str
     kind: str | None
     why: str  # type of the failure, such as slower
-    told: str
+    text: str
 
 
 def comparison_junit(comparison: Comparison) -> str:
@@ -147,11 +147,11 @@ def junit(suite_name: str, cases: Sequence[Case]) -> str:
     suite = ElementTree.Element("testsuite", {"name": suite_name, **counts})
     for case in cases:
         names = {"classname": suite_name.replace(" ", "."), "name": _for_xml(case.name)}
-        element, told = ElementTree.SubElement(suite, "testcase", names), _for_xml(case.told)
+        element, words = ElementTree.SubElement(suite, "testcase", names), _for_xml(case.text)
         if case.kind is None:
-            ElementTree.SubElement(element, "system-out").text = told
+            ElementTree.SubElement(element, "system-out").text = words
         else:
-            ElementTree.SubElement(element, case.kind, {"type": case.why, "message": told}).text = told
+            ElementTree.SubElement(element, case.kind, {"type": case.why, "message": words}).text = words
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)
