@@ -84,7 +84,7 @@ def test_an_old_result_compares_with_itself_and_is_shown(tmp_path: Path) -> None
 
 
 def test_an_old_table_of_costs_prices_a_layer_and_a_pruning(tmp_path: Path) -> None:
-    table = read_costs(OLD / "cost.json", shape_of(read_config(OLD / "dense")), bits=4, block=32)
+    table = read_costs(OLD / "cost.json", shape_of(read_config(OLD / "dense")), bits=4, group_size=32)
     raw = document(OLD / "cost.json")["threads"][0]
     ms = {(cost["query_heads"], cost["kv_heads"]): cost["ms"] for cost in raw["attention"]}
     ms |= {cost["width"]: cost["ms"] for cost in raw["ffn"]}
