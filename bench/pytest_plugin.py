@@ -78,8 +78,7 @@ class Device:
             lambda plan: self._run(bundle, plan),
             on=self.url,
             here=None if self.url else probe()["fingerprint"],
-            limits=Limits(speed=min_effect),
-            max_time_s=self.max_time_s,
+            limits=Limits(speed=min_effect, max_time_s=self.max_time_s),
         )
         self.tests.append(test)
         broken = [sentence(check) for check in test.checks if check.verdict in (WORSE, NOT_COMPARABLE)]

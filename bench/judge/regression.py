@@ -49,12 +49,13 @@ Measure = Callable[[Plan], Result]  # a run of the model on the device, wherever
 
 @dataclass(frozen=True)
 class Limits:
-    """Smallest relative changes that count, as fractions."""
+    """Smallest relative changes that count, as fractions, and how long each run of a test may take."""
 
     speed: float = 0.05
     memory: float = 0.05
     load: float = 0.25  # the page cache and the disk take part in it
     energy: float = 0.10
+    max_time_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,6 @@ def retest(
     on: str | None = None,
     here: str | None = None,
     limits: Limits | None = None,
-    max_time_s: float = 120.0,
 ) -> DeviceTest:
     """Measure again and judge against the baseline of this device.
 
@@ -142,21 +142,25 @@ def retest(
     if here is not None and all(b.fingerprint != here for b in found):
         raise OtherDeviceError(f"no baseline of {name} is of this device: {_differing(found, None)}; {HOW}")
     chosen = next((b for b in found if b.fingerprint == here), None) or next((b for b in found if b.on == on), found[0])
-    plan = replace(plan_of(chosen), max_time_s=max_time_s)
-    first = measure(plan)
+    limits = limits or Limits()
+    first = measure(_plan_of(chosen, limits))
     same = next((b for b in found if b.fingerprint == first.device.get("fingerprint")), None)
     if same is None:
         raise OtherDeviceError(f"no baseline of {name} is of this device: {_differing(found, first)}; {HOW}")
     if plan_of(same) != plan_of(chosen):  # recorded with other lengths or another text
-        first = measure(replace(plan_of(same), max_time_s=max_time_s))
-    limits, results = limits or Limits(), [first]
+        first = measure(_plan_of(same, limits))
+    results = [first]
     checks = judge_all(same.pooled, first, limits)
     if any(check.verdict == WORSE for check in checks):
-        results.append(measure(replace(plan_of(same), max_time_s=max_time_s)))
+        results.append(measure(_plan_of(same, limits)))
         if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
             raise OtherDeviceError(f"the device changed between two runs: {differs}; test again")
         checks = _confirmed(checks, judge_all(same.pooled, results[1], limits))
     return DeviceTest(same, checks, results)
+
+
+def _plan_of(baseline: Baseline, limits: Limits) -> Plan:
+    return replace(plan_of(baseline), max_time_s=limits.max_time_s)
 
 
 def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:

@@ -79,8 +79,7 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
                 measure(bundle, held, console),
                 on=held["url"],
                 here=None if held["url"] else probe()["fingerprint"],
-                limits=Limits(speed=options["min_effect"]),
-                max_time_s=options["max_time_s"],
+                limits=Limits(speed=options["min_effect"], max_time_s=options["max_time_s"]),
             )
     except OtherDeviceError as error:
         if junit_path is not None:
