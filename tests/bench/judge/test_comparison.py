@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.bench_samples import measurement, result, sample
 
+from bench.judge import compare
 from bench.judge.comparison import (
     CompareError,
     Comparison,
-    compare,
     compare_within,
     confirm,
     decisive_values,
@@ -18,6 +19,7 @@ from bench.judge.comparison import (
 )
 from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
 from bench.measure.result import INVALID, Result
+from bench.measure.store import write_result
 
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]
 
@@ -36,6 +38,13 @@ def test_verdicts(scale: float, min_effect: float, verdict: str) -> None:
     assert row.ratio == pytest.approx(scale) and row.speedup == pytest.approx(1 / scale)
     assert row.low <= row.ratio <= row.high
     assert (row.p_value < 0.05) == (scale != 1.0)
+
+
+def test_files_compare_as_the_results_in_them(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for path, scale in ((old, 1.0), (new, 1.25)):
+        write_result(path, _run(scale))
+    assert compare(old, str(new)) == compare(_run(1.0), _run(1.25)) and compare(old, new).regressed
 
 
 def test_noise_wider_than_the_difference_is_the_same() -> None:
