@@ -32,8 +32,7 @@ from saap.models.checkpoint import read_record
 from saap.models.resolve import copy_sidecars
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
-from saap.system.outputs import writing_directory
+from saap.system.files import read_object, writing_directory
 
 
 def export_bundle(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle.tokenizer import BundleTokenizer
-from saap.models.gguf.convert import CONTROL, END_TOKENS, USER_DEFINED
+from saap.models.gguf import CONTROL, END_TOKENS, USER_DEFINED
 from saap.system.errors import UserError
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # tokenizer.ggml.token_type

@@ -18,7 +18,7 @@ from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.models.checkpoint import read_record
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
-from saap.system.outputs import writing_file
+from saap.system.files import writing_file
 
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype

@@ -26,7 +26,7 @@ from export.source import ModelSource, Precision
 from export.write import make_manifest, transformers_config
 from saap.models.architectures import traits_of
 from saap.models.resolve import copy_sidecars
-from saap.system.outputs import writing_directory
+from saap.system.files import writing_directory
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked

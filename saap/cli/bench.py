@@ -14,8 +14,8 @@ from devices.common.files import write_text
 from saap.cli.compare import compare_quality_step
 from saap.cli.console import Console, print_table
 from saap.system.errors import UserError
+from saap.system.files import read_object
 from saap.system.interrupt import ended_as_by_a_person
-from saap.system.json_files import read_object
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison

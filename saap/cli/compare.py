@@ -9,7 +9,7 @@ import click
 
 from saap.cli.console import print_table, shown
 from saap.system.errors import UserError
-from saap.system.json_files import write_document
+from saap.system.files import write_document
 
 
 def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from saap.cli.console import Console, print_table
+from saap.system.files import check_place
 from saap.system.interrupt import ended_as_by_a_person
-from saap.system.json_files import check_place
 
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 

@@ -86,7 +86,7 @@ def evaluate_models(paths: list[Path], options: EvalOptions, json_path: Path | N
     """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
     from bench.judge.quality import KIND, VERSION
     from saap.models.resolve import resolve
-    from saap.system.json_files import check_place
+    from saap.system.files import check_place
 
     if json_path is not None:
         check_place(json_path)
@@ -111,7 +111,7 @@ def evaluate_models(paths: list[Path], options: EvalOptions, json_path: Path | N
 
 def _keep(document: dict[str, Any], path: Path | None) -> None:
     """Before anything is shown, so that what took hours is there whatever happens then."""
-    from saap.system.json_files import write_document
+    from saap.system.files import write_document
 
     if path is not None:
         write_document(path, document)
@@ -122,7 +122,7 @@ def scorer_of(path: Path, threads: int) -> Score:
     import torch
 
     from saap.evaluate.perplexity import torch_scorer
-    from saap.models.opening import open_model
+    from saap.models.streaming import open_model
 
     if is_bundle(path):
         bundle = _bundle_scorer(path, threads)
@@ -138,7 +138,7 @@ def quality_of(paths: dict[str, Path], windows: Windows, reference: str | None, 
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.needs import eval_needs
-    from saap.models.opening import whole_needs
+    from saap.models.streaming import whole_needs
     from saap.system.needs import check_memory, fits
     from saap.system.precision import fast_float32
 
@@ -186,8 +186,8 @@ def continuation_model(path: Path) -> Callable[[Progress | None], ContinuationMo
 
     from saap.evaluate.continuations import cached_continuations, torch_continuations
     from saap.evaluate.tasks import ContinuationModel
-    from saap.models.opening import open_model
     from saap.models.resolve import load_tokenizer
+    from saap.models.streaming import open_model
 
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = load_tokenizer(path)

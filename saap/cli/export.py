@@ -67,7 +67,7 @@ def export_model(model: str | Path, out: Path, options: ExportOptions, console: 
         UserError: options that do not go together, or no such model.
     """
     from saap.models.resolve import resolve
-    from saap.system.outputs import check_output
+    from saap.system.files import check_output
 
     if options.target != "gguf":
         check_output(out)

@@ -20,7 +20,7 @@ from export.generate.options import GenerateOptions
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
+from saap.system.files import read_object
 
 if TYPE_CHECKING:
     from export.generate.chat import Conversation

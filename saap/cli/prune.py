@@ -15,7 +15,7 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 from saap.prune.options import PruneOptions
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
+from saap.system.files import read_object
 
 if TYPE_CHECKING:
     from saap.prune.plan import Reasons
@@ -77,7 +77,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
-    from saap.system.outputs import check_output
+    from saap.system.files import check_output
     from saap.text.rows import training_rows
 
     options = for_this_machine(asked)

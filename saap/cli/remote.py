@@ -13,8 +13,8 @@ import click
 from saap.cli.bench import NOTHING_MEASURED, PLAN, STDOUT, keep, show_reasons, show_result
 from saap.cli.console import Console, print_table
 from saap.system.errors import UserError
+from saap.system.files import read_object
 from saap.system.interrupt import ended_as_by_a_person
-from saap.system.json_files import read_object
 
 
 def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, Any], console: Console) -> int:

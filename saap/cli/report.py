@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
+from saap.system.files import read_object
 
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:

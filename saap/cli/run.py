@@ -116,7 +116,7 @@ def run(model: str, out: Path, options: RunOptions) -> None:
       saap run smollm2-135m -o out/demo --ratio 0.2
       saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
     """
-    from saap.system.outputs import claimed
+    from saap.system.files import claimed
 
     with Console() as console, claimed(out):
         run_all(model, out, options, console)
@@ -157,7 +157,7 @@ class _State:
         """
         import hashlib
 
-        from saap.system.json_files import write_document
+        from saap.system.files import write_document
 
         self.number += 1
         key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -180,8 +180,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of
-    from saap.system.json_files import write_document
-    from saap.system.outputs import check_output
+    from saap.system.files import check_output, write_document
 
     options.prune.options.check_requirement()
     options.tuning.options.check()
@@ -424,7 +423,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     from saap import __version__
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
-    from saap.system.json_files import write_document
+    from saap.system.files import write_document
 
     out = state.out
     state.run["versions"] = {

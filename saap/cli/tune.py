@@ -65,7 +65,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     """Tune, and show the losses."""
     from saap.models.checkpoint import read_record
     from saap.models.resolve import resolve
-    from saap.system.outputs import check_output, claimed
+    from saap.system.files import check_output, claimed
     from saap.system.processes import is_main_process
     from saap.text.tuning_rows import tuning_rows
     from saap.tune.tuning import tune as tune_directory

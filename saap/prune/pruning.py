@@ -31,9 +31,9 @@ from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
+from saap.system.files import check_output, claimed
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
-from saap.system.outputs import check_output, claimed
 from saap.system.precision import fast_float32
 from saap.text.rows import Rows, training_rows
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from devices.common.progress import Progress
-from saap.models.opening import open_writer
 from saap.models.resolve import load_tokenizer
+from saap.models.streaming import open_writer
 from saap.system.errors import UserError
 from saap.text.documents import Documents, Split, load_documents, pack, self_written
 from saap.text.windows import Cut, Windows, given_windows, windows_of

@@ -25,8 +25,8 @@ from devices.common.files import cache_directory
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
-from saap.models.opening import open_model
 from saap.models.resolve import load_tokenizer
+from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.sealed_tensors import load_sealed, save_sealed

@@ -30,8 +30,8 @@ from saap.models.weight_files import weights_hash
 from saap.quantize.groups import check_blocks
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
+from saap.system.files import check_output
 from saap.system.needs import check_memory, fits
-from saap.system.outputs import check_output
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
 from saap.text.tuning_rows import IGNORED, TuningRows, held_out

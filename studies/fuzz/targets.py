@@ -228,7 +228,7 @@ def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
     from devices.common.gguf_header import read_header
     from export.bundle.external_data import check_external_data
-    from saap.models.gguf.convert import read_tokenizer_fields
+    from saap.models.gguf import read_tokenizer_fields
     from saap.models.weight_files import tensor_reader
     from saap.system.sealed_tensors import load_sealed
     from studies.fuzz import seeds

@@ -71,7 +71,7 @@ def sum_of(phase: str, place: Path) -> float | None:
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.needs import eval_needs
-    from saap.models.opening import whole_needs
+    from saap.models.streaming import whole_needs
     from saap.models.weight_files import weights_bytes
     from saap.prune.needs import prune_needs
     from saap.quantize.bundle_size import bundle_size

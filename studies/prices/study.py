@@ -47,7 +47,7 @@ def run(variant: Variant, draw: int | None = None) -> None:
     from saap.models.resolve import resolve
     from saap.models.weight_files import weights_hash
     from saap.prune.search.budget import budget_for
-    from saap.system.json_files import write_json
+    from saap.system.files import write_json
     from studies.prices.measure import DRAW, judged
     from studies.pruning.measure import Texts, options_of
 

@@ -41,7 +41,7 @@ def make_costs(setup: Setup) -> None:
 
 def table_runtime(costs: Path) -> str:
     """The ONNX Runtime of the table, of any machine: what quality is measured of may be made anywhere."""
-    from saap.system.json_files import read_object
+    from saap.system.files import read_object
 
     return str(read_object(costs, "make it with `studies.speedup.study costs`")["device"]["onnxruntime"])
 

@@ -51,7 +51,7 @@ class Setup:
 
     def write(self, name: str, cell: Cell) -> None:
         """Write beside and rename."""
-        from saap.system.json_files import write_json
+        from saap.system.files import write_json
 
         write_json(self.cells / f"{name}.json", cell)
 

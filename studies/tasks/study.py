@@ -102,7 +102,7 @@ def run(tasks: list[str], who: list[str], again: bool) -> None:
     import torch
 
     from saap.models.resolve import resolve
-    from saap.system.json_files import write_json
+    from saap.system.files import write_json
 
     model_dir = resolve("smollm2-135m")
     for task in tasks:

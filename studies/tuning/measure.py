@@ -18,7 +18,7 @@ from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
-from saap.system.json_files import write_json
+from saap.system.files import write_json
 from saap.text.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.tune.loop.steps import train
 from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune

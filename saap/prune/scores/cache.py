@@ -22,7 +22,7 @@ from saap.prune.plan import LayerPlan
 from saap.prune.scores.importance import Scores
 from saap.prune.shares import shares
 from saap.system.errors import UserError
-from saap.system.json_files import read_object, write_document
+from saap.system.files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
 FORMAT = 2  # counts up when the same settings would give other numbers

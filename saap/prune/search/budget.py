@@ -24,7 +24,7 @@ from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
+from saap.system.files import read_object
 
 ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group-size or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much

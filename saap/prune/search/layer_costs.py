@@ -17,7 +17,7 @@ import numpy as np
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
-from saap.system.json_files import read_object
+from saap.system.files import read_object
 
 SCHEMA = 1
 KIND = "saap costs"

@@ -25,7 +25,7 @@ from bench.runtimes.specs import read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.clients import write_genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
-from saap.models.gguf.convert import read_tokenizer_fields
+from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -31,7 +31,7 @@ from saap.prune.scores.cache import KnownLosses, cached_scores
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
-from saap.system.json_files import read_object, write_document
+from saap.system.files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.teacher import teacher_targets
 from tests.saap.prune.search.test_layer_costs import SHAPE, document
@@ -198,7 +198,7 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
 
 
 def test_the_cache_of_converted_models_is_made_anew(tmp_path):
-    from saap.models.cache import cached
+    from saap.models.integrity import cached
 
     built = []
 

@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 import torch
 from support.command_line import here
 
-from saap.models import cache as model_cache
+from devices.common.files import cache_directory
 from saap.models import packaged
 from saap.models.checkpoint import read_config
-from saap.models.gguf.convert import byte_level_bpe, read_tokenizer_fields, write_tokenizer
+from saap.models.gguf import byte_level_bpe, read_tokenizer_fields, write_tokenizer
+from saap.models.integrity import cached
 from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
 from saap.system.errors import UserError
 
@@ -196,13 +197,13 @@ def test_interrupted_build_leaves_nothing_and_dead_leftovers_go(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model_cache.cached(entry, fail, "0")
+        cached(entry, fail, "0")
     assert list(entry.parent.iterdir()) == []
     dead = entry.parent / ".other.building-4194304"  # above the largest pid Linux gives
     alive = entry.parent / f".another.building-{os.getppid()}"
     dead.mkdir()
     alive.mkdir()
-    model_cache.cached(entry, lambda out: (out / "whole").write_text("x"), "0")
+    cached(entry, lambda out: (out / "whole").write_text("x"), "0")
     assert sorted(path.name for path in entry.parent.iterdir()) == [alive.name, "entry"]
 
 
@@ -288,11 +289,11 @@ def test_package_index_that_does_not_answer(tmp_path, monkeypatch):
 
 def test_cache_directory(monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", "/somewhere")
-    assert model_cache.cache_directory() == Path("/somewhere")
+    assert cache_directory() == Path("/somewhere")
     monkeypatch.delenv("SAAP_CACHE")
     if sys.platform == "linux":
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-        assert model_cache.cache_directory() == Path("/xdg/saap")
+        assert cache_directory() == Path("/xdg/saap")
 
 
 def test_sidecars_travel_but_weights_and_config_do_not(tiny_model, tmp_path):

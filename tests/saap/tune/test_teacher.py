@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saap.models.checkpoint import load_model
-from saap.models.opening import open_model
+from saap.models.streaming import open_model
 from saap.system.errors import UserError
 from saap.tune import teacher as teacher_module
 from saap.tune.losses import bucket_shares, distillation_loss

@@ -19,11 +19,11 @@ from export.write import export_bundle
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.system.errors import UserError
-from saap.system.outputs import beside, claimed, put_in_place, writing_directory, writing_file
+from saap.system.files import beside, claimed, put_in_place, writing_directory, writing_file
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 HOLDER = (
-    "import sys; from saap.system.outputs import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
+    "import sys; from saap.system.files import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from saap.models.gguf.spm import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
+from saap.models.gguf import CONTROL, NORMAL, USER_DEFINED, spm_tokenizer
 
 SENTENCES = [
     "The lowest of the new towers is wider than the older one in the lower town.",

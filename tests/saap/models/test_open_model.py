@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 from support.command_line import here
 
 from saap.cli import eval as eval_command
-from saap.models import opening
+from saap.models import streaming
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear
-from saap.models.opening import open_model, open_writer, whole_needs
-from saap.models.streaming import is_streamed
+from saap.models.streaming import is_streamed, open_model, open_writer, whole_needs
 from saap.system import needs
 from saap.system.errors import UserError
 from saap.tune import tuning
@@ -61,7 +60,7 @@ def test_eval_gives_the_same_numbers(tiny_model, tmp_path, monkeypatch):
     text.write_text("one two three four five six seven eight nine ten " * 400)
     common = ("eval", path, "--text", text, "--chunk", "32", "--max-chunks", "6", "--json")
     here(*common, tmp_path / "whole.json")
-    for module in (eval_command, opening):  # of a model this small the logits are what would not fit
+    for module in (eval_command, streaming):  # of a model this small the logits are what would not fit
         monkeypatch.setattr(module, "fits", lambda whole: False)
     here(*common, tmp_path / "layers.json")
     whole, layers = (json.loads((tmp_path / f"{name}.json").read_text())["rows"][0] for name in ("whole", "layers"))
