@@ -1,4 +1,4 @@
-r"""A model with a fault planted: slower by some layers, or saying one token for another.
+r"""A model with a planted fault: slower by some layers, or one token in place of another.
 
     python -m studies.bench.slower_model smollm2-135m out/s4 9,3,1280 9,3,1280        # 4.4 % slower
     python -m studies.bench.slower_model smollm2-135m out/s6 9,3,1792 9,3,1792        # 6.2 %

@@ -1,4 +1,4 @@
-"""Show that the bench can be believed: its bars, measured on this machine, one finished trial a line of JSON.
+"""Can the bench be believed? Its bars, measured on this machine, one finished trial per line of JSON.
 
     python -m studies.bench.study overhead BUNDLE                     harness against a bare ONNX Runtime loop
     python -m studies.bench.study llama FILE.gguf LLAMA_BENCH         adapter against llama.cpp's own bench

@@ -1,4 +1,4 @@
-"""What float32 products by oneDNN instead of MKL give (saap.system.precision), as ratios of runs in turn.
+"""Float32 products by oneDNN against MKL (saap.system.precision), as ratios of alternating runs.
 
     python -m studies.float32.study products     # a minute: products of several sizes, with the error of each way
     python -m studies.float32.study prune        # `saap prune` of SmolLM2 on 16 sequences, in processes of its own

@@ -36,7 +36,7 @@ MEMORY, SLOW_S = 2 << 30, 5.0
 
 
 class FindingError(Exception):
-    """A document that a parser does not stand."""
+    """A document that a parser does not handle."""
 
 
 def once(target: Target, data: bytes) -> float:

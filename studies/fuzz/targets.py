@@ -1,4 +1,4 @@
-"""What fuzz.py feeds: every parser of a file or an answer that somebody else may have written, with valid documents.
+"""Every parser of a file or an answer that somebody else may have written, with valid documents for it.
 
 A target reads bytes. It may return, or raise an error that is meant for a person (with ``exit_code``); anything else
 is a finding.

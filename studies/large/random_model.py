@@ -1,4 +1,4 @@
-"""A LLaMA-shaped checkpoint of random weights in bf16 shards: the real ones are not packaged for everybody.
+"""A LLaMA-shaped checkpoint of random weights in bf16 shards: the real ones are not packaged.
 
     python -m studies.large.random_model 7B out/llama-7b            # 13.5 GB; 1.1B, 3B, 7B, 13B, or any sizes below
     python -m studies.large.random_model 7B out/llama-7b --layers 8

@@ -6,7 +6,7 @@
 
 ``make`` needs pip, a C++ compiler and about 1 GB. It leaves in WORKDIR: llama.cpp built for this machine's CPU and
 onnxruntime-genai in ``venv``; the packaged Q4_1 GGUF and a Q4_0 of it, whose embedding keeps the type that llama.cpp's
-quantiser gives it by default; the int4 graph of genai's own model builder, with one table for embedding and head
+quantizer gives it by default; the int4 graph of genai's own model builder, with one table for embedding and head
 (its default) and with two. What is there already is not made again.
 
 ``measure`` runs all of them and the bundles interleaved, and writes one result document per thread
@@ -56,7 +56,7 @@ def make(work: Path) -> None:
     fetch(work)
     if not (work / Q4_0).is_file():
         partial = work / f"{Q4_0}.partial"
-        run(python, HERE / "quantise.py", work / Q4_1, partial)
+        run(python, HERE / "quantize.py", work / Q4_1, partial)
         partial.replace(work / Q4_0)
     for name, options in GRAPHS.items():
         build(work, name, options)
@@ -104,7 +104,7 @@ def build(work: Path, name: str, options: list[str]) -> None:
 
 
 def describe(work: Path) -> None:
-    """What types the quantiser chose."""
+    """What types the quantizer chose."""
     from devices.common.gguf_header import read_header
 
     for name in (Q4_1, Q4_0):

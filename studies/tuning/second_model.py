@@ -1,4 +1,4 @@
-"""A small LLaMA trained from scratch, to check conclusions about quantisation on weights that were never integers.
+"""A small LLaMA trained from scratch, to check conclusions about quantization on weights that were never integers.
 
     python -m studies.tuning.second_model -o out/second              # 7 M parameters, about 35 minutes on one core
     python -m studies.tuning.study cell model=out/second fold=scale

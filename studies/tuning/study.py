@@ -1,4 +1,4 @@
-"""What tuning recovers: one small JSON per cell, so that a table may take more than one sitting.
+"""What tuning recovers: one small JSON per cell, so a table may take several runs.
 
     python -m studies.tuning.study cell fold=scale                    # one cell; any of the settings below
     python -m studies.tuning.study run                                # all rows; hours on two cores

@@ -1,4 +1,4 @@
-"""The tests with the oldest and the newest of everything, and on every Python that is at hand.
+"""The tests with the oldest and the newest versions of everything, and on every Python found here.
 
     python -m studies.versions.study run               # all rows, an hour or two; results in cells/versions.json
     python -m studies.versions.study run --rows lowest
