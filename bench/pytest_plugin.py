@@ -23,7 +23,9 @@ import pytest
 
 if TYPE_CHECKING:
     from bench.judge.regression import DeviceTest
+    from bench.measure.options import BenchOptions
     from bench.measure.result import Result
+    from bench.remote.target import Target
 
 FIXTURE, MARK = "saap_device", "device"
 HERE = ("local", "local://")
@@ -34,26 +36,26 @@ class Device:
     """A device under test.
 
     Attributes:
-        url: of a board, None for this host.
+        target: a board, or this host.
         baselines: folder of ``saap devices baseline``.
         tests: all checks so far.
     """
 
-    url: str | None
+    target: Target
     baselines: Path
     max_time_s: float
     tests: list[DeviceTest] = field(default_factory=list)
 
-    def measure(self, bundle: str | Path, **plan: Any) -> Result:
-        """A bench run of one bundle; ``plan`` are fields of ``bench.measure.plan.Plan``.
+    def measure(self, bundle: str | Path, **options: Any) -> Result:
+        """A bench run of one bundle; ``options`` are fields of ``bench.measure.BenchOptions``.
 
         Raises:
             AssertionError: the result is INVALID, so nothing can be said of it.
         """
-        from bench.measure.plan import Plan
+        from bench.measure.options import BenchOptions
         from bench.measure.result import INVALID
 
-        result = self._run(bundle, Plan(**{"max_time_s": self.max_time_s, **plan}))
+        result = self._run(bundle, BenchOptions(**{"max_time_s": self.max_time_s, **options}))
         for m in result.measurements:
             if m.status == INVALID:  # no assert statement: python -O leaves those out
                 raise AssertionError(f"{m.name} on {self}: INVALID: {'; '.join(m.reasons)}")
@@ -69,15 +71,15 @@ class Device:
         from bench.judge.regression import Limits, retest
         from bench.judge.verdict import NOT_COMPARABLE, WORSE
         from bench.report.verdicts import sentence
-        from bench.runtimes.specs import PREPACKED
+        from bench.runtimes.peers import PREPACKED
         from devices.probe.host import probe
 
         test = retest(
             self.baselines,
             name or Path(str(bundle).removeprefix(PREPACKED)).resolve().name,  # as the commands name it
-            lambda plan: self._run(bundle, plan),
-            on=self.url,
-            here=None if self.url else probe()["fingerprint"],
+            lambda options: self._run(bundle, options),
+            on=self.target.url,
+            here=None if self.target.url else probe()["fingerprint"],
             limits=Limits(speed=min_effect, max_time_s=self.max_time_s),
         )
         self.tests.append(test)
@@ -87,19 +89,10 @@ class Device:
         return test
 
     def __str__(self) -> str:
-        return self.url or "this host"
+        return self.target.url or "this host"
 
-    def _run(self, bundle: str | Path, plan: Any) -> Result:
-        from bench.measure.run import bench
-        from bench.remote.bench import bench_on
-
-        if self.url is None:
-            return bench([str(bundle)], plan)
-        (answer,) = bench_on([self.url], [str(bundle)], plan)
-        if answer.error is not None:
-            raise answer.error
-        assert answer.result is not None
-        return answer.result
+    def _run(self, bundle: str | Path, options: BenchOptions) -> Result:
+        return self.target.bench([str(bundle)], options)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -137,16 +130,16 @@ def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
         pytest.skip("no device: name one with --saap-device local or --saap-device ssh://user@host")
     baselines = Path(request.config.getoption("--saap-baselines") or request.config.invocation_params.dir / DEFAULT)
     with ExitStack() as ends:
-        there = None if url in HERE else _kept(url, ends)
-        yield Device(there, baselines, request.config.getoption("--saap-max-time"))
+        device = _opened(None if url in HERE else url, ends)
+        yield Device(device, baselines, request.config.getoption("--saap-max-time"))
 
 
-def _kept(url: str, ends: ExitStack) -> str:
-    """The board, the same one for all tests; what names none is refused before anything is measured."""
-    from bench.remote.ways import kept
+def _opened(url: str | None, ends: ExitStack) -> Target:
+    """The device, the same one for all tests; what names none is refused before anything is measured."""
+    from bench.remote.target import target
     from devices.transport import BoardError
 
     try:
-        return ends.enter_context(kept(url, print))  # pytest shows it where a test fails
+        return ends.enter_context(target(url, say=print))  # pytest shows it where a test fails
     except BoardError as error:
         raise pytest.UsageError(f"--saap-device: {error}") from None

@@ -28,7 +28,7 @@ from support.remote_runs import OPTIONS, running
 from support.slim_integers import WIDE
 from support.sshd import Sshd
 
-from bench.measure.store import read_result
+from bench.measure.result import read_result
 from devices.common.gguf_header import read_header
 from export.bundle.manifest import verify_files
 from export.gguf.write import export_gguf

@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 from bench.judge.baselines import read_baselines
 from bench.judge.regression import DeviceTest, retest
-from bench.measure.result import Result
-from bench.measure.store import read_result
+from bench.measure.result import Result, read_result
 from export.bundle.manifest import verify_files
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config

@@ -1,17 +1,15 @@
 """Time probe stacks on this device: what the parts of a decoder layer cost, at every size.
 
 A stack is a bundle in which every second layer takes another size than the model's (``export.graph.probe_stacks``).
-Four
-stacks take their steps in turns in one process, so that what the machine does meanwhile hits all of them. Where the
-weights come to lie in memory is worth some per cent too, and another matter in every process; so processes are many,
-short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their steps.
+Four stacks take their steps in turns in one process, so that what the machine does meanwhile hits all of them. Where
+the weights come to lie in memory is worth some per cent too, and another matter in every process; so processes are
+many, short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their steps.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,23 +19,22 @@ import numpy as np
 import psutil
 
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
+from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
 from bench.measure.child import ChildFailedError, call
-from bench.measure.cores import choose_cores
+from bench.measure.cores import choose_cores, physical_cores
 from bench.measure.result import command_line
 from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.onnxruntime import check_threads
+from devices.common.documents import Document
 from devices.common.errors import UserError
-from devices.common.files import with_checksum, write_text
+from devices.common.files import write_text
 from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.manifest import BundleManifest, read_manifest
 
 SCHEMA = 1
 KIND = "saap costs"
-DEPTH = 192  # positions in the cache: the middle of 128 tokens after a prompt of 128
-ROUNDS = 8
-SECONDS = 2.0  # of steps in one process
 TOGETHER = 4  # stacks in one process, the base among them
 COPIES = 2.5  # memory of a session over the bytes of its weights: mapped, and packed
 
@@ -46,38 +43,58 @@ class CostsError(UserError):
     """The costs cannot be measured here; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class CostModel:
+    """Of which model and precision costs are."""
+
+    model_type: str
+    hidden: int
+    head_dim: int
+    vocab: int
+    bits: int
+    block: int  # weights per scale; 0 at 32 bits
+    head_bits: int | None  # of the output head
+    kv_dtype: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """``cost.json``: what the parts of a decoder layer take on a device, and the raw steps that say so."""
+
+    created: str  # ISO 8601, UTC
+    command: list[str]
+    versions: dict[str, str]
+    device: dict[str, Any]  # ``devices.probe.host.probe()`` as it was
+    model: CostModel
+    depth: int  # tokens in the cache
+    stacks: list[Stack]  # the base first
+    threads: list[ThreadCosts]  # one per thread count
+    on: str | None = None  # the board's address, None for this host
+    kind: str = KIND
+    schema: int = SCHEMA
+
+
 def measure_costs(
-    bundles: Sequence[Path],
-    threads: Sequence[int],
-    *,
-    depth: int = DEPTH,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
-    timeout_s: float = 600,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Time probe stacks; the document that :func:`write_costs` writes.
+    bundles: Sequence[Path], options: CostsOptions | None = None, *, progress: Progress | None = None
+) -> Costs:
+    """Time probe stacks.
 
     Args:
         bundles: the stacks, the base first, as ``export.graph.probe_stacks.write_probe_stacks`` returns them.
-        threads: counts, each measured by itself.
-        depth: positions in the cache at the first step of every turn.
-        rounds: fresh processes that time each stack.
-        seconds: that one process takes steps for, after loading.
-        timeout_s: limit of one process.
         progress: called as (label, done, total) in processes.
 
     Raises:
-        CostsError: no threads, too many, too little memory, a depth beyond the context, or a worker that fails.
+        CostsError: too little memory, a depth beyond the context, or a worker that fails.
         DecoderError: more threads than cores.
     """
+    options = options or CostsOptions()
+    threads = list(dict.fromkeys(options.threads or (physical_cores(),)))
     manifests = [read_manifest(path) for path in bundles]
     stacks = read_stacks(manifests)
     for count in threads:
         check_threads(count)
-    check_depth(manifests[0], depth)
-    together = _stacks_together(manifests[0].weight_bytes_per_token)
-    groups = schedule(len(stacks), rounds, together)
+    check_depth(manifests[0], options.depth)
+    groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
     device: dict[str, Any] = {**probe()}
     tables = []
     for turn, count in enumerate(threads):
@@ -85,13 +102,22 @@ def measure_costs(
         for index, group in enumerate(groups):
             if progress:
                 progress(f"timing operators, {count} threads", turn * len(groups) + index, len(threads) * len(groups))
-            job = CostsJob([str(bundles[i]) for i in group], count, cpus, depth, seconds)
-            processes.append(_process(job, group, timeout_s))
+            job = CostsJob([str(bundles[i]) for i in group], count, cpus, options.depth, options.seconds)
+            processes.append(_process(job, group, options.timeout_s))
         bandwidth = probe_bandwidth(cpus, device.get("last_level_cache_bytes"))
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
     if progress:
         progress("timing operators", len(threads) * len(groups), len(threads) * len(groups))
-    return _document(manifests[0], stacks, device, depth, tables)
+    return Costs(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command_line(),
+        versions=dict(_versions()),
+        device=device,
+        model=described(manifests[0]),
+        depth=options.depth,
+        stacks=stacks,
+        threads=tables,
+    )
 
 
 def check_depth(base: BundleManifest, depth: int) -> None:
@@ -131,35 +157,18 @@ def _process(job: CostsJob, group: list[int], timeout_s: float) -> CostProcess:
     return CostProcess(group, answer["samples_ns"], answer["waited_ns"])
 
 
-def _document(
-    manifest: BundleManifest, stacks: list[Stack], device: dict[str, Any], depth: int, tables: list[ThreadCosts]
-) -> dict[str, Any]:
-    return {
-        "kind": KIND,
-        "schema": SCHEMA,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line(),
-        "versions": dict(_versions()),
-        "device": device,
-        "model": described(manifest),
-        "depth": depth,
-        "stacks": [asdict(stack) for stack in stacks],
-        "threads": [asdict(table) for table in tables],
-    }
-
-
-def described(manifest: BundleManifest) -> dict[str, Any]:
-    """Of which model and precision costs are."""
-    return {
-        "model_type": manifest.model_type,
-        "hidden": manifest.hidden_size,
-        "head_dim": manifest.head_dim,
-        "vocab": manifest.vocab_size,
-        "bits": manifest.bits,
-        "block": manifest.block,
-        "head_bits": manifest.lineage.get("head_bits"),
-        "kv_dtype": manifest.kv_dtype,
-    }
+def described(manifest: BundleManifest) -> CostModel:
+    """What a bundle says of its model and precision."""
+    return CostModel(
+        model_type=manifest.model_type,
+        hidden=manifest.hidden_size,
+        head_dim=manifest.head_dim,
+        vocab=manifest.vocab_size,
+        bits=manifest.bits,
+        block=manifest.block,
+        head_bits=manifest.lineage.get("head_bits"),
+        kv_dtype=manifest.kv_dtype,
+    )
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -170,6 +179,22 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue  # a copied tree, or a build of ONNX Runtime under another name
 
 
-def write_costs(path: str | Path, document: dict[str, Any]) -> None:
-    """Write the document beside ``path`` and rename it into place."""
-    write_text(Path(path), json.dumps(with_checksum(document), allow_nan=False) + "\n")
+def write_costs(path: str | Path, costs: Costs) -> None:
+    """Write the document, one line, beside ``path`` and rename it into place."""
+    write_text(Path(path), COSTS.text(costs, indent=None) + "\n")
+
+
+def _check(costs: Costs) -> None:
+    if costs.kind != KIND:
+        raise ValueError(f"{costs.kind!r} is no table of costs")
+
+
+COSTS = Document(
+    Costs,
+    "costs",
+    "measure it again with `saap devices probe --costs`",
+    version="schema",
+    versions=(SCHEMA,),
+    check=_check,
+    error=CostsError,
+)

@@ -9,9 +9,7 @@ a busy machine it is most of the noise, and no cost of the operators.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bench.measure.child import job_and_tell
 from bench.measure.cores import pin
 from bench.runtimes.onnxruntime import Logits, OrtDecoder
 
@@ -118,20 +117,19 @@ def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
 
 def main() -> None:
     """Read the job from stdin, write the nanoseconds of every step to stdout."""
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    job = CostsJob(**json.load(sys.stdin))
+    given, tell = job_and_tell()
+    job = CostsJob(**given)
     pin(job.cpus)
     decoders = [PlacedDecoder(path, job.threads, job.depth + TURN, verify=False) for path in job.paths]
     take_turns(decoders, job.depth, 0)  # warm-up
     with waiting_clock() as waited:
         taken = take_turns(decoders, job.depth, job.seconds, waited=waited)
-    samples = {
-        "samples_ns": [[[step.ns for step in turn] for turn in turns] for turns in taken],
-        "waited_ns": [[[step.waited_ns for step in turn] for turn in turns] for turns in taken],
-    }
-    answer.write(json.dumps(samples) + "\n")
-    answer.flush()
+    tell(
+        {
+            "samples_ns": [[[step.ns for step in turn] for turn in turns] for turns in taken],
+            "waited_ns": [[[step.waited_ns for step in turn] for turn in turns] for turns in taken],
+        }
+    )
 
 
 if __name__ == "__main__":

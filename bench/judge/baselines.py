@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.measure.result import Result
-from bench.measure.store import result_from_dict
+from bench.measure.result import Result, result_from_dict
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text

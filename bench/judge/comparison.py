@@ -10,9 +10,8 @@ from typing import Any
 
 from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_values
 from bench.judge.wording import plain, threads
-from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.result import INVALID, Measurement, Result, read_result
 from bench.measure.statistics import typical
-from bench.measure.store import read_result
 from devices.common.errors import UserError
 
 DECODE, PREFILL = "decode", "prefill"

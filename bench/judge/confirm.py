@@ -13,9 +13,9 @@ from pathlib import Path
 from bench.judge.comparison import Comparison, compare, compare_within
 from bench.judge.comparison import confirm as confirm_rows
 from bench.judge.verdict import SLOWER, Verdict, confirmed
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import Measurement, Result
-from bench.measure.run import bench
+from bench.measure.run import measure
 from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.manifest import BundleError, read_manifest
@@ -33,7 +33,7 @@ class Confirmed:
 
 def compare_live(
     specs: Sequence[str],
-    plan: Plan,
+    plan: BenchOptions,
     min_effect: float = 0.02,
     *,
     confirm: bool = True,
@@ -48,20 +48,20 @@ def compare_live(
         confirm: run once more where something looks slower, and say so only when that run agrees.
 
     Raises:
-        as bench.measure.run.bench.
+        as bench.measure.run.measure.
     """
-    first = bench(specs, plan, names=names, progress=progress)
+    first = measure(specs, plan, names=names, progress=progress)
     base, other = dict.fromkeys(m.name for m in first.measurements)
     comparison = compare_within(first, base, other, min_effect)
     if not (confirm and comparison.regressed):
         return Confirmed(comparison, [first])
-    second = bench(specs, replace(plan, cold=False), names=[base, other], progress=progress)
+    second = measure(specs, replace(plan, cold=False), names=[base, other], progress=progress)
     again = compare_within(second, base, other, min_effect)
     return Confirmed(confirm_rows(comparison, again), [first, second])
 
 
 def confirm_files(
-    comparison: Comparison, old: Result, new: Result, plan: Plan, *, progress: Progress | None = None
+    comparison: Comparison, old: Result, new: Result, plan: BenchOptions, *, progress: Progress | None = None
 ) -> Confirmed:
     """Measure again what two result files call slower.
 
@@ -84,7 +84,7 @@ def confirm_files(
             rows.append(replace(row, reason=f"not confirmed: {obstacle}"))
             continue
         both = _gone(before, old, here) is None
-        fresh = bench(
+        fresh = measure(
             [before.spec, after.spec] if both else [after.spec],
             _plan_of(after, new, plan),
             names=["old", "new"] if both else [before.name],
@@ -115,7 +115,7 @@ def _gone(m: Measurement, result: Result, here: str) -> str | None:
     return None if manifest.content_hash == m.bundle_hash else f"{m.spec} is another bundle now"
 
 
-def _plan_of(m: Measurement, result: Result, plan: Plan) -> Plan:
+def _plan_of(m: Measurement, result: Result, plan: BenchOptions) -> BenchOptions:
     return replace(
         plan,
         prompt=m.n_prompt,

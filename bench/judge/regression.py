@@ -35,7 +35,7 @@ from bench.judge.verdict import (
     judge_values,
 )
 from bench.measure.answers import NLL_TOLERANCE, answer_of
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
 from bench.measure.statistics import typical
 
@@ -44,7 +44,7 @@ AGAIN = 2  # times a run that is INVALID is measured once more: most of what mak
 LEAST_TEXT = 8  # tokens: fewer say little
 HOW = "record one here with `saap devices baseline BUNDLE`"
 
-Measure = Callable[[Plan], Result]  # a run of the model on the device, wherever that is
+Measure = Callable[[BenchOptions], Result]  # a run of the model on the device, wherever that is
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DeviceTest:
 
 
 def record(
-    name: str, measure: Measure, plan: Plan, runs: int = RUNS, say: Callable[[str], None] | None = None
+    name: str, measure: Measure, plan: BenchOptions, runs: int = RUNS, say: Callable[[str], None] | None = None
 ) -> Baseline:
     """Measure a new baseline; a run that is INVALID is measured again, ``AGAIN`` times at most.
 
@@ -107,7 +107,7 @@ def record(
     return Baseline(name, results)
 
 
-def _valid_run(number: int, measure: Measure, plan: Plan, say: Callable[[str], None] | None) -> Result:
+def _valid_run(number: int, measure: Measure, plan: BenchOptions, say: Callable[[str], None] | None) -> Result:
     for left in reversed(range(AGAIN + 1)):
         result = measure(plan)
         (m,) = result.measurements
@@ -159,7 +159,7 @@ def retest(
     return DeviceTest(same, checks, results)
 
 
-def _plan_of(baseline: Baseline, limits: Limits) -> Plan:
+def _plan_of(baseline: Baseline, limits: Limits) -> BenchOptions:
     return replace(plan_of(baseline), max_time_s=limits.max_time_s)
 
 
@@ -172,12 +172,12 @@ def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verd
     ]
 
 
-def plan_of(baseline: Baseline) -> Plan:
+def plan_of(baseline: Baseline) -> BenchOptions:
     """The setting that a baseline was recorded in."""
     result = baseline.results[0]
     (m,) = result.measurements
     answered = answer_of(result)
-    return Plan(
+    return BenchOptions(
         prompt=m.n_prompt,
         generate=m.n_gen,
         depth=m.n_depth,
@@ -191,7 +191,7 @@ def plan_of(baseline: Baseline) -> Plan:
     )
 
 
-def _check(plan: Plan, runs: int) -> None:
+def _check(plan: BenchOptions, runs: int) -> None:
     if len(plan.settings()) != 1:
         raise RegressionError("a baseline is of one setting: give one prompt length, one depth and one thread count")
     if len(plan.text) < LEAST_TEXT:

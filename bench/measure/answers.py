@@ -7,33 +7,29 @@ Results differ between instruction sets (int8 kernels sum in another order), so 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from typing import Any
 
 import numpy as np
 
-from bench.measure.child import ChildFailedError, call
+from bench.measure.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import choose_cores, pin
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import Result
 from bench.runtimes.onnxruntime import Decoder, Logits
-from bench.runtimes.peer import Peer
+from bench.runtimes.peers import WORKER, Peer
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
-WORKERS = ("bench.measure.worker", "bench.runtimes.prepacked")  # whose bundles can be asked
 
 
-def ask(peer: Peer, plan: Plan, threads: int) -> dict[str, Any]:
+def ask(peer: Peer, plan: BenchOptions, threads: int) -> dict[str, Any]:
     """What a bundle says to ``plan.text``, in a fresh process.
 
     Returns:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
         is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
-    if peer.worker not in WORKERS:
+    if peer.worker != WORKER:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
     job = {
         "path": str(peer.path), "ids": list(plan.text), "greedy": plan.greedy, "threads": threads,
@@ -90,17 +86,14 @@ def _loss(logits: Logits, token: int) -> float:
 
 
 def main() -> None:
-    """Read the job, print the answer; what libraries print goes to stderr."""
+    """Read the job, print the answer."""
     from bench.runtimes.decoders import make_decoder
 
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    job = json.load(sys.stdin)
+    job, tell = job_and_tell()
     pin(job["cpus"])
     positions = len(job["ids"]) + job["greedy"]
     decoder = make_decoder(job["path"], job["threads"], positions, job["provider"])
-    out.write(json.dumps(answers(decoder, job["ids"], job["greedy"])) + "\n")
-    out.flush()
+    tell(answers(decoder, job["ids"], job["greedy"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""One fresh Python process that answers one JSON line, with a time limit; lines before it tell how far it is."""
+"""A fresh Python process that answers one JSON line, with a time limit; lines before it tell how far it is.
+
+``call`` is this side, ``job_and_tell`` the child's. ``python -m bench.measure.child`` is a child that tells which
+packages its interpreter has.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
-
-from bench.measure.signals import signals_wait
 
 PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
+AWAKE_S = 0.2
+EVERY_WORKER = ("numpy", "msgspec")  # packages that any worker needs
 
-Told = Callable[[dict[str, Any]], None]
+Tell = Callable[[dict[str, Any]], None]
 
 
 class ChildFailedError(Exception):
@@ -34,13 +41,13 @@ class ChildFailedError(Exception):
 
 def call(
     module: str,
-    config: dict[str, Any],
+    job: Mapping[str, object],
     timeout_s: float,
     env: dict[str, str] | None = None,
     python: str = sys.executable,
-    told: Told | None = None,
+    told: Tell | None = None,
 ) -> dict[str, Any]:
-    """Run ``python -m module`` with ``config`` on stdin; the last object that it prints.
+    """Run ``python -m module`` with ``job`` on stdin; the last object that it prints.
 
     The child starts in our own folder, so that no other ``bench`` on the way is taken for ours, also where ``python``
     is another interpreter.
@@ -52,27 +59,21 @@ def call(
         ChildFailedError: with the last line of its stderr.
     """
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as err:
-        given.write(json.dumps(config).encode())
+        given.write(json.dumps(job).encode())
         given.seek(0)
         process: subprocess.Popen[bytes] | None = None
         answer: dict[str, Any] | None = None
         try:
             with signals_wait():
                 process = subprocess.Popen(
-                    [python, "-m", module],
-                    stdin=given,
-                    stdout=subprocess.PIPE,
-                    stderr=err,
-                    cwd=PACKAGES,
-                    env={**os.environ, **(env or {})},
-                    start_new_session=True,
-                )
-            for line in _lines(process, time.monotonic() + timeout_s):
+                    [python, "-m", module], stdin=given, stdout=subprocess.PIPE, stderr=err, cwd=PACKAGES,
+                    env={**os.environ, **(env or {})}, start_new_session=True,
+                )  # fmt: skip
+            for line in _lines_until(process, time.monotonic() + timeout_s):
                 document = _object(line)
                 if answer is not None and told is not None:
                     told(answer)
                 answer = document
-            process.wait()
         except TimeoutError:
             raise _failed(f"no answer within {timeout_s:g} s", err) from None
         except OverflowError:
@@ -87,28 +88,68 @@ def call(
         return answer
 
 
-def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:
-    """Lines of stdout as they come; TimeoutError at the deadline, OverflowError past what any answer takes."""
-    assert process.stdout is not None
-    rest, total = b"", 0
+def job_and_tell() -> tuple[dict[str, Any], Tell]:
+    """In a child: the job, and what writes an object to the parent.
+
+    What libraries print goes to stderr from now on, so that stdout holds our lines only.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(document: dict[str, Any]) -> None:
+        out.write(json.dumps(document) + "\n")
+        out.flush()
+
+    return json.load(sys.stdin), tell
+
+
+def read_lines(pipe: IO[bytes], patience: Callable[[float], float], most: int) -> Iterator[bytes]:
+    """The lines of a pipe as they come, without their ends.
+
+    Args:
+        patience: given the seconds since the last byte, how many more to wait before it is asked again; it raises to
+            wait no longer.
+        most: bytes of one line.
+
+    Raises:
+        OverflowError: a line is longer.
+    """
+    rest, heard = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(pipe, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
-            piece = os.read(process.stdout.fileno(), 1 << 16)
+            if not selector.select(patience(time.monotonic() - heard)):
+                continue
+            piece = os.read(pipe.fileno(), 1 << 16)
             if not piece:
                 break
-            total += len(piece)
-            if total > MOST_ANSWER:
-                raise OverflowError
+            heard = time.monotonic()
             *whole, rest = (rest + piece).split(b"\n")
             yield from whole
+            if len(rest) > most:
+                raise OverflowError("a line without end")
     if rest:
         yield rest
-    # stdout is closed, the process may yet hang.
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _lines_until(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes]:
+    """Lines of stdout until the process has ended; TimeoutError at the deadline."""
+
+    def left(silent_s: float = 0.0) -> float:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    assert process.stdout is not None
+    total = 0
+    for line in read_lines(process.stdout, left, MOST_ANSWER):
+        total += len(line)
+        if total > MOST_ANSWER:
+            raise OverflowError
+        yield line
+    try:  # stdout is closed, the process may yet hang
+        process.wait(left())
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
 
@@ -146,3 +187,54 @@ def _failed(what: str, err: IO[bytes]) -> ChildFailedError:
     lines = [line.strip() for line in err.read().decode(errors="replace").splitlines() if line.strip()]
     because = f": {lines[-1][:300]}" if lines else ""
     return ChildFailedError(what + because, [line[:500] for line in lines[-STDERR_LINES:]])
+
+
+def until_done(futures: Collection[Future[Any]]) -> None:
+    """Wait for other threads' work, and hear every signal meanwhile.
+
+    Python handles a signal in its main thread. A wait without end there does not notice one that the system handed to
+    another thread, or that came in just before it: an interrupt now and then had no effect.
+    """
+    while wait(futures, AWAKE_S).not_done:
+        pass
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """The end that a signal asks for meanwhile comes after the block.
+
+    An interrupt inside ``Popen`` would leave a process that nobody knows of. Blocking the signals instead would not do:
+    a child inherits its parent's mask.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        handlers[signal.Signals(came[0])](came[0], None)
+
+
+def absent(modules: Sequence[str]) -> list[str]:
+    """Those of ``modules`` that cannot be found. They are not imported, which would take seconds."""
+    return [name for name in modules if not _found(name)]
+
+
+def _found(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+if __name__ == "__main__":
+    job, tell = job_and_tell()
+    tell({"missing": absent([*EVERY_WORKER, *job["modules"]])})

@@ -1,9 +1,27 @@
-"""Which cores a measurement runs on: the fastest ones, one hardware thread per core before any core's second."""
+"""The cores that a measurement runs on: which they are, whether they kept their clock, and how warm they are.
+
+Every path hangs below ``root``, so that a tree of files stands in for a board. What is not there is None.
+
+**Clock.** What a kernel says of its clocks may be wrong: a board has been seen to report four times its real clock. So
+a fixed piece of work is timed before and after a measurement. It is a chain of additions, each waiting for the one
+before, in the first-level cache: its time depends on the clock of the core and on nothing else that a measurement
+shares (memory, vector units, a second hardware thread). It allocates nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from devices.common.tree import number, text
+from devices.probe.cpu import CPU
+from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -52,3 +70,158 @@ def _capacity(cpu: int, root: Path) -> int:
         return int((root / f"cpu{cpu}/cpu_capacity").read_text())
     except (OSError, ValueError):
         return 0
+
+
+FIXED_GOVERNORS = ("performance", "userspace")
+MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less
+
+_NEAR_THE_CORES = re.compile(r"cpu|soc|x86_pkg|^tj", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BoardState:
+    """Facts of one moment, of the chosen CPUs where a fact belongs to a CPU; None where /sys does not tell."""
+
+    clock_share: float | None  # lowest clock over that CPU's highest sustained one
+    fixed_clock: bool | None  # whether every governor keeps the clock where it is
+    temperature_c: float | None  # the hottest zone at the cores
+    firmware_bits: int | None  # Raspberry Pi's get_throttled: 0-3 are now, 16-19 have been since they were last read
+    throttle_count: int | None  # x86: thermal throttling since boot
+    cooling_state: int | None  # highest state of a device that cools by slowing; 0 is off
+    over_current: tuple[int | None, ...]  # Jetson: events OC1, OC2, OC3 since boot
+    mixed_cores: bool | None  # big and little ones
+    smt_siblings: int | None  # CPUs that share their core with another chosen one
+
+
+def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
+    """Read it now, for the CPUs ``cpus``."""
+    places = [root / CPU / f"cpu{cpu}" for cpu in cpus]
+    events = over_current(root)
+    governors = {text(place / "cpufreq/scaling_governor") for place in places}
+    return BoardState(
+        clock_share=_least(map(_clock_share, places)),
+        fixed_clock=None if None in governors else governors <= set(FIXED_GOVERNORS),
+        temperature_c=temperature(root),
+        firmware_bits=firmware_bits(root),
+        throttle_count=throttle_count(root, cpus),
+        cooling_state=max((cooler.state for cooler in coolers(root)), default=None),
+        over_current=tuple(events.get(f"OC{n}") for n in (1, 2, 3)),
+        mixed_cores=_mixed(places),
+        smt_siblings=_sharing(places),
+    )
+
+
+def temperature(root: Path = Path("/")) -> float | None:
+    """Degrees Celsius of the hottest thermal zone at the cores (not of a power chip, which may be a dummy of 100)."""
+    near = [zone.celsius for zone in zones(root) if _NEAR_THE_CORES.search(zone.kind)]
+    return max((celsius for celsius in near if celsius is not None), default=None)
+
+
+def _clock_share(cpu: Path) -> float | None:
+    """Clock over the highest that the CPU keeps on all its cores: a boost above that comes and goes by design."""
+    now = number(cpu / "cpufreq/scaling_cur_freq")
+    nominal_mhz = number(cpu / "acpi_cppc/nominal_freq")
+    limits = [number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
+    highest = _least([*limits, nominal_mhz * 1000 if nominal_mhz else None])
+    return min(1.0, now / highest) if now and highest else None
+
+
+def _mixed(places: Sequence[Path]) -> bool | None:
+    known = [value for value in (number(place / "cpu_capacity") for place in places) if value is not None]
+    return min(known) < MIXED_BELOW * max(known) if known else None
+
+
+def _sharing(places: Sequence[Path]) -> int | None:
+    cores = [text(place / "topology/thread_siblings_list") for place in places]
+    if None in cores:
+        return None
+    return sum(cores.count(core) > 1 for core in cores)
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+IDLE_PROBES = 30  # probes on each side; 20 are the least for a spread
+ROUNDS = 64  # 2^17 additions, about a millisecond at 1 to 3 GHz
+LEAST_LIMIT = 0.03
+MADS = 4  # median absolute deviations
+# A neighbour's time slice hits single probes and only lengthens them, so the undisturbed ones are the fast ones.
+QUANTILE = 0.10
+
+_ONES = np.ones(2048)
+_SUMS = np.empty(2048)
+
+
+def probe_clock(count: int = IDLE_PROBES, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Seconds of each of ``count`` runs of the same work on the calling thread, about 1 ms each."""
+    _chain()  # pages and code are there from now on
+    times = []
+    for _ in range(count):
+        start = clock()
+        _chain()
+        times.append(clock() - start)
+    return times
+
+
+def level(probes: Sequence[float]) -> float:
+    """Seconds that the work takes undisturbed, robust to preemption; proportional to 1 / clock."""
+    return float(np.quantile(np.asarray(probes), QUANTILE))
+
+
+def drift(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """How much longer the same work takes now, and from where on that is no longer noise, both relative.
+
+    The limit is 3 % or four median absolute deviations of the noisier side, whichever is more. 0.1 is a clock that
+    fell by 9 %.
+
+    Args:
+        before, after: at least 20 probes each, of the same process.
+    """
+    return level(after) / level(before) - 1, max(LEAST_LIMIT, MADS * max(_spread(before), _spread(after)))
+
+
+def _chain() -> None:
+    for _ in range(ROUNDS):
+        np.add.accumulate(_ONES, out=_SUMS)
+
+
+def _spread(probes: Sequence[float]) -> float:
+    values = np.asarray(probes)
+    median = np.median(values)
+    return float(np.median(np.abs(values - median)) / median)
+
+
+ABOVE_START_C = 3.0
+LOOK_EVERY_S = 0.5
+
+
+class CoolDown:
+    """Keeps every repetition's start within 3 degrees of the first one's.
+
+    Args:
+        limit_s: longest wait before one repetition; 0 never waits.
+        root: of /sys. A host that tells no temperature is not waited for.
+        clock, sleep: of the wait.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        root: Path = Path("/"),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._limit_s, self._root, self._clock, self._sleep = limit_s, root, clock, sleep
+        self._start_c = temperature(root) if limit_s > 0 else None
+
+    def wait(self) -> float:
+        """Seconds that were waited."""
+        begun = self._clock()
+        while (spent := self._clock() - begun) < self._limit_s and self._warm():
+            self._sleep(LOOK_EVERY_S)
+        return spent
+
+    def _warm(self) -> bool:
+        now = temperature(self._root) if self._start_c is not None else None
+        return now is not None and self._start_c is not None and now > self._start_c + ABOVE_START_C

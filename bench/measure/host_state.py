@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure.board_state import BoardState, board_state
+from bench.measure.cores import BoardState, board_state
 
 SHARES_FROM_S = 0.2  # CPU time is counted in ticks of 10 ms: shares of a shorter interval are noise
 

@@ -2,19 +2,24 @@
 
 Base units (seconds, bytes, joules, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why.
 Only raw samples are stored; medians and spreads are computed on reading (``bench.measure.statistics``). Field names
-follow
-llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties ``avg_ts, stddev_ts``.
+follow llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties
+``avg_ts, stddev_ts``. Schema 1 lacks fields that have defaults now.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.measure.options import Provider
 from bench.measure.statistics import Summary, summarize
+from devices.common.documents import Document, unknown_fields
+from devices.common.errors import UserError
+from devices.common.files import without_checksum
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
@@ -122,7 +127,7 @@ class Measurement:
     reasons: list[str] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     n_depth: int = 0  # tokens in the cache before the prompt, not timed
-    provider: str = "cpu"  # of ONNX Runtime, as asked for
+    provider: Provider = "cpu"  # of ONNX Runtime, as asked for
     cold_load_s: float | None = None  # load with the files dropped from the page cache first
     stderr: list[str] = field(default_factory=list)  # last lines of a worker that failed
 
@@ -220,6 +225,10 @@ class Result:
         """The measurements of one spec."""
         return (m for m in self.measurements if m.name == name)
 
+    def bandwidth_bytes_per_s(self, n_threads: int) -> float | None:
+        """Probed read bandwidth for that many threads, None where it was not probed."""
+        return next((b.bytes_per_s for b in self.bandwidth if b.n_threads == n_threads), None)
+
     def ceiling_ts(self, measurement: Measurement) -> float | None:
         """Tokens per second at which memory would be read at full probed bandwidth.
 
@@ -231,3 +240,79 @@ class Result:
         if probe is None or probe.bytes_per_s is None or needed is None or measurement.provider != "cpu":
             return None
         return probe.bytes_per_s / needed if needed > CACHE_FACTOR * (probe.last_level_cache_bytes or 0) else None
+
+
+class ResultError(UserError):
+    """A result file that cannot be used; the message names the file and what to do."""
+
+
+def result_text(result: Result) -> str:
+    """The document as one line of JSON."""
+    return RESULT.text(result, indent=None)
+
+
+def write_result(path: str | Path, result: Result) -> None:
+    """Write the document beside ``path`` and rename it into place."""
+    RESULT.write(path, result)
+
+
+def read_result(path: str | Path) -> Result:
+    """Read a document written by ``write_result``.
+
+    Raises:
+        ResultError: no such file, truncated, of another schema, or with values that no run can have.
+    """
+    return RESULT.read(path)
+
+
+def result_from_dict(raw: Mapping[str, Any]) -> Result:
+    """A result inside another document; ValueError, TypeError or KeyError where it does not fit."""
+    return RESULT.made(without_checksum(raw))
+
+
+def _as_today(raw: dict[str, Any]) -> dict[str, Any]:
+    if "measurements" not in raw:
+        raise ValueError("it is not a bench result")
+    if unknown := unknown_fields(raw, Result):
+        raise ValueError(f"unknown fields {', '.join(unknown)}")
+    return raw | {"schema": SCHEMA}
+
+
+def _check(result: Result) -> None:
+    for bandwidth in result.bandwidth:
+        if bandwidth.samples:
+            _positive("bandwidth samples", bandwidth.samples)
+    for m in result.measurements:
+        if m.status not in (OK, WARN, INVALID):
+            raise ValueError(f"status {m.status!r}")
+        for sample in m.samples:
+            _check_sample(sample, m.n_prompt, m.n_gen)
+
+
+def _check_sample(sample: Sample, n_prompt: int, n_gen: int) -> None:
+    for name in ("load_s", "prefill_s", "ttft_s", "decode_s"):
+        if (value := getattr(sample, name)) is not None:
+            _positive(name, [value])
+    if n_prompt and sample.prefill_s is None:
+        raise ValueError(f"no prefill time for n_prompt {n_prompt}")
+    if n_gen and sample.decode_s is None and len(sample.token_s) != n_gen:
+        raise ValueError(f"{len(sample.token_s)} token times for n_gen {n_gen}")
+    if sample.token_s:
+        _positive("token_s", sample.token_s)
+
+
+def _positive(name: str, values: Sequence[float]) -> None:
+    if not (min(values) > 0 and math.isfinite(sum(values))):  # the sum: a NaN in the middle hides from min
+        raise ValueError(f"{name} must be positive numbers")
+
+
+RESULT = Document(
+    Result,
+    "result",
+    "make one with `saap bench --json`",
+    version="schema",
+    versions=(1, SCHEMA),
+    upgrade=_as_today,
+    check=_check,
+    error=ResultError,
+)

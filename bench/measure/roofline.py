@@ -1,15 +1,13 @@
 """How fast decode could be at most: measured read bandwidth divided by the bytes that a token reads.
 
 ``python -m bench.measure.roofline`` is the child that probes: it reads a buffer larger than any cache with as many
-threads as
-the measurement uses, on the same cores. numpy releases the interpreter's lock inside its reductions, so Python threads
-read in parallel. Each pass tries the reductions that stream best on different CPUs and keeps the fastest: a ceiling
-must err upwards.
+threads as the measurement uses, on the same cores. numpy releases the interpreter's lock inside its reductions, so
+Python threads read in parallel. Each pass tries the reductions that stream best on different CPUs and keeps the
+fastest: a ceiling must err upwards.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from bench.measure.child import ChildFailedError, call
+from bench.measure.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import pin
 from bench.measure.result import Bandwidth
 
@@ -78,14 +76,14 @@ def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[]
 
 
 def main() -> None:
-    """Read the config from stdin, print a ``Bandwidth`` as JSON."""
-    config = json.load(sys.stdin)
+    """Read the job from stdin, print a ``Bandwidth`` as JSON."""
+    config, tell = job_and_tell()
     pin(config["cpus"])
     threads, size = len(config["cpus"]), int(config["buffer_bytes"])
     if size > psutil.virtual_memory().available:
         sys.exit(f"less than {size >> 20} MiB of memory are free")
     samples = read_passes(threads, size, config["passes"], time.perf_counter)
-    print(json.dumps(asdict(Bandwidth(threads, size, samples))))
+    tell(asdict(Bandwidth(threads, size, samples)))
 
 
 if __name__ == "__main__":

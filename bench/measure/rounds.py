@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.measure.child import ChildFailedError, call
-from bench.measure.cooling import CoolDown
-from bench.measure.cores import choose_cores
+from bench.measure.cores import CoolDown, choose_cores
 from bench.measure.memory import available
-from bench.measure.plan import KNOWN_ROUNDS, LEAST_ROUNDS, Plan, Setting
+from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
 from bench.measure.result import ModelFacts, Sample
 from bench.measure.statistics import relative_half_width, typical
-from bench.measure.store import sample_from_dict
 from bench.power.energy import Recorder
-from bench.runtimes.peer import Peer
+from bench.runtimes.peers import Peer
 from devices.common.progress import Progress
 
 IDLE_S = 2.0
@@ -58,7 +57,9 @@ class Rounds:
         progress: called as (label, done, total) in worker processes.
     """
 
-    def __init__(self, peers: Sequence[Peer], plan: Plan, recorder: Recorder, progress: Progress | None) -> None:
+    def __init__(
+        self, peers: Sequence[Peer], plan: BenchOptions, recorder: Recorder, progress: Progress | None
+    ) -> None:
         self.plan, self.recorder, self._progress = plan, recorder, progress
         self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
         self._cooling = CoolDown(plan.cool_down_s, plan.root)
@@ -125,7 +126,7 @@ class Rounds:
             peer.worker, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
             lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
         )  # fmt: skip
-        taken = sample_from_dict(answer["sample"])
+        taken = msgspec.convert(answer["sample"], Sample)
         start, end = answer["window"]
         energy, why = self.recorder.energy(start, end, idle=self._idle)
         unknown = taken.unknown if energy else {**taken.unknown, "energy": why or "no decode window"}

@@ -11,85 +11,104 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from bench.measure.answers import ask
 from bench.measure.cores import choose_cores
-from bench.measure.plan import Plan
-from bench.measure.preflight import check_memory
+from bench.measure.memory import available
+from bench.measure.options import BenchOptions, Setting
 from bench.measure.result import INVALID, Bandwidth, Measurement, Result, command_line
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
 from bench.runtimes.onnxruntime import check_threads
-from bench.runtimes.peer import Peer
-from bench.runtimes.specs import read_peers
+from bench.runtimes.peers import Peer, PeerError, memory_needs, read_peers
 from devices.common.progress import Progress
 from devices.probe.host import probe
 
 
-def bench(
+def measure(
     specs: Sequence[str],
-    plan: Plan | None = None,
+    options: BenchOptions | None = None,
     *,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Measure every spec in every setting of the plan, and say what may be believed.
+    """Measure every spec in every setting, and say what may be believed.
 
     Args:
-        specs: bundles as paths, other runtimes by their prefix (bench.runtimes.specs).
-        plan: lengths, threads, repetitions, limits.
+        specs: bundles as paths, other runtimes by their prefix (``bench.runtimes.peers``).
+        options: lengths, threads, repetitions, limits.
         names: one per spec.
         progress: called as (label, done, total) in worker processes.
 
     Raises:
-        PeerError, BundleError, DecoderError, GgufHeaderError: the user's input, before anything is measured.
+        OptionsError, PeerError, BundleError, DecoderError, GgufHeaderError: the user's input, before anything is
+            measured.
     """
-    plan = plan or Plan()
-    plan.check()
-    settings = plan.settings()
+    options = options or BenchOptions()
+    options.check()
+    settings = options.settings()
     for threads in {setting.threads for setting in settings}:
         check_threads(threads)
-    peers = read_peers(specs, max(setting.positions for setting in settings), names, plan.provider, plan.cuda_graph)
-    check_memory(peers, settings, plan.root)
+    peers = read_peers(specs, options.positions, names, options.provider, options.cuda_graph)
+    check_memory(peers, settings, options.root)
     device: dict[str, Any] = {**probe()}
     widths = sorted({setting.threads for setting in settings})
     before = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
-    with Recorder(plan.root) as recorder:
-        rounds = Rounds(peers, plan, recorder, progress)
+    with Recorder(options.root) as recorder:
+        rounds = Rounds(peers, options, recorder, progress)
         rounds.rest()
-        if plan.cold:
+        if options.cold:
             rounds.load_cold()
         rounds.run()
     after = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
     outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
     result = Result(
         device=device,
-        measurements=[_measurement(outcome, plan) for outcome in outcomes],
+        measurements=[_measurement(outcome, options) for outcome in outcomes],
         bandwidth=[joined(a, b) for a, b in zip(before, after, strict=True)],
         command=command_line(),
         versions=_versions(outcomes),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings={**_record(plan), "power": recorder.facts(), **_asked(peers, plan, widths[0])},
+        settings={**_record(options), "power": recorder.facts(), **_asked(peers, options, widths[0])},
     )
     return _judged(result)
 
 
-def _record(plan: Plan) -> dict[str, Any]:
+def check_memory(peers: Sequence[Peer], settings: Sequence[Setting], root: Path = Path("/")) -> None:
+    """Refuse what is larger than the memory that is left, so that a board does not swap or kill.
+
+    Raises:
+        PeerError: with the sum.
+    """
+    left = available(root)
+    positions = max(setting.positions for setting in settings)
+    for peer in peers:
+        parts = memory_needs(peer.kind, peer.model, positions, peer.path)
+        if left is not None and sum(parts.values()) > left:
+            told = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+            raise PeerError(
+                f"{peer.spec} needs about {sum(parts.values()) / 1e6:.0f} MB ({told}) and {left / 1e6:.0f} MB are "
+                "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
+            )
+
+
+def _record(options: BenchOptions) -> dict[str, Any]:
     kept = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
-    return {name: getattr(plan, name) for name in kept}
+    return {name: getattr(options, name) for name in kept}
 
 
-def _asked(peers: Sequence[Peer], plan: Plan, threads: int) -> dict[str, Any]:
-    """What each model says to the plan's text."""
-    if not plan.text:
+def _asked(peers: Sequence[Peer], options: BenchOptions, threads: int) -> dict[str, Any]:
+    """What each model says to the text of the options."""
+    if not options.text:
         return {}
-    return {"text": list(plan.text), "answers": {peer.name: ask(peer, plan, threads) for peer in peers}}
+    return {"text": list(options.text), "answers": {peer.name: ask(peer, options, threads) for peer in peers}}
 
 
-def _measurement(outcome: Outcome, plan: Plan) -> Measurement:
+def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:
     peer, setting = outcome.peer, outcome.setting
     return Measurement(
         name=peer.name,
@@ -106,7 +125,7 @@ def _measurement(outcome: Outcome, plan: Plan) -> Measurement:
         reasons=[outcome.failure] if outcome.failure else [],
         unknown={**peer.unknown, **outcome.unknown},
         n_depth=setting.depth,
-        provider=plan.provider,
+        provider=options.provider,
         cold_load_s=outcome.cold_load_s,
         stderr=outcome.stderr,
     )

@@ -1,14 +1,13 @@
 """The process that measures one repetition: ``python -m bench.measure.worker``, config as JSON on stdin, JSON lines
 out.
 
-A fresh process each time, so that nothing of an earlier repetition (allocator, page tables, clocks) is inherited. The
-last line is the answer; those before it tell the rate of the moment.
+A fresh process each time, so that nothing of an earlier repetition (allocator, page tables, clocks) is inherited: load,
+warm up, untimed context, one prefill, then greedy steps, each timed until the next token is known. The last line is the
+answer; those before it tell the rate of the moment.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,15 +18,116 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.clock_probe import drift, level, probe_clock
-from bench.measure.cores import pin
+from bench.measure.child import job_and_tell
+from bench.measure.cores import drift, level, pin, probe_clock
 from bench.measure.gpu import GpuWatch
 from bench.measure.host_state import counters, snapshot
 from bench.measure.memory import available, peak_rss, reset_peak, resident, resident_split
-from bench.measure.one_pass import Live, measure, warm_up
 from bench.measure.result import Sample
 from bench.runtimes.decoders import make_decoder, provider_facts
-from bench.runtimes.onnxruntime import Decoder
+from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+
+Clock = Callable[[], float]
+Live = Callable[[str, float], None]  # (phase, tokens per second)
+
+LIVE_EVERY_S = 0.5
+WINDOW = 8  # steps of each of the two windows that are compared
+STEADY = 0.03  # relative difference of their medians
+MOST_WARM_UP = 64
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of one pass, and the tokens it produced: the first from prefill, then one per decode step."""
+
+    prefill_s: float | None
+    ttft_s: float | None
+    token_s: list[float]
+    tokens: list[int]
+    window: tuple[float, float]  # of decode, on the clock
+
+
+def timed_pass(
+    decoder: Decoder,
+    prompt: Ids,
+    steps: int,
+    clock: Clock,
+    context: Ids | None = None,
+    live: Live | None = None,
+) -> Pass:
+    """Reset, put ``context`` in, prefill ``prompt`` [n], then exactly ``steps`` greedy steps past any end of text.
+
+    Without a prompt the first token comes from the context, and neither prefill nor first token is timed. ``live`` is
+    told the rate between steps, outside of what is timed.
+    """
+    choose = _chooser(decoder)
+    decoder.reset()
+    if context is not None and len(context):
+        logits = decoder.prefill(context)
+    start = clock()
+    if len(prompt):
+        logits = decoder.prefill(prompt)
+    filled = clock()
+    tokens, now = [choose(logits)], clock()
+    ttft = now - start
+    window_start, told, token_s = now, now, []
+    for _ in range(steps):
+        tokens.append(choose(decoder.step(tokens[-1])))
+        before, now = now, clock()
+        token_s.append(now - before)
+        if live is not None and now - told > LIVE_EVERY_S:
+            live("decode", len(token_s) / sum(token_s))
+            told = now = clock()
+    timed = bool(len(prompt))
+    return Pass(filled - start if timed else None, ttft if timed else None, token_s, tokens, (window_start, now))
+
+
+def warm_up(
+    decoder: Decoder, prompt: Ids, steps: int | None, clock: Clock, context: Ids | None = None, most: int = MOST_WARM_UP
+) -> tuple[list[float], bool | None]:
+    """Make the kernels' buffers exist and let clocks rise: a prefill of the measured length, then decode steps.
+
+    Args:
+        steps: of the whole pass, prefill included, exactly; None: until the median of the last 8 steps is within 3 %
+            of that of the 8 before.
+        most: decode steps at most, for which the cache has room.
+
+    Returns:
+        seconds of prefill and steps, kept but never counted; and whether they became steady, None where too few steps
+        were allowed to tell.
+    """
+    if steps is not None and steps < 1:
+        return [], None
+    choose = _chooser(decoder)
+    decoder.reset()
+    start = clock()
+    for ids in (context, prompt):
+        if ids is not None and len(ids):
+            logits = decoder.prefill(ids)
+    token = choose(logits)
+    times, now = [clock() - start], clock()
+    for _ in range(min(most, MOST_WARM_UP) if steps is None else min(most, steps - 1)):
+        token = choose(decoder.step(token))
+        before, now = now, clock()
+        times.append(now - before)
+        if steps is None and is_steady(times[1:]):
+            break
+    return times, is_steady(times[1:]) if steps is None and most >= 2 * WINDOW else None
+
+
+def is_steady(times: list[float]) -> bool:
+    """Whether the last eight steps took as long as the eight before them."""
+    if len(times) < 2 * WINDOW:
+        return False
+    last, before = np.median(times[-WINDOW:]), np.median(times[-2 * WINDOW : -WINDOW])
+    return bool(abs(last - before) <= STEADY * before)
+
+
+def _chooser(decoder: Decoder) -> Callable[[Logits], int]:
+    """A runtime that samples in its own code hands out tokens (``draw``), never logits."""
+    draw = getattr(decoder, "draw", None)
+    return (lambda _: draw()) if draw else (lambda logits: int(np.argmax(logits)))
+
 
 NOT_LINUX = "this kernel does not tell"
 
@@ -46,8 +146,9 @@ class Job:
     context: list[int] = field(default_factory=list)
     provider: str = "cpu"
     cuda_graph: bool = False
+    prepacked: bool = False  # map packed weights from the user's cache
     only_load: bool = False  # time the load and end
-    spawned_at: float | None = None  # time.monotonic of the parent, which is the same clock on Linux
+    spawned_at: float | None = None  # time.monotonic of the parent
     available_before: int | None = None  # MemAvailable before this process
     root: str = "/"  # of /proc and /sys
 
@@ -66,7 +167,8 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     Returns:
         ``{"sample": ..., "window": (start, end) of decode on time.monotonic}``, and the decoder.
     """
-    startup_s = time.monotonic() - job.spawned_at if job.spawned_at is not None and _linux() else None
+    linux = sys.platform.startswith("linux")  # whose monotonic clock all processes share
+    startup_s = time.monotonic() - job.spawned_at if job.spawned_at is not None and linux else None
     pin(job.cpus)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     base, clock = resident(), time.monotonic
@@ -80,7 +182,7 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     prompt, context = np.asarray(job.prompt, np.int64), np.asarray(job.context, np.int64)
     warmup_s, steady = warm_up(decoder, prompt, job.warmup, clock, context, job.n_gen)
     probes, before = probe_clock(), snapshot(job.cpus, Path(job.root))
-    done = measure(decoder, prompt, job.n_gen, clock, context, live)
+    done = timed_pass(decoder, prompt, job.n_gen, clock, context, live)
     clocks = gpu.clocks() if gpu else {}  # first: they fall within moments
     happened = {**counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus)), **clocks}
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
@@ -131,18 +233,9 @@ def _memory(job: Job, peak_load: int | None, apart: bool) -> dict[str, Any]:
 
 
 def serve(load: Load, facts: Callable[[Decoder], dict[str, Any]]) -> None:
-    """Read the job from stdin, write ``{"sample": ..., "window": ..., **facts}`` to stdout.
-
-    What libraries print goes to stderr, so that stdout holds our lines only.
-    """
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def tell(document: dict[str, Any]) -> None:
-        answer.write(json.dumps(document) + "\n")
-        answer.flush()
-
-    job = Job(**json.load(sys.stdin))
+    """Read the job from stdin, write ``{"sample": ..., "window": ..., **facts}`` to stdout."""
+    given, tell = job_and_tell()
+    job = Job(**given)
     if job.only_load:
         tell(_loaded(job, load))
         return
@@ -161,16 +254,14 @@ def _loaded(job: Job, load: Load) -> dict[str, Any]:
     return {"load_s": load_s, "read_bytes": after.read_bytes - before.read_bytes if known else None}  # type: ignore[operator]
 
 
-def _linux() -> bool:
-    return sys.platform.startswith("linux")
+def load_bundle(job: Job) -> Decoder:
+    """The parent has checked the hashes once, and packed; doing it here would time the disk and the hash."""
+    return make_decoder(
+        job.path, job.threads, job.positions, job.provider, cuda_graph=job.cuda_graph, prepacked=job.prepacked
+    )
 
 
-def _load(job: Job) -> Decoder:
-    # The parent has checked the hashes once; doing it here would time the disk and the hash.
-    return make_decoder(job.path, job.threads, job.positions, job.provider, job.cuda_graph)
-
-
-def _facts(decoder: Decoder) -> dict[str, Any]:
+def bundle_facts(decoder: Decoder) -> dict[str, Any]:
     """Sizes are in the manifest, which the parent has; what a GPU's session really ran on is only known here."""
     facts = provider_facts(decoder)
     if facts.asked == "cpu":
@@ -182,4 +273,4 @@ def _facts(decoder: Decoder) -> dict[str, Any]:
 if __name__ == "__main__":
     import onnxruntime  # noqa: F401  before the clock starts: importing is not loading a model
 
-    serve(_load, _facts)
+    serve(load_bundle, bundle_facts)

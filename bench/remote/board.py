@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import selectors
 import shlex
 import subprocess
 import tempfile
@@ -17,8 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from bench.measure.signals import signals_wait
-from bench.remote.feed import feed, pieces, size_of, whole
+from bench.measure.child import read_lines, signals_wait
 from devices.agent.main import MARK
 from devices.common.files import parse_json
 from devices.transport import BoardError, LostError, Transport, last_line, printable
@@ -27,6 +24,7 @@ SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact
 LONGEST_WAIT_S = 30.0  # between two tries
 POLL_S = 0.5
+PIECE = 1 << 18  # bytes of a file that are sent at once
 MOST_LINE = 256 << 20
 MOST_NOISE = 1000  # lines of a login script
 NO_PYTHON = "saap-no-python"
@@ -47,7 +45,7 @@ _FIND = (
 )
 COMMAND = f"exec sh -c {shlex.quote(_FIND)}"  # the user's own shell there may be none of sh's kind
 
-Told = Callable[[dict[str, Any]], None]
+Tell = Callable[[dict[str, Any]], None]
 Say = Callable[[str], None]
 
 
@@ -84,7 +82,7 @@ class Board:
         self,
         do: str,
         payload: Iterable[bytes] = (),
-        told: Told | None = None,
+        told: Tell | None = None,
         **more: Any,
     ) -> dict[str, Any]:
         """One request, tried once.
@@ -111,7 +109,7 @@ class Board:
                 if process is not None:
                     _end(process)
 
-    def _answer(self, process: subprocess.Popen[bytes], told: Told | None, err: IO[bytes]) -> dict[str, Any]:
+    def _answer(self, process: subprocess.Popen[bytes], told: Tell | None, err: IO[bytes]) -> dict[str, Any]:
         noise: list[str] = []
         try:
             for raw in self._lines(process):
@@ -161,29 +159,23 @@ class Board:
         )
 
     def _lines(self, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-        assert process.stdout is not None
-        rest, heard = b"", time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                if self._stop.is_set():
-                    raise Stopped
-                if not selector.select(POLL_S):
-                    if time.monotonic() - heard > self._silence_s:
-                        raise TimeoutError
-                    continue
-                piece = os.read(process.stdout.fileno(), 1 << 16)
-                if not piece:
-                    break
-                heard = self._contact = time.monotonic()
-                *whole, rest = (rest + piece).split(b"\n")
-                yield from whole
-                if len(rest) > MOST_LINE:
-                    raise self.garbage("a line without end")
-        if rest:
-            yield rest
+        def patience(silent_s: float) -> float:
+            if self._stop.is_set():
+                raise Stopped
+            if silent_s > self._silence_s:
+                raise TimeoutError
+            self._contact = max(self._contact, time.monotonic() - silent_s)
+            return POLL_S
 
-    def insist(self, do: str, told: Told | None = None, more: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+        assert process.stdout is not None
+        try:
+            for line in read_lines(process.stdout, patience, MOST_LINE):
+                self._contact = time.monotonic()
+                yield line
+        except OverflowError as error:
+            raise self.garbage(str(error)) from None
+
+    def insist(self, do: str, told: Tell | None = None, more: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
         """A request that may be made twice, made until it is answered.
 
         Args:
@@ -279,3 +271,51 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
+
+
+def pieces(source: Path | bytes, offset: int) -> Iterator[bytes]:
+    """A file, or bytes, from ``offset`` on."""
+    if isinstance(source, bytes):
+        yield source[offset:]
+        return
+    with source.open("rb") as file:
+        file.seek(offset)
+        while piece := file.read(PIECE):
+            yield piece
+
+
+def size_of(source: Path | bytes) -> int:
+    """Bytes.
+
+    Raises:
+        BoardError: a file that is gone.
+    """
+    if isinstance(source, bytes):
+        return len(source)
+    try:
+        return source.stat().st_size
+    except OSError as error:
+        raise BoardError(f"{source} cannot be read ({error.strerror}): measure again") from None
+
+
+def whole(some: Iterable[bytes], size: int, broken: list[str]) -> Iterator[bytes]:
+    """The pieces; why they end early, where they do, is added to ``broken``."""
+    try:
+        for piece in some:
+            yield piece
+            size -= len(piece)
+    except OSError as error:
+        broken.append(error.strerror or str(error))
+    else:
+        if size > 0:
+            broken.append("it became shorter meanwhile")
+
+
+def feed(stdin: IO[bytes], some: Iterable[bytes]) -> None:
+    """Write to a process and close its standard input."""
+    with contextlib.suppress(OSError, ValueError):  # whoever reads has ended, which its answer tells
+        try:
+            for piece in some:
+                stdin.write(piece)
+        finally:
+            stdin.close()  # also after a mistake of ours: else it waits for more

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.answers import NLL_TOLERANCE, answer_of, ask, numeric
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import Result
-from bench.remote.bench import measure_on
 from bench.remote.board import Board
-from bench.remote.files import pack, positions_of
-from bench.runtimes.specs import read_peers
+from bench.remote.files import pack
+from bench.remote.options import BoardOptions
+from bench.remote.target import measure_on
+from bench.runtimes.peers import read_peers
 from devices.common.progress import Progress
 from devices.emulate.qemu import Emulated, EmulationError, Root
 from export.bundle.manifest import BundleManifest, read_manifest
@@ -76,7 +77,7 @@ def emulate(
     root: Root,
     *,
     progress: Progress | None = None,
-    run: Callable[[str, Plan, Emulated, Progress | None], Result] | None = None,
+    run: Callable[[str, BenchOptions, Emulated, Progress | None], Result] | None = None,
 ) -> Emulation:
     """Ask a bundle on this host and on every CPU.
 
@@ -88,7 +89,7 @@ def emulate(
         EmulationError: the bundle does not answer here.
         BoardError: the agent or the worker fails there.
     """
-    plan = Plan(
+    plan = BenchOptions(
         prompt=4, generate=2, threads=1, repetitions=1, warmup=1, cold=False, timeout_s=TIMEOUT_S, text=tuple(text),
         greedy=GREEDY,
     )  # fmt: skip
@@ -130,10 +131,10 @@ def document(emulation: Emulation) -> dict[str, Any]:
     return told
 
 
-def _run(spec: str, plan: Plan, board: Emulated, progress: Progress | None) -> Result:
+def _run(spec: str, plan: BenchOptions, board: Emulated, progress: Progress | None) -> Result:
     """By the same agent as a real board; the emulated Python has the packages."""
     slow = Board(board, patience_s=TIMEOUT_S, silence_s=SILENCE_S)
-    return measure_on(slow, pack([spec], positions_of(plan), own=False), plan, progress)
+    return measure_on(slow, pack([spec], plan.positions, BoardOptions(board_packages=True)), plan, progress)
 
 
 def _answer(cpu: str, result: Result) -> Answer:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure.plan import Plan
-from bench.measure.preflight import RUNTIME_ONNX
-from bench.runtimes.foreign import bundle_facts
+from bench.remote.options import BoardOptions
 from bench.runtimes.onnxruntime import check_context
-from bench.runtimes.specs import PREPACKED
+from bench.runtimes.peers import OTHER_RUNTIMES, PREPACKED, bundle_facts, memory_needs
 from devices.common.files import sha256_file
 from devices.transport import BoardError
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
@@ -31,7 +29,6 @@ CODE = (
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
 RESERVE_BYTES = 64 << 20  # results, logs, and a system that goes on working
-OTHER_RUNTIMES = ("torch:", "llama.cpp:", "genai:", "optimum:")
 
 Source = Path | bytes
 
@@ -45,6 +42,10 @@ class Packed:
     name: str
     manifest: BundleManifest
     files: dict[str, str]
+
+    def memory_needed(self, positions: int) -> int:
+        """Bytes that a run takes, as on this host."""
+        return sum(memory_needs("onnx", bundle_facts(self.manifest), positions, Path(self.name)).values())
 
 
 @dataclass(frozen=True)
@@ -77,35 +78,25 @@ class Shipment:
         }  # fmt: skip
 
 
-def positions_of(plan: Plan) -> int:
-    """What a cache must hold for any setting of a plan."""
-    return max(setting.positions for setting in plan.settings())
-
-
-def pack(specs: Sequence[str], positions: int, wheels: Path | None = None, own: bool = True) -> Shipment:
+def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = None) -> Shipment:
     """Check the bundles here and list what they and the agent consist of.
 
     Args:
         positions: that each bundle's cache must hold.
-        wheels: a folder of wheels for the board; None: it asks its own index.
-        own: install into a venv; False: use the packages of the board's Python.
 
     Raises:
         BundleError, DecoderError: a bundle that cannot be used or does not hold the asked positions.
         BoardError: another runtime than bundles, or no wheels.
     """
-    sources: dict[str, Source] = {}
+    options = options or BoardOptions()
+    options.check()
+    own, sources = not options.board_packages, dict[str, Source]()
     packed = [_bundle(spec, positions, sources) for spec in specs]
     code = _add(_code(), sources)
-    named = _wheels(wheels, sources) if wheels is not None and own else None
+    named = None if options.wheels is None else _wheels(options.wheels, sources)
     text = json.dumps([code, REQUIREMENTS, own, sorted((named or {}).items())])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Shipment(packed, sources, code, key, named, own)
-
-
-def memory_needed(manifest: BundleManifest, positions: int) -> int:
-    """Bytes that a run of the bundle takes, as :func:`bench.measure.preflight.check_memory` counts them."""
-    return (bundle_facts(manifest).model_bytes or 0) + RUNTIME_ONNX + manifest.kv_bytes_per_token * positions
 
 
 def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:

@@ -1,9 +1,8 @@
 """The measuring process of a remote run: ``python -m bench.remote.job FOLDER`` on the board.
 
 ``FOLDER/job.json`` holds what to do; lines of JSON on standard output say how far it is, and ``FOLDER/result.json`` is
-what :func:`bench.measure.run.bench` or :func:`bench.costs.measure.measure_costs` returned there, so that a number
-means what a local
-one means.
+what :func:`bench.measure.run.measure` or :func:`bench.costs.measure.measure_costs` returned there, so that a number
+means what a local one means.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
+
 from bench.costs.measure import measure_costs, write_costs
-from bench.measure.cores import physical_cores
-from bench.measure.plan import Plan
-from bench.measure.run import bench
-from bench.measure.store import write_result
+from bench.costs.options import CostsOptions
+from bench.measure.options import BenchOptions
+from bench.measure.result import write_result
+from bench.measure.run import measure
 from devices.common.progress import Progress
 
 EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
@@ -50,13 +51,13 @@ def main(folder: Path) -> int:
 
 
 def _bench(job: dict[str, Any], specs: list[str], out: Path, progress: Progress) -> None:
-    write_result(out, bench(specs, Plan(**job["plan"]), names=job["names"], progress=progress))
+    options = msgspec.convert(job["options"], BenchOptions)
+    write_result(out, measure(specs, options, names=job["names"], progress=progress))
 
 
 def _costs(job: dict[str, Any], stacks: list[str], out: Path, progress: Progress) -> None:
-    how = {name: job[name] for name in ("depth", "rounds", "seconds")}
-    counts = job["threads"] or [physical_cores()]
-    write_costs(out, measure_costs([Path(stack) for stack in stacks], counts, progress=progress, **how))
+    options = msgspec.convert(job["options"], CostsOptions)
+    write_costs(out, measure_costs([Path(stack) for stack in stacks], options, progress=progress))
 
 
 MEASURE = {"bench": _bench, "costs": _costs}

@@ -2,29 +2,39 @@
 
 Only what is needed goes to a board (``bench.remote.files``), and the run there is detached from the connection
 (``devices.agent.run``). Several boards run at the same time, as they share nothing.
+
+A run that a killed computer left on a board ends itself after a quarter of an hour, and keeps its board busy until
+then. So a run is noted here while it lasts, and ended when the same computer measures that board again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
+import json
+import os
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bench.measure.signals import until_done
+import psutil
+
+from bench.measure.child import until_done
 from bench.remote.board import Board, Say
-from bench.remote.files import RESERVE_BYTES, Shipment, memory_needed
-from bench.remote.left import noted_run
-from bench.remote.ways import Way, way_to
-from devices.common.files import parse_json
+from bench.remote.files import RESERVE_BYTES, Shipment
+from bench.remote.labgrid_place import LabgridPlace, is_place
+from bench.runtimes.session import cache_directory
+from devices.common.files import parse_json, write_text
 from devices.common.progress import Progress
-from devices.transport import BoardError, printable
+from devices.transport import BoardError, Transport, open_transport, printable
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
 LEASE_S = 900.0  # a run that nobody follows for so long ends itself
@@ -33,8 +43,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Errand(Generic[T]):
-    """What boards shall do.
+class Task(Generic[T]):
+    """What boards should do.
 
     Attributes:
         job: what the measuring process is told beside the places of the bundles, by its ``kind`` (bench.remote.job).
@@ -56,23 +66,30 @@ class Answer(Generic[T]):
     result: T | None = None
     error: BoardError | None = None
 
+    def value(self) -> T:
+        """The result; raises the error where there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
 
-def ways_to(urls: Sequence[str]) -> list[Way]:
+
+def routes_to(urls: Sequence[str]) -> list[Route]:
     """How the boards are reached.
 
     Raises:
         BoardError: a URL that names no board, or one board twice.
     """
-    ways = [way_to(url) for url in urls]
-    if len({way.name for way in ways}) != len(ways):  # ssh://board/ is ssh://board
+    routes = [route_to(url) for url in urls]
+    if len({route.name for route in routes}) != len(routes):  # ssh://board/ is ssh://board
         raise BoardError("a board is named twice: name each once")
-    return ways
+    return routes
 
 
 def run_on_all(
-    ways: Sequence[Way],
+    routes: Sequence[Route],
     shipment: Shipment,
-    errand: Errand[T],
+    task: Task[T],
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> list[Answer[T]]:
@@ -81,9 +98,9 @@ def run_on_all(
     An interrupt cleans the boards up before it goes on. ``progress`` and ``say`` are called from several threads, one
     at a time.
     """
-    stop, shown = threading.Event(), _Shown(len(ways), progress, say)
-    with ThreadPoolExecutor(len(ways)) as pool:
-        futures = [pool.submit(_answer, way, shipment, errand, stop, shown) for way in ways]
+    stop, shown = threading.Event(), _Shown(len(routes), progress, say)
+    with ThreadPoolExecutor(len(routes)) as pool:
+        futures = [pool.submit(_answer, route, shipment, task, stop, shown) for route in routes]
         try:
             until_done(futures)
         except BaseException:
@@ -92,14 +109,14 @@ def run_on_all(
     return [future.result() for future in futures]
 
 
-def run_on(board: Board, shipment: Shipment, errand: Errand[T], progress: Progress | None = None) -> T:
+def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:
     """Run on one board; it is left clean whatever happens.
 
     Raises:
         BoardError: naming the board and what to do.
     """
     told = progress or (lambda label, done, total: None)
-    _preflight(board, shipment, errand.positions)
+    _preflight(board, shipment, task.positions)
     with noted_run(board) as run:
         try:
             there = board.insist("take", more=lambda: _take(run, shipment))
@@ -107,10 +124,10 @@ def run_on(board: Board, shipment: Shipment, errand: Errand[T], progress: Progre
             if not there["installed"]:
                 told("install, numpy and onnxruntime", 0, 1)
                 board.insist("install", more=shipment.install)
-            board.insist("start", more=lambda: _start(run, shipment, errand))
+            board.insist("start", more=lambda: _start(run, shipment, task))
             done = _follow(board, run, told)
             _check_end(board, done)
-            return _fetched(board, board.insist("fetch", more=lambda: {"run": run}), errand)
+            return _fetched(board, board.insist("fetch", more=lambda: {"run": run}), task)
         except KeyError as error:
             raise board.garbage(f"an answer without {error}") from None
         finally:
@@ -125,15 +142,15 @@ def own_version() -> dict[str, str]:
         return {}
 
 
-def _answer(way: Way, shipment: Shipment, errand: Errand[T], stop: threading.Event, shown: _Shown) -> Answer[T]:
+def _answer(route: Route, shipment: Shipment, task: Task[T], stop: threading.Event, shown: _Shown) -> Answer[T]:
     try:
-        with way.held(stop, shown.say) as transport:
+        with route.held(stop, shown.say) as transport:
             board = Board(transport, stop, shown.say)
-            return Answer(way.name, result=run_on(board, shipment, errand, shown.of(way.name)))
+            return Answer(route.name, result=run_on(board, shipment, task, shown.of(route.name)))
     except BoardError as error:
-        return Answer(way.name, error=error)
+        return Answer(route.name, error=error)
     finally:
-        shown.ended(way.name)
+        shown.ended(route.name)
 
 
 def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
@@ -146,7 +163,7 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
         raise board.garbage("no facts") from None
     if left is not None and positions is not None:
         for packed in shipment.packed:
-            needed = memory_needed(packed.manifest, positions)
+            needed = packed.memory_needed(positions)
             if needed > left:
                 raise BoardError(
                     f"{board.name}: {packed.spec} needs about {needed / 1e6:.0f} MB there and {left / 1e6:.0f} MB are "
@@ -179,13 +196,13 @@ def _push(board: Board, shipment: Shipment, missing: dict[str, int], told: Progr
         told("push, MB", total, total)
 
 
-def _start(run: str, shipment: Shipment, errand: Errand[Any]) -> dict[str, Any]:
+def _start(run: str, shipment: Shipment, task: Task[Any]) -> dict[str, Any]:
     places = [[packed.prefix, f"{index}/{packed.name}"] for index, packed in enumerate(shipment.packed)]
     return {
         "run": run,
         "key": shipment.key,
         "bundles": [{"name": packed.name, "files": packed.files} for packed in shipment.packed],
-        "job": {**errand.job, "specs": places},
+        "job": {**task.job, "specs": places},
         "lease_s": LEASE_S,
     }
 
@@ -224,13 +241,13 @@ def _check_end(board: Board, done: dict[str, Any]) -> None:
         raise BoardError(f"{board.name}: the run failed: {printable(done.get('error', 'no reason'))}")
 
 
-def _fetched(board: Board, fetched: dict[str, Any], errand: Errand[T]) -> T:
+def _fetched(board: Board, fetched: dict[str, Any], task: Task[T]) -> T:
     """The document that was written there, whole and of what was asked for."""
     try:
         text = str(fetched["result"])
         if hashlib.sha256(text.encode()).hexdigest() != fetched["sha256"]:
             raise ValueError("another hash")
-        return errand.read(board.name, parse_json(text))
+        return task.read(board.name, parse_json(text))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise board.garbage(f"a result with {error}") from None
 
@@ -278,3 +295,74 @@ class _Shown:
         with self._lock:
             if self._say is not None:
                 self._say(text)
+
+
+@contextlib.contextmanager
+def noted_run(board: Board) -> Iterator[str]:
+    """The id of a new run, noted as this process's until the block ends; what was left on the board is ended first."""
+    for old in left(board.name):
+        board.clean(old)
+    run = secrets.token_hex(8)
+    note = _folder(board.name) / f"{run}.json"
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a wait at most
+        write_text(note, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+
+
+def left(board: str) -> list[str]:
+    """Runs on a board of processes of this computer that are gone; they are forgotten by this."""
+    runs = []
+    for note in sorted(_folder(board).glob("*.json")):
+        try:
+            about = json.loads(note.read_text(encoding="utf-8"))
+            if psutil.Process(int(about["pid"])).create_time() == about["started"]:
+                continue
+            runs.append(note.stem)
+        except psutil.NoSuchProcess:
+            runs.append(note.stem)
+        except psutil.Error:
+            continue
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
+            pass  # a damaged note names no run that could be trusted
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+    return runs
+
+
+def _folder(board: str) -> Path:
+    return cache_directory() / "boards" / hashlib.sha256(board.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a board is reached: ``held`` gives the transport and, at its end, the board back."""
+
+    name: str
+    held: Callable[[threading.Event, Say], contextlib.AbstractContextManager[Transport]]
+
+
+def route_to(url: str) -> Route:
+    """The way that a URL names; nothing is connected or acquired yet.
+
+    Raises:
+        BoardError: it names no board, or what it needs here is not installed.
+    """
+    if is_place(url):
+        return Route(url, LabgridPlace(url).held)
+    transport = open_transport(url)
+    return Route(transport.name, lambda stop, say: contextlib.closing(transport))
+
+
+@contextlib.contextmanager
+def kept(url: str, say: Say | None = None) -> Iterator[str]:
+    """The URL of one board for several runs: a place of a farm stays acquired, the same one, until the end."""
+    route = route_to(url)
+    if not is_place(url):
+        yield url
+        return
+    with route.held(threading.Event(), say or (lambda text: None)) as transport:
+        yield transport.name

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
-from bench.measure.store import ResultError, read_result, result_text, write_result
 from bench.report.plots import GRID, INK, MUTED, drawing, series_colour
 from devices.common.progress import Progress
 

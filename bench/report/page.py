@@ -23,8 +23,7 @@ from bench.judge.wording import (
     plain,
     threads,
 )
-from bench.measure.result import Result
-from bench.measure.store import read_result
+from bench.measure.result import Result, read_result
 from bench.report import plots
 from bench.report.headline import Entry, cards_of, entries_of, pair_of
 from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text

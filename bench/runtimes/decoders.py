@@ -16,13 +16,12 @@ def make_decoder(
     threads: int,
     max_length: int,
     provider: str = "cpu",
-    cuda_graph: bool = False,
-    verify: bool = False,
-    prepacked: bool = False,
     *,
+    cuda_graph: bool = False,
+    prepacked: bool = False,
     runtime: Any = None,
 ) -> Decoder:
-    """A bundle ready to run.
+    """A bundle ready to run; its hashes are not checked.
 
     Args:
         path: the bundle.
@@ -30,7 +29,6 @@ def make_decoder(
         max_length: positions of the cache.
         provider: cpu, cuda or tensorrt.
         cuda_graph: replay decode steps as a CUDA graph.
-        verify: check the files' hashes first.
         prepacked: map packed weights from the user's cache; cpu only.
         runtime: the onnxruntime module of a GPU decoder, or another one in its place.
 
@@ -38,10 +36,10 @@ def make_decoder(
         BundleError, DecoderError: as the decoder's class says.
     """
     if provider == "cpu" and not cuda_graph:
-        return OrtDecoder(path, threads, max_length, verify=verify, prepacked=prepacked)
+        return OrtDecoder(path, threads, max_length, verify=False, prepacked=prepacked)
     if prepacked:
         raise DecoderError(f"packed weights are the CPU's, the provider {provider} has none: leave prepacked: out")
-    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, verify=verify, runtime=runtime)
+    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, verify=False, runtime=runtime)
 
 
 def provider_facts(decoder: Decoder) -> ProviderFacts:

@@ -48,8 +48,10 @@ def prepacked_session(graph: Path, manifest: BundleManifest, threads: int) -> An
 
 
 def cache_directory() -> Path:
-    """The user's cache; ``SAAP_CACHE`` moves it."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "saap")
+    """The user's cache: ``SAAP_CACHE``, or ``saap`` in ``XDG_CACHE_HOME``."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saap"
 
 
 def prepacked_directory(manifest: BundleManifest) -> Path:

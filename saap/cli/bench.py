@@ -31,11 +31,11 @@ PLAN = (
 
 def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> int:
     """``saap bench``; the exit code."""
-    from bench.measure.plan import Plan
+    from bench.measure.options import BenchOptions
     from bench.report.tables import formatted
 
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
-    plan = Plan(**{name: options[name] for name in PLAN})
+    plan = BenchOptions(**{name: options[name] for name in PLAN})
     result = measured([*specs, *specs[: int(options["noise_floor"])]], plan, console)
     result = replace(result, quality=quality)
     if options["form"]:
@@ -49,11 +49,12 @@ def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> i
 
 def measured(specs: list[str], plan: Any, console: Console, names: list[str] | None = None) -> Any:
     """The result of a bench run, with its progress shown."""
-    from bench.measure.run import bench
+
+    from bench.measure import measure
 
     verify_models(specs)
     with ended_as_by_a_person():
-        result = bench(specs, plan, names=names, progress=console.report)
+        result = measure(specs, plan, names=names, progress=console.report)
     console.finish()
     return result
 
@@ -69,7 +70,7 @@ def verify_models(specs: list[str]) -> None:
 
 def keep(result: Any, json_path: Path | None, history: Path | None = None) -> None:
     """Write the result where it was asked for."""
-    from bench.measure.store import result_text, write_result
+    from bench.measure.result import result_text, write_result
 
     if history is not None:
         from bench.report.history import add
@@ -142,14 +143,14 @@ def compare_step(old: str, new: str, options: dict[str, Any], console: Console) 
     from bench.judge.comparison import compare
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
-    from bench.measure.plan import Plan
-    from bench.measure.store import read_result
+    from bench.measure.options import BenchOptions
+    from bench.measure.result import read_result
 
     if any(qualities := [is_quality(spec) for spec in (old, new)]):
         return compare_quality_step(old, new, all(qualities), options)
     files = [_is_result(spec) for spec in (old, new)]
     minimum, fail = options["min_effect"], options["fail_on"] == "regression"
-    plan = Plan(**{name: options[name] for name in PLAN if name in options})
+    plan = BenchOptions(**{name: options[name] for name in PLAN if name in options})
     if all(files):
         results = read_result(old), read_result(new)
         comparison = compare(*results, minimum)

@@ -12,6 +12,7 @@ from saap.cli.console import Console
 from saap.cli.guard_options import COMMANDS
 from saap.cli.types import BYTES, Counts, directory
 from saap.system.errors import UserError
+from saap.system.interrupt import ended_as_by_a_person
 
 
 @click.group()
@@ -73,26 +74,24 @@ def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | N
       saap devices probe --costs smollm2-135m -t 1 -o cost.json
       saap devices probe --costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
     """
-    if on is not None:
-        from saap.cli.remote import check_board_options
-
-        if costs is None:
-            raise UserError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
-        check_board_options(options)
+    if on is not None and costs is None:
+        raise UserError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
     if costs is None:
         from saap.cli.devices import probe_host
 
         probe_host(as_json, bandwidth)
         return
-    from saap.cli.costs import Place, probe_costs_step
+    from bench.costs.options import CostsOptions
+    from bench.remote.options import BoardOptions
+    from bench.remote.target import target
+    from saap.cli.costs import Precision, probe_costs_step
 
-    place = None if on is None else Place(on, options["wheels"], own=not options["board_packages"])
-    bits, block = (int(options[name]) if options[name] else None for name in ("bits", "group"))
-    with Console() as console:
-        probe_costs_step(
-            costs, options["out"], threads=options["threads"], bits=bits, block=block, depth=options["depth"],
-            on=place, console=console,
-        )  # fmt: skip
+    timing = {name: options[name] for name in ("threads", "depth") if options[name] is not None}
+    board_options = BoardOptions(options["wheels"], options["board_packages"])
+    board_options.check()
+    precision = Precision(*(int(options[name]) if options[name] else None for name in ("bits", "group")))
+    with Console() as console, ended_as_by_a_person(), target(on, board_options, console.say) as device:
+        probe_costs_step(costs, options["out"], CostsOptions(**timing), precision, device, console)
 
 
 @devices.command(name="costs")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from saap.cli.bench import show_reasons
 from saap.cli.console import Console, print_table
-from saap.cli.remote import check_board_options
 from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
+
+if TYPE_CHECKING:
+    from bench.remote.options import BoardOptions
+    from bench.remote.target import Target
 
 GREEDY = 16
 MOST_TEXT = 128
@@ -33,11 +35,12 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
     """Record and keep."""
     from bench.judge.baselines import checked_folder, writable_folder, write_baseline
     from bench.judge.regression import record
-    from bench.measure.plan import Plan
+    from bench.measure.options import BenchOptions
+    from bench.remote.target import target
 
-    _check(options)
+    board_options = _board_options(options)
     folder = checked_folder(folder_of(options))
-    plan = Plan(
+    plan = BenchOptions(
         prompt=options["prompt"],
         generate=options["generate"],
         depth=options["depth"],
@@ -48,9 +51,9 @@ def baseline_step(bundle: str, options: dict[str, Any], console: Console) -> Non
         greedy=GREEDY,
     )
     writable_folder(folder)
-    with _one_board(options, console) as held:
-        run = measure(bundle, held, console)
-        kept = record(name_of(bundle, options["name"]), run, plan, options["runs"], console.say)
+    name = name_of(bundle, options["name"])
+    with ended_as_by_a_person(), target(options["url"], board_options, console.say) as device:
+        kept = record(name, measuring(device, bundle, name, console), plan, options["runs"], console.say)
     console.finish()
     path = write_baseline(folder, kept)
     for result in kept.results:
@@ -63,22 +66,23 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     from bench.judge.baselines import OtherDeviceError, checked_folder
     from bench.judge.regression import Limits, retest
     from bench.judge.verdict import NOT_COMPARABLE, SAME
+    from bench.remote.target import target
     from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
     from devices.probe.host import probe
 
     if not 0 < options["min_effect"] < 1:
         raise UserError(f"--min-effect {options['min_effect']} is no fraction: give e.g. 0.05 for 5 %")
-    _check(options)
+    board_options = _board_options(options)
     name, junit_path = name_of(bundle, options["name"]), options["junit"]
     try:
-        with _one_board(options, console) as held:
+        with ended_as_by_a_person(), target(options["url"], board_options, console.say) as device:
             test = retest(
                 checked_folder(folder_of(options)),
                 name,
-                measure(bundle, held, console),
-                on=held["url"],
-                here=None if held["url"] else probe()["fingerprint"],
+                measuring(device, bundle, name, console),
+                on=device.url,
+                here=None if device.url else probe()["fingerprint"],
                 limits=Limits(speed=options["min_effect"], max_time_s=options["max_time_s"]),
             )
     except OtherDeviceError as error:
@@ -100,43 +104,9 @@ def test_step(bundle: str, options: dict[str, Any], console: Console) -> int:
     return test.exit_code
 
 
-def measure(bundle: str, options: dict[str, Any], console: Console | None) -> Measured:
-    """What makes a run of the bundle, here or on a board."""
-    url: str | None = options.get("url")
-    name = name_of(bundle, options.get("name"))
-    progress, say = (console.report, console.say) if console else (None, None)
-
-    def here(plan: Any) -> Any:
-        from bench.measure.run import bench
-
-        with ended_as_by_a_person():
-            return bench([bundle], plan, names=[name], progress=progress)
-
-    def there(plan: Any) -> Any:
-        from bench.remote.bench import bench_on
-
-        with ended_as_by_a_person():
-            (answer,) = bench_on(
-                [str(url)], [bundle], plan, wheels=options.get("wheels"), own=not options.get("board_packages"),
-                progress=progress, say=say,
-            )  # fmt: skip
-        if answer.error is not None:
-            raise answer.error
-        return answer.result
-
-    return here if url is None else there
-
-
-@contextlib.contextmanager
-def _one_board(options: dict[str, Any], console: Console) -> Iterator[dict[str, Any]]:
-    """The options, with the address of a board that stays the same one for several runs."""
-    if options["url"] is None:
-        yield options
-        return
-    from bench.remote.ways import kept
-
-    with ended_as_by_a_person(), kept(options["url"], console.say) as url:
-        yield {**options, "url": url}
+def measuring(device: Target, bundle: str, name: str, console: Console) -> Measured:
+    """What makes a run of the bundle on a device."""
+    return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
 
 
 def folder_of(options: dict[str, Any]) -> Path:
@@ -171,10 +141,12 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
 
 
-def _check(options: dict[str, Any]) -> None:
-    if options["url"] is None and (options["wheels"] or options["board_packages"]):
-        raise UserError("--wheels and --board-packages belong to --on: name a board")
-    check_board_options(options)
+def _board_options(options: dict[str, Any]) -> BoardOptions:
+    from bench.remote.options import BoardOptions
+
+    found = BoardOptions(options["wheels"], options["board_packages"])
+    found.check(on_a_board=options["url"] is not None)
+    return found
 
 
 def _path(bundle: str) -> Path:

@@ -19,19 +19,19 @@ from saap.system.interrupt import ended_as_by_a_person
 
 def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, Any], console: Console) -> int:
     """Measure on boards; the exit code: 2 when one of them could not be used."""
-    from bench.measure.plan import Plan
-    from bench.remote.bench import bench_on
+    from bench.measure.options import BenchOptions
+    from bench.remote import BoardOptions, bench_on
 
-    check_board_options(options)
+    board_options = BoardOptions(options["wheels"], options["board_packages"])
+    board_options.check()
     _check(urls, options)
     quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
     with ended_as_by_a_person():
         answers = bench_on(
             urls,
             [*specs, *specs[: int(options["noise_floor"])]],
-            Plan(**{name: options[name] for name in PLAN}),
-            wheels=options["wheels"],
-            own=not options["board_packages"],
+            BenchOptions(**{name: options[name] for name in PLAN}),
+            board_options,
             progress=console.report,
             say=console.say,
         )
@@ -51,12 +51,6 @@ def bench_on_step(specs: list[str], urls: tuple[str, ...], options: dict[str, An
     if failed:
         return UserError.exit_code
     return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
-
-
-def check_board_options(options: dict[str, Any]) -> None:
-    """What contradicts itself in the options of a board."""
-    if options["wheels"] is not None and options["board_packages"]:
-        raise UserError("--wheels fills a venv there, --board-packages makes none: give one of them")
 
 
 def _check(urls: tuple[str, ...], options: dict[str, Any]) -> None:

@@ -349,11 +349,11 @@ def _bench(state: _State, made_from: list[str]) -> list[Path]:
 
 
 def _bench_once(state: _State, threads: int, result: Path) -> None:
-    from bench.measure.plan import Plan
+    from bench.measure.options import BenchOptions
     from saap.cli.bench import keep, measured
 
     bundles = state.options.bundles
-    plan = Plan(threads=threads, repetitions=state.options.repetitions)
+    plan = BenchOptions(threads=threads, repetitions=state.options.repetitions)
     keep(measured([str(state.out / name) for name in bundles], plan, state.console, list(bundles)), result)
 
 
@@ -418,7 +418,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import torch
     import transformers
 
-    from bench.measure.store import read_result
+    from bench.measure.result import read_result
     from bench.report import report
     from saap import __version__
     from saap.cli.bench import show_result

@@ -48,17 +48,16 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def overhead(out: Path, bundle: str, rounds: int) -> None:
     """Interleaved fresh processes of both."""
+    from bench.measure import BenchOptions, measure
     from bench.measure.cores import choose_cores
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
 
     cpus = choose_cores(1)
     for index in range(len(records(out / "overhead.jsonl")), rounds):
         rates: dict[str, float] = {}
 
         def ours(rates=rates) -> None:
-            plan = Plan(prompt=128, generate=128, threads=1, repetitions=1, cold=False)
-            rates["bench"] = bench([bundle], plan).measurements[0].decode_ts[0]
+            plan = BenchOptions(prompt=128, generate=128, threads=1, repetitions=1, cold=False)
+            rates["bench"] = measure([bundle], plan).measurements[0].decode_ts[0]
 
         def bare(rates=rates) -> None:
             command = [sys.executable, "-m", "studies.bench.bare_loop", bundle, 128, 128, 1, ",".join(map(str, cpus))]
@@ -71,17 +70,16 @@ def overhead(out: Path, bundle: str, rounds: int) -> None:
 
 
 def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
+    from bench.measure import BenchOptions, measure
     from bench.measure.cores import choose_cores
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
 
     cpus = ",".join(map(str, choose_cores(1)))
     for index in range(len(records(out / "llama.jsonl")), rounds):
         rates: dict[str, float] = {}
 
         def ours(rates=rates) -> None:
-            plan = Plan(prompt=0, generate=128, threads=1, repetitions=1, cold=False)
-            rates["adapter"] = bench([f"llama.cpp:{gguf}"], plan).measurements[0].decode_ts[0]
+            plan = BenchOptions(prompt=0, generate=128, threads=1, repetitions=1, cold=False)
+            rates["adapter"] = measure([f"llama.cpp:{gguf}"], plan).measurements[0].decode_ts[0]
 
         def theirs(rates=rates) -> None:
             command = ["taskset", "-c", cpus, binary, "-p", "0", "-n", "128", "-r", "1", "-t", "1", "-o", "json"]
@@ -136,12 +134,11 @@ def memory(out: Path, bundle: str) -> None:
 
 def size(out: Path, a: str, b: str, rounds: int) -> None:
     """Many interleaved rounds, in pieces of ten."""
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
+    from bench.measure import BenchOptions, measure
 
     path = out / f"size-{Path(a).name}-{Path(b).name}.jsonl"
     while sum(len(r["a"]) for r in records(path)) < rounds:
-        result = bench([a, b], Plan(**LENGTHS, repetitions=10), names=["a", "b"])
+        result = measure([a, b], BenchOptions(**LENGTHS, repetitions=10), names=["a", "b"])
         found = {m.name: m for m in result.measurements}
         notes = {m.name: m.reasons for m in result.measurements}
         append(path, {name: microseconds(m) for name, m in found.items()} | {"reasons": notes})
@@ -151,12 +148,12 @@ def size(out: Path, a: str, b: str, rounds: int) -> None:
 def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
     """What `saap compare A B` says, again and again."""
     from bench.judge.confirm import compare_live
-    from bench.measure.plan import Plan
+    from bench.measure import BenchOptions
 
     path = out / f"trials-{Path(a).name}-{Path(b).name}.jsonl"
     for _ in range(len(records(path)), count):
         begun = time.monotonic()
-        live = compare_live([a, b], Plan(**LENGTHS, max_time_s=max_time), names=["a", "b"])
+        live = compare_live([a, b], BenchOptions(**LENGTHS, max_time_s=max_time), names=["a", "b"])
         (row,) = live.comparison.rows
         record = {
             "verdict": row.verdict,

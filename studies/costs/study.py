@@ -45,8 +45,7 @@ def random_models(full, block: int) -> list[tuple]:
 
 def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     """Write the models, measure them, and compare."""
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
+    from bench.measure import BenchOptions, measure
     from bench.measure.statistics import bootstrap_ratio, typical
     from export.graph.probe_model import read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
@@ -59,7 +58,7 @@ def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     bundles = write_probe_stacks(model, work, models)
     table = read_costs(costs, model.shape, bits=precision.bits, group_size=precision.block, threads=threads)
-    result = bench([str(path) for path in bundles], Plan(threads=threads, repetitions=rounds, cold=False))
+    result = measure([str(path) for path in bundles], BenchOptions(threads=threads, repetitions=rounds, cold=False))
     dense, *others = result.measurements
     rows = []
     for m, layers in zip(others, models[1:], strict=True):

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure.store import read_result
+from bench.measure.result import read_result
 from studies.common import decode_over, markdown, parser_of, show_tables
 
 HERE = Path(__file__).resolve().parent
@@ -24,16 +24,15 @@ PAIRS = {"pruned": ("dense-int4", "slim-int4"), "transformers": ("transformers",
 
 def run(folder: str, dense: str, pairs: int) -> None:
     """Both comparisons, interleaved."""
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
-    from bench.measure.store import write_result
+    from bench.measure import BenchOptions, measure
+    from bench.measure.result import write_result
 
     specs = [f"{folder}/dense-int4", f"{folder}/slim-int4"]
-    plan = Plan(threads=1, repetitions=pairs, cold=False)
+    plan = BenchOptions(threads=1, repetitions=pairs, cold=False)
     CELLS.mkdir(exist_ok=True)
-    write_result(CELLS / "pruned.json", bench(specs, plan, names=list(PAIRS["pruned"])))
-    plan = Plan(threads=2, repetitions=5, cold=False)
-    found = bench([specs[0], f"torch:{dense}"], plan, names=["dense-int4", "transformers"])
+    write_result(CELLS / "pruned.json", measure(specs, plan, names=list(PAIRS["pruned"])))
+    plan = BenchOptions(threads=2, repetitions=5, cold=False)
+    found = measure([specs[0], f"torch:{dense}"], plan, names=["dense-int4", "transformers"])
     write_result(CELLS / "transformers.json", found)
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.judge.comparison import compare_within
-from bench.measure.result import Result
-from bench.measure.store import read_result
+from bench.measure.result import Result, read_result
 from studies.common import METHODS, Cell
 from studies.field.cells import CELLS, answers_of, cell_of, check_alike, points, seeds_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.judge.comparison import compare_within
-from bench.measure.store import read_result
+from bench.measure.result import read_result
 from bench.report.tables import table_rows
 from export.bundle.manifest import read_manifest
 from saap.system.files import write_json

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.judge.quality import metric_of
-from bench.measure.store import read_result
+from bench.measure.result import read_result
 from studies.common import (
     METHODS,
     ROOT,

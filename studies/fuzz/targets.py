@@ -77,8 +77,8 @@ def _documents(place: Path) -> Iterator[Target]:
     """Files of JSON and TOML."""
     from bench.judge.baselines import read_baselines
     from bench.judge.quality import compare_quality, read_quality
-    from bench.measure.store import read_result
-    from bench.runtimes.foreign import genai_peer
+    from bench.measure.result import read_result
+    from bench.runtimes.peers import genai_peer
     from devices.profiles.profile import PROFILES, read_profile
     from export.bundle.manifest import read_manifest, verify_files
     from export.bundle.tokenizer import BundleTokenizer

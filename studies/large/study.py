@@ -173,7 +173,7 @@ def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
 
 def rates(path: Path) -> list[dict[str, Any]]:
     """Decode speed and its ceiling, peak memory and validity of each bundle of a result."""
-    from bench.measure.store import read_result
+    from bench.measure.result import read_result
 
     result = read_result(path)
     return [

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
-from bench.measure.store import write_result
+from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample, write_result
 from bench.report.history import add
 from studies.common import parser_of
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure.store import read_result
+from bench.measure.result import read_result
 from bench.report.tables import table_rows
 from studies.common import Cell, markdown, parser_of, provenance, read_cells, show_tables
 

@@ -24,9 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure.result import INVALID, Measurement, Result
+from bench.measure.result import INVALID, Measurement, Result, read_result
 from bench.measure.statistics import bootstrap_ratio
-from bench.measure.store import read_result
 from bench.report.tables import table_rows
 from studies.common import add_write_option, decode_over, markdown, parser_of, show_tables
 
@@ -115,15 +114,16 @@ def describe(work: Path) -> None:
 
 def measure(work: Path, bundles: list[str], threads: list[int], rounds: int, prompt: int, generate: int) -> None:
     """One interleaved run for each thread count."""
-    from bench.measure.plan import Plan
-    from bench.measure.run import bench
-    from bench.measure.store import write_result
+    from bench.measure import BenchOptions, measure
+    from bench.measure.result import write_result
 
     os.environ.setdefault("SAAP_PEER_PYTHON", str(python_of(work / "venv")))
     graphs = [f"genai:{work / name}" for name in GRAPHS if (work / name).is_dir()]
     specs = [*bundles, f"llama.cpp:{work / Q4_1}", f"llama.cpp:{work / Q4_0}", *graphs]
     for count in threads:
-        result = bench(specs, Plan(prompt=prompt, generate=generate, threads=count, repetitions=rounds, cold=False))
+        result = measure(
+            specs, BenchOptions(prompt=prompt, generate=generate, threads=count, repetitions=rounds, cold=False)
+        )
         path = CELLS / f"peers-p{prompt}-n{generate}-t{count}.json"
         write_result(path, result)
         print(path, flush=True)

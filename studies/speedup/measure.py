@@ -33,9 +33,11 @@ def speed_options(variant: Variant, asked: float, costs: Path, onnxruntime: str 
 def make_costs(setup: Setup) -> None:
     """Measure the table where there is none; refuse one of another machine."""
     if not setup.costs.is_file():
-        from saap.cli.costs import probe_costs
+        from bench.costs import CostsOptions
+        from bench.remote.target import Here
+        from saap.cli.costs import Precision, probe_costs
 
-        probe_costs(setup.model_dir, setup.costs, threads=[THREADS])
+        probe_costs(setup.model_dir, setup.costs, CostsOptions(threads=(THREADS,)), Precision(), Here())
     runtime_of(setup.costs)
 
 
@@ -139,9 +141,9 @@ def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
 def measure_speed(setup: Setup, name: str, cell: Cell) -> Cell:
     """Decode speed of a bundle against the dense one, as `saap compare` measures it; an invalid run is not kept."""
     from bench.judge.confirm import compare_live
-    from bench.measure.plan import Plan
+    from bench.measure.options import BenchOptions
 
-    plan = Plan(threads=THREADS, repetitions=setup.pairs, cold=False)
+    plan = BenchOptions(threads=THREADS, repetitions=setup.pairs, cold=False)
     specs = [str(setup.bundles / "dense"), str(setup.bundles / name)]
     live = compare_live(specs, plan, confirm=False, names=["dense", "slim"])
     speed = speed_of(live)

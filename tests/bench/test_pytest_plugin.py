@@ -15,9 +15,11 @@ from bench.judge import regression
 from bench.judge.baselines import write_baseline
 from bench.judge.regression import record
 from bench.judge.verdict import WORSE, Verdict
-from bench.measure.plan import Plan
-from bench.measure.run import bench
+from bench.measure.options import BenchOptions
+from bench.measure.run import measure
 from bench.pytest_plugin import Device
+from bench.remote.options import BoardOptions
+from bench.remote.target import OnBoard
 from saap.cli.guard import name_of
 
 pytest_plugins = ["pytester"]
@@ -70,8 +72,8 @@ def test_the_mark_selects_them(suite: pytest.Pytester) -> None:
 
 def test_on_this_host_against_a_baseline(suite: pytest.Pytester) -> None:
     bundle = tiny_bundle(suite.path / "tiny")
-    plan = Plan(prompt=4, generate=4, threads=1, repetitions=3, cold=False, text=tuple(range(3, 23)))
-    write_baseline(suite.path / "kept", record("tiny", lambda p: bench([str(bundle)], p), plan))
+    plan = BenchOptions(prompt=4, generate=4, threads=1, repetitions=3, cold=False, text=tuple(range(3, 23)))
+    write_baseline(suite.path / "kept", record("tiny", lambda p: measure([str(bundle)], p), plan))
     ran(suite, "--saap-device", "local", "--saap-baselines", "kept").assert_outcomes(passed=4)
     tiny_bundle(bundle, seed=1)
     done = ran(suite, "--saap-device", "local", "--saap-baselines", "kept")
@@ -88,7 +90,7 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(regression, "retest", retest)
     with pytest.raises(AssertionError, match="decode: worse"):
-        Device("ssh://board", tmp_path, 1.0).check("prepacked:tiny")
+        Device(OnBoard("ssh://board", BoardOptions()), tmp_path, 1.0).check("prepacked:tiny")
     assert names == ["tiny"] == [name_of("prepacked:tiny", None)]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.plan import Plan
-from bench.remote.bench import bench_on
+from bench.measure.options import BenchOptions
+from bench.remote import BoardOptions, bench_on
 from devices.transport import Adb, BoardError, Local, LostError, Ssh, open_transport
 
 CHANGED = """@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@
@@ -138,7 +138,10 @@ def test_a_run_over_adb(programs, tmp_path, monkeypatch):
     monkeypatch.delenv("SAAP_CACHE", raising=False)
     bundle = tiny_bundle(tmp_path / "tiny")
     (answer,) = bench_on(
-        ["adb://R58N123"], [str(bundle)], Plan(prompt=4, generate=6, threads=1, repetitions=1, cold=False), own=False
+        ["adb://R58N123"],
+        [str(bundle)],
+        BenchOptions(prompt=4, generate=6, threads=1, repetitions=1, cold=False),
+        BoardOptions(board_packages=True),
     )
     assert answer.error is None, answer.error
     assert len(answer.result.measurements[0].samples) == 1 and answer.result.settings["on"] == "adb://R58N123"

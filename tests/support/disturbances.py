@@ -10,9 +10,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.measure.plan import Plan
+from bench.measure import BenchOptions, measure
 from bench.measure.result import INVALID, OK, WARN
-from bench.measure.run import bench
 
 SPIN = "print(flush=True)\nwhile True: pass"
 HOG = """
@@ -66,8 +65,8 @@ def judged_under(kind: str, bundle: str, generate: int = 64) -> tuple[str, list[
                 begun.set()
                 stack.enter_context(DISTURBANCES[kind](root))
 
-        plan = Plan(prompt=16, generate=generate, threads=1, repetitions=ROUNDS, cold=False, root=root)
-        (m,) = bench([bundle], plan, progress=watch).measurements
+        plan = BenchOptions(prompt=16, generate=generate, threads=1, repetitions=ROUNDS, cold=False, root=root)
+        (m,) = measure([bundle], plan, progress=watch).measurements
     assert begun.is_set() and m.status in (OK, WARN, INVALID)
     return m.status, [reason for reason in m.reasons if any(word in reason for word in WORDS[kind])]
 

@@ -15,11 +15,13 @@ import pytest
 from support.sshd import Sshd, require_sshd
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.plan import Plan
-from bench.remote.bench import bench_on
+from bench.measure.options import BenchOptions
+from bench.remote.options import BoardOptions
+from bench.remote.target import bench_on
 
-QUICK = Plan(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
+QUICK = BenchOptions(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
 ONCE = dataclasses.replace(QUICK, repetitions=1)
+OWN_PACKAGES = BoardOptions(board_packages=True)
 LONG = dataclasses.replace(QUICK, repetitions=6)
 OPTIONS = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold", "--board-packages"]
 VENV = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # this Python is the board's, so that nothing is downloaded
@@ -55,12 +57,10 @@ def remains(cache: Path) -> list[object]:
     return [*cache.glob("lock.json"), *(cache / "runs").glob("*"), *left(cache)]
 
 
-def one(url: str, specs: list[str], plan: Plan = QUICK, **options: Any) -> Any:
+def one(url: str, specs: list[str], plan: BenchOptions = QUICK, **options: Any) -> Any:
     """The result of one board, which uses the packages of this Python."""
-    (answer,) = bench_on([url], specs, plan, own=False, **options)
-    if answer.error is not None:
-        raise answer.error
-    return answer.result
+    (answer,) = bench_on([url], specs, plan, OWN_PACKAGES, **options)
+    return answer.value()
 
 
 def script(path: Path, text: str) -> None:

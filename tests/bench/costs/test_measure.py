@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 
 from bench.costs import measure as costs
 from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
-from bench.costs.measure import CostsError, measure_costs, schedule, write_costs
+from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, write_costs
+from bench.costs.options import CostsOptions
 from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
 from export.bundle.manifest import LayerSizes, read_manifest
 
 BANDWIDTH = Bandwidth(1, 1, [1e9])
+QUICK = CostsOptions(threads=(1,), depth=20, rounds=1, seconds=0.0)
 
 # A machine on which a block costs node + slope * size: 3 us + 2 us per query head + 1 us per KV head; 7 us + 10 ns per
 # channel of FFN; and 500 us outside the layers.
@@ -179,10 +182,9 @@ def test_a_real_probe_writes_costs_with_their_raw_steps(
 ) -> None:
     monkeypatch.setattr(costs, "probe_bandwidth", lambda cpus, cache: BANDWIDTH)
     seen: list[tuple[float, float]] = []
-    document = measure_costs(
-        bundles, [1], depth=20, rounds=1, seconds=0.0, progress=lambda _, done, total: seen.append((done, total))
-    )
+    document = measure_costs(bundles, QUICK, progress=lambda _, done, total: seen.append((done, total)))
     write_costs(tmp_path / "new" / "cost.json", document)
+    assert COSTS.read(tmp_path / "new" / "cost.json") == document
     read = json.loads((tmp_path / "new" / "cost.json").read_text())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cost.json"] and seen == [(0, 1), (1, 1)]
     (table,) = read["threads"]
@@ -203,12 +205,12 @@ def test_a_real_probe_writes_costs_with_their_raw_steps(
 
 def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
-        measure_costs(bundles, [1], depth=57)
+        measure_costs(bundles, replace(QUICK, depth=57))
     with pytest.raises(ValueError, match="threads cannot be used"):
-        measure_costs(bundles, [10_000], depth=20)
+        measure_costs(bundles, replace(QUICK, threads=(10_000,)))
     monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(CostsError, match="MB of memory and 0 MB are free"):
-        measure_costs(bundles, [1], depth=20)
+        measure_costs(bundles, QUICK)
 
 
 def test_a_worker_that_fails_is_one_line(bundles: list[Path], tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_worker_that_fails_is_one_line(bundles: list[Path], tmp_path: Path) ->
     broken.mkdir()
     (broken / "bundle.json").write_text((bundles[1] / "bundle.json").read_text())
     with pytest.raises(CostsError, match=r"the process that times the operators failed .*is missing") as error:
-        measure_costs([bundles[0], broken, bundles[2]], [1], depth=20, rounds=1, seconds=0.0)
+        measure_costs([bundles[0], broken, bundles[2]], QUICK)
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 

@@ -18,8 +18,7 @@ from bench.judge.comparison import (
     noise_floor,
 )
 from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
-from bench.measure.result import INVALID, Result
-from bench.measure.store import write_result
+from bench.measure.result import INVALID, Result, write_result
 
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]
 

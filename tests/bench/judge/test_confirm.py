@@ -11,7 +11,7 @@ from support.tiny_graphs import tiny_bundle
 from bench.judge import confirm
 from bench.judge.comparison import compare
 from bench.judge.verdict import NOT_COMPARABLE, SAME, SLOWER
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result
 from devices.probe.host import probe
 from export.bundle.manifest import read_manifest
@@ -26,7 +26,9 @@ class Machine:
     def __init__(self, *scales: float, **fields: object) -> None:
         self.scales, self.fields, self.asked = list(scales), fields, []
 
-    def __call__(self, specs: Sequence[str], plan: Plan, *, names: Sequence[str] | None = None, **_: object) -> Result:
+    def __call__(
+        self, specs: Sequence[str], plan: BenchOptions, *, names: Sequence[str] | None = None, **_: object
+    ) -> Result:
         self.asked.append((list(specs), plan, names))
         scale = self.scales.pop(0)
         names = names or [Path(spec).name for spec in specs]
@@ -41,7 +43,7 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch):
     def install(*scales: float, **fields: object) -> Machine:
         made = Machine(*scales, **fields)
-        monkeypatch.setattr(confirm, "bench", made)
+        monkeypatch.setattr(confirm, "measure", made)
         return made
 
     return install
@@ -49,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_slow_down_is_measured_twice(machine) -> None:
     there = machine(1.10, 1.08)
-    live = confirm.compare_live(["a", "b"], Plan(max_time_s=9))
+    live = confirm.compare_live(["a", "b"], BenchOptions(max_time_s=9))
     (row,) = live.comparison.rows
     assert (row.verdict, row.confirmed, len(live.results)) == (SLOWER, True, 2)
     assert row.ratio == pytest.approx(1.08)  # of the run that was not picked for it
@@ -58,7 +60,7 @@ def test_a_slow_down_is_measured_twice(machine) -> None:
 
 def test_one_that_does_not_come_again_is_none(machine) -> None:
     machine(1.10, 1.001)
-    (row,) = confirm.compare_live(["a", "b"], Plan()).comparison.rows
+    (row,) = confirm.compare_live(["a", "b"], BenchOptions()).comparison.rows
     assert (row.verdict, row.confirmed) == (SAME, False)
     assert "did not confirm" in row.reason
 
@@ -66,20 +68,20 @@ def test_one_that_does_not_come_again_is_none(machine) -> None:
 @pytest.mark.parametrize(("scale", "options"), [(1.0, {}), (0.9, {}), (1.1, {"confirm": False})])
 def test_nothing_else_is_measured_twice(machine, scale: float, options: dict[str, bool]) -> None:
     there = machine(scale)
-    assert len(confirm.compare_live(["a", "b"], Plan(), **options).results) == len(there.asked) == 1
+    assert len(confirm.compare_live(["a", "b"], BenchOptions(), **options).results) == len(there.asked) == 1
 
 
 def test_a_second_run_that_is_invalid_leaves_it_open(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     there = machine(1.1, 1.1)
-    bench = confirm.bench
+    measure = confirm.measure
 
     def second_is_invalid(*given: object, **options: object) -> Result:
-        found = bench(*given, **options)
+        found = measure(*given, **options)
         spoilt = [replace(m, status=INVALID, reasons=["the host swapped"]) for m in found.measurements]
         return replace(found, measurements=spoilt) if len(there.asked) == 2 else found
 
-    monkeypatch.setattr(confirm, "bench", second_is_invalid)
-    comparison = confirm.compare_live(["a", "b"], Plan()).comparison
+    monkeypatch.setattr(confirm, "measure", second_is_invalid)
+    comparison = confirm.compare_live(["a", "b"], BenchOptions()).comparison
     assert comparison.rows[0].verdict == NOT_COMPARABLE and "the host swapped" in comparison.rows[0].reason
     assert comparison.exit_code(True) == 3
 
@@ -99,7 +101,7 @@ def files(tmp_path: Path):
 
 def test_files_are_confirmed_by_both_bundles_interleaved(files, machine) -> None:
     there = machine(1.09)
-    found = confirm.confirm_files(compare(*files), *files, Plan(max_time_s=7))
+    found = confirm.confirm_files(compare(*files), *files, BenchOptions(max_time_s=7))
     (row,) = found.comparison.rows
     assert (row.verdict, row.confirmed, row.name) == (SLOWER, True, "model")
     ((specs, plan, names),) = there.asked
@@ -110,7 +112,7 @@ def test_files_are_confirmed_by_both_bundles_interleaved(files, machine) -> None
 def test_or_by_the_new_bundle_alone(files, machine, tmp_path: Path) -> None:
     (tmp_path / "old" / "bundle.json").unlink()
     there = machine(1.0)
-    (row,) = confirm.confirm_files(compare(*files), *files, Plan()).comparison.rows
+    (row,) = confirm.confirm_files(compare(*files), *files, BenchOptions()).comparison.rows
     assert (row.verdict, row.confirmed) == (SAME, False)
     assert len(there.asked[0][0]) == 1
 
@@ -119,12 +121,12 @@ def test_or_not_at_all(files, machine, tmp_path: Path) -> None:
     there = machine()
     old, new = files
     tiny_bundle(tmp_path / "newer", seed=99)
-    (row,) = confirm.confirm_files(compare(old, new), old, new, Plan()).comparison.rows
+    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions()).comparison.rows
     assert (row.verdict, row.confirmed) == (SLOWER, None) and "another bundle now" in row.reason
     elsewhere = [replace(r, device={"fingerprint": "e" * 16}) for r in files]
-    (row,) = confirm.confirm_files(compare(*elsewhere), *elsewhere, Plan()).comparison.rows
+    (row,) = confirm.confirm_files(compare(*elsewhere), *elsewhere, BenchOptions()).comparison.rows
     assert row.verdict == SLOWER and "another device" in row.reason
     foreign = [replace(r, measurements=[replace(r.measurements[0], bundle_hash=None)]) for r in files]
-    (row,) = confirm.confirm_files(compare(*foreign), *foreign, Plan()).comparison.rows
+    (row,) = confirm.confirm_files(compare(*foreign), *foreign, BenchOptions()).comparison.rows
     assert row.verdict == SLOWER and "may have changed" in row.reason
     assert there.asked == []

@@ -20,16 +20,15 @@ from bench.judge.baselines import checked_folder, read_baselines, write_baseline
 from bench.judge.regression import DeviceTest, OtherDeviceError, RegressionError, plan_of, record, retest
 from bench.judge.verdict import NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
-from bench.measure.plan import Plan
-from bench.measure.result import INVALID, Energy, Result
-from bench.measure.run import bench
-from bench.measure.store import write_result
+from bench.measure.options import BenchOptions
+from bench.measure.result import INVALID, Energy, Result, write_result
+from bench.measure.run import measure
 from bench.report.verdicts import device_junit
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.generate.run import BundleScorer
 
 TEXT = tuple(range(3, 23))
-PLAN = Plan(prompt=8, generate=4, threads=1, text=TEXT)
+PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)
 TOKENS = list(range(16))
 NOISE = np.random.default_rng(7).normal(1.0, 0.01, 400)  # recorded once: 1 % between processes
 
@@ -38,13 +37,13 @@ class Device:
     """Stands in for a run on a device: each gives the next of ``scales``, by which decode takes longer."""
 
     def __init__(self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, **fields: Any) -> None:
-        self.scales, self.asked, self.fields = list(scales), list[Plan](), fields
+        self.scales, self.asked, self.fields = list(scales), list[BenchOptions](), fields
         self.answers = {"tokens": list(tokens), "nll": nll}
         self.samples: dict[str, Any] = {}
         self.fingerprint = "a" * 16
         self.noise = iter(NOISE[len(scales) :])  # other processes, other noise
 
-    def __call__(self, plan: Plan) -> Result:
+    def __call__(self, plan: BenchOptions) -> Result:
         self.asked.append(plan)
         scale = self.scales.pop(0)
         m = measurement("tiny", [0.01 * scale * next(self.noise) for _ in range(10)], **self.fields)
@@ -179,7 +178,7 @@ def test_a_run_that_is_invalid_still_tells_other_answers(tmp_path: Path) -> None
 
 def test_a_second_run_that_is_invalid_leaves_it_open(tmp_path: Path) -> None:
     class Spoilt(Device):
-        def __call__(self, plan: Plan) -> Result:
+        def __call__(self, plan: BenchOptions) -> Result:
             self.fields = {"status": INVALID, "reasons": ["hot"]} if self.asked else {}
             return super().__call__(plan)
 
@@ -201,7 +200,7 @@ def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
 
 def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: Path) -> None:
     class Switched(Device):
-        def __call__(self, plan: Plan) -> Result:
+        def __call__(self, plan: BenchOptions) -> Result:
             self.fingerprint = "ab"[len(self.asked)] * 16
             return super().__call__(plan)
 
@@ -218,7 +217,7 @@ def test_an_invalid_run_is_no_baseline() -> None:
 
 def test_a_run_that_is_invalid_once_is_measured_again() -> None:
     class Hot(Device):
-        def __call__(self, plan: Plan) -> Result:
+        def __call__(self, plan: BenchOptions) -> Result:
             self.fields = {"status": INVALID, "reasons": ["hot"]} if len(self.asked) == 1 else {}
             return super().__call__(plan)
 
@@ -231,7 +230,7 @@ def test_a_run_that_is_invalid_once_is_measured_again() -> None:
 
 def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
     class Fickle(Device):
-        def __call__(self, plan: Plan) -> Result:
+        def __call__(self, plan: BenchOptions) -> Result:
             self.answers = {"tokens": [len(self.asked), *TOKENS], "nll": 2.5}
             return super().__call__(plan)
 
@@ -249,7 +248,7 @@ def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
         (replace(PLAN, repetitions=6), 0, "0 runs record nothing"),
     ],
 )
-def test_a_plan_that_guards_nothing_is_refused(plan: Plan, runs: int, says: str) -> None:
+def test_a_plan_that_guards_nothing_is_refused(plan: BenchOptions, runs: int, says: str) -> None:
     with pytest.raises(RegressionError, match=says):
         record("tiny", Device(1.0, 1.0), plan, runs)
 
@@ -360,8 +359,8 @@ def test_a_likelihood_that_is_no_number_fits_into_json() -> None:
 
 def test_a_run_asks_each_model(tmp_path: Path) -> None:
     specs = [str(tiny_bundle(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    plan = Plan(prompt=4, generate=4, threads=1, repetitions=1, warmup=1, cold=False, text=TEXT, greedy=6)
-    told = bench(specs, plan).settings["answers"]
+    plan = BenchOptions(prompt=4, generate=4, threads=1, repetitions=1, warmup=1, cold=False, text=TEXT, greedy=6)
+    told = measure(specs, plan).settings["answers"]
     assert told["a"] == told["b"] != told["c"] and len(told["a"]["tokens"]) == 6
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_trees import plant
 
-from bench.measure.board_state import board_state, temperature
+from bench.measure.cores import board_state, temperature
 from bench.measure.host_state import counters, snapshot
 from devices.probe.host import nobody
 from devices.probe.state import throttling

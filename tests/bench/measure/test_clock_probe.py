@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from bench.measure.clock_probe import IDLE_PROBES, drift, level, probe_clock
+from bench.measure.cores import IDLE_PROBES, drift, level, probe_clock
 
 IDLE = list(1e-3 + 4e-6 * np.random.default_rng(0).standard_normal(IDLE_PROBES))  # a spread of 0.4 %
 
@@ -53,5 +53,5 @@ def test_preempted_probes_do_not_look_like_a_slower_clock() -> None:
 
 def test_twice_the_work_takes_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     once = level(probe_clock(30, time.perf_counter))
-    monkeypatch.setattr("bench.measure.clock_probe.ROUNDS", 128)
+    monkeypatch.setattr("bench.measure.cores.ROUNDS", 128)
     assert level(probe_clock(30, time.perf_counter)) / once == pytest.approx(2, rel=0.25)

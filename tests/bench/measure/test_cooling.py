@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure.cooling import CoolDown
+from bench.measure.cores import CoolDown
 
 
 class Board:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.measure.one_pass import measure, warm_up
+from bench.measure.worker import timed_pass, warm_up
 
 
 class Clock:
@@ -39,7 +39,7 @@ class CountingDecoder:
 def test_exact_counts_and_times() -> None:
     clock = Clock()
     decoder = CountingDecoder(clock)
-    done = measure(decoder, np.array([4, 5]), 3, clock)
+    done = timed_pass(decoder, np.array([4, 5]), 3, clock)
     assert done.tokens == [6, 7, 8, 9]
     assert decoder.fed == [4, 5, 6, 7, 8]
     assert (done.prefill_s, done.ttft_s) == (20, 20)
@@ -49,7 +49,7 @@ def test_exact_counts_and_times() -> None:
 def test_context_goes_in_untimed() -> None:
     clock = Clock()
     decoder = CountingDecoder(clock)
-    done = measure(decoder, np.array([4]), 2, clock, np.array([1, 2, 3]))
+    done = timed_pass(decoder, np.array([4]), 2, clock, np.array([1, 2, 3]))
     assert decoder.fed == [1, 2, 3, 4, 5, 6]
     assert (done.prefill_s, done.token_s) == (10, [5, 6])
     assert done.window == (40, 51)
@@ -57,7 +57,7 @@ def test_context_goes_in_untimed() -> None:
 
 def test_without_a_prompt_only_steps_are_timed() -> None:
     clock = Clock()
-    done = measure(CountingDecoder(clock), np.array([], np.int64), 2, clock, np.array([7]))
+    done = timed_pass(CountingDecoder(clock), np.array([], np.int64), 2, clock, np.array([7]))
     assert (done.prefill_s, done.ttft_s) == (None, None)
     assert done.tokens == [8, 9, 10] and done.token_s == [2, 3]
 
@@ -70,7 +70,7 @@ def test_telling_the_rate_is_not_timed() -> None:
         told.append((phase, rate))
         clock.now += 1000
 
-    done = measure(CountingDecoder(clock), np.array([4, 5]), 3, clock, live=slow)
+    done = timed_pass(CountingDecoder(clock), np.array([4, 5]), 3, clock, live=slow)
     assert done.token_s == [3, 4, 5]
     assert told == [("decode", 1 / 3), ("decode", 2 / 7), ("decode", 3 / 12)]
 
@@ -79,7 +79,7 @@ def test_warm_up_is_kept_apart() -> None:
     clock = Clock()
     decoder = CountingDecoder(clock)
     assert warm_up(decoder, np.array([1]), 3, clock) == ([10, 2, 3], None)
-    assert measure(decoder, np.array([1]), 1, clock).token_s == [2]
+    assert timed_pass(decoder, np.array([1]), 1, clock).token_s == [2]
     assert decoder.resets == 2
 
 

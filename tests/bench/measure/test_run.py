@@ -17,16 +17,14 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 from bench.measure import run as bench_run
 from bench.measure.child import ChildFailedError, call
 from bench.measure.cores import choose_cores
-from bench.measure.one_pass import measure
-from bench.measure.plan import Plan
-from bench.measure.result import INVALID, Result
+from bench.measure.options import BenchOptions, OptionsError
+from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
-from bench.measure.run import bench
-from bench.measure.store import read_result, write_result
+from bench.measure.run import measure
+from bench.measure.worker import timed_pass
 from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
-from bench.runtimes.specs import PeerError, read_peers
+from bench.runtimes.peers import PeerError, read_peers
 from export.bundle.manifest import BundleError
-from export.generate.run import BundleScorer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,9 +38,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
     calls: list[tuple[str, float, float]] = []
-    result = bench(
+    result = measure(
         [str(b) for b in bundles],
-        Plan(prompt=12, generate=10, threads=1, repetitions=2, warmup=3, cold=False),
+        BenchOptions(prompt=12, generate=10, threads=1, repetitions=2, warmup=3, cold=False),
         progress=lambda *call: calls.append(call),
     )
     return result, calls
@@ -81,27 +79,31 @@ def test_what_a_repetition_holds(two: tuple[Result, object]) -> None:
 
 
 def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path]) -> None:
-    plan = Plan(prompt=(4, 0), generate=3, depth=(0, 5), threads=1, pairs=[(7, 0)], repetitions=1, warmup=0, cold=False)
-    result = bench([str(b) for b in bundles], plan)
+    plan = BenchOptions(
+        prompt=(4, 0), generate=3, depth=(0, 5), threads=1, pairs=[(7, 0)], repetitions=1, warmup=0, cold=False
+    )
+    result = measure([str(b) for b in bundles], plan)
     assert [m.test for m in result.of("dense")] == ["tg3", "pp4+tg3", "pp7", "tg3@d5", "pp4+tg3@d5", "pp7@d5"]
     assert len({m.key for m in result.measurements}) == 12
     for m in result.measurements:
         (s,) = m.samples
         assert (s.prefill_s is None) == (m.n_prompt == 0) and len(s.token_s) == m.n_gen
     with pytest.raises(DecoderError, match="do not fit"):
-        bench([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
+        measure([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
 
 
 def test_repetitions_end_when_the_ratio_is_known_or_time_is_up(bundles: list[Path]) -> None:
-    plan = Plan(prompt=4, generate=3, threads=1, warmup=0, cold=False, precision=0.99, max_time_s=60)
-    loose = bench([str(b) for b in bundles], plan)
+    plan = BenchOptions(prompt=4, generate=3, threads=1, warmup=0, cold=False, precision=0.99, max_time_s=60)
+    loose = measure([str(b) for b in bundles], plan)
     assert {len(m.samples) for m in loose.measurements} == {10}
-    hurried = bench([str(bundles[0])], replace(plan, precision=1e-9, max_time_s=0.01))
+    hurried = measure([str(bundles[0])], replace(plan, precision=1e-9, max_time_s=0.01))
     assert len(hurried.measurements[0].samples) == 6
 
 
 def test_cold_load_reads_the_files_again(bundles: list[Path]) -> None:
-    (m,) = bench([str(bundles[0])], Plan(prompt=2, generate=2, threads=1, repetitions=1, warmup=0)).measurements
+    (m,) = measure(
+        [str(bundles[0])], BenchOptions(prompt=2, generate=2, threads=1, repetitions=1, warmup=0)
+    ).measurements
     # A file system in memory has no cache to drop.
     assert (m.cold_load_s is not None and m.cold_load_s > 0) or "were read" in m.unknown["cold_load_s"]
 
@@ -110,7 +112,7 @@ def test_too_little_memory_is_refused_with_the_sum(bundles: list[Path], tmp_path
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 100000 kB\nMemAvailable: 40000 kB\n")
     with pytest.raises(PeerError, match=r"needs about \d+ MB \(weights \d+ \+ runtime 67 \+ cache \d+\) and 41 MB"):
-        bench([str(bundles[0])], Plan(threads=1, prompt=8, generate=8, root=tmp_path))
+        measure([str(bundles[0])], BenchOptions(threads=1, prompt=8, generate=8, root=tmp_path))
 
 
 def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, float]]]) -> None:
@@ -139,8 +141,8 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
         return peers
 
     monkeypatch.setattr(bench_run, "read_peers", then_break)
-    plan = Plan(prompt=4, generate=3, threads=1, precision=0.99, warmup=0, cold=False)  # as many as it takes
-    bad, good = bench([str(broken), str(bundles[1])], plan).measurements
+    plan = BenchOptions(prompt=4, generate=3, threads=1, precision=0.99, warmup=0, cold=False)  # as many as it takes
+    bad, good = measure([str(broken), str(bundles[1])], plan).measurements
     assert bad.stderr and bad.stderr[-1][:100] in bad.reasons[0]
     assert bad.status == INVALID and bad.samples == []
     assert "exit 1" in bad.reasons[0] and "not an ONNX file" in bad.reasons[0] and "\n" not in bad.reasons[0]
@@ -148,7 +150,9 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
 
 
 def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path]) -> None:
-    result = bench([str(bundles[0])], Plan(prompt=4, generate=3, threads=1, repetitions=2, timeout_s=0.01, cold=False))
+    result = measure(
+        [str(bundles[0])], BenchOptions(prompt=4, generate=3, threads=1, repetitions=2, timeout_s=0.01, cold=False)
+    )
     (m,) = result.measurements
     assert m.status == INVALID and m.samples == [] and "no answer within 0.01 s" in m.reasons[0]
 
@@ -156,8 +160,9 @@ def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path]) -> None:
 def test_measured_tokens_are_the_model_s_own(bundles: list[Path]) -> None:
     decoder = OrtDecoder(bundles[0], 1, 22, verify=False)
     ticks = iter(range(100))
-    done = measure(decoder, np.array(prompt_tokens(12, VOCAB, 0)), 10, lambda: float(next(ticks)))
-    (whole,) = BundleScorer(bundles[0], 1).logits(np.array([[*prompt_tokens(12, VOCAB, 0), *done.tokens[:-1]]]))
+    done = timed_pass(decoder, np.array(prompt_tokens(12, VOCAB, 0)), 10, lambda: float(next(ticks)))
+    scoring = OrtDecoder(bundles[0], 1, 22, scoring=True, verify=False)
+    whole = scoring.logits(np.array([*prompt_tokens(12, VOCAB, 0), *done.tokens[:-1]]))
     assert whole[11:].argmax(-1).tolist() == done.tokens
 
 
@@ -179,16 +184,16 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
     ("specs", "options", "error", "message"),
     [
         ([], {}, PeerError, "nothing to measure"),
-        (["{b}"], {"prompt": -1}, PeerError, "--prompt -1"),
-        (["{b}"], {"prompt": 0, "generate": 0}, PeerError, "nothing to time"),
-        (["{b}"], {"depth": (0, -2)}, PeerError, "--depth -2"),
-        (["{b}"], {"pairs": [(4, -1)]}, PeerError, "-pg takes"),
-        (["{b}"], {"precision": 2.0}, PeerError, "--precision 2.0"),
-        (["{b}"], {"max_time_s": 0.0}, PeerError, "time limit"),
-        (["{b}"], {"warmup": -1}, PeerError, "-1 warm-up steps"),
+        (["{b}"], {"prompt": -1}, OptionsError, "--prompt -1"),
+        (["{b}"], {"prompt": 0, "generate": 0}, OptionsError, "nothing to time"),
+        (["{b}"], {"depth": (0, -2)}, OptionsError, "--depth -2"),
+        (["{b}"], {"pairs": [(4, -1)]}, OptionsError, "-pg takes"),
+        (["{b}"], {"precision": 2.0}, OptionsError, "--precision 2.0"),
+        (["{b}"], {"max_time_s": 0.0}, OptionsError, "time limit"),
+        (["{b}"], {"warmup": -1}, OptionsError, "-1 warm-up steps"),
         (["{b}"], {"provider": "cuda"}, DecoderError, "cuda"),
-        (["{b}"], {"repetitions": 0}, PeerError, "--repetitions 0"),
-        (["{b}"], {"timeout_s": float("nan")}, PeerError, "time limit"),
+        (["{b}"], {"repetitions": 0}, OptionsError, "--repetitions 0"),
+        (["{b}"], {"timeout_s": float("nan")}, OptionsError, "time limit"),
         (["{b}"], {"generate": CONTEXT}, DecoderError, "tokens of context do not fit"),
         (["{b}"], {"threads": 0}, DecoderError, "0 threads"),
         (["{b}"], {"threads": 10_000}, DecoderError, "10000 threads"),
@@ -205,9 +210,9 @@ def test_bad_input_is_one_line(
     given = {key: value for key, value in options.items() if key != "names"}
     names = options.get("names")
     with pytest.raises(error, match=message) as caught:
-        bench(
+        measure(
             [spec.format(b=bundles[0]) for spec in specs],
-            Plan(**{"threads": 1, "prompt": 8, "generate": 8, **given}),
+            BenchOptions(**{"threads": 1, "prompt": 8, "generate": 8, **given}),
             names=names,
         )
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
@@ -219,7 +224,7 @@ def test_same_directory_twice_gets_two_names(bundles: list[Path]) -> None:
 
 def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
-    monkeypatch.setattr("bench.runtimes.specs.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.runtimes.peers.find_spec", lambda name: None)
     with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
         read_peers([f"torch:{tmp_path}"], 8)
 
@@ -245,9 +250,9 @@ def test_torch_beside_a_bundle(bundles: list[Path], tmp_path: Path) -> None:
     )
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "tiny")
-    result = bench(
+    result = measure(
         [str(bundles[0]), f"torch:{tmp_path / 'tiny'}"],
-        Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
+        BenchOptions(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
     )
     torch = result.measurements[1]
     # One repetition of milliseconds: what its machine's clock did meanwhile says nothing of torch.
@@ -273,7 +278,7 @@ def test_torch_worker_decodes_like_generate(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     ticks = iter(range(100))
     prompt = np.array([3, 1, 4, 1, 5])
-    done = measure(TorchDecoder(model, tmp_path, 32), prompt, 7, lambda: float(next(ticks)))
+    done = timed_pass(TorchDecoder(model, tmp_path, 32), prompt, 7, lambda: float(next(ticks)))
     expected = model.generate(
         torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -355,8 +360,8 @@ def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path]) -
 import os, bench.measure.worker as w
 def load(job):
     print("noise"); os.system("echo noise")
-    return w._load(job)
-w.serve(load, w._facts)
+    return w.load_bundle(job)
+w.serve(load, w.bundle_facts)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -371,7 +376,9 @@ w.serve(load, w._facts)
 
 
 def test_bench_imports_no_torch() -> None:
-    modules = [f"bench.{p.stem}" for p in (ROOT / "bench").glob("*.py") if p.stem not in ("__init__", "report")]
+    files = [path.relative_to(ROOT) for path in (ROOT / "bench").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(file.with_suffix("").parts) for file in files]
+    assert {"bench.measure.run", "bench.runtimes.torch", "bench.judge.comparison"} <= set(modules)
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
     code += "print([m for m in ('torch', 'transformers', 'saap', 'scipy', 'onnxruntime') if m in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -402,8 +409,8 @@ def test_slim_directory_in_torch(tmp_path: Path) -> None:
     tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     (tmp_path / "base").mkdir()
     slim = checkpoint.write_slim(tmp_path / "slim", tmp_path / "base", config, iter(tensors.items()), {})
-    (m,) = bench(
-        [f"torch:{slim}"], Plan(prompt=6, generate=4, threads=1, repetitions=1, warmup=0, cold=False)
+    (m,) = measure(
+        [f"torch:{slim}"], BenchOptions(prompt=6, generate=4, threads=1, repetitions=1, warmup=0, cold=False)
     ).measurements
     assert len(m.samples) == 1, m.reasons
     assert m.model.parameters == sum(t.numel() for t in tensors.values())

@@ -4,14 +4,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_trees import plant
 
-from bench.measure.result import Energy
-from bench.measure.store import sample_from_dict
+from bench.measure.result import Energy, Sample
 from bench.power.energy import Recorder, find_sensor, window_joules
 from bench.power.sensors import NO_SENSOR, NOT_ALLOWED, Sensor
 
@@ -260,7 +260,8 @@ def test_results_from_before_estimates(tmp_path: Path) -> None:
     sample = {"started_at": "", "order": 0, "load_s": 1.0, "warmup_s": [], "prefill_s": None, "ttft_s": None}
     sample |= {"token_s": [0.1], "peak_load_bytes": None, "peak_decode_bytes": None, "anonymous_bytes": None}
     energy = {"decode_j": 1.0, "window_s": 1.0, "idle_w": None, "scope": "package", "source": "RAPL", "rate_hz": 9.0}
-    assert sample_from_dict({**sample, "file_bytes": None, "energy": energy}).energy == Energy(**energy, estimate=False)
+    made = msgspec.convert({**sample, "file_bytes": None, "energy": energy}, Sample)
+    assert made.energy == Energy(**energy, estimate=False)
 
 
 def test_the_thread_reads_at_its_rate_and_ends(tmp_path: Path) -> None:

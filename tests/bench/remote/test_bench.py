@@ -18,18 +18,32 @@ from pathlib import Path
 import psutil
 import pytest
 from support.command_line import here
-from support.remote_runs import LONG, ONCE, OPTIONS, QUICK, VENV, one, remains, running, script, two_bundles
+from support.remote_runs import (
+    LONG,
+    ONCE,
+    OPTIONS,
+    OWN_PACKAGES,
+    QUICK,
+    VENV,
+    one,
+    remains,
+    running,
+    script,
+    two_bundles,
+)
 
 from bench.judge.comparison import compare
-from bench.measure.run import bench
-from bench.measure.store import read_result
-from bench.remote import bench as remote
+from bench.measure.result import read_result
+from bench.measure.run import measure
 from bench.remote import board as remote_board
-from bench.remote.bench import bench_on, measure_on
+from bench.remote import target
 from bench.remote.board import Board, Stopped
-from bench.remote.files import REQUIREMENTS, pack, positions_of
+from bench.remote.files import REQUIREMENTS, pack
+from bench.remote.options import BoardOptions
+from bench.remote.target import bench_on, measure_on
 from devices.transport import BoardError, Local, open_transport
-from saap.cli.guard import measure
+from saap.cli import guard
+from saap.cli.console import Console
 from saap.cli.remote import _places
 from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
@@ -56,7 +70,7 @@ def form(value):
 
 
 def test_a_result_has_the_form_of_a_local_one_and_compares_with_it(sshd, bundles):
-    local = bench(bundles, QUICK)
+    local = measure(bundles, QUICK)
     found = one(sshd.url, bundles)
     assert found.device["fingerprint"] == local.device["fingerprint"]
     assert [(m.name, m.spec, m.bundle_hash, len(m.samples)) for m in found.measurements] == [
@@ -187,7 +201,7 @@ def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
 
     board = Board(open_transport(sshd.url), root=str(tmp_path / "root"))
     with pytest.raises(BoardError, match="it rebooted in the middle of the run, which is INVALID"):
-        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
+        measure_on(board, pack(bundles[:1], LONG.positions, OWN_PACKAGES), LONG, progress)
     board.transport.close()
     assert not remains(sshd.cache)
 
@@ -201,7 +215,7 @@ def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
 
     board = Board(open_transport(sshd.url), stop)
     with pytest.raises(Stopped):
-        measure_on(board, pack(bundles[:1], positions_of(LONG), own=False), LONG, progress)
+        measure_on(board, pack(bundles[:1], LONG.positions, OWN_PACKAGES), LONG, progress)
     board.transport.close()
     assert not remains(sshd.cache)
     assert not [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)], "ssh is left here"
@@ -260,16 +274,19 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
     assert signal.getsignal(signal.SIGTERM) is not ask_to_end
 
 
-def test_a_test_of_a_board_is_ended_like_a_bench(monkeypatch):
+def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch):
     seen = []
 
-    def bench_on(*arguments, **options):
+    def run_on_all(*arguments):
         seen.append(signal.getsignal(signal.SIGTERM))
         raise BoardError("enough")
 
-    monkeypatch.setattr(remote, "bench_on", bench_on)
-    with pytest.raises(BoardError, match="enough"):
-        measure("tiny", {"url": "local://"}, None)(QUICK)
+    monkeypatch.setattr(target, "run_on_all", run_on_all)
+    options = {"prompt": 4, "generate": 4, "depth": 0, "threads": 1, "repetitions": 6, "max_time_s": 9, "runs": 2,
+               "text": None, "name": None, "baselines": tmp_path / "kept", "wheels": None, "board_packages": True,
+               "url": "local://"}  # fmt: skip
+    with pytest.raises(BoardError, match="enough"), Console() as console:
+        guard.baseline_step(bundles[0], options, console)
     assert seen == [ask_to_end]
 
 
@@ -307,7 +324,7 @@ def test_no_two_boards_write_one_file():
 
 
 def test_what_a_board_wrote_steers_no_terminal(sshd, bundles, monkeypatch):
-    whole = remote.result_from_dict
+    whole = target.result_from_dict
 
     def coloured(raw):
         found = whole(raw)
@@ -316,7 +333,7 @@ def test_what_a_board_wrote_steers_no_terminal(sshd, bundles, monkeypatch):
             found, measurements=[dataclasses.replace(m, reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])]
         )
 
-    monkeypatch.setattr(remote, "result_from_dict", coloured)
+    monkeypatch.setattr(target, "result_from_dict", coloured)
     (m,) = one(sshd.url, bundles[:1], ONCE).measurements
     assert (m.reasons, m.stderr) == (["?[31mhot"], ["?]0;title?"])
 
@@ -364,6 +381,6 @@ def test_the_agent_installs_itself_into_a_venv_of_its_own(sshd, bundles, tmp_pat
     wheels = tmp_path / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), *REQUIREMENTS]
     subprocess.run(pip, check=True)
-    (found,) = bench_on([sshd.url], bundles[:1], QUICK, wheels=wheels)
+    (found,) = bench_on([sshd.url], bundles[:1], QUICK, BoardOptions(wheels))
     assert found.error is None, found.error
     assert len(list(sshd.cache.glob("agent-*"))) == 2 and not remains(sshd.cache)

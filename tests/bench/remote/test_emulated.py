@@ -16,7 +16,7 @@ from support.bench_samples import measurement, result
 from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result
 from bench.remote.emulated import GREEDY, Answer, document, emulate, judged
 from devices.emulate import qemu as devices_emulate
@@ -101,7 +101,7 @@ class Board:
     def __init__(self, answers: dict[str, dict[str, Any]], architecture: str = "aarch64", **fields: Any) -> None:
         self.answers, self.architecture, self.fields = answers, architecture, fields
 
-    def __call__(self, spec: str, plan: Plan, board: Emulated, progress: object) -> Result:
+    def __call__(self, spec: str, plan: BenchOptions, board: Emulated, progress: object) -> Result:
         cpu = board.name.split()[-1]
         found = result(measurement("tiny", [0.01], **self.fields), settings={"answers": {"tiny": self.answers[cpu]}})
         return replace(found, device={"architecture": self.architecture})

@@ -19,13 +19,13 @@ from support.remote_runs import ONCE, OPTIONS, one, remains
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge import regression
-from bench.measure.store import read_result
-from bench.remote import bench as remote
+from bench.measure.result import read_result
 from bench.remote import labgrid_place, labgrid_session
 from bench.remote import run as remote_run
 from bench.remote.board import Board
 from bench.remote.labgrid_session import ask
-from bench.remote.ways import kept, way_to
+from bench.remote.run import kept, route_to
+from bench.remote.target import bench_on
 from devices.transport import BoardError
 
 pytest_plugins = ["pytester"]
@@ -101,7 +101,7 @@ def test_a_board_behind_its_exporter_is_reached_by_a_jump(farm):
     proxy = ask(farm.address, _parameters)["extra"]["proxy"]
     with (farm.sshd.folder / "ssh_config").open("a") as config:
         config.write(f"Host {proxy}\nHostName 127.0.0.1\nPort {farm.sshd.port}\n")
-    with way_to("labgrid://behind").held(threading.Event(), print) as transport:
+    with route_to("labgrid://behind").held(threading.Event(), print) as transport:
         assert ["-J", proxy] == transport.argv("true")[-5:-3]
         assert Board(transport).ask("hello")["time"] > 0
 
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line_and_nothing_stays_acquired(farm, bundle):
     finally:
         farm.client("-p", "pi", "release", user="somebody")
     farm.client("reserve", "name=pi", user="somebody")
-    answers = remote.bench_on(["labgrid://pi", "labgrid://dark", "labgrid://pu"], [bundle], ONCE)  # at the same time
+    answers = bench_on(["labgrid://pi", "labgrid://dark", "labgrid://pu"], [bundle], ONCE)  # at the same time
     assert [str(answer.error).split(":")[2].split()[0] for answer in answers] == ["Place", "dark", "no"]
     (token,) = ask(farm.address, _tokens)
     try:
@@ -297,7 +297,7 @@ def test_without_labgrid_it_is_said_how_to_get_it(bundle, monkeypatch):
 )  # fmt: skip
 def test_what_names_no_place(url):
     with pytest.raises(BoardError, match="names no place"):
-        way_to(url)
+        route_to(url)
 
 
 def test_labgrid_leaves_no_trace_in_this_process(farm):

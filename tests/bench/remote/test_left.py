@@ -15,7 +15,7 @@ import pytest
 from support.command_line import saap
 from support.remote_runs import OPTIONS, remains, running, two_bundles
 
-from bench.remote.left import _folder, left
+from bench.remote.run import _folder, left
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from contextlib import closing
 
 import pytest
 from support.command_line import refused
-from support.remote_runs import OPTIONS, QUICK, one, remains, running, script, two_bundles
+from support.remote_runs import OPTIONS, OWN_PACKAGES, QUICK, one, remains, running, script, two_bundles
 from support.sshd import keygen
 
 from bench.remote import run as remote_run
-from bench.remote.bench import measure_on
 from bench.remote.board import COMMAND, Board
-from bench.remote.files import pack, positions_of
+from bench.remote.files import pack
+from bench.remote.target import measure_on
 from devices.transport import BoardError, Local, open_transport
 from export.bundle.manifest import BundleError
 
@@ -79,7 +79,7 @@ def test_no_memory_for_it(sshd, bundles, tmp_path):
         closing(open_transport(sshd.url)) as transport,
         pytest.raises(BoardError, match=r"about 6. MB there and 20 MB"),
     ):
-        shipment = pack(bundles[:1], positions_of(QUICK), own=False)
+        shipment = pack(bundles[:1], QUICK.positions, OWN_PACKAGES)
         measure_on(Board(transport, root=str(tmp_path / "root")), shipment, QUICK)
 
 
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(bundles, tmp_path):
     )
     assert "not a bundle" in refused("bench", tmp_path, "--on", "local://")
     with pytest.raises(BundleError):
-        pack([str(tmp_path)], positions_of(QUICK))
+        pack([str(tmp_path)], QUICK.positions)
 
 
 class Scripted(Local):
@@ -171,7 +171,7 @@ FACTS = {"available_bytes": None, "time": 0.0}
     ],
 )  # fmt: skip
 def test_garbage_of_every_request_is_an_error_and_the_board_is_given_up(bundles, scripts, told):
-    shipment = pack(bundles[:1], positions_of(QUICK), own=False)
+    shipment = pack(bundles[:1], QUICK.positions, OWN_PACKAGES)
     scripts = [line.replace("FILE", next(iter(shipment.sizes))) for line in scripts]
     transport = Scripted(answer(answer=FACTS), *scripts, answer(answer={"ended": True}))
     said = []

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from support.report_page import RUN, document, measurement, result, row, task
 
-from bench.measure.store import write_result
+from bench.measure.result import write_result
 from bench.report import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

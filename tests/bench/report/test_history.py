@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from support.bench_samples import measurement, result
 
-from bench.measure.result import INVALID, Result
-from bench.measure.store import ResultError, read_result
+from bench.measure.result import INVALID, Result, ResultError, read_result
 from bench.report.history import Point, Series, add, change_points, changes_text, history_panels, history_plot, series
 
 

@@ -12,8 +12,7 @@ import pytest
 from support.report_page import RUN, measurement, result, sample, text_of
 
 from bench.judge.comparison import compare_within
-from bench.measure.result import ModelFacts
-from bench.measure.store import ResultError, read_result, write_result
+from bench.measure.result import ModelFacts, ResultError, read_result, write_result
 from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
 from bench.report.history import add

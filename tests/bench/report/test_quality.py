@@ -9,7 +9,7 @@ import json
 import pytest
 from support.report_page import document, measurement, result, row, sample, task
 
-from bench.measure.store import write_result
+from bench.measure.result import write_result
 from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
 from bench.report.quality import Point, pareto_front, sections_of, task_table, tradeoffs

@@ -12,7 +12,7 @@ from support.edited import edited
 from support.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from bench.measure.one_pass import measure
+from bench.measure.worker import timed_pass
 from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.decoders import make_decoder
 from bench.runtimes.onnxruntime import OrtDecoder
@@ -42,7 +42,7 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
 
 def gpu_decoder(path: Path, provider: str, graph: bool = False, length: int = 32, machine: Machine | None = None):
     machine = machine or Machine(nodes={})
-    return make_decoder(path, 1, length, provider, graph, runtime=machine), machine
+    return make_decoder(path, 1, length, provider, cuda_graph=graph, runtime=machine), machine
 
 
 @pytest.mark.parametrize(("provider", "graph"), KINDS[:2])
@@ -101,9 +101,9 @@ def test_a_real_cuda_bundle_keeps_its_cache_in_float16_on_the_device(tiny_model,
     assert len(cache) == 2 * len(manifest.kv_layers) == 6
     assert {memory.device_name() for memory in machine.memory} == {"cuda"}
     assert {(memory.array.dtype.name, memory.array.shape) for memory in cache} == {("float16", (1, 3, 24, 16))}
-    stepped = measure(decoder, IDS, 3, iter(range(99)).__next__).tokens
+    stepped = timed_pass(decoder, IDS, 3, iter(range(99)).__next__).tokens
     other, _ = gpu_decoder(tmp_path / "bundle", "cuda", graph=True, length=24)
-    assert measure(other, IDS, 3, iter(range(99)).__next__).tokens == stepped
+    assert timed_pass(other, IDS, 3, iter(range(99)).__next__).tokens == stepped
     assert all(np.abs(memory.array[0, 0, :23].astype(np.float32)).sum(axis=-1).all() for memory in cache)
     assert not any(memory.array[0, 0, 23:].any() for memory in cache)
 
@@ -130,7 +130,7 @@ def test_the_gpu_is_waited_for_before_the_clock_is_read(bundle, provider, graph)
         log.append("clock")
         return float(len(log))
 
-    measure(decoder, IDS[:4], 3, clock)
+    timed_pass(decoder, IDS[:4], 3, clock)
     work = "run wait read clock"
     assert " ".join(log) == f"clock {work} clock {work} {work} {work}"
 

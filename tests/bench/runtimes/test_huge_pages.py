@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runtimes.huge_pages import PAGE, collapse, whole_pages
+from bench.runtimes.onnxruntime import PAGE, collapse, whole_pages
 
 MAPS = """\
 55d000000000-55d000400000 r-xp 00000000 fe:00 131 /usr/bin/python3

@@ -13,15 +13,14 @@ import onnx
 import pytest
 from support.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
-from bench.measure.one_pass import measure, warm_up
-from bench.measure.plan import Plan
+from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID
 from bench.measure.rounds import prompt_tokens
-from bench.measure.run import bench
+from bench.measure.run import measure
+from bench.measure.worker import timed_pass, warm_up
 from bench.runtimes.onnx_facts import graph_facts
 from bench.runtimes.onnxruntime import OrtDecoder
-from bench.runtimes.peer import PEER_PYTHON, PeerError, python_with
-from bench.runtimes.specs import read_peers
+from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.clients import write_genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
@@ -173,11 +172,11 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
 import json, itertools, numpy as np
 from pathlib import Path
 from bench.runtimes.llama_cpp import LlamaCppDecoder
-from bench.measure.one_pass import measure
+from bench.measure.worker import timed_pass
 clock = map(float, itertools.count()).__next__
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
 prompt = np.array([1, 5, 9, 7])
-stepped = [measure(decoder, prompt, 12, clock).tokens for _ in range(2)]
+stepped = [timed_pass(decoder, prompt, 12, clock).tokens for _ in range(2)]
 whole = []
 for n in range(13):
     decoder.reset()
@@ -194,7 +193,9 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
     unknown = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
     specs = [str(bundle), f"llama.cpp:{path}", f"llama.cpp:{unknown}"]
-    result = bench(specs, Plan(prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60, cold=False))
+    result = measure(
+        specs, BenchOptions(prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60, cold=False)
+    )
     ours, theirs, broken = result.measurements
     assert (theirs.name, theirs.kind) == ("tiny (llama.cpp)", "llama.cpp")
     assert len(ours.samples) == len(theirs.samples) == 2 and len(theirs.samples[0].token_s) == 5
@@ -210,11 +211,11 @@ def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
     from bench.runtimes.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
-    ours = measure(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick)
+    ours = timed_pass(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick)
     assert VOCAB - 1 not in ours.tokens  # genai would have suppressed it
     decoder = GenaiDecoder(genai_bundle, 1, 26)
     warm_up(decoder, prompt, 4, tick)
-    theirs = [measure(decoder, prompt, 20, tick) for _ in range(2)]
+    theirs = [timed_pass(decoder, prompt, 20, tick) for _ in range(2)]
     assert [done.tokens for done in theirs] == [ours.tokens] * 2
     assert len(theirs[0].token_s) == 20
 
@@ -224,17 +225,17 @@ def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     from bench.runtimes.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
-    first = measure(OrtDecoder(genai_bundle, 1, 8, verify=False), prompt, 1, tick).tokens
+    first = timed_pass(OrtDecoder(genai_bundle, 1, 8, verify=False), prompt, 1, tick).tokens
     genai_form(genai_bundle, eos=first)
-    done = measure(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
+    done = timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
     assert len(done.tokens) == 13 and not set(first) & set(done.tokens)
 
 
 def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    result = bench(
+    result = measure(
         [str(genai_bundle), f"genai:{genai_bundle}"],
-        Plan(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
+        BenchOptions(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
     )
     ours, theirs = result.measurements
     assert len(theirs.samples) == 1, theirs.reasons
@@ -290,7 +291,7 @@ def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
     assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == ("optimum", 64, False)
     prompt = np.array([3, 1, 4, 1, 5])
     decoder = OptimumDecoder(peer.path, 1, 32)
-    done = [measure(decoder, prompt, 7, tick).tokens for _ in range(2)]
+    done = [timed_pass(decoder, prompt, 7, tick).tokens for _ in range(2)]
     expected = model.generate(
         torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -310,9 +311,9 @@ def test_a_peer_in_another_python_that_crashes(tmp_path: Path, monkeypatch: pyte
     python.chmod(0o755)
     monkeypatch.setenv(PEER_PYTHON, str(python))
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
-    result = bench(
+    result = measure(
         [f"llama.cpp:{path}", str(bundle)],
-        Plan(prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60, cold=False),
+        BenchOptions(prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60, cold=False),
     )
     crashed, ours = result.measurements
     assert crashed.status == INVALID and crashed.samples == []

@@ -12,8 +12,7 @@ import pytest
 from support.bench_samples import measurement, result
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.result import INVALID
-from bench.measure.store import read_result, write_result
+from bench.measure.result import INVALID, read_result, write_result
 from tests.saap.cli.test_main import here, refused
 
 QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]

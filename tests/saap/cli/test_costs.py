@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ from support.command_line import here, last_line
 from support.remote_runs import remains, running
 from support.sshd import Sshd
 
+from bench.costs import CostsOptions
 from bench.costs import measure as costs
+from bench.costs.fit import AttentionCost, FfnCost, ThreadCosts
 from bench.measure.result import Bandwidth
-from bench.remote import costs as remote_costs
+from bench.remote import BoardOptions
+from bench.remote.target import Here, OnBoard, _costs
 from devices.common.files import with_checksum
 from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
 from saap.cli.console import Console
-from saap.cli.costs import Place, probe_costs, probe_costs_step
+from saap.cli.costs import Precision, probe_costs, probe_costs_step
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -34,6 +37,8 @@ CONFIG = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPE = ModelShape(64, 32, 128, True, ())
+QUICK = CostsOptions(threads=(1,), depth=50, rounds=1, seconds=0.0)  # one round of few steps
+BITS = Precision(bits=8)
 
 
 @pytest.fixture
@@ -44,22 +49,20 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One round of few steps, and temporary files where the test can see them."""
-    monkeypatch.setattr(costs, "measure_costs", partial(costs.measure_costs, rounds=1, seconds=0.0))
+def quick_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No probe of the memory, and temporary files where the test can see them."""
     monkeypatch.setattr(costs, "probe_bandwidth", lambda cpus, cache: Bandwidth(len(cpus), 1, [1e9]))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("quick_probe")
 def test_a_config_becomes_a_table_that_pruning_reads(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Console() as console:
-        probe_costs_step(
-            str(model), tmp_path / "cost.json", threads=[1, 1], bits=8, block=None, depth=50, console=console
-        )
+        twice = replace(QUICK, threads=(1, 1))
+        probe_costs_step(str(model), tmp_path / "cost.json", twice, BITS, Here(), console)
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
@@ -75,20 +78,20 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     assert not list((tmp_path / "temporary").glob("saap-costs-*"))
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("quick_probe")
 def test_a_failure_leaves_no_files(model: Path, tmp_path: Path) -> None:
     with pytest.raises(costs.CostsError, match="a depth of 9999 cannot be probed"):
-        probe_costs(model, tmp_path / "cost.json", threads=[1], depth=9999)
+        probe_costs(model, tmp_path / "cost.json", replace(QUICK, depth=9999), Precision(), Here())
     assert not (tmp_path / "cost.json").exists() and not list((tmp_path / "temporary").glob("saap-costs-*"))
 
 
 def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model 'nothing'"):
-        probe_costs("nothing", tmp_path / "cost.json")
+        probe_costs("nothing", tmp_path / "cost.json", QUICK, Precision(), Here())
     with pytest.raises(UserError, match="is a directory: give the JSON file to write"):
-        probe_costs(model, tmp_path)
+        probe_costs(model, tmp_path, QUICK, Precision(), Here())
     with pytest.raises(UserError, match=r"cannot be written .*: give another place"):
-        probe_costs(model, model / "config.json" / "cost.json")
+        probe_costs(model, model / "config.json" / "cost.json", QUICK, Precision(), Here())
 
 
 @pytest.fixture
@@ -96,23 +99,23 @@ def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     yield from running(tmp_path, monkeypatch)
 
 
-@pytest.mark.usefixtures("short")
-def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_costs, "costs_on", partial(remote_costs.costs_on, rounds=1, seconds=0.0))
-    on, said = Place(sshd.url, own=False), list[str]()
-    document = probe_costs(model, tmp_path / "pi.json", threads=[1], bits=8, depth=50, on=on, say=said.append)
-    assert document["on"] == sshd.url and said == [] and not remains(sshd.cache)
-    local = probe_costs(model, tmp_path / "here.json", threads=[1], bits=8, depth=50)
-    assert document.keys() == {*local, "on"} and local["stacks"] == document["stacks"]
-    assert [table.keys() for table in document["threads"]] == [table.keys() for table in local["threads"]]
-    assert document["command"] == local["command"] and document["device"]["fingerprint"]
+@pytest.mark.usefixtures("quick_probe")
+def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) -> None:
+    said = list[str]()
+    board = OnBoard(sshd.url, BoardOptions(board_packages=True), said.append)
+    there = probe_costs(model, tmp_path / "pi.json", QUICK, BITS, board)
+    assert there.on == sshd.url and said == [] and not remains(sshd.cache)
+    local = probe_costs(model, tmp_path / "here.json", QUICK, BITS, Here())
+    assert local.on is None and local.stacks == there.stacks and local.model == there.model
+    assert there.command == local.command and there.device["fingerprint"]
+    assert costs.COSTS.read(tmp_path / "pi.json") == there
     table = read_costs(tmp_path / "pi.json", SHAPE, bits=8, group_size=32, threads=1)
     assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
 
     with pytest.raises(costs.CostsError, match="a depth of 99999 cannot be probed"):
-        probe_costs(model, tmp_path / "other.json", threads=[1], depth=99999, on=on)
+        probe_costs(model, tmp_path / "other.json", replace(QUICK, depth=99999), BITS, board)
     with pytest.raises(BoardError, match=rf"{sshd.url}: 4096 threads"):
-        probe_costs(model, tmp_path / "other.json", threads=[4096], depth=50, on=on)
+        probe_costs(model, tmp_path / "other.json", replace(QUICK, threads=(4096,)), BITS, board)
     assert not (tmp_path / "other.json").exists() and not remains(sshd.cache)
     assert not list((tmp_path / "temporary").glob("saap-costs-*"))
 
@@ -120,8 +123,8 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd, mo
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"kind": "saap bench"}, "costs of another model"),
-        ({"model": {"hidden": 1}}, "costs of another model"),
+        ({"kind": "saap bench"}, "no table of costs"),
+        ({"model": {"hidden": 1}}, "hidden|model_type"),
         ({"threads": []}, "other thread counts"),
         ({"checksum": "sha256:0"}, "changed after it was written"),
     ],
@@ -129,15 +132,17 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd, mo
 def test_a_board_that_answers_something_else(model: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
     (stack, *_) = write_probe_stacks(read_probe_model(model, 8, None), tmp_path)
     base = read_manifest(stack)
-    cost = {"query_heads": 2, "kv_heads": 1, "ms": 1.0}
-    table = {"n_threads": 1, "step_ms": 1.0, "constant_ms": 0.5, "node_ms": None, "attention": [cost], "ffn": []}
-    whole = {"kind": costs.KIND, "model": costs.described(base), "threads": [table], "versions": {}}
-    assert remote_costs._checked("pi", with_checksum(whole), base, [1])["on"] == "pi"
+    bandwidth = Bandwidth(1, 1, [1e9])
+    table = ThreadCosts(1, [0], 1.0, 0.5, None, [AttentionCost(2, 1, 1.0)], [FfnCost(64, 1.0)], bandwidth, [])
+    whole = asdict(costs.Costs("now", [], {}, {}, costs.described(base), 50, [], [table]))
+    assert _costs("pi", with_checksum(whole), base, [1]).on == "pi"
     with pytest.raises(ValueError, match=told):
-        remote_costs._checked("pi", {**with_checksum(whole | change), **change}, base, [1])
-    for wrong in ({"attention": [cost | {"ms": "1"}]}, {"step_ms": None}, {"node_ms": "0"}):
-        with pytest.raises(TypeError):
-            remote_costs._checked("pi", whole | {"threads": [table | wrong]}, base, [1])
+        _costs("pi", {**with_checksum(whole | change), **change}, base, [1])
+    with pytest.raises(ValueError, match="costs of another model"):
+        _costs("pi", whole | {"model": whole["model"] | {"hidden": 1}}, base, [1])
+    for wrong in ({"attention": [{"query_heads": 2, "kv_heads": 1, "ms": "1"}]}, {"step_ms": None}, {"node_ms": "0"}):
+        with pytest.raises(ValueError, match="Expected"):
+            _costs("pi", whole | {"threads": [whole["threads"][0] | wrong]}, base, [1])
 
 
 def test_a_board_is_for_costs_only() -> None:

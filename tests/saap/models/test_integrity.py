@@ -16,10 +16,9 @@ from support.bench_samples import measurement, result
 from support.command_line import refused
 from support.slim_integers import WIDE
 
-from bench.costs.measure import write_costs
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
 from bench.judge.quality import KIND, VERSION, QualityError, read_quality
-from bench.measure.store import ResultError, read_result, write_result
+from bench.measure.result import ResultError, read_result, write_result
 from export.bundle.manifest import BundleError, verify_files
 from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_record
@@ -140,7 +139,7 @@ def test_results_and_other_documents(tmp_path):
     assert holds(tmp_path / "result.json", lambda: read_result(tmp_path / "result.json"), 200) > 150
     write_document(tmp_path / "eval.json", {"kind": KIND, "version": VERSION, "rows": [{"name": "a", "nll": 3.25}]})
     assert holds(tmp_path / "eval.json", lambda: read_quality(tmp_path / "eval.json")) > 20
-    write_costs(tmp_path / "cost.json", document())
+    write_document(tmp_path / "cost.json", document())
     assert (
         holds(tmp_path / "cost.json", lambda: read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32), 200)
         > 150

@@ -1,0 +1,30 @@
+"""How layer costs are timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from bench.measure.options import parse_counts
+from devices.common.options import Option
+
+
+@dataclass(frozen=True)
+class CostsOptions:
+    """Each thread count is measured by itself."""
+
+    threads: Annotated[
+        tuple[int, ...] | None,
+        Option("Thread counts; default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts),
+    ] = None
+    # The default is the middle of 128 tokens after a prompt of 128.
+    depth: Annotated[int, Option("Tokens in the cache at the first step of every turn.", flags=("-d", "--depth"))] = 192
+    rounds: Annotated[int, Option("Fresh processes that time each stack.", shown=False), Meta(ge=1)] = 8
+    seconds: Annotated[
+        float, Option("Seconds that one process takes steps for, after loading.", shown=False), Meta(ge=0)
+    ] = 2.0
+    timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",), shown=False), Meta(gt=0)] = (
+        600.0
+    )

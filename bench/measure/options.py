@@ -1,0 +1,171 @@
+"""What a bench run measures: lengths, depths and threads, how often, and for how long. Light: no numpy, no runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from devices.common.errors import UserError
+from devices.common.options import Option
+
+Counts = int | tuple[int, ...]  # one value, or a sweep
+LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
+KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
+MOST_ROUNDS = 60
+
+Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
+
+
+class OptionsError(UserError):
+    """Options that cannot be measured; the message names the option and what it may be."""
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """One row of the table: ``depth`` untimed tokens in the cache, ``prompt`` timed ones, ``generate`` timed steps."""
+
+    threads: int
+    depth: int
+    prompt: int
+    generate: int
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache that are needed."""
+        return self.context + self.prompt + self.generate
+
+    @property
+    def context(self) -> int:
+        """Tokens that go in untimed: a first decode step needs one before it."""
+        return max(self.depth, int(self.prompt == 0))
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``128,512`` -> (128, 512)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no number and no list of them: write something like 128 or 128,512") from None
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """``512,128`` -> (512, 128)."""
+    pair = parse_counts(text)
+    if len(pair) != 2:
+        raise ValueError(f"{text!r} is no pair: write prompt and generated tokens, such as 512,128")
+    return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Settings are the product of ``prompt``, ``generate``, ``depth`` and ``threads``, and ``pairs`` beside them."""
+
+    prompt: Annotated[
+        Counts, Option("Prompt tokens; 0 measures decode alone.", flags=("-p", "--prompt"), parse=parse_counts)
+    ] = 128
+    generate: Annotated[
+        Counts, Option("Generated tokens; 0 measures prefill alone.", flags=("-n", "--generate"), parse=parse_counts)
+    ] = 128
+    depth: Annotated[
+        Counts, Option("Tokens in the cache before them.", flags=("-d", "--depth"), parse=parse_counts)
+    ] = 0
+    threads: Annotated[
+        Counts | None, Option("Default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts)
+    ] = None
+    pairs: Annotated[
+        tuple[tuple[int, int], ...],
+        Option(
+            "A pair beside -p and -n, such as 512,128.", flags=("-pg", "--pairs"), metavar="PP,TG", parse=parse_pair
+        ),
+    ] = ()
+    repetitions: Annotated[
+        int | None,
+        Option(
+            "Fresh processes per spec, interleaved; default: 10, then as --precision and --max-time say.",
+            flags=("-r", "--repetitions"),
+        ),
+    ] = None
+    precision: Annotated[float, Option("Half width of the 95 % interval, as a fraction, at which repetitions end.")] = (
+        0.02
+    )
+    max_time_s: Annotated[float, Option("Seconds: no round begins that would end later.", flags=("--max-time",))] = (
+        120.0
+    )
+    timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",))] = 600.0
+    warmup: Annotated[int | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
+    seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs.")] = 0
+    provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
+    cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
+    cool_down_s: Annotated[
+        float,
+        Option(
+            "Seconds to wait at most before each run, until the cores are within 3 C of their start.",
+            flags=("--cool-down",),
+        ),
+    ] = 0.0
+    cold: Annotated[bool, Option("Also time a load from storage.")] = True
+    root: Path = field(default_factory=lambda: Path("/"))  # of /proc and /sys, for a recorded host
+    text: tuple[int, ...] = ()  # token ids that every bundle is asked about in the end; empty: none
+    greedy: int = 16  # tokens that it should say after them
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the spread decides how many repetitions are made.
+
+        At least 6, at least 10 where time allows, and then until ``precision`` is reached for the ratio of each spec
+        to the first (for the rate, where there is one spec only), or until ``max_time_s``.
+        """
+        return self.repetitions is None
+
+    @property
+    def most_rounds(self) -> int:
+        """Repetitions that are made at most."""
+        return MOST_ROUNDS if self.repetitions is None else self.repetitions
+
+    @property
+    def positions(self) -> int:
+        """Positions that a cache must hold for any of the settings."""
+        return max(setting.positions for setting in self.settings())
+
+    def settings(self) -> list[Setting]:
+        """All settings, each once, fewest threads and shortest first."""
+        from bench.measure.cores import physical_cores  # with numpy, which help does not need
+
+        threads = (physical_cores(),) if self.threads is None else counts(self.threads)
+        lengths = [*product(counts(self.prompt), counts(self.generate)), *self.pairs]
+        found = (Setting(t, d, p, n) for t, d, (p, n) in product(threads, counts(self.depth), lengths))
+        return sorted({setting for setting in found if setting.prompt or setting.generate})
+
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            OptionsError: naming the option.
+        """
+        for name in ("prompt", "generate", "depth"):
+            for value in counts(getattr(self, name)):
+                if value < 0:
+                    raise OptionsError(f"--{name} {value} cannot be measured: give 0 or more")
+        if any(value < 0 for pair in self.pairs for value in pair):
+            raise OptionsError("-pg takes a prompt and a generated length of 0 or more, such as 512,128")
+        if not self.settings():
+            raise OptionsError("nothing to time: --prompt and --generate are both 0; give one of them")
+        if self.repetitions is not None and self.repetitions < 1:
+            raise OptionsError(f"--repetitions {self.repetitions} cannot be measured: give 1 or more")
+        if self.warmup is not None and self.warmup < 0:
+            raise OptionsError(f"{self.warmup} warm-up steps cannot be made: give 0 or more")
+        if not self.timeout_s > 0 or not self.max_time_s > 0:
+            raise OptionsError("a time limit of 0 s or less ends every measurement: give more")
+        if not self.cool_down_s >= 0:
+            raise OptionsError(f"--cool-down {self.cool_down_s} s cannot be waited: give 0 or more")
+        if not 0 < self.precision < 1:
+            raise OptionsError(f"--precision {self.precision} is no fraction: give e.g. 0.02 for 2 %")
+        if self.provider not in get_args(Provider):
+            raise OptionsError(f"--provider {self.provider} is not known: give {', '.join(get_args(Provider))}")
+
+
+def counts(values: Counts) -> tuple[int, ...]:
+    """One value or several, as a tuple."""
+    return (values,) if isinstance(values, int) else tuple(values)

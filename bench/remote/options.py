@@ -1,0 +1,29 @@
+"""What goes to a board beside the bundles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from devices.common.errors import UserError
+from devices.common.options import Option
+
+
+@dataclass(frozen=True)
+class BoardOptions:
+    """Where a board gets its packages from; its own package index by default, into a venv of the bench's."""
+
+    wheels: Annotated[Path | None, Option("With --on: a folder of wheels for a board that reaches no index.")] = None
+    board_packages: Annotated[bool, Option("With --on: use what the board's Python has, make no venv.")] = False
+
+    def check(self, on_a_board: bool = True) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UserError: naming the options.
+        """
+        if not on_a_board and (self.wheels is not None or self.board_packages):
+            raise UserError("--wheels and --board-packages belong to --on: name a board")
+        if self.wheels is not None and self.board_packages:
+            raise UserError("--wheels fills a venv there, --board-packages makes none: give one of them")

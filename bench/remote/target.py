@@ -1,0 +1,210 @@
+"""Here or on a board: the same bench and the same timing of layer costs, wherever they run.
+
+On a board the same :func:`bench.measure.run.measure` starts the same workers, so a result has the same form and its
+numbers the same meaning. A result is brought here; a board is left clean whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.costs.measure import COSTS, Costs, check_depth, described, measure_costs
+from bench.costs.options import CostsOptions
+from bench.costs.worker import TURN
+from bench.measure.options import BenchOptions
+from bench.measure.result import Measurement, Result, command_line, result_from_dict
+from bench.measure.run import measure
+from bench.remote.board import Board, Say
+from bench.remote.files import Packed, Shipment, pack
+from bench.remote.options import BoardOptions
+from bench.remote.run import Answer, Task, kept, own_version, routes_to, run_on, run_on_all
+from devices.common.files import without_checksum
+from devices.common.progress import Progress
+from devices.transport import printable
+from export.bundle.manifest import BundleManifest, read_manifest
+
+HERE_ONLY = ("root",)  # of the options: it means this host
+
+
+class Target(Protocol):
+    """A device that measures."""
+
+    @property
+    def url(self) -> str | None:
+        """Of a board; None for this host."""
+
+    def bench(
+        self,
+        specs: Sequence[str],
+        options: BenchOptions,
+        *,
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """As :func:`bench.measure.run.measure`; BoardError names a board and what to do."""
+
+    def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
+        """As :func:`bench.costs.measure.measure_costs`; BoardError names a board and what to do."""
+
+
+class Here:
+    """This host."""
+
+    url = None
+
+    def bench(
+        self,
+        specs: Sequence[str],
+        options: BenchOptions,
+        *,
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Measure in this process's children."""
+        return measure(specs, options, names=names, progress=progress)
+
+    def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
+        """Time in this process's children."""
+        return measure_costs(stacks, options, progress=progress)
+
+
+@dataclass(frozen=True)
+class OnBoard:
+    """A board; ``say`` is told what a person should know, a line each."""
+
+    url: str
+    board_options: BoardOptions
+    say: Say | None = None
+
+    def bench(
+        self,
+        specs: Sequence[str],
+        options: BenchOptions,
+        *,
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Measure there."""
+        options.check()
+        shipment = pack(specs, options.positions, self.board_options)
+        task = _bench_task(shipment, options, names)
+        (answer,) = run_on_all(routes_to([self.url]), shipment, task, progress, self.say)
+        return answer.value()
+
+    def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
+        """Time there; without thread counts with the board's physical cores."""
+        routes = routes_to([self.url])
+        check_depth(read_manifest(stacks[0]), options.depth)
+        shipment = pack([str(path) for path in stacks], options.depth + TURN, self.board_options)
+
+        def read(board: str, document: Any) -> Costs:
+            return _costs(board, document, shipment.packed[0].manifest, options.threads)
+
+        (answer,) = run_on_all(
+            routes, shipment, Task({"kind": "costs", "options": asdict(options)}, None, read), progress, self.say
+        )
+        return answer.value()
+
+
+@contextmanager
+def target(url: str | None, options: BoardOptions | None = None, say: Say | None = None) -> Iterator[Target]:
+    """This host, or one board until the end: a place of a farm stays acquired, the same one, for several calls.
+
+    Args:
+        url: None for this host, else ``ssh://user@host[:port]``, ``adb://[serial]``, ``labgrid://PLACE`` or
+            ``local://``.
+
+    Raises:
+        BoardError: it names no board, or what it needs here is not installed.
+    """
+    if url is None:
+        yield Here()
+        return
+    with kept(url, say) as held:
+        yield OnBoard(held, options or BoardOptions(), say)
+
+
+def bench_on(
+    urls: Sequence[str],
+    specs: Sequence[str],
+    options: BenchOptions | None = None,
+    board_options: BoardOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> list[Answer[Result]]:
+    """Measure the specs on every board, all boards at once.
+
+    Args:
+        urls: as for :func:`target`.
+        specs: bundles and ``prepacked:`` bundles, as paths here.
+        progress, say: called from several threads, one at a time.
+
+    Returns:
+        one answer per board, in their order. An interrupt cleans the boards up before it goes on.
+
+    Raises:
+        BoardError, OptionsError, PeerError, BundleError, DecoderError: the user's input, before a board is asked.
+    """
+    options = options or BenchOptions()
+    options.check()
+    routes = routes_to(urls)
+    shipment = pack(specs, options.positions, board_options)
+    return run_on_all(routes, shipment, _bench_task(shipment, options), progress, say)
+
+
+def measure_on(board: Board, shipment: Shipment, options: BenchOptions, progress: Progress | None = None) -> Result:
+    """Measure on one board that is connected already.
+
+    Raises:
+        BoardError: naming the board and what to do.
+    """
+    return run_on(board, shipment, _bench_task(shipment, options), progress)
+
+
+def _bench_task(shipment: Shipment, options: BenchOptions, names: Sequence[str] | None = None) -> Task[Result]:
+    kept = {name: value for name, value in asdict(options).items() if name not in HERE_ONLY}
+
+    def read(board: str, document: Any) -> Result:
+        return _result(board, document, shipment.packed)
+
+    return Task({"kind": "bench", "options": kept, "names": names}, options.positions, read)
+
+
+def _result(board: str, document: Any, packed: Sequence[Packed]) -> Result:
+    """Whole, of what was asked for, and with this side's names for it."""
+    result = result_from_dict(document)
+    rounds, left = divmod(len(result.measurements), len(packed))
+    if left or not rounds:
+        raise ValueError("measurements are missing")
+    pairs = list(zip(result.measurements, [*packed] * rounds, strict=True))
+    if any(m.bundle_hash != p.manifest.content_hash for m, p in pairs):
+        raise ValueError("another bundle")
+    return replace(
+        result,
+        measurements=[_readable(m, p.spec) for m, p in pairs],
+        command=command_line(),
+        versions={**own_version(), **result.versions},
+        settings={**result.settings, "on": board},
+    )
+
+
+def _readable(m: Measurement, spec: str) -> Measurement:
+    """Its texts are printed here, and come from another machine: a worker there may have coloured its last lines."""
+    return replace(
+        m, spec=spec, name=printable(m.name), reasons=[*map(printable, m.reasons)], stderr=[*map(printable, m.stderr)]
+    )
+
+
+def _costs(board: str, document: Any, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
+    """Costs of the model that was sent."""
+    found = COSTS.made(without_checksum(document))
+    if found.model != described(base):
+        raise ValueError("costs of another model")
+    if threads is not None and [table.n_threads for table in found.threads] != list(dict.fromkeys(threads)):
+        raise ValueError("other thread counts")
+    return replace(found, command=command_line(), versions={**own_version(), **found.versions}, on=board)

@@ -1,0 +1,351 @@
+"""What can be measured, each in a process of its own: a bundle, or a model in another runtime.
+
+A plain path is a bundle, ``prepacked:BUNDLE`` one whose packed weights are kept on this device. The peers are
+``torch:DIR``, a model directory in transformers, ``llama.cpp:FILE.gguf``, ``genai:DIR`` and ``optimum:DIR``. What a
+spec needs is checked here from its own small files; the packages are looked for, never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench.measure.child import ChildFailedError, absent, call
+from bench.measure.result import ModelFacts
+from bench.runtimes.onnxruntime import check_context
+from bench.runtimes.providers import check_provider
+from bench.runtimes.session import prepack
+from devices.common.errors import UserError
+from devices.common.files import parse_json
+from devices.common.gguf_header import read_header
+from export.bundle.manifest import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, read_manifest, verify_files
+
+TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
+OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
+PREPACKED = "prepacked:"
+FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
+WORKER = "bench.measure.worker"  # of bundles
+GENAI_CONFIG, LONGEST_NAME = "genai_config.json", 255
+RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
+ONNXRUNTIME_BYTES = 64 << 20
+PEER_PYTHON = "SAAP_PEER_PYTHON"
+NO_ANSWER = dict.fromkeys(  # why sizes are null in a result whose worker never answered
+    ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits"), "the worker gave no answer"
+)
+
+
+class PeerError(UserError):
+    """A spec that cannot be measured here."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One thing to measure, checked, and the worker that measures it."""
+
+    name: str
+    spec: str
+    kind: str  # onnx | torch | llama.cpp | genai | optimum
+    path: Path
+    worker: str  # module that runs as __main__
+    vocab_size: int
+    bundle_hash: str | None
+    model: ModelFacts
+    unknown: dict[str, str]
+    python: str = sys.executable  # interpreter of the worker
+    prepacked: bool = False  # packed weights are mapped from the user's cache
+
+    def environment(self, threads: int) -> dict[str, str]:
+        """Variables of the worker's process.
+
+        PyTorch's OpenMP threads that spin while idle slow their neighbours. llama.cpp computes with OpenMP's, so their
+        waiting is left as its builders chose it.
+        """
+        if self.kind in ("torch", "optimum"):
+            quiet = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_OFFLINE": "1"}
+            return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **quiet}
+        # A failed assertion of ggml would otherwise start a debugger to print the stack.
+        return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
+
+
+def python_with(modules: Sequence[str], what: str, install: str) -> str:
+    """The interpreter that has ``modules``: the one that ``SAAP_PEER_PYTHON`` names, else our own.
+
+    Raises:
+        PeerError: neither has them; ``what`` is the spec, ``install`` what to give to pip.
+    """
+    chosen = os.environ.get(PEER_PYTHON)
+    if chosen and not missing_in(chosen, modules):
+        return chosen
+    missing = absent(modules)
+    if not missing:
+        return sys.executable
+    elsewhere = f" in {chosen} or here" if chosen else ""
+    raise PeerError(
+        f"{what} needs {missing[0]}, which is not installed{elsewhere}: pip install {install}, "
+        f"or name a Python that has it in {PEER_PYTHON}"
+    )
+
+
+def missing_in(python: str, modules: Sequence[str]) -> list[str]:
+    """Which of ``modules`` another interpreter does not have; none is imported.
+
+    Raises:
+        PeerError: it is no Python that can run our workers.
+    """
+    try:
+        return list(call("bench.measure.child", {"modules": list(modules)}, 60, python=python)["missing"])
+    except (OSError, ChildFailedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PeerError(
+            f"{PEER_PYTHON}={python} does not run ({reason}): "
+            "give the path of a Python 3.10 or newer with numpy and msgspec"
+        ) from None
+
+
+def read_peers(
+    specs: Sequence[str],
+    length: int,
+    names: Sequence[str] | None = None,
+    provider: str = "cpu",
+    cuda_graph: bool = False,
+) -> list[Peer]:
+    """Check every spec before anything is measured.
+
+    Args:
+        specs: bundles as plain paths, the others by their prefix.
+        length: positions that each must hold.
+        names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
+        provider: of ONNX Runtime, which only plain bundles take.
+        cuda_graph: replay decode steps as a CUDA graph.
+
+    Raises:
+        PeerError, BundleError, DecoderError, GgufHeaderError: naming the spec and what to do.
+    """
+    if not specs:
+        raise PeerError(f"nothing to measure: give {FORMS}")
+    peers = [_reader(spec)(spec, length) for spec in specs]
+    for peer in peers:
+        if peer.worker == WORKER and not peer.prepacked:
+            check_provider(read_manifest(peer.path), provider, peer.spec, cuda_graph=cuda_graph)
+        elif provider != "cpu" or cuda_graph:
+            raise PeerError(
+                f"{peer.spec} runs on the CPU only: leave --provider and --cuda-graph out, or give a bundle"
+            )
+    chosen = list(names) if names is not None else _distinct([peer.name for peer in peers])
+    if len(chosen) != len(peers) or len(set(chosen)) != len(chosen):
+        raise PeerError(f"{len(peers)} specs need as many different names, not {', '.join(chosen) or 'none'}")
+    return [replace(peer, name=name) for peer, name in zip(peers, chosen, strict=True)]
+
+
+def _reader(spec: str) -> Callable[[str, int], Peer]:
+    readers = {
+        PREPACKED: _prepacked,
+        TORCH: _torch,
+        LLAMA_CPP: _llama_cpp,
+        GENAI: genai_peer,
+        OPTIMUM: _optimum,
+    }
+    return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
+
+
+def _bundle(spec: str, length: int) -> Peer:
+    prefix = spec.split(":", 1)[0] if ":" in spec else ""
+    if prefix and not Path(spec).exists() and os.sep not in prefix:
+        raise PeerError(f"{spec}: there is no runtime {prefix!r}; give {FORMS}")
+    path = Path(spec).resolve()
+    manifest = verify_files(path)
+    check_context(manifest, length, spec)
+    return Peer(
+        name=path.name,
+        spec=spec,
+        kind="onnx",
+        path=path,
+        worker=WORKER,
+        vocab_size=manifest.vocab_size,
+        bundle_hash=manifest.content_hash,
+        model=bundle_facts(manifest),
+        unknown={},
+    )
+
+
+def _prepacked(spec: str, length: int) -> Peer:
+    peer = _bundle(spec.removeprefix(PREPACKED), length)
+    # Made before anything is measured: the first start packs, all later ones map.
+    prepack(peer.path / DECODE_GRAPH, read_manifest(peer.path))
+    return replace(peer, name=f"{peer.name} (prepacked)", spec=spec, prepacked=True)
+
+
+def _torch(spec: str, length: int) -> Peer:
+    path = Path(spec.removeprefix(TORCH)).resolve()
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise PeerError(f"{spec}: no config.json in {path}; give torch: a Hugging Face model directory")
+    if not (find_spec("torch") and find_spec("transformers")):
+        raise PeerError(f"{spec} needs PyTorch and transformers, which are not installed: pip install 'saap[prune]'")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        vocab, context = int(config["vocab_size"]), int(config.get("max_position_embeddings", length))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise PeerError(f"{spec}: {config_path} is damaged or names no vocab_size; get the model again") from None
+    _check_context(spec, length, context)
+    return Peer(
+        name=f"{path.name} (torch)",
+        spec=spec,
+        kind="torch",
+        path=path,
+        worker="bench.runtimes.torch",
+        vocab_size=vocab,
+        bundle_hash=None,
+        model=ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
+        unknown={"bundle_hash": "a model directory is not a bundle"},
+    )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names with a number added from the second same one on."""
+    seen: set[str] = set()
+    out = []
+    for name in names:
+        candidate, n = name, 2
+        while candidate in seen:
+            candidate, n = f"{name} #{n}", n + 1
+        seen.add(candidate)
+        out.append(candidate)
+    return out
+
+
+def _llama_cpp(spec: str, length: int) -> Peer:
+    """A GGUF file in llama.cpp.
+
+    Raises:
+        PeerError, GgufHeaderError: no such file, too short a context, llama-cpp-python not installed.
+    """
+    path = _path(spec, LLAMA_CPP)
+    header = read_header(path)
+    vocab, context = header.vocab_size, header.context_length
+    if not vocab or not context:
+        raise PeerError(f"{spec}: the header names no vocabulary or no context length; get a complete GGUF model")
+    _check_context(spec, length, context)
+    python = python_with(["llama_cpp"], spec, "llama-cpp-python")
+    return _peer(spec, f"{path.stem} (llama.cpp)", "llama.cpp", path, "bench.runtimes.llama_cpp", vocab, python)
+
+
+def genai_peer(spec: str, length: int) -> Peer:
+    """A bundle, or a directory of genai's own model builder, in onnxruntime-genai.
+
+    Raises:
+        PeerError, BundleError: no ``genai_config.json``, too short a context, onnxruntime-genai not installed.
+    """
+    path = _path(spec, GENAI)
+    model = _read(spec, path / GENAI_CONFIG, "a bundle, or a folder of onnxruntime-genai's model builder").get("model")
+    vocab, context, graph = _sizes(spec, path / GENAI_CONFIG, model)
+    if not (path / graph).is_file():
+        raise PeerError(f"{spec}: {GENAI_CONFIG} names {graph}, which is not there; make the folder again")
+    _check_context(spec, length + 1, context)  # genai counts the token that is drawn last, too
+    python = python_with(["onnxruntime_genai"], spec, "onnxruntime-genai")
+    return _peer(spec, f"{path.name} (genai)", "genai", path, "bench.runtimes.genai", vocab, python)
+
+
+def _optimum(spec: str, length: int) -> Peer:
+    """A portable bundle of uniform sizes, or optimum's own export, in optimum-onnx.
+
+    Raises:
+        PeerError, BundleError: no ``model.onnx`` or ``config.json``, too short a context, optimum-onnx not installed.
+    """
+    path = _path(spec, OPTIMUM)
+    config = _read(spec, path / "config.json", "a directory of `saap export --target portable` or of optimum")
+    if not (path / DECODE_GRAPH).is_file():
+        raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
+    vocab, context = config.get("vocab_size"), config.get("max_position_embeddings", length)
+    if not isinstance(vocab, int) or not isinstance(context, int):
+        raise PeerError(f"{spec}: {path / 'config.json'} names no vocab_size; export the model again")
+    _check_context(spec, length, context)
+    python = python_with(["optimum.onnxruntime", "torch"], spec, "'saap[optimum]'")
+    return _peer(spec, f"{path.name} (optimum)", "optimum", path, "bench.runtimes.optimum", vocab, python)
+
+
+def bundle_facts(manifest: BundleManifest) -> ModelFacts:
+    """Sizes as the bundle's manifest has them."""
+    return ModelFacts(
+        parameters=manifest.parameters,
+        model_bytes=sum(manifest.files[name].bytes for name in (DECODE_GRAPH, WEIGHTS) if name in manifest.files),
+        weight_bytes_per_token=manifest.weight_bytes_per_token,
+        kv_bytes_per_token=manifest.kv_bytes_per_token,
+        bits=manifest.bits,
+        vocab_size=manifest.vocab_size,
+    )
+
+
+def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> dict[str, int]:
+    """Bytes by what takes them; a part that is not known is left out.
+
+    Weights count once: a runtime that packs them keeps that copy in memory and may drop the file's pages, one that
+    maps the file must read all of it for every token.
+    """
+    parts = {"weights": model.model_bytes or _weight_files(path), "runtime": RUNTIME_BYTES.get(kind, ONNXRUNTIME_BYTES)}
+    kv = model.kv_bytes_per_token
+    return parts if kv is None else {**parts, "cache": kv * positions}
+
+
+def _weight_files(path: Path) -> int:
+    """Bytes of the weights' files."""
+    if path.is_file():
+        return path.stat().st_size
+    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data")
+    return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
+
+
+def _peer(spec: str, name: str, kind: str, path: Path, worker: str, vocab: int, python: str) -> Peer:
+    """With the facts of the manifest where the directory is a bundle, else those that the worker will tell."""
+    manifest = verify_files(path) if (path / MANIFEST).is_file() else None
+    return Peer(
+        name=name,
+        spec=spec,
+        kind=kind,
+        path=path,
+        worker=worker,
+        vocab_size=vocab,
+        bundle_hash=manifest.content_hash if manifest else None,
+        model=bundle_facts(manifest) if manifest else ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
+        unknown={} if manifest else {"bundle_hash": "it is not a bundle"},
+        python=python,
+    )
+
+
+def _path(spec: str, prefix: str) -> Path:
+    return Path(spec.removeprefix(prefix)).resolve()
+
+
+def _check_context(spec: str, length: int, context: int) -> None:
+    if length > context:
+        raise PeerError(f"{length} tokens of context do not fit {spec}: it holds 1 to {context}; ask for less")
+
+
+def _read(spec: str, path: Path, wanted: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
+    try:
+        document = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, dict):
+        raise PeerError(f"{spec}: {path} is damaged; give {wanted}")
+    return document
+
+
+def _sizes(spec: str, path: Path, model: Any) -> tuple[int, int, str]:
+    """Vocabulary, context and the graph's file name of a ``genai_config.json``."""
+    try:
+        vocab, context, graph = model["vocab_size"], model["context_length"], model["decoder"]["filename"]
+    except (KeyError, TypeError):
+        vocab = context = graph = None
+    named = isinstance(graph, str) and len(graph) <= LONGEST_NAME and Path(graph).name == graph
+    if type(vocab) is not int or type(context) is not int or not named:
+        raise PeerError(f"{spec}: {path} names no vocab_size, context_length or decoder; make the folder again")
+    return vocab, context, graph
