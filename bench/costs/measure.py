@@ -192,7 +192,7 @@ def _check(costs: Costs) -> None:
 COSTS = Document(
     Costs,
     "costs",
-    "measure it again with `saap devices probe --costs`",
+    "measure it again with `saap devices costs MODEL`",
     version="schema",
     versions=(SCHEMA,),
     check=_check,

@@ -7,7 +7,7 @@ would make a measurement INVALID only warns until half of them are. What a rule 
 | key | unit | what |
 |---|---|---|
 | clock_drift, clock_limit | share | of ``bench.measure.cores``, around decode |
-| clock_s | s | ``clock_probe.level`` before decode |
+| clock_s | s | ``bench.measure.cores.level`` before decode |
 | provider_fallback | 0 or 1 | whether ONNX Runtime ran another provider than it was asked for |
 """
 

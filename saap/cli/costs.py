@@ -1,4 +1,4 @@
-"""``saap devices probe --costs``: times the shapes of a model on this device or a board. The command line's room."""
+"""``saap devices costs``: times the shapes of a model on this device or a board. The command line's room."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Precision:
     group_size: int | None = None
 
 
-def probe_costs_step(
+def costs_step(
     model: str, out: Path, options: CostsOptions, precision: Precision, device: Target, console: Console
 ) -> None:
-    """``saap devices probe --costs MODEL -o cost.json``: measure, write, and show what was found."""
+    """``saap devices costs MODEL -o cost.json``: measure, write, and show what was found."""
     costs = probe_costs(model, out, options, precision, device, console.report)
     console.finish()
     show_costs(out, costs)

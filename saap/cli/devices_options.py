@@ -11,7 +11,6 @@ import click
 from saap.cli.console import Console
 from saap.cli.guard_options import COMMANDS
 from saap.cli.types import BYTES, Counts, directory
-from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 
 
@@ -52,46 +51,16 @@ def devices_show(name: str, as_json: bool) -> None:
 @devices.command(name="probe")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
-@click.option("--costs", metavar="MODEL", help="Time the layer sizes of a model directory, name or bundle.")
-@click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="Of --costs.")
-@click.option("-t", "--threads", type=Counts(), help="Of --costs; default: all physical cores.")
-@click.option("--bits", type=click.Choice(["4", "8", "32"]), help="Of --costs; default: 4, or the bundle's.")
-@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Of --costs; default: 32, or the bundle's.")
-@click.option("-d", "--depth", type=int, help="Of --costs: tokens in the cache; default: 192.")
-@click.option(
-    "--on", metavar="URL", help="Of --costs, a board: ssh://user@host[:port], adb://[serial], labgrid://PLACE."
-)
-@click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index.")
-@click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has.")
-def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | None, **options: Any) -> None:
-    """What this host is, or with --costs what each layer size of a model takes on it, or on a board.
-
-    With --on the graphs are made here and timed there; the board needs Python and nothing else.
+def devices_probe(as_json: bool, bandwidth: bool) -> None:
+    """What this host is.
 
     \b
     Example:
       saap devices probe
-      saap devices probe --costs smollm2-135m -t 1 -o cost.json
-      saap devices probe --costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
     """
-    if on is not None and costs is None:
-        raise UserError("--on is of --costs: add --costs MODEL, or run `saap devices probe` on the board")
-    if costs is None:
-        from saap.cli.devices import probe_host
+    from saap.cli.devices import probe_host
 
-        probe_host(as_json, bandwidth)
-        return
-    from bench.costs.options import CostsOptions
-    from bench.remote.options import BoardOptions
-    from bench.remote.target import target
-    from saap.cli.costs import Precision, probe_costs_step
-
-    timing = {name: options[name] for name in ("threads", "depth") if options[name] is not None}
-    board_options = BoardOptions(options["wheels"], options["board_packages"])
-    board_options.check()
-    precision = Precision(*(int(options[name]) if options[name] else None for name in ("bits", "group")))
-    with Console() as console, ended_as_by_a_person(), target(on, board_options, console.say) as device:
-        probe_costs_step(costs, options["out"], CostsOptions(**timing), precision, device, console)
+    probe_host(as_json, bandwidth)
 
 
 @devices.command(name="costs")
@@ -104,7 +73,7 @@ def devices_probe(as_json: bool, bandwidth: bool, costs: str | None, on: str | N
 @click.option("--on", metavar="URL", help="A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.")
 @click.option("--wheels", type=directory, help="With --on: wheels for a board that reaches no index.")
 @click.option("--board-packages", is_flag=True, help="With --on: use what the board's Python has.")
-def devices_costs(model: str, **options: Any) -> None:
+def devices_costs(model: str, on: str | None, **options: Any) -> None:
     """What each layer size of MODEL takes, on this device or on a board.
 
     With --on the graphs are made here and timed there; the board needs Python and nothing else.
@@ -114,8 +83,17 @@ def devices_costs(model: str, **options: Any) -> None:
       saap devices costs smollm2-135m -t 1 -o cost.json
       saap devices costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
     """
-    assert devices_probe.callback is not None
-    devices_probe.callback(False, False, model, **options)
+    from bench.costs.options import CostsOptions
+    from bench.remote.options import BoardOptions
+    from bench.remote.target import target
+    from saap.cli.costs import Precision, costs_step
+
+    timing = {name: options[name] for name in ("threads", "depth") if options[name] is not None}
+    board_options = BoardOptions(options["wheels"], options["board_packages"])
+    board_options.check()
+    precision = Precision(*(int(options[name]) if options[name] else None for name in ("bits", "group")))
+    with Console() as console, ended_as_by_a_person(), target(on, board_options, console.say) as device:
+        costs_step(model, options["out"], CostsOptions(**timing), precision, device, console)
 
 
 @devices.command(name="check")

@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="no folder"):
         series(tmp_path / "none")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ResultError, match=r"bad\.json is truncated"):
+    with pytest.raises(ResultError, match=r"bad\.json is damaged"):
         series(tmp_path)
 
 

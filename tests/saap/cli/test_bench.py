@@ -93,9 +93,9 @@ def test_a_workflow_gets_its_files_and_exit_codes(
 def test_mistakes_are_one_line(bundles: list[Path], results: dict[str, Path], tmp_path: Path) -> None:
     cut = tmp_path / "cut.json"
     cut.write_text(results["old"].read_text()[:-40])
-    assert "truncated" in refused("compare", cut, results["old"])
+    assert "is damaged" in refused("compare", cut, results["old"])
     (tmp_path / "theirs.json").write_text('[{"model_filename": "a.gguf", "n_gen": 16, "samples_ns": [10, 11]}]')
-    assert "theirs.json is not a bench result" in refused("compare", tmp_path / "theirs.json", results["old"])
+    assert "is damaged (not an object)" in refused("compare", tmp_path / "theirs.json", results["old"])
     assert "two results" in refused("compare", results["old"], bundles[0])
     assert "no runtime" in refused("compare", "mlx:/nowhere", bundles[0])
     assert "cannot read result" in refused("compare", tmp_path / "none.json", results["old"])

@@ -26,7 +26,7 @@ from export.bundle.manifest import read_manifest
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
 from saap.cli.console import Console
-from saap.cli.costs import Precision, probe_costs, probe_costs_step
+from saap.cli.costs import Precision, costs_step, probe_costs
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -62,7 +62,7 @@ def test_a_config_becomes_a_table_that_pruning_reads(
 ) -> None:
     with Console() as console:
         twice = replace(QUICK, threads=(1, 1))
-        probe_costs_step(str(model), tmp_path / "cost.json", twice, BITS, Here(), console)
+        costs_step(str(model), tmp_path / "cost.json", twice, BITS, Here(), console)
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
@@ -145,7 +145,6 @@ def test_a_board_that_answers_something_else(model: Path, tmp_path: Path, change
             _costs("pi", whole | {"threads": [whole["threads"][0] | wrong]}, base, [1])
 
 
-def test_a_board_is_for_costs_only() -> None:
-    assert "--on is of --costs" in last_line(here("devices", "probe", "--on", "local://", code=2))
-    done = here("devices", "probe", "--costs", "x", "--on", "local://", "--wheels", "w", "--board-packages", code=2)
+def test_options_of_a_board_that_contradict_themselves() -> None:
+    done = here("devices", "costs", "x", "--on", "local://", "--wheels", "w", "--board-packages", code=2)
     assert "--wheels fills a venv there" in last_line(done)
