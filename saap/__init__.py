@@ -1,21 +1,24 @@
 """saap: prune a language model until it is as fast as you need on the device you have.
 
-``import saap`` stays free of torch; :func:`load_model` imports it when called.
+``import saap`` stays free of torch; :func:`load_model` imports it when it is first asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from devices.common.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from saap.models.checkpoint import load_model as load_model
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__version__ = "0.2.0"
+__all__ = ["UserError", "__version__", "load_model"]
 
 
-def load_model(path: str | Path, **kwargs: Any) -> Any:
-    """Load a dense, slim or tuned directory as a transformers model; see :func:`saap.models.checkpoint.load_model`."""
-    from saap.models.checkpoint import load_model as load
+def __getattr__(name: str) -> object:
+    if name == "load_model":
+        from saap.models.checkpoint import load_model
 
-    return load(path, **kwargs)
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
