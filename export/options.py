@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from devices.common.errors import UserError
 from devices.common.options import Option
 
+PARITY_ROWS, PARITY_TOKENS = 4, 256
 Target = Literal["cpu", "cuda", "portable", "gguf"]
 BITS: dict[str, tuple[int, ...]] = {
     "cpu": (4, 8, 32), "cuda": (4, 8, 16), "portable": (4, 8, 32), "gguf": (4, 8, 16, 32),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.checkpoint import read_config
+from saap.models.modeling_slim import unpack_zero_points
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import module_bits, stacked_bits
 from saap.models.weight_files import tensor_reader
@@ -50,8 +51,42 @@ class Precision:
         return tuple(sorted({self.bits, self.head_bits, *self.matrices.values()}))
 
 
+@dataclass(frozen=True)
+class StackedLinear:
+    """One or several linears over the same input as one: rows of N are independent, so they are stacked.
+
+    Attributes:
+        matrix: [N, K], floats or integers.
+        bias: [N] or None.
+    """
+
+    matrix: torch.Tensor | QuantMatrix
+    bias: torch.Tensor | None
+
+
+class WeightSource(Protocol):
+    """Where a bundle's weights come from: a model directory, or numbers made up at a model's sizes."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Names of the modules."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of all layers."""
+
+    def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
+        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer."""
+
+    def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """The embedding or the head, [vocab, hidden]; integers have no zero points but the midpoint."""
+
+    def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
+        """The factors of a norm, [width] float32, by its field of :class:`Architecture`."""
+
+
 class ModelSource:
-    """A dense, slim or tuned directory as the exporter sees it."""
+    """A dense, slim or tuned directory, as a :class:`WeightSource`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -60,6 +95,15 @@ class ModelSource:
         self.shape: ModelShape = shape_of(self.config)
         self.names, self.read = tensor_reader(directory)
         self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+
+    @cached_property
+    def transformers_config(self) -> Any:
+        """The model's config as transformers reads it."""
+        from transformers import AutoConfig
+
+        import saap.models.checkpoint  # noqa: F401  registers our model type
+
+        return AutoConfig.from_pretrained(self.directory, local_files_only=True)
 
     def precision(self, bits: int | None, block: int | None, head_bits: int | None) -> Precision:
         """What to export at; a tuned directory has its own integers and refuses others."""
@@ -113,49 +157,56 @@ class ModelSource:
             )
         return self.read(name)
 
-    def norm(self, module: str) -> np.ndarray:
-        """The factors of a norm, [width] float32."""
-        return (self.tensor(f"{module}.weight").float() + float(self.architecture.offset_norms)).numpy()
+    def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
+        """The factors of a norm, [width] float32, by its field of :class:`Architecture`; ``layer`` None: the last."""
+        module = getattr(self.architecture, field)
+        name = module if layer is None else f"{self.architecture.layers}.{layer}.{module}"
+        return self.tensor(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The bias of a linear, or None."""
         name = f"{module}.bias"
         return self.read(name).float() if name in self.names else None
 
+    def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """The embedding or the head, [vocab, hidden].
 
-@dataclass(frozen=True)
-class StackedLinear:
-    """One or several linears over the same input as one: rows of N are independent, so they are stacked.
+        Raises:
+            UserError: integers with zero points of their own, which no graph has nodes for.
+        """
+        table = self.matrix(module, precision)
+        if isinstance(table, QuantMatrix) and not is_symmetric(table):
+            raise UserError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
+        return table
 
-    Attributes:
-        matrix: [N, K], floats or integers.
-        bias: [N] or None.
-    """
+    def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
+        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
-    matrix: torch.Tensor | QuantMatrix
-    bias: torch.Tensor | None
+        Raises:
+            UserError: its linears hold different bits.
+        """
+        arch = self.architecture
+        if self.quant:
+            stacked_bits(self.quant, arch, layer, part)
+        modules = [f"{arch.layers}.{layer}.{module}" for module in arch.matrices[part]]
+        parts = [self.matrix(module, precision) for module in modules]
+        packed = [p for p in parts if isinstance(p, QuantMatrix)]
+        rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
+        matrix: torch.Tensor | QuantMatrix
+        if packed:
+            qweight, scales, zero_points = (torch.cat([getattr(p, name) for p in packed]) for name in QuantMatrix.PARTS)
+            matrix = QuantMatrix(qweight, scales.float(), zero_points, packed[0].bits, packed[0].block)
+        else:
+            matrix = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
+        biases, bias = [self.bias(module) for module in modules], None
+        if any(b is not None for b in biases):
+            bias = torch.cat([b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)])
+        return StackedLinear(matrix, bias)
 
 
-def stack_linears(source: ModelSource, precision: Precision, layer: int, part: str) -> StackedLinear:
-    """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
-
-    Raises:
-        UserError: its linears hold different bits.
-    """
-    arch = source.architecture
-    if source.quant:
-        stacked_bits(source.quant, arch, layer, part)
-    modules = [f"{arch.layers}.{layer}.{module}" for module in arch.matrices[part]]
-    parts = [source.matrix(module, precision) for module in modules]
-    packed = [p for p in parts if isinstance(p, QuantMatrix)]
-    rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
-    matrix: torch.Tensor | QuantMatrix
-    if packed:
-        qweight, scales, zero_points = (torch.cat([getattr(p, name) for p in packed]) for name in QuantMatrix.PARTS)
-        matrix = QuantMatrix(qweight, scales.float(), zero_points, packed[0].bits, packed[0].block)
-    else:
-        matrix = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
-    biases, bias = [source.bias(module) for module in modules], None
-    if any(b is not None for b in biases):
-        bias = torch.cat([b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)])
-    return StackedLinear(matrix, bias)
+def is_symmetric(matrix: QuantMatrix) -> bool:
+    """Whether every zero point is the midpoint, 2^(bits-1), which kernels know: without zero points they are faster."""
+    if matrix.zero_points.is_meta:  # only a shape, of integers that are made up
+        return True
+    zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
+    return bool((zero_points == 2 ** (matrix.bits - 1)).all())

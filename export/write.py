@@ -1,128 +1,170 @@
-"""Write a model directory as a bundle: weights, two graphs, tokenizer, client configuration, manifest."""
+"""Export a model: a bundle of graphs for ONNX Runtime, or one file for llama.cpp."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.clients import write_client_files
-from export.bundle.manifest import (
-    DECODE_GRAPH,
-    SCORING_GRAPH,
-    BundleManifest,
-    LayerSizes,
-    write_manifest,
-)
+from export.bundle.manifest import BundleManifest, LayerSizes, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, end_ids
-from export.graph.decoder import DecoderGraph, check_attention
-from export.graph.kv_cache import cache_scales
-from export.graph.rotary import all_rotary_tables
-from export.graph.targets import CPU, Target
-from export.graph.weights import WeightFile, write_weights
+from export.clients import write_client_files
+from export.gguf.write import BITS as GGUF_TYPES
+from export.gguf.write import GGUFReport, export_gguf
+from export.graph.write import MicrosoftWriter
+from export.needs import export_needs
+from export.options import PARITY_ROWS, PARITY_TOKENS, ExportOptions
+from export.parity.verify import check_parity
+from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision
-from saap.models.architectures import Traits, traits_of
-from saap.models.checkpoint import read_record
-from saap.models.resolve import copy_sidecars
+from saap.models.architectures import positions_of, shape_of
+from saap.models.checkpoint import read_config, read_record
+from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
 from saap.models.weight_files import weights_hash
-from saap.system.errors import UserError
-from saap.system.files import read_object, writing_directory
+from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
+from saap.system.files import check_output, read_object, writing_directory
+from saap.system.needs import check_disk, check_memory
+from saap.text.documents import load_documents, pack
+
+CACHE_ROWS = 16
+
+Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows, tokens], and where they come from
 
 
-def export_bundle(
-    model_dir: str | Path,
-    out: str | Path,
+@dataclass(frozen=True)
+class ExportResult:
+    """What :func:`export` wrote.
+
+    Attributes:
+        path: the bundle, or the GGUF file.
+        manifest: the bundle's ``bundle.json``; None for a GGUF file.
+        gguf: what became of the matrices in a GGUF file; None for a bundle.
+    """
+
+    path: Path
+    manifest: BundleManifest | None = None
+    gguf: GGUFReport | None = None
+
+
+class GraphWriter(Protocol):
+    """What writes the graphs of a bundle; what cannot be written is refused when it is made."""
+
+    precision: Precision
+    onnxruntime_min: str
+    lineage: dict[str, str]
+
+    def write(self, out: Path, progress: Progress | None = None) -> int:
+        """Write weights and graphs; the bytes of weights that one token reads."""
+
+
+def export(
+    model: str | Path,
+    options: ExportOptions | None = None,
     *,
-    bits: int | None = None,
-    block: int | None = None,
-    head_bits: int | None = None,
-    kv_bits: int = 32,
-    calibration: torch.Tensor | None = None,
-    accuracy_level: int = 4,
-    target: Target = CPU,
-    parity: Callable[[Path], dict[str, Any]] | None = None,
+    output: str | Path,
     progress: Progress | None = None,
-) -> BundleManifest:
-    """Export a dense, slim or tuned directory for the CPU or for CUDA.
+) -> ExportResult:
+    """Write a model as a bundle, its parity with the torch model checked, or as a GGUF file.
 
     Args:
-        bits: 4, 8 or 32 for the linears, 16 on CUDA; None is 4, or what a tuned directory holds.
-        block: quantisation group; None is 32, or what a tuned directory holds.
-        head_bits: of embedding and head; None is as ``bits``.
-        kv_bits: 8 for a KV cache of integers, scaled per channel by what ``calibration`` fills it with.
-        calibration: ids [rows, tokens]; needed at ``kv_bits`` 8 only.
-        accuracy_level: of MatMulNBits on the CPU; 4 computes in int8, 0 in float32 (slow, for checks).
-        parity: is given the finished files before the bundle appears, returns the parity report, raises on failure;
-            None leaves the bundle unverified.
+        model: a dense, slim or tuned directory, a GGUF file, a packaged name or a hub id.
+        output: the bundle's directory, or the GGUF file; it appears when it is complete.
 
     Raises:
-        UserError: unsupported architecture, precision, sizes or target.
-        RunError: a tokenizer, or ids that end a text, that cannot be read.
+        UserError: options that do not go together, no such model, one that cannot be exported, too little memory or
+            disk, or a graph that does not compute what the model computes.
     """
-    source = ModelSource(Path(model_dir))
-    if bits == 16 and target.name == "cuda":
-        bits = 32  # floats, of the target's type
-    precision = target.precision(source.precision(bits, block, head_bits), kv_bits, accuracy_level)
-    config = transformers_config(source)
-    traits = traits_of(config)
-    windows = any(layer.window for layer in traits.layers)
-    target.check(source.shape, precision, windows)
-    rotary = all_rotary_tables(config, traits)
-    check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
-    if precision.kv == "int8" and calibration is None:
-        raise UserError("an int8 cache needs text to find its scales: give --text FILE")
-    _check_words(source.directory, config)
-    with writing_directory(out) as partial:
-        copy_sidecars(source.directory, partial)
-        file = WeightFile(partial, precision.floats)
-        write_weights(source, precision, file, progress)
-        for name, table in rotary.items():
-            file.add(name, table)
-        if precision.kv == "int8" and calibration is not None:
-            _add_cache_scales(source, traits, precision, file, config.rms_norm_eps, calibration)
-        file.close()
-        for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-            graph = DecoderGraph(source.shape, traits, precision, file, config.rms_norm_eps)
-            ir.save(graph.build(scoring), partial / name)
-        read, oldest = file.bytes_per_token(source.shape.tied), target.oldest_runtime(precision, windows)
-        manifest = make_manifest(source, precision, config, read, target.name, oldest)
-        manifest = write_client_files(partial, source.config, manifest)
-        write_manifest(partial, manifest)
-        if parity is not None:
-            manifest = replace(manifest, parity=parity(partial))
-        complete = write_manifest(partial, manifest)
-    return complete
+    output, options = Path(output), options or ExportOptions()
+    if options.target != "gguf":
+        check_output(output)
+    options.check()
+    path = resolve(model, progress=progress)
+    if options.target == "gguf":
+        return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
+    check_needs(path, output, options)
+    return ExportResult(output, write_bundle(path, output, options, partial(sample_rows, path, options.text), progress))
 
 
-def _add_cache_scales(
-    source: ModelSource, traits: Traits, precision: Precision, file: WeightFile, epsilon: float, ids: torch.Tensor
-) -> None:
-    """Probe the graph with a float cache, then add the scales of the integer one to the data file."""
-    file.flush()
-    probe = file.directory / "probe.onnx"
-    ir.save(DecoderGraph(source.shape, traits, replace(precision, kv="float32"), file, epsilon).build(True), probe)
-    layers = [LayerSizes(**asdict(sizes)) for sizes in source.shape.layers]
-    for name, scales in cache_scales(probe, layers, source.shape.head_dim, ids.numpy()).items():
-        file.add(name, scales)
-    probe.unlink()
+def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
+    tuned_bits = (read_config(path).get("slim_quant") or {}).get("bits")
+    # Tuned integers know the type that holds them best.
+    by_bits = GGUF_TYPES[options.bits] if options.bits and options.bits != tuned_bits else None
+    head_kind = GGUF_TYPES[options.head_bits] if options.head_bits else None
+    return export_gguf(path, out, kind=options.gguf_type or by_bits, head_kind=head_kind, progress=progress)
 
 
-def make_manifest(
-    source: ModelSource, precision: Precision, config: Any, bytes_per_token: int, target: str, oldest: str
+def write_bundle(
+    directory: Path, out: Path, options: ExportOptions, rows: Rows | None = None, progress: Progress | None = None
 ) -> BundleManifest:
-    """The manifest of a bundle, without its files and parity.
+    """Write a model directory as a bundle: weights, two graphs, tokenizer, client configuration, manifest.
 
     Args:
-        bytes_per_token: of weights that are read for each token.
-        oldest: ONNX Runtime that it runs in.
+        rows: what parity is checked on and an int8 cache scaled with; without them neither can be.
+
+    Raises:
+        UserError: unsupported architecture, precision, sizes or target, or graphs that compute something else.
+        RunError: a tokenizer, or ids that end a text, that cannot be read.
     """
-    shape = source.shape
+    source = ModelSource(directory)
+    writer: GraphWriter
+    if options.target == "portable":
+        writer = PortableWriter(source, options)
+    else:
+        calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
+        writer = MicrosoftWriter(source, options, calibration)
+    _check_tokenizer(source)
+    with writing_directory(out) as partial_out:
+        copy_sidecars(source.directory, partial_out)
+        read = writer.write(partial_out, progress)
+        manifest = _manifest(source, writer, read, options.target)
+        manifest = write_client_files(partial_out, source.config, manifest)
+        if rows is not None and options.parity == "full":
+            write_manifest(partial_out, manifest)
+            ids, sample = rows(PARITY_ROWS)
+            report = check_parity(partial_out, source.directory, ids, sample, progress=progress)
+            manifest = replace(manifest, parity=report)
+        return write_manifest(partial_out, manifest)
+
+
+def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Tensor, str]:
+    """Rows to compare graphs on, and where they come from: real text where there is some, else random tokens."""
+    documents = load_documents(text, split="calibration")
+    config = read_config(directory)
+    length = min(PARITY_TOKENS, positions_of(config))
+    if documents is not None:
+        return pack(documents.texts, load_tokenizer(directory), length, rows, 1), documents.source
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config["vocab_size"], (rows, length), generator=generator), "random tokens"
+
+
+def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
+    """Refuse what memory or disk is too small for, before anything is written.
+
+    Raises:
+        UserError: says what is needed.
+    """
+    config = read_config(directory)
+    shape = shape_of(config)
+    if config.get("slim_quant"):
+        size = tuned_bundle_size(config)
+    else:
+        bits = {None: 4, 16: 32}.get(options.bits, options.bits) or 4
+        size = bundle_size(config, bits, options.group_size or 32).total(shape)
+    tokens = 0 if options.parity == "none" else PARITY_ROWS * PARITY_TOKENS
+    needs = export_needs(shape, size, tokens)
+    check_memory(needs, "exporting", "give --parity none" if tokens else "use a machine with more memory")
+    check_disk(needs, out, "exporting")
+
+
+def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
+    """The manifest without its files and parity."""
+    shape, precision, config = source.shape, writer.precision, source.transformers_config
     kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
     record = read_record(source.directory)
     half = precision.floats == "float16"
@@ -142,8 +184,8 @@ def make_manifest(
         kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
         kv_dtype=precision.kv,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=_eos_ids(source.directory, config),
-        onnxruntime_min=oldest,
+        eos_token_ids=_eos_ids(source),
+        onnxruntime_min=writer.onnxruntime_min,
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
@@ -152,29 +194,21 @@ def make_manifest(
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),
             **record.get("lineage", {}),
+            **writer.lineage,
         },
     )
 
 
-def _check_words(directory: Path, config: Any) -> None:
-    """What is damaged of a tokenizer is told before weights are written."""
-    _eos_ids(directory, config)
-    if (directory / "tokenizer.json").is_file():
-        BundleTokenizer(directory)
+def _check_tokenizer(source: ModelSource) -> None:
+    """Report a damaged tokenizer before weights are written."""
+    _eos_ids(source)
+    if (source.directory / "tokenizer.json").is_file():
+        BundleTokenizer(source.directory)
 
 
-def _eos_ids(directory: Path, config: Any) -> list[int]:
+def _eos_ids(source: ModelSource) -> list[int]:
     """Every id that ends a text: generation_config.json knows more of them than config.json."""
-    ids, path = config.eos_token_id, directory / "generation_config.json"
+    ids, path = source.transformers_config.eos_token_id, source.directory / "generation_config.json"
     if path.is_file():
         ids = read_object(path, "get or make the model again").get("eos_token_id", ids)
-    return end_ids(ids, directory)
-
-
-def transformers_config(source: ModelSource) -> Any:
-    """The model's config as transformers reads it."""
-    from transformers import AutoConfig
-
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
-    return AutoConfig.from_pretrained(source.directory, local_files_only=True)
+    return end_ids(ids, source.directory)

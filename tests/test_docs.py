@@ -232,7 +232,7 @@ def test_the_tutorial_works(workplace):
 @pytest.mark.parametrize("name", ["README.md"])
 def test_python_runs(name, workplace):
     """The README's Python, in a folder where its example was made."""
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
     few = ("--sequences", 8, "--length", 32, "--calibration", "train.txt")
     here("prune", "my-model", "-o", "out/demo/tuned", "--ratio", 0.2, *few)

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from support.exported import export_bundle
 from support.remote_runs import OPTIONS, running
 from support.slim_integers import WIDE
 from support.sshd import Sshd
@@ -32,7 +33,6 @@ from bench.measure.result import read_result
 from devices.common.gguf_header import read_header
 from export.bundle.manifest import verify_files
 from export.gguf.write import export_gguf
-from export.write import export_bundle
 from saap.models.checkpoint import load_model
 from saap.models.integrity import check_directory
 from saap.prune.options import PruneOptions

@@ -22,9 +22,7 @@ CODE = (
     "devices/**/*.py",
     "devices/**/*.toml",
     "export/__init__.py",
-    "export/bundle/__init__.py",
-    "export/bundle/manifest.py",
-    "export/bundle/external_data.py",
+    "export/bundle/*.py",
 )
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64

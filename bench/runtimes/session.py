@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions as decode wants them, and weights that stay packed between processes.
+"""ONNX Runtime's weights that stay packed between processes.
 
 ONNX Runtime copies every quantised matrix into the layout of this CPU's kernels when a session is made. With
 ``prepacked`` that copy is made once, written beside its graph into the user's cache, and memory-mapped from then on:
@@ -15,27 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from devices.common.errors import UserError
 from export.bundle.external_data import check_external_data
 from export.bundle.manifest import BundleManifest
+from export.bundle.session import DecoderError, first_line, make_session, open_session, session_options
+
+__all__ = ["DecoderError", "cache_directory", "first_line", "open_session", "prepack", "prepacked_directory",
+           "prepacked_session", "session_options"]  # fmt: skip
 
 CACHE = "SAAP_CACHE"
 PREPACKED = "model.onnx"
-
-
-class DecoderError(UserError):
-    """The bundle, the context or the threads that were asked for cannot be run here."""
-
-
-def open_session(graph: Path, threads: int) -> Any:
-    """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
-
-    Raises:
-        BundleError: weights outside the graph's folder, or none there.
-        DecoderError: ONNX Runtime refuses the graph.
-    """
-    check_external_data(graph)
-    return _session(graph, session_options(threads, {}))
 
 
 def prepacked_session(graph: Path, manifest: BundleManifest, threads: int) -> Any:
@@ -85,49 +73,12 @@ def prepack(graph: Path, manifest: BundleManifest) -> Path:
     )
     options.optimized_model_filepath = str(partial / PREPACKED)
     try:
-        _session(graph, options)
+        make_session(graph, options)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory / PREPACKED
-
-
-def session_options(threads: int, entries: dict[str, str], runtime: Any = None) -> Any:
-    """Options of every session: one stream of operators, whose threads spin where there is more than one.
-
-    Args:
-        entries: session config entries that override the defaults.
-        runtime: the onnxruntime module, or another one in its place.
-    """
-    if runtime is None:
-        import onnxruntime as runtime  # type: ignore[no-redef]
-
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    # Both keep buffers for tensors of the same size to come. Layers that differ have none, and prompts of each length
-    # would have a block of their own: a pruned model would need more memory than the dense one, for no speed.
-    options.enable_mem_pattern = options.enable_mem_reuse = False
-    options.log_severity_level = 3
-    for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def _session(graph: Path, options: Any) -> Any:
-    import onnxruntime as ort
-
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says is wrong, without the lines on where."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cpu() -> str:

@@ -24,7 +24,7 @@ class Document(Generic[T]):
         kind: the dataclass; constraints are ``msgspec.Meta`` in its annotations.
         what: what a person calls it, such as ``bench result``.
         remedy: how to get a good one, such as ``run `saap bench --json` again``.
-        version: the key that holds the format version; None where the document has none.
+        version: the key that holds the format version, first where the dataclass has no such field; None: none.
         versions: that can be read; the last is written.
         upgrade: an older document's fields as today's; called on every document before its types are checked.
         check: what types cannot say; raises ValueError.
@@ -88,7 +88,7 @@ class Document(Generic[T]):
     def text(self, value: T, indent: int | None = 1) -> str:
         """The document as JSON; one line where ``indent`` is None."""
         raw = plain(value)
-        if self.version is not None:
+        if self.version is not None and self.version not in raw:
             raw = {self.version: self.versions[-1], **raw}
         return json.dumps(with_checksum(raw) if self.sealed else raw, indent=indent, allow_nan=False)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from devices.common.files import sha256_file
 from export.bundle.external_data import check_external_data
+from export.bundle.graph_facts import GraphFacts, read_graph
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest
-from export.graph.facts import GraphFacts, read_graph
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"
@@ -60,7 +60,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
             "initialisers": graph.by_dtype(),
         },
         "verified": manifest.parity is not None,
-        "parity": manifest.parity,
+        "parity": None if manifest.parity is None else asdict(manifest.parity),
         "provenance": manifest.lineage,
         "onnxruntime_min": manifest.onnxruntime_min,
         "data_files": data_files,

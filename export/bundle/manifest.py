@@ -1,4 +1,4 @@
-"""The bundle: the directory that export hands to bench, generate and a board. Standard library only.
+"""The bundle: the directory that export hands to bench, generate and a board. No numpy, no torch.
 
 A bundle holds::
 
@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from devices.common.documents import Document
 from devices.common.errors import UserError
-from devices.common.files import parse_json, sha256_file, with_checksum, without_checksum, write_text
+from devices.common.files import sha256_file
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -60,28 +61,73 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class BundleManifest:
-    """``bundle.json``. Sizes are in bytes; ``None`` is unknown."""
+class Parity:
+    """How the scoring graph compares with the torch model of the same numbers.
 
-    target: str  # cpu | cuda | portable
+    Attributes:
+        max_abs_logit_difference: largest, over all tokens and the vocabulary.
+        kl: mean KL divergence of the graph from the model, nats per token.
+        top1_agreement: share of tokens whose likeliest successor is the same.
+        nll_torch: mean negative log-likelihood, nats per token; ``nll_graph`` likewise.
+        perplexity_ratio: the graph's over the model's.
+        tokens: compared.
+        sample: where they come from.
+    """
+
+    max_abs_logit_difference: float
+    kl: float
+    top1_agreement: float
+    nll_torch: float
+    nll_graph: float
+    perplexity_torch: float
+    perplexity_graph: float
+    perplexity_ratio: float
+    tokens: int
+    sample: str
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """``bundle.json``. Sizes are in bytes; ``None`` is unknown.
+
+    Attributes:
+        target: ``cpu``, ``cuda`` or ``portable``.
+        layers: sizes of every decoder layer.
+        bits: of the decoder's linears: 4, 8, 16 or 32.
+        block: group size along the input dimension; 0 for floats.
+        accuracy_level: of MatMulNBits; 4 computes in int8.
+        parameters: of the model.
+        weight_bytes_per_token: read for every generated token.
+        kv_bytes_per_token: added to the cache per token.
+        kv_dtype: ``float32``, ``float16`` or ``int8``.
+        eos_token_ids: every id that ends a text.
+        onnxruntime_min: oldest version that runs it.
+        lineage: where the model comes from: ``model_sha256`` of the exported weights, ``head_bits``, ``matrices`` (bits
+            of linears that have other than ``bits``), ``method``, ``plan`` and ``tuning`` of the slim directory.
+        parity: None where it was not checked.
+        files: of all files but ``bundle.json``.
+    """
+
+    target: str
     model_type: str
     vocab_size: int
     hidden_size: int
     head_dim: int
     context_length: int
     layers: list[LayerSizes]
-    bits: int  # 4, 8 or 32: of the decoder's linears
-    block: int  # quantisation group along the input dimension; 0 at 32 bit
-    accuracy_level: int  # of MatMulNBits; 4 computes in int8
+    bits: int
+    block: int
+    accuracy_level: int
     parameters: int
-    weight_bytes_per_token: int  # read once per generated token
-    kv_bytes_per_token: int  # added to the cache per token
-    kv_dtype: str  # float32 | float16 | int8
+    weight_bytes_per_token: int
+    kv_bytes_per_token: int
+    kv_dtype: str
     bos_token_id: int | None
     eos_token_ids: list[int]
     onnxruntime_min: str
     lineage: dict[str, Any] = field(default_factory=dict)
-    parity: dict[str, Any] | None = None
+    parity: Parity | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -97,6 +143,9 @@ class BundleManifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+DOCUMENT = Document(BundleManifest, "bundle", "export the bundle again", version="format", error=BundleError)
+
+
 def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
     """Hash every file of ``directory`` and write ``bundle.json`` beside them, last and by rename."""
     names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
@@ -105,8 +154,8 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
         for name in names
         if name != MANIFEST
     }
-    complete = BundleManifest(**{**_fields(manifest), "files": files})
-    write_text(directory / MANIFEST, json.dumps(with_checksum(asdict(complete)), indent=1) + "\n")
+    complete = replace(manifest, files=files)
+    DOCUMENT.write(directory / MANIFEST, complete)
     return complete
 
 
@@ -120,20 +169,7 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}; make one with `saap export`")
-    try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise TypeError("not an object")
-        raw = without_checksum(raw)
-        if raw.get("format") != FORMAT:
-            raise BundleError(f"{path} has format {raw.get('format')!r}, this saap reads {FORMAT}: export it again")
-        raw["layers"] = [LayerSizes(**layer) for layer in raw["layers"]]
-        raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        manifest = BundleManifest(**raw)
-    except BundleError:
-        raise
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise BundleError(f"{path} is damaged ({error}): export the bundle again") from None
+    manifest = DOCUMENT.read(path)
     for name in manifest.files:
         _inside(directory, name)
     return manifest
@@ -170,10 +206,6 @@ def _inside(directory: Path, name: str) -> Path:
     if "\0" in name or root not in path.resolve().parents:  # no path holds a zero byte
         raise BundleError(f"{directory / MANIFEST} names {name!r}, which lies outside the bundle: do not use it")
     return path
-
-
-def _fields(manifest: BundleManifest) -> dict[str, Any]:
-    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
 
 
 def too_old(manifest: BundleManifest, installed: str) -> str | None:

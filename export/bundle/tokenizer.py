@@ -48,11 +48,11 @@ class BundleTokenizer:
             raise RunError(f"{path} cannot be read ({error}): {_remedy(self.directory)}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        config = _read_json(self.directory / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(config, _read_json(self.directory / "special_tokens_map.json"))
+        config = read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(config, read_json(self.directory / "special_tokens_map.json"))
         self._template_source = _template_source(self.directory, config)
         self._template: Any = None
-        manifest = _read_json(self.directory / MANIFEST)
+        manifest = read_json(self.directory / MANIFEST)
         self.bos_token_id: int | None = manifest.get("bos_token_id", self._id_of("bos_token"))
         self.eos_token_ids = self._eos_ids(manifest)
 
@@ -114,7 +114,7 @@ class BundleTokenizer:
     def _eos_ids(self, manifest: dict[str, Any]) -> list[int]:
         named = manifest.get("eos_token_ids")
         if named is None:
-            named = _read_json(self.directory / "generation_config.json").get("eos_token_id")
+            named = read_json(self.directory / "generation_config.json").get("eos_token_id")
         if named is None:
             named = self._id_of("eos_token")
         return end_ids(named, self.directory)
@@ -136,6 +136,11 @@ class TextStream:
         self._ids = list(context[-_CONTEXT_TOKENS:])
         self._shown = tokenizer.decode(self._ids)
         self._read = len(self._ids)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokenizer's ids that end a text."""
+        return frozenset(self._tokenizer.eos_token_ids)
 
     def push(self, token: int) -> str:
         """Text that became certain with this token; often one word, empty inside a character."""
@@ -229,7 +234,12 @@ def end_ids(named: Any, directory: Path) -> list[int]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a bundle or a model directory; empty where there is no such file.
+
+    Raises:
+        RunError: damaged.
+    """
     if not path.is_file():
         return {}
     try:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection
-
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
-from export.generate.loop import Decoder, Generation, HeldSequence, check_request
-from export.generate.sampling import GREEDY, Sampling
+from export.generate.loop import DEFAULTS, AnswerSettings, Decoder, Generation, HeldSequence, check_request
 
 
 class Conversation:
@@ -20,11 +16,8 @@ class Conversation:
     Args:
         decoder: the model; it is reset first.
         tokenizer: the bundle's; it must have a chat template.
+        settings: of every answer; the draws of all turns come from one seed.
         system: what the model is told first; None leaves it to the template.
-        max_tokens: tokens of an answer at most.
-        sampling: how each is drawn; the draws of all turns come from one seed.
-        stop_ids: ids that end an answer; None means every end-of-text id of the tokenizer.
-        clock: seconds.
 
     Attributes:
         messages: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
@@ -37,18 +30,14 @@ class Conversation:
         self,
         decoder: Decoder,
         tokenizer: BundleTokenizer,
+        settings: AnswerSettings = DEFAULTS,
         *,
         system: str | None = None,
-        max_tokens: int = 512,
-        sampling: Sampling = GREEDY,
-        stop_ids: Collection[int] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not tokenizer.has_chat_template:
             raise RunError(f"{tokenizer.directory} has no chat template: give a prompt to continue instead of a chat")
         self._sequence, self._tokenizer, self._system = HeldSequence(decoder), tokenizer, system
-        self._max_tokens, self._draw, self._clock = max_tokens, sampling.sampler(), clock
-        self._stop_ids = tokenizer.eos_token_ids if stop_ids is None else stop_ids
+        self._settings, self._draw = settings, settings.sampling.sampler()
         self.reset()
 
     @property
@@ -68,7 +57,7 @@ class Conversation:
             RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then
                 as it was.
         """
-        check_request(text, self._max_tokens)
+        check_request(text, self._settings.max_tokens)
         if self._answer is not None:
             self.messages.append({"role": "assistant", "content": self._answer.text})
             self._answer = None
@@ -81,8 +70,5 @@ class Conversation:
                 "say it shorter, or start again with /reset"
             )
         self.messages = turns
-        self._answer = Generation(
-            self._sequence, ids, stream=TextStream(self._tokenizer), stop_ids=self._stop_ids,
-            max_tokens=self._max_tokens, draw=self._draw, clock=self._clock,
-        )  # fmt: skip
+        self._answer = Generation(self._sequence, ids, TextStream(self._tokenizer), self._draw, self._settings)
         return self._answer

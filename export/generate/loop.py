@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,26 @@ from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
 from export.generate.sampling import GREEDY, Draw, Logits, Sampling
 
 Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How an answer is written.
+
+    Attributes:
+        max_tokens: tokens to draw at most.
+        sampling: how each is drawn.
+        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
+        clock: seconds.
+    """
+
+    max_tokens: int = 256
+    sampling: Sampling = GREEDY
+    stop_ids: Collection[int] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+
+DEFAULTS = AnswerSettings()
 
 
 class Decoder(Protocol):
@@ -76,7 +97,7 @@ class HeldSequence:
 
 
 class Generation:
-    """The text of :func:`generate` as it is made: iterate once; the numbers are complete when the iteration ends.
+    """A text as it is written: iterate once; the numbers are complete when the iteration ends.
 
     Attributes:
         prompt_ids: the prompt, template included.
@@ -93,16 +114,13 @@ class Generation:
         self,
         sequence: HeldSequence,
         ids: list[int],
-        *,
         stream: TextStream,
-        stop_ids: Collection[int],
-        max_tokens: int,
         draw: Draw,
-        clock: Callable[[], float] = time.perf_counter,
+        settings: AnswerSettings,
     ) -> None:
-        self._sequence, self._stream = sequence, stream
-        self._stop_ids, self._max_tokens = frozenset(stop_ids), max_tokens
-        self._draw, self._clock = draw, clock
+        self._sequence, self._stream, self._draw = sequence, stream, draw
+        self._stop_ids = stream.end_ids if settings.stop_ids is None else frozenset(settings.stop_ids)
+        self._max_tokens, self._clock = settings.max_tokens, settings.clock
         self._stopped = False
         self.prompt_ids = ids
         self.read_tokens = 0
@@ -172,45 +190,30 @@ class Generation:
         return None
 
 
-def generate(
+def begin_text(
     decoder: Decoder,
     tokenizer: BundleTokenizer,
     prompt: str,
+    settings: AnswerSettings = DEFAULTS,
     *,
-    max_tokens: int = 128,
-    sampling: Sampling = GREEDY,
     chat: bool = True,
-    stop_ids: Collection[int] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
     """Text that follows ``prompt``, in pieces that never split a character.
 
     Args:
         decoder: the model; it is reset first.
-        tokenizer: the bundle's.
         prompt: a user's turn when ``chat``, else a text to continue.
-        max_tokens: tokens to draw at most.
-        sampling: how each is drawn.
         chat: put the prompt into the model's chat template.
-        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
-        clock: seconds.
 
     Raises:
         RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
     """
-    check_request(prompt, max_tokens)
+    check_request(prompt, settings.max_tokens)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
     check_length(ids, decoder)
-    return Generation(
-        HeldSequence(decoder),
-        ids,
-        # A continuation keeps the space that its first word needs; an answer starts a text of its own.
-        stream=TextStream(tokenizer, () if chat else ids),
-        stop_ids=tokenizer.eos_token_ids if stop_ids is None else stop_ids,
-        max_tokens=max_tokens,
-        draw=sampling.sampler(),
-        clock=clock,
-    )
+    # A continuation keeps the space that its first word needs; an answer starts a text of its own.
+    stream = TextStream(tokenizer, () if chat else ids)
+    return Generation(HeldSequence(decoder), ids, stream, settings.sampling.sampler(), settings)
 
 
 def check_request(prompt: str, max_tokens: int) -> None:

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
+from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
-from export.generate.run import cpu_session
 
 CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
 # Later releases of transformers 5 call the cache by another name.
@@ -110,7 +110,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def __init__(self, config: BundleConfig, directory: Path, manifest: BundleManifest, threads: int = 1) -> None:
         super().__init__(config)
         self.manifest = manifest
-        self._session = cpu_session(directory / DECODE_GRAPH, threads)
+        self._session = open_session(directory / DECODE_GRAPH, threads)
         inputs = {given.name: given for given in self._session.get_inputs()}
         cached = [
             inputs[f"past_key_values.{n}.{part}"] for n in range(len(inputs) // 2 - 1) for part in ("key", "value")
@@ -131,7 +131,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Raises:
             BundleError: no bundle there, or one that does not verify.
-            RunError: a graph that this ONNX Runtime cannot load.
+            DecoderError: a graph that this ONNX Runtime cannot load.
         """
         directory = Path(directory)
         manifest = verify_files(directory) if verify else read_manifest(directory)

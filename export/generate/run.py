@@ -1,7 +1,4 @@
-"""Running a bundle: text out of a prompt, and the log-probabilities of a given text.
-
-No torch and no transformers here: this is what runs on a board.
-"""
+"""The log-probabilities that a bundle gives to a text. No torch and no transformers."""
 
 from __future__ import annotations
 
@@ -11,24 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.external_data import check_external_data
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
-from export.bundle.tokenizer import BundleTokenizer, RunError
-from export.generate.loop import Decoder, Generation, generate
-from export.generate.sampling import Logits, Sampling
-
-__all__ = [
-    "BundleScorer",
-    "BundleTokenizer",
-    "Decoder",
-    "Generation",
-    "RunError",
-    "Sampling",
-    "cpu_session",
-    "generate",
-    "next_token_logprobs",
-]
-
+from export.bundle.session import open_session
+from export.bundle.tokenizer import RunError
+from export.generate.sampling import Logits
 
 Cache = dict[str, NDArray[Any]]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim]
 
@@ -74,7 +57,7 @@ class BundleScorer:
         path = Path(directory) / graph
         if not path.is_file():
             raise RunError(f"{directory} has no {graph}: export it again with this saap")
-        self._session = cpu_session(path, threads)
+        self._session = open_session(path, threads)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
@@ -107,30 +90,6 @@ class BundleScorer:
     def logprobs(self, ids: NDArray[Any]) -> NDArray[np.float64]:
         """Log-probabilities [b, s - 1] of each next token in rows ``ids`` [b, s]."""
         return next_token_logprobs(self.logits(ids), ids)
-
-
-def cpu_session(graph: Path, threads: int) -> Any:
-    """An ONNX Runtime session of a graph on the CPU.
-
-    Raises:
-        BundleError: its weights are missing or lie outside its folder.
-        RunError: this ONNX Runtime cannot load it.
-    """
-    import onnxruntime
-
-    check_external_data(graph)
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Both keep buffers for tensors of the same size to come, of which there are none where layers differ.
-    options.enable_mem_pattern = options.enable_mem_reuse = False
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"ONNX Runtime {onnxruntime.__version__} cannot load {graph} ({first})") from error
 
 
 def graph_feed(ids: NDArray[Any], past: Cache) -> dict[str, NDArray[Any]]:

@@ -1,9 +1,10 @@
-"""Write a LLaMA- or Mistral-type directory, dense, slim or tuned, as one GGUF file that llama.cpp runs."""
+"""Write a LLaMA-, Mistral- or Qwen2-type directory, dense, slim or tuned, as one GGUF file that llama.cpp runs."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,44 @@ BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
 
 
+@dataclass(frozen=True)
+class WrittenMatrix:
+    """A matrix of the model in the file.
+
+    Attributes:
+        type: GGUF type.
+        relative_error: as in :class:`export.gguf.tensors.Encoded`.
+        carried: share of its groups taken over as integers.
+    """
+
+    type: str
+    relative_error: float
+    carried: float
+
+
+@dataclass(frozen=True)
+class GGUFReport:
+    """What a GGUF file holds.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        kind: GGUF type of the linears; None where each tuned matrix has its own.
+        worst_error_carried: over the matrices whose groups all were carried over; None without any.
+        worst_error_rounded: over the others.
+        notes: what differs from what was asked, for a person.
+    """
+
+    file: Path
+    bytes: int
+    architecture: str
+    kind: str | None
+    layers: int
+    tensors: dict[str, WrittenMatrix]
+    worst_error_carried: float | None
+    worst_error_rounded: float | None
+    notes: list[str]
+
+
 def export_gguf(
     model_dir: str | Path,
     out: str | Path,
@@ -31,19 +70,13 @@ def export_gguf(
     kind: str | None = None,
     head_kind: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> GGUFReport:
     """Write one .gguf file, beside and renamed.
 
     Args:
         kind: of the linears: F32, F16, Q8_0, Q4_0 or Q4_1; None is Q4_1 for floats and, for tuned integers, the type
             that holds them.
         head_kind: of embedding and head; None is as ``kind``.
-
-    Returns:
-        ``file``, ``bytes``, ``architecture``, ``kind`` (None where each tuned matrix has its own), ``layers``,
-        ``tensors`` (per matrix its ``type``, ``relative_error`` as in :class:`export.gguf.tensors.Encoded` and
-        ``carried``, the share of groups taken over as integers), ``worst_error_carried`` and ``worst_error_rounded``
-        (over the matrices whose groups all were carried, and over the others), ``notes`` for a person.
 
     Raises:
         UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
@@ -125,7 +158,7 @@ def _licence(directory: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, dict[str, Any]]:
+def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
     """Write header and tensors, one at a time; give back what became of every matrix."""
     from gguf import GGMLQuantizationType
 
@@ -138,7 +171,7 @@ def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    written: dict[str, dict[str, Any]] = {}
+    written: dict[str, WrittenMatrix] = {}
     for index, tensor in enumerate(tensors):
         if progress:
             progress("writing GGUF", index, len(tensors))
@@ -150,29 +183,29 @@ def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None
         matrix = encode(values, tensor.kind)
         writer.write_tensor_data(matrix.data)
         if tensor.measured:
-            written[tensor.name] = {"type": tensor.kind, "relative_error": matrix.error, "carried": matrix.carried}
+            written[tensor.name] = WrittenMatrix(tensor.kind, matrix.error, matrix.carried)
     writer.close()
     if progress:
         progress("writing GGUF", len(tensors), len(tensors))
     return written
 
 
-def _report(out: Path, source: GGUFSource, written: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Any]:
-    whole = [m["relative_error"] for m in written.values() if m["carried"] == 1]
-    rounded = [m["relative_error"] for m in written.values() if m["carried"] < 1 and m["type"] != "F32"]
+def _report(out: Path, source: GGUFSource, written: dict[str, WrittenMatrix], notes: list[str]) -> GGUFReport:
+    whole = [m.relative_error for m in written.values() if m.carried == 1]
+    rounded = [m.relative_error for m in written.values() if m.carried < 1 and m.type != "F32"]
     if source.quant and rounded:
         notes.append(
             f"{len(rounded)} tuned matrices have groups that their GGUF type cannot hold as they are: rounded again, "
             f"worst error {max(rounded):.2%} of a group's largest weight"
         )
-    return {
-        "file": str(out),
-        "bytes": out.stat().st_size,
-        "architecture": source.name,
-        "kind": source.kind,
-        "layers": len(source.layers),
-        "tensors": written,
-        "worst_error_carried": max(whole, default=None),
-        "worst_error_rounded": max(rounded, default=None),
-        "notes": notes,
-    }
+    return GGUFReport(
+        file=out,
+        bytes=out.stat().st_size,
+        architecture=source.name,
+        kind=source.kind,
+        layers=len(source.layers),
+        tensors=written,
+        worst_error_carried=max(whole, default=None),
+        worst_error_rounded=max(rounded, default=None),
+        notes=notes,
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from export.bundle.manifest import FIRST_LOGIT
+
+Attribute = int | float | str | Sequence[int]
 
 
 class GraphBuilder:
@@ -18,19 +19,19 @@ class GraphBuilder:
         tensors: what :meth:`weight` may name; only those that are named become initialisers.
     """
 
-    def __init__(self, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    def __init__(self, tensors: Mapping[str, ir.ExternalTensor]) -> None:
         self.tensors = tensors
         self._initializers: dict[str, ir.Value] = {}
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
 
-    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute) -> ir.Value:
         """A node with one output."""
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
     def multi(
-        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Attribute
     ) -> list[ir.Value]:
         """A node with several outputs."""
         return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
@@ -76,7 +77,7 @@ class GraphBuilder:
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self._outputs.append(value)
 
-    def model(self, opsets: dict[str, int], ir_version: int) -> ir.Model:
+    def model(self, opsets: Mapping[str, int], ir_version: int) -> ir.Model:
         """The finished model; ``logits``, which is made last, becomes the first output."""
         outputs = sorted(self._outputs, key=lambda value: value.name != "logits")
         graph = ir.Graph(
@@ -84,14 +85,14 @@ class GraphBuilder:
             outputs,
             nodes=self._tape.nodes,
             initializers=list(self._initializers.values()),
-            opset_imports=opsets,
+            opset_imports=dict(opsets),
             name="decoder",
         )
         return ir.Model(graph, ir_version=ir_version, producer_name="saap")
 
-    def _initializer(self, name: str, tensor: Any) -> ir.Value:
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._initializers:
             self._initializers[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         return self._initializers[name]

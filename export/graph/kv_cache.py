@@ -7,14 +7,15 @@ are what the int8 cache will have to hold.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.manifest import LayerSizes
-from export.generate.run import cpu_session
+from export.bundle.session import open_session
+from saap.models.shape import LayerSizes
 from saap.system.errors import UserError
 
 LARGEST = 127
@@ -22,7 +23,9 @@ MARGIN = 1.05  # other text reaches a little further
 PARTS = ("key", "value")
 
 
-def cache_scales(graph: Path, layers: list[LayerSizes], head_dim: int, ids: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def cache_scales(
+    graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
     """Scales for every layer that attends.
 
     Args:
@@ -36,7 +39,7 @@ def cache_scales(graph: Path, layers: list[LayerSizes], head_dim: int, ids: NDAr
     Raises:
         UserError: a cache that is not finite.
     """
-    session = cpu_session(graph, os.cpu_count() or 1)
+    session = open_session(graph, os.cpu_count() or 1)
     attending = [(index, sizes) for index, sizes in enumerate(layers) if sizes.query_heads]
     names = [f"{n}.{part}" for n in range(len(attending)) for part in PARTS]
     ranges = {name: np.zeros(1, np.float32) for name in names}

@@ -13,25 +13,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
 from export.bundle.manifest import LayerSizes as BundleSizes
-from export.graph.decoder import DecoderGraph, check_attention
+from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention
 from export.graph.probe_model import ProbeModel
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
-from export.graph.weights import ATTENTION_NORMS, FFN_NORMS, WeightFile
-from export.source import Precision
-from saap.models.architectures import Architecture
+from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
+from export.source import Precision, StackedLinear
 from saap.models.shape import LayerSizes, ModelShape
+from saap.quantize.groups import QuantMatrix
 
 FFN_WIDTHS = 8
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
@@ -82,71 +82,90 @@ def write_probe_stacks(
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
-    whole = _write_weights(model, rotary, out)
+    whole = WeightFile(out, model.precision.floats)
+    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole))
+    for name, table in rotary.items():
+        whole.add(name, table)
+    whole.close()
     wanted, written = stack_layers(model) if stacks is None else stacks, []
     for index, layers in enumerate(wanted):
         if progress:
             progress("writing probe graphs", index, len(wanted))
         shape = model.shape.with_layers(tuple(layers))
-        written.append(_write_stack(model, shape, whole, list(rotary), out / f"{index:02}"))
+        written.append(_write_stack(model, shape, whole, rotary, out / f"{index:02}"))
     if progress:
         progress("writing probe graphs", len(wanted), len(wanted))
     return written
+
+
+class _MadeUp:
+    """A :class:`export.source.WeightSource` of random weights; on the device ``meta`` only their shapes.
+
+    What comes out of a matrix is about as large as what goes in.
+    """
+
+    def __init__(self, model: ProbeModel, shape: ModelShape, device: str) -> None:
+        self.architecture, self.shape, self._device = model.architecture, shape, device
+        self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
+
+    def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
+        """A matrix of a layer, and its bias where the model has one."""
+        shape, sizes, dim = self.shape, self.shape.layers[layer], self.shape.head_dim
+        rows, columns, biased = {
+            "qkv": ((sizes.query_heads + 2 * sizes.kv_heads) * dim, shape.hidden, shape.attention_bias),
+            "o": (shape.hidden, sizes.query_heads * dim, shape.attention_bias and shape.output_bias),
+            "gate_up": (2 * sizes.ffn, shape.hidden, shape.mlp_bias),
+            "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
+        }[part]
+        bias = self._filled(0.01, rows) if biased else None
+        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.block), bias)
+
+    def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """The embedding or the head."""
+        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.block)
+
+    def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
+        """A norm that changes nothing."""
+        return self._filled(1.0, self.shape.head_dim if field in ("query_norm", "key_norm") else self.shape.hidden)
+
+    def _matrix(self, rows: int, columns: int, bits: int, block: int) -> torch.Tensor | QuantMatrix:
+        if bits == 32:
+            uniform = torch.rand(rows, columns, generator=self._random, device=self._device)
+            return (uniform - 0.5) * (12 / columns) ** 0.5
+        groups, spread = columns // block, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
+        packed = (rows, groups, block * bits // 8)
+        qweight = torch.randint(256, packed, dtype=torch.uint8, generator=self._random, device=self._device)
+        midpoints = torch.full(
+            (rows, -(-groups * bits // 8)), 0x88 if bits == 4 else 0x80, dtype=torch.uint8, device=self._device
+        )
+        return QuantMatrix(qweight, self._filled(1 / (spread * columns**0.5), rows, groups), midpoints, bits, block)
+
+    def _filled(self, value: float, *shape: int) -> torch.Tensor:
+        return torch.full(shape, value, device=self._device)
 
 
 class _StackFile(WeightFile):
     """The tensors of one stack, as beginnings of those in a file that is finished."""
 
     def __init__(self, whole: WeightFile, directory: Path) -> None:
-        self.directory, self.floats, self._whole = directory, whole.floats, whole
-        self.tensors: dict[str, ir.ExternalTensor] = {}
+        self.directory, self.tensors, self._whole = directory, {}, whole
 
-    def take(self, name: str, tensor: _Tensor | None = None) -> None:
-        """Refer to a tensor of the whole file, or to as much of it as ``tensor`` is large."""
+    def add(self, name: str, values: Array) -> None:
+        """Refer to the beginning of the whole file's tensor of this name; the values do not matter."""
         old = self._whole.tensors[name]
-        dtype = old.dtype.numpy()
-        shape = old.shape.numpy() if tensor is None else tensor.shape
-        self.tensors[name] = self._reference(name, old.offset or 0, prod(shape) * dtype.itemsize, dtype, shape)
+        length = prod(values.shape) * old.dtype.numpy().itemsize
+        self._refer(name, (old.offset or 0, length), old.dtype, values.shape)
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to make up; ``scale`` keeps what comes out of a matrix about as large as what goes in."""
-
-    dtype: str  # uint8 | float32
-    shape: tuple[int, ...]
-    scale: float = 1.0
-    of: str | None = None  # the tensor whose second name this is
-
-    def made(self, random: np.random.Generator) -> np.ndarray:
-        if self.dtype == "uint8":
-            return np.frombuffer(random.bytes(prod(self.shape)), np.uint8).reshape(self.shape)
-        if len(self.shape) == 1:
-            return np.full(self.shape, self.scale, np.float32)
-        return (random.random(self.shape, np.float32) - 0.5) * np.float32(self.scale * 12**0.5)
-
-
-def _write_weights(model: ProbeModel, rotary: dict[str, np.ndarray], out: Path) -> WeightFile:
-    whole, random = WeightFile(out, model.precision.floats), np.random.default_rng(0)
-    for name, tensor in _tensors(model, model.shape):
-        if tensor.of:
-            whole.alias(name, tensor.of, tensor.shape)
-        else:
-            whole.add(name, tensor.made(random))
-    for name, table in rotary.items():
-        whole.add(name, table)
-    whole.close()
-    return whole
-
-
-def _write_stack(model: ProbeModel, shape: ModelShape, whole: WeightFile, tables: list[str], directory: Path) -> Path:
+def _write_stack(
+    model: ProbeModel, shape: ModelShape, whole: WeightFile, tables: Mapping[str, Array], directory: Path
+) -> Path:
     directory.mkdir()
     file = _StackFile(whole, directory)
-    for name, tensor in _tensors(model, shape):
-        file.take(name, tensor)
-    for name in tables:
-        file.take(name)
-    graph = DecoderGraph(shape, model.traits, model.precision, file, EPSILON).build(scoring=False)
+    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file))
+    for name, table in tables.items():
+        file.add(name, table)
+    graph = MicrosoftGraph(GraphModel(shape, model.traits, model.precision, EPSILON), file.tensors).build(scoring=False)
     ir.save(graph, directory / DECODE_GRAPH)
     try:
         os.link(whole.directory / WEIGHTS, directory / WEIGHTS)
@@ -170,7 +189,7 @@ def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int
         block=model.precision.block,
         accuracy_level=model.precision.accuracy_level,
         parameters=shape.parameters,
-        weight_bytes_per_token=file.bytes_per_token(shape.tied),
+        weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),
         kv_bytes_per_token=2 * kv_bytes * shape.head_dim * sum(s.kv_heads for s in shape.layers),
         kv_dtype=model.precision.kv,
         bos_token_id=None,
@@ -178,57 +197,3 @@ def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int
         onnxruntime_min=CPU.oldest_runtime(model.precision, windows=False),
         lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": nodes},
     )
-
-
-# The tensors that export.graph.weights writes for a model, by name and shape
-
-
-def _tensors(model: ProbeModel, shape: ModelShape) -> Iterator[tuple[str, _Tensor]]:
-    arch, precision, hidden, dim = model.architecture, model.precision, shape.hidden, shape.head_dim
-    for index, sizes in enumerate(shape.layers):
-        name = f"layers.{index}"
-        if sizes.query_heads:
-            rows, biased = (sizes.query_heads + 2 * sizes.kv_heads) * dim, shape.attention_bias
-            yield from _linear(f"{name}.qkv", hidden, rows, precision, biased)
-            yield from _linear(f"{name}.o", sizes.query_heads * dim, hidden, precision, biased and shape.output_bias)
-            yield from _norms(arch, name, ATTENTION_NORMS, hidden, dim)
-        if sizes.ffn:
-            yield from _linear(f"{name}.gate_up", hidden, 2 * sizes.ffn, precision, shape.mlp_bias)
-            yield from _linear(f"{name}.down", sizes.ffn, hidden, precision, shape.mlp_bias)
-            yield from _norms(arch, name, FFN_NORMS, hidden, dim)
-    yield "norm", _Tensor("float32", (hidden,))
-    for name in ("embedding",) if shape.tied else ("embedding", "head"):
-        yield from _table(name, hidden, shape.vocab, precision)
-
-
-def _linear(name: str, k: int, n: int, precision: Precision, bias: bool) -> Iterator[tuple[str, _Tensor]]:
-    if precision.bits == 32:
-        yield f"{name}.weight", _Tensor("float32", (k, n), k**-0.5)
-    else:
-        yield from _integers(name, k, n, precision.bits, precision.block)
-    if bias:
-        yield f"{name}.bias", _Tensor("float32", (n,), 0.01)
-
-
-def _table(name: str, hidden: int, vocab: int, precision: Precision) -> Iterator[tuple[str, _Tensor]]:
-    if precision.head_bits == 32:
-        yield f"{name}.weight", _Tensor("float32", (vocab, hidden), hidden**-0.5)
-        return
-    yield from _integers(name, hidden, vocab, precision.head_bits, precision.block)
-    groups = hidden // precision.block
-    yield f"{name}.scales3", _Tensor("float32", (vocab, groups, 1), of=f"{name}.scales")
-
-
-def _integers(name: str, k: int, n: int, bits: int, block: int) -> Iterator[tuple[str, _Tensor]]:
-    yield f"{name}.qweight", _Tensor("uint8", (n, k // block, block * bits // 8))
-    spread = 2**bits / 12**0.5  # standard deviation of codes of which none is more likely
-    yield f"{name}.scales", _Tensor("float32", (n * k // block,), 1 / (spread * k**0.5))
-
-
-def _norms(
-    arch: Architecture, name: str, norms: tuple[str, ...], hidden: int, dim: int
-) -> Iterator[tuple[str, _Tensor]]:
-    for norm in norms:
-        if getattr(arch, norm):
-            width = dim if norm in ("query_norm", "key_norm") else hidden
-            yield f"{name}.{norm}", _Tensor("float32", (width,))

@@ -1,28 +1,35 @@
-"""Weights of a model directory, tensor by tensor, into the bundle's external data file.
+"""One walk over a model's weights, tensor by tensor, into the bundle's external data file.
 
-Every tensor is written once, aligned for memory-mapping; what comes back are references (offset, length, shape) that
-several graphs, and several shapes of one tensor, can share.
+:func:`write_model` goes over the layers, and a :class:`Layout` says how a matrix stands in the file:
+:class:`MicrosoftLayout` for the operators of ONNX Runtime, :class:`export.portable.weights.StandardLayout` for those of
+ONNX itself. Every tensor is written once, aligned for memory-mapping; what comes back are references (offset, length,
+shape) that several graphs, and several shapes of one tensor, can share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
 from devices.common.progress import Progress
 from export.bundle.manifest import WEIGHTS
-from export.source import ModelSource, Precision, StackedLinear, stack_linears
+from export.source import Precision, WeightSource, is_symmetric
+from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import UserError
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
 FFN_NORMS = ("ffn_norm", "ffn_post_norm")
+NORMS = (*ATTENTION_NORMS, *FFN_NORMS)
 ALIGNMENT = 4096  # ONNX Runtime maps external data in pages
+
+Array = torch.Tensor | NDArray[np.generic]
 
 
 class WeightFile:
@@ -33,34 +40,28 @@ class WeightFile:
         self.tensors: dict[str, ir.ExternalTensor] = {}
         self._file = (directory / WEIGHTS).open("wb")
 
-    def add(self, name: str, array: np.ndarray) -> None:
+    def add(self, name: str, values: Array) -> None:
         """Write an array under a name."""
+        array = values.numpy() if isinstance(values, torch.Tensor) else values
         self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
         offset = self._file.tell()
         array = np.ascontiguousarray(array, dtype=self.floats if array.dtype.kind == "f" else None)
         self._file.write(array.data if array.ndim else array.tobytes())
-        self.tensors[name] = self._reference(name, offset, array.nbytes, array.dtype, array.shape)
+        self._refer(name, (offset, array.nbytes), ir.DataType.from_numpy(array.dtype), array.shape)
 
-    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> None:
-        """Give the bytes of a tensor a second name and shape."""
+    def alias(self, name: str, of: str, shape: Sequence[int], dtype: ir.DataType | None = None) -> None:
+        """Let ``name`` be the bytes of the tensor ``of``, in another shape, and of another type if given."""
         old = self.tensors[of]
-        self.tensors[name] = self._reference(name, old.offset or 0, old.nbytes, old.dtype.numpy(), shape)
+        self._refer(name, (old.offset or 0, old.length or 0), dtype or old.dtype, shape)
 
-    def _reference(self, name: str, offset: int, length: int, dtype: Any, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        return ir.ExternalTensor(
-            WEIGHTS,
-            offset,
-            length,
-            ir.DataType.from_numpy(np.dtype(dtype)),
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=str(self.directory),
+    def _refer(self, name: str, place: tuple[int, int], dtype: ir.DataType, shape: Sequence[int]) -> None:
+        self.tensors[name] = ir.ExternalTensor(
+            WEIGHTS, *place, dtype, shape=ir.Shape(shape), name=name, base_dir=str(self.directory)
         )
 
-    def bytes_per_token(self, tied: bool) -> int:
-        """Bytes of layers, norms and head, which every token reads; an embedding of its own is only looked up."""
-        head = "embedding." if tied else "head."
-        read = [t for name, t in self.tensors.items() if name.startswith(("layers.", head)) or name == "norm"]
+    def bytes_per_token(self, head: str) -> int:
+        """Bytes of layers, norms and the tensors below ``head``, which every token reads; others are looked up in."""
+        read = [t for name, t in self.tensors.items() if name.startswith(("layers.", f"{head}.")) or name == "norm"]
         return sum({tensor.offset: tensor.nbytes for tensor in read}.values())  # two names of one tensor count once
 
     def flush(self) -> None:
@@ -72,79 +73,79 @@ class WeightFile:
         self._file.close()
 
 
-def write_weights(
-    source: ModelSource, precision: Precision, file: WeightFile, progress: Progress | None = None
-) -> None:
-    """Write all tensors of the decoder graph, one layer at a time."""
-    arch, count = source.architecture, len(source.shape.layers)
+class Layout(Protocol):
+    """How matrices stand in the data file.
+
+    Attributes:
+        norms_last: the norms of a layer stand behind its matrices, not each behind those of its block.
+    """
+
+    file: WeightFile
+    norms_last: bool
+
+    def add_matrix(self, name: str, matrix: torch.Tensor | QuantMatrix) -> None:
+        """Write a linear [N, K]."""
+
+    def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
+        """Write embedding and head."""
+
+
+def write_model(source: WeightSource, precision: Precision, layout: Layout, progress: Progress | None = None) -> None:
+    """Write all tensors of a decoder, one layer at a time."""
+    count = len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
         if progress:
             progress("writing weights", index, count)
-        name, prefix = f"layers.{index}", f"{arch.layers}.{index}."
-        if sizes.query_heads:
-            _write_linear(source, precision, file, index, "qkv")
-            _write_linear(source, precision, file, index, "o")
-            _write_norms(source, file, name, prefix, ATTENTION_NORMS)
-        if sizes.ffn:
-            _write_linear(source, precision, file, index, "gate_up")
-            _write_linear(source, precision, file, index, "down")
-            _write_norms(source, file, name, prefix, FFN_NORMS)
-    file.add("norm", source.norm(arch.final_norm))
-    _write_vocabulary(source, precision, file)
+        for piece in _pieces(sizes, layout.norms_last):
+            name = f"layers.{index}.{piece}"
+            if piece not in NORMS:
+                linear = source.linear(index, piece, precision)
+                layout.add_matrix(name, linear.matrix)
+                if linear.bias is not None:
+                    layout.file.add(f"{name}.bias", linear.bias)
+            elif getattr(source.architecture, piece):
+                layout.file.add(name, source.norm(piece, index))
+    layout.file.add("norm", source.norm("final_norm"))
+    layout.add_vocabulary(source, precision)
     if progress:
         progress("writing weights", count, count)
 
 
-def _write_norms(source: ModelSource, file: WeightFile, name: str, prefix: str, norms: tuple[str, ...]) -> None:
-    for norm in norms:
-        if module := getattr(source.architecture, norm):
-            file.add(f"{name}.{norm}", source.norm(prefix + module))
+def _pieces(sizes: LayerSizes, norms_last: bool) -> list[str]:
+    """Matrices and norms of a layer in the order of the file."""
+    pieces = ["qkv", "o", *ATTENTION_NORMS] if sizes.query_heads else []
+    pieces += ["gate_up", "down", *FFN_NORMS] if sizes.ffn else []
+    return sorted(pieces, key=lambda piece: piece in NORMS) if norms_last else pieces
 
 
-def _write_linear(source: ModelSource, precision: Precision, file: WeightFile, layer: int, part: str) -> None:
-    name, linear = f"layers.{layer}.{part}", stack_linears(source, precision, layer, part)
-    if isinstance(linear.matrix, QuantMatrix):
-        file.add(f"{name}.qweight", linear.matrix.qweight.numpy())
-        file.add(f"{name}.scales", linear.matrix.scales.flatten().numpy())
-        if not symmetric(linear.matrix):  # without zero points the kernel takes the midpoint and is faster
-            file.add(f"{name}.zero_points", linear.matrix.zero_points.flatten().numpy())
-    else:
-        file.add(f"{name}.weight", linear.matrix.t().contiguous().numpy())
-    write_bias(file, name, linear)
+class MicrosoftLayout:
+    """As MatMulNBits and GatherBlockQuantized read: integers packed along the rows of [N, K], floats as [K, N]."""
 
+    norms_last = False
 
-def write_bias(file: WeightFile, name: str, linear: StackedLinear) -> None:
-    """Write it where there is one."""
-    if linear.bias is not None:
-        file.add(f"{name}.bias", linear.bias.numpy())
+    def __init__(self, file: WeightFile) -> None:
+        self.file = file
 
+    def add_matrix(self, name: str, matrix: torch.Tensor | QuantMatrix) -> None:
+        """Write a linear [N, K]."""
+        if isinstance(matrix, torch.Tensor):
+            self.file.add(f"{name}.weight", matrix.t().contiguous())
+            return
+        self.file.add(f"{name}.qweight", matrix.qweight)
+        self.file.add(f"{name}.scales", matrix.scales.float().flatten())
+        if not is_symmetric(matrix):
+            self.file.add(f"{name}.zero_points", matrix.zero_points.flatten())
 
-def _write_vocabulary(source: ModelSource, precision: Precision, file: WeightFile) -> None:
-    arch = source.architecture
-    for name, module in (("embedding", arch.embedding), ("head", arch.head)):
-        if name == "head" and source.shape.tied:
-            continue
-        table = source.matrix(module, precision)
-        if isinstance(table, QuantMatrix):
-            _require_midpoint(table, module)
-            file.add(f"{name}.qweight", table.qweight.numpy())
-            file.add(f"{name}.scales", table.scales.float().flatten().numpy())
-            # The gather wants one more axis on the same numbers.
-            file.alias(f"{name}.scales3", f"{name}.scales", (*table.scales.shape, 1))
-        else:
-            file.add(f"{name}.weight", table.numpy())
-
-
-def _require_midpoint(table: QuantMatrix, module: str) -> None:
-    """The graph leaves the zero points of the vocabulary out, which means 2^(bits-1)."""
-    if not symmetric(table):
-        raise UserError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
-
-
-def symmetric(matrix: QuantMatrix) -> bool:
-    """Is every zero point 2^(bits-1)?"""
-    expected = 0x88 if matrix.bits == 4 else 0x80
-    padded = matrix.bits == 4 and matrix.scales.shape[1] % 2
-    whole = matrix.zero_points[:, :-1] if padded else matrix.zero_points
-    last = matrix.zero_points[:, -1] & 15 if padded else torch.tensor(8)
-    return bool((whole == expected).all() and (last == 8).all())
+    def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
+        """Write the embedding, and the head where it is not tied to it."""
+        arch = source.architecture
+        for name, module in (("embedding", arch.embedding), ("head", arch.head)):
+            if name == "head" and source.shape.tied:
+                continue
+            table = source.table(module, precision)
+            if isinstance(table, QuantMatrix):
+                self.add_matrix(name, table)
+                # The gather wants one more axis on the same numbers.
+                self.file.alias(f"{name}.scales3", f"{name}.scales", (*table.scales.shape, 1))
+            else:
+                self.file.add(f"{name}.weight", table)

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from export.generate.run import cpu_session
+from export.bundle.session import open_session
 from export.needs import PIECE_BYTES
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
@@ -34,7 +34,7 @@ def logits_in_pieces(
         threads: of ONNX Runtime within an operator.
 
     Raises:
-        BundleError, RunError: as :func:`export.generate.run.cpu_session`; a piece is a graph of its own.
+        BundleError, DecoderError: as :func:`export.bundle.session.open_session`; a piece is a graph of its own.
     """
     model = onnx.load(graph, load_external_data=False)
     states: list[dict[str, NDArray[Any]]] = [{} for _ in feeds]  # what earlier pieces made and later ones read
@@ -59,7 +59,7 @@ def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> Any:
     file = graph.with_name(PIECE)
     try:
         onnx.save(piece, file)
-        return cpu_session(file, threads)
+        return open_session(file, threads)
     finally:
         file.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ some thousand rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import saap.models.checkpoint  # noqa: F401  registers our model type
 from devices.common.progress import Progress
 from export.source import ModelSource, Precision
-from saap.models.streaming import empty_parameters
+from saap.models.streaming import CPU, LayerWeights, empty_parameters
 from saap.quantize.groups import QuantMatrix, check_blocks, quantize
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
@@ -45,17 +46,21 @@ class StreamedModel:
             config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
         with empty_parameters():
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
 
     def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """States after the final norm, [rows, tokens, hidden], of ids [rows, tokens]."""
         arch = self._source.architecture
-        layers = self._model.get_submodule(arch.layers)
-        count = len(list(layers.children()))
+        layers = list(self._model.get_submodule(arch.layers).children())
         hooks = [self._hook_embedding(self._model.get_submodule(arch.embedding))]
-        for index, layer in enumerate(layers.children()):
-            hooks += self._hook_layer(layer, f"{arch.layers}.{index}", index, count, progress)
+        for index, layer in enumerate(layers):
+            weights = LayerWeights(layer, f"{arch.layers}.{index}", self._parameter, torch.float32, CPU)
+            hooks += [
+                layer.register_forward_pre_hook(partial(_before, weights, (index, len(layers)), progress)),
+                layer.register_forward_hook(lambda *_, weights=weights: weights.leave()),
+            ]
         norm = self._model.get_submodule(arch.final_norm)
-        self._fill(norm, arch.final_norm)
+        LayerWeights(norm, arch.final_norm, self._parameter, torch.float32, CPU).enter()
         with torch.inference_mode():
             # Not base_model: Gemma 3 names it for its pictures' model, and gives the whole one.
             decoder = self._model.get_submodule(arch.layers.rpartition(".")[0])
@@ -63,7 +68,7 @@ class StreamedModel:
         for hook in hooks:
             hook.remove()
         if progress:
-            progress("checking parity, layers", count, count)
+            progress("checking parity, layers", len(layers), len(layers))
         return states
 
     def logits(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -90,31 +95,12 @@ class StreamedModel:
 
         return table.register_forward_pre_hook(before)
 
-    def _hook_layer(self, layer: nn.Module, name: str, index: int, count: int, progress: Progress | None) -> list[Any]:
-        def before(module: nn.Module, _: Any) -> None:
-            if progress:
-                progress("checking parity, layers", index, count)
-            self._fill(module, name)
-
-        def after(module: nn.Module, _: Any, __: Any) -> None:
-            module.to("meta")
-
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-
-    def _fill(self, module: nn.Module, name: str) -> None:
-        """Read the parameters of a layer or a norm."""
-        linears = {key for key, child in module.named_modules() if isinstance(child, nn.Linear)}
-        state = {}
-        for key, _ in module.named_parameters():
-            parent, _, part = key.rpartition(".")
-            if parent in linears and part == "weight":
-                state[key] = self._linear(f"{name}.{parent}")
-            else:
-                state[key] = self._source.tensor(f"{name}.{key}").float()
-        module.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
-
-    def _linear(self, module: str) -> torch.Tensor:
-        return dequantised(self._source.matrix(module, self._precision))
+    def _parameter(self, name: str) -> torch.Tensor:
+        """A parameter in float32, a matrix as the exporter rounds it."""
+        module, _, part = name.rpartition(".")
+        if module in self._linears and part == "weight":
+            return dequantised(self._source.matrix(module, self._precision))
+        return self._source.tensor(name).float()
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""
@@ -138,6 +124,12 @@ class StreamedModel:
             return lambda rows: weight[rows].float()
         check_blocks(weight.shape[1], block, module)
         return lambda rows: dequantised(quantize(weight[rows].float(), bits, block))
+
+
+def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | None, *_: object) -> None:
+    if progress:
+        progress("checking parity, layers", *place)
+    weights.enter()
 
 
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:

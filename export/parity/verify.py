@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from devices.common.progress import Progress
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, read_manifest
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, Parity, read_manifest
 from export.generate.run import BundleScorer, empty_past, graph_feed
 from export.needs import WHOLE_BYTES
 from export.parity.pieces import logits_in_pieces
@@ -22,8 +23,8 @@ from export.source import ModelSource, Precision
 from saap.system.errors import UserError
 from saap.system.precision import fast_float32
 
-FLOAT_DIFFERENCE = 1e-3  # fp32 graph: largest logit difference
-LEVEL4_PERPLEXITY = 0.02  # int8 activations: relative difference of perplexity
+FLOAT_DIFFERENCE = 1e-3  # floats throughout: largest logit difference
+LEVEL4_PERPLEXITY = 0.02  # int8 activations or cache: relative difference of perplexity
 LEVEL4_KL = 0.05
 
 
@@ -35,14 +36,11 @@ def check_parity(
     sample: str,
     threads: int = 1,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Parity:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
     A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the
     memory.
-
-    Returns:
-        the parity report: largest logit difference, KL, top-1 agreement, both NLLs, and what they were measured on.
 
     Raises:
         UserError: the two do not agree within what the precision allows.
@@ -63,20 +61,20 @@ def check_parity(
         progress("checking parity, rows", len(ids), len(ids))
     _check_decode_graph(bundle, ids[:1], last, threads)
     kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
-    report = {
-        "max_abs_logit_difference": largest,
-        "kl": max(float(kl), 0.0),
-        "top1_agreement": float(top1),
-        "nll_torch": float(nll_torch),
-        "nll_graph": float(nll_graph),
-        "perplexity_torch": math.exp(nll_torch),
-        "perplexity_graph": math.exp(nll_graph),
-        "perplexity_ratio": math.exp(nll_graph - nll_torch),
-        "tokens": int(ids.numel()),
-        "sample": sample,
-        "accuracy_level": manifest.accuracy_level,
-    }
-    _judge(report, manifest.bits)
+    report = Parity(
+        max_abs_logit_difference=largest,
+        kl=max(float(kl), 0.0),
+        top1_agreement=float(top1),
+        nll_torch=float(nll_torch),
+        nll_graph=float(nll_graph),
+        perplexity_torch=math.exp(nll_torch),
+        perplexity_graph=math.exp(nll_graph),
+        perplexity_ratio=math.exp(nll_graph - nll_torch),
+        tokens=int(ids.numel()),
+        sample=sample,
+        accuracy_level=manifest.accuracy_level,
+    )
+    _judge(report, exact=manifest.bits == 32 and manifest.kv_dtype == "float32")
     return report
 
 
@@ -116,13 +114,13 @@ def _check_decode_graph(bundle: Path, ids: torch.Tensor, expected: torch.Tensor,
         raise UserError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")
 
 
-def _judge(report: dict[str, Any], bits: int) -> None:
-    if bits == 32:
-        good = report["max_abs_logit_difference"] <= FLOAT_DIFFERENCE
+def _judge(report: Parity, exact: bool) -> None:
+    if exact:
+        good = report.max_abs_logit_difference <= FLOAT_DIFFERENCE
         wanted = f"a logit difference of at most {FLOAT_DIFFERENCE}"
     else:
-        good = abs(report["perplexity_ratio"] - 1) <= LEVEL4_PERPLEXITY and report["kl"] <= LEVEL4_KL
+        good = abs(report.perplexity_ratio - 1) <= LEVEL4_PERPLEXITY and report.kl <= LEVEL4_KL
         wanted = f"a perplexity within {LEVEL4_PERPLEXITY:.0%} and a KL of at most {LEVEL4_KL}"
     if not good:
-        found = ", ".join(f"{key} {value:.4g}" for key, value in report.items() if isinstance(value, float))
+        found = ", ".join(f"{key} {value:.4g}" for key, value in asdict(report).items() if isinstance(value, float))
         raise UserError(f"parity failed ({found}); {wanted} was expected: nothing was exported")

@@ -16,77 +16,44 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from export.graph.builder import GraphBuilder
+from export.graph.decoder import DecoderGraph, GraphModel
 from export.graph.rotary import Table, rotary_names
-from export.source import Precision
-from saap.models.architectures import Traits
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes
 
 OPSET = 21  # the first one with 4-bit integers and DequantizeLinear in blocks
-IR_VERSION = 10
 # Added to the score of a key that must not be seen: exp of it is 0, and float16 holds it too.
 HIDDEN_SCORE = -3e4
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
-class StandardGraph:
-    """Builds one graph over weights that :func:`export.portable.weights.write_standard_weights` wrote."""
+class StandardGraph(DecoderGraph):
+    """The decoder in standard operators, over weights in a :class:`export.portable.weights.StandardLayout`."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        traits: Traits,
-        precision: Precision,
-        tensors: Mapping[str, ir.TensorProtocol],
-        epsilon: float,
-    ) -> None:
-        self.shape, self.traits, self.precision, self.epsilon = shape, traits, precision, epsilon
-        self._graph = GraphBuilder(tensors)
-        self._ids = self._graph.input("input_ids", INT64, ["batch", "sequence"])
-        self._mask = self._graph.input("attention_mask", INT64, ["batch", "total"])
-        self._positions = self._graph.input("position_ids", INT64, ["batch", "sequence"])
+    opsets = {"": OPSET}  # noqa: RUF012
+
+    def __init__(self, model: GraphModel, tensors: Mapping[str, ir.ExternalTensor]) -> None:
+        super().__init__(model, tensors)
         self._biases: dict[int, ir.Value] = {}  # by window
         self._rotations: dict[str, ir.Value] = {}  # by table
 
-    def build(self, scoring: bool) -> ir.Model:
-        """The decode graph, or the scoring graph with the logits of all positions."""
-        g = self._graph
-        self._measure()
-        x, kv_index = self._embed(), 0
-        for index, sizes in enumerate(self.shape.layers):
-            name = f"layers.{index}"
-            if sizes.query_heads:
-                mixed = self._attention(self._norm(x, f"{name}.attention_norm"), index, kv_index)
-                x = g.op("Add", x, self._norm(mixed, f"{name}.attention_post_norm"))
-                kv_index += 1
-            if sizes.ffn:
-                added = self._feed_forward(self._norm(x, f"{name}.ffn_norm"), name, sizes)
-                x = g.op("Add", x, self._norm(added, f"{name}.ffn_post_norm"))
-        x = self._norm(x, "norm")
-        x = g.last_positions(x, scoring)
-        logits = self._capped(self._matrix_product(x, "head", self.precision.head_bits))
-        g.output(logits, "logits", FLOAT, ["batch", "scored" if scoring else 1, self.shape.vocab])
-        return g.model({"": OPSET}, IR_VERSION)
-
-    # What all layers share
-
-    def _measure(self) -> None:
+    def begin(self, ids: ir.Value, mask: ir.Value) -> None:
         """The lengths of the new tokens and of all, each as a tensor [1], and how far each key is from each query."""
-        g = self._graph
+        g = self.graph
+        self._positions = g.input("position_ids", INT64, ["batch", "sequence"])
         axis, zero, one = g.constant("1", [1]), g.constant("scalar.0", 0), g.constant("scalar.1", 1)
-        self._sequence = g.op("Gather", g.op("Shape", self._ids), axis)
-        self._total = g.op("Gather", g.op("Shape", self._mask), axis)
+        self._sequence = g.op("Gather", g.op("Shape", ids), axis)
+        self._total = g.op("Gather", g.op("Shape", mask), axis)
         keys = g.op("Range", zero, g.op("Squeeze", self._total), one)
         past = g.op("Sub", self._total, self._sequence)
         queries = g.op("Range", g.op("Squeeze", past), g.op("Squeeze", self._total), one)
         self._distance = g.op("Sub", g.op("Unsqueeze", queries, axis), keys)
-        real = g.op("Cast", self._mask, to=ir.DataType.BOOL.value)
+        real = g.op("Cast", mask, to=ir.DataType.BOOL.value)
         self._real = g.op("Unsqueeze", real, g.constant("1.2.3", [1, 2, 3]))
 
     def _attention_bias(self, window: int) -> ir.Value:
         """[batch, 1, 1, sequence, total]: 0 where a query may look, else far below."""
-        g = self._graph
+        g = self.graph
         if window not in self._biases:
             seen = g.op("GreaterOrEqual", self._distance, g.constant("scalar.0", 0))
             if window:
@@ -99,36 +66,32 @@ class StandardGraph:
 
     def _rotation(self, table: str) -> ir.Value:
         """cos or sin of the positions: [batch, sequence, 1, rotary_dim / 2]."""
-        g = self._graph
+        g = self.graph
         if table not in self._rotations:
             rows = g.op("Gather", g.weight(table), self._positions, axis=0)
             self._rotations[table] = g.op("Unsqueeze", rows, g.constant("2", [2]))
         return self._rotations[table]
 
-    def _embed(self) -> ir.Value:
-        scale, rows = self.traits.embedding_scale, self._embedding_rows()
-        return rows if scale is None else self._graph.op("Mul", rows, self._graph.constant("embedding_scale", scale))
-
-    def _embedding_rows(self) -> ir.Value:
-        """[batch, sequence, hidden]."""
-        g, bits = self._graph, self.precision.head_bits
+    def embedding(self, ids: ir.Value) -> ir.Value:
+        """Rows of the embedding, [batch, sequence, hidden]."""
+        g, bits = self.graph, self.precision.head_bits
         tied = self.shape.tied
         if bits == 32:
-            return self._columns("head.weight", self._ids) if tied else self._rows("embedding.weight")
-        scales = self._columns("gathered.scales", self._ids) if tied else self._rows("embedding.scales")
+            return self._columns("head.weight", ids) if tied else self._rows("embedding.weight", ids)
+        scales = self._columns("gathered.scales", ids) if tied else self._rows("embedding.scales", ids)
         if bits == 8:
-            codes = self._columns("gathered.codes", self._ids) if tied else self._rows("embedding.codes")
+            codes = self._columns("gathered.codes", ids) if tied else self._rows("embedding.codes", ids)
             return self._scaled(g.op("Cast", codes, to=FLOAT.value), scales)
         # Integers of 4 bits cannot be gathered: their bytes are, and the wanted half of each is taken.
         low, four = g.constant("byte.15", 15, ir.DataType.UINT8), g.constant("byte.4", 4, ir.DataType.UINT8)
         if tied:
             two = g.constant("scalar.2", 2)
-            both = self._columns("gathered.codes", g.op("Div", self._ids, two))
-            bits_down = g.op("Mul", g.op("Mod", self._ids, two), g.constant("scalar.4", 4))
+            both = self._columns("gathered.codes", g.op("Div", ids, two))
+            bits_down = g.op("Mul", g.op("Mod", ids, two), g.constant("scalar.4", 4))
             shift = g.op("Cast", g.op("Unsqueeze", bits_down, g.constant("2", [2])), to=ir.DataType.UINT8.value)
             codes = g.op("BitwiseAnd", g.op("BitShift", both, shift, direction="RIGHT"), low)
         else:
-            both = self._rows("embedding.codes")
+            both = self._rows("embedding.codes", ids)
             halves = g.op("BitwiseAnd", both, low), g.op("BitShift", both, four, direction="RIGHT")
             codes = g.op("Concat", *halves, axis=-1)
         unsigned = g.op("BitwiseXor", codes, g.constant("byte.8", 8, ir.DataType.UINT8))
@@ -137,34 +100,32 @@ class StandardGraph:
 
     def _columns(self, name: str, indices: ir.Value) -> ir.Value:
         """Columns of a matrix [n, vocab] as [batch, sequence, n]."""
-        g = self._graph
+        g = self.graph
         return g.op("Transpose", g.op("Gather", g.weight(name), indices, axis=1), perm=[1, 2, 0])
 
-    def _rows(self, name: str) -> ir.Value:
-        return self._graph.op("Gather", self._graph.weight(name), self._ids, axis=0)
+    def _rows(self, name: str, ids: ir.Value) -> ir.Value:
+        return self.graph.op("Gather", self.graph.weight(name), ids, axis=0)
 
     def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
         """Values [batch, sequence, hidden] times one scale per block."""
-        g, hidden, block = self._graph, self.shape.hidden, self.precision.block
+        g, hidden, block = self.graph, self.shape.hidden, self.precision.block
         grouped = g.op("Reshape", values, self._shape(0, 0, hidden // block, block))
         product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
         return g.op("Reshape", product, self._shape(0, 0, hidden))
 
-    # Pieces of a layer
-
-    def _norm(self, x: ir.Value, weight: str) -> ir.Value:
-        """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467); x where there is no weight."""
-        g = self._graph
-        if weight not in g.tensors:
-            return x
+    def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
+        """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467), and x, the sum."""
+        g = self.graph
+        x = residual if delta is None else g.op("Add", residual, delta)
         squares = g.op("Pow", x, g.constant("2.0", 2.0))
         mean = g.op("ReduceMean", squares, g.constant("-1", [-1]), keepdims=1)
         deviation = g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon))))
-        return g.op("Mul", g.op("Div", x, deviation), g.weight(weight))
+        return g.op("Mul", g.op("Div", x, deviation), g.weight(weight)), x
 
-    def _attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
+    def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
+        """Attention of layer ``index``, which owns the cache ``kv_index``."""
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
-        g, name, dim = self._graph, f"layers.{index}", self.shape.head_dim
+        g, name, dim = self.graph, f"layers.{index}", self.shape.head_dim
         heads, kv, group = sizes.query_heads, sizes.kv_heads, sizes.heads_per_group
         q, k, v = g.split(self._linear(x, f"{name}.qkv"), [heads * dim, kv * dim, kv * dim])
         q = self._placed(q, heads, f"{name}.query_norm", traits.rotary)
@@ -186,14 +147,14 @@ class StandardGraph:
 
     def _placed(self, x: ir.Value, heads: int, norm: str, table: Table | None) -> ir.Value:
         """Queries or keys as [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
-        g, dim = self._graph, self.shape.head_dim
-        x = self._norm(g.op("Reshape", x, self._shape(0, 0, heads, dim)), norm)
+        g, dim = self.graph, self.shape.head_dim
+        x = self.optional_norm(g.op("Reshape", x, self._shape(0, 0, heads, dim)), norm)
         return x if table is None else self._rotate(x, *rotary_names(table))
 
     def _rotate(self, x: ir.Value, cos_table: str, sin_table: str) -> ir.Value:
         """Rotate the pairs (i, i + rotary_dim / 2); what a partial rotary embedding leaves out stays as it is."""
-        g, cos, sin = self._graph, self._rotation(cos_table), self._rotation(sin_table)
-        width = g.tensors[cos_table].shape[1]
+        g, cos, sin = self.graph, self._rotation(cos_table), self._rotation(sin_table)
+        width = self.tensors[cos_table].shape[1]
         assert isinstance(width, int), "tensors of the data file have concrete shapes"
         half = width
         rest = self.shape.head_dim - 2 * half
@@ -204,44 +165,40 @@ class StandardGraph:
 
     def _cached(self, new: ir.Value, part: str, kv_heads: int, kv_index: int) -> ir.Value:
         """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
-        g, dim = self._graph, self.shape.head_dim
+        g, dim = self.graph, self.shape.head_dim
         past = g.input(f"past_key_values.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
         present = g.op("Concat", past, g.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
         g.output(present, f"present.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "total", dim])
         return present
 
-    def _feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        g = self._graph
-        gate, up = g.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
-        return self._linear(g.op("Mul", self._activation(gate), up), f"{name}.down")
+    def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
+        """The FFN of a layer."""
+        gate, up = self.graph.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
+        return self._linear(self.graph.op("Mul", self._activation(gate), up), f"{name}.down")
 
     def _activation(self, x: ir.Value) -> ir.Value:
-        g = self._graph
         if self.traits.activation == "gelu_pytorch_tanh":
-            return g.op("Gelu", x, approximate="tanh")
-        return g.op("Mul", x, g.op("Sigmoid", x))
+            return self.graph.op("Gelu", x, approximate="tanh")
+        return self.sigmoid_times(x)
 
-    def _capped(self, logits: ir.Value) -> ir.Value:
-        g = self._graph
-        if self.traits.logit_cap is None:
-            return logits
-        cap = g.constant("logit_cap", float(self.traits.logit_cap))
-        return g.op("Mul", g.op("Tanh", g.op("Div", logits, cap)), cap)
+    def head(self, x: ir.Value) -> ir.Value:
+        """Logits, in the graph's own type."""
+        return self._matrix_product(x, "head", self.precision.head_bits)
 
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
-        g = self._graph
+        g = self.graph
         y = self._matrix_product(x, name, self.precision.bits)
-        return g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in g.tensors else y
+        return g.op("Add", y, g.weight(f"{name}.bias")) if f"{name}.bias" in self.tensors else y
 
     def _matrix_product(self, x: ir.Value, name: str, bits: int) -> ir.Value:
-        g = self._graph
+        g = self.graph
         if bits == 32:
             return g.op("MatMul", x, g.weight(f"{name}.weight"))
         inputs = [g.weight(f"{name}.codes"), g.weight(f"{name}.scales")]
-        if f"{name}.zero_points" in g.tensors:
+        if f"{name}.zero_points" in self.tensors:
             inputs.append(g.weight(f"{name}.zero_points"))
         return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=self.precision.block))
 
     def _shape(self, *dims: int) -> ir.Value:
         """A constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""
-        return self._graph.constant("shape." + ".".join(map(str, dims)), list(dims))
+        return self.graph.constant("shape." + ".".join(map(str, dims)), list(dims))

@@ -7,114 +7,82 @@ Concat.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import io
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from devices.common.progress import Progress
-from export.bundle.clients import write_client_files
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, write_manifest
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS
+from export.graph.decoder import GraphModel
 from export.graph.rotary import all_rotary_tables
-from export.graph.weights import WeightFile
+from export.graph.weights import WeightFile, write_model
+from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
-from export.portable.weights import write_standard_weights
-from export.source import ModelSource, Precision
-from export.write import make_manifest, transformers_config
+from export.portable.weights import StandardLayout
+from export.source import ModelSource
 from saap.models.architectures import traits_of
-from saap.models.resolve import copy_sidecars
-from saap.system.files import writing_directory
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked
 ONNXRUNTIME_MIN = {"optimum": "1.18", "saap": "1.20"}
 
 
-def export_portable(
-    model_dir: str | Path,
-    out: str | Path,
-    *,
-    bits: int | None = None,
-    block: int | None = None,
-    head_bits: int | None = None,
-    writer: str | None = None,
-    parity: Callable[[Path], dict[str, Any]] | None = None,
-    progress: Progress | None = None,
-) -> BundleManifest:
-    """Export a dense, slim or tuned directory in standard operators.
+class PortableWriter:
+    """Writes graphs of standard operators; floats where no bits are asked for.
 
-    Args:
-        bits: 4, 8 or 32 for the linears; None is 32, or what a tuned directory holds.
-        block: quantisation group; None is 32, or what a tuned directory holds.
-        head_bits: of embedding and head; None is as ``bits``.
-        writer: ``optimum`` or ``saap``; None takes optimum where it can: uniform LLaMA, float32, installed.
-        parity: is given the finished files before the bundle appears, returns the parity report, raises on failure.
+    Attributes:
+        precision: what is written.
+        onnxruntime_min: oldest version that runs it.
+        lineage: what the manifest says about the writer.
 
     Raises:
         UserError: unsupported architecture, precision or sizes.
     """
-    source = ModelSource(Path(model_dir))
-    precision = source.precision(bits if bits or source.quant else 32, block, head_bits)
-    precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
-    writer = writer or _writer(source, precision)
-    with writing_directory(out) as partial:
-        if writer == "optimum":
-            shape = source.shape
-            read = 4 * (shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden))
-            _write_by_optimum(source, partial, progress)
-        else:
-            read = _write_by_ourselves(source, precision, partial, progress)
-        copy_sidecars(source.directory, partial)
-        config, oldest = transformers_config(source), ONNXRUNTIME_MIN[writer]
-        manifest = make_manifest(source, precision, config, read, "portable", oldest)
-        lineage = {**manifest.lineage, "graph_writer": writer}
-        manifest = replace(manifest, lineage=lineage)
-        manifest = write_client_files(partial, source.config, manifest)
-        write_manifest(partial, manifest)
-        if parity is not None:
-            manifest = replace(manifest, parity=parity(partial))
-        complete = write_manifest(partial, manifest)
-    return complete
+
+    def __init__(self, source: ModelSource, options: ExportOptions) -> None:
+        bits = options.bits if options.bits or source.quant else 32
+        precision = source.precision(bits, options.group_size, options.head_bits)
+        self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
+        uniform = source.config["model_type"] == "llama"  # the other families' windows and norms are tried in ours only
+        by_optimum = uniform and self.precision.bits == 32 and find_spec("optimum") is not None
+        self._source, self._writer = source, options.graph_writer or ("optimum" if by_optimum else "saap")
+        self.onnxruntime_min = ONNXRUNTIME_MIN[self._writer]
+        self.lineage: dict[str, str] = {"graph_writer": self._writer}
+
+    def write(self, out: Path, progress: Progress | None = None) -> int:
+        """Write weights and graphs; the bytes of weights that one token reads."""
+        if self._writer == "saap":
+            return self._write_by_saap(out, progress)
+        if progress:
+            progress("optimum", 0, 1)
+        _export_by_optimum(self._source.directory, out)
+        _split_graphs(out)
+        if progress:
+            progress("optimum", 1, 1)
+        shape = self._source.shape
+        return 4 * (shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden))
+
+    def _write_by_saap(self, out: Path, progress: Progress | None) -> int:
+        source, config = self._source, self._source.transformers_config
+        traits = traits_of(config)
+        tables = all_rotary_tables(config, traits)
+        file = WeightFile(out)
+        write_model(source, self.precision, StandardLayout(file), progress)
+        for name, table in tables.items():
+            file.add(name, table)
+        file.close()
+        model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
+        for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
+            ir.save(StandardGraph(model, file.tensors).build(scoring), out / name)
+        return file.bytes_per_token("head")
 
 
-def _writer(source: ModelSource, precision: Precision) -> str:
-    uniform = source.config["model_type"] == "llama"  # the other families' windows and norms are tried in ours only
-    return "optimum" if uniform and precision.bits == 32 and find_spec("optimum") is not None else "saap"
-
-
-def _write_by_ourselves(source: ModelSource, precision: Precision, out: Path, progress: Progress | None) -> int:
-    """Write weights and graphs; the bytes of weights that one token reads."""
-    config = transformers_config(source)
-    traits = traits_of(config)
-    rotary = all_rotary_tables(config, traits)
-    file = WeightFile(out)
-    write_standard_weights(source, precision, file, progress)
-    for name, table in rotary.items():
-        file.add(name, table)
-    file.close()
-    for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-        graph = StandardGraph(source.shape, traits, precision, file.tensors, config.rms_norm_eps)
-        ir.save(graph.build(scoring), out / name)
-    return sum(t.nbytes for name, t in file.tensors.items() if name.startswith(("layers.", "head.", "norm")))
-
-
-def _write_by_optimum(source: ModelSource, out: Path, progress: Progress | None) -> None:
-    if progress:
-        progress("optimum", 0, 1)
-    _export(source.directory, out)
-    _split_graphs(out)
-    if progress:
-        progress("optimum", 1, 1)
-
-
-def _export(model_dir: Path, out: Path) -> None:
-    import contextlib
-    import io
-    import tempfile
-
+def _export_by_optimum(model_dir: Path, out: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     with tempfile.TemporaryDirectory(dir=out.parent) as work, contextlib.redirect_stdout(io.StringIO()):

@@ -219,7 +219,7 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
         budget: what is asked of it.
     """
     from export.needs import PACKED, export_needs
-    from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
+    from export.options import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.weight_files import weights_bytes
@@ -305,7 +305,8 @@ def _export(state: _State, source: Path, made_from: list[Any], *, tuned: bool) -
 
     def work() -> dict[str, Any]:
         export_model(source, state.out / name, options, state.console)
-        return {"parity": {**state.run.get("parity", {}), name: read_manifest(state.out / name).parity}}
+        parity = read_manifest(state.out / name).parity
+        return {"parity": {**state.run.get("parity", {}), name: parity and asdict(parity)}}
 
     command = ["export", source if tuned else state.model, "-o", state.out / name, *arguments_of(options)]
     return state.step(f"export {name}", command, [*made_from, asdict(options)], [f"{name}/bundle.json"], work)
@@ -393,18 +394,17 @@ def _texts(state: _State) -> list[dict[str, Any]]:
 
     from bench.runtimes.onnxruntime import OrtDecoder
     from export.bundle.tokenizer import BundleTokenizer
-    from export.generate.run import generate
+    from export.generate.loop import AnswerSettings, begin_text
 
     bundles, report = state.options.bundles, state.console.report
     answers: list[dict[str, Any]] = [{"prompt": prompt, "outputs": {}} for prompt in PROMPTS]
+    settings = AnswerSettings(ANSWER_TOKENS)
     for number, name in enumerate(bundles):
         tokenizer = BundleTokenizer(state.out / name)
         decoder = OrtDecoder(state.out / name, torch.get_num_threads(), 256)
         for index, answer in enumerate(answers):
             report("writing texts", number * len(answers) + index, len(bundles) * len(answers))
-            pieces = generate(
-                decoder, tokenizer, answer["prompt"], max_tokens=ANSWER_TOKENS, chat=tokenizer.has_chat_template
-            )
+            pieces = begin_text(decoder, tokenizer, answer["prompt"], settings, chat=tokenizer.has_chat_template)
             answer["outputs"][name] = "".join(pieces)
     report("writing texts", len(bundles) * len(answers), len(bundles) * len(answers))
     return answers

@@ -67,7 +67,7 @@ def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
 def sum_of(phase: str, place: Path) -> float | None:
     """The memory, MB, that saap says before it begins; None for `saap bench`, which has no torch and sums up itself."""
     from export.needs import export_needs
-    from saap.cli.export import PARITY_ROWS, PARITY_TOKENS
+    from export.options import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.needs import eval_needs

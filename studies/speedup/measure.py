@@ -116,11 +116,11 @@ def _renewed(cell: Cell, bundle: dict[str, Any]) -> Cell:
 
 def export(model_dir: Path, out: Path) -> dict[str, Any]:
     """Write the bundle that `saap export` writes by default; its hash, parameters and bytes."""
+    from export import ExportOptions, export
     from export.bundle.manifest import read_manifest
-    from export.write import export_bundle
 
     if not out.is_dir():
-        export_bundle(model_dir, out)
+        export(model_dir, ExportOptions(parity="none"), output=out)
     manifest = read_manifest(out)
     size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
     return {"hash": manifest.content_hash, "parameters": manifest.parameters, "bytes": size}

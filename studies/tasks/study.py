@@ -89,11 +89,11 @@ def options_of(task: str) -> Any:
 
 def bundle_of(model_dir: Path, bits: int) -> Path:
     """A bundle of the model, made where it is not there."""
-    from export.write import export_bundle
+    from export import ExportOptions, export
 
     out = BUNDLES / f"{bits}-bit"
     if not out.is_dir():
-        export_bundle(model_dir, out, bits=bits)
+        export(model_dir, ExportOptions(bits=bits, parity="none"), output=out)
     return out
 
 

@@ -109,7 +109,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
     integers = variant.get("integers") if variant["fold"] in ("lora", "none") else "tuned"
     if integers is None:
         return mean_nll(load_model(directory), ids)
-    from export.write import export_bundle
+    from export import ExportOptions, export
     from saap.cli.eval import scorer_of
     from saap.evaluate.perplexity import evaluate
 
@@ -121,7 +121,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
             still = replace(still, learning_rate=0.0, norm_rate=0.0, held_out=0.0)
             rows, _ = rows_of(slim, 16 * LENGTH)
             tune(directory, source, rows, replace(still, training=replace(still.training, rows_per_step=16)))
-        export_bundle(source, bundle)
+        export(source, ExportOptions(parity="none"), output=bundle)
     (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
     return found.nll
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from support.exported import export_bundle
 
 from export.bundle.tokenizer import RunError
-from export.write import export_bundle
 from saap.system.errors import UserError
 
 MEND = "get or make the model again"

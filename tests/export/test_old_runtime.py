@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.cuts import cut
+from support.exported import export_bundle
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS, Target
-from export.write import export_bundle
+from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS
 from saap.prune.plan import LayerPlan, PrunePlan
-from tests.saap.prune.cut.test_surgery import cut
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -52,7 +52,7 @@ def install(directory: Path, version: str) -> Path:
 @pytest.mark.parametrize(
     ("version", "options"),
     [
-        (ONNXRUNTIME_MIN, {"target": Target(onnxruntime=ONNXRUNTIME_MIN)}),
+        (ONNXRUNTIME_MIN, {"onnxruntime": ONNXRUNTIME_MIN}),
         (ONNXRUNTIME_MIN, {"bits": 8}),
         (ONNXRUNTIME_INT8_CACHE, {"kv_bits": 8, "calibration": IDS}),
     ],

@@ -7,64 +7,33 @@ import re
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support.command_line import refused
+from support.cuts import cut
 from support.edited import edited
+from support.export_cases import IDS, MODELS, UNEVEN, logits_of, model_of, tensors_of
+from support.exported import export_bundle
 from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.run import BundleScorer
-from export.graph.targets import ONNXRUNTIME_INT8_CACHE, Target
+from export.graph.targets import ONNXRUNTIME_INT8_CACHE
 from export.parity.verify import check_parity
-from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.weight_files import tensor_reader
-from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.plan import PrunePlan
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
-from tests.saap.prune.cut.test_surgery import cut
-
-IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
-UNEVEN = (
-    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
-    LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))),
-    LayerPlan((0, 2, 4, 5)[:2], (0, 1), ()),  # no FFN last
-)
-MODELS = {
-    "dense": {},
-    "untied": {"tie_word_embeddings": False},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "llama3 rope": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
-                                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-}  # fmt: skip
-
-
-def model_of(kind, tiny_model, directory):
-    path = tiny_model(**MODELS.get(kind, {}))
-    if kind == "biased":
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
-    return path if kind in MODELS else cut(path, directory / "slim", PrunePlan(UNEVEN))
 
 
 @pytest.fixture(params=[*MODELS, "uneven"])
 def any_model(request, tiny_model, tmp_path):
     return model_of(request.param, tiny_model, tmp_path)
-
-
-def logits_of(model, ids):
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits.numpy()
 
 
 def test_fp32_prefill_chunked_prefill_and_decode(any_model, tmp_path):
@@ -88,25 +57,16 @@ def test_int4_level_0_equals_torch_on_the_same_integers(any_model, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_parity_report_of_the_deployed_precision(any_model, tmp_path, bits):
-    manifest = export_bundle(
-        any_model, tmp_path / "bundle", bits=bits, parity=lambda b: check_parity(b, any_model, IDS, "dice")
-    )
-    assert manifest.parity["tokens"] == IDS.numel()
-    assert manifest.parity["kl"] <= 0.05
+    manifest = export_bundle(any_model, tmp_path / "bundle", bits=bits, ids=IDS)
+    assert manifest.parity.tokens == IDS.numel()
+    assert manifest.parity.kl <= 0.05
     assert read_manifest(tmp_path / "bundle").parity == manifest.parity
-
-
-def tensors_of(bundle):
-    graph = ir.load(bundle / "model.onnx").graph
-    return {name: value.const_value.numpy() for name, value in graph.initializers.items()}
 
 
 def test_tuned_integers_are_in_the_file_bit_for_bit(tiny_model, tmp_path):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     tune(slim, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
-    export_bundle(
-        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
-    )
+    export_bundle(tmp_path / "tuned", tmp_path / "bundle", ids=IDS)
     found, (_, read) = tensors_of(tmp_path / "bundle"), tensor_reader(tmp_path / "tuned")
     fused = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.o_proj"],
              "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}  # fmt: skip
@@ -212,10 +172,13 @@ def test_names_outside_the_bundle_are_refused(tiny_model, tmp_path):
             read_manifest(tmp_path / "bundle")
 
 
-def test_parity_that_fails_exports_nothing(tiny_model, tmp_path):
+def test_parity_that_fails_exports_nothing(tiny_model, tmp_path, monkeypatch):
     path, other = tiny_model(seed=1), tiny_model("other", seed=2)
+    monkeypatch.setattr(
+        "export.write.check_parity", lambda bundle, _, *rest, **options: check_parity(bundle, other, *rest)
+    )
     with pytest.raises(UserError, match="parity failed"):
-        export_bundle(path, tmp_path / "bundle", parity=lambda b: check_parity(b, other, IDS, "dice"))
+        export_bundle(path, tmp_path / "bundle", ids=IDS)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -224,7 +187,7 @@ def test_unsupported_input_is_refused(tiny_model, tmp_path):
     with pytest.raises(UserError, match="rope type 'dynamic' is not supported"):
         export_bundle(dynamic, tmp_path / "bundle")
     with pytest.raises(UserError, match="not a multiple of the group size 64"):
-        export_bundle(tiny_model("again"), tmp_path / "bundle", block=64)
+        export_bundle(tiny_model("again"), tmp_path / "bundle", group_size=64)
     with pytest.raises(UserError, match="3 bits are not supported"):
         export_bundle(tiny_model("again2"), tmp_path / "bundle", bits=3)
     assert not (tmp_path / "bundle").exists()
@@ -238,9 +201,7 @@ def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
     tensors[name] = torch.full_like(tensors[name], 0x66)
     save_file(tensors, file)
     edited(tmp_path / "tuned/saap.json")
-    export_bundle(
-        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
-    )
+    export_bundle(tmp_path / "tuned", tmp_path / "bundle", ids=IDS)
     counts = {n.name or n.output[0]: len(n.input) for n in nodes_of(tmp_path / "bundle") if n.op_type == "MatMulNBits"}
     assert sorted(counts.values()) == [3] * (len(counts) - 1) + [4]
 
@@ -251,7 +212,7 @@ def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
 def test_an_int8_cache_is_close_to_a_float_one(tiny_model, tmp_path):
     model = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     plain = export_bundle(model, tmp_path / "plain", bits=32)
-    manifest = export_bundle(model, tmp_path / "int8", bits=32, kv_bits=8, calibration=IDS)
+    manifest = export_bundle(model, tmp_path / "int8", bits=32, kv_bits=8, ids=IDS)
     assert manifest.kv_dtype == "int8"
     assert manifest.kv_bytes_per_token * 4 == plain.kv_bytes_per_token
     assert not (tmp_path / "int8/probe.onnx").exists()
@@ -273,7 +234,7 @@ def test_an_int8_cache_without_text_is_refused(tiny_model, tmp_path):
 def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_path, bits):
     """ONNX Runtime's CPU kernels run the float16 graph too: what it computes is checked, its speed on a GPU is not."""
     model = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    manifest = export_bundle(model, tmp_path / "cuda", bits=bits, target=Target("cuda"))
+    manifest = export_bundle(model, tmp_path / "cuda", bits=bits, target="cuda")
     assert (manifest.target, manifest.kv_dtype, manifest.bits) == ("cuda", "float16", bits)
     graph = onnx.load(tmp_path / "cuda/model.onnx", load_external_data=False).graph
     floats = {i.data_type for i in graph.initializer} - {onnx.TensorProto.UINT8, onnx.TensorProto.INT64}
@@ -288,10 +249,10 @@ def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_
 def test_sliding_windows_need_a_newer_runtime(tiny_family, tmp_path):
     path = tiny_family("mistral", sliding_window=8)
     with pytest.raises(UserError, match=r"1\.23 is too old, 1\.24 or newer is needed for sliding windows"):
-        export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.23"))
-    assert export_bundle(path, tmp_path / "bundle", target=Target(onnxruntime="1.24")).onnxruntime_min == "1.24"
+        export_bundle(path, tmp_path / "bundle", onnxruntime="1.23")
+    assert export_bundle(path, tmp_path / "bundle", onnxruntime="1.24").onnxruntime_min == "1.24"
     whole = tiny_family("mistral", name="whole", sliding_window=None)
-    assert export_bundle(whole, tmp_path / "wide", target=Target(onnxruntime="1.23")).onnxruntime_min == "1.23"
+    assert export_bundle(whole, tmp_path / "wide", onnxruntime="1.23").onnxruntime_min == "1.23"
 
 
 def test_an_older_runtime_is_refused_when_it_is_loaded(tiny_family, tmp_path, monkeypatch):
@@ -308,15 +269,15 @@ def test_an_older_runtime_is_refused_when_it_is_loaded(tiny_family, tmp_path, mo
 
 def test_targets_refuse_what_they_have_no_kernel_for(tiny_model, tmp_path):
     for options, message in (
-        ({"bits": 8, "target": Target(dotprod=False)}, "without dot product has no 8-bit kernel"),
-        ({"kv_bits": 8, "target": Target("cuda")}, "cache in float16"),
-        ({"kv_bits": 8, "target": Target(onnxruntime="1.23")}, "1.23 has no int8 cache"),
-        ({"target": Target(onnxruntime="1.19")}, "1.19 is too old"),
-        ({"target": Target(onnxruntime="1.22")}, "1.22 is too old, 1.23 or newer is needed$"),
-        ({"target": Target(onnxruntime="new")}, "no version of ONNX Runtime"),
+        ({"bits": 8, "dotprod": False}, "without dot product has no 8-bit kernel"),
+        ({"kv_bits": 8, "target": "cuda"}, "cache in float16"),
+        ({"kv_bits": 8, "onnxruntime": "1.23"}, "1.23 has no int8 cache"),
+        ({"onnxruntime": "1.19"}, "1.19 is too old"),
+        ({"onnxruntime": "1.22"}, "1.22 is too old, 1.23 or newer is needed$"),
+        ({"onnxruntime": "new"}, "no version of ONNX Runtime"),
         ({"bits": 16}, "16 bits are not supported"),
     ):
         with pytest.raises(UserError, match=message):
             export_bundle(tiny_model(), tmp_path / "bundle", **options)
-    manifest = export_bundle(tiny_model(), tmp_path / "old", target=Target(dotprod=False))
+    manifest = export_bundle(tiny_model(), tmp_path / "old", dotprod=False)
     assert manifest.accuracy_level == 0

@@ -45,7 +45,7 @@ def run(board, *arguments, code=0):
 
 @pytest.mark.slow
 def test_generate_bench_report_work_and_prune_names_its_extra(board, real_model, tmp_path):
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
     export_bundle(real_model, tmp_path / "bundle")
     answer = run(board, "generate", tmp_path / "bundle", "What is the capital of France?", "--max-tokens", "12")

@@ -217,7 +217,7 @@ def test_the_emulated_cpu_has_the_kernels_features(root: Root, cpu: str, tmp_pat
 def test_a_bundle_says_the_same_on_every_cpu(
     root: Root, tiny_model: Callable[..., Path], tmp_path: Path, bits: int
 ) -> None:
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
     export_bundle(tiny_model(), tmp_path / "bundle", bits=bits)
     found = emulate(str(tmp_path / "bundle"), list(CPUS), TEXT, root)

@@ -63,9 +63,9 @@ def test_cuda_computes_what_the_cpu_does(bundle, provider, graph) -> None:
 def test_a_portable_graph_does_not_see_the_position_that_tensorrt_needs(tiny_model, tmp_path, writer) -> None:
     if writer == "optimum":
         pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
-    from export.portable.write import export_portable
+    from support.exported import export_portable
 
-    export_portable(tiny_model(), tmp_path / "bundle", writer=writer)
+    export_portable(tiny_model(), tmp_path / "bundle", graph_writer=writer)
     reference = OrtDecoder(tmp_path / "bundle", 1, 32)
     decoder, machine = gpu_decoder(tmp_path / "bundle", "tensorrt")
     for _ in range(2):
@@ -92,10 +92,9 @@ def _shapes(text: str) -> dict[str, list[int]]:
 
 
 def test_a_real_cuda_bundle_keeps_its_cache_in_float16_on_the_device(tiny_model, tmp_path) -> None:
-    from export.graph.targets import Target
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
-    manifest = export_bundle(tiny_model(), tmp_path / "bundle", target=Target("cuda"), bits=4)
+    manifest = export_bundle(tiny_model(), tmp_path / "bundle", target="cuda", bits=4)
     decoder, machine = gpu_decoder(tmp_path / "bundle", "cuda", length=24)
     cache = [memory for memory in machine.memory if memory.array.ndim == 4]
     assert len(cache) == 2 * len(manifest.kv_layers) == 6

@@ -22,8 +22,8 @@ from bench.runtimes.onnx_facts import graph_facts
 from bench.runtimes.onnxruntime import OrtDecoder
 from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
-from export.bundle.clients import write_genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
+from export.clients import write_genai_config
 from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
 
@@ -274,9 +274,9 @@ def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
     pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is an extra of its own")
     import torch
     import transformers
+    from support.exported import export_portable
 
     from bench.runtimes.optimum import OptimumDecoder
-    from export.portable.write import export_portable
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -284,7 +284,7 @@ def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "tiny")
-    export_portable(tmp_path / "tiny", tmp_path / "bundle", writer="saap")
+    export_portable(tmp_path / "tiny", tmp_path / "bundle", graph_writer="saap")
     if not (tmp_path / "bundle/config.json").exists():
         config.save_pretrained(tmp_path / "bundle")
     (peer,) = read_peers([f"optimum:{tmp_path / 'bundle'}"], 12)

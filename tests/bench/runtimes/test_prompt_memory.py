@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
+from support.cuts import cut
+from support.exported import export_bundle
+
 from export.bundle.manifest import PREFILL_CHUNK
-from export.write import export_bundle
 from saap.prune.plan import LayerPlan, PrunePlan
-from tests.saap.prune.cut.test_surgery import cut
 
 WIDEST, LAYERS = 2048, 8
 TOKENS = 4 * PREFILL_CHUNK

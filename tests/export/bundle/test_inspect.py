@@ -64,13 +64,13 @@ def test_damage_is_shown(tmp_path):
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     pytest.importorskip("torch")
-    from export.portable.write import export_portable
-    from export.write import export_bundle
+    from support.cuts import cut
+    from support.export_cases import UNEVEN
+    from support.exported import export_bundle, export_portable
+
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.prune.plan import PrunePlan
-    from tests.export.test_write import UNEVEN
-    from tests.saap.prune.cut.test_surgery import cut
 
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     write = export_bundle if target == "cpu" else export_portable
@@ -96,7 +96,7 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
 
 def test_layers_that_are_alike_share_a_row(tiny_model, tmp_path):
     pytest.importorskip("torch")
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
     export_bundle(tiny_model(), tmp_path / "bundle")
     rows = {t: rows for t, _, rows in inspection_tables(inspect_bundle(tmp_path / "bundle"))}["layers"]
@@ -107,7 +107,8 @@ def test_parity_and_provenance_are_shown(tmp_path):
     bundle = tiny_bundle(tmp_path / "bundle")
     parity = {
         "tokens": 80, "sample": "dice", "max_abs_logit_difference": 0.25, "kl": 0.001, "top1_agreement": 0.9875,
-        "perplexity_ratio": 1.0021,
+        "nll_torch": 1.0, "nll_graph": 1.0021, "perplexity_torch": 2.7183, "perplexity_graph": 2.724,
+        "perplexity_ratio": 1.0021, "accuracy_level": 4,
     }  # fmt: skip
     lineage = {
         "model_sha256": "a" * 64, "base": "tiny", "base_sha256": "b" * 64, "method": "saap",

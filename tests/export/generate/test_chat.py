@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.exported import export_bundle
+from support.scripted_decoder import ScriptedDecoder, bpe_directory
 
 from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.tokenizer import BundleTokenizer, RunError
 from export.generate.chat import Conversation
-from export.generate.run import BundleTokenizer, RunError
-from export.write import export_bundle
-from tests.saap.cli.test_run import ScriptedDecoder, bpe_directory
+from export.generate.loop import AnswerSettings
 
 APPENDS = (
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}"
@@ -37,7 +38,8 @@ class Counting(ScriptedDecoder):
 def conversation(path, template, script, **options):
     tokenizer = BundleTokenizer(bpe_directory(path, {"chat_template": template}))
     script = [token for text in script for token in (*tokenizer.encode(text, add_special_tokens=False), 1)]
-    return tokenizer, Conversation(Counting(script, 300, max_length=options.pop("room", 400)), tokenizer, **options)
+    decoder = Counting(script, 300, max_length=options.pop("room", 400))
+    return tokenizer, Conversation(decoder, tokenizer, AnswerSettings(512), **options)
 
 
 def whole(tokenizer, messages):
@@ -87,9 +89,9 @@ def test_the_answer_after_two_turns_is_that_of_a_fresh_prompt(tiny_model, tmp_pa
         return ["".join(talk.ask(turn)) for turn in turns]
 
     turns = ["The fox", "And the dog?", "Why"]
-    talk = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, max_tokens=9)
+    talk = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, AnswerSettings(9))
     found = answers(talk, turns)
-    fresh = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, max_tokens=9)
+    fresh = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, AnswerSettings(9))
     fresh.messages = talk.messages[:-1]
     last = fresh.ask(turns[-1])
     assert "".join(last) == found[-1]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.cuts import cut
+from support.exported import export_bundle, export_portable
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
-from export.portable.write import export_portable
-from export.write import export_bundle
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
-from tests.saap.prune.cut.test_surgery import cut
 
 LAYERS = (
     LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import llama_cpp_run
+from support.cuts import cut
 
 from export.gguf.write import export_gguf
 from saap.models.checkpoint import load_model
@@ -18,7 +19,6 @@ from saap.models.shape import LayerSizes
 from saap.models.weight_files import weights_hash
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.system.errors import UserError
-from tests.saap.prune.cut.test_surgery import cut
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 SIZES = {
@@ -55,7 +55,7 @@ def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config,
     assert np.abs(found - expected).max() <= 2e-3
     context = gguf.GGUFReader(tmp_path / "model.gguf").get_field("llama.context_length").contents()
     assert context == window
-    assert len(report["notes"]) == (window < 256)
+    assert len(report.notes) == (window < 256)
 
 
 def test_the_real_model_cut_unevenly(real_model, tmp_path):
@@ -144,7 +144,7 @@ def test_a_hidden_size_of_no_whole_blocks_needs_a_float_type(tiny_model, tmp_pat
     path = tiny_model(hidden_size=80, num_attention_heads=5, num_key_value_heads=5)
     with pytest.raises(UserError, match=r"hidden size of 80, not a multiple of the 32 columns .* choose F16 or F32"):
         export_gguf(path, tmp_path / "model.gguf")
-    assert export_gguf(path, tmp_path / "model.gguf", kind="F16")["worst_error_rounded"] <= 2**-11
+    assert export_gguf(path, tmp_path / "model.gguf", kind="F16").worst_error_rounded <= 2**-11
 
 
 def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
@@ -155,5 +155,5 @@ def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
     assert thesis.read_text() == "years of work"
     with pytest.raises(UserError, match="is a directory: give the name of a file"):
         export_gguf(path, tmp_path)
-    sizes = [export_gguf(path, tmp_path / "model.gguf", kind=kind)["bytes"] for kind in ("F32", "F16")]
+    sizes = [export_gguf(path, tmp_path / "model.gguf", kind=kind).bytes for kind in ("F32", "F16")]
     assert sizes[0] > sizes[1] == (tmp_path / "model.gguf").stat().st_size

@@ -64,7 +64,7 @@ def test_llama_cpp_splits_as_the_named_pre_tokenizer(tiny_model, tmp_path, name)
     report = export_gguf(path, tmp_path / "model.gguf", kind="F16")
     texts = TEXTS
     if name == "tekken":  # as the note says, llama.cpp's version of this one knows no combining marks
-        assert "no combining marks" in report["notes"][0]
+        assert "no combining marks" in report.notes[0]
         texts = [text.replace("नमस्ते", "") for text in TEXTS]
     found = llama_cpp_run.run(tmp_path / "model.gguf", texts=texts)
     for text, ids in zip(texts, found["encoded"], strict=True):
@@ -111,7 +111,7 @@ def test_a_sentencepiece_tokenizer(tiny_model, tmp_path, parts):
     assert (fields.model, fields.types[3], fields.types[258]) == ("llama", BYTE, BYTE)
     report = export_gguf(path, tmp_path / "model.gguf", kind="F16")
     metaspace = "pre" in parts  # does not put a space before a text that begins with one
-    assert [note.split(" ")[-3:] for note in report["notes"]] == [["tokenizer", "does", "not"]] * metaspace
+    assert [note.split(" ")[-3:] for note in report.notes] == [["tokenizer", "does", "not"]] * metaspace
     texts = [text for text in TEXTS if "<|" not in text and not (metaspace and text.startswith(" "))]
     found = llama_cpp_run.run(tmp_path / "model.gguf", texts=texts)
     assert found["special"][2] is True
@@ -133,7 +133,7 @@ def test_special_tokens_ends_and_template(tiny_model, tmp_path):
     assert {2, 17} <= set(found["ends"])
     assert found["template"] == load_tokenizer(path).chat_template
     assert found["encoded"] == [[2]]
-    assert report["notes"] == []
+    assert report.notes == []
 
 
 def test_types_of_tokens_and_rows_without_one(tiny_model):

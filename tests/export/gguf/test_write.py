@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from support import llama_cpp_run
+from support.cuts import EMPTY, PLANS, WHOLE, cut
 
 from export.gguf.layout import rotary_order
-from export.gguf.write import export_gguf
+from export.gguf.write import WrittenMatrix, export_gguf
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import LayerPlan, PrunePlan
 from saap.quantize.groups import quantize, quantize_model
 from saap.tune.tuning import TuneOptions, tune
-from tests.saap.prune.cut.test_surgery import EMPTY, PLANS, WHOLE, cut
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -75,8 +75,8 @@ def test_llama_cpp_computes_at_float32_what_torch_does(tiny_model, tmp_path, con
     found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist(), greedy=16)
     assert np.abs(found["logits"] - expected).max() <= 2e-3
     assert found["tokens"] == tokens
-    assert found["architecture"] == report["architecture"] == architecture
-    assert report["notes"] == []
+    assert found["architecture"] == report.architecture == architecture
+    assert report.notes == []
 
 
 def tensors_of(file):
@@ -118,17 +118,17 @@ def test_the_numbers_in_the_file_are_off_by_what_the_report_says(tiny_model, tmp
     path = tiny_model()
     report = export_gguf(path, tmp_path / "model.gguf", kind=kind)
     read = tensor_reader(path)[1]
-    assert len(report["tensors"]) == 1 + 3 * 7
-    for name, entry in report["tensors"].items():
+    assert len(report.tensors) == 1 + 3 * 7
+    for name, entry in report.tensors.items():
         tensor = tensors_of(tmp_path / "model.gguf")[name]
         weight = read(f"{module_of(name)}.weight")
         wanted = weight[order_of(name, len(weight), (6, 3))].numpy()
-        assert tensor.tensor_type.name == entry["type"] == kind
-        assert entry["relative_error"] == pytest.approx(worst_group(floats(tensor), wanted), rel=1e-5)
-        assert 0 < entry["relative_error"] <= bound + 2**-10 and entry["carried"] == 0
-    assert report["worst_error_rounded"] == max(entry["relative_error"] for entry in report["tensors"].values())
-    assert report["worst_error_carried"] is None
-    assert report["bytes"] == (tmp_path / "model.gguf").stat().st_size
+        assert tensor.tensor_type.name == entry.type == kind
+        assert entry.relative_error == pytest.approx(worst_group(floats(tensor), wanted), rel=1e-5)
+        assert 0 < entry.relative_error <= bound + 2**-10 and entry.carried == 0
+    assert report.worst_error_rounded == max(entry.relative_error for entry in report.tensors.values())
+    assert report.worst_error_carried is None
+    assert report.bytes == (tmp_path / "model.gguf").stat().st_size
 
 
 FILLED_IN = {"blk.0.attn_output.weight", *(f"blk.2.ffn_{part}.weight" for part in ("gate", "up", "down"))}
@@ -142,7 +142,7 @@ def test_llama_cpp_computes_what_torch_does_with_the_numbers_in_the_file(tiny_mo
     model, tensors = load_model(path), tensors_of(tmp_path / "model.gguf")
     for name in FILLED_IN:
         assert not floats(tensors[name]).any()
-    for name in report["tensors"]:
+    for name in report.tensors:
         weight = model.get_submodule(module_of(name)).weight
         order = order_of(name, len(weight), UNEVEN_HEADS.get(name[:5]))
         weight.data[order] = torch.from_numpy(floats(tensors[name]))
@@ -192,25 +192,25 @@ def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
     path = uneven_integers(tiny_model, tmp_path)
     report = export_gguf(path, tmp_path / "model.gguf")
     read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
-    assert report["tensors"]["token_embd.weight"] == {"type": "Q4_0", "relative_error": 0.0, "carried": 1.0}
-    for name in report["tensors"].keys() - {"token_embd.weight"}:
+    assert report.tensors["token_embd.weight"] == WrittenMatrix("Q4_0", 0.0, 1.0)
+    for name in report.tensors.keys() - {"token_embd.weight"}:
         codes, zeros, scales = packed(read, name, 4, 32)
         blocks = tensors[name].data.reshape(*scales.shape, 20)
-        assert report["tensors"][name]["type"] == tensors[name].tensor_type.name == "Q4_1"
+        assert report.tensors[name].type == tensors[name].tensor_type.name == "Q4_1"
         assert np.array_equal(nibbles(blocks[..., 4:]), codes), name
         d, m = (blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in (0, 2))
         assert np.array_equal(d.astype(np.float32), scales), name
         assert np.array_equal(m, (-scales * zeros).astype(np.float16)), name
         wanted = ((codes.astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
-        assert report["tensors"][name]["relative_error"] == pytest.approx(
+        assert report.tensors[name].relative_error == pytest.approx(
             worst_group(floats(tensors[name]), wanted), rel=1e-5
         )
     codes, _, scales = packed(read, "token_embd.weight", 4, 32)
     blocks = tensors["token_embd.weight"].data.reshape(*scales.shape, 18)
     assert np.array_equal(nibbles(blocks[..., 2:]), codes)
     assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
-    assert 0 < report["worst_error_carried"] <= 2**-11  # of m
-    assert report["worst_error_rounded"] is None and report["notes"] == []
+    assert 0 < report.worst_error_carried <= 2**-11  # of m
+    assert report.worst_error_rounded is None and report.notes == []
 
 
 def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
@@ -220,7 +220,7 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
         report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
         read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
         signs = set()
-        for name, entry in report["tensors"].items():
+        for name, entry in report.tensors.items():
             assert entry == {"type": kind, "relative_error": 0.0, "carried": 1.0}, name
             codes, _, scales = packed(read, name, bits, 32)
             blocks = tensors[name].data.reshape(*scales.shape, size)
@@ -229,14 +229,14 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
             assert np.array_equal(found, codes), name
             signs |= set(np.sign(scales).flatten().tolist())
         assert signs == {-1.0, 1.0}
-        assert report["worst_error_carried"] == 0 and report["notes"] == []
+        assert report.worst_error_carried == 0 and report.notes == []
 
 
 def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
     integers(tiny_model(**WIDE), tmp_path / "tuned", block=64)
     report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
     read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
-    assert {entry["carried"] for entry in report["tensors"].values()} == {1.0}
+    assert {entry.carried for entry in report.tensors.values()} == {1.0}
     for name in ("blk.1.attn_v.weight", "blk.2.ffn_down.weight"):
         codes, _, scales = packed(read, name, 4, 64)
         blocks = tensors[name].data.reshape(*scales.shape, 20)
@@ -248,28 +248,28 @@ def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_mod
     path = uneven_integers(tiny_model, tmp_path, bits=8)
     report = export_gguf(path, tmp_path / "model.gguf")
     read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
-    assert report["tensors"]["token_embd.weight"] == {"type": "Q8_0", "relative_error": 0.0, "carried": 1.0}
+    assert report.tensors["token_embd.weight"] == WrittenMatrix("Q8_0", 0.0, 1.0)
     both = set()
-    for name in report["tensors"]:
+    for name in report.tensors:
         codes, zeros, scales = packed(read, name, 8, 32)
         centred = codes.astype(int) - zeros[..., None]
         fits = (centred.min(-1) >= -128) & (centred.max(-1) <= 127)
         blocks = tensors[name].data.reshape(*scales.shape, 34)
         assert np.array_equal(blocks[..., 2:].view(np.int8)[fits], centred[fits]), name
-        assert report["tensors"][name]["carried"] == pytest.approx(fits.mean())
+        assert report.tensors[name].carried == pytest.approx(fits.mean())
         both |= set(fits.flatten().tolist())
     assert both == {True, False}
-    assert 0 < report["worst_error_rounded"] <= 0.5 / 127 + 2**-10
-    assert "rounded again, worst error 0." in report["notes"][0]
+    assert 0 < report.worst_error_rounded <= 0.5 / 127 + 2**-10
+    assert "rounded again, worst error 0." in report.notes[0]
 
 
 def test_another_type_holds_tuned_integers_exactly_or_says_how_far_off(tiny_model, tmp_path):
     path = uneven_integers(tiny_model, tmp_path)
     exact = export_gguf(path, tmp_path / "q8.gguf", kind="Q8_0")
-    assert exact["worst_error_carried"] == 0 and exact["worst_error_rounded"] is None
+    assert exact.worst_error_carried == 0 and exact.worst_error_rounded is None
     coarse = export_gguf(path, tmp_path / "q4.gguf", kind="Q4_0")
-    assert coarse["tensors"]["token_embd.weight"]["relative_error"] == 0
-    assert 0.05 < coarse["worst_error_rounded"] <= 1 / 8 + 2**-10
+    assert coarse.tensors["token_embd.weight"].relative_error == 0
+    assert 0.05 < coarse.worst_error_rounded <= 1 / 8 + 2**-10
     export_gguf(path, tmp_path / "f32.gguf", kind="F32")
     expected, tokens = torch_run(path, 8)
     found = llama_cpp_run.run(tmp_path / "f32.gguf", ids=IDS[0].tolist(), greedy=8)
@@ -280,9 +280,9 @@ def test_rows_that_are_not_whole_blocks_are_float16_and_said(tiny_model, tmp_pat
     plan = (WHOLE, WHOLE, LayerPlan((0,), (0,), tuple(range(37))))
     path = cut(tiny_model(), tmp_path / "slim", PrunePlan(plan))
     report = export_gguf(path, tmp_path / "model.gguf", kind="Q8_0")
-    found = {name for name, entry in report["tensors"].items() if entry["type"] == "F16"}
+    found = {name for name, entry in report.tensors.items() if entry.type == "F16"}
     assert found == {"blk.2.attn_output.weight", "blk.2.ffn_down.weight"}
-    assert [note.split(":")[0] for note in report["notes"]] == [
+    assert [note.split(":")[0] for note in report.notes] == [
         "blk.2.attn_output has 16 input columns, not a multiple of 32",
         "blk.2.ffn_down has 37 input columns, not a multiple of 32",
     ]
@@ -293,6 +293,6 @@ def test_rows_that_are_not_whole_blocks_are_float16_and_said(tiny_model, tmp_pat
 
 def test_the_head_may_have_a_type_of_its_own(tiny_model, tmp_path):
     report = export_gguf(tiny_model(tie_word_embeddings=False), tmp_path / "model.gguf", kind="Q4_1", head_kind="Q8_0")
-    types = {name: entry["type"] for name, entry in report["tensors"].items()}
+    types = {name: entry.type for name, entry in report.tensors.items()}
     assert types.pop("token_embd.weight") == types.pop("output.weight") == "Q8_0"
     assert set(types.values()) == {"Q4_1"}

@@ -5,43 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-import torch
+from support.export_cases import FAMILIES, IDS, PIECES, WINDOW, largest_differences, logits_of
+from support.exported import export_bundle
 from support.references import reference_model
 
-from bench.runtimes.onnxruntime import OrtDecoder
 from export.generate.run import BundleScorer
-from export.parity.verify import check_parity
-from export.write import export_bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
-
-IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
-WINDOW = 8  # five windows in the 40 tokens
-PIECES = (7, 5, 1, 1, 20, 1, 1, 4)
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
-SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
-FAMILIES = {
-    "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": YARN}),
-    "mistral": ("mistral", {"sliding_window": WINDOW}),
-    "mistral without window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    "qwen2 without window": ("qwen2", {"sliding_window": WINDOW, "tie_word_embeddings": True, "rope_scaling": YARN}),
-    "qwen3": ("qwen3", {"attention_bias": True}),
-    "qwen3 with windows": ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2,
-                                     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}),
-    "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "phi3 with partial rotary": ("phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
-    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": SLIDING, "query_pre_attn_scalar": 24,
-                               "final_logit_softcapping": 3.0}),
-    "gemma3 scaled": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": SLIDING, "attention_bias": True,
-                                      "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-                                      "tie_word_embeddings": False}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True}),
-    "smollm3 with windows": ("smollm3", {"no_rope_layers": [0, 1, 1], "use_sliding_window": True,
-                                         "sliding_window": WINDOW, "rope_scaling": LLAMA3}),
-}  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)
@@ -50,29 +20,10 @@ def model_dir(request, tiny_family):
     return tiny_family(model_type, **overrides)
 
 
-def logits_of(model, ids=IDS):
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits.numpy()
-
-
-def largest_differences(bundle, expected):
-    """Of a whole prefill, of one in pieces, of one token after the other."""
-    yield np.abs(BundleScorer(bundle).logits(IDS.numpy()) - expected).max()
-    row, position = IDS[0].numpy(), 0
-    decoder, found = OrtDecoder(bundle, 1, 48), []
-    for length in PIECES:
-        position += length
-        found.append(decoder.prefill(row[position - length : position]) - expected[0, position - 1])
-    yield np.abs(found).max()
-    decoder.reset()
-    decoder.prefill(row[:1])
-    yield max(np.abs(decoder.step(int(row[i])) - expected[0, i]).max() for i in range(1, len(row)))
-
-
 def test_fp32_graph_equals_transformers(model_dir, tmp_path):
     assert sum(PIECES) == IDS.shape[1]
     export_bundle(model_dir, tmp_path / "bundle", bits=32)
-    expected = logits_of(load_model(model_dir))
+    expected = logits_of(load_model(model_dir), IDS)
     assert expected.std() > 0.3
     for difference in largest_differences(tmp_path / "bundle", expected):
         assert difference <= 1e-4
@@ -80,17 +31,15 @@ def test_fp32_graph_equals_transformers(model_dir, tmp_path):
 
 def test_int4_level_0_equals_torch_on_the_same_integers(model_dir, tmp_path):
     export_bundle(model_dir, tmp_path / "bundle", bits=4, accuracy_level=0)
-    expected = logits_of(reference_model(model_dir, 4, 32, 4))
+    expected = logits_of(reference_model(model_dir, 4, 32, 4), IDS)
     assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 2e-3
-    assert np.abs(expected - logits_of(load_model(model_dir))).max() > 0.05, "nothing was quantised"
+    assert np.abs(expected - logits_of(load_model(model_dir), IDS)).max() > 0.05, "nothing was quantised"
 
 
 def test_parity_is_reported(model_dir, tmp_path):
     for bits in (32, 4):
-        manifest = export_bundle(
-            model_dir, tmp_path / "bundle", bits=bits, parity=lambda b: check_parity(b, model_dir, IDS, "dice")
-        )
-        assert manifest.parity["tokens"] == IDS.numel()
+        manifest = export_bundle(model_dir, tmp_path / "bundle", bits=bits, ids=IDS)
+        assert manifest.parity.tokens == IDS.numel()
 
 
 def test_sizes_are_those_of_the_model(model_dir, tmp_path):
@@ -119,7 +68,7 @@ def test_a_window_that_is_one_off_is_seen(tiny_family, tmp_path, wrong):
     export_bundle(path, tmp_path / "bundle", bits=32)
     model = load_model(path)
     model.config.sliding_window = WINDOW
-    for difference in largest_differences(tmp_path / "bundle", logits_of(model)):
+    for difference in largest_differences(tmp_path / "bundle", logits_of(model, IDS)):
         assert difference > 1e-2
 
 

@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
+from support.exported import export_bundle
+
 from bench.costs.worker import PlacedDecoder
+from export.bundle.graph_facts import read_graph
 from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
-from export.graph.facts import read_graph
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import stack_layers, write_probe_stacks
-from export.write import export_bundle
 from saap.models.shape import LayerSizes
 from saap.system.errors import UserError
 

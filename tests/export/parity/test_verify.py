@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from support.export_cases import IDS, MODELS, logits_of, model_of
+from support.exported import export_bundle, export_portable
 from support.references import reference_model, streamed_logits
 
 import export.parity.pieces
 import export.parity.streamed
 import export.parity.verify
 from export.bundle.manifest import read_manifest
-from export.generate.run import cpu_session
+from export.bundle.session import open_session
 from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
-from export.portable.write import export_portable
 from export.source import ModelSource, Precision
-from export.write import export_bundle
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
-from tests.export.test_write import IDS, MODELS, logits_of, model_of
 
 
 @pytest.fixture(params=[*MODELS, "uneven", "tuned"])
@@ -73,11 +73,11 @@ def test_the_report_says_what_the_whole_model_says(any_model, tmp_path):
     report = check_parity(tmp_path / "bundle", any_model, IDS, "dice")
     logits = torch.from_numpy(logits_of(reference_model(any_model, 4, 32, manifest.lineage["head_bits"]), IDS))
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
-    assert report["nll_torch"] == pytest.approx(loss, rel=1e-5)
-    assert report["perplexity_torch"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert report["perplexity_graph"] / report["perplexity_torch"] == pytest.approx(report["perplexity_ratio"])
-    assert 0 < report["max_abs_logit_difference"] < 1
-    assert report["tokens"] == 80
+    assert report.nll_torch == pytest.approx(loss, rel=1e-5)
+    assert report.perplexity_torch == pytest.approx(math.exp(loss), rel=1e-4)
+    assert report.perplexity_graph / report.perplexity_torch == pytest.approx(report.perplexity_ratio)
+    assert 0 < report.max_abs_logit_difference < 1
+    assert report.tokens == 80
 
 
 def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
@@ -96,7 +96,7 @@ def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
 
 
 def numbers(report):
-    return {key: value for key, value in report.items() if isinstance(value, float)}
+    return {key: value for key, value in asdict(report).items() if isinstance(value, float)}
 
 
 @pytest.mark.parametrize("bits", [4, 32])
@@ -111,7 +111,7 @@ def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, writ
     monkeypatch.setattr(export.parity.verify, "WHOLE_BYTES", 0)
     monkeypatch.setattr(export.parity.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
     monkeypatch.setattr(
-        export.parity.pieces, "cpu_session", lambda *a: sessions.append(cpu_session(*a)) or sessions[-1]
+        export.parity.pieces, "open_session", lambda *a: sessions.append(open_session(*a)) or sessions[-1]
     )
     near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
     # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.

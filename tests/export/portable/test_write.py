@@ -10,25 +10,32 @@ import onnxruntime
 import pytest
 import torch
 from packaging.version import Version
+from support.cuts import WHOLE, cut
+from support.export_cases import (
+    FAMILIES,
+    IDS,
+    MODELS,
+    UNEVEN,
+    WINDOW,
+    check_standard,
+    feed,
+    largest_differences,
+    logits_of,
+    model_of,
+)
+from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.inspect import inspect_bundle
 from export.generate.run import BundleScorer, empty_past
-from export.parity.verify import check_parity
-from export.portable.write import export_portable
 from export.source import Precision
-from export.write import export_bundle
 from saap.models.checkpoint import load_model
 from saap.prune.plan import PrunePlan
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
-from tests.export.graph.test_families import FAMILIES, WINDOW, largest_differences
-from tests.export.graph.test_families import IDS as FAMILY_IDS
-from tests.export.test_write import IDS, MODELS, UNEVEN, logits_of, model_of
-from tests.saap.prune.cut.test_surgery import WHOLE, cut
 
 
 @pytest.fixture(params=[*MODELS, "uneven"])
@@ -42,15 +49,7 @@ def uneven(tiny_model, tmp_path):
 
 
 def export(path, out, **options):
-    return export_portable(path, out, writer="saap", **options)
-
-
-def check_standard(bundle):
-    for name in ("model.onnx", "scoring.onnx"):
-        onnx.checker.check_model(str(bundle / name), full_check=True)
-        graph = onnx.load(bundle / name, load_external_data=False)
-        assert {n.domain for n in graph.graph.node} <= {"", "ai.onnx"}
-        assert {o.domain for o in graph.opset_import} <= {"", "ai.onnx"}
+    return export_portable(path, out, graph_writer="saap", **options)
 
 
 def test_fp32_prefill_chunked_prefill_and_decode(any_model, tmp_path):
@@ -71,11 +70,11 @@ def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     path = tiny_family(model_type, **overrides)
     manifest = export(path, tmp_path / "bundle")
     check_standard(tmp_path / "bundle")
-    expected = logits_of(load_model(path), FAMILY_IDS)
+    expected = logits_of(load_model(path), IDS)
     assert expected.std() > 0.3
     for difference in largest_differences(tmp_path / "bundle", expected):
         assert difference <= 1e-4
-    ids = FAMILY_IDS[:, :12].numpy()
+    ids = IDS[:, :12].numpy()
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids))[0]
     assert np.abs(found - expected[:, :12]).max() <= 1e-4
 
@@ -84,10 +83,8 @@ def test_every_family_equals_transformers(family, tiny_family, tmp_path):
 def test_integers_of_packed_and_offset_families(family, tiny_family, tmp_path):
     model_type, overrides = FAMILIES[family]
     path = tiny_family(model_type, **overrides)
-    manifest = export_portable(
-        path, tmp_path / "bundle", bits=4, parity=lambda b: check_parity(b, path, FAMILY_IDS, "dice")
-    )
-    ids = FAMILY_IDS[:, :12]
+    manifest = export_portable(path, tmp_path / "bundle", bits=4, ids=IDS)
+    ids = IDS[:, :12]
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
     assert np.abs(found - logits_of(reference_model(path, 4, 32, 4), ids)).max() <= 1e-4
 
@@ -98,14 +95,8 @@ def test_a_window_that_is_one_off_is_seen(wrong, tiny_family, tmp_path):
     export(path, tmp_path / "bundle")
     model = load_model(path)
     model.config.sliding_window = WINDOW
-    for difference in largest_differences(tmp_path / "bundle", logits_of(model, FAMILY_IDS)):
+    for difference in largest_differences(tmp_path / "bundle", logits_of(model, IDS)):
         assert difference > 1e-2
-
-
-def feed(manifest, ids, mask=None, positions=None):
-    mask = np.ones_like(ids) if mask is None else mask
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if positions is None else positions
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **empty_past(manifest, len(ids))}
 
 
 def test_left_padding_changes_nothing(uneven, tmp_path):
@@ -155,11 +146,9 @@ def test_onnx_runtime_fuses_every_integer_matrix(any_model, tmp_path):
 
 def test_parity_with_integers_tuned_or_rounded(any_model, tmp_path):
     for bits in (4, 8):
-        manifest = export(
-            any_model, tmp_path / "bundle", bits=bits, parity=lambda b: check_parity(b, any_model, IDS, "dice")
-        )
+        manifest = export(any_model, tmp_path / "bundle", bits=bits, ids=IDS)
         assert (manifest.target, manifest.bits, manifest.accuracy_level) == ("portable", bits, 4)
-        assert manifest.parity["kl"] <= 0.05
+        assert manifest.parity.kl <= 0.05
 
 
 def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
@@ -175,7 +164,10 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.source.quantize", lambda weight, bits, block, *_: quantize(weight, bits, block, False))
+    monkeypatch.setattr(
+        "export.source.quantize",
+        lambda weight, bits, block: quantize(weight, bits, block, symmetric=len(weight) == 320),
+    )
     manifest = export(uneven, tmp_path / "bundle", bits=bits)
     check_standard(tmp_path / "bundle")
     graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
@@ -203,7 +195,7 @@ def test_the_file_is_as_small_as_the_cpu_bundle(any_model, tmp_path):
 def test_optimum_where_it_can(tiny_model, tmp_path):
     pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
     path = tiny_model()
-    manifest = export_portable(path, tmp_path / "bundle", parity=lambda b: check_parity(b, path, IDS, "dice"))
+    manifest = export_portable(path, tmp_path / "bundle", ids=IDS)
     assert manifest.lineage["graph_writer"] == "optimum"
     assert {n.domain for n in onnx.load(tmp_path / "bundle/model.onnx").graph.node} <= {"", "ai.onnx"}
     expected = logits_of(load_model(path), IDS)
@@ -228,7 +220,7 @@ def test_bad_input_is_refused(tiny_model, tmp_path):
     with pytest.raises(UserError, match="3 bits are not supported"):
         export_portable(tiny_model(), tmp_path / "bundle", bits=3)
     with pytest.raises(UserError, match="not a multiple of the group size 64"):
-        export_portable(tiny_model("other"), tmp_path / "bundle", bits=4, block=64)
+        export_portable(tiny_model("other"), tmp_path / "bundle", bits=4, group_size=64)
     with pytest.raises(UserError, match="321 tokens is odd"):
         export_portable(tiny_model("odd", vocab_size=321), tmp_path / "bundle", bits=4)
     assert not (tmp_path / "bundle").exists()

@@ -14,10 +14,10 @@ import sys
 import time
 
 import pytest
+from support.exported import export_bundle
 
 from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer
-from export.write import export_bundle
 from tests.saap.cli.test_main import here, refused
 
 

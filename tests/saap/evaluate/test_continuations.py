@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.exported import export_bundle, export_portable
 
 from export.generate.run import BundleScorer
-from export.portable.write import export_portable
-from export.write import export_bundle
 from saap.evaluate import continuations
 from saap.evaluate.continuations import Group, cached_continuations, torch_continuations
 from saap.models.checkpoint import load_model

@@ -81,7 +81,8 @@ def test_every_task_gives_what_the_harness_gives_with_its_own_class(tiny_model, 
 
 
 def test_a_bundle_chooses_as_its_model(tiny_model, folder, tmp_path):
-    from export.write import export_bundle
+    from support.exported import export_bundle
+
     from saap.evaluate.tasks import TaskOptions
 
     directory = tiny_model()

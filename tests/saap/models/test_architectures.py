@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 import transformers
+from support.exported import export_bundle
 
-from export.write import export_bundle
 from saap.models.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
 from saap.system.errors import UserError
@@ -139,7 +139,7 @@ def test_a_part_of_the_head_that_the_rotary_cannot_turn(tiny_family, tmp_path):
 
 def test_a_group_that_does_not_divide(tiny_family, tmp_path):
     with pytest.raises(UserError, match="qkv_proj has 96 input columns, not a multiple of the group size 64"):
-        export_bundle(tiny_family("phi3"), tmp_path / "bundle", block=64)
+        export_bundle(tiny_family("phi3"), tmp_path / "bundle", group_size=64)
 
 
 def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):

@@ -14,13 +14,13 @@ import pytest
 import torch
 from support.bench_samples import measurement, result
 from support.command_line import refused
+from support.exported import export_bundle
 from support.slim_integers import WIDE
 
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
 from bench.judge.quality import KIND, VERSION, QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
 from export.bundle.manifest import BundleError, verify_files
-from export.write import export_bundle
 from saap.models.checkpoint import load_model, read_record
 from saap.models.streaming import load_streamed
 from saap.prune.options import AdaptiveOptions, PruneOptions

@@ -17,10 +17,10 @@ FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3"]
 
 def planned_and_real(model, bundle, bits, block=32):
     """Bytes by the formula, and of the file that export writes."""
-    from export.write import export_bundle
+    from support.exported import export_bundle
 
     config = read_config(model)
-    export_bundle(model, bundle, bits=bits, block=None if bits == 32 else block)
+    export_bundle(model, bundle, bits=bits, group_size=None if bits == 32 else block)
     return bundle_size(config, bits, block).total(shape_of(config)), (bundle / "model.onnx.data").stat().st_size
 
 

@@ -10,6 +10,8 @@ import onnx
 import pytest
 import torch
 from support.edited import edited
+from support.export_cases import check_standard, feed, logits_of, tensors_of
+from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
 from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
@@ -18,11 +20,7 @@ from transformers import AutoModelForCausalLM
 from export.bundle.inspect import inspect_bundle, inspection_lines
 from export.generate.run import BundleScorer
 from export.gguf.write import export_gguf
-from export.graph.targets import Target
-from export.parity.verify import check_parity
-from export.portable.write import export_portable
 from export.source import ModelSource
-from export.write import export_bundle
 from saap.cli.export import show_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
@@ -31,8 +29,6 @@ from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
 from saap.system.errors import UserError
 from saap.tune.tuning import TuneOptions, tune
-from tests.export.portable.test_write import check_standard, feed
-from tests.export.test_write import logits_of, tensors_of
 
 KINDS = {  # bits, group, symmetric, bits by module
     "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
@@ -70,7 +66,7 @@ def part_bits(entry, layer, part):
 def test_integers_and_scales_of_the_graph_are_those_of_the_directory(integers, tmp_path):
     entry = entry_of(integers)
     for target, floats in (("cpu", np.float32), ("cuda", np.float16)):
-        export_bundle(integers, tmp_path / target, target=Target(target))
+        export_bundle(integers, tmp_path / target, target=target)
         found = tensors_of(tmp_path / target)
         for layer in range(2):
             for part in PARTS:
@@ -112,8 +108,9 @@ def test_integers_and_scales_of_the_portable_graph_are_those_of_the_directory(in
                 assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes.astype(np.int16) - 2 ** (bits - 1))
 
 
-def test_the_graph_at_level_0_computes_what_torch_does(integers, tmp_path):
-    export_bundle(integers, tmp_path / "bundle", target=Level0())
+def test_the_graph_at_level_0_computes_what_torch_does(integers, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.graph.write.Target", Level0)
+    export_bundle(integers, tmp_path / "bundle")
     expected = logits_of(load_model(integers), IDS)
     assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 2e-3
     assert expected.std() > 0.3
@@ -122,7 +119,7 @@ def test_the_graph_at_level_0_computes_what_torch_does(integers, tmp_path):
 
 @some
 def test_the_portable_graph_computes_what_torch_does(integers, tmp_path):
-    manifest = export_portable(integers, tmp_path / "bundle", parity=lambda b: check_parity(b, integers, IDS, "dice"))
+    manifest = export_portable(integers, tmp_path / "bundle", ids=IDS)
     ids = IDS[:, :6]
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
     assert np.abs(found - logits_of(load_model(integers), ids)).max() <= 1e-4
@@ -130,11 +127,11 @@ def test_the_portable_graph_computes_what_torch_does(integers, tmp_path):
 
 def test_gguf_has_a_type_for_each_tensor(mixed, tmp_path):
     report = export_gguf(mixed, tmp_path / "model.gguf")
-    types = {name: entry["type"] for name, entry in report["tensors"].items()}
+    types = {name: entry.type for name, entry in report.tensors.items()}
     eight = {"blk.0.ffn_down.weight", *(f"blk.1.attn_{part}.weight" for part in "qkv")}
     assert {name for name, kind in types.items() if kind == "Q8_0"} == eight
     assert set(types.values()) == {"Q8_0", "Q4_0"}
-    assert {entry["carried"] for entry in report["tensors"].values()} == {1.0} and report["worst_error_carried"] == 0
+    assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     for name, module in (("blk.0.ffn_down", "0.mlp.down_proj"), ("blk.1.ffn_down", "1.mlp.down_proj")):
         tensor = tensors[f"{name}.weight"]
@@ -207,21 +204,21 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
 
 
 def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
-    for options in ({"accuracy_level": 0}, {"target": Target(dotprod=False)}):
+    for options in ({"accuracy_level": 0}, {"dotprod": False}):
         with pytest.raises(UserError, match="8 bit needs accuracy level 4"):
             export_bundle(mixed, tmp_path / "bundle", **options)
 
 
 def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):
-    manifest = export_bundle(mixed, tmp_path / "bundle", parity=lambda b: check_parity(b, mixed, IDS, "dice"))
+    manifest = export_bundle(mixed, tmp_path / "bundle", ids=IDS)
     assert (manifest.bits, manifest.lineage["matrices"], manifest.lineage["head_bits"]) == (4, MIXED, 4)
-    assert manifest.parity["kl"] < 0.05
+    assert manifest.parity.kl < 0.05
     report = inspect_bundle(tmp_path / "bundle")
     read, counts = report["bytes_per_token"], {q["bits"]: q["count"] for q in report["graph"]["quantised"]}
     assert counts == {4: 2 * 4 - 2 + 1, 8: 2}
     assert read["layers"] + read["head"] + 4 * 128 == manifest.weight_bytes_per_token
     assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspection_lines(report)
-    show_bundle(tmp_path / "bundle")
+    show_bundle(tmp_path / "bundle", manifest)
     assert " 4 and 8 bit, " in capsys.readouterr().out
     with pytest.raises(UserError, match="tuned integers of 4 bits, not 8"):
         export_bundle(mixed, tmp_path / "other", bits=8)
@@ -248,7 +245,7 @@ def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
     table = tensor_reader(tmp_path / "tuned")[1]("model.embed_tokens.qweight").numpy()
     assert table.shape == (320, 3, 32)
     for target in ("cpu", "cuda"):
-        manifest = export_bundle(tmp_path / "tuned", tmp_path / target, target=Target(target))
+        manifest = export_bundle(tmp_path / "tuned", tmp_path / target, target=target)
         assert (manifest.bits, manifest.lineage["head_bits"]) == (4, 8)
         assert np.array_equal(tensors_of(tmp_path / target)["embedding.qweight"], table)
     export_portable(tmp_path / "tuned", tmp_path / "portable")
@@ -256,7 +253,7 @@ def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
     assert np.array_equal(codes.astype(np.int16), table.reshape(320, 96).T.astype(np.int16) - 128)
     size = tuned_bundle_size(read_config(tmp_path / "tuned"))
     assert size == (tmp_path / "cpu/model.onnx.data").stat().st_size
-    tensors = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")["tensors"]
+    tensors = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf").tensors
     assert {e["type"] for name, e in tensors.items() if name != "token_embd.weight"} == {"Q4_0"}
     assert tensors["token_embd.weight"]["type"] == "Q8_0"
 

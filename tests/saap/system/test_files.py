@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import here, last_line, refused
+from support.exported import export_bundle
 from support.slim_integers import WIDE
 
-from export.write import export_bundle
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.system.errors import UserError
@@ -162,7 +162,7 @@ def is_told(message: str, disk: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_output(small_disk, commands, monkeypatch):
-    for module in ("saap.prune.pruning", "saap.cli.export"):  # else the sums refuse it before anything is written
+    for module in ("saap.prune.pruning", "export.write"):  # else the sums refuse it before anything is written
         monkeypatch.setattr(f"{module}.check_disk", lambda *a: None, raising=False)
     for name, command in commands.items():
         here(*command, small_disk / name)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.exported import export_bundle
 
 from export.generate.run import BundleScorer
-from export.graph.targets import Target
-from export.write import export_bundle
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.quantize.groups import round_model
@@ -38,7 +37,7 @@ def test_tuning_lowers_the_loss_and_the_bundle_runs_it(tiny_family, tmp_path, fa
     options = TuneOptions(learning_rate=2e-2, norm_rate=1e-2, held_out=0, training=training)
     history = tune(path, tmp_path / "tuned", ids, options)
     assert history.losses[-1] < history.losses[0] - 0.1
-    export_bundle(tmp_path / "tuned", tmp_path / "bundle", target=Target(dotprod=False))  # 4 bit at level 0
+    export_bundle(tmp_path / "tuned", tmp_path / "bundle", dotprod=False)  # 4 bit at level 0
     with torch.inference_mode():
         expected = load_model(tmp_path / "tuned")(input_ids=ids[:2]).logits.numpy()
     scored = BundleScorer(tmp_path / "bundle", 1).logits(ids[:2].numpy())

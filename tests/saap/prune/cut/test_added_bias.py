@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 from support import llama_cpp_run
+from support.exported import export_bundle, export_portable
 
 from export.generate.run import BundleScorer
 from export.gguf.write import export_gguf
-from export.graph.targets import Target
-from export.parity.verify import check_parity
-from export.portable.write import export_portable
-from export.write import export_bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -104,11 +101,11 @@ def test_bundles_carry_the_biases(compensated, tmp_path, case):
     writers = {"cpu": export_bundle, "portable": export_portable}
     for name, write in writers.items():
         for bits in (32, 4):
-            write(directory, tmp_path / name, bits=bits, parity=lambda b: check_parity(b, directory, IDS, "dice"))
+            write(directory, tmp_path / name, bits=bits, ids=IDS)
             if bits == 32:
                 assert np.abs(BundleScorer(tmp_path / name).logits(IDS.numpy()) - expected.numpy()).max() <= 1e-4
     on_cpu = export_bundle(directory, tmp_path / "cpu", bits=4, accuracy_level=0)
-    export_bundle(directory, tmp_path / "cuda", bits=4, target=Target("cuda"))
+    export_bundle(directory, tmp_path / "cuda", bits=4, target="cuda")
     float32, float16 = (BundleScorer(tmp_path / name).logits(IDS.numpy()) for name in ("cpu", "cuda"))
     assert np.abs(float32 - float16).max() <= 0.05
     assert on_cpu.parameters == shape_of(read_config(directory)).parameters
@@ -123,9 +120,7 @@ def test_a_compensated_llama_is_tuned_and_exported(compensated, tmp_path):
     for name, bias in state.items():
         if name.endswith("bias"):
             assert torch.equal(tuned.state_dict()[name], bias)
-    export_bundle(
-        tmp_path / "tuned", tmp_path / "bundle", parity=lambda b: check_parity(b, tmp_path / "tuned", IDS, "dice")
-    )
+    export_bundle(tmp_path / "tuned", tmp_path / "bundle", ids=IDS)
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2"])
@@ -138,7 +133,7 @@ def test_gguf_carries_the_biases(compensated, tmp_path, case):
         found, wanted = tensors[f"blk.{index}.attn_output.bias"], state[f"model.layers.{index}.self_attn.o_proj.bias"]
         assert (found == wanted.numpy()).all()
     assert (tensors["blk.2.ffn_down.bias"] == state["model.layers.2.mlp.down_proj.bias"].numpy()).all()
-    assert report["architecture"] == "deci"
+    assert report.architecture == "deci"
     row = IDS[0, :8].tolist()  # within the window, which llama.cpp does not know
     found = llama_cpp_run.run(tmp_path / "model.gguf", ids=row)["logits"]
     assert np.abs(found - expected[0, :8].numpy()).max() <= 2e-3

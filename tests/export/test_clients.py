@@ -6,23 +6,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support.cuts import cut
+from support.exported import export_bundle
 from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.bundle.clients import (
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
+from export.bundle.tokenizer import BundleTokenizer
+from export.clients import (
     genai_config,
     genai_tokenizer_note,
     optimum_config,
     write_genai_config,
     write_optimum_config,
 )
-from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
-from export.bundle.tokenizer import BundleTokenizer
-from export.generate.run import generate
-from export.write import export_bundle
+from export.generate.loop import AnswerSettings, begin_text
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan
-from tests.saap.prune.cut.test_surgery import cut
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
     slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle"
     export_bundle(slim, directory)
     tokenizer = BundleTokenizer(directory)
-    ours = generate(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", max_tokens=24, stop_ids=())
+    ours = begin_text(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", AnswerSettings(24, stop_ids=()))
     assert "".join(ours)
     ids = tokenizer.encode_chat("The quick brown fox")
     model = og.Model(str(directory))

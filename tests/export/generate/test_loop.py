@@ -7,19 +7,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from support.scripted_decoder import TEXTS, ScriptedDecoder, bpe_directory
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.bundle.manifest import BundleManifest, LayerSizes
-from export.bundle.tokenizer import TextStream
-from export.generate.run import BundleScorer, BundleTokenizer, RunError, Sampling, generate, next_token_logprobs
+from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
+from export.generate.loop import AnswerSettings, begin_text
+from export.generate.run import BundleScorer, next_token_logprobs
+from export.generate.sampling import Sampling
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "  two spaces, a tab\tand\n\na blank line ",
-    "naïve café, 日本語のテキスト, emoji 👩‍👩‍👧 and 🤷🏽‍♀️!",
-    "<|im_start|>user\nspecial tokens inside<|im_end|>",
-    "def f(x):\n    return x ** 2  # 12345",
-]
 TEMPLATE = (
     "{% for message in messages %}\n"
     "  {% if message['role'] == 'system' %}{% continue %}{% endif %}\n"
@@ -28,56 +24,6 @@ TEMPLATE = (
     "{% endfor %}\n"
     "{% if add_generation_prompt %}{{ bos_token }}assistant {{ strftime_now('%Y') }}{% endif %}\n"
 )
-
-
-class ScriptedDecoder:
-    """Says the ids of a script, whatever it is given: the protocol is what is under test, not a model."""
-
-    def __init__(self, script, vocab, max_length=64):
-        self.script, self.vocab, self.max_length = list(script), vocab, max_length
-        self.seen, self.resets = [], 0
-
-    def reset(self):
-        self.seen, self.at, self.resets = [], 0, self.resets + 1
-
-    def rewind(self, length):
-        assert length <= len(self.seen)
-        del self.seen[length:]
-
-    def prefill(self, ids):
-        assert ids.dtype == np.int64
-        self.seen += ids.tolist()
-        return self._next()
-
-    def step(self, token_id):
-        self.seen.append(token_id)
-        return self._next()
-
-    def _next(self):
-        assert len(self.seen) <= self.max_length, "a cache was written past its end"
-        logits = np.zeros(self.vocab, np.float32)
-        logits[self.script[self.at % len(self.script)]] = 9.0
-        self.at += 1
-        return logits
-
-
-def bpe_directory(path, config=None):
-    """A byte-level BPE of a few merges: most characters outside ASCII take several tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | (config or {})
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 def metaspace_directory(path):
@@ -212,7 +158,7 @@ def test_generation_streams_until_any_end_of_text_id(tiny):
     script = [*tiny.encode("Dogs jump, naïve 👩!", add_special_tokens=False), 1]
     decoder = ScriptedDecoder(script, 300)
     ticks = iter(range(1000))
-    out = generate(decoder, tiny, "The fox", chat=False, clock=lambda: float(next(ticks)))
+    out = begin_text(decoder, tiny, "The fox", AnswerSettings(clock=lambda: float(next(ticks))), chat=False)
     pieces = list(out)
     assert "".join(pieces) == "Dogs jump, naïve 👩!"
     assert len(pieces) > 5
@@ -220,14 +166,14 @@ def test_generation_streams_until_any_end_of_text_id(tiny):
     assert decoder.seen == [*tiny.encode("The fox"), *script[:-1]]
     # One tick for prefill, one per drawn token.
     assert (out.prefill_seconds, out.decode_seconds, out.seconds) == (1.0, float(len(script)), 1.0 + len(script))
-    other = generate(decoder, tiny, "The fox", chat=False, stop_ids=[script[2], 1])
+    other = begin_text(decoder, tiny, "The fox", AnswerSettings(stop_ids=[script[2], 1]), chat=False)
     assert len("".join(other)) < 8
     assert (other.tokens, decoder.resets) == (3, 2)
 
 
 def test_chat_prompt_has_the_template_and_one_beginning(tiny):
     decoder = ScriptedDecoder([1], 300, max_length=200)
-    assert list(generate(decoder, tiny, "hello")) == []
+    assert list(begin_text(decoder, tiny, "hello")) == []
     text = tiny.render_chat([{"role": "user", "content": "hello"}])
     assert decoder.seen == tiny.encode(text, add_special_tokens=False)
     assert decoder.seen[:2].count(0) == 1
@@ -237,7 +183,7 @@ def test_generation_stops_at_max_tokens_and_at_a_full_context(tiny):
     script = tiny.encode("ababab", add_special_tokens=False)[:1]
     n = len(tiny.encode("The fox"))
     for room, limit, tokens, reason in [(64, 5, 5, "length"), (n + 3, 50, 4, "context"), (n, 50, 1, "context")]:
-        out = generate(ScriptedDecoder(script, 300, room), tiny, "The fox", chat=False, max_tokens=limit)
+        out = begin_text(ScriptedDecoder(script, 300, room), tiny, "The fox", AnswerSettings(limit), chat=False)
         assert "".join(out) == tiny.decode(script * tokens)
         assert (out.tokens, out.stop_reason) == (tokens, reason)
 
@@ -252,7 +198,7 @@ def test_sampling_follows_the_softmax_and_the_seed(tiny):
     def draw(seed, temperature=2.0):
         decoder = Coin([0], 300, 4000)
         sampling = Sampling(temperature=temperature, seed=seed)
-        list(generate(decoder, tiny, "a", chat=False, max_tokens=3001, sampling=sampling, stop_ids=()))
+        list(begin_text(decoder, tiny, "a", AnswerSettings(3001, sampling, stop_ids=()), chat=False))
         return decoder.seen[len(tiny.encode("a")) :]
 
     drawn = draw(1)
@@ -275,7 +221,7 @@ def test_sampling_follows_the_softmax_and_the_seed(tiny):
 def test_bad_input_is_told_before_anything_runs(tiny, prompt, arguments, message):
     decoder = ScriptedDecoder([1], 300)
     with pytest.raises(RunError, match=message):
-        generate(decoder, tiny, prompt, chat=False, **arguments)
+        begin_text(decoder, tiny, prompt, AnswerSettings(**arguments), chat=False)
     assert decoder.resets == 0
 
 
@@ -283,7 +229,7 @@ def test_chat_without_template_says_so(tmp_path):
     tokenizer = BundleTokenizer(bpe_directory(tmp_path))
     assert not tokenizer.has_chat_template
     with pytest.raises(RunError, match="no chat template"):
-        generate(ScriptedDecoder([1], 300), tokenizer, "hi")
+        begin_text(ScriptedDecoder([1], 300), tokenizer, "hi")
 
 
 def test_broken_logits_are_not_turned_into_text(tiny):
@@ -292,7 +238,7 @@ def test_broken_logits_are_not_turned_into_text(tiny):
             return np.full(self.vocab, np.nan, np.float32)
 
     with pytest.raises(RunError, match="not finite"):
-        list(generate(Broken([1], 300), tiny, "hi", chat=False))
+        list(begin_text(Broken([1], 300), tiny, "hi", chat=False))
 
 
 def test_logprobs_are_those_of_a_careful_softmax():

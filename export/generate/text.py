@@ -1,0 +1,187 @@
+"""Text from a bundle: one answer, or a conversation. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devices.common.errors import UserError
+from export.bundle.manifest import BundleManifest, read_manifest
+from export.bundle.tokenizer import BundleTokenizer, read_json
+from export.generate.chat import Conversation
+from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
+from export.generate.options import GenerateOptions
+from export.generate.sampling import Sampling
+
+CHAT_CONTEXT = 4096  # positions of a conversation's cache where no context is given
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """One answer.
+
+    Attributes:
+        ids: tokens drawn, one that ends the text included.
+        n_prompt: tokens of the prompt, template included.
+        n_prompt_read: how many of them were not in the cache.
+        prefill_seconds: until the first token; ``decode_seconds``: from there to the end.
+        stop_reason: ``eos``, ``length`` (max_tokens reached), ``context`` (the cache is full) or ``interrupted``.
+    """
+
+    prompt: str
+    text: str
+    ids: list[int]
+    n_prompt: int
+    n_prompt_read: int
+    n_gen: int
+    prefill_seconds: float
+    decode_seconds: float
+    stop_reason: str | None
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """A bundle that is loaded and answers prompts.
+
+    Attributes:
+        ask: begins an answer.
+        conversation: keeps what was said before; None where each prompt is a plain text that is continued.
+    """
+
+    manifest: BundleManifest
+    sampling: Sampling
+    threads: int
+    context: int
+    ask: Callable[[str], Generation]
+    conversation: Conversation | None
+
+
+def generate(
+    bundle: str | Path,
+    prompt: str,
+    options: GenerateOptions | None = None,
+    *,
+    on_text: Callable[[str], object] | None = None,
+) -> GenerateResult:
+    """Answer a prompt, or continue it where the model has no chat template.
+
+    Args:
+        on_text: is given each piece of the text as it is written; pieces never split a character.
+
+    Raises:
+        UserError: no bundle, an empty prompt, an option out of range, or a context that is too small.
+    """
+    generation = open_bundle(bundle, options or GenerateOptions(), prompt).ask(prompt)
+    for piece in generation:
+        if on_text is not None:
+            on_text(piece)
+    return result_of(prompt, generation)
+
+
+def result_of(prompt: str, generation: Generation) -> GenerateResult:
+    """What a finished answer was."""
+    return GenerateResult(
+        prompt=prompt,
+        text=generation.text,
+        ids=generation.drawn,
+        n_prompt=generation.prompt_tokens,
+        n_prompt_read=generation.read_tokens,
+        n_gen=generation.tokens,
+        prefill_seconds=generation.prefill_seconds,
+        decode_seconds=generation.decode_seconds,
+        stop_reason=generation.stop_reason,
+    )
+
+
+def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None = None) -> OpenBundle:
+    """Load a bundle with a cache that one prompt needs or, without a prompt, a conversation may.
+
+    Raises:
+        UserError: no bundle, options that do not go together, or a context that is too small.
+    """
+    directory = Path(bundle)
+    manifest, tokenizer = read_manifest(directory), BundleTokenizer(directory)
+    templated = tokenizer.has_chat_template if options.chat is None else options.chat
+    if prompt is None and not templated:
+        raise UserError("a conversation needs the model's chat template: give a prompt to continue")
+    if options.system is not None and not templated:
+        raise UserError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
+    sampling = chosen_sampling(directory, options)
+    for text in (prompt, options.system):
+        check_text(text)
+    needed = CHAT_CONTEXT if prompt is None else options.max_tokens + _length(tokenizer, prompt, templated, options)
+    context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
+    decoder, threads = _open_decoder(directory, context, options)
+    settings = AnswerSettings(options.max_tokens, sampling)
+    talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
+
+    def ask(text: str) -> Generation:
+        if talk is not None:
+            return talk.ask(text)
+        return begin_text(decoder, tokenizer, text, settings, chat=False)
+
+    return OpenBundle(manifest, sampling, threads, context, ask, talk)
+
+
+def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
+    """Greedy unless sampling is asked for; then what is not given comes from the model's generation_config.json.
+
+    Asked for means: ``sample``, a temperature above 0, top_k, top_p or min_p.
+
+    Raises:
+        UserError: a temperature of 0 beside an option that only means something when tokens are drawn.
+        RunError: a value out of range.
+    """
+    given: dict[str, Any] = {name: getattr(options, name) for name in SAMPLED if getattr(options, name) is not None}
+    asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options.sample else [])
+    if asked and given.get("temperature") == 0:
+        flag = "--" + asked[0].replace("_", "-")
+        raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
+    if asked or given.get("temperature"):
+        given = {"temperature": 1.0, **_model_defaults(bundle), **given}
+    return Sampling(**given, seed=options.seed)
+
+
+def check_text(text: str | None) -> None:
+    """Refuse bytes that a shell passed on although they are no text.
+
+    Raises:
+        UserError: not UTF-8.
+    """
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text: convert it first") from None
+
+
+def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: GenerateOptions) -> int:
+    """Tokens of a first prompt."""
+    if not templated:
+        return len(tokenizer.encode(prompt))
+    turns = [] if options.system is None else [{"role": "system", "content": options.system}]
+    rendered = tokenizer.render_chat([*turns, {"role": "user", "content": prompt}])
+    return len(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def _open_decoder(bundle: Path, context: int, options: GenerateOptions) -> tuple[Decoder, int]:
+    """The decoder that is measured, and its threads."""
+    from bench.measure.cores import physical_cores
+    from bench.runtimes.onnxruntime import OrtDecoder
+
+    threads = physical_cores() if options.threads is None else options.threads
+    return OrtDecoder(bundle, threads, context, prepacked=options.prepacked), threads
+
+
+def _model_defaults(bundle: Path) -> dict[str, Any]:
+    path = bundle / "generation_config.json"
+    config = read_json(path)
+    found = {name: config[name] for name in SAMPLED if config.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path} has {name} {value!r}, which is no number: give --{name.replace('_', '-')}")
+    if found.get("top_k") == 0:  # transformers' way to say that all are kept
+        del found["top_k"]
+    return found
