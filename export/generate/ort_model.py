@@ -139,7 +139,8 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
             model.generation_config.eos_token_id = model.config.eos_token_id
-        return model.eval()
+        model.eval()
+        return model
 
     @property
     def device(self) -> torch.device:

@@ -44,7 +44,8 @@ class Integers:
 
     def floats(self) -> np.ndarray:
         """W, [N, K] float32."""
-        return (self.centred * self.scales[..., None]).reshape(len(self.codes), -1)
+        numbers: np.ndarray = self.centred * self.scales[..., None]
+        return numbers.reshape(len(self.codes), -1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def _bytes(numbers: np.ndarray) -> np.ndarray:
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:
     """[..., 32] uint8 in 0..15 -> [..., 16]: the first half of a block in the low nibbles, the second in the high."""
-    return codes[..., :16] | (codes[..., 16:] << 4)
+    packed: np.ndarray = codes[..., :16] | (codes[..., 16:] << 4)
+    return packed
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -11,6 +11,7 @@ largest one's bytes, and the file is hard-linked into every stack's bundle, or c
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -130,8 +131,8 @@ class _MadeUp:
 
     def _matrix(self, rows: int, columns: int, bits: int, block: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:
-            uniform = torch.rand(rows, columns, generator=self._random, device=self._device)
-            return (uniform - 0.5) * (12 / columns) ** 0.5
+            uniform: torch.Tensor = torch.rand(rows, columns, generator=self._random, device=self._device)
+            return (uniform - 0.5).mul(math.sqrt(12 / columns))
         groups, spread = columns // block, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
         packed = (rows, groups, block * bits // 8)
         qweight = torch.randint(256, packed, dtype=torch.uint8, generator=self._random, device=self._device)
