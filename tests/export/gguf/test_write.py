@@ -221,7 +221,7 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
         read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
         signs = set()
         for name, entry in report.tensors.items():
-            assert entry == {"type": kind, "relative_error": 0.0, "carried": 1.0}, name
+            assert entry == WrittenMatrix(kind, 0.0, 1.0), name
             codes, _, scales = packed(read, name, bits, 32)
             blocks = tensors[name].data.reshape(*scales.shape, size)
             assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
