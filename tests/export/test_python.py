@@ -1,0 +1,63 @@
+"""Export and text as functions of Python: typed results, nothing printed, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export import ExportOptions, export
+from export.bundle.manifest import read_manifest
+from export.generate import GenerateOptions, generate
+from saap.system.errors import UserError
+
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "numpy"}
+
+
+def test_a_bundle_and_its_text(tiny_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    seen: list[str] = []
+    options = ExportOptions(bits=8)
+    result = export(tiny_model(), options, output=tmp_path / "bundle", progress=lambda what, *_: seen.append(what))
+    assert result.path == tmp_path / "bundle" and result.gguf is None
+    assert result.manifest == read_manifest(tmp_path / "bundle") and result.manifest.bits == 8
+    assert result.manifest.parity.tokens == 4 * 256 and "writing weights" in seen
+    pieces: list[str] = []
+    answer = generate(result.path, "The quick brown fox", GenerateOptions(max_tokens=5), on_text=pieces.append)
+    assert "".join(pieces) == answer.text and (answer.n_gen, len(answer.ids)) == (5, 5)
+    assert answer.stop_reason == "length" and answer.prefill_seconds > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_gguf_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    result = export(tiny_model(), ExportOptions(target="gguf", bits=8), output=tmp_path / "model.gguf")
+    assert result.manifest is None and result.gguf.bytes == result.path.stat().st_size
+    assert result.gguf.kind == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "cuda", "bits": 32}, "32 bits are not supported for the cuda target; allowed: 4, 8, 16"),
+        ({"target": "portable", "kv_bits": 8}, "--kv cannot be used with --target portable"),
+        ({"target": "gguf", "parity": "none"}, "--parity cannot be used with --target gguf"),
+        ({"gguf_type": "F16"}, "--type cannot be used with --target cpu"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export("nowhere", ExportOptions(**options), output=tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", ["export", "export.options", "export.generate.options", "export.bundle.manifest"])
+def test_options_and_manifest_import_nothing_heavy(name: str) -> None:
+    script = f"import sys, {name}; assert not {HEAVY!r} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["export.generate.text", "export.bundle.inspect", "export.generate.run"])
+def test_what_runs_on_a_board_imports_no_torch(name: str) -> None:
+    script = f"import sys, {name}; assert not {{'torch', 'transformers', 'onnx'}} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", script], check=True)
