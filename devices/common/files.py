@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,25 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def make_room(folder: Path, allowed: int, keep: Path) -> None:
+    """Remove entries of a folder, all but one, that were unused longest until they take ``allowed`` bytes at most."""
+    used, sizes = {}, {}
+    for entry in folder.iterdir():
+        with suppress(OSError):  # another process may be removing it
+            if entry != keep:
+                used[entry] = entry.stat().st_mtime
+                sizes[entry] = sum(file.stat().st_size for file in (entry.iterdir() if entry.is_dir() else (entry,)))
+    total = sum(sizes.values())
+    for entry in sorted(sizes, key=lambda entry: used[entry]):
+        if total <= allowed:
+            return
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+        total -= sizes[entry]
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
@@ -136,6 +137,17 @@ def run_until(
 
 
 @contextmanager
+def removed_hooks() -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks, which are removed when the block ends."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
     """A dict that holds, after each run, the last input of every named module."""
     seen: dict[str, torch.Tensor] = {}
@@ -146,9 +158,6 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tens
 
         return see
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with removed_hooks() as handles:
+        handles += [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -24,9 +24,11 @@ from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import TAYLOR, Compensation, PruneOptions
 from saap.prune.plan import PrunePlan, composed, whole_layer
 from saap.prune.record import Pruning, layers_of, record_of
-from saap.prune.search.adaptive import adaptive_plan
+from saap.prune.scores.scoring import scores_of
+from saap.prune.search.adaptive import adaptive_plan, divided
 from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after
+from saap.prune.search.prices import Losses
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
 from saap.system.allocator import kept_memory
@@ -152,7 +154,10 @@ def _prune_stage(
     if stage.layers:
         plan = layers_plan(model, pruning.ids, stage, options, progress)
     elif options.method == "saap":
-        plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
+        scored, priced = divided(pruning.ids)
+        scores = scores_of(model, shape, scored, options.adaptive, weights=now.weights, progress=progress)
+        losses = Losses(model, scored, priced, options, weights=now.weights, progress=progress)
+        plan = adaptive_plan(scores, losses, stage.budget, options)
     else:
         plan = ranked_plan(model, pruning.ids, stage.budget, options, progress)
     plan = replace(plan, layers=layers_of(shares().agreed([asdict(layer) for layer in plan.layers])))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +19,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from devices.common.files import cache_directory
+from devices.common.files import cache_directory, make_room
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
@@ -123,7 +121,7 @@ def teacher_targets(
     try:
         entry.mkdir(parents=True, exist_ok=True)
         os.utime(entry)
-        _make_room(root, entry, limit_bytes - rows * (length - 1) * per_token * k)
+        make_room(root, limit_bytes - rows * (length - 1) * per_token * k, entry)
         _fill(entry, teacher_dir, ids, _Kept(k, temperature, vocabulary, autocast), progress)
         return TeacherTargets(entry, rows, k, temperature, note)
     except OSError as error:
@@ -226,19 +224,3 @@ def _key(teacher_dir: str | Path, ids: torch.Tensor, k: int, temperature: float,
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _make_room(root: Path, entry: Path, allowed: int) -> None:
-    """Remove the other entries that were unused longest until they take ``allowed`` bytes at most."""
-    used, sizes = {}, {}
-    for other in root.iterdir():
-        with suppress(OSError):  # another process may be removing it
-            if other.is_dir() and other != entry:
-                used[other] = other.stat().st_mtime
-                sizes[other] = sum(file.stat().st_size for file in other.iterdir())
-    total = sum(sizes.values())
-    for other in sorted(sizes, key=lambda other: used[other]):
-        if total <= allowed:
-            return
-        shutil.rmtree(other, ignore_errors=True)
-        total -= sizes[other]

@@ -17,11 +17,11 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
-from saap.prune.search.adaptive import divided, losses_on
+from saap.prune.search.adaptive import divided
 from saap.prune.search.budget import Budget
 from saap.prune.search.masking import WorkingPoint
 from saap.prune.search.milp import Block, Found, Option, Prices, blocks_of, search
-from saap.prune.search.prices import correct_prices, fit_prices
+from saap.prune.search.prices import Losses, correct_prices, fit_prices
 
 OPTIONS, DRAW = 40, 7
 PLACES = ("alone", "planned")  # where an option is measured
@@ -87,9 +87,7 @@ def increases(
     return found
 
 
-def one_stage_plan(
-    model: PreTrainedModel, prices: Prices, priced: torch.Tensor, budget: Budget, options: PruneOptions
-) -> tuple[Prices, PrunePlan]:
+def one_stage_plan(losses: Losses, prices: Prices, budget: Budget, options: PruneOptions) -> tuple[Prices, PrunePlan]:
     """The plan that meets the budget, and the prices after the corrections that were asked for.
 
     Whole blocks go only where ``--modules`` was given, as in `saap prune`; their prices are corrected all the same.
@@ -102,7 +100,7 @@ def one_stage_plan(
 
     found = searched(prices)
     for _ in range(options.adaptive.corrections):
-        prices, _ = correct_prices(model, prices, found, priced)
+        prices, _ = correct_prices(losses, prices, found)
         found = searched(prices)
     return prices, found.plan
 
@@ -147,9 +145,9 @@ def judged(
     all_blocks = replace(options, modules=True)
     scored, priced = divided(calibration)
     scores = scores_of(model, shape, scored, options.adaptive, weights=weights)
-    losses = losses_on(model, scored, priced, all_blocks, weights=weights)
+    losses = Losses(model, scored, priced, all_blocks, weights=weights)
     prices = fit_prices(losses, fuse(scores, shape, options.adaptive.fusion), all_blocks)
-    prices, plan = one_stage_plan(model, prices, priced, budget, options)
+    prices, plan = one_stage_plan(losses, prices, budget, options)
     drawn = draw(blocks_of(shape, prices, budget, options), shape, count, seed)
     dense = PrunePlan(tuple(whole_layer(sizes) for sizes in shape.layers))
     measured = [increases(model, shape, at, drawn, held) for at in (dense, plan)]

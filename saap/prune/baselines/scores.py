@@ -23,11 +23,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.layer_walk import layers_of
+from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.scores.activations import Activations, InputStatistics
+from saap.prune.scores.importance import frozen, summed_axis
 from saap.system.errors import UserError
 
 Slices = dict[tuple[int, str], torch.Tensor]  # (layer, role) -> one number per row, or per column of output and down
@@ -57,7 +58,7 @@ def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScor
     for matrix in matrices_of(model, shape):
         with present(layers[matrix.layer]):
             weight = matrix.linear.weight[matrix.rows].float()
-        slices[matrix.layer, matrix.role] = weight.square().sum(_axis(matrix))
+        slices[matrix.layer, matrix.role] = weight.square().sum(summed_axis(matrix.role))
     return _summed(slices, shape)
 
 
@@ -76,7 +77,7 @@ def taylor_scores(
     first, second = _mean_gradients(model, shape, ids, method, progress)
     slices = {}
     for matrix in matrices_of(model, shape):
-        rows, axis = matrix.rows, _axis(matrix)
+        rows, axis = matrix.rows, summed_axis(matrix.role)
         weight = matrix.linear.weight.detach()[rows].float()
         if method == "param_second":
             values = second[matrix.linear][rows] * weight.square()
@@ -114,10 +115,6 @@ def flap_scores(model: PreTrainedModel, shape: ModelShape, activations: Activati
     scores = _summed(slices, shape)
     columns = [sizes.heads_per_group * shape.head_dim for sizes in shape.layers]
     return StructureScores(scores.ffn, [group / max(n, 1) for group, n in zip(scores.group, columns, strict=True)])
-
-
-def _axis(matrix: Matrix) -> int:
-    return 0 if matrix.role in ("output", "down") else 1
 
 
 def _read_columns(
@@ -190,20 +187,9 @@ def _mean_gradients(
 def _gradients_of(
     model: PreTrainedModel, linears: list[nn.Linear], consume: Callable[[nn.Linear, nn.Parameter], None]
 ) -> Iterator[None]:
-    wanted = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    handles = []
-    for linear in linears:
-        linear.weight.requires_grad_(True)
-        handles.append(linear.weight.register_post_accumulate_grad_hook(partial(consume, linear)))
-    try:
+    with frozen(model), removed_hooks() as handles:
+        for linear in linears:
+            linear.weight.requires_grad_(True)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(consume, linear)))
         with torch.enable_grad():
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, (before, gradient) in wanted.items():
-            parameter.requires_grad_(before)
-            parameter.grad = gradient

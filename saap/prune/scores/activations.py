@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.architectures import architecture_of
+from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
 from saap.system.errors import UserError
@@ -142,17 +142,11 @@ def _forward_hooks(
             raise UserError(f"layer {layer}: its output is not finite on the calibration text: check model and text")
         cosines[layer] += cosine
 
-    handles = [
-        matrix.linear.register_forward_pre_hook(partial(see_input, matrix.layer, matrix.role))
-        for matrix in matrices_of(model, shape)
-        if matrix.role in ("output", "down")
-    ]
-    layers: Any = model.get_submodule(architecture_of(model.config).layers)
-    handles += [
-        layer.register_forward_hook(partial(see_layer, index), with_kwargs=True) for index, layer in enumerate(layers)
-    ]
-    try:
+    with removed_hooks() as handles:
+        for matrix in matrices_of(model, shape):
+            if matrix.role in ("output", "down"):
+                see = partial(see_input, matrix.layer, matrix.role)
+                handles.append(matrix.linear.register_forward_pre_hook(see))
+        for index, layer in enumerate(layers_of(model)):
+            handles.append(layer.register_forward_hook(partial(see_layer, index), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

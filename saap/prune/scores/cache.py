@@ -13,11 +13,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from devices.common.files import cache_directory
+from devices.common.files import cache_directory, make_room
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.importance import Scores
 from saap.prune.shares import shares
@@ -29,90 +28,51 @@ FORMAT = 2  # counts up when the same settings would give other numbers
 KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
 
 
-def cached_scores(
-    weights: str, ids: torch.Tensor, settings: dict[str, Any], compute: Callable[[], Scores]
-) -> tuple[Scores, bool]:
-    """The scores of these weights, ids and settings, and whether they were at hand.
+def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
+    """Where the scores of these weights, ids [sequences, tokens] and settings are kept.
 
     Args:
         weights: hash of the model's weights and config.
-        ids: calibration ids [sequences, tokens].
         settings: whatever else changes the numbers; JSON.
     """
-    directory = cache_directory() / "scores"
-    path = directory / f"{_key(weights, ids, settings)}.safetensors"
-    if (found := _read(path)) is not None:
-        path.touch()
-        return found, True
-    scores = compute()
-    _write(path, scores)
-    _make_room(directory, path)
-    return scores, False
+    return cache_directory() / "scores" / f"{_key(weights, ids, settings)}.safetensors"
 
 
-def _make_room(directory: Path, newest: Path) -> None:
-    sizes = {entry: entry.stat() for entry in directory.glob("*") if entry.is_file()}
-    total = sum(found.st_size for found in sizes.values())
-    for entry in sorted(sizes, key=lambda entry: sizes[entry].st_mtime):
-        if total <= KEPT_BYTES or entry == newest:
-            return
-        entry.unlink(missing_ok=True)
-        total -= sizes[entry].st_size
-
-
-def _key(weights: str, ids: torch.Tensor, settings: dict[str, Any]) -> str:
+def _key(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, weights, list(ids.shape), settings], sort_keys=True).encode())
     digest.update(ids.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _write(path: Path, scores: Scores) -> None:
-    tensors = named(scores)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_sealed(tensors, partial, {"c": repr(scores.c), "loss": repr(scores.loss)})
-        partial.replace(path)
-    except OSError:  # a cache that cannot be written costs time only
-        partial.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Scores | None:
+def read_scores(path: Path) -> Scores | None:
+    """The scores kept there, which count as used now; None where there are none that can be read."""
     if not path.is_file():
         return None
     try:
         tensors, about = load_sealed(path.read_bytes())
-        return scores_from(tensors, c=float(about["c"]), loss=float(about["loss"]))
+        found = Scores.named(tensors, c=float(about["c"]), loss=float(about["loss"]))
     except (OSError, KeyError, ValueError):
         return None
+    path.touch()
+    return found
 
 
-def named(scores: Scores) -> dict[str, torch.Tensor]:
-    """The tensors of scores, by names."""
-    return {
-        f"{part}.{layer}.{role}": tensor
-        for part in ("products", "element", "token")
-        for (layer, role), tensor in getattr(scores, part).items()
-    }
-
-
-def scores_from(tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
-    """Scores from what :func:`named` gave.
-
-    Raises:
-        KeyError, ValueError: a name of something else.
-    """
-    parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
-    for name, tensor in tensors.items():
-        part, layer, role = name.split(".")
-        parts[part][int(layer), role] = tensor
-    return Scores(**parts, c=c, loss=loss)
+def keep_scores(path: Path, scores: Scores) -> None:
+    """Write them; others that were unused longest make room. A cache that cannot be written costs time only."""
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_sealed(scores.tensors(), partial, {"c": repr(scores.c), "loss": repr(scores.loss)})
+        partial.replace(path)
+        make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
 
 
 class KnownLosses:
     """Losses of one model on some ids by what its layers keep, in nats per token; kept in a file of the cache."""
 
-    def __init__(self, weights: str | None, ids: torch.Tensor, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, weights: str | None, ids: torch.Tensor, settings: Mapping[str, object] | None = None) -> None:
         """``weights`` None keeps nothing beyond this object; ``settings``: whatever else changes the numbers, JSON."""
         self._path = cache_directory() / "scores" / f"{_key(weights, ids, settings or {})}.json" if weights else None
         self._known: dict[str, float] = {}
@@ -124,9 +84,9 @@ class KnownLosses:
                 self._known = {}
         self._known = shares().agreed(self._known)
 
-    def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float], way: str = "") -> float:
-        """The loss without what ``plans`` do not keep, measured where it is not known; ``way`` tells apart how."""
-        said = way + json.dumps({index: asdict(plan) for index, plan in sorted(plans.items())})
+    def of(self, plans: Mapping[int, LayerPlan], measure: Callable[[], float], how: str = "") -> float:
+        """The loss without what ``plans`` do not keep, measured where it is not known; ``how`` says in which way."""
+        said = how + json.dumps({index: asdict(plan) for index, plan in sorted(plans.items())})
         key = hashlib.sha256(said.encode()).hexdigest()
         if key not in self._known:
             self._known[key] = measure()

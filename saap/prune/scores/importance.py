@@ -23,7 +23,7 @@ activations; the exact element score keeps two numbers per weight of the layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,9 +31,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
+from saap.models.layer_walk import removed_hooks
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ModelShape
 from saap.prune.options import Element, Slices
@@ -79,6 +81,27 @@ class Scores:
     def tokenwise(self, kind: str, shape: ModelShape) -> list[torch.Tensor]:
         """I_t(G) per layer, [structures]."""
         return per_structure(self.token, kind, shape, "output")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them by names, from which :meth:`named` makes the scores again."""
+        return {
+            f"{part}.{layer}.{role}": tensor
+            for part in ("products", "element", "token")
+            for (layer, role), tensor in getattr(self, part).items()
+        }
+
+    @classmethod
+    def named(cls, tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
+        """The scores of named tensors.
+
+        Raises:
+            KeyError, ValueError: a name of something else.
+        """
+        parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
+        for name, tensor in tensors.items():
+            part, layer, role = name.split(".")
+            parts[part][int(layer), role] = tensor
+        return cls(**parts, c=c, loss=loss)
 
 
 def merged(parts: Sequence[Scores]) -> Scores:
@@ -193,7 +216,7 @@ class Sums:
             self._reduce(matrix, gradient[matrix.rows], weight.detach()[matrix.rows])
 
     def _reduce(self, matrix: Matrix, gradient: torch.Tensor, weight: torch.Tensor) -> None:
-        key, axis = (matrix.layer, matrix.role), _axis(matrix.role)
+        key, axis = (matrix.layer, matrix.role), summed_axis(matrix.role)
         if self.kind == "exact":
             first, second, _ = self.whole.get(key) or (torch.zeros_like(weight), torch.zeros_like(weight), weight)
             self.whole[key] = (first.add_(gradient), second.addcmul_(gradient, gradient), weight)
@@ -228,7 +251,7 @@ class Sums:
         """What was collected over so many sequences, whose mean loss is given; on the CPU."""
         for key, (first, second, weight) in self.whole.items():
             taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
-            total = torch.linalg.vector_norm(taylor, 1, dim=_axis(key[1]))
+            total = torch.linalg.vector_norm(taylor, 1, dim=summed_axis(key[1]))
             self.element[key] = self._by_structure(total, key[1])
         return Scores(
             products={key: torch.stack(rows).cpu() for key, rows in self.vector.items()},
@@ -239,7 +262,7 @@ class Sums:
         )
 
 
-def _axis(role: str) -> int:
+def summed_axis(role: str) -> int:
     """The axis to sum over: a structure is a column of output and down, a row of the others."""
     return 0 if role in ("output", "down") else 1
 
@@ -247,13 +270,32 @@ def _axis(role: str) -> int:
 @contextmanager
 def watched(model: PreTrainedModel, matrices: list[Matrix], sums: Sums) -> Iterator[None]:
     """Inside the block a backward pass adds the products of these matrices to the sums; no gradient is kept."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in wanted:
-        parameter.requires_grad_(False)
     by_linear: dict[nn.Linear, list[Matrix]] = {}
     for matrix in matrices:
         by_linear.setdefault(matrix.linear, []).append(matrix)
-    handles: list[Any] = []
+    with frozen(model), removed_hooks() as handles:
+        _watch(model, by_linear, sums, handles)
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient inside the block, but those that it asks for; flags and gradients come back."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, (wanted, gradient) in before.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+
+
+def _watch(
+    model: PreTrainedModel, by_linear: dict[nn.Linear, list[Matrix]], sums: Sums, handles: list[RemovableHandle]
+) -> None:
     if sums.kind == "none":  # then nothing else starts a graph
         embedding: Any = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
@@ -265,14 +307,6 @@ def watched(model: PreTrainedModel, matrices: list[Matrix], sums: Sums) -> Itera
             handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
         elif held[0].role not in ("output", "down"):
             handles.append(linear.register_forward_hook(partial(_watch_output, held, sums)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, before in wanted.items():
-            parameter.requires_grad_(before)
-            parameter.grad = None
 
 
 # Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.

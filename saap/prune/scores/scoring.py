@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +11,7 @@ from devices.common.progress import Progress
 from saap.models.shape import ModelShape
 from saap.models.streaming import is_streamed
 from saap.prune.options import AdaptiveOptions
-from saap.prune.scores.cache import cached_scores, named, scores_from
+from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.importance import Scores, estimate, merged
 from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
 from saap.prune.shares import shares
@@ -53,15 +52,24 @@ def scores_of(
     done = 0
     error = None
     for portion in mine:
-        say = partial(_portion, progress, done, len(portion), of) if progress else None
-        compute = partial(estimator, model, shape, portion, c=c, element=element, progress=say)
+
+        def say(label: str, part: float, total: float, done: int = done, count: int = len(portion)) -> None:
+            if progress:  # of a portion as that of all sequences
+                progress(label, done + count * part / total, of)
+
+        path = scores_path(weights, portion, settings) if weights else None
+        scores = read_scores(path) if path else None
         try:
-            found.append(compute() if weights is None else cached_scores(weights, portion, settings, compute)[0])
+            if scores is None:
+                scores = estimator(model, shape, portion, c=c, element=element, progress=say)
+                if path:
+                    keep_scores(path, scores)
         except UserError as problem:
             if together.count == 1:
                 raise
             error = problem  # which the others wait for
             break
+        found.append(scores)
         done += len(portion)
     return replace(merged(_of_all(found, error, len(portions), c) if together.count > 1 else found), c=c)
 
@@ -76,13 +84,9 @@ def _of_all(mine: list[Scores], error: UserError | None, portions: int, c: float
             own = (
                 error
                 if place >= len(mine)
-                else {**named(mine[place]), LOSS: torch.tensor([mine[place].loss], dtype=torch.float64)}
+                else {**mine[place].tensors(), LOSS: torch.tensor([mine[place].loss], dtype=torch.float64)}
             )
         tensors = together.tensors(owner, own)
-        found.append(scores_from(tensors, c, float(tensors.pop(LOSS))))
+        loss = float(tensors.pop(LOSS))
+        found.append(Scores.named(tensors, c, loss))
     return found
-
-
-def _portion(progress: Progress, before: int, count: int, of: int, label: str, done: float, total: float) -> None:
-    """Progress of a portion as that of all sequences."""
-    progress(label, before + count * done / total, of)

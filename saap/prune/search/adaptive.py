@@ -8,20 +8,15 @@ does not. Pruning in stages, each with scores of its own, is :mod:`saap.prune.pr
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
-from saap.prune.cut.refit import losses_compensated
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan, Weighed
-from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import fuse
-from saap.prune.scores.scoring import scores_of
+from saap.prune.scores.importance import Scores
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import reasons_of
 from saap.prune.search.masking import masked, mean_nll
@@ -32,61 +27,8 @@ from saap.system.errors import UserError
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
 
 
-def adaptive_plan(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    budget: Budget,
-    options: PruneOptions,
-    *,
-    weights: str | None = None,
-    progress: Progress | None = None,
-) -> PrunePlan:
-    """Choose what to keep of ``budget.dense``; the model is left as it was.
-
-    A structure of attention is a large step at a price that is fitted to all of its kind, so that the search finds
-    those whose price is too low. With ``options.heads`` None a plan that cuts attention is held against the best one
-    that leaves it whole, and stays if it is better by more than two standard errors (after the one-standard-error rule
-    of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
-
-    Args:
-        ids: of calibration, [sequences, tokens] int64; the last eighth prices what the others scored.
-        weights: hash of the model's weights, under which scores are kept; None keeps none.
-
-    Raises:
-        UserError: too little text, a loss that is not finite, or a budget that cannot be met.
-    """
-    shape = budget.dense
-    scored, priced = divided(ids)
-    scores = scores_of(model, shape, scored, options.adaptive, weights=weights, progress=progress)
-    losses = losses_on(model, scored, priced, options, weights=weights, progress=progress)
-    prices = fit_prices(losses, fuse(scores, shape, options.adaptive.fusion), options)
-    found = _searched(prices, budget, options)
-    best, least = found.plan, float("inf")
-    for _ in range(options.adaptive.corrections):
-        prices, loss = correct_prices(model, prices, found, priced, progress=progress)
-        best, least = (found.plan, loss) if loss < least else (best, least)
-        found = _searched(prices, budget, options)
-    plan = found.plan
-    if options.adaptive.corrections:
-        with masked(model, plan.cut_layers(shape), shape.head_dim):
-            plan = plan if mean_nll(model, priced) < least else best
-    cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
-    if options.heads is not None or not cuts:
-        return plan
-    try:
-        simpler = _searched(attention_whole(prices), budget, options).plan
-    except UserError:  # the FFN alone cannot meet the budget
-        return plan
-    cut, whole = (
-        losses_compensated(options.compensation, model, each, scored, priced, progress) for each in (plan, simpler)
-    )
-    compared = weighed(cut, whole)
-    plan = plan if compared.pays else simpler
-    return replace(plan, reasons=replace(plan.reasons, weighed=(compared,))) if plan.reasons else plan
-
-
 def divided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences that are scored on, and those that price what the others scored.
+    """The sequences that are scored on, and the last eighth, which prices what the others scored.
 
     Raises:
         UserError: there is one sequence only.
@@ -97,25 +39,43 @@ def divided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:-held], ids[-held:]
 
 
-def losses_on(
-    model: PreTrainedModel,
-    scored: torch.Tensor,
-    priced: torch.Tensor,
-    options: PruneOptions,
-    *,
-    weights: str | None = None,
-    progress: Progress | None = None,
-) -> Losses:
-    """What measures losses on ``priced``: where structures are silenced, or what compensation on ``scored`` leaves."""
-    kind = options.compensation
-    if options.adaptive.prices == "silenced" or kind == "none":
-        return Losses(model, priced, KnownLosses(weights, priced), progress=progress)
+def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: PruneOptions) -> PrunePlan:
+    """Choose what to keep of ``budget.dense``.
 
-    def compensated(plan: PrunePlan) -> float:
-        return float(losses_compensated(kind, model, plan, scored, priced).mean())
+    A structure of attention is a large step at a price that is fitted to all of its kind, so that the search finds
+    those whose price is too low. With ``options.heads`` None a plan that cuts attention is held against the best one
+    that leaves it whole, and stays if it is better by more than two standard errors (after the one-standard-error rule
+    of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
-    settings = {"compensation": kind, "on": hashlib.sha256(scored.numpy().tobytes()).hexdigest()}
-    return Losses(model, priced, KnownLosses(weights, priced, settings), compensated, progress)
+    Args:
+        scores, losses: of the model, on the two parts of the calibration text.
+
+    Raises:
+        UserError: a loss that is not finite, or a budget that cannot be met.
+    """
+    shape = budget.dense
+    prices = fit_prices(losses, fuse(scores, shape, options.adaptive.fusion), options)
+    found = _searched(prices, budget, options)
+    best, least = found.plan, float("inf")
+    for _ in range(options.adaptive.corrections):
+        prices, loss = correct_prices(losses, prices, found)
+        best, least = (found.plan, loss) if loss < least else (best, least)
+        found = _searched(prices, budget, options)
+    plan = found.plan
+    if options.adaptive.corrections:
+        with masked(losses.model, plan.cut_layers(shape), shape.head_dim):
+            plan = plan if mean_nll(losses.model, losses.priced) < least else best
+    cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
+    if options.heads is not None or not cuts:
+        return plan
+    try:
+        simpler = _searched(attention_whole(prices), budget, options).plan
+    except UserError:  # the FFN alone cannot meet the budget
+        return plan
+    cut, whole = (losses.compensated(each, losses.progress) for each in (plan, simpler))
+    compared = weighed(cut, whole)
+    plan = plan if compared.pays else simpler
+    return replace(plan, reasons=replace(plan.reasons, weighed=(compared,))) if plan.reasons else plan
 
 
 def _searched(prices: Prices, budget: Budget, options: PruneOptions) -> Found:

@@ -55,9 +55,8 @@ def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -
 
 
 def _reason(block: Block, chosen: Option) -> Reason:
-    whole = max(block.options, key=_kept)
-    parts = [o for o in block.options if 0 < _kept(o) < _kept(whole) and o.cost < whole.cost]
-    quarter = min(parts, key=lambda o: (abs(_kept(o) - 0.75 * _kept(whole)), o.price), default=None)
+    whole = block.whole
+    quarter = block.nearest(0.75, (o for o in block.options if 0 < o.kept < whole.kept and o.cost < whole.cost))
     taken = [_move(o, chosen) for o in block.options if o.cost > chosen.cost] if chosen is not whole else []
     left = [_move(chosen, o) for o in block.options if o.cost < chosen.cost]
     return Reason(
@@ -67,10 +66,6 @@ def _reason(block: Block, chosen: Option) -> Reason:
         min(left, key=lambda move: move.per_unit, default=None),
         _move(whole, quarter) if quarter else None,
     )  # fmt: skip
-
-
-def _kept(option: Option) -> int:
-    return len(option.keep.query_heads) + len(option.keep.ffn)
 
 
 def _move(start: Option, end: Option) -> Move:

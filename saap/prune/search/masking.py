@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import layer_inputs, layers_of, loss_after, run_layer
+from saap.models.layer_walk import layer_inputs, layers_of, loss_after, removed_hooks, run_layer
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.cut.surgery import head_rows
@@ -29,27 +28,23 @@ from saap.prune.shares import shares
 def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -> Iterator[None]:
     """Silence everything that the plans of the given layers do not keep, inside the block; no weight is written."""
     architecture = architecture_of(model.config)
-    layers: Any = model.get_submodule(architecture.layers)
-    handles: list[Any] = []
-    for index, keep in plans.items():
-        modules = dict(layers[index].named_modules())
-        for name, kept in (
-            (architecture.output, head_rows(keep.query_heads, head_dim)),
-            (architecture.down, torch.tensor(keep.ffn, dtype=torch.long)),
-        ):
-            linear = modules.get(name)
-            if linear is None or len(kept) == linear.in_features:
-                continue
-            mask = torch.zeros(linear.in_features)
-            mask[kept] = 1
-            handles.append(linear.register_forward_pre_hook(partial(_silence, mask)))
-            if not len(kept):  # the whole module goes, its bias too
-                handles.append(linear.register_forward_hook(lambda _, __, output: torch.zeros_like(output)))
-    try:
+    layers = layers_of(model)
+    with removed_hooks() as handles:
+        for index, keep in plans.items():
+            modules = dict(layers[index].named_modules())
+            for name, kept in (
+                (architecture.output, head_rows(keep.query_heads, head_dim)),
+                (architecture.down, torch.tensor(keep.ffn, dtype=torch.long)),
+            ):
+                linear = modules.get(name)
+                if linear is None or len(kept) == linear.in_features:
+                    continue
+                mask = torch.zeros(linear.in_features)
+                mask[kept] = 1
+                handles.append(linear.register_forward_pre_hook(partial(_silence, mask)))
+                if not len(kept):  # the whole block goes, its bias too
+                    handles.append(linear.register_forward_hook(lambda _, __, output: torch.zeros_like(output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:

@@ -7,7 +7,7 @@ per block is a multiple-choice knapsack, solved exactly as a mixed-integer progr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class Option:
     price: float
     cost: float
 
+    @property
+    def kept(self) -> int:
+        """How many query heads or channels."""
+        return len(self.keep.query_heads) + len(self.keep.ffn)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -41,6 +46,16 @@ class Block:
     layer: int
     kind: str  # attention | ffn
     options: tuple[Option, ...]
+
+    @property
+    def whole(self) -> Option:
+        """The option that loses nothing."""
+        return max(self.options, key=lambda option: option.kept)
+
+    def nearest(self, share: float, among: Iterable[Option]) -> Option | None:
+        """Of some of its options the one that keeps closest to this share of the block; the cheaper of two."""
+        wanted = share * self.whole.kept
+        return min(among, key=lambda option: (abs(option.kept - wanted), option.price), default=None)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ makes up for most of what a query head did, and for little of what FFN channels 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.shape import LayerSizes
+from saap.prune.cut.refit import losses_compensated
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
@@ -49,27 +51,36 @@ class Curve:
 
 
 class Losses:
-    """Measures what the model loses without some structures, on a few sequences; the model is left as it was.
+    """Measures what a model loses without some structures; the model is left as it was.
 
     Args:
-        ids: [sequences, tokens] of calibration text, other than what the scores were computed on.
-        known: losses that were measured before, on this model and these ids, compensated alike.
-        compensated: the loss on ``ids`` of the model that is cut to a plan and compensated, nats per token; None
-            prices structures by the loss where they are silenced, as whole blocks always are.
+        scored: calibration ids [sequences, tokens] that compensation is fitted on.
+        priced: other ids, that losses are measured on.
+        options: prices may be of what compensation leaves; else what goes is silenced, as whole blocks always are.
+        weights: hash of the model's weights, under which losses are kept; None keeps none.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        ids: torch.Tensor,
-        known: KnownLosses | None = None,
-        compensated: Callable[[PrunePlan], float] | None = None,
+        scored: torch.Tensor,
+        priced: torch.Tensor,
+        options: PruneOptions,
+        *,
+        weights: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.shape = shape_of(model.config)
-        self.compensated = compensated
-        self._model, self._ids, self._known, self._progress = model, ids, known or KnownLosses(None, ids), progress
+        self.model, self.shape, self.priced, self.progress = model, shape_of(model.config), priced, progress
+        self.compensates = options.adaptive.prices == "compensated" and options.compensation != "none"
+        self._compensation, self._scored = options.compensation, scored
+        scored_hash = hashlib.sha256(scored.numpy().tobytes()).hexdigest()
+        settings = {"compensation": options.compensation, "on": scored_hash} if self.compensates else None
+        self._known = KnownLosses(weights, priced, settings)
         self._done, self._of = 0, 1
+
+    def compensated(self, plan: PrunePlan, progress: Progress | None = None) -> torch.Tensor:
+        """Losses [sequences] of the model that is cut to a plan and compensated, nats per token."""
+        return losses_compensated(self._compensation, self.model, plan, self._scored, self.priced, progress)
 
     def begin(self, count: int) -> None:
         """So many will be asked for, which progress tells."""
@@ -78,28 +89,28 @@ class Losses:
     def end(self) -> None:
         """Keep what was measured."""
         self._known.save()
-        if self._progress:
-            self._progress("pricing", self._of, self._of)
+        if self.progress:
+            self.progress("pricing", self._of, self._of)
 
     def silenced(self, plans: dict[int, LayerPlan]) -> float:
         """The loss where what these layers' plans do not keep is silenced."""
 
         def measure() -> float:
-            with masked(self._model, plans, self.shape.head_dim):
-                return mean_nll(self._model, self._ids)
+            with masked(self.model, plans, self.shape.head_dim):
+                return mean_nll(self.model, self.priced)
 
         return self._counted(plans, measure)
 
     def without(self, plans: dict[int, LayerPlan]) -> float:
         """The loss where what these layers' plans do not keep is silenced, or gone and compensated."""
-        if (compensated := self.compensated) is None:
+        if not self.compensates:
             return self.silenced(plans)
         layers = tuple(plans.get(i, whole_layer(sizes)) for i, sizes in enumerate(self.shape.layers))
-        return self._counted(plans, lambda: compensated(PrunePlan(layers)), "compensated")
+        return self._counted(plans, lambda: float(self.compensated(PrunePlan(layers)).mean()), "compensated")
 
     def _counted(self, plans: dict[int, LayerPlan], measure: Callable[[], float], how: str = "") -> float:
-        if self._progress:
-            self._progress("pricing", self._done, self._of)
+        if self.progress:
+            self.progress("pricing", self._done, self._of)
         self._done += 1
         return finite(self._known.of(plans, measure, how))
 
@@ -143,7 +154,7 @@ def finite(loss: float) -> float:
 
 
 def _fit_curve(kind: str, losses: Losses, scores: list[torch.Tensor], base: float, free: list[int]) -> Curve:
-    ffn_levels = FFN_LEVELS if losses.compensated is None else FFN_LEVELS_COMPENSATED
+    ffn_levels = FFN_LEVELS_COMPENSATED if losses.compensates else FFN_LEVELS
     rows, increases = [], []
     for level in (0, 1):
         plans, scored, weighted = {}, 0.0, 0.0
@@ -207,9 +218,7 @@ def _block_prices(
     return [single[i] * factor if i in single else None for i in range(len(losses.shape.layers))]
 
 
-def correct_prices(
-    model: PreTrainedModel, prices: Prices, found: Found, ids: torch.Tensor, *, progress: Progress | None = None
-) -> tuple[Prices, float]:
+def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices, float]:
     """Scale each block's prices so that they agree with a loss measured where all others are cut as planned.
 
     A block that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
@@ -217,18 +226,17 @@ def correct_prices(
 
     Args:
         found: by a search at these prices.
-        ids: calibration ids [sequences, tokens] other than what the scores were computed on.
 
     Returns:
-        the corrected prices, and the loss of the plan itself on ``ids``, nats per token.
+        the corrected prices, and the loss of the plan itself, nats per token.
     """
     factors: dict[tuple[int, str], float] = {}
-    shape = shape_of(model.config)
-    with WorkingPoint(model, shape, found.plan.cut_layers(shape), ids).entered() as here:
+    shape, progress = losses.shape, losses.progress
+    with WorkingPoint(losses.model, shape, found.plan.cut_layers(shape), losses.priced).entered() as here:
         for done, (block, option) in enumerate(zip(found.blocks, found.chosen, strict=True)):
             if progress:
                 progress("correcting prices", done, len(found.blocks))
-            whole = max(block.options, key=_kept)
+            whole = block.whole
             other = whole if option is not whole else _probe(block)
             if other is option:
                 continue
@@ -261,15 +269,10 @@ def scaled_prices(prices: Prices, factors: dict[tuple[int, str], float]) -> Pric
     )
 
 
-def _kept(option: Option) -> int:
-    return len(option.keep.query_heads) + len(option.keep.ffn)
-
-
 def _probe(block: Block) -> Option:
-    """The option that keeps closest to three quarters of the block; the cheaper of two."""
-    most = max(map(_kept, block.options))
-    rest = [option for option in block.options if 0 < _kept(option) < most] or list(block.options)
-    return min(rest, key=lambda option: (abs(_kept(option) - 0.75 * most), option.price))
+    """The option that keeps closest to three quarters of the block."""
+    parts = [option for option in block.options if 0 < option.kept < block.whole.kept]
+    return block.nearest(0.75, parts or block.options) or block.whole
 
 
 def _with_option(layer: LayerPlan, kind: str, option: Option) -> LayerPlan:

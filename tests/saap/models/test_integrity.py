@@ -26,7 +26,7 @@ from saap.models.streaming import load_streamed
 from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.pruning import prune
-from saap.prune.scores.cache import KnownLosses, cached_scores
+from saap.prune.scores.cache import KnownLosses, keep_scores, read_scores, scores_path
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -183,7 +183,9 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
             calls.append("scores")
             return scores_of(load_model(path), shape_of(read_config(path)), IDS, AdaptiveOptions(c=1.0))
 
-        found = cached_scores("w", IDS, {}, compute)[0]
+        place = scores_path("w", IDS, {})
+        if (found := read_scores(place)) is None:
+            keep_scores(place, found := compute())
         return [float(part.double().sum()) for part in (*found.products.values(), *found.token.values())]
 
     def teacher() -> Any:

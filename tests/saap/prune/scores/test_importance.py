@@ -8,7 +8,7 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.prune.scores.cache import cached_scores
+from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
 from saap.prune.scores.importance import TYPES, estimate, per_structure
 from saap.prune.scores.stability import stability_factor
@@ -223,6 +223,15 @@ def test_learned_and_closed_form_fuse_alike(tiny_model):
             assert torch.allclose(a, b, rtol=1e-4)
 
 
+def kept(weights, ids, settings, compute):
+    """The scores, made if they are not kept; and whether they were."""
+    path = scores_path(weights, ids, settings)
+    if (found := read_scores(path)) is not None:
+        return found, True
+    keep_scores(path, scores := compute())
+    return scores, False
+
+
 def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     model = load_model(tiny_model())
@@ -233,19 +242,19 @@ def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
         calls.append(1)
         return estimate(model, shape, IDS)
 
-    first, hit = cached_scores("weights", IDS, {"c": None}, compute)
+    first, hit = kept("weights", IDS, {"c": None}, compute)
     assert not hit
-    again, hit = cached_scores("weights", IDS, {"c": None}, compute)
+    again, hit = kept("weights", IDS, {"c": None}, compute)
     assert hit and len(calls) == 1
     assert (again.c, again.loss) == (first.c, first.loss)
     for part in ("products", "element", "token"):
         assert getattr(first, part).keys() == getattr(again, part).keys()
         assert all(torch.equal(getattr(again, part)[key], tensor) for key, tensor in getattr(first, part).items())
     for other in (("others", IDS, {"c": None}), ("weights", IDS + 1, {"c": None}), ("weights", IDS, {"c": 1})):
-        assert not cached_scores(*other, lambda: first)[1]
+        assert not kept(*other, lambda: first)[1]
     for entry in (tmp_path / "cache" / "scores").glob("*.safetensors"):
         entry.write_bytes(b"torn")
-    assert not cached_scores("weights", IDS, {"c": None}, compute)[1]
+    assert not kept("weights", IDS, {"c": None}, compute)[1]
 
 
 def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model, tmp_path, monkeypatch):
@@ -254,15 +263,15 @@ def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model
     scores = estimate(model, shape_of(model.config), IDS)
     folder = tmp_path / "cache" / "scores"
     for number, name in enumerate(("first", "second")):
-        cached_scores(name, IDS, {}, lambda: scores)
+        kept(name, IDS, {}, lambda: scores)
         for entry in folder.iterdir():
             if entry.stat().st_mtime > 1e6:
                 os.utime(entry, (number, number))
     size = sum(entry.stat().st_size for entry in folder.iterdir()) // 2
     monkeypatch.setattr("saap.prune.scores.cache.KEPT_BYTES", int(2.5 * size))
-    assert cached_scores("first", IDS, {}, lambda: scores)[1]  # used last now
-    cached_scores("third", IDS, {}, lambda: scores)
-    hits = {name: cached_scores(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
+    assert kept("first", IDS, {}, lambda: scores)[1]  # used last now
+    kept("third", IDS, {}, lambda: scores)
+    hits = {name: kept(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
     assert hits == {"first": True, "third": True, "second": False}
 
 

@@ -13,8 +13,10 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import Weighed
 from saap.prune.pruning import prune
 from saap.prune.record import plan_of
-from saap.prune.search.adaptive import adaptive_plan, weighed
+from saap.prune.scores.scoring import scores_of
+from saap.prune.search.adaptive import adaptive_plan, divided, weighed
 from saap.prune.search.budget import budget_for
+from saap.prune.search.prices import Losses
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (16, 16), generator=torch.Generator().manual_seed(3))
@@ -35,14 +37,16 @@ def found(tiny_model, monkeypatch):
         asked.append(attention_cut(each, shape))
         return torch.tensor([said[asked[-1]], said[asked[-1]] + 1])
 
-    monkeypatch.setattr("saap.prune.search.adaptive.losses_compensated", losses)
+    monkeypatch.setattr("saap.prune.search.prices.losses_compensated", losses)
 
     def plan(ratio, heads=None):
         asked.clear()
         options = PruneOptions(ratio=ratio, heads=heads)
         budget = budget_for(options, shape, model.config.to_dict())
 
-        return adaptive_plan(model, IDS, budget, options)
+        scored, priced = divided(IDS)
+        scores = scores_of(model, shape, scored, options.adaptive)
+        return adaptive_plan(scores, Losses(model, scored, priced, options), budget, options)
 
     return plan, said, asked, shape
 

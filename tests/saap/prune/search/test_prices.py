@@ -5,9 +5,8 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.prune.options import PruneOptions
+from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import whole_layer
-from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.importance import estimate
 from saap.prune.search.masking import masked, mean_nll, without_attention
@@ -17,8 +16,9 @@ from saap.system.errors import UserError
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(2))
 
 
-def fitted(model, fused, modules=False, **how):
-    return fit_prices(Losses(model, IDS[2:], **how), fused, PruneOptions(modules=modules))
+def fitted(model, fused, modules=False, prices="silenced", scored=IDS[:2], **how):
+    options = PruneOptions(modules=modules, adaptive=AdaptiveOptions(prices=prices))
+    return fit_prices(Losses(model, scored, IDS[2:], options, **how), fused, options)
 
 
 @pytest.fixture
@@ -73,19 +73,19 @@ def test_progress_ends_at_its_total(scored):
 def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
     model, _, fused = scored
-    first = fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
+    first = fitted(model, fused, weights="weights")
     calls = []
     monkeypatch.setattr("saap.prune.search.prices.mean_nll", lambda *_: calls.append(1) or 1.0)
-    again = fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
+    again = fitted(model, fused, weights="weights")
     assert not calls
     for kind in ("ffn", "head", "group"):
         assert all((a == b).all() for a, b in zip(getattr(first, kind), getattr(again, kind), strict=True))
-    fitted(model, fused, known=KnownLosses("others", IDS[2:]))
+    fitted(model, fused, weights="others")
     count = len(calls)
     assert 3 <= count <= 7
     for path in (tmp_path / "scores").glob("*.json"):
         path.write_text("[torn")
-    fitted(model, fused, known=KnownLosses("weights", IDS[2:]))
+    fitted(model, fused, weights="weights")
     assert len(calls) == 2 * count
 
 
@@ -96,13 +96,14 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
     base, plans = mean_nll(model, IDS[2:]), []
 
     def priced(factor):
-        def loss(plan):
+        def losses(kind, model, plan, scored, judged, progress):
             plans.append(plan)
             kept = [(len(layer.query_heads) / 6, len(layer.ffn) / 128) for layer in plan.layers]
-            return base + factor * sum((1 - heads) ** 2 + (1 - ffn) for heads, ffn in kept)
+            return base + factor * torch.tensor([sum((1 - heads) ** 2 + (1 - ffn) for heads, ffn in kept)]).double()
 
-        known = KnownLosses("weights", IDS[2:], {"factor": factor})
-        return fitted(model, fused, modules=True, compensated=loss, known=known)
+        monkeypatch.setattr("saap.prune.search.prices.losses_compensated", losses)
+        on = IDS[:2] if factor == 1 else IDS[:1]  # known losses are of the text that compensation is fitted on
+        return fitted(model, fused, modules=True, prices="compensated", scored=on, weights="weights")
 
     whole, half, again = priced(1.0), priced(0.5), priced(0.5)
     assert len(plans) == 10, "the second time they are known"
