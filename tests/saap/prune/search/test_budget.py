@@ -140,7 +140,7 @@ def test_one_requirement_only(given: dict[str, Any]) -> None:
         ({"speedup": math.inf}, "speedup inf is not allowed"),
         ({"ms_per_token": math.nan}, "ms-per-token nan is not allowed: give a number above 0"),
         ({"ms_per_token": -2.0}, r"ms-per-token -2.0 is not allowed"),
-        ({"speedup": 1.5}, "--speedup needs --costs FILE: measure one on the device with `saap devices probe"),
+        ({"speedup": 1.5}, "--speedup needs --costs FILE: measure one on the device with `saap devices costs"),
         ({"ratio": 0.2, "costs": Path("cost.json")}, "--costs is for --speedup and --ms-per-token: leave it out"),
         ({"max_bytes": 9, "threads": 1}, "--threads is for --speedup and --ms-per-token"),
         ({"ratio": 0.2, "bits": 3}, "bits 3 is not allowed: give 4, 8 or 32"),
