@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from devices.common.tree import cpu_list, field, first_text, glob, number, parse_cpu_list, text
 
@@ -78,6 +78,35 @@ PARTS = {
     (0xC0, 0xAC3): "Ampere-1",
     (0xC0, 0xAC4): "Ampere-1a",
 }
+
+
+class ClockDomain(TypedDict):
+    """CPUs that share a clock; the limits that are set and the clock of the moment, hertz."""
+
+    cpus: str | None
+    min_hz: int | None
+    max_hz: int | None
+    current_hz: int | None
+
+
+class Cluster(TypedDict):
+    """Like cores that share a clock."""
+
+    cpus: str  # the kernel's list
+    core: str | None  # its name
+    capacity: int | None  # of the kernel: 1024 is the fastest core; None where all are alike
+    governor: str | None
+    min_hz: int | None  # as set
+    max_hz: int | None
+    hardware_max_hz: int | None
+    current_hz: int | None
+
+
+class MemoryNode(TypedDict):
+    """A NUMA node."""
+
+    cpus: str | None
+    memory_bytes: int | None
 
 
 def cpuinfo(root: Path) -> list[dict[str, str]]:
@@ -173,9 +202,9 @@ def governor(root: Path) -> str | None:
     return ", ".join(unique(name for name in governors if name)) or None
 
 
-def frequencies(root: Path) -> list[dict[str, Any]] | None:
-    """Per clock domain the limits that are set and the clock of the moment, hertz."""
-    domains: list[dict[str, Any]] = [
+def frequencies(root: Path) -> list[ClockDomain] | None:
+    """The clock domains."""
+    domains: list[ClockDomain] = [
         {
             "cpus": first_text((policy / "affected_cpus", policy / "related_cpus")),
             "min_hz": hertz(policy / "scaling_min_freq"),
@@ -187,17 +216,11 @@ def frequencies(root: Path) -> list[dict[str, Any]] | None:
     return domains or None
 
 
-def clusters(root: Path, cpus: list[dict[str, str]]) -> list[dict[str, Any]] | None:
-    """Runs of like cores that share a clock: the big and little ones of a mixed SoC apart.
-
-    Returns:
-        Per cluster its cpus (the kernel's list), core (name), capacity (of the kernel: 1024 is the fastest core;
-        None where all are alike), governor, and min_hz, max_hz (as set), hardware_max_hz and current_hz. In the order
-        of their first CPU.
-    """
+def clusters(root: Path, cpus: list[dict[str, str]]) -> list[Cluster] | None:
+    """The big and little cores of a mixed SoC apart, in the order of their first CPU."""
     names = {int(cpu["processor"]): core_name(cpu) or cpu.get("model name") for cpu in cpus if _counted(cpu)}
     domains = {cpu: policy for policy in policies(root) for cpu in _cpus_of(policy)}
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[str | None, int | None, Path | int | None], list[int]] = {}
     for cpu, name in names.items():
         place = root / CPU / f"cpu{cpu}"
         name = name or core_of_midr(text(place / "regs/identification/midr_el1"))
@@ -209,9 +232,9 @@ def clusters(root: Path, cpus: list[dict[str, str]]) -> list[dict[str, Any]] | N
     return sorted(found, key=lambda cluster: parse_cpu_list(cluster["cpus"])) or None
 
 
-def numa_nodes(root: Path) -> list[dict[str, Any]] | None:
+def numa_nodes(root: Path) -> list[MemoryNode] | None:
     """Per memory node its CPUs and bytes; one node is uniform memory."""
-    nodes = []
+    nodes: list[MemoryNode] = []
     for node in glob(root / "sys/devices/system/node", "node[0-9]*"):
         nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": field(node / "meminfo", "MemTotal")})
     return nodes or None
@@ -228,7 +251,7 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _cluster(members: list[int], name: str | None, capacity: int | None, policy: Path | None) -> dict[str, Any]:
+def _cluster(members: list[int], name: str | None, capacity: int | None, policy: Path | None) -> Cluster:
     def clock(file: str) -> int | None:
         return hertz(policy / file) if policy is not None else None
 

@@ -23,7 +23,7 @@ from devices.common.tree import field, first_text, strings, text, why_unreadable
 from devices.probe import cpu as probe_cpu
 from devices.probe import jetson
 from devices.probe.jetson import Run
-from devices.probe.state import probe_state
+from devices.probe.state import State, probe_state
 
 # What firmware says when nobody filled the field in.
 _PLACEHOLDERS = {"", "to be filled by o.e.m.", "default string", "system product name", "system manufacturer"}
@@ -75,13 +75,13 @@ class HostFacts(TypedDict):
     architecture: str | None
     isa: list[str] | None  # sorted feature names
     cores: Cores
-    clusters: list[dict[str, Any]] | None  # :func:`devices.probe.cpu.clusters`
+    clusters: list[probe_cpu.Cluster] | None
     last_level_cache_bytes: int | None  # summed over the caches that the allowed CPUs reach
-    numa: list[dict[str, Any]] | None
+    numa: list[probe_cpu.MemoryNode] | None
     memory_bytes: int | None  # the smaller of RAM and cgroup limit
     governor: str | None
-    frequencies: list[dict[str, Any]] | None  # per clock domain, Hz
-    power_mode: dict[str, Any] | None  # name and id
+    frequencies: list[probe_cpu.ClockDomain] | None
+    power_mode: jetson.PowerMode | None
     l4t: str | None
     jetpack: str | None
     os: str | None
@@ -132,7 +132,13 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
     return facts
 
 
-def probe_all(root: Path = Path("/"), run: Run | None = None) -> dict[str, Any]:
+class AllFacts(HostFacts):
+    """And what holds only now."""
+
+    state: State
+
+
+def probe_all(root: Path = Path("/"), run: Run | None = None) -> AllFacts:
     """:func:`probe`, and under ``state`` what holds only now (:func:`devices.probe.state.probe_state`)."""
     run = run or (run_here if _is_host(root) else nobody)
     return {**probe(root, run), "state": probe_state(root, run)}

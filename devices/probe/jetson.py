@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from devices.common.tree import text
 
@@ -32,6 +32,13 @@ JETPACK = {
 _MAJOR = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 
 
+class PowerMode(TypedDict):
+    """A part that is not known is None."""
+
+    name: str | None
+    id: int | None
+
+
 def l4t_release(root: Path) -> str | None:
     """Version of Jetson Linux, such as ``36.4.3``."""
     line = text(root / RELEASE) or ""
@@ -47,8 +54,8 @@ def jetpack(l4t: str | None) -> str | None:
     return JETPACK.get(l4t) or JETPACK.get(short) or _MAJOR.get(int(l4t.split(".")[0]))
 
 
-def power_mode(root: Path, run: Run) -> dict[str, Any] | None:
-    """Name and id of the mode that is on: ``{"name": "25W", "id": 1}``; a part that is not known is None.
+def power_mode(root: Path, run: Run) -> PowerMode | None:
+    """Name and id of the mode that is on: ``{"name": "25W", "id": 1}``.
 
     nvpmodel's status file holds the id, its configuration the names; where the file is not there, ``nvpmodel -q`` is
     asked, which needs no root from JetPack 5 on.

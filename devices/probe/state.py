@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from devices.common.cgroup import memory_left, memory_limit
 from devices.common.tree import fields, first_text, glob, text
@@ -37,19 +37,74 @@ _REASONS = {
 }
 
 
-def probe_state(root: Path, run: Run) -> dict[str, Any]:
-    """temperatures (degrees Celsius), throttling and memory (bytes), as JSON types.
+class FirmwareBits(TypedDict):
+    """Of a Raspberry Pi's firmware, and the names of those that are set."""
 
-    What is None is unknown, and ``unknown`` says why.
-    """
-    state: dict[str, Any] = {
-        "temperatures": temperatures(root),
-        "throttling": throttling(root, run),
-        "memory": memory(root),
-    }
-    flat = {"temperatures": state["temperatures"], **state["throttling"], **state["memory"]}
-    state["unknown"] = {name: why for name, why in _REASONS.items() if flat[name] is None}
-    return state
+    bits: str
+    now: list[str]
+    since_boot: list[str]
+
+
+class CoolingDevice(TypedDict):
+    """One that slows a processor or its memory and is at work."""
+
+    type: str
+    state: int
+    max_state: int | None
+
+
+class CappedDomain(TypedDict):
+    """CPUs whose clock's limit lies below the hardware's; a power mode or a user may have set it too."""
+
+    cpus: str | None
+    max_hz: int
+    hardware_max_hz: int
+
+
+class Throttling(TypedDict):
+    """Signs of throttling, each None where this host has no such sign."""
+
+    raspberry_pi: FirmwareBits | None
+    cooling: list[CoolingDevice] | None
+    capped: list[CappedDomain] | None
+    throttle_count: int | None  # x86's thermal events since boot, all CPUs together
+    over_current: dict[str, int] | None  # a Jetson's events per name since boot
+
+
+class Zram(TypedDict):
+    """Compressed swap, bytes."""
+
+    stored: int
+    compressed: int
+
+
+class MemoryState(TypedDict):
+    """Bytes."""
+
+    total: int | None
+    available: int | None
+    swap_total: int | None
+    swap_free: int | None
+    zram: Zram | None
+    cgroup_limit: int | None
+    cgroup_left: int | None
+
+
+class State(TypedDict):
+    """What is None is unknown, and ``unknown`` says why."""
+
+    temperatures: dict[str, float | None] | None  # degrees Celsius
+    throttling: Throttling
+    memory: MemoryState
+    unknown: dict[str, str]
+
+
+def probe_state(root: Path, run: Run) -> State:
+    """The state of the host below ``root``."""
+    heat, slowed, sizes = temperatures(root), throttling(root, run), memory(root)
+    flat = {"temperatures": heat, **slowed, **sizes}
+    unknown = {name: why for name, why in _REASONS.items() if flat[name] is None}
+    return {"temperatures": heat, "throttling": slowed, "memory": sizes, "unknown": unknown}
 
 
 def temperatures(root: Path) -> dict[str, float | None] | None:
@@ -60,17 +115,8 @@ def temperatures(root: Path) -> dict[str, float | None] | None:
     return found or None
 
 
-def throttling(root: Path, run: Run) -> dict[str, Any]:
-    """Signs of throttling, each None where this host has no such sign.
-
-    Returns:
-        raspberry_pi: bits (of the firmware), now and since_boot (their names).
-        cooling: type and state of each device that slows a processor or its memory and is at work.
-        capped: clock domains whose limit lies below the hardware's: cpus, max_hz, hardware_max_hz. A power mode or a
-            user may have set it too.
-        throttle_count: x86's thermal events since boot, all CPUs together.
-        over_current: events per name since boot, of a Jetson.
-    """
+def throttling(root: Path, run: Run) -> Throttling:
+    """Signs of throttling; ``run`` asks a Raspberry Pi's firmware where no file tells."""
     return {
         "raspberry_pi": _raspberry_pi(root, run),
         "cooling": _cooling(root),
@@ -80,8 +126,8 @@ def throttling(root: Path, run: Run) -> dict[str, Any]:
     }
 
 
-def memory(root: Path) -> dict[str, Any]:
-    """Bytes: total, available, swap_total, swap_free, zram (stored and compressed), cgroup_limit, cgroup_left."""
+def memory(root: Path) -> MemoryState:
+    """The memory's state, with that of the control group that limits it."""
     limit = memory_limit(root)
     sizes = fields(root / "proc/meminfo")
     total = sizes.get("MemTotal")
@@ -103,7 +149,7 @@ def available(root: Path) -> int | None:
     return min((size for size in (found["available"], found["cgroup_left"]) if size is not None), default=None)
 
 
-def _raspberry_pi(root: Path, run: Run) -> dict[str, Any] | None:
+def _raspberry_pi(root: Path, run: Run) -> FirmwareBits | None:
     bits = firmware_bits(root)
     if bits is None:
         match = re.search(r"throttled=(0x[0-9a-fA-F]+)", run(["vcgencmd", "get_throttled"]) or "")
@@ -117,15 +163,15 @@ def _raspberry_pi(root: Path, run: Run) -> dict[str, Any] | None:
     }
 
 
-def _cooling(root: Path) -> list[dict[str, Any]] | None:
+def _cooling(root: Path) -> list[CoolingDevice] | None:
     found = coolers(root)
     if not found:
         return None
     return [{"type": c.kind, "state": c.state, "max_state": c.max_state} for c in found if c.state]
 
 
-def _capped(root: Path) -> list[dict[str, Any]] | None:
-    capped: list[dict[str, Any]] = []
+def _capped(root: Path) -> list[CappedDomain] | None:
+    capped: list[CappedDomain] = []
     known = False
     for policy in policies(root):
         now, hardware = hertz(policy / "scaling_max_freq"), hertz(policy / "cpuinfo_max_freq")
@@ -137,7 +183,7 @@ def _capped(root: Path) -> list[dict[str, Any]] | None:
     return capped if known else None
 
 
-def _zram(root: Path) -> dict[str, int] | None:
+def _zram(root: Path) -> Zram | None:
     """Stored and compressed bytes of all compressed swap devices; mm_stat's first two fields (zram.rst)."""
     found = [(text(path) or "").split() for path in glob(root / "sys/block", "zram[0-9]*/mm_stat")]
     known = [(int(words[0]), int(words[1])) for words in found if len(words) > 1 and "".join(words[:2]).isdigit()]

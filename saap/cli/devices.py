@@ -62,7 +62,7 @@ def probe_host(as_json: bool, bandwidth: bool = False) -> None:
     from devices.probe.host import probe_all
     from devices.profiles.profile import load_profiles, profile_of
 
-    facts = probe_all()
+    facts: dict[str, Any] = {**probe_all()}
     facts["profile"] = profile_of(facts["compatible"], load_profiles())
     if bandwidth:
         facts["bandwidth"] = read_bandwidth(facts["last_level_cache_bytes"])
