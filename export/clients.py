@@ -1,4 +1,4 @@
-"""Files beside the graph that let other programs run a bundle.
+"""Writes the files that let other programs run a bundle.
 
 ``genai_config.json`` is for onnxruntime-genai, ``config.json`` for optimum's ``ORTModelForCausalLM``. The latter's
 batches must not be padded on bundles of the ``cpu`` target: their operator takes padding on the left for text.

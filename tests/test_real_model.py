@@ -16,7 +16,7 @@ from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.tokenizer import BundleTokenizer
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.shape import LayerSizes

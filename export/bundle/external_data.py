@@ -1,4 +1,4 @@
-"""Where an ONNX file keeps its weights, and that this is inside its own folder. Standard library only, for a board.
+"""Finds the data files of an ONNX file and refuses those outside its folder. Standard library only, for a board.
 
 A graph names its data files by relative paths, and a runtime opens whatever they name. The file is read as protobuf
 wire format (https://protobuf.dev/programming-guides/encoding), descending only to where a tensor may stand; the field
@@ -28,7 +28,7 @@ _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 
 
 def check_external_data(graph: str | Path) -> list[Path]:
-    """The data files of an ONNX file, each once, in order of appearance; to be called before a session is made.
+    """The data files of an ONNX file, each once, in order of appearance. Call it before you open a session.
 
     Raises:
         BundleError: not an ONNX file, or a data file that is missing or outside the graph's folder.

@@ -26,7 +26,7 @@ class Node:
 
 @dataclass
 class Tensor:
-    """One initialiser: its place in memory or file, and what it is for.
+    """An initialiser: where it is stored, and what it is for.
 
     Attributes:
         layer: decoder layer; None for embedding, head, tables and constants.
@@ -55,7 +55,7 @@ class GraphFacts:
     producer: str
 
     def quantised(self) -> list[dict[str, Any]]:
-        """Integer matrices by node, bits, block and accuracy level, with their count and bytes."""
+        """Count and bytes of the integer matrices, by node, bits, group size and accuracy level."""
         found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for node in self.nodes:
             position = {"MatMulNBits": 1, "DequantizeLinear": 0}.get(node.kind.split(":")[-1])

@@ -20,7 +20,7 @@ Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 def inspect_bundle(path: str | Path) -> dict[str, Any]:
-    """Everything that a bundle says about itself and that its decode graph shows; JSON types only.
+    """Everything that the manifest and the decode graph of a bundle say; JSON types only.
 
     Sizes are bytes; None is unknown. ``files`` are compared with their hashes, which reads them all.
 
@@ -130,7 +130,7 @@ def _parity_lines(parity: dict[str, Any] | None) -> list[str]:
 
 
 def _mixed_lines(precision: dict[str, Any]) -> list[str]:
-    """What a bundle of tuned integers has beside its usual bits; nothing for others."""
+    """Which linears have other bits than the rest; nothing where all are alike."""
     lines = []
     if own := Counter(precision.get("matrices", {}).values()):
         linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
@@ -139,7 +139,7 @@ def _mixed_lines(precision: dict[str, Any]) -> list[str]:
 
 
 def _provenance_lines(lineage: dict[str, Any]) -> list[str]:
-    """Where the model came from: each line only where it is known."""
+    """Where the model came from, as far as it is known."""
     lines = []
     if base := lineage.get("base_sha256"):
         lines.append(f"  base: {lineage.get('base', 'unnamed')}, sha256 {base[:16]}")

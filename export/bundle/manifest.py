@@ -138,7 +138,7 @@ class BundleManifest:
 
     @property
     def content_hash(self) -> str:
-        """One sha256 over the files' hashes: what a result calls the bundle's hash."""
+        """One sha256 over the files' hashes; results name a bundle by it."""
         text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -193,7 +193,7 @@ def verify_files(directory: str | Path, manifest: BundleManifest | None = None) 
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file; a name that no file system has, as one too long, names none."""
+    """Whether there is such a file; False for a name that no file system allows, such as one that is too long."""
     try:
         return path.is_file()
     except OSError:
@@ -209,7 +209,7 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def too_old(manifest: BundleManifest, installed: str) -> str | None:
-    """What to say where a version of ONNX Runtime is older than the bundle's graphs need; None where it is not."""
+    """Why a version of ONNX Runtime is too old for the bundle's graphs; None if it is not."""
     needed = manifest.onnxruntime_min
     if _minor(installed) >= _minor(needed):
         return None

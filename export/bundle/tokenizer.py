@@ -22,7 +22,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 
 class RunError(UserError):
-    """A prompt or a bundle that cannot be run; one line that says what to do."""
+    """A prompt or a bundle that cannot be run."""
 
 
 class BundleTokenizer:
@@ -103,7 +103,7 @@ class BundleTokenizer:
         return self.encode(self.render_chat([{"role": "user", "content": prompt}]), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -143,7 +143,7 @@ class TextStream:
         return frozenset(self._tokenizer.eos_token_ids)
 
     def push(self, token: int) -> str:
-        """Text that became certain with this token; often one word, empty inside a character."""
+        """The text that this token completes: often a word, empty inside a character."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         # U+FFFD at the end is (almost always) the first bytes of a character whose last bytes are still to come.
@@ -226,7 +226,7 @@ def end_ids(named: Any, directory: Path) -> list[int]:
     """The ids of an ``eos_token_id``: one, several or none.
 
     Raises:
-        RunError: something that is no id.
+        RunError: an entry that is not a number.
     """
     found = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [each for each in found if type(each) is not int]:
@@ -252,5 +252,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _remedy(directory: Path) -> str:
-    """What mends a damaged file: a model directory has tokenizers, too."""
+    """How to repair a damaged file; a model directory has tokenizers, too."""
     return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"

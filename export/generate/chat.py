@@ -46,12 +46,12 @@ class Conversation:
         return list(self._sequence.ids)
 
     def reset(self) -> None:
-        """Begin anew; what the cache holds of the system prompt is kept."""
+        """Start a new conversation; the system prompt stays in the cache."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         self._answer: Generation | None = None
 
     def ask(self, text: str) -> Generation:
-        """The answer to the user's next turn, as it is made.
+        """The answer to the user's next turn, as it is written.
 
         Raises:
             RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then

@@ -1,4 +1,4 @@
-"""Text out of a prompt, from any decoder that has the methods of :class:`Decoder`. No torch and no transformers."""
+"""Text from a prompt, by any :class:`Decoder`. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 class HeldSequence:
-    """A decoder together with the ids that its cache holds, so that a longer text costs only what is new in it.
+    """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
 
     Args:
         decoder: it is reset.
@@ -217,7 +217,7 @@ def begin_text(
 
 
 def check_request(prompt: str, max_tokens: int) -> None:
-    """Refuse an empty prompt, or less than one token."""
+    """Refuse an empty prompt, and an answer of less than one token."""
     if max_tokens < 1:
         raise RunError(f"{max_tokens} tokens cannot be generated: ask for 1 or more")
     if not prompt.strip():
@@ -225,7 +225,7 @@ def check_request(prompt: str, max_tokens: int) -> None:
 
 
 def check_length(ids: Sequence[int], decoder: Decoder) -> None:
-    """Refuse a prompt that the cache cannot hold, or one of no tokens."""
+    """Refuse a prompt that is longer than the cache, or that has no tokens."""
     if not ids:
         raise RunError("the prompt is empty: give some text")
     if len(ids) > decoder.max_length:

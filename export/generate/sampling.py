@@ -1,4 +1,4 @@
-"""Drawing a token from logits: greedy, or from a distribution cut by top-k, top-p and min-p. numpy only.
+"""Draws a token from logits: greedy, or from a distribution cut by top-k, top-p and min-p. numpy only.
 
 The order of the steps and what each keeps is transformers' (repetition penalty, temperature, top-k, top-p, min-p), so
 that the same settings mean the same distribution.
@@ -80,7 +80,7 @@ class Sampling:
         return draw
 
     def _distribution(self, scores: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The tokens that are kept, and a weight for each that is proportional to its probability."""
+        """The tokens that are kept, and weights in proportion to their probabilities."""
         with np.errstate(over="ignore"):  # a tiny temperature sends the losers to -inf, which is meant
             scores = (scores - scores.max()) / self.temperature
         tokens = np.arange(len(scores))

@@ -30,7 +30,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLa
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file: sizes and type known at once, numbers read when they are written.
+    """A tensor of the file: its sizes and type are known at once, its numbers are read when they are written.
 
     ``measured``: a matrix of the model, whose error is reported; not so norms, biases and what fills a gap.
     """
@@ -42,7 +42,7 @@ class Tensor:
     measured: bool = False
 
     def check(self, values: QuantMatrix | torch.Tensor) -> None:
-        """Raise UserError where what was read is not of the promised sizes."""
+        """Raise UserError if the values have other sizes than config.json says."""
         if isinstance(values, QuantMatrix):
             rows, groups, _ = values.qweight.shape
             found: tuple[int, ...] = (rows, groups * values.block)
@@ -122,7 +122,7 @@ class GGUFSource:
             yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
 
     def check_all_written(self) -> None:
-        """Refuse a directory with tensors that the file has no place for.
+        """Refuse a directory with tensors that llama.cpp's architecture does not have.
 
         Raises:
             UserError: names the first of them.

@@ -1,8 +1,7 @@
-"""Matrices as GGUF blocks: integers of ours carried over where a block holds them, floats rounded where not.
+"""Matrices as GGUF blocks: our integers are carried over if the block type can hold them, else rounded again.
 
-Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups); a GGUF block
-is 32
-columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
+Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups). A GGUF block
+is 32 columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
 
 * Q4_1, W = d q + m with q in 0..15: every 4-bit group, with m = -scale * zero_point rounded to float16.
 * Q4_0, W = d (q - 8): 4-bit groups whose code - zero_point lies in -8..7, exactly.
@@ -132,7 +131,7 @@ def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> 
 
 
 def carry(integers: Integers, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks with the integers as they are, and which of them represent their group.
+    """Blocks that hold the integers as they are, and which of them represent their group.
 
     Returns:
         blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.

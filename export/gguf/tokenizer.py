@@ -35,7 +35,7 @@ _DIFFERENCES = {
 
 @dataclass
 class TokenizerFields:
-    """What goes into the file; ids are None where the directory is silent, ``scores`` is for sentencepiece only."""
+    """What goes into the file; ids are None if the directory names none, ``scores`` is for sentencepiece only."""
 
     model: str  # gpt2 = byte-level BPE, llama = sentencepiece
     pre: str
@@ -68,7 +68,7 @@ class TokenizerFields:
 
 
 def tokenizer_fields(directory: Path, vocabulary: int) -> TokenizerFields:
-    """Read tokenizer.json and what stands beside it.
+    """Read tokenizer.json and the files beside it.
 
     Args:
         vocabulary: rows of the embedding; ids above the tokenizer's are filled up with unused tokens.
@@ -155,7 +155,7 @@ def _pre_tokenizer(directory: Path, found: dict[str, Any] | None) -> str:
 
 
 def _added(ours: BundleTokenizer) -> tuple[dict[str, bool], list[str]]:
-    """Which tokens an encoding is put between, seen on a real one."""
+    """Which tokens the tokenizer puts around a text, found by encoding one."""
     bare, whole = ours.encode("a", add_special_tokens=False), ours.encode("a")
     before = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else whole[:1]
     after = whole[len(before) + len(bare) :]

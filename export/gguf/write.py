@@ -71,7 +71,7 @@ def export_gguf(
     head_kind: str | None = None,
     progress: Progress | None = None,
 ) -> GGUFReport:
-    """Write one .gguf file, beside and renamed.
+    """Write one .gguf file, which appears when it is complete.
 
     Args:
         kind: of the linears: F32, F16, Q8_0, Q4_0 or Q4_1; None is Q4_1 for floats and, for tuned integers, the type
@@ -151,7 +151,7 @@ def _add_provenance(writer: Any, source: GGUFSource) -> None:
 
 
 def _licence(directory: Path) -> str | None:
-    """What the model card says, as the file takes no licence text with it."""
+    """The licence that the model card names; a GGUF file has no room for its text."""
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"^license: *(\S+) *$", text.split("\n---", 1)[0], re.MULTILINE)
@@ -159,7 +159,7 @@ def _licence(directory: Path) -> str | None:
 
 
 def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
-    """Write header and tensors, one at a time; give back what became of every matrix."""
+    """Write the header, then tensor by tensor; returns what became of each matrix."""
     from gguf import GGMLQuantizationType
 
     for tensor in tensors:

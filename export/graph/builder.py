@@ -1,4 +1,4 @@
-"""The plumbing of a graph that is written node by node with onnx_ir: values, initialisers, inputs and outputs."""
+"""Builds a graph node by node with onnx_ir: values, initialisers, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GraphBuilder:
         return self._initializers[name]
 
     def last_positions(self, x: ir.Value, scoring: bool) -> ir.Value:
-        """Of x [batch, sequence, ...] the last position; for scoring those from input ``first_logit`` on."""
+        """The last position of x [batch, sequence, ...]; for scoring, the positions from input ``first_logit`` on."""
         if not scoring:
             return self.op("Gather", x, self.constant("last", [-1]), axis=1)
         first, axis = self.defaulted(FIRST_LOGIT, [0]), self.constant("axis1", [1])

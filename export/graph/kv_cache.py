@@ -26,7 +26,7 @@ PARTS = ("key", "value")
 def cache_scales(
     graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
-    """Scales for every layer that attends.
+    """Scales for every layer with attention.
 
     Args:
         graph: a scoring graph with a float cache.

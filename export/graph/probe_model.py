@@ -1,4 +1,4 @@
-"""What a model's decode step is made of, read from a config or a manifest: enough for graphs that take its time."""
+"""The sizes of a model's decode step, from a config or a manifest: enough to build graphs that take as long."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _tied(manifest: BundleManifest) -> bool:
-    """The count of parameters tells whether the head is a matrix of its own."""
+    """Whether the head is the embedding, told from the count of parameters."""
     layers = tuple(LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers)
     shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers)
     return manifest.parameters < shape.parameters

@@ -2,8 +2,8 @@
 
 * ``cpu``: float32 activations, integers by the int8-activation kernels (accuracy level 4).
 * ``cpu`` without dot product (Raspberry Pi 3 and 4): the float32 kernels, which 8 bit does not have.
-* ``cuda``: float16 throughout, since attention on CUDA takes no float32, and MatMulNBits' fast kernels want symmetric
-  groups, N and K that 8 divides.
+* ``cuda``: float16 throughout, since attention on CUDA takes no float32; MatMulNBits' fast kernels need symmetric
+  groups and multiples of 8 as N and K.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUDA_STEP = 8
 
 @dataclass(frozen=True)
 class Target:
-    """Where a bundle shall run.
+    """Where a bundle runs.
 
     Attributes:
         name: ``cpu`` or ``cuda``.

@@ -1,4 +1,4 @@
-"""A graph in consecutive pieces, for a bundle that is larger than the memory one wants to give to it.
+"""Runs a graph in consecutive pieces, for a bundle that is larger than memory allows.
 
 ONNX Runtime holds a session's weights twice or more, mapped and packed. Of a piece it holds a few hundred megabytes;
 all rows go through it before the next one is loaded. The nodes, their order and their weights are those of the file;
@@ -67,7 +67,7 @@ def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> Any:
 class _Cut:
     """The nodes that lead to the logits, in pieces.
 
-    What does not depend on the tokens, such as lengths that all layers read, is computed in each piece anew, so that
+    What does not depend on the tokens, such as lengths that all layers read, is computed again in each piece, so that
     only the stream of states crosses from one to the next.
     """
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, Parity, read_manifest
-from export.generate.run import BundleScorer, empty_past, graph_feed
+from export.generate.scoring import BundleScorer, empty_past, graph_feed
 from export.needs import WHOLE_BYTES
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel

@@ -334,7 +334,7 @@ def _lineage_of(path: Path) -> dict[str, Any]:
 
 def _bundle_scorer(path: Path, threads: int) -> Any:
     from export.bundle.manifest import verify_files
-    from export.generate.run import BundleScorer
+    from export.generate.scoring import BundleScorer
 
     verify_files(path)
     return BundleScorer(path, threads)

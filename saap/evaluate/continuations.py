@@ -80,9 +80,8 @@ def cached_continuations(read: Callable[..., tuple[NDArray[Any], Any]], workers:
 
     Args:
         read: ``read(ids [1, s], cache=None, last=False) -> (logits [1, s, vocab], cache)``, where ``last`` asks for
-            the last position's logits only, such as :meth:`export.generate.run.BundleScorer.read`. Called by several
-            threads
-            at a time where there are several workers.
+            the last position's logits only, such as :meth:`export.generate.scoring.BundleScorer.read`. Several
+            workers call it from threads of their own.
         workers: groups that are read side by side. A tail is too short to keep several threads of one operator busy.
     """
 

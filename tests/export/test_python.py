@@ -57,7 +57,7 @@ def test_options_and_manifest_import_nothing_heavy(name: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("name", ["export.generate.text", "export.bundle.inspect", "export.generate.run"])
+@pytest.mark.parametrize("name", ["export.generate.text", "export.bundle.inspect", "export.generate.scoring"])
 def test_what_runs_on_a_board_imports_no_torch(name: str) -> None:
     script = f"import sys, {name}; assert not {{'torch', 'transformers', 'onnx'}} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", script], check=True)

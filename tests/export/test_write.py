@@ -21,7 +21,7 @@ from support.references import reference_model
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE
 from export.parity.verify import check_parity
 from saap.models.checkpoint import load_model, read_config

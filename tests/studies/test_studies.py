@@ -26,7 +26,7 @@ from bench.judge.comparison import compare_within
 from bench.judge.confirm import Confirmed
 from bench.measure.result import INVALID
 from devices.probe.host import probe
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from saap.cli.main import cli
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config

@@ -9,7 +9,7 @@ import torch
 from support.cuts import cut
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.generate.run import BundleScorer, empty_past
+from export.generate.scoring import BundleScorer, empty_past
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
 

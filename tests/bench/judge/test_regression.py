@@ -25,7 +25,7 @@ from bench.measure.result import INVALID, Energy, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
 from bench.runtimes.onnxruntime import OrtDecoder
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 
 TEXT = tuple(range(3, 23))
 PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)

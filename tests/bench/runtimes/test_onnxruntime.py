@@ -11,7 +11,7 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
 from export.bundle.manifest import BundleError
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from export.bundle.manifest import BundleManifest, LayerSizes
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
 from export.generate.loop import AnswerSettings, begin_text
-from export.generate.run import BundleScorer, next_token_logprobs
 from export.generate.sampling import Sampling
+from export.generate.scoring import BundleScorer, next_token_logprobs
 
 TEMPLATE = (
     "{% for message in messages %}\n"

@@ -29,7 +29,7 @@ from support.references import reference_model, streamed_logits
 
 from bench.runtimes.onnxruntime import OrtDecoder
 from export.bundle.inspect import inspect_bundle
-from export.generate.run import BundleScorer, empty_past
+from export.generate.scoring import BundleScorer, empty_past
 from export.source import Precision
 from saap.models.checkpoint import load_model
 from saap.prune.plan import PrunePlan

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.exported import export_bundle, export_portable
 
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from saap.evaluate import continuations
 from saap.evaluate.continuations import Group, cached_continuations, torch_continuations
 from saap.models.checkpoint import load_model

@@ -18,7 +18,7 @@ from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level
 from transformers import AutoModelForCausalLM
 
 from export.bundle.inspect import inspect_bundle, inspection_lines
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from export.source import ModelSource
 from saap.cli.export import show_bundle

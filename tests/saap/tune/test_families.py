@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.exported import export_bundle
 
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.quantize.groups import round_model

@@ -9,7 +9,7 @@ import torch
 from support import llama_cpp_run
 from support.exported import export_bundle, export_portable
 
-from export.generate.run import BundleScorer
+from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
