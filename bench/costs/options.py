@@ -7,8 +7,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from bench.measure.options import parse_counts
 from devices.common.options import Option
+from devices.common.values import parse_counts
 
 
 @dataclass(frozen=True)

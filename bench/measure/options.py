@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from devices.common.errors import UserError
 from devices.common.options import Option
+from devices.common.values import parse_counts, parse_pair
 
 Counts = int | tuple[int, ...]  # one value, or a sweep
 LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
@@ -42,22 +43,6 @@ class Setting:
         return max(self.depth, int(self.prompt == 0))
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
-    """``128,512`` -> (128, 512)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{text!r} is no number and no list of them: write something like 128 or 128,512") from None
-
-
-def parse_pair(text: str) -> tuple[int, int]:
-    """``512,128`` -> (512, 128)."""
-    pair = parse_counts(text)
-    if len(pair) != 2:
-        raise ValueError(f"{text!r} is no pair: write prompt and generated tokens, such as 512,128")
-    return pair[0], pair[1]
-
-
 @dataclass(frozen=True)
 class BenchOptions:
     """Settings are the product of ``prompt``, ``generate``, ``depth`` and ``threads``, and ``pairs`` beside them."""
@@ -77,7 +62,11 @@ class BenchOptions:
     pairs: Annotated[
         tuple[tuple[int, int], ...],
         Option(
-            "A pair beside -p and -n, such as 512,128.", flags=("-pg", "--pairs"), metavar="PP,TG", parse=parse_pair
+            "A pair beside -p and -n, such as 512,128.",
+            flags=("-pg", "--pairs"),
+            metavar="PP,TG",
+            parse=parse_pair,
+            repeated=True,
         ),
     ] = ()
     repetitions: Annotated[

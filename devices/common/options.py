@@ -158,6 +158,8 @@ class Setting:
             value = self.option.parse(text)
             return value if self.option.repeated else self.checked(value)
         if self.kind is tuple:
+            if self.choices:
+                raise self._refusal(text)
             return self._converted(text, self.element)
         return self.checked(self._converted(text, self.kind))
 
@@ -183,7 +185,7 @@ class Setting:
             value = (value,)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        right = value in self.choices if self.choices else isinstance(value, self.kind)
+        right = value in self.choices if self.choices and self.kind is not tuple else isinstance(value, self.kind)
         if not right or (isinstance(value, bool) and self.kind is not bool) or not self._in_range(value):
             raise self._refusal(value)
         return value
@@ -266,6 +268,8 @@ def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], defa
         if get_origin(element) is Annotated:
             metas += tuple(extra for extra in get_args(element)[1:] if isinstance(extra, Meta))
             element = get_args(element)[0]
+        if get_origin(element) is Literal:
+            choices, element = get_args(element), type(get_args(element)[0])
     return Setting(name, option, kind, optional, choices, metas, default, element)
 
 

@@ -1,60 +1,145 @@
-"""``saap bench`` and ``saap compare`` on the command line: what is asked, measured, printed and kept."""
+"""``saap bench``: what is asked, measured here or on boards, printed and kept."""
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import replace
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from devices.common.files import write_text
-from saap.cli.compare import compare_quality_step
+from bench.measure.options import BenchOptions
+from bench.remote.options import BoardOptions
+from devices.common.options import Option
 from saap.cli.console import Console, print_table
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.system.errors import UserError
-from saap.system.files import read_object
-from saap.system.interrupt import ended_as_by_a_person
 
 if TYPE_CHECKING:
-    from bench.judge.comparison import Comparison
+    from bench.measure.result import Result
 
 STDOUT = Path("-")
-SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
 NOTHING_MEASURED = 3
-PLAN = (
-    "prompt", "generate", "depth", "threads", "pairs", "repetitions", "precision", "max_time_s", "timeout_s", "seed",
-    "provider", "cuda_graph", "cool_down_s", "cold",
-)  # fmt: skip
 
 
-def bench_step(specs: list[str], options: dict[str, Any], console: Console) -> int:
-    """``saap bench``; the exit code."""
-    from bench.measure.options import BenchOptions
-    from bench.report.tables import formatted
+@dataclass(frozen=True)
+class BenchCommand:
+    """What ``saap bench`` is asked for: what is measured, where, and what becomes of it."""
 
-    quality = read_object(options["quality"], "write it with `saap eval --json`") if options["quality"] else None
-    plan = BenchOptions(**{name: options[name] for name in PLAN})
-    result = measured([*specs, *specs[: int(options["noise_floor"])]], plan, console)
-    result = replace(result, quality=quality)
-    if options["form"]:
-        click.echo(formatted(result, options["form"]), nl=False)
-        show_reasons(result, to_stderr=True)
-    else:
-        show_result(result, noise_floor=options["noise_floor"])
-    keep(result, options["json_path"], options["history"])
+    options: BenchOptions = field(default_factory=BenchOptions)
+    noise_floor: Annotated[bool, Option("Measure A against itself too: what a ratio must exceed.")] = False
+    on: Annotated[
+        tuple[str, ...],
+        Option(
+            "A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE or ?TAG=VALUE; may be repeated.",
+            metavar="URL",
+        ),
+    ] = ()
+    board: BoardOptions = field(default_factory=BoardOptions)
+    quality: Annotated[Path | None, Option("What `saap eval --json` wrote, to go with the speeds.")] = None
+    history: Annotated[Path | None, Option("A folder that keeps this result, for the report's history.")] = None
+    form: Annotated[Literal["md", "csv"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
+
+    def check(self) -> None:
+        """Raise UserError for what contradicts itself."""
+        self.board.check(on_a_board=bool(self.on))
+        if len(self.on) > 1 and self.form == "csv":
+            raise UserError("--format csv is of one board: give md, or --json FILE")
+
+    def specs(self, given: Sequence[str]) -> list[str]:
+        """What is measured; the first one twice where the noise floor is asked for."""
+        return [*given, *given[: int(self.noise_floor)]]
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("specs", nargs=-1, required=True, metavar="A [B ...]")
+@options_of(BenchCommand)
+@click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included; - prints it.")
+def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand) -> None:
+    """Measure bundles and other runtimes, interleaved, each run in a fresh process.
+
+    A is a bundle, prepacked:BUNDLE (packed weights kept in the cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
+    optimum:DIR. Peers need their packages, here or in the Python that SAAP_PEER_PYTHON names. Lengths and threads may
+    be lists: -p 128,512 -d 0,1024 -t 1,2.
+
+    \b
+    Example:
+      saap bench out/demo/dense-int4 out/demo/slim-int4 --threads 1 --json result.json
+      saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
+      saap bench out/demo/slim-int4 --on ssh://pi@board
+    """
+    options.check()
+    with Console() as console:
+        run = bench_on_boards if options.on else bench_here
+        sys.exit(run(specs, options, json_path, console))
+
+
+def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:
+    """Measure on this host; the exit code."""
+    quality = read_quality(asked.quality)
+    result = replace(measured(asked.specs(specs), asked.options, console), quality=quality)
+    _show_as_asked(result, asked)
+    keep(result, json_path, asked.history)
     return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
 
 
-def measured(specs: list[str], plan: Any, console: Console, names: list[str] | None = None) -> Any:
-    """The result of a bench run, with its progress shown."""
+def read_quality(path: Path | None) -> dict[str, object] | None:
+    """The document that goes with the speeds."""
+    from saap.system.files import read_object
 
+    return None if path is None else read_object(path, "write it with `saap eval --json`")
+
+
+def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:
+    """Measure on boards at once, show one after the other, then side by side; 2 when one could not be used."""
+    from bench.remote import bench_on
+    from saap.system.interrupt import ended_as_by_a_person
+
+    quality = read_quality(asked.quality)
+    with ended_as_by_a_person():
+        answers = bench_on(
+            asked.on, asked.specs(specs), asked.options, asked.board, progress=console.report, say=console.say
+        )
+    console.finish()
+    if len(answers) == 1 and answers[0].error is not None:
+        raise answers[0].error
+    measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
+    places = _places(json_path, [answer.url for answer in answers])
+    for url, result in measured.items():
+        _show_board(url, result, asked, several=len(answers) > 1)
+        keep(result, places[url], asked.history)
+    if len(measured) > 1 and not asked.form:
+        _side_by_side(measured)
+    failed = [answer.error for answer in answers if answer.error is not None]
+    for error in failed:
+        click.echo(f"saap: {error}", err=True)
+    if failed:
+        return UserError.exit_code
+    return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
+
+
+def _show_as_asked(result: Result, asked: BenchCommand) -> None:
+    from bench.report.tables import formatted
+
+    if asked.form:
+        click.echo(formatted(result, asked.form), nl=False)
+        show_reasons(result, to_stderr=True)
+    else:
+        show_result(result, noise_floor=asked.noise_floor)
+
+
+def measured(specs: list[str], options: BenchOptions, console: Console, names: list[str] | None = None) -> Result:
+    """The result of a bench run, with its progress shown."""
     from bench.measure import measure
+    from saap.system.interrupt import ended_as_by_a_person
 
     verify_models(specs)
     with ended_as_by_a_person():
-        result = measure(specs, plan, names=names, progress=console.report)
+        result = measure(specs, options, names=names, progress=console.report)
     console.finish()
     return result
 
@@ -68,7 +153,7 @@ def verify_models(specs: list[str]) -> None:
             check_directory(spec.removeprefix("torch:"))
 
 
-def keep(result: Any, json_path: Path | None, history: Path | None = None) -> None:
+def keep(result: Result, json_path: Path | None, history: Path | None = None) -> None:
     """Write the result where it was asked for."""
     from bench.measure.result import result_text, write_result
 
@@ -82,7 +167,7 @@ def keep(result: Any, json_path: Path | None, history: Path | None = None) -> No
         write_result(json_path, result)
 
 
-def show_result(result: Any, noise_floor: bool = False) -> None:
+def show_result(result: Result, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
     from bench.report.tables import detail_table, energy_notes, main_table
 
@@ -102,7 +187,7 @@ def show_result(result: Any, noise_floor: bool = False) -> None:
         _show_against(result, names[0], other, floor)
 
 
-def show_reasons(result: Any, to_stderr: bool = False) -> None:
+def show_reasons(result: Result, to_stderr: bool = False) -> None:
     """Why a measurement is WARN or INVALID, and what a worker that failed wrote last."""
     for m in result.measurements:
         for reason in m.reasons:
@@ -111,7 +196,7 @@ def show_reasons(result: Any, to_stderr: bool = False) -> None:
             click.echo(f"    | {line}", err=to_stderr)
 
 
-def _show_against(result: Any, base: str, other: str, floor: float | None) -> None:
+def _show_against(result: Result, base: str, other: str, floor: float | None) -> None:
     from bench.judge.comparison import compare_within
 
     for row in compare_within(result, base, other).rows:
@@ -125,7 +210,7 @@ def _show_against(result: Any, base: str, other: str, floor: float | None) -> No
         click.echo(f"  {other}, {row.setting}, {threads}: {row.what} {speed}: {verdict}")
 
 
-def _noise_floor(result: Any, names: list[str]) -> float | None:
+def _noise_floor(result: Result, names: list[str]) -> float | None:
     """Say how far the first spec is from itself; it was measured twice, the second time under the last name."""
     from bench.judge.comparison import CompareError, noise_floor
 
@@ -138,67 +223,39 @@ def _noise_floor(result: Any, names: list[str]) -> float | None:
     return floor
 
 
-def compare_step(old: str, new: str, options: dict[str, Any], console: Console) -> int:
-    """``saap compare``; the exit code."""
-    from bench.judge.comparison import compare
-    from bench.judge.confirm import compare_live, confirm_files
-    from bench.judge.quality import is_quality
-    from bench.measure.options import BenchOptions
-    from bench.measure.result import read_result
+def _show_board(url: str, result: Result, asked: BenchCommand, several: bool) -> None:
+    from devices.transport import printable
 
-    if any(qualities := [is_quality(spec) for spec in (old, new)]):
-        return compare_quality_step(old, new, all(qualities), options)
-    files = [_is_result(spec) for spec in (old, new)]
-    minimum, fail = options["min_effect"], options["fail_on"] == "regression"
-    plan = BenchOptions(**{name: options[name] for name in PLAN if name in options})
-    if all(files):
-        results = read_result(old), read_result(new)
-        comparison = compare(*results, minimum)
-        if options["confirm"] and comparison.regressed:
-            with ended_as_by_a_person():
-                comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
-    elif any(files):
-        raise UserError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
-    else:
-        verify_models([old, new])
-        with ended_as_by_a_person():
-            live = compare_live([old, new], plan, minimum, confirm=options["confirm"], progress=console.report)
-        comparison = live.comparison
-        show_reasons(live.results[-1])
-    console.finish()
-    show_comparison(comparison)
-    _write_verdicts(comparison, options)
-    return int(comparison.exit_code(fail))
+    if several and asked.form in (None, "md"):
+        board = result.device.get("board") or result.device.get("cpu_model") or "unknown board"
+        click.echo(f"### {url}: {printable(board)}\n")
+    _show_as_asked(result, asked)
 
 
-def _is_result(spec: str) -> bool:
-    """A file, there or not, and not a spec of something to measure."""
-    path = Path(spec)
-    return path.suffix != ".gguf" and (path.is_file() or (path.suffix in (".json", ".jsonl") and not path.exists()))
+def _places(path: Path | None, urls: Sequence[str]) -> dict[str, Path | None]:
+    """One document per board: ``result.json`` becomes ``result.pi-board.json``; never two in one file."""
+    if path is None or path == STDOUT or len(urls) < 2:
+        return dict.fromkeys(urls, path)
+    labels = {url: _label(url.partition("://")[2]) or _label(url) for url in urls}
+    found: dict[str, Path | None] = {}
+    for number, (url, label) in enumerate(labels.items(), 1):
+        unique = label if [*labels.values()].count(label) == 1 else f"{_label(url)}-{number}"
+        found[url] = path.with_name(f"{path.stem}.{unique}{path.suffix}")
+    return found
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """One row per name and setting, and the reasons."""
-    from bench.report.verdicts import SPEED, sentence, verdict_table
-
-    table = verdict_table(comparison.rows, SPEED)
-    print_table("time, new / old", table.header, table.rows)
-    for row in comparison.rows:
-        if row.reason or row.confirmed:
-            click.echo(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
+def _label(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
-def _write_verdicts(comparison: Comparison, options: dict[str, Any]) -> None:
-    from bench.report.verdicts import comparison_json, comparison_junit, step_summary
+def _side_by_side(measured: dict[str, Result]) -> None:
+    from bench.report.tables import main_table
 
-    if options["junit"] is not None:
-        write_text(options["junit"], comparison_junit(comparison))
-    if summary := os.environ.get(SUMMARY):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(step_summary(comparison))
-    if options["json_path"] is not None:
-        document = json.dumps(comparison_json(comparison), allow_nan=False)
-        if options["json_path"] == STDOUT:
-            click.echo(document)
-        else:
-            write_text(options["json_path"], document + "\n")
+    tables = {url: main_table(result) for url, result in measured.items()}
+    columns = list(dict.fromkeys(column for table in tables.values() for column in table.header))
+    rows = []
+    for url, table in tables.items():
+        for row in table.rows:
+            cells = dict(zip(table.header, row, strict=True))
+            rows.append([url, *(cells.get(column, "-") for column in columns)])
+    print_table("side by side", ["board", *columns], rows)

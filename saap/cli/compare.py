@@ -1,25 +1,142 @@
-"""``saap compare`` of two documents of ``saap eval --json``."""
+"""``saap compare``: two results, two bundles or two qualities."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from saap.cli.console import print_table, shown
+from bench.measure.options import BenchOptions
+from devices.common.files import write_text
+from devices.common.options import Option, Part
+from saap.cli.bench import STDOUT, show_reasons, verify_models
+from saap.cli.console import Console, print_table, shown
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.system.errors import UserError
-from saap.system.files import write_document
+
+if TYPE_CHECKING:
+    from bench.judge.comparison import Comparison
+
+SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
 
 
-def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]) -> int:
+@dataclass(frozen=True)
+class CompareCommand:
+    """What ``saap compare`` is asked for: how two bundles are measured, and what counts."""
+
+    options: Annotated[
+        BenchOptions,
+        Part(("prompt", "generate", "depth", "threads", "repetitions", "precision", "max_time_s", "timeout_s")),
+    ] = field(default_factory=BenchOptions)
+    min_effect: Annotated[float, Option("Smallest change that counts.")] = 0.02
+    fail_on: Annotated[Literal["regression"] | None, Option("Exit with 1 when something became slower.")] = None
+    confirm: Annotated[bool, Option("Measure again before it says slower.")] = True
+    junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("old")
+@click.argument("new")
+@options_of(CompareCommand)
+@click.option("--json", "json_path", type=directory, help="Write the verdicts here; - prints them.")
+def compare(old: str, new: str, json_path: Path | None, options: CompareCommand) -> None:
+    """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.
+
+    Both are results of `saap bench --json`, or both are bundles, which are then measured, interleaved. A regression is
+    measured a second time before it is said. In a GitHub workflow the table also goes to the step's summary. Two
+    documents of `saap eval --json` are compared answer by answer, and only where they are of the same protocol and the
+    same examples.
+
+    \b
+    Example:
+      saap compare before.json after.json --fail-on regression
+      saap compare out/demo/dense-int4 out/demo/slim-int4 -t 1
+      saap compare flap-quality.json saap-quality.json
+    """
+    with Console() as console:
+        sys.exit(compare_specs(old, new, options, json_path, console))
+
+
+def compare_specs(old: str, new: str, asked: CompareCommand, json_path: Path | None, console: Console) -> int:
+    """Compare results, bundles or qualities, and show the verdicts; the exit code."""
+    from bench.judge.comparison import compare
+    from bench.judge.confirm import compare_live, confirm_files
+    from bench.judge.quality import is_quality
+    from bench.measure.result import read_result
+    from saap.system.interrupt import ended_as_by_a_person
+
+    if any(qualities := [is_quality(spec) for spec in (old, new)]):
+        return compare_qualities(old, new, all(qualities), asked, json_path)
+    files = [_is_result(spec) for spec in (old, new)]
+    minimum, plan = asked.min_effect, asked.options
+    if all(files):
+        results = read_result(old), read_result(new)
+        comparison = compare(*results, minimum)
+        if asked.confirm and comparison.regressed:
+            with ended_as_by_a_person():
+                comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
+    elif any(files):
+        raise UserError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
+    else:
+        verify_models([old, new])
+        with ended_as_by_a_person():
+            live = compare_live([old, new], plan, minimum, confirm=asked.confirm, progress=console.report)
+        comparison = live.comparison
+        show_reasons(live.results[-1])
+    console.finish()
+    show_comparison(comparison)
+    _write_verdicts(comparison, asked, json_path)
+    return int(comparison.exit_code(asked.fail_on == "regression"))
+
+
+def _is_result(spec: str) -> bool:
+    """A file, there or not, and not a spec of something to measure."""
+    path = Path(spec)
+    return path.suffix != ".gguf" and (path.is_file() or (path.suffix in (".json", ".jsonl") and not path.exists()))
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """One row per name and setting, and the reasons."""
+    from bench.report.verdicts import SPEED, sentence, verdict_table
+
+    table = verdict_table(comparison.rows, SPEED)
+    print_table("time, new / old", table.header, table.rows)
+    for row in comparison.rows:
+        if row.reason or row.confirmed:
+            click.echo(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
+
+
+def _write_verdicts(comparison: Comparison, asked: CompareCommand, json_path: Path | None) -> None:
+    from bench.report.verdicts import comparison_json, comparison_junit, step_summary
+
+    if asked.junit is not None:
+        write_text(asked.junit, comparison_junit(comparison))
+    if summary := os.environ.get(SUMMARY):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(step_summary(comparison))
+    if json_path is not None:
+        document = json.dumps(comparison_json(comparison), allow_nan=False)
+        if json_path == STDOUT:
+            click.echo(document)
+        else:
+            write_text(json_path, document + "\n")
+
+
+def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, json_path: Path | None) -> int:
     """Show what became better or worse; the exit code."""
     from bench.judge.quality import compare_quality, exit_code, read_quality
     from bench.report.verdicts import QUALITY, quality_json, verdict_table
+    from saap.system.files import write_document
 
     if not both:
         raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
-    if options["junit"]:
+    if asked.junit:
         raise UserError("--junit is for speeds: use --json for qualities")
     rows = compare_quality(read_quality(old), read_quality(new))
     pairs = dict.fromkeys((row.against, row.name) for row in rows)
@@ -29,12 +146,10 @@ def compare_quality_step(old: str, new: str, both: bool, options: dict[str, Any]
     for row in rows:
         if row.reason:
             click.echo(shown(f"  {row.what}: {row.reason}"))
-    if options["json_path"] is not None:
+    if json_path is not None:
         document = quality_json(rows)
-        if str(options["json_path"]) == "-":
-            import json
-
+        if json_path == STDOUT:
             click.echo(json.dumps(document))
         else:
-            write_document(Path(options["json_path"]), document)
-    return exit_code(rows, options["fail_on"] == "regression")
+            write_document(json_path, document)
+    return exit_code(rows, asked.fail_on == "regression")

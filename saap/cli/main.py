@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import click
 
 from saap.cli.console import shown
+from saap.cli.types import LazyGroup
 from saap.system.interrupt import ask_to_end, was_asked_to_end
 
 EXTRAS = {
@@ -40,35 +40,18 @@ COMMANDS = {  # the module and the function of each, and what it is for; no modu
     "eval": ("eval:evaluate", "Perplexity, KL, top-1 agreement and zero-shot tasks."),
     "export": ("export:export", "Write a model as a bundle, or look into a bundle."),
     "generate": ("generate:generate", "Stream text from a bundle."),
-    "bench": ("board_commands:bench", "Measure bundles and other runtimes, here or on boards."),
-    "compare": ("board_commands:compare", "Is it faster or slower, better or worse than before?"),
-    "devices": ("devices_options:devices", "Known devices and this host: what they are, what fits, what changed."),
-    "report": ("board_commands:report", "One page from results, a run or a history."),
+    "bench": ("bench:bench", "Measure bundles and other runtimes, here or on boards."),
+    "compare": ("compare:compare", "Is it faster or slower, better or worse than before?"),
+    "devices": ("devices:devices", "Known devices and this host: what they are, what fits, what changed."),
+    "report": ("report:report", "One page from results, a run or a history."),
 }
 
 
-class Commands(click.Group):
-    """The commands; the module of each is imported when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the work."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(f"saap.cli.{module}"), name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A line each."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup,
+    modules=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="saap")
 def cli() -> None:
     """Prune a language model until it is as fast as you need on the device you have.

@@ -1,4 +1,4 @@
-"""The report of results or of a run: no torch, no transformers. Called by :mod:`saap.cli.board_commands` only."""
+"""``saap report``: a page of results or of a run. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,33 @@ from typing import Any
 
 import click
 
+from saap.cli.types import directory
 from saap.system.errors import UserError
-from saap.system.files import read_object
+
+
+@click.command()
+@click.argument("results", type=directory, nargs=-1)
+@click.option("-o", "--out", type=directory, required=True, help="The HTML file to write.")
+@click.option(
+    "--history", type=directory, help="A folder of `saap bench --history`: speeds over time, and their steps."
+)
+def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
+    """One self-contained page from files of `saap bench` and `saap eval`, a run's directory, or a history.
+
+    \b
+    Example:
+      saap report out/demo -o report.html
+      saap report bench.json quality.json -o report.html
+      saap report --history results/ -o history.html
+    """
+    if not results and history is None:
+        raise click.UsageError("give result files, the directory of a run, or --history FOLDER")
+    make_report(list(results), out, history)
 
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
-    from bench.report import report
+    from bench.report import report as write_report
 
     run: dict[str, Any] | None = None
     paths: list[Path] = []
@@ -23,13 +43,15 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
             paths += [path / name for name in run.get("results", [])]
         else:
             paths.append(path)
-    report(paths, out, run=run, history=history)
+    write_report(paths, out, run=run, history=history)
     click.echo(f"wrote {out}")
 
 
-def read_run(directory: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run's directory."""
-    path = directory / "run.json"
+    from saap.system.files import read_object
+
+    path = folder / "run.json"
     if not path.is_file():
-        raise UserError(f"{directory} holds no run.json: give the -o directory of `saap run`, or result files")
+        raise UserError(f"{folder} holds no run.json: give the -o directory of `saap run`, or result files")
     return read_object(path, "run `saap run` again")

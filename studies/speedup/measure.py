@@ -35,9 +35,9 @@ def make_costs(setup: Setup) -> None:
     if not setup.costs.is_file():
         from bench.costs import CostsOptions
         from bench.remote.target import Here
-        from saap.cli.costs import Precision, probe_costs
+        from saap.cli.devices.costs import CostsCommand, probe_costs
 
-        probe_costs(setup.model_dir, setup.costs, CostsOptions(threads=(THREADS,)), Precision(), Here())
+        probe_costs(setup.model_dir, setup.costs, CostsCommand(CostsOptions(threads=(THREADS,))), Here())
     runtime_of(setup.costs)
 
 

@@ -20,7 +20,7 @@ from bench.measure.run import measure
 from bench.pytest_plugin import Device
 from bench.remote.options import BoardOptions
 from bench.remote.target import OnBoard
-from saap.cli.guard import name_of
+from saap.cli.devices.test import name_of
 
 pytest_plugins = ["pytester"]
 

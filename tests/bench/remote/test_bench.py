@@ -42,9 +42,9 @@ from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
 from bench.remote.target import bench_on, measure_on
 from devices.transport import BoardError, Local, open_transport
-from saap.cli import guard
+from saap.cli.bench import _places
 from saap.cli.console import Console
-from saap.cli.remote import _places
+from saap.cli.devices import test as device_test
 from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
 
@@ -282,11 +282,12 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
         raise BoardError("enough")
 
     monkeypatch.setattr(target, "run_on_all", run_on_all)
-    options = {"prompt": 4, "generate": 4, "depth": 0, "threads": 1, "repetitions": 6, "max_time_s": 9, "runs": 2,
-               "text": None, "name": None, "baselines": tmp_path / "kept", "wheels": None, "board_packages": True,
-               "url": "local://"}  # fmt: skip
+    device = device_test.DeviceOptions(
+        baselines=tmp_path / "kept", on="local://", board=BoardOptions(board_packages=True), max_time_s=9
+    )
+    options = device_test.BaselineCommand(prompt=4, generate=4, threads=1, repetitions=6, device=device)
     with pytest.raises(BoardError, match="enough"), Console() as console:
-        guard.baseline_step(bundles[0], options, console)
+        device_test.record_baseline(bundles[0], options, console)
     assert seen == [ask_to_end]
 
 

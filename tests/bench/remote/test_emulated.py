@@ -23,7 +23,7 @@ from devices.emulate import qemu as devices_emulate
 from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
 from devices.probe.host import probe
 from export.bundle.manifest import read_manifest
-from saap.cli import emulate as emulate_command
+from saap.cli.devices import emulate as emulate_command
 
 TEXT = tuple(range(3, 27))
 

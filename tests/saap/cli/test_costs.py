@@ -25,8 +25,7 @@ from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
-from saap.cli.console import Console
-from saap.cli.costs import Precision, costs_step, probe_costs
+from saap.cli.devices.costs import CostsCommand, probe_costs, show_costs
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -38,7 +37,7 @@ CONFIG = {
 }  # fmt: skip
 SHAPE = ModelShape(64, 32, 128, True, ())
 QUICK = CostsOptions(threads=(1,), depth=50, rounds=1, seconds=0.0)  # one round of few steps
-BITS = Precision(bits=8)
+ASKED = CostsCommand(QUICK, bits=8)
 
 
 @pytest.fixture
@@ -60,9 +59,8 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_config_becomes_a_table_that_pruning_reads(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Console() as console:
-        twice = replace(QUICK, threads=(1, 1))
-        costs_step(str(model), tmp_path / "cost.json", twice, BITS, Here(), console)
+    twice = CostsCommand(replace(QUICK, threads=(1, 1)), bits=8)
+    show_costs(tmp_path / "cost.json", probe_costs(str(model), tmp_path / "cost.json", twice, Here()))
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
@@ -81,17 +79,17 @@ def test_a_config_becomes_a_table_that_pruning_reads(
 @pytest.mark.usefixtures("quick_probe")
 def test_a_failure_leaves_no_files(model: Path, tmp_path: Path) -> None:
     with pytest.raises(costs.CostsError, match="a depth of 9999 cannot be probed"):
-        probe_costs(model, tmp_path / "cost.json", replace(QUICK, depth=9999), Precision(), Here())
+        probe_costs(model, tmp_path / "cost.json", CostsCommand(replace(QUICK, depth=9999)), Here())
     assert not (tmp_path / "cost.json").exists() and not list((tmp_path / "temporary").glob("saap-costs-*"))
 
 
 def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model 'nothing'"):
-        probe_costs("nothing", tmp_path / "cost.json", QUICK, Precision(), Here())
+        probe_costs("nothing", tmp_path / "cost.json", CostsCommand(QUICK), Here())
     with pytest.raises(UserError, match="is a directory: give the JSON file to write"):
-        probe_costs(model, tmp_path, QUICK, Precision(), Here())
+        probe_costs(model, tmp_path, CostsCommand(QUICK), Here())
     with pytest.raises(UserError, match=r"cannot be written .*: give another place"):
-        probe_costs(model, model / "config.json" / "cost.json", QUICK, Precision(), Here())
+        probe_costs(model, model / "config.json" / "cost.json", CostsCommand(QUICK), Here())
 
 
 @pytest.fixture
@@ -103,9 +101,9 @@ def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
 def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) -> None:
     said = list[str]()
     board = OnBoard(sshd.url, BoardOptions(board_packages=True), said.append)
-    there = probe_costs(model, tmp_path / "pi.json", QUICK, BITS, board)
+    there = probe_costs(model, tmp_path / "pi.json", ASKED, board)
     assert there.on == sshd.url and said == [] and not remains(sshd.cache)
-    local = probe_costs(model, tmp_path / "here.json", QUICK, BITS, Here())
+    local = probe_costs(model, tmp_path / "here.json", ASKED, Here())
     assert local.on is None and local.stacks == there.stacks and local.model == there.model
     assert there.command == local.command and there.device["fingerprint"]
     assert costs.COSTS.read(tmp_path / "pi.json") == there
@@ -113,9 +111,9 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) ->
     assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
 
     with pytest.raises(costs.CostsError, match="a depth of 99999 cannot be probed"):
-        probe_costs(model, tmp_path / "other.json", replace(QUICK, depth=99999), BITS, board)
+        probe_costs(model, tmp_path / "other.json", CostsCommand(replace(QUICK, depth=99999), bits=8), board)
     with pytest.raises(BoardError, match=rf"{sshd.url}: 4096 threads"):
-        probe_costs(model, tmp_path / "other.json", replace(QUICK, threads=(4096,)), BITS, board)
+        probe_costs(model, tmp_path / "other.json", CostsCommand(replace(QUICK, threads=(4096,)), bits=8), board)
     assert not (tmp_path / "other.json").exists() and not remains(sshd.cache)
     assert not list((tmp_path / "temporary").glob("saap-costs-*"))
 
@@ -148,3 +146,8 @@ def test_a_board_that_answers_something_else(model: Path, tmp_path: Path, change
 def test_options_of_a_board_that_contradict_themselves() -> None:
     done = here("devices", "costs", "x", "--on", "local://", "--wheels", "w", "--board-packages", code=2)
     assert "--wheels fills a venv there" in last_line(done)
+
+
+def test_the_old_spelling_names_the_new_one() -> None:
+    for words in (["--costs", "x", "-t", "1", "-o", "cost.json"], ["--costs=x"]):
+        assert "`saap devices costs MODEL -o cost.json`" in last_line(here("devices", "probe", *words, code=2))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
+from msgspec import Meta
 
+from devices.common.options import Option
+from devices.common.values import parse_bytes
 from saap.cli.console import print_table
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,33 +28,66 @@ CONTEXT = 4096  # tokens, as a conversation has by default
 DOES_NOT_FIT = 1
 
 
-def check_step(bundle: Path, name: str | None, options: dict[str, Any]) -> int:
-    """Print the verdict; the exit code.
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a bundle is held against."""
 
-    Args:
-        name: a profile; None is this host.
-        options: context, memory (bytes), onnxruntime, bandwidth (measure it here) and as_json.
+    device: Annotated[str | None, Option("A profile of `saap devices list`; default: this host.", metavar="NAME")] = (
+        None
+    )
+    context: Annotated[
+        int | None, Option("Tokens that the cache holds; default: 4096, or what the model has."), Meta(ge=1)
+    ] = None
+    memory: Annotated[
+        int | None,
+        Option(
+            "RAM of the device, such as 8GiB, where its profile does not know it.", metavar="SIZE", parse=parse_bytes
+        ),
+        Meta(ge=0),
+    ] = None
+    onnxruntime: Annotated[
+        str | None, Option("That is on the device, where it is not its system's.", metavar="VERSION")
+    ] = None
+    bandwidth: Annotated[bool, Option("Without --device: read memory for some seconds, for the ceiling.")] = False
 
-    Raises:
-        UserError, BundleError, DeviceError: the user's input.
+    def check(self) -> None:
+        """Raise UserError for what makes no sense."""
+        if self.onnxruntime and not re.fullmatch(r"\d+(\.\d+)+", self.onnxruntime):
+            raise UserError(f"{self.onnxruntime!r} is no version of ONNX Runtime: write something like 1.23.2")
+        if self.device and self.bandwidth:
+            raise UserError("--bandwidth measures this host: leave it out with --device")
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("bundle", type=directory)
+@options_of(CheckOptions)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def check(bundle: Path, as_json: bool, options: CheckOptions) -> None:
+    """Will a bundle run there? Exit 1 when it does not fit.
+
+    Whether it loads, how much memory it takes, how much context fits, which kernels run it, how fast it could be at
+    most, and what would make it fit. Nothing is run.
+
+    \b
+    Example:
+      saap devices check out/demo/slim-int4 --device raspberry-pi-4 --memory 2GiB
     """
     from devices.fit.fitting import fit
 
     model = read_model(bundle)
-    if (version := options["onnxruntime"]) and not re.fullmatch(r"\d+(\.\d+)+", version):
-        raise UserError(f"{version!r} is no version of ONNX Runtime: write something like 1.23.2")
+    options.check()
     device = (
-        _known(name, options["memory"], version) if name else _here(options["memory"], version, options["bandwidth"])
+        _known(options.device, options.memory, options.onnxruntime)
+        if options.device
+        else _here(options.memory, options.onnxruntime, options.bandwidth)
     )
-    if name and options["bandwidth"]:
-        raise UserError("--bandwidth measures this host: leave it out with --device")
-    context = min(CONTEXT, model.context_length) if options["context"] is None else options["context"]
+    context = min(CONTEXT, model.context_length) if options.context is None else options.context
     verdict = fit(model, device, context)
-    if options["as_json"]:
+    if as_json:
         click.echo(json.dumps(as_document(bundle, model, device, verdict), indent=1))
     else:
         _show(bundle, device, verdict)
-    return 0 if verdict.fits else DOES_NOT_FIT
+    sys.exit(0 if verdict.fits else DOES_NOT_FIT)
 
 
 def read_model(bundle: Path) -> Model:
@@ -117,7 +156,7 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
     from devices.probe.host import probe
     from devices.probe.state import available
     from devices.profiles.profile import load_profiles, profile_of
-    from saap.cli.devices import read_bandwidth
+    from saap.cli.devices.probe import read_bandwidth
 
     if memory is not None:
         raise UserError("--memory is the size of a board's RAM, this host's is read: give --device with it")

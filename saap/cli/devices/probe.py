@@ -1,60 +1,40 @@
-"""`saap devices list`, `show` and `probe`: known devices, and what this host is. Neither torch nor transformers."""
+"""``saap devices probe``: what this host is. Neither torch nor transformers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import click
 
 from saap.cli.console import print_table
+from saap.system.errors import UserError
 
 UNKNOWN = "unknown"
 
 
-def list_devices(as_json: bool = False) -> None:
-    """Names, processors and bandwidths of all profiles."""
-    from devices.profiles.profile import load_profiles
+class ProbeCommand(click.Command):
+    """It once timed layers too."""
 
-    profiles = sorted(load_profiles().items())
-    if as_json:
-        click.echo(json.dumps({name: asdict(profile) for name, profile in profiles}, indent=1))
-        return
-    rows = []
-    for name, profile in profiles:
-        bandwidth = profile.numbers["memory_bandwidth"].value
-        rows.append([name, profile.title, profile.cpu, "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}"])
-    print_table("devices", ["name", "board", "processor", "GB/s"], rows)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does."""
+        if any(word.partition("=")[0] == "--costs" for word in args):
+            raise UserError("the costs of layers have a command of their own: `saap devices costs MODEL -o cost.json`")
+        return super().parse_args(ctx, args)
 
 
-def show_device(name: str, as_json: bool = False) -> None:
-    """All facts of one profile."""
-    from devices.profiles.profile import load_profile
+@click.command(cls=ProbeCommand)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
+def probe(as_json: bool, bandwidth: bool) -> None:
+    """What this host is.
 
-    profile = load_profile(name)
-    if as_json:
-        click.echo(json.dumps(asdict(profile), indent=1))
-        return
-    facts = {
-        "name": profile.name,
-        "architecture": profile.architecture,
-        "processor": profile.cpu,
-        "GPU": f"{profile.gpu} ({profile.cuda})" if profile.gpu and profile.cuda else profile.gpu or "none",
-        "features": ", ".join(profile.isa),
-        "lacks": ", ".join(profile.lacks) or "nothing that is known",
-        "power modes": ", ".join(profile.power_modes) or "none",
-        "device tree": ", ".join(profile.compatible) or "none",
-    }
-    print_table(profile.title, ["fact", "value"], [list(row) for row in facts.items()])
-    numbers = [[key, _quantity(n.value, n.unit), n.level, n.source] for key, n in profile.numbers.items()]
-    if runtime := profile.runtime:
-        version = f"{runtime.onnxruntime} (Python {runtime.python})"
-        numbers.append(["onnxruntime", version, runtime.level, f"{runtime.system}; {runtime.source}"])
-    print_table("", ["number", "value", "level", "source"], numbers)
-    for note in profile.notes:
-        click.echo(f"  {note}")
+    \b
+    Example:
+      saap devices probe
+    """
+    probe_host(as_json, bandwidth)
 
 
 def probe_host(as_json: bool, bandwidth: bool = False) -> None:
@@ -147,10 +127,3 @@ def _plain(value: Any, why: str) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(item, "") for item in value) or "none"
     return f"{value} ({value / 2**20:.0f} MiB)" if isinstance(value, int) and value > 1 << 20 else str(value)
-
-
-def _quantity(value: float | None, unit: str) -> str:
-    if value is None:
-        return UNKNOWN
-    scale, name = {"B/s": (1e9, "GB/s"), "B": (2**20, "MiB"), "Hz": (1e6, "MHz")}.get(unit, (1, ""))
-    return f"{value / scale:g} {name}".strip()

@@ -1,47 +1,72 @@
-"""``saap devices costs``: times the shapes of a model on this device or a board. The command line's room."""
+"""``saap devices costs``: times the shapes of a model on this device or a board."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
+from bench.costs.options import CostsOptions
+from bench.remote.options import BoardOptions
+from devices.common.options import Option
 from devices.common.progress import Progress
 from saap.cli.console import Console, print_table
-from saap.system.files import check_place
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
 
 if TYPE_CHECKING:
-    from bench.costs import Costs, CostsOptions
+    from bench.costs import Costs
     from bench.remote import Target
 
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Of the stacks that are timed; None is 4 bits in groups of 32, or what a bundle or a tuned directory holds."""
+class CostsCommand:
+    """What ``saap devices costs`` is asked for; None is 4 bits in groups of 32, or as a bundle or tuned model holds."""
 
-    bits: int | None = None
-    group_size: int | None = None
+    options: CostsOptions = field(default_factory=CostsOptions)
+    bits: Annotated[Literal[4, 8, 32] | None, Option("Bits of the linears; default: 4, or the bundle's.")] = None
+    group_size: Annotated[
+        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or the bundle's.", old=("--group",))
+    ] = None
+    on: Annotated[
+        str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
+    ] = None
+    board: BoardOptions = field(default_factory=BoardOptions)
 
 
-def costs_step(
-    model: str, out: Path, options: CostsOptions, precision: Precision, device: Target, console: Console
-) -> None:
-    """``saap devices costs MODEL -o cost.json``: measure, write, and show what was found."""
-    costs = probe_costs(model, out, options, precision, device, console.report)
-    console.finish()
-    show_costs(out, costs)
+@click.command(cls=OptionsCommand)
+@click.argument("model")
+@click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="The JSON file.")
+@options_of(CostsCommand)
+def costs(model: str, out: Path, options: CostsCommand) -> None:
+    """What each layer size of MODEL takes, on this device or on a board.
+
+    With --on the graphs are made here and timed there; the board needs Python and nothing else.
+
+    \b
+    Example:
+      saap devices costs smollm2-135m -t 1 -o cost.json
+      saap devices costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
+    """
+    from bench.remote.target import target
+    from saap.system.interrupt import ended_as_by_a_person
+
+    options.board.check(on_a_board=options.on is not None)
+    with Console() as console, ended_as_by_a_person(), target(options.on, options.board, console.say) as device:
+        found = probe_costs(model, out, options, device, console.report)
+        console.finish()
+    show_costs(out, found)
 
 
 def probe_costs(
     model: str | Path,
     out: Path,
-    options: CostsOptions,
-    precision: Precision,
+    asked: CostsCommand,
     device: Target,
     progress: Progress | None = None,
 ) -> Costs:
@@ -60,18 +85,19 @@ def probe_costs(
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
     from saap.models.resolve import resolve
+    from saap.system.files import check_place
 
     check_place(out)
     path = Path(model)
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)
     limit = WEIGHT_LIMIT if device.url else max(WEIGHT_LIMIT, CACHES * (probe()["last_level_cache_bytes"] or 0))
-    source = read_probe_model(path, precision.bits, precision.group_size, limit)
+    source = read_probe_model(path, asked.bits, asked.group_size, limit)
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work:
         stacks = write_probe_stacks(source, Path(work), progress=progress)
-        costs = device.costs(stacks, options, progress=progress)
-    write_costs(out, costs)
-    return costs
+        found = device.costs(stacks, asked.options, progress=progress)
+    write_costs(out, found)
+    return found
 
 
 def show_costs(out: Path, costs: Costs) -> None:

@@ -1,0 +1,95 @@
+"""``saap devices emulate``: answers of a bundle on emulated CPUs, beside this host's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+
+from devices.common.files import write_text
+from devices.common.options import Option
+from saap.cli.bench import STDOUT
+from saap.cli.console import Console, print_table
+from saap.cli.devices.test import text_ids
+from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import directory
+from saap.system.errors import UserError
+from saap.system.interrupt import ended_as_by_a_person
+
+
+@dataclass(frozen=True)
+class EmulateCommand:
+    """What ``saap devices emulate`` is asked for."""
+
+    cpu: Annotated[
+        tuple[Literal["cortex-a72", "cortex-a76", "max"], ...],
+        Option("May be given again; default: all three."),
+    ] = ()
+    text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
+    tokens: Annotated[int, Option("Of the text.")] = 64
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("bundle")
+@options_of(EmulateCommand)
+@click.option("--json", "json_path", type=directory, help="Write the answers here; - prints them.")
+def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> None:
+    """Does BUNDLE say the same on aarch64? Run it under qemu-user, without a board.
+
+    The agent, the worker and the aarch64 wheel of ONNX Runtime are the real ones, so kernels are chosen as on a board:
+    cortex-a72 is a Raspberry Pi 4, cortex-a76 a Raspberry Pi 5, max has i8mm. Speeds are null. Needs qemu-user and
+    mmdebstrap; what is fetched, about 120 MB, is kept in the cache. Exit 1 when an answer differs.
+
+    \b
+    Example:
+      saap devices emulate out/demo/slim-int4 --cpu cortex-a72
+    """
+    with Console() as console:
+        sys.exit(emulate_bundle(bundle, options, json_path, console))
+
+
+def emulate_bundle(bundle: str, asked: EmulateCommand, json_path: Path | None, console: Console) -> int:
+    """Prepare, run, show; the exit code."""
+    from bench.remote.emulated import document, emulate
+    from bench.runtimes.session import cache_directory
+    from devices.emulate.qemu import CPUS, prepare
+    from devices.probe.host import probe
+
+    if asked.tokens < 2:
+        raise UserError(f"a text of {asked.tokens} tokens has no likelihood: give --tokens 2 or more")
+    ids = text_ids(Path(bundle), asked.text)[: asked.tokens]
+    if len(ids) < 2:
+        raise UserError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
+    onnxruntime = probe()["onnxruntime"]
+    if onnxruntime is None:
+        raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
+    console.report("emulate, arm64 packages and wheels", 0, 1)
+    root = prepare(cache_directory(), str(onnxruntime))
+    with ended_as_by_a_person():
+        found = emulate(bundle, asked.cpu or tuple(CPUS), ids, root, progress=console.report)
+    console.finish()
+    if json_path == STDOUT:
+        click.echo(json.dumps(document(found), allow_nan=False))
+        return int(found.exit_code)
+    if json_path is not None:
+        write_text(json_path, json.dumps(document(found), indent=1, allow_nan=False) + "\n")
+    _show(found)
+    return int(found.exit_code)
+
+
+def _show(found: Any) -> None:
+    rows = [[found.reference.cpu, "-", f"{found.reference.nll:.4f}", "-", "-"]]
+    for answer in found.answers:
+        same = f"{answer.same_tokens} of {len(found.reference.tokens)}"
+        verdict = "differs" if answer.faults else "same"
+        rows.append([answer.cpu, same, f"{answer.nll:.4f}", f"{answer.nll_difference:+.4f}", verdict])
+    title = f"{found.bundle}, {found.bits} bit, {len(found.text)} tokens of text"
+    print_table(title, ["CPU", "same greedy tokens", "NLL", "difference", "verdict"], rows)
+    for answer in found.answers:
+        for fault in answer.faults:
+            click.echo(f"  {answer.cpu}: {fault}")
+    click.echo("  speeds are null: an emulator's times say nothing of a board")

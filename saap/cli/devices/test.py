@@ -1,0 +1,226 @@
+"""``saap devices baseline`` and ``saap devices test``: what is asked, measured and said."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+
+from bench.remote.options import BoardOptions
+from devices.common.options import Option
+from saap.cli.bench import show_reasons
+from saap.cli.console import Console, print_table
+from saap.cli.options import OptionsCommand, options_of
+from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.remote.target import Target
+
+GREEDY = 16
+MOST_TEXT = 128
+# Ours, so that a baseline holds nobody else's text; words, numbers and code, as models are used.
+TEXT = (
+    "The bridge over the river was closed on the 3rd of May, because the water had risen by 12 centimetres in a night. "
+    "Engineers measured it every hour and wrote the level into a book. Nobody crossed before noon.\n\n"
+    "def mean(values):\n    return sum(values) / len(values)\n\n"
+    "A model is small when it fits into the memory of the device, and it is fast when that memory can feed it. "
+    "Everything else is a question of how carefully it was measured, and by whom."
+)
+
+Measured = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Which device is measured, and where its baselines are."""
+
+    baselines: Annotated[Path | None, Option("Folder of baselines; default: devices/baselines, below this one.")] = None
+    name: Annotated[str | None, Option("Of the model; default: the bundle's folder.")] = None
+    on: Annotated[
+        str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
+    ] = None
+    board: BoardOptions = field(default_factory=BoardOptions)
+    max_time_s: Annotated[float, Option("Seconds a run.", flags=("--max-time",))] = 120
+
+    @property
+    def folder(self) -> Path:
+        """Where the baselines are."""
+        from bench.judge.baselines import DEFAULT
+
+        return Path(self.baselines or DEFAULT)
+
+    def check(self) -> None:
+        """Raise UserError for what contradicts itself."""
+        self.board.check(on_a_board=self.on is not None)
+
+
+@dataclass(frozen=True)
+class BaselineCommand:
+    """What ``saap devices baseline`` is asked for."""
+
+    prompt: Annotated[int, Option("Prompt tokens.", flags=("-p", "--prompt"))] = 128
+    generate: Annotated[int, Option("Generated tokens.", flags=("-n", "--generate"))] = 128
+    depth: Annotated[int, Option("Tokens in the cache before.", flags=("-d", "--depth"))] = 0
+    threads: Annotated[int | None, Option("Default: all physical cores.", flags=("-t", "--threads"))] = None
+    repetitions: Annotated[
+        int | None, Option("Of each run; default: until the rate is known to 2 %.", flags=("-r", "--repetitions"))
+    ] = None
+    runs: Annotated[int, Option("What differs between them is taken for noise.")] = 2
+    text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+@dataclass(frozen=True)
+class TestCommand:
+    """What ``saap devices test`` is asked for."""
+
+    min_effect: Annotated[float, Option("Smallest change of speed that counts.")] = 0.05
+    junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("bundle")
+@options_of(BaselineCommand)
+def baseline(bundle: str, options: BaselineCommand) -> None:
+    """Record what BUNDLE is on this device, or on a board: speed, memory, load, energy, answers.
+
+    \b
+    Example:
+      saap devices baseline out/demo/slim-int4 -t 4 --baselines ours/baselines
+      saap devices baseline out/demo/slim-int4 --on ssh://pi@board
+    """
+    with Console() as console:
+        record_baseline(bundle, options, console)
+
+
+@click.command(cls=OptionsCommand)
+@click.argument("bundle")
+@options_of(TestCommand)
+def test(bundle: str, options: TestCommand) -> None:
+    """Measure BUNDLE again and say what became worse than the baseline of this device.
+
+    What looks worse is measured a second time before it is said. Exit 1 when something is worse, 3 when there is no
+    baseline of this device or a run is INVALID.
+
+    \b
+    Example:
+      saap devices test out/demo/slim-int4 --baselines ours/baselines --junit devices.xml
+    """
+    with Console() as console:
+        sys.exit(retest_bundle(bundle, options, console))
+
+
+def record_baseline(bundle: str, asked: BaselineCommand, console: Console) -> None:
+    """Record and keep."""
+    from bench.judge.baselines import checked_folder, writable_folder, write_baseline
+    from bench.judge.regression import record
+    from bench.measure.options import BenchOptions
+    from bench.remote.target import target
+    from saap.system.interrupt import ended_as_by_a_person
+
+    device_options = asked.device
+    device_options.check()
+    folder = checked_folder(device_options.folder)
+    plan = BenchOptions(
+        prompt=asked.prompt,
+        generate=asked.generate,
+        depth=asked.depth,
+        threads=asked.threads,
+        repetitions=asked.repetitions,
+        max_time_s=device_options.max_time_s,
+        text=text_ids(_path(bundle), asked.text),
+        greedy=GREEDY,
+    )
+    writable_folder(folder)
+    name = name_of(bundle, device_options.name)
+    with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+        kept = record(name, measuring(device, bundle, name, console), plan, asked.runs, console.say)
+    console.finish()
+    path = write_baseline(folder, kept)
+    for result in kept.results:
+        show_reasons(result)
+    click.echo(f"wrote {path}: {len(kept.pooled.measurements[0].samples)} repetitions in {len(kept.results)} runs")
+
+
+def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
+    """Measure again, show and judge; the exit code."""
+    from bench.judge.baselines import OtherDeviceError, checked_folder
+    from bench.judge.regression import Limits, retest
+    from bench.judge.verdict import NOT_COMPARABLE, SAME
+    from bench.remote.target import target
+    from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
+    from devices.common.files import write_text
+    from devices.probe.host import probe
+    from saap.system.interrupt import ended_as_by_a_person
+
+    if not 0 < asked.min_effect < 1:
+        raise UserError(f"--min-effect {asked.min_effect} is no fraction: give e.g. 0.05 for 5 %")
+    device_options, junit_path = asked.device, asked.junit
+    device_options.check()
+    name = name_of(bundle, device_options.name)
+    try:
+        with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+            test = retest(
+                checked_folder(device_options.folder),
+                name,
+                measuring(device, bundle, name, console),
+                on=device.url,
+                here=None if device.url else probe()["fingerprint"],
+                limits=Limits(speed=asked.min_effect, max_time_s=device_options.max_time_s),
+            )
+    except OtherDeviceError as error:
+        if junit_path is not None:
+            case = Case(name, "error", NOT_COMPARABLE, str(error))
+            write_text(junit_path, junit("saap devices test", [case]))
+        raise
+    console.finish()
+    show_reasons(test.results[-1])
+    (m,) = test.results[-1].measurements
+    table = verdict_table(test.checks, DEVICE)
+    title = f"{test.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
+    print_table(title, table.header, table.rows)
+    for check in test.checks:
+        if check.verdict != SAME or check.reason:
+            click.echo(f"  {sentence(check)}")
+    if junit_path is not None:
+        write_text(junit_path, device_junit(test))
+    return test.exit_code
+
+
+def measuring(device: Target, bundle: str, name: str, console: Console) -> Measured:
+    """What makes a run of the bundle on a device."""
+    return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
+
+
+def name_of(bundle: str, name: str | None) -> str:
+    """What a model is called in its baselines."""
+    return name or _path(bundle).resolve().name
+
+
+def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
+    """Token ids of the text that a model is asked about: as many as it holds beside the tokens it shall say.
+
+    Random ids, always the same, where a bundle has no tokenizer.
+    """
+    from bench.measure.rounds import prompt_tokens
+    from export.bundle.manifest import read_manifest
+    from export.bundle.tokenizer import BundleTokenizer
+
+    manifest = read_manifest(bundle)
+    most = min(MOST_TEXT, manifest.context_length - GREEDY)
+    if text is None and not (bundle / "tokenizer.json").is_file():
+        return tuple(prompt_tokens(most, manifest.vocab_size, seed=0))
+    try:
+        words = TEXT if text is None else text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {text} ({error}): give a text file in UTF-8") from None
+    return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
+
+
+def _path(bundle: str) -> Path:
+    return Path(bundle.removeprefix("prepacked:"))
