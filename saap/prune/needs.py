@@ -65,8 +65,8 @@ def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
     return stream + batch + sums + 3 * shape.hidden * (widest + heads)
 
 
-def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> dict[str, int]:
-    """Of pruning in steps: the model of the step before, the refitted matrices, and the output.
+def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
+    """Of pruning in stages: the model of the stage before, the refitted matrices, and the output.
 
     Args:
         file_bytes: of the dense model's weight files.
@@ -78,5 +78,5 @@ def prune_disk(shape: ModelShape, file_bytes: int, share: float, steps: int) -> 
         return round(each * (shape.parameters - gone * shape.layer_weights))
 
     refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
-    before = left(share * (steps - 1) / steps) if steps > 1 else 0
-    return {"the step before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
+    before = left(share * (stages - 1) / stages) if stages > 1 else 0
+    return {"the stage before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}

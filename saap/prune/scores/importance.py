@@ -160,7 +160,7 @@ def estimate(
 
     Args:
         ids: [sequences, tokens] int64.
-        c: weight of the second-order term; None is the number of tokens per sequence, which makes up for the loss being
+        c: weight of the second-order term; None is the number of tokens per sequence, which corrects for the loss being
             a mean over tokens (the literature prints 1).
         element: whether the element score is wanted, which takes half as long again, and which form of it.
 

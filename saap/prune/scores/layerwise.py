@@ -1,19 +1,16 @@
 """Estimation for a model that is not in memory: all sequences go through a layer before the next one is read.
 
 The numbers are those of :func:`saap.prune.scores.importance.estimate`. The states before every layer are kept on the
-way up, and a
-layer runs once more on the way down, which is one forward pass more. The model is read twice.
+way up, and a layer runs once more on the way down, which is one forward pass more. The model is read twice.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
+from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
@@ -52,7 +49,16 @@ def estimate_layerwise(
         loss, gradient = _loss(model, hidden, row)
         losses.append(check_loss(loss, index))
         gradients.append(gradient)
-    _down(model, shape, sums, batches, states, gradients, say)
+    # Down again: hooks on a layer's matrices take the sums.
+    matrices, layers = matrices_of(model, shape), layers_of(model)
+    for index in reversed(range(len(layers))):
+        with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
+            for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
+                x = hidden.detach().requires_grad_(True)
+                run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
+                assert x.grad is not None
+                gradients[number] = x.grad
+        say(steps - index)
     return sums.scores(len(ids), sum(losses) / len(losses))
 
 
@@ -68,25 +74,3 @@ def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tu
     loss.backward()
     assert hidden.grad is not None
     return float(loss.item()), hidden.grad
-
-
-def _down(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    sums: Sums,
-    batches: list[Batch],
-    states: list[list[torch.Tensor]],
-    gradients: list[torch.Tensor],
-    say: Callable[[int], None],
-) -> None:
-    """Send the gradients down the layers; hooks on their matrices take the sums."""
-    matrices = matrices_of(model, shape)
-    layers = layers_of(model)
-    for index in reversed(range(len(layers))):
-        with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
-            for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
-                x = hidden.detach().requires_grad_(True)
-                run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
-                assert x.grad is not None
-                gradients[number] = x.grad
-        say(2 * len(layers) - index)

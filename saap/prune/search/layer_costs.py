@@ -118,7 +118,6 @@ def read_costs(
     bits: int,
     group_size: int,
     threads: int | None = None,
-    fingerprint: str | None = None,
     onnxruntime: str | None = None,
 ) -> CostTable:
     """Read the table for a model.
@@ -128,7 +127,6 @@ def read_costs(
         bits: of the bundle that will be made.
         group_size: its weights per scale; means nothing at 32 bit.
         threads: which of the file's thread counts; None takes the only one.
-        fingerprint: of the device that the model is for; None accepts any, for a table brought from another device.
         onnxruntime: version that will run it; None accepts any.
 
     Raises:
@@ -151,7 +149,6 @@ def read_costs(
         if bits != 32:
             wanted["block"] = group_size
         _same(path, "a model", {name: raw["model"][name] for name in wanted}, wanted)
-        _same(path, "device", raw["device"]["fingerprint"], fingerprint)
         _same(path, "ONNX Runtime", raw["device"]["onnxruntime"], onnxruntime)
         return _table(path, raw, threads)
     except (KeyError, TypeError, AttributeError, IndexError) as error:

@@ -59,7 +59,8 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
         rows = rows.to(model.device)
         return float(model(input_ids=rows, labels=rows, use_cache=False).loss.item()) * len(rows)
 
-    return sum(shares().each(ids.split(batch), loss_of)) / len(ids)
+    losses = shares().each(list(ids.split(batch)), loss_of)
+    return sum(losses) / len(ids)
 
 
 def without_attention(keep: LayerPlan) -> LayerPlan:

@@ -2,12 +2,12 @@
 
 Fused scores rank structures of one type but do not compare types. Two numbers per type turn them into a loss,
 
-    price(module option) = kappa * sum of P over what goes * (1 + alpha * share of the module that goes)
+    price(option) = kappa * sum of P over what goes * (1 + alpha * share of the block that goes)
 
 fitted to the loss measured with the cheapest structures of *every* layer gone together, at two levels. Joint removals
 matter: prices measured one at a time underestimate them by an order of magnitude, and without alpha the search empties
 a few layers that a first-order score calls cheap. What is to be compensated is priced by the loss after that: a refit
-makes up for most of what a query head did, and for little of what FFN channels did.
+restores most of what a query head did, and little of what FFN channels did.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from saap.system.errors import UserError
 
 # Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
 FFN_LEVELS = (0.125, 0.25)
-FFN_LEVELS_COMPENSATED = (0.25, 0.5)  # less is made up for so well that it says nothing about more
+FFN_LEVELS_COMPENSATED = (0.25, 0.5)  # less is restored so well that it says nothing about more
 BLOCKS_TOGETHER = 5
 # How far one measurement may move a price, and the least that anything costs, nats per token.
 FACTOR_LIMIT = 10.0

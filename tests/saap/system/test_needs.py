@@ -80,8 +80,8 @@ def test_disk_is_what_lies_there_at_the_same_time(tiny_model):
     shape = shape_of(read_config(tiny_model()))
     size, layers = 4 * shape.parameters, 4 * shape.layer_weights
     once, twice = (prune_disk(shape, size, 0.5, steps) for steps in (1, 2))
-    assert once["the step before"] == 0 and once["the slim model"] == pytest.approx(size - layers / 2, abs=1)
-    assert twice["the step before"] == pytest.approx(size - layers / 4, abs=1)
+    assert once["the stage before"] == 0 and once["the slim model"] == pytest.approx(size - layers / 2, abs=1)
+    assert twice["the stage before"] == pytest.approx(size - layers / 4, abs=1)
     assert once["refitted matrices"] == 4 * 3 * 96 * (128 + 96)
 
 

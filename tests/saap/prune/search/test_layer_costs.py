@@ -74,7 +74,7 @@ def test_larger_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> 
 
 def test_a_table_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "cost.json", document())
-    found = read_costs(path, SHAPE, bits=4, group_size=32, threads=1, fingerprint="abc", onnxruntime="1.32.0")
+    found = read_costs(path, SHAPE, bits=4, group_size=32, threads=1, onnxruntime="1.32.0")
     assert found == TABLE
     assert read_costs(path, SHAPE, bits=4, group_size=32) == TABLE
 
@@ -92,7 +92,6 @@ def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"fingerprint": "xyz"}, "was measured for device abc, not xyz"),
         ({"onnxruntime": "1.33.0"}, "was measured for ONNX Runtime 1.32.0, not 1.33.0"),
         ({"bits": 8}, "was measured for a model with bits 4, not bits 8"),
         ({"group_size": 64}, "was measured for a model with block 32, not block 64"),
