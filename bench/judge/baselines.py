@@ -38,7 +38,7 @@ class Baseline:
 
     @property
     def fingerprint(self) -> str:
-        """Of the device."""
+        """The device's fingerprint, 16 hex digits."""
         return str(self.results[0].device.get("fingerprint"))
 
     @property

@@ -1,4 +1,4 @@
-"""Values of a JSON document as a person writes them; what is unknown, or of the wrong kind, is a dash."""
+"""Values of a JSON document as text for people; an unknown value, or one of the wrong type, is a dash."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ DASH = "\u2013"
 
 
 def threads(count: int) -> str:
-    """A count of threads."""
+    """Such as ``1 thread`` or ``4 threads``."""
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def command_line(command: Any) -> str | None:
+def command_line(command: object) -> str | None:
     """A command as it is typed in a shell; a list of arguments is quoted."""
-    return shlex.join(map(str, command)) if isinstance(command, list | tuple) else command
+    if isinstance(command, list | tuple):
+        return shlex.join(map(str, command))
+    return None if command is None else str(command)
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A JSON value as a person would write it."""
     if value is None:
         return UNKNOWN
@@ -37,39 +39,40 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def as_float(value: Any) -> float | None:
+def as_float(value: object) -> float | None:
     """A finite number, else None."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
-def number(value: Any, digits: int = 1) -> str:
-    """Fixed decimals."""
+def number(value: object, digits: int = 1) -> str:
+    """With a fixed number of decimals."""
     return UNKNOWN if (known := as_float(value)) is None else f"{known:.{digits}f}"
 
 
-def millions(value: Any) -> str:
-    """A count such as that of parameters."""
+def millions(value: object) -> str:
+    """A count in millions, such as ``134.5 M``."""
     return UNKNOWN if (known := as_float(value)) is None else f"{known / 1e6:.1f} M"
 
 
-def megabytes(value: Any) -> str:
+def megabytes(value: object) -> str:
     """Bytes in units of 10^6 bytes; small ones with two digits."""
     if (known := as_float(value)) is None:
         return UNKNOWN
     return f"{known / 1e6:.0f}" if known >= 1e7 else f"{known / 1e6:.2g}"
 
 
-def percent(value: Any) -> str:
-    """A fraction of 1 in percent."""
+def percent(value: object) -> str:
+    """A fraction as a percentage."""
     return UNKNOWN if (known := as_float(value)) is None else f"{100 * known:.1f} %"
 
 
-def as_dict(value: Any) -> dict[str, Any]:
+def as_dict(value: object) -> dict[str, Any]:
     """An object, else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """An array, else an empty one."""
     return list(value) if isinstance(value, list | tuple) else []

@@ -35,7 +35,11 @@ MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minu
 
 
 def report(
-    results: Sequence[Path], out: Path, *, run: dict[str, Any] | None = None, history: Path | None = None
+    results: Sequence[str | Path],
+    out: str | Path,
+    *,
+    run: Mapping[str, Any] | None = None,
+    history: str | Path | None = None,
 ) -> Path:
     """Write the page, by rename.
 
@@ -48,7 +52,7 @@ def report(
         history: a folder of results over time (:mod:`bench.report.history`).
 
     Returns:
-        ``out``.
+        The path of the page.
 
     Raises:
         ResultError: a result, or a document of the history, cannot be read.
@@ -56,7 +60,7 @@ def report(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    of_eval = {path for path in results if is_quality(path)}
+    out, of_eval = Path(out), {path for path in results if is_quality(path)}
     qualities = [read_quality(path) for path in results if path in of_eval]
     documents = [read_result(path) for path in results if path not in of_eval]
     environment = Environment(
@@ -76,7 +80,7 @@ def report(
         threads=threads,
     )
     page = environment.get_template("report.html.jinja").render(
-        _context(documents, run or {}, qualities), history=_history(history)
+        _context(documents, run or {}, qualities), history=_history(None if history is None else Path(history))
     )
     write_text(out, page, errors="replace")  # JSON may hold half a surrogate pair, which no file can
     return out
