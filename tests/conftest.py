@@ -32,6 +32,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker takes what rests on the real model: it is converted, cut and exported once."""
+    for item in items:
+        if "real_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("real model"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The directory of texts that SAAP_DATA names; broken is a failure, absent a skip."""
