@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.child import ChildFailedError, call
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
-from bench.measure.child import ChildFailedError, call
 from bench.measure.cores import choose_cores, physical_cores
 from bench.measure.result import command_line
 from bench.measure.roofline import probe_bandwidth

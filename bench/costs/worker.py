@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bench.measure.child import job_and_tell
+from bench.child import job_and_tell
 from bench.measure.cores import pin
 from bench.runtimes.onnxruntime import Logits, OrtDecoder
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.child import ChildFailedError, call, job_and_tell
+from bench.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import choose_cores, pin
 from bench.measure.options import BenchOptions
 from bench.measure.result import Result
 from bench.runtimes.onnxruntime import Decoder, Logits
-from bench.runtimes.peers import WORKER, Peer
+from bench.runtimes.peers import Peer
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 
@@ -29,7 +29,7 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> dict[str, Any]:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
         is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
-    if peer.worker != WORKER:
+    if peer.runtime is not None:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
     job = {
         "path": str(peer.path), "ids": list(plan.text), "greedy": plan.greedy, "threads": threads,

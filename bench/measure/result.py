@@ -17,6 +17,8 @@ from typing import Any
 
 from bench.measure.options import Provider
 from bench.measure.statistics import Summary, summarize
+from bench.power.sensors import Energy as Energy
+from bench.runtimes.facts import ModelFacts as ModelFacts
 from devices.common.documents import Document, unknown_fields
 from devices.common.errors import UserError
 from devices.common.files import without_checksum
@@ -29,19 +31,6 @@ CACHE_FACTOR = 2  # a model within this many last-level caches may run from cach
 def command_line() -> list[str]:
     """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
     return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
-
-
-@dataclass(frozen=True)
-class Energy:
-    """What a sensor saw of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
-
-    decode_j: float
-    window_s: float
-    idle_w: float | None
-    scope: str  # what the sensor sees: module_input | rails_sum | package | pmic_rails | wall | estimate
-    source: str  # the sensor's name
-    rate_hz: float  # readings per second in the window
-    estimate: bool = False  # whether it stands for more than was measured
 
 
 @dataclass(frozen=True)
@@ -78,19 +67,6 @@ class Sample:
     def decoding_s(self) -> float:
         """Seconds of all decode steps."""
         return self.decode_s if self.decode_s is not None else sum(self.token_s)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Sizes of the measured model; None is unknown."""
-
-    parameters: int | None = None
-    model_bytes: int | None = None  # files on disk that hold weights and graph
-    weight_bytes_per_token: int | None = None
-    kv_bytes_per_token: int | None = None
-    bits: int | None = None
-    vocab_size: int | None = None
-    unknown: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

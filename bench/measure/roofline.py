@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from bench.measure.child import ChildFailedError, call, job_and_tell
+from bench.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import pin
 from bench.measure.result import Bandwidth
 

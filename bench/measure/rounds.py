@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.measure.child import ChildFailedError, call
+from bench.child import ChildFailedError, call
 from bench.measure.cores import CoolDown, choose_cores
 from bench.measure.memory import available
 from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
@@ -23,6 +23,7 @@ from bench.runtimes.peers import Peer
 from devices.common.progress import Progress
 
 IDLE_S = 2.0
+WORKER = "bench.measure.worker"
 
 
 @dataclass
@@ -120,10 +121,10 @@ class Rounds:
         peer, setting = outcome.peer, outcome.setting
         self._cooling.wait()
         begun = time.monotonic()
-        job = {**self._job(setting), "path": str(peer.path), "spawned_at": begun}
+        job = {**self._job(setting), **_model(peer), "spawned_at": begun}
         job["available_before"] = available(self.plan.root)
         answer = call(
-            peer.worker, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
+            WORKER, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
             lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
         )  # fmt: skip
         taken = msgspec.convert(answer["sample"], Sample)
@@ -196,9 +197,9 @@ def cold_load(peer: Peer, job: dict[str, Any], timeout_s: float) -> tuple[float 
     """Seconds of a load from storage, or None and why it is not known."""
     files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
     total = sum(drop_from_cache(file) for file in files)
-    config = {**job, "path": str(peer.path), "only_load": True}
+    config = {**job, **_model(peer), "only_load": True}
     try:
-        answer = call(peer.worker, config, timeout_s, peer.environment(job["threads"]), peer.python)
+        answer = call(WORKER, config, timeout_s, peer.environment(job["threads"]), peer.python)
     except ChildFailedError as error:
         return None, str(error)
     if answer.get("read_bytes") is None:
@@ -206,6 +207,11 @@ def cold_load(peer: Peer, job: dict[str, Any], timeout_s: float) -> tuple[float 
     if 2 * answer["read_bytes"] < total:
         return None, f"the system kept the files: {answer['read_bytes']} bytes of {total} were read"
     return float(answer["load_s"]), None
+
+
+def _model(peer: Peer) -> dict[str, Any]:
+    """What of a worker's job says which model, and in which runtime."""
+    return {"path": str(peer.path), "runtime": peer.runtime, "prepacked": peer.prepacked}
 
 
 def drop_from_cache(path: Path) -> int:

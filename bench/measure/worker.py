@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure.child import job_and_tell
+from bench.child import job_and_tell
 from bench.measure.cores import drift, level, pin, probe_clock
 from bench.measure.gpu import GpuWatch
 from bench.measure.host_state import counters, snapshot
@@ -146,6 +147,7 @@ class Job:
     context: list[int] = field(default_factory=list)
     provider: str = "cpu"
     cuda_graph: bool = False
+    runtime: str | None = None  # module of a peer; None: a bundle in ONNX Runtime
     prepacked: bool = False  # map packed weights from the user's cache
     only_load: bool = False  # time the load and end
     spawned_at: float | None = None  # time.monotonic of the parent
@@ -159,6 +161,7 @@ class Job:
 
 
 Load = Callable[[Job], Decoder]
+Facts = Callable[[Decoder], dict[str, Any]]
 
 
 def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, Any], Decoder]:
@@ -232,15 +235,27 @@ def _memory(job: Job, peak_load: int | None, apart: bool) -> dict[str, Any]:
     }
 
 
-def serve(load: Load, facts: Callable[[Decoder], dict[str, Any]]) -> None:
+def main(runtime: Callable[[Job], tuple[Load, Facts]] | None = None) -> None:
     """Read the job from stdin, write ``{"sample": ..., "window": ..., **facts}`` to stdout."""
     given, tell = job_and_tell()
     job = Job(**given)
+    load, facts = (runtime or runtime_of)(job)
     if job.only_load:
         tell(_loaded(job, load))
         return
     taken, decoder = sample(job, load, lambda phase, rate: tell({"phase": phase, "rate": rate}))
     tell({**taken, **facts(decoder)})
+
+
+def runtime_of(job: Job) -> tuple[Load, Facts]:
+    """What loads the model and what tells its facts; packages are imported here, which is not loading a model."""
+    if job.runtime is None:
+        import onnxruntime  # noqa: F401
+
+        return load_bundle, bundle_facts
+    peer = import_module(job.runtime)
+    peer.prepare()
+    return lambda job: peer.load(Path(job.path), job.threads, job.positions), peer.facts
 
 
 def _loaded(job: Job, load: Load) -> dict[str, Any]:
@@ -271,6 +286,4 @@ def bundle_facts(decoder: Decoder) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import onnxruntime  # noqa: F401  before the clock starts: importing is not loading a model
-
-    serve(load_bundle, bundle_facts)
+    main()

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.measure.result import Energy
 from bench.power.commands import Commands, pmic, tegrastats
-from bench.power.sensors import NO_SENSOR, Found, Stream, ina3221, rapl
+from bench.power.sensors import NO_SENSOR, Energy, Found, Stream, ina3221, rapl
 
 SILENCE = 5  # times the usual distance of readings; a longer gap is one ...
 SILENT_SHARE = 0.1  # ... where it is also more than this share of the window

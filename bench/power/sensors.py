@@ -31,6 +31,19 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
+class Energy:
+    """What a sensor saw of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
+
+    decode_j: float
+    window_s: float
+    idle_w: float | None
+    scope: str  # what the sensor sees: module_input | rails_sum | package | pmic_rails | wall | estimate
+    source: str  # the sensor's name
+    rate_hz: float  # readings per second in the window
+    estimate: bool = False  # whether it stands for more than was measured
+
+
+@dataclass(frozen=True)
 class Sensor:
     """Either ``read`` or ``follow`` gives power.
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from bench.measure.child import until_done
+from bench.child import until_done
 from bench.remote import labgrid_session as farm
 from bench.remote.board import Board, Say, Stopped
 from devices.transport import BoardError, LostError, Transport, last_line, open_transport

@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
-from bench.measure.child import until_done
+from bench.child import until_done
 from bench.remote.board import Board, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place

@@ -1,4 +1,4 @@
-"""The worker of ``genai:DIR``: onnxruntime-genai's own loop, greedy, token by token.
+"""The runtime of ``genai:DIR``: onnxruntime-genai's own loop, greedy, token by token.
 
 genai samples in its own code, so a step is ``generate_next_token`` and the logits never come to Python. It stops at an
 end-of-text token by its own rules; a smallest length equal to the largest one keeps it going for an exact count.
@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.worker import Job, serve
-from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.facts import graph_facts
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
 from export.bundle.manifest import MANIFEST
 
@@ -81,17 +80,11 @@ def facts(decoder: Decoder) -> dict[str, Any]:
     return {"model": graph_facts(decoder.path / told["filename"], told.get("head_size")), "versions": versions}
 
 
-def load(job: Job) -> Decoder:
+def load(path: Path, threads: int, max_length: int) -> Decoder:
     """The directory, with a cache for the prompt and the generated tokens."""
-    return GenaiDecoder(Path(job.path), job.threads, job.positions)
+    return GenaiDecoder(path, threads, max_length)
 
 
-def main() -> None:
-    """Import first: starting Python's packages is not loading a model."""
+def prepare() -> None:
+    """Import what loading needs: starting Python's packages is not loading a model."""
     import onnxruntime_genai  # noqa: F401
-
-    serve(load, facts)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The worker of ``llama.cpp:FILE.gguf``: the library's own decode call through ctypes, greedy, token by token.
+"""The runtime of ``llama.cpp:FILE.gguf``: the library's own decode call through ctypes, greedy, token by token.
 
 llama-cpp-python's ``Llama`` class copies logits and samples in Python; here a step is one ``llama_decode``, and the
 logits are a view of the library's buffer. Context options are the library's defaults, except for lengths and threads.
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.worker import Job, serve
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
 from devices.common.gguf_header import read_header
 
@@ -134,17 +133,11 @@ def facts(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def load(job: Job) -> Decoder:
+def load(path: Path, threads: int, max_length: int) -> Decoder:
     """The file, with a cache for the prompt and the generated tokens."""
-    return LlamaCppDecoder(Path(job.path), job.threads, job.positions)
+    return LlamaCppDecoder(path, threads, max_length)
 
 
-def main() -> None:
-    """Import first: starting Python's packages is not loading a model."""
+def prepare() -> None:
+    """Import what loading needs: starting Python's packages is not loading a model."""
     from llama_cpp import llama_cpp  # noqa: F401
-
-    serve(load, facts)
-
-
-if __name__ == "__main__":
-    main()

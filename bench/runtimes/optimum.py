@@ -1,4 +1,4 @@
-"""The worker of ``optimum:DIR``: optimum-onnx's ``ORTModelForCausalLM`` with IO binding, greedy, token by token."""
+"""The runtime of ``optimum:DIR``: optimum-onnx's ``ORTModelForCausalLM`` with IO binding, greedy, token by token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.worker import Job, serve
-from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.facts import graph_facts
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST
 
@@ -77,20 +76,14 @@ def facts(decoder: Decoder) -> dict[str, Any]:
     return {"model": graph_facts(decoder.path / DECODE_GRAPH), "versions": versions}
 
 
-def load(job: Job) -> Decoder:
+def load(path: Path, threads: int, max_length: int) -> Decoder:
     """The directory, for a prompt and the generated tokens."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    return OptimumDecoder(Path(job.path), job.threads, job.positions)
+    torch.set_num_threads(threads)
+    return OptimumDecoder(path, threads, max_length)
 
 
-def main() -> None:
-    """Import first: starting Python's packages is not loading a model."""
+def prepare() -> None:
+    """Import what loading needs: starting Python's packages is not loading a model."""
     import optimum.onnxruntime  # noqa: F401
-
-    serve(load, facts)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.measure.child import ChildFailedError, absent, call
-from bench.measure.result import ModelFacts
+from bench.child import ChildFailedError, absent, call
+from bench.runtimes.facts import ModelFacts
 from bench.runtimes.onnxruntime import check_context
 from bench.runtimes.providers import check_provider
 from bench.runtimes.session import prepack
@@ -30,7 +30,6 @@ TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
 PREPACKED = "prepacked:"
 FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
-WORKER = "bench.measure.worker"  # of bundles
 GENAI_CONFIG, LONGEST_NAME = "genai_config.json", 255
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
@@ -46,13 +45,13 @@ class PeerError(UserError):
 
 @dataclass(frozen=True)
 class Peer:
-    """One thing to measure, checked, and the worker that measures it."""
+    """One thing to measure, checked."""
 
     name: str
     spec: str
     kind: str  # onnx | torch | llama.cpp | genai | optimum
     path: Path
-    worker: str  # module that runs as __main__
+    runtime: str | None  # module that loads it in the worker's process; None: a bundle in ONNX Runtime
     vocab_size: int
     bundle_hash: str | None
     model: ModelFacts
@@ -99,7 +98,7 @@ def missing_in(python: str, modules: Sequence[str]) -> list[str]:
         PeerError: it is no Python that can run our workers.
     """
     try:
-        return list(call("bench.measure.child", {"modules": list(modules)}, 60, python=python)["missing"])
+        return list(call("bench.child", {"modules": list(modules)}, 60, python=python)["missing"])
     except (OSError, ChildFailedError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PeerError(
@@ -131,7 +130,7 @@ def read_peers(
         raise PeerError(f"nothing to measure: give {FORMS}")
     peers = [_reader(spec)(spec, length) for spec in specs]
     for peer in peers:
-        if peer.worker == WORKER and not peer.prepacked:
+        if peer.runtime is None and not peer.prepacked:
             check_provider(read_manifest(peer.path), provider, peer.spec, cuda_graph=cuda_graph)
         elif provider != "cpu" or cuda_graph:
             raise PeerError(
@@ -166,7 +165,7 @@ def _bundle(spec: str, length: int) -> Peer:
         spec=spec,
         kind="onnx",
         path=path,
-        worker=WORKER,
+        runtime=None,
         vocab_size=manifest.vocab_size,
         bundle_hash=manifest.content_hash,
         model=bundle_facts(manifest),
@@ -199,7 +198,7 @@ def _torch(spec: str, length: int) -> Peer:
         spec=spec,
         kind="torch",
         path=path,
-        worker="bench.runtimes.torch",
+        runtime="bench.runtimes.torch",
         vocab_size=vocab,
         bundle_hash=None,
         model=ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
@@ -301,7 +300,7 @@ def _weight_files(path: Path) -> int:
     return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 
-def _peer(spec: str, name: str, kind: str, path: Path, worker: str, vocab: int, python: str) -> Peer:
+def _peer(spec: str, name: str, kind: str, path: Path, runtime: str, vocab: int, python: str) -> Peer:
     """With the facts of the manifest where the directory is a bundle, else those that the worker will tell."""
     manifest = verify_files(path) if (path / MANIFEST).is_file() else None
     return Peer(
@@ -309,7 +308,7 @@ def _peer(spec: str, name: str, kind: str, path: Path, worker: str, vocab: int, 
         spec=spec,
         kind=kind,
         path=path,
-        worker=worker,
+        runtime=runtime,
         vocab_size=vocab,
         bundle_hash=manifest.content_hash if manifest else None,
         model=bundle_facts(manifest) if manifest else ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),

@@ -1,4 +1,4 @@
-"""The worker of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token.
+"""The runtime of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token.
 
 The only file of this package that imports torch, and only in the process of its own that it is.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.worker import Job, serve
 from bench.runtimes.onnxruntime import Decoder, Ids, Logits
 
 
@@ -81,12 +80,11 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def load(job: Job) -> Decoder:
+def load(path: Path, threads: int, max_length: int) -> Decoder:
     """The model in fp32; a directory of ours goes through its own loader, integers made ordinary weights."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    path = Path(job.path)
+    torch.set_num_threads(threads)
     if (path / "saap.json").is_file():
         from saap.models.checkpoint import load_model
 
@@ -96,16 +94,10 @@ def load(job: Job) -> Decoder:
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         model.eval()
-    return TorchDecoder(model, path, job.positions)
+    return TorchDecoder(model, path, max_length)
 
 
-def main() -> None:
-    """Import first: starting Python's packages is not loading a model."""
+def prepare() -> None:
+    """Import what loading needs: starting Python's packages is not loading a model."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
-
-    serve(load, facts)
-
-
-if __name__ == "__main__":
-    main()

@@ -96,9 +96,9 @@ def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
 IN_A_GROUP = """
 import json, sys
 from bench.measure.cores import choose_cores
-from bench.measure.worker import Job, _load, sample
+from bench.measure.worker import Job, load_bundle, sample
 job = Job(sys.argv[1], list(range(128)), 128, None, 1, choose_cores(1), 0)
-taken, decoder = sample(job, _load)
+taken, decoder = sample(job, load_bundle)
 print(json.dumps(taken["sample"]), flush=True)
 sys.stdin.read()
 """

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
+from bench.child import ChildFailedError, call
 from bench.measure import run as bench_run
-from bench.measure.child import ChildFailedError, call
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions, OptionsError
 from bench.measure.result import INVALID, Result, read_result, write_result
@@ -285,8 +285,27 @@ def test_torch_worker_decodes_like_generate(tmp_path: Path) -> None:
     assert done.tokens == expected[0, 5:].tolist()
 
 
+def test_a_worker_is_told_that_weights_are_packed(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SAAP_CACHE", raising=False)
+    options = BenchOptions(prompt=4, generate=3, threads=1, repetitions=1, warmup=0, cold=False)
+    jobs: list[Any] = []
+
+    def counted(module: str, job: dict[str, Any], *rest: Any, **named: Any) -> dict[str, Any]:
+        jobs.append(job)
+        return call(module, job, *rest, **named)
+
+    monkeypatch.setattr("bench.measure.rounds.call", counted)
+    result = measure([str(bundles[0]), f"prepacked:{bundles[0]}"], options)
+    assert [m.name for m in result.measurements if m.samples] == ["dense", "dense (prepacked)"]
+    assert [job["prepacked"] for job in jobs] == [False, True]
+    assert list((tmp_path / "saap/prepacked").glob("*/model.onnx"))
+
+
 def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
     (tmp_path / "talks.py").write_text("import json, sys; print(json.dumps({'got': json.load(sys.stdin)}))")
     (tmp_path / "dies.py").write_text("import os, sys; print('near the end', file=sys.stderr); os.kill(os.getpid(), 9)")
     (tmp_path / "mute.py").write_text("")
@@ -327,8 +346,8 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
             signal.raise_signal(signal.SIGINT)
 
     (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
-    monkeypatch.setattr("bench.measure.child.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.child.subprocess.Popen", Interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         call("sleeps", {}, 20)
@@ -337,7 +356,7 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
 
 
 def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.measure.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
     (tmp_path / "counts.py").write_text(
         "import json\nprint(json.dumps({'n': 1}))\nprint('noise')\nprint(json.dumps({'n': 2}))\n"
         "print(json.dumps({'n': 3}), end='')"
@@ -361,7 +380,7 @@ import os, bench.measure.worker as w
 def load(job):
     print("noise"); os.system("echo noise")
     return w.load_bundle(job)
-w.serve(load, w.bundle_facts)
+w.main(lambda job: (load, w.bundle_facts))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench.measure.child import until_done
+from bench.child import until_done
 
 
 def test_a_signal_that_another_thread_was_given_ends_a_wait():

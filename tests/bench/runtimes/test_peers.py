@@ -18,7 +18,7 @@ from bench.measure.result import INVALID
 from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
-from bench.runtimes.onnx_facts import graph_facts
+from bench.runtimes.facts import graph_facts
 from bench.runtimes.onnxruntime import OrtDecoder
 from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header

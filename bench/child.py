@@ -1,6 +1,6 @@
 """A fresh Python process that answers one JSON line, with a time limit; lines before it tell how far it is.
 
-``call`` is this side, ``job_and_tell`` the child's. ``python -m bench.measure.child`` is a child that tells which
+``call`` is this side, ``job_and_tell`` the child's. ``python -m bench.child`` is a child that tells which
 packages its interpreter has.
 """
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds bench/
+PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
 AWAKE_S = 0.2

@@ -1,8 +1,12 @@
-"""Sizes of an ONNX decoder graph that is no bundle of ours, read from the graph alone; external weights stay closed."""
+"""Sizes of a measured model, and how they are told for an ONNX decoder graph that is no bundle of ours.
+
+They are read from the graph alone; external weights stay closed.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,21 @@ _BYTES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of the measured model; None is unknown."""
+
+    parameters: int | None = None
+    model_bytes: int | None = None  # files on disk that hold weights and graph
+    weight_bytes_per_token: int | None = None
+    kv_bytes_per_token: int | None = None
+    bits: int | None = None
+    vocab_size: int | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
 def graph_facts(graph: Path, head_size: int | None = None) -> dict[str, Any]:
-    """The fields of ``bench.measure.result.ModelFacts``; what cannot be told is None, with its reason under
+    """The fields of ``ModelFacts``; what cannot be told is None, with its reason under
     ``unknown``.
 
     Args:
