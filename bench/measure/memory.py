@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.common.cgroup import memory_left
+from devices.common.cgroup import available as available
 from devices.common.tree import field
 
 SELF = Path("/proc/self")
@@ -50,9 +50,3 @@ def resident_split(process: Path = SELF) -> Split | None:
 def resident(process: Path = SELF) -> int | None:
     """The present resident set."""
     return field(process / "status", "VmRSS")
-
-
-def available(root: Path = Path("/")) -> int | None:
-    """MemAvailable of the host, or what is left below a cgroup's limit where that is less."""
-    sizes = [field(root / "proc/meminfo", "MemAvailable"), memory_left(root)]
-    return min((size for size in sizes if size is not None), default=None)

@@ -1,11 +1,11 @@
-"""Memory limits of the control groups that a process is in, version 1 and 2."""
+"""How much memory a process may take: the host's, and the limits of its control groups, version 1 and 2."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from devices.common.tree import fields, number, text
+from devices.common.tree import field, fields, number, text
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
@@ -22,6 +22,12 @@ def memory_left(root: Path = Path("/")) -> int | None:
         if limit and usage is not None:
             left.append(limit - usage + _droppable(level))
     return min(left, default=None)
+
+
+def available(root: Path = Path("/")) -> int | None:
+    """Bytes that a process may still take: MemAvailable, or what a control group leaves where that is less."""
+    sizes = (field(root / "proc/meminfo", "MemAvailable"), memory_left(root))
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _levels(root: Path) -> Iterator[tuple[Path, str, str]]:

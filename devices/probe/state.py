@@ -143,12 +143,6 @@ def memory(root: Path) -> MemoryState:
     }
 
 
-def available(root: Path) -> int | None:
-    """Bytes that a process may still take: MemAvailable, or what a control group leaves where that is less."""
-    found = memory(root)
-    return min((size for size in (found["available"], found["cgroup_left"]) if size is not None), default=None)
-
-
 def _raspberry_pi(root: Path, run: Run) -> FirmwareBits | None:
     bits = firmware_bits(root)
     if bits is None:

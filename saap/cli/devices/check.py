@@ -151,10 +151,10 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
 
 
 def _here(memory: int | None, version: str | None, measure: bool) -> Device:
+    from devices.common.cgroup import available
     from devices.fit.memory import Device
     from devices.probe.cpu import FEATURES
     from devices.probe.host import probe
-    from devices.probe.state import available
     from devices.profiles.profile import load_profiles, profile_of
     from saap.cli.devices.probe import read_bandwidth
 
