@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,10 @@ from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
 from export.generate.sampling import Logits
 
-Cache = dict[str, NDArray[Any]]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim]
+Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim]
 
 
-def next_token_logprobs(logits: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.float64]:
+def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float64]:
     """Log-probability that each position gives to the token that follows it.
 
     Args:
@@ -61,11 +60,11 @@ class BundleScorer:
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
-    def logits(self, ids: NDArray[Any]) -> Logits:
+    def logits(self, ids: np.ndarray) -> Logits:
         """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
         return self._run(ids, empty_past(self.manifest, len(ids)), ["logits"])[0]
 
-    def read(self, ids: NDArray[Any], cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
+    def read(self, ids: np.ndarray, cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
         """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache after it.
 
         The cache that is given stays as it was, so several rows may follow the same one.
@@ -78,7 +77,7 @@ class BundleScorer:
         logits, *present = self._run(ids, past, ["logits", *names], last)
         return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
-    def _run(self, ids: NDArray[Any], past: Cache, wanted: list[str], last: bool = False) -> list[NDArray[Any]]:
+    def _run(self, ids: np.ndarray, past: Cache, wanted: list[str], last: bool = False) -> list[np.ndarray]:
         feed = graph_feed(ids, past)
         if all(given.name != "position_ids" for given in self._session.get_inputs()):  # all but the portable target
             del feed["position_ids"]
@@ -87,12 +86,12 @@ class BundleScorer:
         logits, *rest = self._session.run(wanted, feed)
         return [np.asarray(logits, dtype=np.float32), *rest]
 
-    def logprobs(self, ids: NDArray[Any]) -> NDArray[np.float64]:
+    def logprobs(self, ids: np.ndarray) -> NDArray[np.float64]:
         """Log-probabilities [b, s - 1] of each next token in rows ``ids`` [b, s]."""
         return next_token_logprobs(self.logits(ids), ids)
 
 
-def graph_feed(ids: NDArray[Any], past: Cache) -> dict[str, NDArray[Any]]:
+def graph_feed(ids: np.ndarray, past: Cache) -> dict[str, np.ndarray]:
     """What a graph of any target is given for rows ``ids`` [b, s] that follow what ``past`` holds, nothing padded."""
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     seen = next((part.shape[2] for part in past.values()), 0)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.bundle.session import open_session
 from saap.models.shape import LayerSizes
@@ -23,9 +21,7 @@ MARGIN = 1.05  # other text reaches a little further
 PARTS = ("key", "value")
 
 
-def cache_scales(
-    graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: NDArray[Any]
-) -> dict[str, NDArray[Any]]:
+def cache_scales(graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Scales for every layer with attention.
 
     Args:

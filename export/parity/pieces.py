@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from export.bundle.session import open_session
 from export.needs import PIECE_BYTES
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
 
-Feed = Mapping[str, NDArray[Any]]
+Feed = Mapping[str, np.ndarray]
 
 
 def logits_in_pieces(
     graph: Path, feeds: Sequence[Feed], threads: int = 1, piece_bytes: int = PIECE_BYTES
-) -> Iterator[NDArray[Any]]:
+) -> Iterator[np.ndarray]:
     """Logits [batch, scored, vocab] of each feed in turn, in the type that the graph gives.
 
     Args:
@@ -37,7 +37,7 @@ def logits_in_pieces(
         BundleError, DecoderError: as :func:`export.bundle.session.open_session`; a piece is a graph of its own.
     """
     model = onnx.load(graph, load_external_data=False)
-    states: list[dict[str, NDArray[Any]]] = [{} for _ in feeds]  # what earlier pieces made and later ones read
+    states: list[dict[str, np.ndarray]] = [{} for _ in feeds]  # what earlier pieces made and later ones read
     cut = _Cut(model.graph, piece_bytes)
     for index, nodes in enumerate(cut.pieces):
         later = cut.read_after(index)

@@ -6,11 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from devices.common.progress import Progress
@@ -97,7 +95,7 @@ def graph_logits(bundle: Path, graph: str, ids: torch.Tensor, threads: int) -> I
     """Logits [scored, vocab] float32 of each row of ids [rows, tokens] by one of the bundle's graphs."""
     if (bundle / WEIGHTS).stat().st_size <= WHOLE_BYTES:
         scorer = BundleScorer(bundle, threads, graph)
-        found: Iterator[NDArray[Any]] = (scorer.logits(row[None].numpy()) for row in ids)
+        found: Iterator[np.ndarray] = (scorer.logits(row[None].numpy()) for row in ids)
     else:
         past = empty_past(read_manifest(bundle), 1)
         found = logits_in_pieces(bundle / graph, [graph_feed(row[None].numpy(), past) for row in ids], threads)
