@@ -9,21 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from export.options import ExportOptions as ExportOptions
     from export.write import ExportResult as ExportResult
     from export.write import export as export
 
 __all__ = ["ExportOptions", "ExportResult", "export"]
-
-
-def __getattr__(name: str) -> object:
-    if name == "ExportOptions":
-        from export.options import ExportOptions
-
-        return ExportOptions
-    if name in __all__:
-        import export.write
-
-        return getattr(export.write, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"ExportOptions": "options", "ExportResult": "write", "export": "write"})

@@ -8,17 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devices.common.errors import UserError
+from devices.common.lazy import handed_out
 
 if TYPE_CHECKING:
     from saap.models.checkpoint import load_model as load_model
 
 __version__ = "0.2.0"
 __all__ = ["UserError", "__version__", "load_model"]
-
-
-def __getattr__(name: str) -> object:
-    if name == "load_model":
-        from saap.models.checkpoint import load_model
-
-        return load_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"load_model": "models.checkpoint"})

@@ -69,7 +69,7 @@ class Case:
 def start(case: Case, mark: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **case.env, "SAAP_KILLS": mark}
     return subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", *map(str, case.command)], env=env, start_new_session=True,
+        [sys.executable, "-m", "saap.cli", *map(str, case.command)], env=env, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
 

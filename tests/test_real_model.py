@@ -102,7 +102,7 @@ def test_the_tokenizer_and_template_survive_to_the_bundle(slim, slim_bundle):
 def test_the_bundle_loads_and_peaks_below_250_mb(dense_bundle, tmp_path):
     result = tmp_path / "result.json"
     subprocess.run(
-        [sys.executable, "-m", "saap.cli.main", "bench", str(dense_bundle), "-r", "3", "-t", "2", "--json",
+        [sys.executable, "-m", "saap.cli", "bench", str(dense_bundle), "-r", "3", "-t", "2", "--json",
          str(result)],
         check=True, capture_output=True,
     )  # fmt: skip

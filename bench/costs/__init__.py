@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from devices.common.lazy import handed_out
 
 if TYPE_CHECKING:
     from bench.costs.measure import Costs as Costs
@@ -11,14 +12,4 @@ if TYPE_CHECKING:
     from bench.costs.options import CostsOptions as CostsOptions
 
 __all__ = ["Costs", "CostsOptions", "measure_costs"]
-_MODULES = {
-    "Costs": "bench.costs.measure",
-    "CostsOptions": "bench.costs.options",
-    "measure_costs": "bench.costs.measure",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"Costs": "measure", "CostsOptions": "options", "measure_costs": "measure"})

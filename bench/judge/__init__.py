@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison as Comparison
     from bench.judge.comparison import compare as compare
 
 __all__ = ["Comparison", "compare"]
-
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        from bench.judge import comparison
-
-        return getattr(comparison, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"Comparison": "comparison", "compare": "comparison"})

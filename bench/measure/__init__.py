@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from devices.common.lazy import handed_out
 
 if TYPE_CHECKING:
     from bench.measure.options import BenchOptions as BenchOptions
@@ -14,14 +15,4 @@ if TYPE_CHECKING:
     from bench.measure.run import measure as measure
 
 __all__ = ["BenchOptions", "Result", "measure"]
-_MODULES = {
-    "BenchOptions": "bench.measure.options",
-    "Result": "bench.measure.result",
-    "measure": "bench.measure.run",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"BenchOptions": "options", "Result": "result", "measure": "run"})

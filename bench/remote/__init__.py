@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from devices.common.lazy import handed_out
 
 if TYPE_CHECKING:
     from bench.remote.options import BoardOptions as BoardOptions
@@ -14,14 +15,4 @@ if TYPE_CHECKING:
     from bench.remote.target import bench_on as bench_on
 
 __all__ = ["BoardOptions", "Target", "bench_on"]
-_MODULES = {
-    "BoardOptions": "bench.remote.options",
-    "Target": "bench.remote.target",
-    "bench_on": "bench.remote.target",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"BoardOptions": "options", "Target": "target", "bench_on": "target"})

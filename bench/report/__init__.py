@@ -7,15 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from bench.report.page import report as report
 
 __all__ = ["report"]
-
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        from bench.report import page
-
-        return getattr(page, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"report": "page"})

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from devices.fit.fitting import Fit as Fit
     from devices.fit.fitting import fit as fit
 
 __all__ = ["Fit", "fit"]
-
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        from devices.fit import fitting
-
-        return getattr(fitting, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"Fit": "fitting", "fit": "fitting"})

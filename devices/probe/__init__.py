@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from devices.probe.host import HostFacts as HostFacts
     from devices.probe.host import probe as probe
 
 __all__ = ["HostFacts", "probe"]
-
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        from devices.probe import host
-
-        return getattr(host, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_out(__name__, {"HostFacts": "host", "probe": "host"})

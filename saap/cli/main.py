@@ -124,7 +124,3 @@ def fail(message: str, code: int) -> None:
     """Say it in one line and leave."""
     click.echo(f"saap: {shown(' '.join(message.split()))}", err=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

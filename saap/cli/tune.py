@@ -51,7 +51,7 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
     """Quantise in groups and tune the groups: the integers that the device will run.
 
     SLIM is what saap prune wrote, or a whole model. Killed and started again it continues. In several processes:
-    accelerate launch --multi_gpu --num_processes 2 -m saap.cli.main tune ...
+    accelerate launch --multi_gpu --num_processes 2 -m saap.cli tune ...
 
     \b
     Example:

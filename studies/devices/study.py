@@ -42,7 +42,7 @@ def token_s(result: dict[str, Any]) -> list[float]:
 
 def run(command: list[str], path: Path, cut: Sshd | None = None) -> dict[str, Any]:
     """The result; with ``cut``, that server's connections end in the middle, and what was said is printed."""
-    command = [sys.executable, "-m", "saap.cli.main", *command, "--json", str(path)]
+    command = [sys.executable, "-m", "saap.cli", *command, "--json", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said, killed = [], 0

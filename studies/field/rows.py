@@ -59,7 +59,7 @@ class Cell:
         self.commands.append(["saap", *map(self._typed, words)])
         if not out.exists():
             began = time.monotonic()
-            run = [sys.executable, "-m", "saap.cli.main", *words]
+            run = [sys.executable, "-m", "saap.cli", *words]
             done = subprocess.run(run, check=False, capture_output=True, text=True)
             if not out.exists():
                 raise SystemExit(f"{self.name}: saap {' '.join(words)} failed: {done.stderr[-600:]}")

@@ -98,7 +98,7 @@ def sum_of(phase: str, place: Path) -> float | None:
 
 def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
     """Run one command to its end: seconds, peak memory of its processes, bytes that the disk filled by, exit code."""
-    command = [sys.executable, "-m", "saap.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
     free, began = shutil.disk_usage(PLACE).free, time.monotonic()
     peak, least = 0, free
     with log.open("w") as told:

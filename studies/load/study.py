@@ -49,7 +49,7 @@ def timed(label: str, command: Sequence[object]) -> None:
     """Run a command of saap, print its seconds and peak memory."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "saap.cli.main", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "saap.cli", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     shown = f"{peak / 1024:.0f}" if peak > before else f"at most {peak / 1024:.0f}"

@@ -34,7 +34,7 @@ def prompt(bundles: list[str], lengths: Sequence[int] = LENGTHS, repetitions: in
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
             words = ["bench", *bundles, "-p", str(length), "-n", "32", "-r", str(repetitions), "--no-cold", "-t", "1"]
-            subprocess.run([sys.executable, "-m", "saap.cli.main", *words, "--json", str(out)], check=True)
+            subprocess.run([sys.executable, "-m", "saap.cli", *words, "--json", str(out)], check=True)
             found = table_rows(read_result(out))
         kept = ("name", "n_prompt", "prefill_ts", "peak_decode_bytes", "anonymous_bytes", "status")
         rows += [{key: row[key] for key in kept} for row in found]
@@ -46,7 +46,7 @@ def tune(slim: str, teacher: str, tokens: int = 8192) -> list[Cell]:
     with tempfile.TemporaryDirectory() as folder:
         words = ["tune", slim, "-o", f"{folder}/tuned", "--teacher", teacher, "--tokens", str(tokens)]
         began = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "saap.cli.main", *words])
+        process = subprocess.Popen([sys.executable, "-m", "saap.cli", *words])
         _, status, used = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"saap {' '.join(words)} failed")

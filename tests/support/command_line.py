@@ -31,7 +31,7 @@ def here(*arguments, code=0):
 
 def saap(*arguments, env=None, code=0, **kwargs):
     done = subprocess.run(
-        [sys.executable, "-m", "saap.cli.main", *map(str, arguments)], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "saap.cli", *map(str, arguments)], capture_output=True, text=True, check=False,
         env={**os.environ, "COLUMNS": "160", **(env or {})}, **kwargs,
     )  # fmt: skip
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

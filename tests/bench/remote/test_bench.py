@@ -230,7 +230,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 def test_an_ended_command_leaves_no_worker_here_either(bundles):
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
+        [sys.executable, "-m", "saap.cli", "bench", bundles[0], *OPTIONS[:-4], "-r", "60", "--no-cold"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     workers = []
@@ -247,7 +247,7 @@ def test_an_ended_command_leaves_no_worker_here_either(bundles):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
+        [sys.executable, "-m", "saap.cli", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
          "--no-cold", "--board-packages"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip

@@ -155,7 +155,7 @@ async def _tokens(session):
 def test_an_interrupt_gives_the_place_back(farm, bundle):
     farm.power(False)
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", "bench", bundle, "--on", "labgrid://pi", *OPTIONS[:-4], "-r", "40",
+        [sys.executable, "-m", "saap.cli", "bench", bundle, "--on", "labgrid://pi", *OPTIONS[:-4], "-r", "40",
          "--no-cold", "--board-packages"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def test_an_interrupt_gives_the_place_back(farm, bundle):
 def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path, command):
     farm.client("-p", "pi", "acquire", user="somebody")
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", *command, bundle, "--on", "labgrid://?name=pi"],
+        [sys.executable, "-m", "saap.cli", *command, bundle, "--on", "labgrid://?name=pi"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
     )  # fmt: skip

@@ -27,7 +27,7 @@ def test_a_killed_command_finds_the_board_free_when_it_is_run_again(sshd, tmp_pa
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     bundle = two_bundles(tmp_path)[0]
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli.main", "bench", bundle, "--on", sshd.url, *OPTIONS[:-4], "-r", "400",
+        [sys.executable, "-m", "saap.cli", "bench", bundle, "--on", sshd.url, *OPTIONS[:-4], "-r", "400",
          "--no-cold", "--board-packages"],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip

@@ -70,7 +70,7 @@ def test_memory_of_a_real_bundle(real_model: Path, tmp_path: Path, flags: list[s
     export = [
         sys.executable,
         "-m",
-        "saap.cli.main",
+        "saap.cli",
         "export",
         str(real_model),
         "-o",

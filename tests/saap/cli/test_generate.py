@@ -175,7 +175,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.shown = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "saap.cli.main", "generate", *map(str, arguments)], stdin=slave, stdout=slave,
+            [sys.executable, "-m", "saap.cli", "generate", *map(str, arguments)], stdin=slave, stdout=slave,
             stderr=slave, start_new_session=True, env={**os.environ, "TERM": "dumb"},
             # A shell's background job, as tests may be, ignores Ctrl-C, and so would what it starts.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -221,7 +221,7 @@ def test_a_conversation_at_a_terminal(tiny_model, tmp_path):
 
 
 def test_a_reader_that_has_enough_is_no_error(bundle):
-    command = [sys.executable, "-m", "saap.cli.main", "generate", str(bundle), "hello", "--threads", "1", "--raw"]
+    command = [sys.executable, "-m", "saap.cli", "generate", str(bundle), "hello", "--threads", "1", "--raw"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(1)
         process.stdout.close()

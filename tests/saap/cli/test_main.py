@@ -216,7 +216,7 @@ def test_without_any_text_the_model_writes_its_own_and_perplexity_is_not_shown(t
     env = {k: v for k, v in os.environ.items() if k != "SAAP_DATA"}
     model = tiny_model(max_position_embeddings=512)
     done = subprocess.run(
-        [sys.executable, "-m", "saap.cli.main", "run", str(model), "-o", str(tmp_path / "demo"), "--tokens", "1024",
+        [sys.executable, "-m", "saap.cli", "run", str(model), "-o", str(tmp_path / "demo"), "--tokens", "1024",
          "--repetitions", "1", "--threads", "1"],
         capture_output=True, text=True, check=False, env=env,
     )  # fmt: skip

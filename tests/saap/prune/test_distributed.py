@@ -46,7 +46,7 @@ def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path, how, sizes)
     command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", sizes[0], "--length", sizes[1]]
     here(*command, *how, "-o", tmp_path / "one")
     shutil.rmtree(os.environ["SAAP_CACHE"])
-    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, *how, "-o", tmp_path / "two")
+    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, *how, "-o", tmp_path / "two")
 
     assert done.stdout.count("layers' weights removed") == 1  # one of them talks
     assert not list(tmp_path.glob(".two*"))
@@ -66,7 +66,7 @@ def test_what_one_process_meets_ends_both_in_one_line(tiny_model, text, tmp_path
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", "9", "--length", "32"]
-    done = launch(DATA_PARALLEL, "-m", "saap.cli.main", *command, "-o", tmp_path / "out", fails=True)
+    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, "-o", tmp_path / "out", fails=True)
     assert "the loss is nan on calibration sequence 0: check the model and the text" in done.stderr
     assert "saap/prune/scores/scoring.py" not in done.stderr  # no traceback of ours
     assert not (tmp_path / "out").exists()

@@ -126,7 +126,7 @@ def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_pat
     command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
     here(*command, "-o", tmp_path / "one")
     shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
-    done = launch(how, "-m", "saap.cli.main", *command, "-o", tmp_path / "two")
+    done = launch(how, "-m", "saap.cli", *command, "-o", tmp_path / "two")
     assert done.stdout.count("held-out NLL") == 1  # one of them talks
     histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("one", "two")]
     assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
