@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from devices.common.errors import UserError
-from devices.common.options import Option
+from devices.common.options import Option, check_values
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256
 Target = Literal["cpu", "cuda", "portable", "gguf"]
@@ -52,11 +52,12 @@ class ExportOptions:
     ] = None
 
     def check(self) -> None:
-        """Refuse options that do not go together.
+        """Refuse values that are not allowed, and options that do not go together.
 
         Raises:
             UserError: names the options by their flags.
         """
+        check_values(self)
         if self.bits is not None and self.bits not in BITS[self.target]:
             allowed = ", ".join(map(str, BITS[self.target]))
             raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")

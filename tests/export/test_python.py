@@ -44,6 +44,8 @@ def test_a_gguf_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
         ({"target": "portable", "kv_bits": 8}, "--kv cannot be used with --target portable"),
         ({"target": "gguf", "parity": "none"}, "--parity cannot be used with --target gguf"),
         ({"gguf_type": "F16"}, "--type cannot be used with --target cpu"),
+        ({"target": "tpu"}, "--target tpu is not allowed: give cpu, cuda, portable or gguf"),
+        ({"group_size": 48}, "--group-size 48 is not allowed: give 32, 64 or 128"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, object], message: str) -> None:
