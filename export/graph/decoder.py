@@ -91,14 +91,14 @@ class DecoderGraph(ABC):
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
             if sizes.query_heads:
-                normed, residual = self.norm(residual, delta, f"{name}.attention_norm")
-                delta = self.optional_norm(self.attention(normed, index, kv_index), f"{name}.attention_post_norm")
+                normed, residual = self._entered(residual, delta, f"{name}.attention_norm")
+                delta = self._left(self.attention(normed, index, kv_index), f"{name}.attention_post_norm")
                 kv_index += 1
             if sizes.ffn:
-                normed, residual = self.norm(residual, delta, f"{name}.ffn_norm")
-                delta = self.optional_norm(self.feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
+                normed, residual = self._entered(residual, delta, f"{name}.ffn_norm")
+                delta = self._left(self.feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
         normed, _ = self.norm(residual, delta, "norm")
-        logits = self._capped(self.head(self.graph.last_positions(normed, scoring)))
+        logits = self._finished(self.head(self.graph.last_positions(normed, scoring)))
         if self.floats != ir.DataType.FLOAT:
             logits = self.graph.op("Cast", logits, to=ir.DataType.FLOAT.value)
         shape = ["batch", "scored" if scoring else 1, self.shape.vocab]
@@ -145,7 +145,21 @@ class DecoderGraph(ABC):
         """The norm of x, or x where the data file has no such weight."""
         return self.norm(x, None, weight)[0] if weight in self.tensors else x
 
-    def _capped(self, logits: ir.Value) -> ir.Value:
+    def _entered(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
+        """What a block reads, normed where the data file has the weight, and the residual stream before it."""
+        if weight in self.tensors:
+            return self.norm(residual, delta, weight)
+        stream = residual if delta is None else self.graph.op("Add", residual, delta)
+        return stream, stream
+
+    def _left(self, x: ir.Value, weight: str) -> ir.Value:
+        """What a block adds to the residual stream."""
+        x, scale = self.optional_norm(x, weight), self.traits.residual_scale
+        return x if scale is None else self.graph.op("Mul", x, self.constant("residual_scale", scale))
+
+    def _finished(self, logits: ir.Value) -> ir.Value:
+        if self.traits.logit_scale is not None:
+            logits = self.graph.op("Mul", logits, self.constant("logit_scale", self.traits.logit_scale))
         if self.traits.logit_cap is None:
             return logits
         cap = self.constant("logit_cap", float(self.traits.logit_cap))
@@ -211,15 +225,18 @@ class MicrosoftGraph(DecoderGraph):
         return self._linear(outputs[0], f"{name}.o", sizes.query_heads * dim, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
-        """The op's first three inputs: all in one where heads have no norms, else queries, keys and values."""
+        """The op's first three inputs: all in one where there are no norms, else queries, keys and values."""
         if f"{name}.query_norm" not in self.tensors:
             return [qkv, None, None]
         dim, counts = self.shape.head_dim, (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
         widths = [count * dim for count in counts]
         split = self.constant("split" + "_".join(map(str, widths)), widths)
         parts = self._multi("Split", [qkv, split], 3, axis=-1)
+        norms = ("query_norm", "key_norm")
         normed: list[ir.Value | None] = []
-        for part, count, norm in zip(parts[:2], counts[:2], ("query_norm", "key_norm"), strict=True):
+        if self.shape.qk_norm == "all":
+            return [*(self.norm(parts[i], None, f"{name}.{norm}")[0] for i, norm in enumerate(norms)), parts[2]]
+        for part, count, norm in zip(parts[:2], counts[:2], norms, strict=True):
             heads = self._op("Reshape", [part, self.constant(f"heads{count}", [0, 0, count, dim])])
             heads, _ = self.norm(heads, None, f"{name}.{norm}")
             normed.append(self._op("Reshape", [heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])]))

@@ -127,7 +127,10 @@ class _MadeUp:
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """A norm that changes nothing."""
-        return self._filled(1.0, self.shape.head_dim if field in ("query_norm", "key_norm") else self.shape.hidden)
+        if layer is None or field not in ("query_norm", "key_norm"):
+            return self._filled(1.0, self.shape.hidden)
+        *_, query, key = self.shape.attention_norms(self.shape.layers[layer])
+        return self._filled(1.0, query if field == "query_norm" else key)
 
     def _matrix(self, rows: int, columns: int, bits: int, block: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:

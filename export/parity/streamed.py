@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import saap.models.checkpoint  # noqa: F401  registers our model type
 from devices.common.progress import Progress
 from export.source import ModelSource, Precision
+from saap.models.architectures import traits_of
+from saap.models.layer_walk import finished_logits
 from saap.models.streaming import CPU, LayerWeights, empty_parameters
 from saap.quantize.groups import QuantMatrix, check_blocks, quantize
 
@@ -41,7 +43,7 @@ class StreamedModel:
     def __init__(self, source: ModelSource, precision: Precision) -> None:
         self._source, self._precision = source, precision
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
-        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._traits = traits_of(config)
         if source.quant:
             config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
         with empty_parameters():
@@ -80,8 +82,7 @@ class StreamedModel:
                 logits = torch.empty(*rows.shape[:2], vocab)
                 for start, weight, bias in self._head():
                     logits[:, :, start : start + len(weight)] = F.linear(rows, weight, bias)
-                if self._cap:
-                    logits = self._cap * torch.tanh(logits / self._cap)
+                logits = finished_logits(logits, self._traits)
             yield from logits
 
     def _hook_embedding(self, table: Any) -> Any:

@@ -148,7 +148,10 @@ class StandardGraph(DecoderGraph):
     def _placed(self, x: ir.Value, heads: int, norm: str, table: Table | None) -> ir.Value:
         """Queries or keys as [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
         g, dim = self.graph, self.shape.head_dim
-        x = self.optional_norm(g.op("Reshape", x, self._shape(0, 0, heads, dim)), norm)
+        spans_heads = self.shape.qk_norm == "all"
+        x = self.optional_norm(x, norm) if spans_heads else x
+        x = g.op("Reshape", x, self._shape(0, 0, heads, dim))
+        x = x if spans_heads else self.optional_norm(x, norm)
         return x if table is None else self._rotate(x, *rotary_names(table))
 
     def _rotate(self, x: ir.Value, cos_table: str, sin_table: str) -> ir.Value:

@@ -110,6 +110,11 @@ FAMILIES = {
         local_rotary=True,
     ),
     "smollm3": Architecture("SmolLM3", window="by layer", skips_rotary=True),
+    "olmo2": Architecture(
+        "Olmo2", attention_norm="", query_norm=QUERY_NORM, key_norm=KEY_NORM, qk_norm_spans_heads=True,
+        attention_post_norm="post_attention_layernorm", ffn_norm="", ffn_post_norm="post_feedforward_layernorm",
+    ),
+    "granite": Architecture("Granite", multipliers=True),
 }  # fmt: skip
 ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 

@@ -52,6 +52,13 @@ FAMILIES = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True}),
     "smollm3 with windows": ("smollm3", {"no_rope_layers": [0, 1, 1], "use_sliding_window": True,
                                          "sliding_window": WINDOW, "rope_scaling": LLAMA3}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "olmo2 with groups": ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,
+                                    "tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "granite": ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+                            "logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True}),
+    "granite tied": ("granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
+                                 "residual_multiplier": 0.22, "logits_scaling": 0.5, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

@@ -26,6 +26,8 @@ CASES = {
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"residual_multiplier": 0.6, "logits_scaling": 2.0}),
 }  # fmt: skip
 
 

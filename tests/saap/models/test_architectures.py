@@ -86,6 +86,7 @@ REFUSED = {
     "a growing rope": ("qwen2", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is"),
     "longrope": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": LONG, "long_factor": LONG}},
                  "rope type 'longrope' is not supported; supported: default, linear, llama3, yarn"),
+    "a factor of nothing": ("granite", {"logits_scaling": 0}, "logits_scaling '0': must be a number above 0"),
     "a config that transformers refuses": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": 1}},
                                            "transformers cannot read this phi3 config"),
 }  # fmt: skip

@@ -21,8 +21,11 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.shape import LayerSizes
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
+from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.pruning import budget_of, prune
 from saap.prune.search.masking import masked
+from saap.system.errors import UserError
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens
@@ -38,6 +41,9 @@ CASES = {
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW,
                             "attention_bias": True, "mlp_bias": True}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "granite": ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+                            "logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True}),
 }  # fmt: skip
 ALL = LayerPlan(tuple(range(HEADS)), tuple(range(GROUPS)), tuple(range(CHANNELS)))
 EMPTY = LayerPlan((), (), ())
@@ -77,6 +83,16 @@ PLANS = {
 EXPORTED = PrunePlan(
     (ALL, NARROW, EMPTY, LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1, 4, 5), (0, 2), ()), ALL)
 )
+
+
+def fitting(path, plan):
+    """The plan, with all heads or none where a norm spans them."""
+    shape = shape_of(read_config(path))
+    if shape.separable_heads:
+        return plan
+    whole = map(whole_layer, shape.layers)
+    pairs = zip(plan.layers, whole, strict=True)
+    return PrunePlan(tuple(replace(w, ffn=k.ffn) if k.query_heads else k for k, w in pairs))
 
 
 @pytest.fixture
@@ -142,6 +158,7 @@ def check_generation(model):
 @pytest.mark.parametrize("case", CASES)
 def test_slim_equals_masked_dense(dense_dir, tmp_path, case, plan):
     path = dense_dir(case)
+    plan = fitting(path, plan)
     expected = masked_logits(path, plan)
     assert expected.std() > 0.2
     directory = cut(path, tmp_path / "slim", plan)
@@ -154,7 +171,8 @@ def test_slim_equals_masked_dense(dense_dir, tmp_path, case, plan):
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
-    path, plan = dense_dir(case), PLANS["a layer dropped"]
+    path = dense_dir(case)
+    plan = fitting(path, PLANS["a layer dropped"])
     before = traits_of(read_config(path)).layers
     after = traits_of(read_config(cut(path, tmp_path / "slim", plan))).layers
     assert after == tuple(before[i] for i in (0, 2, 3, 4, 5))
@@ -167,8 +185,8 @@ def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
 @pytest.mark.parametrize("case", CASES)
 def test_uniform_cuts_are_plain_directories_of_their_family(dense_dir, tmp_path, case):
     layer = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(32)))
-    plan = PrunePlan((layer, layer, EMPTY, layer, layer, layer))
     path = dense_dir(case)
+    plan = fitting(path, PrunePlan((layer, layer, EMPTY, layer, layer, layer)))
     expected = masked_logits(path, plan)
     directory = cut(path, tmp_path / "slim", plan)
     assert read_config(directory)["model_type"] == CASES[case][0]
@@ -183,19 +201,25 @@ def test_uniform_cuts_are_plain_directories_of_their_family(dense_dir, tmp_path,
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_slim_model_is_pruned_again(dense_dir, tmp_path, case):
-    first = cut(dense_dir(case), tmp_path / "first", PLANS["first layers without attention"])
+    path = dense_dir(case)
+    first = cut(path, tmp_path / "first", fitting(path, PLANS["first layers without attention"]))
     sizes = shape_of(read_config(first)).layers
     again = PrunePlan((EMPTY, whole_layer(sizes[1]), LayerPlan((0,), (0,), (3, 7)), whole_layer(sizes[3]), EMPTY))
+    again = fitting(first, again)
     expected = masked_logits(first, again)
     second = load_model(cut(first, tmp_path / "second", again))
-    assert [list(s) for s in second.config.slim_layers] == [[0, 0, 32], [1, 1, 2], [6, 3, 64]]
+    narrow = [len(again.layers[2].query_heads), len(again.layers[2].kv_heads), 2]
+    assert [list(s) for s in second.config.slim_layers] == [[0, 0, 32], narrow, [6, 3, 64]]
     assert (logits(second) - expected).abs().max() <= 1e-5
     check_generation(second)
 
 
 def test_slim_models_load_elsewhere_with_the_shipped_file(dense_dir, tmp_path):
     """Without saap, by trust_remote_code, in a fresh process."""
-    slims = [cut(dense_dir(case), tmp_path / f"slim-{case}", EXPORTED) for case in CASES]
+    slims = []
+    for case in CASES:
+        path = dense_dir(case)
+        slims.append(cut(path, tmp_path / f"slim-{case}", fitting(path, EXPORTED)))
     script = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"
         "models = [A.from_pretrained(p, trust_remote_code=True).eval() for p in sys.argv[1:]];"
@@ -212,25 +236,42 @@ def test_slim_models_load_elsewhere_with_the_shipped_file(dense_dir, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
-    path = cut(dense_dir(case), tmp_path / "slim", EXPORTED)
-    bundle = tmp_path / "bundle"
+    dense, bundle = dense_dir(case), tmp_path / "bundle"
+    plan = fitting(dense, EXPORTED)
+    path = cut(dense, tmp_path / "slim", plan)
     for bits in (32, 4):
         manifest = export_bundle(path, bundle, bits=bits, ids=IDS)
         assert manifest.parity.tokens == IDS.numel()
-    assert [(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == [
-        (6, 3, 64), (2, 2, 32), (0, 0, 32), (4, 2, 0), (6, 3, 64)
-    ]  # fmt: skip
+    planned = [plan.layers[i].sizes for i in plan.kept_layers]
+    assert [LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == planned
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_slim_models_and_their_bundles_are_probed(dense_dir, tmp_path, case):
-    path = cut(dense_dir(case), tmp_path / "slim", EXPORTED)
+    dense = dense_dir(case)
+    path = cut(dense, tmp_path / "slim", fitting(dense, EXPORTED))
     export_bundle(path, tmp_path / "bundle", bits=4)
     for directory in (path, tmp_path / "bundle"):
         probed = read_probe_model(directory)
         assert probed.architecture is ROWS[CASES[case][0]]
         assert probed.shape.layers == (LayerSizes(6, 3, 64),) * 5
         assert probed.config.model_type == f"saap_{CASES[case][0]}"
+
+
+def test_heads_that_a_norm_spans_stay_together(dense_dir, tmp_path):
+    """Without some of them the norm's mean square is another, so the masked model is not the one that is cut."""
+    path = dense_dir("olmo2")
+    with pytest.raises(UserError, match="layer 1: a norm spans its heads, so all of them are kept or none"):
+        cut(path, tmp_path / "slim", EXPORTED)
+    options = PruneOptions(ratio=0.2, heads=True)
+    with pytest.raises(UserError, match="has a norm over all heads, so they are not pruned one by one: leave --heads"):
+        budget_of(path, options)
+    for method in ("saap", "flap"):
+        slim, method_options = tmp_path / method, PruneOptions(ratio=0.15, method=method, modules=method == "saap")
+        prune(path, method_options, output=slim, calibration=IDS.repeat(4, 1))
+        shape = shape_of(read_config(slim))
+        assert shape.layer_weights <= 0.85 * shape_of(read_config(path)).layer_weights
+        assert {layer.query_heads for layer in shape.layers} <= {0, HEADS}
 
 
 def test_optimum_is_told_what_the_layers_with_a_cache_do(dense_dir, tmp_path):

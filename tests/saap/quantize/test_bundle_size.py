@@ -12,7 +12,7 @@ from saap.system.errors import UserError
 from tests.saap.prune.cut.test_added_bias import compensated, dense_dir
 
 __all__ = ["compensated", "dense_dir"]
-FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3"]
+FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "olmo2", "granite"]
 
 
 def planned_and_real(model, bundle, bits, block=32):
