@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.bench_samples import measurement, result
 from support.command_line import refused
+from support.cost_files import cost_file
 from support.exported import export_bundle
 from support.slim_integers import WIDE
 
@@ -22,6 +23,7 @@ from bench.judge.quality import KIND, VERSION, QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
 from export.bundle.manifest import BundleError, verify_files
 from saap.models.checkpoint import load_model, read_record
+from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed
 from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import LayerPlan
@@ -33,7 +35,6 @@ from saap.system.errors import UserError
 from saap.system.files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.teacher import teacher_targets
-from tests.saap.prune.search.test_layer_costs import SHAPE, document
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 NAMED = (UserError, BundleError, ResultError, QualityError, RegressionError)
@@ -139,11 +140,9 @@ def test_results_and_other_documents(tmp_path):
     assert holds(tmp_path / "result.json", lambda: read_result(tmp_path / "result.json"), 200) > 150
     write_document(tmp_path / "eval.json", {"kind": KIND, "version": VERSION, "rows": [{"name": "a", "nll": 3.25}]})
     assert holds(tmp_path / "eval.json", lambda: read_quality(tmp_path / "eval.json")) > 20
-    write_document(tmp_path / "cost.json", document())
-    assert (
-        holds(tmp_path / "cost.json", lambda: read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32), 200)
-        > 150
-    )
+    costs, shape = cost_file(tmp_path / "cost.json"), ModelShape(96, 16, 320, True, ())
+    write_document(costs, json.loads(costs.read_text()))
+    assert holds(costs, lambda: read_costs(costs, shape, bits=4, group_size=32), 200) > 150
     baseline = write_baseline(tmp_path / "of", Baseline("a", [result(measurement("a", [0.01] * 5))]))
     assert holds(baseline, lambda: read_baselines(tmp_path / "of", "a"), 100) > 80
     write_document(tmp_path / "run.json", {"model": "a", "steps": [], "quality": {"rows": [1.5, 2]}})

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.search_cases import SHAPE, milliseconds, prices, weights
 
 from saap.models.checkpoint import read_record
 from saap.models.shape import LayerSizes
@@ -13,7 +14,6 @@ from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed
 from saap.prune.pruning import prune
 from saap.prune.search.explain import after, layer_table, reasons_of, sentences, short, sizes_lost
 from saap.prune.search.milp import Block, Option, blocks_of, solve
-from tests.saap.prune.search.test_milp import SHAPE, milliseconds, prices, weights
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 FFN = Block(

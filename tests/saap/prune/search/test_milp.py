@@ -4,26 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+from support.search_cases import SHAPE, TABLE, milliseconds, prices, weights
 
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes
 from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
-from saap.prune.search.budget import Budget, StepTime, Weights
-from saap.prune.search.layer_costs import CostTable
-from saap.prune.search.milp import Prices, blocks_of, check_floor, plan_from, solve
+from saap.prune.search.milp import blocks_of, check_floor, plan_from, solve
 from saap.system.errors import UserError
-
-SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
-TABLE = CostTable(1, 192, 1.0, None, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
-
-
-def weights(limit, shape=SHAPE):
-    return Budget("weights", limit, Weights(False), {"ratio": 1 - limit / shape.layer_weights}, shape, shape)
-
-
-def milliseconds(limit):
-    return Budget("ms", limit, StepTime(TABLE), {"ms_per_token": limit}, SHAPE, SHAPE, table=TABLE)
 
 
 def options_of(prices, budget, keep=frozenset()):
@@ -33,18 +21,6 @@ def options_of(prices, budget, keep=frozenset()):
 def solved(prices, budget, keep=frozenset()):
     modules = options_of(prices, budget, keep)
     return plan_from(modules, solve(modules, budget), SHAPE)
-
-
-def prices(seed=0, modules=True, alpha=0.0):
-    rng = np.random.default_rng(seed)
-    return Prices(
-        ffn=[rng.random(128) for _ in range(2)],
-        head=[rng.random(6) * 5 for _ in range(2)],
-        group=[rng.random(3) * 15 for _ in range(2)],
-        no_attention=list(rng.random(2) * 60) if modules else [None, None],
-        no_ffn=list(rng.random(2) * 80) if modules else [None, None],
-        alpha={"ffn": alpha, "head": alpha, "group": alpha},
-    )
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
