@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from bench.child import ChildFailedError, call
+from bench.child import call
 from bench.measure import run as bench_run
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions, OptionsError
@@ -302,75 +300,6 @@ def test_a_worker_is_told_that_weights_are_packed(
     assert [m.name for m in result.measurements if m.samples] == ["dense", "dense (prepacked)"]
     assert [job["prepacked"] for job in jobs] == [False, True]
     assert list((tmp_path / "saap/prepacked").glob("*/model.onnx"))
-
-
-def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
-    (tmp_path / "talks.py").write_text("import json, sys; print(json.dumps({'got': json.load(sys.stdin)}))")
-    (tmp_path / "dies.py").write_text("import os, sys; print('near the end', file=sys.stderr); os.kill(os.getpid(), 9)")
-    (tmp_path / "mute.py").write_text("")
-    (tmp_path / "sleeps.py").write_text(
-        "import subprocess, sys, time, pathlib\n"
-        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "pathlib.Path('pid').write_text(str(p.pid)); time.sleep(60)\n"
-    )
-    assert call("talks", {"a": 1}, 20) == {"got": {"a": 1}}
-    with pytest.raises(ChildFailedError, match="killed by SIGKILL: near the end"):
-        call("dies", {}, 20)
-    with pytest.raises(ChildFailedError, match="without an answer"):
-        call("mute", {}, 20)
-    with pytest.raises(ChildFailedError, match="no answer within 3 s"):
-        call("sleeps", {}, 3)
-    assert _ends((tmp_path / "pid").read_text(), within_s=5)
-
-
-def _ends(pid: str, within_s: float) -> bool:
-    """Whether a process that was killed is gone, or waits for its parent only."""
-    for _ in range(int(within_s / 0.05)):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-
-    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            started.append(self)
-            signal.raise_signal(signal.SIGINT)
-
-    (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
-    monkeypatch.setattr("bench.child.subprocess.Popen", Interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        call("sleeps", {}, 20)
-    assert started[0].poll() == -signal.SIGKILL
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.child.PACKAGES", tmp_path)
-    (tmp_path / "counts.py").write_text(
-        "import json\nprint(json.dumps({'n': 1}))\nprint('noise')\nprint(json.dumps({'n': 2}))\n"
-        "print(json.dumps({'n': 3}), end='')"
-    )
-    (tmp_path / "pours.py").write_text("while True: print('x' * 1000000)")
-    (tmp_path / "explains.py").write_text("import sys; sys.exit('\\n'.join(f'line {n}' for n in range(30)))")
-    told: list[dict[str, int]] = []
-    assert call("counts", {}, 20, told=told.append) == {"n": 3}
-    assert told == [{"n": 1}, {"n": 2}]
-    with pytest.raises(ChildFailedError, match="printed without end"):
-        call("pours", {}, 20)
-    with pytest.raises(ChildFailedError, match="exit 1: line 29") as caught:
-        call("explains", {}, 20)
-    assert caught.value.stderr == [f"line {n}" for n in range(18, 30)]
 
 
 def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path]) -> None:

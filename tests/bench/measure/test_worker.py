@@ -1,3 +1,5 @@
+"""The measured pass and its warm-up, on a clock of the test's own."""
+
 from __future__ import annotations
 
 import numpy as np
