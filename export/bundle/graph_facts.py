@@ -12,6 +12,7 @@ from typing import Any
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
 _MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
 _EMPTY_DOMAIN = "ai.onnx"
+_BITS = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2, "bfloat16": 16}  # of types that numpy has not
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Tensor:
     """An initialiser: where it is stored, and what it is for.
 
     Attributes:
+        bits: of one element.
         layer: decoder layer; None for embedding, head, tables and constants.
         parameters: numbers of the model that it holds; 0 for scales, zero points, tables and constants.
         place: where the bytes are, equal for tensors that share them; None inside the graph.
@@ -37,6 +39,7 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    bits: int
     bytes: int
     place: tuple[str, int] | None
     layer: int | None = None
@@ -45,11 +48,21 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class CacheInput:
+    """A ``past_key_values`` input [batch, heads, past, size]; 0 is a dimension that the graph leaves open."""
+
+    bits: int
+    heads: int
+    size: int
+
+
+@dataclass(frozen=True)
 class GraphFacts:
     """A graph without its weights."""
 
     nodes: list[Node]
     tensors: dict[str, Tensor]
+    cache: list[CacheInput]
     opsets: dict[str, int]
     ir_version: int
     producer: str
@@ -116,7 +129,8 @@ def read_graph(path: Path) -> GraphFacts:
         tensor.layer = _layer_of(tensor)
         tensor.parameters = _parameters_of(tensor)
     opsets = {o.domain or _EMPTY_DOMAIN: o.version for o in model.opset_import}
-    return GraphFacts(nodes, tensors, opsets, model.ir_version, model.producer_name)
+    cache = [_cache(onnx, value) for value in model.graph.input if value.name.startswith("past_key_values.")]
+    return GraphFacts(nodes, tensors, cache, opsets, model.ir_version, model.producer_name)
 
 
 def _node(onnx: Any, node: Any) -> Node:
@@ -128,12 +142,21 @@ def _node(onnx: Any, node: Any) -> Node:
 def _tensor(onnx: Any, tensor: Any) -> Tensor:
     dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
     shape = tuple(tensor.dims)
-    bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(dtype)
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    bits = _bits(onnx, tensor.data_type)
     entries = {e.key: e.value for e in tensor.external_data}
     place = (entries["location"], int(entries.get("offset", 0))) if "location" in entries else None
-    return Tensor(tensor.name, dtype, shape, (prod(shape) * bits + 7) // 8, place)
+    return Tensor(tensor.name, dtype, shape, bits, (prod(shape) * bits + 7) // 8, place)
+
+
+def _cache(onnx: Any, value: Any) -> CacheInput:
+    kind = value.type.tensor_type
+    heads, size = (kind.shape.dim[i].dim_value for i in (1, 3))
+    return CacheInput(_bits(onnx, kind.elem_type), heads, size)
+
+
+def _bits(onnx: Any, data_type: int) -> int:
+    known = _BITS.get(onnx.TensorProto.DataType.Name(data_type).lower())
+    return known or 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def _layer_of(tensor: Tensor) -> int | None:
