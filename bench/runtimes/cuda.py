@@ -26,7 +26,7 @@ import numpy as np
 from bench.runtimes.onnxruntime import Ids, Logits, check_context, check_threads
 from bench.runtimes.providers import MASKED, GpuSession, check_provider, gpu_runtime, provider_options
 from bench.runtimes.session import DecoderError, first_line
-from export.bundle.manifest import DECODE_GRAPH, read_manifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, read_manifest
 
 DEVICE = "cuda"  # where TensorRT's buffers are, too
 NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id
@@ -41,7 +41,6 @@ class DeviceDecoder:
         max_length: positions of the cache.
         provider: cuda or tensorrt.
         cuda_graph: replay decode steps as a CUDA graph; cuda only.
-        verify: check the files' hashes first, which reads them all.
         runtime: the onnxruntime module, or another one in its place.
 
     Attributes:
@@ -61,11 +60,10 @@ class DeviceDecoder:
         provider: str,
         *,
         cuda_graph: bool = False,
-        verify: bool = True,
         runtime: Any = None,
     ) -> None:
         directory = Path(bundle_dir)
-        self.manifest = verify_files(directory) if verify else read_manifest(directory)
+        self.manifest = read_manifest(directory)
         self._ort = runtime or gpu_runtime()
         check_provider(self.manifest, provider, str(directory), cuda_graph=cuda_graph, runtime=self._ort)
         check_context(self.manifest, max_length, str(directory))

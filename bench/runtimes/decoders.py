@@ -39,7 +39,7 @@ def make_decoder(
         return OrtDecoder(path, threads, max_length, verify=False, prepacked=prepacked)
     if prepacked:
         raise DecoderError(f"packed weights are the CPU's, the provider {provider} has none: leave prepacked: out")
-    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, verify=False, runtime=runtime)
+    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, runtime=runtime)
 
 
 def provider_facts(decoder: Decoder) -> ProviderFacts:

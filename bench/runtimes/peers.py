@@ -232,7 +232,7 @@ def _llama_cpp(spec: str, length: int) -> Peer:
         raise PeerError(f"{spec}: the header names no vocabulary or no context length; get a complete GGUF model")
     _check_context(spec, length, context)
     python = python_with(["llama_cpp"], spec, "llama-cpp-python")
-    return _peer(spec, f"{path.stem} (llama.cpp)", "llama.cpp", path, "bench.runtimes.llama_cpp", vocab, python)
+    return _peer(spec, f"{path.stem} (llama.cpp)", "llama.cpp", path, vocab, python)
 
 
 def genai_peer(spec: str, length: int) -> Peer:
@@ -248,7 +248,7 @@ def genai_peer(spec: str, length: int) -> Peer:
         raise PeerError(f"{spec}: {GENAI_CONFIG} names {graph}, which is not there; make the folder again")
     _check_context(spec, length + 1, context)  # genai counts the token that is drawn last, too
     python = python_with(["onnxruntime_genai"], spec, "onnxruntime-genai")
-    return _peer(spec, f"{path.name} (genai)", "genai", path, "bench.runtimes.genai", vocab, python)
+    return _peer(spec, f"{path.name} (genai)", "genai", path, vocab, python)
 
 
 def _optimum(spec: str, length: int) -> Peer:
@@ -266,7 +266,7 @@ def _optimum(spec: str, length: int) -> Peer:
         raise PeerError(f"{spec}: {path / 'config.json'} names no vocab_size; export the model again")
     _check_context(spec, length, context)
     python = python_with(["optimum.onnxruntime", "torch"], spec, "'saap[optimum]'")
-    return _peer(spec, f"{path.name} (optimum)", "optimum", path, "bench.runtimes.optimum", vocab, python)
+    return _peer(spec, f"{path.name} (optimum)", "optimum", path, vocab, python)
 
 
 def bundle_facts(manifest: BundleManifest) -> ModelFacts:
@@ -300,7 +300,7 @@ def _weight_files(path: Path) -> int:
     return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 
-def _peer(spec: str, name: str, kind: str, path: Path, runtime: str, vocab: int, python: str) -> Peer:
+def _peer(spec: str, name: str, kind: str, path: Path, vocab: int, python: str) -> Peer:
     """With the facts of the manifest where the directory is a bundle, else those that the worker will tell."""
     manifest = verify_files(path) if (path / MANIFEST).is_file() else None
     return Peer(
@@ -308,7 +308,7 @@ def _peer(spec: str, name: str, kind: str, path: Path, runtime: str, vocab: int,
         spec=spec,
         kind=kind,
         path=path,
-        runtime=runtime,
+        runtime=f"bench.runtimes.{kind.replace('.', '_')}",
         vocab_size=vocab,
         bundle_hash=manifest.content_hash if manifest else None,
         model=bundle_facts(manifest) if manifest else ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
