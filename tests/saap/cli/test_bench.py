@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 from support.bench_samples import measurement, result
+from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
 from bench.measure.result import INVALID, read_result, write_result
-from tests.saap.cli.test_main import here, refused
 
 QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098, 0.0101, 0.0100]
@@ -99,8 +99,8 @@ def test_mistakes_are_one_line(bundles: list[Path], results: dict[str, Path], tm
     assert "two results" in refused("compare", results["old"], bundles[0])
     assert "no runtime" in refused("compare", "mlx:/nowhere", bundles[0])
     assert "cannot read" in refused("compare", tmp_path / "none.json", results["old"])
-    assert "no number" in refused("bench", bundles[0], "-p", "many")
-    assert "no pair" in refused("bench", bundles[0], "-pg", "1,2,3")
+    assert "neither a number nor" in refused("bench", bundles[0], "-p", "many")
+    assert "is not a pair" in refused("bench", bundles[0], "-pg", "1,2,3")
     assert "cores" in refused("bench", bundles[0], "-t", "4096")
     assert "provider" in refused("bench", bundles[0], *QUICK, "--provider", "cuda")
     assert "eval" in refused("bench", bundles[0], "--quality", tmp_path / "none.json", *QUICK)

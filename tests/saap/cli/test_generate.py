@@ -14,11 +14,11 @@ import sys
 import time
 
 import pytest
+from support.command_line import here, refused
 from support.exported import export_bundle
 
 from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer
-from tests.saap.cli.test_main import here, refused
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What `saap run` hands to the pruning step, and when that step counts as done."""
+"""What `saap run` hands to its steps, when a step counts as done, and what it records of each."""
 
 from __future__ import annotations
 
