@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
-from saap.models.streaming import absent
+from saap.models.streaming import absent, present
 
 ROWS = 8  # sequences of one forward pass
 HEAD_ROWS = 2  # sequences whose logits are held at once
@@ -85,6 +85,16 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) 
     """One layer's output, [sequences, tokens, hidden]."""
     out = layer(hidden, **given)
     return out[0] if isinstance(out, tuple) else out
+
+
+def states_after(
+    model: PreTrainedModel, batches: Sequence[Batch], hidden: list[torch.Tensor], first: int = 0
+) -> Iterator[list[torch.Tensor]]:
+    """What leaves each layer from ``first`` on, batch by batch, where ``hidden`` reaches that layer."""
+    for index, layer in enumerate(layers_of(model)[first:], first):
+        with present(layer):
+            hidden = [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, batches, strict=True)]
+        yield hidden
 
 
 def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

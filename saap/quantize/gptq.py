@@ -8,7 +8,7 @@ the least error weighted by diag(H). Columns stay in their order, since permuted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, run_layer
 from saap.models.streaming import present
 from saap.quantize.groups import (
+    IntegerForm,
     QuantMatrix,
     best_scales,
     check_blocks,
@@ -34,29 +35,31 @@ LAZY = 256  # columns whose errors reach the columns after them in one product: 
 ROWS = 8192  # of a vocabulary, that are rounded together
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int, symmetric: bool = True
+) -> QuantMatrix:
     """Quantise a matrix.
 
     Args:
         weight: [N, K].
         hessian: X X^T [K, K] of its inputs, any positive factor.
-        block: group of input columns that share a scale; divides K.
+        group_size: input columns that share a scale; divides K.
         symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
 
     Raises:
         UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
-    parts = [gptq_with_latent(rows, hessian, bits, block, symmetric, inverse)[0] for rows in weight.split(ROWS)]
+    parts = [gptq_with_latent(rows, hessian, bits, group_size, symmetric, inverse)[0] for rows in weight.split(ROWS)]
     qweight, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in QuantMatrix.PARTS)
-    return QuantMatrix(qweight, scales, zeros, bits, block)
+    return QuantMatrix(qweight, scales, zeros, bits, group_size)
 
 
 def gptq_with_latent(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     bits: int,
-    block: int,
+    group_size: int,
     symmetric: bool = True,
     inverse: torch.Tensor | None = None,
 ) -> tuple[QuantMatrix, torch.Tensor]:
@@ -68,7 +71,7 @@ def gptq_with_latent(
     Args:
         inverse: :func:`inverse_factor` of ``hessian``, where it is known.
     """
-    check_blocks(weight.shape[1], block, "a matrix")
+    check_blocks(weight.shape[1], group_size, "a matrix")
     inverse = inverse_factor(hessian) if inverse is None else inverse
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
@@ -76,16 +79,16 @@ def gptq_with_latent(
     top = 2**bits - 1
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = [], []
-    lazy = max(block, LAZY // block * block)
+    lazy = max(group_size, LAZY // group_size * group_size)
     gaps = rest.new_empty(lazy, rest.shape[1])
-    for start in range(0, len(rest), block):
-        end, batch = start + block, start // lazy * lazy
+    for start in range(0, len(rest), group_size):
+        end, batch = start + group_size, start // lazy * lazy
         batch_end = batch + lazy
         group = rest[start:end]
         scale, zero = (
             part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
         )
-        for k in range(block):
+        for k in range(group_size):
             code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
             codes[start + k] = code.to(torch.uint8)
             gap = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
@@ -99,9 +102,9 @@ def gptq_with_latent(
             rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[: end - batch], alpha=-1)
         scales.append(scale)
         zeros.append(zero)
-    packed = pack_codes(codes.t().contiguous().view(len(weight), -1, block), bits)
+    packed = pack_codes(codes.t().contiguous().view(len(weight), -1, group_size), bits)
     zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
-    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, block), rest.t()
+    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, group_size), rest.t()
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -134,13 +137,8 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 def compensated_matrices(
     model: PreTrainedModel,
     rows: torch.Tensor,
-    bits: int,
-    block: int,
-    head_bits: int,
+    form: IntegerForm,
     progress: Progress | None = None,
-    *,
-    symmetric: bool = True,
-    bits_of: Mapping[str, int] | None = None,
 ) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
 
@@ -149,8 +147,6 @@ def compensated_matrices(
 
     Args:
         rows: calibration ids [sequences, tokens].
-        symmetric: of the layers' linears; the vocabulary always is, as the graph demands.
-        bits_of: of the linears that do not have ``bits``, by module name.
 
     Returns:
         module name -> integers.
@@ -169,8 +165,9 @@ def compensated_matrices(
                 if hessian is not known:  # linears that are fed alike follow one another
                     known, inverse = hessian, inverse_factor(hessian)
                 full = f"{architecture.layers}.{index}.{name}"
-                own = (bits_of or {}).get(full, bits)
-                matrices[full], _ = gptq_with_latent(linear.weight, hessian, own, block, symmetric, inverse)
+                matrices[full], _ = gptq_with_latent(
+                    linear.weight, hessian, form.bits_for(full), form.group_size, form.symmetric, inverse
+                )
                 linear.weight.copy_(matrices[full].dequantize())
             hidden = [run_layer(layer, x, given) for x, given in batches]
         if progress:
@@ -179,9 +176,11 @@ def compensated_matrices(
     final = [norm(x).flatten(0, -2).float() for x in hidden]
     head: Any = model.get_submodule(architecture.head)
     table: Any = model.get_submodule(architecture.embedding)
-    matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), head_bits, block)
+    matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), form.head_bits, form.group_size)
     tied = head.weight is table.weight
-    matrices[architecture.embedding] = matrices[architecture.head] if tied else quantize(table.weight, head_bits, block)
+    matrices[architecture.embedding] = (
+        matrices[architecture.head] if tied else quantize(table.weight, form.head_bits, form.group_size)
+    )
     return matrices
 
 

@@ -1,6 +1,6 @@
 """Group-wise integers in the layout of com.microsoft.MatMulNBits: W = scale * (q - zero_point).
 
-Groups are ``block`` consecutive input columns. Scales are rounded to numbers that float16 represents before the
+A group is ``group_size`` consecutive input columns. Scales are rounded to numbers that float16 represents before the
 integers are chosen, so that float32 and float16 runtimes hold one number. Codes and zero points are unsigned; zero is
 always representable, as the unsigned zero point demands.
 """
@@ -8,7 +8,7 @@ always representable, as the unsigned zero point demands.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -52,23 +52,46 @@ class QuantMatrix:
         return holder.dequantize()
 
 
-def check_blocks(columns: int, block: int, what: str) -> None:
+@dataclass(frozen=True)
+class IntegerForm:
+    """What a model's matrices become.
+
+    Attributes:
+        bits: of the decoder layers' linears.
+        group_size: input columns that share a scale.
+        head_bits: of embedding and head.
+        symmetric: of the linears; the vocabulary always is, as the graph demands.
+        bits_of: of the linears that do not have ``bits``, by module name.
+    """
+
+    bits: int
+    group_size: int
+    head_bits: int
+    symmetric: bool = True
+    bits_of: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_for(self, name: str) -> int:
+        """Of one linear."""
+        return self.bits_of.get(name, self.bits)
+
+
+def check_blocks(columns: int, group_size: int, what: str) -> None:
     """Raise UserError when ``columns`` is not whole groups."""
-    if columns % block:
+    if columns % group_size:
         raise UserError(
-            f"{what} has {columns} input columns, not a multiple of the group size {block}: choose a group "
+            f"{what} has {columns} input columns, not a multiple of the group size {group_size}: choose a group "
             f"size that divides it (32, 64 or 128)"
         )
 
 
-def quantize(weight: torch.Tensor, bits: int, block: int, symmetric: bool = True) -> QuantMatrix:
+def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> QuantMatrix:
     """Quantisation of a matrix [N, K] without data: in each group, the scale with the least squared error."""
-    check_blocks(weight.shape[1], block, "a matrix")
-    groups = weight.detach().float().view(weight.shape[0], -1, block)
+    check_blocks(weight.shape[1], group_size, "a matrix")
+    groups = weight.detach().float().view(weight.shape[0], -1, group_size)
     scale, zero = best_scales(groups, bits, symmetric)
     top = 2**bits - 1
     codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top).to(torch.uint8)
-    return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, block)
+    return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, group_size)
 
 
 def best_scales(
@@ -80,8 +103,8 @@ def best_scales(
     is, or on the other side where that leaves less error.
 
     Args:
-        groups: [N, groups, block].
-        importance: [block] weight of each column's squared error; None is all alike.
+        groups: [N, groups, group_size].
+        importance: [group_size] weight of each column's squared error; None is all alike.
 
     Returns:
         scales [N, groups] and zero points [N, groups], both float32.
@@ -123,7 +146,7 @@ def _float16(scale: torch.Tensor) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N, groups, block] uint8 codes -> [N, groups, block*bits/8] uint8, low nibble first."""
+    """[N, groups, group_size] uint8 codes -> [N, groups, group_size*bits/8] uint8, low nibble first."""
     return codes.contiguous() if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -139,7 +162,7 @@ def pack_zero_points(zero: torch.Tensor, bits: int) -> torch.Tensor:
 def quantize_model(
     model: PreTrainedModel,
     bits: int,
-    block: int,
+    group_size: int,
     embedding_bits: int,
     matrices: Mapping[str, QuantMatrix] | None = None,
     bits_of: Mapping[str, int] | None = None,
@@ -162,7 +185,7 @@ def quantize_model(
     originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     table: Any = model.get_submodule(architecture.embedding)
     head: Any = model.get_submodule(architecture.head)
-    quant: dict[str, Any] = {"bits": bits, "block": block, "embedding_bits": embedding_bits}
+    quant: dict[str, Any] = {"bits": bits, "block": group_size, "embedding_bits": embedding_bits}
     quant["tied"] = head.weight is table.weight
     inside = {name for name in originals if name.startswith(architecture.layers)}
     given = {name: matrix.bits for name, matrix in (matrices or {}).items() if name in inside} | dict(bits_of or {})
@@ -170,20 +193,20 @@ def quantize_model(
         quant["matrices"] = own_bits
     check_matrices(quant, architecture, inside)
     for name, linear in originals.items():
-        check_blocks(linear.in_features, block, name)
+        check_blocks(linear.in_features, group_size, name)
     quantize_modules(model, quant)
     for name, holder in model.named_modules():
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
         source: Any = table if name == architecture.embedding else originals[name]
         known = (matrices or {}).get(name)
-        fill(holder, quantize(source.weight, holder.bits, block) if known is None else known)
+        fill(holder, quantize(source.weight, holder.bits, group_size) if known is None else known)
         if getattr(source, "bias", None) is not None:
             holder.bias = source.bias
     return quant
 
 
-def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: int) -> None:
+def round_model(model: PreTrainedModel, bits: int, group_size: int, embedding_bits: int) -> None:
     """Give linears, embedding and head the numbers that :func:`quantize` holds, in place, of any family."""
     architecture = architecture_of(model.config)
     vocabulary = (architecture.embedding, architecture.head)
@@ -192,8 +215,8 @@ def round_model(model: PreTrainedModel, bits: int, block: int, embedding_bits: i
         if tied or not isinstance(module, nn.Linear | nn.Embedding):
             continue
         own_bits = embedding_bits if name in vocabulary else bits
-        check_blocks(module.weight.shape[1], block, name)
-        module.weight.data = quantize(module.weight, own_bits, block).dequantize()
+        check_blocks(module.weight.shape[1], group_size, name)
+        module.weight.data = quantize(module.weight, own_bits, group_size).dequantize()
 
 
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:

@@ -9,6 +9,7 @@ divergences of matrices are added, and the best set within the budget is a knaps
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
+from saap.models.layer_walk import layer_inputs, layers_of, logits_after, states_after
 from saap.quantize.bundle_size import PAGE, bundle_size
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
@@ -63,7 +64,7 @@ class BitsChoice:
 
 
 def choose_bits(
-    model: PreTrainedModel, rows: torch.Tensor, block: int, max_bytes: int, progress: Progress | None = None
+    model: PreTrainedModel, rows: torch.Tensor, group_size: int, max_bytes: int, progress: Progress | None = None
 ) -> BitsChoice:
     """The bits that lose least of those whose weights file has at most ``max_bytes``.
 
@@ -75,7 +76,7 @@ def choose_bits(
         UserError: not even all matrices at 4 bit fit.
     """
     units = units_of(model)
-    least = bundle_size(model.config.to_dict(), LOW, block).total(shape_of(model.config))
+    least = bundle_size(model.config.to_dict(), LOW, group_size).total(shape_of(model.config))
     if least > max_bytes:
         raise UserError(
             f"{max_bytes:,} bytes cannot be met: with all matrices at 4 bit the weights take {least:,}; allow that "
@@ -85,7 +86,7 @@ def choose_bits(
     if sum(unit.extra for unit in units) <= room:
         chosen, losses = np.ones(len(units), bool), np.zeros(len(units))
     else:
-        losses = np.array(divergences(model, units, rows[:ROWS], block, progress))
+        losses = np.array(divergences(model, units, rows[:ROWS], group_size, progress))
         chosen = knapsack(losses, np.array([unit.extra for unit in units], float), room)
     bits = {module: HIGH if high else LOW for unit, high in zip(units, chosen, strict=True) for module in unit.modules}
     architecture = architecture_of(model.config)
@@ -120,28 +121,25 @@ def _extra(weights: int) -> int:
 
 @torch.inference_mode()
 def divergences(
-    model: PreTrainedModel, units: list[Unit], rows: torch.Tensor, block: int, progress: Progress | None = None
+    model: PreTrainedModel, units: list[Unit], rows: torch.Tensor, group_size: int, progress: Progress | None = None
 ) -> list[float]:
     """KL(float model || model with one unit at 4 bit), nats per token, for each unit.
 
     A unit of layer i is measured from what reaches that layer, which rounding it does not change.
     """
-    layers, walk = layers_of(model), layer_inputs(model, rows)
-    streams = [[batch.hidden for batch in walk]]
-    for index, layer in enumerate(layers):
-        streams.append([run_layer(layer, x, b.given[index]) for x, b in zip(streams[-1], walk, strict=True)])
-    reference = [logits_after(model, x).log_softmax(-1) for x in streams[-1]]
+    batches = layer_inputs(model, rows)
+    reaching = [[batch.hidden for batch in batches]]  # each layer, and the final norm
+    reaching += states_after(model, batches, reaching[0])
+    reference = [logits_after(model, x).log_softmax(-1) for x in reaching[-1]]
     found = []
     for place, unit in enumerate(units):
-        with rounded(model, unit, block):
+        with rounded(model, unit, group_size):
             if unit.layer is None:
                 logits = [model(input_ids=part, use_cache=False).logits for part in rows.split(len(reference[0]))]
                 predicted = [x.float().log_softmax(-1) for x in logits]
             else:
-                hidden = streams[unit.layer]
-                for index in range(unit.layer, len(layers)):
-                    hidden = [run_layer(layers[index], x, b.given[index]) for x, b in zip(hidden, walk, strict=True)]
-                predicted = [logits_after(model, x).log_softmax(-1) for x in hidden]
+                last = deque(states_after(model, batches, reaching[unit.layer], unit.layer), maxlen=1).pop()
+                predicted = [logits_after(model, x).log_softmax(-1) for x in last]
         pairs = list(zip(predicted, reference, strict=True))
         total = sum(F.kl_div(own, true, log_target=True, reduction="sum").item() for own, true in pairs)
         found.append(max(0.0, total / rows.numel()))
@@ -151,7 +149,7 @@ def divergences(
 
 
 @contextmanager
-def rounded(model: PreTrainedModel, unit: Unit, block: int) -> Iterator[None]:
+def rounded(model: PreTrainedModel, unit: Unit, group_size: int) -> Iterator[None]:
     """The model with one unit's weights at 4 bit for the time of the block."""
     weights: dict[int, torch.Tensor] = {}
     for name in unit.modules:
@@ -160,7 +158,7 @@ def rounded(model: PreTrainedModel, unit: Unit, block: int) -> Iterator[None]:
     saved = [(weight, weight.data) for weight in weights.values()]
     try:
         for weight, values in saved:
-            weight.data = quantize(values, LOW, block).dequantize().to(values.dtype)
+            weight.data = quantize(values, LOW, group_size).dequantize().to(values.dtype)
         yield
     finally:
         for weight, values in saved:

@@ -8,6 +8,7 @@ there on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import layer_inputs, layers_of, loss_after, removed_hooks, run_layer
+from saap.models.layer_walk import layer_inputs, loss_after, removed_hooks, states_after
 from saap.models.shape import ModelShape
-from saap.models.streaming import present
 from saap.prune.cut.surgery import head_rows
 from saap.prune.plan import LayerPlan
 from saap.prune.shares import shares
@@ -94,8 +94,7 @@ class WorkingPoint:
             self._batches = layer_inputs(self.model, self.ids)
             self._hidden = [[batch.hidden for batch in self._batches]]
             with masked(self.model, self.plans, self.shape.head_dim):
-                for index, layer in enumerate(layers_of(self.model)):
-                    self._hidden.append(self._run(layer, index, self._hidden[-1]))
+                self._hidden += states_after(self.model, self._batches, self._hidden[0])
                 self.loss = loss_after(self.model, self._hidden[-1], self.ids)
             yield self
             self._hidden, self._batches = [], []
@@ -104,11 +103,5 @@ class WorkingPoint:
         """Loss where layer ``index`` keeps this instead, nats per token."""
         plans = {**self.plans, index: keep}
         with masked(self.model, {i: plan for i, plan in plans.items() if i >= index}, self.shape.head_dim):
-            hidden = self._hidden[index]
-            for number, layer in enumerate(layers_of(self.model)[index:], index):
-                hidden = self._run(layer, number, hidden)
-        return loss_after(self.model, hidden, self.ids)
-
-    def _run(self, layer: torch.nn.Module, index: int, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        with present(layer):
-            return [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, self._batches, strict=True)]
+            last = deque(states_after(self.model, self._batches, self._hidden[index], index), maxlen=1).pop()
+        return loss_after(self.model, last, self.ids)

@@ -9,7 +9,7 @@ from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantTable, unpack_zero_points
 from saap.quantize import gptq as module
 from saap.quantize.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
-from saap.quantize.groups import fill, quantize, quantize_model
+from saap.quantize.groups import IntegerForm, fill, quantize, quantize_model
 from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -91,7 +91,7 @@ def test_linears_that_are_fed_alike_share_one_factor(tiny_model, monkeypatch):
     model = load_model(tiny_model())
     made = []
     monkeypatch.setattr(module, "inverse_factor", lambda h: made.append(h) or inverse_factor(h))
-    found = compensated_matrices(model, IDS, 4, 32, 4)
+    found = compensated_matrices(model, IDS, IntegerForm(4, 32, 4))
     assert len(made) == 4 * 3 + 1  # q, k and v; o; gate and up; down: of three layers, and the head
     assert len(found) == 7 * 3 + 2
 
@@ -102,7 +102,7 @@ def test_a_model_is_closer_to_itself_than_after_rounding(tiny_model, tied):
     model, nearest = load_model(path), load_model(path)
     with torch.inference_mode():
         expected = load_model(path)(input_ids=IDS).logits
-    matrices = compensated_matrices(model, IDS, 4, 32, 4)
+    matrices = compensated_matrices(model, IDS, IntegerForm(4, 32, 4))
     with torch.inference_mode():
         walked = model(input_ids=IDS).logits
     held = load_model(path)
@@ -133,7 +133,7 @@ def test_what_was_rounded_rounds_to_the_same_integers(symmetric):
 def test_a_model_s_matrices_have_their_own_bits_and_zero_points(tiny_model):
     model = load_model(tiny_model())
     down = "model.layers.1.mlp.down_proj"
-    matrices = compensated_matrices(model, IDS[:8], 4, 32, 8, symmetric=False, bits_of={down: 8})
+    matrices = compensated_matrices(model, IDS[:8], IntegerForm(4, 32, 8, False, {down: 8}))
     assert {name: m.bits for name, m in matrices.items() if m.bits == 8} == {
         down: 8, "lm_head": 8, "model.embed_tokens": 8
     }  # fmt: skip

@@ -14,7 +14,7 @@ from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.quantize.gptq import compensated_matrices
-from saap.quantize.groups import quantize_model
+from saap.quantize.groups import IntegerForm, quantize_model
 from saap.system.errors import UserError
 from saap.text.tuning_rows import TuningRows
 from saap.tune import tuning as tune_module
@@ -43,7 +43,8 @@ def slim(tiny_model, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, bits):
     before = load_model(slim)
-    quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], bits, 32, bits))
+    form = IntegerForm(bits, 32, bits)
+    quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], form))
     history = tune(slim, tmp_path / "tuned", ROWS[:28], replace(FAST, bits=bits))
     assert len(history.losses) == 7
     after = load_model(tmp_path / "tuned")
