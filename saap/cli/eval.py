@@ -277,8 +277,7 @@ def _task_options(options: EvalOptions) -> TaskOptions | None:
 
 def _windows(named: dict[str, Path], options: EvalOptions, console: Console) -> Windows:
     from saap.text.overlap import refuse_seen
-    from saap.text.rows import evaluation_windows
-    from saap.text.windows import Cut
+    from saap.text.windows import Cut, evaluation_windows
 
     paths = list(named.values())
     base = next((p for p in paths if not is_bundle(p)), paths[0])  # the reference comes first

@@ -78,16 +78,15 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.system.files import check_output
-    from saap.text.rows import training_rows
+    from saap.text.rows import Sequences, training_rows
 
     options = for_this_machine(asked)
     options.check_requirement()
     check_output(out)
     directory = resolve(model, progress=console.report)
     budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
-    rows = training_rows(
-        directory, asked.calibration, "calibration", options.sequences, options.length, options.seed, console.report
-    )
+    wanted = Sequences(options.sequences, options.length, options.seed)
+    rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
     console.say_text("calibration", rows.source, rows.self_written)
     options = replace(options, stream=streamed(directory, budget, options, *rows.ids.shape))
     if options.stream:

@@ -232,7 +232,7 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
     bundle = bundle_size(read_config(source), tuning.bits, tuning.group_size).total(shape)
     share, training = share_of(budget), tuning.training
-    tokens = (training.micro_rows or training.rows_per_step) * options.tuning.length
+    tokens = (training.micro_rows or training.rows_per_step) * tuning.length
     disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
     disk |= {"the tuned model": round((1 - share) * bundle), "two bundles": round((2 - share) * bundle)}
     element = pruning.adaptive.element if pruning.method == "saap" else "none"
@@ -362,8 +362,7 @@ def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
     """The evaluation text, checked against what the model will be calibrated and tuned on before hours are spent."""
     from saap.text.documents import load_documents
     from saap.text.overlap import refuse_overlap
-    from saap.text.rows import evaluation_windows
-    from saap.text.windows import Cut
+    from saap.text.windows import Cut, evaluation_windows
 
     cut = Cut(options.chunk, max_chunks=options.max_chunks)
     windows, text = evaluation_windows(source, options.text, cut, console.report)

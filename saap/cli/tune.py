@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import click
-from msgspec import Meta
 
 from devices.common.options import Option
 from saap.cli.console import Console, print_table
@@ -18,8 +15,8 @@ from saap.cli.types import directory
 from saap.tune.options import TuneOptions
 
 if TYPE_CHECKING:
-    from saap.text.tuning_rows import TuningRows
-    from saap.tune.loop.options import History
+    from saap.text.rows import TuningRows
+    from saap.tune.loop.steps import History
 
 _LEARNT = "What is learnt from"
 
@@ -36,11 +33,6 @@ class TuneCommand:
         str | None,
         Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT),
     ] = None
-    kind: Annotated[
-        Literal["auto", "text", "chat"], Option("chat: the model's template, only answers are learnt.", _LEARNT)
-    ] = "auto"
-    tokens: Annotated[int, Option("Training tokens.", _LEARNT)] = 24576
-    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=1)] = 256
 
 
 @click.command(cls=OptionsCommand)
@@ -63,31 +55,22 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
 
 def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
     """Tune, and show the losses."""
-    from saap.models.checkpoint import read_record
     from saap.models.resolve import resolve
-    from saap.system.files import check_output, claimed
+    from saap.system.files import check_output
     from saap.system.processes import is_main_process
-    from saap.text.tuning_rows import tuning_rows
     from saap.tune.tuning import tune as tune_directory
+    from saap.tune.tuning import tuning_text
 
     check_output(out)
-    slim = resolve(slim, progress=console.report)
+    directory = resolve(slim, progress=console.report)
     asked.options.check()
-    calibrated = read_record(slim).get("lineage", {}).get("calibration", {})
-    # Rows that scored the structures are passed over: the same text twice teaches less.
-    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / asked.length)
-    # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
-    rows = tuning_rows(
-        teacher or slim, asked.data, max(1, asked.tokens // asked.length), asked.length, asked.options.training.seed,
-        skip=skip, kind=asked.kind, progress=console.report,
-    )  # fmt: skip
+    rows = tuning_text(directory, asked.options, teacher=teacher, data=asked.data, progress=console.report)
     say_rows(rows, console)
-    with claimed(out) if is_main_process() else nullcontext():
-        history = tune_directory(slim, out, rows, asked.options, teacher_dir=teacher, progress=console.report)
+    result = tune_directory(directory, asked.options, output=out, teacher=teacher, data=rows, progress=console.report)
     console.finish()
     if is_main_process():
-        show_tuning(out, history)
+        show_tuning(out, result.history)
 
 
 def say_rows(rows: TuningRows, console: Console) -> None:

@@ -16,8 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
+from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 from saap.models.slim_quant import check_matrices
+from saap.models.streaming import present
 from saap.system.errors import UserError
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
@@ -157,6 +159,22 @@ def pack_zero_points(zero: torch.Tensor, bits: int) -> torch.Tensor:
     if zero.shape[1] % 2:
         zero = torch.nn.functional.pad(zero, (0, 1))
     return zero[:, 0::2] | (zero[:, 1::2] << 4)
+
+
+def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, QuantMatrix]:
+    """Integers of every linear, the embedding and the head, each by itself; module name -> integers."""
+    architecture = architecture_of(model.config)
+    found: dict[str, QuantMatrix] = {}
+    for index, layer in enumerate(layers_of(model)):
+        with present(layer):
+            for name, linear in layer.named_modules():
+                if isinstance(linear, nn.Linear):
+                    full = f"{architecture.layers}.{index}.{name}"
+                    found[full] = quantize(linear.weight, form.bits_for(full), form.group_size, form.symmetric)
+    for name in (architecture.head, architecture.embedding):
+        weight: torch.Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+        found[name] = quantize(weight, form.head_bits, form.group_size)
+    return found
 
 
 def quantize_model(

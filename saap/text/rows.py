@@ -1,10 +1,15 @@
-"""Rows of token ids for a purpose: from the user's text, from SAAP_DATA, or written by the model itself."""
+"""Rows of token ids for calibration and tuning: packed text, or conversations of which only the answers are learnt.
+
+Text is the user's, that of SAAP_DATA, or written by the model itself.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,8 +17,34 @@ from devices.common.progress import Progress
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
 from saap.system.errors import UserError
-from saap.text.documents import Documents, Split, load_documents, pack, self_written
-from saap.text.windows import Cut, Windows, given_windows, windows_of
+from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
+from saap.text.documents import (
+    Documents,
+    Split,
+    checked_text,
+    documents_of,
+    load_documents,
+    load_rows,
+    pack,
+    self_written,
+)
+
+IGNORED = -100  # the label of a token that is not learnt, as in transformers
+KINDS = ("auto", "text", "chat")
+# Conversations that are at hand to fill a row with. Of SmolLM2's tokens of Dolly, 4 % of 256 stay empty, 1.4 % of 512:
+# many conversations leave less room than the shortest one needs.
+WINDOW = 256
+FEWEST_ROWS = 4  # that are parted into rows to learn from and rows held out
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
+
+    count: int
+    length: int
+    seed: int = 0
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,22 +61,16 @@ class Rows:
         """Whether the dense model wrote this text: then perplexity on it means nothing."""
         return self.documents is None
 
-    def lineage(self) -> dict[str, Any]:
+    def lineage(self) -> dict[str, object]:
         """What a record says about the text."""
         return {"source": self.source, "text_sha256": self.sha256}
 
 
 def training_rows(
-    model_dir: Path,
-    source: str | None,
-    split: Split,
-    count: int,
-    length: int,
-    seed: int,
-    progress: Progress | None = None,
-    skip: int = 0,
+    model_dir: Path, source: str | None, split: Split, wanted: Sequences, progress: Progress | None = None
 ) -> Rows:
-    """Rows for calibration or tuning, [count, length]; ``skip`` passes over rows that another purpose has used."""
+    """Rows for calibration or tuning."""
+    count, length, seed = wanted.count, wanted.length, wanted.seed
     for value, name in ((count, "sequences"), (length, "tokens per sequence")):
         if value < 1:
             raise UserError(f"{value} {name} are not allowed: give 1 or more")
@@ -57,24 +82,188 @@ def training_rows(
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
         ids = self_written(writer, tokenizer, count, length, own_seed, progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
-    ids = pack(documents.texts, tokenizer, length, count + skip, seed)[skip:]
+    ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed)[wanted.skip :]
     return Rows(ids, documents.source, documents.sha256, documents)
 
 
-def evaluation_windows(
-    model_dir: Path, source: str | None, cut: Cut, progress: Progress | None = None
-) -> tuple[Windows, Documents | None]:
-    """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
+@dataclass(frozen=True)
+class TuningRows:
+    """What is learnt from.
+
+    Attributes:
+        ids: token ids, int64 [rows, tokens].
+        labels: int64 [rows, tokens]: the token AT that place, -100 where it is not learnt. The model shifts: the label
+            of place t is predicted from the places before t, so the first of a row never is.
+        source: where the text is from, for people.
+        sha256: over the text; None for text that the model wrote itself.
+        kind: ``text`` or ``chat``.
+        note: what the user should be told about how the data was read; None where there is nothing to tell.
+        documents: the text, to hold against an evaluation's (:func:`saap.text.overlap.refuse_overlap`); None as
+            ``sha256``.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    source: str
+    sha256: str | None
+    kind: str
+    note: str | None = None
+    documents: Documents | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that are predicted and learnt, over all rows."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def self_written(self) -> bool:
+        """Whether the model wrote this text itself."""
+        return self.documents is None
+
+    def lineage(self) -> dict[str, object]:
+        """What a record says about the text; the ids' hash tells rows of one text apart."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        about: dict[str, object] = {"source": self.source, "text_sha256": self.sha256, "kind": self.kind}
+        return about | {"rows": len(self.ids), "learnt_tokens": self.learnt, "rows_sha256": digest}
+
+
+def tuning_rows(
+    model_dir: Path, source: str | None, wanted: Sequences, kind: str = "auto", progress: Progress | None = None
+) -> TuningRows:
+    """Rows to tune on.
+
+    Plain text is packed as for calibration (:func:`saap.text.documents.pack`) and every token of it is learnt.
+    Without a source (``SAAP_DATA``, or text that the model writes) it is always text.
+
+    Conversations are written with the model's chat template and only what the assistant says is learnt
+    (:class:`saap.text.conversations.ChatEncoder`). They are shuffled with the seed and each is whole in one row: a
+    row takes the one that has waited longest and then, of the next 256, the longest that still fits. One that is longer
+    than a row has one of its own, cut at the end. Conversations in one row see each other, as packed documents do; what
+    remains of a row is filled with the end-of-sequence token and not learnt. Rows do not depend on ``count``.
+
+    Args:
+        model_dir: whose tokenizer, chat template and, without any source, words are taken.
+        source: as for :func:`saap.text.documents.load_documents`; chat data is a ``.jsonl`` or ``.json`` file or
+            a hub's data set with ``messages``, ``conversations`` or ``instruction``.
+        kind: ``text`` reads chat data as plain text, an utterance a line. ``chat`` takes nothing else. ``auto`` takes
+            data as chat where every row is a conversation and the model has a chat template; a base model, which has
+            none, learns the same data as text, and ``note`` says so.
 
     Raises:
-        UserError: no such text, or too little.
+        UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
     """
-    documents = load_documents(source, split="evaluation")
+    if kind not in KINDS:
+        raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
+    rows, note = None, None
+    if source is None and kind == "chat":
+        raise UserError("chat needs conversations: give a .jsonl file of them, or leave kind='chat' out")
+    if source is not None and kind != "text":
+        rows, note = _chat_rows(model_dir, source, kind)
+    if rows is not None and source is not None:
+        return _chat(model_dir, rows, source, wanted)
+    text = training_rows(model_dir, source, "tuning", wanted, progress)
+    return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note, text.documents)
+
+
+def held_out(rows: TuningRows, share: float) -> tuple[TuningRows, TuningRows]:
+    """Rows to learn from and the last ``share`` of them, at least one, to judge by.
+
+    The document at the border of packed text has a part on either side.
+
+    Raises:
+        UserError: fewer than four rows, or a share that is not above 0 and at most a half.
+    """
+    if not 0 < share <= 0.5:
+        raise UserError(f"a share of {share} rows cannot be held out: give a number above 0 and at most 0.5")
+    if len(rows) < FEWEST_ROWS:
+        raise UserError(
+            f"{len(rows)} rows are too few to hold some out, {FEWEST_ROWS} are needed: give more text, or shorter rows"
+        )
+    kept = len(rows) - max(1, round(share * len(rows)))
+    return (
+        replace(rows, ids=rows.ids[:kept], labels=rows.labels[:kept]),
+        replace(rows, ids=rows.ids[kept:], labels=rows.labels[kept:]),
+    )
+
+
+def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str, object]] | None, str | None]:
+    """The rows if they are to be taken as chat, and what is to be told if they are not."""
+    rows = load_rows(source, split="tuning")
+    chats = [is_conversation(row) for _, row in rows or []]
+    if kind == "chat":
+        if not chats:
+            raise UserError(f"{source} holds no conversations: give a .jsonl file of them, or kind='text'")
+        return rows, None
+    if not any(chats):
+        return None, None
+    if not all(chats):
+        return None, f"{source} is read as plain text: only {sum(chats)} of its {len(chats)} rows are conversations"
+    if not has_chat_template(load_tokenizer(model_dir)):
+        return None, f"{source} is read as plain text: the model has no chat template"
+    return rows, None
+
+
+def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: Sequences) -> TuningRows:
+    count, length, skip = wanted.count, wanted.length, wanted.skip
+    if count < 1 or length < 2:
+        raise UserError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
+    talks = [(where, messages_of(row, where)) for where, row in rows]
+    named = source if Path(source).is_file() else f"data set {source}"
+    said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
+    documents = documents_of(said, named)
     tokenizer = load_tokenizer(model_dir)
-    if documents is None:
-        if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
-            raise UserError("there is no text to cut like that: give --text FILE")
-        model = open_writer(model_dir, "--text")
-        ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
-        return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
-    return windows_of(documents, tokenizer, cut), documents
+    encoder, left_out = ChatEncoder(tokenizer), [0]
+    random.Random(wanted.seed).shuffle(talks)
+
+    def cut() -> Iterator[Sample]:
+        for where, talk in talks:
+            for ids, learnt in encoder.samples(talk, where):
+                if any(learnt[1:length]):
+                    yield ids[:length], [False, *learnt[1:length]]
+                else:
+                    left_out[0] += 1
+
+    packed = _pack(cut(), length, count + skip, tokenizer.eos_token_id or 0)
+    if len(packed) < count + skip:
+        unused = f" ({left_out[0]} answers begin after {length} tokens)" if left_out[0] else ""
+        after = f" after {skip} that are used" if skip else ""
+        raise UserError(
+            f"too little chat data: {len(talks)} conversations fill {len(packed)} rows of {length} tokens{unused}, "
+            f"{count} are needed{after}; give more conversations or ask for fewer tokens"
+        )
+    ids = torch.tensor([row for row, _ in packed[skip:]], dtype=torch.int64)
+    learnt = torch.tensor([row for _, row in packed[skip:]])
+    labels = ids.masked_fill(~learnt, IGNORED)
+    note = f"{left_out[0]} answers that begin after {length} tokens are left out" if left_out[0] else None
+    return TuningRows(ids, labels, named, documents.sha256, "chat", note, documents)
+
+
+def _pack(samples: Iterable[Sample], length: int, count: int, filler: int) -> list[Sample]:
+    """At most ``count`` rows of exactly ``length``; every sample, none of them longer, is whole in one row."""
+    waiting: list[Sample] = []
+    rows: list[Sample] = []
+    coming = iter(samples)
+    while len(rows) < count:
+        ids: list[int] = []
+        learnt: list[bool] = []
+        while True:
+            waiting += [sample for _, sample in zip(range(WINDOW - len(waiting)), coming, strict=False)]
+            chosen = _longest(waiting, length - len(ids)) if ids else 0 if waiting else None
+            if chosen is None:
+                break
+            more, which = waiting.pop(chosen)
+            ids, learnt = ids + more, learnt + which
+        if not ids:
+            break
+        rest = length - len(ids)
+        rows.append((ids + [filler] * rest, learnt + [False] * rest))
+    return rows
+
+
+def _longest(samples: Sequence[Sample], room: int) -> int | None:
+    """Index of the longest sample of at most ``room`` tokens, the first of equals."""
+    fitting = [(len(ids), -i) for i, (ids, _) in enumerate(samples) if len(ids) <= room]
+    return -max(fitting)[1] if fitting else None

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-
+from devices.common.progress import Progress
 from saap.system.errors import UserError
-from saap.text.documents import Documents, beginning, encode
+from saap.text.documents import Documents, beginning, encode, load_documents, self_written
+
+if TYPE_CHECKING:
+    import torch
 
 Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
 
@@ -74,7 +77,7 @@ class Protocol:
     predictions: int
     self_written: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -101,12 +104,36 @@ def joined(text: str, how: Join) -> str:
     return "\n\n".join(f"{line}\n" if line else "" for line in rows)
 
 
+def evaluation_windows(
+    model_dir: Path, source: str | None, cut: Cut, progress: Progress | None = None
+) -> tuple[Windows, Documents | None]:
+    """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
+
+    Raises:
+        UserError: no such text, or too little.
+    """
+    from saap.models.opening import open_writer
+    from saap.models.resolve import load_tokenizer
+
+    documents = load_documents(source, split="evaluation")
+    tokenizer = load_tokenizer(model_dir)
+    if documents is None:
+        if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
+            raise UserError("there is no text to cut like that: give --text FILE")
+        model = open_writer(model_dir, "--text")
+        ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
+        return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
+    return windows_of(documents, tokenizer, cut), documents
+
+
 def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
     """Cut a text; its remainder is left out.
 
     Raises:
         UserError: less than one window, or no beginning-of-sequence token where one is asked for.
     """
+    import torch
+
     ids = encode(joined(documents.text, cut.join), tokenizer)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
@@ -131,6 +158,8 @@ def given_windows(
     counted: torch.Tensor | None = None,
 ) -> Windows:
     """Windows out of rows [n, s]; without a hash they are what a model wrote, and without ``counted`` all counts."""
+    import torch
+
     if counted is None:
         counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     protocol = Protocol(

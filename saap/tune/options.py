@@ -10,7 +10,6 @@ from msgspec import Meta
 from devices.common.options import Option
 from devices.common.values import parse_bytes
 from saap.system.errors import UserError
-from saap.tune.loop.options import TrainOptions
 
 if TYPE_CHECKING:
     from saap.tune.adapters import GroupAdapterConfig
@@ -19,12 +18,60 @@ Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
 Integers = Literal["gptq", "nearest"]
 Fold = Literal["scale", "zero-point"]
+Kind = Literal["auto", "text", "chat"]
+Precision = Literal["auto", "bf16", "fp32"]
 BITS, GROUP_SIZES, INTEGERS, FOLDS = (get_args(kind) for kind in (Bits, GroupSize, Integers, Fold))
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3}
 _INTEGERS = "The integers"
 _TRAINED = "What is trained"
 _LEARNT = "What is learnt from"
+_RUNS = "How it runs"
+
+
+def _patience(text: str) -> int | None:
+    return int(text) or None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Schedule, precision and memory of a training run."""
+
+    rows_per_step: Annotated[
+        int, Option("Sequences per step, split over the processes.", _RUNS, flags=("--batch",)), Meta(ge=1)
+    ] = 4
+    micro_rows: Annotated[
+        int | None,
+        Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
+        Meta(ge=1),
+    ] = None  # a process's whole share
+    passes: Annotated[int, Option("Passes over the text, in the same order.", _RUNS, shown=False), Meta(ge=1)] = 1
+    warmup_share: Annotated[float, Option("Share of the steps that warm up.", _RUNS, shown=False), Meta(ge=0, le=1)] = (
+        0.1
+    )
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Option("Weight decay.", _RUNS, shown=False), Meta(ge=0)] = 0.0
+    clip: Annotated[
+        float | None, Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False)
+    ] = 1.0
+    precision: Annotated[Precision, Option("Precision of the forward and backward passes.", _RUNS, hidden=True)] = (
+        "auto"
+    )
+    checkpointing: Annotated[
+        bool, Option("Recompute activations: less memory, a third more time.", _RUNS, hidden=True)
+    ] = True
+    evaluations: Annotated[
+        int, Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False), Meta(ge=1)
+    ] = 10
+    patience: Annotated[
+        int | None,
+        Option("Evaluations without a better one before it stops; 0: never.", _RUNS, parse=_patience),
+        Meta(ge=1),
+    ] = 3
+    save_seconds: Annotated[
+        float, Option("Seconds between two states on disk: what a kill can cost.", _RUNS, shown=False), Meta(ge=0)
+    ] = 60.0
+    seed: Annotated[int, Option("Random seed.", _RUNS)] = 0
 
 
 @dataclass(frozen=True)
@@ -68,11 +115,15 @@ class TuneOptions:
     held_out: Annotated[
         float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
     ] = 0.04  # less than one row: the last state is kept
+    kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
+    tokens: Annotated[int, Option("Training tokens.", _LEARNT)] = 24576
+    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=1)] = 256
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
 
     def recorded(self) -> dict[str, object]:
-        """As saap.json and states hold them, whose name for the group size is older."""
-        return {"block" if name == "group_size" else name: value for name, value in asdict(self).items()}
+        """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""
+        about = {name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length")}
+        return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:
         """Refuse values that are not offered.

@@ -2,8 +2,8 @@
 
 The integers are chosen first, with their errors compensated on the first rows of the text
 (:mod:`saap.quantize.gptq`). Then one number per group of input columns is trained, together with the norms' weights, in
-the form that the deployed kernel takes (:mod:`saap.tune.adapters`). The forward pass of the last step and the
-exported graph hold the same integers, scales and zero points, bit for bit.
+the form that the deployed kernel takes (:mod:`saap.tune.adapters`). The forward pass of the last step and the exported
+graph hold the same integers, scales and zero points, bit for bit.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
 (:mod:`saap.tune.teacher`). Under ``accelerate launch`` the rows of a step are split over processes
@@ -12,115 +12,174 @@ The loss is the mean of NLL and KL to the dense teacher, whose answers are compu
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, read_record, slim_config, write_slim
+from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
-from saap.models.streaming import load_streamed
+from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
-from saap.quantize.groups import check_blocks
+from saap.quantize.gptq import compensated_matrices
+from saap.quantize.groups import IntegerForm, check_blocks, nearest_matrices, quantize_model
+from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
-from saap.system.files import check_output
+from saap.system.files import check_output, claimed
 from saap.system.needs import check_memory, fits
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
-from saap.text.tuning_rows import IGNORED, TuningRows, held_out
+from saap.text.rows import IGNORED, Sequences, TuningRows, held_out, tuning_rows
+from saap.tune import adapters
+from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states
-from saap.tune.loop.steps import Batch, DivergedError, History, LossOf, train
+from saap.tune.loop.steps import DivergedError, History, Run, train
 from saap.tune.losses import distillation_loss, head_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
-from saap.tune.quantised import Quantised
 from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_targets
 
-__all__ = ["TuneOptions", "tune"]
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A tuned directory.
+
+    Attributes:
+        path: the directory, with integer weights.
+        history: the losses.
+        text: what was learnt from.
+        trained_parameters: numbers that were trained.
+    """
+
+    path: Path
+    history: History
+    text: TuningRows
+    trained_parameters: int
 
 
 @fast_float32()
 @kept_memory()
 def tune(
-    slim_dir: str | Path,
-    out: str | Path,
-    rows: TuningRows | torch.Tensor,
+    model: str | Path,
     options: TuneOptions | None = None,
     *,
-    teacher_dir: str | Path | None = None,
-    lineage: Mapping[str, Any] | None = None,
+    output: str | Path,
+    teacher: str | Path | None = None,
+    data: str | Path | TuningRows | torch.Tensor | None = None,
     progress: Progress | None = None,
-) -> History:
-    """Quantise a slim (or dense) directory, tune it group by group on text, write a directory with integer weights.
+) -> TuneResult:
+    """Quantise a slim (or dense) model, tune it group by group on text, write a directory with integer weights.
+
+    A killed run continues where it was when it is started again.
 
     Args:
-        rows: the tuning text, used once, in this order; the last of it is held out where there are enough rows. Plain
-            ids [sequences, tokens] are learnt whole.
-        teacher_dir: the dense model's directory; its next-token distribution is learnt too.
-
-    Returns:
-        the losses. A killed run continues where it was when it is started again.
+        model: a directory or a name.
+        teacher: the dense model, whose next-token distribution is learnt too.
+        data: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else text that the model writes. Rows
+            that are cut already are used once, in this order; plain ids [sequences, tokens] are learnt whole.
 
     Raises:
-        DivergedError: a loss that is not finite; the best state before it was written to ``out``.
+        DivergedError: a loss that is not finite; the best state before it was written to ``output``.
         UserError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
     """
-    options = options or TuneOptions()
+    options, out = options or TuneOptions(), Path(output)
     options.check()
-    if isinstance(rows, torch.Tensor):
-        rows = TuningRows(rows, rows.clone(), "given ids", None, "text")
-    out = Path(out)
     check_output(out)
-    config = _check_input(slim_dir, rows, options)
+    directory = resolve(model, progress=progress)
+    teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
+    if isinstance(data, torch.Tensor):
+        data = TuningRows(data, data.clone(), "given ids", None, "text")
+    if not isinstance(data, TuningRows):
+        data = tuning_text(directory, options, teacher=teacher_dir, data=data, progress=progress)
+    with claimed(out) if is_main_process() else nullcontext():
+        return _tune(directory, out, data, options, teacher_dir, progress)
+
+
+def tuning_text(
+    model: Path,
+    options: TuneOptions,
+    *,
+    teacher: Path | None = None,
+    data: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TuningRows:
+    """The rows that :func:`tune` learns from.
+
+    Raises:
+        UserError: no such text, or too little.
+    """
+    calibrated = read_record(model).get("lineage", {}).get("calibration", {})
+    # Rows that scored the structures are passed over: the same text twice teaches less.
+    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
+    wanted = Sequences(max(1, options.tokens // options.length), options.length, options.training.seed, skip)
+    # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
+    return tuning_rows(teacher or model, None if data is None else str(data), wanted, options.kind, progress)
+
+
+def _tune(
+    model_dir: Path,
+    out: Path,
+    rows: TuningRows,
+    options: TuneOptions,
+    teacher_dir: Path | None,
+    progress: Progress | None,
+) -> TuneResult:
+    config = _check_input(model_dir, rows, options)
     if teacher_dir is not None:
-        check_same_vocabulary(teacher_dir, slim_dir)
-    began, weights = time.monotonic(), weights_hash(slim_dir)
+        check_same_vocabulary(teacher_dir, model_dir)
+    began, weights = time.monotonic(), weights_hash(model_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
-    model = load_streamed(slim_dir) if by_layer(shape_of(config), rows, options) else load_model(slim_dir)
+    model = load_streamed(model_dir) if by_layer(shape_of(config), rows, options) else load_model(model_dir)
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
     quantised = Quantised(model, rows.ids, options, progress)
     groups = quantised.prepare()
+    trained = sum(p.numel() for group in groups for p in group["params"])
     state_dir = out.parent / f".{out.name}.tuning"
+    run = Run(
+        options.training,
+        held_out=None if judged is None else tensors_of(judged, len(learnt)),
+        held_out_loss=loss_of(None, options),
+        state_dir=state_dir,
+        fingerprint=_fingerprint(weights, teacher_dir, options),
+    )
     error = None
     try:
-        history = train(
-            quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
-            held_out=None if judged is None else tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
-            state_dir=state_dir, fingerprint=_fingerprint(weights, teacher_dir, options), progress=progress,
-        )  # fmt: skip
+        history = train(quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
     except DivergedError as diverged:
         if not diverged.history.best_step:
             raise
         error, history = diverged, diverged.history
     if writes:
         quant = quantised.fold()
-        record = {k: v for k, v in read_record(slim_dir).items() if k != "format"}
+        record = {k: v for k, v in read_record(model_dir).items() if k != "format"}
         record["tuning"] = {
             "options": options.recorded(),
-            "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
+            "trained_parameters": trained,
             "tokens": rows.ids.numel(),
             "text": rows.lineage(),
             "teacher": str(teacher_dir) if teacher_dir else None,
             "seconds": round(time.monotonic() - began, 1),
             "history": asdict(history),
             "from_sha256": weights,
-            **(lineage or {}),
         }
         tensors = ((name, tensor) for name, tensor in quantised.model.state_dict().items())
-        write_slim(out, slim_dir, slim_config(config, shape_of(config), quant), tensors, record)
+        write_slim(out, model_dir, slim_config(config, shape_of(config), quant), tensors, record)
         discard_states(state_dir)
     if error is not None:
         raise DivergedError(f"{error}; it was written to {out}", error.step, history)
-    return history
+    return TuneResult(out, history, rows, trained)
 
 
 def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
@@ -205,6 +264,46 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
         return head_loss(model, batch["ids"], places, of_piece), learnt.sum()
 
     return loss
+
+
+class Quantised:
+    """A float model on its way to integers: quantised, wrapped for training, folded."""
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
+        self.model, self.options = model, options
+        form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
+        sample = ids[: options.calibration_rows]
+        if options.max_bytes is not None:
+            choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
+            form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
+        self.form = form
+        if options.integers == "gptq":
+            self.matrices = compensated_matrices(model, sample, form, progress)
+        else:
+            self.matrices = nearest_matrices(model, form)
+
+    def prepare(self) -> list[dict[str, Any]]:
+        """Wrap the model for training; the parameter groups with their peak rates."""
+        options = self.options
+        self.quant = quantize_model(self.model, options.bits, options.group_size, self.form.head_bits, self.matrices)
+        self.matrices.clear()
+        settle(self.model)
+        for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
+            parameter.data = parameter.data.clone()
+        self.model = adapters.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
+        trained = adapters.trained_parameters(self.model)
+        return [{"params": trained, "lr": options.rate}, self._norms()]
+
+    def _norms(self) -> dict[str, Any]:
+        found = [p for name, p in self.model.named_parameters() if "norm" in name]
+        for norm in found:
+            norm.requires_grad_(True)
+        return {"params": found, "lr": self.options.norm_rate}
+
+    def fold(self) -> dict[str, Any]:
+        """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
+        self.model = adapters.fold(self.model)  # type: ignore[arg-type]
+        return self.quant
 
 
 def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
 from saap.system.errors import UserError
 from saap.text.documents import documents_of, pack, read_file
-from saap.text.rows import training_rows
+from saap.text.rows import Sequences, training_rows
 from saap.text.windows import Cut, windows_of
 from studies.common import provenance
 from studies.pruning.cells import HELD, LENGTH, SEQUENCES, Variant, slug
@@ -66,7 +66,9 @@ class Texts:
     def _own(self, seed: int, sequences: int = SEQUENCES) -> torch.Tensor:
         count = max(sequences, SEQUENCES + HELD)
         if (seed, count) not in self._rows:
-            self._rows[seed, count] = training_rows(self.model_dir, None, "calibration", count, LENGTH, seed).ids
+            self._rows[seed, count] = training_rows(
+                self.model_dir, None, "calibration", Sequences(count, LENGTH, seed)
+            ).ids
         return self._rows[seed, count]
 
     def published(self, method: str, seed: int) -> torch.Tensor:

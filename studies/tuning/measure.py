@@ -19,8 +19,8 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
 from saap.system.files import write_json
-from saap.text.tuning_rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
-from saap.tune.loop.steps import train
+from saap.text.rows import FEWEST_ROWS, Sequences, TuningRows, held_out, tuning_rows
+from saap.tune.loop.steps import Run, train
 from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune
 from studies.common import ROOT, provenance
 from studies.pruning.cells import Variant, slug
@@ -45,8 +45,8 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
     count = max(tokens // LENGTH, FEWEST_ROWS)  # what is not tuned reads none of them
     calibrated = read_record(slim)["lineage"]["calibration"]
     skip = -(-calibrated["sequences"] * calibrated["tokens"] // LENGTH)
-    held = tuning_rows(slim, None, HELD, LENGTH, SEED, skip=skip)  # first: the same for every number of tokens
-    return tuning_rows(slim, None, count, LENGTH, SEED, skip=skip + HELD), held.ids
+    held = tuning_rows(slim, None, Sequences(HELD, LENGTH, SEED, skip))  # first: the same for every number of tokens
+    return tuning_rows(slim, None, Sequences(count, LENGTH, SEED, skip + HELD)), held.ids
 
 
 def options_of(variant: Variant) -> TuneOptions:
@@ -87,7 +87,14 @@ def run_cell(variant: Variant, test: bool) -> None:
                 first, rows = held_out(rows, 0.5)
                 tune_lora({**variant, "fold": "lora"}, slim, model_dir, first, OUT)
                 source = OUT / lora_name({**variant, "fold": "lora"})
-            tune(source, tuned, rows, options, teacher_dir=model_dir if variant["teacher"] else None, progress=say)
+            tune(
+                source,
+                options,
+                output=tuned,
+                data=rows,
+                teacher=model_dir if variant["teacher"] else None,
+                progress=say,
+            )
             tuning = read_record(tuned)["tuning"]
             cell["training"] = {**tuning["history"], "trained": tuning["trained_parameters"]}
         cell["seconds"] = round(time.monotonic() - began, 1)
@@ -120,7 +127,8 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
             still = options_of(variant)
             still = replace(still, learning_rate=0.0, norm_rate=0.0, held_out=0.0)
             rows, _ = rows_of(slim, 16 * LENGTH)
-            tune(directory, source, rows, replace(still, training=replace(still.training, rows_per_step=16)))
+            still = replace(still, training=replace(still.training, rows_per_step=16))
+            tune(directory, still, output=source, data=rows)
         export(source, ExportOptions(parity="none"), output=bundle)
     (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
     return found.nll
@@ -142,9 +150,10 @@ def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows,
     lora = [p for n, p in adapted.named_parameters() if "lora_" in n]
     groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.norm_rate}]
     history = train(
-        adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), options.training,
-        held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
-        state_dir=out / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}, progress=say,
+        adapted, groups, tensors_of(learnt, 0), loss_of(targets, options),
+        Run(options.training, held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
+            state_dir=out / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}),
+        say,
     )  # fmt: skip
     trained = sum(p.numel() for group in groups for p in group["params"])
     merged: Any = adapted.merge_and_unload()

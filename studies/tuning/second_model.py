@@ -19,7 +19,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saap.text.documents import load_documents, pack
-from saap.tune.loop.steps import TrainOptions, train
+from saap.tune.loop.steps import Run, train
+from saap.tune.options import TrainOptions
 from saap.tune.tuning import TuneOptions, loss_of
 
 VOCABULARY, LENGTH, UNSEEN = 4096, 256, 600  # rows from the front are left to calibration and to judging
@@ -71,8 +72,10 @@ def main() -> None:
     groups = [{"params": list(model.parameters()), "lr": 1.5e-3}]
     rows = {"ids": ids[:-32], "labels": ids[:-32]}
     train(
-        model, groups, rows, loss_of(None, TuneOptions()), options, held_out={"ids": ids[-32:], "labels": ids[-32:]},
-        state_dir=given.out.parent / f".{given.out.name}.training", label="training", progress=say,
+        model, groups, rows, loss_of(None, TuneOptions()),
+        Run(options, held_out={"ids": ids[-32:], "labels": ids[-32:]},
+            state_dir=given.out.parent / f".{given.out.name}.training", label="training"),
+        say,
     )  # fmt: skip
     model.half().save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)

@@ -28,7 +28,7 @@ from saap.models.checkpoint import load_model, read_config
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import PrunePlan
 from saap.system.errors import UserError
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven"])
@@ -65,7 +65,7 @@ def test_parity_report_of_the_deployed_precision(any_model, tmp_path, bits):
 
 def test_tuned_integers_are_in_the_file_bit_for_bit(tiny_model, tmp_path):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    tune(slim, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+    tune(slim, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
     export_bundle(tmp_path / "tuned", tmp_path / "bundle", ids=IDS)
     found, (_, read) = tensors_of(tmp_path / "bundle"), tensor_reader(tmp_path / "tuned")
     fused = {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.o_proj"],
@@ -194,7 +194,7 @@ def test_unsupported_input_is_refused(tiny_model, tmp_path):
 
 
 def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
-    tune(tiny_model(), tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions())
+    tune(tiny_model(), TuneOptions(), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
     file = tmp_path / "tuned/model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj.zero_points"

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from saap.models.checkpoint import load_model
 from saap.system.processes import is_main_process
 from saap.tune.loop.processes import prepare
-from saap.tune.loop.steps import DivergedError, TrainOptions, train
+from saap.tune.loop.steps import DivergedError, Run, train
+from saap.tune.options import TrainOptions
 
 STEPS, ROWS = 3, 4
 
@@ -89,8 +90,8 @@ def main(model_dir: str, out: Path, state: str, kill: int | None = None, poison:
     try:
         with mock.patch("saap.tune.loop.steps.prepare", watched):
             history = train(
-                model, groups, cut, loss_of, options, held_out=held_out, state_dir=out / state,
-                progress=lambda *seen: said.append(seen),
+                model, groups, cut, loss_of, Run(options, held_out=held_out, state_dir=out / state),
+                lambda *seen: said.append(seen),
             )  # fmt: skip
     except DivergedError as error:
         history, report["error"] = error.history, str(error)

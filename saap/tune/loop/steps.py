@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ import torch
 from torch import nn
 
 from devices.common.progress import Progress
+from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
-from saap.tune.loop.checkpointing import recompute
-from saap.tune.loop.options import DivergedError, History, TrainOptions, cosine, steps_of
 from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
 from saap.tune.loop.state import (
     Trained,
@@ -35,8 +34,81 @@ from saap.tune.loop.state import (
     state_path,
     write_state,
 )
+from saap.tune.options import TrainOptions
 
-__all__ = ["Batch", "DivergedError", "History", "LossOf", "TrainOptions", "cosine", "train"]
+SMOOTHED = 8  # steps whose mean loss is shown
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        steps: planned.
+        losses: of every step taken, in nats per learnt token, before its update.
+        held_out: (steps taken, loss) of every evaluation.
+        best_step: after how many steps the parameters were what they are now.
+        stopped: why the run ended before ``steps``; None if it did not.
+        resumed_at: the step it was continued at after a kill.
+        precision: "bf16" or "fp32".
+        tokens: in the rows of the steps taken, learnt or not.
+        seconds: spent on the steps, evaluations not included.
+    """
+
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    stopped: str | None = None
+    resumed_at: int | None = None
+    precision: str = "fp32"
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def said(self) -> str:
+        """The run so far, for a progress bar; the loss is a mean over the last few steps."""
+        recent = self.losses[-SMOOTHED:]
+        held_out = f", held-out {self.held_out[-1][1]:.3f}" if self.held_out else ""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return f"loss {sum(recent) / len(recent):.3f}{held_out}, {speed:.0f} tokens/s"
+
+    def kept(self) -> str:
+        """Which state is the best, in words."""
+        known = f" (held-out loss {min(loss for _, loss in self.held_out):.3f})" if self.held_out else ""
+        return f"the state of step {self.best_step}{known}"
+
+
+class DivergedError(UserError):
+    """A loss or gradient stopped being finite; the model holds the state that the message names.
+
+    It is an error, so that nobody writes out such a run without noticing; who wants to, catches it and does.
+    """
+
+    def __init__(self, message: str, step: int, history: History) -> None:
+        super().__init__(message)
+        self.step = step
+        self.history = history
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is beside its model, rows and loss.
+
+    Attributes:
+        held_out: rows to evaluate; without, nothing stops early and the last state is the best.
+        held_out_loss: what they are evaluated with, if not the loss of training.
+        state_dir: where the state is kept for a run that is killed; :func:`saap.tune.loop.state.discard_states` deletes
+            it when the result is safe. A state of other options or rows is not touched and not continued.
+        fingerprint: what else the loss curve depends on (the model's hash), JSON. Options, rows and the parameters'
+            names and rates are added.
+    """
+
+    options: TrainOptions = field(default_factory=TrainOptions)
+    held_out: Batch | None = None
+    held_out_loss: LossOf | None = None
+    state_dir: Path | None = None
+    fingerprint: Mapping[str, object] = field(default_factory=dict)
+    label: str = "tuning"
 
 
 def train(
@@ -44,13 +116,7 @@ def train(
     groups: Sequence[Mapping[str, Any]],
     rows: Batch,
     loss_of: LossOf,
-    options: TrainOptions | None = None,
-    *,
-    held_out: Batch | None = None,
-    held_out_loss: LossOf | None = None,
-    state_dir: str | Path | None = None,
-    fingerprint: Mapping[str, Any] | None = None,
-    label: str = "tuning",
+    run: Run | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Train parameter groups of a model in place, and leave it with the best state.
@@ -62,31 +128,24 @@ def train(
             is left out. Every process is given all of them.
         loss_of: (model, batch) -> the sum of the losses over the learnt tokens, and their number; ``batch`` holds
             slices of ``rows``. A process may get rows without any learnt token: the sum must still have a gradient.
-        held_out: rows to evaluate; without, nothing stops early and the last state is the best.
-        held_out_loss: what they are evaluated with, if not ``loss_of``.
-        state_dir: where the state is kept for a run that is killed; :func:`saap.tune.loop.state.discard_states` deletes
-            it when the result is safe. A state of other options or rows is not touched and not continued.
-        fingerprint: what else the loss curve depends on (the model's hash), JSON. Options, rows and the parameters'
-            names and rates are added.
         progress: called in the main process; the label carries losses and tokens per second.
 
     Raises:
         DivergedError: a loss or gradient is not finite.
         UserError: too few rows, rows that cannot be split, a damaged state, a launch that is not supported.
     """
-    options = options or TrainOptions()
+    run = run or Run()
     with torch.random.fork_rng():
-        run = _Run(model, groups, rows, loss_of, options, label, progress)
-        run.held_out, run.held_out_loss = held_out, held_out_loss or loss_of
+        training = _Training(model, groups, rows, loss_of, run, progress)
         try:
-            run.keep(state_dir, dict(fingerprint or {}))
-            run.go()
+            training.keep(run.state_dir, dict(run.fingerprint))
+            training.go()
         finally:
-            run.close()
-    return run.history
+            training.close()
+    return training.history
 
 
-class _Run:
+class _Training:
     """One run: what is trained, on what, how far it is, and the best so far."""
 
     def __init__(
@@ -95,12 +154,12 @@ class _Run:
         groups: Sequence[Mapping[str, Any]],
         rows: Batch,
         loss_of: LossOf,
-        options: TrainOptions,
-        label: str,
+        run: Run,
         progress: Progress | None,
     ) -> None:
         self.accelerator = join_processes()
-        self.options, self.rows, self.loss_of, self.label = options, rows, loss_of, label
+        self.options, self.rows, self.loss_of, self.label = run.options, rows, loss_of, run.label
+        options = run.options
         self.progress = progress if self.accelerator.is_main_process else None
         steps = steps_of(rows, options, self.accelerator.num_processes)
         self.dtype = autocast_dtype(options.precision, self.accelerator.device)
@@ -121,18 +180,17 @@ class _Run:
         optimizer = torch.optim.AdamW(map(dict, groups), betas=options.betas, weight_decay=options.weight_decay)
         self.module, self.optimizer = prepare(self.accelerator, model, optimizer)
         self.trained = Trained(names, self.optimizer)
-        self.held_out: Batch | None = None
-        self.held_out_loss = loss_of
+        self.held_out, self.held_out_loss = run.held_out, run.held_out_loss or loss_of
         self.path: Path | None = None
         self.saved = time.monotonic()
         self.resumed = False
 
-    def keep(self, directory: str | Path | None, fingerprint: dict[str, Any]) -> None:
+    def keep(self, directory: Path | None, fingerprint: dict[str, object]) -> None:
         """Keep the state there, and continue from one that is there."""
         note = None
         if directory is not None:
             self.parts = self._parts(fingerprint)
-            self.path = state_path(Path(directory), fingerprint_of(self.parts))
+            self.path = state_path(directory, fingerprint_of(self.parts))
             main = self.accelerator.is_main_process
             content = from_main(self.accelerator, self.path.read_bytes() if main and self.path.is_file() else None)
             if content is not None:
@@ -272,7 +330,7 @@ class _Run:
             )
         raise DivergedError(f"{what}; {history.kept()} is kept: lower the learning rate", step, history)
 
-    def _parts(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    def _parts(self, fingerprint: dict[str, object]) -> dict[str, object]:
         """What the loss curve depends on."""
         options = {f"options.{key}": value for key, value in asdict(self.options).items() if key != "save_seconds"}
         return {**fingerprint, **options} | {
@@ -297,3 +355,53 @@ class _Run:
         self.history.held_out = [(step, loss) for step, loss in self.history.held_out]
         self.history.resumed_at = self.step
         self.resumed = True
+
+
+def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:
+    """Factor of the learning rate per step: linear warm-up, then a cosine to a tenth."""
+    warmup = max(1, round(steps * warmup_share))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
+    """How many steps the rows are good for.
+
+    Raises:
+        UserError: too few rows, rows that cannot be split over the processes, or a step that teaches nothing.
+    """
+    size, count = options.rows_per_step, len(rows["ids"])
+    if any(len(tensor) != count for tensor in rows.values()):
+        raise ValueError(f"rows of different numbers: { {name: len(tensor) for name, tensor in rows.items()} }")
+    for value, name in ((size, "rows per step"), (options.passes, "passes"), (options.evaluations, "evaluations")):
+        if value < 1:
+            raise UserError(f"{value} {name} are not allowed: give 1 or more")
+    if size % processes:
+        raise UserError(f"{size} rows per step cannot be split over {processes} processes: give a multiple of them")
+    if count < size:
+        raise UserError(f"{count} sequences of training text are fewer than one step's {size}: give more")
+    once = count // size
+    if "labels" in rows:
+        learnt = (rows["labels"][: once * size, 1:] != -100).view(once, -1).sum(1)
+        if (empty := (learnt == 0).nonzero()).numel():
+            first = int(empty[0]) * size
+            raise UserError(f"rows {first + 1} to {first + size} hold no token to learn: leave such rows out")
+    return once * options.passes
+
+
+def recompute(model: Any, on: bool) -> None:
+    """Let layers keep no activations and compute them again on the way back, or not."""
+    # activation_checkpointing_* since transformers 5, gradient_checkpointing_* before.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        # The reentrant form gives no gradients where a layer's input needs none: behind a frozen embedding.
+        options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{name}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()

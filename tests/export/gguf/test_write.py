@@ -16,7 +16,7 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import LayerPlan, PrunePlan
 from saap.quantize.groups import quantize, quantize_model
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 
 IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -216,7 +216,7 @@ def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
 def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
     path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     for bits, kind, size in ((4, "Q4_0", 18), (8, "Q8_0", 34)):
-        tune(path, tmp_path / "tuned", IDS.repeat(8, 1), TuneOptions(bits=bits, learning_rate=2e-2))
+        tune(path, TuneOptions(bits=bits, learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(8, 1))
         report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
         read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
         signs = set()

@@ -22,14 +22,14 @@ from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
 from export.source import ModelSource, Precision
 from saap.system.errors import UserError
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven", "tuned"])
 def any_model(request, tiny_model, tmp_path):
     path = model_of(request.param, tiny_model, tmp_path)
     if request.param == "tuned":
-        tune(path, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+        tune(path, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
         path = tmp_path / "tuned"
     return path
 

@@ -35,7 +35,7 @@ from saap.models.checkpoint import load_model
 from saap.prune.plan import PrunePlan
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 
 
 @pytest.fixture(params=[*MODELS, "uneven"])
@@ -152,7 +152,7 @@ def test_parity_with_integers_tuned_or_rounded(any_model, tmp_path):
 
 
 def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
-    tune(uneven, tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(learning_rate=2e-2))
+    tune(uneven, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
     manifest = export_portable(tmp_path / "tuned", tmp_path / "bundle")
     ids = IDS[:, :6]
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]

@@ -14,8 +14,7 @@ from saap.models.streaming import is_streamed, open_model, open_writer, whole_ne
 from saap.system import needs
 from saap.system.errors import UserError
 from saap.tune import tuning
-from saap.tune.loop.options import TrainOptions
-from saap.tune.options import TuneOptions
+from saap.tune.options import TrainOptions, TuneOptions
 from saap.tune.tuning import tune
 
 IDS = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(1))
@@ -44,7 +43,7 @@ def test_one_that_fits_is_not(tiny_model):
 
 def test_integers_stay_integers_where_floats_do_not_fit(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
-    tune(path, tmp_path / "tuned", IDS, TuneOptions(held_out=0, training=TrainOptions(rows_per_step=2)))
+    tune(path, TuneOptions(held_out=0, training=TrainOptions(rows_per_step=2)), output=tmp_path / "tuned", data=IDS)
     floats = open_model(tmp_path / "tuned")
     monkeypatch.setattr(needs, "available_memory", lambda: needs.PROCESS)
     integers = open_model(tmp_path / "tuned")
@@ -72,12 +71,12 @@ def test_eval_gives_the_same_numbers(tiny_model, tmp_path, monkeypatch):
 def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family, tmp_path, monkeypatch):
     path = tiny_family(family)
     options = TuneOptions(held_out=0, integers=integers, training=TrainOptions(rows_per_step=2, precision="fp32"))
-    tune(path, tmp_path / "whole", IDS, options)
+    tune(path, options, output=tmp_path / "whole", data=IDS)
     seen = []
     load = tuning.load_streamed
     monkeypatch.setattr(tuning, "load_streamed", lambda source: seen.append(source) or load(source))
     monkeypatch.setattr(tuning, "fits", lambda needs: False)
-    tune(path, tmp_path / "layers", IDS, options)
+    tune(path, options, output=tmp_path / "layers", data=IDS)
     assert seen == [path]
     whole, layers = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "layers"))
     assert whole.keys() == layers.keys()
@@ -87,6 +86,6 @@ def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family
 
 def test_what_needs_all_floats_is_refused(tiny_model, tmp_path, monkeypatch, little_memory):
     with pytest.raises(UserError, match=r"tuning needs .* --max-bytes needs all floats at once"):
-        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions(max_bytes=10**6))
+        tune(tiny_model(), TuneOptions(max_bytes=10**6), output=tmp_path / "tuned", data=IDS)
     with pytest.raises(UserError, match=r"tuning needs .* give a smaller --length"):
-        tune(tiny_model(), tmp_path / "tuned", IDS, TuneOptions())
+        tune(tiny_model(), TuneOptions(), output=tmp_path / "tuned", data=IDS)

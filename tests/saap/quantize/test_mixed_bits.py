@@ -28,7 +28,7 @@ from saap.models.weight_files import tensor_reader
 from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
 from saap.system.errors import UserError
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 
 KINDS = {  # bits, group, symmetric, bits by module
     "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
@@ -240,7 +240,7 @@ def test_it_can_be_planned_before_there_are_integers(mixed, tiny_model, tmp_path
 
 
 def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
-    tune(tiny_model(), tmp_path / "tuned", IDS.repeat(4, 1), TuneOptions(head_bits=8, learning_rate=1e-2))
+    tune(tiny_model(), TuneOptions(head_bits=8, learning_rate=1e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
     assert (entry_of(tmp_path / "tuned")["bits"], entry_of(tmp_path / "tuned")["embedding_bits"]) == (4, 8)
     table = tensor_reader(tmp_path / "tuned")[1]("model.embed_tokens.qweight").numpy()
     assert table.shape == (320, 3, 32)

@@ -11,8 +11,8 @@ from export.generate.scoring import BundleScorer
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.quantize.groups import round_model
-from saap.tune.loop.steps import TrainOptions
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
+from saap.tune.options import TrainOptions
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 
@@ -22,7 +22,7 @@ IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 def test_a_tuned_model_holds_the_numbers_that_rounding_gives(tiny_family, tmp_path, family, materialise):
     path = tiny_family(family)
     untrained = TuneOptions(integers="nearest", learning_rate=0.0, norm_rate=0.0)
-    tune(path, tmp_path / "tuned", IDS.repeat(4, 1), untrained)
+    tune(path, untrained, output=tmp_path / "tuned", data=IDS.repeat(4, 1))
     expected, tuned = load_model(path), load_model(tmp_path / "tuned", materialise=materialise)
     round_model(expected, 4, 32, 4)
     with torch.inference_mode():
@@ -35,7 +35,7 @@ def test_tuning_lowers_the_loss_and_the_bundle_runs_it(tiny_family, tmp_path, fa
     path, ids = tiny_family(family), (torch.arange(24)[None] + torch.arange(0, 256, 8)[:, None]) % 300
     training = TrainOptions(precision="fp32", passes=2)
     options = TuneOptions(learning_rate=2e-2, norm_rate=1e-2, held_out=0, training=training)
-    history = tune(path, tmp_path / "tuned", ids, options)
+    history = tune(path, options, output=tmp_path / "tuned", data=ids).history
     assert history.losses[-1] < history.losses[0] - 0.1
     export_bundle(tmp_path / "tuned", tmp_path / "bundle", dotprod=False)  # 4 bit at level 0
     with torch.inference_mode():

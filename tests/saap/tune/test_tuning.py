@@ -16,9 +16,10 @@ from saap.prune.pruning import prune
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, quantize_model
 from saap.system.errors import UserError
-from saap.text.tuning_rows import TuningRows
+from saap.text.rows import TuningRows
 from saap.tune import tuning as tune_module
-from saap.tune.loop.steps import DivergedError, TrainOptions
+from saap.tune.loop.steps import DivergedError
+from saap.tune.options import TrainOptions
 from saap.tune.tuning import TuneOptions, loss_of, tune
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -45,7 +46,7 @@ def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, b
     before = load_model(slim)
     form = IntegerForm(bits, 32, bits)
     quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], form))
-    history = tune(slim, tmp_path / "tuned", ROWS[:28], replace(FAST, bits=bits))
+    history = tune(slim, replace(FAST, bits=bits), output=tmp_path / "tuned", data=ROWS[:28]).history
     assert len(history.losses) == 7
     after = load_model(tmp_path / "tuned")
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
@@ -60,20 +61,20 @@ def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, b
 
 def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
     untrained = replace(FAST, fold="zero-point", learning_rate=0.0, norm_rate=0.0)
-    tune(slim, tmp_path / "untrained", ROWS[:28], untrained)
+    tune(slim, untrained, output=tmp_path / "untrained", data=ROWS[:28])
     options = replace(FAST, fold="zero-point", learning_rate=3e-2, training=replace(TRAINING, passes=3))
-    tune(slim, tmp_path / "tuned", ROWS[:28], options)
+    tune(slim, options, output=tmp_path / "tuned", data=ROWS[:28])
     before, after = (load_model(tmp_path / name) for name in ("untrained", "tuned"))
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
 
 
 def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
     options = replace(FAST, symmetric=False, integers="nearest")
-    tune(slim, tmp_path / "asymmetric", ROWS[:8], options)
+    tune(slim, options, output=tmp_path / "asymmetric", data=ROWS[:8])
     linear = load_model(tmp_path / "asymmetric").get_submodule("model.layers.0.mlp.up_proj")
     assert len(linear.zero_points.unique()) > 3
-    tune(slim, tmp_path / "all4", ROWS[:8], FAST)
-    tune(slim, tmp_path / "mixed", ROWS[:8], replace(FAST, max_bytes=260_000))
+    tune(slim, FAST, output=tmp_path / "all4", data=ROWS[:8])
+    tune(slim, replace(FAST, max_bytes=260_000), output=tmp_path / "mixed", data=ROWS[:8])
     mixed = read_config(tmp_path / "mixed")["slim_quant"]
     kinds = set(mixed.get("matrices", {}).values()) | {mixed["bits"], mixed["embedding_bits"]}
     assert kinds == {4, 8}
@@ -82,7 +83,7 @@ def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
 
 def test_the_record_keeps_the_plan_and_adds_the_tuning(slim, tmp_path):
     rows = TuningRows(ROWS[:8], ROWS[:8].clone(), "a text", "0" * 64, "text")
-    tune(slim, tmp_path / "tuned", rows, FAST)
+    tune(slim, FAST, output=tmp_path / "tuned", data=rows)
     before, record = read_record(slim), read_record(tmp_path / "tuned")
     assert record["plan"] == before["plan"]
     tuning = record["tuning"]
@@ -97,7 +98,7 @@ def test_the_record_keeps_the_plan_and_adds_the_tuning(slim, tmp_path):
 def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_path):
     path = tiny_model()
     for name in ("one", "two"):
-        tune(path, tmp_path / name, ROWS[:8], FAST)
+        tune(path, FAST, output=tmp_path / name, data=ROWS[:8])
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
     load_model(tmp_path / "one").save_pretrained(tmp_path / "again")
@@ -107,7 +108,7 @@ def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_
 def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
     options = replace(FAST, held_out=0.1, training=replace(TRAINING, save_seconds=0.0))
-    history = tune(path, tmp_path / "straight", ROWS, options)
+    history = tune(path, options, output=tmp_path / "straight", data=ROWS).history
     calls = []
 
     def killed(label, done, total):
@@ -116,9 +117,9 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(path, tmp_path / "again", ROWS, options, progress=killed)
+        tune(path, options, output=tmp_path / "again", data=ROWS, progress=killed)
     assert not (tmp_path / "again").exists() and (tmp_path / ".again.tuning").is_dir()
-    continued = tune(path, tmp_path / "again", ROWS, options)
+    continued = tune(path, options, output=tmp_path / "again", data=ROWS).history
     assert continued.resumed_at == 4 and continued.losses == history.losses
     assert not (tmp_path / ".again.tuning").exists()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "again")]
@@ -159,7 +160,7 @@ def test_learning_from_a_teacher_comes_closer_to_it(tiny_model, slim, tmp_path):
     teacher = load_model(teacher_dir)
     options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=3))
     for name, weight in (("alone", 0.0), ("taught", 1.0)):
-        tune(slim, tmp_path / name, ROWS[:28], replace(options, teacher_weight=weight), teacher_dir=teacher_dir)
+        tune(slim, replace(options, teacher_weight=weight), output=tmp_path / name, data=ROWS[:28], teacher=teacher_dir)
 
     def divergence(name):
         with torch.inference_mode():
@@ -184,7 +185,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_mode
 
     monkeypatch.setattr(tune_module, "loss_of", broken)
     with pytest.raises(DivergedError, match=r"loss became nan at step 6 of 8.*is kept.*it was written to"):
-        tune(path, tmp_path / "out", ROWS, replace(FAST, learning_rate=1e-3, norm_rate=1e-4))
+        tune(path, replace(FAST, learning_rate=1e-3, norm_rate=1e-4), output=tmp_path / "out", data=ROWS)
     monkeypatch.undo()
     assert read_record(tmp_path / "out")["tuning"]["history"]["best_step"] == 5
     assert nll_of(load_model(tmp_path / "out"), ROWS) < 20
@@ -192,13 +193,13 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_mode
 
 def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     path = tiny_model()
-    tune(path, tmp_path / "tuned", ROWS[:4], FAST)
+    tune(path, FAST, output=tmp_path / "tuned", data=ROWS[:4])
     with pytest.raises(UserError, match="tuned integers already"):
-        tune(tmp_path / "tuned", tmp_path / "out", ROWS[:4], FAST)
+        tune(tmp_path / "tuned", FAST, output=tmp_path / "out", data=ROWS[:4])
     with pytest.raises(UserError, match="fewer than one step"):
-        tune(path, tmp_path / "out", ROWS[:3], FAST)
+        tune(path, FAST, output=tmp_path / "out", data=ROWS[:3])
     with pytest.raises(UserError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
-        tune(path, tmp_path / "out", ROWS[:4], replace(FAST, group_size=64))
+        tune(path, replace(FAST, group_size=64), output=tmp_path / "out", data=ROWS[:4])
     for wrong, message in (
         ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
         ({"fold": "magic"}, "'magic' is no fold"),
@@ -208,15 +209,15 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):
         with pytest.raises(UserError, match=message):
-            tune(path, tmp_path / "out", ROWS[:4], replace(FAST, **wrong))
+            tune(path, replace(FAST, **wrong), output=tmp_path / "out", data=ROWS[:4])
     other = tiny_model("other", vocab_size=384)
     with pytest.raises(UserError, match=r"has 384 tokens and .* 320"):
-        tune(path, tmp_path / "out", ROWS[:4], FAST, teacher_dir=other)
+        tune(path, FAST, output=tmp_path / "out", data=ROWS[:4], teacher=other)
     with pytest.raises(UserError, match=r"(loss became (nan|inf)|inputs are not finite)"):
         broken = load_model(path)
         broken.model.norm.weight.data.fill_(float("nan"))
         broken.save_pretrained(path)
-        tune(path, tmp_path / "out", ROWS[:8], FAST)
+        tune(path, FAST, output=tmp_path / "out", data=ROWS[:8])
     assert not (tmp_path / "out").exists()
 
 

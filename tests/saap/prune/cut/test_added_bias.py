@@ -16,7 +16,7 @@ from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.search.masking import masked
 from saap.system.errors import UserError
-from saap.tune.tuning import TuneOptions, tune
+from saap.tune import TuneOptions, tune
 from tests.saap.prune.test_families import (
     CASES,
     EXPORTED,
@@ -113,7 +113,7 @@ def test_bundles_carry_the_biases(compensated, tmp_path, case):
 
 def test_a_compensated_llama_is_tuned_and_exported(compensated, tmp_path):
     directory, _ = compensated("llama")
-    tune(directory, tmp_path / "tuned", IDS.repeat(2, 1), TuneOptions())
+    tune(directory, TuneOptions(), output=tmp_path / "tuned", data=IDS.repeat(2, 1))
     config, state = read_config(tmp_path / "tuned"), load_model(directory).state_dict()
     assert config["slim_bias"] is True
     tuned = load_model(tmp_path / "tuned")

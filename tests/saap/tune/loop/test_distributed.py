@@ -17,9 +17,9 @@ from torch.torch_version import TorchVersion
 
 from saap.models.checkpoint import read_record
 from saap.system.errors import UserError
-from saap.tune.loop.options import steps_of
 from saap.tune.loop.processes import FSDP_TORCH, join_processes
-from saap.tune.loop.steps import TrainOptions
+from saap.tune.loop.steps import steps_of
+from saap.tune.options import TrainOptions
 
 TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
 

@@ -13,7 +13,8 @@ from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype, computes_bf16
 from saap.tune.loop.state import discard_states
-from saap.tune.loop.steps import DivergedError, TrainOptions, cosine, train
+from saap.tune.loop.steps import DivergedError, Run, cosine, train
+from saap.tune.options import TrainOptions
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Text with something to learn: every token is followed by the next one.
@@ -49,9 +50,9 @@ def run(tiny_model):
     """Train a fresh copy of the tiny model: (model, history)."""
     path = tiny_model()
 
-    def start(options=FP32, rows=ROWS, rate=1e-2, loss=loss_of, **more):
+    def start(options=FP32, rows=ROWS, rate=1e-2, loss=loss_of, progress=None, **more):
         model = load_model(path)
-        return model, train(model, groups_of(model, rate), rows, loss, options, **more)
+        return model, train(model, groups_of(model, rate), rows, loss, Run(options, **more), progress)
 
     start.path = path
     return start
@@ -97,7 +98,7 @@ def test_only_the_groups_are_trained_and_the_model_comes_back_as_it_was(run):
     groups = groups_of(model)
     model.lm_head.weight.requires_grad_(True)  # in no group
     state = torch.get_rng_state()
-    train(model, groups, ROWS, loss_of, FP32)
+    train(model, groups, ROWS, loss_of, Run(FP32))
     trained = trained_of(model)
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)) == (name not in trained), name
@@ -114,7 +115,7 @@ def test_checkpointing_computes_layers_twice_and_changes_no_gradient(tiny_model)
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         history = train(
             model, groups_of(model), rows_of(IDS[:4]), loss_of,
-            TrainOptions(precision="fp32", checkpointing=checkpointing, clip=None),
+            Run(TrainOptions(precision="fp32", checkpointing=checkpointing, clip=None)),
         )  # fmt: skip
         results[checkpointing] = (history.losses, trained_of(model), len(calls))
     (losses, plain, once), (other_losses, recomputed, twice) = results[False], results[True]
@@ -272,8 +273,8 @@ def test_what_is_not_finite_ends_the_run_with_the_last_good_state(run, tmp_path,
     model = load_model(run.path)
     with pytest.raises(DivergedError) as caught:
         train(
-            model, groups_of(model), ROWS, poisoned(6, forward), options,
-            held_out=HELD_OUT if judged else None, state_dir=tmp_path / "state",
+            model, groups_of(model), ROWS, poisoned(6, forward),
+            Run(options, held_out=HELD_OUT if judged else None, state_dir=tmp_path / "state"),
         )  # fmt: skip
     known = f" (held-out loss {caught.value.history.held_out[-1][1]:.3f})" if judged else ""
     assert str(caught.value) == f"{what} at step 6 of 10; the state of step 4{known} is kept: lower the learning rate"
@@ -281,7 +282,7 @@ def test_what_is_not_finite_ends_the_run_with_the_last_good_state(run, tmp_path,
     # what is kept, in memory and on disk, is what four steps of the same run give
     good = load_model(run.path)
     with pytest.raises(KilledError):
-        train(good, groups_of(good), ROWS, stopping(5), options)
+        train(good, groups_of(good), ROWS, stopping(5), Run(options))
     for name, value in trained_of(good).items():
         assert torch.equal(model.get_parameter(name), value), name
     (path,) = (tmp_path / "state").iterdir()
@@ -308,7 +309,7 @@ def test_a_model_that_is_broken_before_training_is_said_to_be(run):
     with pytest.raises(
         DivergedError, match=r"the held-out loss became nan after step 0 .*unusable before any training"
     ):
-        train(model, groups_of(model), ROWS, loss_of, FP32, held_out=HELD_OUT)
+        train(model, groups_of(model), ROWS, loss_of, Run(FP32, held_out=HELD_OUT))
 
 
 def test_the_schedule_warms_up_and_ends_at_a_tenth():

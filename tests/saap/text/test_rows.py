@@ -12,8 +12,16 @@ import torch
 from saap.models.resolve import load_tokenizer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, messages_of
-from saap.text.rows import training_rows
-from saap.text.tuning_rows import IGNORED, WINDOW, TuningRows, _pack, held_out, tuning_rows
+from saap.text.rows import (
+    IGNORED,
+    WINDOW,
+    Sequences,
+    TuningRows,
+    _pack,
+    held_out,
+    training_rows,
+    tuning_rows,
+)
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -35,6 +43,10 @@ FORGETFUL = (
     "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def rows_for(model, source, count, length, seed, *, skip=0, **kind):
+    return tuning_rows(model, source, Sequences(count, length, seed, skip), **kind)
 
 
 def with_template(tokenizer, template):
@@ -80,8 +92,8 @@ def test_plain_text_is_packed_as_for_calibration(tiny_model, tmp_path):
     model = tiny_model()
     (tmp_path / "a.txt").write_text("The dog sleeps on, and the river rose.\n" * 200, encoding="utf-8")
     for source in (str(tmp_path / "a.txt"), None):
-        rows = tuning_rows(model, source, 3, 32, 1, skip=2)
-        before = training_rows(model, source, "tuning", 3, 32, 1, skip=2)
+        rows = rows_for(model, source, 3, 32, 1, skip=2)
+        before = training_rows(model, source, "tuning", Sequences(3, 32, 1, 2))
         assert torch.equal(rows.ids, before.ids) and torch.equal(rows.labels, rows.ids)
         assert (rows.source, rows.sha256, rows.kind, rows.note) == (before.source, before.sha256, "text", None)
         assert rows.learnt == 3 * 31 and rows.labels.data_ptr() != rows.ids.data_ptr()
@@ -152,17 +164,17 @@ def test_forms_of_chat_data_say_the_same():
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_conversations_fill_rows_and_each_is_learnt_once(tiny_model, tmp_path, tiny_tokenizer, name):
     model, source = tiny_model(), write_rows(tmp_path / name, dolly())
-    rows = tuning_rows(model, source, 8, 128, 3)
+    rows = rows_for(model, source, 8, 128, 3)
     assert rows.kind == "chat" and rows.ids.shape == rows.labels.shape == (8, 128) and rows.ids.dtype == torch.int64
     found = answers(rows, tiny_tokenizer)
     expected = [f"It is {2 * i + 1}.<|im_end|>" for i in range(40)]
     assert len(set(found)) == len(found) > 8 and set(found) <= set(expected)
     assert (rows.labels[:, 0] == IGNORED).all() and ((rows.labels != IGNORED).sum(1) > 0).all()
     assert rows.learnt == int((rows.labels != IGNORED).sum())
-    fewer, later = tuning_rows(model, source, 3, 128, 3), tuning_rows(model, source, 5, 128, 3, skip=3)
+    fewer, later = rows_for(model, source, 3, 128, 3), rows_for(model, source, 5, 128, 3, skip=3)
     assert torch.equal(torch.cat([fewer.ids, later.ids]), rows.ids)
     assert torch.equal(torch.cat([fewer.labels, later.labels]), rows.labels)
-    assert not torch.equal(tuning_rows(model, source, 8, 128, 4).ids, rows.ids)
+    assert not torch.equal(rows_for(model, source, 8, 128, 4).ids, rows.ids)
     assert rows.lineage() | {"rows_sha256": ""} == {
         "source": source, "text_sha256": rows.sha256, "kind": "chat", "rows": 8, "learnt_tokens": rows.learnt,
         "rows_sha256": "",
@@ -191,32 +203,32 @@ def test_packing_keeps_samples_whole_and_takes_the_longest_that_fits():
 def test_long_conversations_are_cut_at_their_end(tiny_model, tmp_path, tiny_tokenizer):
     talks = [{"instruction": "Say a lot.", "output": f"{i} " + "the fox " * 60} for i in range(2)]
     talks.append({"instruction": "the dog " * 60, "output": "No."})
-    rows = tuning_rows(tiny_model(), write_rows(tmp_path / "a.jsonl", talks), 2, 64, 0)
+    rows = rows_for(tiny_model(), write_rows(tmp_path / "a.jsonl", talks), 2, 64, 0)
     assert all(answer.startswith(("0 the fox", "1 the fox")) for answer in answers(rows, tiny_tokenizer))
     assert (rows.labels[:, -1] != IGNORED).all()
     assert rows.note == "1 answers that begin after 64 tokens are left out"
     with pytest.raises(UserError, match=r"3 conversations fill 2 rows of 64 tokens \(1 answers begin after 64 tokens"):
-        tuning_rows(tiny_model(), str(tmp_path / "a.jsonl"), 3, 64, 0)
+        rows_for(tiny_model(), str(tmp_path / "a.jsonl"), 3, 64, 0)
 
 
 def test_kinds(tiny_model, tmp_path):
     model, source = tiny_model(), write_rows(tmp_path / "a.jsonl", dolly())
-    chat = tuning_rows(model, source, 2, 64, 0)
-    text = tuning_rows(model, source, 2, 64, 0, kind="text")
+    chat = rows_for(model, source, 2, 64, 0)
+    text = rows_for(model, source, 2, 64, 0, kind="text")
     assert (chat.kind, text.kind, text.note) == ("chat", "text", None) and torch.equal(text.labels, text.ids)
     (model / "chat_template.jinja").unlink()
-    fallen = tuning_rows(model, source, 2, 64, 0)
+    fallen = rows_for(model, source, 2, 64, 0)
     assert torch.equal(fallen.ids, text.ids) and fallen.note == (
         f"{source} is read as plain text: the model has no chat template"
     )
     with pytest.raises(UserError, match=r"no chat template.* give kind='text'"):
-        tuning_rows(model, source, 2, 64, 0, kind="chat")
+        rows_for(model, source, 2, 64, 0, kind="chat")
     messages = write_rows(tmp_path / "m.jsonl", [{"messages": TALK}] * 9)
-    assert tuning_rows(model, messages, 2, 64, 0).kind == "text"
+    assert rows_for(model, messages, 2, 64, 0).kind == "text"
     mixed = write_rows(tmp_path / "mixed.jsonl", [*dolly(), {"text": "The dog sleeps on."}])
-    assert tuning_rows(model, mixed, 2, 64, 0).note.endswith("only 40 of its 41 rows are conversations")
+    assert rows_for(model, mixed, 2, 64, 0).note.endswith("only 40 of its 41 rows are conversations")
     plain = write_rows(tmp_path / "p.jsonl", [{"text": "The dog sleeps on. " * 20}])
-    assert tuning_rows(model, plain, 2, 16, 0).note is None
+    assert rows_for(model, plain, 2, 16, 0).note is None
 
 
 @pytest.mark.parametrize(
@@ -239,7 +251,7 @@ def test_kinds(tiny_model, tmp_path):
 def test_bad_rows_name_file_and_line(tiny_model, tmp_path, row, says):
     source = write_rows(tmp_path / "bad.jsonl", [*dolly(1), row])
     with pytest.raises(UserError, match=rf"bad\.jsonl {says}") as caught:
-        tuning_rows(tiny_model(), source, 1, 32, 0, kind="chat")
+        rows_for(tiny_model(), source, 1, 32, 0, kind="chat")
     assert "\n" not in str(caught.value)
 
 
@@ -258,7 +270,7 @@ def test_what_cannot_be_learnt_from_is_refused(tiny_model, tmp_path, tiny_tokeni
     ]
     for arguments, options, says in refusals:
         with pytest.raises(UserError, match=says):
-            tuning_rows(model, *arguments, 0, **options)
+            rows_for(model, *arguments, 0, **options)
     strict = with_template(tiny_tokenizer, "{{ raise_exception('No system turn') }}")
     with pytest.raises(UserError, match=r"line 1: .* refuses it \(No system turn\)"):
         list(ChatEncoder(strict).samples(TALK, "line 1"))

@@ -5,7 +5,7 @@ import warnings
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saap.tune.loop.checkpointing import recompute
+from saap.tune.loop.steps import recompute
 
 
 def test_recomputed_activations_give_the_same_gradients_and_no_warning_of_old_names():
