@@ -37,7 +37,7 @@ from saap.system.files import check_output, claimed
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.rows import Rows, training_rows
+from saap.text.rows import Rows, Sequences, training_rows
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ def prune(
     stages = stages_of(budget, options)
     rows = calibration
     if not isinstance(rows, torch.Tensor | Rows):
-        rows = training_rows(
-            source, None if rows is None else str(rows), "calibration", options.sequences, options.length,
-            options.seed, progress,
-        )  # fmt: skip
+        wanted = Sequences(options.sequences, options.length, options.seed)
+        rows = training_rows(source, None if rows is None else str(rows), "calibration", wanted, progress)
     ids, text = (rows, None) if isinstance(rows, torch.Tensor) else (rows.ids, rows)
     disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), len(stages))
     check_disk(Needs({}, disk), output, "pruning")
