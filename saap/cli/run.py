@@ -29,6 +29,7 @@ from saap.cli.types import directory
 from saap.prune.options import MUST
 
 if TYPE_CHECKING:
+    from devices.common.quality import Quality
     from saap.prune.options import PruneOptions
     from saap.prune.search.budget import Budget
     from saap.system.needs import Needs
@@ -313,15 +314,22 @@ def _export(state: _State, source: Path, made_from: list[Any], *, tuned: bool) -
 
 
 def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str]) -> None:
-    from saap.cli.eval import quality_of
+    from devices.common.documents import plain
+    from saap.cli.eval import subject_of
+    from saap.evaluate.evaluation import evaluate
 
     options, bundles = state.options, [state.out / name for name in state.options.bundles]
     paths = {"dense fp32": source, "slim fp32, untuned": state.out / "slim", **{path.name: path for path in bundles}}
+
+    def work() -> Quality:
+        subjects = [subject_of(path, name) for name, path in paths.items()]
+        return evaluate(subjects, reference=subjects[0], text=windows, progress=state.console.report)
+
     command = ["eval", state.out / "slim", *bundles, "--reference", state.model, "--chunk", options.chunk]
     command += ["--max-chunks", options.max_chunks, *(["--text", options.text] if options.text else [])]
     state.step(
-        "evaluate", command, [made_from, windows.protocol.as_dict()], [],
-        lambda: {"quality": quality_of(paths, windows, "dense fp32", state.console)},
+        "evaluate", command, [made_from, asdict(windows.protocol)], [],
+        lambda: {"quality": plain(work())},
     )  # fmt: skip
 
 
@@ -419,6 +427,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
 
     from bench.measure.result import read_result
     from bench.report import report
+    from devices.common.quality import QUALITY
     from saap import __version__
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
@@ -436,7 +445,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     write_document(out / "run.json", state.run)
     report(results, out / "report.html", run=state.run)
     click.echo()
-    show_quality(state.run["quality"])
+    show_quality(QUALITY.made(state.run["quality"]))
     for path in results:
         show_result(read_result(path))
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

@@ -2,16 +2,14 @@
 
 Everything here takes a ``score(ids [rows, tokens]) -> logits [rows, tokens, vocab]`` callable, so that torch models
 and bundles go through the same arithmetic. What is predicted is for :mod:`saap.text.windows` to say; the
-perplexity is exp
-of the mean NLL.
+perplexity is exp of the mean NLL.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +25,7 @@ BATCH_TOKENS = 1024  # of one forward pass: their logits are 200 MB at a vocabul
 
 
 @dataclass(frozen=True)
-class Quality:
+class TextScores:
     """Numbers of one model; those against the dense model are None where there is none to compare with."""
 
     name: str
@@ -41,22 +39,19 @@ class Quality:
         """exp(nll); None also where no float holds it."""
         return None if self.nll is None or self.nll > MOST_NATS else math.exp(self.nll)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "perplexity": self.perplexity}
-
 
 def torch_scorer(model: PreTrainedModel) -> Score:
     """Score with a transformers model."""
 
     @torch.inference_mode()
     def score(ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, use_cache=False).logits.float()
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.float()
 
     return score
 
 
-def evaluate(
+def score_models(
     scorers: Mapping[str, Score],
     ids: torch.Tensor,
     counted: torch.Tensor | None = None,
@@ -64,7 +59,7 @@ def evaluate(
     reference: str | None = None,
     batch: int | None = None,
     progress: Progress | None = None,
-) -> list[Quality]:
+) -> list[TextScores]:
     """Run all models over the same chunks, side by side, so that the reference's logits are never stored.
 
     Args:
@@ -99,7 +94,7 @@ def evaluate(
     results = []
     for name, total in sums.items():
         kl, top1 = (None, None) if reference is None else (max(total[0].item(), 0.0) / count, total[1].item() / count)
-        results.append(Quality(name, sum(losses[name]) / count, kl, top1, tuple(losses[name])))
+        results.append(TextScores(name, sum(losses[name]) / count, kl, top1, tuple(losses[name])))
     return results
 
 

@@ -2,12 +2,19 @@
 
 The harness puts the questions, compares the choices' likelihoods and counts; what it asks of a model is answered by
 :mod:`saap.evaluate.continuations`, which reads what the choices of a question share once.
+
+Questions come from the harness's own data sets, or from files: seven multiple-choice tasks with the harness's prompts,
+so the numbers compare with published ones. A file is .jsonl, .json or either with .gz; ``label`` counts ``choices``
+from 0. The fields of each task are in :data:`FIELDS`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,27 +28,35 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from devices.common.progress import Progress
+from devices.common.quality import TaskExample, TaskScore
 from saap.evaluate.continuations import Group, Likelihood, Scorer
-from saap.evaluate.task_files import TaskFile, drawn, find_task
+from saap.evaluate.options import EvalOptions
 from saap.system.errors import UserError
+from saap.text.documents import is_unicode, load_rows
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, tail ids), as the harness hands them over
+Row = dict[str, Any]
 
+# Of each task the fields that a row must have, beside ``label``.
+FIELDS = {
+    "boolq": ("context", "question", "choices"),
+    "piqa": ("question", "choices"),
+    "hellaswag": ("context", "choices"),
+    "winogrande": ("sentence", "option1", "option2"),
+    "arc_easy": ("question", "choices"),
+    "arc_challenge": ("question", "choices"),
+    "openbookqa": ("question", "choices"),
+}
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """What is asked.
-
-    Attributes:
-        names: of tasks; without a folder any multiple-choice task of the harness, which fetches its data set.
-        folder: where the tasks' files are; None takes the harness's own data sets.
-        max_examples: of each task, drawn with ``seed``; None takes all.
-    """
-
-    names: tuple[str, ...]
-    folder: Path | None = None
-    max_examples: int | None = None
-    seed: int = 0
+# The harness's prompts (lm_eval/tasks/*/*.yaml) in terms of these fields; a test holds them equal.
+PROMPTS = {
+    "boolq": "{{context}}\nQuestion: {{question}}?\nAnswer:",
+    "piqa": "Question: {{question}}\nAnswer:",
+    "hellaswag": "{{context}}",
+    "arc_easy": "Question: {{question}}\nAnswer:",
+    "arc_challenge": "Question: {{question}}\nAnswer:",
+    "openbookqa": "{{question}}",
+}
 
 
 class ContinuationModel(TemplateLM):
@@ -123,35 +138,38 @@ class ContinuationModel(TemplateLM):
 
 
 def run_tasks(
-    model: Callable[[Progress | None], ContinuationModel], options: TaskOptions, progress: Progress | None
-) -> list[dict[str, Any]]:
-    """Run tasks with one model: a row per task with accuracies, standard errors and every example's likelihoods.
+    name: str,
+    model: Callable[[Progress | None], ContinuationModel],
+    options: EvalOptions,
+    progress: Progress | None,
+) -> list[TaskScore]:
+    """Run tasks with one model: of each task accuracies, standard errors and every example's likelihoods.
 
     Raises:
         UserError: unknown tasks, files that are not of a task's form, or a data set that cannot be had.
     """
     files = task_files(options)
-    asked: list[Any] = [file.config() for file in files] if files else list(options.names)
+    asked: list[Any] = [file.config() for file in files] if files else list(options.tasks)
     samples = {file.name: drawn(file.name, len(file.rows), options.max_examples, options.seed) for file in files}
     with _quiet():
         tasks = _loaded(asked, TaskManager(include_defaults=not files), options)
         _check_kind(tasks)
         if not files and options.max_examples is not None:
-            sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
-            samples = {name: drawn(name, size, options.max_examples, options.seed) for name, size in sizes.items()}
+            sizes = {each: len(task.eval_docs) for each, task in tasks.items()}
+            samples = {each: drawn(each, size, options.max_examples, options.seed) for each, size in sizes.items()}
         found = evaluate(model(progress), tasks, samples=samples or None)
     by_name = {file.name: file for file in files}
-    return [_row(name, found, by_name.get(name)) for name in sorted(found["samples"])]
+    return [_score(name, task, found, by_name.get(task)) for task in sorted(found["samples"])]
 
 
-def _loaded(asked: list[Any], manager: TaskManager, options: TaskOptions) -> dict[str, Any]:
-    if options.folder is None and (unknown := sorted(set(options.names) - set(manager.all_tasks))):
+def _loaded(asked: list[Any], manager: TaskManager, options: EvalOptions) -> dict[str, Any]:
+    if options.task_dir is None and (unknown := sorted(set(options.tasks) - set(manager.all_tasks))):
         raise UserError(f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
     try:
         return dict(get_task_dict(asked, manager))
     except OSError as error:  # a lost connection's classes are all of these
         raise UserError(
-            f"the data of {', '.join(options.names)} cannot be had ({type(error).__name__}): check the network, or "
+            f"the data of {', '.join(options.tasks)} cannot be had ({type(error).__name__}): check the network, or "
             "give --task-dir a folder with the tasks' files"
         ) from None
 
@@ -165,39 +183,26 @@ def _check_kind(tasks: dict[str, Any]) -> None:
             raise UserError(f"{name} is not judged by accuracy but by {', '.join(task.aggregation())}: name others")
 
 
-def task_files(options: TaskOptions) -> list[TaskFile]:
+def task_files(options: EvalOptions) -> list[TaskFile]:
     """The files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
     if options.max_examples is not None and options.max_examples < 2:
         raise UserError(f"{options.max_examples} examples have no standard error: give 2 or more")
-    return [] if options.folder is None else [find_task(name, options.folder) for name in options.names]
+    return [] if options.task_dir is None else [find_task(name, options.task_dir) for name in options.tasks]
 
 
-def _row(name: str, found: dict[str, Any], file: TaskFile | None) -> dict[str, Any]:
-    """Accuracies in [0, 1]; of each example its index, the right choice, the choices' likelihoods and what counted."""
+def _score(model: str, name: str, found: dict[str, Any], file: TaskFile | None) -> TaskScore:
     metrics = found["results"][name]
-    examples = [
-        {
-            "index": sample["doc_id"],
-            "target": sample["target"],
-            "loglikelihoods": [float(answer[0]) for answer in sample["filtered_resps"]],
+    examples = tuple(
+        TaskExample(
+            sample["doc_id"], sample["target"], tuple(float(answer[0]) for answer in sample["filtered_resps"]),
             **{metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
-        }
+        )
         for sample in sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
-    ]
-    return {
-        "task": name,
-        "source": file.source if file else "the harness's data set",
-        "sha256": file.sha256 if file else None,
-        "examples_of": len(file.rows) if file else None,
-        **{
-            key: metrics.get(f"{metric},none")
-            for key, metric in (
-                ("acc", "acc"), ("acc_stderr", "acc_stderr"), ("acc_norm", "acc_norm"),
-                ("acc_norm_stderr", "acc_norm_stderr"),
-            )
-        },
-        "examples": examples,
-    }  # fmt: skip
+    )  # fmt: skip
+    numbers = {key: metrics.get(f"{key},none") for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    if file is None:
+        return TaskScore(model, name, "the harness's data set", **numbers, examples=examples)
+    return TaskScore(model, name, file.source, file.sha256, len(file.rows), **numbers, examples=examples)
 
 
 @contextmanager
@@ -212,3 +217,142 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         harness_task.tqdm = bar
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task's examples.
+
+    Attributes:
+        name: of the task.
+        rows: examples, checked, in file order.
+        source: the file's name.
+        sha256: of the rows that were read, all of them.
+    """
+
+    name: str
+    rows: tuple[dict[str, Any], ...]
+    source: str
+    sha256: str
+
+    def config(self) -> dict[str, Any]:
+        """The task as the harness takes it."""
+        from datasets import Dataset
+
+        # A Dataset has one type per column; what is not asked for may be anything.
+        wanted = {*FIELDS[self.name], "label"}
+        rows = [{key: row[key] for key in wanted} for row in self.rows]
+        metrics = ("acc",) if self.name in ("boolq", "winogrande") else ("acc", "acc_norm")
+        asked: dict[str, Any] = {"doc_to_text": PROMPTS.get(self.name), "doc_to_target": "label"}
+        asked["doc_to_choice"] = "{{choices}}"
+        if self.name == "hellaswag":  # given as text, a context of digits would be taken for a choice's number
+            asked["doc_to_text"] = _context
+        if self.name == "winogrande":  # the end of the sentence is predicted from two beginnings
+            asked = {"doc_to_text": _right, "doc_to_target": _ending, "doc_to_choice": _beginnings}
+        return {
+            "task": self.name,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            **asked,
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+        }
+
+
+def drawn(name: str, total: int, count: int | None, seed: int) -> list[int]:
+    """Which of a task's examples to take: all, or ``count`` drawn with the seed, in order."""
+    if count is None or count >= total:
+        return list(range(total))
+    return sorted(random.Random(f"{name} {seed}").sample(range(total), count))
+
+
+def find_task(name: str, folder: Path) -> TaskFile:
+    """The task's file in a folder: its name begins with the task's, as in ``arc_easy_test.jsonl``.
+
+    Raises:
+        UserError: unknown task, no file or several, or a row that is not of the task's form, by file and line.
+    """
+    if name not in FIELDS:
+        raise UserError(f"no task {name!r} from files: choose among {', '.join(FIELDS)}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give --task-dir the folder that holds the tasks' files")
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(rf"{name}(_(test|validation|valid|dev))?\.jsonl?(\.gz)?", path.name, re.IGNORECASE)
+    )
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{name} needs one file in {folder}, {there} is there: name it {name}.jsonl")
+    return read_task(name, found[0])
+
+
+def read_task(name: str, path: Path) -> TaskFile:
+    """Read and check a task's file.
+
+    Raises:
+        UserError: as :func:`find_task`.
+    """
+    rows = load_rows(path, split="evaluation") or []
+    checked = tuple(_checked(name, row, where) for where, row in rows)
+    if len(checked) < 2:  # without a standard error
+        raise UserError(f"{path} holds {'one' if checked else 'no'} example: give 2 or more, one JSON object a line")
+    return TaskFile(name, checked, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _checked(name: str, row: Any, where: str) -> dict[str, Any]:
+    wanted = (*FIELDS[name], "label")
+    if name == "hellaswag" and isinstance(row, dict):
+        row = _without_marks(row)
+    missing = [field for field in wanted if not isinstance(row, dict) or field not in row]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
+    text = [field for field in wanted if field not in ("choices", "label")]
+    if wrong := [field for field in text if not _is_text(row[field])]:
+        raise UserError(f"{where}: {wrong[0]} is no text")
+    choices = row.get("choices", ["", ""])
+    if "choices" in wanted and not (isinstance(choices, list) and len(choices) > 1 and all(map(_is_text, choices))):
+        raise UserError(f"{where}: choices must be a list of two or more texts")
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        raise UserError(f"{where}: label {label!r} must count the {len(choices)} choices from 0")
+    if name == "winogrande" and row["sentence"].count("_") != 1:
+        raise UserError(f"{where}: a sentence of winogrande has one _ where an option goes")
+    return dict(row)
+
+
+def _is_text(value: Any) -> bool:
+    """Not blank, and no half of a surrogate pair in it, which no tokenizer takes."""
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
+
+
+def _without_marks(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of HellaSwag whose texts are cleaned; what is none is for the checks to find."""
+    choices = row.get("choices")
+    cleaned = {"choices": [_cleaned(each) for each in choices]} if isinstance(choices, list) else {}
+    return {**row, **cleaned, **({"context": _cleaned(row["context"])} if "context" in row else {})}
+
+
+def _cleaned(text: Any) -> Any:
+    """HellaSwag's text without the marks of its WikiHow part, as the harness does it."""
+    if not isinstance(text, str):
+        return text
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _context(row: dict[str, Any]) -> str:
+    return str(row["context"])
+
+
+def _right(row: dict[str, Any]) -> int:
+    return int(row["label"])
+
+
+def _beginnings(row: dict[str, Any]) -> list[str]:
+    before = row["sentence"][: row["sentence"].index("_")]
+    return [before + row["option1"], before + row["option2"]]
+
+
+def _ending(row: dict[str, Any]) -> str:
+    return str(row["sentence"][row["sentence"].index("_") + 1 :].strip())

@@ -9,11 +9,12 @@ token more context (Hugging Face's guide to perplexity).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from devices.common.progress import Progress
+from devices.common.quality import Protocol
 from saap.system.errors import UserError
 from saap.text.documents import Documents, beginning, encode, load_documents, self_written
 
@@ -62,27 +63,6 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What a perplexity is of; two compare only where these are equal."""
-
-    text: str
-    text_sha256: str | None
-    tokens_sha256: str
-    tokenizer_sha256: str
-    chunk: int
-    chunks: int
-    stride: int
-    bos: bool
-    join: str
-    predictions: int
-    self_written: bool = False
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Windows:
     """What is read: ids [n, s] int64, and counted [n, s - 1] bool, which predictions enter the mean."""
 
@@ -112,8 +92,8 @@ def evaluation_windows(
     Raises:
         UserError: no such text, or too little.
     """
-    from saap.models.opening import open_writer
     from saap.models.resolve import load_tokenizer
+    from saap.models.streaming import open_writer
 
     documents = load_documents(source, split="evaluation")
     tokenizer = load_tokenizer(model_dir)

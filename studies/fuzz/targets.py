@@ -164,7 +164,7 @@ def _documents(place: Path) -> Iterator[Target]:
 
 def _rows(place: Path) -> Iterator[Target]:
     """Data to learn from and questions."""
-    from saap.evaluate.task_files import FIELDS, read_task
+    from saap.evaluate.tasks import FIELDS, read_task
     from saap.text.conversations import is_conversation, messages_of
     from saap.text.documents import checked_text, load_documents, load_rows
     from studies.fuzz import seeds

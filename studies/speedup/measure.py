@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from saap.models.checkpoint import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
@@ -128,11 +126,11 @@ def export(model_dir: Path, out: Path) -> dict[str, Any]:
 
 def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
     """NLL of a bundle on the test, nats per token."""
-    from saap.cli.eval import scorer_of
-    from saap.evaluate.perplexity import evaluate
+    from saap.cli.eval import Bundle
+    from saap.evaluate.perplexity import score_models
 
-    scorer = scorer_of(setup.bundles / name, torch.get_num_threads())
-    (found,) = evaluate({name: scorer}, setup.texts.test(setup.chunks))
+    scorer = Bundle(name, setup.bundles / name).scorer()
+    (found,) = score_models({name: scorer}, setup.texts.test(setup.chunks))
     cell = {**cell, "quality": {**cell["quality"], f"test{setup.chunks}": found.nll}}
     setup.write(name, cell)
     return cell

@@ -54,16 +54,18 @@ def by_harness(model_dir: Path, task: str) -> Row:
 
 def by_saap(path: Path, task: str) -> Row:
     """What `saap eval --tasks` gives."""
-    from saap.cli.eval import continuation_model
+    from saap.cli.eval import subject_of
+    from saap.evaluate.evaluation import continuation_model, subjects_of
     from saap.evaluate.tasks import run_tasks
 
-    model = continuation_model(path)(None)
+    _, [subject] = subjects_of([subject_of(path)], None, None)
+    model = continuation_model(subject)(None)
     began = time.monotonic()
-    (row,) = run_tasks(lambda _: model, options_of(task), None)
+    (row,) = run_tasks(subject.name, lambda _: model, options_of(task), None)
     return {
-        "acc": row["acc"],
-        "acc_norm": row["acc_norm"],
-        "choices": choices_of([example["loglikelihoods"] for example in row["examples"]]),
+        "acc": row.acc,
+        "acc_norm": row.acc_norm,
+        "choices": choices_of([list(example.loglikelihoods) for example in row.examples]),
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -82,9 +84,9 @@ def choices_of(likelihoods: list[list[float]]) -> str:
 
 def options_of(task: str) -> Any:
     """The whole file of a task."""
-    from saap.evaluate.tasks import TaskOptions
+    from saap.evaluate import EvalOptions
 
-    return TaskOptions((task,), Path(os.environ["SAAP_DATA"]))
+    return EvalOptions(tasks=(task,), task_dir=Path(os.environ["SAAP_DATA"]))
 
 
 def bundle_of(model_dir: Path, bits: int) -> Path:

@@ -117,8 +117,8 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
     if integers is None:
         return mean_nll(load_model(directory), ids)
     from export import ExportOptions, export
-    from saap.cli.eval import scorer_of
-    from saap.evaluate.perplexity import evaluate
+    from saap.cli.eval import Bundle
+    from saap.evaluate.perplexity import score_models
 
     source, bundle = directory, OUT / f"bundle-{slug(variant)}"
     if not bundle.is_dir():
@@ -130,7 +130,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
             still = replace(still, training=replace(still.training, rows_per_step=16))
             tune(directory, still, output=source, data=rows)
         export(source, ExportOptions(parity="none"), output=bundle)
-    (found,) = evaluate({"bundle": scorer_of(bundle, torch.get_num_threads())}, ids)
+    (found,) = score_models({"bundle": Bundle("bundle", bundle).scorer()}, ids)
     return found.nll
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import layer_inputs, loss_after, removed_hooks, states_after
+from saap.models.layer_walk import layer_inputs, layers_of, loss_after, removed_hooks, states_after
 from saap.models.shape import ModelShape
 from saap.prune.cut.surgery import head_rows
 from saap.prune.plan import LayerPlan

@@ -7,12 +7,15 @@ import json
 import pytest
 from support.command_line import here, last_line
 
-from saap.evaluate.task_files import FIELDS, PROMPTS, drawn, find_task
+from saap.evaluate.evaluation import continuation_model, subjects_of
+from saap.evaluate.options import EvalOptions
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.system.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval")
+
+from saap.evaluate.tasks import FIELDS, PROMPTS, _check_kind, drawn, find_task, run_tasks, task_files  # noqa: E402
 
 WORDS = ("cat", "mat", "dog", "day", "night", "home", "by", "all", "saw", "ran", "while", "how")
 ROWS = {
@@ -47,10 +50,14 @@ def folder(tmp_path):
 
 
 def run(path, options):
-    from saap.cli.eval import continuation_model
-    from saap.evaluate.tasks import run_tasks
+    return run_tasks(str(path), model_of(path), options, None)
 
-    return run_tasks(continuation_model(path), options, None)
+
+def model_of(path):
+    from saap.cli.eval import subject_of
+
+    (_, [subject]) = subjects_of([subject_of(path)], None, None)
+    return continuation_model(subject)
 
 
 def test_every_task_gives_what_the_harness_gives_with_its_own_class(tiny_model, folder):
@@ -58,40 +65,36 @@ def test_every_task_gives_what_the_harness_gives_with_its_own_class(tiny_model, 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from saap.evaluate.tasks import TaskOptions, task_files
-
-    directory, options = tiny_model(max_position_embeddings=256), TaskOptions(tuple(FIELDS), folder)
+    directory, options = tiny_model(max_position_embeddings=256), EvalOptions(tasks=tuple(FIELDS), task_dir=folder)
     rows = run(directory, options)
     theirs = simple_evaluate(
         model=HFLM(load_model(directory), tokenizer=load_tokenizer(directory), device="cpu", batch_size=3),
         tasks=[file.config() for file in task_files(options)],
         task_manager=TaskManager(include_defaults=False),
     )
-    assert {row["task"] for row in rows} == set(FIELDS)
+    assert {row.task for row in rows} == set(FIELDS)
     for row in rows:
-        expected = theirs["results"][row["task"]]
-        assert row["acc"] == expected["acc,none"]
-        assert row["acc_stderr"] == pytest.approx(expected["acc_stderr,none"])
-        assert row["acc_norm"] == expected.get("acc_norm,none")
-        samples = sorted(theirs["samples"][row["task"]], key=lambda sample: sample["doc_id"])
-        assert len(row["examples"]) == 12
-        for ours, sample in zip(row["examples"], samples, strict=True):
-            assert ours["loglikelihoods"] == pytest.approx([answer[0] for answer in sample["filtered_resps"]], abs=1e-3)
-            assert ours["acc"] == bool(sample["acc"])
+        expected = theirs["results"][row.task]
+        assert row.acc == expected["acc,none"]
+        assert row.acc_stderr == pytest.approx(expected["acc_stderr,none"])
+        assert row.acc_norm == expected.get("acc_norm,none")
+        samples = sorted(theirs["samples"][row.task], key=lambda sample: sample["doc_id"])
+        assert len(row.examples) == 12
+        for ours, sample in zip(row.examples, samples, strict=True):
+            assert ours.loglikelihoods == pytest.approx([answer[0] for answer in sample["filtered_resps"]], abs=1e-3)
+            assert ours.acc == bool(sample["acc"])
 
 
 def test_a_bundle_chooses_as_its_model(tiny_model, folder, tmp_path):
     from support.exported import export_bundle
 
-    from saap.evaluate.tasks import TaskOptions
-
     directory = tiny_model()
     export_bundle(directory, tmp_path / "bundle", bits=32)
-    options = TaskOptions(("piqa", "arc_easy", "winogrande"), folder)
+    options = EvalOptions(tasks=("piqa", "arc_easy", "winogrande"), task_dir=folder)
     for ours, theirs in zip(run(tmp_path / "bundle", options), run(directory, options), strict=True):
-        assert ours["acc"] == theirs["acc"]
-        for one, other in zip(ours["examples"], theirs["examples"], strict=True):
-            assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-3)
+        assert ours.acc == theirs.acc
+        for one, other in zip(ours.examples, theirs.examples, strict=True):
+            assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-3)
 
 
 def test_the_examples_that_are_drawn_depend_on_the_seed_alone():
@@ -101,14 +104,12 @@ def test_the_examples_that_are_drawn_depend_on_the_seed_alone():
 
 
 def test_a_row_names_its_examples(tiny_model, folder):
-    from saap.evaluate.tasks import TaskOptions
-
-    [row] = run(tiny_model(), TaskOptions(("piqa",), folder, max_examples=4, seed=1))
-    assert [example["index"] for example in row["examples"]] == drawn("piqa", 12, 4, 1)
-    assert row["examples_of"] == 12
-    for example in row["examples"]:
-        likelihoods = example["loglikelihoods"]
-        assert example["acc"] == (likelihoods.index(max(likelihoods)) == example["target"])
+    [row] = run(tiny_model(), EvalOptions(tasks=("piqa",), task_dir=folder, max_examples=4, seed=1))
+    assert [example.index for example in row.examples] == drawn("piqa", 12, 4, 1)
+    assert row.examples_of == 12
+    for example in row.examples:
+        likelihoods = example.loglikelihoods
+        assert example.acc == (likelihoods.index(max(likelihoods)) == example.target)
 
 
 def test_the_prompts_are_the_harness_s(folder):
@@ -184,21 +185,17 @@ def test_one_example_is_refused_before_a_model_is_read(tmp_path):
 
 
 def test_a_context_of_digits_is_a_context(tiny_model, tmp_path):
-    from saap.evaluate.tasks import TaskOptions
-
     write(
         tmp_path / "t",
         "hellaswag",
         [{**row, "context": str(40 + n)} for n, row in enumerate(some_rows("hellaswag", 3))],
     )
-    (row,) = run(tiny_model(), TaskOptions(("hellaswag",), tmp_path / "t"))
-    assert len(row["examples"]) == 3
+    (row,) = run(tiny_model(), EvalOptions(tasks=("hellaswag",), task_dir=tmp_path / "t"))
+    assert len(row.examples) == 3
 
 
 def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
     from lm_eval.tasks import TaskManager, get_task_dict
-
-    from saap.evaluate.tasks import _check_kind
 
     config = find_task("piqa", folder).config()
     tasks = dict(get_task_dict([config], TaskManager(include_defaults=False)))
@@ -211,17 +208,14 @@ def test_a_task_that_is_not_judged_by_accuracy_is_refused(folder):
 
 
 def test_a_model_that_gives_no_numbers_is_refused(tiny_model, folder):
-    from saap.cli.eval import continuation_model
-    from saap.evaluate.tasks import TaskOptions, run_tasks
-
     def broken(progress):
-        made = continuation_model(tiny_model())(progress)
+        made = model_of(tiny_model())(progress)
         whole = made.score
         made.score = lambda groups: ([(float("nan"), False) for _ in told] for told in whole(groups))
         return made
 
     with pytest.raises(UserError, match="likelihoods that are no numbers"):
-        run_tasks(broken, TaskOptions(("piqa",), folder), None)
+        run_tasks("broken", broken, EvalOptions(tasks=("piqa",), task_dir=folder), None)
 
 
 def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from support.command_line import here
 
+from saap.evaluate import evaluation
 from saap.models import streaming
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear
@@ -58,7 +59,7 @@ def test_eval_gives_the_same_numbers(tiny_model, tmp_path, monkeypatch):
     text.write_text("one two three four five six seven eight nine ten " * 400)
     common = ("eval", path, "--text", text, "--chunk", "32", "--max-chunks", "6", "--json")
     here(*common, tmp_path / "whole.json")
-    for module in (needs, streaming):  # of a model this small the logits are what would not fit
+    for module in (evaluation, streaming):  # of a model this small the logits are what would not fit
         monkeypatch.setattr(module, "fits", lambda wanted: "weights" not in wanted.memory)
     here(*common, tmp_path / "layers.json")
     whole, layers = (json.loads((tmp_path / f"{name}.json").read_text())["rows"][0] for name in ("whole", "layers"))

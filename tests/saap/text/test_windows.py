@@ -10,7 +10,7 @@ import torch
 from support.command_line import here, last_line
 
 from export.bundle.manifest import read_manifest
-from saap.evaluate.perplexity import evaluate, torch_scorer
+from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.text.documents import documents_of
@@ -44,7 +44,7 @@ def test_with_a_stride_every_token_after_the_first_is_predicted_once(tiny_tokeni
 def test_a_stride_of_one_gives_every_token_the_whole_window(tiny_model, tiny_tokenizer):
     model = load_model(tiny_model())
     windows = windows_of(TEXT, tiny_tokenizer, Cut(8, stride=1, max_chunks=10))
-    (found,) = evaluate({"m": torch_scorer(model)}, windows.ids, windows.counted)
+    (found,) = score_models({"m": torch_scorer(model)}, windows.ids, windows.counted)
     ids = torch.tensor(tiny_tokenizer(TEXT.text, add_special_tokens=False)["input_ids"])
     total = 0.0
     for place in range(1, 17):

@@ -1,0 +1,250 @@
+"""Evaluate models: on one text side by side, then on zero-shot tasks one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from devices.common.progress import Progress
+from devices.common.quality import ModelQuality, Quality
+from saap.evaluate.continuations import Scorer, torch_continuations
+from saap.evaluate.options import EvalOptions
+from saap.evaluate.perplexity import Score, score_models, torch_scorer
+from saap.models.architectures import positions_of, shape_of
+from saap.models.checkpoint import read_config, read_record
+from saap.models.needs import eval_needs
+from saap.models.resolve import load_tokenizer, resolve
+from saap.models.streaming import open_model, whole_needs
+from saap.models.weight_files import weights_bytes
+from saap.system.errors import UserError
+from saap.system.needs import check_memory, fits
+from saap.system.precision import fast_float32
+from saap.text.documents import load_documents
+from saap.text.overlap import refuse_seen
+from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
+
+if TYPE_CHECKING:
+    from saap.evaluate.tasks import ContinuationModel
+
+STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
+
+
+class Subject(Protocol):
+    """What is evaluated: a model directory, or what another house runs, such as a bundle."""
+
+    @property
+    def name(self) -> str:
+        """In the result."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """A directory with the tokenizer."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can write a text of its own."""
+        ...
+
+    def size(self) -> tuple[int, int]:
+        """Parameters, and bytes of the weights files."""
+        ...
+
+    def positions(self) -> int:
+        """Tokens that it reads at most."""
+        ...
+
+    def lineage(self) -> Mapping[str, object]:
+        """What it was calibrated and tuned on."""
+        ...
+
+    def scorer(self) -> Score:
+        """Logits of ids."""
+        ...
+
+    def continuations(self) -> tuple[Scorer, int]:
+        """Likelihoods of continuations, and the tokens of its context."""
+        ...
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A model directory as what is evaluated."""
+
+    name: str
+    path: Path
+    writes: bool = True
+
+    def size(self) -> tuple[int, int]:
+        """See :class:`Subject`."""
+        return shape_of(read_config(self.path)).parameters, weights_bytes(self.path)
+
+    def positions(self) -> int:
+        """See :class:`Subject`."""
+        return positions_of(read_config(self.path))
+
+    def lineage(self) -> Mapping[str, object]:
+        """See :class:`Subject`."""
+        record = read_record(self.path)
+        return record.get("lineage", {}) | {"tuning": record.get("tuning", {}).get("text")}
+
+    def scorer(self) -> Score:
+        """See :class:`Subject`."""
+        return torch_scorer(open_model(self.path))
+
+    def continuations(self) -> tuple[Scorer, int]:
+        """See :class:`Subject`."""
+        model = open_model(self.path)
+        return torch_continuations(model), int(model.config.max_position_embeddings)
+
+
+Model = str | Path | Subject
+
+
+def evaluate(
+    models: Model | Sequence[Model],
+    options: EvalOptions | None = None,
+    *,
+    reference: Model | None = None,
+    text: str | Path | Windows | None = None,
+    progress: Progress | None = None,
+    keep: Callable[[Quality], None] | None = None,
+) -> Quality:
+    """Perplexity, KL and top-1 agreement on a text, and zero-shot tasks.
+
+    Args:
+        models: directories, names, or what else can be evaluated.
+        reference: the dense model that KL and top-1 are against.
+        text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else text that the dense model writes.
+            With tasks there is a perplexity only where a text is given. Windows that are cut already are not checked.
+        keep: called with what is known so far, after the text and after each model's tasks.
+
+    Raises:
+        UserError: no text, text that a model was calibrated or tuned on, models that do not compare, unknown tasks.
+    """
+    options, keep = options or EvalOptions(), keep or (lambda quality: None)
+    check_options(options)
+    base, subjects = subjects_of(models, reference, progress)
+    quality = Quality(None, base.name if base else None, tuple(ModelQuality(s.name, *s.size()) for s in subjects))
+    if text is not None or not options.tasks:
+        windows = text if isinstance(text, Windows) else windows_for(subjects, options, text, progress)
+        quality = _on_text(subjects, windows, quality, progress)
+        keep(quality)
+    return _on_tasks(subjects, options, quality, progress, keep) if options.tasks else quality
+
+
+def check_options(options: EvalOptions) -> None:
+    """Refuse options that mean nothing.
+
+    Raises:
+        UserError: they belong to tasks and none is named.
+    """
+    if not options.tasks and (options.task_dir or options.max_examples):
+        raise UserError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
+
+
+def subjects_of(
+    models: Model | Sequence[Model], reference: Model | None, progress: Progress | None
+) -> tuple[Subject | None, list[Subject]]:
+    """The reference, and all that is evaluated: the reference first, nothing twice."""
+    several = [models] if isinstance(models, str | Path) or not isinstance(models, Sequence) else models
+    base = None if reference is None else _subject(reference, progress)
+    found: dict[str, Subject] = {base.name: base} if base else {}
+    for model in several:
+        subject = _subject(model, progress)
+        found.setdefault(subject.name, subject)
+    return base, list(found.values())
+
+
+def _subject(model: Model, progress: Progress | None) -> Subject:
+    if not isinstance(model, str | Path):
+        return model
+    return Directory(str(model), resolve(model, progress=progress))
+
+
+def windows_for(
+    subjects: Sequence[Subject], options: EvalOptions, text: str | Path | None, progress: Progress | None = None
+) -> Windows:
+    """The text that all models read.
+
+    Raises:
+        UserError: no text, one that a model was calibrated or tuned on, or one that a model cannot read.
+    """
+    base = next((subject for subject in subjects if subject.writes), subjects[0])  # the reference comes first
+    source = None if text is None else str(text)
+    if source is None and not base.writes and load_documents(None, split="evaluation") is None:
+        raise UserError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
+    windows, documents = evaluation_windows(base.path, source, options.cut, progress)
+    if documents is not None:
+        for subject in subjects:
+            refuse_seen(subject.name, subject.lineage(), documents)
+    for subject in subjects:
+        if tokenizer_hash(load_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
+            raise UserError(f"{subject.name} has another tokenizer than the first model: evaluate them one at a time")
+        positions, tokens = subject.positions(), windows.ids.shape[1]
+        if tokens > positions:
+            raise UserError(f"{subject.name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")
+    return windows
+
+
+@fast_float32()
+def _on_text(subjects: Sequence[Subject], windows: Windows, quality: Quality, progress: Progress | None) -> Quality:
+    large = [s.path for s in subjects if isinstance(s, Directory) and not fits(whole_needs(s.path))]
+    batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if large else None
+    for config in map(read_config, large):
+        if not config.get("slim_quant"):  # integers are small
+            needs = eval_needs(shape_of(config), windows.ids[:batch].numel(), streamed=True)
+            check_memory(needs, "evaluating", "give a smaller --chunk or fewer --max-chunks")
+    scorers = {subject.name: subject.scorer() for subject in subjects}
+    found = score_models(
+        scorers, windows.ids, windows.counted, reference=quality.reference, batch=batch, progress=progress
+    )
+    rows = []
+    for row, scores in zip(quality.rows, found, strict=True):
+        row = replace(row, kl=scores.kl, top1=scores.top1)
+        if not windows.protocol.self_written:  # a model's own text says nothing about how well it models language
+            row = replace(row, nll=scores.nll, perplexity=scores.perplexity, window_nll=scores.window_nll)
+        rows.append(row)
+    return replace(quality, protocol=windows.protocol, rows=tuple(rows))
+
+
+def _on_tasks(
+    subjects: Sequence[Subject],
+    options: EvalOptions,
+    quality: Quality,
+    progress: Progress | None,
+    keep: Callable[[Quality], None],
+) -> Quality:
+    """One model in memory at a time."""
+    from saap.evaluate.tasks import run_tasks, task_files
+
+    task_files(options)  # what is wrong with a file or a tokenizer is said before a model is loaded
+    for subject in subjects:
+        load_tokenizer(subject.path)
+    quality = replace(quality, task_seed=options.seed, max_examples=options.max_examples)
+    for subject in subjects:
+        report = progress if progress is None or len(subjects) == 1 else _named(subject.name, progress)
+        with fast_float32():
+            scores = run_tasks(subject.name, continuation_model(subject), options, report)
+        quality = replace(quality, tasks=(*quality.tasks, *scores))
+        keep(quality)
+    return quality
+
+
+def continuation_model(subject: Subject) -> Callable[[Progress | None], ContinuationModel]:
+    """What makes the harness's model; it is loaded when the tasks are known to be good."""
+    from saap.evaluate.tasks import ContinuationModel
+
+    def make(progress: Progress | None) -> ContinuationModel:
+        tokenizer = load_tokenizer(subject.path)
+        scorer, positions = subject.continuations()
+        return ContinuationModel(scorer, tokenizer, positions, progress)
+
+    return make
+
+
+def _named(name: str, report: Progress) -> Progress:
+    return lambda label, done, total: report(f"{label}, {name}", done, total)

@@ -1,0 +1,55 @@
+"""What an evaluation can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+from devices.common.options import Option
+from devices.common.values import parse_count
+from saap.text.windows import Cut, Join
+
+_TEXT, _TASKS = "Perplexity", "Zero-shot tasks"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a text is cut, and which zero-shot tasks are put."""
+
+    chunk: Annotated[int, Option("Tokens per chunk.", _TEXT)] = 256
+    stride: Annotated[int | None, Option("Tokens from one chunk's start to the next's; default: the chunk.", _TEXT)] = (
+        None
+    )
+    bos: Annotated[
+        bool | None, Option("A beginning-of-sequence token before each chunk; default: as the tokenizer.", _TEXT)
+    ] = None
+    join: Annotated[
+        Join, Option("Lines as they are, by blank lines, or as papers join them: wikitext, and PTB by spaces.", _TEXT)
+    ] = "raw"
+    max_chunks: Annotated[int | None, Option("Chunks at most, or all.", _TEXT, metavar="N", parse=parse_count)] = 160
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Such as piqa,arc_easy; with them perplexity only where --text is given.", _TASKS, metavar="TEXT",
+            parse=_names,
+        ),
+    ] = ()  # fmt: skip
+    task_dir: Annotated[
+        Path | None, Option("Folder of the tasks' .jsonl files; default: the harness downloads.", _TASKS)
+    ] = None
+    max_examples: Annotated[
+        int | None, Option("Of each task, drawn with --seed; default: all.", _TASKS), Meta(ge=1)
+    ] = None
+    seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS)] = 0
+
+    @property
+    def cut(self) -> Cut:
+        """How the text is cut."""
+        return Cut(self.chunk, self.stride, self.bos, self.join, self.max_chunks)
