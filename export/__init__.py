@@ -17,4 +17,4 @@ if TYPE_CHECKING:
     from export.write import export as export
 
 __all__ = ["ExportOptions", "ExportResult", "export"]
-__getattr__ = handed_out(__name__, {"ExportOptions": "options", "ExportResult": "write", "export": "write"})
+__getattr__ = handed_out(__name__, {"ExportOptions": ".options", "ExportResult": ".write", "export": ".write"})

@@ -15,4 +15,4 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["UserError", "__version__", "load_model"]
-__getattr__ = handed_out(__name__, {"load_model": "models.checkpoint"})
+__getattr__ = handed_out(__name__, {"load_model": ".models.checkpoint"})

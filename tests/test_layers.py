@@ -36,7 +36,7 @@ def test_the_agent_needs_python_alone(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["saap", "saap.cli.main", "saap.prune.options", "saap.tune.options", "export.options",
+    ["saap", "saap.cli.main", "saap.prune.options", "saap.tune.options", "saap.evaluate.options", "export.options",
      "export.bundle.manifest", "export.bundle.tokenizer", "export.generate.text", "bench.measure.run",
      "bench.measure.worker", "bench.remote.target", "bench.report.page", "devices.probe.host", "devices.fit.fitting"],
 )  # fmt: skip

@@ -12,4 +12,4 @@ if TYPE_CHECKING:
     from bench.costs.options import CostsOptions as CostsOptions
 
 __all__ = ["Costs", "CostsOptions", "measure_costs"]
-__getattr__ = handed_out(__name__, {"Costs": "measure", "CostsOptions": "options", "measure_costs": "measure"})
+__getattr__ = handed_out(__name__, {"Costs": ".measure", "CostsOptions": ".options", "measure_costs": ".measure"})

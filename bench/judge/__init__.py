@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from bench.judge.comparison import compare as compare
 
 __all__ = ["Comparison", "compare"]
-__getattr__ = handed_out(__name__, {"Comparison": "comparison", "compare": "comparison"})
+__getattr__ = handed_out(__name__, {"Comparison": ".comparison", "compare": ".comparison"})

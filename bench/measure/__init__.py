@@ -15,4 +15,4 @@ if TYPE_CHECKING:
     from bench.measure.run import measure as measure
 
 __all__ = ["BenchOptions", "Result", "measure"]
-__getattr__ = handed_out(__name__, {"BenchOptions": "options", "Result": "result", "measure": "run"})
+__getattr__ = handed_out(__name__, {"BenchOptions": ".options", "Result": ".result", "measure": ".run"})

@@ -15,4 +15,4 @@ if TYPE_CHECKING:
     from bench.remote.target import bench_on as bench_on
 
 __all__ = ["BoardOptions", "Target", "bench_on"]
-__getattr__ = handed_out(__name__, {"BoardOptions": "options", "Target": "target", "bench_on": "target"})
+__getattr__ = handed_out(__name__, {"BoardOptions": ".options", "Target": ".target", "bench_on": ".target"})

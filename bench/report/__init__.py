@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from bench.report.page import report as report
 
 __all__ = ["report"]
-__getattr__ = handed_out(__name__, {"report": "page"})
+__getattr__ = handed_out(__name__, {"report": ".page"})

@@ -7,11 +7,11 @@ from importlib import import_module
 
 
 def handed_out(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """A ``__getattr__`` for a package's ``__init__``; ``homes`` says which of its modules defines each name."""
+    """A ``__getattr__`` for a package's ``__init__``; ``homes`` names the module that defines each name."""
 
     def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(homes[name], package), name)
 
     return get

@@ -11,4 +11,4 @@ if TYPE_CHECKING:
     from devices.fit.fitting import fit as fit
 
 __all__ = ["Fit", "fit"]
-__getattr__ = handed_out(__name__, {"Fit": "fitting", "fit": "fitting"})
+__getattr__ = handed_out(__name__, {"Fit": ".fitting", "fit": ".fitting"})

@@ -11,4 +11,4 @@ if TYPE_CHECKING:
     from devices.probe.host import probe as probe
 
 __all__ = ["HostFacts", "probe"]
-__getattr__ = handed_out(__name__, {"HostFacts": "host", "probe": "host"})
+__getattr__ = handed_out(__name__, {"HostFacts": ".host", "probe": ".host"})

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from export.generate.text import generate as generate
 
 __all__ = ["GenerateOptions", "GenerateResult", "generate"]
-__getattr__ = handed_out(__name__, {"GenerateOptions": "options", "GenerateResult": "text", "generate": "text"})
+__getattr__ = handed_out(__name__, {"GenerateOptions": ".options", "GenerateResult": ".text", "generate": ".text"})

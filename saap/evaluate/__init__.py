@@ -2,18 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from devices.common.quality import Quality as Quality
     from saap.evaluate.evaluation import evaluate as evaluate
     from saap.evaluate.options import EvalOptions as EvalOptions
 
 __all__ = ["EvalOptions", "Quality", "evaluate"]
-_HOMES = {"EvalOptions": "saap.evaluate.options", "Quality": "devices.common.quality"}
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES.get(name, "saap.evaluate.evaluation")), name)
+__getattr__ = handed_out(
+    __name__, {"EvalOptions": ".options", "Quality": "devices.common.quality", "evaluate": ".evaluation"}
+)

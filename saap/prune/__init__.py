@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from saap.prune.pruning import prune as prune
 
 __all__ = ["PruneOptions", "PruneResult", "prune"]
-__getattr__ = handed_out(__name__, {"PruneOptions": "options", "PruneResult": "pruning", "prune": "pruning"})
+__getattr__ = handed_out(__name__, {"PruneOptions": ".options", "PruneResult": ".pruning", "prune": ".pruning"})

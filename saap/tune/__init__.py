@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from devices.common.lazy import handed_out
+
 if TYPE_CHECKING:
     from saap.tune.options import TrainOptions as TrainOptions
     from saap.tune.options import TuneOptions as TuneOptions
@@ -9,11 +11,6 @@ if TYPE_CHECKING:
     from saap.tune.tuning import tune as tune
 
 __all__ = ["TrainOptions", "TuneOptions", "TuneResult", "tune"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module("saap.tune.options" if name.endswith("Options") else "saap.tune.tuning"), name)
+__getattr__ = handed_out(
+    __name__, {"TrainOptions": ".options", "TuneOptions": ".options", "TuneResult": ".tuning", "tune": ".tuning"}
+)
