@@ -24,7 +24,8 @@ from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision
 from saap.models.architectures import positions_of, shape_of
-from saap.models.checkpoint import read_config, read_record
+from saap.models.checkpoint import read_config
+from saap.models.record import read_record
 from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
 from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size

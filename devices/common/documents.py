@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast, is_typeddict
 
 import msgspec
 
@@ -21,7 +21,8 @@ class Document(Generic[T]):
     """A kind of JSON file: a dataclass, its format versions, and what to do about a file that is damaged.
 
     Attributes:
-        kind: the dataclass; constraints are ``msgspec.Meta`` in its annotations.
+        kind: the dataclass, or the TypedDict, of which keys that it does not name are kept; constraints are
+            ``msgspec.Meta`` in the annotations.
         what: what a person calls it, such as ``bench result``.
         remedy: how to get a good one, such as ``run `saap bench --json` again``.
         version: the key that holds the format version, first where the dataclass has no such field; None: none.
@@ -81,6 +82,8 @@ class Document(Generic[T]):
         if self.upgrade is not None:
             given = self.upgrade(given)
         made = msgspec.convert(given, self.kind)
+        if is_typeddict(self.kind):
+            made = cast("T", given)
         if self.check is not None:
             self.check(made)
         return made
@@ -98,7 +101,9 @@ class Document(Generic[T]):
 
 
 def plain(value: object) -> dict[str, Any]:
-    """A dataclass as the types of JSON."""
+    """A dataclass as the types of JSON; what is a dict already stays."""
+    if isinstance(value, dict):
+        return value
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{value!r} is not a dataclass")
     return asdict(value)

@@ -16,7 +16,7 @@ from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode, row_bytes
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.files import writing_file

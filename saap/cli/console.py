@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from saap.models.record import Counts, Kept
 
 PLAIN_EVERY = 15.0  # seconds between two lines where there is no terminal
 
@@ -138,7 +143,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     RichConsole(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
 
 
-def plan_chart(dense: list[dict[str, int]], kept: list[dict[str, list[int]]]) -> str:
+def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:
     """A small picture of a plan: per layer the KV groups, query heads and FFN channels that are left."""
     lines = ["layer  heads  kv  FFN kept"]
     for index, (sizes, layer) in enumerate(zip(dense, kept, strict=True)):

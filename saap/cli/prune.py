@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -152,18 +153,22 @@ def show_plan(slim: Path, budget: Budget) -> None:
     What was achieved is counted from the directory as it was written.
     """
     from saap.models.architectures import shape_of
-    from saap.models.checkpoint import read_config, read_record
+    from saap.models.checkpoint import read_config
+    from saap.models.record import read_record
 
     plan, config = read_record(slim)["plan"], read_config(slim)
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
-    columns = [
+    columns: list[Mapping[str, float | None]] = [
         budget.report(budget.dense),
         {NAMES.get(kind, kind): value for kind, value in budget.asked.items()},
         plan["planned"],
         budget.report(shape_of(config), config),
     ]
     rows = [
-        [title.format(bits=budget.bits), *("-" if c.get(key) is None else format(c[key] / unit, form) for c in columns)]
+        [
+            title.format(bits=budget.bits),
+            *("-" if (value := c.get(key)) is None else format(value / unit, form) for c in columns),
+        ]
         for key, title, unit, form in REPORTED
         if key in columns[0]
     ]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import click
 from msgspec import Meta
@@ -386,13 +386,13 @@ def _identity(directory: Path) -> list[Any]:
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(directory.glob("*.safetensors"))]
 
 
-def _plan(slim: Path) -> dict[str, Any]:
+def _plan(slim: Path) -> dict[str, object]:
     """The plan as the report shows it: counts per layer."""
-    from saap.models.checkpoint import read_record
+    from saap.models.record import read_record
 
-    plan = dict(read_record(slim)["plan"])
-    plan["layers"] = [{key: len(kept) for key, kept in layer.items()} for layer in plan["layers"]]
-    return plan
+    plan = read_record(slim)["plan"]
+    counts = [{name: len(cast("list[int]", kept)) for name, kept in layer.items()} for layer in plan["layers"]]
+    return {**plan, "layers": counts}
 
 
 def _texts(state: _State) -> list[dict[str, Any]]:

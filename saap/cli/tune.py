@@ -84,7 +84,8 @@ def say_rows(rows: TuningRows, console: Console) -> None:
 
 def show_tuning(out: Path, history: History) -> None:
     """What was trained, and the losses before and after."""
-    from saap.models.checkpoint import read_config, read_record
+    from saap.models.checkpoint import read_config
+    from saap.models.record import read_record
 
     tuning, quant = read_record(out)["tuning"], read_config(out)["slim_quant"]
     options = tuning["options"]

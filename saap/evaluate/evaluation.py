@@ -13,8 +13,9 @@ from saap.evaluate.continuations import Scorer, torch_continuations
 from saap.evaluate.options import EvalOptions
 from saap.evaluate.perplexity import Score, score_models, torch_scorer
 from saap.models.architectures import positions_of, shape_of
-from saap.models.checkpoint import read_config, read_record
+from saap.models.checkpoint import read_config
 from saap.models.needs import eval_needs
+from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer, resolve
 from saap.models.streaming import open_model, whole_needs
 from saap.models.weight_files import weights_bytes

@@ -21,14 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from saap.models import modeling_slim
 from saap.models.architectures import FAMILIES, PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
-from saap.models.integrity import RECORD, check_directory, hashes
+from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
+from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import ModelShape
 from saap.models.weight_files import write_shards
 from saap.system.errors import UserError
-from saap.system.files import read_object, write_document, writing_directory
-
-FORMAT = 1
+from saap.system.files import RECORD, read_object, writing_directory
 
 for _row in FAMILIES.values():
     if (_classes := slim_classes(_row.family)) is not None:
@@ -90,21 +89,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             "with --fold scale or --fold zero-point"
         )
     return config
-
-
-def read_record(directory: str | Path) -> dict[str, Any]:
-    """``saap.json`` as a dict, empty for a dense model.
-
-    Raises:
-        UserError: damaged, or of a newer format.
-    """
-    path = Path(directory) / RECORD
-    if not path.is_file():
-        return {}
-    record = read_object(path, "make the directory again")
-    if record.get("format") != FORMAT:
-        raise UserError(f"{path} has format {record.get('format')!r}, this saap reads {FORMAT}: upgrade saap")
-    return record
 
 
 def materialise_linears(model: PreTrainedModel) -> None:
@@ -228,7 +212,7 @@ def write_slim(
     base: str | Path,
     config: dict[str, Any],
     tensors: Iterator[tuple[str, torch.Tensor]],
-    record: dict[str, Any],
+    record: Record,
 ) -> Path:
     """Write a slim directory: weights, config, the base's tokenizer files, and ``saap.json``."""
     from saap.models.resolve import copy_sidecars
@@ -239,5 +223,5 @@ def write_slim(
         copy_sidecars(Path(base), partial)
         if config["model_type"].startswith(SLIM):
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
-        write_document(partial / RECORD, {**record, "format": FORMAT, "files": hashes(partial)})
+        DOCUMENT.write(partial / RECORD, {**record, "files": hashes(partial)})
     return Path(out)

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from devices.common.files import sha256_file
+from saap.models.record import FileHash
 from saap.system.errors import UserError
 from saap.system.files import RECORD, read_object, write_document
 
@@ -31,7 +32,7 @@ CONVERTER = 1
 _known: dict[tuple[str, int, int], str] = {}
 
 
-def hashes(directory: Path) -> dict[str, dict[str, Any]]:
+def hashes(directory: Path) -> dict[str, FileHash]:
     """Size in bytes and sha256 of a directory's files that a model is made of, by name."""
     files = [p for p in sorted(directory.iterdir()) if p.is_file() and not NOT_HASHED.match(p.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets others compute

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.checkpoint import load_model, read_config
+from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.system.errors import UserError
 from saap.system.needs import PROCESS, Needs, available_memory, fits, gigabytes

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, read_config, read_record, slim_config, write_slim
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.streaming import load_streamed
 from saap.models.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash

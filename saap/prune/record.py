@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 
 from saap import __version__
+from saap.models.record import Lineage, Plan, Record
 from saap.models.shape import LayerSizes
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed
@@ -35,7 +36,7 @@ class Pruning:
     stages: int
 
 
-def record_of(pruning: Pruning, plan: PrunePlan, achieved: Mapping[str, float | None]) -> dict[str, Any]:
+def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
     """The record of a slim directory.
 
     Args:
@@ -46,14 +47,17 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: Mapping[str, float | 
     ours = options.method == "saap"
     return {
         "method": options.method,
-        "plan": {
-            **plan.requirement,
-            "achieved": achieved,
-            "price_nats": plan.price,
-            "reasons": plan.reasons.record() if plan.reasons else None,
-            "dense_layers": [asdict(sizes) for sizes in pruning.budget.dense.layers],
-            "layers": [asdict(layer) for layer in plan.layers],
-        },
+        "plan": cast(
+            "Plan",
+            {
+                **plan.requirement,
+                "achieved": achieved,
+                "price_nats": plan.price,
+                "reasons": plan.reasons.record() if plan.reasons else None,
+                "dense_layers": [asdict(sizes) for sizes in pruning.budget.dense.layers],
+                "layers": [asdict(layer) for layer in plan.layers],
+            },
+        ),
         "options": {
             "block": options.group_size,
             "compensate": options.compensation,
@@ -64,16 +68,19 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: Mapping[str, float | 
             "seed": options.seed,
             **({"modules": options.modules, "adaptive": asdict(options.adaptive)} if ours else {}),
         },
-        "lineage": {
-            **lineage,
-            "calibration": {
-                "sequences": len(ids),
-                "tokens": ids.shape[1],
-                "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-                **lineage.get("calibration", {}),
+        "lineage": cast(
+            "Lineage",
+            {
+                **lineage,
+                "calibration": {
+                    "sequences": len(ids),
+                    "tokens": ids.shape[1],
+                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                    **lineage.get("calibration", {}),
+                },
+                "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             },
-            "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        },
+        ),
     }
 
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap import __version__
-from saap.models.checkpoint import read_record
 from saap.models.integrity import check_directory
+from saap.models.record import read_record
 from saap.prune.baselines.methods import rank
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan

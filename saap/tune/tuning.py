@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config, read_record, slim_config, write_slim
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed, settle
@@ -163,7 +164,7 @@ def _tune(
         error, history = diverged, diverged.history
     if writes:
         quant = quantised.fold()
-        record = {k: v for k, v in read_record(model_dir).items() if k != "format"}
+        record = read_record(model_dir)
         record["tuning"] = {
             "options": options.recorded(),
             "trained_parameters": trained,

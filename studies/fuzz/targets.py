@@ -84,8 +84,9 @@ def _documents(place: Path) -> Iterator[Target]:
     from export.bundle.tokenizer import BundleTokenizer
     from saap.cli.report import make_report
     from saap.models.architectures import positions_of, shape_of
-    from saap.models.checkpoint import read_config, read_record
+    from saap.models.checkpoint import read_config
     from saap.models.integrity import check_directory
+    from saap.models.record import read_record
     from saap.models.shape import ModelShape
     from saap.prune.search.layer_costs import read_costs
     from studies.fuzz import seeds

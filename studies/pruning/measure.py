@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from saap.models.checkpoint import load_model, read_record
+from saap.models.checkpoint import load_model
+from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.prune.baselines.methods import published
 from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.system.errors import UserError

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.models import resolve as models
-from saap.models.checkpoint import load_model, read_config, read_record, write_slim
+from saap.models.checkpoint import load_model, read_config, write_slim
+from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune

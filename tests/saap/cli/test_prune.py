@@ -12,7 +12,8 @@ from support.command_line import here, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import read_config, read_record
+from saap.models.checkpoint import read_config
+from saap.models.record import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
 

@@ -16,7 +16,7 @@ from devices.common.options import arguments_of, made
 from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.run import RunOptions
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 
 
 def options(**given):

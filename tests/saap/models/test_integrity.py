@@ -22,7 +22,8 @@ from bench.judge.baselines import Baseline, RegressionError, read_baselines, wri
 from bench.judge.quality import KIND, VERSION, QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
 from export.bundle.manifest import BundleError, verify_files
-from saap.models.checkpoint import load_model, read_record
+from saap.models.checkpoint import load_model
+from saap.models.record import read_record
 from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed
 from saap.prune.options import AdaptiveOptions, PruneOptions

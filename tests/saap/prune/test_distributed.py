@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.command_line import here
 from support.launching import DATA_PARALLEL, launch
 
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 from saap.prune.cut.ridge import Products, Rows, regression
 from saap.prune.shares import Shares, joined
 from saap.system.errors import UserError

@@ -12,7 +12,8 @@ from support.command_line import here, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.checkpoint import load_model, read_config
+from saap.models.record import read_record
 from saap.prune.options import COMPENSATIONS, METHODS
 
 IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))

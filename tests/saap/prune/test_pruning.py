@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.checkpoint import load_model, read_config
+from saap.models.record import read_record
 from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.plan import whole_layer

@@ -10,8 +10,9 @@ from support.command_line import here, refused
 
 from export.needs import export_needs
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import read_config, read_record
+from saap.models.checkpoint import read_config
 from saap.models.needs import eval_needs
+from saap.models.record import read_record
 from saap.models.streaming import is_streamed
 from saap.prune import pruning
 from saap.prune.needs import prune_disk, prune_needs

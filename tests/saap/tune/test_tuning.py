@@ -9,8 +9,9 @@ import torch
 from support.command_line import here
 from torch.nn import functional as F
 
-from saap.models.checkpoint import load_model, read_config, read_record
+from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
+from saap.models.record import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.quantize.gptq import compensated_matrices

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_record
+from saap.models.checkpoint import load_model
+from saap.models.record import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.plan import Weighed
 from saap.prune.pruning import prune

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.search_cases import SHAPE, milliseconds, prices, weights
 
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 from saap.models.shape import LayerSizes
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed, whole_layer

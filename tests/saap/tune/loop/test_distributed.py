@@ -15,7 +15,7 @@ from support.command_line import here
 from support.launching import DATA_PARALLEL, SHARDED, launch
 from torch.torch_version import TorchVersion
 
-from saap.models.checkpoint import read_record
+from saap.models.record import read_record
 from saap.system.errors import UserError
 from saap.tune.loop.processes import FSDP_TORCH, join_processes
 from saap.tune.loop.steps import steps_of

@@ -1,0 +1,126 @@
+"""``saap.json``: the record of a slim or tuned directory.
+
+These types are the format; docs/formats.md says what the fields mean. Keys that are not named here are kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from msgspec import Meta
+
+from devices.common.documents import Document
+from saap.system.files import RECORD
+
+Count = Annotated[int, Meta(ge=0)]
+Measures = dict[str, float | None]  # ratio, ratio_of_all, parameters, bytes, ms_per_token, speedup
+
+
+class FileHash(TypedDict, total=False):
+    """What a file of the directory was when it was written."""
+
+    bytes: Count
+    sha256: str
+
+
+class Counts(TypedDict):
+    """Sizes of a layer."""
+
+    query_heads: Count
+    kv_heads: Count
+    ffn: Count
+
+
+class Kept(TypedDict):
+    """What is kept of a layer of the base model: indices, ascending."""
+
+    query_heads: list[Count]
+    kv_heads: list[Count]
+    ffn: list[Count]
+
+
+class Costs(TypedDict, total=False):
+    """The table of costs that times were planned by."""
+
+    file: str
+    sha256: str
+    board: str | None
+    cpu_model: str | None
+    fingerprint: str | None
+    onnxruntime: str | None
+    threads: Count
+    depth: Count
+
+
+class Plan(TypedDict, total=False):
+    """What was asked, planned and achieved, and what is kept."""
+
+    asked: dict[str, float]
+    bundle: dict[str, int]
+    costs: Costs
+    dense: Measures
+    planned: Measures
+    achieved: Measures
+    price_nats: float | None
+    reasons: dict[str, object] | None
+    dense_layers: list[Counts]
+    layers: list[Kept]
+
+
+class Calibration(TypedDict, total=False):
+    """The text that structures were scored on: ``sha256`` is the ids'."""
+
+    sequences: Count
+    tokens: Count  # of each
+    sha256: str
+    source: str | None
+    text_sha256: str | None
+
+
+class Lineage(TypedDict, total=False):
+    """Where a directory comes from."""
+
+    base: str
+    base_sha256: str
+    base_record: dict[str, object] | None
+    calibration: Calibration
+    versions: dict[str, str]
+
+
+class Tuning(TypedDict, total=False):
+    """How a directory was tuned."""
+
+    options: dict[str, object]
+    trained_parameters: Count
+    tokens: Count
+    text: dict[str, object]
+    teacher: str | None
+    seconds: float
+    history: dict[str, object]
+    from_sha256: str
+
+
+class Record(TypedDict, total=False):
+    """The whole file; ``options`` are those that lead to the same plan."""
+
+    format: int
+    method: str
+    plan: Plan
+    options: dict[str, object]
+    lineage: Lineage
+    tuning: Tuning
+    files: dict[str, FileHash]
+
+
+DOCUMENT = Document(Record, "record", "make the directory again with this saap", version="format")
+
+
+def read_record(directory: str | Path) -> Record:
+    """``saap.json`` of a directory, empty for a dense model.
+
+    Raises:
+        UserError: damaged, or of a newer format.
+    """
+    path = Path(directory) / RECORD
+    return DOCUMENT.read(path) if path.is_file() else {}
