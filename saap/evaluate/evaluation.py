@@ -90,7 +90,7 @@ class Directory:
     def lineage(self) -> Mapping[str, object]:
         """See :class:`Subject`."""
         record = read_record(self.path)
-        return record.get("lineage", {}) | {"tuning": record.get("tuning", {}).get("text")}
+        return {**record.get("lineage", {}), "tuning": record.get("tuning", {}).get("text")}
 
     def scorer(self) -> Score:
         """See :class:`Subject`."""

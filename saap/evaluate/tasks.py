@@ -15,7 +15,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from saap.system.errors import UserError
 from saap.text.documents import is_unicode, load_rows
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context ids, tail ids), as the harness hands them over
-Row = dict[str, Any]
+Row = dict[str, Any]  # an example of a file
 
 # Of each task the fields that a row must have, beside ``label``.
 FIELDS = {
@@ -59,7 +59,7 @@ PROMPTS = {
 }
 
 
-class ContinuationModel(TemplateLM):
+class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """A model of the harness that only weighs continuations.
 
     Args:
@@ -88,7 +88,7 @@ class ContinuationModel(TemplateLM):
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them unless told, and never a second beginning."""
         if add_special_tokens is None:
             first = self.tokenizer.bos_token
@@ -99,7 +99,7 @@ class ContinuationModel(TemplateLM):
         """Without the harness's own bar."""
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
-    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Likelihood]:
+    def _loglikelihood_tokens(self, requests: list[Request], **_: object) -> list[Likelihood]:
         """Likelihoods in the requests' order; those of one context are asked for together, the longest first."""
         tails: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for index, (texts, context, tail) in enumerate(requests):
@@ -128,11 +128,11 @@ class ContinuationModel(TemplateLM):
                 self.progress("zero-shot tasks, requests", done, len(requests))
         return answers
 
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: object, disable_tqdm: bool = False) -> list[float]:
         """Not of these tasks; perplexity has a command of its own."""
         raise UserError("a task that asks for perplexity: use `saap eval --text`, which states its protocol")
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: object, disable_tqdm: bool = False) -> list[str]:
         """Not of these tasks."""
         raise UserError("a task that lets the model write: only multiple-choice tasks are run here")
 
@@ -174,7 +174,7 @@ def _loaded(asked: list[Any], manager: TaskManager, options: EvalOptions) -> dic
         ) from None
 
 
-def _check_kind(tasks: dict[str, Any]) -> None:
+def _check_kind(tasks: Mapping[str, object]) -> None:
     """Raise UserError for what is no multiple-choice task with an accuracy, before a model is loaded."""
     for name, task in tasks.items():
         if not isinstance(task, harness_task.ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
@@ -231,7 +231,7 @@ class TaskFile:
     """
 
     name: str
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Row, ...]
     source: str
     sha256: str
 
@@ -300,12 +300,12 @@ def read_task(name: str, path: Path) -> TaskFile:
     return TaskFile(name, checked, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _checked(name: str, row: Any, where: str) -> dict[str, Any]:
+def _checked(name: str, given: object, where: str) -> Row:
     wanted = (*FIELDS[name], "label")
-    if name == "hellaswag" and isinstance(row, dict):
+    row: Row = given if isinstance(given, dict) else {}
+    if name == "hellaswag":
         row = _without_marks(row)
-    missing = [field for field in wanted if not isinstance(row, dict) or field not in row]
-    if missing:
+    if missing := [field for field in wanted if field not in row]:
         raise UserError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
     text = [field for field in wanted if field not in ("choices", "label")]
     if wrong := [field for field in text if not _is_text(row[field])]:
@@ -321,19 +321,19 @@ def _checked(name: str, row: Any, where: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Not blank, and no half of a surrogate pair in it, which no tokenizer takes."""
     return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
-def _without_marks(row: dict[str, Any]) -> dict[str, Any]:
+def _without_marks(row: Row) -> Row:
     """A row of HellaSwag whose texts are cleaned; what is none is for the checks to find."""
     choices = row.get("choices")
     cleaned = {"choices": [_cleaned(each) for each in choices]} if isinstance(choices, list) else {}
     return {**row, **cleaned, **({"context": _cleaned(row["context"])} if "context" in row else {})}
 
 
-def _cleaned(text: Any) -> Any:
+def _cleaned(text: object) -> object:
     """HellaSwag's text without the marks of its WikiHow part, as the harness does it."""
     if not isinstance(text, str):
         return text
@@ -341,18 +341,18 @@ def _cleaned(text: Any) -> Any:
     return text.replace("  ", " ")
 
 
-def _context(row: dict[str, Any]) -> str:
+def _context(row: Row) -> str:
     return str(row["context"])
 
 
-def _right(row: dict[str, Any]) -> int:
+def _right(row: Row) -> int:
     return int(row["label"])
 
 
-def _beginnings(row: dict[str, Any]) -> list[str]:
+def _beginnings(row: Row) -> list[str]:
     before = row["sentence"][: row["sentence"].index("_")]
     return [before + row["option1"], before + row["option2"]]
 
 
-def _ending(row: dict[str, Any]) -> str:
+def _ending(row: Row) -> str:
     return str(row["sentence"][row["sentence"].index("_") + 1 :].strip())

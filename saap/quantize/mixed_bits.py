@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -165,7 +166,7 @@ def rounded(model: PreTrainedModel, unit: Unit, group_size: int) -> Iterator[Non
             weight.data = values
 
 
-def knapsack(losses: np.ndarray, extra: np.ndarray, room: float) -> np.ndarray:
+def knapsack(losses: NDArray[np.float64], extra: NDArray[np.float64], room: float) -> NDArray[np.bool_]:
     """Which units get 8 bit: those whose losses add up to the most within ``room`` bytes; bool, [units]."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -178,4 +179,5 @@ def knapsack(losses: np.ndarray, extra: np.ndarray, room: float) -> np.ndarray:
     )
     if answer.x is None:
         raise UserError(f"no choice of bits was found ({answer.message}): give another number of bytes")
-    return answer.x > 0.5
+    chosen: NDArray[np.bool_] = answer.x > 0.5
+    return chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from saap.system.errors import UserError
 
@@ -21,12 +21,12 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 
 
-def is_conversation(row: Any) -> bool:
+def is_conversation(row: object) -> TypeGuard[dict[str, Any]]:
     """Whether a row of data is chat: ``messages``, ShareGPT's ``conversations``, or an ``instruction``."""
     return isinstance(row, dict) and bool({"messages", "conversations", "instruction"} & set(row))
 
 
-def messages_of(row: Any, where: str) -> list[Message]:
+def messages_of(row: object, where: str) -> list[Message]:
     """The turns of one row, as ``{"role": system | user | assistant, "content"}``.
 
     Args:
@@ -55,7 +55,7 @@ def messages_of(row: Any, where: str) -> list[Message]:
     return turns
 
 
-def _turns(turns: Any, role: str, content: str, where: str) -> list[Message]:
+def _turns(turns: object, role: str, content: str, where: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where} has turns that are no list of objects: give [{{'{role}', '{content}'}}, ...]")
     for turn in turns:

@@ -88,7 +88,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
     return documents_of([_row_text(row, where) for where, row in rows], f"data set {source}")
 
 
-def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, Any]] | None:
+def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] | None:
     """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
 
     Raises:
@@ -119,7 +119,7 @@ def _content(path: Path) -> str:
         raise UserError(f"{path} cannot be read as text ({error}): give UTF-8 text, .jsonl or .gz of these") from None
 
 
-def _json_rows(path: Path, content: str) -> list[tuple[str, Any]] | None:
+def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind in (".jsonl", ".ndjson"):
         return [(f"{path} line {n}", _parsed(line, f"{path} line {n}")) for n, line in _lines(content)]
@@ -223,7 +223,7 @@ def checked_text(text: str, where: str) -> str:
     return text
 
 
-def _row_text(row: Any, where: str) -> str:
+def _row_text(row: object, where: str) -> str:
     """One row as plain text.
 
     Raises:
@@ -232,7 +232,7 @@ def _row_text(row: Any, where: str) -> str:
     return checked_text(_joined(row, where), where)
 
 
-def _joined(row: Any, where: str) -> str:
+def _joined(row: object, where: str) -> str:
     """The fields of a row; an instruction with its input and its answer, a line each."""
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
@@ -259,7 +259,7 @@ def cut_text(content: str) -> list[str]:
     return [*documents, "".join(lines)] if lines else documents
 
 
-def _hub_rows(name: str, split: Split) -> list[tuple[str, Any]]:
+def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
     """Rows of a hub's data set; whatever is no file comes here to be refused."""
     if Path(name).is_dir():
         raise UserError(f"{name} is a directory: give a text, .jsonl or .gz file")

@@ -23,7 +23,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -87,10 +87,9 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
     @property
     def base(self) -> GroupQuantLinear:
         """The matrix of integers."""
-        base: Any = self.base_layer
-        return base
+        return cast("GroupQuantLinear", self.base_layer)
 
-    def update_layer(self, *_: Any, **__: Any) -> None:
+    def update_layer(self, *_: object, **__: object) -> None:
         """PEFT's way to put a second adapter on a layer, which has no meaning for integers."""
         raise ValueError("a matrix of integers takes one adapter: fold or detach the one that it has")
 
@@ -100,12 +99,14 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         if self.free:
             return b
         with torch.autocast(b.device.type, enabled=False):
-            return (b @ _weight(self.lora_A[self.name])) * self.scaling[self.name]
+            product: torch.Tensor = (b @ _weight(self.lora_A[self.name])) * self.scaling[self.name]
+            return product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], what the folded matrix gives."""
         if self.disable_adapters or self.merged:
-            return self.base(x)
+            plain: torch.Tensor = self.base(x)
+            return plain
         y = self.adapted(x)
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
@@ -171,9 +172,8 @@ FOLDS: dict[str, type[GroupAdapterLayer]] = {
 }
 
 
-def _weight(linear: Any) -> torch.Tensor:
-    weight: torch.Tensor = linear.weight
-    return weight
+def _weight(linear: nn.Module) -> torch.Tensor:
+    return cast("torch.Tensor", linear.weight)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads
         try:
-            adapted: Any = get_peft_model(model, lora, adapter_name=NAME)
+            adapted = cast("PeftModel", get_peft_model(model, lora, adapter_name=NAME))
         except ValueError as error:
             raise UserError(
                 f"PEFT {peft.__version__} does not take the layers of group adapters ({str(error).splitlines()[0]}): "
@@ -264,7 +264,7 @@ def fold(model: PeftModel) -> PreTrainedModel:
 
 def detach(model: PeftModel) -> PreTrainedModel:
     """Take the adapter off and drop it; the plain model, on the same modules."""
-    plain: Any = model.unload()
+    plain = cast("PreTrainedModel", model.unload())
     if hasattr(plain, "peft_config"):  # older PEFT leaves it there and warns at the next adapter
         del plain.peft_config
     return plain
@@ -317,14 +317,14 @@ class _StraightThrough(torch.autograd.Function):
 def float16_through(exact: torch.Tensor) -> torch.Tensor:
     """Rounded to what float16 represents, finite; the gradient passes straight through."""
     rounded = exact.detach().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16).half().to(exact.dtype)
-    return _StraightThrough.apply(exact, rounded)
+    return cast("torch.Tensor", _StraightThrough.apply(exact, rounded))
 
 
 def whole_through(exact: torch.Tensor, top: int) -> torch.Tensor:
     """Rounded to a whole number of 0 .. top; the gradient passes where the number is inside or on the border."""
     # Not clamp's own gradient, which from torch 2.15 on stops at the border, where zero points start.
     inside = torch.where((exact >= 0) & (exact <= top), exact, exact.detach().clamp(0, top))
-    return _StraightThrough.apply(inside, inside.detach().round())
+    return cast("torch.Tensor", _StraightThrough.apply(inside, inside.detach().round()))
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -352,7 +352,7 @@ def group_matmul(
     Returns:
         [..., N].
     """
-    return _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift)
+    return cast("torch.Tensor", _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift))
 
 
 class _GroupMatMul(torch.autograd.Function):

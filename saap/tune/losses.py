@@ -79,7 +79,7 @@ def distillation_loss(
     if logits.shape[:2] != tokens.shape[:2] or tokens.shape != logprobs.shape or mask.shape != tokens.shape[:2]:
         shapes = [tuple(one.shape) for one in (logits, tokens, logprobs, mask)]
         raise ValueError(f"logits, tokens, logprobs and mask of shapes {shapes} do not belong together")
-    total = _BucketDivergence.apply(logits, tokens, logprobs, mask, float(temperature))
+    total: torch.Tensor = _BucketDivergence.apply(logits, tokens, logprobs, mask, float(temperature))
     return total if reduction == "sum" else total / mask.sum().clamp_min(1)
 
 
@@ -153,7 +153,8 @@ def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of
         return loss_of(logits, 0, len(logits))
     backbone = base.get_submodule(architecture_of(base.config).layers.rpartition(".")[0])
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[places]
-    return _HeadLoss.apply(hidden, matrix(product_dtype(hidden)), traits_of(base.config), loss_of)
+    total: torch.Tensor = _HeadLoss.apply(hidden, matrix(product_dtype(hidden)), traits_of(base.config), loss_of)
+    return total
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:

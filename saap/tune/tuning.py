@@ -307,7 +307,7 @@ class Quantised:
         return self.quant
 
 
-def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, Any]:
+def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, object]:
     return {
         "model": weights,
         "teacher": weights_hash(teacher_dir) if teacher_dir else None,

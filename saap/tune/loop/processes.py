@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, PartialState
@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from saap.system.errors import UserError
 from saap.system.processes import meet_on_cpus
 
+T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
 LossOf = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]
 
@@ -102,11 +103,11 @@ def add_up(accelerator: Accelerator, numbers: Sequence[float]) -> list[float]:
     return [float(x) for x in accelerator.reduce(mine, reduction="sum")]
 
 
-def from_main(accelerator: Accelerator, value: Any) -> Any:
+def from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value, in all of them."""
     if accelerator.num_processes == 1:
         return value
-    return broadcast_object_list([value])[0]
+    return cast("T", broadcast_object_list([value])[0])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

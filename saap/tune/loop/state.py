@@ -36,7 +36,7 @@ class Trained:
         self.by_name = dict(zip(names, parameters, strict=True))
         self.keep_best()
 
-    def shapes(self) -> list[list[Any]]:
+    def shapes(self) -> list[list[str | int]]:
         """Names and sizes."""
         return [[name, *p.shape] for name, p in self.by_name.items()]
 
@@ -82,7 +82,7 @@ class Trained:
                 self.optimizer.state[parameter][key] = tensor if key == "step" else like(parameter, tensor)
 
 
-def fingerprint_of(parts: Mapping[str, Any]) -> str:
+def fingerprint_of(parts: Mapping[str, object]) -> str:
     """sha256 of everything that the loss curve depends on; ``parts`` is JSON."""
     return hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
 
@@ -92,7 +92,7 @@ def state_path(directory: Path, fingerprint: str) -> Path:
     return directory / f"training-{fingerprint[:16]}.safetensors"
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
     """Write beside and rename.
 
     Args:
@@ -123,7 +123,7 @@ def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], di
         raise UserError(f"{path} is damaged ({error}): delete it, and the training starts anew") from None
 
 
-def others_differ_in(path: Path, parts: Mapping[str, Any]) -> list[str] | None:
+def others_differ_in(path: Path, parts: Mapping[str, object]) -> list[str] | None:
     """Where the fingerprint of the newest state of another run beside ``path`` differs; None if there is none."""
     others = [other for other in path.parent.glob("training-*.safetensors") if other != path]
     if not others:

@@ -38,6 +38,8 @@ from saap.tune.options import TrainOptions
 
 SMOOTHED = 8  # steps whose mean loss is shown
 
+Group = Mapping[str, Any]  # as torch's optimisers take them: {"params": [...], "lr": peak rate}
+
 
 @dataclass
 class History:
@@ -113,7 +115,7 @@ class Run:
 
 def train(
     model: nn.Module,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
     rows: Batch,
     loss_of: LossOf,
     run: Run | None = None,
@@ -151,7 +153,7 @@ class _Training:
     def __init__(
         self,
         model: nn.Module,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Group],
         rows: Batch,
         loss_of: LossOf,
         run: Run,
@@ -281,7 +283,8 @@ class _Training:
 
     def _loss(self, loss_of: LossOf, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.dtype is not None):
-            return self.module(loss_of, batch)
+            found: tuple[torch.Tensor, torch.Tensor] = self.module(loss_of, batch)
+            return found
 
     @torch.no_grad()
     def _evaluate(self, rows: Batch) -> float:
@@ -349,7 +352,7 @@ class _Training:
             write_state(self.path, tensors, {"parts": self.parts, "history": asdict(self.history)})
         self.saved = time.monotonic()
 
-    def _restore(self, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor], about: Mapping[str, Any]) -> None:
         self.trained.load(tensors)
         self.history = History(**about["history"])
         self.history.held_out = [(step, loss) for step, loss in self.history.held_out]
