@@ -154,7 +154,7 @@ class Traits:
     logit_cap: float | None = None
 
 
-def architecture_of(config: Any) -> Architecture:
+def architecture_of(config: object) -> Architecture:
     """The table row for a transformers config (or its dict).
 
     Raises:
@@ -183,7 +183,7 @@ def _require_transformers5() -> None:
         )
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: object) -> ModelShape:
     """Read a model's sizes from its config (or the config's dict).
 
     Raises:
@@ -224,7 +224,7 @@ def shape_of(config: Any) -> ModelShape:
     )
 
 
-def traits_of(config: Any) -> Traits:
+def traits_of(config: object) -> Traits:
     """Read what a model's forward pass does from its config (or the config's dict).
 
     ``attn_logit_softcapping`` of Gemma 3 is not read: transformers, whose numbers are the reference, does not apply it.
@@ -255,7 +255,7 @@ def traits_of(config: Any) -> Traits:
     )
 
 
-def _layer_traits(config: Any, architecture: Architecture, index: int) -> LayerTraits:
+def _layer_traits(config: object, architecture: Architecture, index: int) -> LayerTraits:
     kinds = _get(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
@@ -267,7 +267,7 @@ def _layer_traits(config: Any, architecture: Architecture, index: int) -> LayerT
     return LayerTraits(window=(_get(config, "sliding_window") or 0) if slides else 0, rotary=rotary)
 
 
-def with_defaults(config: Any) -> Any:
+def with_defaults(config: object) -> Any:
     """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
 
     Raises:
@@ -284,7 +284,7 @@ def with_defaults(config: Any) -> Any:
         raise UserError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
 
 
-def positions_of(config: Any) -> int:
+def positions_of(config: object) -> int:
     """Tokens that a model holds, by default what transformers takes.
 
     Raises:
@@ -304,13 +304,13 @@ def check_counts(config: Mapping[str, Any]) -> None:
             _checked(key, config[key], 0, most)
 
 
-def _count(config: Any, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
+def _count(config: object, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
     """A size of the config, or what it is by default."""
     value = _get(config, key)
     return _checked(key, default if value is None and default is not None else value, 1, most)
 
 
-def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
+def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UserError(
             f"config.json has {key} {str(value)[:40]!r}: must be a whole number of {least} to {most}; get it again"
@@ -318,12 +318,12 @@ def _checked(key: str, value: Any, least: int, most: int = MOST_SIZE) -> int:
     return value
 
 
-def _factor(config: Any, key: str) -> float:
+def _factor(config: object, key: str) -> float:
     value = _get(config, key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")
     return float(value)
 
 
-def _get(config: Any, key: str, default: Any = None) -> Any:
+def _get(config: object, key: str, default: object = None) -> Any:
     return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)

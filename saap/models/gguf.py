@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,9 @@ def _prepend(tokenizer: Any, token: str, index: int) -> None:
     )
 
 
-def _tokenizer_config(fields: GGUFTokenizer) -> dict[str, Any]:
+def _tokenizer_config(fields: GGUFTokenizer) -> dict[str, object]:
     # PreTrainedTokenizerFast takes tokenizer.json as it is; a class by the model's name would rebuild it.
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
@@ -225,7 +225,7 @@ def _config(model: Any, fields: GGUFTokenizer) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def _generation_config(fields: GGUFTokenizer) -> dict[str, Any]:
+def _generation_config(fields: GGUFTokenizer) -> dict[str, object]:
     pad = fields.eos if fields.pad is None else fields.pad
     ids = {"bos_token_id": fields.bos, "eos_token_id": fields.end_ids or None, "pad_token_id": pad}
     return {name: value for name, value in ids.items() if value is not None}
@@ -265,7 +265,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -194,11 +194,11 @@ def check_place(path: Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}): give another place") from None
 
 
-def write_document(path: Path, document: Mapping[str, Any]) -> None:
+def write_document(path: Path, document: Mapping[str, object]) -> None:
     """Write an object with its checksum, beside and renamed."""
     write_json(path, with_checksum(document))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write beside and rename."""
     write_text(path, json.dumps(value, indent=1) + "\n")
