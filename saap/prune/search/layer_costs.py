@@ -130,8 +130,8 @@ def read_costs(
         onnxruntime: version that will run it; None accepts any.
 
     Raises:
-        CostError: no such file, truncated, not a table of costs, of another device, version, model or precision, or
-            without that thread count.
+        CostError: no such file, truncated, not a table of costs, of another version, model or precision, or without
+            that thread count.
     """
     path = Path(path)
     if not path.is_file():

@@ -64,9 +64,8 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
-        tmp_path / "cost.json", SHAPE, bits=8, group_size=32, threads=1, fingerprint=device["fingerprint"],
-        onnxruntime=device["onnxruntime"],
-    )  # fmt: skip
+        tmp_path / "cost.json", SHAPE, bits=8, group_size=32, threads=1, onnxruntime=device["onnxruntime"]
+    )
     assert (table.threads, table.depth) == (1, 50) and len(document["threads"]) == 1
     assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
     whole = [LayerSizes(2, 1, 64)] * 4
