@@ -144,8 +144,8 @@ def test_what_a_run_records_does_the_same_alone(tiny_model, tmp_path, text, monk
     out = Path("my demo")
     here("run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
          "--calibration", text, "--data", text, "--text", "my texts/judge.txt", "--tokens", "1024", "--seed", "3",
-         "--repetitions", "1", "--threads", "1", "--set", "sequences=16", "--set", "learning_rate=0.01",
-         "--set", "max_chunks=8")  # fmt: skip
+         "--repetitions", "1", "--threads", "1", "--set", "sequences=16", "--set", "length=64", "--set",
+         "learning_rate=0.01", "--set", "chunk=64", "--set", "max_chunks=8")  # fmt: skip
     sizes = [(out / name / "model.onnx.data").stat().st_size for name in ("slim-int4", "dense-int4")]
     assert sizes[0] <= 242_000 < sizes[1]
     assert "--max-bytes 242000 --method flap" in (out / "report.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support.command_line import here, last_line
@@ -114,8 +115,6 @@ def test_a_row_names_its_examples(tiny_model, folder):
 
 def test_the_prompts_are_the_harness_s(folder):
     """Against the templates in its own files, filled with the same text under its names."""
-    from pathlib import Path
-
     import yaml
     from jinja2 import Template
 
@@ -139,7 +138,6 @@ def test_the_prompts_are_the_harness_s(folder):
 
 def test_hellaswag_is_cleaned_as_the_harness_does_it(folder):
     import importlib.util
-    from pathlib import Path
 
     source = Path(lm_eval.__file__).parent / "tasks/hellaswag/utils.py"
     spec = importlib.util.spec_from_file_location("hellaswag_utils", source)
@@ -275,11 +273,20 @@ def test_options_without_tasks_are_refused(tiny_model, folder):
 
 def test_a_data_set_that_cannot_be_had_is_one_line(tiny_model, monkeypatch):
     import datasets
+    from lm_eval.tasks import TaskManager
+
+    from saap.evaluate import tasks
 
     def unreachable(**_):
         raise ConnectionError("no route")
 
+    def one_folder(include_defaults):
+        """The harness's piqa alone: to read the files of all its tasks takes long."""
+        assert include_defaults
+        return TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks/piqa"))
+
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(tasks, "TaskManager", one_folder)
     said = here("eval", tiny_model(), "--tasks", "piqa", code=2).stderr
     assert "the data of piqa cannot be had (ConnectionError)" in said and "--task-dir" in said
     assert "no task piqqa" in here("eval", tiny_model(), "--tasks", "piqqa", code=2).stderr
