@@ -74,7 +74,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         """Whether the step was done, by the plan in run.json and the record of the slim directory."""
         asked = options(**{"calibration": str(text), "sequences": 4, "length": 16, **changes})
         with Console() as console:
-            state = pipeline._State(out, "tiny", asked, console)
+            state = pipeline._State(out, str(model), asked, console)
             before = state.run["steps"]
             pipeline._prune(state, model, "dense")
         record = read_record(out / "slim")
