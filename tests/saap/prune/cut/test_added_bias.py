@@ -24,6 +24,7 @@ from tests.saap.prune.test_families import (
     check_generation,
     cut,
     dense_dir,
+    fitting,
     logits,
     masked_logits,
     shipped,
@@ -48,6 +49,7 @@ def compensated(dense_dir, tmp_path):
 
     def make(case, plan=EXPORTED):
         path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
+        plan = fitting(path, plan)
         generator = torch.Generator().manual_seed(9)
         biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan)}
         replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
@@ -86,7 +88,7 @@ def test_a_compensated_model_is_pruned_again(compensated, tmp_path, case):
     directory, _ = compensated(case)
     half = LayerPlan((0, 1), (0,), tuple(range(0, 64, 2)))
     no_ffn = LayerPlan((0, 1), (0, 1), ())
-    plan = PrunePlan((half, no_ffn, LayerPlan((), (), (1, 5)), LayerPlan((), (), ()), half))
+    plan = fitting(directory, PrunePlan((half, no_ffn, LayerPlan((), (), (1, 5)), LayerPlan((), (), ()), half)))
     expected = masked_logits(directory, plan)
     again = load_model(cut(directory, tmp_path / "again", plan))
     assert again.config.slim_bias is True
