@@ -213,12 +213,13 @@ def workplace(tmp_path, tiny_model, monkeypatch):
 def test_the_tutorial_works(workplace):
     """All its commands in order; a random model needs few tokens, and its bench few repetitions."""
     few = {
-        "run": ["--tokens", "2048", "--repetitions", "2", "--threads", "1"],
+        "run": ["--tokens", "1024", "--repetitions", "1", "--threads", "1", "--set", "sequences=8",
+                "--set", "length=32", "--set", "chunk=64", "--set", "max_chunks=4"],
         "prune": ["--sequences", "8", "--length", "32"],
-        "tune": ["--tokens", "2048"],
-        "bench": ["--repetitions", "2", "--prompt", "8", "--generate", "8", "--no-cold"],
-        "eval": ["--max-chunks", "4"],
-    }
+        "tune": ["--tokens", "1024"],
+        "bench": ["--repetitions", "1", "--prompt", "8", "--generate", "8", "--no-cold"],
+        "eval": ["--chunk", "64", "--max-chunks", "4"],
+    }  # fmt: skip
     for note, text in fences("docs/tutorial.md", "sh"):
         if note == "no-run":
             continue

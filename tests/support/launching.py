@@ -21,7 +21,7 @@ def launch(how, *program, fails=False):
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
         *map(str, program),
     ]  # fmt: skip
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*map(str, Path(__file__).resolve().parents[1:3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]

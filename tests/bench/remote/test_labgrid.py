@@ -273,6 +273,7 @@ def test_a_baseline_and_its_test(farm, bundle, tmp_path):
 
 def test_the_plugin_holds_one_place_for_all_tests(farm, pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins here take long to import
     pytester.makepyfile(
         "def test_one(saap_device):\n    assert saap_device.url == 'labgrid://pi'\n"
         "def test_other(saap_device):\n    assert saap_device.url == 'labgrid://pi'\n"

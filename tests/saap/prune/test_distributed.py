@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import commands_in_processes
 from support.command_line import here
 from support.launching import DATA_PARALLEL, launch
 
@@ -29,35 +31,49 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    ("how", "sizes"),
-    [
-        (["--stages", "2"], ("17", "32")),
-        (["--stream", *ONE_STEP, "--set", "prices=compensated"], ("12", "16")),  # fewer tokens than inputs
-        (["--method", "flap"], ("9", "32")),
-        ([*ONE_STEP, "--set", "score=element", "--set", "exact=true", "--set", "corrections=1"], ("10", "32")),
-    ],
-    ids=["in steps", "streamed", "bias", "exact"],
-)
-def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path, how, sizes):
-    if "--stream" in how:
-        assert regression(12 * 16, 320, 96).__class__ is Rows
-    model = tiny_model(intermediate_size=512) if "--stream" in how else tiny_model()
-    command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", sizes[0], "--length", sizes[1]]
-    here(*command, *how, "-o", tmp_path / "one")
-    shutil.rmtree(os.environ["SAAP_CACHE"])
-    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, *how, "-o", tmp_path / "two")
+CASES = {
+    "in steps": (["--stages", "2"], ("17", "32")),
+    "streamed": (["--stream", *ONE_STEP, "--set", "prices=compensated"], ("12", "16")),  # fewer tokens than inputs
+    "bias": (["--method", "flap"], ("9", "32")),
+    "exact": ([*ONE_STEP, "--set", "score=element", "--set", "exact=true", "--set", "corrections=1"], ("10", "32")),
+}
 
-    assert done.stdout.count("layers' weights removed") == 1  # one of them talks
-    assert not list(tmp_path.glob(".two*"))
-    one, two = (read_record(tmp_path / name) for name in ("one", "two"))
-    assert one["plan"]["layers"] == two["plan"]["layers"]
-    assert one["plan"]["price_nats"] == pytest.approx(two["plan"]["price_nats"], rel=2e-3)
-    assert one["lineage"]["calibration"] == two["lineage"]["calibration"]
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys()
-    for name, values in first.items():
-        assert torch.allclose(values, second[name], rtol=1e-3, atol=1e-5), name
+
+def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path):
+    """Both start once for all cases, which spares the imports."""
+    assert regression(12 * 16, 320, 96).__class__ is Rows
+    model, wide = str(tiny_model()), str(tiny_model("wide", intermediate_size=512))
+    commands = {
+        name: ["prune", wide if name == "streamed" else model, "--ratio", "0.3", "--calibration", str(text),
+               "--sequences", sequences, "--length", length, *how]
+        for name, (how, (sequences, length)) in CASES.items()
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name, words in commands.items():
+        here(*words, "-o", one / name)
+    shutil.rmtree(os.environ["SAAP_CACHE"])
+    two.mkdir()
+    together = [[*words, "-o", str(two / name)] for name, words in commands.items()]
+    launch(DATA_PARALLEL, commands_in_processes.__file__, two, json.dumps(together))
+
+    talks, is_silent = (json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert [said.count("layers' weights removed") for said in talks] == [1] * len(CASES)
+    assert is_silent == [""] * len(CASES)
+    assert not list(two.glob(".*"))
+    for name in CASES:
+        agree(one / name, two / name)
+
+
+def agree(one, two):
+    """Of two slim directories the plans are the same, and the weights and prices but for rounding."""
+    first, second = read_record(one), read_record(two)
+    assert first["plan"]["layers"] == second["plan"]["layers"], one.name
+    assert first["plan"]["price_nats"] == pytest.approx(second["plan"]["price_nats"], rel=2e-3)
+    assert first["lineage"]["calibration"] == second["lineage"]["calibration"]
+    weights, others = (load_file(path / "model.safetensors") for path in (one, two))
+    assert weights.keys() == others.keys()
+    for name, values in weights.items():
+        assert torch.allclose(values, others[name], rtol=1e-3, atol=1e-5), (one.name, name)
 
 
 def test_what_one_process_meets_ends_both_in_one_line(tiny_model, text, tmp_path):

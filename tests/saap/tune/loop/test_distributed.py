@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from support import train_in_processes
 from support.command_line import here
@@ -17,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 from saap.models.record import read_record
 from saap.system.errors import UserError
+from saap.tune.loop import processes
 from saap.tune.loop.processes import FSDP_TORCH, join_processes
 from saap.tune.loop.steps import steps_of
 from saap.tune.options import TrainOptions
@@ -79,13 +81,14 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
     assert all(torch.equal(poisoned[0].tensors[name], value) for name, value in poisoned[1].tensors.items())
 
 
-def test_fsdp_of_a_torch_that_errs_with_it_is_refused(tmp_path):
-    program = tmp_path / "join.py"
-    program.write_text(
-        "import torch\nfrom saap.system.errors import UserError\nfrom saap.tune.loop.processes import join_processes\n"
-        "torch.__version__ = '2.8.0+cpu'\ntry:\n    join_processes()\nexcept UserError as error:\n    print(error)\n"
+def test_fsdp_of_a_torch_that_errs_with_it_is_refused(monkeypatch):
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(
+        processes, "Accelerator", lambda **_: SimpleNamespace(state=state, num_processes=1, is_fsdp2=True)
     )
-    assert launch(SHARDED, program).stdout.count("FSDP needs torch 2.9 and this is 2.8.0+cpu: install it, or") == 2
+    monkeypatch.setattr(torch, "__version__", "2.8.0+cpu")
+    with pytest.raises(UserError, match=r"FSDP needs torch 2.9 and this is 2.8.0\+cpu: install it, or"):
+        join_processes()
 
 
 def test_rows_that_cannot_be_split_are_refused():
