@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("real model"))
 
 
+@pytest.fixture(autouse=True)
+def one_pass_of_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measurement probes the memory twice; tests that measure need no sure answer to that."""
+    monkeypatch.setattr("bench.measure.roofline.PASSES", 1)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The directory of texts that SAAP_DATA names; broken is a failure, absent a skip."""

@@ -65,6 +65,7 @@ def test_uniform_models_are_plain_hugging_face_directories(tiny_model, tmp_path)
     assert not (slim / "modeling_slim.py").exists()
 
 
+@pytest.mark.slow  # tests/saap/prune/test_families.py has every family load so
 def test_non_uniform_models_load_elsewhere_with_the_shipped_file(tiny_model, tmp_path):
     path = tiny_model()
     slim = cut(path, tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"]))
