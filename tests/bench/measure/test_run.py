@@ -23,6 +23,7 @@ from bench.measure.worker import timed_pass
 from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
 from bench.runtimes.peers import PeerError, read_peers
 from export.bundle.manifest import BundleError
+from export.generate.scoring import BundleScorer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -159,8 +160,7 @@ def test_measured_tokens_are_the_model_s_own(bundles: list[Path]) -> None:
     decoder = OrtDecoder(bundles[0], 1, 22, verify=False)
     ticks = iter(range(100))
     done = timed_pass(decoder, np.array(prompt_tokens(12, VOCAB, 0)), 10, lambda: float(next(ticks)))
-    scoring = OrtDecoder(bundles[0], 1, 22, scoring=True, verify=False)
-    whole = scoring.logits(np.array([*prompt_tokens(12, VOCAB, 0), *done.tokens[:-1]]))
+    whole = BundleScorer(bundles[0], 1).logits(np.array([[*prompt_tokens(12, VOCAB, 0), *done.tokens[:-1]]]))[0]
     assert whole[11:].argmax(-1).tolist() == done.tokens
 
 
