@@ -1,6 +1,6 @@
 """Commands one after the other in the processes that start this: python commands_in_processes.py OUT COMMANDS.
 
-What each of them printed is in OUT/<rank>.json.
+What each of them printed and its exit code are in OUT/<rank>.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ import torch
 from support.command_line import here
 
 if __name__ == "__main__":
-    said = [here(*words).stdout for words in json.loads(sys.argv[2])]
+    said = [vars(here(*words, code=None)) for words in json.loads(sys.argv[2])]
     Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(said), encoding="utf-8")
     torch.distributed.destroy_process_group()

@@ -40,7 +40,7 @@ CASES = {
 
 
 def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path):
-    """Both start once for all cases, which spares the imports."""
+    """Both start once for all cases, which spares the imports; what one of them meets ends both in one line."""
     assert regression(12 * 16, 320, 96).__class__ is Rows
     model, wide = str(tiny_model()), str(tiny_model("wide", intermediate_size=512))
     commands = {
@@ -53,12 +53,21 @@ def test_two_processes_prune_as_one_does(tiny_model, text, tmp_path):
         here(*words, "-o", one / name)
     shutil.rmtree(os.environ["SAAP_CACHE"])
     two.mkdir()
+    broken = tiny_model("broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
     together = [[*words, "-o", str(two / name)] for name, words in commands.items()]
+    scored = [word for word in commands["bias"][2:] if word not in CASES["bias"][0]]
+    together.append(["prune", str(broken), *scored, "-o", str(two / "broken")])
     launch(DATA_PARALLEL, commands_in_processes.__file__, two, json.dumps(together))
 
     talks, is_silent = (json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert [said.count("layers' weights removed") for said in talks] == [1] * len(CASES)
-    assert is_silent == [""] * len(CASES)
+    *pruned, failed = zip(talks, is_silent, strict=True)
+    assert [said["stdout"].count("layers' weights removed") for said, _ in pruned] == [1] * len(CASES)
+    assert {(said["code"], other["code"], other["stdout"]) for said, other in pruned} == {(0, 0, "")}
+    assert failed[0]["code"] and failed[1]["code"] and not (two / "broken").exists()
+    assert "the loss is nan on calibration sequence 0: check the model and the text" in failed[0]["stderr"]
     assert not list(two.glob(".*"))
     for name in CASES:
         agree(one / name, two / name)
@@ -74,18 +83,6 @@ def agree(one, two):
     assert weights.keys() == others.keys()
     for name, values in weights.items():
         assert torch.allclose(values, others[name], rtol=1e-3, atol=1e-5), (one.name, name)
-
-
-def test_what_one_process_meets_ends_both_in_one_line(tiny_model, text, tmp_path):
-    model = tiny_model()
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    command = ["prune", model, "--ratio", "0.3", "--calibration", text, "--sequences", "9", "--length", "32"]
-    done = launch(DATA_PARALLEL, "-m", "saap.cli", *command, "-o", tmp_path / "out", fails=True)
-    assert "the loss is nan on calibration sequence 0: check the model and the text" in done.stderr
-    assert "saap/prune/scores/scoring.py" not in done.stderr  # no traceback of ours
-    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_is_alone_and_keeps_what_it_has():
