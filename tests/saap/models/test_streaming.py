@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.family_cuts import CASES
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
@@ -14,7 +15,6 @@ from saap.prune.scores.activations import collect
 from saap.prune.scores.importance import estimate
 from saap.prune.scores.layerwise import estimate_layerwise
 from saap.prune.search.masking import masked, mean_nll
-from tests.saap.prune.test_families import CASES
 
 
 @pytest.fixture(params=sorted(CASES))

@@ -8,16 +8,7 @@ import pytest
 import torch
 from support import llama_cpp_run
 from support.exported import export_bundle, export_portable
-
-from export.generate.scoring import BundleScorer
-from export.gguf.write import export_gguf
-from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config, slim_config
-from saap.prune.plan import LayerPlan, PrunePlan
-from saap.prune.search.masking import masked
-from saap.system.errors import UserError
-from saap.tune import TuneOptions, tune
-from tests.saap.prune.test_families import (
+from support.family_cuts import (
     CASES,
     EXPORTED,
     IDS,
@@ -29,6 +20,15 @@ from tests.saap.prune.test_families import (
     masked_logits,
     shipped,
 )
+
+from export.generate.scoring import BundleScorer
+from export.gguf.write import export_gguf
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config
+from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.search.masking import masked
+from saap.system.errors import UserError
+from saap.tune import TuneOptions, tune
 
 __all__ = ["dense_dir"]
 FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on

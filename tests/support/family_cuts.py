@@ -1,0 +1,146 @@
+"""Models of every family, cut in every way, and what a cut model must give."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from export.generate.ort_model import CACHE
+from saap.models.architectures import architecture_of, shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.weight_files import tensor_reader
+from saap.prune.cut.surgery import cut_tensors
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.search.masking import masked
+
+IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
+WINDOW = 8  # five windows in the 40 tokens
+HEADS, GROUPS, CHANNELS, LAYERS = 6, 3, 64, 6
+# Windows and layers without rotary embedding fall differently on the layers, by lists and by what a config leaves out.
+CASES = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2,
+                        "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW,
+                            "attention_bias": True, "mlp_bias": True}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "granite": ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+                            "logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True}),
+}  # fmt: skip
+ALL = LayerPlan(tuple(range(HEADS)), tuple(range(GROUPS)), tuple(range(CHANNELS)))
+EMPTY = LayerPlan((), (), ())
+
+
+def random_layer(generator):
+    """Any legal layer of 3 KV groups of 2 heads and 64 channels."""
+    groups = sorted(generator.sample(range(GROUPS), generator.randint(1, GROUPS)))
+    each = generator.randint(1, 2)
+    heads = tuple(sorted(h for g in groups for h in generator.sample([2 * g, 2 * g + 1], each)))
+    channels = tuple(sorted(generator.sample(range(CHANNELS), generator.choice([1, 37, 32, 63]))))
+    kind = generator.choice(["both", "both", "attention", "ffn", "none"])
+    return LayerPlan(
+        heads if kind in ("both", "attention") else (), tuple(groups) if kind in ("both", "attention") else (),
+        channels if kind in ("both", "ffn") else (),
+    )  # fmt: skip
+
+
+def random_plan(seed):
+    generator = random.Random(seed)
+    layers = [random_layer(generator) for _ in range(LAYERS)]
+    layers[generator.randrange(LAYERS)] = LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(0, CHANNELS, 2)))
+    return PrunePlan(tuple(layers))
+
+
+NARROW = LayerPlan((0, 3), (0, 1), tuple(range(32)))
+PLANS = {
+    "a layer dropped": PrunePlan((ALL, EMPTY, ALL, NARROW, ALL, ALL)),
+    "first layers without attention": PrunePlan(
+        (LayerPlan((), (), (1, 5, 9)), EMPTY, LayerPlan((), (), tuple(range(32))), NARROW, ALL, ALL)
+    ),
+    "last layers dropped": PrunePlan((ALL, LayerPlan((2, 4), (1, 2), ()), NARROW, EMPTY, EMPTY, EMPTY)),
+    **{f"random {seed}": random_plan(seed) for seed in range(4)},
+}
+
+
+EXPORTED = PrunePlan(
+    (ALL, NARROW, EMPTY, LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1, 4, 5), (0, 2), ()), ALL)
+)
+
+
+def fitting(path, plan):
+    """The plan, with all heads or none where a norm spans them."""
+    shape = shape_of(read_config(path))
+    if shape.separable_heads:
+        return plan
+    whole = map(whole_layer, shape.layers)
+    pairs = zip(plan.layers, whole, strict=True)
+    return PrunePlan(tuple(replace(w, ffn=k.ffn) if k.query_heads else k for k, w in pairs))
+
+
+@pytest.fixture
+def dense_dir(tiny_family):
+    def make(case, **more):
+        model_type, overrides = CASES[case]
+        sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS,
+                 "head_dim": 16, "intermediate_size": CHANNELS}  # fmt: skip
+        return tiny_family(model_type, **{**sizes, **overrides, **more})
+
+    return make
+
+
+def cut(path, out, plan, replaced=None, **shape_changes):
+    config = read_config(path)
+    shape = shape_of(config)
+    names, read = tensor_reader(path)
+    tensors = cut_tensors(names, read, plan, shape, architecture_of(config), replaced)
+    kept = replace(plan.kept_shape(shape), **shape_changes)
+    return write_slim(out, path, slim_config(config, kept, kept=plan.kept_layers), tensors, {"plan": {}})
+
+
+def logits(model, ids=IDS):
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def masked_logits(path, plan):
+    dense = load_model(path)
+    with masked(dense, dict(enumerate(plan.layers)), shape_of(dense.config).head_dim):
+        return logits(dense)
+
+
+def shipped(directory):
+    """The model by the modelling file in its directory, without a class registered anywhere."""
+    spec = importlib.util.spec_from_file_location("shipped_slim", directory / "modeling_slim.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shipped_slim"] = module
+    try:
+        spec.loader.exec_module(module)
+        name = json.loads((directory / "config.json").read_text())["architectures"][0]
+        return getattr(module, name).from_pretrained(directory, dtype=torch.float32).eval()
+    finally:
+        del sys.modules["shipped_slim"]
+
+
+def check_generation(model):
+    """With a cache, and by whole forwards, past the window."""
+    prompt = IDS[:1, :6]
+    cached, plain = (
+        model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use, eos_token_id=None)
+        for use in (True, False)
+    )
+    assert cached.shape == (1, 12)
+    assert (cached == plain).all()
+    with torch.inference_mode():
+        first = model(input_ids=IDS[:, :25], use_cache=True)
+        rest = model(input_ids=IDS[:, 25:], use_cache=True, **{CACHE: getattr(first, CACHE)}).logits
+    assert (rest - logits(model)[:, 25:]).abs().max() <= 1e-4
