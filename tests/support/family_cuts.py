@@ -144,3 +144,38 @@ def check_generation(model):
         first = model(input_ids=IDS[:, :25], use_cache=True)
         rest = model(input_ids=IDS[:, 25:], use_cache=True, **{CACHE: getattr(first, CACHE)}).logits
     assert (rest - logits(model)[:, 25:]).abs().max() <= 1e-4
+
+
+FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
+MODULES = {"self_attn.o_proj": "query_heads", "mlp.down_proj": "ffn"}
+
+
+def kept_modules(plan):
+    """(layer of the base, layer of the slim model, module) of each output and down projection that is left."""
+    for new, old in enumerate(plan.kept_layers):
+        for module, sizes in MODULES.items():
+            if getattr(plan.layers[old], sizes):
+                yield old, new, module
+
+
+@pytest.fixture
+def compensated(dense_dir, tmp_path):
+    """A slim directory with random biases and one changed matrix, and the logits that it must give."""
+
+    def make(case, plan=EXPORTED):
+        path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
+        plan = fitting(path, plan)
+        generator = torch.Generator().manual_seed(9)
+        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan)}
+        replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
+        dense = load_model(path)
+        changed = dense.model.layers[0].mlp.down_proj.weight
+        changed.data += 0.05 * torch.randn(changed.shape, generator=generator)
+        replaced["model.layers.0.mlp.down_proj.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
+        with masked(dense, dict(enumerate(plan.layers)), 16):
+            for (old, _, module), bias in biases.items():
+                dense.model.layers[old].get_submodule(module).bias = torch.nn.Parameter(bias)
+            expected = logits(dense)
+        return cut(path, tmp_path / "slim", plan, replaced, added_bias=True), expected
+
+    return make

@@ -11,8 +11,11 @@ from support.exported import export_bundle, export_portable
 from support.family_cuts import (
     CASES,
     EXPORTED,
+    FULL,
     IDS,
+    MODULES,
     check_generation,
+    compensated,
     cut,
     dense_dir,
     fitting,
@@ -26,44 +29,10 @@ from export.gguf.write import export_gguf
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
-__all__ = ["dense_dir"]
-FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
-MODULES = {"self_attn.o_proj": "query_heads", "mlp.down_proj": "ffn"}
-
-
-def kept_modules(plan):
-    """(layer of the base, layer of the slim model, module) of each output and down projection that is left."""
-    for new, old in enumerate(plan.kept_layers):
-        for module, sizes in MODULES.items():
-            if getattr(plan.layers[old], sizes):
-                yield old, new, module
-
-
-@pytest.fixture
-def compensated(dense_dir, tmp_path):
-    """A slim directory with random biases and one changed matrix, and the logits that it must give."""
-
-    def make(case, plan=EXPORTED):
-        path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
-        plan = fitting(path, plan)
-        generator = torch.Generator().manual_seed(9)
-        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan)}
-        replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
-        dense = load_model(path)
-        changed = dense.model.layers[0].mlp.down_proj.weight
-        changed.data += 0.05 * torch.randn(changed.shape, generator=generator)
-        replaced["model.layers.0.mlp.down_proj.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
-        with masked(dense, dict(enumerate(plan.layers)), 16):
-            for (old, _, module), bias in biases.items():
-                dense.model.layers[old].get_submodule(module).bias = torch.nn.Parameter(bias)
-            expected = logits(dense)
-        return cut(path, tmp_path / "slim", plan, replaced, added_bias=True), expected
-
-    return make
+__all__ = ["compensated", "dense_dir"]
 
 
 @pytest.mark.parametrize("case", CASES)
