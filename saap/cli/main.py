@@ -111,7 +111,8 @@ def invoke() -> None:
     except OSError as error:
         if error.errno not in PLACES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        place = error.filename2 or error.filename  # of a copy the second, which is being written
+        where = f"{place}: " if place else ""
         fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", 2)
     except Exception as error:
         code = getattr(error, "exit_code", None)

@@ -254,8 +254,8 @@ def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
     size = tuned_bundle_size(read_config(tmp_path / "tuned"))
     assert size == (tmp_path / "cpu/model.onnx.data").stat().st_size
     tensors = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf").tensors
-    assert {e["type"] for name, e in tensors.items() if name != "token_embd.weight"} == {"Q4_0"}
-    assert tensors["token_embd.weight"]["type"] == "Q8_0"
+    assert {e.type for name, e in tensors.items() if name != "token_embd.weight"} == {"Q4_0"}
+    assert tensors["token_embd.weight"].type == "Q8_0"
 
 
 @pytest.mark.parametrize("rank", [16, {"model.layers.0.mlp.down_proj": 3}])
