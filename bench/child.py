@@ -103,27 +103,31 @@ def job_and_tell() -> tuple[dict[str, Any], Tell]:
     return json.load(sys.stdin), tell
 
 
-def read_lines(pipe: IO[bytes], patience: Callable[[float], float], most: int) -> Iterator[bytes]:
+def read_lines(
+    pipe: IO[bytes], patience: Callable[[float], float], most: int, heard: Callable[[], None] = lambda: None
+) -> Iterator[bytes]:
     """The lines of a pipe as they come, without their ends.
 
     Args:
         patience: given the seconds since the last byte, how many more to wait before it is asked again; it raises to
             wait no longer.
         most: bytes of one line.
+        heard: called whenever there is a piece, be it part of a line.
 
     Raises:
         OverflowError: a line is longer.
     """
-    rest, heard = b"", time.monotonic()
+    rest, since = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            if not selector.select(patience(time.monotonic() - heard)):
+            if not selector.select(patience(time.monotonic() - since)):
                 continue
             piece = os.read(pipe.fileno(), 1 << 16)
             if not piece:
                 break
-            heard = time.monotonic()
+            since = time.monotonic()
+            heard()
             *whole, rest = (rest + piece).split(b"\n")
             yield from whole
             if len(rest) > most:

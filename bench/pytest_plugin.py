@@ -46,6 +46,11 @@ class Device:
     max_time_s: float
     tests: list[DeviceTest] = field(default_factory=list)
 
+    @property
+    def url(self) -> str | None:
+        """Of a board; None for this host."""
+        return self.target.url
+
     def measure(self, bundle: str | Path, **options: Any) -> Result:
         """A bench run of one bundle; ``options`` are fields of ``bench.measure.BenchOptions``.
 

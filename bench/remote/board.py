@@ -164,14 +164,14 @@ class Board:
                 raise Stopped
             if silent_s > self._silence_s:
                 raise TimeoutError
-            self._contact = max(self._contact, time.monotonic() - silent_s)
             return POLL_S
+
+        def heard() -> None:
+            self._contact = time.monotonic()
 
         assert process.stdout is not None
         try:
-            for line in read_lines(process.stdout, patience, MOST_LINE):
-                self._contact = time.monotonic()
-                yield line
+            yield from read_lines(process.stdout, patience, MOST_LINE, heard)
         except OverflowError as error:
             raise self.garbage(str(error)) from None
 
