@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,11 +13,16 @@ from support.command_line import here
 from bench.judge.quality import MEAN, PERPLEXITY, QualityError, compare_quality, exit_code, read_quality
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE
 
-RANDOM = np.random.default_rng(3)
+RANDOM = np.random.default_rng(3)  # each test has its own, see below
 WINDOWS = RANDOM.normal(40.0, 8.0, 60)  # nats of windows of 11 predictions: windows differ far more than models do
 PROTOCOL = {"text": "a.txt", "text_sha256": "a" * 64, "tokens_sha256": "b" * 64, "tokenizer_sha256": "c" * 64,
             "chunk": 12, "chunks": 60, "stride": 12, "bos": False, "join": "raw", "predictions": 660,
             "self_written": False}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def the_same_noise_in_every_order(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "RANDOM", np.random.default_rng(4))
 
 
 def document(name="m", shift=0.0, noise=0.2, answers=None, **protocol):
