@@ -22,10 +22,11 @@ from bench.child import ChildFailedError, call
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
-from bench.measure.cores import choose_cores, physical_cores
+from bench.measure.cores import choose_cores
 from bench.measure.result import command_line
 from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.onnxruntime import check_threads
+from devices.common.cores import physical_cores
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text

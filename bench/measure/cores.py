@@ -19,24 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from devices.common.cores import CPUS, allowed_cores, siblings
 from devices.common.tree import number, text
 from devices.probe.cpu import CPU
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
-
-CPUS = Path("/sys/devices/system/cpu")
-
-
-def allowed_cores() -> list[int]:
-    """Logical CPUs that this process may use, ascending."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def physical_cores(cpus: list[int] | None = None, root: Path = CPUS) -> int:
-    """Distinct physical cores among the allowed logical ones: the default thread count."""
-    cpus = allowed_cores() if cpus is None else cpus
-    return len({_siblings(cpu, root) for cpu in cpus})
 
 
 def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS) -> list[int]:
@@ -45,7 +31,7 @@ def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS)
     seen: dict[str, int] = {}
     keys = {}
     for cpu in cpus:
-        core = _siblings(cpu, root)
+        core = siblings(cpu, root)
         keys[cpu] = (seen.get(core, 0), -_capacity(cpu, root), cpu)
         seen[core] = seen.get(core, 0) + 1
     return sorted(sorted(cpus, key=keys.__getitem__)[:threads])
@@ -55,13 +41,6 @@ def pin(cpus: list[int]) -> None:
     """Keep this process, and the threads that it starts, on these CPUs; a system without affinity is left alone."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus)
-
-
-def _siblings(cpu: int, root: Path) -> str:
-    try:
-        return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(cpu)
 
 
 def _capacity(cpu: int, root: Path) -> int:

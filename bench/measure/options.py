@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from devices.common.cores import physical_cores
 from devices.common.errors import UserError
 from devices.common.options import Option
 from devices.common.values import parse_counts, parse_pair
@@ -120,8 +121,6 @@ class BenchOptions:
 
     def settings(self) -> list[Setting]:
         """All settings, each once, fewest threads and shortest first."""
-        from bench.measure.cores import physical_cores  # with numpy, which help does not need
-
         threads = (physical_cores(),) if self.threads is None else counts(self.threads)
         lengths = [*product(counts(self.prompt), counts(self.generate)), *self.pairs]
         found = (Setting(t, d, p, n) for t, d, (p, n) in product(threads, counts(self.depth), lengths))

@@ -31,8 +31,7 @@ from bench.child import until_done
 from bench.remote.board import Board, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place
-from bench.runtimes.session import cache_directory
-from devices.common.files import parse_json, write_text
+from devices.common.files import cache_directory, parse_json, write_text
 from devices.common.progress import Progress
 from devices.transport import BoardError, Transport, open_transport, printable
 

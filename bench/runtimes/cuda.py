@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from bench.runtimes.onnxruntime import Ids, Logits, check_context, check_threads
-from bench.runtimes.providers import MASKED, GpuSession, check_provider, gpu_runtime, provider_options
-from bench.runtimes.session import DecoderError, first_line
+from bench.runtimes.providers import MASKED, GpuSession, gpu_runtime, provider_options
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
+from export.bundle.session import DecoderError, check_provider, first_line
 
 DEVICE = "cuda"  # where TensorRT's buffers are, too
 NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id

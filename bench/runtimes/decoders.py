@@ -8,7 +8,7 @@ from typing import Any
 from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.onnxruntime import Decoder, OrtDecoder
 from bench.runtimes.providers import ProviderFacts
-from bench.runtimes.session import DecoderError
+from export.bundle.session import DecoderError
 
 
 def make_decoder(

@@ -19,12 +19,11 @@ from typing import Any
 from bench.child import ChildFailedError, absent, call
 from bench.runtimes.facts import ModelFacts
 from bench.runtimes.onnxruntime import check_context
-from bench.runtimes.providers import check_provider
-from bench.runtimes.session import prepack
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, read_manifest, verify_files
+from export.bundle.session import check_provider, prepack
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)

@@ -24,17 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.runtimes.session import DecoderError, cache_directory, first_line, session_options
+from devices.common.files import cache_directory
 from export.bundle.external_data import check_external_data
-from export.bundle.manifest import BundleManifest, too_old
+from export.bundle.manifest import BundleManifest
+from export.bundle.session import EXECUTION, DecoderError, first_line, session_options
 
-EXECUTION = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-# TensorRT takes standard operators only; attention of the cuda target is ONNX Runtime's own and float16.
-TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",), "tensorrt": ("portable",)}
 MASKED = 1  # positions before the sequence in a TensorRT cache: an optimisation profile cannot begin at none
 
 # Arithmetic on lengths and positions, which ONNX Runtime places on the CPU beside any provider.
@@ -60,50 +54,6 @@ class ProviderFacts:
         """Another provider than the one asked for did (part of) the work. CUDA under TensorRT is declared, so none."""
         unused = self.nodes is not None and not self.nodes.get(self.asked)
         return self.active != self.asked or bool(self.on_cpu) or unused
-
-
-def check_provider(
-    manifest: BundleManifest, provider: str, where: str, *, cuda_graph: bool = False, runtime: Any = None
-) -> None:
-    """Refuse a bundle that a provider cannot run, and a provider that this ONNX Runtime does not have.
-
-    Args:
-        provider: cpu, cuda or tensorrt.
-        where: how to call the bundle in a message.
-        cuda_graph: whether decode steps shall be replayed as a CUDA graph.
-        runtime: the onnxruntime module, or another one in its place.
-
-    Raises:
-        DecoderError: what does not fit and what to do.
-    """
-    if provider not in EXECUTION:
-        raise DecoderError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
-    if manifest.target not in TARGETS[provider]:
-        fit = [name for name, targets in TARGETS.items() if manifest.target in targets]
-        raise DecoderError(
-            f"{where} is a bundle for {manifest.target}, which the provider {provider} does not run (it is one for "
-            f"{' or '.join(fit) or 'another runtime'}): saap export MODEL -o BUNDLE --target {TARGETS[provider][0]}"
-        )
-    if cuda_graph and provider != "cuda":
-        why = "its cache moves at every token" if provider == "tensorrt" else "there is no GPU in it"
-        raise DecoderError(f"the provider {provider} cannot replay a CUDA graph ({why}): leave it out, or use cuda")
-    if runtime is None:
-        import onnxruntime as runtime  # type: ignore[no-redef]
-    if refusal := too_old(manifest, runtime.__version__):
-        raise DecoderError(f"{where} {refusal}")
-    if provider != "cpu":
-        _check_installed(provider, runtime)
-
-
-def _check_installed(provider: str, runtime: Any) -> None:
-    available = runtime.get_available_providers()
-    if EXECUTION[provider] in available:
-        return
-    raise DecoderError(
-        f"the provider {provider} needs {EXECUTION[provider]}, and this ONNX Runtime {runtime.__version__} has only "
-        f"{', '.join(available)}: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'; a Jetson "
-        "needs NVIDIA's own build, since the aarch64 wheel has no kernels for Orin or Thor"
-    )
 
 
 def gpu_runtime() -> Any:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from export.bundle.decoder import Decoder as ForwardDecoder
+from export.bundle.decoder import Logits
 from export.bundle.manifest import PREFILL_CHUNK
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
-from export.generate.sampling import GREEDY, Draw, Logits, Sampling
-
-Ids = NDArray[np.int64]
+from export.generate.sampling import GREEDY, Draw, Sampling
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,11 @@ class AnswerSettings:
 DEFAULTS = AnswerSettings()
 
 
-class Decoder(Protocol):
-    """A model with a KV cache, one sequence at a time."""
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the cache holds: prompt and generated tokens together."""
-
-    def reset(self) -> None:
-        """Forget the sequence."""
+class Decoder(ForwardDecoder, Protocol):
+    """A decoder that can also go back in its sequence."""
 
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
-
-    def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
-
-    def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
 
 
 class HeldSequence:

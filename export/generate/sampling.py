@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from export.bundle.decoder import Logits
 from export.bundle.tokenizer import RunError
 
-Logits = NDArray[np.float32]
 Draw = Callable[[Logits, Sequence[int]], int]
 
 

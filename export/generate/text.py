@@ -5,18 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+import msgspec
+
+from devices.common.cores import physical_cores
 from devices.common.errors import UserError
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleManifest, read_manifest
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
-from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
+from export.generate.loop import AnswerSettings, Generation, begin_text
 from export.generate.options import GenerateOptions
 from export.generate.sampling import Sampling
 
 CHAT_CONTEXT = 4096  # positions of a conversation's cache where no context is given
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class SamplingSettings(TypedDict, total=False):
+    """What a user or a model may say about sampling."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+SAMPLED = tuple(SamplingSettings.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,8 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
         check_text(text)
     needed = CHAT_CONTEXT if prompt is None else options.max_tokens + _length(tokenizer, prompt, templated, options)
     context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
-    decoder, threads = _open_decoder(directory, context, options)
+    threads = physical_cores() if options.threads is None else options.threads
+    decoder = OrtDecoder(directory, threads, context, prepacked=options.prepacked)
     settings = AnswerSettings(options.max_tokens, sampling)
     talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
 
@@ -135,14 +152,14 @@ def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
         UserError: a temperature of 0 beside an option that only means something when tokens are drawn.
         RunError: a value out of range.
     """
-    given: dict[str, Any] = {name: getattr(options, name) for name in SAMPLED if getattr(options, name) is not None}
+    given: dict[str, object] = {name: getattr(options, name) for name in SAMPLED if getattr(options, name) is not None}
     asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options.sample else [])
     if asked and given.get("temperature") == 0:
         flag = "--" + asked[0].replace("_", "-")
         raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
     if asked or given.get("temperature"):
         given = {"temperature": 1.0, **_model_defaults(bundle), **given}
-    return Sampling(**given, seed=options.seed)
+    return Sampling(**msgspec.convert(given, SamplingSettings), seed=options.seed)
 
 
 def check_text(text: str | None) -> None:
@@ -166,16 +183,7 @@ def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: G
     return len(tokenizer.encode(rendered, add_special_tokens=False))
 
 
-def _open_decoder(bundle: Path, context: int, options: GenerateOptions) -> tuple[Decoder, int]:
-    """The decoder that is measured, and its threads."""
-    from bench.measure.cores import physical_cores
-    from bench.runtimes.onnxruntime import OrtDecoder
-
-    threads = physical_cores() if options.threads is None else options.threads
-    return OrtDecoder(bundle, threads, context, prepacked=options.prepacked), threads
-
-
-def _model_defaults(bundle: Path) -> dict[str, Any]:
+def _model_defaults(bundle: Path) -> dict[str, float]:
     path = bundle / "generation_config.json"
     config = read_json(path)
     found = {name: config[name] for name in SAMPLED if config.get(name) is not None}

@@ -335,7 +335,7 @@ def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str
 
 def thread_counts(options: RunOptions) -> list[int]:
     """What the bench runs at: what was asked for, else one thread and all physical cores."""
-    from bench.measure.cores import physical_cores
+    from devices.common.cores import physical_cores
 
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 

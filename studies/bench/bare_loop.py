@@ -19,7 +19,7 @@ WARM_UP = 24
 
 
 def main(bundle: str, prompt: int, generate: int, threads: int, cpus: list[int]) -> None:
-    from bench.runtimes.onnxruntime import collapse
+    from export.bundle.decoder import collapse
 
     os.sched_setaffinity(0, cpus)
     options = ort.SessionOptions()

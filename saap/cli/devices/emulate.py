@@ -55,7 +55,7 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
 def emulate_bundle(bundle: str, asked: EmulateCommand, json_path: Path | None, console: Console) -> int:
     """Prepare, run, show; the exit code."""
     from bench.remote.emulated import document, emulate
-    from bench.runtimes.session import cache_directory
+    from devices.common.files import cache_directory
     from devices.emulate.qemu import CPUS, prepare
     from devices.probe.host import probe
 

@@ -64,10 +64,11 @@ def read_bandwidth(cache_bytes: int | None) -> list[dict[str, Any]]:
     Returns:
         Per count: threads, cpus, bytes_per_s (best pass) and samples (bytes per second), or unknown.
     """
-    from bench.measure.cores import allowed_cores, choose_cores, physical_cores
+    from bench.measure.cores import choose_cores
     from bench.measure.roofline import probe_bandwidth
+    from devices.common.cores import physical_cores
 
-    most = physical_cores(allowed_cores())
+    most = physical_cores()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
     found = []
     for count in counts:

@@ -13,16 +13,15 @@ from support.fake_trees import plant
 from bench.measure.cores import (
     IDLE_PROBES,
     CoolDown,
-    allowed_cores,
     board_state,
     choose_cores,
     drift,
     level,
-    physical_cores,
     probe_clock,
     temperature,
 )
 from bench.measure.host_state import counters, snapshot
+from devices.common.cores import allowed_cores, physical_cores
 from devices.probe.host import nobody
 from devices.probe.state import throttling
 

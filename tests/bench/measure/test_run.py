@@ -20,8 +20,8 @@ from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass
-from bench.runtimes.onnxruntime import DecoderError, OrtDecoder
 from bench.runtimes.peers import PeerError, read_peers
+from export.bundle.decoder import DecoderError, OrtDecoder
 from export.bundle.manifest import BundleError
 from export.generate.scoring import BundleScorer
 

@@ -187,7 +187,7 @@ def tools() -> None:
 
 @pytest.fixture(scope="session")
 def root(tools: None) -> Root:
-    from bench.runtimes.session import cache_directory
+    from devices.common.files import cache_directory
 
     try:
         return prepare(cache_directory(), str(probe()["onnxruntime"]))

@@ -16,7 +16,7 @@ from bench.measure.worker import timed_pass
 from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.decoders import make_decoder
 from bench.runtimes.onnxruntime import OrtDecoder
-from bench.runtimes.session import DecoderError
+from export.bundle.session import DecoderError
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 KINDS = [("cuda", False), ("cuda", True), ("tensorrt", False)]

@@ -11,7 +11,7 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from bench.runtimes.onnxruntime import PAGE, DecoderError, OrtDecoder, collapse, whole_pages
+from export.bundle.decoder import PAGE, DecoderError, OrtDecoder, collapse, whole_pages
 from export.bundle.manifest import BundleError
 from export.generate.scoring import BundleScorer
 
@@ -48,7 +48,7 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     whole = decoder.prefill(IDS).copy()
     runs = []
     append = decoder._append
-    monkeypatch.setattr("bench.runtimes.onnxruntime.PREFILL_CHUNK", piece)
+    monkeypatch.setattr("export.bundle.decoder.PREFILL_CHUNK", piece)
     monkeypatch.setattr(decoder, "_append", lambda ids: runs.append(len(ids)) or append(ids))
     decoder.reset()
     np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)

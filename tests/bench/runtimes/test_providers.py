@@ -14,9 +14,9 @@ from support.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from support.tiny_graphs import tiny_bundle
 
 from bench.runtimes.decoders import make_decoder, provider_facts
-from bench.runtimes.providers import GpuSession, ProviderFacts, check_provider, placed_by_profile
-from bench.runtimes.session import DecoderError
+from bench.runtimes.providers import GpuSession, ProviderFacts, placed_by_profile
 from export.bundle.manifest import BundleError, read_manifest
+from export.bundle.session import DecoderError, check_provider
 
 AZURE = "AzureExecutionProvider"
 SHAPES = ["Shape", "Gather", "Cast"]

@@ -11,8 +11,8 @@ from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
 from bench.runtimes.onnxruntime import OrtDecoder
-from bench.runtimes.session import DecoderError, prepack, prepacked_directory
 from export.bundle.manifest import BundleError, read_manifest
+from export.bundle.session import DecoderError, prepack, prepacked_directory
 
 IDS = np.arange(5, dtype=np.int64)
 
