@@ -45,7 +45,6 @@ class BenchCommand:
     form: Annotated[Literal["md", "csv"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
 
     def check(self) -> None:
-        """Raise UserError for what contradicts itself."""
         self.board.check(on_a_board=bool(self.on))
         if len(self.on) > 1 and self.form == "csv":
             raise UserError("--format csv is of one board: give md, or --json FILE")
@@ -88,7 +87,6 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
 
 
 def read_quality(path: Path | None) -> dict[str, object] | None:
-    """The document that goes with the speeds."""
     from saap.system.files import read_object
 
     return None if path is None else read_object(path, "write it with `saap eval --json`")
@@ -133,7 +131,6 @@ def _show_as_asked(result: Result, asked: BenchCommand) -> None:
 
 
 def measured(specs: list[str], options: BenchOptions, console: Console, names: list[str] | None = None) -> Result:
-    """The result of a bench run, with its progress shown."""
     from bench.measure import measure
     from saap.system.interrupt import ended_as_by_a_person
 
@@ -154,7 +151,6 @@ def verify_models(specs: list[str]) -> None:
 
 
 def keep(result: Result, json_path: Path | None, history: Path | None = None) -> None:
-    """Write the result where it was asked for."""
     from bench.measure.result import result_text, write_result
 
     if history is not None:

@@ -102,7 +102,6 @@ def _is_result(spec: str) -> bool:
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """One row per name and setting, and the reasons."""
     from bench.report.verdicts import SPEED, sentence, verdict_table
 
     table = verdict_table(comparison.rows, SPEED)

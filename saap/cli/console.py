@@ -63,7 +63,6 @@ class Console:
         self._stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
         self.finish()
         if speaks():
             click.echo(shown(text), err=True)

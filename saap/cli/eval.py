@@ -109,7 +109,6 @@ class Bundle:
 
     @property
     def manifest(self) -> BundleManifest:
-        """``bundle.json``."""
         from export.bundle.manifest import read_manifest
 
         return read_manifest(self.path)
@@ -120,15 +119,12 @@ class Bundle:
         return manifest.parameters, sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
 
     def positions(self) -> int:
-        """Tokens that it reads at most."""
         return self.manifest.context_length
 
     def lineage(self) -> Mapping[str, object]:
-        """What its model was calibrated and tuned on."""
         return self.manifest.lineage
 
     def scorer(self) -> Score:
-        """Logits of ids."""
         import torch
 
         bundle = self._scorer(torch.get_num_threads())
@@ -151,7 +147,6 @@ class Bundle:
 
 
 def show_quality(quality: Quality) -> None:
-    """The quality table with its protocol."""
     protocol = quality.protocol
     if protocol is None:
         return

@@ -44,7 +44,6 @@ def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: 
 
 
 def show_inside(bundle: Path, as_json: bool) -> None:
-    """``saap export --inspect``."""
     from export.bundle.inspect import inspect_bundle, inspection_lines, inspection_tables
 
     report = inspect_bundle(bundle)
@@ -74,7 +73,6 @@ def export_model(model: str | Path, out: Path, options: ExportOptions, console: 
 
 
 def show_gguf(report: GGUFReport) -> None:
-    """A paragraph about a GGUF file."""
     click.echo(
         f"{report.file}: {report.bytes / 1e6:.1f} MB, {report.architecture}, {report.layers} layers, "
         f"{report.kind or 'as tuned'}"
@@ -88,7 +86,6 @@ def show_gguf(report: GGUFReport) -> None:
 
 
 def show_bundle(bundle: Path, manifest: BundleManifest) -> None:
-    """A paragraph about a bundle."""
     size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
     parity = manifest.parity
     bits = " and ".join(map(str, sorted({manifest.bits, *manifest.lineage.get("matrices", {}).values()})))

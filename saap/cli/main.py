@@ -78,7 +78,6 @@ def check_packages() -> None:
 
 
 def main() -> None:
-    """Entry point of the installed program."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask_to_end)
     try:

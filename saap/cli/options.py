@@ -36,7 +36,6 @@ class OptionsCommand(Sections):
     """A command that says for an option without a flag how it is set."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -55,7 +54,6 @@ class _Value(ValueType):
         self.name, self.setting = setting.name, setting
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """By the setting's own annotation."""
         if not isinstance(value, str):
             return value
         try:
@@ -64,7 +62,6 @@ class _Value(ValueType):
             raise UserError(f"{self.setting.flag} {error}") from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """The choices."""
         return [click.shell_completion.CompletionItem(str(c)) for c in self.setting.choices]
 
 
@@ -77,7 +74,6 @@ class _Assignment(ValueType):
         self.settings = settings
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A name and a value."""
         return assigned(self.settings, value) if isinstance(value, str) else value
 
 
@@ -89,7 +85,6 @@ class FieldOption(InSection):
         self.old = old
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Under all its spellings."""
         shown = self.opts
         self.opts = [*shown, *self.old]
         super().add_to_parser(parser, ctx)

@@ -48,7 +48,6 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run's directory."""
     from saap.system.files import read_object
 
     path = folder / "run.json"

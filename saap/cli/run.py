@@ -99,7 +99,6 @@ class RunOptions:
 
     @property
     def bundles(self) -> tuple[str, str]:
-        """The folders of the dense and the slim bundle."""
         return f"dense-int{self.tuning.options.bits}", f"slim-int{self.tuning.options.bits}"
 
 
@@ -418,7 +417,6 @@ def _texts(state: _State) -> list[dict[str, Any]]:
 
 
 def _finish(state: _State, results: list[Path], begun: float) -> None:
-    """The page, and the tables at the end."""
     import platform
 
     import onnxruntime

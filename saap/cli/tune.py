@@ -54,7 +54,6 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
 
 
 def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
-    """Tune, and show the losses."""
     from saap.models.resolve import resolve
     from saap.system.files import check_output
     from saap.system.processes import is_main_process
@@ -74,7 +73,6 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
 
 
 def say_rows(rows: TuningRows, console: Console) -> None:
-    """Which text is learnt, and what of it."""
     why = "; no text was given and SAAP_DATA is not set" if rows.self_written else ""
     part = "" if rows.kind == "text" else f", {rows.learnt} of {rows.ids.numel()} tokens are answers and learnt"
     console.say(f"  tuning text: {rows.source}{part}{why}")
@@ -83,7 +81,6 @@ def say_rows(rows: TuningRows, console: Console) -> None:
 
 
 def show_tuning(out: Path, history: History) -> None:
-    """What was trained, and the losses before and after."""
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
 

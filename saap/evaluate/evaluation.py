@@ -80,24 +80,19 @@ class Directory:
     writes: bool = True
 
     def size(self) -> tuple[int, int]:
-        """See :class:`Subject`."""
         return shape_of(read_config(self.path)).parameters, weights_bytes(self.path)
 
     def positions(self) -> int:
-        """See :class:`Subject`."""
         return positions_of(read_config(self.path))
 
     def lineage(self) -> Mapping[str, object]:
-        """See :class:`Subject`."""
         record = read_record(self.path)
         return {**record.get("lineage", {}), "tuning": record.get("tuning", {}).get("text")}
 
     def scorer(self) -> Score:
-        """See :class:`Subject`."""
         return torch_scorer(open_model(self.path))
 
     def continuations(self) -> tuple[Scorer, int]:
-        """See :class:`Subject`."""
         model = open_model(self.path)
         return torch_continuations(model), int(model.config.max_position_embeddings)
 

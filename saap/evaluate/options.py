@@ -51,5 +51,4 @@ class EvalOptions:
 
     @property
     def cut(self) -> Cut:
-        """How the text is cut."""
         return Cut(self.chunk, self.stride, self.bos, self.join, self.max_chunks)

@@ -41,8 +41,6 @@ class TextScores:
 
 
 def torch_scorer(model: PreTrainedModel) -> Score:
-    """Score with a transformers model."""
-
     @torch.inference_mode()
     def score(ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

@@ -133,7 +133,6 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
         raise UserError("a task that asks for perplexity: use `saap eval --text`, which states its protocol")
 
     def generate_until(self, requests: object, disable_tqdm: bool = False) -> list[str]:
-        """Not of these tasks."""
         raise UserError("a task that lets the model write: only multiple-choice tasks are run here")
 
 

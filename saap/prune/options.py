@@ -95,13 +95,11 @@ class AdaptiveOptions:
 
     @property
     def element(self) -> Element:
-        """The form of the element score that is needed."""
         if "element" not in FUSIONS[self.fusion.score]:
             return "none"
         return "exact" if self.exact else "streamed"
 
     def check(self) -> None:
-        """Raise UserError for what does not go together."""
         if self.corrections and self.prices == "compensated":
             raise UserError("corrections measure without compensation: leave them out, or set prices to silenced")
         if self.exact and self.element == "none":
@@ -212,12 +210,10 @@ class PruneOptions:
 
     @property
     def asked(self) -> dict[str, float]:
-        """What the slim model must meet, by its name."""
         return {name: value for name in REQUIREMENTS if (value := getattr(self, name)) is not None}
 
     @property
     def compensation(self) -> Compensation:
-        """The kind that is used."""
         return self.compensate or OWN_COMPENSATION.get(self.method, "none")
 
     @property
@@ -235,7 +231,6 @@ class PruneOptions:
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:
-        """Raise UserError for values that are not allowed or do not go together."""
         from saap.system.gpu import device_of
 
         self.check_requirement()

@@ -21,7 +21,6 @@ class LayerPlan:
 
     @property
     def sizes(self) -> LayerSizes:
-        """How many of each are kept."""
         return LayerSizes(len(self.query_heads), len(self.kv_heads), len(self.ffn))
 
 
@@ -86,7 +85,6 @@ class Weighed:
 
     @property
     def pays(self) -> bool:
-        """Whether attention is cut."""
         return self.gain > CLEAR * self.error
 
 
@@ -109,12 +107,10 @@ class Reasons:
         return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
 
     def of_layer(self, layer: int) -> list[Reason]:
-        """The blocks of one layer."""
         return [block for block in self.blocks if block.layer == layer]
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the layers, in order."""
         return sorted({block.layer for block in self.blocks})
 
     def record(self) -> dict[str, Any]:
@@ -151,12 +147,10 @@ class PrunePlan:
         return {i: keep for i, keep in enumerate(self.layers) if keep != whole_layer(dense.layers[i])}
 
     def kept_shape(self, dense: ModelShape) -> ModelShape:
-        """Shape of the slim model."""
         return dense.with_layers(tuple(self.layers[index].sizes for index in self.kept_layers))
 
 
 def whole_layer(sizes: LayerSizes) -> LayerPlan:
-    """The plan that keeps everything of a layer."""
     return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
 
 

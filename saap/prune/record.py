@@ -99,7 +99,6 @@ def plan_of(recorded: Mapping[str, Any]) -> PrunePlan:
 
 
 def layers_of(recorded: Sequence[Mapping[str, Sequence[int]]]) -> tuple[LayerPlan, ...]:
-    """What the layers keep, from JSON."""
     return tuple(
         LayerPlan(tuple(kept["query_heads"]), tuple(kept["kv_heads"]), tuple(kept["ffn"])) for kept in recorded
     )

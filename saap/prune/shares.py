@@ -41,7 +41,6 @@ class Shares:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes."""
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
@@ -67,7 +66,6 @@ class Shares:
         return tensor
 
     def total(self, number: float) -> float:
-        """The sum of a number over the processes."""
         return float(self.add_up(torch.tensor(number, dtype=torch.float64))) if self.count > 1 else number
 
     def agreed(self, value: Item) -> Item:
@@ -94,7 +92,6 @@ class Shares:
         return load(content[1:])
 
     def wait(self) -> None:
-        """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier(group=self.group)
 

@@ -141,11 +141,9 @@ class KeptStages:
         self.folder, self._key = folder, key
 
     def path(self, number: int) -> Path:
-        """Where a stage's model is written."""
         return self.folder / f"{number}-{self._key}"
 
     def fresh(self, name: str) -> Path:
-        """An empty folder for what a stage puts aside."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / name).mkdir()
         return self.folder / name

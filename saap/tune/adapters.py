@@ -86,7 +86,6 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
 
     @property
     def base(self) -> GroupQuantLinear:
-        """The matrix of integers."""
         return cast("GroupQuantLinear", self.base_layer)
 
     def update_layer(self, *_: object, **__: object) -> None:
@@ -122,7 +121,6 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
             self.merged_adapters.append(self.name)
 
     def write(self) -> None:
-        """Put the folded numbers into the base's buffers."""
         raise NotImplementedError
 
 
@@ -134,11 +132,9 @@ class ScaleAdapter(GroupAdapterLayer):
         return float16_through(self.base.scales * (1 + self.factor()).clamp_min(SMALLEST_FACTOR))
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the tuned scales."""
         return group_matmul(x, self.centred, self.scales())
 
     def write(self) -> None:
-        """Tuned scales."""
         self.base.scales = self.scales()
 
 
@@ -158,11 +154,9 @@ class ZeroPointAdapter(GroupAdapterLayer):
         return whole_through(self.zeros - self.factor() / self.base.scales, 2**self.base.bits - 1)
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The product with the moved zero points."""
         return group_matmul(x, self.centred, self.base.scales, self.zeros - self.zero_points())
 
     def write(self) -> None:
-        """Moved zero points, packed."""
         self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
 
 
@@ -251,7 +245,6 @@ def layers_of(model: nn.Module) -> dict[str, GroupAdapterLayer]:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters, in the order of the model."""
     return [p for layer in layers_of(model).values() for p in layer.parameters() if p.requires_grad]
 
 

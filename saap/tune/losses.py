@@ -105,7 +105,6 @@ class _BucketDivergence(torch.autograd.Function):
         mask: torch.Tensor,
         temperature: float,
     ) -> torch.Tensor:
-        """Shapes as in :func:`distillation_loss`."""
         floats = torch.float64 if logits.dtype == torch.float64 else torch.float32
         p, p_rest = bucket_shares(logprobs.to(floats), logits.shape[-1])
         scaled = logits.to(floats, copy=True).div_(temperature)
@@ -202,6 +201,5 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The gradient for ``hidden``."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None

@@ -147,12 +147,10 @@ class TuneOptions:
 
     @property
     def rate(self) -> float:
-        """The peak of the fold's parameters."""
         return RATES[self.fold] if self.learning_rate is None else self.learning_rate
 
     @property
     def adapter(self) -> GroupAdapterConfig:
-        """The fold as :mod:`saap.tune.adapters` takes it."""
         from saap.tune.adapters import GroupAdapterConfig
 
         return GroupAdapterConfig(self.fold, self.rank)

@@ -51,7 +51,6 @@ class CheckOptions:
     bandwidth: Annotated[bool, Option("Without --device: read memory for some seconds, for the ceiling.")] = False
 
     def check(self) -> None:
-        """Raise UserError for what makes no sense."""
         if self.onnxruntime and not re.fullmatch(r"\d+(\.\d+)+", self.onnxruntime):
             raise UserError(f"{self.onnxruntime!r} is no version of ONNX Runtime: write something like 1.23.2")
         if self.device and self.bandwidth:
@@ -91,7 +90,6 @@ def check(bundle: Path, as_json: bool, options: CheckOptions) -> None:
 
 
 def read_model(bundle: Path) -> Model:
-    """The numbers of a bundle's manifest."""
     from devices.fit.memory import Model
     from export.bundle.manifest import WEIGHTS, read_manifest
 

@@ -101,7 +101,6 @@ def probe_costs(
 
 
 def show_costs(out: Path, costs: Costs) -> None:
-    """A table per thread count, and what a step is made of."""
     for table in costs.threads:
         count = table.n_threads
         click.echo(f"one layer with {count} {'thread' if count == 1 else 'threads'} at {costs.depth} tokens:")

@@ -18,7 +18,6 @@ class ProbeCommand(click.Command):
     """It once timed layers too."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does."""
         if any(word.partition("=")[0] == "--costs" for word in args):
             raise UserError("the costs of layers have a command of their own: `saap devices costs MODEL -o cost.json`")
         return super().parse_args(ctx, args)

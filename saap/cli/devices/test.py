@@ -48,13 +48,11 @@ class DeviceOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the baselines are."""
         from bench.judge.baselines import DEFAULT
 
         return Path(self.baselines or DEFAULT)
 
     def check(self) -> None:
-        """Raise UserError for what contradicts itself."""
         self.board.check(on_a_board=self.on is not None)
 
 
@@ -116,7 +114,6 @@ def test(bundle: str, options: TestCommand) -> None:
 
 
 def record_baseline(bundle: str, asked: BaselineCommand, console: Console) -> None:
-    """Record and keep."""
     from bench.judge.baselines import checked_folder, writable_folder, write_baseline
     from bench.judge.regression import record
     from bench.measure.options import BenchOptions
@@ -193,12 +190,10 @@ def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
 
 
 def measuring(device: Target, bundle: str, name: str, console: Console) -> Measured:
-    """What makes a run of the bundle on a device."""
     return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
 
 
 def name_of(bundle: str, name: str | None) -> str:
-    """What a model is called in its baselines."""
     return name or _path(bundle).resolve().name
 
 

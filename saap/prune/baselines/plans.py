@@ -48,7 +48,6 @@ class Removal:
     key: float = 0.0
 
     def at(self, key: float) -> Removal:
-        """The same removal at another place of the ranking."""
         return replace(self, key=key)
 
 

@@ -43,7 +43,6 @@ class StructureScores:
 
 
 def random_scores(shape: ModelShape, seed: int) -> StructureScores:
-    """Uniform numbers, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return StructureScores(
         [torch.rand(sizes.ffn, generator=generator) for sizes in shape.layers],
@@ -53,7 +52,6 @@ def random_scores(shape: ModelShape, seed: int) -> StructureScores:
 
 @torch.no_grad()
 def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScores:
-    """Squared L2 norm of a structure's weights."""
     slices, layers = {}, layers_of(model)
     for matrix in matrices_of(model, shape):
         with present(layers[matrix.layer]):
@@ -91,7 +89,6 @@ def taylor_scores(
 
 @torch.no_grad()
 def wanda_scores(model: PreTrainedModel, shape: ModelShape, activations: Activations) -> StructureScores:
-    """Wanda on structures: a column's mean |W| times its input norm, summed over a group's columns."""
     slices = {}
     for matrix, statistics in _read_columns(model, shape, activations):
         weight = matrix.linear.weight.float()
@@ -129,7 +126,6 @@ def _read_columns(
 
 
 def _summed(slices: Slices, shape: ModelShape) -> StructureScores:
-    """Add up what belongs to a structure, over the matrices that are there."""
     ffn, group = [], []
     for layer, sizes in enumerate(shape.layers):
         channels = [slices[layer, role] for role in ("gate", "up", "down") if (layer, role) in slices]

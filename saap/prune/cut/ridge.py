@@ -53,31 +53,26 @@ class Products:
         self.rest = 0.0
 
     def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
-        """Add X [tokens, K] and R [tokens, outputs]."""
         self.squares.addmm_(kept.t(), kept)
         self.crossed.addmm_(rest.t(), kept)
         self.rest += float(rest.square().sum())
 
     def gather(self, sizes: Sequence[int], first: int) -> None:
-        """Add up what the processes have."""
         together = shares()
         together.add_up(self.squares)
         together.add_up(self.crossed)
         self.rest = together.total(self.rest)
 
     def plus(self, other: Products) -> Products:
-        """Of the tokens of both."""
         both = Products(0, 0)
         both.squares, both.crossed = self.squares + other.squares, self.crossed + other.crossed
         both.rest = self.rest + other.rest
         return both
 
     def error(self, change: torch.Tensor) -> float:
-        """|R - X change^T|^2."""
         return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
 
     def solved(self, damping: float) -> torch.Tensor:
-        """[outputs, K]."""
         scale = _scale(self.squares.diagonal())
         correlation, crossed = self.squares / scale / scale[:, None], (self.crossed / scale).t()
         factor = torch.linalg.cholesky(correlation + damping * torch.eye(len(scale), device=scale.device))
@@ -94,7 +89,6 @@ class Rows:
         self.rest = 0.0
 
     def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
-        """Add X [tokens, K] and R [tokens, outputs]."""
         self._kept.append(kept)
         self._gone.append(rest)
         self.rest += float(rest.square().sum())
@@ -114,18 +108,15 @@ class Rows:
         self.rest = together.total(self.rest)
 
     def plus(self, other: Rows) -> Rows:
-        """Of the tokens of both."""
         both = Rows(*self._widths, self._device)
         both._kept, both._gone, both.rest = self._kept + other._kept, self._gone + other._gone, self.rest + other.rest
         return both
 
     def error(self, change: torch.Tensor) -> float:
-        """|R - X change^T|^2."""
         pairs = zip(self._kept, self._gone, strict=True)
         return sum(float((rest - kept @ change.t()).square().sum()) for kept, rest in pairs)
 
     def solved(self, damping: float) -> torch.Tensor:
-        """[outputs, K]."""
         kept, rest = torch.cat(self._kept), torch.cat(self._gone)
         scale = _scale(kept.square().sum(0))
         kept /= scale

@@ -94,7 +94,6 @@ def cut_layer_tensor(
 
 
 def _is_kept(name: str, keep: LayerPlan, architecture: Architecture) -> bool:
-    """Whether the module of a layer's tensor is still there."""
     return bool(keep.query_heads if architecture.in_attention(name.rsplit(".", 1)[0]) else keep.ffn)
 
 

@@ -84,7 +84,6 @@ def _searched(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
 
 
 def attention_whole(prices: Prices) -> Prices:
-    """Prices that offer nothing of attention."""
     return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
 
 

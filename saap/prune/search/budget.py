@@ -54,11 +54,9 @@ class Weights:
         return shape.parameters - shape.layer_weights if self.everything else 0
 
     def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one attention block."""
         return shape.attention_weights(sizes)
 
     def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one feed-forward block."""
         return shape.ffn_weights(sizes)
 
 
@@ -69,15 +67,12 @@ class StepTime:
     table: CostTable
 
     def outside(self, shape: ModelShape) -> float:
-        """The constant part of a step."""
         return self.table.constant_ms
 
     def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one attention block."""
         return self.table.attention_ms(sizes.query_heads, sizes.kv_heads)
 
     def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one feed-forward block."""
         return self.table.ffn_ms(sizes.ffn)
 
 
@@ -121,20 +116,16 @@ class Budget:
         return self.most - self.fixed
 
     def attention_cost(self, sizes: LayerSizes) -> float:
-        """Cost of one attention block of the slim model."""
         return self.measure.attention(self.cut, sizes)
 
     def ffn_cost(self, sizes: LayerSizes) -> float:
-        """Cost of one feed-forward block of the slim model."""
         return self.measure.ffn(self.cut, sizes)
 
     def total(self, shape: ModelShape) -> float:
-        """Cost of a whole model."""
         blocks = (self.measure.attention(shape, s) + self.measure.ffn(shape, s) for s in shape.layers)
         return self.measure.outside(shape) + sum(blocks)
 
     def meets(self, shape: ModelShape) -> bool:
-        """Whether a model meets the requirement."""
         return self.fits(self.total(shape))
 
     def fits(self, total: float) -> bool:
@@ -175,7 +166,6 @@ class Budget:
         return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report(self.dense)}
 
     def in_words(self, value: float) -> str:
-        """An amount of the budget's unit for a person."""
         if self.unit == "bytes":
             return f"{value / 1e6:,.2f} MB at {self.bits} bit ({value:,.0f} bytes)"
         if self.unit == "ms":
@@ -246,7 +236,6 @@ def budget_for(
 
 
 def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tuple[str, Measure]:
-    """The unit, and what counts in it."""
     if kind == "max_bytes":
         assert size is not None
         return "bytes", size
@@ -268,7 +257,6 @@ def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[s
 
 
 def _described(path: Path, table: CostTable) -> dict[str, Any]:
-    """Which table, of which device: enough to find it again."""
     device = read_object(path, "measure it again with `saap devices costs`")["device"]
     known = {name: device.get(name) for name in ("board", "cpu_model", "fingerprint", "onnxruntime")}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

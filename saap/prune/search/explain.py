@@ -190,7 +190,6 @@ def _row(layer: _Layer, scale: float, priced: bool) -> list[str]:
 
 
 def to_words(block: Reason, move: Move) -> str:
-    """What a block keeps after a step, in words."""
     if block.kind == "ffn":
         return f"FFN to {move.to.ffn}" if move.to.ffn else "no FFN"
     if not move.to.query_heads:

@@ -73,7 +73,6 @@ class CostTable:
         return float(np.interp(kv_heads, groups, [self._row_ms(kv, per_group) for kv in groups]))
 
     def _row_ms(self, kv_heads: int, per_group: int) -> float:
-        """Milliseconds at a measured count of groups."""
         row = {query // kv: ms for (query, kv), ms in self.attention.items() if kv == kv_heads}
         counts = sorted(row)
         return float(np.interp(per_group, counts, [row[count] for count in counts]))

@@ -64,12 +64,10 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
 
 
 def without_attention(keep: LayerPlan) -> LayerPlan:
-    """Keeps the FFN only."""
     return LayerPlan((), (), keep.ffn)
 
 
 def without_ffn(keep: LayerPlan) -> LayerPlan:
-    """Keeps the attention only."""
     return LayerPlan(keep.query_heads, keep.kv_heads, ())
 
 

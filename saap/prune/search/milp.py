@@ -49,7 +49,6 @@ class Block:
 
     @property
     def whole(self) -> Option:
-        """The option that loses nothing."""
         return max(self.options, key=lambda option: option.kept)
 
     def nearest(self, share: float, among: Iterable[Option]) -> Option | None:
@@ -267,7 +266,6 @@ def _use_up(blocks: list[Block], chosen: list[Option], left: float) -> list[Opti
 
 
 def plan_from(blocks: list[Block], chosen: list[Option], shape: ModelShape) -> PrunePlan:
-    """Put the chosen options of attention and FFN together, layer by layer."""
     parts: dict[tuple[int, str], LayerPlan] = {
         (block.layer, block.kind): option.keep for block, option in zip(blocks, chosen, strict=True)
     }

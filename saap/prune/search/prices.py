@@ -87,7 +87,6 @@ class Losses:
         self._done, self._of = 0, count
 
     def end(self) -> None:
-        """Keep what was measured."""
         self._known.save()
         if self.progress:
             self.progress("pricing", self._of, self._of)

@@ -46,7 +46,6 @@ class LossModule(nn.Module):
         return getattr(self.model, "get_input_embeddings", lambda: None)()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """See :meth:`get_input_embeddings`."""
         return getattr(self.model, "get_output_embeddings", lambda: None)()
 
 

@@ -37,16 +37,13 @@ class Trained:
         self.keep_best()
 
     def shapes(self) -> list[list[str | int]]:
-        """Names and sizes."""
         return [[name, *p.shape] for name, p in self.by_name.items()]
 
     def keep_best(self) -> None:
-        """The values of now are the best."""
         self.best = {name: p.detach().clone() for name, p in self.by_name.items()}
 
     @torch.no_grad()
     def put_best(self) -> None:
-        """Go back to the best values."""
         for name, parameter in self.by_name.items():
             parameter.copy_(self.best[name])
 
@@ -88,7 +85,6 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
 
 
 def state_path(directory: Path, fingerprint: str) -> Path:
-    """The file of a run."""
     return directory / f"training-{fingerprint[:16]}.safetensors"
 
 

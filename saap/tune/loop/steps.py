@@ -75,7 +75,6 @@ class History:
         return f"loss {sum(recent) / len(recent):.3f}{held_out}, {speed:.0f} tokens/s"
 
     def kept(self) -> str:
-        """Which state is the best, in words."""
         known = f" (held-out loss {min(loss for _, loss in self.held_out):.3f})" if self.held_out else ""
         return f"the state of step {self.best_step}{known}"
 
@@ -205,11 +204,9 @@ class _Training:
 
     @property
     def step(self) -> int:
-        """Steps taken."""
         return len(self.history.losses)
 
     def go(self) -> None:
-        """Take the steps that are left."""
         history = self.history
         if not self.resumed:
             self._judge()
