@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,6 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 from saap.prune.options import PruneOptions
 from saap.system.errors import UserError
-from saap.system.files import read_object
 
 if TYPE_CHECKING:
     from saap.prune.plan import Reasons
@@ -104,47 +104,40 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
 def for_this_machine(asked: PruneCommand) -> PruneOptions:
     """The options, with the version of ONNX Runtime that a table of costs of this machine must be of."""
     costs = asked.options.costs
-    onnxruntime = runtime_here(costs) if costs else None
-    if asked.here and onnxruntime is None:
-        refuse_elsewhere(costs)
-    return replace(asked.options, onnxruntime=onnxruntime)
+    if asked.here and costs is None:
+        raise UserError("--here is about the table of --costs: give one, or leave --here out")
+    return replace(asked.options, onnxruntime=runtime_here(costs, asked.here) if costs else None)
 
 
-def runtime_here(costs: Path) -> str | None:
+def runtime_here(costs: Path, here: bool) -> str | None:
     """The version of ONNX Runtime here, if the table of costs was measured on this machine; else None.
 
     A table of another machine is taken as it is, since the device is rarely where the model is pruned. One of this
     machine has to be of the version that will run the bundle.
+
+    Raises:
+        UserError: the table is of another machine and the bundle is for ``here``.
     """
     from devices.probe.host import fingerprint, probe
+    from saap.prune.search.layer_costs import COSTS
 
     try:
-        device = read_object(costs, "").get("device")
-        here = probe()
-        versions = {name: here[name] for name in ("python", "onnxruntime")}
-        same = fingerprint({**device, **versions}) == here["fingerprint"]  # type: ignore[dict-item]
-    except (UserError, KeyError, TypeError):
-        return None  # read_costs says what is wrong with the file
-    return here["onnxruntime"] if same else None
-
-
-def refuse_elsewhere(costs: Path | None) -> None:
-    """Raise UserError for a table of costs of another machine; what is no table is left to who reads it."""
-    from devices.probe.host import probe
-
-    if costs is None:
-        raise UserError("--here is about the table of --costs: give one, or leave --here out")
-    try:
-        there = read_object(costs, "")["device"]
+        there = COSTS.read(costs).device
+    except UserError:
+        return None  # who reads the table says what is wrong with it
+    ours = probe()
+    versions = {name: ours[name] for name in ("python", "onnxruntime")}
+    with suppress(KeyError, TypeError):  # it does not say what a host is
+        if fingerprint({**there, **versions}) == ours["fingerprint"]:
+            return ours["onnxruntime"]
+    if here:
         name = there.get("board") or there.get("cpu_model") or "an unnamed device"
-        measured = f"{name} (fingerprint {there['fingerprint']})"
-    except (UserError, KeyError, TypeError, AttributeError):
-        return
-    here = probe()
-    raise UserError(
-        f"{costs} was measured on {measured}, this machine is {here['board'] or here['cpu_model']} (fingerprint "
-        f"{here['fingerprint']}): measure here with `saap devices costs MODEL`, or leave --here out"
-    )
+        raise UserError(
+            f"{costs} was measured on {name} (fingerprint {there.get('fingerprint')}), this machine is "
+            f"{ours['board'] or ours['cpu_model']} (fingerprint {ours['fingerprint']}): "
+            "measure here with `saap devices costs MODEL`, or leave --here out"
+        )
+    return None
 
 
 def show_plan(slim: Path, budget: Budget) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
@@ -113,7 +112,7 @@ class Reasons:
     def layers(self) -> list[int]:
         return sorted({block.layer for block in self.blocks})
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
         taken, left = self.dearest_taken, self.cheapest_left
         return {
@@ -127,13 +126,9 @@ class Reasons:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What to keep of every layer of the base model, and what was asked and planned.
-
-    A layer whose plan is empty is dropped whole.
-    """
+    """What to keep of every layer of the base model; a layer whose plan is empty is dropped whole."""
 
     layers: tuple[LayerPlan, ...]
-    requirement: dict[str, Any] = field(default_factory=dict)  # asked and planned
     price: float = 0.0  # predicted loss, nats per token
     reasons: Reasons | None = None  # why each block lost what it lost
 
@@ -165,7 +160,7 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             tuple(before.kv_heads[i] for i in keep.kv_heads),
             tuple(before.ffn[i] for i in keep.ffn),
         )
-    return PrunePlan(tuple(layers), second.requirement, first.price + second.price)
+    return PrunePlan(tuple(layers), first.price + second.price)
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

@@ -6,15 +6,15 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec import convert
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.record import read_record
+from saap.models.record import Calibration, Lineage, read_record
 from saap.models.resolve import resolve
 from saap.models.streaming import load_streamed
 from saap.models.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
@@ -23,8 +23,8 @@ from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import TAYLOR, Compensation, PruneOptions
-from saap.prune.plan import PrunePlan, composed, whole_layer
-from saap.prune.record import Pruning, layers_of, record_of
+from saap.prune.plan import LayerPlan, PrunePlan, composed, whole_layer
+from saap.prune.record import Pruning, record_of
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.adaptive import adaptive_plan, divided
 from saap.prune.search.budget import Budget, budget_for
@@ -111,8 +111,11 @@ def prune(
         if together.count > 1:
             ids = together.tensors(0, {"ids": ids})["ids"]
         now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
-        lineage: dict[str, Any] = {"base": str(model), **({"calibration": text.lineage()} if text else {})}
-        lineage |= {"base_sha256": now.weights, "base_record": read_record(source).get("lineage")}
+        known = read_record(source).get("lineage")
+        lineage = Lineage(base=str(model))
+        if text:
+            lineage["calibration"] = convert(text.lineage(), Calibration)
+        lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
         pruning = Pruning(options, budget, ids, lineage, len(stages))
         # The main process writes the stages, the others read what it wrote.
         with kept_stages(output, now.weights, options, budget.record(), ids, owner=together.main) as kept:
@@ -159,24 +162,21 @@ def _prune_stage(
         plan = adaptive_plan(scores, losses, stage.budget, options)
     else:
         plan = ranked_plan(model, pruning.ids, stage.budget, options, progress)
-    plan = replace(plan, layers=layers_of(shares().agreed([asdict(layer) for layer in plan.layers])))
+    layers = shares().agreed([asdict(layer) for layer in plan.layers])
+    plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
 
     kind: Compensation = "none" if stage.layers else options.compensation  # nothing of a layer stays to compensate
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
     refitted.update(compensate(kind, model, plan, pruning.ids, last=stage.last, progress=progress))
     del model
 
-    whole = composed(now.plan, plan)
-    if not shares().main:
-        return whole
-    names, read = tensor_reader(now.path)
-    tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
-    written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
-    budget = pruning.budget
-    requirement = {**budget.record(), "planned": budget.report(whole.kept_shape(budget.cut))}
-    reasons = after(now.plan.reasons, plan.reasons, now.plan.kept_layers)
-    whole = replace(whole, requirement=requirement, reasons=reasons)
-    write_slim(target, now.path, written, tensors, record_of(pruning, whole, budget.report(shape_of(written), written)))
+    whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
+    if shares().main:
+        names, read = tensor_reader(now.path)
+        tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
+        written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
+        achieved = pruning.budget.report(shape_of(written), written)
+        write_slim(target, now.path, written, tensors, record_of(pruning, whole, achieved))
     return whole
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
 
 import torch
 import transformers
+from msgspec import convert, to_builtins
 
 from saap import __version__
 from saap.models.record import Lineage, Plan, Record
-from saap.models.shape import LayerSizes
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed
+from saap.prune.plan import LayerPlan, PrunePlan, Reasons
 from saap.prune.search.budget import Budget
 
 
@@ -32,7 +30,7 @@ class Pruning:
     options: PruneOptions
     budget: Budget
     ids: torch.Tensor
-    lineage: Mapping[str, Any]
+    lineage: Lineage
     stages: int
 
 
@@ -40,24 +38,22 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
     """The record of a slim directory.
 
     Args:
-        plan: of the base, with the requirement and the reasons.
+        plan: of the base, with its reasons.
         achieved: what the slim model has of what was asked for.
     """
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
     ours = options.method == "saap"
     return {
         "method": options.method,
-        "plan": cast(
-            "Plan",
-            {
-                **plan.requirement,
-                "achieved": achieved,
-                "price_nats": plan.price,
-                "reasons": plan.reasons.record() if plan.reasons else None,
-                "dense_layers": [asdict(sizes) for sizes in pruning.budget.dense.layers],
-                "layers": [asdict(layer) for layer in plan.layers],
-            },
-        ),
+        "plan": {
+            **pruning.budget.record(),
+            "planned": pruning.budget.report(plan.kept_shape(pruning.budget.cut)),
+            "achieved": achieved,
+            "price_nats": plan.price,
+            "reasons": plan.reasons.record() if plan.reasons else None,
+            "dense_layers": to_builtins(pruning.budget.dense.layers),
+            "layers": to_builtins(plan.layers),
+        },
         "options": {
             "block": options.group_size,
             "compensate": options.compensation,
@@ -68,46 +64,24 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "seed": options.seed,
             **({"modules": options.modules, "adaptive": asdict(options.adaptive)} if ours else {}),
         },
-        "lineage": cast(
-            "Lineage",
-            {
-                **lineage,
-                "calibration": {
-                    "sequences": len(ids),
-                    "tokens": ids.shape[1],
-                    "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-                    **lineage.get("calibration", {}),
-                },
-                "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "lineage": {
+            **lineage,
+            "calibration": {
+                "sequences": len(ids),
+                "tokens": ids.shape[1],
+                "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                **lineage.get("calibration", {}),
             },
-        ),
+            "versions": {"saap": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        },
     }
 
 
-def plan_of(recorded: Mapping[str, Any]) -> PrunePlan:
+def plan_of(recorded: Plan) -> PrunePlan:
     """The plan in the record of a slim directory, as :func:`record_of` writes it.
 
     Raises:
-        KeyError, TypeError: it holds none.
+        KeyError, ValueError: it holds none.
     """
-    known = recorded["reasons"]
-    weighed = tuple(Weighed(**each) for each in known.get("weighed", ())) if known else ()
-    reasons = Reasons(known["unit"], tuple(map(_reason, known["blocks"])), weighed) if known else None
-    beside = ("achieved", "price_nats", "reasons", "dense_layers", "layers")
-    requirement = {name: value for name, value in recorded.items() if name not in beside}
-    return PrunePlan(layers_of(recorded["layers"]), requirement, recorded["price_nats"], reasons)
-
-
-def layers_of(recorded: Sequence[Mapping[str, Sequence[int]]]) -> tuple[LayerPlan, ...]:
-    return tuple(
-        LayerPlan(tuple(kept["query_heads"]), tuple(kept["kv_heads"]), tuple(kept["ffn"])) for kept in recorded
-    )
-
-
-def _reason(block: Mapping[str, Any]) -> Reason:
-    sizes = {name: LayerSizes(**block[name]) for name in ("had", "keeps")}
-    moves = {
-        name: Move(**{**move, "to": LayerSizes(**move["to"])}) if (move := block[name]) else None
-        for name in ("last", "next", "quarter")
-    }
-    return Reason(**{**block, **sizes, **moves})
+    layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
+    return PrunePlan(layers, recorded["price_nats"] or 0.0, convert(reasons, Reasons) if reasons else None)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -37,7 +37,7 @@ class Shares:
 
     rank: int = 0
     count: int = 1
-    group: Any = None
+    group: torch.distributed.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:

@@ -156,7 +156,7 @@ class KeptStages:
                 if record:
                     check_directory(self.path(number))
                     return number, plan_of(record["plan"])
-            except (UserError, KeyError, TypeError):
+            except (KeyError, ValueError):
                 continue
         return None
 

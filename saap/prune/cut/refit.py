@@ -17,10 +17,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +37,8 @@ from saap.prune.shares import shares
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_SHARE = 6  # one sixth of the batches chooses lambda
+
+Given = Sequence[Mapping[str, object]]  # a layer's other arguments, batch by batch
 
 
 @dataclass
@@ -173,7 +174,7 @@ def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
 
 
-def _blocks(layer: Any, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
+def _blocks(layer: nn.Module, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
     modules = dict(layer.named_modules())
     sizes = (
         (architecture.output, architecture.attention_norm, head_rows(keep.query_heads, head_dim)),
@@ -202,7 +203,7 @@ def _zeros(block: _Block) -> torch.Tensor:
 
 
 def _biases(
-    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: list[dict[str, Any]], tokens: int
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: Given, tokens: int
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The mean of what goes, per block that keeps something; and the stream after the layer."""
     totals = {block.matrix: _zeros(block) for block in blocks}
@@ -226,7 +227,7 @@ def _refitted(
     layer: nn.Module,
     blocks: list[_Block],
     stream: list[torch.Tensor],
-    given: list[dict[str, Any]],
+    given: Given,
     sizes: tuple[list[int], list[int]],
     last: bool,
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -245,7 +246,7 @@ def _ridge(
     layer: nn.Module,
     block: _Block,
     stream: list[torch.Tensor],
-    given: list[dict[str, Any]],
+    given: Given,
     sizes: tuple[list[int], list[int]],
     last: bool,
 ) -> torch.Tensor:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +24,8 @@ from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
 from saap.system.errors import UserError
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class _Running:
 def _forward_hooks(
     model: PreTrainedModel, shape: ModelShape, running: dict[tuple[int, str], _Running], cosines: list[float]
 ) -> Iterator[None]:
-    def see_input(layer: int, role: str, module: Any, args: tuple[Any, ...]) -> None:
+    def see_input(layer: int, role: str, module: object, args: Tensors) -> None:
         rows = args[0].flatten(0, -2)
         if not torch.isfinite(rows).all():
             raise UserError(
@@ -134,7 +135,9 @@ def _forward_hooks(
             )
         running.setdefault((layer, role), _Running(rows.shape[1])).add(rows)
 
-    def see_layer(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def see_layer(
+        layer: int, module: object, args: Tensors, kwargs: dict[str, torch.Tensor], result: torch.Tensor | Tensors
+    ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = result[0] if isinstance(result, tuple) else result
         cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum().item()

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -108,15 +107,16 @@ def merged(parts: Sequence[Scores]) -> Scores:
     """The scores of all sequences from those of portions of them; not of exact element scores, which do not add up."""
     counts = [len(next(iter(part.products.values()))) for part in parts]
 
-    def mean(numbers: Sequence[Any]) -> Any:
-        return sum(n * count for n, count in zip(numbers, counts, strict=True)) / sum(counts)
+    def mean(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+        products = (each * count for each, count in zip(numbers, counts, strict=True))
+        return sum(products, torch.zeros(())) / sum(counts)
 
     return Scores(
         products={key: torch.cat([part.products[key] for part in parts]) for key in parts[0].products},
         element={key: mean([part.element[key] for part in parts]) for key in parts[0].element},
         token={key: mean([part.token[key] for part in parts]) for key in parts[0].token},
         c=parts[0].c,
-        loss=mean([part.loss for part in parts]),
+        loss=sum(part.loss * count for part, count in zip(parts, counts, strict=True)) / sum(counts),
     )
 
 
@@ -297,7 +297,7 @@ def _watch(
     model: PreTrainedModel, by_linear: dict[nn.Linear, list[Matrix]], sums: Sums, handles: list[RemovableHandle]
 ) -> None:
     if sums.kind == "none":  # then nothing else starts a graph
-        embedding: Any = model.get_input_embeddings()
+        embedding: nn.Module = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
     for linear, held in by_linear.items():
         if held[0].role in ("output", "down"):
@@ -310,10 +310,10 @@ def _watch(
 
 
 # Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.
-def _watch_input(matrix: Matrix, sums: Sums, _: nn.Module, args: tuple[Any, ...]) -> None:
+def _watch_input(matrix: Matrix, sums: Sums, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     args[0].register_hook(partial(sums.consume_input, matrix, args[0].detach()))
 
 
-def _watch_output(held: list[Matrix], sums: Sums, linear: nn.Linear, _: Any, output: torch.Tensor) -> None:
+def _watch_output(held: list[Matrix], sums: Sums, linear: nn.Linear, _: object, output: torch.Tensor) -> None:
     plain = output.detach() if linear.bias is None else output.detach() - linear.bias.detach()
     output.register_hook(partial(sums.consume_rows, held, plain))

@@ -17,14 +17,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from msgspec import convert
+
+from saap.models.record import Costs, Plan
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import TIMED, PruneOptions
-from saap.prune.search.layer_costs import CostTable, read_costs
+from saap.prune.search.layer_costs import COSTS, CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
-from saap.system.files import read_object
 
 ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group-size or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
@@ -103,7 +105,7 @@ class Budget:
     group_size: int = 32
     size: BundleSize | None = None
     table: CostTable | None = None
-    costs: dict[str, Any] | None = None
+    costs: Costs | None = None
 
     @property
     def fixed(self) -> float:
@@ -137,7 +139,7 @@ class Budget:
         whole = self.total(self.dense)
         return replace(self, most=whole + share * (self.most - whole))
 
-    def report(self, shape: ModelShape, config: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+    def report(self, shape: ModelShape, config: Mapping[str, object] | None = None) -> dict[str, float | None]:
         """A model in all units that are known; None is unknown.
 
         Args:
@@ -159,10 +161,10 @@ class Budget:
             numbers |= {"ms_per_token": ms, "speedup": self.table.total_ms(self.dense.layers) / ms}
         return numbers
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Plan:
         """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
         bundle = {"bits": self.bits, "block": self.group_size if self.bits != 32 else 0}
-        costs = {"costs": self.costs} if self.costs else {}
+        costs = Plan(costs=self.costs) if self.costs else Plan()
         return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report(self.dense)}
 
     def in_words(self, value: float) -> str:
@@ -199,7 +201,7 @@ def _rounded(value: float, way: Callable[[float], float]) -> float:
 
 
 def budget_for(
-    options: PruneOptions, dense: ModelShape, config: Mapping[str, Any], *, cut: ModelShape | None = None
+    options: PruneOptions, dense: ModelShape, config: Mapping[str, object], *, cut: ModelShape | None = None
 ) -> Budget:
     """What the requirement leaves for the layers of a model.
 
@@ -245,7 +247,7 @@ def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tup
     return ("weights", Weights(False)) if kind == "ratio" else ("parameters", Weights(True))
 
 
-def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[str, Any]) -> BundleSize | None:
+def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[str, object]) -> BundleSize | None:
     try:
         size = bundle_size(config, options.bits, options.group_size)
         size.check(dense)
@@ -256,8 +258,9 @@ def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[s
         raise
 
 
-def _described(path: Path, table: CostTable) -> dict[str, Any]:
-    device = read_object(path, "measure it again with `saap devices costs`")["device"]
-    known = {name: device.get(name) for name in ("board", "cpu_model", "fingerprint", "onnxruntime")}
+def _described(path: Path, table: CostTable) -> Costs:
+    device = COSTS.read(path).device
+    about = {name: device.get(name) for name in ("board", "cpu_model", "fingerprint", "onnxruntime")}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"file": path.name, "sha256": sha256, **known, "threads": table.threads, "depth": table.depth}
+    about = {"file": path.name, "sha256": sha256, **about, "threads": table.threads, "depth": table.depth}
+    return convert(about, Costs)

@@ -11,22 +11,70 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
+from devices.common.documents import Document
 from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
-from saap.system.files import read_object
 
-SCHEMA = 1
-KIND = "saap costs"
-MOST = 1e9  # milliseconds, heads, channels: what is above is damage
+MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
 AGAIN = "measure it again with `saap devices costs`"
+Milliseconds = Annotated[float, Meta(ge=-MOST, le=MOST)]
+Count = Annotated[int, Meta(ge=1, le=MOST)]
 
 
 class CostError(UserError):
     """A table of costs that cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Of the attention block with its norm."""
+
+    query_heads: Count
+    kv_heads: Count
+    ms: Milliseconds
+
+
+@dataclass(frozen=True)
+class FfnCost:
+    """Of the feed-forward block with its norm."""
+
+    width: Count
+    ms: Milliseconds
+
+
+@dataclass(frozen=True)
+class ThreadCosts:
+    """With one thread count of ONNX Runtime."""
+
+    n_threads: Count
+    constant_ms: Milliseconds
+    node_ms: Milliseconds | None
+    attention: Annotated[list[AttentionCost], Meta(min_length=1)]
+    ffn: Annotated[list[FfnCost], Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class CostFile:
+    """What planning reads of ``cost.json``; docs/formats.md has all of it."""
+
+    kind: str
+    device: dict[str, object]
+    model: dict[str, object]
+    depth: Count
+    threads: list[ThreadCosts]
+
+
+def _check(found: CostFile) -> None:
+    if found.kind != "saap costs":
+        raise ValueError(f"{found.kind!r} is no table of costs")
+
+
+COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error=CostError)
 
 
 @dataclass(frozen=True)
@@ -135,37 +183,21 @@ def read_costs(
     path = Path(path)
     if not path.is_file():
         raise CostError(f"{path} is not a file: make one with `saap devices costs MODEL -o {path.name}`")
-    try:
-        raw = read_object(path, AGAIN)
-    except UserError as error:
-        raise CostError(str(error)) from None
-    if raw.get("kind") != KIND:
-        raise CostError(f"{path} is not a table of costs: make one with `saap devices costs`")
-    if raw.get("schema") != SCHEMA:
-        raise CostError(f"{path} has schema {raw.get('schema')!r} of costs, this saap reads {SCHEMA}: {AGAIN}")
-    try:
-        wanted = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
-        if bits != 32:
-            wanted["block"] = group_size
-        _same(path, "a model", {name: raw["model"][name] for name in wanted}, wanted)
-        _same(path, "ONNX Runtime", raw["device"]["onnxruntime"], onnxruntime)
-        return _table(path, raw, threads)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CostError(f"{path} is damaged ({type(error).__name__} {error}): {AGAIN}") from None
+    found = COSTS.read(path)
+    wanted: dict[str, object] = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
+    if bits != 32:
+        wanted["block"] = group_size
+    if other := [name for name in wanted if found.model.get(name) != wanted[name]]:
+        there, here = (", ".join(f"{name} {of.get(name)}" for name in other) for of in (found.model, wanted))
+        raise CostError(f"{path} was measured for a model with {there}, not {here}: {AGAIN} there")
+    version = found.device.get("onnxruntime")
+    if onnxruntime not in (None, version):
+        raise CostError(f"{path} was measured for ONNX Runtime {version}, not {onnxruntime}: {AGAIN} there")
+    return _table(path, found, threads)
 
 
-def _same(path: Path, what: str, found: Any, wanted: Any) -> None:
-    if wanted is None or found == wanted:
-        return
-    if isinstance(wanted, dict):
-        names = [name for name in wanted if found[name] != wanted[name]]
-        found, wanted = (", ".join(f"{name} {of[name]}" for name in names) for of in (found, wanted))
-        what = f"{what} with"
-    raise CostError(f"{path} was measured for {what} {found}, not {wanted}: {AGAIN} there")
-
-
-def _table(path: Path, raw: dict[str, Any], threads: int | None) -> CostTable:
-    tables = {table["n_threads"]: table for table in raw["threads"]}
+def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
+    tables = {table.n_threads: table for table in found.threads}
     if threads is None and len(tables) == 1:
         (threads,) = tables
     if threads is None or threads not in tables:
@@ -173,20 +205,6 @@ def _table(path: Path, raw: dict[str, Any], threads: int | None) -> CostTable:
         asked = "say for how many threads" if threads is None else f"it has none for {threads}"
         raise CostError(f"{path} holds costs for {known} threads, {asked}: choose one, or {AGAIN}")
     table = tables[threads]
-    found = CostTable(
-        threads=threads,
-        depth=raw["depth"],
-        constant_ms=table["constant_ms"],
-        node_ms=table["node_ms"],
-        attention={(cost["query_heads"], cost["kv_heads"]): cost["ms"] for cost in table["attention"]},
-        ffn={cost["width"]: cost["ms"] for cost in table["ffn"]},
-    )
-    for ms in (found.constant_ms, *found.attention.values(), *found.ffn.values()):
-        if type(ms) not in (int, float) or not -MOST <= ms <= MOST:
-            raise TypeError(f"{str(ms)[:20]} ms")
-    for count in (found.depth, *(heads for pair in found.attention for heads in pair), *found.ffn):
-        if type(count) is not int or not 0 < count <= MOST:
-            raise TypeError(f"size {str(count)[:20]}")
-    if not found.attention or not found.ffn:
-        raise KeyError("attention or ffn")
-    return found
+    attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
+    ffn = {cost.width: cost.ms for cost in table.ffn}
+    return CostTable(threads, found.depth, table.constant_ms, table.node_ms, attention, ffn)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
@@ -22,7 +22,7 @@ from saap.system.errors import UserError
 GAP = 0.0  # between the answer and the bound: none, the answer is the best
 NODES = 50_000  # of branch and bound; a limit in seconds would make the answer depend on the machine
 RETRIES = 8
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

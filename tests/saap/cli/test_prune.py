@@ -163,7 +163,7 @@ def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, text, costs, opti
     [
         ({"model": {"hidden": 576, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}}, "hidden 576, not hidden 96"),
         ({"model": {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 32, "block": 0}}, "bits 32, block 0, not bits"),
-        ({"kind": "something"}, "is not a table of costs"),
+        ({"kind": "something"}, "is damaged ('something' is no table of costs)"),
         ({"device": 5}, "is damaged"),
     ],
 )

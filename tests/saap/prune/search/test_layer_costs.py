@@ -34,25 +34,22 @@ def document(**changes: Any) -> dict[str, Any]:
     return {**whole, **changes}
 
 
+def with_table(**changes: Any) -> dict[str, Any]:
+    return document(threads=[{**document()["threads"][0], **changes}])
+
+
 def written(path: Path, content: dict[str, Any] | str) -> Path:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
-def test_measured_sizes_cost_what_was_measured() -> None:
+def test_a_step_is_the_sum_of_what_was_measured_and_interpolated() -> None:
     assert [TABLE.attention_ms(q, kv) for q, kv in ATTENTION] == list(ATTENTION.values())
     assert [TABLE.ffn_ms(width) for width in FFN] == list(FFN.values())
-
-
-def test_sizes_between_are_interpolated_and_smaller_ones_cost_the_smallest() -> None:
-    assert TABLE.ffn_ms(896) == pytest.approx(24.0)
-    assert TABLE.ffn_ms(32) == 5.0
-    assert TABLE.attention_ms(2, 1) == pytest.approx(12.0)
+    assert (TABLE.ffn_ms(896), TABLE.attention_ms(2, 1)) == pytest.approx((24.0, 12.0))
     assert TABLE.attention_ms(2, 2) == pytest.approx(20.0)  # between 1 on 1 and 3 on 3
     assert TABLE.attention_ms(4, 2) == pytest.approx((12 + 36) / 2)
-
-
-def test_what_is_left_out_costs_nothing_and_a_step_is_the_sum() -> None:
+    assert TABLE.ffn_ms(32) == 5.0  # as the smallest that was measured
     assert TABLE.layer_ms(0, 0, 0) == 0
     assert TABLE.layer_ms(9, 3, 0) == 42 and TABLE.layer_ms(0, 0, 1536) == 40
     assert TABLE.total_ms([LayerSizes(9, 3, 1536), LayerSizes(0, 0, 64), LayerSizes(3, 1, 0)]) == 100 + 82 + 5 + 14
@@ -70,13 +67,6 @@ def test_what_is_left_out_costs_nothing_and_a_step_is_the_sum() -> None:
 def test_larger_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(CostError, match=message):
         TABLE.layer_ms(*sizes)
-
-
-def test_a_table_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path / "cost.json", document())
-    found = read_costs(path, SHAPE, bits=4, group_size=32, threads=1, onnxruntime="1.32.0")
-    assert found == TABLE
-    assert read_costs(path, SHAPE, bits=4, group_size=32) == TABLE
 
 
 def test_the_thread_count_is_chosen(tmp_path: Path) -> None:
@@ -108,9 +98,11 @@ def test_another_device_or_model_is_refused(tmp_path: Path, asked: dict[str, Any
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
-def test_the_block_means_nothing_for_floats(tmp_path: Path) -> None:
-    model = {**document()["model"], "bits": 32, "block": 0}
-    path = written(tmp_path / "cost.json", document(model=model))
+def test_a_table_is_read_and_the_group_size_means_nothing_for_floats(tmp_path: Path) -> None:
+    path = written(tmp_path / "cost.json", document())
+    assert read_costs(path, SHAPE, bits=4, group_size=32, threads=1, onnxruntime="1.32.0") == TABLE
+    assert read_costs(path, SHAPE, bits=4, group_size=32) == TABLE
+    path = written(tmp_path / "cost.json", document(model={**document()["model"], "bits": 32, "block": 0}))
     assert read_costs(path, SHAPE, bits=32, group_size=32) == TABLE
 
 
@@ -119,16 +111,16 @@ def test_the_block_means_nothing_for_floats(tmp_path: Path) -> None:
     [
         (json.dumps(document())[:-40], "is damaged"),
         ("[1]", "is damaged .not an object"),
-        (document(kind=None), "is not a table of costs"),
-        ({"measurements": []}, "is not a table of costs"),
-        (document(schema=2), "has schema 2 of costs, this saap reads 1"),
-        (document(threads=[{"n_threads": 1}]), "is damaged .KeyError 'constant_ms'"),
-        (document(threads=[{**document()["threads"][0], "ffn": []}]), "is damaged"),
-        (document(threads=[{**document()["threads"][0], "constant_ms": None}]), "is damaged"),
-        (document(threads=[{**document()["threads"][0], "constant_ms": float("nan")}]), "is damaged .*nan ms"),
-        (document(threads=[{**document()["threads"][0], "constant_ms": 10**400}]), "is damaged .*10{19} ms"),
-        (document(threads=[{**document()["threads"][0], "ffn": [{"width": 10**400, "ms": 1.0}]}]), "is damaged .*size"),
-        (document(threads=[{**document()["threads"][0], "ffn": [{"width": 0, "ms": 1.0}]}]), "is damaged .*size 0"),
+        (document(kind="else"), "is damaged .'else' is no table of costs"),
+        ({"measurements": []}, "has costs schema None, this saap reads 1"),
+        (document(schema=2), "has costs schema 2, this saap reads 1"),
+        (document(threads=[{"n_threads": 1}]), "is damaged .Object missing required field `constant_ms`"),
+        (with_table(ffn=[]), "is damaged"),
+        (with_table(constant_ms=None), "is damaged"),
+        (with_table(constant_ms=float("nan")), "is damaged .*constant_ms"),
+        (with_table(constant_ms=10**400), "is damaged .*constant_ms"),
+        (with_table(ffn=[{"width": 10**400, "ms": 1.0}]), "is damaged .*width"),
+        (with_table(ffn=[{"width": 0, "ms": 1.0}]), "is damaged .Expected `int` >= 1 - at .*width"),
         (document(threads=3), "is damaged"),
         (document(device=None), "is damaged"),
     ],
