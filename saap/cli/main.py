@@ -48,9 +48,7 @@ COMMANDS = {  # the module and the function of each, and what it is for; no modu
 
 
 @click.group(
-    cls=LazyGroup,
-    modules=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=LazyGroup, modules=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(package_name="saap")
 def cli() -> None:

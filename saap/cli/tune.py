@@ -30,8 +30,7 @@ class TuneCommand:
         str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _LEARNT, metavar="MODEL")
     ] = None
     data: Annotated[
-        str | None,
-        Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT),
+        str | None, Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT)
     ] = None
 
 

@@ -137,10 +137,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
 
 
 def run_tasks(
-    name: str,
-    model: Callable[[Progress | None], ContinuationModel],
-    options: EvalOptions,
-    progress: Progress | None,
+    name: str, model: Callable[[Progress | None], ContinuationModel], options: EvalOptions, progress: Progress | None
 ) -> list[TaskScore]:
     """Run tasks with one model: of each task accuracies, standard errors and every example's likelihoods.
 

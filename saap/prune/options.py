@@ -53,12 +53,10 @@ class FusionOptions:
     """How scores become one number per structure; :mod:`saap.prune.scores.fusion` says what it computes."""
 
     score: Annotated[
-        Score,
-        Option("Which scores enter: fused is vector and element; token is ours.", section=_SCORES, shown=False),
+        Score, Option("Which scores enter: fused is vector and element; token is ours.", section=_SCORES, shown=False)
     ] = "vector-token"
     slices: Annotated[
-        Slices,
-        Option("Slices of a structure that are summed: all, or those of the output side.", _SCORES, shown=False),
+        Slices, Option("Slices of a structure that are summed: all, or those of the output side.", _SCORES, shown=False)
     ] = "all"
     sigma: Annotated[
         Scope, Option("Structures that share a sigma: of a type, or of a type and a layer.", _SCORES, shown=False)
@@ -89,8 +87,7 @@ class AdaptiveOptions:
         int, Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False), Meta(ge=0)
     ] = 0
     prices: Annotated[
-        Pricing,
-        Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False),
+        Pricing, Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False)
     ] = "silenced"
 
     @property
@@ -144,16 +141,14 @@ class PruneOptions:
     ] = None
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
-        Literal[32, 64, 128],
-        Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",)),
+        Literal[32, 64, 128], Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",))
     ] = 32
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
     method: Annotated[Method, Option("saap, flap, wanda_sp, shortgpt, ... (--help-all).", _HOW, metavar="NAME")] = (
         "saap"
     )
     compensate: Annotated[
-        Compensation | None,
-        Option("How the remaining weights compensate; default: the method's own.", _HOW),
+        Compensation | None, Option("How the remaining weights compensate; default: the method's own.", _HOW)
     ] = None
     stages: Annotated[
         int | None,
@@ -169,29 +164,16 @@ class PruneOptions:
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,
-        Option(
-            "Query heads and KV groups too; default: where measured to pay.",
-            _GOES,
-            flags=("--heads/--no-heads",),
-        ),
+        Option("Query heads and KV groups too; default: where measured to pay.", _GOES, flags=("--heads/--no-heads",)),
     ] = None
     modules: Annotated[bool, Option("Whole attention and FFN blocks too (each is measured: slower).", _GOES)] = False
     drop_layers: Annotated[
-        int,
-        Option(
-            "Remove this many whole layers first, then prune in width (saap).",
-            _GOES,
-            metavar="N",
-        ),
-        Meta(ge=0),
+        int, Option("Remove this many whole layers first, then prune in width (saap).", _GOES, metavar="N"), Meta(ge=0)
     ] = 0
     keep_layers: Annotated[
         frozenset[int] | None,
         Option(
-            "Leave these layers whole, such as 0-2,29; none: no layer.",
-            _GOES,
-            metavar="LAYERS",
-            parse=parse_layers,
+            "Leave these layers whole, such as 0-2,29; none: no layer.", _GOES, metavar="LAYERS", parse=parse_layers
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
     sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), Meta(ge=1)] = 64

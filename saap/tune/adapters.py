@@ -160,10 +160,7 @@ class ZeroPointAdapter(GroupAdapterLayer):
         self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
 
 
-FOLDS: dict[str, type[GroupAdapterLayer]] = {
-    "scale": ScaleAdapter,
-    "zero-point": ZeroPointAdapter,
-}
+FOLDS: dict[str, type[GroupAdapterLayer]] = {"scale": ScaleAdapter, "zero-point": ZeroPointAdapter}
 
 
 def _weight(linear: nn.Module) -> torch.Tensor:

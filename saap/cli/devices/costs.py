@@ -64,11 +64,7 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
 
 
 def probe_costs(
-    model: str | Path,
-    out: Path,
-    asked: CostsCommand,
-    device: Target,
-    progress: Progress | None = None,
+    model: str | Path, out: Path, asked: CostsCommand, device: Target, progress: Progress | None = None
 ) -> Costs:
     """Time a model's layers at all their sizes on a device and write the table; the graphs are made here.
 

@@ -26,8 +26,7 @@ class EmulateCommand:
     """What ``saap devices emulate`` is asked for."""
 
     cpu: Annotated[
-        tuple[Literal["cortex-a72", "cortex-a76", "max"], ...],
-        Option("May be given again; default: all three."),
+        tuple[Literal["cortex-a72", "cortex-a76", "max"], ...], Option("May be given again; default: all three.")
     ] = ()
     text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
     tokens: Annotated[int, Option("Of the text.")] = 64

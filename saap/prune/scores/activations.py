@@ -61,12 +61,7 @@ class Activations:
 
 
 def collect(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    ids: torch.Tensor,
-    *,
-    batch: int = 4,
-    progress: Progress | None = None,
+    model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, *, batch: int = 4, progress: Progress | None = None
 ) -> Activations:
     """Run calibration sequences through ``model`` once; its weights and flags are left as they were.
 

@@ -26,14 +26,7 @@ from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
 from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
-from saap.tune.loop.state import (
-    Trained,
-    fingerprint_of,
-    others_differ_in,
-    parse_state,
-    state_path,
-    write_state,
-)
+from saap.tune.loop.state import Trained, fingerprint_of, others_differ_in, parse_state, state_path, write_state
 from saap.tune.options import TrainOptions
 
 SMOOTHED = 8  # steps whose mean loss is shown

@@ -114,18 +114,7 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
 def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_path, how, fold):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
-    command = [
-        "tune",
-        tiny_model(),
-        "--data",
-        text,
-        "--tokens",
-        "1600",
-        "--length",
-        "64",
-        "--batch",
-        "4",
-    ]
+    command = ["tune", tiny_model(), "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4"]
     command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
     here(*command, "-o", tmp_path / "one")
     shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
