@@ -47,20 +47,6 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
       saap generate out/demo/slim-int4 "Why is the sky blue?"
       saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
     """
-    generate_text(bundle, prompt, options, as_json)
-
-
-def generate_text(bundle: Path, prompt: str | None, options: GenerateOptions, as_json: bool = False) -> None:
-    """Answer one prompt, or hold a conversation.
-
-    Args:
-        bundle: its directory.
-        prompt: a text, ``-`` for all of standard input, or None for a conversation.
-        as_json: print one document instead of a stream.
-
-    Raises:
-        UserError: what the user can mend.
-    """
     from export.generate.text import open_bundle
 
     interactive = prompt is None and sys.stdin.isatty()

@@ -15,17 +15,18 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from devices.common.options import Setting, assigned, from_toml, made, settings_of
-from saap.cli.types import InSection, Sections
+from saap.cli.types import FieldOption, Sections
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
-    ValueType = click.ParamType[Any]
+    ValueType = click.ParamType[object]
 else:
     ValueType = click.ParamType  # generic in click's types only
 
@@ -53,7 +54,7 @@ class _Value(ValueType):
     def __init__(self, setting: Setting) -> None:
         self.name, self.setting = setting.name, setting
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         if not isinstance(value, str):
             return value
         try:
@@ -61,8 +62,8 @@ class _Value(ValueType):
         except ValueError as error:
             raise UserError(f"{self.setting.flag} {error}") from None
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        return [click.shell_completion.CompletionItem(str(c)) for c in self.setting.choices]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(str(choice)) for choice in self.setting.choices]
 
 
 class _Assignment(ValueType):
@@ -73,22 +74,8 @@ class _Assignment(ValueType):
     def __init__(self, settings: Mapping[str, Setting]) -> None:
         self.settings = settings
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         return assigned(self.settings, value) if isinstance(value, str) else value
-
-
-class FieldOption(InSection):
-    """A flag with its old spellings, which help and messages do not show."""
-
-    def __init__(self, *arguments: Any, old: tuple[str, ...] = (), **attributes: Any) -> None:
-        super().__init__(*arguments, **attributes)
-        self.old = old
-
-    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        shown = self.opts
-        self.opts = [*shown, *self.old]
-        super().add_to_parser(parser, ctx)
-        self.opts = shown
 
 
 def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -97,7 +84,7 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(function)
-        def command(*arguments: Any, set_: list[tuple[str, object]], config: Path | None, **values: Any) -> T:
+        def command(*arguments: object, set_: list[tuple[str, object]], config: Path | None, **values: object) -> T:
             context = click.get_current_context()
             given = from_toml(settings, config) if config else {}
             given |= dict(set_)
@@ -117,17 +104,17 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 def _flag(setting: Setting) -> Callable[[Callable[..., T]], Callable[..., T]]:
     option = setting.option
-    about: dict[str, Any] = {"cls": FieldOption, "section": option.section, "old": option.old, "hidden": option.hidden}
+    about: dict[str, object] = {"section": option.section, "old": option.old, "hidden": option.hidden}
     if setting.kind is bool:
         pair = any("/" in flag for flag in setting.flags)
         about |= {"default": None} if pair else {"is_flag": True, "flag_value": not setting.default, "default": None}
-        shown = f"{setting.name.replace('_', '-')}" if pair and setting.default else ""
+        shown = setting.name.replace("_", "-") if pair and setting.default else ""
     else:
         about |= {"type": _Value(setting), "metavar": setting.metavar, "multiple": setting.repeated}
         about["required"] = setting.default is MISSING
         shown = default_of(setting)
     about["help"] = option.help + (f" [default: {shown}]" if shown else "")
-    return click.option(*setting.flags, setting.name, **about)
+    return click.option(*setting.flags, setting.name, cls=FieldOption, **about)
 
 
 def default_of(setting: Setting) -> str:

@@ -12,12 +12,18 @@ import click
 directory = click.Path(path_type=Path)
 
 
-class InSection(click.Option):
-    """An option that help shows under a heading of its own."""
+class FieldOption(click.Option):
+    """An option under a heading of help, with old spellings that help and messages do not show."""
 
-    def __init__(self, *arguments: Any, section: str, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, section: str, old: tuple[str, ...] = (), **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.section = section
+        self.section, self.old = section, old
+
+    def add_to_parser(self, parser: click.parser._OptionParser, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.old]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
 
 
 class Sections(click.Command):
@@ -27,7 +33,7 @@ class Sections(click.Command):
         """The sections in the order of their first options; options without a heading come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        for param in sorted(options, key=lambda option: not isinstance(option, InSection)):
+        for param in sorted(options, key=lambda option: not isinstance(option, FieldOption)):
             if record := param.get_help_record(ctx):
                 sections.setdefault(getattr(param, "section", "Options"), []).append(record)
         for heading, rows in sections.items():

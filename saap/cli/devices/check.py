@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 from msgspec import Meta
@@ -110,7 +110,7 @@ def read_model(bundle: Path) -> Model:
     )  # fmt: skip
 
 
-def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dict[str, Any]:
+def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dict[str, object]:
     """Everything for machines; JSON types, bytes, tokens per second; unknown is null."""
     known = asdict(device) | {"isa": sorted(device.isa), "lacks": sorted(device.lacks)}
     memory = asdict(verdict.memory) | {"total": verdict.memory.total}

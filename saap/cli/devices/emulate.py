@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
@@ -19,6 +19,9 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
+
+if TYPE_CHECKING:
+    from bench.remote.emulated import Emulation
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def emulate_bundle(bundle: str, asked: EmulateCommand, json_path: Path | None, c
     return int(found.exit_code)
 
 
-def _show(found: Any) -> None:
+def _show(found: Emulation) -> None:
     rows = [[found.reference.cpu, "-", f"{found.reference.nll:.4f}", "-", "-"]]
     for answer in found.answers:
         same = f"{answer.same_tokens} of {len(found.reference.tokens)}"

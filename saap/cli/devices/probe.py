@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from saap.cli.console import print_table
 from saap.system.errors import UserError
 
+if TYPE_CHECKING:
+    from devices.probe.cpu import Cluster
+    from devices.probe.host import AllFacts
+    from devices.probe.state import State
+
 UNKNOWN = "unknown"
+NO_PROFILE = f"{UNKNOWN}: no profile names this board"
 
 
 class ProbeCommand(click.Command):
@@ -33,36 +39,35 @@ def probe(as_json: bool, bandwidth: bool) -> None:
     Example:
       saap devices probe
     """
-    probe_host(as_json, bandwidth)
-
-
-def probe_host(as_json: bool, bandwidth: bool = False) -> None:
-    """What this host is, for people or machines; ``bandwidth`` reads memory for some seconds."""
     from devices.probe.host import probe_all
     from devices.profiles.profile import load_profiles, profile_of
 
-    facts: dict[str, Any] = {**probe_all()}
-    facts["profile"] = profile_of(facts["compatible"], load_profiles())
-    if bandwidth:
-        facts["bandwidth"] = read_bandwidth(facts["last_level_cache_bytes"])
+    facts = probe_all()
+    profile = profile_of(facts["compatible"], load_profiles())
+    speeds = read_bandwidth(facts["last_level_cache_bytes"]) if bandwidth else []
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
+        click.echo(json.dumps({**facts, "profile": profile, **({"bandwidth": speeds} if bandwidth else {})}, indent=1))
         return
-    print_table("this host", ["fact", "value"], list(_host_rows(facts)))
-    print_table(
-        "clusters", ["CPUs", "core", "capacity", "governor", "clock MHz", "from", "to", "hardware"], _clusters(facts)
-    )
+    print_table("this host", ["fact", "value"], [*_host_rows(facts), ["profile", profile or NO_PROFILE]])
+    headings = ["CPUs", "core", "capacity", "governor", "clock MHz", "from", "to", "hardware"]
+    print_table("clusters", headings, [*map(_cluster, facts["clusters"] or [])])
     print_table("now", ["fact", "value"], list(_state_rows(facts["state"])))
     if bandwidth:
-        _show_bandwidth(facts["bandwidth"])
+        print_table("reading memory", ["threads", "GB/s"], [[str(speed["threads"]), _rate(speed)] for speed in speeds])
 
 
-def read_bandwidth(cache_bytes: int | None) -> list[dict[str, Any]]:
-    """Read bandwidth with 1, 2, 4, ... threads and with all cores, one thread each; a failed probe says why.
+class Speed(TypedDict, total=False):
+    """How fast memory was read; ``unknown`` says why it could not be."""
 
-    Returns:
-        Per count: threads, cpus, bytes_per_s (best pass) and samples (bytes per second), or unknown.
-    """
+    threads: int
+    cpus: list[int]
+    bytes_per_s: float | None  # the best sample
+    samples: list[float]
+    unknown: dict[str, str]
+
+
+def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
+    """Read memory with 1, 2, 4, ... threads and with all cores, one thread each."""
     from bench.measure.cores import choose_cores
     from bench.measure.roofline import probe_bandwidth
     from devices.common.cores import physical_cores
@@ -74,51 +79,44 @@ def read_bandwidth(cache_bytes: int | None) -> list[dict[str, Any]]:
         cpus = choose_cores(count)
         probed = probe_bandwidth(cpus, cache_bytes)
         best = max(probed.samples, default=None)
-        row = {"threads": count, "cpus": cpus, "bytes_per_s": best, "samples": probed.samples}
-        found.append(row | ({"unknown": probed.unknown} if best is None else {}))
+        speed: Speed = {"threads": count, "cpus": cpus, "bytes_per_s": best, "samples": probed.samples}
+        if best is None:
+            speed["unknown"] = probed.unknown
+        found.append(speed)
     return found
 
 
-def _show_bandwidth(found: list[dict[str, Any]]) -> None:
-    rows = [
-        [
-            str(row["threads"]),
-            f"{row['bytes_per_s'] / 1e9:.1f}" if row["bytes_per_s"] else str(row["unknown"]["samples"]),
-        ]
-        for row in found
-    ]
-    print_table("reading memory", ["threads", "GB/s"], rows)
+def _rate(speed: Speed) -> str:
+    best = speed["bytes_per_s"]
+    return f"{best / 1e9:.1f}" if best else speed["unknown"]["samples"]
 
 
-def _host_rows(facts: dict[str, Any]) -> Iterable[list[str]]:
-    nested = {"state", "clusters", "frequencies", "unknown", "bandwidth"}
+def _host_rows(facts: AllFacts) -> Iterable[list[str]]:
+    nested = {"state", "clusters", "frequencies", "unknown"}
     for key, value in facts.items():
         if key not in nested:
-            yield [key, _plain(value, facts["unknown"].get(key, "no profile names this board"))]
+            yield [key, _plain(value, facts["unknown"].get(key, ""))]
 
 
-def _clusters(facts: dict[str, Any]) -> list[list[str]]:
-    clocks = ("current_hz", "min_hz", "max_hz", "hardware_max_hz")
+def _cluster(found: Cluster) -> list[str]:
+    clocks = (found["current_hz"], found["min_hz"], found["max_hz"], found["hardware_max_hz"])
     return [
-        [
-            c["cpus"],
-            c["core"] or UNKNOWN,
-            "-" if c["capacity"] is None else str(c["capacity"]),
-            c["governor"] or UNKNOWN,
-            *("-" if c[key] is None else f"{c[key] / 1e6:.0f}" for key in clocks),
-        ]
-        for c in facts["clusters"] or []
+        found["cpus"],
+        found["core"] or UNKNOWN,
+        "-" if found["capacity"] is None else str(found["capacity"]),
+        found["governor"] or UNKNOWN,
+        *("-" if clock is None else f"{clock / 1e6:.0f}" for clock in clocks),
     ]
 
 
-def _state_rows(state: dict[str, Any]) -> Iterable[list[str]]:
+def _state_rows(state: State) -> Iterable[list[str]]:
     heat = {name: None if value is None else f"{value:.1f} C" for name, value in (state["temperatures"] or {}).items()}
     flat = {"temperatures": heat or None, **state["throttling"], **state["memory"]}
     for key, value in flat.items():
         yield [key, _plain(value, state["unknown"].get(key, UNKNOWN))]
 
 
-def _plain(value: Any, why: str) -> str:
+def _plain(value: object, why: str) -> str:
     """A JSON value as a person would write it, or why there is none."""
     if value is None:
         return f"{UNKNOWN}: {why}"

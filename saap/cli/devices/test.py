@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
@@ -18,6 +17,7 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    from bench.judge.regression import Measure
     from bench.remote.target import Target
 
 GREEDY = 16
@@ -30,8 +30,6 @@ TEXT = (
     "A model is small when it fits into the memory of the device, and it is fast when that memory can feed it. "
     "Everything else is a question of how carefully it was measured, and by whom."
 )
-
-Measured = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
     return test.exit_code
 
 
-def measuring(device: Target, bundle: str, name: str, console: Console) -> Measured:
+def measuring(device: Target, bundle: str, name: str, console: Console) -> Measure:
     return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
 
 
