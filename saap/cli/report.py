@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import click
 
+from devices.common.documents import Document
 from saap.cli.types import directory
 from saap.system.errors import UserError
+
+
+class Step(TypedDict, total=False):
+    """A step of a run that is finished; ``key`` is the hash of what went into it."""
+
+    name: str
+    key: str
+    seconds: float
+    command: str
+
+
+class RunFile(TypedDict, total=False):
+    """``run.json``: the steps of a run, and what the page is made of."""
+
+    model: str
+    steps: list[Step]
+    results: list[str]
+    plan: dict[str, object]
+    parity: dict[str, object]
+    quality: dict[str, object]
+    texts: list[dict[str, object]]
+    versions: dict[str, str]
+
+
+RUN = Document(RunFile, "run", "run `saap run` again")
 
 
 @click.command()
@@ -35,7 +61,7 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
     from bench.report import report as write_report
 
-    run: dict[str, Any] | None = None
+    run: RunFile | None = None
     paths: list[Path] = []
     for path in results:
         if path.is_dir():
@@ -47,10 +73,8 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
     click.echo(f"wrote {out}")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    from saap.system.files import read_object
-
+def read_run(folder: Path) -> RunFile:
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run.json: give the -o directory of `saap run`, or result files")
-    return read_object(path, "run `saap run` again")
+    return RUN.read(path)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import click
 from msgspec import Meta
@@ -24,12 +24,12 @@ from export.options import ExportOptions
 from saap.cli.console import Console
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.prune import PruneCommand, for_this_machine, prune_model
+from saap.cli.report import RUN, RunFile, Step, read_run
 from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory
 from saap.prune.options import MUST
 
 if TYPE_CHECKING:
-    from devices.common.quality import Quality
     from saap.prune.options import PruneOptions
     from saap.prune.search.budget import Budget
     from saap.system.needs import Needs
@@ -126,11 +126,9 @@ class _State:
     """``run.json``: what is finished, and what the report is made of."""
 
     def __init__(self, out: Path, model: str, options: RunOptions, console: Console) -> None:
-        from saap.cli.report import read_run
-
         self.out, self.model, self.options, self.console = out, model, options, console
         self.number = self.steps = 0
-        self.run: dict[str, Any] = {"model": model, "steps": []}
+        self.run: RunFile = {"model": model, "steps": []}
         if (out / "run.json").is_file():
             previous = read_run(out)
             if previous.get("model") == model:
@@ -140,9 +138,9 @@ class _State:
         self,
         name: str,
         command: Sequence[object],
-        inputs: Any,
+        inputs: object,
         outputs: list[str],
-        work: Callable[[], dict[str, Any] | None],
+        work: Callable[[], RunFile | None],
     ) -> str:
         """Do a step unless it was done with the same inputs.
 
@@ -157,8 +155,6 @@ class _State:
         """
         import hashlib
 
-        from saap.system.files import write_document
-
         self.number += 1
         key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
         done = next((s for s in self.run["steps"] if s["name"] == name), None)
@@ -167,12 +163,12 @@ class _State:
             return key
         self.console.say(f"[{self.number}/{self.steps}] {name} ...")
         start = time.monotonic()
-        found = work() or {}
+        found: RunFile = work() or {}
         line = shlex.join(["saap", *map(str, command)])
-        entry = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": line}
+        entry: Step = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": line}
         self.run["steps"] = [s for s in self.run["steps"] if s["name"] != name] + [entry]
         self.run |= found
-        write_document(self.out / "run.json", self.run)
+        RUN.write(self.out / "run.json", self.run)
         return key
 
 
@@ -180,7 +176,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of
-    from saap.system.files import check_output, write_document
+    from saap.system.files import check_output
 
     options.prune.options.check_requirement()
     options.tuning.options.check()
@@ -195,7 +191,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     console.say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, options, console)
-    write_document(out / "run.json", state.run)
+    RUN.write(out / "run.json", state.run)
     state.steps = 6 + len(thread_counts(options))
 
     dense = _identity(source)
@@ -271,16 +267,16 @@ def _check_exportable(source: Path) -> None:
     check_attention(shape_of(config), traits_of(config), {})
 
 
-def _prune(state: _State, source: Path, dense: Any) -> str:
+def _prune(state: _State, source: Path, dense: object) -> str:
     import hashlib
 
     asked, out = state.options.prune, state.out / "slim"
 
-    def work() -> dict[str, Any]:
+    def work() -> RunFile:
         prune_model(str(source), out, asked, state.console, name=state.model)
         return {"plan": _plan(out)}
 
-    inputs: dict[str, Any] = asdict(asked)
+    inputs = asdict(asked)
     if costs := asked.options.costs:
         inputs["options"]["costs"] = hashlib.sha256(costs.read_bytes()).hexdigest()
     command = ["prune", state.model, "-o", out, *arguments_of(asked)]
@@ -297,13 +293,13 @@ def _tune(state: _State, source: Path, pruned: str) -> str:
     )  # fmt: skip
 
 
-def _export(state: _State, source: Path, made_from: list[Any], *, tuned: bool) -> str:
+def _export(state: _State, source: Path, made_from: list[object], *, tuned: bool) -> str:
     from export.bundle.manifest import read_manifest
     from saap.cli.export import export_model
 
     name, options = state.options.bundles[tuned], state.options.export(tuned=tuned)
 
-    def work() -> dict[str, Any]:
+    def work() -> RunFile:
         export_model(source, state.out / name, options, state.console)
         parity = read_manifest(state.out / name).parity
         return {"parity": {**state.run.get("parity", {}), name: parity and asdict(parity)}}
@@ -313,23 +309,20 @@ def _export(state: _State, source: Path, made_from: list[Any], *, tuned: bool) -
 
 
 def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str]) -> None:
-    from devices.common.documents import plain
     from saap.cli.eval import subject_of
     from saap.evaluate.evaluation import evaluate
 
     options, bundles = state.options, [state.out / name for name in state.options.bundles]
     paths = {"dense fp32": source, "slim fp32, untuned": state.out / "slim", **{path.name: path for path in bundles}}
 
-    def work() -> Quality:
+    def work() -> RunFile:
         subjects = [subject_of(path, name) for name, path in paths.items()]
-        return evaluate(subjects, reference=subjects[0], text=windows, progress=state.console.report)
+        quality = evaluate(subjects, reference=subjects[0], text=windows, progress=state.console.report)
+        return {"quality": asdict(quality)}
 
     command = ["eval", state.out / "slim", *bundles, "--reference", state.model, "--chunk", options.chunk]
     command += ["--max-chunks", options.max_chunks, *(["--text", options.text] if options.text else [])]
-    state.step(
-        "evaluate", command, [made_from, asdict(windows.protocol)], [],
-        lambda: {"quality": plain(work())},
-    )  # fmt: skip
+    state.step("evaluate", command, [made_from, asdict(windows.protocol)], [], work)
 
 
 def thread_counts(options: RunOptions) -> list[int]:
@@ -380,7 +373,7 @@ def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
     return windows
 
 
-def _identity(directory: Path) -> list[Any]:
+def _identity(directory: Path) -> list[list[object]]:
     """What tells one model directory from another without reading its weights."""
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(directory.glob("*.safetensors"))]
 
@@ -394,7 +387,7 @@ def _plan(slim: Path) -> dict[str, object]:
     return {**plan, "layers": counts}
 
 
-def _texts(state: _State) -> list[dict[str, Any]]:
+def _texts(state: _State) -> list[dict[str, object]]:
     """The same prompts to every bundle, greedy."""
     import torch
 
@@ -403,17 +396,17 @@ def _texts(state: _State) -> list[dict[str, Any]]:
     from export.generate.loop import AnswerSettings, begin_text
 
     bundles, report = state.options.bundles, state.console.report
-    answers: list[dict[str, Any]] = [{"prompt": prompt, "outputs": {}} for prompt in PROMPTS]
+    outputs: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
     settings = AnswerSettings(ANSWER_TOKENS)
     for number, name in enumerate(bundles):
         tokenizer = BundleTokenizer(state.out / name)
         decoder = OrtDecoder(state.out / name, torch.get_num_threads(), 256)
-        for index, answer in enumerate(answers):
-            report("writing texts", number * len(answers) + index, len(bundles) * len(answers))
-            pieces = begin_text(decoder, tokenizer, answer["prompt"], settings, chat=tokenizer.has_chat_template)
-            answer["outputs"][name] = "".join(pieces)
-    report("writing texts", len(bundles) * len(answers), len(bundles) * len(answers))
-    return answers
+        for index, (prompt, written) in enumerate(outputs.items()):
+            report("writing texts", number * len(outputs) + index, len(bundles) * len(outputs))
+            pieces = begin_text(decoder, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
+            written[name] = "".join(pieces)
+    report("writing texts", len(bundles) * len(outputs), len(bundles) * len(outputs))
+    return [{"prompt": prompt, "outputs": written} for prompt, written in outputs.items()]
 
 
 def _finish(state: _State, results: list[Path], begun: float) -> None:
@@ -429,7 +422,6 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     from saap import __version__
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
-    from saap.system.files import write_document
 
     out = state.out
     state.run["versions"] = {
@@ -440,7 +432,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
         "onnxruntime": onnxruntime.__version__,
     }
     state.run["results"] = [path.name for path in results]
-    write_document(out / "run.json", state.run)
+    RUN.write(out / "run.json", state.run)
     report(results, out / "report.html", run=state.run)
     click.echo()
     show_quality(QUALITY.made(state.run["quality"]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class Group:
 
 
 Scorer = Callable[[Sequence[Group]], Iterator[list[Likelihood]]]  # one list per group, in order, as they are done
+Logits = NDArray[np.float32]
+Cache = TypeVar("Cache")
+
+
+class CachedReader(Protocol[Cache]):
+    """What keeps a cache, such as :meth:`export.generate.scoring.BundleScorer.read`."""
+
+    def __call__(self, ids: NDArray[np.int64], cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
+        """Logits [1, s, vocab] of ids [1, s], with ``last`` of the last position only, and the cache after them."""
 
 
 def torch_continuations(model: PreTrainedModel) -> Scorer:
@@ -75,13 +84,11 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
     return score
 
 
-def cached_continuations(read: Callable[..., tuple[NDArray[Any], Any]], workers: int = 1) -> Scorer:
+def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:
     """Score with what keeps a cache: a context is read once and each tail appended to what is held of it.
 
     Args:
-        read: ``read(ids [1, s], cache=None, last=False) -> (logits [1, s, vocab], cache)``, where ``last`` asks for
-            the last position's logits only, such as :meth:`export.generate.scoring.BundleScorer.read`. Several
-            workers call it from threads of their own.
+        read: several workers call it from threads of their own.
         workers: groups that are read side by side. A tail is too short to keep several threads of one operator busy.
     """
 
@@ -157,7 +164,7 @@ def _batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def _told(logits: NDArray[Any], tails: Sequence[Sequence[Sequence[int]]]) -> list[list[Likelihood]]:
+def _told(logits: Logits, tails: Sequence[Sequence[Sequence[int]]]) -> list[list[Likelihood]]:
     """Likelihoods of tails per group out of their rows of logits [p, vocab] in one array."""
     targets = np.array([token for group in tails for tail in group for token in tail])
     top = logits.max(axis=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,37 +39,29 @@ class Subject(Protocol):
     @property
     def name(self) -> str:
         """In the result."""
-        ...
 
     @property
     def path(self) -> Path:
         """A directory with the tokenizer."""
-        ...
 
     @property
     def writes(self) -> bool:
         """Whether it can write a text of its own."""
-        ...
 
     def size(self) -> tuple[int, int]:
         """Parameters, and bytes of the weights files."""
-        ...
 
     def positions(self) -> int:
         """Tokens that it reads at most."""
-        ...
 
     def lineage(self) -> Mapping[str, object]:
         """What it was calibrated and tuned on."""
-        ...
 
     def scorer(self) -> Score:
         """Logits of ids."""
-        ...
 
     def continuations(self) -> tuple[Scorer, int]:
         """Likelihoods of continuations, and the tokens of its context."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -222,7 +215,7 @@ def _on_tasks(
         load_tokenizer(subject.path)
     quality = replace(quality, task_seed=options.seed, max_examples=options.max_examples)
     for subject in subjects:
-        report = progress if progress is None or len(subjects) == 1 else _named(subject.name, progress)
+        report = progress and (progress if len(subjects) == 1 else partial(_of_model, progress, subject.name))
         with fast_float32():
             scores = run_tasks(subject.name, continuation_model(subject), options, report)
         quality = replace(quality, tasks=(*quality.tasks, *scores))
@@ -242,5 +235,5 @@ def continuation_model(subject: Subject) -> Callable[[Progress | None], Continua
     return make
 
 
-def _named(name: str, report: Progress) -> Progress:
-    return lambda label, done, total: report(f"{label}, {name}", done, total)
+def _of_model(report: Progress, name: str, label: str, done: float, total: float) -> None:
+    report(f"{label}, {name}", done, total)

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from lm_eval.api import task as harness_task
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
+from transformers import PreTrainedTokenizerBase
 
 from devices.common.progress import Progress
 from devices.common.quality import TaskExample, TaskScore
@@ -34,8 +35,8 @@ from saap.evaluate.options import EvalOptions
 from saap.system.errors import UserError
 from saap.text.documents import is_unicode, load_rows
 
-Request = tuple[Any, list[int], list[int]]  # (texts, context ids, tail ids), as the harness hands them over
-Row = dict[str, Any]  # an example of a file
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, tail ids, as the harness hands them over
+Row = dict[str, object]  # an example of a file
 
 # Of each task the fields that a row must have, beside ``label``.
 FIELDS = {
@@ -59,6 +60,23 @@ PROMPTS = {
 }
 
 
+class Sample(TypedDict, total=False):
+    """What the harness found for an example."""
+
+    doc_id: int
+    target: int
+    filtered_resps: list[Likelihood]
+    acc: float
+    acc_norm: float
+
+
+class Found(TypedDict):
+    """What the harness found, by task."""
+
+    results: dict[str, dict[str, float]]
+    samples: dict[str, list[Sample]]
+
+
 class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """A model of the harness that only weighs continuations.
 
@@ -69,7 +87,9 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
         progress: is told how many requests are done.
     """
 
-    def __init__(self, score: Scorer, tokenizer: Any, max_length: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self, score: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress | None = None
+    ) -> None:
         super().__init__()
         self.score, self.tokenizer, self.max_length, self.progress = score, tokenizer, max_length, progress
 
@@ -95,7 +115,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
             add_special_tokens = not (first and string.startswith(first))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False))
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
+    def loglikelihood(self, requests: list[object], disable_tqdm: bool = False) -> list[Likelihood]:
         """Without the harness's own bar."""
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
@@ -145,7 +165,7 @@ def run_tasks(
         UserError: unknown tasks, files that are not of a task's form, or a data set that cannot be had.
     """
     files = task_files(options)
-    asked: list[Any] = [file.config() for file in files] if files else list(options.tasks)
+    asked: list[object] = [file.config() for file in files] if files else list(options.tasks)
     samples = {file.name: drawn(file.name, len(file.rows), options.max_examples, options.seed) for file in files}
     with _quiet():
         tasks = _loaded(asked, TaskManager(include_defaults=not files), options)
@@ -158,7 +178,7 @@ def run_tasks(
     return [_score(name, task, found, by_name.get(task)) for task in sorted(found["samples"])]
 
 
-def _loaded(asked: list[Any], manager: TaskManager, options: EvalOptions) -> dict[str, Any]:
+def _loaded(asked: list[object], manager: TaskManager, options: EvalOptions) -> dict[str, harness_task.Task]:
     if options.task_dir is None and (unknown := sorted(set(options.tasks) - set(manager.all_tasks))):
         raise UserError(f"no task {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
     try:
@@ -186,7 +206,7 @@ def task_files(options: EvalOptions) -> list[TaskFile]:
     return [] if options.task_dir is None else [find_task(name, options.task_dir) for name in options.tasks]
 
 
-def _score(model: str, name: str, found: dict[str, Any], file: TaskFile | None) -> TaskScore:
+def _score(model: str, name: str, found: Found, file: TaskFile | None) -> TaskScore:
     metrics = found["results"][name]
     examples = tuple(
         TaskExample(
@@ -196,9 +216,8 @@ def _score(model: str, name: str, found: dict[str, Any], file: TaskFile | None) 
         for sample in sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
     )  # fmt: skip
     numbers = {key: metrics.get(f"{key},none") for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    if file is None:
-        return TaskScore(model, name, "the harness's data set", **numbers, examples=examples)
-    return TaskScore(model, name, file.source, file.sha256, len(file.rows), **numbers, examples=examples)
+    source, sha256, of = (file.source, file.sha256, len(file.rows)) if file else ("the harness's data set", None, None)
+    return TaskScore(model, name, source, sha256, of, **numbers, examples=examples)
 
 
 @contextmanager
@@ -231,7 +250,7 @@ class TaskFile:
     source: str
     sha256: str
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The task as the harness takes it."""
         from datasets import Dataset
 
@@ -239,7 +258,7 @@ class TaskFile:
         wanted = {*FIELDS[self.name], "label"}
         rows = [{key: row[key] for key in wanted} for row in self.rows]
         metrics = ("acc",) if self.name in ("boolq", "winogrande") else ("acc", "acc_norm")
-        asked: dict[str, Any] = {"doc_to_text": PROMPTS.get(self.name), "doc_to_target": "label"}
+        asked: dict[str, object] = {"doc_to_text": PROMPTS.get(self.name), "doc_to_target": "label"}
         asked["doc_to_choice"] = "{{choices}}"
         if self.name == "hellaswag":  # given as text, a context of digits would be taken for a choice's number
             asked["doc_to_text"] = _context
@@ -306,13 +325,13 @@ def _checked(name: str, given: object, where: str) -> Row:
     text = [field for field in wanted if field not in ("choices", "label")]
     if wrong := [field for field in text if not _is_text(row[field])]:
         raise UserError(f"{where}: {wrong[0]} is no text")
-    choices = row.get("choices", ["", ""])
-    if "choices" in wanted and not (isinstance(choices, list) and len(choices) > 1 and all(map(_is_text, choices))):
+    choices = ["first", "second"] if name == "winogrande" else row["choices"]
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         raise UserError(f"{where}: choices must be a list of two or more texts")
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label!r} must count the {len(choices)} choices from 0")
-    if name == "winogrande" and row["sentence"].count("_") != 1:
+    if name == "winogrande" and str(row["sentence"]).count("_") != 1:
         raise UserError(f"{where}: a sentence of winogrande has one _ where an option goes")
     return dict(row)
 
@@ -341,14 +360,14 @@ def _context(row: Row) -> str:
     return str(row["context"])
 
 
-def _right(row: Row) -> int:
-    return int(row["label"])
+def _right(row: Row) -> object:
+    return row["label"]
 
 
 def _beginnings(row: Row) -> list[str]:
-    before = row["sentence"][: row["sentence"].index("_")]
-    return [before + row["option1"], before + row["option2"]]
+    before = str(row["sentence"]).partition("_")[0]
+    return [f"{before}{row['option1']}", f"{before}{row['option2']}"]
 
 
 def _ending(row: Row) -> str:
-    return str(row["sentence"][row["sentence"].index("_") + 1 :].strip())
+    return str(row["sentence"]).partition("_")[2].strip()
