@@ -23,7 +23,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Protocol, cast
 
 import peft
 import torch
@@ -45,6 +45,8 @@ PREFIX = "base_model.model."  # before a module's name in a PeftModel
 SMALLEST_FACTOR = 0.05  # 1 + D stays positive: a group must not change its sign
 LARGEST_FLOAT16 = 65504.0
 
+Gradient = torch.Tensor | None
+
 
 class GroupAdapterLayer(nn.Module, LoraLayer):
     """A GroupQuantLinear with one adapter; PEFT makes it, from the config that it is registered with."""
@@ -59,7 +61,7 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         r: int,
         lora_alpha: float,
         free: bool,
-        **_: Any,  # PEFT's other options, which differ from version to version and are off here
+        **_: object,  # PEFT's other options, which differ from version to version and are off here
     ) -> None:
         """Wrap ``base_layer``; with ``free``, A is the identity and has no parameters."""
         super().__init__()
@@ -143,8 +145,10 @@ class ZeroPointAdapter(GroupAdapterLayer):
 
     zeros: torch.Tensor
 
-    def __init__(self, base_layer: GroupQuantLinear, adapter_name: str, **options: Any) -> None:
-        super().__init__(base_layer, adapter_name, **options)
+    def __init__(
+        self, base_layer: GroupQuantLinear, adapter_name: str, *, r: int, lora_alpha: float, free: bool, **_: object
+    ) -> None:
+        super().__init__(base_layer, adapter_name, r=r, lora_alpha=lora_alpha, free=free)
         groups = base_layer.scales.shape[1]
         zeros = unpack_zero_points(base_layer.zero_points, base_layer.bits, groups)
         self.register_buffer("zeros", zeros.to(base_layer.scales.dtype), persistent=False)
@@ -292,15 +296,25 @@ def _by_value(numbers: dict[str, int]) -> dict[str, int]:
     return {"|".join(which): number for number, which in names.items()}
 
 
+class Context(Protocol):
+    """What torch keeps between the passes of an autograd function."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """They are :attr:`saved_tensors` in the backward pass."""
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second number, with the gradient going to the first; to the bit, as first + (second - first) is not."""
 
     @staticmethod
-    def forward(ctx: Any, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Context, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         return rounded.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -350,7 +364,7 @@ class _GroupMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+        ctx: Context, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, centred, scale, shift)
         with torch.autocast(x.device.type, enabled=False):
@@ -358,7 +372,7 @@ class _GroupMatMul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, Any]:
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, None, Gradient, Gradient]:
         x, centred, scale, shift = ctx.saved_tensors
         for_x, _, for_scale, for_shift = ctx.needs_input_grad
         grad_x = grad_scale = grad_shift = None

@@ -25,7 +25,7 @@ arXiv:2410.10989). Nothing is computed twice, and places that are not learnt (pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead
 from saap.system.errors import UserError
-from saap.tune.adapters import product_dtype
+from saap.tune.adapters import Context, product_dtype
 from saap.tune.loop.processes import is_sharded
 
 SMALLEST_SHARE = 1e-30  # of q_r, so that p_r / q_r is finite
@@ -93,12 +93,16 @@ def bucket_shares(logprobs: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor
     return kept, (1 - kept.sum(-1)).clamp_min(0)
 
 
+class _Softened(Context, Protocol):
+    temperature: float
+
+
 class _BucketDivergence(torch.autograd.Function):
     """T^2 L summed over the places of the mask."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Softened,
         logits: torch.Tensor,
         tokens: torch.Tensor,
         logprobs: torch.Tensor,
@@ -125,7 +129,7 @@ class _BucketDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: _Softened, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         """The gradient for the logits, made from them anew."""
         logits, tokens, shift, of_kept, of_rest, weight = ctx.saved_tensors
         found = logits.to(shift.dtype, copy=True).div_(ctx.temperature).sub_(shift).exp_()
@@ -145,7 +149,7 @@ def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of
         places: bool [rows, tokens], where there is a loss; in the order of rows they are numbered from 0.
         loss_of: the loss of a piece of them.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     matrix = _frozen_matrix(base) if isinstance(base, PreTrainedModel) else None
     if matrix is None:
         logits = model(input_ids=ids, use_cache=False).logits[places]
@@ -158,12 +162,12 @@ def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:
     """The head's matrix [vocabulary, hidden] on demand, where the head is nothing else and is not trained."""
-    head: Any = model.get_submodule(architecture_of(model.config).head)
+    head = model.get_submodule(architecture_of(model.config).head)
     if isinstance(head, TiedHead):
         return lambda dtype: _dequantised(head._table[0], dtype)
     if type(head) is GroupQuantLinear and head.bias is None:
         return lambda dtype: _dequantised(head, dtype)
-    weight: Any = getattr(head, "weight", None)
+    weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or head.bias is not None or weight.requires_grad or is_sharded(weight):
         return None
     return lambda dtype: weight.to(dtype)
@@ -181,7 +185,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, matrix: torch.Tensor, traits: Traits, loss_of: PieceLoss
+        ctx: Context, hidden: torch.Tensor, matrix: torch.Tensor, traits: Traits, loss_of: PieceLoss
     ) -> torch.Tensor:
         """hidden [places, hidden size], matrix [vocabulary, hidden size] -> a number."""
         trains = ctx.needs_input_grad[0]
@@ -200,6 +204,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None

@@ -17,9 +17,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -44,7 +44,7 @@ from saap.text.rows import IGNORED, Sequences, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states
-from saap.tune.loop.steps import DivergedError, History, Run, train
+from saap.tune.loop.steps import DivergedError, Group, History, Run, train
 from saap.tune.losses import distillation_loss, head_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
@@ -201,7 +201,7 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
     return True
 
 
-def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, Any]:
+def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, object]:
     config = read_config(slim_dir)
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
@@ -242,7 +242,7 @@ def tensors_of(rows: TuningRows, first: int) -> Batch:
 def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
     """The loss of a batch: the sum over its learnt tokens of NLL, mixed with KL(teacher || model), and their number."""
 
-    def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         learnt = batch["labels"][:, 1:] != IGNORED
         places = F.pad(learnt, (0, 1))  # what a row's last place predicts is not known
         labels, known = batch["labels"][:, 1:][learnt], None
@@ -283,7 +283,7 @@ class Quantised:
         else:
             self.matrices = nearest_matrices(model, form)
 
-    def prepare(self) -> list[dict[str, Any]]:
+    def prepare(self) -> list[Group]:
         """Wrap the model for training; the parameter groups with their peak rates."""
         options = self.options
         self.quant = quantize_model(self.model, options.bits, options.group_size, self.form.head_bits, self.matrices)
@@ -295,13 +295,13 @@ class Quantised:
         trained = adapters.trained_parameters(self.model)
         return [{"params": trained, "lr": options.rate}, self._norms()]
 
-    def _norms(self) -> dict[str, Any]:
+    def _norms(self) -> Group:
         found = [p for name, p in self.model.named_parameters() if "norm" in name]
         for norm in found:
             norm.requires_grad_(True)
         return {"params": found, "lr": self.options.norm_rate}
 
-    def fold(self) -> dict[str, Any]:
+    def fold(self) -> dict[str, object]:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
         self.model = adapters.fold(self.model)  # type: ignore[arg-type]
         return self.quant

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, PartialState
@@ -21,9 +21,12 @@ from torch.torch_version import TorchVersion
 from saap.system.errors import UserError
 from saap.system.processes import meet_on_cpus
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 T = TypeVar("T")
 Batch = dict[str, torch.Tensor]
-LossOf = Callable[[Any, Batch], tuple[torch.Tensor, torch.Tensor]]
+LossOf = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 REFUSED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
 FSDP_TORCH = "2.9"  # 2.6 cannot shard here; with 2.7 and 2.8 a step's gradients were not one process's
@@ -83,7 +86,7 @@ def join_processes() -> Accelerator:
 
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Any, torch.optim.Optimizer]:
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model's loss as a module, and the optimiser, for all processes; under FSDP the parameters are sharded."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -111,8 +114,8 @@ def from_main(accelerator: Accelerator, value: T) -> T:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together, on the CPU; every process has to ask for it."""
-    sharded: Any = tensor.detach()
-    return (sharded.full_tensor() if is_sharded(tensor) else tensor.detach()).cpu()
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu()
 
 
 def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
@@ -121,12 +124,11 @@ def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     if is_sharded(tensor) and tensor.shape == full.shape:
         from torch.distributed.tensor import distribute_tensor
 
-        sharded: Any = tensor
-        return distribute_tensor(full, sharded.device_mesh, sharded.placements)
+        return distribute_tensor(full, tensor.device_mesh, tensor.placements)
     return full
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor, which a torch built without torch.distributed does not know."""
     return hasattr(tensor, "full_tensor")
 

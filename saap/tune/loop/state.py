@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -24,6 +24,13 @@ from saap.tune.loop.processes import like, whole
 
 FORMAT = 2
 HEADER = "training"
+
+
+class About(TypedDict):
+    """What a state says in JSON."""
+
+    parts: Mapping[str, object]  # all that the loss curve depends on
+    history: dict[str, object]
 
 
 class Trained:
@@ -88,12 +95,8 @@ def state_path(directory: Path, fingerprint: str) -> Path:
     return directory / f"training-{fingerprint[:16]}.safetensors"
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
-    """Write beside and rename.
-
-    Args:
-        about: JSON.
-    """
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: About) -> None:
+    """Write beside and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".training-*.partial-*"):  # of killed processes: only one run owns the directory
         left.unlink(missing_ok=True)
@@ -106,7 +109,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
         raise UserError(f"the state of the training cannot be written to {path} ({error}): make room there") from None
 
 
-def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], About]:
     """Tensors and JSON of a state.
 
     Raises:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
+from msgspec import convert
 from torch import nn
 
 from devices.common.progress import Progress
@@ -26,12 +27,17 @@ from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
 from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
-from saap.tune.loop.state import Trained, fingerprint_of, others_differ_in, parse_state, state_path, write_state
+from saap.tune.loop.state import About, Trained, fingerprint_of, others_differ_in, parse_state, state_path, write_state
 from saap.tune.options import TrainOptions
 
 SMOOTHED = 8  # steps whose mean loss is shown
 
-Group = Mapping[str, Any]  # as torch's optimisers take them: {"params": [...], "lr": peak rate}
+
+class Group(TypedDict):
+    """Parameters as torch's optimisers take them, and their peak rate; AdamW's other options may stand beside."""
+
+    params: list[nn.Parameter]
+    lr: float
 
 
 @dataclass
@@ -117,7 +123,6 @@ def train(
 
     Args:
         model: parameters in no group stay as they are. Under FSDP it can be written out, but not run, afterwards.
-        groups: as torch's optimisers take them: {"params": [...], "lr": peak rate} and AdamW's other options.
         rows: tensors with one entry per row, "ids" [rows, tokens] among them; taken in order, what does not fill a step
             is left out. Every process is given all of them.
         loss_of: (model, batch) -> the sum of the losses over the learnt tokens, and their number; ``batch`` holds
@@ -342,10 +347,9 @@ class _Training:
             write_state(self.path, tensors, {"parts": self.parts, "history": asdict(self.history)})
         self.saved = time.monotonic()
 
-    def _restore(self, tensors: dict[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor], about: About) -> None:
         self.trained.load(tensors)
-        self.history = History(**about["history"])
-        self.history.held_out = [(step, loss) for step, loss in self.history.held_out]
+        self.history = convert(about["history"], History)
         self.history.resumed_at = self.step
         self.resumed = True
 
@@ -388,7 +392,7 @@ def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
     return once * options.passes
 
 
-def recompute(model: Any, on: bool) -> None:
+def recompute(model: nn.Module, on: bool) -> None:
     """Let layers keep no activations and compute them again on the way back, or not."""
     # activation_checkpointing_* since transformers 5, gradient_checkpointing_* before.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
