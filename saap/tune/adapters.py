@@ -21,7 +21,6 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
@@ -39,6 +38,7 @@ from saap.models.architectures import architecture_of
 from saap.models.modeling_slim import GroupQuantLinear, unpack_zero_points
 from saap.quantize.groups import pack_zero_points
 from saap.system.errors import UserError
+from saap.tune.options import Fold
 
 NAME = "default"  # of the adapter, PEFT's own
 PREFIX = "base_model.model."  # before a module's name in a PeftModel
@@ -164,43 +164,18 @@ class ZeroPointAdapter(GroupAdapterLayer):
         self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
 
 
-FOLDS: dict[str, type[GroupAdapterLayer]] = {"scale": ScaleAdapter, "zero-point": ZeroPointAdapter}
+FOLDS: dict[Fold, type[GroupAdapterLayer]] = {"scale": ScaleAdapter, "zero-point": ZeroPointAdapter}
 
 
 def _weight(linear: nn.Module) -> torch.Tensor:
     return cast("torch.Tensor", linear.weight)
 
 
-@dataclass(frozen=True)
-class GroupAdapterConfig:
-    """What is trained for each group of input columns.
-
-    Attributes:
-        fold: ``scale`` or ``zero-point`` (:mod:`saap.tune.adapters`).
-        rank: r of D = B A * alpha / r; None or 0 is a free D.
-        alpha: None is r.
-
-    Raises:
-        UserError: a fold that does not exist, or options that do not go together.
-    """
-
-    fold: str = "scale"
-    rank: int | None = None
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.fold not in FOLDS:
-            raise UserError(f"fold {self.fold!r} does not exist: choose one of {', '.join(FOLDS)}")
-        if (self.rank or 0) < 0:
-            raise UserError(f"rank {self.rank} is negative: give 1 or more, or 0 for a free factor per group")
-        if self.alpha is not None and (not self.rank or self.alpha <= 0):
-            raise UserError(f"alpha {self.alpha:g} needs a rank, and must be above 0: leave it out, or give both")
-
-
-def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) -> PeftModel:
+def attach(model: PreTrainedModel, kind: Fold, rank: int | None = None, *, seed: int = 0) -> PeftModel:
     """Put an adapter on every linear of the decoder layers, in place; all other parameters are frozen.
 
     Args:
+        rank: r of D = B A; None or 0 is a free D.
         seed: of the A matrices, apart from torch's global one.
 
     Raises:
@@ -208,18 +183,17 @@ def attach(model: PreTrainedModel, config: GroupAdapterConfig, seed: int = 0) ->
             layer on each of them.
     """
     holders = _holders(model)
-    free = not config.rank
-    ranks = {name: holder.scales.shape[1] for name, holder in holders.items()} if free else {}
+    ranks = {} if rank else {name: holder.scales.shape[1] for name, holder in holders.items()}
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=config.rank or 1,
-        lora_alpha=config.alpha or config.rank or 1,  # type: ignore[arg-type]  # PEFT only divides by r
+        r=rank or 1,
+        lora_alpha=rank or 1,
         target_modules=_pattern(model, holders),
         rank_pattern=_by_value(ranks),
         alpha_pattern=_by_value(ranks),
     )
-    layer_class = FOLDS[config.fold]
-    lora._register_custom_module({GroupQuantLinear: partial(layer_class, free=free)})  # type: ignore[dict-item]
+    layer_class = FOLDS[kind]
+    lora._register_custom_module({GroupQuantLinear: partial(layer_class, free=not rank)})  # type: ignore[dict-item]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads

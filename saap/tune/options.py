@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import Option
+from devices.common.options import Option, check_values
 from devices.common.values import parse_bytes
-from saap.system.errors import UserError
-
-if TYPE_CHECKING:
-    from saap.tune.adapters import GroupAdapterConfig
 
 Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -20,7 +16,6 @@ Integers = Literal["gptq", "nearest"]
 Fold = Literal["scale", "zero-point"]
 Kind = Literal["auto", "text", "chat"]
 Precision = Literal["auto", "bf16", "fp32"]
-BITS, GROUP_SIZES, INTEGERS, FOLDS = (get_args(kind) for kind in (Bits, GroupSize, Integers, Fold))
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3}
 _INTEGERS = "The integers"
@@ -131,26 +126,8 @@ class TuneOptions:
         Raises:
             UserError: names the option, what is allowed, and what to do.
         """
-        for value, allowed, what in (
-            (self.bits, BITS, "bits"), (self.head_bits or self.bits, BITS, "bits"),
-            (self.group_size, GROUP_SIZES, "group size"),
-            (self.integers, INTEGERS, "kind of integers"), (self.fold, FOLDS, "fold"),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise UserError(f"{value!r} is no {what}: choose one of {', '.join(map(str, allowed))}")
-        if self.rank is not None and self.rank < 0:
-            raise UserError(f"rank {self.rank} is negative: give 1 or more")
-        if not 0 <= self.held_out <= 0.5:
-            raise UserError(f"a share of {self.held_out} rows cannot be held out: give one from 0 to 0.5")
-        if not 0 <= self.teacher_weight <= 1:
-            raise UserError(f"{self.teacher_weight} is no share of the loss: give the teacher's from 0 to 1")
+        check_values(self)
 
     @property
     def rate(self) -> float:
         return RATES[self.fold] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def adapter(self) -> GroupAdapterConfig:
-        from saap.tune.adapters import GroupAdapterConfig
-
-        return GroupAdapterConfig(self.fold, self.rank)

@@ -79,7 +79,6 @@ def teacher_targets(
     *,
     k: int = 64,
     temperature: float = 1.0,
-    limit_bytes: int = LIMIT_BYTES,
     autocast: bool = False,
     progress: Progress | None = None,
 ) -> TeacherTargets:
@@ -88,11 +87,10 @@ def teacher_targets(
     Args:
         teacher_dir: a model directory; it is not loaded where the cache has all.
         ids: [rows, tokens] int64, at least two tokens.
-        k: tokens kept per place; fewer where the rows would not fit into ``limit_bytes``, and then ``note`` says so.
+        k: tokens kept per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
             64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
         temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
             an entry of its own and costs the teacher one run.
-        limit_bytes: of all entries; older ones are removed.
         autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
             bfloat16 logits are (three digits).
 
@@ -107,21 +105,21 @@ def teacher_targets(
     vocabulary = _vocabulary(teacher_dir)
     asked = min(k, vocabulary)
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
-    k = min(asked, limit_bytes // (rows * (length - 1) * per_token))
+    k = min(asked, LIMIT_BYTES // (rows * (length - 1) * per_token))
     if k < 1:
         raise UserError(
-            f"the teacher's answers to {rows} rows of {length} tokens do not fit into {limit_bytes / 1e6:.0f} MB: "
+            f"the teacher's answers to {rows} rows of {length} tokens do not fit into {LIMIT_BYTES / 1e6:.0f} MB: "
             "ask for fewer tokens, or tune without a teacher"
         )
     note = None
     if k < asked:
-        note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {limit_bytes / 1e6:.0f} MB"
+        note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {LIMIT_BYTES / 1e6:.0f} MB"
     root = cache_directory() / "teacher"
     entry = root / _key(teacher_dir, ids, k, temperature, autocast)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         os.utime(entry)
-        make_room(root, limit_bytes - rows * (length - 1) * per_token * k, entry)
+        make_room(root, LIMIT_BYTES - rows * (length - 1) * per_token * k, entry)
         _fill(entry, teacher_dir, ids, _Kept(k, temperature, vocabulary, autocast), progress)
         return TeacherTargets(entry, rows, k, temperature, note)
     except OSError as error:

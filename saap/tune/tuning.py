@@ -291,7 +291,7 @@ class Quantised:
         settle(self.model)
         for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
             parameter.data = parameter.data.clone()
-        self.model = adapters.attach(self.model, options.adapter, options.training.seed)  # type: ignore[assignment]
+        self.model = adapters.attach(self.model, options.fold, options.rank, seed=options.training.seed)  # type: ignore[assignment]
         trained = adapters.trained_parameters(self.model)
         return [{"params": trained, "lr": options.rate}, self._norms()]
 

@@ -22,6 +22,7 @@ import torch
 from msgspec import convert
 from torch import nn
 
+from devices.common.options import check_values
 from devices.common.progress import Progress
 from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype
@@ -131,9 +132,11 @@ def train(
 
     Raises:
         DivergedError: a loss or gradient is not finite.
-        UserError: too few rows, rows that cannot be split, a damaged state, a launch that is not supported.
+        UserError: options out of range, too few rows, rows that cannot be split, a damaged state, or a launch that is
+            not supported.
     """
     run = run or Run()
+    check_values(run.options)
     with torch.random.fork_rng():
         training = _Training(model, groups, rows, loss_of, run, progress)
         try:
@@ -164,7 +167,7 @@ class _Training:
         self.dtype = autocast_dtype(options.precision, self.accelerator.device)
         self.history = History(steps, precision="bf16" if self.dtype else "fp32")
         self.factor = cosine(steps, options.warmup_share)
-        self.every = max(1, math.ceil(steps / max(1, options.evaluations)))
+        self.every = max(1, math.ceil(steps / options.evaluations))
         self.model, self.home, self.was_training = model, next(model.parameters()).device, model.training
         self.rates = [float(group["lr"]) for group in groups]
         self.given = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -376,9 +379,6 @@ def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
     size, count = options.rows_per_step, len(rows["ids"])
     if any(len(tensor) != count for tensor in rows.values()):
         raise ValueError(f"rows of different numbers: { {name: len(tensor) for name, tensor in rows.items()} }")
-    for value, name in ((size, "rows per step"), (options.passes, "passes"), (options.evaluations, "evaluations")):
-        if value < 1:
-            raise UserError(f"{value} {name} are not allowed: give 1 or more")
     if size % processes:
         raise UserError(f"{size} rows per step cannot be split over {processes} processes: give a multiple of them")
     if count < size:

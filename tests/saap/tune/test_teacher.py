@@ -227,21 +227,26 @@ def test_what_the_numbers_depend_on_is_in_the_key(tiny_model):
     assert 0 < (exact - rounded).abs().max() < 0.2
 
 
-def test_the_cache_is_bounded(tiny_model):
+def test_the_cache_is_bounded(tiny_model, monkeypatch):
     path = tiny_model()
     each = 70 * 11 * 10 * 4
-    first, second = (teacher_targets(path, IDS.roll(i, 1), k=10, limit_bytes=10 * each).directory for i in range(2))
+
+    def targets(limit, shift=0, k=10):
+        monkeypatch.setattr(teacher_module, "LIMIT_BYTES", limit)
+        return teacher_targets(path, IDS.roll(shift, 1), k=k)
+
+    first, second = (targets(10 * each, shift).directory for shift in range(2))
     os.utime(first, (1, 1))
     os.utime(second, (2, 2))
-    assert teacher_targets(path, IDS, k=10, limit_bytes=10 * each).directory == first  # used again
-    third = teacher_targets(path, IDS.roll(2, 1), k=10, limit_bytes=int(2.5 * each)).directory
+    assert targets(10 * each).directory == first  # used again
+    third = targets(int(2.5 * each), 2).directory
     assert first.is_dir() and third.is_dir() and not second.exists()
-    lowered = teacher_targets(path, IDS, k=10, limit_bytes=each - 1)
+    lowered = targets(each - 1)
     assert lowered.k == 9 and lowered.batch(0, 1)[0].shape == (1, 11, 9)
     assert lowered.note == "9 instead of 10 of the teacher's tokens are kept, to fit into 0 MB"
     assert not first.exists() and not third.exists()
     with pytest.raises(UserError, match="do not fit into 0 MB"):
-        teacher_targets(path, IDS, limit_bytes=70 * 11 * 4 - 1)
+        targets(70 * 11 * 4 - 1, k=64)
 
 
 def test_all_tokens_of_a_small_vocabulary(tiny_model):

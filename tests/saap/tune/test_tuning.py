@@ -202,11 +202,10 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     with pytest.raises(UserError, match="hidden size has 96 input columns, not a multiple of the group size 64"):
         tune(path, replace(FAST, group_size=64), output=tmp_path / "out", data=ROWS[:4])
     for wrong, message in (
-        ({"bits": 3}, "3 is no bits: choose one of 4, 8"),
-        ({"fold": "magic"}, "'magic' is no fold"),
-        ({"fold": "branch"}, "'branch' is no fold: choose one of scale, zero-point"),
-        ({"rank": -1}, "rank -1 is negative"),
-        ({"teacher_weight": 2.0}, "no share of the loss"),
+        ({"bits": 3}, "--bits 3 is not allowed: give 4 or 8"),
+        ({"fold": "branch"}, "--fold branch is not allowed: give scale or zero-point"),
+        ({"rank": -1}, "--rank -1 is not allowed: give 0 or more"),
+        ({"teacher_weight": 2.0}, "--teacher-weight 2.0 is not allowed: give a number from 0 to 1"),
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):
         with pytest.raises(UserError, match=message):
