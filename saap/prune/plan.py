@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
 
+Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
 CLEAR = 2.0  # standard errors: what is gained by less on calibration text was lost several times over on other text
 
 
@@ -35,7 +36,7 @@ class Move:
 
     to: LayerSizes
     price: float
-    saved: float
+    saved: Amount
 
     @property
     def per_unit(self) -> float:
@@ -62,8 +63,8 @@ class Reason:
     kind: str
     had: LayerSizes
     keeps: LayerSizes
-    whole: float
-    saved: float
+    whole: Amount
+    saved: Amount
     price: float | None = None
     last: Move | None = None
     next: Move | None = None
