@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from devices.common.errors import UserError
@@ -35,16 +34,18 @@ class LostError(BoardError):
     """The connection is gone, and may come back."""
 
 
-class Transport(Protocol):
+class Transport:
     """A way to one board."""
 
     name: str  # as a person wrote it
 
     def argv(self, command: str) -> list[str]:
         """The process that runs ``command``, a fixed line, by a shell on the board."""
+        raise NotImplementedError
 
     def failure(self, code: int, stderr: str) -> BoardError:
         """What its end with an exit code above 0 and without an answer means."""
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Forget a shared connection that may be dead."""
@@ -53,28 +54,20 @@ class Transport(Protocol):
         """Leave no process and no file here."""
 
 
-class Local:
+class Local(Transport):
     """This host, by the same protocol as a board."""
 
     def __init__(self) -> None:
         self.name = "local://"
 
     def argv(self, command: str) -> list[str]:
-        """A shell of our own."""
         return ["sh", "-c", command]
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """There is no connection that could be lost."""
-        return _crashed(self.name, code, stderr)
-
-    def drop(self) -> None:
-        """There is no connection."""
-
-    def close(self) -> None:
-        """Nothing is left."""
+        return _crashed(self.name, code, stderr)  # there is no connection that could be lost
 
 
-class Ssh:
+class Ssh(Transport):
     """A board by OpenSSH; all commands share one connection.
 
     Args:
@@ -92,20 +85,15 @@ class Ssh:
         self._sockets: Path | None = None
 
     def argv(self, command: str) -> list[str]:
-        """``ssh`` without a terminal and without questions."""
         return [*self._ssh(), "--", self.host, command]
 
     def _ssh(self) -> list[str]:
         if self._sockets is None:
             self._sockets = Path(tempfile.mkdtemp(prefix="saap-ssh-"))
-        alive = ("ServerAliveInterval=5", "ServerAliveCountMax=3", f"ConnectTimeout={CONNECT_S}")
         settings = [
-            "BatchMode=yes",
-            "StrictHostKeyChecking=yes",
-            "ClearAllForwardings=yes",
-            "RemoteCommand=none",
-            *alive,
-        ]
+            "BatchMode=yes", "StrictHostKeyChecking=yes", "ClearAllForwardings=yes", "RemoteCommand=none",
+            "ServerAliveInterval=5", "ServerAliveCountMax=3", f"ConnectTimeout={CONNECT_S}",
+        ]  # fmt: skip
         if len(str(self._sockets)) <= MOST_SOCKET:
             settings += ["ControlMaster=auto", f"ControlPath={self._sockets}/%C", "ControlPersist=60"]
         who = [*(["-l", self.user] if self.user else []), *(["-p", str(self.port)] if self.port else [])]
@@ -130,14 +118,12 @@ class Ssh:
         return LostError(f"{self.name}: no connection: {last_line(stderr)}: is it on, and is the address right?")
 
     def drop(self) -> None:
-        """End the shared connection; the next command opens another."""
         if self._sockets is not None and any(self._sockets.glob("*")):
             self._control("exit")
             for socket in self._sockets.glob("*"):
                 socket.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the connection and remove its socket."""
         self.drop()
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)
@@ -151,8 +137,10 @@ class Ssh:
             )  # fmt: skip
 
 
-class Adb:
+class Adb(Transport):
     """An Android device by ``adb shell``, which passes standard input and exit codes since Android 7.
+
+    Connections are kept by adb's own server.
 
     Args:
         serial: None where there is one device only.
@@ -163,7 +151,6 @@ class Adb:
         self.name = f"adb://{serial or ''}"
 
     def argv(self, command: str) -> list[str]:
-        """``adb shell`` without a terminal, so that bytes arrive as they were sent."""
         return ["adb", *(["-s", self.serial] if self.serial else []), "shell", "-T", command]
 
     def failure(self, code: int, stderr: str) -> BoardError:
@@ -180,12 +167,6 @@ class Adb:
         if not own:  # what adb tells of a cable that was pulled
             return LostError(f"{self.name}: the connection ended")
         return LostError(f"{self.name}: no such device: {last_line(stderr)}: see `adb devices`")
-
-    def drop(self) -> None:
-        """adb's server keeps its connections itself."""
-
-    def close(self) -> None:
-        """Nothing is left."""
 
 
 def open_transport(url: str, options: Sequence[str] = ()) -> Transport:

@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from bench.measure.result import Result, result_from_dict
+import msgspec
+
+from bench.measure.result import RESULT, Result
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text
@@ -38,7 +39,6 @@ class Baseline:
 
     @property
     def fingerprint(self) -> str:
-        """The device's fingerprint, 16 hex digits."""
         return str(self.results[0].device.get("fingerprint"))
 
     @property
@@ -125,12 +125,11 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
 
 
-def _with_results(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"name": raw["name"], "results": [result_from_dict(result) for result in raw["results"]]}
+def _with_results(raw: dict[str, object]) -> dict[str, object]:
+    return {"name": raw["name"], "results": [RESULT.made(result) for result in msgspec.convert(raw["results"], list)]}
 
 
 def _check(baseline: Baseline) -> None:

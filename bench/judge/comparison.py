@@ -47,12 +47,10 @@ class Comparison:
 
     @property
     def comparable(self) -> bool:
-        """Whether every row could be compared."""
         return bool(self.rows) and all(row.verdict != NOT_COMPARABLE for row in self.rows)
 
     @property
     def regressed(self) -> bool:
-        """Whether any row became slower."""
         return any(row.verdict == SLOWER for row in self.rows)
 
     def exit_code(self, fail_on_regression: bool = False) -> int:
@@ -183,7 +181,6 @@ def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Resu
 
 
 def obstacle_between(old: Measurement, new: Measurement) -> str | None:
-    """Why two measurements do not compare, or None."""
     for label, m in (("old", old), ("new", new)):
         if m.status == INVALID:
             return f"the {label} measurement is INVALID: {'; '.join(m.reasons) or 'no reason given'}"

@@ -98,7 +98,6 @@ def confirm_files(
 
 
 def _behind(row: Verdict, name: str, result: Result) -> Measurement:
-    """The measurement of that name that a row is about."""
     return next(m for m in result.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads))
 
 

@@ -30,7 +30,6 @@ class QualityError(UserError):
 
 
 def is_quality(path: str | Path) -> bool:
-    """Whether a file is a document of ``saap eval --json``."""
     try:
         raw = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

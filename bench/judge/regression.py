@@ -68,7 +68,6 @@ class DeviceTest:
 
     @property
     def worse(self) -> list[Verdict]:
-        """What became worse."""
         return [check for check in self.checks if check.verdict == WORSE]
 
     @property
@@ -173,7 +172,6 @@ def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verd
 
 
 def plan_of(baseline: Baseline) -> BenchOptions:
-    """The setting that a baseline was recorded in."""
     result = baseline.results[0]
     (m,) = result.measurements
     answered = answer_of(result)
@@ -204,7 +202,6 @@ def _check(plan: BenchOptions, runs: int) -> None:
 
 
 def _differing(found: Sequence[Baseline], now: Result | None) -> str:
-    """What differs between this device and those there are baselines of."""
     from devices.probe.host import probe
 
     device = probe() if now is None else now.device
@@ -283,7 +280,6 @@ def _value(series: _Series, m: Measurement, s: Sample) -> float | None:
 
 
 def _scopes(before: Measurement, now: Measurement) -> str | None:
-    """Why two energies are not of the same thing."""
     a, b = ({(s.energy.scope, s.energy.source) for s in m.samples if s.energy} for m in (before, now))
     return None if a == b else f"another sensor: {_sensors(a)} then, {_sensors(b)} now"
 

@@ -42,12 +42,10 @@ class Verdict:
 
     @property
     def speedup(self) -> float | None:
-        """Old over new time."""
         return 1 / self.ratio if self.ratio else None
 
     @property
     def label(self) -> str:
-        """Both models' names where they differ."""
         return f"{self.name} against {self.against}" if self.against else self.name
 
 

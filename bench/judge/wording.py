@@ -13,7 +13,6 @@ DASH = "\u2013"
 
 
 def threads(count: int) -> str:
-    """Such as ``1 thread`` or ``4 threads``."""
     return f"{count} thread{'s' * (count != 1)}"
 
 
@@ -25,7 +24,6 @@ def command_line(command: object) -> str | None:
 
 
 def plain(value: object) -> str:
-    """A JSON value as a person would write it."""
     if value is None:
         return UNKNOWN
     if isinstance(value, bool):
@@ -47,7 +45,6 @@ def as_float(value: object) -> float | None:
 
 
 def number(value: object, digits: int = 1) -> str:
-    """With a fixed number of decimals."""
     return UNKNOWN if (known := as_float(value)) is None else f"{known:.{digits}f}"
 
 
@@ -64,15 +61,12 @@ def megabytes(value: object) -> str:
 
 
 def percent(value: object) -> str:
-    """A fraction as a percentage."""
     return UNKNOWN if (known := as_float(value)) is None else f"{100 * known:.1f} %"
 
 
 def as_dict(value: object) -> dict[str, Any]:
-    """An object, else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
 def as_list(value: object) -> list[Any]:
-    """An array, else an empty one."""
     return list(value) if isinstance(value, list | tuple) else []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from bench.child import read_lines, signals_wait
 from devices.agent.main import MARK
@@ -45,7 +45,8 @@ _FIND = (
 )
 COMMAND = f"exec sh -c {shlex.quote(_FIND)}"  # the user's own shell there may be none of sh's kind
 
-Tell = Callable[[dict[str, Any]], None]
+Reply = dict[str, object]
+Tell = Callable[[Reply], None]
 Say = Callable[[str], None]
 
 
@@ -78,13 +79,7 @@ class Board:
         self._stop, self.say, self.patience_s = stop or threading.Event(), say or (lambda text: None), patience_s
         self._contact = time.monotonic()
 
-    def ask(
-        self,
-        do: str,
-        payload: Iterable[bytes] = (),
-        told: Tell | None = None,
-        **more: Any,
-    ) -> dict[str, Any]:
+    def ask(self, do: str, payload: Iterable[bytes] = (), told: Tell | None = None, more: Reply | None = None) -> Reply:
         """One request, tried once.
 
         Raises:
@@ -92,7 +87,7 @@ class Board:
             BoardError: the board refuses, has no Python, or something else than the agent answers.
             Stopped: from here.
         """
-        request = {"do": do, "root": self._root, **more}
+        request = {"do": do, "root": self._root, **(more or {})}
         sources = json.dumps(_sources()).encode()
         header = f"{len(sources)}\n".encode() + sources + json.dumps(request).encode() + b"\n"
         with tempfile.TemporaryFile() as err:
@@ -109,7 +104,7 @@ class Board:
                 if process is not None:
                     _end(process)
 
-    def _answer(self, process: subprocess.Popen[bytes], told: Tell | None, err: IO[bytes]) -> dict[str, Any]:
+    def _answer(self, process: subprocess.Popen[bytes], told: Tell | None, err: IO[bytes]) -> Reply:
         noise: list[str] = []
         try:
             for raw in self._lines(process):
@@ -142,7 +137,7 @@ class Board:
             raise LostError(f"{self.name}: the connection was killed on this side")
         raise self.transport.failure(code, said if said.strip() else "\n".join(noise))
 
-    def _document(self, text: str) -> dict[str, Any]:
+    def _document(self, text: str) -> Reply:
         try:
             document = parse_json(text)
         except ValueError:
@@ -152,7 +147,6 @@ class Board:
         return document
 
     def garbage(self, what: str) -> BoardError:
-        """The error for an answer that no agent gives."""
         return BoardError(
             f"{self.name}: something else than the agent answers there ({last_line(what)[:80]}): "
             "see what `ssh HOST true` prints, and whether both sides have the same saap"
@@ -175,7 +169,7 @@ class Board:
         except OverflowError as error:
             raise self.garbage(str(error)) from None
 
-    def insist(self, do: str, told: Tell | None = None, more: Callable[[], dict[str, Any]] = dict) -> dict[str, Any]:
+    def insist(self, do: str, told: Tell | None = None, more: Callable[[], Reply] = dict) -> Reply:
         """A request that may be made twice, made until it is answered.
 
         Args:
@@ -187,13 +181,12 @@ class Board:
         """
         for wait_s in _waits():
             try:
-                return self.ask(do, told=told, **more())
+                return self.ask(do, told=told, more=more())
             except LostError as error:
                 self.wait(error, wait_s)
         raise AssertionError("_waits is endless")
 
     def wait(self, error: LostError, seconds: float) -> None:
-        """Before another try."""
         self.transport.drop()
         if time.monotonic() - self._contact > self.patience_s:
             raise BoardError(
@@ -210,13 +203,15 @@ class Board:
             BoardError: as ``insist``, and where the file cannot be read here to its end.
         """
         size, broken = size_of(source), list[str]()
+
+        def heard(document: Reply) -> None:
+            if told and isinstance(at := document.get("at"), int):
+                told(at)
+
         for wait_s in _waits():
             try:
-                self.ask(
-                    "put", whole(pieces(source, there), size - there, broken),
-                    lambda at: told(at["at"]) if told and isinstance(at.get("at"), int) else None,
-                    sha=sha, size=size, offset=there,
-                )  # fmt: skip
+                rest = whole(pieces(source, there), size - there, broken)
+                self.ask("put", rest, heard, {"sha": sha, "size": size, "offset": there})
                 return
             except LostError as error:
                 if broken:  # another try would read no more
@@ -274,7 +269,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def pieces(source: Path | bytes, offset: int) -> Iterator[bytes]:
-    """A file, or bytes, from ``offset`` on."""
     if isinstance(source, bytes):
         yield source[offset:]
         return
@@ -312,7 +306,6 @@ def whole(some: Iterable[bytes], size: int, broken: list[str]) -> Iterator[bytes
 
 
 def feed(stdin: IO[bytes], some: Iterable[bytes]) -> None:
-    """Write to a process and close its standard input."""
     with contextlib.suppress(OSError, ValueError):  # whoever reads has ended, which its answer tells
         try:
             for piece in some:

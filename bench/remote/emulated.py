@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bench.measure.answers import NLL_TOLERANCE, answer_of, ask, numeric
 from bench.measure.options import BenchOptions
@@ -66,7 +65,6 @@ class Emulation:
 
     @property
     def exit_code(self) -> int:
-        """1 when a CPU says something else."""
         return int(any(answer.faults for answer in self.answers))
 
 
@@ -120,7 +118,7 @@ def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answe
     return replace(answer, same_tokens=same, nll_difference=moved, faults=faults)
 
 
-def document(emulation: Emulation) -> dict[str, Any]:
+def document(emulation: Emulation) -> dict[str, object]:
     """As JSON; what is no number is null."""
     told = asdict(emulation)
     for answer in (told["reference"], *told["answers"]):
@@ -132,7 +130,6 @@ def document(emulation: Emulation) -> dict[str, Any]:
 
 
 def _run(spec: str, plan: BenchOptions, board: Emulated, progress: Progress | None) -> Result:
-    """By the same agent as a real board; the emulated Python has the packages."""
     slow = Board(board, patience_s=TIMEOUT_S, silence_s=SILENCE_S)
     return measure_on(slow, pack([spec], plan.positions, BoardOptions(board_packages=True)), plan, progress)
 
@@ -145,8 +142,6 @@ def _answer(cpu: str, result: Result) -> Answer:
         raise EmulationError(f"{m.name} does not run on an emulated {cpu}: {why}")
     if (ran_on := result.device.get("architecture")) != "aarch64":
         raise EmulationError(f"the emulated Python of {cpu} was not used: the run was on {ran_on}")
-    versions: dict[str, str] = {}
-    for name in ("python", "onnxruntime", "numpy"):
-        if name in result.versions:
-            versions[name] = result.versions[name]
+    packages = ["python", "onnxruntime", "numpy"]
+    versions = {name: result.versions[name] for name in packages if name in result.versions}
     return Answer(cpu, told["tokens"], told["nll"], versions)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.remote.options import BoardOptions
 from bench.runtimes.onnxruntime import check_context
@@ -17,13 +16,7 @@ from devices.transport import BoardError
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 
 PACKAGES = Path(__file__).resolve().parents[2]
-CODE = (
-    "bench/**/*.py",
-    "devices/**/*.py",
-    "devices/**/*.toml",
-    "export/__init__.py",
-    "export/bundle/*.py",
-)
+CODE = ("bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py")
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
 RESERVE_BYTES = 64 << 20  # results, logs, and a system that goes on working
@@ -42,7 +35,6 @@ class Packed:
     files: dict[str, str]
 
     def memory_needed(self, positions: int) -> int:
-        """Bytes that a run takes, as on this host."""
         return sum(memory_needs("onnx", bundle_facts(self.manifest), positions, Path(self.name)).values())
 
 
@@ -65,11 +57,9 @@ class Shipment:
 
     @property
     def agent_bytes(self) -> int:
-        """What an installation takes there beside the files."""
         return VENV_BYTES if self.own else 0
 
-    def install(self) -> dict[str, Any]:
-        """The request for an installation."""
+    def install(self) -> dict[str, object]:
         return {
             "key": self.key, "code": self.code, "requirements": list(REQUIREMENTS), "wheels": self.wheels,
             "own": self.own,

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Literal
 
 import msgspec
 
@@ -22,16 +22,24 @@ from bench.costs.options import CostsOptions
 from bench.measure.options import BenchOptions
 from bench.measure.result import write_result
 from bench.measure.run import measure
-from devices.common.progress import Progress
 
 EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
+
+
+class Job(msgspec.Struct):
+    """``job.json``: the folder below ``bundles`` of each spec, after the spec's prefix, and how to measure."""
+
+    kind: Literal["bench", "costs"]
+    specs: list[tuple[str, str]]
+    options: dict[str, object]
+    names: list[str] | None = None
 
 
 def main(folder: Path) -> int:
     """Measure; the exit code, 2 where the request cannot be measured there."""
     signal.signal(signal.SIGTERM, _end)
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    specs = [prefix + str(folder / "bundles" / place) for prefix, place in job["specs"]]
+    job = msgspec.convert(json.loads((folder / "job.json").read_text(encoding="utf-8")), Job)
+    specs, out = [prefix + str(folder / "bundles" / place) for prefix, place in job.specs], folder / "result.json"
     told_at = 0.0
 
     def progress(label: str, done: float, total: float) -> None:
@@ -41,7 +49,12 @@ def main(folder: Path) -> int:
             _tell({"label": label, "done": done, "total": total})
 
     try:
-        MEASURE[job["kind"]](job, specs, folder / "result.json", progress)
+        if job.kind == "bench":
+            options = msgspec.convert(job.options, BenchOptions)
+            write_result(out, measure(specs, options, names=job.names, progress=progress))
+        else:
+            asked = msgspec.convert(job.options, CostsOptions)
+            write_costs(out, measure_costs([Path(stack) for stack in specs], asked, progress=progress))
     except Exception as error:
         if getattr(error, "exit_code", None) is None:
             raise
@@ -50,20 +63,7 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _bench(job: dict[str, Any], specs: list[str], out: Path, progress: Progress) -> None:
-    options = msgspec.convert(job["options"], BenchOptions)
-    write_result(out, measure(specs, options, names=job["names"], progress=progress))
-
-
-def _costs(job: dict[str, Any], stacks: list[str], out: Path, progress: Progress) -> None:
-    options = msgspec.convert(job["options"], CostsOptions)
-    write_costs(out, measure_costs([Path(stack) for stack in stacks], options, progress=progress))
-
-
-MEASURE = {"bench": _bench, "costs": _costs}
-
-
-def _tell(document: dict[str, Any]) -> None:
+def _tell(document: dict[str, object]) -> None:
     print(json.dumps(document), flush=True)
 
 

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from bench.child import until_done
@@ -39,27 +39,23 @@ _PROXY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*(:\d+)?")
 T = TypeVar("T")
 
 
-class PlaceTransport:
+class PlaceTransport(Transport):
     """Our ssh under the name of the place; what fails also says which address that is."""
 
     def __init__(self, name: str, ssh: Transport) -> None:
         self.name, self._ssh = name, ssh
 
     def argv(self, command: str) -> list[str]:
-        """As ssh's."""
         return self._ssh.argv(command)
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """As ssh's."""
         error = self._ssh.failure(code, stderr)
         return type(error)(f"{self.name} at {error}")
 
     def drop(self) -> None:
-        """As ssh's."""
         self._ssh.drop()
 
     def close(self) -> None:
-        """As ssh's."""
         self._ssh.close()
 
 
@@ -157,18 +153,17 @@ class LabgridPlace:
                 "it a match of one, or acquire it yourself and give ssh://user@host:port"
             )
         (service,) = found.services.values()
-        address, user, port = str(service["address"]), str(service["username"]), int(service.get("port", 22))
+        address, extra = service.address, service.extra or {}
         if "%" in address:
             raise BoardError(
                 f"{self.url}: {address} is reached by an interface of its exporter, which needs labgrid-bound-connect: "
                 "acquire the place yourself and give ssh://, with a ProxyCommand in your ssh configuration"
             )
-        extra = service.get("extra") or {}
-        proxy = extra.get("proxy") if extra.get("proxy_required") else os.environ.get("LG_PROXY")
+        proxy = str(extra.get("proxy") or "") if extra.get("proxy_required") else os.environ.get("LG_PROXY")
         if proxy and not _PROXY.fullmatch(proxy):
             raise BoardError(f"{self.url}: its proxy {proxy!r} is no host: see the exporter's configuration")
         host = f"[{address}]" if ":" in address else address
-        return open_transport(f"ssh://{user}@{host}:{port}", ["-J", proxy] if proxy else [])
+        return open_transport(f"ssh://{service.username}@{host}:{service.port}", ["-J", proxy] if proxy else [])
 
     def _switch_on(self, switch: Switch, transport: Transport, stop: threading.Event, say: Say) -> None:
         """Where it is off, and wait until it answers."""
@@ -219,7 +214,7 @@ class LabgridPlace:
         what = f"{place} could not be released, `labgrid-client -p {place} release` does" if place else "no reservation"
         say(f"{what}: {why}")
 
-    def _ask(self, question: Callable[[Any], Awaitable[T]], listen: bool = True, answer_s: float = farm.ANSWER_S) -> T:
+    def _ask(self, question: farm.Question[T], listen: bool = True, answer_s: float = farm.ANSWER_S) -> T:
         try:
             return farm.ask(self._address, question, listen, answer_s)
         except BoardError as error:
@@ -270,14 +265,15 @@ class Switch:
 
 
 def is_place(url: str) -> bool:
-    """Whether a URL is of labgrid."""
     return url.startswith(SCHEME.rstrip("/"))
 
 
-def _run(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+def _run(
+    argv: Sequence[str], cwd: str | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=POWER_S, check=False,
-        start_new_session=True, **options,  # an interrupt from the keyboard must not stop what gives a board back
+        argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=POWER_S, check=False,
+        start_new_session=True,  # an interrupt from the keyboard must not stop what gives a board back
     )  # fmt: skip
 
 

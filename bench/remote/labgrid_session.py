@@ -18,10 +18,17 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from devices.transport import BoardError, printable
+
+if TYPE_CHECKING:
+    from labgrid.remote.client import ClientSession
+    from labgrid.remote.common import Place
 
 DEFAULT = "127.0.0.1:20408"  # as labgrid-client
 PORT = 20408
@@ -36,6 +43,7 @@ POWER = frozenset(
 _ONE = threading.Lock()  # one conversation at a time: what labgrid logs meanwhile is of it
 
 T = TypeVar("T")
+Question = Callable[["ClientSession"], Awaitable[T]]
 
 
 class LostFarmError(BoardError):
@@ -55,12 +63,21 @@ class Taken:
     token: str | None = None
 
 
+class Service(msgspec.Struct):
+    """A NetworkService: where a place's ssh is."""
+
+    address: str
+    username: str
+    port: int = 22
+    extra: dict[str, object] | None = None
+
+
 @dataclass(frozen=True)
 class Found:
     """A place that may be used: its name and its resources."""
 
     place: str
-    services: dict[str, dict[str, Any]] = field(default_factory=dict)  # NetworkServices, name -> parameters
+    services: dict[str, Service] = field(default_factory=dict)  # by name
     switches: list[str] = field(default_factory=list)
 
 
@@ -82,7 +99,7 @@ def client() -> ModuleType:
     return found  # type: ignore[no-any-return]
 
 
-def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = True, answer_s: float = ANSWER_S) -> T:
+def ask(address: str, question: Question[T], listen: bool = True, answer_s: float = ANSWER_S) -> T:
     """One conversation with the coordinator.
 
     Args:
@@ -113,7 +130,7 @@ def ask(address: str, question: Callable[[Any], Awaitable[T]], listen: bool = Tr
         raise BoardError(printable(" ".join(map(str, error.args)))) from None
 
 
-async def reserve(session: Any, filters: Mapping[str, str], taken: Taken) -> str:
+async def reserve(session: ClientSession, filters: Mapping[str, str], taken: Taken) -> str:
     """Queue for a place with these tags; who holds the ones that there are."""
     fitting = [
         place for place in session.places.values() if filters.items() <= {**place.tags, "name": place.name}.items()
@@ -127,7 +144,7 @@ async def reserve(session: Any, filters: Mapping[str, str], taken: Taken) -> str
     return ", ".join(f"{p.name} ({_holder(p)})" for p in fitting[:MOST_NAMES])
 
 
-async def allocated(session: Any, token: str) -> str | None:
+async def allocated(session: ClientSession, token: str) -> str | None:
     """The place that a reservation got; None while it waits. Asking keeps it alive."""
     from labgrid.remote.common import Reservation, ReservationState
 
@@ -140,7 +157,7 @@ async def allocated(session: Any, token: str) -> str | None:
     raise BoardError(f"the reservation is {reservation.state.name}: run the same command again")
 
 
-async def acquire(session: Any, name: str, at: str, taken: Taken) -> Found:
+async def acquire(session: ClientSession, name: str, at: str, taken: Taken) -> Found:
     """Acquire a place, unless its user has; what it consists of.
 
     Args:
@@ -179,13 +196,13 @@ async def acquire(session: Any, name: str, at: str, taken: Taken) -> Found:
     found = Found(place.name)
     for (label, kind), resource in session.get_target_resources(place).items():
         if kind == "NetworkService":
-            found.services[label] = dict(resource.params)
+            found.services[label] = msgspec.convert(dict(resource.params), Service, strict=False)
         elif kind in POWER:
             found.switches.append(label)
     return found
 
 
-async def give_back(session: Any, taken: Taken) -> str | None:
+async def give_back(session: ClientSession, taken: Taken) -> str | None:
     """Release the place and cancel the reservation; who has had the place meanwhile, where somebody took it away."""
     other = None
     if taken.place is not None:
@@ -204,7 +221,7 @@ async def give_back(session: Any, taken: Taken) -> str | None:
     return other
 
 
-def _in_the_loop(conversation: Coroutine[Any, Any, T]) -> T:
+def _in_the_loop(conversation: Coroutine[object, object, T]) -> T:
     """Run it to its end, or to that of its clean-up where this thread is interrupted."""
     running = asyncio.run_coroutine_threadsafe(conversation, _loop())
     try:
@@ -231,9 +248,7 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-async def _talk(
-    labgrid: Any, address: str, question: Callable[[Any], Awaitable[T]], listen: bool, answer_s: float
-) -> T:
+async def _talk(labgrid: ModuleType, address: str, question: Question[T], listen: bool, answer_s: float) -> T:
     from labgrid.util.proxy import proxymanager  # heeds LG_PROXY
 
     target = proxymanager.get_grpc_address(address, default_port=PORT)
@@ -263,7 +278,7 @@ def _quiet(lines: list[str]) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _named(session: Any, name: str) -> Any:
+def _named(session: ClientSession, name: str) -> Place:
     """By its whole name or alias. labgrid-client also takes a part of one, by which a wrong board could be measured."""
     if name in session.places:
         return session.places[name]
@@ -273,7 +288,7 @@ def _named(session: Any, name: str) -> Any:
     raise BoardError(f"no place or alias is called {name!r}; places are {_some(sorted(session.places))}")
 
 
-def _holder(place: Any) -> str:
+def _holder(place: Place) -> str:
     if place.acquired:
         return f"acquired by {printable(place.acquired)}"
     return "reserved" if place.reservation else "free"
@@ -284,11 +299,9 @@ def _some(names: list[str]) -> str:
     return printable(", ".join(names[:MOST_NAMES]) + rest) if names else "none"
 
 
-def _me(session: Any) -> str:
+def _me(session: ClientSession) -> str:
     return f"{session.gethostname()}/{session.getuser()}"  # LG_HOSTNAME and LG_USERNAME go first
 
 
-def _pb2() -> Any:
-    from labgrid.remote.generated import labgrid_coordinator_pb2
-
-    return labgrid_coordinator_pb2
+def _pb2() -> ModuleType:
+    return import_module("labgrid.remote.generated.labgrid_coordinator_pb2")

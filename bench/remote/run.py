@@ -23,12 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+import msgspec
 import psutil
 
 from bench.child import until_done
-from bench.remote.board import Board, Say
+from bench.remote.board import Board, Reply, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place
 from devices.common.files import cache_directory, parse_json, write_text
@@ -52,9 +53,9 @@ class Task(Generic[T]):
             raises TypeError, KeyError, AttributeError or ValueError.
     """
 
-    job: Mapping[str, Any]
+    job: Mapping[str, object]
     positions: int | None
-    read: Callable[[str, Any], T]
+    read: Callable[[str, object], T]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class Answer(Generic[T]):
     error: BoardError | None = None
 
     def value(self) -> T:
-        """The result; raises the error where there is none."""
         if self.error is not None:
             raise self.error
         assert self.result is not None
@@ -156,9 +156,9 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
     """Python, memory and clock; the lock, disk and packages are looked at in the requests that need them."""
     facts = board.ask("hello")
     try:
-        left, off = facts["available_bytes"], float(facts["time"]) - time.time()
-        left = None if left is None else int(left)
-    except (KeyError, TypeError, ValueError):
+        left = msgspec.convert(facts["available_bytes"], int | None)
+        off = msgspec.convert(facts["time"], float) - time.time()
+    except (KeyError, msgspec.ValidationError):
         raise board.garbage("no facts") from None
     if left is not None and positions is not None:
         for packed in shipment.packed:
@@ -172,7 +172,7 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
         board.say(f"{board.name}: its clock is off by {abs(off):.0f} s: times in the result are the board's")
 
 
-def _take(run: str, shipment: Shipment) -> dict[str, Any]:
+def _take(run: str, shipment: Shipment) -> Reply:
     owner = f"{_user()}@{socket.gethostname()}"
     return {
         "run": run, "owner": owner, "files": shipment.sizes, "key": shipment.key, "reserve": RESERVE_BYTES,
@@ -180,7 +180,7 @@ def _take(run: str, shipment: Shipment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _push(board: Board, shipment: Shipment, missing: dict[str, int], told: Progress) -> None:
+def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> None:
     sizes = shipment.sizes
     if not isinstance(missing, dict) or any(sha not in sizes for sha in missing):
         raise board.garbage("files that were not asked for")
@@ -188,14 +188,17 @@ def _push(board: Board, shipment: Shipment, missing: dict[str, int], told: Progr
         raise board.garbage("other sizes than files have")
     total, sent = sum(sizes[sha] - there for sha, there in missing.items()) / 1e6, 0.0
     for sha, there in missing.items():
-        begin = sent - there / 1e6
-        board.push(sha, shipment.sources[sha], there, lambda at, begin=begin: told("push, MB", begin + at / 1e6, total))  # type: ignore[misc]
+
+        def pushed(at: int, before: float = sent - there / 1e6) -> None:
+            told("push, MB", before + at / 1e6, total)
+
+        board.push(sha, shipment.sources[sha], there, pushed)
         sent += (sizes[sha] - there) / 1e6
     if missing:
         told("push, MB", total, total)
 
 
-def _start(run: str, shipment: Shipment, task: Task[Any]) -> dict[str, Any]:
+def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
     places = [[packed.prefix, f"{index}/{packed.name}"] for index, packed in enumerate(shipment.packed)]
     return {
         "run": run,
@@ -206,29 +209,26 @@ def _start(run: str, shipment: Shipment, task: Task[Any]) -> dict[str, Any]:
     }
 
 
-def _follow(board: Board, run: str, told: Progress) -> dict[str, Any]:
+def _follow(board: Board, run: str, told: Progress) -> Reply:
     """Until the run has ended, over as many connections as it takes."""
     offset, refused = 0, ""
 
-    def hear(document: dict[str, Any]) -> None:
+    def hear(document: Reply) -> None:
         nonlocal offset, refused
-        if "line" not in document:
-            return
-        try:
-            offset = int(document["at"])
-            line = parse_json(document["line"])
-            if "refused" in line:
-                refused = printable(line["refused"])
-            elif "label" in line:
-                told(printable(line["label"]), float(line["done"]), float(line["total"]))
-        except (KeyError, TypeError, ValueError, RecursionError):
-            return  # a library printed something there
+        match document:
+            case {"line": str(text), "at": int(offset)}:
+                with contextlib.suppress(ValueError):  # a library printed something there
+                    match parse_json(text):
+                        case {"refused": why}:
+                            refused = printable(why)
+                        case {"label": label, "done": float() | int() as done, "total": float() | int() as total}:
+                            told(printable(label), float(done), float(total))
 
     done = board.insist("follow", told=hear, more=lambda: {"run": run, "offset": offset})
     return {**done, "refused": refused} if refused else done
 
 
-def _check_end(board: Board, done: dict[str, Any]) -> None:
+def _check_end(board: Board, done: Reply) -> None:
     if done.get("rebooted"):
         raise BoardError(
             f"{board.name}: it rebooted in the middle of the run, which is INVALID: see to its power and cooling, "
@@ -240,7 +240,7 @@ def _check_end(board: Board, done: dict[str, Any]) -> None:
         raise BoardError(f"{board.name}: the run failed: {printable(done.get('error', 'no reason'))}")
 
 
-def _fetched(board: Board, fetched: dict[str, Any], task: Task[T]) -> T:
+def _fetched(board: Board, fetched: Reply, task: Task[T]) -> T:
     """The document that was written there, whole and of what was asked for."""
     try:
         text = str(fetched["result"])
@@ -266,8 +266,6 @@ class _Shown:
         self._lock, self._done = threading.Lock(), dict[str, float]()
 
     def of(self, url: str) -> Progress:
-        """What one board calls."""
-
         def told(label: str, done: float, total: float) -> None:
             with self._lock:
                 if self._progress is None:
@@ -283,14 +281,12 @@ class _Shown:
         return told
 
     def ended(self, url: str) -> None:
-        """A board is done, whether it measured or not."""
         with self._lock:
             self._done[url] = 1.0
             if self._progress is not None and self._boards > 1:
                 self._progress(f"boards, {url}: ended", sum(self._done.values()), self._boards)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
         with self._lock:
             if self._say is not None:
                 self._say(text)

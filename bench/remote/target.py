@@ -10,74 +10,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeVar
 
 from bench.costs.measure import COSTS, Costs, check_depth, described, measure_costs
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN
 from bench.measure.options import BenchOptions
-from bench.measure.result import Measurement, Result, command_line, result_from_dict
+from bench.measure.result import RESULT, Measurement, Result, command_line
 from bench.measure.run import measure
 from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack
 from bench.remote.options import BoardOptions
 from bench.remote.run import Answer, Task, kept, own_version, routes_to, run_on, run_on_all
-from devices.common.files import without_checksum
 from devices.common.progress import Progress
 from devices.transport import printable
 from export.bundle.manifest import BundleManifest, read_manifest
 
+T = TypeVar("T")
 HERE_ONLY = ("root",)  # of the options: it means this host
 
 
-class Target(Protocol):
-    """A device that measures."""
-
-    @property
-    def url(self) -> str | None:
-        """Of a board; None for this host."""
-
-    def bench(
-        self,
-        specs: Sequence[str],
-        options: BenchOptions,
-        *,
-        names: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Result:
-        """As :func:`bench.measure.run.measure`; BoardError names a board and what to do."""
-
-    def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
-        """As :func:`bench.costs.measure.measure_costs`; BoardError names a board and what to do."""
-
-
-class Here:
-    """This host."""
-
-    url = None
-
-    def bench(
-        self,
-        specs: Sequence[str],
-        options: BenchOptions,
-        *,
-        names: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Result:
-        """Measure in this process's children."""
-        return measure(specs, options, names=names, progress=progress)
-
-    def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
-        """Time in this process's children."""
-        return measure_costs(stacks, options, progress=progress)
-
-
 @dataclass(frozen=True)
-class OnBoard:
-    """A board; ``say`` is told what a person should know, a line each."""
+class Target:
+    """A device that measures: the board at ``url``, or this host where that is None.
 
-    url: str
-    board_options: BoardOptions
+    ``say`` is told what a person should know, a line each. BoardError names the board and what to do.
+    """
+
+    url: str | None = None
+    board_options: BoardOptions | None = None
     say: Say | None = None
 
     def bench(
@@ -88,25 +49,29 @@ class OnBoard:
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Measure there."""
+        """As :func:`bench.measure.run.measure`."""
+        if self.url is None:
+            return measure(specs, options, names=names, progress=progress)
         options.check()
         shipment = pack(specs, options.positions, self.board_options)
-        task = _bench_task(shipment, options, names)
-        (answer,) = run_on_all(routes_to([self.url]), shipment, task, progress, self.say)
-        return answer.value()
+        return self._answer(shipment, _bench_task(shipment, options, names), progress)
 
     def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
-        """Time there; without thread counts with the board's physical cores."""
-        routes = routes_to([self.url])
-        check_depth(read_manifest(stacks[0]), options.depth)
+        """As :func:`bench.costs.measure.measure_costs`: without thread counts with the device's physical cores."""
+        if self.url is None:
+            return measure_costs(stacks, options, progress=progress)
+        base = read_manifest(stacks[0])
+        check_depth(base, options.depth)
         shipment = pack([str(path) for path in stacks], options.depth + TURN, self.board_options)
 
-        def read(board: str, document: Any) -> Costs:
-            return _costs(board, document, shipment.packed[0].manifest, options.threads)
+        def read(board: str, document: object) -> Costs:
+            return _costs(board, document, base, options.threads)
 
-        (answer,) = run_on_all(
-            routes, shipment, Task({"kind": "costs", "options": asdict(options)}, None, read), progress, self.say
-        )
+        return self._answer(shipment, Task({"kind": "costs", "options": asdict(options)}, None, read), progress)
+
+    def _answer(self, shipment: Shipment, task: Task[T], progress: Progress | None) -> T:
+        assert self.url is not None
+        (answer,) = run_on_all(routes_to([self.url]), shipment, task, progress, self.say)
         return answer.value()
 
 
@@ -122,10 +87,10 @@ def target(url: str | None, options: BoardOptions | None = None, say: Say | None
         BoardError: it names no board, or what it needs here is not installed.
     """
     if url is None:
-        yield Here()
+        yield Target()
         return
     with kept(url, say) as held:
-        yield OnBoard(held, options or BoardOptions(), say)
+        yield Target(held, options, say)
 
 
 def bench_on(
@@ -169,15 +134,15 @@ def measure_on(board: Board, shipment: Shipment, options: BenchOptions, progress
 def _bench_task(shipment: Shipment, options: BenchOptions, names: Sequence[str] | None = None) -> Task[Result]:
     kept = {name: value for name, value in asdict(options).items() if name not in HERE_ONLY}
 
-    def read(board: str, document: Any) -> Result:
+    def read(board: str, document: object) -> Result:
         return _result(board, document, shipment.packed)
 
     return Task({"kind": "bench", "options": kept, "names": names}, options.positions, read)
 
 
-def _result(board: str, document: Any, packed: Sequence[Packed]) -> Result:
+def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
     """Whole, of what was asked for, and with this side's names for it."""
-    result = result_from_dict(document)
+    result = RESULT.made(document)
     rounds, left = divmod(len(result.measurements), len(packed))
     if left or not rounds:
         raise ValueError("measurements are missing")
@@ -200,9 +165,9 @@ def _readable(m: Measurement, spec: str) -> Measurement:
     )
 
 
-def _costs(board: str, document: Any, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
+def _costs(board: str, document: object, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
     """Costs of the model that was sent."""
-    found = COSTS.made(without_checksum(document))
+    found = COSTS.made(document)
     if found.model != described(base):
         raise ValueError("costs of another model")
     if threads is not None and [table.n_threads for table in found.threads] != list(dict.fromkeys(threads)):

@@ -92,7 +92,6 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
 
 
 def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, Any]]) -> list[Card]:
-    """Size, speed, memory and quality; fewer where there is nothing to say."""
     cards = [_size_card(*pair), _speed_card(*pair), _memory_card(*pair)] if pair else []
     quality_card = _quality_card(pair, quality)
     return [*cards, quality_card] if quality_card else cards

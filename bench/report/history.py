@@ -53,7 +53,6 @@ class Series:
 
     @property
     def median_s(self) -> list[float]:
-        """The runs' medians."""
         return [point.median_s for point in self.points]
 
 
@@ -142,7 +141,6 @@ def _points(path: Path, result: Result) -> Iterator[tuple[tuple[Any, ...], Point
 
 
 def _key(device: dict[str, Any], m: Measurement) -> tuple[Any, ...]:
-    """The fields of ``Series`` before its points."""
     name = str(device.get("board") or device.get("cpu_model") or "unknown device")
     return (str(device["fingerprint"]), name, *m.key, m.test, metric_of(m))
 
@@ -187,7 +185,6 @@ def history_plot(of: Series, changes: Sequence[int], salt: str) -> str:
 
 
 def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
-    """One sentence per change: when, and by how much the level moved."""
     values, edges = np.array(of.median_s), [0, *changes, len(of.points)]
     levels = [float(np.median(values[a:b])) for a, b in pairwise(edges)]
     told = []
@@ -200,7 +197,6 @@ def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
 
 
 def history_panels(found: Sequence[Series]) -> list[dict[str, Any]]:
-    """What the page shows per series: title, description, changes and drawing."""
     from markupsafe import Markup
 
     panels = []

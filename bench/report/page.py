@@ -187,7 +187,6 @@ def _text(text: Any) -> dict[str, Any]:
 
 
 def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
-    """What is null and why, once per field."""
     reasons: dict[str, str] = {}
     for entry in entries:
         measurement = entry.measurement

@@ -93,7 +93,6 @@ def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> st
 
 
 def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
-    """Megabytes per measurement: peak while loading, peak while decoding, and what is resident at the end."""
     phases = [
         ("peak, loading", "peak_load_bytes", 0.35),
         ("peak, decoding", "peak_decode_bytes", 1.0),

@@ -79,7 +79,6 @@ def verdict_table(verdicts: Sequence[Verdict], columns: Sequence[str]) -> Table:
 
 
 def sentence(v: Verdict) -> str:
-    """One verdict for people."""
     parts = [v.verdict]
     if v.ratio is not None and v.low is not None and v.high is not None:
         test = f", p = {v.p_value:.2g}, {v.test}" if v.p_value is not None else ""

@@ -75,7 +75,6 @@ def started(pid: int) -> str | None:
 
 
 def alive(pid: int | None, start: str | None) -> bool:
-    """Whether that very process runs."""
     return pid is not None and start is not None and started(pid) == start
 
 
@@ -100,13 +99,11 @@ def _parent(pid: int) -> int | None:
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal, where it still runs."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
 
 
 def write_json(path: Path, document: object) -> None:
-    """Beside its place, then renamed."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(document), encoding="utf-8")
     partial.replace(path)
@@ -153,28 +150,23 @@ class Lock:
             )  # fmt: skip
 
     def process(self, run: str, pid: int) -> None:
-        """Name the process that measures."""
         with guarded(self._guard):
             held = read_json(self.path)
             if held.get("run") == run:
                 write_json(self.path, {**held, "pid": pid, "start": started(pid)})
 
     def holds(self, run: str) -> bool:
-        """Whether it is this run's."""
         return read_json(self.path).get("run") == run
 
     def runs(self) -> bool:
-        """Whether its process runs."""
         held = read_json(self.path)
         return alive(held.get("pid"), held.get("start"))
 
     def touch(self) -> None:
-        """The heartbeat."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
     def release(self, run: str) -> None:
-        """Give it up, if it is this run's."""
         with guarded(self._guard):
             if self.holds(run):
                 self.path.unlink(missing_ok=True)
@@ -206,7 +198,6 @@ def _ago(seconds: float) -> str:
 
 
 def touch(path: Path) -> None:
-    """Make it, or its time now; a folder that is gone is no error."""
     with contextlib.suppress(OSError):
         path.touch()
 

@@ -122,18 +122,15 @@ def put(folder: Path, request: PutRequest, tell: Tell) -> dict[str, bool]:
 
 
 def held(folder: Path, request: HeldRequest, tell: Tell) -> dict[str, int | None]:
-    """Bytes that are here of one file; None when it is whole."""
     return {"held": Store(folder, _beat(Lock(folder, request["root"]), tell)).held(request["sha"])}
 
 
 def installs(folder: Path, request: InstallRequest, tell: Tell) -> Installation:
-    """The installation of a key, made where it is missing."""
     beat = _beat(Lock(folder, request["root"]), tell)
     return install(folder, request, beat)
 
 
 def follows(folder: Path, request: FollowRequest, tell: Tell) -> dict[str, object]:
-    """A run, until it has ended."""
     for told in follow(folder, request):
         if isinstance(done := told.get("done"), dict):
             return done
@@ -155,7 +152,6 @@ REQUESTS: dict[str, Callable[[Path, Any, Tell], object]] = {
 
 
 def main() -> None:
-    """Answer the request on standard input."""
     try:
         request = json.loads(sys.stdin.buffer.readline())
         answer: dict[str, object] = {"answer": REQUESTS[request["do"]](home(), request, say)}
@@ -174,7 +170,6 @@ def main() -> None:
 
 
 def say(document: dict[str, object]) -> None:
-    """One line to the other side."""
     sys.stdout.write(MARK + json.dumps(document) + "\n")
     sys.stdout.flush()
 

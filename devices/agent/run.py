@@ -143,7 +143,6 @@ def _why_gone(folder: Path) -> str:
 
 
 def fetch(folder: Path, request: RunRequest) -> FetchAnswer:
-    """The result's text and its sha256."""
     path = run_folder(folder, request["run"]) / "result.json"
     try:
         text = path.read_bytes()

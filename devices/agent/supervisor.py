@@ -50,7 +50,6 @@ class Supervisor:
             self.lock.release(self.run)
 
     def _watch(self, job: subprocess.Popen[bytes]) -> bool:
-        """Until the process ends; False when nobody follows any more."""
         lease, leased_at = 0.0, time.monotonic()
         while True:
             (self.place / "beat").touch()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast, is_typeddict
+from typing import Generic, TypeVar, cast, is_typeddict
 
 import msgspec
 
@@ -38,7 +38,7 @@ class Document(Generic[T]):
     remedy: str
     version: str | None = None
     versions: tuple[int, ...] = (1,)
-    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    upgrade: Callable[[dict[str, object]], dict[str, object]] | None = None
     check: Callable[[T], None] | None = None
     error: type[UserError] = UserError
     sealed: bool = True
@@ -72,13 +72,15 @@ class Document(Generic[T]):
                 f"{' and '.join(map(str, self.versions))}: {self.remedy}"
             )
         try:
-            return self.made(without_checksum(raw) if self.sealed else raw)
+            return self.made(raw)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
 
-    def made(self, raw: Mapping[str, Any]) -> T:
-        """The dataclass of parsed JSON; ValueError, TypeError or KeyError where it does not fit."""
-        given = dict(raw)
+    def made(self, raw: object) -> T:
+        """The dataclass of a parsed JSON object; ValueError, TypeError or KeyError where it does not fit."""
+        if not isinstance(raw, Mapping):
+            raise TypeError("not an object")
+        given = without_checksum(raw) if self.sealed else dict(raw)
         if self.upgrade is not None:
             given = self.upgrade(given)
         made = msgspec.convert(given, self.kind)
@@ -96,12 +98,10 @@ class Document(Generic[T]):
         return json.dumps(with_checksum(raw) if self.sealed else raw, indent=indent, allow_nan=False)
 
     def write(self, path: str | Path, value: T) -> None:
-        """Write beside and rename."""
         write_text(Path(path), self.text(value) + "\n")
 
 
-def plain(value: object) -> dict[str, Any]:
-    """A dataclass as the types of JSON; what is a dict already stays."""
+def plain(value: object) -> dict[str, object]:
     if isinstance(value, dict):
         return value
     if not is_dataclass(value) or isinstance(value, type):
@@ -109,6 +109,5 @@ def plain(value: object) -> dict[str, Any]:
     return asdict(value)
 
 
-def unknown_fields(raw: Mapping[str, Any], kind: type) -> list[str]:
-    """Keys that the dataclass does not have."""
+def unknown_fields(raw: Mapping[str, object], kind: type) -> list[str]:
     return sorted(set(raw) - {field.name for field in fields(kind)})

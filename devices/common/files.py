@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 FIELD = "checksum"
 
@@ -57,7 +56,6 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -84,25 +82,26 @@ def make_room(folder: Path, allowed: int, keep: Path) -> None:
         total -= sizes[entry]
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> object:
     """What JSON says.
 
     Raises:
         ValueError: it is none, is nested too deeply, or holds an integer of too many digits.
     """
     try:
-        return json.loads(text)
+        parsed: object = json.loads(text)
+        return parsed
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(document: Mapping[str, object]) -> dict[str, object]:
     """The document with its checksum, the last of its fields."""
     fields = {name: value for name, value in document.items() if name != FIELD}
     return {**fields, FIELD: _checksum(json.loads(json.dumps(fields)))}  # as it will be read: lists, and keys of text
 
 
-def without_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
+def without_checksum(document: Mapping[str, object]) -> dict[str, object]:
     """The fields of a document that was read. One without a checksum, of an earlier saap or by hand, passes.
 
     Raises:
@@ -114,7 +113,7 @@ def without_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _checksum(fields: Mapping[str, Any]) -> str:
+def _checksum(fields: Mapping[str, object]) -> str:
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

@@ -71,18 +71,15 @@ class GgufHeader:
     tensors: Mapping[str, Tensor]
 
     def of_architecture(self, key: str) -> Any:
-        """The value of ``<architecture>.key``, None where it is not given."""
         return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens of the vocabulary."""
         tokens = self.metadata.get("tokenizer.ggml.tokens") or self.of_architecture("vocab_size")
         return int(tokens) if tokens else None
 
     @property
     def context_length(self) -> int | None:
-        """Positions that the model was trained for."""
         length = self.of_architecture("context_length")
         return int(length) if length else None
 

@@ -98,7 +98,6 @@ class Setting:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The spellings that help shows."""
         plain = "--" + self.name.replace("_", "-")
         if self.option.flags:
             return self.option.flags
@@ -107,25 +106,21 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """How messages name it."""
         if not self.option.shown:
             return self.name
         return next((flag for flag in self.flags if flag.startswith("--")), self.flags[0]).split("/")[0]
 
     @property
     def repeated(self) -> bool:
-        """Whether its flag may be given several times."""
         return self.option.repeated or (self.kind is tuple and self.option.parse is None)
 
     @property
     def metavar(self) -> str:
-        """What help shows for a value."""
         choices = "|".join(map(str, ("true", "false") if self.kind is bool else self.choices))
         return self.option.metavar or (f"[{choices}]" if choices else NAMES.get(self.kind, "VALUE"))
 
     @property
     def allowed(self) -> str:
-        """The values that are allowed, in words."""
         if self.choices:
             *others, last = map(str, self.choices)
             return f"{', '.join(others)} or {last}" if others else last

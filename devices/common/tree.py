@@ -20,7 +20,6 @@ def text(path: Path) -> str | None:
 
 
 def number(path: Path) -> int | None:
-    """The file's integer, in base 10."""
     found = text(path)
     try:
         return int(found) if found else None
@@ -35,7 +34,6 @@ def fields(path: Path) -> dict[str, int]:
 
 
 def field(path: Path, key: str) -> int | None:
-    """One of :func:`fields`."""
     return fields(path).get(key)
 
 
@@ -54,7 +52,6 @@ def glob(base: Path, pattern: str) -> list[Path]:
 
 
 def first_text(paths: Iterable[Path]) -> str | None:
-    """The text of the first file that has one."""
     return next((found for found in map(text, paths) if found), None)
 
 

@@ -69,7 +69,6 @@ class Emulated(Local):
         self._env = [f"PATH={path}", f"QEMU_CPU={cpu}", f"SAAP_CACHE={home}"]
 
     def argv(self, command: str) -> list[str]:
-        """A shell whose Python is the emulated one."""
         return ["env", *self._env, *super().argv(command)]
 
 

@@ -145,7 +145,6 @@ def kernels(model: Model, device: Device) -> tuple[str, ...]:
 
 
 def remarks(model: Model, device: Device) -> tuple[str, ...]:
-    """What a person has to know of a bundle that loads, or that may."""
     told = []
     if device.onnxruntime is None:
         told.append(f"needs ONNX Runtime {model.onnxruntime_min}; which one is there is not known")

@@ -89,7 +89,6 @@ class Device:
         return True if self.architecture == "x86_64" else self.has("dotprod")
 
     def has(self, feature: str) -> bool | None:
-        """Whether the CPU has a feature; None is unknown."""
         return True if feature in self.isa else False if feature in self.lacks else None
 
 
@@ -104,7 +103,6 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return self.runtime + self.weights + self.cache + self.work
 
 

@@ -121,7 +121,6 @@ def cpuinfo(root: Path) -> list[dict[str, str]]:
 
 
 def cpu_model(root: Path, cpus: list[dict[str, str]]) -> str | None:
-    """Names of the cores, joined where there are several kinds."""
     # Old ARM kernels print a "model name" that says no more than ARMv8.
     names: list[str | None] = [core_name(cpu) or _model_name(cpu) for cpu in cpus]
     if not any(names):
@@ -136,7 +135,6 @@ def _model_name(cpu: dict[str, str]) -> str | None:
 
 
 def architecture(cpus: list[dict[str, str]]) -> str | None:
-    """As ``uname -m`` names it."""
     if any("flags" in cpu for cpu in cpus):
         return "x86_64" if any("lm" in cpu.get("flags", "").split() for cpu in cpus) else "i686"
     return "aarch64" if any(cpu.get("CPU architecture") == "8" for cpu in cpus) else None
@@ -151,7 +149,6 @@ def isa(cpus: list[dict[str, str]]) -> list[str] | None:
 
 
 def allowed(root: Path) -> list[int] | None:
-    """The CPUs this process may run on."""
     match = re.search(r"^Cpus_allowed_list:\s*(\S+)", text(root / "proc/self/status") or "", re.MULTILINE)
     return parse_cpu_list(match.group(1)) if match else None
 
@@ -166,7 +163,6 @@ def offline(root: Path) -> list[int] | None:
 
 
 def physical_cores(root: Path) -> int | None:
-    """Cores, each with one or more hardware threads."""
     cores = set()
     for topology in glob(root / CPU, "cpu[0-9]*/topology"):
         core = text(topology / "core_id")
@@ -197,13 +193,11 @@ def policies(root: Path) -> list[Path]:
 
 
 def governor(root: Path) -> str | None:
-    """The governors of all clock domains."""
     governors = [text(policy / "scaling_governor") for policy in policies(root)]
     return ", ".join(unique(name for name in governors if name)) or None
 
 
 def frequencies(root: Path) -> list[ClockDomain] | None:
-    """The clock domains."""
     domains: list[ClockDomain] = [
         {
             "cpus": first_text((policy / "affected_cpus", policy / "related_cpus")),
@@ -247,7 +241,6 @@ def hertz(path: Path) -> int | None:
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """Each name once, in the order of their first."""
     return list(dict.fromkeys(names))
 
 

@@ -214,7 +214,6 @@ def _os_name(root: Path) -> str | None:
 
 
 def _installed(*packages: str) -> str | None:
-    """Version of the first of ``packages`` that is installed."""
     for package in packages:
         try:
             return metadata.version(package)

@@ -40,7 +40,6 @@ class PowerMode(TypedDict):
 
 
 def l4t_release(root: Path) -> str | None:
-    """Version of Jetson Linux, such as ``36.4.3``."""
     line = text(root / RELEASE) or ""
     match = re.search(r"R(\d{1,9})\s*\(release\),\s*REVISION:\s*([\d.]+)", line)
     return f"{match.group(1)}.{match.group(2)}" if match else None
@@ -71,6 +70,5 @@ def power_mode(root: Path, run: Run) -> PowerMode | None:
 
 
 def power_modes(root: Path) -> dict[int, str]:
-    """The modes that the board offers, by id."""
     found = re.findall(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=([^\s>]+)", text(root / MODES) or "")
     return {int(number): name for number, name in found}

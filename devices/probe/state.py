@@ -100,7 +100,6 @@ class State(TypedDict):
 
 
 def probe_state(root: Path, run: Run) -> State:
-    """The state of the host below ``root``."""
     heat, slowed, sizes = temperatures(root), throttling(root, run), memory(root)
     flat = {"temperatures": heat, **slowed, **sizes}
     unknown = {name: why for name, why in _REASONS.items() if flat[name] is None}
@@ -127,7 +126,6 @@ def throttling(root: Path, run: Run) -> Throttling:
 
 
 def memory(root: Path) -> MemoryState:
-    """The memory's state, with that of the control group that limits it."""
     limit = memory_limit(root)
     sizes = fields(root / "proc/meminfo")
     total = sizes.get("MemTotal")

@@ -104,7 +104,6 @@ class Tegrastats:
 
     @property
     def gpu(self) -> Engine | None:
-        """The GPU."""
         return self.engines.get("GR3D")
 
 
@@ -147,7 +146,6 @@ class _Found:
         return None
 
     def leave(self, word: re.Match[str]) -> int:
-        """Pass over a word; where it ends."""
         self.unparsed.append(word[0])
         return word.end()
 

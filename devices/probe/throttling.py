@@ -43,7 +43,6 @@ class Cooler:
 
 
 def zones(root: Path) -> list[Zone]:
-    """All thermal zones."""
     found = []
     for zone in glob(root / _THERMAL, "thermal_zone[0-9]*"):
         millidegrees = number(zone / "temp")

@@ -14,8 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from devices.common.files import parse_json
-
 SEAL = "sha256"
 
 
@@ -63,7 +61,7 @@ def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]
     """
     try:
         tensors = load(content)
-        about = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(str(error)) from None
     if about.pop(SEAL, None) != _seal(tensors, about):

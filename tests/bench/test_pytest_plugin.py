@@ -19,7 +19,7 @@ from bench.measure.options import BenchOptions
 from bench.measure.run import measure
 from bench.pytest_plugin import Device
 from bench.remote.options import BoardOptions
-from bench.remote.target import OnBoard
+from bench.remote.target import Target
 from saap.cli.devices.test import name_of
 
 pytest_plugins = ["pytester"]
@@ -91,7 +91,7 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(regression, "retest", retest)
     with pytest.raises(AssertionError, match="decode: worse"):
-        Device(OnBoard("ssh://board", BoardOptions()), tmp_path, 1.0).check("prepacked:tiny")
+        Device(Target("ssh://board", BoardOptions()), tmp_path, 1.0).check("prepacked:tiny")
     assert names == ["tiny"] == [name_of("prepacked:tiny", None)]
 
 

@@ -19,7 +19,7 @@ from bench.costs import measure as costs
 from bench.costs.fit import AttentionCost, FfnCost, ThreadCosts
 from bench.measure.result import Bandwidth
 from bench.remote import BoardOptions
-from bench.remote.target import Here, OnBoard, _costs
+from bench.remote.target import Target, _costs
 from devices.common.files import with_checksum
 from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
@@ -60,7 +60,7 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     twice = CostsCommand(replace(QUICK, threads=(1, 1)), bits=8)
-    show_costs(tmp_path / "cost.json", probe_costs(str(model), tmp_path / "cost.json", twice, Here()))
+    show_costs(tmp_path / "cost.json", probe_costs(str(model), tmp_path / "cost.json", twice, Target()))
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
@@ -78,17 +78,17 @@ def test_a_config_becomes_a_table_that_pruning_reads(
 @pytest.mark.usefixtures("quick_probe")
 def test_a_failure_leaves_no_files(model: Path, tmp_path: Path) -> None:
     with pytest.raises(costs.CostsError, match="a depth of 9999 cannot be probed"):
-        probe_costs(model, tmp_path / "cost.json", CostsCommand(replace(QUICK, depth=9999)), Here())
+        probe_costs(model, tmp_path / "cost.json", CostsCommand(replace(QUICK, depth=9999)), Target())
     assert not (tmp_path / "cost.json").exists() and not list((tmp_path / "temporary").glob("saap-costs-*"))
 
 
 def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model 'nothing'"):
-        probe_costs("nothing", tmp_path / "cost.json", CostsCommand(QUICK), Here())
+        probe_costs("nothing", tmp_path / "cost.json", CostsCommand(QUICK), Target())
     with pytest.raises(UserError, match="is a directory: give the JSON file to write"):
-        probe_costs(model, tmp_path, CostsCommand(QUICK), Here())
+        probe_costs(model, tmp_path, CostsCommand(QUICK), Target())
     with pytest.raises(UserError, match=r"cannot be written .*: give another place"):
-        probe_costs(model, model / "config.json" / "cost.json", CostsCommand(QUICK), Here())
+        probe_costs(model, model / "config.json" / "cost.json", CostsCommand(QUICK), Target())
 
 
 @pytest.fixture
@@ -99,10 +99,10 @@ def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
 @pytest.mark.usefixtures("quick_probe")
 def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) -> None:
     said = list[str]()
-    board = OnBoard(sshd.url, BoardOptions(board_packages=True), said.append)
+    board = Target(sshd.url, BoardOptions(board_packages=True), said.append)
     there = probe_costs(model, tmp_path / "pi.json", ASKED, board)
     assert there.on == sshd.url and said == [] and not remains(sshd.cache)
-    local = probe_costs(model, tmp_path / "here.json", ASKED, Here())
+    local = probe_costs(model, tmp_path / "here.json", ASKED, Target())
     assert local.on is None and local.stacks == there.stacks and local.model == there.model
     assert there.command == local.command and there.device["fingerprint"]
     assert costs.COSTS.read(tmp_path / "pi.json") == there
