@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_values
 from bench.judge.wording import plain, threads
@@ -193,7 +192,7 @@ def obstacle_between(old: Measurement, new: Measurement) -> str | None:
     return None
 
 
-def device_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+def device_differs(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
     """Why results of two devices do not compare, or None: what of their identity differs."""
     prints = old.get("fingerprint"), new.get("fingerprint")
     if None in prints:

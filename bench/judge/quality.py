@@ -6,10 +6,9 @@ perplexities of different protocols, or tasks on different examples, do not comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,15 @@ from numpy.typing import NDArray
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE, Verdict
 from bench.judge.wording import plain
 from devices.common.errors import UserError
-from devices.common.files import parse_json, without_checksum
+from devices.common.files import parse_json
+from devices.common.quality import KIND, QUALITY, Protocol, Quality, TaskScore
 
-KIND, VERSION = "saap-quality", 1
 PERPLEXITY, MEAN = "NLL", "mean of the tasks"
 NATS, SHARE = "nats/token", "share"
 RESAMPLES = 9999
+
+Pair = tuple[str, str]  # the old model's name and the new one's
+Values = NDArray[np.float64]
 
 
 class QualityError(UserError):
@@ -37,49 +39,31 @@ def is_quality(path: str | Path) -> bool:
     return isinstance(raw, dict) and raw.get("kind") == KIND
 
 
-def read_quality(path: str | Path) -> dict[str, Any]:
+def read_quality(path: str | Path) -> Quality:
     """Read a document of ``saap eval --json``.
 
     Raises:
         QualityError: no such file, not one of these, or of another version.
     """
-    try:
-        raw = parse_json(Path(path).read_text(encoding="utf-8"))
-        raw = without_checksum(raw) if isinstance(raw, dict) else None
-    except (OSError, ValueError) as error:
-        raise QualityError(f"{path} cannot be read ({error}): make one with `saap eval --json`") from None
-    if not isinstance(raw, dict) or raw.get("kind") != KIND or not isinstance(raw.get("rows"), list):
-        raise QualityError(f"{path} is not what `saap eval --json` writes: make one")
-    if raw.get("version") != VERSION:
-        raise QualityError(f"{path} is of version {raw.get('version')!r}, this saap reads {VERSION}: evaluate again")
-    return raw
+    return replace(QUALITY, error=QualityError).read(path)
 
 
-def compare_quality(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
+def compare_quality(old: Quality, new: Quality) -> list[Verdict]:
     """Compare what both documents hold of each pair of models.
 
     Models are paired by name, or, where each document holds one beside its reference, those two.
 
     Raises:
-        QualityError: no pair, nothing that both measured, or a damaged document.
+        QualityError: no pair, nothing that both measured, or numbers that do not belong together.
     """
-    rows, alone = [], []
+    pairs = _pairs(old, new)
     try:
-        for pair in (pairs := _pairs(old, new)):
-            rows += _perplexity(pair, old, new) + _tasks(pair, old, new)
-        alone = _alone(pairs, old, new)
-    except QualityError:
-        raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        rows = [row for pair in pairs for row in (*_perplexity(pair, old, new), *_tasks(pair, old, new))]
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise QualityError(f"one of the documents is damaged ({error!r}): evaluate again") from None
     if not rows:
         raise QualityError("one holds a perplexity and the other tasks: nothing was measured of both; evaluate again")
-    return rows + alone
-
-
-def metric_of(task: Mapping[str, Any]) -> str:
-    """What the literature quotes of a task: acc_norm where it has it (BoolQ and WinoGrande have not), else acc."""
-    return "acc" if task.get("acc_norm") is None else "acc_norm"
+    return rows + _alone(pairs, old, new)
 
 
 def exit_code(rows: Sequence[Verdict], fail_on_regression: bool) -> int:
@@ -89,39 +73,41 @@ def exit_code(rows: Sequence[Verdict], fail_on_regression: bool) -> int:
     return int(fail_on_regression and any(row.verdict == WORSE for row in rows))
 
 
-def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _pairs(old: Quality, new: Quality) -> list[Pair]:
     names = [_names(document) for document in (old, new)]
     if both := [name for name in names[0] if name in names[1]]:
         return [(name, name) for name in both]
     if len(names[0]) == len(names[1]) == 1:
         return [(names[0][0], names[1][0])]
-    told = " and ".join(", ".join(plain(name) for name in some) or "none" for some in names)
+    told = " and ".join(", ".join(some) or "none" for some in names)
     raise QualityError(f"which models to compare is not clear, they hold {told}: evaluate one model per document")
 
 
-def _perplexity(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
-    protocols: list[dict[str, Any]] = [document.get("protocol") or {} for document in (old, new)]
-    if not all(protocols):
+def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
+    if old.protocol is None or new.protocol is None:
         return []
-    # What a text is called is no part of what was measured.
-    keys = [key for key in {**protocols[0], **protocols[1]} if key != "text"]
-    if differing := [key for key in keys if protocols[0].get(key) != protocols[1].get(key)]:
-        told = "; ".join(
-            f"{key} {_short(protocols[0].get(key))} against {_short(protocols[1].get(key))}" for key in differing
-        )
-        return [_refused(pair, PERPLEXITY, f"the protocols differ: {told}")]
-    mine, theirs = (_row(document, name) for document, name in zip((old, new), pair, strict=True))
-    if mine["nll"] is None or theirs["nll"] is None:
+    if differing := _differing(old.protocol, new.protocol):
+        return [_refused(pair, PERPLEXITY, f"the protocols differ: {'; '.join(differing)}")]
+    mine, theirs = (
+        next(row for row in document.rows if row.name == name) for document, name in zip((old, new), pair, strict=True)
+    )
+    if mine.nll is None or theirs.nll is None:
         reason = "the model wrote the text itself, so its perplexity says nothing; give --text"
         return [_refused(pair, PERPLEXITY, reason)]
-    windows = np.array([mine["window_nll"], theirs["window_nll"]], dtype=float)
+    windows = np.array([mine.window_nll, theirs.window_nll], dtype=float)
     low, high = _interval([windows[1] - windows[0]])
-    scale = windows.shape[1] / protocols[0]["predictions"]  # from nats per window to nats per token
-    of = _of(pair, PERPLEXITY)
-    return [_judged(of, mine["nll"], theirs["nll"], (low * scale, high * scale), windows.shape[1])]
+    scale = windows.shape[1] / old.protocol.predictions  # from nats per window to nats per token
+    return [_judged(_of(pair, PERPLEXITY), mine.nll, theirs.nll, (low * scale, high * scale), windows.shape[1])]
 
 
-def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> list[Verdict]:
+def _differing(old: Protocol, new: Protocol) -> list[str]:
+    """What a text is called is no part of what was measured."""
+    names = [field.name for field in fields(Protocol) if field.name != "text"]
+    values = [(name, getattr(old, name), getattr(new, name)) for name in names]
+    return [f"{name} {_short(before)} against {_short(after)}" for name, before, after in values if before != after]
+
+
+def _alone(pairs: Sequence[Pair], *documents: Quality) -> list[Verdict]:
     """What one of the documents alone holds: a measurement that a run has lost must not pass for an unchanged one."""
     rows = []
     for side, (document, label) in enumerate(zip(documents, ("old", "new"), strict=True)):
@@ -129,7 +115,7 @@ def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> l
         paired = [pair[side] for pair in pairs]
         lost = [((name, name), "model") for name in _names(document) if name not in paired]
         for pair in pairs:
-            if document.get("protocol") and not other.get("protocol"):
+            if document.protocol and not other.protocol:
                 lost.append((pair, PERPLEXITY))
             theirs = _tasks_of(other, pair[1 - side])
             lost += [(pair, task) for task in _tasks_of(document, pair[side]) if task not in theirs]
@@ -137,16 +123,16 @@ def _alone(pairs: Sequence[tuple[str, str]], *documents: Mapping[str, Any]) -> l
     return rows
 
 
-def _names(document: Mapping[str, Any]) -> list[str]:
+def _names(document: Quality) -> list[str]:
     """The models that are judged; the reference is what they are held against."""
-    return [str(row["name"]) for row in document["rows"] if row["name"] != document.get("reference")]
+    return [row.name for row in document.rows if row.name != document.reference]
 
 
-def _tasks_of(document: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    return {row["task"]: row for row in document.get("tasks", []) if row["model"] == name}
+def _tasks_of(document: Quality, name: str) -> dict[str, TaskScore]:
+    return {row.task: row for row in document.tasks if row.model == name}
 
 
-def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
+def _tasks(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
     found = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
     rows, scores = [], []
     for task in [task for task in found[0] if task in found[1]]:
@@ -154,12 +140,11 @@ def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]
         if reason := _other_examples(mine, theirs):
             rows.append(_refused(pair, task, reason))
             continue
-        metric = metric_of(mine)
-        counted = np.array([[float(e[metric]) for e in row["examples"]] for row in (mine, theirs)])
+        counted = np.array([[float(getattr(e, mine.metric)) for e in row.examples] for row in (mine, theirs)])
         scores.append(counted)
         before, after = counted.mean(1)
         interval = _interval([counted[1] - counted[0]])
-        rows.append(_judged(_of(pair, f"{task} {metric}"), before, after, interval, counted.shape[1]))
+        rows.append(_judged(_of(pair, f"{task} {mine.metric}"), before, after, interval, counted.shape[1]))
     if len(scores) > 1:
         before, after = (float(np.mean([counted[side].mean() for counted in scores])) for side in (0, 1))
         interval = _interval([counted[1] - counted[0] for counted in scores])
@@ -167,16 +152,16 @@ def _tasks(pair: tuple[str, str], old: Mapping[str, Any], new: Mapping[str, Any]
     return rows
 
 
-def _other_examples(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    if mine["sha256"] != theirs["sha256"]:
-        return f"the files differ: {_short(mine['sha256'])} against {_short(theirs['sha256'])}"
-    indices = [[example["index"] for example in row["examples"]] for row in (mine, theirs)]
+def _other_examples(mine: TaskScore, theirs: TaskScore) -> str | None:
+    if mine.sha256 != theirs.sha256:
+        return f"the files differ: {_short(mine.sha256)} against {_short(theirs.sha256)}"
+    indices = [[example.index for example in row.examples] for row in (mine, theirs)]
     if indices[0] != indices[1]:
         return f"other examples ({len(indices[0])} against {len(indices[1])}): give the same --max-examples and --seed"
     return None
 
 
-def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
+def _interval(differences: Sequence[Values]) -> tuple[float, float]:
     """95 % of the mean over parts of the mean of each, every part resampled by itself (a stratified bootstrap).
 
     Without bounds where a part is a single value, of which nothing is known but itself, or holds what is no number.
@@ -189,7 +174,7 @@ def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
         mean = float(np.mean([part[0] for part in differences]))
         return mean, mean
 
-    def mean_of(*parts: NDArray[Any], axis: int) -> NDArray[Any]:
+    def mean_of(*parts: Values, axis: int) -> Values:
         return np.asarray(sum(part.mean(axis) for part in parts) / len(parts))
 
     found = bootstrap(
@@ -199,13 +184,13 @@ def _interval(differences: Sequence[NDArray[Any]]) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _of(pair: tuple[str, str], measure: str) -> Verdict:
+def _of(pair: Pair, measure: str) -> Verdict:
     old, new = pair
     unit = NATS if measure == PERPLEXITY else SHARE
     return Verdict(SAME, measure, new, old if old != new else "", unit=unit)
 
 
-def _refused(pair: tuple[str, str], measure: str, reason: str) -> Verdict:
+def _refused(pair: Pair, measure: str, reason: str) -> Verdict:
     return replace(_of(pair, measure), verdict=NOT_COMPARABLE, reason=reason)
 
 
@@ -223,10 +208,6 @@ def _judged(of: Verdict, old: float, new: float, interval: tuple[float, float], 
     return replace(of, verdict=verdict, old=float(old), new=float(new), difference=float(new - old), low=low, high=high)
 
 
-def _row(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next(row for row in document["rows"] if str(row["name"]) == name)
-
-
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = plain(value)
     return text[:12] if len(text) == 64 else text

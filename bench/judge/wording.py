@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"
@@ -64,9 +63,9 @@ def percent(value: object) -> str:
     return UNKNOWN if (known := as_float(value)) is None else f"{100 * known:.1f} %"
 
 
-def as_dict(value: object) -> dict[str, Any]:
+def as_dict(value: object) -> dict[str, object]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def as_list(value: object) -> list[Any]:
+def as_list(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else []

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 from bench.judge.comparison import decisive_values, metric_of
 from bench.judge.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
-from bench.report.tables import table_rows
+from bench.report.tables import Row, table_rows
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Entry:
 
     result: Result
     measurement: Measurement
-    row: dict[str, Any]
+    row: Row
     name: str
 
 
@@ -76,7 +75,7 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     measurement is its own baseline.
     """
 
-    def settings(entry: Entry) -> tuple[Any, ...]:
+    def settings(entry: Entry) -> tuple[object, ...]:
         return id(entry.result), *entry.measurement.key[1:]
 
     measured = [entry for entry in entries if entry.measurement.samples]
@@ -91,7 +90,7 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     return (pool[0], pool[0]) if pool else None
 
 
-def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, Any]]) -> list[Card]:
+def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, object]]) -> list[Card]:
     cards = [_size_card(*pair), _speed_card(*pair), _memory_card(*pair)] if pair else []
     quality_card = _quality_card(pair, quality)
     return [*cards, quality_card] if quality_card else cards
@@ -111,7 +110,7 @@ def _size_card(old: Entry, new: Entry) -> Card:
 
 
 def _memory_card(old: Entry, new: Entry) -> Card:
-    before, after = old.row["peak_decode_bytes"], new.row["peak_decode_bytes"]
+    before, after = (entry.measurement.peak("peak_decode_bytes") for entry in (old, new))
     refused = _refused(old, new)
     return Card(
         "Memory",
@@ -140,7 +139,7 @@ def _speed_card(old: Entry, new: Entry) -> Card:
     return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note)
 
 
-def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, Any]]) -> Card | None:
+def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, object]]) -> Card | None:
     if not rows:
         return None
     by_name = {plain(row.get("name")): row for row in rows}

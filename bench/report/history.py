@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bench.judge.comparison import decisive_values, metric_of
 from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
-from bench.report.plots import GRID, INK, MUTED, drawing, series_colour
+from bench.report.plots import GRID, INK, MUTED, Array, drawing, series_colour
 from devices.common.progress import Progress
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
 
 LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
 _MOST_POINTS = 256  # drawn; longer histories are binned, so that a page stays small
@@ -56,6 +60,19 @@ class Series:
         return [point.median_s for point in self.points]
 
 
+Key = tuple[str, str, str, int, int, int, int, str, str]  # the fields of a series before its points
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A series as the page shows it."""
+
+    title: str
+    series: Series
+    changes: list[str]
+    svg: Markup
+
+
 def add(folder: Path, result: Result) -> Path:
     """Keep a result as ``<created>-<hash>.json``; the same one again changes nothing.
 
@@ -79,7 +96,7 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     """
     if not folder.is_dir():
         raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
-    found: dict[tuple[Any, ...], list[Point]] = {}
+    found: dict[Key, list[Point]] = {}
     paths = sorted(folder.glob("*.json"))
     for done, path in enumerate(paths, 1):
         for key, point in _points(path, read_result(path)):
@@ -115,7 +132,7 @@ def change_points(values: Sequence[float]) -> list[int]:
     return _holding(logs, [int(cut) for cut in cuts])
 
 
-def _holding(logs: Any, cuts: list[int]) -> list[int]:
+def _holding(logs: Array, cuts: list[int]) -> list[int]:
     """The cuts without those whose levels do not differ, the weakest first, since its neighbours then grow."""
     from scipy.stats import mannwhitneyu
 
@@ -130,7 +147,7 @@ def _holding(logs: Any, cuts: list[int]) -> list[int]:
     return cuts
 
 
-def _points(path: Path, result: Result) -> Iterator[tuple[tuple[Any, ...], Point]]:
+def _points(path: Path, result: Result) -> Iterator[tuple[Key, Point]]:
     """Each measurement that can be believed: the fields of its series, and its point."""
     created = _moment(result.created, str(path)).isoformat()
     for m in result.measurements:
@@ -140,7 +157,7 @@ def _points(path: Path, result: Result) -> Iterator[tuple[tuple[Any, ...], Point
             yield _key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)
 
 
-def _key(device: dict[str, Any], m: Measurement) -> tuple[Any, ...]:
+def _key(device: Mapping[str, object], m: Measurement) -> Key:
     name = str(device.get("board") or device.get("cpu_model") or "unknown device")
     return (str(device["fingerprint"]), name, *m.key, m.test, metric_of(m))
 
@@ -155,7 +172,7 @@ def _moment(created: str, source: str) -> datetime:
     return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-def history_plot(of: Series, changes: Sequence[int], salt: str) -> str:
+def history_plot(of: Series, changes: Sequence[int], salt: str) -> Markup:
     """Median milliseconds of every run over time, quartiles shaded, each level's median, a line per change.
 
     Args:
@@ -164,7 +181,7 @@ def history_plot(of: Series, changes: Sequence[int], salt: str) -> str:
         salt: different for every plot of a page.
     """
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         times = np.array([datetime.fromisoformat(point.created).timestamp() for point in of.points])
         days = times / 86400
         values = 1e3 * np.array([[p.median_s, p.q1_s, p.q3_s] for p in of.points])
@@ -196,25 +213,16 @@ def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
     return told
 
 
-def history_panels(found: Sequence[Series]) -> list[dict[str, Any]]:
-    from markupsafe import Markup
-
+def history_panels(found: Sequence[Series]) -> list[Panel]:
     panels = []
     for index, of in enumerate(found):
         changes = change_points(of.median_s)
-        panels.append(
-            {
-                "title": f"{of.name}, {of.setting}",
-                "series": of,
-                "runs": len(of.points),
-                "changes": changes_text(of, changes),
-                "svg": Markup(history_plot(of, changes, f"history{index}")),
-            }
-        )
+        drawn = history_plot(of, changes, f"history{index}")
+        panels.append(Panel(f"{of.name}, {of.setting}", of, changes_text(of, changes), drawn))
     return panels
 
 
-def _draw_runs(axes: Any, days: Any, values: Any) -> None:
+def _draw_runs(axes: Axes, days: Array, values: Array) -> None:
     colour = series_colour(1)
     if len(days) > _MOST_POINTS:
         parts = np.array_split(np.arange(len(days)), _MOST_POINTS)
@@ -224,19 +232,19 @@ def _draw_runs(axes: Any, days: Any, values: Any) -> None:
     axes.scatter(days, values[:, 0], s=10, color=colour, linewidths=0, clip_on=False)
 
 
-def _limits(medians: Any) -> tuple[float, float]:
+def _limits(medians: Array) -> tuple[float, float]:
     """Of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
     low, high = np.percentile(medians, [5, 95])
     room = max(high - low, 0.02 * high)
     return low - room, high + room
 
 
-def _date_axis(axes: Any, days: Any) -> None:
+def _date_axis(axes: Axes, days: Array) -> None:
     """Dates in the place of days since 1970; matplotlib's own would need mathematics, which is off for the names."""
     from matplotlib import dates
 
-    untyped: Any = dates
-    axes.xaxis.set_major_locator(untyped.AutoDateLocator(minticks=2, maxticks=4))
-    axes.xaxis.set_major_formatter(untyped.DateFormatter("%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"))
+    form = "%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"
+    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=4))  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_formatter(dates.DateFormatter(form))  # type: ignore[no-untyped-call]
     if len(days) == 1:
         axes.set_xlim(days[0] - 1, days[0] + 1)

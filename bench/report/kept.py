@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bench.judge.wording import as_dict, as_float, as_list, number
-from bench.report.plots import GRID, INK, MUTED, SURFACE, drawing, series_colour
+from bench.report.plots import GRID, INK, MUTED, SURFACE, Array, drawing, series_colour
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
 
 ROWS = (("query_heads", "query heads"), ("kv_heads", "KV groups"), ("ffn", "FFN width"))
 BLOCKS = (("attention", "attention", 5), ("ffn", "FFN", 2))  # a blue and an orange, which every eye tells apart
@@ -29,12 +34,12 @@ class Kept:
         prices: [blocks, layers] nats per token; None where the plan has no prices.
     """
 
-    shares: Any
-    totals: Any
-    prices: Any = None
+    shares: Array
+    totals: Array
+    prices: Array | None = None
 
 
-def kept_of(plan: Mapping[str, Any]) -> Kept | None:
+def kept_of(plan: Mapping[str, object]) -> Kept | None:
     """Shares and prices of a plan as ``saap run`` records it; None where it does not tell what the dense model had."""
     layers, dense = ([as_dict(layer) for layer in as_list(plan.get(key))] for key in ("layers", "dense_layers"))
     if not layers or len(layers) != len(dense):
@@ -48,24 +53,25 @@ def kept_of(plan: Mapping[str, Any]) -> Kept | None:
     return Kept(np.clip(shares, 0, 1), np.clip(totals, 0, 1), _prices(plan, len(layers)))
 
 
-def _prices(plan: Mapping[str, Any], layers: int) -> Any:
+def _prices(plan: Mapping[str, object], layers: int) -> Array | None:
     """[blocks, layers] nats; None unless every block of the record has a price."""
     found = np.zeros((len(BLOCKS), layers))
     kinds = [kind for kind, _, _ in BLOCKS]
     blocks = [as_dict(block) for block in as_list(as_dict(plan.get("reasons")).get("blocks"))]
     for block in blocks:
-        layer, price = block.get("layer"), as_float(block.get("price"))
-        if price is None or block.get("kind") not in kinds or not isinstance(layer, int) or not 0 <= layer < layers:
+        layer, kind, price = block.get("layer"), block.get("kind"), as_float(block.get("price"))
+        if price is None or not isinstance(layer, int) or not 0 <= layer < layers:
             return None
-        found[kinds.index(block["kind"]), layer] += price
+        if not isinstance(kind, str) or kind not in kinds:
+            return None
+        found[kinds.index(kind), layer] += price
     return found if blocks else None
 
 
-def kept_plot(kept: Kept) -> str:
+def kept_plot(kept: Kept) -> Markup:
     """Rows of structures by columns of layers, filled by what is kept, and below bars of what that cost."""
 
-    def draw(axes: Any) -> None:
-        panels = [axes] if kept.prices is None else list(axes)
+    def draw(*panels: Axes) -> None:
         _draw_shares(panels[0], kept)
         if kept.prices is not None:
             _draw_prices(panels[1], kept.prices)
@@ -77,7 +83,7 @@ def kept_plot(kept: Kept) -> str:
     return drawing(draw, 3.6, "kept", panels=2, width=_WIDTH, ratios=(3, 2.4))
 
 
-def _draw_shares(axes: Any, kept: Kept) -> None:
+def _draw_shares(axes: Axes, kept: Kept) -> None:
     from matplotlib.patches import Patch, Rectangle
 
     colour = series_colour(KEPT)
@@ -100,15 +106,15 @@ def _draw_shares(axes: Any, kept: Kept) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     shades = {1.0: "all kept", 0.75: "75 %", 0.5: "50 %", 0.25: "25 %"}
-    handles: list[Any] = [Patch(facecolor=colour, alpha=_fullness(at), label=told) for at, told in shades.items()]
+    handles: list[Artist] = [Patch(facecolor=colour, alpha=_fullness(at), label=told) for at, told in shades.items()]
     handles.append(axes.scatter([], [], marker="x", s=16, linewidths=1.1, color=MUTED, label="all gone"))
-    _key(axes, handles=handles, ncols=len(handles))
+    _key(axes, handles)
 
 
-def _key(axes: Any, **settings: Any) -> None:
+def _key(axes: Axes, handles: Sequence[Artist]) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, handlelength=1,
-        handleheight=1, columnspacing=1, **settings,
+        handles=handles, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2,
+        labelcolor=INK, handlelength=1, handleheight=1, columnspacing=1,
     )  # fmt: skip
 
 
@@ -117,7 +123,7 @@ def _fullness(share: float) -> float:
     return 0.06 + 0.94 * share**2
 
 
-def _draw_prices(axes: Any, prices: Any) -> None:
+def _draw_prices(axes: Axes, prices: Array) -> None:
     below = np.zeros(prices.shape[1])
     for (_, name, colour), heights in zip(BLOCKS, prices, strict=True):
         axes.bar(range(len(heights)), heights, width=0.74, bottom=below, color=series_colour(colour), label=name)
@@ -126,7 +132,7 @@ def _draw_prices(axes: Any, prices: Any) -> None:
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="y", nbins=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    _key(axes, ncols=len(BLOCKS))
+    _key(axes, axes.get_legend_handles_labels()[0])
 
 
 def shares_text(kept: Kept) -> str:
@@ -135,7 +141,7 @@ def shares_text(kept: Kept) -> str:
     return ", ".join(f"{title} {100 * total:.0f} %" for (_, title), total in parts if not np.isnan(total))
 
 
-def threshold_text(plan: Mapping[str, Any]) -> str | None:
+def threshold_text(plan: Mapping[str, object]) -> str | None:
     """The dearest step that was taken and the cheapest one that was left, in words; None where that is not known."""
     reasons = as_dict(plan.get("reasons"))
     taken, left = (as_float(reasons.get(key)) for key in ("dearest_taken", "cheapest_left"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bench.judge.quality import is_quality, read_quality
 from bench.judge.wording import (
@@ -24,12 +24,16 @@ from bench.judge.wording import (
     threads,
 )
 from bench.measure.result import Result, read_result
-from bench.report import plots
 from bench.report.headline import Entry, cards_of, entries_of, pair_of
 from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
-from bench.report.quality import sections_of, tradeoffs
+from bench.report.plots import Figure, decode_rates, memory_phases, token_times
+from bench.report.quality import Row, sections_of, tradeoffs
 from bench.report.tables import detail_table
-from devices.common.files import write_text
+from devices.common.files import parse_json, write_text
+from devices.common.quality import QUALITY
+
+if TYPE_CHECKING:
+    from bench.report.history import Panel
 
 MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
 
@@ -38,7 +42,7 @@ def report(
     results: Sequence[str | Path],
     out: str | Path,
     *,
-    run: Mapping[str, Any] | None = None,
+    run: Mapping[str, object] | None = None,
     history: str | Path | None = None,
 ) -> Path:
     """Write the page, by rename.
@@ -61,24 +65,14 @@ def report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     out, of_eval = Path(out), {path for path in results if is_quality(path)}
-    qualities = [read_quality(path) for path in results if path in of_eval]
+    qualities = [as_dict(parse_json(QUALITY.text(read_quality(path)))) for path in results if path in of_eval]
     documents = [read_result(path) for path in results if path not in of_eval]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number,
-        millions=millions,
-        command_line=command_line,
-        megabytes=megabytes,
-        plain=plain,
-        percent=percent,
-        threads=threads,
-    )
+    )  # fmt: skip
+    for filter_ in (number, millions, command_line, megabytes, plain, percent, threads):
+        environment.filters[filter_.__name__] = filter_
     page = environment.get_template("report.html.jinja").render(
         _context(documents, run or {}, qualities), history=_history(None if history is None else Path(history))
     )
@@ -86,21 +80,21 @@ def report(
     return out
 
 
-def _context(results: Sequence[Result], run: Mapping[str, Any], qualities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Sequence[Row]) -> Row:
     entries = entries_of(results)
     sections = sections_of(results, run, qualities)
     return {
         "title": _title(run, entries),
         "results": results,
         "entries": entries,
-        "cards": cards_of(pair_of(entries), next((s["rows"] for s in sections if s["measured"]), [])),
+        "cards": cards_of(pair_of(entries), next((section.rows for section in sections if section.measured), [])),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run),
         "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
-        "texts": [_text(text) for text in as_list(run.get("texts"))],
-        "steps": [_step(step) for step in as_list(run.get("steps"))],
+        "texts": [_text(as_dict(text)) for text in as_list(run.get("texts"))],
+        "steps": [_step(as_dict(step)) for step in as_list(run.get("steps"))],
         "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
         "unknown": _unknown(entries),
         "details": [detail_table(result) for result in results],
@@ -111,44 +105,41 @@ def _context(results: Sequence[Result], run: Mapping[str, Any], qualities: Seque
     }
 
 
-def _plots(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Caption, description and markup of each plot; the markup is ours, with every name escaped by matplotlib."""
-    from markupsafe import Markup
-
+def _plots(entries: Sequence[Entry]) -> list[Figure]:
     known = [entry for entry in entries if entry.measurement.samples]
     if not known:
         return []
     shown = known[:MOST_DRAWN]
     more = f" The first {len(shown)} of {len(known)} are drawn, the tables hold all." if len(known) > len(shown) else ""
     measurements, names = [entry.measurement for entry in shown], [entry.name for entry in shown]
-    ceilings = [entry.row["ceiling_ts"] for entry in shown]
+    ceilings = [entry.result.ceiling_ts(entry.measurement) for entry in shown]
     rates = "; ".join(f"{entry.name} {number(entry.row['decode_ts'])} tok/s" for entry in shown)
     peaks = "; ".join(f"{entry.name} {megabytes(entry.row['peak_decode_bytes'])} MB" for entry in shown)
     return [
-        {
-            "title": "Decode speed",
-            "text": "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
+        Figure(
+            "Decode speed",
+            "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
             f"The dashed line is what the probed memory bandwidth allows.{more}",
-            "label": f"Decode speed, medians: {rates}",
-            "svg": Markup(plots.decode_rates(measurements, ceilings, names)),
-        },
-        {
-            "title": "Time per token over the run",
-            "text": "Median over the repetitions, shaded between the quartiles. "
+            f"Decode speed, medians: {rates}",
+            decode_rates(measurements, ceilings, names),
+        ),
+        Figure(
+            "Time per token over the run",
+            "Median over the repetitions, shaded between the quartiles. "
             f"A rising line is the growing cache, or heat.{more}",
-            "label": "Time per token over the run, a line per measurement",
-            "svg": Markup(plots.token_times(measurements, names)),
-        },
-        {
-            "title": "Memory",
-            "text": f"Resident memory of the measured process: the largest over the repetitions.{more}",
-            "label": f"Memory, peak while decoding: {peaks}",
-            "svg": Markup(plots.memory_phases(measurements, names)),
-        },
+            "Time per token over the run, a line per measurement",
+            token_times(measurements, names),
+        ),
+        Figure(
+            "Memory",
+            f"Resident memory of the measured process: the largest over the repetitions.{more}",
+            f"Memory, peak while decoding: {peaks}",
+            memory_phases(measurements, names),
+        ),
     ]
 
 
-def _history(folder: Path | None) -> list[dict[str, Any]]:
+def _history(folder: Path | None) -> list[Panel]:
     if folder is None:
         return []
     from bench.report.history import history_panels, series
@@ -156,33 +147,26 @@ def _history(folder: Path | None) -> list[dict[str, Any]]:
     return history_panels(series(folder))
 
 
-def _plan(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    from markupsafe import Markup
-
+def _plan(run: Mapping[str, object]) -> Row | None:
     plan = as_dict(run.get("plan"))
     if not plan:
         return None
     kept = kept_of(plan)
     return {
         "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
-        "svg": Markup(kept_plot(kept)) if kept else None,
+        "svg": kept_plot(kept) if kept else None,
         "label": f"What is kept: {shares_text(kept)}" if kept else None,
         "priced": bool(kept and kept.prices is not None),
         "threshold": threshold_text(plan),
     }
 
 
-def _step(step: Any) -> dict[str, Any]:
-    step = as_dict(step)
-    return {
-        "name": step.get("name"),
-        "command": command_line(step.get("command")),
-        "seconds": as_float(step.get("seconds")),
-    }
+def _step(step: Row) -> Row:
+    command, seconds = command_line(step.get("command")), as_float(step.get("seconds"))
+    return {"name": step.get("name"), "command": command, "seconds": seconds}
 
 
-def _text(text: Any) -> dict[str, Any]:
-    text = as_dict(text)
+def _text(text: Row) -> Row:
     return {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
 
 
@@ -197,7 +181,7 @@ def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
     return reasons
 
 
-def _title(run: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+def _title(run: Mapping[str, object], entries: Sequence[Entry]) -> str:
     if run.get("model"):
         return plain(run["model"])
     names = list(dict.fromkeys(entry.measurement.name for entry in entries))

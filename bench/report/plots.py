@@ -10,13 +10,18 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.measure.result import INVALID, Measurement
 from bench.measure.statistics import summarize
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
 
 SERIES = 6  # colours that the page has, --s1 to --s6
 INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
@@ -26,16 +31,28 @@ _COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"
 _WIDTH = 4.4  # inches at 100 px: narrow, so that letters stay legible on a phone
 _MOST_POINTS = 256  # of a line; longer runs are binned
 
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot of the page."""
+
+    title: str
+    text: str  # its caption
+    label: str  # what it shows, in words, for who does not see it
+    svg: Markup
+
 
 def series_colour(index: int) -> str:
     """Placeholder of the ``index``-th series colour, from 0; they repeat after ``SERIES``."""
     return f"#0a0b{index % SERIES + 1:02x}"
 
 
-def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float | None], names: Sequence[str]) -> str:
+def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float | None], names: Sequence[str]) -> Markup:
     """Tokens per second: one row per measurement, a dot per repetition, the median and the bandwidth ceiling."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for row, (measurement, ceiling) in enumerate(zip(measurements, ceilings, strict=True)):
             rates = measurement.decode_ts
             # Dots are spread in the order they were measured, so drift within the run shows as a slope.
@@ -63,10 +80,10 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
     return drawing(draw, 0.75 * len(names) + 0.7, "decode")
 
 
-def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
+def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> Markup:
     """Milliseconds per token over the run: median of the repetitions, shaded from the first to the third quartile."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         top, centres = 0.0, []
         for index, measurement in enumerate(measurements):
             times = np.array([sample.token_s for sample in measurement.samples], dtype=np.float64) * 1e3
@@ -92,7 +109,7 @@ def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> st
     return drawing(draw, 2.9 + _legend_inches(len(names)), "times")
 
 
-def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> str:
+def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> Markup:
     phases = [
         ("peak, loading", "peak_load_bytes", 0.35),
         ("peak, decoding", "peak_decode_bytes", 1.0),
@@ -100,7 +117,7 @@ def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> 
         ("end, mapped files", "file_bytes", 0.5),
     ]
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         height = 0.8 / len(measurements)
         for index, measurement in enumerate(measurements):
             for row, (_, field, alpha) in enumerate(phases):
@@ -130,16 +147,16 @@ def label(name: str, most: int = 34) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
-def _binned(times: Any) -> tuple[Any, Any]:
+def _binned(times: Array) -> tuple[Array, Array]:
     """Token positions and times [repetitions, points]; a long run becomes medians of equal stretches."""
     count = times.shape[1]
     if count <= _MOST_POINTS:
-        return np.arange(1, count + 1), times
+        return np.arange(1.0, count + 1), times
     parts = np.array_split(np.arange(count), _MOST_POINTS)
     return np.array([part.mean() + 1 for part in parts]), np.stack([np.median(times[:, p], axis=1) for p in parts], 1)
 
 
-def _plain_log_scale(axes: Any) -> None:
+def _plain_log_scale(axes: Axes) -> None:
     """A logarithmic y axis with ticks 5, 10, 20; powers of ten would need mathematics, which is off for the names."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -149,7 +166,7 @@ def _plain_log_scale(axes: Any) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, ncols=1)
 
@@ -159,51 +176,38 @@ def _legend_inches(rows: int) -> float:
     return 0.2 * max(0, rows - 4)
 
 
-def _style(salt: str) -> AbstractContextManager[None]:
-    import matplotlib as mpl
-
-    return mpl.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": salt,  # ids are the same in every run, and differ between the plots of a page
-            "text.parse_math": False,  # a $ in a model's name is a $
-            "font.size": 10,
-            "axes.edgecolor": MUTED,
-            "axes.labelcolor": MUTED,
-            "xtick.color": MUTED,
-            "ytick.color": MUTED,
-            "xtick.labelcolor": INK,
-            "ytick.labelcolor": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-        }
-    )
-
-
 def drawing(
-    draw: Callable[[Any], None],
+    draw: Callable[..., None],
     height: float,
     salt: str,
     panels: int = 1,
     width: float = _WIDTH,
     ratios: Sequence[float] | None = None,
-) -> str:
-    """What ``draw`` draws on axes (a list of them for several panels), in the page's colours. ``salt`` makes ids.
+) -> Markup:
+    """What ``draw`` draws on the axes of each panel, in the page's colours, with every name escaped by matplotlib.
 
     Args:
         height: inches, as ``width``; ``ratios``: of the panels' heights.
+        salt: ids are the same in every run, and differ between the plots of a page.
     """
-    from matplotlib.figure import Figure
+    import matplotlib as mpl
+    from markupsafe import Markup
+    from matplotlib.figure import Figure as Canvas
 
-    with _style(salt), warnings.catch_warnings():
+    style = mpl.rc_context({
+        "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False,  # a $ in a model's name is a $
+        "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED,
+        "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.axisbelow": True,
+    })  # fmt: skip
+    with style, warnings.catch_warnings():
         # Letters that matplotlib's own font lacks are drawn by the page's.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.subplots(panels, 1, sharex=True, height_ratios=ratios) if panels > 1 else figure.subplots())
+        figure = Canvas(figsize=(width, height), layout="constrained")
+        draw(*figure.subplots(panels, 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0])
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_the_page(text.getvalue())
+    return Markup(_for_the_page(text.getvalue()))
 
 
 def _for_the_page(svg: str) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING
 
-from bench.judge.quality import metric_of
 from bench.judge.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
 from bench.measure.result import INVALID, Result
 from bench.report.headline import Entry, model_of
-from bench.report.plots import GRID, INK, MUTED, drawing, label, series_colour
+from bench.report.plots import GRID, INK, MUTED, Figure, drawing, label, series_colour
+from bench.report.tables import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
 
 PRICES = (  # title, what the axis says, field of a row, factor, digits
     ("speed", "ms per generated token", "decode_ts", 1e3, 2),
@@ -20,45 +24,60 @@ PRICES = (  # title, what the axis says, field of a row, factor, digits
 )
 
 
+Row = dict[str, object]  # of a document of ``saap eval``, or of an older one: any key may be missing
+
+
+@dataclass
+class Section:
+    """Documents of one protocol, with tasks of the same examples."""
+
+    protocol: Row
+    rows: list[Row] = field(default_factory=list)
+    tasks: list[Row] = field(default_factory=list)
+
+    @property
+    def measured(self) -> bool:
+        return any(as_float(row.get("perplexity")) or as_float(row.get("kl")) for row in self.rows)
+
+    @property
+    def task_table(self) -> Table | None:
+        return task_table(self.tasks)
+
+
 def sections_of(
-    results: Sequence[Result], run: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    results: Sequence[Result], run: Mapping[str, object], documents: Sequence[Mapping[str, object]]
+) -> list[Section]:
     """Protocol, rows and tasks; documents of one protocol are shown together, others never in one table.
 
     Nor are tasks on other examples. What two documents call alike and found to be different is numbered.
     """
-    sources = [as_dict(run.get("quality")), *(as_dict(result.quality) for result in results), *map(as_dict, documents)]
-    sections: list[dict[str, Any]] = []
-    for source in sources:
+    sections: list[Section] = []
+    for source in map(as_dict, [run.get("quality"), *(result.quality for result in results), *documents]):
         protocol = as_dict(source.get("protocol"))
-        rows = [as_dict(row) for row in as_list(source.get("rows"))]
-        tasks = [as_dict(row) for row in as_list(source.get("tasks"))]
+        rows, tasks = ([as_dict(row) for row in as_list(source.get(key))] for key in ("rows", "tasks"))
         if not rows:
             continue
-        same = next((s for s in sections if s["protocol"] == protocol and _same_examples(s["tasks"], tasks)), None)
+        same = next((s for s in sections if s.protocol == protocol and _same_examples(s.tasks, tasks)), None)
         if same is None:
-            sections.append(same := {"protocol": protocol, "rows": [], "tasks": []})
+            sections.append(same := Section(protocol))
         _join(same, rows, tasks)
-    for section in sections:
-        section["measured"] = any(as_float(r.get("perplexity")) or as_float(r.get("kl")) for r in section["rows"])
-        section["task_table"] = task_table(section["tasks"])
     return sections
 
 
-def _same_examples(some: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> bool:
+def _same_examples(some: Sequence[Row], others: Sequence[Row]) -> bool:
     """Whether tasks that both hold are of the same file and the same examples of it."""
     found = {plain(row.get("task")): _examples(row) for row in some}
     return all(found.get(plain(row.get("task")), _examples(row)) == _examples(row) for row in others)
 
 
-def _examples(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _examples(row: Row) -> tuple[str, list[str]]:
     return plain(row.get("sha256")), [plain(as_dict(each).get("index")) for each in as_list(row.get("examples"))]
 
 
-def _join(section: dict[str, Any], rows: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]]) -> None:
+def _join(section: Section, rows: Sequence[Row], tasks: Sequence[Row]) -> None:
     """Add a document's rows to a section; what is there already is not shown twice."""
-    held = {plain(row.get("name")): row for row in section["rows"]}
-    scores = {(plain(row.get("model")), plain(row.get("task"))): row for row in section["tasks"]}
+    held = {plain(row.get("name")): row for row in section.rows}
+    scores = {(plain(row.get("model")), plain(row.get("task"))): row for row in section.tasks}
     renamed: dict[str, str] = {}
     for row in rows:
         name = plain(row.get("name"))
@@ -67,14 +86,14 @@ def _join(section: dict[str, Any], rows: Sequence[dict[str, Any]], tasks: Sequen
         if name in held and not (held[name] == row and all(again)):
             renamed[name] = next(new for n in count(2) if (new := f"{name} #{n}") not in held)
         if renamed.get(name, name) not in held:
-            section["rows"].append({**row, "name": renamed.get(name, row.get("name"))})
+            section.rows.append({**row, "name": renamed.get(name, row.get("name"))})
     for task in tasks:
         name = plain(task.get("model"))
         if (renamed.get(name, name), plain(task.get("task"))) not in scores:
-            section["tasks"].append({**task, "model": renamed.get(name, task.get("model"))})
+            section.tasks.append({**task, "model": renamed.get(name, task.get("model"))})
 
 
-def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def task_table(tasks: Sequence[Row]) -> Table | None:
     """Header and rows of accuracies, acc_norm where a task has it, with standard errors and their mean."""
     if not tasks:
         return None
@@ -91,66 +110,58 @@ def task_table(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         name: max(len(as_list(row.get("examples"))) for row in tasks if plain(row.get("task")) == name)
         for name in names
     }
-    return {"header": ["model", *(f"{name} ({counts[name]})" for name in names), "mean"], "rows": rows}
+    return Table(["model", *(f"{name} ({counts[name]})" for name in names), "mean"], rows)
 
 
-def tradeoffs(entries: Sequence[Entry], sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def tradeoffs(entries: Sequence[Entry], sections: Sequence[Section]) -> list[Figure]:
     """Quality against speed, size and energy: a plot for each price that two models or more were measured at."""
-    from markupsafe import Markup
-
     plots = []
     for section in sections:
         quality, what, less = _quality_by_name(section)
-        for title, axis, field, factor, digits in PRICES:
-            points = _points(entries, quality, field, factor)
+        for title, axis, key, factor, digits in PRICES:
+            points = _points(entries, quality, key, factor)
             if len({point.name for point in points}) < 2:
                 continue
-            front = {point.name for point in pareto_front(points, less)}
+            best = ", ".join(sorted({point.name for point in pareto_front(points, less)}))
             told = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
-            plots.append(
-                {
-                    "title": f"Quality against {title}",
-                    "text": f"{_where(section, sections)}{'Lower' if less else 'Higher'} is better, further left is "
-                    "cheaper; filled: no other model here is better at both.",
-                    "label": f"{what} against {axis}: {told}; best trade-offs: {', '.join(sorted(front))}",
-                    "svg": Markup(pareto_plot(points, axis, what, less)),
-                }
+            text = (
+                f"{_where(section, sections)}{'Lower' if less else 'Higher'} is better, further left is cheaper; "
+                "filled: no other model here is better at both."
             )
+            words = f"{what} against {axis}: {told}; best trade-offs: {best}"
+            plots.append(Figure(f"Quality against {title}", text, words, pareto_plot(points, axis, what, less)))
     return plots
 
 
-def _where(section: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> str:
+def _where(section: Section, sections: Sequence[Section]) -> str:
     """Which text, where there are several protocols."""
-    protocol = section["protocol"]
+    protocol = section.protocol
     if len(sections) == 1 or not protocol:
         return ""
     return f"{plain(protocol.get('text'))}, chunks of {plain(protocol.get('chunk'))}. "
 
 
-def _points(entries: Sequence[Entry], quality: Mapping[str, float], field: str, factor: float) -> list[Point]:
+def _points(entries: Sequence[Entry], quality: Mapping[str, float], key: str, factor: float) -> list[Point]:
     points: dict[tuple[str, float], Point] = {}
     for entry in entries:
-        value, measured = as_float(entry.row.get(field)), quality.get(model_of(entry, list(quality)) or "")
-        valid = field == "model_bytes" or entry.measurement.status != INVALID
+        value, measured = as_float(entry.row.get(key)), quality.get(model_of(entry, list(quality)) or "")
+        valid = key == "model_bytes" or entry.measurement.status != INVALID
         if value and measured is not None and valid:
-            price = factor / value if field == "decode_ts" else factor * value
-            points[entry.measurement.name if field == "model_bytes" else entry.name, price] = Point(
-                entry.measurement.name if field == "model_bytes" else entry.name, price, measured
-            )
+            price = factor / value if key == "decode_ts" else factor * value
+            name = entry.measurement.name if key == "model_bytes" else entry.name
+            points[name, price] = Point(name, price, measured)
     return list(points.values())
 
 
-def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str, bool]:
+def _quality_by_name(section: Section) -> tuple[dict[str, float], str, bool]:
     """Quality of each model, what it is, and whether less is better: perplexity, or the mean of the tasks."""
     perplexities = {
-        plain(row.get("name")): value
-        for row in section["rows"]
-        if (value := as_float(row.get("perplexity"))) is not None
+        plain(row.get("name")): value for row in section.rows if (value := as_float(row.get("perplexity"))) is not None
     }
     if perplexities:
         return perplexities, "perplexity", True
     table: dict[str, list[float | None]] = {}
-    for row in section["tasks"]:
+    for row in section.tasks:
         table.setdefault(plain(row.get("model")), []).append(_score(row)[0])
     means = {
         name: 100 * sum(v for v in values if v is not None) / len(values)
@@ -160,7 +171,12 @@ def _quality_by_name(section: Mapping[str, Any]) -> tuple[dict[str, float], str,
     return means, "mean accuracy, %", False
 
 
-def _score(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def metric_of(task: Row) -> str:
+    """What the literature quotes of a task: acc_norm where it has it (BoolQ and WinoGrande have not), else acc."""
+    return "acc" if task.get("acc_norm") is None else "acc_norm"
+
+
+def _score(row: Row) -> tuple[float | None, float | None]:
     metric = metric_of(row)
     return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
 
@@ -196,11 +212,11 @@ def pareto_front(points: Sequence[Point], less: bool) -> list[Point]:
     return front
 
 
-def pareto_plot(points: Sequence[Point], price: str, quality: str, less: bool) -> str:
+def pareto_plot(points: Sequence[Point], price: str, quality: str, less: bool) -> Markup:
     """A dot per model with its name, filled on the front, and the front as steps."""
     front = pareto_front(points, less)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for index, point in enumerate(points):
             fill = series_colour(index) if point in front else "none"
             axes.scatter(
@@ -219,7 +235,7 @@ def pareto_plot(points: Sequence[Point], price: str, quality: str, less: bool) -
     return drawing(draw, 3.2, f"pareto {price}")
 
 
-def _name(axes: Any, points: Sequence[Point]) -> None:
+def _name(axes: Axes, points: Sequence[Point]) -> None:
     """Names beside the dots, on the side where there is room; neighbours go above and below in turn."""
     low, high = axes.get_xlim()
     order = sorted(points, key=lambda p: (p.quality, p.price))

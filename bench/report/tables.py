@@ -6,9 +6,9 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bench.judge.wording import as_dict, as_list
+from bench.judge.wording import as_dict, as_float, as_list, number
 from bench.measure.result import Measurement, Result
 from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
@@ -17,7 +17,7 @@ FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
-Row = dict[str, Any]
+Row = dict[str, str | int | float | list[str] | None]
 Column = tuple[str, Callable[[Row], str]]
 
 
@@ -119,7 +119,7 @@ def markdown_cell(text: str) -> str:
 
 def _row(result: Result, m: Measurement) -> Row:
     decode, ceiling, needed = m.decode, result.ceiling_ts(m), m.bytes_per_token
-    row = {
+    row: Row = {
         "name": m.name,
         "test": m.test,
         "n_prompt": m.n_prompt,
@@ -173,16 +173,16 @@ def _where_known(rows: Sequence[Row], column: Column, key: str) -> list[Column]:
 
 
 def _number(header: str, key: str, scale: float = 1.0, digits: int = 1) -> Column:
-    return header, lambda row: "-" if row[key] is None else f"{row[key] * scale:.{digits}f}"
+    return header, lambda row: "-" if (value := as_float(row[key])) is None else f"{value * scale:.{digits}f}"
 
 
 def _joules(row: Row) -> str:
-    about = "~" if row["energy_estimate"] else ""
-    return "-" if row["joules_per_token"] is None else f"{about}{row['joules_per_token']:.3f}"
+    _, joules = _number("", "joules_per_token", digits=3)
+    return ("~" if row["energy_estimate"] and row["joules_per_token"] is not None else "") + joules(row)
 
 
 def _quartiles(row: Row) -> str:
-    return "-" if row["decode_q1"] is None else f"{row['decode_q1']:.1f}-{row['decode_q3']:.1f}"
+    return "-" if row["decode_q1"] is None else f"{number(row['decode_q1'])}-{number(row['decode_q3'])}"
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.judge.comparison import Comparison
 from bench.judge.quality import SHARE
@@ -90,7 +90,7 @@ def sentence(v: Verdict) -> str:
     return f"{v.what}: {', '.join(parts)}" if v.what else ", ".join(parts)
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, object]:
     """The document of ``saap compare --json`` for two results or two bundles."""
     rows = [
         {
@@ -103,7 +103,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {"comparable": comparison.comparable, "min_effect": comparison.min_effect, "rows": rows}
 
 
-def quality_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def quality_json(verdicts: Sequence[Verdict]) -> dict[str, object]:
     """The document of ``saap compare --json`` for two documents of ``saap eval``."""
     rows = [
         {

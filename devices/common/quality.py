@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from devices.common.documents import Document
+
+KIND: Literal["saap-quality"] = "saap-quality"
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,12 @@ class TaskScore:
     examples: tuple[TaskExample, ...] = ()
 
     @property
-    def quoted(self) -> float | None:
+    def metric(self) -> str:
         """What the literature quotes: acc_norm where the task has it (BoolQ and WinoGrande have not), else acc."""
+        return "acc" if self.acc_norm is None else "acc_norm"
+
+    @property
+    def quoted(self) -> float | None:
         return self.acc if self.acc_norm is None else self.acc_norm
 
 
@@ -117,7 +124,7 @@ class Quality:
     tasks: tuple[TaskScore, ...] = ()
     task_seed: int | None = None
     max_examples: int | None = None
-    kind: str = "saap-quality"
+    kind: Literal["saap-quality"] = KIND
 
 
-QUALITY = Document(Quality, "what `saap eval --json` writes, of", "make one with `saap eval --json`", version="version")
+QUALITY = Document(Quality, "quality", "make one with `saap eval --json`", version="version")

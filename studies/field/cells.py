@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.judge.quality import metric_of
+from bench.report.quality import metric_of
 from studies.common import ROOT, Cell
 
 CELLS = Path(__file__).resolve().parent / "cells"

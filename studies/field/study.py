@@ -22,8 +22,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.judge.quality import metric_of
 from bench.measure.result import read_result
+from bench.report.quality import metric_of
 from studies.common import (
     METHODS,
     ROOT,

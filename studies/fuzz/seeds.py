@@ -67,9 +67,13 @@ RESULT = asdict(_RESULT)
 BASELINE = {"baseline": 1, "name": "a", "results": [asdict(_RESULT) | {"measurements": RESULT["measurements"][:1]}]}
 QUALITY: dict[str, Any] = {
     "kind": "saap-quality", "version": 1, "reference": None,
-    "protocol": {"chunk": 16, "stride": 16, "text_sha256": "a", "tokens_sha256": "b", "tokenizer_sha256": "c"},
-    "rows": [{"name": "a", "nll": 3.0, "perplexity": 20.1, "chunk_nll": [3.0, 3.1, 2.9], "tasks": {
-        "piqa": {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.1, "correct": [1, 0, 1], "sha256": "d"}}}],
+    "protocol": {"text": "a.txt", "text_sha256": "a", "tokens_sha256": "b", "tokenizer_sha256": "c", "chunk": 16,
+                 "chunks": 3, "stride": 16, "bos": False, "join": "raw", "predictions": 45},
+    "rows": [{"name": "a", "parameters": 1000, "bytes": 2000, "nll": 3.0, "perplexity": 20.1,
+              "window_nll": [45.0, 46.5, 43.5]}],
+    "tasks": [{"model": "a", "task": "piqa", "source": "piqa.jsonl", "sha256": "d", "acc": 0.5, "acc_norm": 0.5,
+               "examples": [{"index": index, "target": 0, "loglikelihoods": [-1.0, -2.0], "acc": 1.0, "acc_norm": 1.0}
+                            for index in range(3)]}],
 }  # fmt: skip
 CHATS: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},

@@ -79,6 +79,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from bench.judge.quality import compare_quality, read_quality
     from bench.measure.result import read_result
     from bench.runtimes.peers import genai_peer
+    from devices.common.quality import QUALITY
     from devices.profiles.profile import PROFILES, read_profile
     from export.bundle.manifest import read_manifest, verify_files
     from export.bundle.tokenizer import BundleTokenizer
@@ -127,7 +128,7 @@ def _documents(place: Path) -> Iterator[Target]:
     quality = place / "quality.json"
 
     def judge() -> Any:
-        return compare_quality(read_quality(quality), json.loads(json.dumps(seeds.QUALITY)))
+        return compare_quality(read_quality(quality), QUALITY.made(seeds.QUALITY))
 
     yield Target("quality", _from_file(quality, judge), _json(seeds.QUALITY))
     baselines = place / "baselines"

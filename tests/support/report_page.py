@@ -70,7 +70,8 @@ def text_of(page):
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
-PROTOCOL = {"text": "a.txt", "chunk": 256}
+PROTOCOL = {"text": "a.txt", "text_sha256": None, "tokens_sha256": "b", "tokenizer_sha256": "c", "chunk": 256,
+            "chunks": 1, "stride": 256, "bos": False, "join": "raw", "predictions": 255}  # fmt: skip
 
 
 def row(name, perplexity):
@@ -78,9 +79,12 @@ def row(name, perplexity):
 
 
 def task(model, name, acc, acc_norm=None, count=5):
-    return {"model": model, "task": name, "acc": acc, "acc_stderr": 0.01, "acc_norm": acc_norm,
-            "acc_norm_stderr": None if acc_norm is None else 0.02, "examples": [{}] * count}  # fmt: skip
+    example = {"index": 0, "target": 0, "loglikelihoods": []}
+    return {"model": model, "task": name, "source": "a file", "acc": float(acc), "acc_stderr": 0.01,
+            "acc_norm": acc_norm, "acc_norm_stderr": None if acc_norm is None else 0.02,
+            "examples": [example] * count}  # fmt: skip
 
 
 def document(rows, protocol=PROTOCOL, tasks=()):
-    return {"kind": "saap-quality", "version": 1, "protocol": protocol, "rows": rows, "tasks": list(tasks)}
+    return {"kind": "saap-quality", "version": 1, "reference": None, "protocol": protocol, "rows": rows,
+            "tasks": list(tasks)}  # fmt: skip

@@ -114,8 +114,8 @@ def history(medians: list[float]) -> Series:
 def test_a_change_is_marked_and_told() -> None:
     found = history([0.0100, 0.0101] * 10 + [0.0110, 0.0111] * 10)
     (panel,) = history_panels([found])
-    assert panel["changes"] == ["10.0 % slower from 2025-01-21 12:00 on (20.json)"]
-    assert (panel["title"], panel["runs"]) == ("dense $x$, pp8+tg4", 40)
+    assert panel.changes == ["10.0 % slower from 2025-01-21 12:00 on (20.json)"]
+    assert (panel.title, len(panel.series.points)) == ("dense $x$, pp8+tg4", 40)
     assert changes_text(found, []) == []
     dashed, plain = history_plot(found, [20], "a"), history_plot(found, [], "a")
     assert [drawing.count("stroke-dasharray") for drawing in (dashed, plain)] == [1, 0]

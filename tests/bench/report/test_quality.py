@@ -19,15 +19,15 @@ def test_documents_of_one_protocol_share_a_table_and_others_never():
     sections = sections_of(
         [], {}, [document([row("a", 20.0)]), document([row("b", 21.0)]), document([row("c", 5.0)], {"chunk": 2048})]
     )
-    assert [[r["name"] for r in section["rows"]] for section in sections] == [["a", "b"], ["c"]]
+    assert [[r["name"] for r in section.rows] for section in sections] == [["a", "b"], ["c"]]
 
 
 def test_accuracy_is_normalised_where_a_task_has_it():
     tasks = [task("m", "piqa", 0.6, 0.7), task("m", "boolq", 0.5), task("n", "piqa", 0.5, 0.4)]
     table = task_table(tasks)
-    assert table["header"] == ["model", "piqa (5)", "boolq (5)", "mean"]
-    assert table["rows"][0] == ["m", "70.0 % ± 2.0", "50.0 % ± 1.0", "60.0 %"]
-    assert table["rows"][1][2:] == ["–", "–"]  # noqa: RUF001
+    assert table.header == ["model", "piqa (5)", "boolq (5)", "mean"]
+    assert table.rows[0] == ["m", "70.0 % ± 2.0", "50.0 % ± 1.0", "60.0 %"]
+    assert table.rows[1][2:] == ["–", "–"]  # noqa: RUF001
 
 
 def test_the_front_is_what_nothing_beats():
@@ -45,9 +45,9 @@ def test_the_front_is_what_nothing_beats():
 def test_a_price_needs_two_models_with_a_quality():
     entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0))])
     plots = tradeoffs(entries, sections_of([], {}, [document([row("out/dense", 20.0), row("out/slim", 25.0)])]))
-    assert [plot["title"] for plot in plots] == ["Quality against speed", "Quality against size"]
-    assert "dense 10.00 and 20" in plots[0]["label"] and "best trade-offs: dense, slim" in plots[0]["label"]
-    assert "ms per generated token" in plots[0]["svg"]
+    assert [plot.title for plot in plots] == ["Quality against speed", "Quality against size"]
+    assert "dense 10.00 and 20" in plots[0].label and "best trade-offs: dense, slim" in plots[0].label
+    assert "ms per generated token" in plots[0].svg
     assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0)])])) == []
 
 
@@ -56,7 +56,7 @@ def test_an_invalid_speed_has_no_place_in_a_trade_off():
         [result(measurement("dense", 10.0), measurement("slim", 8.0, status="INVALID", reasons=["x"]))]
     )
     plots = tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0), row("slim", 25.0)])]))
-    assert [plot["title"] for plot in plots] == ["Quality against size"]
+    assert [plot.title for plot in plots] == ["Quality against size"]
 
 
 def test_tasks_stand_in_where_there_is_no_perplexity():
@@ -64,7 +64,7 @@ def test_tasks_stand_in_where_there_is_no_perplexity():
     tasks = [task("dense", "piqa", 0.6, 0.7), task("slim", "piqa", 0.6, 0.65)]
     entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0))])
     plots = tradeoffs(entries, sections_of([], {}, [document(rows, None, tasks)]))
-    assert plots[0]["label"].startswith("mean accuracy, %") and "Higher is better" in plots[0]["text"]
+    assert plots[0].label.startswith("mean accuracy, %") and "Higher is better" in plots[0].text
 
 
 def test_the_page_takes_files_of_bench_and_of_eval(tmp_path):
@@ -83,7 +83,7 @@ def test_a_quality_document_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "quality.json").write_text(json.dumps({**document([]), "version": 7}))
     from bench.judge.quality import QualityError
 
-    with pytest.raises(QualityError, match="is of version 7"):
+    with pytest.raises(QualityError, match="has quality version 7"):
         report([tmp_path / "quality.json"], tmp_path / "page.html")
 
 
@@ -115,7 +115,7 @@ def test_the_headline_is_of_the_models_that_were_timed():
 def test_models_whose_folders_share_a_name_are_kept_apart():
     bench = measured("dense", "a/bundle", "b/bundle")
     section = sections_of([], {}, [document([row("a/bundle", 20.0), row("b/bundle", 25.0), row("dense", 15.0)])])
-    told = tradeoffs(entries_of([bench]), section)[0]["label"]
+    told = tradeoffs(entries_of([bench]), section)[0].label
     assert "dense 10.00 and 15.000" in told and "bundle 9.00 and 20.000" in told and "bundle #2 8.00 and 25.000" in told
     elsewhere = sections_of([], {}, [document([row("c/bundle", 20.0), row("d/bundle", 25.0), row("x/dense", 15.0)])])
     assert tradeoffs(entries_of([bench]), elsewhere) == []  # which bundle is which is not known
@@ -141,7 +141,7 @@ def test_tasks_on_other_examples_have_a_table_of_their_own():
         document([row("few", None)], {}, [asked("few", 0.5, "a" * 64, 4)]),
         document([row("also", None)], {}, [asked("also", 0.6, "a" * 64, 9)]),
     ]
-    tables = [section["task_table"]["rows"] for section in sections_of([], {}, made)]
+    tables = [section.task_table.rows for section in sections_of([], {}, made)]
     assert [[cells[0] for cells in rows] for rows in tables] == [["dense", "also"], ["slim"], ["few"]]
 
 
@@ -156,14 +156,14 @@ def test_what_is_called_alike_and_differs_is_numbered():
             document([row("m", 22.0)], tasks=[task("m", "boolq", 0.3)]),
         ],
     )
-    assert [(r["name"], r["perplexity"]) for r in section["rows"]] == [("m", 20.0), ("m #2", 21.0), ("m #3", 22.0)]
-    assert [(r["model"], r["task"], r["acc"]) for r in section["tasks"]] == [
+    assert [(r["name"], r["perplexity"]) for r in section.rows] == [("m", 20.0), ("m #2", 21.0), ("m #3", 22.0)]
+    assert [(r["model"], r["task"], r["acc"]) for r in section.tasks] == [
         ("m", "piqa", 0.7), ("m #2", "piqa", 0.3), ("m #3", "boolq", 0.3),
     ]  # fmt: skip
 
 
 def test_a_task_whose_name_is_no_text_has_its_table():
-    assert task_table([task("m", 7, 0.5)])["header"] == ["model", "7 (5)", "mean"]
+    assert task_table([task("m", 7, 0.5)]).header == ["model", "7 (5)", "mean"]
 
 
 def test_a_bench_of_prompts_alone_has_a_page(tmp_path):
