@@ -7,14 +7,17 @@ what a ceiling can be computed from, and says how sure that is.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, TypeVar
 
+import msgspec
+from msgspec import Meta
+
+from devices.common.documents import unknown_fields
 from devices.common.errors import UserError
 from devices.probe.cpu import FEATURES
 
@@ -25,7 +28,9 @@ else:
 
 PROFILES = Path(__file__).parent
 
-Level = Literal["vendor", "measured", "computed", "unknown"]
+T = TypeVar("T")
+Text = Annotated[str, Meta(pattern=r"\S")]  # something that can be read
+Level = Annotated[str, Meta(pattern="^(vendor|measured|computed|unknown)$")]
 
 # Every number a profile may hold, and its unit (base units; 1 is a count).
 UNITS = {
@@ -42,20 +47,18 @@ UNITS = {
     "last_level_cache": "B",
 }
 
-ARCHITECTURES = ("aarch64", "x86_64")
-
 
 class DeviceError(UserError):
     """A device or profile that cannot be used; the message names the file and key and what is allowed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Number:
     """One number of a profile; ``value`` is None where ``level`` is unknown."""
 
-    value: float | None
+    value: Annotated[int, Meta(gt=0)] | Annotated[float, Meta(gt=0)] | None = None
     unit: str
-    source: str
+    source: Text
     level: Level
 
 
@@ -63,10 +66,10 @@ class Number:
 class Runtime:
     """What installs there with the system's own Python: versions as text."""
 
-    onnxruntime: str
-    python: str
-    system: str
-    source: str
+    onnxruntime: Annotated[str, Meta(pattern=r"^\d+(\.\d+)+$")]
+    python: Text
+    system: Text
+    source: Text
     level: Level
 
 
@@ -85,17 +88,17 @@ class Profile:
     """
 
     name: str
-    title: str
-    architecture: str
-    cpu: str
-    gpu: str | None
-    isa: tuple[str, ...]
-    lacks: tuple[str, ...]
-    power_modes: tuple[str, ...]
-    notes: tuple[str, ...]
-    numbers: dict[str, Number]
+    title: Text
+    architecture: Annotated[str, Meta(pattern="^(aarch64|x86_64)$")]
+    cpu: Text
+    gpu: Text | None = None
+    isa: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    power_modes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    numbers: dict[str, Number] = field(default_factory=dict)
     compatible: tuple[str, ...] = ()
-    cuda: str | None = None
+    cuda: Annotated[str, Meta(pattern=r"^sm_\d{2,3}$")] | None = None
     runtime: Runtime | None = None
 
 
@@ -143,106 +146,36 @@ def read_profile(path: Path) -> Profile:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also of an integer with thousands of digits
         raise DeviceError(f"{path} is not TOML ({error}): mend it") from None
-    allowed = {field.name for field in fields(Profile)} - {"name"}
-    _only(raw, allowed, f"{path}")
-    architecture = _string(raw, "architecture", path)
-    if architecture not in ARCHITECTURES:
-        raise DeviceError(f"{path}: architecture is {architecture!r}, allowed are {', '.join(ARCHITECTURES)}")
-    numbers = raw.get("numbers", {})
-    if not isinstance(numbers, dict):
-        raise DeviceError(f"{path}: numbers must be a table")
-    isa, lacks = _features(raw, path)
-    return Profile(
-        name=path.stem,
-        title=_string(raw, "title", path),
-        architecture=architecture,
-        cpu=_string(raw, "cpu", path),
-        gpu=_string(raw, "gpu", path) if "gpu" in raw else None,
-        isa=isa,
-        lacks=lacks,
-        power_modes=_strings(raw, "power_modes", path),
-        notes=_strings(raw, "notes", path),
-        numbers={key: _number(path, key, entry) for key, entry in numbers.items()},
-        compatible=_strings(raw, "compatible", path),
-        cuda=_cuda(raw, path),
-        runtime=_runtime(raw, path),
-    )
-
-
-def _features(raw: dict[str, Any], path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    isa, lacks = _strings(raw, "isa", path), _strings(raw, "lacks", path)
-    if both := set(isa) & set(lacks):
+    numbers = _converted(raw.get("numbers", {}), dict[str, object], f"{path}: numbers")
+    found = {key: _number(key, entry, f"{path}: numbers.{key}") for key, entry in numbers.items()}
+    if "runtime" in raw:
+        raw["runtime"] = _converted(raw["runtime"], Runtime, f"{path}: runtime")
+    profile = _converted({**raw, "name": path.stem, "numbers": found}, Profile, f"{path}")
+    if both := set(profile.isa) & set(profile.lacks):
         raise DeviceError(f"{path}: {', '.join(sorted(both))} stands in isa and in lacks: keep one")
-    if unknown := sorted({*isa, *lacks} - FEATURES):
+    if unknown := sorted({*profile.isa, *profile.lacks} - FEATURES):
         raise DeviceError(f"{path}: {', '.join(unknown)} is no feature, allowed are {', '.join(sorted(FEATURES))}")
-    return isa, lacks
+    return profile
 
 
-def _cuda(raw: dict[str, Any], path: Path) -> str | None:
-    if "cuda" not in raw:
-        return None
-    if not re.fullmatch(r"sm_\d{2,3}", str(raw["cuda"])):
-        raise DeviceError(f"{path}: cuda is {raw['cuda']!r}, write it as 'sm_87'")
-    return str(raw["cuda"])
-
-
-def _runtime(raw: dict[str, Any], path: Path) -> Runtime | None:
-    if "runtime" not in raw:
-        return None
-    table, where = raw["runtime"], f"{path}: runtime"
-    if not isinstance(table, dict):
-        raise DeviceError(f"{where} must be a table of {', '.join(field.name for field in fields(Runtime))}")
-    names = [field.name for field in fields(Runtime)]
-    _only(table, set(names), where)
-    for name in names:
-        if not isinstance(table.get(name), str) or not table[name].strip():
-            raise DeviceError(f"{where}.{name} must be a text, it is {table.get(name)!r}")
-    if table["level"] not in get_args(Level):
-        raise DeviceError(f"{where}.level is {table['level']!r}, allowed are {', '.join(get_args(Level))}")
-    if not re.fullmatch(r"\d+(\.\d+)+", table["onnxruntime"]):
-        raise DeviceError(f"{where}.onnxruntime is {table['onnxruntime']!r}, write a version such as '1.23.2'")
-    return Runtime(**table)
-
-
-def _number(path: Path, key: str, entry: Any) -> Number:
-    where = f"{path}: numbers.{key}"
+def _number(key: str, entry: object, where: str) -> Number:
     if key not in UNITS:
         raise DeviceError(f"{where} is not known, allowed are {', '.join(UNITS)}")
-    if not isinstance(entry, dict):
-        raise DeviceError(f"{where} must be a table of value, unit, source and level")
-    _only(entry, {field.name for field in fields(Number)}, where)
-    level, value, unit, source = (entry.get(name) for name in ("level", "value", "unit", "source"))
-    if level not in get_args(Level):
-        raise DeviceError(f"{where}.level is {level!r}, allowed are {', '.join(get_args(Level))}")
-    if unit != UNITS[key]:
-        raise DeviceError(f"{where}.unit is {unit!r}, it must be {UNITS[key]!r}")
-    if not isinstance(source, str) or not source.strip():
-        raise DeviceError(f"{where}.source must say where the number comes from")
-    if (value is None) != (level == "unknown"):
+    number = _converted(entry, Number, where)
+    if number.unit != UNITS[key]:
+        raise DeviceError(f"{where}.unit is {number.unit!r}, it must be {UNITS[key]!r}")
+    if (number.value is None) != (number.level == "unknown"):
         raise DeviceError(f"{where}: a value is left out where level is unknown, and only there")
-    if value is not None and not _positive(value):
-        raise DeviceError(f"{where}.value is {value!r}, it must be a positive number")
-    return Number(value, UNITS[key], source, cast(Level, level))
+    if number.value is not None and not math.isfinite(number.value):
+        raise DeviceError(f"{where}.value is {number.value}, it must be a positive number")
+    return number
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _only(table: dict[str, Any], allowed: set[str], where: str) -> None:
-    if unknown := sorted(set(table) - allowed):
-        raise DeviceError(f"{where} has {', '.join(unknown)}, allowed are {', '.join(sorted(allowed))}")
-
-
-def _string(raw: dict[str, Any], key: str, path: Path) -> str:
-    value = raw.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise DeviceError(f"{path}: {key} must be a text, it is {value!r}")
-    return value
-
-
-def _strings(raw: dict[str, Any], key: str, path: Path) -> tuple[str, ...]:
-    value = raw.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise DeviceError(f"{path}: {key} must be a list of texts, it is {value!r}")
-    return tuple(value)
+def _converted(raw: object, kind: type[T], where: str) -> T:
+    if isinstance(raw, dict) and is_dataclass(kind) and (unknown := unknown_fields(raw, kind)):
+        allowed = sorted(each.name for each in fields(kind))
+        raise DeviceError(f"{where} has {', '.join(unknown)}, allowed are {', '.join(allowed)}")
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise DeviceError(f"{where}: {error}") from None

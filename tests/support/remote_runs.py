@@ -31,10 +31,10 @@ def two_bundles(folder: Path) -> list[str]:
     return [str(tiny_bundle(folder / "dense")), str(tiny_bundle(folder / "slim", seed=1))]
 
 
-def running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+def running(folder: Path, monkeypatch: pytest.MonkeyPatch, path: str = VENV) -> Iterator[Sshd]:
     """A board that is up; afterwards nothing of ours may run on it."""
     require_sshd()
-    server = Sshd(folder / "sshd", VENV)
+    server = Sshd(folder / "sshd", path)
     monkeypatch.setenv("PATH", f"{server.bin}:{os.environ['PATH']}")
     server.start()
     yield server
@@ -63,8 +63,9 @@ def one(url: str, specs: list[str], plan: BenchOptions = QUICK, **options: Any) 
     return answer.value()
 
 
-def script(path: Path, text: str) -> None:
+def script(path: Path, text: str) -> Path:
     """A program of sh."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path

@@ -69,13 +69,13 @@ def test_a_place_is_switched_on_measured_and_left_as_it_was(farm, bundle, tmp_pa
     assert read_result(tmp_path / "r.json").settings["on"] == "labgrid://pi"
 
 
-def test_what_is_on_and_acquired_by_its_user_is_left_so(farm, bundle, monkeypatch):
+def test_what_is_on_and_acquired_by_its_user_is_left_so(farm, monkeypatch):
     monkeypatch.delenv("LG_COORDINATOR")
     farm.client("-p", "pi", "acquire")
     said, url = [], f"labgrid://raspberry@{farm.address}"
     try:
-        found = one(url, [bundle], ONCE, say=said.append)
-        assert found.measurements[0].samples and found.settings["on"] == f"labgrid://pi@{farm.address}"
+        with kept(url, said.append) as there:
+            assert there == f"labgrid://pi@{farm.address}"
         assert said == [f"{url}: pi is acquired by you already, and stays so"]
         assert farm.holder("pi") is not None and farm.switched == []
     finally:
@@ -169,11 +169,10 @@ def test_an_interrupt_gives_the_place_back(farm, bundle):
     assert "Traceback" not in said and farm.switched == ["on", "off"]
 
 
-@pytest.mark.parametrize("command", [["bench", *OPTIONS], ["devices", "baseline"]])
-def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path, command):
+def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path):
     farm.client("-p", "pi", "acquire", user="somebody")
     process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", *command, bundle, "--on", "labgrid://?name=pi"],
+        [sys.executable, "-m", "saap.cli", "devices", "baseline", bundle, "--on", "labgrid://?name=pi"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
     )  # fmt: skip

@@ -11,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from support.bench_samples import measurement, result
 from support.command_line import here
 from support.remote_runs import (
     LONG,
@@ -36,8 +36,9 @@ from bench.judge.comparison import compare
 from bench.measure.result import read_result
 from bench.measure.run import measure
 from bench.remote import board as remote_board
+from bench.remote import run as remote_run
 from bench.remote import target
-from bench.remote.board import Board, Stopped
+from bench.remote.board import Board
 from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
 from bench.remote.target import bench_on, measure_on
@@ -53,9 +54,19 @@ def bundles(tmp_path_factory):
     return two_bundles(tmp_path_factory.mktemp("bundles"))
 
 
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """One that greets every login, which is no garbage."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("board")
+        greeting = f'echo "Welcome to the board"\nexec {sys.executable} "$@"'
+        yield from running(folder, patch, path=f"{script(folder / 'loud/python3', greeting).parent}:{VENV}")
+
+
 @pytest.fixture
-def sshd(tmp_path, monkeypatch):
-    yield from running(tmp_path, monkeypatch)
+def sshd(board):
+    yield board
+    assert not remains(board.cache)
 
 
 def form(value):
@@ -69,9 +80,8 @@ def form(value):
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
-def test_a_result_has_the_form_of_a_local_one_and_compares_with_it(sshd, bundles):
-    local = measure(bundles, QUICK)
-    found = one(sshd.url, bundles)
+def test_a_result_has_the_form_of_a_local_one_and_a_second_run_sends_only_what_rotted_there(sshd, bundles):
+    local, found = measure(bundles, ONCE), one(sshd.url, bundles, ONCE)
     assert found.device["fingerprint"] == local.device["fingerprint"]
     assert [(m.name, m.spec, m.bundle_hash, len(m.samples)) for m in found.measurements] == [
         (m.name, m.spec, m.bundle_hash, len(m.samples)) for m in local.measurements
@@ -86,78 +96,64 @@ def test_a_result_has_the_form_of_a_local_one_and_compares_with_it(sshd, bundles
     rows = compare(local, found).rows
     assert [row.name for row in rows] == ["dense", "slim"]
     assert not any("device" in (row.reason or "") for row in rows)
-    assert not remains(sshd.cache)
 
-
-def test_a_second_run_sends_only_what_rotted_there(sshd, bundles):
-    one(sshd.url, bundles[:1], ONCE)
     labels = []
     before = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()}
-    one(sshd.url, bundles[:1], ONCE, progress=lambda label, done, total: labels.append(label))
-    assert labels and not [label for label in labels if label.startswith(("push", "install"))]
-    assert {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir()} == before
+    whole = max(Path(bundles[0]).iterdir(), key=lambda path: path.stat().st_size).read_bytes()
+    rotten = sshd.cache / "files" / hashlib.sha256(whole).hexdigest()
+    rotten.write_bytes(b"x" + whole[1:])
+    spec = f"prepacked:{bundles[0]}"
+    again = one(sshd.url, [spec], ONCE, progress=lambda label, done, total: labels.append((label, total)))
+    assert [(m.name, m.spec) for m in again.measurements] == [("dense (prepacked)", spec)]
+    assert again.measurements[0].samples and rotten.read_bytes() == whole
+    assert {total for label, total in labels if label.startswith("push")} == {len(whole) / 1e6}
+    assert not [label for label, _ in labels if label.startswith("install")]
+    rest = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir() if path != rotten}
+    assert rest == {path: number for path, number in before.items() if path != rotten}
     assert len(list(sshd.cache.glob("agent-*"))) == 1
-    largest = max(before, key=lambda path: path.stat().st_size)
-    whole = largest.read_bytes()
-    largest.write_bytes(b"x" + whole[1:])
-    found = one(sshd.url, [f"prepacked:{bundles[0]}"], ONCE)
-    assert [(m.name, m.spec) for m in found.measurements] == [("dense (prepacked)", f"prepacked:{bundles[0]}")]
-    assert found.measurements[0].samples
-    assert largest.read_bytes() == whole
 
 
-def test_a_connection_that_is_cut_in_the_middle_loses_nothing(sshd, bundles):
-    cuts, said = [], []
+def test_a_connection_that_is_cut_there_and_then_here_loses_nothing(sshd, bundles):
+    cuts, killed, said = [], [], []
 
     def progress(label, done, total):
         if done >= 2 and not cuts:
             cuts.append(sshd.cut())
-
-    longer = dataclasses.replace(LONG, repetitions=20)  # a fast board is done with six before the cut is noticed
-    found = one(sshd.url, bundles[:1], longer, progress=progress, say=said.append)
-    assert cuts[0] > 0 and any("trying again" in line for line in said)
-    assert [sample.order for sample in found.measurements[0].samples] == list(range(20))
-    assert not remains(sshd.cache)
-
-
-def test_a_killed_ssh_here_loses_nothing_either(sshd, bundles):
-    killed = []
-
-    def progress(label, done, total):
-        if done >= 2 and not killed:
-            mine = [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)]
+        elif done >= 10 and not killed:
+            mine = ssh_here(sshd)
             killed.extend(process.pid for process in mine)
             for process in mine:
                 with contextlib.suppress(psutil.NoSuchProcess):  # a shared connection takes the others with it
                     process.kill()
 
-    assert len(one(sshd.url, bundles[:1], LONG, progress=progress).measurements[0].samples) == 6
-    assert killed
+    longer = dataclasses.replace(ONCE, repetitions=20)  # a fast board is done with six before the cut is noticed
+    found = one(sshd.url, bundles[:1], longer, progress=progress, say=said.append)
+    assert cuts[0] > 0 and killed and sum("trying again" in line for line in said) >= 2
+    assert [sample.order for sample in found.measurements[0].samples] == list(range(20))
 
 
-def test_a_push_that_is_cut_goes_on_where_it_was(sshd, bundles, monkeypatch):
-    whole, offsets = remote_board.pieces, []
+def test_a_push_that_is_cut_goes_on_where_it_was(sshd, tmp_path, monkeypatch):
+    offsets, content = [], os.urandom(1 << 20)
+    source, sha = tmp_path / "weights", hashlib.sha256(content).hexdigest()
+    source.write_bytes(content)
 
     def pieces(source, offset):
-        size = source.stat().st_size if isinstance(source, Path) else 0
-        if size < 100_000:  # the weights are what is cut
-            yield from whole(source, offset)
-            return
         offsets.append(offset)
-        content = source.read_bytes()
         if len(offsets) > 1:
             yield content[offset:]
             return
-        yield content[: size // 2]
-        store = sshd.cache / "files"
-        while not any(part.stat().st_size for part in store.glob("*.part")):
+        yield content[: len(content) // 2]
+        part = sshd.cache / "files" / f"{sha}.part"
+        while not (part.exists() and part.stat().st_size):
             time.sleep(0.02)
             yield b""
         sshd.cut()
-        yield content[size // 2 :]
+        yield content[len(content) // 2 :]
 
     monkeypatch.setattr(remote_board, "pieces", pieces)
-    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
+    with contextlib.closing(open_transport(sshd.url)) as transport:
+        Board(transport).push(sha, source, 0)
+    assert (sshd.cache / "files" / sha).read_bytes() == content
     assert len(offsets) == 2 and offsets[0] == 0
 
 
@@ -182,14 +178,6 @@ def test_a_file_that_changes_while_it_is_sent_is_an_error_and_not_sent_forever(t
         Board(Local(), patience_s=5, silence_s=5).push(hashlib.sha256(data).hexdigest(), source, 0)
 
 
-def test_a_login_script_that_prints_is_no_garbage(sshd, bundles):
-    sshd.stop()
-    script(sshd.folder / "loud/python3", f'echo "Welcome to the board"\nexec {sys.executable} "$@"')
-    sshd.environment["PATH"] = f"{sshd.folder}/loud:/usr/bin:/bin"
-    sshd.start()
-    assert one(sshd.url, bundles[:1], ONCE).measurements[0].samples
-
-
 def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
     boot = tmp_path / "root/proc/sys/kernel/random/boot_id"
     boot.parent.mkdir(parents=True)
@@ -203,22 +191,11 @@ def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
     with pytest.raises(BoardError, match="it rebooted in the middle of the run, which is INVALID"):
         measure_on(board, pack(bundles[:1], LONG.positions, OWN_PACKAGES), LONG, progress)
     board.transport.close()
-    assert not remains(sshd.cache)
 
 
-def test_an_interrupt_leaves_the_board_clean(sshd, bundles):
-    stop = threading.Event()
-
-    def progress(label, done, total):
-        if label.startswith("bench") and done >= 1:
-            stop.set()
-
-    board = Board(open_transport(sshd.url), stop)
-    with pytest.raises(Stopped):
-        measure_on(board, pack(bundles[:1], LONG.positions, OWN_PACKAGES), LONG, progress)
-    board.transport.close()
-    assert not remains(sshd.cache)
-    assert not [p for p in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(p)], "ssh is left here"
+def ssh_here(sshd):
+    """Processes of the test's own ssh."""
+    return [process for process in psutil.process_iter() if str(sshd.folder / "ssh_config") in _command(process)]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -244,8 +221,7 @@ def test_an_ended_command_leaves_no_worker_here_either(bundles):
     assert not [worker for worker in workers if worker.is_running()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
+def test_an_ended_command_leaves_the_board_clean(sshd, bundles):
     process = subprocess.Popen(
         [sys.executable, "-m", "saap.cli", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
          "--no-cold", "--board-packages"],
@@ -255,11 +231,11 @@ def test_an_ended_command_leaves_the_board_clean(sshd, bundles, number):
         if list((sshd.cache / "runs").glob("*/beat")):
             break
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"
     assert "Traceback" not in said and "could not be cleaned" not in said
-    assert not remains(sshd.cache)
+    assert not ssh_here(sshd), "ssh is left here"
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing():
@@ -293,12 +269,11 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
 
 def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):
     with pytest.raises(BoardError, match=re.escape(sshd.url) + r".*4096 threads"):
-        one(sshd.url, bundles[:1], dataclasses.replace(QUICK, threads=4096))
-    assert not remains(sshd.cache)
+        one(sshd.url, bundles[:1], dataclasses.replace(ONCE, threads=4096))
 
 
 def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
-    found = one(sshd.url, bundles[:1], dataclasses.replace(QUICK, timeout_s=0.01))
+    found = one(sshd.url, bundles[:1], dataclasses.replace(ONCE, timeout_s=0.01))
     assert found.measurements[0].status == "INVALID"
     assert any("no answer within 0.01 s" in reason for reason in found.measurements[0].reasons)
 
@@ -306,13 +281,13 @@ def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
 def test_several_boards_on_the_command_line(sshd, bundles, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "here"))
     monkeypatch.setenv("PATH", f"{sshd.bin}:{VENV}")
-    done = here("bench", *bundles, "--on", sshd.url, "--on", "local://", *OPTIONS, "--json", tmp_path / "r.json")
+    done = here("bench", bundles[0], "--on", sshd.url, "--on", "local://", *OPTIONS, "--json", tmp_path / "r.json")
     assert "side by side" in done.stdout and done.stdout.count("### ") == 2
     names = [f"r.{sshd.url.removeprefix('ssh://').replace('@', '-').replace(':', '-')}.json", "r.local.json"]
     assert {path.name for path in tmp_path.glob("r.*")} == set(names)
     results = [read_result(tmp_path / name) for name in names]
     assert [r.settings["on"] for r in results] == [sshd.url, "local://"]
-    assert not remains(sshd.cache) and not remains(tmp_path / "here")
+    assert not remains(tmp_path / "here")
 
 
 def test_no_two_boards_write_one_file():
@@ -324,25 +299,21 @@ def test_no_two_boards_write_one_file():
     assert _places(Path("r.json"), urls[:1]) == {"adb://": Path("r.json")}
 
 
-def test_what_a_board_wrote_steers_no_terminal(sshd, bundles, monkeypatch):
-    whole = target.result_from_dict
-
-    def coloured(raw):
-        found = whole(raw)
-        (m,) = found.measurements
-        return dataclasses.replace(
-            found, measurements=[dataclasses.replace(m, reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])]
-        )
-
-    monkeypatch.setattr(target, "result_from_dict", coloured)
-    (m,) = one(sshd.url, bundles[:1], ONCE).measurements
-    assert (m.reasons, m.stderr) == (["?[31mhot"], ["?]0;title?"])
+def test_what_a_board_wrote_steers_no_terminal(bundles):
+    shipment = pack(bundles[:1], ONCE.positions)
+    sent = measurement("dense", [0.01], bundle_hash=shipment.packed[0].manifest.content_hash,
+                       reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])  # fmt: skip
+    (m,) = target._bench_task(shipment, ONCE).read("local://", dataclasses.asdict(result(sent))).measurements
+    assert (m.reasons, m.stderr, m.spec) == (["?[31mhot"], ["?]0;title?"], bundles[0])
 
 
 def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "here"))
-    monkeypatch.setenv("PATH", f"{sshd.bin}:{VENV}")
-    sshd.stop()
+    def run_on(board, *arguments):
+        if board.name == sshd.url:
+            raise BoardError(f"{board.name}: no connection")
+        return result(measurement("dense", [0.01] * 3))
+
+    monkeypatch.setattr(remote_run, "run_on", run_on)
     done = here("bench", bundles[0], "--on", sshd.url, "--on", "local://", *OPTIONS, code=2)
     assert "no connection" in done.stderr and "decode" in done.stdout
 
@@ -364,24 +335,29 @@ def test_a_lock_that_nobody_hears_of_is_given_back(tmp_path, monkeypatch):
     assert (tmp_path / "lock.guard").exists() and not (tmp_path / "lock.json").exists()
 
 
-@pytest.mark.slow
-def test_the_agent_installs_itself_into_a_venv_of_its_own(sshd, bundles, tmp_path):
-    """From the board's index, then the same from wheels that are pushed to it."""
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A board whose Python has no packages."""
     base = getattr(sys, "_base_executable", sys.executable)
-    sshd.stop()
-    script(sshd.folder / "plain/python3", f'exec {base} "$@"')
-    sshd.environment["PATH"] = f"{sshd.folder}/plain:/usr/bin:/bin"
-    sshd.environment.update({k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.endswith("_proxy")})
-    sshd.start()
-    (found,) = bench_on([sshd.url], bundles[:1], QUICK)
+    path = script(tmp_path / "plain/python3", f'exec {base} "$@"').parent
+    yield from running(tmp_path, monkeypatch, path=f"{path}:/usr/bin:/bin")
+
+
+@pytest.mark.slow
+def test_the_agent_installs_itself_into_a_venv_of_its_own(bare, bundles, tmp_path):
+    """From the board's index, then the same from wheels that are pushed to it."""
+    bare.stop()
+    bare.environment.update({k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.endswith("_proxy")})
+    bare.start()
+    (found,) = bench_on([bare.url], bundles[:1], QUICK)
     assert found.error is None, found.error
     assert found.result.versions["saap"] and len(found.result.measurements[0].samples) == 2
-    (agent,) = sshd.cache.glob("agent-*")
+    (agent,) = bare.cache.glob("agent-*")
     packages = {path.name.split("-")[0] for path in agent.glob("venv/lib/python3*/site-packages/*.dist-info")}
     assert {"msgspec", "numpy", "onnxruntime", "psutil"} <= packages and not {"torch", "scipy", "click"} & packages
     wheels = tmp_path / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), *REQUIREMENTS]
     subprocess.run(pip, check=True)
-    (found,) = bench_on([sshd.url], bundles[:1], QUICK, BoardOptions(wheels))
+    (found,) = bench_on([bare.url], bundles[:1], QUICK, BoardOptions(wheels))
     assert found.error is None, found.error
-    assert len(list(sshd.cache.glob("agent-*"))) == 2 and not remains(sshd.cache)
+    assert len(list(bare.cache.glob("agent-*"))) == 2 and not remains(bare.cache)
