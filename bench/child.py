@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeVar, cast
 
 PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
@@ -28,7 +28,8 @@ STDERR_LINES = 12
 AWAKE_S = 0.2
 EVERY_WORKER = ("numpy", "msgspec")  # packages that any worker needs
 
-Tell = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
+Tell = Callable[[Mapping[str, object]], None]
 
 
 class ChildFailedError(Exception):
@@ -45,8 +46,8 @@ def call(
     timeout_s: float,
     env: dict[str, str] | None = None,
     python: str = sys.executable,
-    told: Tell | None = None,
-) -> dict[str, Any]:
+    told: Callable[[dict[str, object]], None] | None = None,
+) -> dict[str, object]:
     """Run ``python -m module`` with ``job`` on stdin; the last object that it prints.
 
     The child starts in our own folder, so that no other ``bench`` on the way is taken for ours, also where ``python``
@@ -62,7 +63,7 @@ def call(
         given.write(json.dumps(job).encode())
         given.seek(0)
         process: subprocess.Popen[bytes] | None = None
-        answer: dict[str, Any] | None = None
+        answer: dict[str, object] | None = None
         try:
             with signals_wait():
                 process = subprocess.Popen(
@@ -88,7 +89,7 @@ def call(
         return answer
 
 
-def job_and_tell() -> tuple[dict[str, Any], Tell]:
+def job_and_tell() -> tuple[dict[str, object], Tell]:
     """In a child: the job, and what writes an object to the parent.
 
     What libraries print goes to stderr from now on, so that stdout holds our lines only.
@@ -96,7 +97,7 @@ def job_and_tell() -> tuple[dict[str, Any], Tell]:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(document: dict[str, Any]) -> None:
+    def tell(document: Mapping[str, object]) -> None:
         out.write(json.dumps(document) + "\n")
         out.flush()
 
@@ -158,7 +159,7 @@ def _lines_until(process: subprocess.Popen[bytes], deadline: float) -> Iterator[
         raise TimeoutError from None
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _object(line: bytes) -> dict[str, object] | None:
     try:
         document = json.loads(line)
     except ValueError:
@@ -193,7 +194,7 @@ def _failed(what: str, err: IO[bytes]) -> ChildFailedError:
     return ChildFailedError(what + because, [line[:500] for line in lines[-STDERR_LINES:]])
 
 
-def until_done(futures: Collection[Future[Any]]) -> None:
+def until_done(futures: Collection[Future[T]]) -> None:
     """Wait for other threads' work, and hear every signal meanwhile.
 
     Python handles a signal in its main thread. A wait without end there does not notice one that the system handed to
@@ -241,4 +242,4 @@ def _found(name: str) -> bool:
 
 if __name__ == "__main__":
     job, tell = job_and_tell()
-    tell({"missing": absent([*EVERY_WORKER, *job["modules"]])})
+    tell({"missing": absent([*EVERY_WORKER, *cast("list[str]", job["modules"])])})

@@ -101,7 +101,6 @@ class Device:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of a run."""
     group = parser.getgroup("saap", "device tests")
     group.addoption(
         "--saap-device",
@@ -113,7 +112,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
     config.addinivalue_line("markers", f"{MARK}: needs a device; name one with --saap-device")
 
 

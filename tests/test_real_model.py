@@ -14,7 +14,7 @@ from support.cuts import cut
 from support.exported import export_bundle
 from support.references import reference_model
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
 from export.bundle.tokenizer import BundleTokenizer
 from export.generate.scoring import BundleScorer

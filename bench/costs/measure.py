@@ -8,13 +8,12 @@ many, short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 
@@ -23,15 +22,15 @@ from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_st
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
 from bench.measure.cores import choose_cores
-from bench.measure.result import command_line
+from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
-from bench.runtimes.onnxruntime import check_threads
 from devices.common.cores import physical_cores
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text
 from devices.common.progress import Progress
 from devices.probe.host import probe
+from export.bundle.decoder import check_threads
 from export.bundle.manifest import BundleManifest, read_manifest
 
 SCHEMA = 1
@@ -65,7 +64,7 @@ class Costs:
     created: str  # ISO 8601, UTC
     command: list[str]
     versions: dict[str, str]
-    device: dict[str, Any]  # ``devices.probe.host.probe()`` as it was
+    device: Json  # ``devices.probe.host.probe()`` as it was
     model: CostModel
     depth: int  # tokens in the cache
     stacks: list[Stack]  # the base first
@@ -96,8 +95,7 @@ def measure_costs(
         check_threads(count)
     check_depth(manifests[0], options.depth)
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
-    device: dict[str, Any] = {**probe()}
-    tables = []
+    device, tables = probe(), []
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
         for index, group in enumerate(groups):
@@ -105,15 +103,15 @@ def measure_costs(
                 progress(f"timing operators, {count} threads", turn * len(groups) + index, len(threads) * len(groups))
             job = CostsJob([str(bundles[i]) for i in group], count, cpus, options.depth, options.seconds)
             processes.append(_process(job, group, options.timeout_s))
-        bandwidth = probe_bandwidth(cpus, device.get("last_level_cache_bytes"))
+        bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
     if progress:
         progress("timing operators", len(threads) * len(groups), len(threads) * len(groups))
     return Costs(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command_line(),
-        versions=dict(_versions()),
-        device=device,
+        versions=package_versions(),
+        device={**device},
         model=described(manifests[0]),
         depth=options.depth,
         stacks=stacks,
@@ -122,7 +120,7 @@ def measure_costs(
 
 
 def check_depth(base: BundleManifest, depth: int) -> None:
-    """Raise CostsError for a depth that the model's cache does not have."""
+    """Refuse a depth that the model's cache does not have."""
     longest = base.context_length - TURN
     if not 2 <= depth <= longest:
         raise CostsError(f"a depth of {depth} cannot be probed with this model: give 2 to {longest}")
@@ -155,11 +153,10 @@ def _process(job: CostsJob, group: list[int], timeout_s: float) -> CostProcess:
         answer = call("bench.costs.worker", asdict(job), timeout_s)
     except ChildFailedError as error:
         raise CostsError(f"the process that times the operators failed ({error}): try again") from None
-    return CostProcess(group, answer["samples_ns"], answer["waited_ns"])
+    return msgspec.convert({"stacks": group, **answer}, CostProcess)
 
 
 def described(manifest: BundleManifest) -> CostModel:
-    """What a bundle says of its model and precision."""
     return CostModel(
         model_type=manifest.model_type,
         hidden=manifest.hidden_size,
@@ -172,16 +169,8 @@ def described(manifest: BundleManifest) -> CostModel:
     )
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in ("saap", "onnxruntime", "numpy"):
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # a copied tree, or a build of ONNX Runtime under another name
-
-
 def write_costs(path: str | Path, costs: Costs) -> None:
-    """Write the document, one line, beside ``path`` and rename it into place."""
+    """Write the document in one line."""
     write_text(Path(path), COSTS.text(costs, indent=None) + "\n")
 
 

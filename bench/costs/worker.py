@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from bench.child import job_and_tell
 from bench.measure.cores import pin
-from bench.runtimes.onnxruntime import Logits, OrtDecoder
+from export.bundle.decoder import Logits, OrtDecoder
 
 TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them
 LEAST_TURNS = 4
@@ -41,19 +42,16 @@ class CostsJob:
 class Placed(Protocol):
     """A decoder whose next step can be put at any position."""
 
-    def place(self, length: int) -> None:
-        """Let ``length`` positions be in use."""
+    def place(self, length: int) -> None: ...
 
-    def step(self, token_id: int) -> Logits:
-        """Append one token; its logits [vocab]."""
+    def step(self, token_id: int) -> Logits: ...
 
 
 class PlacedDecoder(OrtDecoder):
     """A bundle whose cache counts as filled without a prefill: attention takes its time over zeros too."""
 
     def place(self, length: int) -> None:
-        """Let ``length`` positions be in use, whatever they hold."""
-        self._length = length
+        self.length = length
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,9 @@ def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
 
 
 def main() -> None:
-    """Read the job from stdin, write the nanoseconds of every step to stdout."""
+    """Read a ``CostsJob`` from stdin, write the nanoseconds of every step to stdout."""
     given, tell = job_and_tell()
-    job = CostsJob(**given)
+    job = msgspec.convert(given, CostsJob)
     pin(job.cpus)
     decoders = [PlacedDecoder(path, job.threads, job.depth + TURN, verify=False) for path in job.paths]
     take_turns(decoders, job.depth, 0)  # warm-up

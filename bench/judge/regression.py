@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from bench.judge.verdict import (
     confirmed,
     judge_values,
 )
-from bench.measure.answers import NLL_TOLERANCE, answer_of
+from bench.measure.answers import NLL_TOLERANCE, Answer, answer_of
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
 from bench.measure.statistics import typical
@@ -95,7 +94,7 @@ def record(
     results: list[Result] = []
     for number in range(runs):
         result = _valid_run(number + 1, measure, plan if number == 0 else replace(plan, cold=False), say)
-        if why := answer_of(result).get("error"):
+        if why := answer_of(result).error:
             raise RegressionError(f"{name} was not asked: {why}")
         results.append(result)
         for check in judge_answers(answer_of(results[0]), answer_of(result)):
@@ -174,7 +173,6 @@ def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verd
 def plan_of(baseline: Baseline) -> BenchOptions:
     result = baseline.results[0]
     (m,) = result.measurements
-    answered = answer_of(result)
     return BenchOptions(
         prompt=m.n_prompt,
         generate=m.n_gen,
@@ -184,7 +182,7 @@ def plan_of(baseline: Baseline) -> BenchOptions:
         repetitions=result.settings.get("repetitions"),
         seed=result.settings.get("seed", 0),
         text=tuple(result.settings.get("text", ())),
-        greedy=len(answered.get("tokens", ())),
+        greedy=len(answer_of(result).tokens),
         cold=False,
     )
 
@@ -240,11 +238,11 @@ def judge_all(old: Result, new: Result, limits: Limits) -> list[Verdict]:
     return [*checks, *judge_answers(answer_of(old), answer_of(new))]
 
 
-def judge_answers(old: dict[str, Any], new: dict[str, Any]) -> list[Verdict]:
-    """Greedy tokens and likelihood, as ``bench.measure.answers`` gave them."""
-    if why := old.get("error") or new.get("error"):
-        return [Verdict(NOT_COMPARABLE, what, reason=str(why)) for what in ("greedy tokens", "NLL")]
-    return [_tokens(old["tokens"], new["tokens"]), _likelihood(old["nll"], new["nll"])]
+def judge_answers(old: Answer, new: Answer) -> list[Verdict]:
+    """Greedy tokens and likelihood."""
+    if why := old.error or new.error:
+        return [Verdict(NOT_COMPARABLE, what, reason=why) for what in ("greedy tokens", "NLL")]
+    return [_tokens(old.tokens, new.tokens), _likelihood(old.nll, new.nll)]
 
 
 def _judge(series: _Series, before: Measurement, now: Measurement, limits: Limits) -> Verdict:

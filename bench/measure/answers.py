@@ -8,21 +8,41 @@ Results differ between instruction sets (int8 kernels sum in another order), so 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
+import msgspec
 import numpy as np
 
 from bench.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import choose_cores, pin
 from bench.measure.options import BenchOptions
-from bench.measure.result import Result
-from bench.runtimes.onnxruntime import Decoder, Logits
+from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
+from export.bundle.decoder import Decoder, Logits
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 
 
-def ask(peer: Peer, plan: BenchOptions, threads: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens and nats per token; or why there are none."""
+
+    tokens: list[int] = field(default_factory=list)
+    nll: float = math.nan
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: str
+    ids: list[int]
+    greedy: int
+    threads: int
+    cpus: list[int]
+    provider: str
+
+
+def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
     """What a bundle says to ``plan.text``, in a fresh process.
 
     Returns:
@@ -31,29 +51,26 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> dict[str, Any]:
     """
     if peer.runtime is not None:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
-    job = {
-        "path": str(peer.path), "ids": list(plan.text), "greedy": plan.greedy, "threads": threads,
-        "cpus": choose_cores(threads), "provider": plan.provider,
-    }  # fmt: skip
+    job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, choose_cores(threads), plan.provider)
     environment = peer.environment(threads)
     try:
-        return call("bench.measure.answers", job, plan.timeout_s, environment, peer.python)
+        return call("bench.measure.answers", asdict(job), plan.timeout_s, environment, peer.python)
     except ChildFailedError as error:
         return {"error": str(error)}
 
 
-def answer_of(result: Result) -> dict[str, Any]:
-    """The answers of a result's only model."""
+def answer_of(result: Result) -> Answer:
+    """The answer of a result's only model."""
     given = result.settings.get("answers") or {}
-    return numeric(next(iter(given.values()), {"error": "the run did not ask the model"}))
+    return read_answer(next(iter(given.values()), {"error": "the run did not ask the model"}))
 
 
-def numeric(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer whose likelihood is a float, NaN where it is no number."""
-    return answer if "error" in answer or answer["nll"] is not None else {**answer, "nll": math.nan}
+def read_answer(told: Json) -> Answer:
+    """What ``ask`` gave; a likelihood of None is NaN."""
+    return msgspec.convert({key: value for key, value in told.items() if value is not None}, Answer)
 
 
-def answers(decoder: Decoder, ids: list[int], greedy: int) -> dict[str, Any]:
+def answers(decoder: Decoder, ids: list[int], greedy: int) -> Json:
     """Ask a decoder that holds ``len(ids) + greedy`` positions.
 
     The likelihood is taken step by step and the tokens after one prefill, so both paths are looked at.
@@ -86,14 +103,13 @@ def _loss(logits: Logits, token: int) -> float:
 
 
 def main() -> None:
-    """Read the job, print the answer."""
     from bench.runtimes.decoders import make_decoder
 
-    job, tell = job_and_tell()
-    pin(job["cpus"])
-    positions = len(job["ids"]) + job["greedy"]
-    decoder = make_decoder(job["path"], job["threads"], positions, job["provider"])
-    tell(answers(decoder, job["ids"], job["greedy"]))
+    given, tell = job_and_tell()
+    job = msgspec.convert(given, _Job)
+    pin(job.cpus)
+    decoder = make_decoder(job.path, job.threads, len(job.ids) + job.greedy, job.provider)
+    tell(answers(decoder, job.ids, job.greedy))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS)
     keys = {}
     for cpu in cpus:
         core = siblings(cpu, root)
-        keys[cpu] = (seen.get(core, 0), -_capacity(cpu, root), cpu)
+        capacity = number(root / f"cpu{cpu}/cpu_capacity") or 0  # kernels that do not tell have equal cores
+        keys[cpu] = (seen.get(core, 0), -capacity, cpu)
         seen[core] = seen.get(core, 0) + 1
     return sorted(sorted(cpus, key=keys.__getitem__)[:threads])
 
@@ -41,14 +42,6 @@ def pin(cpus: list[int]) -> None:
     """Keep this process, and the threads that it starts, on these CPUs; a system without affinity is left alone."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cpus)
-
-
-def _capacity(cpu: int, root: Path) -> int:
-    """Relative speed of a core on big.LITTLE; kernels without it have equal cores."""
-    try:
-        return int((root / f"cpu{cpu}/cpu_capacity").read_text())
-    except (OSError, ValueError):
-        return 0
 
 
 FIXED_GOVERNORS = ("performance", "userspace")
@@ -73,10 +66,11 @@ class BoardState:
 
 
 def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
-    """Read it now, for the CPUs ``cpus``."""
     places = [root / CPU / f"cpu{cpu}" for cpu in cpus]
     events = over_current(root)
     governors = {text(place / "cpufreq/scaling_governor") for place in places}
+    capacities = [value for place in places if (value := number(place / "cpu_capacity")) is not None]
+    siblings = [text(place / "topology/thread_siblings_list") for place in places]
     return BoardState(
         clock_share=_least(map(_clock_share, places)),
         fixed_clock=None if None in governors else governors <= set(FIXED_GOVERNORS),
@@ -85,8 +79,8 @@ def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
         throttle_count=throttle_count(root, cpus),
         cooling_state=max((cooler.state for cooler in coolers(root)), default=None),
         over_current=tuple(events.get(f"OC{n}") for n in (1, 2, 3)),
-        mixed_cores=_mixed(places),
-        smt_siblings=_sharing(places),
+        mixed_cores=min(capacities) < MIXED_BELOW * max(capacities) if capacities else None,
+        smt_siblings=None if None in siblings else sum(siblings.count(core) > 1 for core in siblings),
     )
 
 
@@ -103,18 +97,6 @@ def _clock_share(cpu: Path) -> float | None:
     limits = [number(cpu / "cpufreq" / name) for name in ("scaling_max_freq", "cpuinfo_max_freq", "base_frequency")]
     highest = _least([*limits, nominal_mhz * 1000 if nominal_mhz else None])
     return min(1.0, now / highest) if now and highest else None
-
-
-def _mixed(places: Sequence[Path]) -> bool | None:
-    known = [value for value in (number(place / "cpu_capacity") for place in places) if value is not None]
-    return min(known) < MIXED_BELOW * max(known) if known else None
-
-
-def _sharing(places: Sequence[Path]) -> int | None:
-    cores = [text(place / "topology/thread_siblings_list") for place in places]
-    if None in cores:
-        return None
-    return sum(cores.count(core) > 1 for core in cores)
 
 
 def _least(values: Iterable[float | None]) -> float | None:
@@ -195,7 +177,7 @@ class CoolDown:
         self._start_c = temperature(root) if limit_s > 0 else None
 
     def wait(self) -> float:
-        """Seconds that were waited."""
+        """Wait, and say for how many seconds."""
         begun = self._clock()
         while (spent := self._clock() - begun) < self._limit_s and self._warm():
             self._sleep(LOOK_EVERY_S)

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.cores import BoardState, board_state
+from devices.common.tree import field, fields, text
 
 SHARES_FROM_S = 0.2  # CPU time is counted in ticks of 10 ms: shares of a shorter interval are noise
 
@@ -66,29 +67,26 @@ class Snapshot:
 
 
 def snapshot(cpus: Sequence[int], root: Path = Path("/")) -> Snapshot:
-    """Read the counters now, for the cores ``cpus``."""
     proc = root / "proc"
-    stat, status, memory = (_read(proc / name) for name in ("stat", "self/status", "meminfo"))
+    stat, wait = text(proc / "stat") or "", (text(proc / "self/schedstat") or "").split()
     busy, steal = _cpu_times(stat, [f"cpu{cpu}" for cpu in cpus])
-    vmstat, wait = _read(proc / "vmstat"), _read(proc / "self/schedstat").split()
-    swap = [_field(vmstat, key) for key in ("pswpin", "pswpout")]
-    held = [_field(status, key) for key in ("RssAnon:", "RssShmem:")]
-    available, total = _field(memory, "MemAvailable:"), _field(memory, "MemTotal:")
-    stalled = re.search(r"^some .*total=(\d+)", _read(proc / "pressure/memory"), re.MULTILINE)
-    boot = _read(proc / "sys/kernel/random/boot_id").replace("-", "")[:12]
+    memory, status, vmstat = (fields(proc / name) for name in ("meminfo", "self/status", "vmstat"))
+    held = _sum(status.get("RssAnon"), status.get("RssShmem"))
+    stalled = re.search(r"^some .*total=(\d+)", text(proc / "pressure/memory") or "", re.MULTILINE)
+    boot = (text(proc / "sys/kernel/random/boot_id") or "").replace("-", "")[:12]
     return Snapshot(
         wall_s=time.perf_counter(),
         process_s=time.process_time(),
         busy_s=busy,
         all_busy_s=_cpu_times(stat, ["cpu"])[0],
         steal_s=steal,
-        runnable=_others_runnable(_field(stat, "procs_running"), proc),
+        runnable=_others_runnable(field(proc / "stat", "procs_running"), proc),
         wait_s=int(wait[1]) * 1e-9 if len(wait) > 1 else None,
-        swapped_pages=None if None in swap else sum(value or 0 for value in swap),
-        read_bytes=_field(_read(proc / "self/io"), "read_bytes:"),
+        swapped_pages=_sum(vmstat.get("pswpin"), vmstat.get("pswpout")),
+        read_bytes=field(proc / "self/io", "read_bytes"),
         memory_stall_s=int(stalled.group(1)) * 1e-6 if stalled else None,
-        memory_bytes=None if total is None else total * 1024,
-        room_bytes=None if available is None or None in held else 1024 * (available + sum(v or 0 for v in held)),
+        memory_bytes=memory.get("MemTotal"),
+        room_bytes=_sum(memory.get("MemAvailable"), held),
         boot_id=int(boot, 16) if re.fullmatch(r"[0-9a-f]{12}", boot) else None,
         board=board_state(cpus, root),
     )
@@ -152,6 +150,10 @@ def _rise(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else float(after - before)
 
 
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
 def _extreme(pick: Callable[..., float], *values: float | None) -> float | None:
     known = [value for value in values if value is not None]
     return pick(known) if known else None
@@ -171,18 +173,6 @@ def _others_runnable(running: int | None, proc: Path) -> int | None:
     """Threads on a core or in a run queue, less those of this process: a runtime's idle threads may still spin."""
     if running is None:
         return None
-    stats = [_read(path) for path in (proc / "self/task").glob("*/stat")]
-    own = sum(text.rpartition(") ")[2].startswith("R") for text in stats)  # a thread's name may hold anything
+    stats = [text(path) or "" for path in (proc / "self/task").glob("*/stat")]
+    own = sum(stat.rpartition(") ")[2].startswith("R") for stat in stats)  # a thread's name may hold anything
     return max(0, running - own)
-
-
-def _field(text: str, key: str) -> int | None:
-    match = re.search(rf"^{key}\s+(\d+)", text, re.MULTILINE)
-    return int(match.group(1)) if match else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

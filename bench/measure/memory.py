@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.common.cgroup import available as available
 from devices.common.tree import field
 
 SELF = Path("/proc/self")
@@ -18,8 +17,8 @@ SELF = Path("/proc/self")
 class Split:
     """The resident set by origin: ``anonymous`` must stay in RAM, ``file`` may be dropped and read again."""
 
-    anonymous: int
-    file: int
+    anonymous: int | None = None
+    file: int | None = None
     pss: int | None = None  # pages shared with other processes counted in parts
 
 
@@ -37,16 +36,15 @@ def reset_peak(process: Path = SELF) -> bool:
     return True
 
 
-def resident_split(process: Path = SELF) -> Split | None:
+def resident_split(process: Path = SELF) -> Split:
     """The present resident set split with ``smaps_rollup``; shared memory counts as anonymous, it cannot be dropped."""
     rollup = process / "smaps_rollup"
     rss, anonymous = field(rollup, "Rss"), field(rollup, "Anonymous")
     if rss is None or anonymous is None:
-        return None
+        return Split()
     shared = field(process / "status", "RssShmem") or 0
     return Split(anonymous + shared, max(0, rss - anonymous - shared), field(rollup, "Pss"))
 
 
 def resident(process: Path = SELF) -> int | None:
-    """The present resident set."""
     return field(process / "status", "VmRSS")

@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
-from devices.common.options import Option
+from devices.common.options import Option, check_values
 from devices.common.values import parse_counts, parse_pair
 
 Counts = int | tuple[int, ...]  # one value, or a sweep
+Length = Annotated[int, Meta(ge=0)]
+Lengths = Length | tuple[Length, ...]
 LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
 KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
 MOST_ROUNDS = 60
 
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
-
-
-class OptionsError(UserError):
-    """Options that cannot be measured; the message names the option and what it may be."""
 
 
 @dataclass(frozen=True, order=True)
@@ -35,7 +35,6 @@ class Setting:
 
     @property
     def positions(self) -> int:
-        """Positions of the cache that are needed."""
         return self.context + self.prompt + self.generate
 
     @property
@@ -49,13 +48,13 @@ class BenchOptions:
     """Settings are the product of ``prompt``, ``generate``, ``depth`` and ``threads``, and ``pairs`` beside them."""
 
     prompt: Annotated[
-        Counts, Option("Prompt tokens; 0 measures decode alone.", flags=("-p", "--prompt"), parse=parse_counts)
+        Lengths, Option("Prompt tokens; 0 measures decode alone.", flags=("-p", "--prompt"), parse=parse_counts)
     ] = 128
     generate: Annotated[
-        Counts, Option("Generated tokens; 0 measures prefill alone.", flags=("-n", "--generate"), parse=parse_counts)
+        Lengths, Option("Generated tokens; 0 measures prefill alone.", flags=("-n", "--generate"), parse=parse_counts)
     ] = 128
     depth: Annotated[
-        Counts, Option("Tokens in the cache before them.", flags=("-d", "--depth"), parse=parse_counts)
+        Lengths, Option("Tokens in the cache before them.", flags=("-d", "--depth"), parse=parse_counts)
     ] = 0
     threads: Annotated[
         Counts | None, Option("Default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts)
@@ -77,13 +76,15 @@ class BenchOptions:
             flags=("-r", "--repetitions"),
         ),
     ] = None
-    precision: Annotated[float, Option("Half width of the 95 % interval, as a fraction, at which repetitions end.")] = (
-        0.02
-    )
-    max_time_s: Annotated[float, Option("Seconds: no round begins that would end later.", flags=("--max-time",))] = (
-        120.0
-    )
-    timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",))] = 600.0
+    precision: Annotated[
+        float,
+        Option("Half width of the 95 % interval, as a fraction, at which repetitions end."),
+        Meta(gt=0, lt=1),
+    ] = 0.02
+    max_time_s: Annotated[
+        float, Option("Seconds: no round begins that would end later.", flags=("--max-time",)), Meta(gt=0)
+    ] = 120.0
+    timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",)), Meta(gt=0)] = 600.0
     warmup: Annotated[int | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs.")] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
@@ -94,6 +95,7 @@ class BenchOptions:
             "Seconds to wait at most before each run, until the cores are within 3 C of their start.",
             flags=("--cool-down",),
         ),
+        Meta(ge=0),
     ] = 0.0
     cold: Annotated[bool, Option("Also time a load from storage.")] = True
     root: Path = field(default_factory=lambda: Path("/"))  # of /proc and /sys, for a recorded host
@@ -111,7 +113,6 @@ class BenchOptions:
 
     @property
     def most_rounds(self) -> int:
-        """Repetitions that are made at most."""
         return MOST_ROUNDS if self.repetitions is None else self.repetitions
 
     @property
@@ -130,30 +131,18 @@ class BenchOptions:
         """Refuse what cannot be measured.
 
         Raises:
-            OptionsError: naming the option.
+            UserError: naming the option.
         """
-        for name in ("prompt", "generate", "depth"):
-            for value in counts(getattr(self, name)):
-                if value < 0:
-                    raise OptionsError(f"--{name} {value} cannot be measured: give 0 or more")
+        check_values(self)
         if any(value < 0 for pair in self.pairs for value in pair):
-            raise OptionsError("-pg takes a prompt and a generated length of 0 or more, such as 512,128")
-        if not self.settings():
-            raise OptionsError("nothing to time: --prompt and --generate are both 0; give one of them")
+            raise UserError("-pg takes a prompt and a generated length of 0 or more, such as 512,128")
         if self.repetitions is not None and self.repetitions < 1:
-            raise OptionsError(f"--repetitions {self.repetitions} cannot be measured: give 1 or more")
+            raise UserError(f"--repetitions {self.repetitions} cannot be measured: give 1 or more")
         if self.warmup is not None and self.warmup < 0:
-            raise OptionsError(f"{self.warmup} warm-up steps cannot be made: give 0 or more")
-        if not self.timeout_s > 0 or not self.max_time_s > 0:
-            raise OptionsError("a time limit of 0 s or less ends every measurement: give more")
-        if not self.cool_down_s >= 0:
-            raise OptionsError(f"--cool-down {self.cool_down_s} s cannot be waited: give 0 or more")
-        if not 0 < self.precision < 1:
-            raise OptionsError(f"--precision {self.precision} is no fraction: give e.g. 0.02 for 2 %")
-        if self.provider not in get_args(Provider):
-            raise OptionsError(f"--provider {self.provider} is not known: give {', '.join(get_args(Provider))}")
+            raise UserError(f"{self.warmup} warm-up steps cannot be made: give 0 or more")
+        if not self.settings():
+            raise UserError("nothing to time: --prompt and --generate are both 0; give one of them")
 
 
 def counts(values: Counts) -> tuple[int, ...]:
-    """One value or several, as a tuple."""
     return (values,) if isinstance(values, int) else tuple(values)

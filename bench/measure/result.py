@@ -2,8 +2,8 @@
 
 Base units (seconds, bytes, joules, tokens per second). Unknown is null, never 0, and ``unknown`` beside it says why.
 Only raw samples are stored; medians and spreads are computed on reading (``bench.measure.statistics``). Field names
-follow llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``, and the properties
-``avg_ts, stddev_ts``. Schema 1 lacks fields that have defaults now.
+follow llama-bench where they mean the same: ``n_prompt, n_gen, n_depth, n_threads``. Schema 1 lacks fields that have
+defaults now.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,23 @@ SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
 CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
 
+Json = dict[str, Any]  # as it was read
+
 
 def command_line() -> list[str]:
     """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
     return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that a measurement depends on, of the packages that are known under their names here."""
+    versions = {}
+    for package in ("saap", "onnxruntime", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # a copied tree, or a build of ONNX Runtime under another name
+    return versions
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,6 @@ class Sample:
 
     @property
     def decoding_s(self) -> float:
-        """Seconds of all decode steps."""
         return self.decode_s if self.decode_s is not None else sum(self.token_s)
 
 
@@ -120,12 +133,12 @@ class Measurement:
 
     @property
     def prefill_ts(self) -> list[float]:
-        """Prompt tokens per second, one value per repetition."""
+        """One value per repetition."""
         return [self.n_prompt / s.prefill_s for s in self.samples if s.prefill_s]
 
     @property
     def decode_ts(self) -> list[float]:
-        """Generated tokens per second, one value per repetition."""
+        """One value per repetition."""
         return [self.n_gen / s.decoding_s for s in self.samples if self.n_gen]
 
     @property
@@ -140,18 +153,7 @@ class Measurement:
 
     @property
     def decode(self) -> Summary | None:
-        """Centre and spread of ``decode_ts``."""
         return summarize(self.decode_ts)
-
-    @property
-    def avg_ts(self) -> float | None:
-        """Mean decode rate (llama-bench's name)."""
-        return self.decode.mean if self.decode else None
-
-    @property
-    def stddev_ts(self) -> float | None:
-        """Standard deviation of the decode rate (llama-bench's name)."""
-        return self.decode.stddev if self.decode else None
 
     @property
     def positions(self) -> int:
@@ -160,7 +162,6 @@ class Measurement:
 
     @property
     def kv_bytes(self) -> int | None:
-        """Bytes of the cache at the end of the run."""
         per_token = self.model.kv_bytes_per_token
         return None if per_token is None else per_token * self.positions
 
@@ -187,23 +188,18 @@ class Measurement:
 class Result:
     """A bench run. ``device`` is ``devices.probe.host.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
 
-    device: dict[str, Any]
+    device: Json
     measurements: list[Measurement]
     bandwidth: list[Bandwidth]
     command: list[str]
     versions: dict[str, str]
     created: str  # ISO 8601, UTC
-    settings: dict[str, Any] = field(default_factory=dict)  # seed, repetitions, power sensor, ...
-    quality: dict[str, Any] | None = None
+    settings: Json = field(default_factory=dict)  # seed, repetitions, power sensor, ...
+    quality: Json | None = None
     schema: int = SCHEMA
 
     def of(self, name: str) -> Iterator[Measurement]:
-        """The measurements of one spec."""
         return (m for m in self.measurements if m.name == name)
-
-    def bandwidth_bytes_per_s(self, n_threads: int) -> float | None:
-        """Probed read bandwidth for that many threads, None where it was not probed."""
-        return next((b.bytes_per_s for b in self.bandwidth if b.n_threads == n_threads), None)
 
     def ceiling_ts(self, measurement: Measurement) -> float | None:
         """Tokens per second at which memory would be read at full probed bandwidth.
@@ -228,7 +224,6 @@ def result_text(result: Result) -> str:
 
 
 def write_result(path: str | Path, result: Result) -> None:
-    """Write the document beside ``path`` and rename it into place."""
     RESULT.write(path, result)
 
 
@@ -241,12 +236,12 @@ def read_result(path: str | Path) -> Result:
     return RESULT.read(path)
 
 
-def result_from_dict(raw: Mapping[str, Any]) -> Result:
+def result_from_dict(raw: Mapping[str, object]) -> Result:
     """A result inside another document; ValueError, TypeError or KeyError where it does not fit."""
     return RESULT.made(without_checksum(raw))
 
 
-def _as_today(raw: dict[str, Any]) -> dict[str, Any]:
+def _as_today(raw: dict[str, object]) -> dict[str, object]:
     if "measurements" not in raw:
         raise ValueError("it is not a bench result")
     if unknown := unknown_fields(raw, Result):

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 
+import msgspec
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -33,30 +34,30 @@ READERS: tuple[Callable[[Floats], object], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class _Job:
+    cpus: list[int]
+    buffer_bytes: int
+    passes: int
+
+
 def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None, timeout_s: float = 120) -> Bandwidth:
     """Probe in a child pinned to ``cpus``, one thread each. A child that fails leaves no samples and the reason."""
-    size = max(BUFFER, 4 * (cache_bytes or 0))
-    config = {"cpus": list(cpus), "buffer_bytes": size, "passes": PASSES}
+    job = _Job(list(cpus), max(BUFFER, 4 * (cache_bytes or 0)), PASSES)
     # One BLAS thread: the parallelism is the probe's own.
     env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    found = Bandwidth(len(cpus), job.buffer_bytes, [], cache_bytes)
     try:
-        return Bandwidth(
-            **{**call("bench.measure.roofline", config, timeout_s, env), "last_level_cache_bytes": cache_bytes}
-        )
+        samples = call("bench.measure.roofline", asdict(job), timeout_s, env)["samples"]
     except ChildFailedError as error:
-        return Bandwidth(len(cpus), size, [], cache_bytes, {"samples": f"the bandwidth probe failed: {error}"})
+        return replace(found, unknown={"samples": f"the bandwidth probe failed: {error}"})
+    return replace(found, samples=msgspec.convert(samples, list[float]))
 
 
 def joined(first: Bandwidth, second: Bandwidth) -> Bandwidth:
     """The samples of two probes of the same threads, e.g. before and after a run."""
     samples = [*first.samples, *second.samples]
-    return Bandwidth(
-        first.n_threads,
-        first.buffer_bytes,
-        samples,
-        first.last_level_cache_bytes,
-        {} if samples else {**second.unknown, **first.unknown},
-    )
+    return replace(first, samples=samples, unknown={} if samples else {**second.unknown, **first.unknown})
 
 
 def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[], float]) -> list[float]:
@@ -76,14 +77,12 @@ def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[]
 
 
 def main() -> None:
-    """Read the job from stdin, print a ``Bandwidth`` as JSON."""
-    config, tell = job_and_tell()
-    pin(config["cpus"])
-    threads, size = len(config["cpus"]), int(config["buffer_bytes"])
-    if size > psutil.virtual_memory().available:
-        sys.exit(f"less than {size >> 20} MiB of memory are free")
-    samples = read_passes(threads, size, config["passes"], time.perf_counter)
-    tell(asdict(Bandwidth(threads, size, samples)))
+    given, tell = job_and_tell()
+    job = msgspec.convert(given, _Job)
+    pin(job.cpus)
+    if job.buffer_bytes > psutil.virtual_memory().available:
+        sys.exit(f"less than {job.buffer_bytes >> 20} MiB of memory are free")
+    tell({"samples": read_passes(len(job.cpus), job.buffer_bytes, job.passes, time.perf_counter)})
 
 
 if __name__ == "__main__":

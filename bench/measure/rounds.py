@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from bench.child import ChildFailedError, call
 from bench.measure.cores import CoolDown, choose_cores
-from bench.measure.memory import available
 from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
 from bench.measure.result import ModelFacts, Sample
 from bench.measure.statistics import relative_half_width, typical
+from bench.measure.worker import ColdLoad, Job, Measured
 from bench.power.energy import Recorder
 from bench.runtimes.peers import Peer
+from devices.common.cgroup import available
 from devices.common.progress import Progress
 
 IDLE_S = 2.0
@@ -99,14 +99,13 @@ class Rounds:
 
     def load_cold(self) -> None:
         """One load per spec with its files dropped from the page cache first."""
-        for setting, outcomes in list(self.outcomes.items())[:1]:
-            for index, outcome in enumerate(outcomes):
-                self._say(outcome, "cold load")
-                seconds, reason = cold_load(outcome.peer, self._job(setting), self.plan.timeout_s)
-                for others in self.outcomes.values():
-                    others[index].cold_load_s = seconds
-                    if reason:
-                        others[index].unknown["cold_load_s"] = reason
+        for index, outcome in enumerate(next(iter(self.outcomes.values()))):
+            self._say(outcome, "cold load")
+            seconds, reason = cold_load(outcome.peer, self._job(outcome), self.plan.timeout_s)
+            for others in self.outcomes.values():
+                others[index].cold_load_s = seconds
+                if reason:
+                    others[index].unknown["cold_load_s"] = reason
 
     def _one(self, outcome: Outcome) -> None:
         self._say(outcome, f"round {self._round + 1}")
@@ -118,38 +117,39 @@ class Rounds:
         self._order += 1
 
     def _measure(self, outcome: Outcome) -> None:
-        peer, setting = outcome.peer, outcome.setting
         self._cooling.wait()
-        begun = time.monotonic()
-        job = {**self._job(setting), **_model(peer), "spawned_at": begun}
-        job["available_before"] = available(self.plan.root)
-        answer = call(
-            WORKER, job, self.plan.timeout_s, peer.environment(setting.threads), peer.python,
+        peer, job = outcome.peer, self._job(outcome)
+        job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
+        told = call(
+            WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.threads), peer.python,
             lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
         )  # fmt: skip
-        taken = msgspec.convert(answer["sample"], Sample)
-        start, end = answer["window"]
-        energy, why = self.recorder.energy(start, end, idle=self._idle)
-        unknown = taken.unknown if energy else {**taken.unknown, "energy": why or "no decode window"}
-        outcome.samples.append(replace(taken, energy=energy, unknown=unknown))
-        if "model" in answer:
-            outcome.model = ModelFacts(**answer["model"], vocab_size=peer.vocab_size)
-        outcome.versions.update(answer.get("versions", {}))
+        answer = msgspec.convert(told, Measured)
+        energy, why = self.recorder.energy(*answer.window, idle=self._idle)
+        unknown = answer.sample.unknown | ({} if energy else {"energy": why or "no decode window"})
+        outcome.samples.append(replace(answer.sample, energy=energy, unknown=unknown))
+        if answer.facts.model is not None:
+            outcome.model = replace(answer.facts.model, vocab_size=peer.vocab_size)
+        outcome.versions |= answer.facts.versions
 
-    def _job(self, setting: Setting) -> dict[str, Any]:
+    def _job(self, outcome: Outcome) -> Job:
+        peer, setting = outcome.peer, outcome.setting
         tokens = prompt_tokens(setting.context + setting.prompt, self._vocab, self.plan.seed)
-        return {
-            "context": tokens[: setting.context],
-            "prompt": tokens[setting.context :],
-            "n_gen": setting.generate,
-            "warmup": self.plan.warmup,
-            "threads": setting.threads,
-            "cpus": choose_cores(setting.threads),
-            "order": self._order,
-            "provider": self.plan.provider,
-            "cuda_graph": self.plan.cuda_graph,
-            "root": str(self.plan.root),
-        }
+        return Job(
+            path=str(peer.path),
+            prompt=tokens[setting.context :],
+            n_gen=setting.generate,
+            warmup=self.plan.warmup,
+            threads=setting.threads,
+            cpus=choose_cores(setting.threads),
+            order=self._order,
+            context=tokens[: setting.context],
+            provider=self.plan.provider,
+            cuda_graph=self.plan.cuda_graph,
+            runtime=peer.runtime,
+            prepacked=peer.prepacked,
+            root=str(self.plan.root),
+        )
 
     def _working(self, setting: Setting) -> list[Outcome]:
         return [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
@@ -189,29 +189,24 @@ def half_width(outcomes: Sequence[Outcome]) -> float:
 
 
 def prompt_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
-    """``count`` token ids, uniform over the vocabulary, the same for the same arguments."""
+    """Token ids, uniform over the vocabulary, the same for the same arguments."""
     return [int(i) for i in np.random.default_rng(seed).integers(vocab_size, size=count)]
 
 
-def cold_load(peer: Peer, job: dict[str, Any], timeout_s: float) -> tuple[float | None, str | None]:
+def cold_load(peer: Peer, job: Job, timeout_s: float) -> tuple[float | None, str | None]:
     """Seconds of a load from storage, or None and why it is not known."""
     files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
     total = sum(drop_from_cache(file) for file in files)
-    config = {**job, **_model(peer), "only_load": True}
     try:
-        answer = call(WORKER, config, timeout_s, peer.environment(job["threads"]), peer.python)
+        told = call(WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.threads), peer.python)
     except ChildFailedError as error:
         return None, str(error)
-    if answer.get("read_bytes") is None:
+    found = msgspec.convert(told, ColdLoad)
+    if found.read_bytes is None:
         return None, "this kernel does not tell what a process reads"
-    if 2 * answer["read_bytes"] < total:
-        return None, f"the system kept the files: {answer['read_bytes']} bytes of {total} were read"
-    return float(answer["load_s"]), None
-
-
-def _model(peer: Peer) -> dict[str, Any]:
-    """What of a worker's job says which model, and in which runtime."""
-    return {"path": str(peer.path), "runtime": peer.runtime, "prepacked": peer.prepacked}
+    if 2 * found.read_bytes < total:
+        return None, f"the system kept the files: {found.read_bytes} bytes of {total} were read"
+    return found.load_s, None
 
 
 def drop_from_cache(path: Path) -> int:
@@ -224,5 +219,6 @@ def drop_from_cache(path: Path) -> int:
     return size
 
 
-def _rate(told: dict[str, Any]) -> str:
-    return f"{told['rate']:.1f} tok/s" if told.get("rate") else str(told.get("phase", ""))
+def _rate(told: dict[str, object]) -> str:
+    rate = told.get("rate")
+    return f"{rate:.1f} tok/s" if isinstance(rate, float) and rate else str(told.get("phase", ""))

@@ -10,23 +10,23 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from bench.measure.answers import ask
 from bench.measure.cores import choose_cores
-from bench.measure.memory import available
 from bench.measure.options import BenchOptions, Setting
-from bench.measure.result import INVALID, Bandwidth, Measurement, Result, command_line
+from bench.measure.result import INVALID, Json, Measurement, Result, command_line, package_versions
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
-from bench.runtimes.onnxruntime import check_threads
 from bench.runtimes.peers import Peer, PeerError, memory_needs, read_peers
+from devices.common.cgroup import available
 from devices.common.progress import Progress
 from devices.probe.host import probe
+from export.bundle.decoder import check_threads
+
+RECORDED = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
 
 
 def measure(
@@ -45,8 +45,7 @@ def measure(
         progress: called as (label, done, total) in worker processes.
 
     Raises:
-        OptionsError, PeerError, BundleError, DecoderError, GgufHeaderError: the user's input, before anything is
-            measured.
+        UserError: the user's input, before anything is measured.
     """
     options = options or BenchOptions()
     options.check()
@@ -55,25 +54,33 @@ def measure(
         check_threads(threads)
     peers = read_peers(specs, options.positions, names, options.provider, options.cuda_graph)
     check_memory(peers, settings, options.root)
-    device: dict[str, Any] = {**probe()}
+    device = probe()
     widths = sorted({setting.threads for setting in settings})
-    before = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
+    before = [probe_bandwidth(choose_cores(n), device["last_level_cache_bytes"]) for n in widths]
     with Recorder(options.root) as recorder:
         rounds = Rounds(peers, options, recorder, progress)
         rounds.rest()
         if options.cold:
             rounds.load_cold()
         rounds.run()
-    after = [probe_bandwidth(choose_cores(n), device.get("last_level_cache_bytes")) for n in widths]
+    after = [probe_bandwidth(choose_cores(n), device["last_level_cache_bytes"]) for n in widths]
     outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
     result = Result(
-        device=device,
+        device={**device},
         measurements=[_measurement(outcome, options) for outcome in outcomes],
         bandwidth=[joined(a, b) for a, b in zip(before, after, strict=True)],
         command=command_line(),
-        versions=_versions(outcomes),
+        versions={
+            "python": platform.python_version(),
+            **package_versions(),
+            **{name: version for outcome in outcomes for name, version in outcome.versions.items()},
+        },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings={**_record(options), "power": recorder.facts(), **_asked(peers, options, widths[0])},
+        settings={
+            **{name: getattr(options, name) for name in RECORDED},
+            "power": recorder.facts(),
+            **_asked(peers, options, widths[0]),
+        },
     )
     return _judged(result)
 
@@ -96,12 +103,7 @@ def check_memory(peers: Sequence[Peer], settings: Sequence[Setting], root: Path 
             )
 
 
-def _record(options: BenchOptions) -> dict[str, Any]:
-    kept = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
-    return {name: getattr(options, name) for name in kept}
-
-
-def _asked(peers: Sequence[Peer], options: BenchOptions, threads: int) -> dict[str, Any]:
+def _asked(peers: Sequence[Peer], options: BenchOptions, threads: int) -> Json:
     """What each model says to the text of the options."""
     if not options.text:
         return {}
@@ -133,21 +135,8 @@ def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:
 
 def _judged(result: Result) -> Result:
     judged = []
-    caches: dict[int, Bandwidth] = {b.n_threads: b for b in result.bandwidth}
+    caches = {b.n_threads: b.last_level_cache_bytes for b in result.bandwidth}
     for m in result.measurements:
-        status, reasons = judge(m, result.ceiling_ts(m), caches[m.n_threads].last_level_cache_bytes)
-        failed = bool(m.reasons)
-        judged.append(replace(m, status=INVALID if failed else status, reasons=[*m.reasons, *reasons]))
+        status, reasons = judge(m, result.ceiling_ts(m), caches[m.n_threads])
+        judged.append(replace(m, status=INVALID if m.reasons else status, reasons=[*m.reasons, *reasons]))
     return replace(result, measurements=judged)
-
-
-def _versions(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("saap", "onnxruntime", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # a copied tree, or a build of ONNX Runtime under another name
-    for outcome in outcomes:
-        versions.update(outcome.versions)
-    return versions

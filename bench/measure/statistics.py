@@ -6,9 +6,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 # One process is judged by a low quantile of its steps. What disturbs a process (another program, an interrupt) only
 # ever makes steps slower and often hits a part of them, so the undisturbed ones tell more; a slower model slows all.
@@ -27,14 +29,8 @@ class Summary:
     q1: float
     q3: float
 
-    @property
-    def iqr(self) -> float:
-        """Interquartile range."""
-        return self.q3 - self.q1
-
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """Summary of the values, or None when there are none."""
     if not values:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -133,23 +129,22 @@ def least_p_value(old: int, new: int, paired: bool) -> float:
     return 2 * 0.5**old if paired and old == new else 2 / math.comb(old + new, old)
 
 
-def _logarithms(values: Sequence[float]) -> Any:
+def _logarithms(values: Sequence[float]) -> Floats:
     if not len(values):
         raise ValueError("a ratio needs at least one value on each side")
-    return np.log(np.asarray(values, dtype=np.float64))
+    logarithms: Floats = np.log(np.asarray(values, dtype=np.float64))
+    return logarithms
 
 
-def _hodges_lehmann(rows: Any) -> Any:
+def _hodges_lehmann(rows: Floats) -> Floats:
     """Median of all pairwise means of each row, itself included (Hodges and Lehmann 1963); [rows, n] -> [rows]."""
     i, j = np.triu_indices(rows.shape[1])
     some = max(1, MOST_SUMS // len(i))
-    return np.concatenate([_medians_of_means(rows[n : n + some], i, j) for n in range(0, len(rows), some)])
-
-
-def _medians_of_means(rows: Any, i: Any, j: Any) -> Any:
-    """Of each row the median of the means of its values ``i`` and ``j``."""
-    sums = np.take(rows, i, axis=1)
-    sums += np.take(rows, j, axis=1)
-    sums.sort(axis=1)  # several times faster than np.median, which partitions
-    count = sums.shape[1]
-    return (sums[:, (count - 1) // 2] + sums[:, count // 2]) / 4
+    medians = []
+    for start in range(0, len(rows), some):
+        sums = np.take(rows[start : start + some], i, axis=1)
+        sums += np.take(rows[start : start + some], j, axis=1)
+        sums.sort(axis=1)  # several times faster than np.median, which partitions
+        count = sums.shape[1]
+        medians.append((sums[:, (count - 1) // 2] + sums[:, count // 2]) / 4)
+    return np.concatenate(medians)

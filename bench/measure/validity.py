@@ -51,7 +51,6 @@ class Rule:
     reason: str
 
     def find(self, values: Values) -> Finding | None:
-        """What this rule says of one repetition; an unknown counter breaks none."""
         value = values.get(self.key)
         if value is None or not self.breaks(value):
             return None
@@ -94,11 +93,6 @@ RULES = (
 FIRMWARE_FLAGS = {1: "under-voltage", 2: "a capped clock", 4: "throttling", 8: "the soft temperature limit"}
 
 
-def judge_sample(values: Values) -> list[tuple[str, str]]:
-    """(status, reason) of every rule that one repetition's counters break; what is unknown breaks none."""
-    return [(finding.status, finding.reason) for finding in _findings(values)]
-
-
 def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int | None) -> tuple[str, list[str]]:
     """Status and reasons of a measurement that has all its repetitions.
 
@@ -134,7 +128,7 @@ def drift(samples: Sequence[Sample]) -> float | None:
 
 
 def _findings(values: Values) -> Iterator[Finding]:
-    """One per broken rule."""
+    """One per broken rule; a counter that is unknown breaks none."""
     seen = set()
     for rule in RULES:
         finding = rule.find(values)
@@ -188,7 +182,7 @@ def _memory_limit(values: Values) -> float:
 
 
 def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    """Rules on single repetitions, the worst of each told."""
+    """(status, reason) of the rules on single repetitions, the worst of each."""
     by_rule: dict[str, list[Finding]] = {}
     for sample in samples:
         for finding in (*_findings(sample.counters), *_unsteady(sample)):
@@ -202,16 +196,11 @@ def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
 
 def _unsteady(sample: Sample) -> Iterator[Finding]:
     if sample.steady is False:
-        yield Finding(
-            "steady",
-            WARN,
-            1.0,
-            "warm-up had not become steady when it ended: leave the machine alone",
-        )
+        yield Finding("steady", WARN, 1.0, "warm-up had not become steady when it ended: leave the machine alone")
 
 
 def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    """Rules on what moved from one repetition to another."""
+    """(status, reason) of the rules on what moved from one repetition to another."""
     boots, levels, room = (_known(samples, key) for key in ("boot_id", "clock_s", "room_bytes"))
     if len(set(boots)) > 1:
         yield INVALID, "the host was restarted between repetitions"

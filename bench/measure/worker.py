@@ -11,22 +11,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.child import job_and_tell
 from bench.measure.cores import drift, level, pin, probe_clock
-from bench.measure.gpu import GpuWatch
+from bench.measure.gpu import GpuWatch, open_nvml
 from bench.measure.host_state import counters, snapshot
-from bench.measure.memory import available, peak_rss, reset_peak, resident, resident_split
+from bench.measure.memory import peak_rss, reset_peak, resident, resident_split
 from bench.measure.result import Sample
 from bench.runtimes.decoders import make_decoder, provider_facts
-from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from bench.runtimes.facts import PeerFacts
+from devices.common.cgroup import available
+from export.bundle.decoder import Decoder, Ids, Logits
 
 Clock = Callable[[], float]
 Live = Callable[[str, float], None]  # (phase, tokens per second)
@@ -156,26 +158,42 @@ class Job:
 
     @property
     def positions(self) -> int:
-        """Positions of the cache."""
         return len(self.context) + len(self.prompt) + self.n_gen
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a worker says last; ``window`` is decode's (start, end) on time.monotonic."""
+
+    sample: Sample
+    window: tuple[float, float]
+    facts: PeerFacts
+
+
+@dataclass(frozen=True)
+class ColdLoad:
+    """What a worker says that only loads; ``read_bytes`` came from storage."""
+
+    load_s: float
+    read_bytes: int | None
+
+
 Load = Callable[[Job], Decoder]
-Facts = Callable[[Decoder], dict[str, Any]]
+Facts = Callable[[Decoder], PeerFacts]
 
 
-def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, Any], Decoder]:
+def sample(job: Job, load: Load, live: Live | None = None) -> tuple[Sample, tuple[float, float], Decoder]:
     """Load, warm up, measure once; clocks, memory and the host's counters are read between the parts.
 
     Returns:
-        ``{"sample": ..., "window": (start, end) of decode on time.monotonic}``, and the decoder.
+        The sample, the window of decode on time.monotonic, and the decoder.
     """
     linux = sys.platform.startswith("linux")  # whose monotonic clock all processes share
     startup_s = time.monotonic() - job.spawned_at if job.spawned_at is not None and linux else None
     pin(job.cpus)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    base, clock = resident(), time.monotonic
-    gpu = GpuWatch(Path(job.root)) if job.provider != "cpu" else None
+    base, clock, root = resident(), time.monotonic, Path(job.root)
+    gpu = GpuWatch(root, open_nvml()) if job.provider != "cpu" else None
     begin = clock()
     decoder = load(job)
     load_s = clock() - begin
@@ -184,15 +202,16 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
     peak_load, apart = peak_rss(), reset_peak()
     prompt, context = np.asarray(job.prompt, np.int64), np.asarray(job.context, np.int64)
     warmup_s, steady = warm_up(decoder, prompt, job.warmup, clock, context, job.n_gen)
-    probes, before = probe_clock(), snapshot(job.cpus, Path(job.root))
+    probes, before = probe_clock(), snapshot(job.cpus, root)
     done = timed_pass(decoder, prompt, job.n_gen, clock, context, live)
     clocks = gpu.clocks() if gpu else {}  # first: they fall within moments
-    happened = {**counters(before, snapshot(job.cpus, Path(job.root)), len(job.cpus)), **clocks}
+    happened = {**counters(before, snapshot(job.cpus, root), len(job.cpus)), **clocks}
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
     happened["clock_s"] = level(probes)
     if gpu:
         happened["provider_fallback"] = float(provider_facts(decoder).fallback)
     gpu_bytes, no_gpu = gpu.memory() if gpu else (None, "the CPU computed")
+    split, left = resident_split(), available(root)
     taken = Sample(
         started_at=started,
         order=job.order,
@@ -201,72 +220,61 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[dict[str, An
         prefill_s=done.prefill_s,
         ttft_s=done.ttft_s,
         token_s=done.token_s,
+        peak_load_bytes=peak_load,
+        peak_decode_bytes=peak_rss() if apart else None,
+        anonymous_bytes=split.anonymous,
+        file_bytes=split.file,
         counters=happened,
         startup_s=startup_s,
         base_bytes=base,
-        steady=steady,
+        pss_bytes=split.pss,
+        available_drop_bytes=None if job.available_before is None or left is None else job.available_before - left,
         gpu_bytes=gpu_bytes,
-        **_memory(job, peak_load, apart),
+        steady=steady,
     )
-    unknown = {**_unknown(taken), **({"gpu_bytes": no_gpu} if no_gpu else {})}
-    return {"sample": {**asdict(taken), "unknown": unknown}, "window": done.window}, decoder
+    return replace(taken, unknown=_unknown(taken, no_gpu)), done.window, decoder
 
 
-def _unknown(taken: Sample) -> dict[str, str]:
+def _unknown(taken: Sample, no_gpu: str | None) -> dict[str, str]:
     """Why memory and counters are null."""
-    counted = {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in taken.counters.items() if v is None}
-    return {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None} | counted
+    unknown = {name: NOT_LINUX for name in _MEMORY if getattr(taken, name) is None}
+    unknown |= {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in taken.counters.items() if v is None}
+    return unknown if no_gpu is None else {**unknown, "gpu_bytes": no_gpu}
 
 
 _MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_bytes", "pss_bytes", "available_drop_bytes")
 
 
-def _memory(job: Job, peak_load: int | None, apart: bool) -> dict[str, Any]:
-    """The present memory, by the names of ``_MEMORY``; a peak that could not be reset is none of decode."""
-    split, left = resident_split(), available(Path(job.root))
-    drop = None if job.available_before is None or left is None else job.available_before - left
-    return {
-        "peak_load_bytes": peak_load,
-        "peak_decode_bytes": peak_rss() if apart else None,
-        "anonymous_bytes": split.anonymous if split else None,
-        "file_bytes": split.file if split else None,
-        "pss_bytes": split.pss if split else None,
-        "available_drop_bytes": drop,
-    }
-
-
-def main(runtime: Callable[[Job], tuple[Load, Facts]] | None = None) -> None:
-    """Read the job from stdin, write ``{"sample": ..., "window": ..., **facts}`` to stdout."""
+def main() -> None:
+    """Read the ``Job`` from stdin, write a ``Measured`` or a ``ColdLoad`` to stdout."""
     given, tell = job_and_tell()
-    job = Job(**given)
-    load, facts = (runtime or runtime_of)(job)
+    job = msgspec.convert(given, Job)
+    load, facts = _runtime_of(job)
     if job.only_load:
-        tell(_loaded(job, load))
+        tell(asdict(_loaded(job, load)))
         return
-    taken, decoder = sample(job, load, lambda phase, rate: tell({"phase": phase, "rate": rate}))
-    tell({**taken, **facts(decoder)})
+    taken, window, decoder = sample(job, load, lambda phase, rate: tell({"phase": phase, "rate": rate}))
+    tell(asdict(Measured(taken, window, facts(decoder))))
 
 
-def runtime_of(job: Job) -> tuple[Load, Facts]:
+def _runtime_of(job: Job) -> tuple[Load, Facts]:
     """What loads the model and what tells its facts; packages are imported here, which is not loading a model."""
     if job.runtime is None:
         import onnxruntime  # noqa: F401
 
-        return load_bundle, bundle_facts
+        return load_bundle, _bundle_facts
     peer = import_module(job.runtime)
-    peer.prepare()
+    for package in peer.PACKAGES:
+        import_module(package)
     return lambda job: peer.load(Path(job.path), job.threads, job.positions), peer.facts
 
 
-def _loaded(job: Job, load: Load) -> dict[str, Any]:
-    """Seconds of a load, and what it read from storage."""
+def _loaded(job: Job, load: Load) -> ColdLoad:
     pin(job.cpus)
-    before, begin = snapshot(job.cpus), time.monotonic()
+    before, begin = snapshot(job.cpus).read_bytes, time.monotonic()
     load(job)
-    load_s = time.monotonic() - begin
-    after = snapshot(job.cpus)
-    known = before.read_bytes is not None and after.read_bytes is not None
-    return {"load_s": load_s, "read_bytes": after.read_bytes - before.read_bytes if known else None}  # type: ignore[operator]
+    load_s, after = time.monotonic() - begin, snapshot(job.cpus).read_bytes
+    return ColdLoad(load_s, None if before is None or after is None else after - before)
 
 
 def load_bundle(job: Job) -> Decoder:
@@ -276,13 +284,13 @@ def load_bundle(job: Job) -> Decoder:
     )
 
 
-def bundle_facts(decoder: Decoder) -> dict[str, Any]:
+def _bundle_facts(decoder: Decoder) -> PeerFacts:
     """Sizes are in the manifest, which the parent has; what a GPU's session really ran on is only known here."""
     facts = provider_facts(decoder)
     if facts.asked == "cpu":
-        return {}
+        return PeerFacts()
     on_cpu = f", on the CPU: {', '.join(facts.on_cpu)}" if facts.on_cpu else ""
-    return {"versions": {"provider": f"{facts.active}, nodes {facts.nodes}{on_cpu}"}}
+    return PeerFacts({"provider": f"{facts.active}, nodes {facts.nodes}{on_cpu}"})
 
 
 if __name__ == "__main__":

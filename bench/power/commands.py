@@ -34,7 +34,6 @@ class Commands:
         self._path = path
 
     def find(self, name: str) -> str | None:
-        """Where the program is, None if it is not installed."""
         return shutil.which(name, path=self._path)
 
     def run(self, command: Sequence[str]) -> str:
@@ -52,17 +51,11 @@ class Commands:
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """A program whose lines are read while it runs."""
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        nothing = subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, start_new_session=True)
 
 
 def tegrastats(commands: Commands) -> Found:
-    """The rails that tegrastats prints, ten times a second."""
     program = commands.find("tegrastats")
     if program is None:
         return None, None
@@ -74,16 +67,14 @@ def tegrastats(commands: Commands) -> Found:
     if not labels:
         return None, f"tegrastats printed no power within {ANSWER_S:g} s"
     scope, covers = scope_of(labels)
-    return (
-        Sensor(
-            f"tegrastats {' + '.join(labels)}",
-            scope,
-            covers,
-            follow=lambda: TegrastatsStream(commands.start(command), labels),
-            rate_hz=1000 / INTERVAL_MS,
-        ),
-        None,
+    sensor = Sensor(
+        f"tegrastats {' + '.join(labels)}",
+        scope,
+        covers,
+        follow=lambda: TegrastatsStream(commands.start(command), labels),
+        rate_hz=1000 / INTERVAL_MS,
     )
+    return sensor, None
 
 
 class TegrastatsStream:
@@ -141,7 +132,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Generator[bytes, None, None]:
-    """Whole lines until the process ends."""
     assert process.stdout is not None
     with process.stdout as stdout:
         while (line := stdout.readline(MOST_LINE)).endswith(b"\n"):

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +76,6 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="power", daemon=True)
 
     def __enter__(self) -> Recorder:
-        """Start reading."""
         if self.sensor and self.sensor.follow:
             try:
                 self._stream = self.sensor.follow()
@@ -89,14 +87,13 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading; what was read stays."""
         self._ended.set()
         if self._stream is not None:
             self._stream.close()
         if self.sensor:
             self._thread.join()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What is read, for a result: source, scope, covers, rate_hz, estimate, and why not something better."""
         if self.sensor is None:
             return {"source": None, "reasons": [self._missing]}

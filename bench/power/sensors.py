@@ -98,7 +98,6 @@ def of_rails(rails: Mapping[str, object]) -> list[str]:
 
 
 def is_input(labels: Sequence[str]) -> bool:
-    """Whether these are the input rail."""
     return len(labels) == 1 and labels[0] in INPUT_RAILS
 
 
@@ -144,7 +143,7 @@ class _Counter:
         self._total = 0
 
     def joules(self) -> float:
-        """Joules since the first call."""
+        """Since the first call."""
         now = _integer(self._energy)
         if self._last is not None:
             # The counter goes from its range to 0 (powercap's documentation).

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bench.measure.answers import NLL_TOLERANCE, answer_of, ask, numeric
+from bench.measure.answers import NLL_TOLERANCE, answer_of, ask, read_answer
 from bench.measure.options import BenchOptions
 from bench.measure.result import Result
 from bench.remote.board import Board
@@ -93,10 +93,10 @@ def emulate(
     )  # fmt: skip
     (peer,) = read_peers([spec], len(text) + GREEDY)
     manifest = read_manifest(peer.path)
-    here = numeric(ask(peer, plan, 1))
-    if "error" in here:
-        raise EmulationError(f"{spec} does not answer on this host: {here['error']}")
-    reference = Answer(f"this host ({platform.machine()})", **here)
+    here = read_answer(ask(peer, plan, 1))
+    if here.error:
+        raise EmulationError(f"{spec} does not answer on this host: {here.error}")
+    reference = Answer(f"this host ({platform.machine()})", here.tokens, here.nll)
     answers = []
     with tempfile.TemporaryDirectory(prefix="saap-emulated-") as home:
         for cpu in cpus:
@@ -137,11 +137,11 @@ def _run(spec: str, plan: BenchOptions, board: Emulated, progress: Progress | No
 def _answer(cpu: str, result: Result) -> Answer:
     told = answer_of(result)
     (m,) = result.measurements
-    if "error" in told or not m.samples:
-        why = told.get("error") or "; ".join(m.reasons)
+    if told.error or not m.samples:
+        why = told.error or "; ".join(m.reasons)
         raise EmulationError(f"{m.name} does not run on an emulated {cpu}: {why}")
     if (ran_on := result.device.get("architecture")) != "aarch64":
         raise EmulationError(f"the emulated Python of {cpu} was not used: the run was on {ran_on}")
     packages = ["python", "onnxruntime", "numpy"]
     versions = {name: result.versions[name] for name in packages if name in result.versions}
-    return Answer(cpu, told["tokens"], told["nll"], versions)
+    return Answer(cpu, told.tokens, told.nll, versions)

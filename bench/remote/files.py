@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.remote.options import BoardOptions
-from bench.runtimes.onnxruntime import check_context
 from bench.runtimes.peers import OTHER_RUNTIMES, PREPACKED, bundle_facts, memory_needs
 from devices.common.files import sha256_file
 from devices.transport import BoardError
+from export.bundle.decoder import check_context
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 
 PACKAGES = Path(__file__).resolve().parents[2]

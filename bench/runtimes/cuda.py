@@ -19,20 +19,25 @@ GPU: what the tests show is that buffers, order and masks are right, not how fas
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bench.runtimes.onnxruntime import Ids, Logits, check_context, check_threads
 from bench.runtimes.providers import MASKED, GpuSession, gpu_runtime, provider_options
+from export.bundle.decoder import BundleDecoder, Ids, Logits, as_prompt
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
 from export.bundle.session import DecoderError, check_provider, first_line
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 DEVICE = "cuda"  # where TensorRT's buffers are, too
 NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id
 
 
-class DeviceDecoder:
+class DeviceDecoder(BundleDecoder):
     """A decoder on the GPU.
 
     Args:
@@ -60,19 +65,17 @@ class DeviceDecoder:
         provider: str,
         *,
         cuda_graph: bool = False,
-        runtime: Any = None,
+        runtime: ModuleType | None = None,
     ) -> None:
         directory = Path(bundle_dir)
-        self.manifest = read_manifest(directory)
+        manifest = read_manifest(directory)
         self._ort = runtime or gpu_runtime()
-        check_provider(self.manifest, provider, str(directory), cuda_graph=cuda_graph, runtime=self._ort)
-        check_context(self.manifest, max_length, str(directory))
-        check_threads(threads)
-        self.provider, self._max_length, self._graph = provider, max_length, cuda_graph
-        providers = provider_options(self.manifest, provider, max_length, cuda_graph)
+        check_provider(manifest, provider, str(directory), cuda_graph=cuda_graph, runtime=self._ort)
+        super().__init__(manifest, directory, threads, max_length)
+        self.provider, self._graph = provider, cuda_graph
+        providers = provider_options(manifest, provider, max_length, cuda_graph)
         self.gpu = GpuSession(directory / DECODE_GRAPH, threads, providers, self._ort)
-        self._binding = self.gpu.session.io_binding()
-        self._takes_positions = any(i.name == "position_ids" for i in self.gpu.session.get_inputs())
+        self._bind(self.gpu.session)
         self._shared = provider == "cuda"
         self._hidden = 0 if self._shared else MASKED
         try:
@@ -81,105 +84,83 @@ class DeviceDecoder:
             raise DecoderError(
                 f"a cache of {max_length} positions cannot be made on the GPU ({first_line(error)}): ask for less"
             ) from error
-        self._length = 0
         self._start()
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the cache holds."""
-        return self._max_length
-
-    @property
-    def length(self) -> int:
-        """Positions in use."""
-        return self._length
 
     def reset(self) -> None:
         """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
-        if self._length:
+        if self.length:
             self.gpu.sequence_ended()
-        self._length = 0
         self._start()
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
-        prompt = np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
-        if not prompt.size:
-            raise DecoderError("an empty prompt has no next token: give at least one token")
-        total = self._total(prompt.size)
+        prompt, total = as_prompt(ids), self._with_room_for(len(ids))
         self._stepping = False
         self._binding.bind_ortvalue_input("input_ids", self._on_device(prompt))
         if self._takes_positions:
-            positions = np.arange(self._length, total, dtype=np.int64).reshape(1, -1)
+            positions = np.arange(self.length, total, dtype=np.int64).reshape(1, -1)
             self._binding.bind_ortvalue_input("position_ids", self._on_device(positions))
         self._show_mask(total)
         return self._run(total, self._eager)
 
     def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
-        total = self._total(1)
+        total = self._with_room_for(1)
         if not self._stepping:
             self._bind_step()
         # Bound values of the host would be copied when they are bound and never again.
         self._token.update_inplace(np.array([[token_id]], np.int64))
         if self._takes_positions:
-            self._position.update_inplace(np.array([[self._length]], np.int64))
+            self._position.update_inplace(np.array([[self.length]], np.int64))
         if self._graph:
-            self._mask_values[0, self._length] = 1
+            self._mask_values[0, self.length] = 1
             self._mask.update_inplace(self._mask_values)
         else:
             self._show_mask(total)
         return self._run(total, self._captured)
 
-    def _total(self, count: int) -> int:
-        total = self._length + count
-        if total > self._max_length:
-            raise DecoderError(f"the cache holds {self._max_length} positions and {total} are needed: ask for less")
-        return total
-
-    def _run(self, total: int, options: Any) -> Logits:
+    def _run(self, total: int, options: ort.RunOptions | None) -> Logits:
         try:
             self.gpu.session.run_with_iobinding(self._binding, options)
             self._binding.synchronize_outputs()
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise DecoderError(f"the provider {self.provider} failed: {first_line(error)}{_hint(error)}") from error
-        self._length = total
+        self.length = total
         if not self._shared:
             self._carry_cache()
         logits: Logits = self._logits.numpy()[0, 0]
         return logits
 
     def _allocate(self) -> None:
-        capacity = self._hidden + self._max_length
+        capacity = self._hidden + self.max_length
         self._token = self._on_device(np.zeros((1, 1), np.int64))
         self._position = self._on_device(np.zeros((1, 1), np.int64))
         shown = np.ones((1, capacity), np.int64)
         shown[:, : self._hidden] = 0
         self._shown = self._on_device(shown)
-        self._mask_values = np.zeros((1, self._max_length), np.int64)
+        self._mask_values = np.zeros((1, self.max_length), np.int64)
         self._mask = self._on_device(self._mask_values)  # of the CUDA graph
         self._logits = self._on_device(np.zeros((1, 1, self.manifest.vocab_size), np.float32))
         self._eager = self._options(NOT_CAPTURED) if self._graph else None
         self._captured = self._options(STEP) if self._graph else None
+        positions = self.max_length if self._shared else MASKED
+        shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
         self._cache = [
-            (f"{n}.{part}", self._on_device(np.zeros(self._cache_shape(layer.kv_heads), self.manifest.kv_dtype)))
-            for n, layer in enumerate(self.manifest.kv_layers)
+            (f"{n}.{part}", self._on_device(np.zeros(shape, self.manifest.kv_dtype)))
+            for n, shape in enumerate(shapes)
             for part in ("key", "value")
         ]
 
-    def _cache_shape(self, kv_heads: int) -> tuple[int, int, int, int]:
-        return 1, kv_heads, self._max_length if self._shared else MASKED, self.manifest.head_dim
-
-    def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
+    def _on_device(self, values: NDArray[np.generic]) -> ort.OrtValue:
         return self._ort.OrtValue.ortvalue_from_numpy(values, DEVICE, 0)
 
-    def _options(self, graph_id: str) -> Any:
+    def _options(self, graph_id: str) -> ort.RunOptions:
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", graph_id)
         return options
 
     def _start(self) -> None:
         """Bind an empty cache."""
+        self.length = 0
         self._stepping = False
         self._mask_values[:] = 0
         self._bind_cache(self._cache)
@@ -191,7 +172,7 @@ class DeviceDecoder:
         if self._takes_positions:
             self._binding.bind_ortvalue_input("position_ids", self._position)
         if self._graph:
-            self._mask_values[0, : self._length] = 1
+            self._mask_values[0, : self.length] = 1
             self._binding.bind_ortvalue_input("attention_mask", self._mask)
 
     def _show_mask(self, total: int) -> None:
@@ -199,7 +180,7 @@ class DeviceDecoder:
         size = self._hidden + total
         self._binding.bind_input("attention_mask", DEVICE, 0, np.int64, (1, size), self._shown.data_ptr())
 
-    def _bind_cache(self, cache: list[tuple[str, Any]]) -> None:
+    def _bind_cache(self, cache: list[tuple[str, ort.OrtValue]]) -> None:
         for name, value in cache:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if self._shared:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bench.runtimes.cuda import DeviceDecoder
-from bench.runtimes.onnxruntime import Decoder, OrtDecoder
 from bench.runtimes.providers import ProviderFacts
+from export.bundle.decoder import Decoder, OrtDecoder
 from export.bundle.session import DecoderError
 
 
@@ -19,7 +18,6 @@ def make_decoder(
     *,
     cuda_graph: bool = False,
     prepacked: bool = False,
-    runtime: Any = None,
 ) -> Decoder:
     """A bundle ready to run; its hashes are not checked.
 
@@ -30,7 +28,6 @@ def make_decoder(
         provider: cpu, cuda or tensorrt.
         cuda_graph: replay decode steps as a CUDA graph.
         prepacked: map packed weights from the user's cache; cpu only.
-        runtime: the onnxruntime module of a GPU decoder, or another one in its place.
 
     Raises:
         BundleError, DecoderError: as the decoder's class says.
@@ -39,7 +36,7 @@ def make_decoder(
         return OrtDecoder(path, threads, max_length, verify=False, prepacked=prepacked)
     if prepacked:
         raise DecoderError(f"packed weights are the CPU's, the provider {provider} has none: leave prepacked: out")
-    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph, runtime=runtime)
+    return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph)
 
 
 def provider_facts(decoder: Decoder) -> ProviderFacts:

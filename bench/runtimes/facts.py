@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from export.bundle.graph_facts import CacheInput, Tensor, read_graph
 
@@ -29,44 +28,47 @@ class ModelFacts:
     unknown: dict[str, str] = field(default_factory=dict)
 
 
-def graph_facts(graph: Path, head_size: int | None = None) -> dict[str, Any]:
-    """The fields of ``ModelFacts``; what cannot be told is None, with its reason under
-    ``unknown``.
+SIZES = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")
+
+
+@dataclass(frozen=True)
+class PeerFacts:
+    """What a worker knows of the model that it ran; ``model`` is None where a manifest has its sizes."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    model: ModelFacts | None = None
+
+
+def graph_facts(graph: Path, head_size: int | None = None) -> ModelFacts:
+    """What the graph of an ONNX file says.
 
     Args:
-        graph: the ONNX file.
         head_size: of the cache, for a graph whose inputs leave it open.
     """
-    nothing = dict.fromkeys(("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits"))
     try:
         facts = read_graph(graph)
     except ImportError:
-        return {**nothing, "unknown": dict.fromkeys(nothing, "counting the graph needs the onnx package")}
-    read = [
-        tensor
-        for tensor in facts.tensors.values()
-        if not {_kind(node.kind) for node, _ in tensor.readers} <= _LOOKED_UP
-    ]
+        return ModelFacts(unknown=dict.fromkeys(SIZES, "counting the graph needs the onnx package"))
+    tensors = list(facts.tensors.values())
+    read = [tensor for tensor in tensors if not {_kind(node.kind) for node, _ in tensor.readers} <= _LOOKED_UP]
     shares: Counter[int] = Counter()
     for tensor in read:
         if len(tensor.shape) > 1:
             shares[_matrix_bits(tensor)] += tensor.bytes
-    files = {
-        path for tensor in facts.tensors.values() if tensor.place and (path := graph.parent / tensor.place[0]).is_file()
-    }
+    files = {path for tensor in tensors if tensor.place and (path := graph.parent / tensor.place[0]).is_file()}
     kv = _kv_bytes(facts.cache, head_size)
-    return {
-        "parameters": None,
-        "model_bytes": graph.stat().st_size + sum(path.stat().st_size for path in files),
-        "weight_bytes_per_token": sum(tensor.bytes for tensor in read),
-        "kv_bytes_per_token": kv,
-        "bits": shares.most_common(1)[0][0] if shares else None,
-        "unknown": {
-            "parameters": "packed weights are not unpacked to count them",
-            **({} if kv is not None else {"kv_bytes_per_token": "the graph's cache has no fixed sizes"}),
-            **({} if shares else {"bits": "the graph has no matrices"}),
-        },
-    }
+    unknown = {"parameters": "packed weights are not unpacked to count them"}
+    if kv is None:
+        unknown["kv_bytes_per_token"] = "the graph's cache has no fixed sizes"
+    if not shares:
+        unknown["bits"] = "the graph has no matrices"
+    return ModelFacts(
+        model_bytes=graph.stat().st_size + sum(path.stat().st_size for path in files),
+        weight_bytes_per_token=sum(tensor.bytes for tensor in read),
+        kv_bytes_per_token=kv,
+        bits=shares.most_common(1)[0][0] if shares else None,
+        unknown=unknown,
+    )
 
 
 def _matrix_bits(tensor: Tensor) -> int:
@@ -76,7 +78,6 @@ def _matrix_bits(tensor: Tensor) -> int:
 
 
 def _kv_bytes(cache: list[CacheInput], head_size: int | None) -> int | None:
-    """Bytes that a token adds to the whole cache."""
     total = 0
     for each in cache:
         size = each.size or head_size

@@ -9,16 +9,34 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
-from bench.runtimes.facts import graph_facts
-from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from bench.runtimes.facts import PeerFacts, graph_facts
+from export.bundle.decoder import Decoder, Ids, Logits
 from export.bundle.manifest import MANIFEST
 
+PACKAGES = ("onnxruntime_genai",)
 CONFIG = "genai_config.json"
 _NOT_HERE: Logits = np.empty(0, np.float32)
+
+
+class _Decoder(msgspec.Struct):
+    filename: str
+    head_size: int | None = None
+
+
+class _Model(msgspec.Struct):
+    vocab_size: int
+    context_length: int
+    decoder: _Decoder
+
+
+class GenaiConfig(msgspec.Struct):
+    """What is read of a ``genai_config.json``."""
+
+    model: _Model
 
 
 class GenaiDecoder:
@@ -26,15 +44,14 @@ class GenaiDecoder:
 
     Args:
         path: a directory with ``genai_config.json``.
-        threads: intra-op threads of the session.
+        threads: of the session.
         max_length: positions of the cache.
     """
 
     def __init__(self, path: Path, threads: int, max_length: int) -> None:
         import onnxruntime_genai as genai
 
-        self.path = path
-        self.max_length = max_length
+        self.path, self.max_length = path, max_length
         config = genai.Config(str(path))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = genai.Model(config)
@@ -70,21 +87,14 @@ class GenaiDecoder:
         return int(self._generator.get_next_tokens()[0])
 
 
-def facts(decoder: Decoder) -> dict[str, Any]:
+load = GenaiDecoder
+
+
+def facts(decoder: Decoder) -> PeerFacts:
     """Versions, and sizes in bytes unless the directory is a bundle of ours, whose manifest has them."""
     assert isinstance(decoder, GenaiDecoder)
     versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
     if (decoder.path / MANIFEST).is_file():
-        return {"versions": versions}
-    told = json.loads((decoder.path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-    return {"model": graph_facts(decoder.path / told["filename"], told.get("head_size")), "versions": versions}
-
-
-def load(path: Path, threads: int, max_length: int) -> Decoder:
-    """The directory, with a cache for the prompt and the generated tokens."""
-    return GenaiDecoder(path, threads, max_length)
-
-
-def prepare() -> None:
-    """Import what loading needs: starting Python's packages is not loading a model."""
-    import onnxruntime_genai  # noqa: F401
+        return PeerFacts(versions)
+    told = msgspec.json.decode((decoder.path / CONFIG).read_bytes(), type=GenaiConfig).model.decoder
+    return PeerFacts(versions, graph_facts(decoder.path / told.filename, told.head_size))

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from bench.runtimes.facts import SIZES, ModelFacts, PeerFacts
 from devices.common.gguf_header import read_header
+from export.bundle.decoder import Decoder, Ids, Logits
 
+if TYPE_CHECKING:
+    from llama_cpp.llama_cpp import llama_batch, llama_context_params
+
+T = TypeVar("T")
+PACKAGES = ("llama_cpp.llama_cpp",)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16
 
@@ -24,7 +32,6 @@ class LlamaCppDecoder:
     """A GGUF file in llama.cpp behind the ``Decoder`` protocol.
 
     Args:
-        path: the GGUF file.
         threads: for prompts and for single tokens.
         max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
     """
@@ -32,13 +39,14 @@ class LlamaCppDecoder:
     def __init__(self, path: Path, threads: int, max_length: int) -> None:
         from llama_cpp import llama_cpp
 
-        self._lib: Any = llama_cpp
-        self.path = path
-        self.max_length = max_length
+        self._lib: ModuleType = llama_cpp
+        self.path, self.max_length = path, max_length
         self._errors: list[str] = []
         self._callback = _listen(llama_cpp, self._errors)  # the library calls it as long as we decode
         llama_cpp.llama_backend_init()
-        self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), self._model_options()))
+        on_cpu = llama_cpp.llama_model_default_params()
+        on_cpu.n_gpu_layers = 0
+        self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), on_cpu))
         self.options = self._context_options(threads, max_length)
         self.context = self._checked(llama_cpp.llama_init_from_model(self.model, self.options))
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
@@ -47,7 +55,6 @@ class LlamaCppDecoder:
         self._address, self._logits = 0, np.empty(0, np.float32)
 
     def reset(self) -> None:
-        """Forget the sequence."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self.context), False)
 
     def prefill(self, ids: Ids) -> Logits:
@@ -56,11 +63,10 @@ class LlamaCppDecoder:
         return self._decode(self._lib.llama_batch_get_one(tokens, len(ids)))
 
     def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
         self._token[0] = token_id
         return self._decode(self._one)
 
-    def _decode(self, batch: Any) -> Logits:
+    def _decode(self, batch: llama_batch) -> Logits:
         failed = self._lib.llama_decode(self.context, batch)
         if failed:
             raise RuntimeError(f"llama_decode returned {failed}: {self._last_error()}")
@@ -71,19 +77,14 @@ class LlamaCppDecoder:
             self._address = address
         return self._logits
 
-    def _model_options(self) -> Any:
-        options = self._lib.llama_model_default_params()
-        options.n_gpu_layers = 0
-        return options
-
-    def _context_options(self, threads: int, max_length: int) -> Any:
+    def _context_options(self, threads: int, max_length: int) -> llama_context_params:
         options = self._lib.llama_context_default_params()
         options.n_ctx = max_length
         options.n_batch = max(options.n_batch, max_length)  # the prompt is one call; n_ubatch still splits it
         options.n_threads = options.n_threads_batch = threads
         return options
 
-    def _checked(self, handle: Any) -> Any:
+    def _checked(self, handle: T) -> T:
         if not handle:
             sys.exit(f"llama.cpp cannot load {self.path}: {self._last_error()}")
         return handle
@@ -92,10 +93,10 @@ class LlamaCppDecoder:
         return self._errors[0] if self._errors else "it gave no reason"
 
 
-def _listen(lib: Any, errors: list[str]) -> Any:
+def _listen(lib: ModuleType, errors: list[str]) -> object:
     """Add the errors that the library logs to ``errors``, in order, and drop what else it logs; the callback."""
 
-    def note(level: int, text: bytes, _: Any) -> None:
+    def note(level: int, text: bytes, _: object) -> None:
         if level == _ERROR and text.strip():
             errors.append(text.decode(errors="replace").strip())
             print(errors[-1], file=sys.stderr)
@@ -105,39 +106,31 @@ def _listen(lib: Any, errors: list[str]) -> Any:
     return callback
 
 
-def facts(decoder: Decoder) -> dict[str, Any]:
+load = LlamaCppDecoder
+
+
+def facts(decoder: Decoder) -> PeerFacts:
     """Sizes in bytes, versions, llama.cpp's system line and the options that matter."""
     import llama_cpp
 
     assert isinstance(decoder, LlamaCppDecoder)
-    header, options = read_header(decoder.path), decoder.options
+    lib, header, options = decoder._lib, read_header(decoder.path), decoder.options
     per_value = _KV_BYTES.get(options.type_k) if options.type_k == options.type_v else None
-    sizes = {
-        "parameters": int(decoder._lib.llama_model_n_params(decoder.model)),
-        "model_bytes": decoder.path.stat().st_size,
-        "weight_bytes_per_token": header.weight_bytes_per_token,
-        "kv_bytes_per_token": header.kv_bytes_per_token(per_value) if per_value else None,
-        "bits": header.bits,
-    }
+    model = ModelFacts(
+        parameters=int(lib.llama_model_n_params(decoder.model)),
+        model_bytes=decoder.path.stat().st_size,
+        weight_bytes_per_token=header.weight_bytes_per_token,
+        kv_bytes_per_token=header.kv_bytes_per_token(per_value) if per_value else None,
+        bits=header.bits,
+    )
+    unknown = {name: "the header does not tell" for name in SIZES if getattr(model, name) is None}
     told = (
-        f"n_ctx {decoder._lib.llama_n_ctx(decoder.context)}, n_batch {options.n_batch}, n_ubatch {options.n_ubatch}, "
+        f"n_ctx {lib.llama_n_ctx(decoder.context)}, n_batch {options.n_batch}, n_ubatch {options.n_ubatch}, "
         f"flash_attn_type {options.flash_attn_type}, type_k {options.type_k}, type_v {options.type_v}"
     )
-    return {
-        "model": {**sizes, "unknown": {k: "the header does not tell" for k, v in sizes.items() if v is None}},
-        "versions": {
-            "llama-cpp-python": llama_cpp.__version__,
-            "llama.cpp system": decoder._lib.llama_print_system_info().decode().strip(),
-            "llama.cpp options": told,
-        },
+    versions = {
+        "llama-cpp-python": llama_cpp.__version__,
+        "llama.cpp system": lib.llama_print_system_info().decode().strip(),
+        "llama.cpp options": told,
     }
-
-
-def load(path: Path, threads: int, max_length: int) -> Decoder:
-    """The file, with a cache for the prompt and the generated tokens."""
-    return LlamaCppDecoder(path, threads, max_length)
-
-
-def prepare() -> None:
-    """Import what loading needs: starting Python's packages is not loading a model."""
-    from llama_cpp import llama_cpp  # noqa: F401
+    return PeerFacts(versions, replace(model, unknown=unknown))

@@ -7,21 +7,25 @@ spec needs is checked here from its own small files; the packages are looked for
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+import msgspec
 
 from bench.child import ChildFailedError, absent, call
-from bench.runtimes.facts import ModelFacts
-from bench.runtimes.onnxruntime import check_context
+from bench.runtimes.facts import SIZES, ModelFacts
+from bench.runtimes.genai import CONFIG as GENAI_CONFIG
+from bench.runtimes.genai import GenaiConfig
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
+from export.bundle.decoder import check_context
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, read_manifest, verify_files
 from export.bundle.session import check_provider, prepack
 
@@ -29,13 +33,17 @@ TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
 PREPACKED = "prepacked:"
 FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
-GENAI_CONFIG, LONGEST_NAME = "genai_config.json", 255
+LONGEST_NAME = 255  # of a file
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
 PEER_PYTHON = "SAAP_PEER_PYTHON"
-NO_ANSWER = dict.fromkeys(  # why sizes are null in a result whose worker never answered
-    ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits"), "the worker gave no answer"
-)
+
+
+class _Config(msgspec.Struct):
+    """What is read of a ``config.json``."""
+
+    vocab_size: int
+    max_position_embeddings: int | None = None
 
 
 class PeerError(UserError):
@@ -97,7 +105,7 @@ def missing_in(python: str, modules: Sequence[str]) -> list[str]:
         PeerError: it is no Python that can run our workers.
     """
     try:
-        return list(call("bench.child", {"modules": list(modules)}, 60, python=python)["missing"])
+        return cast("list[str]", call("bench.child", {"modules": list(modules)}, 60, python=python)["missing"])
     except (OSError, ChildFailedError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PeerError(
@@ -116,7 +124,6 @@ def read_peers(
     """Check every spec before anything is measured.
 
     Args:
-        specs: bundles as plain paths, the others by their prefix.
         length: positions that each must hold.
         names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
         provider: of ONNX Runtime, which only plain bundles take.
@@ -142,13 +149,7 @@ def read_peers(
 
 
 def _reader(spec: str) -> Callable[[str, int], Peer]:
-    readers = {
-        PREPACKED: _prepacked,
-        TORCH: _torch,
-        LLAMA_CPP: _llama_cpp,
-        GENAI: genai_peer,
-        OPTIMUM: _optimum,
-    }
+    readers = {PREPACKED: _prepacked, TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum}
     return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
 
 
@@ -159,17 +160,8 @@ def _bundle(spec: str, length: int) -> Peer:
     path = Path(spec).resolve()
     manifest = verify_files(path)
     check_context(manifest, length, spec)
-    return Peer(
-        name=path.name,
-        spec=spec,
-        kind="onnx",
-        path=path,
-        runtime=None,
-        vocab_size=manifest.vocab_size,
-        bundle_hash=manifest.content_hash,
-        model=bundle_facts(manifest),
-        unknown={},
-    )
+    peer = _peer(spec, "onnx", path, manifest.vocab_size, manifest)
+    return replace(peer, name=path.name, runtime=None)
 
 
 def _prepacked(spec: str, length: int) -> Peer:
@@ -180,58 +172,30 @@ def _prepacked(spec: str, length: int) -> Peer:
 
 
 def _torch(spec: str, length: int) -> Peer:
-    path = Path(spec.removeprefix(TORCH)).resolve()
+    path = _path(spec)
     config_path = path / "config.json"
     if not config_path.is_file():
         raise PeerError(f"{spec}: no config.json in {path}; give torch: a Hugging Face model directory")
     if not (find_spec("torch") and find_spec("transformers")):
         raise PeerError(f"{spec} needs PyTorch and transformers, which are not installed: pip install 'saap[prune]'")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        vocab, context = int(config["vocab_size"]), int(config.get("max_position_embeddings", length))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = msgspec.json.decode(config_path.read_bytes(), type=_Config)
+    except (OSError, ValueError):
         raise PeerError(f"{spec}: {config_path} is damaged or names no vocab_size; get the model again") from None
-    _check_context(spec, length, context)
-    return Peer(
-        name=f"{path.name} (torch)",
-        spec=spec,
-        kind="torch",
-        path=path,
-        runtime="bench.runtimes.torch",
-        vocab_size=vocab,
-        bundle_hash=None,
-        model=ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
-        unknown={"bundle_hash": "a model directory is not a bundle"},
+    _check_context(spec, length, config.max_position_embeddings)
+    return replace(
+        _peer(spec, "torch", path, config.vocab_size), unknown={"bundle_hash": "a model directory is not a bundle"}
     )
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Names with a number added from the second same one on."""
-    seen: set[str] = set()
-    out = []
-    for name in names:
-        candidate, n = name, 2
-        while candidate in seen:
-            candidate, n = f"{name} #{n}", n + 1
-        seen.add(candidate)
-        out.append(candidate)
-    return out
-
-
 def _llama_cpp(spec: str, length: int) -> Peer:
-    """A GGUF file in llama.cpp.
-
-    Raises:
-        PeerError, GgufHeaderError: no such file, too short a context, llama-cpp-python not installed.
-    """
-    path = _path(spec, LLAMA_CPP)
+    path = _path(spec)
     header = read_header(path)
-    vocab, context = header.vocab_size, header.context_length
-    if not vocab or not context:
+    if not header.vocab_size or not header.context_length:
         raise PeerError(f"{spec}: the header names no vocabulary or no context length; get a complete GGUF model")
-    _check_context(spec, length, context)
+    _check_context(spec, length, header.context_length)
     python = python_with(["llama_cpp"], spec, "llama-cpp-python")
-    return _peer(spec, f"{path.stem} (llama.cpp)", "llama.cpp", path, vocab, python)
+    return _peer(spec, "llama.cpp", path, header.vocab_size, python=python)
 
 
 def genai_peer(spec: str, length: int) -> Peer:
@@ -240,36 +204,71 @@ def genai_peer(spec: str, length: int) -> Peer:
     Raises:
         PeerError, BundleError: no ``genai_config.json``, too short a context, onnxruntime-genai not installed.
     """
-    path = _path(spec, GENAI)
-    model = _read(spec, path / GENAI_CONFIG, "a bundle, or a folder of onnxruntime-genai's model builder").get("model")
-    vocab, context, graph = _sizes(spec, path / GENAI_CONFIG, model)
+    path = _path(spec)
+    config = path / GENAI_CONFIG
+    document = _read(spec, config, "a bundle, or a folder of onnxruntime-genai's model builder")
+    try:
+        model = msgspec.convert(document, GenaiConfig).model
+    except ValueError:
+        model = None
+    graph = model.decoder.filename if model else ""
+    if model is None or len(graph) > LONGEST_NAME or Path(graph).name != graph:
+        raise PeerError(f"{spec}: {config} names no vocab_size, context_length or decoder; make the folder again")
     if not (path / graph).is_file():
         raise PeerError(f"{spec}: {GENAI_CONFIG} names {graph}, which is not there; make the folder again")
-    _check_context(spec, length + 1, context)  # genai counts the token that is drawn last, too
+    _check_context(spec, length + 1, model.context_length)  # genai counts the token that is drawn last, too
     python = python_with(["onnxruntime_genai"], spec, "onnxruntime-genai")
-    return _peer(spec, f"{path.name} (genai)", "genai", path, vocab, python)
+    return _peer(spec, "genai", path, model.vocab_size, _manifest(path), python)
 
 
 def _optimum(spec: str, length: int) -> Peer:
-    """A portable bundle of uniform sizes, or optimum's own export, in optimum-onnx.
-
-    Raises:
-        PeerError, BundleError: no ``model.onnx`` or ``config.json``, too short a context, optimum-onnx not installed.
-    """
-    path = _path(spec, OPTIMUM)
-    config = _read(spec, path / "config.json", "a directory of `saap export --target portable` or of optimum")
+    """A portable bundle of uniform sizes, or optimum's own export, in optimum-onnx."""
+    path = _path(spec)
+    document = _read(spec, path / "config.json", "a directory of `saap export --target portable` or of optimum")
     if not (path / DECODE_GRAPH).is_file():
         raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
-    vocab, context = config.get("vocab_size"), config.get("max_position_embeddings", length)
-    if not isinstance(vocab, int) or not isinstance(context, int):
-        raise PeerError(f"{spec}: {path / 'config.json'} names no vocab_size; export the model again")
-    _check_context(spec, length, context)
+    try:
+        config = msgspec.convert(document, _Config)
+    except ValueError:
+        raise PeerError(f"{spec}: {path / 'config.json'} names no vocab_size; export the model again") from None
+    _check_context(spec, length, config.max_position_embeddings)
     python = python_with(["optimum.onnxruntime", "torch"], spec, "'saap[optimum]'")
-    return _peer(spec, f"{path.name} (optimum)", "optimum", path, vocab, python)
+    return _peer(spec, "optimum", path, config.vocab_size, _manifest(path), python)
+
+
+def _peer(
+    spec: str, kind: str, path: Path, vocab: int, manifest: BundleManifest | None = None, python: str = sys.executable
+) -> Peer:
+    """With the facts of the manifest where there is one, else those that the worker will tell."""
+    untold = ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(SIZES, "the worker gave no answer"))
+    return Peer(
+        name=f"{path.stem if path.is_file() else path.name} ({kind})",
+        spec=spec,
+        kind=kind,
+        path=path,
+        runtime=f"bench.runtimes.{kind.replace('.', '_')}",
+        vocab_size=vocab,
+        bundle_hash=manifest.content_hash if manifest else None,
+        model=bundle_facts(manifest) if manifest else untold,
+        unknown={} if manifest else {"bundle_hash": "it is not a bundle"},
+        python=python,
+    )
+
+
+def _manifest(path: Path) -> BundleManifest | None:
+    return verify_files(path) if (path / MANIFEST).is_file() else None
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names with a number added from the second same one on."""
+    chosen: list[str] = []
+    for name in names:
+        numbered = (f"{name} #{n}" for n in count(2))
+        chosen.append(next(candidate for candidate in chain([name], numbered) if candidate not in chosen))
+    return chosen
 
 
 def bundle_facts(manifest: BundleManifest) -> ModelFacts:
-    """Sizes as the bundle's manifest has them."""
     return ModelFacts(
         parameters=manifest.parameters,
         model_bytes=sum(manifest.files[name].bytes for name in (DECODE_GRAPH, WEIGHTS) if name in manifest.files),
@@ -292,40 +291,22 @@ def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> di
 
 
 def _weight_files(path: Path) -> int:
-    """Bytes of the weights' files."""
     if path.is_file():
         return path.stat().st_size
     kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data")
     return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 
-def _peer(spec: str, name: str, kind: str, path: Path, vocab: int, python: str) -> Peer:
-    """With the facts of the manifest where the directory is a bundle, else those that the worker will tell."""
-    manifest = verify_files(path) if (path / MANIFEST).is_file() else None
-    return Peer(
-        name=name,
-        spec=spec,
-        kind=kind,
-        path=path,
-        runtime=f"bench.runtimes.{kind.replace('.', '_')}",
-        vocab_size=vocab,
-        bundle_hash=manifest.content_hash if manifest else None,
-        model=bundle_facts(manifest) if manifest else ModelFacts(vocab_size=vocab, unknown=dict(NO_ANSWER)),
-        unknown={} if manifest else {"bundle_hash": "it is not a bundle"},
-        python=python,
-    )
+def _path(spec: str) -> Path:
+    return Path(spec.partition(":")[2]).resolve()
 
 
-def _path(spec: str, prefix: str) -> Path:
-    return Path(spec.removeprefix(prefix)).resolve()
-
-
-def _check_context(spec: str, length: int, context: int) -> None:
-    if length > context:
+def _check_context(spec: str, length: int, context: int | None) -> None:
+    if context is not None and length > context:
         raise PeerError(f"{length} tokens of context do not fit {spec}: it holds 1 to {context}; ask for less")
 
 
-def _read(spec: str, path: Path, wanted: str) -> dict[str, Any]:
+def _read(spec: str, path: Path, wanted: str) -> dict[str, object]:
     if not path.is_file():
         raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
     try:
@@ -335,15 +316,3 @@ def _read(spec: str, path: Path, wanted: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise PeerError(f"{spec}: {path} is damaged; give {wanted}")
     return document
-
-
-def _sizes(spec: str, path: Path, model: Any) -> tuple[int, int, str]:
-    """Vocabulary, context and the graph's file name of a ``genai_config.json``."""
-    try:
-        vocab, context, graph = model["vocab_size"], model["context_length"], model["decoder"]["filename"]
-    except (KeyError, TypeError):
-        vocab = context = graph = None
-    named = isinstance(graph, str) and len(graph) <= LONGEST_NAME and Path(graph).name == graph
-    if type(vocab) is not int or type(context) is not int or not named:
-        raise PeerError(f"{spec}: {path} names no vocab_size, context_length or decoder; make the folder again")
-    return vocab, context, graph

@@ -20,15 +20,22 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from devices.common.files import cache_directory
 from export.bundle.external_data import check_external_data
 from export.bundle.manifest import BundleManifest
 from export.bundle.session import EXECUTION, DecoderError, first_line, session_options
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Providers = list[tuple[str, dict[str, str]]]  # in their order, with options
 MASKED = 1  # positions before the sequence in a TensorRT cache: an optimisation profile cannot begin at none
 
 # Arithmetic on lengths and positions, which ONNX Runtime places on the CPU beside any provider.
@@ -56,18 +63,17 @@ class ProviderFacts:
         return self.active != self.asked or bool(self.on_cpu) or unused
 
 
-def gpu_runtime() -> Any:
+def gpu_runtime() -> ModuleType:
     """The onnxruntime module, with CUDA's libraries loaded from pip's packages where they are there.
 
     CUDA counts GPUs by speed and NVML by bus; they are made to agree, so that clocks are those of the GPU that runs.
     """
-    import onnxruntime as ort
-
+    runtime = import_module("onnxruntime")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    if hasattr(ort, "preload_dlls") and EXECUTION["cuda"] in ort.get_available_providers():
+    if hasattr(runtime, "preload_dlls") and EXECUTION["cuda"] in runtime.get_available_providers():
         with contextlib.redirect_stdout(sys.stderr):
-            ort.preload_dlls()
-    return ort
+            runtime.preload_dlls()
+    return runtime
 
 
 class GpuSession:
@@ -81,7 +87,7 @@ class GpuSession:
         DecoderError: ONNX Runtime refuses the graph, or would run it on another provider.
     """
 
-    def __init__(self, graph: Path, threads: int, providers: list[tuple[str, dict[str, str]]], runtime: Any) -> None:
+    def __init__(self, graph: Path, threads: int, providers: Providers, runtime: ModuleType) -> None:
         check_external_data(graph)
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
         self._placed: dict[str, Counter[str]] | None = None
@@ -115,52 +121,44 @@ class GpuSession:
         self._profiles.cleanup()
         self._profiles = None
 
-    def placed(self) -> dict[str, Counter[str]]:
-        """Provider (ONNX Runtime's name) -> operator -> number of nodes. At least one run must have been made."""
-        self.sequence_ended()
-        if self._placed is None:
-            self._placed = _placed_by_session(self.session)
-        return self._placed
-
     def facts(self, asked: str) -> ProviderFacts:
-        """What ran where, in our names."""
+        """What ran where, in our names; at least one run must have been made."""
+        self.sequence_ended()
+        placed = _placed_by_session(self.session) if self._placed is None else self._placed
         names = {execution: name for name, execution in EXECUTION.items()}
-        placed = self.placed()
-        on_cpu = sorted(set(placed.get(EXECUTION["cpu"], ())) - SHAPE_OPERATORS)
+        first = self.session.get_providers()[0]
         return ProviderFacts(
             asked,
-            names.get(self.session.get_providers()[0], self.session.get_providers()[0]),
+            names.get(first, first),
             {names.get(execution, execution): sum(count.values()) for execution, count in placed.items()},
-            tuple(on_cpu),
+            tuple(sorted(set(placed.get(EXECUTION["cpu"], ())) - SHAPE_OPERATORS)),
         )
 
 
-def placed_by_profile(events: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+def placed_by_profile(events: Iterable[dict[str, object]]) -> dict[str, Counter[str]]:
     """Provider -> operator -> number of different nodes in the events of a profile, however often each ran."""
-    seen = {
-        (event["name"], arguments["provider"], arguments.get("op_name", "?"))
-        for event in events
-        if event.get("cat") == "Node" and (arguments := event.get("args", {})).get("provider")
-    }
-    return _counted([(provider, operator) for _, provider, operator in seen])
+    seen = set()
+    for event in events:
+        arguments = event.get("args")
+        if event.get("cat") == "Node" and isinstance(arguments, dict) and arguments.get("provider"):
+            seen.add((event["name"], arguments["provider"], arguments.get("op_name", "?")))
+    return _counted((provider, operator) for _, provider, operator in seen)
 
 
-def _placed_by_session(session: Any) -> dict[str, Counter[str]]:
+def _placed_by_session(session: ort.InferenceSession) -> dict[str, Counter[str]]:
     subgraphs = session.get_provider_graph_assignment_info()
-    return _counted([(part.ep_name, node.op_type) for part in subgraphs for node in part.get_nodes()])
+    return _counted((part.ep_name, node.op_type) for part in subgraphs for node in part.get_nodes())
 
 
-def _counted(nodes: list[tuple[str, str]]) -> dict[str, Counter[str]]:
+def _counted(nodes: Iterable[tuple[str, str]]) -> dict[str, Counter[str]]:
     counts: dict[str, Counter[str]] = {}
     for provider, operator in nodes:
         counts.setdefault(provider, Counter())[operator] += 1
     return counts
 
 
-def provider_options(
-    manifest: BundleManifest, provider: str, max_length: int, cuda_graph: bool
-) -> list[tuple[str, dict[str, str]]]:
-    """Providers of a GPU session in their order, with options; ``max_length`` is the positions of the cache."""
+def provider_options(manifest: BundleManifest, provider: str, max_length: int, cuda_graph: bool) -> Providers:
+    """Providers of a GPU session; ``max_length`` is the positions of the cache."""
     cuda = (EXECUTION["cuda"], {"device_id": "0", **({"enable_cuda_graph": "1"} if cuda_graph else {})})
     if provider == "cuda":
         return [cuda]

@@ -6,29 +6,32 @@ The only file of this package that imports torch, and only in the process of its
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.runtimes.onnxruntime import Decoder, Ids, Logits
+from bench.runtimes.facts import ModelFacts, PeerFacts
+from export.bundle.decoder import Decoder, Ids, Logits
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache, PreTrainedModel
+
+PACKAGES = ("torch", "transformers")
 
 
 class TorchDecoder:
     """A transformers causal model behind the ``Decoder`` protocol."""
 
-    def __init__(self, model: Any, path: Path, max_length: int) -> None:
-        self.model = model
-        self.path = path
-        self.max_length = max_length
-        self.cache: Any = None
-        self.length = 0
+    def __init__(self, model: PreTrainedModel, path: Path, max_length: int) -> None:
+        self.model, self.path, self.max_length = model, path, max_length
+        self.reset()
 
     def reset(self) -> None:
-        """Forget the sequence."""
-        self.cache, self.length = None, 0
+        self.cache: Cache | None = None
+        self.length = 0
 
     def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
         import torch
 
         with torch.inference_mode():
@@ -44,12 +47,11 @@ class TorchDecoder:
         return logits
 
     def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
         return self.prefill(np.array([token_id], np.int64))
 
 
-def facts(decoder: Decoder) -> dict[str, Any]:
-    """Sizes in bytes and versions, for the result: ``{"model": ..., "versions": ...}``."""
+def facts(decoder: Decoder) -> PeerFacts:
+    """Sizes of the tensors in memory; the cache has been used."""
     import torch
     import transformers
 
@@ -61,22 +63,21 @@ def facts(decoder: Decoder) -> dict[str, Any]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     head_shares = {p.data_ptr() for p in head.parameters()} if head is not None else set()
     gathered = sum(_bytes(p) for p in table.parameters() if p.data_ptr() not in head_shares)
+    assert decoder.cache is not None
     cached = [t for layer in decoder.cache.layers for t in (layer.keys, layer.values) if t is not None]
     on_disk = sum(p.stat().st_size for p in decoder.path.glob("*.safetensors"))
-    return {
-        "model": {
-            "parameters": sum(p.numel() for p in parameters.values()),
-            "model_bytes": on_disk or None,
-            "weight_bytes_per_token": sum(map(_bytes, tensors.values())) - gathered,
-            "kv_bytes_per_token": sum(map(_bytes, cached)) // decoder.length,
-            "bits": 32,
-            "unknown": {} if on_disk else {"model_bytes": "the directory has no safetensors files"},
-        },
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    sizes = ModelFacts(
+        parameters=sum(p.numel() for p in parameters.values()),
+        model_bytes=on_disk or None,
+        weight_bytes_per_token=sum(map(_bytes, tensors.values())) - gathered,
+        kv_bytes_per_token=sum(map(_bytes, cached)) // decoder.length,
+        bits=32,
+        unknown={} if on_disk else {"model_bytes": "the directory has no safetensors files"},
+    )
+    return PeerFacts({"torch": torch.__version__, "transformers": transformers.__version__}, sizes)
 
 
-def _bytes(tensor: Any) -> int:
+def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
@@ -88,16 +89,10 @@ def load(path: Path, threads: int, max_length: int) -> Decoder:
     if (path / "saap.json").is_file():
         from saap.models.checkpoint import load_model
 
-        model: Any = load_model(path, materialise=True, verify=False)  # whoever asks for a run has done it
+        model = load_model(path, materialise=True, verify=False)  # whoever asks for a run has done it
     else:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         model.eval()
     return TorchDecoder(model, path, max_length)
-
-
-def prepare() -> None:
-    """Import what loading needs: starting Python's packages is not loading a model."""
-    import torch  # noqa: F401
-    import transformers  # noqa: F401

@@ -26,7 +26,7 @@ from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, 
 from export.bundle.session import DecoderError, check_provider, open_session, prepack
 
 if TYPE_CHECKING:
-    from onnxruntime import OrtValue
+    from onnxruntime import InferenceSession, OrtValue
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -53,7 +53,6 @@ class Decoder(Protocol):
 
 
 def check_threads(threads: int) -> None:
-    """Refuse a thread count that this process has no cores for."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not 1 <= threads <= available:
         raise DecoderError(
@@ -69,7 +68,38 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
         )
 
 
-class OrtDecoder:
+class BundleDecoder:
+    """A bundle, ``length`` positions of whose cache of ``max_length`` are in use.
+
+    Raises:
+        DecoderError: context or threads.
+    """
+
+    def __init__(self, manifest: BundleManifest, where: Path, threads: int, max_length: int) -> None:
+        check_context(manifest, max_length, str(where))
+        check_threads(threads)
+        self.manifest, self.max_length, self.length = manifest, max_length, 0
+
+    def _bind(self, session: InferenceSession) -> None:
+        self._binding = session.io_binding()
+        self._takes_positions = any(given.name == "position_ids" for given in session.get_inputs())
+
+    def _with_room_for(self, count: int) -> int:
+        """Positions in use once ``count`` more are."""
+        total = self.length + count
+        if total > self.max_length:
+            raise DecoderError(f"the cache holds {self.max_length} positions and {total} are needed: ask for less")
+        return total
+
+
+def as_prompt(ids: Ids) -> Ids:
+    """[n] -> [1, n], contiguous."""
+    if not len(ids):
+        raise DecoderError("an empty prompt has no next token: give at least one token")
+    return np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
+
+
+class OrtDecoder(BundleDecoder):
     """A bundle in ONNX Runtime on the CPU.
 
     Args:
@@ -98,41 +128,32 @@ class OrtDecoder:
         prepacked: bool = False,
     ) -> None:
         directory = Path(bundle_dir)
-        self.manifest = verify_files(directory) if verify else read_manifest(directory)
-        check_provider(self.manifest, "cpu", str(directory))
-        check_context(self.manifest, max_length, str(directory))
-        check_threads(threads)
-        self._max_length = max_length
+        manifest = verify_files(directory) if verify else read_manifest(directory)
+        check_provider(manifest, "cpu", str(directory))
+        super().__init__(manifest, directory, threads, max_length)
         graph = directory / DECODE_GRAPH
-        self._session = open_session(prepack(graph, self.manifest) if prepacked else graph, threads)
+        self._session = open_session(prepack(graph, manifest) if prepacked else graph, threads)
         # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
         move = not prepacked and self.manifest.weight_bytes_per_token <= HUGE_PAGES_LIMIT
         self.huge_page_bytes = collapse() if move else 0
-        self._binding = self._session.io_binding()
-        self._takes_positions = any(i.name == "position_ids" for i in self._session.get_inputs())
+        self._bind(self._session)
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.
         self._shared = self.manifest.target != "portable"
         self._token = np.zeros((1, 1), np.int64)
         self._mask = np.ones((1, max_length), np.int64)
         self._positions = np.arange(max_length, dtype=np.int64).reshape(1, -1)
         self._logits: Logits = np.empty((1, 1, self.manifest.vocab_size), np.float32)
-        self._bound: tuple[Ids, Logits] | None = None  # arrays of ids and logits that the binding points to
+        self._bound: Ids | None = None  # the array of ids that the binding points to
         self._kv = self._zero_cache(max_length if self._shared else 0)
         if not self._shared:
-            self._free_outputs()  # bound before the logits: _carry_cache counts on it
+            self._free_outputs()
         self.reset()
-
-    @property
-    def max_length(self) -> int:
-        return self._max_length
-
-    @property
-    def length(self) -> int:
-        return self._length
+        # Bound after the cache: _carry_cache counts on it.
+        self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
 
     def reset(self) -> None:
         """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
-        self._length = 0
+        self.length = 0
         self._past = self._kv
         self._bind_cache(self._kv)
 
@@ -142,57 +163,43 @@ class OrtDecoder:
         Raises:
             DecoderError: more than are in use.
         """
-        if not 0 <= length <= self._length:
-            raise DecoderError(f"{length} positions cannot be kept: {self._length} are in use")
+        if not 0 <= length <= self.length:
+            raise DecoderError(f"{length} positions cannot be kept: {self.length} are in use")
         if not self._shared:
             self._cut_cache(length)
-        self._length = length
+        self.length = length
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n], in pieces as in generation; the logits [vocab] after the last of them."""
-        self._check_room(len(ids))
-        for start in range(0, max(len(ids), 1), PREFILL_CHUNK):  # an empty prompt is refused there
-            last: Logits = self._append(ids[start : start + PREFILL_CHUNK])[-1]
+        prompt = as_prompt(ids)
+        self._with_room_for(len(ids))
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            last = self._run(prompt[:, start : start + PREFILL_CHUNK])
         return last
 
     def step(self, token_id: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
         self._token[0, 0] = token_id
-        last: Logits = self._run(self._token, self._logits)[-1]
-        return last
+        return self._run(self._token)
 
-    def _append(self, ids: Ids) -> Logits:
-        array = np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
-        if not array.size:
-            raise DecoderError("an empty prompt has no next token: give at least one token")
-        return self._run(array, self._logits)
-
-    def _check_room(self, count: int) -> None:
-        total = self._length + count
-        if total > self._max_length:
-            raise DecoderError(f"the cache holds {self._max_length} positions and {total} are needed: ask for less")
-
-    def _run(self, ids: Ids, logits: Logits) -> Logits:
-        count = ids.shape[1]
-        self._check_room(count)
-        total = self._length + count
+    def _run(self, ids: Ids) -> Logits:
+        """Append ``ids`` [1, n]; the logits [vocab] after the last of them."""
+        count, total = ids.shape[1], self._with_room_for(ids.shape[1])
         binding = self._binding
-        if self._bound is None or self._bound[0] is not ids or self._bound[1] is not logits:
+        if self._bound is not ids:
             binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            self._bound = (ids, logits)
+            self._bound = ids
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
         if self._takes_positions:
-            start = self._positions[:, self._length :].ctypes.data
+            start = self._positions[:, self.length :].ctypes.data
             binding.bind_input("position_ids", "cpu", 0, np.int64, (1, count), start)
         if not self._shared:
             self._free_outputs()
         self._session.run_with_iobinding(binding)
-        self._length = total
+        self.length = total
         if not self._shared:
             self._carry_cache()
-        rows: Logits = logits[0]
-        return rows
+        logits: Logits = self._logits[0, 0]
+        return logits
 
     def _zero_cache(self, positions: int) -> list[tuple[str, OrtValue]]:
         import onnxruntime as ort

@@ -391,7 +391,7 @@ def _texts(state: _State) -> list[dict[str, object]]:
     """The same prompts to every bundle, greedy."""
     import torch
 
-    from bench.runtimes.onnxruntime import OrtDecoder
+    from export.bundle.decoder import OrtDecoder
     from export.bundle.tokenizer import BundleTokenizer
     from export.generate.loop import AnswerSettings, begin_text
 

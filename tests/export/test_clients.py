@@ -10,7 +10,7 @@ from support.cuts import cut
 from support.exported import export_bundle
 from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
 from export.clients import (

@@ -14,7 +14,7 @@ import torch
 from support.cuts import cut
 from support.exported import export_bundle
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS
 from saap.prune.plan import LayerPlan, PrunePlan
 
@@ -28,7 +28,7 @@ UNEVEN = (
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 decoder = OrtDecoder(sys.argv[1], 1, 32)
 rows = [decoder.prefill(np.array(json.loads(sys.argv[2])))]
 rows += [decoder.step(token) for token in (3, 1, 4)]

@@ -19,7 +19,7 @@ from support.export_cases import IDS, MODELS, UNEVEN, logits_of, model_of, tenso
 from support.exported import export_bundle
 from support.references import reference_model
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.scoring import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE

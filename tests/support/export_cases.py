@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from support.cuts import cut
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.generate.scoring import BundleScorer, empty_past
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan

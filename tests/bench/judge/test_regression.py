@@ -24,7 +24,7 @@ from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Energy, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.generate.scoring import BundleScorer
 
 TEXT = tuple(range(3, 23))

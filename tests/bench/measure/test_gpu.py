@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.fake_trees import plant
 
-from bench.measure.gpu import gpu_facts, gpu_in_use, gpu_memory, open_nvml
+from bench.measure.gpu import GpuWatch, open_nvml
 
 MIB = 1 << 20
 CLIENTS = """\
@@ -59,11 +60,7 @@ class Nvml:
         return self._answer(self.clocks.get(kind))
 
 
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
+NOTHING = {"gpu_clock_hz": None, "gpu_memory_clock_hz": None, "gpu_busy": None}
 
 
 def orin(root: Path, privileged: bool) -> Path:
@@ -71,7 +68,7 @@ def orin(root: Path, privileged: bool) -> Path:
         "sys/kernel/debug/nvmap/iovmm/clients": CLIENTS,
         "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
     }
-    return tree(
+    return plant(
         root,
         {
             "proc/meminfo": "MemTotal: 7802040 kB\nNvMapMemFree:  0 kB\nNvMapMemUsed:  218292 kB\n",
@@ -84,56 +81,49 @@ def orin(root: Path, privileged: bool) -> Path:
 
 def test_a_discrete_gpu_tells_what_the_process_holds(tmp_path) -> None:
     nvml = Nvml([(7, 100 * MIB), (4711, 900 * MIB)], used=1200 * MIB, busy=97, clocks={1: 1980, 2: 2619})
-    assert gpu_memory(4711, tmp_path, nvml) == (900 * MIB, None)
-    assert gpu_in_use(tmp_path, nvml) == 1200 * MIB
-    facts = gpu_facts(tmp_path, nvml)
-    assert facts == {"gpu_clock_hz": 1.98e9, "gpu_memory_clock_hz": 2.619e9, "gpu_busy": 0.97}
+    gpu = GpuWatch(tmp_path, nvml)
+    assert gpu.memory(4711) == (900 * MIB, None) and gpu.in_use() == 1200 * MIB
+    assert gpu.clocks() == {"gpu_clock_hz": 1.98e9, "gpu_memory_clock_hz": 2.619e9, "gpu_busy": 0.97}
 
 
 @pytest.mark.parametrize("processes", [[(99, 5 * MIB)], [(4711, None)], None])  # a container, no answer, no support
 def test_where_the_process_is_not_told_the_growth_of_all_is(tmp_path, processes) -> None:
-    nvml = Nvml(processes, used=1200 * MIB)
-    size, why = gpu_memory(4711, tmp_path, nvml, baseline=300 * MIB)
-    assert size == 900 * MIB and "growth since before the process" in why
-    size, why = gpu_memory(4711, tmp_path, nvml)
-    assert size == 1200 * MIB and "of all processes" in why
-    assert gpu_memory(4711, tmp_path, nvml, baseline=1300 * MIB)[0] == 0
+    nvml = Nvml(processes)
+    new = GpuWatch(tmp_path, nvml)  # nothing is known of what was held before
+    nvml.used = 300 * MIB
+    gpu = GpuWatch(tmp_path, nvml)
+    for used, grown in ((1200, 900), (100, 0)):
+        nvml.used = used * MIB
+        size, why = gpu.memory(4711)
+        assert size == grown * MIB and "growth since before the process" in why
+    size, why = new.memory(4711)
+    assert size == 100 * MIB and "of all processes" in why
 
 
-def test_orin_as_root_lists_its_clients(tmp_path) -> None:
-    root = orin(tmp_path, privileged=True)
-    assert gpu_memory(4711, root) == (201 * MIB, None)
-    assert gpu_facts(root) == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": 3.199e9, "gpu_busy": 0.985}
-
-
-def test_orin_without_root_knows_the_board_only(tmp_path) -> None:
+def test_orin_lists_its_clients_to_root_and_to_others_the_board_only(tmp_path) -> None:
+    gpu = GpuWatch(orin(tmp_path / "root", privileged=True))
+    assert gpu.memory(4711) == (201 * MIB, None)
+    assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": 3.199e9, "gpu_busy": 0.985}
     root = orin(tmp_path, privileged=False)
-    assert gpu_in_use(root) == 218292 * 1024
-    size, why = gpu_memory(4711, root, baseline=18292 * 1024)
+    gpu = GpuWatch(root)
+    assert gpu.in_use() == 218292 * 1024
+    plant(root, {"proc/meminfo": "NvMapMemUsed:  418292 kB\n"})
+    size, why = gpu.memory(4711)
     assert size == 200000 * 1024 and "of all on the GPU" in why
-    assert gpu_facts(root) == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": None, "gpu_busy": 0.985}
+    assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": None, "gpu_busy": 0.985}
 
 
 def test_thor_reads_0_in_nvmap_and_answers_per_process(tmp_path) -> None:
-    root = tree(
-        tmp_path,
-        {
-            "proc/meminfo": "MemTotal: 128000000 kB\nNvMapMemUsed:  0 kB\n",
-            "sys/kernel/debug/nvmap/iovmm/clients": "user  python3  4711  0K\ntotal  0K\n",
-            "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
-            "sys/class/devfreq/gpu-nvd-0/cur_freq": "1692000000\n",
-        },
-    )
-    nvml = Nvml([(4711, 3000 * MIB)])
-    assert gpu_memory(4711, root, nvml) == (3000 * MIB, None)
-    assert gpu_in_use(root, nvml) is None
-    facts = gpu_facts(root, nvml)
-    assert facts == {
-        "gpu_clock_hz": 1.575e9,
-        "gpu_memory_clock_hz": None,
-        "gpu_busy": None,
-    }  # its load is unknown, not 0
-    size, why = gpu_memory(1, root, nvml)
+    files = {
+        "proc/meminfo": "MemTotal: 128000000 kB\nNvMapMemUsed:  0 kB\n",
+        "sys/kernel/debug/nvmap/iovmm/clients": "user  python3  4711  0K\ntotal  0K\n",
+        "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
+        "sys/class/devfreq/gpu-nvd-0/cur_freq": "1692000000\n",
+    }
+    gpu = GpuWatch(plant(tmp_path, files), Nvml([(4711, 3000 * MIB)]))
+    assert gpu.memory(4711) == (3000 * MIB, None) and gpu.in_use() is None
+    assert gpu.clocks() == {**NOTHING, "gpu_clock_hz": 1.575e9}  # its load is unknown, not 0
+    size, why = gpu.memory(1)
     assert size is None and "neither what a process holds" in why
 
 
@@ -141,17 +131,18 @@ def test_thor_reads_0_in_nvmap_and_answers_per_process(tmp_path) -> None:
     "name", ["57000000.gpu", "17000000.gp10b", "17000000.gv11b", "17000000.ga10b", "57000000.gm20b"]
 )
 def test_every_jetson_calls_its_gpu_something_else(tmp_path, name) -> None:
-    root = tree(tmp_path, {f"sys/class/devfreq/{name}/cur_freq": "76800000\n"})
-    tree(root, {"sys/kernel/debug/clk/emc/clk_rate": "1600000000\n", "sys/class/devfreq/13d40000.bpmp/cur_freq": "1\n"})
-    assert gpu_facts(root) == {"gpu_clock_hz": 76.8e6, "gpu_memory_clock_hz": 1.6e9, "gpu_busy": None}
+    plant(tmp_path, {f"sys/class/devfreq/{name}/cur_freq": "76800000\n"})
+    plant(tmp_path, {"sys/kernel/debug/clk/emc/clk_rate": "1600000000\n"})
+    plant(tmp_path, {"sys/class/devfreq/13d40000.bpmp/cur_freq": "1\n"})
+    assert GpuWatch(tmp_path).clocks() == {**NOTHING, "gpu_clock_hz": 76.8e6, "gpu_memory_clock_hz": 1.6e9}
 
 
 def test_a_host_without_a_gpu_says_why_it_knows_nothing(tmp_path) -> None:
-    assert gpu_facts(tmp_path) == {"gpu_clock_hz": None, "gpu_memory_clock_hz": None, "gpu_busy": None}
-    assert gpu_in_use(tmp_path) is None
-    size, why = gpu_memory(1, tmp_path)
+    gpu = GpuWatch(tmp_path)
+    assert gpu.clocks() == NOTHING and gpu.in_use() is None
+    size, why = gpu.memory(1)
     assert size is None and "pip install nvidia-ml-py" in why
-    size, why = gpu_memory(1, tree(tmp_path, {"sys/class/devfreq/17000000.gpu/cur_freq": "1"}))
+    size, why = GpuWatch(plant(tmp_path, {"sys/class/devfreq/17000000.gpu/cur_freq": "1"})).memory(1)
     assert size is None and "this board's nvmap tells nothing" in why
 
 
@@ -159,7 +150,7 @@ def test_a_host_without_a_gpu_says_why_it_knows_nothing(tmp_path) -> None:
 def test_the_gpu_is_the_first_that_cuda_may_see(tmp_path, monkeypatch, visible, asked) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     nvml = Nvml(busy=10, count=2)
-    assert gpu_facts(tmp_path, nvml)["gpu_busy"] == 0.1
+    assert GpuWatch(tmp_path, nvml).clocks()["gpu_busy"] == 0.1
     assert set(nvml.asked) == {asked}
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 from support.fake_trees import plant
 
 from bench.measure.host_state import counters, snapshot
-from bench.measure.validity import judge_sample
 
 STAT = "cpu  107 17 27 907 12 8 9 37 0 0\ncpu0 100 10 20 900 5 1 2 30 0 0\ncpu1 7 7 7 7 7 7 7 7 0 0\nprocs_running 4\n"
 PROC = {
@@ -40,19 +38,14 @@ def test_snapshot_of_a_fake_host(tmp_path: Path) -> None:
 
 def test_a_host_that_tells_nothing(tmp_path: Path) -> None:
     seen = snapshot([0], tmp_path)
-    values = counters(seen, seen, 1)
-    assert {key for key, value in values.items() if value is not None} == {"wall_s"}
-    assert judge_sample(values) == []
+    assert {key for key, value in counters(seen, seen, 1).items() if value is not None} == {"wall_s"}
 
 
 def test_counters_are_what_changed_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([(10.0, 1.0), (12.0, 4.0)])
-    clock = [0.0, 0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("time.process_time", lambda: clock[1])
-    clock[:] = next(now)
+    wall, process = iter([10.0, 12.0]), iter([1.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", wall.__next__)
+    monkeypatch.setattr("time.process_time", process.__next__)
     before = snapshot([0, 1], plant(tmp_path, PROC))
-    clock[:] = next(now)
     changed = {
         # 3.4 s more on the chosen cores, of which 3 by this process; 1 s on another
         "proc/stat": "cpu  547 17 27 0 0 8 9 57 0 0\ncpu0 270 10 20 0 0 1 2 50 0 0\ncpu1 177 7 7 7 7 7 7 7 0 0\n"
@@ -87,9 +80,8 @@ def test_counters_are_what_changed_in_between(tmp_path: Path, monkeypatch: pytes
 
 
 def test_short_intervals_have_no_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    monkeypatch.setattr("time.perf_counter", iter([1.0, 1.1]).__next__)
     before = snapshot([0], plant(tmp_path, PROC))
-    monkeypatch.setattr("time.perf_counter", lambda: 1.1)
     values = counters(before, snapshot([0], tmp_path), cores=1)
     shares = ("steal_share", "others_share", "neighbours_cores", "elsewhere_cores", "wait_share", "memory_stall_share")
     assert {values[name] for name in shares} == {None}
@@ -106,22 +98,3 @@ def test_this_host_is_read_quickly() -> None:
     if sys.platform == "linux":
         assert seen.busy_s and seen.all_busy_s and seen.memory_bytes and seen.room_bytes
         assert seen.room_bytes < seen.memory_bytes * 1.01
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/stat")
-def test_two_spinning_neighbours_are_seen() -> None:
-    spin = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
-    neighbours = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(2)]
-    try:
-        for neighbour in neighbours:
-            assert neighbour.stdout is not None
-            neighbour.stdout.readline()  # it runs
-        before = snapshot([0])
-        time.sleep(0.6)
-        values = counters(before, snapshot([0]), cores=1)
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.communicate()
-    assert values["neighbours_cores"] is not None and values["neighbours_cores"] > 0.5
-    assert any("other processes used" in reason for _, reason in judge_sample(values))

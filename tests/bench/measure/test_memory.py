@@ -22,7 +22,7 @@ def test_fake_process(tmp_path: Path) -> None:
 
 def test_unknown_where_the_kernel_does_not_tell(tmp_path: Path) -> None:
     assert peak_rss(tmp_path) is None
-    assert resident_split(tmp_path) is None
+    assert resident_split(tmp_path) == Split()
     assert reset_peak(tmp_path / "none") is False
 
 

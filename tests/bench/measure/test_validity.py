@@ -5,60 +5,31 @@ from typing import Any
 import pytest
 from support.bench_samples import measurement, sample
 
-from bench.measure.result import INVALID, OK, WARN, Sample
-from bench.measure.validity import drift, judge, judge_sample
+from bench.measure.result import INVALID, OK, WARN
+from bench.measure.validity import drift, judge
 
 # What a host that tells everything tells when all is well.
 QUIET: dict[str, float | None] = {
-    "wall_s": 1.0,
-    "steal_share": 0.0,
-    "others_share": 0.01,
-    "neighbours_cores": 0.02,
-    "elsewhere_cores": 0.01,
-    "runnable_others": 1,
-    "wait_share": 0.0,
-    "swapped_pages": 0.0,
-    "read_bytes": 4096.0,
-    "memory_stall_share": 0.0,
-    "memory_bytes": 8e9,
-    "room_bytes": 6e9,
-    "taken_bytes": 2e7,
-    "boot_id": 12345,
-    "clock_share": 1.0,
-    "fixed_clock": 1,
-    "temperature_c": 60.0,
-    "temperature_start_c": 50.0,
-    "firmware_throttled": 0,
-    "throttle_events": 0,
-    "cooling_state": 0,
-    "oc1_events": 0,
-    "oc2_events": 0,
-    "oc3_events": 0,
-    "mixed_cores": 0,
-    "smt_siblings": 0,
-    "clock_drift": 0.02,
-    "clock_limit": 0.03,
-    "clock_s": 0.001,
-    "provider_fallback": 0,
-}
-
-
-def repetitions(changes: list[dict[str, float | None]], **fields: Any) -> list[Sample]:
-    return [sample([0.01] * 4, i, counters={**QUIET, **change}, **fields) for i, change in enumerate(changes)]
+    "wall_s": 1.0, "steal_share": 0.0, "others_share": 0.01, "neighbours_cores": 0.02, "elsewhere_cores": 0.01,
+    "runnable_others": 1, "wait_share": 0.0, "swapped_pages": 0.0, "read_bytes": 4096.0, "memory_stall_share": 0.0,
+    "memory_bytes": 8e9, "room_bytes": 6e9, "taken_bytes": 2e7, "boot_id": 12345, "clock_share": 1.0, "fixed_clock": 1,
+    "temperature_c": 60.0, "temperature_start_c": 50.0, "firmware_throttled": 0, "throttle_events": 0,
+    "cooling_state": 0, "oc1_events": 0, "oc2_events": 0, "oc3_events": 0, "mixed_cores": 0, "smt_siblings": 0,
+    "clock_drift": 0.02, "clock_limit": 0.03, "clock_s": 0.001, "provider_fallback": 0,
+}  # fmt: skip
 
 
 def judged(changes: list[dict[str, float | None]], **fields: Any) -> tuple[str, list[str]]:
-    return judge(measurement("m", [], samples=repetitions(changes, **fields)), None, None)
+    """Repetitions on a quiet host but for these changes."""
+    samples = [sample([0.01] * 4, i, counters={**QUIET, **change}, **fields) for i, change in enumerate(changes)]
+    return judge(measurement("m", [], samples=samples), None, None)
 
 
-def test_a_quiet_host_breaks_no_rule() -> None:
-    assert judge_sample(QUIET) == []
+def test_a_host_that_is_quiet_or_tells_nothing_breaks_no_rule() -> None:
     assert judged([{}] * 5, steady=True) == (OK, [])
-
-
-def test_a_host_that_tells_nothing_breaks_no_rule() -> None:
-    assert judge_sample(dict.fromkeys(QUIET)) == [] and judge_sample({}) == []
     assert judged([dict.fromkeys(QUIET)] * 5) == (OK, [])
+    empty = [sample([0.01] * 4, i) for i in range(5)]
+    assert judge(measurement("m", [], samples=empty), None, None) == (OK, [])
 
 
 @pytest.mark.parametrize(
@@ -88,13 +59,12 @@ def test_a_host_that_tells_nothing_breaks_no_rule() -> None:
         ({"neighbours_cores": 1.0, "elsewhere_cores": 0.95}, WARN, "used 0.9 of the other cores, which share the mem"),
         ({"neighbours_cores": None, "runnable_others": 2}, WARN, "2 threads of other processes were running"),
         ({"taken_bytes": 5e8}, WARN, "other processes took 500 MB of memory"),
+        ({"taken_bytes": 2.6e8, "memory_bytes": 1e9}, WARN, "other processes took 260 MB of memory"),
     ],
 )
 def test_each_rule(change: dict[str, float | None], status: str, reason: str) -> None:
-    ((found, text),) = judge_sample({**QUIET, **change})
-    assert found == status and reason in text
     got, (told,) = judged([change] * 5)
-    assert got == status and told == f"{text} (5 of 5 repetitions)"
+    assert got == status and reason in told and told.endswith(" (5 of 5 repetitions)")
 
 
 @pytest.mark.parametrize(
@@ -113,18 +83,12 @@ def test_each_rule(change: dict[str, float | None], status: str, reason: str) ->
     ],
 )
 def test_under_the_limit(change: dict[str, float | None]) -> None:
-    assert judge_sample({**QUIET, **change}) == []
-
-
-def test_small_memory_has_a_limit_in_bytes() -> None:
-    ((status, _),) = judge_sample({**QUIET, "taken_bytes": 2.6e8, "memory_bytes": 1e9})
-    assert status == WARN
+    assert judged([change]) == (OK, [])
 
 
 def test_neighbours_on_both_kinds_of_cores_are_told_apart() -> None:
-    found = judge_sample({**QUIET, "neighbours_cores": 1.5, "elsewhere_cores": 1.0})
-    assert [status for status, _ in found] == [WARN, WARN]
-    assert "0.5 of the chosen cores" in found[0][1] and "1.0 of the other cores" in found[1][1]
+    status, (here, elsewhere) = judged([{"neighbours_cores": 1.5, "elsewhere_cores": 1.0}])
+    assert status == WARN and "0.5 of the chosen cores" in here and "1.0 of the other cores" in elsewhere
 
 
 @pytest.mark.parametrize(
@@ -137,31 +101,28 @@ def test_a_median_stands_until_half_of_its_repetitions_are_hit(hit: int, total: 
     assert reasons == (told if hit else [])
 
 
-def test_of_several_repetitions_the_worst_is_told() -> None:
-    shares = [0.03, 0.12, 0.30, 0.0, 0.05]
-    status, reasons = judged([{"steal_share": share} for share in shares])
-    assert (status, reasons) == (WARN, ["the hypervisor took 30% of the cores' time (4 of 5 repetitions)"])
+STEALING = [{"steal_share": share} for share in (0.03, 0.12, 0.30, 0.0, 0.05)]
+CLOCKS = [{"clock_s": seconds} for seconds in (0.001, 0.00105, 0.0012)]
+HOG = [{"room_bytes": room} for room in (6e9, 6.1e9, 3e9, 3e9)]
 
 
-def test_a_warm_up_that_did_not_become_steady() -> None:
-    status, reasons = judged([{}] * 3, steady=False)
-    assert status == WARN
-    assert reasons == ["warm-up had not become steady when it ended: leave the machine alone (3 of 3 repetitions)"]
-
-
-def test_a_host_that_was_restarted() -> None:
-    assert judged([{}, {}, {"boot_id": 54321}]) == (INVALID, ["the host was restarted between repetitions"])
-
-
-def test_a_clock_that_moves_between_repetitions_is_a_warning() -> None:
-    status, reasons = judged([{"clock_s": seconds} for seconds in (0.001, 0.00105, 0.0012)])
-    assert (status, reasons) == (WARN, ["the core's clock differed by 20% between repetitions"])
-    assert judged([{"clock_s": seconds} for seconds in (0.001, 0.00109)]) == (OK, [])
-
-
-def test_a_memory_hog_that_came_between_repetitions() -> None:
-    status, reasons = judged([{"room_bytes": room} for room in (6e9, 6.1e9, 3e9, 3e9)])
-    assert (status, reasons) == (WARN, ["other processes took or freed 3100 MB of memory during the run"])
+@pytest.mark.parametrize(
+    ("changes", "steady", "status", "reasons"),
+    [
+        (STEALING, True, WARN, ["the hypervisor took 30% of the cores' time (4 of 5 repetitions)"]),  # the worst
+        ([{}] * 3, False, WARN, ["warm-up had not become steady when it ended: leave the machine alone (3 of 3 rep"]),
+        ([{}, {}, {"boot_id": 54321}], True, INVALID, ["the host was restarted between repetitions"]),
+        (CLOCKS, True, WARN, ["the core's clock differed by 20% between repetitions"]),
+        ([{"clock_s": seconds} for seconds in (0.001, 0.00109)], True, OK, []),
+        (HOG, True, WARN, ["other processes took or freed 3100 MB of memory during the run"]),
+    ],
+)
+def test_what_several_repetitions_tell(
+    changes: list[dict[str, float | None]], steady: bool, status: str, reasons: list[str]
+) -> None:
+    found, told = judged(changes, steady=steady)
+    assert found == status and len(told) == len(reasons)
+    assert all(text.startswith(reason) for text, reason in zip(told, reasons, strict=True))
 
 
 def test_above_the_ceiling_is_invalid_when_the_cache_is_known() -> None:
@@ -188,7 +149,4 @@ def test_repetitions_without_single_tokens_have_no_drift() -> None:
     mixed = [sample([], 0), *(sample([0.01] * 4, i) for i in range(1, 5))]
     assert drift(mixed) == pytest.approx(0)
     assert judge(measurement("m", [], n_gen=0, samples=[sample([], i) for i in range(3)]), 10.0, 1000) == (OK, [])
-
-
-def test_no_repetitions_at_all() -> None:
-    assert judge(measurement("m", []), 10.0, 1000) == (OK, [])
+    assert judge(measurement("m", []), 10.0, 1000) == (OK, [])  # none at all

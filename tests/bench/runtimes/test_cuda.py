@@ -15,7 +15,7 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 from bench.measure.worker import timed_pass
 from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.decoders import make_decoder
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.session import DecoderError
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
@@ -42,7 +42,7 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
 
 def gpu_decoder(path: Path, provider: str, graph: bool = False, length: int = 32, machine: Machine | None = None):
     machine = machine or Machine(nodes={})
-    return make_decoder(path, 1, length, provider, cuda_graph=graph, runtime=machine), machine
+    return DeviceDecoder(path, 1, length, provider, cuda_graph=graph, runtime=machine), machine
 
 
 @pytest.mark.parametrize(("provider", "graph"), KINDS[:2])
@@ -194,12 +194,13 @@ def test_what_the_gpu_refuses_is_one_line(bundle, monkeypatch) -> None:
 )
 def test_what_does_not_fit_is_refused(bundle, provider, target, options, message) -> None:
     with pytest.raises(DecoderError, match=message) as caught:
-        make_decoder(bundle(target), 1, 16, provider, **options, runtime=Machine(nodes={}))
+        make_decoder(bundle(target), 1, 16, provider, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_the_cpu_has_its_own_decoder(bundle) -> None:
+def test_the_cpu_has_its_own_decoder_and_a_gpu_another(bundle, monkeypatch) -> None:
     decoder = make_decoder(bundle("cpu"), 1, 16)
     assert type(decoder) is OrtDecoder and decoder.prefill(IDS[:3]).shape == (VOCAB,)
-    decoder = make_decoder(bundle("cuda"), 1, 16, "cuda", runtime=Machine(nodes={}, available=(CUDA, CPU)))
-    assert type(decoder) is DeviceDecoder
+    machine = Machine(nodes={}, available=(CUDA, CPU))
+    monkeypatch.setattr("bench.runtimes.cuda.gpu_runtime", lambda: machine)
+    assert type(make_decoder(bundle("cuda"), 1, 16, "cuda")) is DeviceDecoder

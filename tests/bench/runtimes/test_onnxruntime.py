@@ -47,9 +47,9 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     decoder = OrtDecoder(bundle, 1, 32, verify=False)
     whole = decoder.prefill(IDS).copy()
     runs = []
-    append = decoder._append
+    run = decoder._run
     monkeypatch.setattr("export.bundle.decoder.PREFILL_CHUNK", piece)
-    monkeypatch.setattr(decoder, "_append", lambda ids: runs.append(len(ids)) or append(ids))
+    monkeypatch.setattr(decoder, "_run", lambda ids: runs.append(ids.shape[1]) or run(ids))
     decoder.reset()
     np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)
     assert sum(runs) == len(IDS) == decoder.length and max(runs) == min(piece, len(IDS))

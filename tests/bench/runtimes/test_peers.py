@@ -19,9 +19,9 @@ from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
 from bench.runtimes.facts import graph_facts
-from bench.runtimes.onnxruntime import OrtDecoder
 from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
 from saap.models.gguf import read_tokenizer_fields

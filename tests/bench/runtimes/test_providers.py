@@ -13,6 +13,7 @@ from support.edited import edited
 from support.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from support.tiny_graphs import tiny_bundle
 
+from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.decoders import make_decoder, provider_facts
 from bench.runtimes.providers import GpuSession, ProviderFacts, placed_by_profile
 from export.bundle.manifest import BundleError, read_manifest
@@ -56,11 +57,11 @@ def test_a_real_silent_fallback_is_found(bundle, older) -> None:
 
 def test_a_session_without_its_provider_is_refused(bundle) -> None:
     with pytest.raises(DecoderError, match=rf"could not start {CUDA} and would run .* on {CPU}") as caught:
-        make_decoder(bundle, 1, 16, "cuda", runtime=Machine(nodes={}, starts=False))
+        DeviceDecoder(bundle, 1, 16, "cuda", runtime=Machine(nodes={}, starts=False))
     assert "\n" not in str(caught.value)
     broken = Machine(nodes={}, fails={CUDA: "out of memory\nat line 3"})
     with pytest.raises(DecoderError, match=rf"1\.99\.0 cannot run .*model\.onnx on {CUDA}: out of memory$"):
-        make_decoder(bundle, 1, 16, "cuda", runtime=broken)
+        DeviceDecoder(bundle, 1, 16, "cuda", runtime=broken)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_session_without_its_provider_is_refused(bundle) -> None:
     ],
 )
 def test_shapes_on_the_cpu_are_no_fallback_and_matrices_are(bundle, nodes, on_cpu, fallback) -> None:
-    decoder = make_decoder(bundle, 1, 16, "cuda", runtime=Machine(nodes))
+    decoder = DeviceDecoder(bundle, 1, 16, "cuda", runtime=Machine(nodes))
     decoder.prefill(np.arange(4))
     facts = provider_facts(decoder)
     assert (facts.asked, facts.active, facts.on_cpu, facts.fallback) == ("cuda", "cuda", on_cpu, fallback)
@@ -91,7 +92,7 @@ def test_shapes_on_the_cpu_are_no_fallback_and_matrices_are(bundle, nodes, on_cp
 def test_tensorrt_may_leave_nodes_to_cuda_but_not_all(bundle, monkeypatch, tmp_path, nodes, counted, fallback) -> None:
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
     edited(bundle / "bundle.json", target="portable")
-    facts = provider_facts(make_decoder(bundle, 1, 16, "tensorrt", runtime=Machine(nodes)))
+    facts = provider_facts(DeviceDecoder(bundle, 1, 16, "tensorrt", runtime=Machine(nodes)))
     assert (facts.active, facts.nodes, facts.fallback) == ("tensorrt", counted, fallback)
 
 
@@ -99,7 +100,7 @@ def test_an_older_runtime_is_profiled_until_the_first_sequence_ends(bundle, tmp_
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "profiles"))
     (tmp_path / "profiles").mkdir()
     machine = Machine()
-    decoder = make_decoder(bundle, 1, 16, "cuda", runtime=machine)
+    decoder = DeviceDecoder(bundle, 1, 16, "cuda", runtime=machine)
     decoder.reset()
     decoder.prefill(np.arange(4))
     decoder.step(3)

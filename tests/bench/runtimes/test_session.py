@@ -10,7 +10,7 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest
 from export.bundle.session import DecoderError, prepack, prepacked_directory
 

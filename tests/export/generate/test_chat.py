@@ -8,7 +8,7 @@ import pytest
 from support.exported import export_bundle
 from support.scripted_decoder import ScriptedDecoder, bpe_directory
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.tokenizer import BundleTokenizer, RunError
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings

@@ -7,7 +7,7 @@ import torch
 from support.cuts import cut
 from support.exported import export_bundle, export_portable
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM

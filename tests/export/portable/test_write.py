@@ -27,7 +27,7 @@ from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
 
-from bench.runtimes.onnxruntime import OrtDecoder
+from export.bundle.decoder import OrtDecoder
 from export.bundle.inspect import inspect_bundle
 from export.generate.scoring import BundleScorer, empty_past
 from export.source import Precision
