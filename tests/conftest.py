@@ -40,9 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_pass_of_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every measurement probes the memory twice; tests that measure need no sure answer to that."""
-    monkeypatch.setattr("bench.measure.roofline.PASSES", 1)
+def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measurement probes the memory in two processes of its own; most tests need no answer to that."""
+    from bench.measure.result import Bandwidth
+
+    monkeypatch.setattr("bench.measure.run.probe_bandwidth", lambda cpus, cache: Bandwidth(len(cpus), 1, []))
 
 
 @pytest.fixture(scope="session")

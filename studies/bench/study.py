@@ -94,12 +94,12 @@ def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
 
 
 IN_A_GROUP = """
-import json, sys
+import dataclasses, json, sys
 from bench.measure.cores import choose_cores
 from bench.measure.worker import Job, load_bundle, sample
 job = Job(sys.argv[1], list(range(128)), 128, None, 1, choose_cores(1), 0)
-taken, decoder = sample(job, load_bundle)
-print(json.dumps(taken["sample"]), flush=True)
+taken, _, decoder = sample(job, load_bundle)
+print(json.dumps(dataclasses.asdict(taken)), flush=True)
 sys.stdin.read()
 """
 

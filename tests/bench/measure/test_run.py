@@ -17,7 +17,7 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 from bench.measure import run as bench_run
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions
-from bench.measure.result import INVALID, Bandwidth, Result, read_result, write_result
+from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
 from bench.measure.worker import Measured, timed_pass
@@ -41,22 +41,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
     calls: list[tuple[str, float, float]] = []
-    result = measure(
-        [str(b) for b in bundles],
-        BenchOptions(prompt=12, generate=10, threads=1, repetitions=2, warmup=3),
-        progress=lambda *call: calls.append(call),
-    )
+    plan = BenchOptions(prompt=12, generate=10, threads=1, repetitions=2, warmup=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.measure.roofline.PASSES", 1)
+        result = measure([str(b) for b in bundles], plan, progress=lambda *call: calls.append(call))
     return result, calls
 
 
 @pytest.fixture
-def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes fewer; what they tell is looked at in ``two``."""
-    monkeypatch.setattr(bench_run, "probe_bandwidth", lambda cpus, cache: Bandwidth(len(cpus), 1, []))
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch, no_bandwidth: None) -> list[dict[str, Any]]:
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The jobs of workers that say at once that they measured."""
     given: list[dict[str, Any]] = []
 
@@ -88,7 +81,7 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
         assert m.peak("peak_decode_bytes") < 120e6  # numpy and ONNX Runtime; a stray import of torch would show
     assert dense.bundle_hash != slim.bundle_hash
     assert result.device["fingerprint"] and result.versions["onnxruntime"]
-    assert len(result.bandwidth[0].samples) == 10
+    assert len(result.bandwidth[0].samples) == 2  # one pass before, one after
     write_result(tmp_path / "r.json", result)
     assert read_result(tmp_path / "r.json") == result
 
@@ -115,7 +108,7 @@ def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path], j
         measure([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
 
 
-def test_prefill_or_decode_alone(bundles: list[Path], no_bandwidth: None) -> None:
+def test_prefill_or_decode_alone(bundles: list[Path]) -> None:
     result = measure([str(bundles[0])], replace(ONE, prompt=0, depth=5, pairs=((7, 0),)))
     for m in result.measurements:
         (s,) = m.samples
@@ -146,7 +139,7 @@ def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, f
 
 
 def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
-    bundles: list[Path], monkeypatch: pytest.MonkeyPatch, no_bandwidth: None
+    bundles: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tiny_bundle(bundles[0].parent / "broken")
     check = bench_run.read_peers
@@ -164,7 +157,7 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
     assert len(good.samples) == 2 and good.status != INVALID
 
 
-def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path], no_bandwidth: None) -> None:
+def test_a_worker_that_hangs_meets_the_limit(bundles: list[Path]) -> None:
     (m,) = measure([str(bundles[0])], replace(ONE, timeout_s=0.01)).measurements
     assert m.status == INVALID and m.samples == [] and "no answer within 0.01 s" in m.reasons[0]
 
@@ -247,7 +240,7 @@ def test_damaged_torch_config(tmp_path: Path, text: str) -> None:
         read_peers([f"torch:{tmp_path}"], 8)
 
 
-def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Path], no_bandwidth: None) -> None:
+def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Path]) -> None:
     from safetensors.numpy import load_file
 
     directory = tiny_model()

@@ -247,12 +247,12 @@ def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
 def test_graph_facts_agree_with_the_manifest(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     manifest, facts = read_manifest(bundle), graph_facts(bundle / DECODE_GRAPH)
-    assert facts["bits"] == 32 and facts["kv_bytes_per_token"] == manifest.kv_bytes_per_token
-    assert facts["model_bytes"] == sum((bundle / name).stat().st_size for name in (DECODE_GRAPH, "model.onnx.data"))
+    assert facts.bits == 32 and facts.kv_bytes_per_token == manifest.kv_bytes_per_token
+    assert facts.model_bytes == sum((bundle / name).stat().st_size for name in (DECODE_GRAPH, "model.onnx.data"))
     # The manifest of this toy counts every float; the table and the rotary tables are only looked up in.
     looked_up = 4 * (VOCAB * HIDDEN + 2 * CONTEXT * 8)
-    assert 0 <= facts["weight_bytes_per_token"] - (manifest.weight_bytes_per_token - looked_up) < 256
-    assert facts["parameters"] is None and "parameters" in facts["unknown"]
+    assert 0 <= facts.weight_bytes_per_token - (manifest.weight_bytes_per_token - looked_up) < 256
+    assert facts.parameters is None and "parameters" in facts.unknown
 
 
 def test_graph_facts_of_packed_weights(tmp_path: Path) -> None:
@@ -264,10 +264,10 @@ def test_graph_facts_of_packed_weights(tmp_path: Path) -> None:
     past = helper.make_tensor_value_info("past_key_values.0.key", types.FLOAT16, ["b", 2, "past", "size"])
     onnx.save(helper.make_model(helper.make_graph([node], "g", [x, past], [y], [packed, scales])), tmp_path / "g.onnx")
     facts = graph_facts(tmp_path / "g.onnx", head_size=24)
-    assert (facts["bits"], facts["weight_bytes_per_token"]) == (4, 64 * 32 + 64 * 8)
-    assert facts["kv_bytes_per_token"] == 2 * 24 * 2
+    assert (facts.bits, facts.weight_bytes_per_token) == (4, 64 * 32 + 64 * 8)
+    assert facts.kv_bytes_per_token == 2 * 24 * 2
     unsized = graph_facts(tmp_path / "g.onnx")
-    assert unsized["kv_bytes_per_token"] is None and "kv_bytes_per_token" in unsized["unknown"]
+    assert unsized.kv_bytes_per_token is None and "kv_bytes_per_token" in unsized.unknown
 
 
 def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
