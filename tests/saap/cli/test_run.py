@@ -104,6 +104,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--ratio", "nan"], "is not allowed: give a number between 0 and 1"),
         (["--ratio", "0.2", "--max-params", "1M"], "give one requirement"),
         (["--speedup", "1.5"], "--speedup needs --costs FILE"),
         (["--costs", "COSTS"], "--costs is for --speedup and --ms-per-token"),
@@ -118,10 +119,14 @@ def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_is_refused_before_it_is_pruned(tiny_model, tmp_path):
-    path = tiny_model(head_dim=20)
-    assert "a head size of 20 cannot be exported" in refused("run", path, "-o", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_be_exported_or_judged_is_refused_before_it_is_pruned(tiny_model, tmp_path):
+    path, out, text = tiny_model(head_dim=20), tmp_path / "out", tmp_path / "text.txt"
+    assert "a head size of 20 cannot be exported" in refused("run", path, "-o", out)
+    long_enough = "and this line is long enough to tell it apart from others."
+    text.write_text("\n".join(f"{i} is a number that follows {i - 1}, {long_enough}" for i in range(400)))
+    same = ["--calibration", text, "--data", text, "--text", text]
+    assert "same text" in refused("run", tiny_model("other"), "-o", out, *same)
+    assert not out.exists()
 
 
 def weights(out):
@@ -133,23 +138,42 @@ def weights(out):
     }
 
 
-def test_what_a_run_records_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
-    """To a size, by another method; with paths that a shell would split."""
+NAMES = ["prune", "tune", "export dense-int4", "export slim-int4", "evaluate", "bench with 1 thread", "texts"]
+
+
+def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
+    """To a size, by another method, scored and judged on text that the dense model writes; with a space in a path."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAAP_DATA", raising=False)
     (tmp_path / "my texts").mkdir()
     text = text.rename("my texts/learn.txt")
-    (tmp_path / "my texts/judge.txt").write_text(
-        "\n".join(f"She sold {i} boats in a year that had {i + 3} storms and some wind." for i in range(300))
-    )
     out = Path("my demo")
-    here("run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
-         "--calibration", text, "--data", text, "--text", "my texts/judge.txt", "--tokens", "1024", "--seed", "3",
-         "--repetitions", "1", "--threads", "1", "--set", "sequences=16", "--set", "length=64", "--set",
-         "learning_rate=0.01", "--set", "chunk=64", "--set", "max_chunks=8")  # fmt: skip
+    few = [word for each in ("sequences=8", "length=32", "chunk=64", "max_chunks=4") for word in ("--set", each)]
+    arguments = ["run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
+                 "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
+                 "--set", "learning_rate=0.01"]  # fmt: skip
+    said = here(*arguments).stdout
+    assert "slim-int4, pp128+tg128, 1 thread: decode" in said or "not comparable with dense-int4" in said
     sizes = [(out / name / "model.onnx.data").stat().st_size for name in ("slim-int4", "dense-int4")]
     assert sizes[0] <= 242_000 < sizes[1]
-    assert "--max-bytes 242000 --method flap" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "slim-int4" in page and "<svg" in page and "--max-bytes 242000 --method flap" in page
+    assert read_record(out / "slim")["lineage"]["calibration"]["source"].startswith("written by the dense model")
+
     run, made_by_run = json.loads((out / "run.json").read_text()), weights(out)
+    assert [step["name"] for step in run["steps"]] == NAMES
+    rows = {row["name"]: row for row in run["quality"]["rows"]}
+    assert set(rows) == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"}
+    assert run["quality"]["protocol"]["self_written"]  # which has no perplexity
+    assert all(r["perplexity"] is None and r["kl"] is not None and 0 <= r["top1"] <= 1 for r in rows.values())
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert here(*arguments).stderr.count("done before") == len(NAMES)
+    shutil.rmtree(out / "slim-int4")
+    assert here(*arguments).stderr.count("done before") == len(NAMES) - 1
+    assert (out / "slim-int4/bundle.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
     commands = [shlex.split(step["command"]) for step in run["steps"]]
     assert [words[:2] for words in commands] == [
         ["saap", name] for name in ("prune", "tune", "export", "export", "eval", "bench", "generate")
@@ -159,10 +183,18 @@ def test_what_a_run_records_does_the_same_alone(tiny_model, tmp_path, text, monk
     (out / "bench-1.json").unlink()
     done = [here(*words[1:], *(["--json", "q.json"] if words[1] == "eval" else [])) for words in commands]
     assert weights(out) == made_by_run
-    rows = {row["name"]: row for row in run["quality"]["rows"]}
     for row in json.loads(Path("q.json").read_text())["rows"]:
         name = Path(row["name"]).name
         name = {"slim": "slim fp32, untuned"}.get(name, name if name in rows else "dense fp32")
-        assert row["nll"] == pytest.approx(rows[name]["nll"], abs=1e-6)
+        assert row["kl"] == pytest.approx(rows[name]["kl"], abs=1e-6)
     assert len(json.loads((out / "bench-1.json").read_text())["measurements"]) == 2
     assert done[-1].stdout.rstrip("\n") == run["texts"][0]["outputs"]["slim-int4"].rstrip("\n")
+    assert "tok/s" in done[-1].stderr
+
+    here("report", out, "-o", "page.html")
+    assert Path("page.html").stat().st_size > 10_000
+    data = bytearray((out / "slim-int4/model.onnx.data").read_bytes())
+    data[-1] ^= 1
+    (out / "slim-int4/model.onnx.data").write_bytes(data)
+    for words in (["generate", out / "slim-int4", "hi"], ["bench", out / "slim-int4"], commands[4][1:]):
+        assert "does not match the hash" in refused(*words)
