@@ -13,7 +13,8 @@ from support.bench_samples import measurement, result
 from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.result import INVALID, read_result, write_result
+from bench.measure.options import BenchOptions
+from bench.measure.result import INVALID, Result, read_result, write_result
 
 QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098, 0.0101, 0.0100]
@@ -32,20 +33,34 @@ def test_the_last_line_is_one_document(bundles: list[Path]) -> None:
     assert "decode" in done.stdout and "slim" in done.stdout
 
 
-def test_sweeps_and_forms(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_sweep_is_a_row_for_each_of_its_tests(bundles: list[Path], tmp_path: Path) -> None:
     sweep = ["-p", "4,0", "-n", "6", "-d", "0,3", "-pg", "5,2", *QUICK[4:]]
     told = here("bench", bundles[0], *sweep, "--format", "csv", "--json", tmp_path / "r.json").stdout
     rows = list(csv.DictReader(io.StringIO(told)))
     tests = [m.test for m in read_result(tmp_path / "r.json").measurements]
     assert len(rows) == len(tests) == 6 and tests[:3] == ["tg6", "pp4+tg6", "pp5+tg2"]
-    assert here("bench", bundles[0], *QUICK, "--format", "md").stdout.startswith("| name")
 
 
-def test_noise_floor_quality_and_history(bundles: list[Path], tmp_path: Path) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The specs of each measurement, which has always the same times."""
+    asked: list[list[str]] = []
+
+    def measure(specs: list[str], options: BenchOptions, **_: object) -> Result:
+        asked.append([Path(spec).name for spec in specs])
+        names = [name if name not in asked[-1][:at] else f"{name} #2" for at, name in enumerate(asked[-1])]
+        return result(*(measurement(name, BASE) for name in names))
+
+    for place in ("bench.measure.measure", "bench.judge.confirm.measure"):
+        monkeypatch.setattr(place, measure)
+    return asked
+
+
+def test_noise_floor_quality_and_history(bundles: list[Path], measured: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps({"rows": [{"name": "dense", "perplexity": 12.0}]}))
-    options = ["--noise-floor", "--history", tmp_path / "h", "--quality", tmp_path / "eval.json", *QUICK[:-3]]
-    done = here("bench", *bundles, *options, "-r", "6", "--no-cold", "--json", tmp_path / "r.json")
-    assert "noise floor" in done.stdout
+    options = ["--noise-floor", "--history", tmp_path / "h", "--quality", tmp_path / "eval.json"]
+    done = here("bench", *bundles, *options, "--json", tmp_path / "r.json")
+    assert "noise floor" in done.stdout and measured == [["dense", "slim", "dense"]]
     kept = read_result(tmp_path / "r.json")
     assert [m.name for m in kept.measurements] == ["dense", "slim", "dense #2"]
     assert kept.quality["rows"][0]["perplexity"] == 12.0
@@ -53,14 +68,14 @@ def test_noise_floor_quality_and_history(bundles: list[Path], tmp_path: Path) ->
     assert read_result(stored) == kept
     here("report", "--history", tmp_path / "h", "-o", tmp_path / "page.html")
     assert "History" in (tmp_path / "page.html").read_text()
+    assert here("bench", bundles[0], "--format", "md").stdout.startswith("| name")
 
 
-def test_bundles_are_compared_live(bundles: list[Path], tmp_path: Path) -> None:
-    options = ["-p", "4", "-n", "16", "-t", "1", "-r", "6", "--min-effect", "0.9"]
-    done = here("compare", *bundles, *options, "--json", tmp_path / "c.json", code=None)
+def test_bundles_are_compared_live(bundles: list[Path], measured: list[list[str]], tmp_path: Path) -> None:
+    done = here("compare", *bundles, "--min-effect", "0.9", "--json", tmp_path / "c.json")
     (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert row["verdict"] in ("same", "not comparable") and row["name"] == "slim"
-    assert row["test"] in ("wilcoxon", None) and "pp4+tg16" in done.stdout
+    assert (row["verdict"], row["name"], row["test"]) == ("same", "slim", "wilcoxon") and "pp8+tg4" in done.stdout
+    assert measured == [["dense", "slim"]]
 
 
 @pytest.fixture
