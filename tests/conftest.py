@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("real model"))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; to look at it takes the collector a quarter of a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every measurement probes the memory in two processes of its own; most tests need no answer to that."""
@@ -55,6 +64,14 @@ def data_dir() -> Path:
         pytest.skip("SAAP_DATA is not set: no real text here")
     assert Path(named).is_dir(), f"SAAP_DATA names {named}, which is not a directory"
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def river(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 200 lines that tell one from another."""
+    path = tmp_path_factory.mktemp("text") / "river.txt"
+    path.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(200)))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -115,11 +132,9 @@ def beginning_tokenizer(tiny_tokenizer: Any) -> Any:
     return tokenizer
 
 
-@pytest.fixture
-def tiny_model(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
-    """Factory of random Llama directories: ``tiny_model(name="tiny", seed=0, **config)`` -> path.
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Writes random Llama directories: ``llama(path, seed=0, **config)`` -> path; each is made once and copied.
 
     Hidden 96, six query heads in three KV groups of 16, three layers, FFN 128, tied embedding; any field of
     LlamaConfig may be given. The vocabulary holds the tiny tokenizer's 300 tokens, padded to a multiple of 64.
@@ -127,10 +142,9 @@ def tiny_model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    # Scores are kept by content: those of an older version of the code must not stand in for the tested one.
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    made = _Made(tmp_path_factory.mktemp("llamas"), tiny_tokenizer)
 
-    def make(name: str = "tiny", seed: int = 0, **overrides: Any) -> Path:
+    def make(path: Path, seed: int = 0, **overrides: Any) -> Path:
         fields: dict[str, Any] = {
             "vocab_size": 320,
             "hidden_size": 96,  # transformers 5 refuses one that the query heads do not divide
@@ -145,19 +159,40 @@ def tiny_model(
             "eos_token_id": 2,
             "pad_token_id": 2,
         }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+
+        def build() -> Any:
             model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # wider than the default 0.02, so that the logits differ from token to token
                     torch.nn.init.normal_(parameter, std=0.1)
-        return _save(model, tmp_path / name, tiny_tokenizer)
+            return model
+
+        return made.copied(path, build, seed, overrides)
 
     return make
 
 
 @pytest.fixture
-def tiny_family(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
+def tiny_model(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Path]:
+    """``tiny_model(name="tiny", seed=0, **config)`` -> path of a random Llama, as ``llama`` makes it."""
+    # Scores are kept by content: those of an older version of the code must not stand in for the tested one.
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return lambda name="tiny", seed=0, **config: llama(tmp_path / name, seed, **config)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> _Made:
+    """Random models of all families, each made once."""
+    return _Made(tmp_path_factory.mktemp("families"), tiny_tokenizer)
+
+
+@pytest.fixture
+def tiny_family(tmp_path: Path, families: _Made) -> Callable[..., Path]:
     """Factory of random directories of any family: ``tiny_family("qwen3", name="tiny", seed=0, **config)`` -> path.
 
     The sizes of ``tiny_model``, but one wide head more: three query heads of 32 in one KV group. Norms and biases are
@@ -181,16 +216,41 @@ def tiny_family(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Path]:
         }
         if model_type != "phi3":  # which has no such field
             fields["head_dim"] = 32
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+
+        def build() -> Any:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **overrides}))
             _skip_windows_of_old_runtimes(model.config)
             for parameter in model.parameters():
                 spread = torch.empty_like(parameter).normal_(std=0.1 if parameter.dim() > 1 else 0.3)
                 parameter.data = spread if parameter.dim() > 1 else parameter.data + spread
-        return _save(model, tmp_path / (name or model_type), tiny_tokenizer)
+            return model
+
+        return families.copied(tmp_path / (name or model_type), build, seed, model_type, overrides)
 
     return make
+
+
+class _Made:
+    """Models that were made in this session, by what they were made of."""
+
+    def __init__(self, home: Path, tokenizer: Any) -> None:
+        from transformers import masking_utils
+
+        # Without a cache it looks for packed sequences, which is most of a tiny model's pass; here are none.
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        self.home, self.tokenizer, self.made = home, tokenizer, {}
+
+    def copied(self, path: Path, build: Callable[[], Any], seed: int, *key: Any) -> Path:
+        """A copy of the model that ``build`` makes with a seed, which with the key says all of it."""
+        import torch
+
+        name = json.dumps([seed, *key], sort_keys=True)
+        if name not in self.made:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.made[name] = _save(build(), self.home / str(len(self.made)), self.tokenizer)
+        shutil.copytree(self.made[name], path, dirs_exist_ok=True)
+        return path
 
 
 def _skip_windows_of_old_runtimes(config: Any) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.command_line import here, refused
 from support.cost_files import cost_file
 
@@ -16,14 +15,6 @@ from saap.models.checkpoint import read_config
 from saap.models.record import read_record
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (f"The river rose by {i} centimetres, and the bridge with number {i * 7} was closed." for i in range(200))
-    path.write_text("\n".join(lines))
-    return path
 
 
 @pytest.fixture
@@ -47,41 +38,40 @@ def cells(stdout, row):
     return [None if cell == "-" else float(cell) for cell in line.split(row)[1].split()]
 
 
-def test_a_ratio(model, tmp_path, text):
-    done = pruned(model, tmp_path / "slim", text, "--ratio", "0.3")
+def test_a_ratio(model, tmp_path, river):
+    done = pruned(model, tmp_path / "slim", river, "--ratio", "0.3")
     dense, asked, planned, achieved = cells(done.stdout, "layers' weights removed, %")
     assert (dense, asked) == (0, 30) and 30 <= planned == achieved < 36
     size = cells(done.stdout, "weights file at 4 bit, MB")
     assert size[1] is None and size[2] == size[3] < size[0]
-    assert "by the table" not in done.stdout
+    assert "by the table" not in done.stdout and "next step" not in done.stdout
     plan = read_record(tmp_path / "slim")["plan"]
     assert plan["asked"] == {"ratio": 0.3} and plan["planned"] == plan["achieved"] and "costs" not in plan
 
 
-def test_parameters_with_a_unit(model, tmp_path, text):
-    done = pruned(model, tmp_path / "slim", text, "--max-params", "0.18M")
+def test_parameters_with_a_unit(model, tmp_path, river):
+    done = pruned(model, tmp_path / "slim", river, "--max-params", "0.18M")
     assert cells(done.stdout, "parameters, M")[1] == 0.18
     assert sum(t.numel() for t in load_file(tmp_path / "slim/model.safetensors").values()) <= 180_000
 
 
-@pytest.mark.parametrize(("size", "most"), [("200kB", 200_000), ("195KiB", 195 * 1024), ("190000", 190_000)])
-def test_bytes_are_met_by_the_bundle(model, tmp_path, text, size, most):
-    done = pruned(model, tmp_path / "slim", text, "--max-bytes", size)
+def test_bytes_are_met_by_the_bundle(model, tmp_path, river):
+    done = pruned(model, tmp_path / "slim", river, "--max-bytes", "195KiB")
     here("export", tmp_path / "slim", "-o", tmp_path / "bundle", "--parity", "none")
     real = (tmp_path / "bundle/model.onnx.data").stat().st_size
-    assert real <= most
+    assert real <= 195 * 1024
     assert read_record(tmp_path / "slim")["plan"]["achieved"]["bytes"] == real
     assert cells(done.stdout, "weights file at 4 bit, MB")[3] == pytest.approx(real / 1e6, abs=5e-4)
 
 
-def test_bytes_at_32_bit(model, tmp_path, text):
-    pruned(model, tmp_path / "slim", text, "--max-bytes", "900kB", "--bits", "32")
+def test_bytes_at_32_bit(model, tmp_path, river):
+    pruned(model, tmp_path / "slim", river, "--max-bytes", "900kB", "--bits", "32")
     here("export", tmp_path / "slim", "-o", tmp_path / "bundle", "--parity", "none", "--bits", "32")
     assert 700_000 < (tmp_path / "bundle/model.onnx.data").stat().st_size <= 900_000
 
 
-def test_a_speed_up(model, tmp_path, text, costs):
-    done = pruned(model, tmp_path / "slim", text, "--speedup", "1.5", "--costs", costs)
+def test_a_speed_up(model, tmp_path, river, costs):
+    done = pruned(model, tmp_path / "slim", river, "--speedup", "1.5", "--costs", costs)
     dense, asked, planned, achieved = cells(done.stdout, "speed-up by the table")
     assert (dense, asked) == (1, 1.5) and 1.5 <= planned == achieved < 1.7
     assert "by cost.json (Cortex-A76, ONNX Runtime 1.23.0, 1 thread, 192 tokens in the cache), not meas" in done.stdout
@@ -95,11 +85,11 @@ def test_a_speed_up(model, tmp_path, text, costs):
     assert plan["dense"]["ms_per_token"] == pytest.approx(6.1)
 
 
-def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, text, costs):
+def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs):
     arguments = ["--ms-per-token", "2.4", "--costs", costs, "--threads", "1"]
-    message = pruned_refused(model, tmp_path / "slim", text, *arguments)
+    message = pruned_refused(model, tmp_path / "slim", river, *arguments)
     assert "asked 2.4 ms per token, the smallest that these options allow is 2.8 ms per token: ask for less" in message
-    done = pruned(model, tmp_path / "slim", text, *arguments, "--modules")
+    done = pruned(model, tmp_path / "slim", river, *arguments, "--modules")
     assert cells(done.stdout, "ms per token by the table")[3] <= 2.4
 
 
@@ -109,14 +99,14 @@ def pruned_refused(model, out, text, *options):
     return message
 
 
-def test_a_slim_model_prunes_again(model, tmp_path, text, costs):
-    pruned(model, tmp_path / "one", text, "--max-bytes", "210kB")
-    pruned(tmp_path / "one", tmp_path / "two", text, "--max-bytes", "180kB")
-    pruned(tmp_path / "two", tmp_path / "three", text, "--ms-per-token", "3.0", "--costs", costs)
+def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
+    pruned(model, tmp_path / "one", river, "--max-bytes", "210kB")
+    pruned(tmp_path / "one", tmp_path / "two", river, "--max-bytes", "180kB")
+    pruned(tmp_path / "two", tmp_path / "three", river, "--ms-per-token", "3.0", "--costs", costs)
     sizes = [read_record(tmp_path / name)["plan"]["achieved"]["bytes"] for name in ("one", "two", "three")]
     assert sizes[0] <= 210_000 and sizes[1] <= 180_000 and sizes[2] <= sizes[1]
     assert read_record(tmp_path / "two")["plan"]["dense"]["bytes"] == sizes[0]
-    assert "already, which meets" in pruned_refused(tmp_path / "one", tmp_path / "four", text, "--max-bytes", "210kB")
+    assert "already, which meets" in pruned_refused(tmp_path / "one", tmp_path / "four", river, "--max-bytes", "210kB")
 
 
 @pytest.mark.parametrize(
@@ -126,25 +116,13 @@ def test_a_slim_model_prunes_again(model, tmp_path, text, costs):
         (["--ratio", "0.2", "--max-bytes", "1MB"], "(given: --ratio and --max-bytes)"),
         (["--ratio", "0.95"], "asked a ratio of 0.95, the largest that these options allow is 0."),
         (["--max-params", "50k"], "asked 50,000 parameters, the smallest that these options allow is"),
-        (["--max-bytes", "80kB"], "asked 0.08 MB at 4 bit (80,000 bytes), the smallest that these options allow is"),
-        (["--max-bytes", "1GB"], "the model has 0.24 MB at 4 bit (237,568 bytes) already, which meets 1,000.00 MB"),
         (["--max-bytes", "many"], "'many' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
         (["--max-params", "-5"], "'-5' is not a number of parameters: write something like 100M or 1.5B"),
-        (["--max-bytes", "0"], "max-bytes 0 is not allowed: give a whole number above 0"),
-        (["--speedup", "nan", "--costs", "COSTS"], "speedup nan is not allowed: give a number above 1"),
-        (["--speedup", "0.9", "--costs", "COSTS"], "speedup 0.9 is not allowed: give a number above 1"),
         (
             ["--speedup", "9", "--costs", "COSTS"],
             "asked a speed-up of 9, the largest that these options allow is 2.178",
         ),
-        (["--ms-per-token", "-1", "--costs", "COSTS"], "ms-per-token -1.0 is not allowed: give a number above 0"),
-        (["--ms-per-token", "inf", "--costs", "COSTS"], "ms-per-token inf is not allowed"),
-        (["--ms-per-token", "9", "--costs", "COSTS"], "the model has 6.1 ms per token already, which meets 9 ms"),
-        (["--speedup", "1.5"], "--speedup needs --costs FILE: measure one on the device with `saap devices costs"),
         (["--speedup", "1.5", "--costs", "no.json"], "no.json is not a file: make one with `saap devices costs"),
-        (["--speedup", "1.5", "--costs", "COSTS", "--threads", "4"], "holds costs for 1 threads, it has none for 4"),
-        (["--speedup", "1.5", "--costs", "COSTS", "--bits", "8"], "measured for a model with bits 4, not bits 8"),
-        (["--ratio", "0.2", "--costs", "COSTS"], "--costs is for --speedup and --ms-per-token: leave it out"),
         (
             ["--max-bytes", "150kB", "--group-size", "64"],
             "the hidden size is 96 wide, which groups of 64 do not divide",
@@ -153,9 +131,9 @@ def test_a_slim_model_prunes_again(model, tmp_path, text, costs):
         (["--ratio", "0.9", "--keep-layers", "0-2"], "the largest that these options allow is 0: ask for less"),
     ],
 )
-def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, text, costs, options, message):
+def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, options, message):
     options = [str(costs) if option == "COSTS" else option for option in options]
-    assert message in pruned_refused(model, tmp_path / "slim", text, *options)
+    assert message in pruned_refused(model, tmp_path / "slim", river, *options)
 
 
 @pytest.mark.parametrize(
@@ -167,19 +145,19 @@ def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, text, costs, opti
         ({"device": 5}, "is damaged"),
     ],
 )
-def test_foreign_tables_of_costs(model, tmp_path, text, changes, message):
+def test_foreign_tables_of_costs(model, tmp_path, river, changes, message):
     path = cost_file(tmp_path / "other.json", **changes)
-    assert message in pruned_refused(model, tmp_path / "slim", text, "--speedup", "1.5", "--costs", path)
+    assert message in pruned_refused(model, tmp_path / "slim", river, "--speedup", "1.5", "--costs", path)
 
 
-def test_a_table_of_this_machine_must_be_of_its_runtime(model, tmp_path, text):
+def test_a_table_of_this_machine_must_be_of_its_runtime(model, tmp_path, river):
     from devices.probe.host import probe
 
     device = probe()
     ours = cost_file(tmp_path / "ours.json", device=device)
-    pruned(model, tmp_path / "slim", text, "--speedup", "1.5", "--costs", ours)
+    pruned(model, tmp_path / "slim", river, "--speedup", "1.5", "--costs", ours)
     old = cost_file(tmp_path / "old.json", device={**device, "onnxruntime": "1.0.0"})
-    message = pruned_refused(model, tmp_path / "other", text, "--speedup", "1.5", "--costs", old)
+    message = pruned_refused(model, tmp_path / "other", river, "--speedup", "1.5", "--costs", old)
     assert f"was measured for ONNX Runtime 1.0.0, not {device['onnxruntime']}" in message
 
 
@@ -190,32 +168,22 @@ def test_too_little_text(model, tmp_path):
     assert "too little text: 1 documents give" in message and "8 rows of 16 need 128" in message
 
 
-def test_weights_that_are_not_numbers(model, tmp_path, text):
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    message = pruned_refused(broken, tmp_path / "slim", text, "--ratio", "0.2")
-    assert "the loss is nan on calibration sequence 0: check the model and the text" in message
-
-
-def test_what_fails_later_was_not_written(model, tmp_path, text):
+def test_what_fails_later_was_not_written(model, tmp_path, river):
     """A directory of an earlier run stays as it was."""
-    pruned(model, tmp_path / "slim", text, "--ratio", "0.2")
+    pruned(model, tmp_path / "slim", river, "--ratio", "0.2")
     before = (tmp_path / "slim/saap.json").read_text()
-    refused("prune", model, "-o", tmp_path / "slim", "--calibration", text, "--ratio", "0.99")
+    refused("prune", model, "-o", tmp_path / "slim", "--calibration", river, "--ratio", "0.99")
     assert (tmp_path / "slim/saap.json").read_text() == before
     assert json.loads(before)["plan"]["bundle"] == {"bits": 4, "block": 32}
 
 
-def test_no_layer_is_kept_where_that_is_said(tiny_model, tmp_path, text):
+def test_no_layer_is_kept_where_that_is_said(tiny_model, tmp_path, river):
     """LLM-Pruner's methods leave first and last layers whole by themselves; alike means that they do not."""
     model = tiny_model(num_hidden_layers=8)
     widths = {}
     for kept in ((), ("--keep-layers", "none")):
         out = tmp_path / f"slim{len(kept)}"
-        pruned(model, out, text, "--ratio", 0.25, "--method", "param_first", *kept)
+        pruned(model, out, river, "--ratio", 0.25, "--method", "param_first", *kept)
         widths[kept] = [len(layer["ffn"]) for layer in read_record(out)["plan"]["layers"]]
     own, none = widths.values()
     assert own[0] == 128 and none[0] < 128

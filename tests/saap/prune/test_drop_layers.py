@@ -26,13 +26,6 @@ def model(tiny_model):
     return tiny_model(num_hidden_layers=6)
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(200)))
-    return path
-
-
 def arguments(model, out, text, *options):
     return ["prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options]
 
@@ -82,9 +75,9 @@ def test_the_width_is_scored_as_often_as_it_takes(model):
     assert len(stages_of(budget, replace(options, method="flap"))) == 1
 
 
-def test_a_time_is_met_with_fewer_layers(model, tmp_path, text):
+def test_a_time_is_met_with_fewer_layers(model, tmp_path, river):
     costs = cost_file(tmp_path / "cost.json")
-    here(*arguments(model, tmp_path / "slim", text, "--speedup", "1.6", "--costs", costs, "--drop-layers", "1"))
+    here(*arguments(model, tmp_path / "slim", river, "--speedup", "1.6", "--costs", costs, "--drop-layers", "1"))
     plan = read_record(tmp_path / "slim")["plan"]
     assert plan["achieved"]["speedup"] == pytest.approx(1.6, rel=0.1)
     assert plan["achieved"]["ms_per_token"] <= plan["dense"]["ms_per_token"] / 1.6 * (1 + 1e-9)
@@ -111,9 +104,9 @@ def test_one_that_was_killed_goes_on_after_the_layers(model, tmp_path, monkeypat
         assert file.read_bytes() == (tmp_path / "slim" / file.name).read_bytes(), file.name
 
 
-def test_layers_that_went_have_no_price(model, tmp_path, text):
+def test_layers_that_went_have_no_price(model, tmp_path, river):
     asked = ["--ratio", "0.4", "--drop-layers", "2", "--explain"]
-    told = here(*arguments(model, tmp_path / "slim", text, *asked)).stdout
+    told = here(*arguments(model, tmp_path / "slim", river, *asked)).stdout
     blocks = read_record(tmp_path / "slim")["plan"]["reasons"]["blocks"]
     gone = {block["layer"] for block in blocks if block["price"] is None}
     assert len(gone) == 2 and len(blocks) == 12
@@ -141,6 +134,6 @@ def test_layers_that_went_have_no_price(model, tmp_path, text):
         (["--ratio", "0.99", "--drop-layers", "1"], "asked a ratio of 0.99, the largest that these options allow is"),
     ],
 )
-def test_what_makes_no_sense(model, tmp_path, text, options, message):
-    assert message in refused(*arguments(model, tmp_path / "slim", text, *options))
+def test_what_makes_no_sense(model, tmp_path, river, options, message):
+    assert message in refused(*arguments(model, tmp_path / "slim", river, *options))
     assert not (tmp_path / "slim").exists()

@@ -12,20 +12,15 @@ from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.plan import whole_layer
 from saap.prune.pruning import prune
-from saap.system.errors import UserError
 from saap.text.rows import Rows
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 
 
-def options(**requirement):
-    return PruneOptions(**requirement)
-
-
-@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
     path = tiny_model()
-    prune(path, options(ratio=ratio), output=tmp_path / "slim", calibration=IDS)
+    prune(path, PruneOptions(ratio=ratio), output=tmp_path / "slim", calibration=IDS)
     dense, slim = load_model(path), load_model(tmp_path / "slim")
     weights = [sum(p.numel() for p in m.model.layers.parameters()) for m in (dense, slim)]
     plan = read_record(tmp_path / "slim")["plan"]
@@ -37,26 +32,9 @@ def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
     assert torch.isfinite(slim(input_ids=IDS).logits).all()
 
 
-def test_max_params_is_met(tiny_model, tmp_path):
-    path = tiny_model()
-    wanted = int(shape_of(read_config(path)).parameters * 0.8)
-    prune(path, options(max_params=wanted), output=tmp_path / "slim", calibration=IDS)
-    assert sum(p.numel() for p in load_model(tmp_path / "slim").parameters()) <= wanted
-
-
-def test_the_same_seed_gives_the_same_bytes(tiny_model, tmp_path):
-    path = tiny_model()
-    for name in ("one", "two"):
-        prune(path, options(ratio=0.3), output=tmp_path / name, calibration=IDS)
-    files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert files[0] == files[1]
-    for name in files[0]:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-
-
 def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
     path, rows = tiny_model(), Rows(IDS, "dice", None, None)
-    result = prune(path, options(ratio=0.2), output=tmp_path / "slim", calibration=rows)
+    result = prune(path, PruneOptions(ratio=0.2), output=tmp_path / "slim", calibration=rows)
     record = json.loads((tmp_path / "slim/saap.json").read_text())
     lineage = record["lineage"]
     assert lineage["base"] == str(path)
@@ -68,45 +46,11 @@ def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
     assert record["plan"]["asked"] == result.budget.asked
 
 
-def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"The river rose by {i} centimetres, and bridge {i * 7} was closed." for i in range(200)))
+def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path, river):
     asked = PruneOptions(ratio=0.2, sequences=6, length=16)
-    result = prune(tiny_model(), asked, output=tmp_path / "slim", calibration=text)
+    result = prune(tiny_model(), asked, output=tmp_path / "slim", calibration=river)
     said = read_record(tmp_path / "slim")["lineage"]["calibration"]
-    assert (said["sequences"], said["tokens"], said["source"]) == (6, 16, result.text) and str(text) in result.text
-
-
-def test_a_slim_model_can_be_pruned_again(tiny_model, tmp_path):
-    prune(tiny_model(), options(ratio=0.2), output=tmp_path / "one", calibration=IDS)
-    prune(tmp_path / "one", options(ratio=0.2), output=tmp_path / "two", calibration=IDS)
-    sizes = [shape_of(read_config(tmp_path / name)).layer_weights for name in ("one", "two")]
-    assert sizes[1] <= 0.8 * sizes[0]
-    assert torch.isfinite(load_model(tmp_path / "two")(input_ids=IDS).logits).all()
-
-
-@pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan"), float("inf")])
-def test_ratios_that_make_no_sense_are_refused(tiny_model, tmp_path, ratio):
-    with pytest.raises(UserError, match="give a number between 0 and 1"):
-        prune(tiny_model(), options(ratio=ratio), output=tmp_path / "slim", calibration=IDS)
-    assert not (tmp_path / "slim").exists()
-
-
-def test_one_requirement_only(tiny_model, tmp_path):
-    for wrong in ({}, {"ratio": 0.2, "max_params": 10}):
-        with pytest.raises(UserError, match="give one requirement"):
-            prune(tiny_model(), options(**wrong), output=tmp_path / "slim", calibration=IDS)
-
-
-def test_a_requirement_that_is_met_already_says_so(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="parameters already"):
-        prune(tiny_model(), options(max_params=10**9), output=tmp_path / "slim", calibration=IDS)
-
-
-def test_layers_that_do_not_exist_are_refused(tiny_model, tmp_path):
-    wrong = PruneOptions(ratio=0.2, keep_layers=frozenset({7}))
-    with pytest.raises(UserError, match="layer 7; the model has layers 0 to 2"):
-        prune(tiny_model(), wrong, output=tmp_path / "slim", calibration=IDS)
+    assert (said["sequences"], said["tokens"], said["source"]) == (6, 16, result.text) and str(river) in result.text
 
 
 def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
@@ -153,7 +97,7 @@ def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_p
         made.append(out.name)
         return once(job, stage, now, out, *rest)
 
-    for name in ("slim", "again"):
+    for name in ("slim",) if stream else ("slim", "again"):
         made.clear()
         monkeypatch.setattr(pruning, "_prune_stage", until_the_third)
         with pytest.raises(KeyboardInterrupt):

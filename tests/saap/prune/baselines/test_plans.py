@@ -39,7 +39,7 @@ def ranking_of(method, shape, heads, block, seed):
     st.sampled_from(SHAPES), st.sampled_from(["flap", "magnitude"]), st.booleans(), st.sampled_from([32, 64]),
     st.floats(0, 0.999), st.floats(0, 0.999), st.integers(0, 3),
 )  # fmt: skip
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, block, share, other, seed):
     ranking = ranking_of(method, shape, heads, block, seed)
     if share > ranking.largest_share + 1e-12:

