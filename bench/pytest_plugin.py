@@ -33,18 +33,12 @@ HERE = ("local", "local://")
 
 @dataclass
 class Device:
-    """A device under test.
+    """A device under test."""
 
-    Attributes:
-        target: a board, or this host.
-        baselines: folder of ``saap devices baseline``.
-        tests: all checks so far.
-    """
-
-    target: Target
-    baselines: Path
+    target: Target  # a board, or this host
+    baselines: Path  # folder of ``saap devices baseline``
     max_time_s: float
-    tests: list[DeviceTest] = field(default_factory=list)
+    tests: list[DeviceTest] = field(default_factory=list)  # all checks so far
 
     @property
     def url(self) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,6 @@ from bench.power.sensors import Energy as Energy
 from bench.runtimes.facts import ModelFacts as ModelFacts
 from devices.common.documents import Document, unknown_fields
 from devices.common.errors import UserError
-from devices.common.files import without_checksum
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
@@ -95,7 +94,7 @@ class Bandwidth:
     @property
     def bytes_per_s(self) -> float | None:
         """Best pass: a ceiling must not be lowered by noise."""
-        return max(self.samples) if self.samples else None
+        return max(self.samples, default=None)
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,7 @@ class Measurement:
 
     def peak(self, name: str) -> int | None:
         """Largest value of a Sample's memory field over the repetitions, e.g. ``peak_decode_bytes``."""
-        values = [value for s in self.samples if (value := getattr(s, name)) is not None]
-        return max(values) if values else None
+        return max((value for s in self.samples if (value := getattr(s, name)) is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -234,11 +232,6 @@ def read_result(path: str | Path) -> Result:
         ResultError: no such file, truncated, of another schema, or with values that no run can have.
     """
     return RESULT.read(path)
-
-
-def result_from_dict(raw: Mapping[str, object]) -> Result:
-    """A result inside another document; ValueError, TypeError or KeyError where it does not fit."""
-    return RESULT.made(without_checksum(raw))
 
 
 def _as_today(raw: dict[str, object]) -> dict[str, object]:

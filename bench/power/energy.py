@@ -1,16 +1,7 @@
 """Energy of a measurement, from a sensor of the board that is read beside it.
 
-What a sensor sees is its *scope*, and numbers of different scopes do not compare: ``module_input`` is all that the
-module draws, ``rails_sum`` leaves out what no rail measures (on one board more than half of a wall meter's reading),
-``package`` is the CPU with its caches, ``pmic_rails`` what a Raspberry Pi's power chip gives out. Rails are never
-summed where an input rail exists, which holds them all.
-
-| sensor | scope | readings per second | trusted |
-|---|---|---|---|
-| INA3221 by files: hwmon from JetPack 5 on, iio before | module_input, else rails_sum | 10 | first |
-| tegrastats, where those files cannot be read | the same | 10 | second |
-| Raspberry Pi 5, ``vcgencmd pmic_read_adc`` | pmic_rails, an estimate of the board's | 2 | third |
-| RAPL | package | 10, of a counter | last |
+What a sensor sees is its *scope*, and numbers of different scopes do not compare. docs/devices.md lists the sensors in
+the order in which they are trusted, with their scopes.
 """
 
 from __future__ import annotations

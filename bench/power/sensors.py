@@ -45,28 +45,17 @@ class Energy:
 
 @dataclass(frozen=True)
 class Sensor:
-    """Either ``read`` or ``follow`` gives power.
+    """Either ``read`` or ``follow`` gives power; both raise OSError where they cannot, ``read`` ValueError too."""
 
-    Attributes:
-        source: the sensor's name.
-        scope: as in bench.measure.result.Energy.
-        covers: what the number holds and what it lacks, in words.
-        read: watts now, or, where it ``counts``, joules since some moment. Raises OSError or ValueError.
-        follow: starts a stream of watts. Raises OSError.
-        rate_hz: readings per second that are possible without disturbing what is measured.
-        estimate: the number stands for more than was measured.
-        passed_over: why sensors that are trusted more, or some of its rails, were not used.
-    """
-
-    source: str
-    scope: str
-    covers: str
-    read: Reading | None = None
-    follow: Callable[[], Stream] | None = None
-    rate_hz: float = RATE_HZ
+    source: str  # its name
+    scope: str  # as in Energy
+    covers: str  # what the number holds and what it lacks, in words
+    read: Reading | None = None  # watts now, or, where it ``counts``, joules since some moment
+    follow: Callable[[], Stream] | None = None  # starts a stream of watts
+    rate_hz: float = RATE_HZ  # readings that are possible without disturbing what is measured
     counts: bool = False
-    estimate: bool = False
-    passed_over: tuple[str, ...] = ()
+    estimate: bool = False  # the number stands for more than was measured
+    passed_over: tuple[str, ...] = ()  # why sensors that are trusted more, or some of its rails, were not used
 
 
 def ina3221(root: Path) -> Found:

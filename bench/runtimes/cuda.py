@@ -41,16 +41,10 @@ class DeviceDecoder(BundleDecoder):
     """A decoder on the GPU.
 
     Args:
-        bundle_dir: the bundle.
         threads: of ONNX Runtime on the host, which computes shapes only.
-        max_length: positions of the cache.
         provider: cuda or tensorrt.
         cuda_graph: replay decode steps as a CUDA graph; cuda only.
         runtime: the onnxruntime module, or another one in its place.
-
-    Attributes:
-        provider: as asked for.
-        gpu: the session and where its nodes are.
 
     Raises:
         BundleError: the bundle does not verify.

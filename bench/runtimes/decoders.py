@@ -22,10 +22,8 @@ def make_decoder(
     """A bundle ready to run; its hashes are not checked.
 
     Args:
-        path: the bundle.
         threads: of ONNX Runtime; the caller pins the process.
         max_length: positions of the cache.
-        provider: cpu, cuda or tensorrt.
         cuda_graph: replay decode steps as a CUDA graph.
         prepacked: map packed weights from the user's cache; cpu only.
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from bench.runtimes.facts import PeerFacts, graph_facts
 from export.bundle.decoder import Decoder, Ids, Logits
@@ -23,7 +25,7 @@ _NOT_HERE: Logits = np.empty(0, np.float32)
 
 
 class _Decoder(msgspec.Struct):
-    filename: str
+    filename: Annotated[str, Meta(max_length=255, pattern=r"^[^/\\\0]+$")]  # beside the configuration
     head_size: int | None = None
 
 
@@ -40,13 +42,7 @@ class GenaiConfig(msgspec.Struct):
 
 
 class GenaiDecoder:
-    """A model directory in onnxruntime-genai; it continues with the token that it has drawn itself.
-
-    Args:
-        path: a directory with ``genai_config.json``.
-        threads: of the session.
-        max_length: positions of the cache.
-    """
+    """A directory with ``genai_config.json``; it continues with the token that it has drawn itself."""
 
     def __init__(self, path: Path, threads: int, max_length: int) -> None:
         import onnxruntime_genai as genai

@@ -32,7 +32,6 @@ class LlamaCppDecoder:
     """A GGUF file in llama.cpp behind the ``Decoder`` protocol.
 
     Args:
-        threads: for prompts and for single tokens.
         max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
     """
 

@@ -18,7 +18,6 @@ class OptimumDecoder:
     """A directory with ``model.onnx`` and ``config.json`` behind the ``Decoder`` protocol.
 
     Args:
-        threads: of the session, and of PyTorch.
         max_length: positions that will be asked for; optimum grows its cache with every token.
     """
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -33,7 +33,7 @@ TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
 PREPACKED = "prepacked:"
 FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
-LONGEST_NAME = 255  # of a file
+T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
 PEER_PYTHON = "SAAP_PEER_PYTHON"
@@ -173,19 +173,13 @@ def _prepacked(spec: str, length: int) -> Peer:
 
 def _torch(spec: str, length: int) -> Peer:
     path = _path(spec)
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        raise PeerError(f"{spec}: no config.json in {path}; give torch: a Hugging Face model directory")
+    otherwise = "is damaged or names no vocab_size; get the model again"
+    config = _read(spec, path / "config.json", _Config, "torch: a Hugging Face model directory", otherwise)
     if not (find_spec("torch") and find_spec("transformers")):
         raise PeerError(f"{spec} needs PyTorch and transformers, which are not installed: pip install 'saap[prune]'")
-    try:
-        config = msgspec.json.decode(config_path.read_bytes(), type=_Config)
-    except (OSError, ValueError):
-        raise PeerError(f"{spec}: {config_path} is damaged or names no vocab_size; get the model again") from None
     _check_context(spec, length, config.max_position_embeddings)
-    return replace(
-        _peer(spec, "torch", path, config.vocab_size), unknown={"bundle_hash": "a model directory is not a bundle"}
-    )
+    peer = _peer(spec, "torch", path, config.vocab_size)
+    return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
 
 
 def _llama_cpp(spec: str, length: int) -> Peer:
@@ -205,15 +199,10 @@ def genai_peer(spec: str, length: int) -> Peer:
         PeerError, BundleError: no ``genai_config.json``, too short a context, onnxruntime-genai not installed.
     """
     path = _path(spec)
-    config = path / GENAI_CONFIG
-    document = _read(spec, config, "a bundle, or a folder of onnxruntime-genai's model builder")
-    try:
-        model = msgspec.convert(document, GenaiConfig).model
-    except ValueError:
-        model = None
-    graph = model.decoder.filename if model else ""
-    if model is None or len(graph) > LONGEST_NAME or Path(graph).name != graph:
-        raise PeerError(f"{spec}: {config} names no vocab_size, context_length or decoder; make the folder again")
+    wanted = "a bundle, or a folder of onnxruntime-genai's model builder"
+    otherwise = "names no vocab_size, context_length or decoder; make the folder again"
+    model = _read(spec, path / GENAI_CONFIG, GenaiConfig, wanted, otherwise).model
+    graph = model.decoder.filename
     if not (path / graph).is_file():
         raise PeerError(f"{spec}: {GENAI_CONFIG} names {graph}, which is not there; make the folder again")
     _check_context(spec, length + 1, model.context_length)  # genai counts the token that is drawn last, too
@@ -224,13 +213,10 @@ def genai_peer(spec: str, length: int) -> Peer:
 def _optimum(spec: str, length: int) -> Peer:
     """A portable bundle of uniform sizes, or optimum's own export, in optimum-onnx."""
     path = _path(spec)
-    document = _read(spec, path / "config.json", "a directory of `saap export --target portable` or of optimum")
     if not (path / DECODE_GRAPH).is_file():
         raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
-    try:
-        config = msgspec.convert(document, _Config)
-    except ValueError:
-        raise PeerError(f"{spec}: {path / 'config.json'} names no vocab_size; export the model again") from None
+    wanted = "a directory of `saap export --target portable` or of optimum"
+    config = _read(spec, path / "config.json", _Config, wanted, "names no vocab_size; export the model again")
     _check_context(spec, length, config.max_position_embeddings)
     python = python_with(["optimum.onnxruntime", "torch"], spec, "'saap[optimum]'")
     return _peer(spec, "optimum", path, config.vocab_size, _manifest(path), python)
@@ -306,13 +292,15 @@ def _check_context(spec: str, length: int, context: int | None) -> None:
         raise PeerError(f"{length} tokens of context do not fit {spec}: it holds 1 to {context}; ask for less")
 
 
-def _read(spec: str, path: Path, wanted: str) -> dict[str, object]:
+def _read(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:
+    """What is read of a JSON file; ``otherwise`` says what is wrong with one of another shape."""
     if not path.is_file():
         raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        document = None
-    if not isinstance(document, dict):
-        raise PeerError(f"{spec}: {path} is damaged; give {wanted}")
-    return document
+        raise PeerError(f"{spec}: {path} is damaged; give {wanted}") from None
+    try:
+        return msgspec.convert(document, kind)
+    except ValueError:
+        raise PeerError(f"{spec}: {path} {otherwise}") from None

@@ -79,9 +79,6 @@ def gpu_runtime() -> ModuleType:
 class GpuSession:
     """A session on a GPU, and the record of where its nodes are.
 
-    Attributes:
-        session: ONNX Runtime's InferenceSession.
-
     Raises:
         BundleError: weights outside the graph's folder, or none there.
         DecoderError: ONNX Runtime refuses the graph, or would run it on another provider.
