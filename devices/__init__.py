@@ -1,1 +1,5 @@
 """What a device is: profiles with sources, and a probe of this host."""
+
+from devices.common.telemetry import turn_off
+
+turn_off()

@@ -7,6 +7,7 @@ light and the dark page, is small, and can be read by a screen reader.
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from bench.measure.result import INVALID, Measurement
 from bench.measure.statistics import summarize
+from devices.common.files import cache_directory
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -190,6 +192,8 @@ def drawing(
         height: inches, as ``width``; ``ratios``: of the panels' heights.
         salt: ids are the same in every run, and differ between the plots of a page.
     """
+    # matplotlib keeps a list of fonts: in our cache, not in one of its own.
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_directory() / "matplotlib"))
     import matplotlib as mpl
     from markupsafe import Markup
     from matplotlib.figure import Figure as Canvas
