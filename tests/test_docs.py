@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -191,6 +195,14 @@ def test_pages_have_commands_at_all():
     assert ["devices", "test"] in [words[:2] for words in found["docs/devices.md"]]
 
 
+# A random model is told to fit a board whatever it is; INVALID speeds of a test machine are no failure.
+PROGRAM = """
+from support.command_line import here
+for words in {commands}:
+    here(*words, code=None if words[0] == "bench" else 0)
+"""
+
+
 def some_text(seed, lines):
     """Lines of words, each with numbers that no other text has."""
     words = ("cat", "mat", "dog", "day", "night", "home", "by", "all", "saw", "ran", "while", "how", "we", "they", "it")
@@ -210,8 +222,11 @@ def workplace(tmp_path, tiny_model, monkeypatch):
     return tmp_path
 
 
-def test_the_tutorial_works(workplace):
-    """All its commands in order; a random model needs few tokens, and its bench few repetitions."""
+def test_the_tutorial_works_and_calls_nobody(workplace):
+    """All its commands in order, in one process with a home of its own and without network, where calls are traced.
+
+    A random model needs few tokens, and its bench few repetitions.
+    """
     few = {
         "run": ["--tokens", "1024", "--repetitions", "1", "--threads", "1", "--set", "sequences=8",
                 "--set", "length=32", "--set", "chunk=64", "--set", "max_chunks=4"],
@@ -220,14 +235,28 @@ def test_the_tutorial_works(workplace):
         "bench": ["--repetitions", "1", "--prompt", "8", "--generate", "8", "--no-cold"],
         "eval": ["--chunk", "64", "--max-chunks", "4"],
     }  # fmt: skip
-    for note, text in fences("docs/tutorial.md", "sh"):
-        if note == "no-run":
-            continue
-        for words in command_lines(text):
-            # A random model is told to fit a board whatever it is; INVALID speeds of a test machine are no failure.
-            here(*words, *few.get(words[0], []), code=None if words[0] == "bench" else 0)
+    shown = [text for note, text in fences("docs/tutorial.md", "sh") if note != "no-run"]
+    commands = [[*words, *few.get(words[0], [])] for text in shown for words in command_lines(text)]
+    home, calls = workplace / "home", workplace / "calls"
+    home.mkdir()
+    env = {k: v for k, v in os.environ.items() if not re.match("ORT_|HF_|XDG_|SAAP_|DO_NOT|MPL", k)}
+    env |= {"HOME": str(home), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    apart = ["unshare", "--net", "strace", "-f", "--seccomp-bpf", "-e", "trace=connect", "-o", str(calls)]
+    if not (
+        traced := shutil.which("strace") and not subprocess.run(["unshare", "--net", "true"], check=False).returncode
+    ):
+        apart = []  # needs root; .ci/run has both
+    done = subprocess.run(
+        [*apart, sys.executable, "-c", PROGRAM.format(commands=commands)], env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     made = ("out/all/report.html", "out/slim", "out/tuned", "out/bundle/bundle.json", "quality.json", "report.html")
     assert [name for name in made if not (workplace / name).exists()] == []
+    ours = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
+    assert ours == {(".cache", "saap")}
+    if traced:
+        assert [line for line in calls.read_text().splitlines() if "AF_INET" in line] == []
 
 
 @pytest.mark.parametrize("name", ["README.md"])
