@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.files import write_text
-from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
+from export.bundle.genai import GENAI_CONFIG, genai_document, genai_model
+from export.bundle.manifest import BundleManifest
 from export.bundle.tokenizer import BundleTokenizer
 from saap.models.architectures import PER_LAYER, SLIM
 
-GENAI_CONFIG = "genai_config.json"
 CONFIG = "config.json"
 PROBES = (  # what tokenizers disagree about: spaces, digits, code, other scripts, joined emoji, special tokens
     "The quick brown fox jumps over the lazy dog.",
@@ -28,51 +28,9 @@ PROBES = (  # what tokenizers disagree about: spaces, digits, code, other script
 )
 
 
-def genai_config(manifest: BundleManifest) -> dict[str, Any]:
-    """The document that onnxruntime-genai reads to run ``model.onnx``.
-
-    Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
-    are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
-    ``past_key_values.N`` for each.
-    """
-    cached = manifest.kv_layers
-    pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
-    model = {
-        "type": "decoder",  # genai's name for any decoder-only model with these inputs
-        "vocab_size": manifest.vocab_size,
-        "context_length": manifest.context_length,
-        # genai insists on a number; it adds no BOS by itself, the tokenizer's template does.
-        "bos_token_id": pad if manifest.bos_token_id is None else manifest.bos_token_id,
-        "eos_token_id": list(manifest.eos_token_ids),
-        "pad_token_id": pad,
-        "decoder": {
-            # The pattern is a block of memory for each length of prompt, much larger where layers differ in width.
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False},
-            "filename": DECODE_GRAPH,
-            "head_size": manifest.head_dim,
-            "hidden_size": manifest.hidden_size,
-            "num_attention_heads": max((layer.query_heads for layer in cached), default=0),
-            "num_key_value_heads": max((layer.kv_heads for layer in cached), default=0),
-            "num_hidden_layers": len(cached),
-            "inputs": {
-                "input_ids": "input_ids",
-                "attention_mask": "attention_mask",
-                "past_key_names": "past_key_values.%d.key",
-                "past_value_names": "past_key_values.%d.value",
-            },
-            "outputs": {
-                "logits": "logits",
-                "present_key_names": "present.%d.key",
-                "present_value_names": "present.%d.value",
-            },
-        },
-    }
-    return {"model": model, "search": _greedy(manifest.context_length)}
-
-
 def write_genai_config(directory: str | Path, manifest: BundleManifest) -> Path:
-    """Write :func:`genai_config` into ``directory``, by rename; to be called before the manifest hashes the files."""
-    return _write(Path(directory) / GENAI_CONFIG, genai_config(manifest))
+    """Write ``genai_config.json`` into ``directory``, by rename; to be called before the manifest hashes the files."""
+    return _write(Path(directory) / GENAI_CONFIG, genai_document(genai_model(manifest)))
 
 
 def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str, Any] | None:
@@ -147,20 +105,3 @@ def genai_tokenizer_note(directory: str | Path) -> str | None:
 def _write(path: Path, document: dict[str, Any]) -> Path:
     write_text(path, json.dumps(document, indent=2) + "\n")
     return path
-
-
-def _greedy(max_length: int) -> dict[str, Any]:
-    return {
-        "chunk_size": PREFILL_CHUNK,
-        "do_sample": False,
-        "early_stopping": True,
-        "max_length": max_length,
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "past_present_share_buffer": True,
-        "repetition_penalty": 1.0,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-    }

@@ -7,50 +7,34 @@ end-of-text token by its own rules; a smallest length equal to the largest one k
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 
 from bench.runtimes.facts import PeerFacts, graph_facts
 from export.bundle.decoder import Decoder, Ids, Logits
-from export.bundle.manifest import MANIFEST
+from export.bundle.external_data import check_external_data
+from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model
+from export.bundle.manifest import MANIFEST, read_manifest
 
 PACKAGES = ("onnxruntime_genai",)
-CONFIG = "genai_config.json"
 _NOT_HERE: Logits = np.empty(0, np.float32)
 
 
-class _Decoder(msgspec.Struct):
-    filename: Annotated[str, Meta(max_length=255, pattern=r"^[^/\\\0]+$")]  # beside the configuration
-    head_size: int | None = None
-
-
-class _Model(msgspec.Struct):
-    vocab_size: int
-    context_length: int
-    decoder: _Decoder
-
-
-class GenaiConfig(msgspec.Struct):
-    """What is read of a ``genai_config.json``."""
-
-    model: _Model
-
-
 class GenaiDecoder:
-    """A directory with ``genai_config.json``; it continues with the token that it has drawn itself."""
+    """A bundle, or a directory with somebody else's ``genai_config.json``; it continues with the token it has drawn."""
 
     def __init__(self, path: Path, threads: int, max_length: int) -> None:
         import onnxruntime_genai as genai
 
         self.path, self.max_length = path, max_length
-        config = genai.Config(str(path))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-        self._model = genai.Model(config)
+        with tempfile.TemporaryDirectory(prefix="saap-genai-") as folder:
+            _ours(path, Path(folder))
+            config = genai.Config(folder)
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+            self._model = genai.Model(config)
         options = genai.GeneratorParams(self._model)
         total = max_length + 1  # the last token that is drawn takes no position of the cache
         options.set_search_options(
@@ -86,11 +70,35 @@ class GenaiDecoder:
 load = GenaiDecoder
 
 
+def model_of(path: Path) -> Model:
+    """What genai must know of a directory's model: from the manifest of a bundle, else from ``genai_config.json``.
+
+    Raises:
+        BundleError: a manifest or a configuration that cannot be used.
+    """
+    return genai_model(read_manifest(path)) if (path / MANIFEST).is_file() else read_genai_model(path)
+
+
+def _ours(path: Path, folder: Path) -> None:
+    """Fill a folder with a configuration that we wrote, and links to the graph and its data: genai sees no other file.
+
+    Raises:
+        BundleError: as of :func:`model_of`, or data outside of the directory.
+    """
+    model, path = model_of(path), path.resolve()
+    graph = path / model.decoder.filename
+    for file in (graph, *check_external_data(graph)):
+        link = folder / file.relative_to(path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    (folder / GENAI_CONFIG).write_text(json.dumps(genai_document(model)), encoding="utf-8")
+
+
 def facts(decoder: Decoder) -> PeerFacts:
     """Versions, and sizes in bytes unless the directory is a bundle of ours, whose manifest has them."""
     assert isinstance(decoder, GenaiDecoder)
     versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
     if (decoder.path / MANIFEST).is_file():
         return PeerFacts(versions)
-    told = msgspec.json.decode((decoder.path / CONFIG).read_bytes(), type=GenaiConfig).model.decoder
+    told = read_genai_model(decoder.path).decoder
     return PeerFacts(versions, graph_facts(decoder.path / told.filename, told.head_size))

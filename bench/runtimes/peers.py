@@ -20,13 +20,20 @@ import msgspec
 
 from bench.child import ChildFailedError, absent, call
 from bench.runtimes.facts import SIZES, ModelFacts
-from bench.runtimes.genai import CONFIG as GENAI_CONFIG
-from bench.runtimes.genai import GenaiConfig
+from bench.runtimes.genai import model_of
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
 from export.bundle.decoder import check_context
-from export.bundle.manifest import DECODE_GRAPH, MANIFEST, WEIGHTS, BundleManifest, read_manifest, verify_files
+from export.bundle.manifest import (
+    DECODE_GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    BundleError,
+    BundleManifest,
+    read_manifest,
+    verify_files,
+)
 from export.bundle.session import check_provider, prepack
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
@@ -199,12 +206,10 @@ def genai_peer(spec: str, length: int) -> Peer:
         PeerError, BundleError: no ``genai_config.json``, too short a context, onnxruntime-genai not installed.
     """
     path = _path(spec)
-    wanted = "a bundle, or a folder of onnxruntime-genai's model builder"
-    otherwise = "names no vocab_size, context_length or decoder; make the folder again"
-    model = _read(spec, path / GENAI_CONFIG, GenaiConfig, wanted, otherwise).model
-    graph = model.decoder.filename
-    if not (path / graph).is_file():
-        raise PeerError(f"{spec}: {GENAI_CONFIG} names {graph}, which is not there; make the folder again")
+    try:
+        model = model_of(path)
+    except BundleError as error:
+        raise PeerError(f"{spec}: {error}") from None
     _check_context(spec, length + 1, model.context_length)  # genai counts the token that is drawn last, too
     python = python_with(["onnxruntime_genai"], spec, "onnxruntime-genai")
     return _peer(spec, "genai", path, model.vocab_size, _manifest(path), python)

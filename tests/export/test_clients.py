@@ -11,10 +11,10 @@ from support.exported import export_bundle
 from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
 from export.bundle.decoder import OrtDecoder
+from export.bundle.genai import genai_document, genai_model
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
 from export.clients import (
-    genai_config,
     genai_tokenizer_note,
     optimum_config,
     write_genai_config,
@@ -35,7 +35,7 @@ def without(manifest: BundleManifest, **changes) -> BundleManifest:
 
 
 def test_config_names_every_cache_tensor_of_the_graph(bundle):
-    decoder = genai_config(read_manifest(bundle))["model"]["decoder"]
+    decoder = genai_document(genai_model(read_manifest(bundle)))["model"]["decoder"]
     model = onnx.load(bundle / decoder["filename"], load_external_data=False)
     layers = range(decoder["num_hidden_layers"])
     for told, has in ((decoder["inputs"], model.graph.input), (decoder["outputs"], model.graph.output)):
@@ -44,7 +44,7 @@ def test_config_names_every_cache_tensor_of_the_graph(bundle):
 
 
 def test_sizes_are_of_the_layers_that_have_a_cache(bundle):
-    config = genai_config(read_manifest(bundle))
+    config = genai_document(genai_model(read_manifest(bundle)))
     decoder = config["model"]["decoder"]
     assert (decoder["head_size"], decoder["hidden_size"], config["model"]["vocab_size"]) == (HEAD_DIM, HIDDEN, VOCAB)
     # Layers of 4/2, none and 3/1 heads: two with a cache, the largest counts.
@@ -56,20 +56,20 @@ def test_sizes_are_of_the_layers_that_have_a_cache(bundle):
 
 def test_every_end_of_text_id_and_an_id_of_zero_survive(bundle):
     manifest = without(read_manifest(bundle), eos_token_ids=[0, 2, 7], bos_token_id=0)
-    model = genai_config(manifest)["model"]
+    model = genai_document(genai_model(manifest))["model"]
     assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([0, 2, 7], 0, 0)
-    assert genai_config(without(manifest, bos_token_id=None, eos_token_ids=[3]))["model"]["bos_token_id"] == 3
+    assert genai_model(without(manifest, bos_token_id=None, eos_token_ids=[3])).bos_token_id == 3
 
 
 def test_model_without_attention_has_no_cache(bundle):
     manifest = without(read_manifest(bundle), layers=[LayerSizes(0, 0, 64)])
-    assert genai_config(manifest)["model"]["decoder"]["num_hidden_layers"] == 0
+    assert genai_document(genai_model(manifest))["model"]["decoder"]["num_hidden_layers"] == 0
 
 
 def test_writer_leaves_the_document_and_nothing_beside_it(tmp_path, bundle):
     manifest = read_manifest(bundle)
     path = write_genai_config(tmp_path, manifest)
-    assert json.loads(path.read_text()) == genai_config(manifest)
+    assert json.loads(path.read_text()) == genai_document(genai_model(manifest))
     assert [p.name for p in tmp_path.iterdir()] == ["genai_config.json"]
 
 

@@ -22,6 +22,7 @@ from bench.runtimes.facts import graph_facts
 from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.decoder import OrtDecoder
+from export.bundle.genai import genai_document, genai_model
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from export.clients import write_genai_config
 from saap.models.gguf import read_tokenizer_fields
@@ -220,6 +221,23 @@ def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
     assert len(theirs[0].token_s) == 20
 
 
+def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> None:
+    """A library that the configuration names would be loaded; it is not there, so genai would say so."""
+    pytest.importorskip("onnxruntime_genai")
+    from bench.runtimes.genai import GenaiDecoder
+
+    path = genai_bundle / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = "model.onnx.data"
+    path.write_text(json.dumps(config))
+    write_manifest(genai_bundle, read_manifest(genai_bundle))
+    prompt = np.arange(3)
+    ours = timed_pass(OrtDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens
+    assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
+    (genai_bundle / "bundle.json").unlink()  # now it is the folder of somebody's model builder
+    assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
+
+
 def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     from bench.runtimes.genai import GenaiDecoder
@@ -336,21 +354,22 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_specs_are_one_line(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "a.gguf")
-    bundle = tiny_bundle(tmp_path / "bundle")  # its genai_config.json is empty
+    bundle = tiny_bundle(tmp_path / "bundle")
     (tmp_path / "config.json").write_text("{}")
-    for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None)):
+    whole = genai_document(genai_model(read_manifest(bundle)))
+    for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None), ("lost", "lost.onnx")):
         (tmp_path / name).mkdir()
-        model = {"vocab_size": 9, "context_length": 9, "decoder": {"filename": graph}}
+        model = {**whole["model"], "decoder": {**whole["model"]["decoder"], "filename": graph}}
         (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
     for spec, length, message in (
         (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
         (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),
         (f"llama.cpp:{tmp_path}", 8, "cannot be read"),
-        (f"genai:{bundle}", 8, "names no vocab_size"),
         (f"genai:{tmp_path}", 8, "no genai_config.json"),
-        (f"genai:{tmp_path / 'long'}", 8, "names no vocab_size, context_length or decoder"),
-        (f"genai:{tmp_path / 'above'}", 8, "names no vocab_size, context_length or decoder"),
-        (f"genai:{tmp_path / 'none'}", 8, "names no vocab_size, context_length or decoder"),
+        (f"genai:{tmp_path / 'long'}", 8, r"length <= 255 - at `\$\.model\.decoder\.filename`"),
+        (f"genai:{tmp_path / 'above'}", 8, "names the graph '../model.onnx', which is not there"),
+        (f"genai:{tmp_path / 'none'}", 8, r"Expected `str`, got `null` - at `\$\.model\.decoder\.filename`"),
+        (f"genai:{tmp_path / 'lost'}", 8, "names the graph 'lost.onnx', which is not there"),
         (f"optimum:{bundle}", 8, "no config.json"),
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
         ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),

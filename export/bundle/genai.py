@@ -1,0 +1,155 @@
+"""``genai_config.json``, with which onnxruntime-genai runs a graph.
+
+A bundle's is made of its manifest. One that somebody else wrote is read field by field: whatever else it says, such as
+a library of operators that genai would load into the process, does not reach genai.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleError, BundleManifest
+
+GENAI_CONFIG = "genai_config.json"
+# The pattern is a block of memory for each length of prompt, much larger where layers differ in width.
+_SESSION = {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False}
+
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class Inputs(Struct, frozen=True):
+    """Names of the graph's inputs; ``%d`` stands for the layer."""
+
+    input_ids: Name
+    attention_mask: Name | UnsetType = UNSET
+    position_ids: Name | UnsetType = UNSET
+    past_key_names: Name | UnsetType = UNSET
+    past_value_names: Name | UnsetType = UNSET
+
+
+class Outputs(Struct, frozen=True):
+    """Names of the graph's outputs; ``%d`` stands for the layer."""
+
+    logits: Name
+    present_key_names: Name | UnsetType = UNSET
+    present_value_names: Name | UnsetType = UNSET
+
+
+class SlidingWindow(Struct, frozen=True):
+    """How genai keeps the cache of a model whose layers see a window only."""
+
+    window_size: Size
+    pad_value: int | UnsetType = UNSET
+    alignment: str | UnsetType = UNSET
+    slide_key_value_cache: bool | UnsetType = UNSET
+    slide_inputs: bool | UnsetType = UNSET
+    layers: list[Count] | UnsetType = UNSET
+
+
+class Decoder(Struct, frozen=True):
+    """The graph, and the sizes of its cache."""
+
+    filename: Name
+    head_size: Size
+    hidden_size: Size
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    num_hidden_layers: Count
+    inputs: Inputs
+    outputs: Outputs
+    sliding_window: SlidingWindow | UnsetType | None = UNSET
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """What genai must know of a decoder-only model."""
+
+    type: Annotated[str, Meta(pattern=r"^[\w.-]{1,40}$")]
+    vocab_size: Size
+    context_length: Size
+    bos_token_id: int | UnsetType = UNSET
+    eos_token_id: int | list[int]
+    pad_token_id: int | UnsetType = UNSET
+    decoder: Decoder
+
+
+class _File(Struct, frozen=True):
+    model: Model
+
+
+def genai_model(manifest: BundleManifest) -> Model:
+    """What onnxruntime-genai reads to run ``model.onnx``.
+
+    Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
+    are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
+    ``past_key_values.N`` for each.
+    """
+    cached = manifest.kv_layers
+    pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
+    return Model(
+        type="decoder",  # genai's name for any decoder-only model with these inputs
+        vocab_size=manifest.vocab_size,
+        context_length=manifest.context_length,
+        # genai insists on a number; it adds no BOS by itself, the tokenizer's template does.
+        bos_token_id=pad if manifest.bos_token_id is None else manifest.bos_token_id,
+        eos_token_id=list(manifest.eos_token_ids),
+        pad_token_id=pad,
+        decoder=Decoder(
+            filename=DECODE_GRAPH,
+            head_size=manifest.head_dim,
+            hidden_size=manifest.hidden_size,
+            num_attention_heads=max((layer.query_heads for layer in cached), default=0),
+            num_key_value_heads=max((layer.kv_heads for layer in cached), default=0),
+            num_hidden_layers=len(cached),
+            inputs=Inputs("input_ids", "attention_mask", UNSET, "past_key_values.%d.key", "past_key_values.%d.value"),
+            outputs=Outputs("logits", "present.%d.key", "present.%d.value"),
+        ),
+    )
+
+
+def read_genai_model(directory: Path) -> Model:
+    """What somebody else's ``genai_config.json`` says of a model, and nothing else of it.
+
+    Raises:
+        BundleError: names the file, the field and what is allowed.
+    """
+    path = directory / GENAI_CONFIG
+    if not path.is_file():
+        raise BundleError(f"no {GENAI_CONFIG} in {directory}: give a bundle, or a folder of genai's model builder")
+    try:
+        model = msgspec.json.decode(path.read_bytes(), type=_File).model
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be used ({error}): make the folder again") from None
+    graph = model.decoder.filename
+    if Path(graph).name != graph or "\0" in graph or not (directory / graph).is_file():
+        raise BundleError(f"{path} names the graph {graph!r}, which is not there: make the folder again")
+    return model
+
+
+def genai_document(model: Model) -> dict[str, object]:
+    """The content of ``genai_config.json``: the model, our session options, and greedy search."""
+    told = msgspec.to_builtins(model)
+    told["decoder"] = {"session_options": dict(_SESSION), **told["decoder"]}
+    return {"model": told, "search": _greedy(model.context_length)}
+
+
+def _greedy(max_length: int) -> dict[str, object]:
+    return {
+        "chunk_size": PREFILL_CHUNK,
+        "do_sample": False,
+        "early_stopping": True,
+        "max_length": max_length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }
