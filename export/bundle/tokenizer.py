@@ -1,19 +1,17 @@
 """The tokenizer of a bundle without transformers: ids, chat template, and text as a stream.
 
-Rendering follows transformers' ``apply_chat_template`` (same sandbox, same helpers), so that a bundle is prompted on a
-board exactly as its model was prompted in training.
+A bundle is prompted on a board exactly as its model was prompted in training: ``devices.common.chat_template``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from devices.common.chat_template import ChatTemplate, TemplateError
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from export.bundle.manifest import MANIFEST
@@ -51,7 +49,8 @@ class BundleTokenizer:
         config = read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(config, read_json(self.directory / "special_tokens_map.json"))
         self._template_source = _template_source(self.directory, config)
-        self._template: Any = None
+        source = self._template_source
+        self._template = None if source is None else ChatTemplate(source, self.special_tokens)
         manifest = read_json(self.directory / MANIFEST)
         self.bos_token_id: int | None = manifest.get("bos_token_id", self._id_of("bos_token"))
         self.eos_token_ids = self._eos_ids(manifest)
@@ -76,22 +75,12 @@ class BundleTokenizer:
         Raises:
             RunError: there is no template, or it refuses the conversation.
         """
-        import jinja2
-
-        if self._template_source is None:
+        if self._template is None:
             raise RunError(f"{self.directory} has no chat template: give the prompt as plain text, with chat off")
         try:
-            self._template = self._template or _compile(self._template_source)
-            text: str = self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
+            return self._template.render(messages, add_generation_prompt)
+        except TemplateError as error:
             raise RunError(f"the chat template of {self.directory} refuses this conversation: {error}") from None
-        return text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; leave the special tokens out for text that comes from a chat template, which writes its own."""
@@ -186,40 +175,6 @@ def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
             if token is not None:
                 found.setdefault(name, token)
     return found
-
-
-def _compile(source: str) -> Any:
-    """A jinja2 template with the helpers that transformers gives to chat templates."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """``{% generation %}``: marks the assistant's text for training; nothing to do here."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
-    ) -> str:
-        # jinja2's own filter escapes < and >, which a prompt must keep.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
 
 
 def end_ids(named: Any, directory: Path) -> list[int]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
+from devices.common.chat_template import ChatTemplate, TemplateError
 from saap.system.errors import UserError
 
 Message = dict[str, str]
@@ -86,7 +87,9 @@ class ChatEncoder:
         if not has_chat_template(tokenizer):
             raise UserError("the model has no chat template, so chat data has no form: give kind='text'")
         self._tokenizer = tokenizer
-        self._marked = bool(GENERATION.search(tokenizer.get_chat_template()))
+        source = tokenizer.get_chat_template()
+        self._marked = bool(GENERATION.search(source))
+        self._template = ChatTemplate(source, tokenizer.special_tokens_map)
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = added | set(tokenizer.all_special_ids)
 
@@ -124,26 +127,17 @@ class ChatEncoder:
 
     def _render(self, turns: Sequence[Message], where: str, *, prompt: bool = False) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # whatever a template raises: jinja2's errors, TypeError, its own
+            return self._template.render(turns, prompt)
+        except TemplateError as error:
             raise _refused(where, error) from None
 
     def _render_marked(self, turns: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
         # Not apply_chat_template's token mask: where a tokenizer leaves blanks out of its offsets, an answer that
         # ends with one would be learnt up to the end of the conversation.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(turns)],
-                chat_template=self._tokenizer.get_chat_template(),
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # as above
+            return self._template.render_marked(turns)
+        except TemplateError as error:
             raise _refused(where, error) from None
-        texts, spans = rendered
-        return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
 
     def _encoded(self, text: str, spans: Sequence[tuple[int, int]], *, whole: bool = False) -> Sample:
         """Ids of ``text``; learnt are the characters of ``spans``, ``whole`` or up to the last special token."""
@@ -186,8 +180,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def _refused(where: str, error: Exception) -> UserError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"{where}: the model's chat template refuses it ({said}): mend or remove it, or give kind='text'")
+    return UserError(f"{where}: the model's chat template refuses it ({error}): mend or remove it, or give kind='text'")
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
