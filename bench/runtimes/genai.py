@@ -15,8 +15,8 @@ import numpy as np
 
 from bench.runtimes.facts import PeerFacts, graph_facts
 from export.bundle.decoder import Decoder, Ids, Logits
-from export.bundle.external_data import check_external_data
 from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model
+from export.bundle.graph_check import check_graph
 from export.bundle.manifest import MANIFEST, read_manifest
 
 PACKAGES = ("onnxruntime_genai",)
@@ -87,7 +87,7 @@ def _ours(path: Path, folder: Path) -> None:
     """
     model, path = model_of(path), path.resolve()
     graph = path / model.decoder.filename
-    for file in (graph, *check_external_data(graph)):
+    for file in (graph, *check_graph(graph, nested=not (path / MANIFEST).is_file())):
         link = folder / file.relative_to(path)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)

@@ -9,6 +9,7 @@ import numpy as np
 
 from bench.runtimes.facts import PeerFacts, graph_facts
 from export.bundle.decoder import Decoder, Ids, Logits
+from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST
 
 PACKAGES = ("optimum.onnxruntime",)
@@ -26,6 +27,7 @@ class OptimumDecoder:
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
+        check_graph(path / DECODE_GRAPH, nested=True)
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from devices.common.files import cache_directory
-from export.bundle.external_data import check_external_data
+from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleManifest
 from export.bundle.session import EXECUTION, DecoderError, first_line, session_options
 
@@ -85,7 +85,7 @@ class GpuSession:
     """
 
     def __init__(self, graph: Path, threads: int, providers: Providers, runtime: ModuleType) -> None:
-        check_external_data(graph)
+        check_graph(graph)
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
         self._placed: dict[str, Counter[str]] | None = None
         options = session_options(threads, {"session.record_ep_graph_assignment_info": "1"}, runtime)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.common.files import sha256_file
-from export.bundle.external_data import check_external_data
+from export.bundle.graph_check import check_graph
 from export.bundle.graph_facts import GraphFacts, read_graph
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest
 
@@ -31,7 +31,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     data_files = {}
     for name in sorted(n for n in {DECODE_GRAPH, *manifest.files} if n.endswith(".onnx")):
-        data_files[name] = [f.relative_to(directory).as_posix() for f in check_external_data(directory / name)]
+        data_files[name] = [f.relative_to(directory).as_posix() for f in check_graph(directory / name)]
     graph = read_graph(directory / DECODE_GRAPH)
     layers = [_layer(index, manifest, graph) for index in range(len(manifest.layers))]
     return {

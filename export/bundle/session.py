@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from devices.common.errors import UserError
 from devices.common.files import cache_directory
-from export.bundle.external_data import check_external_data
+from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleManifest, too_old
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_session(graph: Path, threads: int) -> InferenceSession:
         BundleError: weights outside the graph's folder, or none there.
         DecoderError: ONNX Runtime refuses the graph.
     """
-    check_external_data(graph)
+    check_graph(graph)
     return make_session(graph, session_options(threads, {}))
 
 
@@ -155,7 +155,7 @@ def prepack(graph: Path, manifest: BundleManifest) -> Path:
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    check_external_data(graph)
+    check_graph(graph)
     options = session_options(
         1,
         {

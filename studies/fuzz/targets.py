@@ -229,7 +229,7 @@ def _lines(place: Path) -> Iterator[Target]:
 def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
     from devices.common.gguf_header import read_header
-    from export.bundle.external_data import check_external_data
+    from export.bundle.graph_check import check_graph
     from saap.models.gguf import read_tokenizer_fields
     from saap.models.weight_files import tensor_reader
     from saap.system.sealed_tensors import load_sealed
@@ -239,9 +239,7 @@ def _binaries(place: Path) -> Iterator[Target]:
     yield Target("GGUF header", _from_file(gguf, lambda: read_header(gguf)), seeds.gguf(place), json=False)
     yield Target("GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), json=False)
     graph = place / "graph/model.onnx"
-    yield Target(
-        "ONNX data files", _from_file(graph, lambda: check_external_data(graph)), seeds.onnx_graphs(), json=False
-    )
+    yield Target("ONNX data files", _from_file(graph, lambda: check_graph(graph)), seeds.onnx_graphs(), json=False)
     (graph.parent / "w.data").write_bytes(bytes(8))
     weights = place / "weights/model.safetensors"
 

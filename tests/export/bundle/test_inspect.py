@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
-from export.bundle.external_data import check_external_data, external_locations
+from export.bundle.graph_check import MOST_NODES, check_graph, read_contents
 from export.bundle.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
 from export.bundle.manifest import BundleError, read_manifest
 
@@ -149,7 +149,7 @@ def test_weights_outside_the_folder_are_refused(tmp_path, location):
     shutil.copyfile(bundle / "model.onnx.data", tmp_path / "other.data")
     graph = with_location(bundle, location)
     with pytest.raises(BundleError, match=r"outside the bundle's folder: do not use it") as caught:
-        check_external_data(graph)
+        check_graph(graph)
     assert "\n" not in str(caught.value)
     with pytest.raises(BundleError, match="outside the bundle"):
         inspect_bundle(bundle)
@@ -158,7 +158,7 @@ def test_weights_outside_the_folder_are_refused(tmp_path, location):
 def test_a_name_that_no_file_system_has_is_missing(tmp_path):
     bundle = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="which is missing: export the bundle again"):
-        check_external_data(with_location(bundle, 300 * "a"))
+        check_graph(with_location(bundle, 300 * "a"))
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
@@ -166,7 +166,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (bundle / "model.onnx.data").rename(tmp_path / "elsewhere.data")
     (bundle / "model.onnx.data").symlink_to(tmp_path / "elsewhere.data")
     with pytest.raises(BundleError, match="outside the bundle's folder"):
-        check_external_data(bundle / "model.onnx")
+        check_graph(bundle / "model.onnx")
 
 
 def test_the_scoring_graph_is_checked_too(tmp_path):
@@ -193,9 +193,39 @@ def test_every_place_of_a_tensor_is_looked_at(tmp_path):
     inner = helper.make_node("Constant", [], ["c"], value=external("function"))
     model.functions.append(helper.make_function("d", "f", [], ["c"], [inner], [helper.make_opsetid("", 17)]))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    assert sorted(external_locations(tmp_path / "model.onnx")) == [
+    assert sorted(read_contents(tmp_path / "model.onnx").locations) == [
         "branch", "constant", "function", "initialiser", "sparse indices", "sparse values",
     ]  # fmt: skip
+
+
+def test_a_graph_that_takes_more_than_its_files_hold_is_refused(tmp_path):
+    """Graphs in attributes, functions, tensors of 2^60 elements, operators that a library would bring."""
+
+    def written(*nodes, tensors=(), functions=()):
+        model = helper.make_model(helper.make_graph([*nodes], "g", [], [], [*tensors]))
+        model.functions.extend(functions)
+        return model.SerializeToString()
+
+    branch = helper.make_graph([helper.make_node("Identity", ["t"], ["b"])], "b", [], [])
+    loop = helper.make_node("Loop", ["x", ""], ["y"], body=branch)
+    function = helper.make_function("d", "f", [], ["c"], [], [helper.make_opsetid("", 17)])
+    huge = TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[2**30, 2**30], raw_data=b"1234")
+    deep = branch
+    for _ in range(12):
+        deep = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=deep)], "d", [], [])
+    for content, problem in (
+        (written(loop), "graphs within the graph"),
+        (written(functions=[function]), "holds functions"),
+        (written(tensors=[huge]), "more elements than its files have bits"),
+        (written(helper.make_node("Run", ["x"], ["y"], domain="evil.ops")), "operators of evil.ops"),
+        (written(*(helper.make_node("Relu", ["x"], ["x"]) for _ in range(MOST_NODES + 1))), "more than 200000 nodes"),
+        (written(*deep.node), "is not an ONNX file"),
+    ):
+        (tmp_path / "model.onnx").write_bytes(content)
+        with pytest.raises(BundleError, match=problem):
+            check_graph(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(written(loop))
+    assert check_graph(tmp_path / "model.onnx", nested=True) == []
 
 
 def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
@@ -204,24 +234,24 @@ def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
     for content in (b"", b"\xff" * 40, whole[: len(whole) // 2]):
         (bundle / "model.onnx").write_bytes(content)
         with pytest.raises(BundleError, match=r"model\.onnx is not an ONNX file: export the bundle again"):
-            check_external_data(bundle / "model.onnx")
+            check_graph(bundle / "model.onnx")
     (bundle / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"model\.onnx is missing"):
-        check_external_data(bundle / "model.onnx")
+        check_graph(bundle / "model.onnx")
     with pytest.raises(BundleError, match="it has no bundle"):
         inspect_bundle(tmp_path)
     bundle = tiny_bundle(tmp_path / "again")
     with_location(bundle, "lost.data")
     with pytest.raises(BundleError, match=r"'lost\.data', which is missing"):
-        check_external_data(bundle / "model.onnx")
+        check_graph(bundle / "model.onnx")
 
 
 def test_the_check_runs_on_a_board(tmp_path):
     """No torch, no onnx: it stands before every session that a board opens."""
     bundle = tiny_bundle(tmp_path / "bundle")
     code = (
-        "import sys\nfrom export.bundle.external_data import check_external_data\n"
-        f"print([p.name for p in check_external_data({str(bundle / 'model.onnx')!r})])\n"
+        "import sys\nfrom export.bundle.graph_check import check_graph\n"
+        f"print([p.name for p in check_graph({str(bundle / 'model.onnx')!r})])\n"
         "assert not {'torch', 'onnx', 'numpy', 'onnx_ir', 'google.protobuf'} & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[3]

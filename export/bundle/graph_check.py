@@ -1,0 +1,178 @@
+"""What a graph may hold that a runtime will load: checked before it does. Standard library only, for a board.
+
+A graph names its data files by relative paths, and a runtime opens whatever they name. It allocates what a tensor
+claims to be, and runs loops as long as they like. The file is read as protobuf wire format
+(https://protobuf.dev/programming-guides/encoding), descending only to where a tensor may stand; the field numbers are
+those of onnx.proto. Weights inside the file are passed over, not read.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath
+
+from export.bundle.manifest import BundleError, is_there
+
+# Message: the fields that lead to what is checked, and what message each holds.
+_PATHS = {
+    "Model": {7: "Graph", 25: "Function"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {13: "Entry"},
+}
+_KEY, _VALUE = 1, 2  # of an Entry
+_DIMENSIONS, _DOMAIN = 1, 7  # of a Tensor, of a Node
+_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
+_DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}  # what ONNX Runtime brings itself
+MOST_NODES = 200_000
+DEEPEST = 8  # graphs within graphs
+
+
+def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
+    """The data files of an ONNX file, each once, in order of appearance. Call it before you open a session.
+
+    Args:
+        nested: whether functions and graphs in attributes are allowed, as other exporters write them.
+
+    Raises:
+        BundleError: not an ONNX file, a data file that is missing or outside the graph's folder, functions or graphs
+            within the graph, operators of somebody's library, or tensors that claim to be larger than the files.
+    """
+    path = Path(graph)
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: export the bundle again")
+    found = read_contents(path)
+    files: list[Path] = []
+    for location in found.locations:
+        file = _inside(path, location)
+        if not is_there(file):
+            raise BundleError(f"{path} wants its weights in {location!r}, which is missing: export the bundle again")
+        files.append(file)
+    most = 8 * (path.stat().st_size + sum(file.stat().st_size for file in files))  # elements of a bit
+    for problem, there in (
+        (f"more than {MOST_NODES} nodes", found.nodes > MOST_NODES),
+        (
+            "functions, or graphs within the graph (If, Loop, Scan), which no decoder needs",
+            found.nested and not nested,
+        ),
+        (f"operators of {', '.join(sorted(found.domains))}, which ONNX Runtime has not", bool(found.domains)),
+        ("a tensor of more elements than its files have bits", found.largest > most),
+    ):
+        if there:
+            raise BundleError(f"{path} holds {problem}: do not use it")
+    return files
+
+
+@dataclass
+class Contents:
+    """What a graph holds.
+
+    Attributes:
+        locations: what tensors call their data files, each once, in order of appearance.
+        domains: of operators that ONNX Runtime does not bring.
+        nested: whether there are functions, or graphs in a node's attributes.
+        largest: elements of the largest tensor.
+    """
+
+    locations: dict[str, None] = field(default_factory=dict)
+    domains: set[str] = field(default_factory=set)
+    nodes: int = 0
+    nested: bool = False
+    largest: int = 0
+
+
+def read_contents(graph: Path) -> Contents:
+    """What an ONNX file holds.
+
+    Raises:
+        BundleError: not an ONNX file.
+    """
+    found = Contents()
+    try:
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _read(data, "Model", 0, len(data), found, 0)
+    except (IndexError, ValueError):  # of an empty file, too
+        raise BundleError(f"{graph} is not an ONNX file: export the bundle again") from None
+    return found
+
+
+def _inside(graph: Path, location: str) -> Path:
+    folder = graph.parent.resolve()
+    file = graph.parent / location
+    strange = not location or "\\" in location or "\0" in location or PurePosixPath(location).is_absolute()
+    if strange or folder not in file.resolve().parents:
+        raise BundleError(f"{graph} wants its weights in {location!r}, outside the bundle's folder: do not use it")
+    return file
+
+
+def _read(data: mmap.mmap, message: str, start: int, end: int, found: Contents, depth: int) -> None:
+    """Note what a message and those below it hold."""
+    if depth > DEEPEST:
+        raise ValueError("graphs within graphs within graphs")
+    leads = _PATHS[message]
+    dimensions = []
+    for number, wire, a, b in _fields(data, start, end):
+        if message == "Tensor" and number == _DIMENSIONS:
+            dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
+        elif wire != _LENGTH:
+            continue
+        elif message == "Node" and number == _DOMAIN:
+            if (domain := data[a:b]) not in _DOMAINS:
+                found.domains.add(domain.decode(errors="replace")[:40])
+        elif kind := leads.get(number):
+            found.nodes += kind == "Node"
+            found.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph")
+            if kind == "Entry":
+                parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
+                if parts.get(_KEY) == b"location":
+                    found.locations[parts.get(_VALUE, b"").decode()] = None
+            else:
+                _read(data, kind, a, b, found, depth + (kind == "Graph"))
+    found.largest = max(found.largest, prod(dimensions))
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, wire type, first byte, end) of the fields of a message."""
+    position = start
+    while position < end:
+        tag, position = _varint(data, position)
+        wire, first = tag & 7, position
+        if wire == _LENGTH:
+            length, first = _varint(data, position)
+            position = first + length
+        elif wire == _VARINT:
+            _, position = _varint(data, position)
+        elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
+            position += 8 if wire == _EIGHT_BYTES else 4
+        else:
+            raise ValueError("no such wire type")
+        yield tag >> 3, wire, first, position
+    if position != end:
+        raise ValueError("a field ends beyond its message")
+
+
+def _packed(data: mmap.mmap, position: int, end: int) -> list[int]:
+    values = []
+    while position < end:
+        value, position = _varint(data, position)
+        values.append(value)
+    return values
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
