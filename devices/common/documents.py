@@ -11,9 +11,10 @@ from typing import Generic, TypeVar, cast, is_typeddict
 import msgspec
 
 from devices.common.errors import UserError
-from devices.common.files import parse_json, with_checksum, without_checksum, write_text
+from devices.common.files import parse_json, read_whole, with_checksum, without_checksum, write_text
 
 T = TypeVar("T")
+LARGEST = 256 << 20  # bytes of a document
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Document(Generic[T]):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_whole(path, LARGEST).decode("utf-8")
         except OSError as error:
             raise self.error(f"cannot read {path}: {error.strerror}; {self.remedy}") from None
-        except ValueError:
+        except UnicodeDecodeError:
             raise self.error(f"{path} is damaged (not UTF-8 text): {self.remedy}") from None
+        except ValueError as error:
+            raise self.error(f"{path} is damaged ({error}): {self.remedy}") from None
         return self.parse(text, str(path))
 
     def parse(self, text: str | bytes, name: str) -> T:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,6 +54,22 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """The bytes of a file that somebody else may have made.
+
+    Raises:
+        OSError: not there or not readable, or not a regular file (a device may have no end, a pipe never begin).
+        ValueError: larger than ``most`` bytes.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most >> 20} MiB")
+    return content
 
 
 def sha256_file(path: Path) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 from devices.common.documents import Document
 from devices.common.errors import UserError
-from devices.common.files import sha256_file
+from devices.common.files import read_whole, sha256_file
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -34,6 +35,8 @@ SCORING_GRAPH = "scoring.onnx"
 # is negative. The head is a fifth of a small model's work, and of a context that answers follow one position is wanted.
 FIRST_LOGIT = "first_logit"
 WEIGHTS = "model.onnx.data"
+LARGEST_JSON = 16 << 20  # bytes that are read of a small file
+LARGEST = {"tokenizer.json": 128 << 20, "chat_template.jinja": 1 << 20}
 # Tokens of a prompt that a decoder reads at once. Activations and the operators' scratch grow with them, and pieces of
 # this size cost no time.
 PREFILL_CHUNK = 256
@@ -175,14 +178,51 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     return manifest
 
 
-def verify_files(directory: str | Path, manifest: BundleManifest | None = None) -> BundleManifest:
-    """Check every file's size and sha256 against the manifest.
+def manifest_of(directory: Path) -> BundleManifest | None:
+    """The manifest of a bundle; None of a model directory."""
+    return read_manifest(directory) if (directory / MANIFEST).is_file() else None
+
+
+def read_small(directory: Path, name: str, manifest: BundleManifest | None) -> bytes | None:
+    """A small file of a bundle or, without ``manifest``, of a model directory; None where there is none.
+
+    Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
 
     Raises:
-        BundleError: naming the first file that is missing or differs.
+        BundleError: no file, larger than such a file ever is, not listed, or not as listed.
+    """
+    path, most = directory / name, LARGEST.get(name, LARGEST_JSON)
+    entry = None if manifest is None else manifest.files.get(name)
+    if not os.path.lexists(path) and entry is None:
+        return None
+    if manifest is not None and entry is None:
+        raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
+    try:
+        content = read_whole(path, most)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}): {remedy(directory)}") from None
+    if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
+    return content
+
+
+def remedy(directory: Path) -> str:
+    """How to repair a damaged file; a model directory has tokenizers, too."""
+    return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"
+
+
+def verify_files(directory: str | Path, manifest: BundleManifest | None = None) -> BundleManifest:
+    """Check every file's size and sha256 against the manifest, and that there is no other file.
+
+    Raises:
+        BundleError: naming the first file that is missing, differs, or is not listed.
     """
     directory = Path(directory)
     manifest = manifest or read_manifest(directory)
+    for path in sorted(directory.rglob("[!.]*")):
+        name = path.relative_to(directory).as_posix()
+        if name != MANIFEST and name not in manifest.files and (path.is_symlink() or not path.is_dir()):
+            raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
     for name, entry in manifest.files.items():
         path = _inside(directory, name)
         if not is_there(path):

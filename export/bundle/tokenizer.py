@@ -5,17 +5,20 @@ A bundle is prompted on a board exactly as its model was prompted in training: `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 from devices.common.chat_template import ChatTemplate, TemplateError
 from devices.common.errors import UserError
 from devices.common.files import parse_json
-from export.bundle.manifest import MANIFEST
+from export.bundle.manifest import BundleManifest, manifest_of, read_small, remedy
 
+TOKENIZER = "tokenizer.json"
+MOST_GROWTH = 1000
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -37,23 +40,25 @@ class BundleTokenizer:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        path = self.directory / "tokenizer.json"
-        if not path.is_file():
-            raise RunError(f"{self.directory} has no tokenizer.json: {_remedy(self.directory)}")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
-            raise RunError(f"{path} cannot be read ({error}): {_remedy(self.directory)}") from None
+        manifest = manifest_of(self.directory)
+        content = read_small(self.directory, TOKENIZER, manifest)
+        if content is None:
+            raise RunError(f"{self.directory} has no {TOKENIZER}: {remedy(self.directory)}")
+        self.tokenizer = _tokenizer(content, self.directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        config = read_json(self.directory / "tokenizer_config.json")
-        self.special_tokens = _special_tokens(config, read_json(self.directory / "special_tokens_map.json"))
-        self._template_source = _template_source(self.directory, config)
+        config = read_json(self.directory, "tokenizer_config.json", manifest)
+        special = read_json(self.directory, "special_tokens_map.json", manifest)
+        try:
+            self.special_tokens = _special_tokens(config, special)
+            self._template_source = _template_source(self.directory, config, manifest)
+        except ValueError as error:
+            path = self.directory / "tokenizer_config.json"
+            raise RunError(f"{path} is damaged ({error}): {remedy(self.directory)}") from None
         source = self._template_source
         self._template = None if source is None else ChatTemplate(source, self.special_tokens)
-        manifest = read_json(self.directory / MANIFEST)
-        self.bos_token_id: int | None = manifest.get("bos_token_id", self._id_of("bos_token"))
-        self.eos_token_ids = self._eos_ids(manifest)
+        self.bos_token_id = self._id_of("bos_token") if manifest is None else manifest.bos_token_id
+        self.eos_token_ids = self._eos_ids() if manifest is None else list(manifest.eos_token_ids)
 
     @property
     def chat_template(self) -> str | None:
@@ -100,13 +105,9 @@ class BundleTokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.tokenizer.token_to_id(token)
 
-    def _eos_ids(self, manifest: dict[str, Any]) -> list[int]:
-        named = manifest.get("eos_token_ids")
-        if named is None:
-            named = read_json(self.directory / "generation_config.json").get("eos_token_id")
-        if named is None:
-            named = self._id_of("eos_token")
-        return end_ids(named, self.directory)
+    def _eos_ids(self) -> list[int]:
+        named = read_json(self.directory, "generation_config.json", None).get("eos_token_id")
+        return end_ids(self._id_of("eos_token") if named is None else named, self.directory)
 
 
 class TextStream:
@@ -156,22 +157,61 @@ class TextStream:
 _CONTEXT_TOKENS = 6
 
 
-def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _tokenizer(content: bytes, directory: Path) -> Tokenizer:
+    """
+    Raises:
+        RunError: not a tokenizer, or one that makes a text many times longer.
+    """
+    # What a tokenizer does to a text is bounded before a library reads it that aborts where memory ends.
+    try:
+        if (growth := _growth(msgspec.json.decode(content, type=_Rewriting))) > MOST_GROWTH:
+            raise ValueError(f"it makes a text up to {growth} times longer")
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises a bare Exception
+        raise RunError(f"{directory / TOKENIZER} cannot be read ({error}): {remedy(directory)}") from None
+
+
+class _Rewriting(msgspec.Struct):
+    """The parts of a tokenizer.json that write a text anew."""
+
+    normalizer: object = None
+    pre_tokenizer: object = None
+
+
+def _growth(document: _Rewriting) -> int:
+    """How many times longer its replacements may make a text, each after the other."""
+    found, parts = 1, [document.normalizer, document.pre_tokenizer]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            content = part.get("content", part.get("prepend"))
+            found *= max(1, len(content)) if isinstance(content, str) else 1
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return found
+
+
+def _template_source(directory: Path, config: Mapping[str, object], manifest: BundleManifest | None) -> str | None:
+    if (content := read_small(directory, "chat_template.jinja", manifest)) is not None:
+        return content.decode("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # older files: several named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ValueError("chat_template is no text")
     return template
 
 
-def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
     found: dict[str, str] = {}
     for config in configs:
         for name in _SPECIAL_TOKENS:
             token = config.get(name)
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{name} is no text")
             if token is not None:
                 found.setdefault(name, token)
     return found
@@ -189,23 +229,20 @@ def end_ids(named: Any, directory: Path) -> list[int]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a bundle or a model directory; empty where there is no such file.
+def read_json(directory: Path, name: str, manifest: BundleManifest | None) -> dict[str, object]:
+    """The object in a small JSON file of a bundle or a model directory; empty where there is no such file.
 
     Raises:
         RunError: damaged.
+        BundleError: as of :func:`export.bundle.manifest.read_small`.
     """
-    if not path.is_file():
+    content = read_small(directory, name, manifest)
+    if content is None:
         return {}
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(content)
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}): {_remedy(path.parent)}") from None
+        raise RunError(f"{directory / name} is damaged ({error}): {remedy(directory)}") from None
     if not isinstance(value, dict):
-        raise RunError(f"{path} is damaged (not an object): {_remedy(path.parent)}")
+        raise RunError(f"{directory / name} is damaged (not an object): {remedy(directory)}")
     return value
-
-
-def _remedy(directory: Path) -> str:
-    """How to repair a damaged file; a model directory has tokenizers, too."""
-    return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"

@@ -12,7 +12,7 @@ import msgspec
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
 from export.bundle.decoder import OrtDecoder
-from export.bundle.manifest import BundleManifest, read_manifest
+from export.bundle.manifest import BundleManifest, manifest_of, read_manifest
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Generation, begin_text
@@ -185,7 +185,7 @@ def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: G
 
 def _model_defaults(bundle: Path) -> dict[str, float]:
     path = bundle / "generation_config.json"
-    config = read_json(path)
+    config = read_json(bundle, path.name, manifest_of(bundle))
     found = {name: config[name] for name in SAMPLED if config.get(name) is not None}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):

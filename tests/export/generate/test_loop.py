@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from support.scripted_decoder import TEXTS, ScriptedDecoder, bpe_directory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from export.bundle.manifest import BundleManifest, LayerSizes
+from export.bundle.manifest import BundleManifest, LayerSizes, read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
 from export.generate.loop import AnswerSettings, begin_text
 from export.generate.sampling import Sampling
@@ -108,13 +109,16 @@ def test_template_that_refuses_says_why(tmp_path):
         ({}, [1]),
         ({"generation_config.json": {"eos_token_id": [5, 7]}}, [5, 7]),
         ({"generation_config.json": {"eos_token_id": 0}}, [0]),
-        ({"generation_config.json": {"eos_token_id": 5}, "bundle.json": {"eos_token_ids": [2, 0]}}, [2, 0]),
     ],
 )
 def test_end_of_text_ids_come_from_the_nearest_source(tmp_path, files, expected):
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
-    assert BundleTokenizer(bpe_directory(tmp_path)).eos_token_ids == expected
+    directory = bpe_directory(tmp_path)
+    assert BundleTokenizer(directory).eos_token_ids == expected
+    old = read_manifest(Path(__file__).parents[2] / "support" / "old" / "bundle")
+    write_manifest(directory, replace(old, eos_token_ids=[2, 0]))
+    assert BundleTokenizer(directory).eos_token_ids == [2, 0]
 
 
 @pytest.mark.parametrize("damage", ["missing", "not json", "list"])
