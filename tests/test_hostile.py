@@ -41,7 +41,7 @@ def test_a_hostile_bundle_is_refused(name, good, tmp_path, monkeypatch):
     sampled = ["--sample"] if name.startswith("generation") else []
     done = here("generate", bundle, "The river", "--max-tokens", 4, "--chat", *sampled, code=None)
     assert done.code == 2, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("Error: "), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("saap: "), done.stderr
     assert time.process_time() - began < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

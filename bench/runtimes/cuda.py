@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from bench.runtimes.providers import MASKED, GpuSession, gpu_runtime, provider_options
 from export.bundle.decoder import BundleDecoder, Ids, Logits, as_prompt
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
-from export.bundle.session import DecoderError, check_provider, first_line
+from export.bundle.session import DecoderError, check_provider, check_signature, first_line
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -69,6 +69,7 @@ class DeviceDecoder(BundleDecoder):
         self.provider, self._graph = provider, cuda_graph
         providers = provider_options(manifest, provider, max_length, cuda_graph)
         self.gpu = GpuSession(directory / DECODE_GRAPH, threads, providers, self._ort)
+        check_signature(self.gpu.session, manifest, directory / DECODE_GRAPH)
         self._bind(self.gpu.session)
         self._shared = provider == "cuda"
         self._hidden = 0 if self._shared else MASKED
@@ -88,7 +89,7 @@ class DeviceDecoder(BundleDecoder):
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
-        prompt, total = as_prompt(ids), self._with_room_for(len(ids))
+        prompt, total = as_prompt(ids, self.manifest), self._with_room_for(len(ids))
         self._stepping = False
         self._binding.bind_ortvalue_input("input_ids", self._on_device(prompt))
         if self._takes_positions:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
-from export.bundle.session import DecoderError, check_provider, open_session, prepack
+from export.bundle.session import DecoderError, check_provider, first_line, open_session, prepack
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -92,10 +92,28 @@ class BundleDecoder:
         return total
 
 
-def as_prompt(ids: Ids) -> Ids:
-    """[n] -> [1, n], contiguous."""
+def check_ids(ids: Ids, manifest: BundleManifest) -> None:
+    """Refuse ids that the embedding has no row for: not every operator does.
+
+    Raises:
+        DecoderError: says which, and what is allowed.
+    """
+    if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise DecoderError(
+            f"token {wrong} is not in the vocabulary of {manifest.vocab_size}: the tokenizer belongs to another model"
+        )
+
+
+def as_prompt(ids: Ids, manifest: BundleManifest) -> Ids:
+    """[n] -> [1, n], contiguous.
+
+    Raises:
+        DecoderError: none, or one that is not in the vocabulary.
+    """
     if not len(ids):
         raise DecoderError("an empty prompt has no next token: give at least one token")
+    check_ids(ids, manifest)
     return np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1)
 
 
@@ -132,7 +150,7 @@ class OrtDecoder(BundleDecoder):
         check_provider(manifest, "cpu", str(directory))
         super().__init__(manifest, directory, threads, max_length)
         graph = directory / DECODE_GRAPH
-        self._session = open_session(prepack(graph, manifest) if prepacked else graph, threads)
+        self._session = open_session(prepack(graph, manifest) if prepacked else graph, threads, manifest)
         # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
         move = not prepacked and self.manifest.weight_bytes_per_token <= HUGE_PAGES_LIMIT
         self.huge_page_bytes = collapse() if move else 0
@@ -171,7 +189,7 @@ class OrtDecoder(BundleDecoder):
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n], in pieces as in generation; the logits [vocab] after the last of them."""
-        prompt = as_prompt(ids)
+        prompt = as_prompt(ids, self.manifest)
         self._with_room_for(len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             last = self._run(prompt[:, start : start + PREFILL_CHUNK])
@@ -194,7 +212,10 @@ class OrtDecoder(BundleDecoder):
             binding.bind_input("position_ids", "cpu", 0, np.int64, (1, count), start)
         if not self._shared:
             self._free_outputs()
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as in make_session
+            raise DecoderError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         self.length = total
         if not self._shared:
             self._carry_cache()

@@ -21,7 +21,9 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from devices.common.documents import Document
 from devices.common.errors import UserError
@@ -46,20 +48,25 @@ class BundleError(UserError):
     """A bundle that cannot be used; the message names the file and what to do."""
 
 
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
+Bytes = Annotated[int, Meta(ge=0, le=2**62)]
+
+
 @dataclass(frozen=True)
 class LayerSizes:
     """Sizes of one decoder layer; 0 query heads means no attention, 0 ffn means no feed-forward block."""
 
-    query_heads: int
-    kv_heads: int
-    ffn: int
+    query_heads: Count
+    kv_heads: Count
+    ffn: Count
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """Size in bytes and sha256 of one file of the bundle."""
 
-    bytes: int
+    bytes: Bytes
     sha256: str
 
 
@@ -114,20 +121,20 @@ class BundleManifest:
 
     target: str
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    head_dim: int
-    context_length: int
-    layers: list[LayerSizes]
+    vocab_size: Size
+    hidden_size: Size
+    head_dim: Size
+    context_length: Size
+    layers: Annotated[list[LayerSizes], Meta(min_length=1, max_length=10_000)]
     bits: int
-    block: int
+    block: Count
     accuracy_level: int
-    parameters: int
-    weight_bytes_per_token: int
-    kv_bytes_per_token: int
+    parameters: Bytes
+    weight_bytes_per_token: Bytes
+    kv_bytes_per_token: Bytes
     kv_dtype: str
-    bos_token_id: int | None
-    eos_token_ids: list[int]
+    bos_token_id: Count | None
+    eos_token_ids: list[Count]
     onnxruntime_min: str
     lineage: dict[str, Any] = field(default_factory=dict)
     parity: Parity | None = None
@@ -146,7 +153,30 @@ class BundleManifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-DOCUMENT = Document(BundleManifest, "bundle", "export the bundle again", version="format", error=BundleError)
+def _check(manifest: BundleManifest) -> None:
+    """
+    Raises:
+        ValueError: sizes that do not go together.
+    """
+    for name, value, allowed in (
+        ("target", manifest.target, ("cpu", "cuda", "portable")),
+        ("bits", manifest.bits, (4, 8, 16, 32)),
+        ("kv_dtype", manifest.kv_dtype, ("float32", "float16", "int8")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}: {', '.join(map(str, allowed))} are allowed")
+    for index, layer in enumerate(manifest.layers):
+        heads, groups = layer.query_heads, layer.kv_heads
+        if bool(heads) != bool(groups) or (groups and heads % groups):
+            raise ValueError(f"layer {index} has {heads} query heads in {groups} KV groups: groups are of equal size")
+    for name, ids in (("eos_token_ids", manifest.eos_token_ids), ("bos_token_id", [manifest.bos_token_id or 0])):
+        if beyond := [each for each in ids if each >= manifest.vocab_size]:
+            raise ValueError(f"{name} holds {beyond[0]}: the vocabulary has {manifest.vocab_size} tokens")
+
+
+DOCUMENT = Document(
+    BundleManifest, "bundle", "export the bundle again", version="format", check=_check, error=BundleError
+)
 
 
 def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from devices.common.errors import UserError
 from devices.common.files import cache_directory
 from export.bundle.graph_check import check_graph
-from export.bundle.manifest import BundleManifest, too_old
+from export.bundle.manifest import BundleError, BundleManifest, too_old
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -39,15 +39,18 @@ class DecoderError(UserError):
     """The bundle, the context or the threads that were asked for cannot be run here."""
 
 
-def open_session(graph: Path, threads: int) -> InferenceSession:
+def open_session(graph: Path, threads: int, manifest: BundleManifest | None = None) -> InferenceSession:
     """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
 
     Raises:
-        BundleError: weights outside the graph's folder, or none there.
+        BundleError: a graph that must not be loaded, or that is not what its manifest says.
         DecoderError: ONNX Runtime refuses the graph.
     """
     check_graph(graph)
-    return make_session(graph, session_options(threads, {}))
+    session = make_session(graph, session_options(threads, {}))
+    if manifest is not None:
+        check_signature(session, manifest, graph)
+    return session
 
 
 def session_options(threads: int, entries: dict[str, str], runtime: ModuleType | None = None) -> SessionOptions:
@@ -84,6 +87,40 @@ def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
+
+
+CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+
+
+def check_signature(session: InferenceSession, manifest: BundleManifest, graph: Path) -> None:
+    """Refuse a graph that takes or gives something else than the manifest says.
+
+    Raises:
+        BundleError: names the first input or output that differs.
+    """
+    taken = {given.name: given for given in session.get_inputs()}
+    given = {made.name: made for made in session.get_outputs()}
+    wanted: dict[str, tuple[int, ...]] = {"input_ids": (), "attention_mask": (), "logits": (manifest.vocab_size,)}
+    for index, layer in enumerate(manifest.kv_layers):
+        for kind in ("key", "value"):
+            for name in ("past_key_values", "present"):
+                wanted[f"{name}.{index}.{kind}"] = (layer.kv_heads, manifest.head_dim)
+    found = {**taken, **given}
+    if strange := sorted(set(found) - set(wanted) - {"position_ids"}):
+        raise BundleError(f"{graph} has {strange[0]!r}, which is no input or output of a bundle: do not use it")
+    for name, sizes in wanted.items():
+        if name not in found:
+            raise BundleError(f"{graph} has no {name}, which its manifest promises: export the bundle again")
+        shape = found[name].shape
+        has = (shape[-1],) if len(sizes) == 1 else (shape[1], shape[-1]) if len(shape) == 4 else ()
+        cached = name not in ("input_ids", "attention_mask", "logits")
+        if any(isinstance(size, int) and size != told for size, told in zip(has, sizes, strict=False)) or (
+            cached and (len(shape) != 4 or found[name].type != CACHE_TYPES[manifest.kv_dtype])
+        ):
+            raise BundleError(
+                f"{graph} has {name} of {found[name].type} {shape}, and its manifest says {manifest.kv_dtype} and "
+                f"{' x '.join(map(str, sizes))}: export the bundle again"
+            )
 
 
 def first_line(error: Exception) -> str:

@@ -110,7 +110,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def __init__(self, config: BundleConfig, directory: Path, manifest: BundleManifest, threads: int = 1) -> None:
         super().__init__(config)
         self.manifest = manifest
-        self._session = open_session(directory / DECODE_GRAPH, threads)
+        self._session = open_session(directory / DECODE_GRAPH, threads, manifest)
         inputs = {given.name: given for given in self._session.get_inputs()}
         cached = [
             inputs[f"past_key_values.{n}.{part}"] for n in range(len(inputs) // 2 - 1) for part in ("key", "value")

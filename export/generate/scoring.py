@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.decoder import Logits
+from export.bundle.decoder import Logits, check_ids
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
 from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
@@ -56,7 +56,7 @@ class BundleScorer:
         path = Path(directory) / graph
         if not path.is_file():
             raise RunError(f"{directory} has no {graph}: export it again with this saap")
-        self._session = open_session(path, threads)
+        self._session = open_session(path, threads, self.manifest)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
@@ -78,6 +78,7 @@ class BundleScorer:
         return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
     def _run(self, ids: np.ndarray, past: Cache, wanted: list[str], last: bool = False) -> list[np.ndarray]:
+        check_ids(ids, self.manifest)
         feed = graph_feed(ids, past)
         if all(given.name != "position_ids" for given in self._session.get_inputs()):  # all but the portable target
             del feed["position_ids"]

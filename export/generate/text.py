@@ -186,10 +186,11 @@ def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: G
 def _model_defaults(bundle: Path) -> dict[str, float]:
     path = bundle / "generation_config.json"
     config = read_json(bundle, path.name, manifest_of(bundle))
-    found = {name: config[name] for name in SAMPLED if config.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+    found: dict[str, float] = {}
+    for name in SAMPLED:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise UserError(f"{path} has {name} {value!r}, which is no number: give --{name.replace('_', '-')}")
-    if found.get("top_k") == 0:  # transformers' way to say that all are kept
-        del found["top_k"]
+        if value is not None and (name, value) != ("top_k", 0):  # transformers' way to say that all are kept
+            found[name] = value
     return found

@@ -87,6 +87,9 @@ class Session:
     def get_inputs(self) -> list[Any]:
         return self.real.get_inputs()
 
+    def get_outputs(self) -> list[Any]:
+        return self.real.get_outputs()
+
     def io_binding(self) -> Binding:
         return Binding(self)
 

@@ -22,15 +22,17 @@ BUNDLES: dict[str, Callable[[Path], None]] = {}
 def seal(bundle: Path) -> None:
     """Give the manifest the sizes and hashes that its files have now, links and devices left out."""
     path = bundle / "bundle.json"
+    if path.is_symlink():
+        return
     try:
         manifest = json.loads(path.read_text())
         listed = manifest["files"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return  # the manifest itself is what was changed
     manifest.pop("checksum", None)
     for name in listed if isinstance(listed, dict) else ():
         file = bundle / name
-        if file.is_file() and not file.is_symlink() and isinstance(listed[name], dict):
+        if len(name) < 255 and file.is_file() and not file.is_symlink() and isinstance(listed[name], dict):
             listed[name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     path.write_text(json.dumps(manifest))
 
@@ -59,7 +61,8 @@ def _text(file: str, content: str | bytes) -> Callable[[Path], None]:
     def written(bundle: Path) -> None:
         data = content if isinstance(content, bytes) else content.encode()
         (bundle / file).write_bytes(data)
-        _list(bundle, file)
+        if file != "bundle.json":
+            _list(bundle, file)
 
     return written
 
