@@ -258,20 +258,6 @@ def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Pa
     assert "torch" in result.versions
 
 
-def test_torch_decodes_like_generate(tiny_model: Callable[..., Path]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from bench.runtimes.torch import load
-
-    ticks, prompt = iter(range(100)), np.array([3, 1, 4, 1, 5])
-    done = timed_pass(load(tiny_model(), 1, 32), prompt, 7, lambda: float(next(ticks)))
-    expected = AutoModelForCausalLM.from_pretrained(tiny_model()).generate(
-        torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert done.tokens == expected[0, 5:].tolist()
-
-
 def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """Sizes differ per layer and the first layer has no attention, so plain transformers could not load it."""
     from safetensors.numpy import load_file
