@@ -77,8 +77,7 @@ def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[]
 
 
 def main() -> None:
-    given, tell = job_and_tell()
-    job = msgspec.convert(given, _Job)
+    job, tell = job_and_tell(_Job)
     pin(job.cpus)
     if job.buffer_bytes > psutil.virtual_memory().available:
         sys.exit(f"less than {job.buffer_bytes >> 20} MiB of memory are free")

@@ -15,7 +15,7 @@ from bench.costs import measure as costs
 from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
 from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, write_costs
 from bench.costs.options import CostsOptions
-from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
+from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
 from export.bundle.manifest import LayerSizes, read_manifest
 
@@ -125,8 +125,8 @@ def test_decoders_take_turns_forwards_and_backwards_at_one_depth() -> None:
     world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
     pair = [FakeDecoder(world, "a", 100), FakeDecoder(world, "b", 70)]
     taken = take_turns(pair, 50, 0.0, lambda: world["now"], lambda: world["waited"])
-    assert taken[0] == [[Step(100, 10)] * TURN] * LEAST_TURNS
-    assert taken[1] == [[Step(70, 7)] * TURN] * LEAST_TURNS
+    assert taken[0] == [[(100, 10)] * TURN] * LEAST_TURNS
+    assert taken[1] == [[(70, 7)] * TURN] * LEAST_TURNS
     assert [name for name, _ in world["log"]] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
     assert {length for _, length in world["log"]} == {50 - SKIPPED}
 
@@ -135,7 +135,7 @@ def test_turns_go_on_until_the_time_is_up() -> None:
     world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
     taken = take_turns([FakeDecoder(world, "a", 1000)], 50, 100e-6, lambda: world["now"])
     assert len(taken[0]) == 10  # of 10 us each
-    assert taken[0][0][0].waited_ns == 0
+    assert taken[0][0][0] == (1000, 0)
 
 
 def test_the_waiting_clock_reads_the_second_number_of_schedstat(tmp_path: Path) -> None:
