@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from support.command_line import here
+from support.fast_passes import skip_packing
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,6 +115,7 @@ def distributed() -> bool:
 
 
 if __name__ == "__main__":
+    skip_packing()
     for run in json.loads(sys.argv[3]):
         main(sys.argv[1], Path(sys.argv[2]), **run)
     said = here(*json.loads(sys.argv[4]))

@@ -65,24 +65,6 @@ def test_uniform_models_are_plain_hugging_face_directories(tiny_model, tmp_path)
     assert not (slim / "modeling_slim.py").exists()
 
 
-@pytest.mark.slow  # tests/saap/prune/test_families.py has every family load so
-def test_non_uniform_models_load_elsewhere_with_the_shipped_file(tiny_model, tmp_path):
-    path = tiny_model()
-    slim = cut(path, tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"]))
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
-        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
-        "assert 'saap' not in sys.modules;"
-        "print(m(input_ids=torch.tensor([[5, 6, 7]])).logits.double().sum().item())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(slim)], capture_output=True, text=True, check=True,
-        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    expected = logits(load_model(slim), torch.tensor([[5, 6, 7]])).double().sum().item()
-    assert float(done.stdout) == pytest.approx(expected, abs=1e-3)
-
-
 def test_sidecars_travel(tiny_model, tmp_path):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((WHOLE, EMPTY, WHOLE)))
     for name in ("tokenizer.json", "generation_config.json", "LICENSE", "README.md", "saap.json"):
