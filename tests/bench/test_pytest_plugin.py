@@ -1,8 +1,7 @@
-"""The plugin in suites of their own, each in a fresh pytest."""
+"""The plugin in suites of their own."""
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -51,14 +50,15 @@ def test_against_the_baseline(saap_device):
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    import scipy.stats  # noqa: F401  a suite runs in this process, which then forgets what that was the first to import
+
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins here take long to import
     pytester.makepyfile(SUITE)
     return pytester
 
 
 def ran(suite: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return suite.runpytest_subprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
+    return suite.runpytest_inprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
 
 
 def test_without_a_device_they_are_skipped_and_others_are_not(suite: pytest.Pytester) -> None:
