@@ -244,11 +244,7 @@ class Switch:
         return {"on": True, "off": False}.get(state)
 
     def turn(self, action: str) -> None:
-        """``on`` or ``off``.
-
-        Raises:
-            BoardError: it could not.
-        """
+        """``on`` or ``off``. Raises BoardError: it could not."""
         code, said = self._power(action)
         if code:
             self.switched = False

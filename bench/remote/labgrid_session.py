@@ -82,11 +82,7 @@ class Found:
 
 
 def client() -> ModuleType:
-    """labgrid's client.
-
-    Raises:
-        BoardError: it is not installed.
-    """
+    """labgrid's client. Raises BoardError: it is not installed."""
     hook = sys.excepthook
     try:
         from labgrid.remote import client as found

@@ -74,11 +74,7 @@ class Answer(Generic[T]):
 
 
 def routes_to(urls: Sequence[str]) -> list[Route]:
-    """How the boards are reached.
-
-    Raises:
-        BoardError: a URL that names no board, or one board twice.
-    """
+    """How the boards are reached. Raises BoardError: a URL that names no board, or one board twice."""
     routes = [route_to(url) for url in urls]
     if len({route.name for route in routes}) != len(routes):  # ssh://board/ is ssh://board
         raise BoardError("a board is named twice: name each once")
@@ -109,11 +105,7 @@ def run_on_all(
 
 
 def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:
-    """Run on one board; it is left clean whatever happens.
-
-    Raises:
-        BoardError: naming the board and what to do.
-    """
+    """Run on one board; it is left clean whatever happens. Raises BoardError: naming the board and what to do."""
     told = progress or (lambda label, done, total: None)
     _preflight(board, shipment, task.positions)
     with noted_run(board) as run:

@@ -8,9 +8,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 CACHE = "SAAP_CACHE"  # moves the folder, as everywhere in this project
 STALE_S = 120  # a lock that nobody has touched for so long, and whose process is gone, holds nothing
@@ -29,11 +28,7 @@ class AgentError(Exception):
 
 
 def home() -> Path:
-    """The folder, made where it is missing.
-
-    Raises:
-        AgentError: it cannot be written.
-    """
+    """The folder, made where it is missing. Raises AgentError: it cannot be written."""
     chosen = os.environ.get(CACHE)
     places = [_absolute(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
     for place in places:
@@ -74,8 +69,10 @@ def started(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
-def alive(pid: int | None, start: str | None) -> bool:
-    return pid is not None and start is not None and started(pid) == start
+def alive(process: Mapping[str, object]) -> bool:
+    """Whether the very process of a ``pid`` and a ``start`` runs."""
+    pid, start = process.get("pid"), process.get("start")
+    return isinstance(pid, int) and start is not None and started(pid) == start
 
 
 def below(pid: int) -> list[int]:
@@ -109,7 +106,7 @@ def write_json(path: Path, document: object) -> None:
     partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """An object, empty where there is none that can be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -128,19 +125,15 @@ class Lock:
         self.path, self._guard, self._root = folder / "lock.json", folder / "lock.guard", root
 
     def take(self, run: str, owner: str) -> None:
-        """For ``run``; taken again by the same run, it stays.
-
-        Raises:
-            AgentError: another run holds it.
-        """
+        """For ``run``; taken again by the same run, it stays. Raises AgentError: another run holds it."""
         with guarded(self._guard):
             held = read_json(self.path)
             if held.get("run") == run:
                 write_json(self.path, {**held, "taker": os.getpid()})
                 return
             if self.path.exists() and not self._stale(held):
-                since = _ago(time.time() - float(held.get("since", time.time())))
-                who, process = held.get("owner", "somebody"), held.get("pid")
+                begun, who, process = held.get("since"), held.get("owner", "somebody"), held.get("pid")
+                since = _ago(time.time() - begun if isinstance(begun, float) else 0.0)
                 what = f" (process {process} there)" if process else ""
                 raise AgentError(f"{who} measures there since {since}{what}: wait until that run has ended")
             write_json(
@@ -158,10 +151,6 @@ class Lock:
     def holds(self, run: str) -> bool:
         return read_json(self.path).get("run") == run
 
-    def runs(self) -> bool:
-        held = read_json(self.path)
-        return alive(held.get("pid"), held.get("start"))
-
     def touch(self) -> None:
         with contextlib.suppress(OSError):
             os.utime(self.path)
@@ -178,11 +167,11 @@ class Lock:
             if (held.get("run"), held.get("taker")) == (run, os.getpid()):
                 self.path.unlink(missing_ok=True)
 
-    def _stale(self, held: dict[str, Any]) -> bool:
+    def _stale(self, held: dict[str, object]) -> bool:
         if held.get("boot_id", boot_id(self._root)) != boot_id(self._root):
             return True
         # A board without a clock of its own jumps when it learns the time: a touch far ahead is as old as one long ago.
-        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(held.get("pid"), held.get("start"))
+        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(held)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from msgspec import Meta
 
@@ -56,7 +56,7 @@ class Option:
     metavar: str | None = None
     shown: bool = True
     hidden: bool = False
-    parse: Callable[[str], Any] | None = None
+    parse: Callable[[str], object] | None = None
     repeated: bool = False
 
 
@@ -139,11 +139,7 @@ class Setting:
         return " ".join([what, " and ".join(f"{words[k]} {limit}" for k, limit in (low | high).items())]).strip()
 
     def read(self, text: str) -> object:
-        """The value that a text means; of a repeated flag one element.
-
-        Raises:
-            ValueError: what is allowed.
-        """
+        """The value that a text means; of a repeated flag one element. Raises ValueError: what is allowed."""
         choice = next((choice for choice in self.choices if str(choice) == text), None)
         if choice is not None:
             return choice
@@ -250,7 +246,7 @@ def _part(settings: Iterator[Setting], part: Part) -> Iterator[Setting]:
             yield replace(setting, option=option)
 
 
-def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], default: object) -> Setting:
+def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], default: object) -> Setting:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     optional = NoneType in parts
     kinds = [part for part in parts if part is not NoneType]
@@ -268,7 +264,7 @@ def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], defa
     return Setting(name, option, kind, optional, choices, metas, default, element)
 
 
-def _default(each: Field[Any], base: object) -> object:
+def _default(each: Field[object], base: object) -> object:
     if base is not None:
         return getattr(base, each.name)
     if each.default_factory is not MISSING:
@@ -283,7 +279,7 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
         UserError: a value that must be given is missing.
     """
     hints, values = get_type_hints(kind, include_extras=True), {}
-    for each in fields(cast("Any", kind)):
+    for each in fields(cast("type", kind)):
         default = _default(each, base)
         inner, *extras = (
             get_args(hints[each.name]) if get_origin(hints[each.name]) is Annotated else (hints[each.name],)
@@ -302,11 +298,7 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
 
 
 def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
-    """A setting by its name, with dashes or underscores.
-
-    Raises:
-        UserError: no such name; says which are nearest.
-    """
+    """A setting by its name, with dashes or underscores. Raises UserError: no such name; says which are nearest."""
     plain = name.strip().lstrip("-").replace("-", "_")
     if plain in settings:
         return settings[plain]

@@ -103,20 +103,12 @@ class Profile:
 
 
 def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
-    """All profiles, by name.
-
-    Raises:
-        DeviceError: a file that is not a valid profile.
-    """
+    """All profiles, by name. Raises DeviceError: a file that is not a valid profile."""
     return {path.stem: read_profile(path) for path in sorted(directory.glob("*.toml"))}
 
 
 def load_profile(name: str, directory: Path = PROFILES) -> Profile:
-    """One profile.
-
-    Raises:
-        DeviceError: no such device; lists those with a near name, or all.
-    """
+    """One profile. Raises DeviceError: no such device; lists those with a near name, or all."""
     names = sorted(path.stem for path in directory.glob("*.toml"))
     if name not in names:
         near = [other for other in names if name and name.lower() in other]
@@ -137,11 +129,7 @@ def profile_of(compatible: Iterable[str] | None, profiles: Mapping[str, Profile]
 
 
 def read_profile(path: Path) -> Profile:
-    """Read and check one file.
-
-    Raises:
-        DeviceError: naming the file, the key and what is allowed.
-    """
+    """Read and check one file. Raises DeviceError: naming the file, the key and what is allowed."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also of an integer with thousands of digits

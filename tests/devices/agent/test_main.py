@@ -237,8 +237,8 @@ def test_a_lock_does_not_outlive_a_boot(tmp_path):
 
 def test_a_process_is_known_by_its_start_too():
     mine = started(os.getpid())
-    assert mine is not None and agent_home.alive(os.getpid(), mine)
-    assert not agent_home.alive(os.getpid(), str(int(mine) - 1))
+    assert mine is not None and agent_home.alive({"pid": os.getpid(), "start": mine})
+    assert not agent_home.alive({"pid": os.getpid(), "start": str(int(mine) - 1)})
     zombie = subprocess.Popen(["true"])
     time.sleep(0.3)
     assert started(zombie.pid) is None
