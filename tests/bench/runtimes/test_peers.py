@@ -322,6 +322,18 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         python_with(["numpy"], "x", "numpy")
 
 
+def test_same_directory_twice_gets_two_names(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "dense")
+    assert [peer.name for peer in read_peers([str(bundle)] * 3, 8)] == ["dense", "dense #2", "dense #3"]
+
+
+def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
+    monkeypatch.setattr("bench.runtimes.peers.find_spec", lambda name: None)
+    with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
+        read_peers([f"torch:{tmp_path}"], 8)
+
+
 def test_bad_specs_are_one_line(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "a.gguf")
     bundle = tiny_bundle(tmp_path / "bundle")  # its genai_config.json is empty
@@ -330,17 +342,21 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         model = {"vocab_size": 9, "context_length": 9, "decoder": {"filename": graph}}
         (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
+    for name, config in (("cut", "{"), ("list", "[]"), ("null", '{"vocab_size": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    shape = "names no vocab_size, context_length or decoder"
     for spec, length, message in (
         (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
         (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),
         (f"llama.cpp:{tmp_path}", 8, "cannot be read"),
-        (f"genai:{bundle}", 8, "names no vocab_size"),
+        (f"genai:{bundle}", 8, shape),
         (f"genai:{tmp_path}", 8, "no genai_config.json"),
-        (f"genai:{tmp_path / 'long'}", 8, "names no vocab_size, context_length or decoder"),
-        (f"genai:{tmp_path / 'above'}", 8, "names no vocab_size, context_length or decoder"),
-        (f"genai:{tmp_path / 'none'}", 8, "names no vocab_size, context_length or decoder"),
+        *((f"genai:{tmp_path / name}", 8, shape) for name in ("long", "above", "none")),
         (f"optimum:{bundle}", 8, "no config.json"),
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
+        ("torch:/nowhere", 8, "no config.json"),
+        *((f"torch:{tmp_path / name}", 8, "damaged") for name in ("", "cut", "list", "null")),
         ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
