@@ -57,11 +57,6 @@ def show_inside(bundle: Path, as_json: bool) -> None:
 
 
 def export_model(model: str | Path, out: Path, options: ExportOptions, console: Console) -> None:
-    """Export, and show what was written.
-
-    Raises:
-        UserError: options that do not go together, or no such model.
-    """
     from export.write import export as write
 
     result = write(model, options, output=out, progress=console.report)

@@ -141,10 +141,7 @@ def runtime_here(costs: Path, here: bool) -> str | None:
 
 
 def show_plan(slim: Path, budget: Budget) -> None:
-    """The plan of a slim directory as a small chart, and what was asked, planned and achieved.
-
-    What was achieved is counted from the directory as it was written.
-    """
+    """A chart of the plan, and what was asked, planned and achieved, as counted from the directory that was written."""
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record

@@ -208,12 +208,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
 
 def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
-    """Of each step that may be the largest, read layer by layer where that is possible; the disk is that of all steps.
-
-    Args:
-        source: the dense model.
-        budget: what is asked of it.
-    """
+    """Of each step that may be the largest, read layer by layer where it can be; the disk is that of all steps."""
     from export.needs import PACKED, export_needs
     from export.options import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
@@ -242,11 +237,7 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
 
 
 def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> None:
-    """Refuse what memory or disk is too small for.
-
-    Raises:
-        UserError: naming the step, the sum, and what there is.
-    """
+    """Refuse what memory or disk is too small for; the UserError names the step, the sum, and what there is."""
     from saap.system.needs import check_disk, check_memory, gigabytes
 
     steps = run_needs(source, budget, pruning, options)

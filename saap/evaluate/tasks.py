@@ -303,11 +303,7 @@ def find_task(name: str, folder: Path) -> TaskFile:
 
 
 def read_task(name: str, path: Path) -> TaskFile:
-    """Read and check a task's file.
-
-    Raises:
-        UserError: as :func:`find_task`.
-    """
+    """Read and check a task's file; UserError as :func:`find_task`."""
     rows = load_rows(path, split="evaluation") or []
     checked = tuple(_checked(name, row, where) for where, row in rows)
     if len(checked) < 2:  # without a standard error

@@ -66,12 +66,7 @@ def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
-    """Of pruning in stages: the model of the stage before, the refitted matrices, and the output.
-
-    Args:
-        file_bytes: of the dense model's weight files.
-        share: of the layers that goes.
-    """
+    """The stage before, the refitted matrices and the output, of a model whose files hold ``file_bytes``."""
     each = file_bytes / shape.parameters
 
     def left(gone: float) -> int:

@@ -139,11 +139,7 @@ def prune(
 def _prune_stage(
     pruning: Pruning, stage: Stage, now: _Model, target: Path, aside: Path | None, progress: Progress | None
 ) -> PrunePlan:
-    """Choose, compensate and cut: from the model ``now`` into ``target``. Gives the plan of the base for it.
-
-    Args:
-        aside: folder for refitted matrices; None keeps them in memory.
-    """
+    """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base."""
     config = read_config(now.path)
     shape = shape_of(config)
     model = _loaded(now.path, pruning.options)

@@ -35,12 +35,7 @@ class Pruning:
 
 
 def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
-    """The record of a slim directory.
-
-    Args:
-        plan: of the base, with its reasons.
-        achieved: what the slim model has of what was asked for.
-    """
+    """The record of a slim directory, of the plan of the base and what the slim model has of what was asked."""
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
     ours = options.method == "saap"
     return {
@@ -78,10 +73,6 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
 
 
 def plan_of(recorded: Plan) -> PrunePlan:
-    """The plan in the record of a slim directory, as :func:`record_of` writes it.
-
-    Raises:
-        KeyError, ValueError: it holds none.
-    """
+    """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
     return PrunePlan(layers, recorded["price_nats"] or 0.0, convert(reasons, Reasons) if reasons else None)

@@ -77,11 +77,7 @@ class Shares:
         return found
 
     def tensors(self, owner: int, found: dict[str, torch.Tensor] | UserError | None) -> dict[str, torch.Tensor]:
-        """Named tensors that process ``owner`` found, in all of them.
-
-        Raises:
-            UserError: what the owner met instead.
-        """
+        """Named tensors that process ``owner`` found, in all of them; or the UserError that it met instead."""
         content = b""
         if self.rank == owner:
             assert found is not None

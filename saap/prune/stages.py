@@ -54,11 +54,7 @@ class Stage:
 
 
 def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
-    """The stages on the way to the requirement.
-
-    Raises:
-        UserError: the layers that go whole are more than has to go, or than there are.
-    """
+    """The stages on the way to the requirement; UserError where more layers go whole than have to."""
     if options.method != "saap":
         return [Stage(budget)]
     share, way, first = share_of(budget), 0.0, []
@@ -83,11 +79,7 @@ def share_of(budget: Budget) -> float:
 
 
 def check_reachable(budget: Budget, options: PruneOptions) -> None:
-    """Refuse, before anything is scored, what no choice of SAAP's options can meet.
-
-    Raises:
-        UserError: names the nearest that can be met, or how many layers can go.
-    """
+    """Refuse, before scoring, what no choice of SAAP's options can meet; the UserError names what can be met."""
     shape, kept = budget.dense, options.kept_layers
     if options.drop_layers:
         free = [i for i in range(len(shape.layers)) if i not in kept]
@@ -130,11 +122,7 @@ def layers_plan(
 
 
 class KeptStages:
-    """The hidden folder beside the output.
-
-    Attributes:
-        folder: holds the stages, and what a stage puts aside.
-    """
+    """The hidden folder beside the output, which holds the stages, and what a stage puts aside."""
 
     def __init__(self, folder: Path, key: str) -> None:
         """``key`` names all that the stages depend on."""

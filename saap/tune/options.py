@@ -121,11 +121,6 @@ class TuneOptions:
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:
-        """Refuse values that are not offered.
-
-        Raises:
-            UserError: names the option, what is allowed, and what to do.
-        """
         check_values(self)
 
     @property

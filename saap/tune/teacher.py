@@ -130,11 +130,7 @@ def teacher_targets(
 
 
 def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
-
-    Raises:
-        UserError: other sizes, or tokenizers that differ, naming both.
-    """
+    """Raise UserError for a teacher whose token ids mean something else than the student's."""
     advice = "a teacher must have the student's vocabulary; give the dense model that the student was made from"
     sizes = _vocabulary(teacher_dir), _vocabulary(student_dir)
     if sizes[0] != sizes[1]:

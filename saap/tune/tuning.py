@@ -114,11 +114,7 @@ def tuning_text(
     data: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TuningRows:
-    """The rows that :func:`tune` learns from.
-
-    Raises:
-        UserError: no such text, or too little.
-    """
+    """The rows that :func:`tune` learns from; UserError for no such text, or too little."""
     calibrated = read_record(model).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
     skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
@@ -184,11 +180,7 @@ def _tune(
 
 
 def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
-    """Whether the floats stay in their files, and each layer's are read when its integers are chosen.
-
-    Raises:
-        UserError: memory is too small, or what is asked for needs all floats at once.
-    """
+    """Whether the floats are read layer by layer; UserError where memory is too small for what is asked."""
     tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
     whole, single = (
         tune_needs(shape, options.bits, options.group_size, tokens, streamed=streamed) for streamed in (False, True)

@@ -78,11 +78,7 @@ _PUBLISHED = {
 
 
 def published(method: str) -> Published:
-    """The settings of a method as its authors have them.
-
-    Raises:
-        UserError: no such method.
-    """
+    """The settings of a method as its authors have them; UserError where there is no such method."""
     _check_method(method)
     return _PUBLISHED[method]
 

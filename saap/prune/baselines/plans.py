@@ -163,12 +163,7 @@ def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
 
 
 def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Removal]:
-    """All removals of one module in order, least scores first; the smallest size of the grid always stays.
-
-    Args:
-        kind: ffn | group.
-        scores: [structures] of this module.
-    """
+    """All removals of one module (ffn or group), least scores first; the smallest size of the grid stays."""
     sizes = shape.layers[layer]
     kept = ffn_widths(sizes.ffn, block) if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
     order = torch.argsort(scores.double(), stable=True).tolist()
@@ -203,10 +198,7 @@ def uniform_key(place: int, kind: str) -> Callable[[Removal], float]:
 
 
 def threshold_key(scores: torch.Tensor) -> Callable[[Removal], float]:
-    """Order by score over all modules: a removal is taken when the threshold passes the middle of its structures.
-
-    So the width that a threshold asks for is rounded to the nearest one of the grid.
-    """
+    """Order by score over all modules, so that the width that a threshold asks for is rounded to the grid."""
     values = scores.double().tolist()
     return lambda removal: values[removal.gone[(len(removal.gone) - 1) // 2]]
 

@@ -250,11 +250,7 @@ def _ridge(
     sizes: tuple[list[int], list[int]],
     last: bool,
 ) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
-
-    Args:
-        stream, given: of this process's batches; ``sizes``: tokens of all processes' batches, fitted and held.
-    """
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]

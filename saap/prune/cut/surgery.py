@@ -72,10 +72,7 @@ def cut_layer_tensor(
     shape: ModelShape,
     architecture: Architecture,
 ) -> torch.Tensor:
-    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps of its module.
-
-    Norms are kept whole: those of heads are one head wide.
-    """
+    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps; norms stay whole."""
     module, kind = name.rsplit(".", 1)
     queries, keys = head_rows(keep.query_heads, shape.head_dim), head_rows(keep.kv_heads, shape.head_dim)
     channels = torch.tensor(keep.ffn, dtype=torch.long)

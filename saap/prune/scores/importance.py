@@ -91,11 +91,7 @@ class Scores:
 
     @classmethod
     def named(cls, tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
-        """The scores of named tensors.
-
-        Raises:
-            KeyError, ValueError: a name of something else.
-        """
+        """The scores of named tensors; KeyError or ValueError for a name of something else."""
         parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
         for name, tensor in tensors.items():
             part, layer, role = name.split(".")

@@ -28,11 +28,7 @@ PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the oth
 
 
 def divided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences that are scored on, and the last eighth, which prices what the others scored.
-
-    Raises:
-        UserError: there is one sequence only.
-    """
+    """The sequences to score on, and the last eighth, which prices; UserError where there is only one."""
     if len(ids) < 2:
         raise UserError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(ids) // PRICING_SHARE)
@@ -88,11 +84,7 @@ def attention_whole(prices: Prices) -> Prices:
 
 
 def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:
-    """Losses [sequences] of a plan that cuts attention against those, on the same text, of one that leaves it whole.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
+    """Losses [sequences] of a plan that cuts attention against one that does not; UserError if they are not finite."""
     gain = whole - cut
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return Weighed(finite(float(gain.mean())), error)

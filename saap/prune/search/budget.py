@@ -175,11 +175,7 @@ class Budget:
         return f"{value:,.0f} {self.unit}"
 
     def below_floor(self, floor: float) -> UserError:
-        """The error for what cannot be met; asking for the number that it names can be.
-
-        Args:
-            floor: the least that a whole model can cost.
-        """
+        """The error where the least that a model can cost, ``floor``, is too much; the number that it names can be met."""
         ((kind, asked),) = self.asked.items()
         if kind in ("ratio", "speedup"):
             whole = self.total(self.dense)

@@ -45,12 +45,7 @@ CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
 def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -> Reasons:
-    """Why the search chose these options.
-
-    Args:
-        searched: every block with its options, at the prices that the search saw; ``chosen``: one option of each.
-        unit: of the options' costs.
-    """
+    """Why the search chose one option of each block, at the prices that it saw."""
     return Reasons(unit, tuple(_reason(block, option) for block, option in zip(searched, chosen, strict=True)))
 
 
@@ -199,11 +194,7 @@ def to_words(block: Reason, move: Move) -> str:
 
 
 def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
-    """Where most was taken, what stayed whole and whether attention did, what would go next; how a baseline decides.
-
-    Args:
-        kept: layers that were to stay whole.
-    """
+    """Where most was taken, what stayed whole (``kept``: as asked), what would go next; how a baseline decides."""
     layers = _layers(reasons)
     told = [_decides(method)] if method in DECIDES else []
     gone = [layer for layer in layers if layer.dropped]

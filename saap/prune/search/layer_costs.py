@@ -126,11 +126,7 @@ class CostTable:
         return float(np.interp(per_group, counts, [row[count] for count in counts]))
 
     def ffn_ms(self, width: int) -> float:
-        """Milliseconds of a feed-forward block; width 0 costs nothing, one below the narrowest what that costs.
-
-        Raises:
-            CostError: wider than was measured.
-        """
+        """Milliseconds of a feed-forward block, 0 of width 0; CostError where it is wider than was measured."""
         if not width:
             return 0.0
         widths = sorted(self.ffn)
@@ -142,19 +138,10 @@ class CostTable:
         return float(np.interp(width, widths, [self.ffn[w] for w in widths]))
 
     def layer_ms(self, query_heads: int, kv_heads: int, ffn: int) -> float:
-        """Milliseconds of a layer: its attention and its feed-forward block.
-
-        Raises:
-            CostError: larger than what was measured.
-        """
         return self.attention_ms(query_heads, kv_heads) + self.ffn_ms(ffn)
 
     def total_ms(self, layers: Iterable[LayerSizes]) -> float:
-        """Milliseconds of a decode step of a model with these layers.
-
-        Raises:
-            CostError: a layer larger than what was measured.
-        """
+        """Milliseconds of a decode step; CostError for a layer larger than what was measured."""
         return self.constant_ms + sum(self.layer_ms(s.query_heads, s.kv_heads, s.ffn) for s in layers)
 
 

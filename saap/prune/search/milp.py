@@ -80,11 +80,7 @@ class Found:
 
 
 def search(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
-    """The plan of least price that meets the budget.
-
-    Raises:
-        UserError: even the smallest options exceed the budget; the floor is named.
-    """
+    """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor."""
     blocks = blocks_of(budget.dense, prices, budget, options)
     chosen = solve(blocks, budget)
     return Found(blocks, chosen, plan_from(blocks, chosen, budget.dense))
@@ -166,11 +162,7 @@ def _cheapest_heads(
 
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
-    """Refuse, before minutes of scoring, what no choice of options can meet.
-
-    Raises:
-        UserError: names the floor in the unit that was asked in.
-    """
+    """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
     gone = [0.0 if options.modules and i not in options.kept_layers else None for i in range(len(shape.layers))]
     free = Prices(
         ffn=[np.zeros(s.ffn) for s in shape.layers],

@@ -142,11 +142,7 @@ def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: Pr
 
 
 def finite(loss: float) -> float:
-    """The loss itself.
-
-    Raises:
-        UserError: it is NaN or infinite.
-    """
+    """The loss itself; UserError where it is NaN or infinite."""
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} on the calibration sequences for pricing: check the model and the text")
     return loss

@@ -110,11 +110,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: About) -
 
 
 def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], About]:
-    """Tensors and JSON of a state.
-
-    Raises:
-        UserError: damaged.
-    """
+    """Tensors and JSON of a state; UserError where it is damaged."""
     try:
         tensors, header = load_sealed(content)
         return tensors, json.loads(header[HEADER])
