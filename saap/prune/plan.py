@@ -15,9 +15,9 @@ CLEAR = 2.0  # standard errors: what is gained by less on calibration text was l
 class LayerPlan:
     """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
 
-    query_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn: tuple[int, ...]
+    query_heads: tuple[int, ...] = ()
+    kv_heads: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> LayerSizes:
@@ -106,13 +106,6 @@ class Reasons:
         """The block with the cheapest step per unit that was not taken."""
         return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
 
-    def of_layer(self, layer: int) -> list[Reason]:
-        return [block for block in self.blocks if block.layer == layer]
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted({block.layer for block in self.blocks})
-
     def record(self) -> dict[str, object]:
         """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
         taken, left = self.dearest_taken, self.cheapest_left
@@ -150,10 +143,16 @@ def whole_layer(sizes: LayerSizes) -> LayerPlan:
     return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
 
 
+def ffn_widths(ffn: int, group_size: int) -> list[int]:
+    """The widths that an FFN may keep, narrowest first: multiples of the grid, and the width it has."""
+    # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
+    grid = max(group_size, 64) if ffn >= 512 else group_size
+    return [*range(grid, ffn, grid), ffn]
+
+
 def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
-    nothing = LayerPlan((), (), ())
-    layers = [nothing] * len(first.layers)
+    layers = [LayerPlan()] * len(first.layers)
     for index, keep in zip(first.kept_layers, second.layers, strict=True):
         before = first.layers[index]
         layers[index] = LayerPlan(

@@ -149,7 +149,11 @@ def _tune(
         held_out=None if judged is None else tensors_of(judged, len(learnt)),
         held_out_loss=loss_of(None, options),
         state_dir=state_dir,
-        fingerprint=_fingerprint(weights, teacher_dir, options),
+        fingerprint={
+            "model": weights,
+            "teacher": weights_hash(teacher_dir) if teacher_dir else None,
+            "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
+        },
     )
     error = None
     try:
@@ -284,24 +288,13 @@ class Quantised:
         for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
             parameter.data = parameter.data.clone()
         self.model = adapters.attach(self.model, options.fold, options.rank, seed=options.training.seed)  # type: ignore[assignment]
-        trained = adapters.trained_parameters(self.model)
-        return [{"params": trained, "lr": options.rate}, self._norms()]
-
-    def _norms(self) -> Group:
-        found = [p for name, p in self.model.named_parameters() if "norm" in name]
-        for norm in found:
+        norms = [p for name, p in self.model.named_parameters() if "norm" in name]
+        for norm in norms:
             norm.requires_grad_(True)
-        return {"params": found, "lr": self.options.norm_rate}
+        trained = adapters.trained_parameters(self.model)
+        return [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}]
 
     def fold(self) -> dict[str, object]:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
         self.model = adapters.fold(self.model)  # type: ignore[arg-type]
         return self.quant
-
-
-def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, object]:
-    return {
-        "model": weights,
-        "teacher": weights_hash(teacher_dir) if teacher_dir else None,
-        "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
-    }

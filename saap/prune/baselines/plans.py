@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from saap.models.shape import LayerSizes, ModelShape
-from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.plan import LayerPlan, PrunePlan, ffn_widths, whole_layer
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
@@ -112,10 +112,9 @@ class Ranking:
         gone: dict[tuple[int, str], set[int]] = {}
         for removal in taken:
             gone.setdefault((removal.layer, removal.kind), set()).update(removal.gone)
-        nothing = LayerPlan((), (), ())
         return PrunePlan(
             tuple(
-                nothing if (i, "layer") in gone else _without(sizes, gone.get((i, "group")), gone.get((i, "ffn")))
+                LayerPlan() if (i, "layer") in gone else _without(sizes, gone.get((i, "group")), gone.get((i, "ffn")))
                 for i, sizes in enumerate(self.shape.layers)
             )
         )
@@ -149,13 +148,6 @@ def _fill(pending: tuple[Removal, ...], need: int) -> list[Removal]:
     return [single]
 
 
-def ffn_widths(ffn: int, block: int) -> list[int]:
-    """The widths that an FFN may keep, largest first: multiples of the grid, and the width it has."""
-    # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
-    grid = max(block, 64) if ffn >= 512 else block
-    return [ffn, *reversed(range(grid, ffn, grid))]
-
-
 def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
     """How many KV groups may stay, with all their query heads, largest first."""
     width = sizes.heads_per_group * head_dim
@@ -165,7 +157,7 @@ def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
 def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Removal]:
     """All removals of one module (ffn or group), least scores first; the smallest size of the grid stays."""
     sizes = shape.layers[layer]
-    kept = ffn_widths(sizes.ffn, block) if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
+    kept = ffn_widths(sizes.ffn, block)[::-1] if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
     order = torch.argsort(scores.double(), stable=True).tolist()
 
     def weights(count: int) -> int:

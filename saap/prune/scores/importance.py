@@ -170,18 +170,13 @@ def estimate(
         for index, row in enumerate(ids):
             if progress:
                 progress("scoring", index, len(ids))
-            losses.append(_backward(model, row, index))
+            sequence = row[None].to(model.device)
+            loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
+            losses.append(check_loss(float(loss.item()), index))
+            loss.backward()
     if progress:
         progress("scoring", len(ids), len(ids))
     return sums.scores(len(ids), sum(losses) / len(losses))
-
-
-def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
-    ids = row[None].to(model.device)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    value = check_loss(float(loss.item()), index)
-    loss.backward()
-    return value
 
 
 def check_loss(loss: float, index: int) -> float:

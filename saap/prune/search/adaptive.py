@@ -65,11 +65,11 @@ def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: Prune
     if options.heads is not None or not cuts:
         return plan
     try:
-        simpler = _searched(attention_whole(prices), budget, options).plan
+        whole = replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))  # offers no attention
+        simpler = _searched(whole, budget, options).plan
     except UserError:  # the FFN alone cannot meet the budget
         return plan
-    cut, whole = (losses.compensated(each, losses.progress) for each in (plan, simpler))
-    compared = weighed(cut, whole)
+    compared = weighed(*(losses.compensated(each, losses.progress) for each in (plan, simpler)))
     plan = plan if compared.pays else simpler
     return replace(plan, reasons=replace(plan.reasons, weighed=(compared,))) if plan.reasons else plan
 
@@ -77,10 +77,6 @@ def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: Prune
 def _searched(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
     found = search(prices, budget, options)
     return replace(found, plan=replace(found.plan, reasons=reasons_of(found.blocks, found.chosen, budget.unit)))
-
-
-def attention_whole(prices: Prices) -> Prices:
-    return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
 
 
 def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:

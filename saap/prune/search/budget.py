@@ -175,7 +175,7 @@ class Budget:
         return f"{value:,.0f} {self.unit}"
 
     def below_floor(self, floor: float) -> UserError:
-        """The error where the least that a model can cost, ``floor``, is too much; the number that it names can be met."""
+        """The error where ``floor``, the least that a model can cost, is too much; the number it names can be met."""
         ((kind, asked),) = self.asked.items()
         if kind in ("ratio", "speedup"):
             whole = self.total(self.dense)

@@ -53,7 +53,6 @@ class ThreadCosts:
 
     n_threads: Count
     constant_ms: Milliseconds
-    node_ms: Milliseconds | None
     attention: Annotated[list[AttentionCost], Meta(min_length=1)]
     ffn: Annotated[list[FfnCost], Meta(min_length=1)]
 
@@ -85,7 +84,6 @@ class CostTable:
         threads: of ONNX Runtime.
         depth: tokens in the cache.
         constant_ms: of a step without any layer.
-        node_ms: of a node of the graph apart from its arithmetic; None where it could not be told.
         attention: (query heads, KV heads) -> ms of the attention block with its norm.
         ffn: width -> ms of the feed-forward block with its norm.
     """
@@ -93,7 +91,6 @@ class CostTable:
     threads: int
     depth: int
     constant_ms: float
-    node_ms: float | None
     attention: dict[tuple[int, int], float]
     ffn: dict[int, float]
 
@@ -194,4 +191,4 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     table = tables[threads]
     attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
     ffn = {cost.width: cost.ms for cost in table.ffn}
-    return CostTable(threads, found.depth, table.constant_ms, table.node_ms, attention, ffn)
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn)

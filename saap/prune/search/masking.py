@@ -63,14 +63,6 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
     return sum(losses) / len(ids)
 
 
-def without_attention(keep: LayerPlan) -> LayerPlan:
-    return LayerPlan((), (), keep.ffn)
-
-
-def without_ffn(keep: LayerPlan) -> LayerPlan:
-    return LayerPlan(keep.query_heads, keep.kv_heads, ())
-
-
 class WorkingPoint:
     """The model cut to a plan by silencing, with its hidden states before every layer.
 
