@@ -136,20 +136,6 @@ def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, opt
     assert message in pruned_refused(model, tmp_path / "slim", river, *options)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"hidden": 576, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}}, "hidden 576, not hidden 96"),
-        ({"model": {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 32, "block": 0}}, "bits 32, block 0, not bits"),
-        ({"kind": "something"}, "is damaged ('something' is no table of costs)"),
-        ({"device": 5}, "is damaged"),
-    ],
-)
-def test_foreign_tables_of_costs(model, tmp_path, river, changes, message):
-    path = cost_file(tmp_path / "other.json", **changes)
-    assert message in pruned_refused(model, tmp_path / "slim", river, "--speedup", "1.5", "--costs", path)
-
-
 def test_a_table_of_this_machine_must_be_of_its_runtime(model, tmp_path, river):
     from devices.probe.host import probe
 

@@ -12,7 +12,6 @@ from support.cost_files import cost_file
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
-from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.budget import budget_for
@@ -82,26 +81,6 @@ def test_a_time_is_met_with_fewer_layers(model, tmp_path, river):
     assert plan["achieved"]["speedup"] == pytest.approx(1.6, rel=0.1)
     assert plan["achieved"]["ms_per_token"] <= plan["dense"]["ms_per_token"] / 1.6 * (1 + 1e-9)
     assert read_config(tmp_path / "slim")["num_hidden_layers"] == 5
-
-
-def test_one_that_was_killed_goes_on_after_the_layers(model, tmp_path, monkeypatch):
-    options = PruneOptions(ratio=0.4, drop_layers=2)
-    prune(model, options, output=tmp_path / "whole", calibration=IDS)
-    once, stages = pruning._prune_stage, []
-
-    def until_the_second(job, stage, *rest):
-        stages.append(stage.layers)
-        if len(stages) == 2:
-            raise KeyboardInterrupt
-        return once(job, stage, *rest)
-
-    monkeypatch.setattr(pruning, "_prune_stage", until_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        prune(model, options, output=tmp_path / "slim", calibration=IDS)
-    prune(model, options, output=tmp_path / "slim", calibration=IDS)
-    assert stages == [2, 0, 0]
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "slim" / file.name).read_bytes(), file.name
 
 
 def test_layers_that_went_have_no_price(model, tmp_path, river):

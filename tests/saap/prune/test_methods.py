@@ -80,18 +80,13 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, river):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "0"], "stages 0 is not allowed: give 1 or more"),
-        (["--set", "corrections=-1"], "corrections -1 is not allowed: give 0 or more"),
         (
             ["--set", "corrections=1", "--set", "prices=compensated"],
             "corrections measure without compensation: leave them out",
         ),
         (["--set", "prices=low"], "prices low is not allowed: give silenced or compensated"),
-        (["--set", "c=-1"], "c -1.0 is not allowed: give 0 or more"),
         (["--set", "c=nan"], "c nan is not allowed"),
-        (["--set", "exact=true"], "the score vector-token has no element score to be exact"),
         (["--method", "flap", "--set", "corrections=1"], "stages and corrections are for the method saap"),
-        (["--method", "flap", "--stages", "2"], "stages and corrections are for the method saap"),
         (["--method", "best"], "--method best is not allowed: give saap, random,"),
         (["--compensate", "hope"], "--compensate hope is not allowed: give none, bias or refit"),
     ],
