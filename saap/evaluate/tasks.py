@@ -236,19 +236,12 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """One task's examples.
+    """One task's examples."""
 
-    Attributes:
-        name: of the task.
-        rows: examples, checked, in file order.
-        source: the file's name.
-        sha256: of the rows that were read, all of them.
-    """
-
-    name: str
-    rows: tuple[Row, ...]
-    source: str
-    sha256: str
+    name: str  # of the task
+    rows: tuple[Row, ...]  # examples, checked, in file order
+    source: str  # the file's name
+    sha256: str  # of the rows that were read, all of them
 
     def config(self) -> dict[str, object]:
         """The task as the harness takes it."""

@@ -26,17 +26,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Move:
-    """A step of one block between two options.
+    """A step of one block between two options."""
 
-    Attributes:
-        to: what is kept after it.
-        price: predicted loss that it adds, nats per token.
-        saved: what it saves, in the budget's unit; above 0.
-    """
-
-    to: LayerSizes
-    price: float
-    saved: Amount
+    to: LayerSizes  # what is kept after it
+    price: float  # predicted loss that it adds, nats per token
+    saved: Amount  # what it saves, in the budget's unit; above 0
 
     @property
     def per_unit(self) -> float:
@@ -46,42 +40,26 @@ class Move:
 
 @dataclass(frozen=True)
 class Reason:
-    """One attention or feed-forward block: what went, at what price, and what was left.
+    """One attention or feed-forward block: what went, at what price, and what was left."""
 
-    Attributes:
-        layer: index in the model that was pruned; ``kind``: attention or ffn.
-        had, keeps: sizes before and after; a feed-forward block has no heads and attention no channels.
-        whole: what the block cost before, in the budget's unit; ``saved``: how much of that went.
-        price: predicted loss of what went, nats per token; None where the method has no prices.
-        last: the dearest part of the way to the chosen option; None where nothing went.
-        next: the cheapest way on, per unit; None where nothing smaller is on offer.
-        quarter: losing the part of the whole block that is nearest a quarter, by which blocks compare; of the first
-            search where there were several. None where nothing between all and nothing is on offer.
-    """
-
-    layer: int
-    kind: str
-    had: LayerSizes
-    keeps: LayerSizes
-    whole: Amount
-    saved: Amount
-    price: float | None = None
-    last: Move | None = None
-    next: Move | None = None
-    quarter: Move | None = None
+    layer: int  # index in the model that was pruned
+    kind: str  # attention or ffn
+    had: LayerSizes  # before; a feed-forward block has no heads, attention no channels
+    keeps: LayerSizes  # after
+    whole: Amount  # what the block cost before, in the budget's unit
+    saved: Amount  # how much of that went
+    price: float | None = None  # predicted loss of what went, nats per token; None where the method has no prices
+    last: Move | None = None  # the dearest part of the way to the chosen option; None where nothing went
+    next: Move | None = None  # the cheapest way on, per unit; None where nothing smaller is on offer
+    quarter: Move | None = None  # of the first search: losing about a quarter of the block, by which blocks compare
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`.
+    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`."""
 
-    Attributes:
-        gain: by how much it was measured to lose less, nats per token.
-        error: standard error of that, over sequences.
-    """
-
-    gain: float
-    error: float
+    gain: float  # by how much it was measured to lose less, nats per token
+    error: float  # standard error of that, over sequences
 
     @property
     def pays(self) -> bool:

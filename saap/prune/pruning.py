@@ -43,23 +43,14 @@ from saap.text.rows import Rows, Sequences, training_rows
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A slim directory and how it came about.
-
-    Attributes:
-        path: the directory.
-        plan: what it keeps of the model that was pruned, and why.
-        budget: what was asked of that model.
-        achieved: what the slim model has of it: ratio, parameters, bytes and so on; None is unknown.
-        text: where the calibration text is from; None where its ids were given.
-        streamed: whether layers were read one at a time.
-    """
+    """A slim directory and how it came about."""
 
     path: Path
-    plan: PrunePlan
-    budget: Budget
-    achieved: dict[str, float | None]
-    text: str | None
-    streamed: bool
+    plan: PrunePlan  # what it keeps of the model that was pruned, and why
+    budget: Budget  # what was asked of that model
+    achieved: dict[str, float | None]  # of what was asked for: ratio, parameters and so on; None is unknown
+    text: str | None  # where the calibration text is from; None where its ids were given
+    streamed: bool  # whether layers were read one at a time
 
 
 @dataclass(frozen=True)

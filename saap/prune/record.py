@@ -18,20 +18,13 @@ from saap.prune.search.budget import Budget
 
 @dataclass(frozen=True)
 class Pruning:
-    """One pruning: what it was asked, and what it is made from; all of its stages share it.
-
-    Attributes:
-        budget: of the base model.
-        ids: of calibration, [sequences, tokens].
-        lineage: the base model, and what is known of the text.
-        stages: how many there are.
-    """
+    """One pruning: what it was asked, and what it is made from; all of its stages share it."""
 
     options: PruneOptions
-    budget: Budget
-    ids: torch.Tensor
-    lineage: Lineage
-    stages: int
+    budget: Budget  # of the base model
+    ids: torch.Tensor  # of calibration, [sequences, tokens]
+    lineage: Lineage  # the base model, and what is known of the text
+    stages: int  # how many there are
 
 
 def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:

@@ -40,17 +40,11 @@ SHARE_PER_STAGE = 0.15  # of what the layers cost; more at a time and scores say
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass of scoring and cutting.
+    """One pass of scoring and cutting."""
 
-    Attributes:
-        budget: what the model meets after it.
-        layers: how many go whole; 0 where structures go.
-        last: whether no other follows.
-    """
-
-    budget: Budget
-    layers: int = 0
-    last: bool = True
+    budget: Budget  # what the model meets after it
+    layers: int = 0  # how many go whole; 0 where structures go
+    last: bool = True  # whether no other follows
 
 
 def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:

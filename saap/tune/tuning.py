@@ -53,19 +53,12 @@ from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_tar
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A tuned directory.
+    """A tuned directory."""
 
-    Attributes:
-        path: the directory, with integer weights.
-        history: the losses.
-        text: what was learnt from.
-        trained_parameters: numbers that were trained.
-    """
-
-    path: Path
-    history: History
-    text: TuningRows
-    trained_parameters: int
+    path: Path  # the directory, with integer weights
+    history: History  # the losses
+    text: TuningRows  # what was learnt from
+    trained_parameters: int  # numbers that were trained
 
 
 @fast_float32()

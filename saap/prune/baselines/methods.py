@@ -35,23 +35,14 @@ BASELINES = METHODS[1:]
 
 @dataclass(frozen=True)
 class Published:
-    """A method's settings in its paper and reference code, for rows of a table that say "as published".
+    """A method's settings in its paper and reference code, for rows of a table that say "as published"."""
 
-    Attributes:
-        sequences: calibration sequences; None is every window of the text.
-        tokens: per sequence; both are 0 where no text is read.
-        keep_layers_rule: how many first and last layers stay whole in a model of 32 layers.
-        heads: whether attention is pruned too.
-        text: what the calibration text is.
-        source: where these settings are from.
-    """
-
-    sequences: int | None
-    tokens: int
-    keep_layers_rule: tuple[int, int]
-    heads: bool
-    text: str
-    source: str
+    sequences: int | None  # calibration sequences; None is every window of the text
+    tokens: int  # per sequence; both are 0 where no text is read
+    keep_layers_rule: tuple[int, int]  # how many first and last layers stay whole in a model of 32 layers
+    heads: bool  # whether attention is pruned too
+    text: str  # what the calibration text is
+    source: str  # where these settings are from
 
     def kept(self, layers: int) -> frozenset[int]:
         """The layers that the rule keeps whole in a model of this many; shallow models keep fewer."""

@@ -28,24 +28,15 @@ SLACK = 1e-12  # a share that was computed from a plan's weights leads back to t
 
 @dataclass(frozen=True)
 class Removal:
-    """One notch: what goes, and how many weights that is.
-
-    Attributes:
-        layer: index of the layer.
-        kind: ffn | group | layer.
-        gone: FFN channels or KV groups that go; empty for a whole layer.
-        weights: that go with them.
-        start, stop: shares of the module's structures that are gone before and after this removal.
-        key: place in the ranking, least first; within a module never less than that of the removal before.
-    """
+    """One notch: what goes, and how many weights that is."""
 
     layer: int
-    kind: str
-    gone: tuple[int, ...]
-    weights: int
-    start: float
-    stop: float
-    key: float = 0.0
+    kind: str  # ffn | group | layer
+    gone: tuple[int, ...]  # FFN channels or KV groups; empty for a whole layer
+    weights: int  # that go with them
+    start: float  # share of the module's structures that is gone before
+    stop: float  # and after this removal
+    key: float = 0.0  # place in the ranking, least first; within a module never less than that of the removal before
 
     def at(self, key: float) -> Removal:
         return replace(self, key=key)

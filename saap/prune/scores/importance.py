@@ -46,21 +46,13 @@ INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the othe
 
 @dataclass(frozen=True)
 class Scores:
-    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head.
+    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head."""
 
-    Attributes:
-        products: t_j of the matrix's slice, [sequences, structures].
-        element: the element-wise score of the slice, [structures]; empty where it was not asked for.
-        token: the token-wise score, [structures], of the roles output and down.
-        c: weight of the second-order term.
-        loss: mean over the sequences, nats per token.
-    """
-
-    products: dict[tuple[int, str], torch.Tensor]
-    element: dict[tuple[int, str], torch.Tensor]
-    token: dict[tuple[int, str], torch.Tensor]
-    c: float
-    loss: float
+    products: dict[tuple[int, str], torch.Tensor]  # t_j of the matrix's slice, [sequences, structures]
+    element: dict[tuple[int, str], torch.Tensor]  # the element-wise score, [structures]; or empty
+    token: dict[tuple[int, str], torch.Tensor]  # the token-wise score, [structures], of the roles output and down
+    c: float  # weight of the second-order term
+    loss: float  # mean over the sequences, nats per token
 
     def vector(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
         """I_v(G) of structure type ``kind`` per layer, [structures]."""

@@ -80,32 +80,19 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Budget:
-    """A requirement on one model.
+    """A requirement on one model."""
 
-    Attributes:
-        unit: of all costs: weights, parameters, bytes or ms.
-        most: what the whole model may cost.
-        measure: what counts in that unit.
-        asked: the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token.
-        dense: the model that is pruned.
-        cut: its shape with the biases that the slim model will have; what options cost is read from it.
-        bits, group_size: of the bundle that is planned for.
-        size: of that bundle; None where none can be made of the model.
-        table: milliseconds; None without a table of costs.
-        costs: what a record says about the table.
-    """
-
-    unit: str
-    most: float
-    measure: Measure
-    asked: dict[str, float]
-    dense: ModelShape
-    cut: ModelShape
-    bits: int = 4
-    group_size: int = 32
-    size: BundleSize | None = None
-    table: CostTable | None = None
-    costs: Costs | None = None
+    unit: str  # of all costs: weights, parameters, bytes or ms
+    most: float  # what the whole model may cost
+    measure: Measure  # what counts in that unit
+    asked: dict[str, float]  # the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token
+    dense: ModelShape  # the model that is pruned
+    cut: ModelShape  # with the biases that the slim model will have; what options cost is read from it
+    bits: int = 4  # of the bundle that is planned for
+    group_size: int = 32  # of that bundle
+    size: BundleSize | None = None  # of that bundle; None where none can be made of the model
+    table: CostTable | None = None  # milliseconds; None without a table of costs
+    costs: Costs | None = None  # what a record says about the table
 
     @property
     def fixed(self) -> float:

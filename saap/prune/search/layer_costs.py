@@ -78,21 +78,13 @@ COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error
 
 @dataclass(frozen=True)
 class CostTable:
-    """Milliseconds at one thread count and one depth of the cache.
+    """Milliseconds at one thread count and one depth of the cache."""
 
-    Attributes:
-        threads: of ONNX Runtime.
-        depth: tokens in the cache.
-        constant_ms: of a step without any layer.
-        attention: (query heads, KV heads) -> ms of the attention block with its norm.
-        ffn: width -> ms of the feed-forward block with its norm.
-    """
-
-    threads: int
-    depth: int
-    constant_ms: float
-    attention: dict[tuple[int, int], float]
-    ffn: dict[int, float]
+    threads: int  # of ONNX Runtime
+    depth: int  # tokens in the cache
+    constant_ms: float  # of a step without any layer
+    attention: dict[tuple[int, int], float]  # (query heads, KV heads) -> ms of the attention block with its norm
+    ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
         """Milliseconds of an attention block; 0 heads cost nothing.

@@ -43,29 +43,17 @@ class Group(TypedDict):
 
 @dataclass
 class History:
-    """What happened in a run.
+    """What happened in a run."""
 
-    Attributes:
-        steps: planned.
-        losses: of every step taken, in nats per learnt token, before its update.
-        held_out: (steps taken, loss) of every evaluation.
-        best_step: after how many steps the parameters were what they are now.
-        stopped: why the run ended before ``steps``; None if it did not.
-        resumed_at: the step it was continued at after a kill.
-        precision: "bf16" or "fp32".
-        tokens: in the rows of the steps taken, learnt or not.
-        seconds: spent on the steps, evaluations not included.
-    """
-
-    steps: int
-    losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    best_step: int = 0
-    stopped: str | None = None
-    resumed_at: int | None = None
-    precision: str = "fp32"
-    tokens: int = 0
-    seconds: float = 0.0
+    steps: int  # planned
+    losses: list[float] = field(default_factory=list)  # of the steps taken, in nats per learnt token, before the update
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps taken, loss) of every evaluation
+    best_step: int = 0  # after how many steps the parameters were what they are now
+    stopped: str | None = None  # why the run ended before ``steps``; None if it did not
+    resumed_at: int | None = None  # the step it was continued at after a kill
+    precision: str = "fp32"  # "bf16" or "fp32"
+    tokens: int = 0  # in the rows of the steps taken, learnt or not
+    seconds: float = 0.0  # spent on the steps, evaluations not included
 
     def said(self) -> str:
         """The run so far, for a progress bar; the loss is a mean over the last few steps."""
