@@ -157,18 +157,24 @@ def estimate(
     """
     c = float(ids.shape[1]) if c is None else c
     sums = Sums(shape.head_dim, c, element)
-    losses = []
     with watched(model, matrices_of(model, shape), sums):
-        for index, row in enumerate(ids):
-            if progress:
-                progress("scoring", index, len(ids))
-            sequence = row[None].to(model.device)
-            loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
-            losses.append(check_loss(float(loss.item()), index))
-            loss.backward()
+        losses = backward(model, ids, progress)
+    return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None) -> list[float]:
+    """A backward pass for each sequence, whose gradients hooks consume; the losses."""
+    losses = []
+    for index, row in enumerate(ids):
+        if progress:
+            progress("scoring", index, len(ids))
+        sequence = row[None].to(model.device)
+        loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
+        losses.append(check_loss(float(loss.item()), index))
+        loss.backward()
     if progress:
         progress("scoring", len(ids), len(ids))
-    return sums.scores(len(ids), sum(losses) / len(losses))
+    return losses
 
 
 def check_loss(loss: float, index: int) -> float:
