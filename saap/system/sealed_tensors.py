@@ -44,13 +44,17 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping
 
 
 def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write tensors and what is said about them.
+    """Write tensors and what is said about them, beside ``path``, and rename.
 
     Raises:
         OSError: the file cannot be written.
     """
-    about = dict(about or {})
-    save_tensors(tensors, path, {**about, SEAL: _seal(tensors, about)})
+    about, partial = dict(about or {}), path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_tensors(tensors, partial, {**about, SEAL: _seal(tensors, about)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -185,19 +185,10 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
         if not kept.intact(path, len(part), ids.shape[1] - 1):
             teacher = teacher or open_model(teacher_dir)
-            _write(path, kept.of(teacher, part))
+            save_sealed(kept.of(teacher, part), path)
         done += len(part)
         if progress and teacher is not None:
             progress(f"teacher, {kept.k} likeliest tokens", done, len(ids))
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
-        save_sealed(tensors, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _shard_rows(rows: int) -> int:
