@@ -112,11 +112,8 @@ def for_this_machine(asked: PruneCommand) -> PruneOptions:
 def runtime_here(costs: Path, here: bool) -> str | None:
     """The version of ONNX Runtime here, if the table of costs was measured on this machine; else None.
 
-    A table of another machine is taken as it is, since the device is rarely where the model is pruned. One of this
-    machine has to be of the version that will run the bundle.
-
-    Raises:
-        UserError: the table is of another machine and the bundle is for ``here``.
+    A table of another machine is taken as it is, since the device is rarely where the model is pruned, unless the
+    bundle is for ``here``. One of this machine has to be of the version that will run the bundle.
     """
     from devices.probe.host import fingerprint, probe
     from saap.prune.search.layer_costs import COSTS

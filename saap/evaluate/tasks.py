@@ -78,14 +78,7 @@ class Found(TypedDict):
 
 
 class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A model of the harness that only weighs continuations.
-
-    Args:
-        score: what the likelihoods come from.
-        tokenizer: the model's, of transformers.
-        max_length: tokens of its context.
-        progress: is told how many requests are done.
-    """
+    """A model of the harness that only weighs continuations; ``score`` says how likely they are."""
 
     def __init__(
         self, score: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress | None = None

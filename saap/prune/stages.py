@@ -93,13 +93,9 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
 def layers_plan(
     model: PreTrainedModel, ids: torch.Tensor, stage: Stage, options: PruneOptions, progress: Progress | None = None
 ) -> PrunePlan:
-    """The plan without the layers of a stage, those that change least what passes through them.
+    """The plan without as many layers as the stage says, those that change least what passes through them.
 
     Its reasons have no price for what went whole, and its own price is 0.
-
-    Args:
-        ids: of calibration, [sequences, tokens] int64.
-        stage: how many layers go, of the dense model of its budget.
 
     Raises:
         UserError: no layer with attention would be left, or the model is not finite on the text.

@@ -36,13 +36,9 @@ TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then
 
 
 class TeacherTargets:
-    """What a teacher thinks of every row, read from memory-mapped shards.
+    """What a teacher thinks of every row, read from memory-mapped shards: ``k`` tokens per predicted place.
 
-    Attributes:
-        k: tokens kept per predicted place.
-        temperature: the log-probabilities are those of softmax(logits / temperature).
-        note: what the user should be told, such as a lowered k; None where there is nothing.
-        directory: the entry of the cache.
+    ``note`` is what the user should be told, such as a lowered k, or None; ``directory`` is the entry of the cache.
     """
 
     def __init__(self, directory: Path, rows: int, k: int, temperature: float, note: str | None) -> None:

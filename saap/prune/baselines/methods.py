@@ -95,12 +95,8 @@ def rank(
 ) -> Ranking:
     """Score ``model`` once; the ranking then gives a plan for any share. Weights and flags stay as they were.
 
-    Args:
-        shape: ``shape_of(model.config)``.
-        ids: [sequences, tokens] int64; random and magnitude do not read it.
-        options: the method; whether KV groups go too, each with all its query heads; the group size, of which every
-            width is a multiple; the seed of random; the layers that stay whole. If none are given, LLM-Pruner's four
-            methods keep the first 4 and last 2 layers (of 16 or more), the others none.
+    If no layers are to stay whole, LLM-Pruner's four methods keep the first 4 and last 2 (of 16 or more). Random and
+    magnitude do not read the ids, [sequences, tokens] int64.
 
     Raises:
         UserError: no such method or layer, or the model is not finite on the text.

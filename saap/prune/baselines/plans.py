@@ -79,9 +79,6 @@ class Ranking:
         """The plan of the longest beginning of the list that removes at most ``share``.
 
         For methods with large removals (whole layers), which take the next larger model in a table.
-
-        Raises:
-            UserError: the share is out of range.
         """
         return self._plan(self._beginning(math.floor(self._asked(share) * (1 + SLACK)))[0])
 
@@ -167,13 +164,10 @@ def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tenso
 
 
 def uniform_key(place: int, kind: str) -> Callable[[Removal], float]:
-    """Order by the share that is gone, so that every layer loses the same ratio.
+    """Order by the share that is gone, so that every layer loses the same ratio; ``place`` is among the pruned layers.
 
     Where a ratio falls between two notches, some layers take one notch more: the golden ratio's multiples decide which,
     because any beginning of that sequence is spread evenly over the layers.
-
-    Args:
-        place: of the layer among those that are pruned.
     """
     phase = (place + 0.5) * 0.6180339887498949 % 1
     phase = 1 - phase if kind == "group" else phase  # so that a layer is not the first to lose both
@@ -192,12 +186,8 @@ def meet(plan_at: Callable[[float], PrunePlan], budget: Budget, dense: ModelShap
     Plans cost less with the share only roughly (milliseconds do not follow weights), so shares are tried from the least
     upwards until one meets the budget, and the step in which that happened is halved; what is returned meets it.
 
-    Args:
-        plan_at: the plan that removes a share of the decoder layers' weights; raises UserError where it cannot.
-        dense: the shape that the plans index into.
-
     Raises:
-        UserError: not even the largest share meets the budget; names the least that a plan costs.
+        UserError: not even the largest share that ``plan_at`` takes meets the budget; names the least cost of a plan.
     """
     below, above, least = 0.0, 1.0, math.inf
     best: PrunePlan | None = None

@@ -62,15 +62,7 @@ def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScor
 def taylor_scores(
     method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, progress: Progress | None = None
 ) -> StructureScores:
-    """LLM-Pruner's scores; the mean gradient and the mean squared gradient are held in full where they are needed.
-
-    Args:
-        method: one of :data:`saap.prune.options.TAYLOR`.
-        ids: [sequences, tokens] int64.
-
-    Raises:
-        UserError: the loss or a gradient is not finite.
-    """
+    """LLM-Pruner's scores on ids [sequences, tokens]; gradients are held in full where needed, and must be finite."""
     first, second = _mean_gradients(model, shape, ids, method, progress)
     slices = {}
     for matrix in matrices_of(model, shape):

@@ -115,10 +115,7 @@ def losses_compensated(
     judged: torch.Tensor,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``; nothing is changed.
-
-    Args:
-        ids, judged: [sequences, tokens], of different text.
+    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``, other text; nothing is changed.
 
     Returns:
         nats per token of each judged sequence, [sequences] float64; the same bits in all processes.

@@ -50,11 +50,7 @@ class Activations:
 def collect(
     model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, *, batch: int = 4, progress: Progress | None = None
 ) -> Activations:
-    """Run calibration sequences through ``model`` once; its weights and flags are left as they were.
-
-    Args:
-        ids: [sequences, tokens] int64, at least two tokens in all.
-        batch: sequences per forward pass.
+    """Run ids [sequences, tokens] through ``model`` once; its weights and flags are left as they were.
 
     Raises:
         UserError: too few tokens, or an activation that is not finite.

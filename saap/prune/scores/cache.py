@@ -29,12 +29,7 @@ KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
 
 
 def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
-    """Where the scores of these weights, ids [sequences, tokens] and settings are kept.
-
-    Args:
-        weights: hash of the model's weights and config.
-        settings: whatever else changes the numbers; JSON.
-    """
+    """Where the scores by a hash of weights and config, ids [sequences, tokens] and other settings (JSON) are kept."""
     return cache_directory() / "scores" / f"{_key(weights, ids, settings)}.safetensors"
 
 

@@ -129,12 +129,8 @@ class Budget:
     def report(self, shape: ModelShape, config: Mapping[str, object] | None = None) -> dict[str, float | None]:
         """A model in all units that are known; None is unknown.
 
-        Args:
-            config: its own ``config.json``; None takes the positions and rotary tables of the dense model.
-
-        Returns:
-            ratio (share of the decoder layers' weights that is gone), ratio_of_all, parameters, bytes (of the bundle's
-            weights file), and with a table of costs ms_per_token and speedup.
+        With its own ``config.json`` bytes are exact; else positions and rotary tables are those of the dense model.
+        ``ratio`` is the share of the decoder layers' weights that is gone, ``bytes`` are of the bundle's weights file.
         """
         size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.group_size)
         numbers: dict[str, float | None] = {
@@ -186,16 +182,12 @@ def _rounded(value: float, way: Callable[[float], float]) -> float:
 def budget_for(
     options: PruneOptions, dense: ModelShape, config: Mapping[str, object], *, cut: ModelShape | None = None
 ) -> Budget:
-    """What the requirement leaves for the layers of a model.
+    """What the requirement leaves for the layers of a model, of which ``config`` is the ``config.json``.
 
-    Args:
-        dense: the model that is pruned.
-        config: its ``config.json``, from which the bundle's rotary tables are read.
-        cut: the same shape with the biases that a slim model of it will have beyond the dense one's.
+    ``cut`` is its shape with the biases that a slim model of it will have beyond the dense one's.
 
     Raises:
-        UserError: not one requirement, out of range, met by the dense model already, or a table of costs that is not
-            of this model.
+        UserError: not one requirement, out of range, met already, or a table of costs that is not of this model.
     """
     options.check_requirement()
     ((kind, value),) = options.asked.items()

@@ -85,9 +85,7 @@ def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
 def after(first: Reasons | None, second: Reasons | None, kept_layers: tuple[int, ...]) -> Reasons | None:
     """Reasons of a model that was pruned and pruned again: prices and savings add up, steps are the last search's.
 
-    Args:
-        first: of the first pruning; None where there was none.
-        second: of the second, whose layers are those of ``kept_layers`` in the first model.
+    The layers of ``second`` are those of ``kept_layers`` in the first model.
     """
     if second is None:
         return first

@@ -87,10 +87,9 @@ class CostTable:
     ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
-        """Milliseconds of an attention block; 0 heads cost nothing.
+        """Milliseconds of an attention block, interpolated over the query heads per group, then over the groups.
 
-        Interpolated over the query heads per group, then over the groups. Fewer heads than were measured cost what the
-        fewest cost.
+        Fewer heads than were measured cost what the fewest cost, none cost nothing.
 
         Raises:
             CostError: more heads than were measured, or heads that the groups do not divide.
@@ -143,18 +142,12 @@ def read_costs(
     threads: int | None = None,
     onnxruntime: str | None = None,
 ) -> CostTable:
-    """Read the table for a model.
+    """Read the table for a model and the bundle that will be made of it, whose group size means nothing at 32 bit.
 
-    Args:
-        shape: of the model that is pruned: hidden size, head size and vocabulary must be the table's.
-        bits: of the bundle that will be made.
-        group_size: its weights per scale; means nothing at 32 bit.
-        threads: which of the file's thread counts; None takes the only one.
-        onnxruntime: version that will run it; None accepts any.
+    Without ``threads`` the file's only thread count is taken, without ``onnxruntime`` any version.
 
     Raises:
-        CostError: no such file, truncated, not a table of costs, of another version, model or precision, or without
-            that thread count.
+        CostError: no such file, damaged, of another version, model or precision, or without that thread count.
     """
     path = Path(path)
     if not path.is_file():

@@ -188,9 +188,7 @@ def _check_floor(blocks: list[Block], budget: Budget) -> None:
 
 
 def solve(blocks: list[Block], budget: Budget) -> list[Option]:
-    """The option of each block with the least summed price, all costs together within the budget.
-
-    At least one block keeps attention.
+    """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
 
     Raises:
         UserError: even the smallest options exceed the budget; the floor is named.

@@ -117,11 +117,7 @@ class Losses:
 def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: PruneOptions) -> Prices:
     """Price every structure in nats per token, and with ``options.modules`` every whole block.
 
-    Args:
-        fused: P(G) per type and layer, from :func:`saap.prune.scores.fusion.fuse`.
-
-    Raises:
-        UserError: a loss is not finite.
+    ``fused`` is of :func:`saap.prune.scores.fusion.fuse`. A loss that is not finite raises UserError.
     """
     shape, heads = losses.shape, options.prunes_heads(losses.shape)
     kinds = TYPES if heads else ("ffn",)
@@ -213,16 +209,10 @@ def _block_prices(losses: Losses, base: float, gone: dict[int, LayerPlan]) -> li
 
 
 def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices, float]:
-    """Scale each block's prices so that they agree with a loss measured where all others are cut as planned.
+    """Scale each block's prices so that they agree with a loss measured where all others are cut as found.
 
     A block that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
-    number per block is measured: what its removal costs on top of all the others.
-
-    Args:
-        found: by a search at these prices.
-
-    Returns:
-        the corrected prices, and the loss of the plan itself, nats per token.
+    number per block is measured: what its removal costs on top of all the others. The plan's own loss is given too.
     """
     factors: dict[tuple[int, str], float] = {}
     shape, progress = losses.shape, losses.progress
