@@ -6,20 +6,20 @@ What is one matrix in a graph (queries, keys and values; gate and up) comes stac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from saap.models.architectures import Architecture, architecture_of, shape_of
-from saap.models.checkpoint import read_config
+from saap.models.architectures import Architecture, ModelConfig, architecture_of, shape_of
+from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import module_bits, stacked_bits
+from saap.models.slim_quant import module_bits, quant_of, stacked_bits
 from saap.models.weight_files import tensor_reader
-from saap.quantize.groups import QuantMatrix, check_blocks, quantize
+from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Precision:
 
     Attributes:
         bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
-        block: quantisation group; 0 at 32 bit.
+        group_size: weights per scale; 0 at 32 bit.
         head_bits: of embedding and head.
         accuracy_level: of MatMulNBits.
         floats: type of activations, scales, norms and float weights: float32 or float16.
@@ -38,7 +38,7 @@ class Precision:
     """
 
     bits: int = 4
-    block: int = 32
+    group_size: int = 32
     head_bits: int = 4
     accuracy_level: int = 4
     floats: str = "float32"
@@ -94,25 +94,20 @@ class ModelSource:
         self.architecture: Architecture = architecture_of(self.config)
         self.shape: ModelShape = shape_of(self.config)
         self.names, self.read = tensor_reader(directory)
-        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        self.quant = quant_of(self.config)
 
     @cached_property
-    def transformers_config(self) -> Any:
-        """The model's config as transformers reads it."""
-        from transformers import AutoConfig
+    def transformers_config(self) -> ModelConfig:
+        return transformers_config(self.directory)
 
-        import saap.models.checkpoint  # noqa: F401  registers our model type
-
-        return AutoConfig.from_pretrained(self.directory, local_files_only=True)
-
-    def precision(self, bits: int | None, block: int | None, head_bits: int | None) -> Precision:
+    def precision(self, bits: int | None, group_size: int | None, head_bits: int | None) -> Precision:
         """What to export at; a tuned directory has its own integers and refuses others."""
         if self.quant:
             own = Precision(
                 self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
                 matrices=self.quant.get("matrices", {}),
             )  # fmt: skip
-            for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
+            for asked, has, what in ((bits, own.bits, "bits"), (group_size, own.group_size, "group size")):
                 if asked is not None and asked != has:
                     raise UserError(
                         f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
@@ -121,7 +116,7 @@ class ModelSource:
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
             raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
-        return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
+        return Precision(bits, 0 if bits == 32 else group_size or 32, 32 if bits == 32 else head_bits or bits)
 
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
@@ -131,19 +126,19 @@ class ModelSource:
         """
         if self.quant:
             qweight, scales, zero_points = (self.tensor(f"{module}.{part}") for part in QuantMatrix.PARTS)
-            bits, block = module_bits(self.quant, self.architecture, module), int(self.quant["block"])
-            if qweight.shape[2] * 8 != block * bits:
+            bits, group_size = module_bits(self.quant, self.architecture, module), self.quant["block"]
+            if qweight.shape[2] * 8 != group_size * bits:
                 raise UserError(
-                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {block} that "
-                    "config.json says: make the directory again"
+                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {group_size} "
+                    "that config.json says: make the directory again"
                 )
-            return QuantMatrix(qweight, scales, zero_points, bits, block)
+            return QuantMatrix(qweight, scales, zero_points, bits, group_size)
         in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
         bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.tensor(f"{module}.weight").float()
         if bits == 32:
             return weight
-        check_blocks(weight.shape[1], precision.block, module)
-        return quantize(weight, bits, precision.block)
+        check_groups(weight.shape[1], precision.group_size, module)
+        return quantize(weight, bits, precision.group_size)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint.
@@ -164,7 +159,6 @@ class ModelSource:
         return self.tensor(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def bias(self, module: str) -> torch.Tensor | None:
-        """The bias of a linear, or None."""
         name = f"{module}.bias"
         return self.read(name).float() if name in self.names else None
 
@@ -194,8 +188,8 @@ class ModelSource:
         rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
         matrix: torch.Tensor | QuantMatrix
         if packed:
-            qweight, scales, zero_points = (torch.cat([getattr(p, name) for p in packed]) for name in QuantMatrix.PARTS)
-            matrix = QuantMatrix(qweight, scales.float(), zero_points, packed[0].bits, packed[0].block)
+            matrix = QuantMatrix.stacked(packed)
+            matrix = replace(matrix, scales=matrix.scales.float())
         else:
             matrix = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
         biases, bias = [self.bias(module) for module in modules], None

@@ -178,7 +178,7 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
         context_length=config.max_position_embeddings,
         layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
         bits=16 if half and precision.bits == 32 else precision.bits,
-        block=precision.block,
+        block=precision.group_size,
         accuracy_level=precision.accuracy_level,
         parameters=shape.parameters,
         weight_bytes_per_token=bytes_per_token,

@@ -58,12 +58,10 @@ class BundleTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template's source, None when there is none."""
         return self._template_source
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether :meth:`render_chat` can be called."""
         return self._template_source is not None
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -139,7 +137,6 @@ class TextStream:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokenizer's ids that end a text."""
         return frozenset(self._tokenizer.eos_token_ids)
 
     def push(self, token: int) -> str:

@@ -76,7 +76,6 @@ class HeldSequence:
         return logits, len(ids) - kept
 
     def step(self, token: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
         logits = self.decoder.step(token)
         self.ids.append(token)
         return logits
@@ -131,17 +130,14 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt, template included."""
         return len(self.prompt_ids)
 
     @property
     def tokens(self) -> int:
-        """Tokens drawn, one that ends the text included."""
         return len(self.drawn)
 
     @property
     def seconds(self) -> float:
-        """Wall time of prefill and decode together."""
         return self.prefill_seconds + self.decode_seconds
 
     def _run(self) -> Iterator[str]:

@@ -34,7 +34,6 @@ class BundleConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, manifest: BundleManifest) -> BundleConfig:
-        """The config of a bundle."""
         eos = list(manifest.eos_token_ids)
         return cls(
             vocab_size=manifest.vocab_size,
@@ -77,7 +76,6 @@ class BundleCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that the buffers hold."""
         return self.buffers[0].shape[2]
 
     def reserve(self, positions: int, limit: int) -> None:
@@ -144,12 +142,10 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
         return torch.float32
 
     @classmethod

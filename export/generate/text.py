@@ -98,7 +98,6 @@ def generate(
 
 
 def result_of(prompt: str, generation: Generation) -> GenerateResult:
-    """What a finished answer was."""
     return GenerateResult(
         prompt=prompt,
         text=generation.text,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from export.gguf.tensors import BLOCK, natural_kind
 from saap.models.architectures import SLIM, architecture_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
-from saap.models.slim_quant import module_bits
+from saap.models.slim_quant import module_bits, quant_of
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
@@ -45,7 +44,7 @@ class Tensor:
         """Raise UserError if the values have other sizes than config.json says."""
         if isinstance(values, QuantMatrix):
             rows, groups, _ = values.qweight.shape
-            found: tuple[int, ...] = (rows, groups * values.block)
+            found: tuple[int, ...] = (rows, groups * values.group_size)
         else:
             found = tuple(values.shape)
         if found != self.shape:
@@ -71,7 +70,7 @@ class GGUFSource:
             )
         self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
         self.names, self._read = tensor_reader(directory)
-        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        self.quant = quant_of(self.config)
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
@@ -85,7 +84,6 @@ class GGUFSource:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the directory."""
         if name not in self.names:
             raise UserError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
         return self._read(name)
@@ -98,7 +96,6 @@ class GGUFSource:
 
     @property
     def name(self) -> str:
-        """llama.cpp's architecture."""
         return "llama" if self.uniform else "deci"
 
     def counts(self) -> dict[str, list[int]]:

@@ -10,7 +10,6 @@ is 32 columns with a float16 ``d`` of its own, so a wider group repeats its scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +37,6 @@ class Integers:
 
     @property
     def centred(self) -> np.ndarray:
-        """code - zero_point."""
         return self.codes.astype(np.int16) - self.zeros.astype(np.int16)[..., None]
 
     def floats(self) -> np.ndarray:
@@ -62,24 +60,17 @@ class Encoded:
     carried: float
 
 
-def integers_of(matrix: QuantMatrix, rows: slice) -> Integers:
-    """Rows of a packed matrix, regrouped to 32 columns; ``matrix.block`` is a multiple of 32."""
-    groups, repeat = matrix.qweight.shape[1], matrix.block // BLOCK
-    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block)
-    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, groups)
+def integers_of(matrix: QuantMatrix) -> Integers:
+    """A packed matrix regrouped to 32 columns; its group size is a multiple of 32."""
+    groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK
+    codes = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)
+    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, groups)
     return Integers(
         codes.reshape(codes.shape[0], -1, BLOCK).numpy(),
         zeros.repeat_interleave(repeat, 1).numpy(),
-        matrix.scales[rows].float().repeat_interleave(repeat, 1).numpy(),
+        matrix.scales.float().repeat_interleave(repeat, 1).numpy(),
         matrix.bits,
     )
-
-
-def floats_of(matrix: QuantMatrix, rows: slice) -> np.ndarray:
-    """W of rows of a packed matrix of any group size, [N, K] float32."""
-    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block).to(torch.int16)
-    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, codes.shape[1]).to(torch.int16)
-    return ((codes - zeros.unsqueeze(-1)).float() * matrix.scales[rows].float().unsqueeze(-1)).flatten(1).numpy()
 
 
 def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
@@ -91,7 +82,6 @@ def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
 
 
 def row_bytes(columns: int, kind: str) -> int:
-    """Bytes of a row of ``columns`` numbers."""
     return columns * BYTES[kind] // BLOCK
 
 
@@ -99,23 +89,18 @@ def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
     """A matrix [N, K] in a GGUF type; a quantised type needs K % 32 == 0."""
     count = (matrix.qweight if isinstance(matrix, QuantMatrix) else matrix).shape[0]
     pieces, error, carried, groups = [], 0.0, 0, 0
-    for rows in _slices(count):
-        data, piece_error, fits = _encode_rows(matrix, rows, kind)
+    for start in range(0, count, ROWS_AT_ONCE):
+        data, piece_error, fits = _encode_rows(matrix[start : start + ROWS_AT_ONCE], kind)
         pieces.append(data)
         error, carried, groups = max(error, piece_error), carried + int(fits.sum()), groups + fits.size
     return Encoded(np.concatenate(pieces), error, carried / groups if groups else 0.0)
 
 
-def _slices(count: int) -> Iterator[slice]:
-    for start in range(0, count, ROWS_AT_ONCE):
-        yield slice(start, min(start + ROWS_AT_ONCE, count))
-
-
-def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
+def _encode_rows(matrix: QuantMatrix | torch.Tensor, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
     """(data, worst relative error, which groups were carried over)."""
     from gguf import GGMLQuantizationType, quants
 
-    floats = floats_of(matrix, rows) if isinstance(matrix, QuantMatrix) else matrix[rows].float().numpy()
+    floats = (matrix.dequantize() if isinstance(matrix, QuantMatrix) else matrix.float()).numpy()
     fits = np.zeros(0, bool)
     if kind == "F32":
         return floats, 0.0, fits
@@ -123,8 +108,8 @@ def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> 
         data = floats.astype(np.float16)
         return data, relative_error(data.astype(np.float32), floats), fits
     data = quants.quantize(floats, GGMLQuantizationType[kind])
-    if isinstance(matrix, QuantMatrix) and matrix.block % BLOCK == 0:
-        blocks, fits = carry(integers_of(matrix, rows), kind)
+    if isinstance(matrix, QuantMatrix) and matrix.group_size % BLOCK == 0:
+        blocks, fits = carry(integers_of(matrix), kind)
         rounded = data.reshape(blocks.shape)
         data = np.where(fits[..., None], blocks, rounded).reshape(data.shape)
     return data, relative_error(quants.dequantize(data, GGMLQuantizationType[kind]), floats), fits

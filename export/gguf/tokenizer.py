@@ -49,7 +49,6 @@ class TokenizerFields:
     notes: list[str] = field(default_factory=list)
 
     def write(self, writer: Any) -> None:
-        """Add the fields to a ``gguf.GGUFWriter``."""
         prefix = "tokenizer.ggml."
         writer.add_string(prefix + "model", self.model)
         writer.add_string(prefix + "pre", self.pre)

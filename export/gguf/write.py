@@ -107,7 +107,6 @@ def _check_output(out: Path) -> None:
 
 
 def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> Any:
-    """A gguf.GGUFWriter with all metadata."""
     from gguf import GGUFWriter
 
     writer, name = GGUFWriter(path, source.name), source.name

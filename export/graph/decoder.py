@@ -180,18 +180,16 @@ class MicrosoftGraph(DecoderGraph):
         self._lengths = [self._op("Cast", [last], to=int32), self._op("Cast", [total], to=int32)]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        """Rows of the embedding, [batch, sequence, hidden]."""
         if self.precision.head_bits == 32:
             return self._op("Gather", [self.graph.weight("embedding.weight"), ids], axis=0)
         inputs = [self.graph.weight("embedding.qweight"), ids, self.graph.weight("embedding.scales3")]
         groups = self._op(
-            "GatherBlockQuantized", inputs, MICROSOFT, gather_axis=0, quantize_axis=2, block_size=self.precision.block,
-            bits=self.precision.head_bits,
+            "GatherBlockQuantized", inputs, MICROSOFT, gather_axis=0, quantize_axis=2, bits=self.precision.head_bits,
+            block_size=self.precision.group_size,
         )  # fmt: skip
         return self._op("Reshape", [groups, self.constant("hidden_shape", [0, 0, self.shape.hidden])])
 
     def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
-        """(norm(residual + delta), residual + delta)."""
         gamma = self.graph.weight(weight)
         if delta is None:
             return self._op("SimplifiedLayerNormalization", [residual, gamma], axis=-1, epsilon=self.epsilon), residual
@@ -202,7 +200,6 @@ class MicrosoftGraph(DecoderGraph):
         return outputs[0], outputs[3]
 
     def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
-        """Attention of layer ``index``, which owns the cache ``kv_index``."""
         name, dim = f"layers.{index}", self.shape.head_dim
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
@@ -247,7 +244,6 @@ class MicrosoftGraph(DecoderGraph):
         return [] if traits.rotary is None else [self.graph.weight(name) for name in rotary_names(traits.rotary)]
 
     def _attention_options(self, traits: LayerTraits) -> dict[str, Attribute]:
-        """Attributes that only some families and caches set."""
         options: dict[str, Attribute] = {}
         if self.kv == ir.DataType.INT8:
             options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
@@ -258,7 +254,6 @@ class MicrosoftGraph(DecoderGraph):
         return options
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        """The FFN of a layer."""
         both = self._linear(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
         gate, up = self._multi("Split", [both, self.constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
         product = self._op("Mul", [self._activation(gate), up])
@@ -270,7 +265,6 @@ class MicrosoftGraph(DecoderGraph):
         return self.sigmoid_times(x)
 
     def head(self, x: ir.Value) -> ir.Value:
-        """Logits, in the graph's own type."""
         name = "embedding" if self.shape.tied else "head"
         if self.precision.head_bits == 32:
             return self._op("FusedMatMul", [x, self.graph.weight(f"{name}.weight")], MICROSOFT, transB=1)
@@ -293,7 +287,7 @@ class MicrosoftGraph(DecoderGraph):
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
         return self._op(
-            "MatMulNBits", inputs, MICROSOFT, K=k, N=n, bits=bits, block_size=self.precision.block,
+            "MatMulNBits", inputs, MICROSOFT, K=k, N=n, bits=bits, block_size=self.precision.group_size,
             accuracy_level=self.precision.accuracy_level,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from export.source import Precision
 from saap.models.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes, ModelShape
-from saap.quantize.groups import check_blocks
+from saap.quantize.groups import check_groups
 from saap.system.errors import UserError
 
 WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
@@ -37,14 +37,14 @@ class ProbeModel:
 
 
 def read_probe_model(
-    directory: Path, bits: int | None = None, block: int | None = None, weight_limit: int = WEIGHT_LIMIT
+    directory: Path, bits: int | None = None, group_size: int | None = None, weight_limit: int = WEIGHT_LIMIT
 ) -> ProbeModel:
     """Read a model directory, of which ``config.json`` is enough, or a bundle.
 
     Args:
         bits: 4, 8 or 32, of all matrices; None is 4, or what a bundle or a tuned directory holds. Where some matrices
             hold other bits, the probe does not: its layers are all alike.
-        block: quantisation group; None is 32, or what a bundle or a tuned directory holds.
+        group_size: weights per scale; None is 32, or what a bundle or a tuned directory holds.
         weight_limit: bytes; a model of more is probed with fewer layers. It should be several times the device's
             last-level cache.
 
@@ -53,16 +53,16 @@ def read_probe_model(
         BundleError: a damaged bundle.
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
-    precision = _precision(own, bits, block)
+    precision = _precision(own, bits, group_size)
     dense = shape_of(config)
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
     count = _layer_count(dense.with_layers((largest,)), precision, len(dense.layers), weight_limit)
-    if precision.block:
-        check_blocks(dense.hidden, precision.block, "the hidden state")
-        check_blocks(largest.query_heads * dense.head_dim, precision.block, "o_proj")
-        check_blocks(largest.ffn, precision.block, "down_proj")
+    if precision.group_size:
+        check_groups(dense.hidden, precision.group_size, "the hidden state")
+        check_groups(largest.query_heads * dense.head_dim, precision.group_size, "o_proj")
+        check_groups(largest.ffn, precision.group_size, "down_proj")
     traits = traits_of(config)
     traits = replace(traits, layers=tuple(traits.layers[i % len(traits.layers)] for i in range(count)))
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
@@ -118,18 +118,18 @@ def _tied(manifest: BundleManifest) -> bool:
     return manifest.parameters < shape.parameters
 
 
-def _precision(own: dict[str, Any], bits: int | None, block: int | None) -> Precision:
+def _precision(own: dict[str, Any], bits: int | None, group_size: int | None) -> Precision:
     bits = bits or own.get("bits", 4)
     if bits not in (4, 8, 32):
         raise UserError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
     if bits == 32:
         return Precision(32, 0, 32)
     head_bits = own["embedding_bits"] if own.get("bits") == bits else bits
-    return CPU.precision(Precision(bits, block or own.get("block") or 32, head_bits), 32, 4)
+    return CPU.precision(Precision(bits, group_size or own.get("block") or 32, head_bits), 32, 4)
 
 
 def _layer_count(one: ModelShape, precision: Precision, wanted: int, limit: int) -> int:
     """As many layers as the model has, or as fit into the limit."""
-    per_weight = precision.bits / 8 + (4 / precision.block if precision.block else 0)  # with the scales
+    per_weight = precision.bits / 8 + (4 / precision.group_size if precision.group_size else 0)  # with the scales
     free = limit - one.vocab * one.hidden * per_weight
     return max(LEAST_LAYERS, min(wanted, int(free // (one.layer_weights * per_weight))))

@@ -48,15 +48,15 @@ def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
     for groups in _spread(full.kv_heads, HEAD_COUNTS):
         for per_group in _spread(full.heads_per_group, HEAD_COUNTS):
             columns = groups * per_group * model.shape.head_dim
-            if not (model.precision.block and columns % model.precision.block):
+            if not (model.precision.group_size and columns % model.precision.group_size):
                 options.append(LayerSizes(groups * per_group, groups, full.ffn))
     stacks = [tuple(option if i % 2 else full for i in range(count)) for option in options if option != full]
     return [(full,) * count, *stacks]
 
 
 def _widths(full: int, precision: Precision) -> list[int]:
-    block = precision.block or 32
-    step = max(block, FAST_ROWS) if full >= 8 * FAST_ROWS else block
+    group = precision.group_size or 32
+    step = max(group, FAST_ROWS) if full >= 8 * FAST_ROWS else group
     return [step * n for n in _spread(full // step, FFN_WIDTHS) if step * n < full]
 
 
@@ -110,7 +110,6 @@ class _MadeUp:
         self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """A matrix of a layer, and its bias where the model has one."""
         shape, sizes, dim = self.shape, self.shape.layers[layer], self.shape.head_dim
         rows, columns, biased = {
             "qkv": ((sizes.query_heads + 2 * sizes.kv_heads) * dim, shape.hidden, shape.attention_bias),
@@ -119,11 +118,10 @@ class _MadeUp:
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
         bias = self._filled(0.01, rows) if biased else None
-        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.block), bias)
+        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.group_size), bias)
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """The embedding or the head."""
-        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.block)
+        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.group_size)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """A norm that changes nothing."""
@@ -132,17 +130,18 @@ class _MadeUp:
         *_, query, key = self.shape.attention_norms(self.shape.layers[layer])
         return self._filled(1.0, query if field == "query_norm" else key)
 
-    def _matrix(self, rows: int, columns: int, bits: int, block: int) -> torch.Tensor | QuantMatrix:
+    def _matrix(self, rows: int, columns: int, bits: int, group_size: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:
             uniform: torch.Tensor = torch.rand(rows, columns, generator=self._random, device=self._device)
             return (uniform - 0.5).mul(math.sqrt(12 / columns))
-        groups, spread = columns // block, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
-        packed = (rows, groups, block * bits // 8)
+        groups, spread = columns // group_size, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
+        packed = (rows, groups, group_size * bits // 8)
         qweight = torch.randint(256, packed, dtype=torch.uint8, generator=self._random, device=self._device)
         midpoints = torch.full(
             (rows, -(-groups * bits // 8)), 0x88 if bits == 4 else 0x80, dtype=torch.uint8, device=self._device
         )
-        return QuantMatrix(qweight, self._filled(1 / (spread * columns**0.5), rows, groups), midpoints, bits, block)
+        scales = self._filled(1 / (spread * columns**0.5), rows, groups)
+        return QuantMatrix(qweight, scales, midpoints, bits, group_size)
 
     def _filled(self, value: float, *shape: int) -> torch.Tensor:
         return torch.full(shape, value, device=self._device)
@@ -190,7 +189,7 @@ def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int
         context_length=model.config.max_position_embeddings,
         layers=[BundleSizes(s.query_heads, s.kv_heads, s.ffn) for s in shape.layers],
         bits=model.precision.bits,
-        block=model.precision.block,
+        block=model.precision.group_size,
         accuracy_level=model.precision.accuracy_level,
         parameters=shape.parameters,
         weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),

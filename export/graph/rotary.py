@@ -17,7 +17,6 @@ Table = Literal["default", "local"]
 
 
 def rotary_names(table: Table) -> tuple[str, str]:
-    """Names under which cos and sin of a table are written."""
     return ("cos", "sin") if table == "default" else (f"{table}.cos", f"{table}.sin")
 
 

@@ -41,7 +41,6 @@ class WeightFile:
         self._file = (directory / WEIGHTS).open("wb")
 
     def add(self, name: str, values: Array) -> None:
-        """Write an array under a name."""
         array = values.numpy() if isinstance(values, torch.Tensor) else values
         self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
         offset = self._file.tell()
@@ -65,11 +64,9 @@ class WeightFile:
         return sum({tensor.offset: tensor.nbytes for tensor in read}.values())  # two names of one tensor count once
 
     def flush(self) -> None:
-        """Let others read what was written so far."""
         self._file.flush()
 
     def close(self) -> None:
-        """Finish the file."""
         self._file.close()
 
 
@@ -127,7 +124,6 @@ class MicrosoftLayout:
         self.file = file
 
     def add_matrix(self, name: str, matrix: torch.Tensor | QuantMatrix) -> None:
-        """Write a linear [N, K]."""
         if isinstance(matrix, torch.Tensor):
             self.file.add(f"{name}.weight", matrix.t().contiguous())
             return

@@ -55,7 +55,6 @@ class MicrosoftWriter:
         self._model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
-        """Write weights and graphs; the bytes of weights that one token reads."""
         file = WeightFile(out, self.precision.floats)
         write_model(self._source, self.precision, MicrosoftLayout(file), progress)
         for name, table in self._tables.items():

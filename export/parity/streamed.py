@@ -23,7 +23,7 @@ from export.source import ModelSource, Precision
 from saap.models.architectures import traits_of
 from saap.models.layer_walk import finished_logits
 from saap.models.streaming import CPU, LayerWeights, empty_parameters
-from saap.quantize.groups import QuantMatrix, check_blocks, quantize
+from saap.quantize.groups import QuantMatrix, check_groups, quantize
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -116,15 +116,15 @@ class StreamedModel:
 
         The exporter rounds every row by itself, so a piece is rounded as the whole is.
         """
-        bits, block = self._precision.head_bits, self._precision.block
+        bits, group_size = self._precision.head_bits, self._precision.group_size
         if self._source.quant:
-            qweight, scales, zero_points = (self._source.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
-            return lambda rows: dequantised(QuantMatrix(qweight[rows], scales[rows], zero_points[rows], bits, block))
+            table = self._source.matrix(module, self._precision)
+            return lambda rows: dequantised(table[rows])
         weight = self._source.tensor(f"{module}.weight")
         if bits == 32:
             return lambda rows: weight[rows].float()
-        check_blocks(weight.shape[1], block, module)
-        return lambda rows: dequantised(quantize(weight[rows].float(), bits, block))
+        check_groups(weight.shape[1], group_size, module)
+        return lambda rows: dequantised(quantize(weight[rows].float(), bits, group_size))
 
 
 def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | None, *_: object) -> None:

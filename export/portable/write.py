@@ -55,7 +55,6 @@ class PortableWriter:
         self.lineage: dict[str, str] = {"graph_writer": self._writer}
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
-        """Write weights and graphs; the bytes of weights that one token reads."""
         if self._writer == "saap":
             return self._write_by_saap(out, progress)
         if progress:

@@ -79,7 +79,8 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.system.files import check_output
-    from saap.text.rows import Sequences, training_rows
+    from saap.text.documents import Sequences
+    from saap.text.rows import training_rows
 
     options = for_this_machine(asked)
     options.check_requirement()

@@ -9,10 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
+
+import msgspec
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
+
+
+class ModelConfig(Protocol):
+    """What is read of a transformers config by name; for what only some families have, :func:`field_of` asks."""
+
+    model_type: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
 
 
 @dataclass(frozen=True)
@@ -160,11 +172,11 @@ def architecture_of(config: object) -> Architecture:
     Raises:
         UserError: the architecture is not supported.
     """
-    name = _get(config, "model_type")
+    name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
-    activation = _get(config, architecture.activation_key, architecture.activation)
+    activation = field_of(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
         raise UserError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
     if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
@@ -193,12 +205,12 @@ def shape_of(config: object) -> ModelShape:
     config = with_defaults(config)
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
-    slim = _get(config, "slim_layers")
-    if slim:
+    if slim := field_of(config, "slim_layers"):
         try:
-            layers = tuple(LayerSizes(*(_checked("slim_layers", size, 0) for size in sizes)) for sizes in slim)
-        except TypeError:
+            sizes_of_layers = msgspec.convert(slim, list[tuple[object, object, object]])
+        except msgspec.ValidationError:
             raise UserError("config.json has slim_layers that are not three sizes per layer: make it again") from None
+        layers = tuple(LayerSizes(*(_checked("slim_layers", n, 0) for n in sizes)) for sizes in sizes_of_layers)
     else:
         kv_heads = _count(config, "num_key_value_heads", heads)
         layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
@@ -208,19 +220,19 @@ def shape_of(config: object) -> ModelShape:
                 f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple; "
                 "mend config.json"
             )
-    quant = _get(config, "slim_quant")
+    quant = field_of(config, "slim_quant")
     return ModelShape(
         hidden=hidden,
         head_dim=_count(config, "head_dim", max(1, hidden // heads)),
         vocab=_count(config, "vocab_size", most=MOST_WORDS),
-        tied=bool(quant.get("tied") if isinstance(quant, dict) else _get(config, "tie_word_embeddings", False)),
+        tied=bool(quant.get("tied") if isinstance(quant, dict) else field_of(config, "tie_word_embeddings", False)),
         layers=layers,
-        attention_bias=architecture.qkv_bias or bool(_get(config, "attention_bias", False)),
-        mlp_bias=bool(_get(config, "mlp_bias", False)),
+        attention_bias=architecture.qkv_bias or bool(field_of(config, "attention_bias", False)),
+        mlp_bias=bool(field_of(config, "mlp_bias", False)),
         output_bias=not architecture.qkv_bias,
         qk_norm="all" if architecture.qk_norm_spans_heads else "head" if architecture.query_norm else "none",
         norms=bool(architecture.attention_norm) + bool(architecture.attention_post_norm),
-        added_bias=bool(_get(config, "slim_bias")),
+        added_bias=bool(field_of(config, "slim_bias")),
     )
 
 
@@ -234,40 +246,48 @@ def traits_of(config: object) -> Traits:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
-    if _get(config, "use_bidirectional_attention"):
+    if field_of(config, "use_bidirectional_attention"):
         raise UserError("attention in both directions is not supported; supported: causal attention")
-    scalar = _get(config, "query_pre_attn_scalar")
+    scalar, cap = "query_pre_attn_scalar", "final_logit_softcapping"
+    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     traits = Traits(
-        layers=tuple(_layer_traits(config, architecture, i) for i in range(_get(config, "num_hidden_layers"))),
+        layers=tuple(_layer_traits(config, architecture, i) for i in range(count)),
         activation=architecture.activation,
-        attention_scale=scalar**-0.5 if scalar else None,
-        embedding_scale=_get(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
-        logit_cap=_get(config, "final_logit_softcapping"),
+        attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else None,
+        embedding_scale=_count(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
+        logit_cap=number_of(config, cap) if field_of(config, cap) else None,
     )
     if not architecture.multipliers:
         return traits
     return replace(
         traits,
-        embedding_scale=_factor(config, "embedding_multiplier"),
-        attention_scale=_factor(config, "attention_multiplier"),
-        residual_scale=_factor(config, "residual_multiplier"),
-        logit_scale=1 / _factor(config, "logits_scaling"),
+        embedding_scale=number_of(config, "embedding_multiplier"),
+        attention_scale=number_of(config, "attention_multiplier"),
+        residual_scale=number_of(config, "residual_multiplier"),
+        logit_scale=1 / number_of(config, "logits_scaling"),
     )
 
 
 def _layer_traits(config: object, architecture: Architecture, index: int) -> LayerTraits:
-    kinds = _get(config, "layer_types")
+    kinds = entries_of(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
         raise UserError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
     slides = architecture.window == "all" or kind == "sliding_attention"
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
-    if architecture.skips_rotary and not _get(config, "no_rope_layers")[index]:
+    if architecture.skips_rotary and not entries_of(config, "no_rope_layers")[index]:
         rotary = None
-    return LayerTraits(window=(_get(config, "sliding_window") or 0) if slides else 0, rotary=rotary)
+    window = _count(config, "sliding_window") if slides and field_of(config, "sliding_window") else 0
+    return LayerTraits(window, rotary)
 
 
-def with_defaults(config: object) -> Any:
+def entries_of(config: object, key: str) -> list[object]:
+    """A field with one entry for each layer; empty where the config does without."""
+    found = field_of(config, key)
+    return found if isinstance(found, list) else []
+
+
+def with_defaults(config: object) -> object:
     """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
 
     Raises:
@@ -293,7 +313,7 @@ def positions_of(config: object) -> int:
     return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 
 
-def check_counts(config: Mapping[str, Any]) -> None:
+def check_counts(config: Mapping[str, object]) -> None:
     """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
 
     Raises:
@@ -306,7 +326,7 @@ def check_counts(config: Mapping[str, Any]) -> None:
 
 def _count(config: object, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
     """A size of the config, or what it is by default."""
-    value = _get(config, key)
+    value = field_of(config, key)
     return _checked(key, default if value is None and default is not None else value, 1, most)
 
 
@@ -318,12 +338,24 @@ def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
     return value
 
 
-def _factor(config: object, key: str) -> float:
-    value = _get(config, key)
+def number_of(config: object, key: str) -> float:
+    """A factor that the config names.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    value = field_of(config, key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")
     return float(value)
 
 
-def _get(config: object, key: str, default: object = None) -> Any:
+def field_of(config: object, key: str, default: object = None) -> object:
+    """A field of a transformers config or of its dict."""
     return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)
+
+
+def rope_of(config: object) -> dict[str, object]:
+    """What a config says about the rotary embedding, by transformers 5's name or that of 4; empty where it is plain."""
+    found = field_of(config, "rope_parameters") or field_of(config, "rope_scaling")
+    return found if isinstance(found, dict) else {}

@@ -16,9 +16,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in a piece
@@ -127,8 +131,8 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     )
 
 
-def byte_level_bpe(fields: GGUFTokenizer) -> Any:
-    """A ``tokenizers.Tokenizer`` of a byte-level BPE.
+def byte_level_bpe(fields: GGUFTokenizer) -> Tokenizer:
+    """A byte-level BPE.
 
     ``smollm`` splits every digit off before GPT-2's byte-level split; ``gpt-2`` is the latter alone.
     """
@@ -149,7 +153,7 @@ def byte_level_bpe(fields: GGUFTokenizer) -> Any:
     return tokenizer
 
 
-def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) -> None:
+def write_tokenizer(fields: GGUFTokenizer, tokenizer: Tokenizer, destination: Path) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
     if fields.add_bos and fields.bos is not None:
         _prepend(tokenizer, fields.tokens[fields.bos], fields.bos)
@@ -159,7 +163,7 @@ def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) ->
         (destination / "chat_template.jinja").write_text(fields.chat_template, encoding="utf-8")
 
 
-def _prepend(tokenizer: Any, token: str, index: int) -> None:
+def _prepend(tokenizer: Tokenizer, token: str, index: int) -> None:
     from tokenizers import processors
 
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -211,14 +215,15 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
     _write_json(destination / "generation_config.json", _generation_config(fields))
 
 
-def _config(model: Any, fields: GGUFTokenizer) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+def _config(model: PreTrainedModel, fields: GGUFTokenizer) -> dict[str, object]:
+    config: dict[str, object] = json.loads(model.config.to_json_string(use_diff=True))
     config.pop("_model_name_or_path", None)
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
     config["eos_token_id"] = fields.eos
     # transformers 5 keeps the rotary base and scaling in rope_parameters only, where 4 would not find them.
-    rope = dict(config.get("rope_parameters") or {})
+    found = config.get("rope_parameters")
+    rope = dict(found) if isinstance(found, dict) else {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope.pop("rope_theta"))
         config.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
@@ -275,8 +280,8 @@ def _first_line(error: Exception) -> str:
 
 def spm_tokenizer(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], unk: int | None, prefix: bool
-) -> Any:
-    """A ``tokenizers.Tokenizer`` that gives sentencepiece's ids; special tokens are the control pieces.
+) -> Tokenizer:
+    """A tokenizer that gives sentencepiece's ids; special tokens are the control pieces.
 
     Args:
         tokens: pieces in the order of their ids.

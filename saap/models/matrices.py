@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -49,9 +48,8 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
     Raises:
         UserError: the model holds integers, or other sizes than ``shape`` says.
     """
-    config: Any = model.config
-    architecture = architecture_of(config)
-    layers: Any = model.get_submodule(architecture.layers)
+    architecture = architecture_of(model.config)
+    layers = list(model.get_submodule(architecture.layers).children())
     if len(layers) != len(shape.layers):
         raise UserError(f"the shape has {len(shape.layers)} layers, the model has {len(layers)}: read it again")
     return [
@@ -83,7 +81,7 @@ def _stacked(
         start += count if packed else 0
 
 
-def _linear(layer: Any, index: int, name: str) -> nn.Linear:
+def _linear(layer: nn.Module, index: int, name: str) -> nn.Linear:
     module = dict(layer.named_modules()).get(name)
     if not isinstance(module, nn.Linear):
         raise UserError(f"layer {index}: {name} is not a matrix of numbers; take the model before it was tuned")

@@ -11,13 +11,16 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from devices.common.files import cache_directory, sha256_file
 from devices.common.progress import Progress
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "*.safetensors"
 
@@ -79,7 +82,7 @@ def copy_sidecars(src: Path, dst: Path) -> None:
                 shutil.copyfile(path, target)
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, as transformers loads it.
 
     Raises:

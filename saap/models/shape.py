@@ -29,7 +29,6 @@ class LayerSizes:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads in each KV group."""
         return self.query_heads // self.kv_heads if self.kv_heads else 0
 
 
@@ -64,12 +63,10 @@ class ModelShape:
 
     @property
     def biased_output(self) -> bool:
-        """Whether the output projection of an attention has a bias."""
         return self.added_bias or (self.attention_bias and self.output_bias)
 
     @property
     def biased_down(self) -> bool:
-        """Whether the down projection of a feed-forward block has a bias."""
         return self.added_bias or self.mlp_bias
 
     def attention_weights(self, layer: LayerSizes) -> int:
@@ -104,5 +101,4 @@ class ModelShape:
         return self.layer_weights + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
-        """The same model with other layers."""
         return replace(self, layers=layers)

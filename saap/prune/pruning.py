@@ -38,7 +38,8 @@ from saap.system.files import check_output, claimed
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.rows import Rows, Sequences, training_rows
+from saap.text.documents import Sequences
+from saap.text.rows import Rows, training_rows
 
 
 @dataclass(frozen=True)

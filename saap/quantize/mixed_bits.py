@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -154,8 +153,8 @@ def rounded(model: PreTrainedModel, unit: Unit, group_size: int) -> Iterator[Non
     """The model with one unit's weights at 4 bit for the time of the block."""
     weights: dict[int, torch.Tensor] = {}
     for name in unit.modules:
-        weight: Any = model.get_submodule(name).weight
-        weights[id(weight)] = weight  # a tied table once
+        parameter = model.get_parameter(f"{name}.weight")
+        weights[id(parameter)] = parameter  # a tied table once
     saved = [(weight, weight.data) for weight in weights.values()]
     try:
         for weight, values in saved:

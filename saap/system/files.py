@@ -200,5 +200,4 @@ def write_document(path: Path, document: Mapping[str, object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write beside and rename."""
     write_text(path, json.dumps(value, indent=1) + "\n")

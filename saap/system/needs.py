@@ -34,12 +34,10 @@ class Needs:
 
     @property
     def memory_bytes(self) -> int:
-        """Sum of the memory."""
         return sum(self.memory.values())
 
     @property
     def disk_bytes(self) -> int:
-        """Sum of the disk."""
         return sum(self.disk.values())
 
 
@@ -55,7 +53,6 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def fits(needs: Needs) -> bool:
-    """Whether the memory is there."""
     return needs.memory_bytes <= FREE_SHARE * available_memory()
 
 

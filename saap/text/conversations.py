@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 Sample = tuple[list[int], list[bool]]
@@ -21,7 +24,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 
 
-def is_conversation(row: object) -> TypeGuard[dict[str, Any]]:
+def is_conversation(row: object) -> TypeGuard[dict[str, object]]:
     """Whether a row of data is chat: ``messages``, ShareGPT's ``conversations``, or an ``instruction``."""
     return isinstance(row, dict) and bool({"messages", "conversations", "instruction"} & set(row))
 
@@ -82,7 +85,7 @@ class ChatEncoder:
         UserError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not has_chat_template(tokenizer):
             raise UserError("the model has no chat template, so chat data has no form: give kind='text'")
         self._tokenizer = tokenizer
@@ -124,7 +127,7 @@ class ChatEncoder:
 
     def _render(self, turns: Sequence[Message], where: str, *, prompt: bool = False) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+            return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # whatever a template raises: jinja2's errors, TypeError, its own
             raise _refused(where, error) from None
 
@@ -134,16 +137,16 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(
+            rendered: tuple[list[str], list[list[tuple[int, int]]]] = render_jinja_template(  # type: ignore[assignment]
                 conversations=[list(turns)],
                 chat_template=self._tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
+                **self._tokenizer.special_tokens_map,  # type: ignore[arg-type]
             )
         except Exception as error:  # as above
             raise _refused(where, error) from None
         texts, spans = rendered
-        return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def _encoded(self, text: str, spans: Sequence[tuple[int, int]], *, whole: bool = False) -> Sample:
         """Ids of ``text``; learnt are the characters of ``spans``, ``whole`` or up to the last special token."""
@@ -174,10 +177,10 @@ class ChatEncoder:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has one chat template, or several of which one is the default."""
     try:
         return bool(tokenizer.get_chat_template())

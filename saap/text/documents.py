@@ -1,8 +1,8 @@
 """Text for calibration, tuning and evaluation, and its way into token ids.
 
 Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
-model writes its own (:func:`self_written`). What a result is evaluated on must not be what the model was calibrated
-or tuned on: :mod:`saap.text.overlap` holds that.
+model writes its own (:mod:`saap.text.self_written`). What a result is evaluated on must not be what the model was
+calibrated or tuned on: :mod:`saap.text.overlap` holds that.
 """
 
 from __future__ import annotations
@@ -16,20 +16,15 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from devices.common.files import parse_json
 from saap.system.errors import UserError
 from saap.text.conversations import is_conversation, messages_of
-from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack",
-    "read_file", "self_written",
-]  # fmt: skip
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["calibration", "tuning", "evaluation"]
 
@@ -61,6 +56,16 @@ class Documents:
     def text(self) -> str:
         """All of it as one text; documents are parted by a blank line."""
         return "\n\n".join(self.texts)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
+
+    count: int
+    length: int
+    seed: int = 0
+    skip: int = 0
 
 
 def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
@@ -131,7 +136,7 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
     """Rows of token ids for calibration and tuning, int64 [count, length].
 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
@@ -197,7 +202,7 @@ def _lines(content: str) -> Iterator[tuple[int, str]]:
     return ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parsed(line: str, where: str) -> object:
     try:
         return parse_json(line)
     except ValueError as error:
@@ -284,12 +289,12 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
     return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
 
 
-def encode(text: str, tokenizer: Any) -> list[int]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def beginning(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
 
     A model that always saw that token hardly works without it: Gemma 3 270M has 6.2 instead of 4.2 nats per token.

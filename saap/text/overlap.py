@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from saap.system.errors import UserError
 from saap.text.documents import TRAINING_FILES, Documents, cut_text, documents_of, load_documents, read_file
@@ -32,7 +31,7 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
         raise UserError(_same_text(training.source, evaluation.source))
 
 
-def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -> None:
+def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents) -> None:
     """The same, by what a model's record says about text that may be gone.
 
     Args:
@@ -45,7 +44,7 @@ def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
     held: set[str] = set()  # calibration and tuning are often of one text
     for about in _texts_in(lineage):
-        source, sha256 = str(about.get("source")), about.get("text_sha256")
+        source, sha256 = str(about.get("source")), str(about.get("text_sha256") or "")
         if sha256 in (evaluation.sha256, cut.sha256):
             raise UserError(f"{model}: {_same_text(source, evaluation.source)}")
         documents = _again(source, sha256) if sha256 and source not in held else None
@@ -64,12 +63,12 @@ def _same_text(training: str, evaluation: str) -> str:
     )
 
 
-def _texts_in(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """What is known of each text, that of earlier prunings too."""
     for key in ("calibration", "tuning"):
-        if about := lineage.get(key):
+        if isinstance(about := lineage.get(key), Mapping):
             yield about
-    if before := lineage.get("base_record"):
+    if isinstance(before := lineage.get("base_record"), Mapping):
         yield from _texts_in(before)
 
 

@@ -20,14 +20,15 @@ from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
 from saap.text.documents import (
     Documents,
+    Sequences,
     Split,
     checked_text,
     documents_of,
     load_documents,
     load_rows,
     pack,
-    self_written,
 )
+from saap.text.self_written import self_written
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
 KINDS = ("auto", "text", "chat")
@@ -35,16 +36,6 @@ KINDS = ("auto", "text", "chat")
 # many conversations leave less room than the shortest one needs.
 WINDOW = 256
 FEWEST_ROWS = 4  # that are parted into rows to learn from and rows held out
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
-
-    count: int
-    length: int
-    seed: int = 0
-    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,18 +49,15 @@ class Rows:
 
     @property
     def self_written(self) -> bool:
-        """Whether the dense model wrote this text: then perplexity on it means nothing."""
         return self.documents is None
 
     def lineage(self) -> dict[str, object]:
-        """What a record says about the text."""
         return {"source": self.source, "text_sha256": self.sha256}
 
 
 def training_rows(
     model_dir: Path, source: str | None, split: Split, wanted: Sequences, progress: Progress | None = None
 ) -> Rows:
-    """Rows for calibration or tuning."""
     count, length, seed = wanted.count, wanted.length, wanted.seed
     for value, name in ((count, "sequences"), (length, "tokens per sequence")):
         if value < 1:
@@ -80,7 +68,7 @@ def training_rows(
         # Calibration and tuning draw from different seeds, so nothing has to be skipped.
         own_seed = 2 * seed + (split == "tuning")
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
-        ids = self_written(writer, tokenizer, count, length, own_seed, progress=progress)
+        ids = self_written(writer, tokenizer, Sequences(count, length, own_seed), progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
     ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed)[wanted.skip :]
     return Rows(ids, documents.source, documents.sha256, documents)
@@ -120,7 +108,6 @@ class TuningRows:
 
     @property
     def self_written(self) -> bool:
-        """Whether the model wrote this text itself."""
         return self.documents is None
 
     def lineage(self) -> dict[str, object]:

@@ -29,10 +29,11 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
+from saap.models.slim_quant import SlimQuant
 from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
-from saap.quantize.groups import IntegerForm, check_blocks, nearest_matrices, quantize_model
+from saap.quantize.groups import IntegerForm, check_groups, nearest_matrices, quantize_model
 from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
@@ -40,7 +41,8 @@ from saap.system.files import check_output, claimed
 from saap.system.needs import check_memory, fits
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
-from saap.text.rows import IGNORED, Sequences, TuningRows, held_out, tuning_rows
+from saap.text.documents import Sequences
+from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states
@@ -195,10 +197,10 @@ def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     shape, block = shape_of(config), options.group_size
-    check_blocks(shape.hidden, block, "the hidden size")
+    check_groups(shape.hidden, block, "the hidden size")
     for index, sizes in enumerate(shape.layers):
-        check_blocks(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
-        check_blocks(sizes.ffn, block, f"down_proj of layer {index}")
+        check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
+        check_groups(sizes.ffn, block, f"down_proj of layer {index}")
     if len(rows) < options.training.rows_per_step:
         raise UserError(
             f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
@@ -287,7 +289,7 @@ class Quantised:
         trained = adapters.trained_parameters(self.model)
         return [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}]
 
-    def fold(self) -> dict[str, object]:
+    def fold(self) -> SlimQuant:
         """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
         self.model = adapters.fold(self.model)  # type: ignore[arg-type]
         return self.quant

@@ -144,7 +144,7 @@ def test_without_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.Mo
         ({"model_type": "gpt2"}, {}, "model type 'gpt2' is not supported"),
         ({}, {"bits": 3}, "3 bits cannot be probed on a CPU; allowed: 4, 8, 32"),
         ({"intermediate_size": 1500}, {}, "down_proj has 1500 input columns, not a multiple of the group size 32"),
-        ({"hidden_size": 540}, {"block": 64}, "the hidden state has 540 input columns"),
+        ({"hidden_size": 540}, {"group_size": 64}, "the hidden state has 540 input columns"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(

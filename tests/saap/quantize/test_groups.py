@@ -13,7 +13,7 @@ WEIGHT = torch.randn(10, 96, generator=GENERATOR)
 
 
 def dequantised(matrix, columns):
-    holder = GroupQuantTable(matrix.scales.shape[0], columns, matrix.bits, matrix.block)
+    holder = GroupQuantTable(matrix.scales.shape[0], columns, matrix.bits, matrix.group_size)
     fill(holder, matrix)
     return holder.dequantize()
 

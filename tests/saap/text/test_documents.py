@@ -11,9 +11,11 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.text import documents as text
-from saap.text.documents import load_documents, pack, self_written
+from saap.text.documents import Sequences, load_documents, pack
+from saap.text.self_written import self_written
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 
@@ -149,39 +151,28 @@ def test_pack_says_how_much_is_missing(tiny_tokenizer):
         pack(["abc"], tiny_tokenizer, 16, 10, seed=0)
 
 
-def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model()).train()
-    seen = []
-    written = self_written(
-        model, tiny_tokenizer, 5, 12, 7, batch_size=2, progress=lambda _, done, total: seen.append(done / total)
-    )
+def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer, monkeypatch):
+    model = load_model(tiny_model()).train()
+    monkeypatch.setattr("saap.text.self_written.BATCH", 2)
+    seen, wanted = [], Sequences(5, 12, 7)
+    written = self_written(model, tiny_tokenizer, wanted, progress=lambda _, done, total: seen.append(done / total))
     assert written.shape == (5, 12) and written.dtype == torch.int64 and (written[:, 0] == 1).all()
-    assert torch.equal(written, self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2))
-    held_out = self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2, held_out=True)
-    assert not torch.equal(written, held_out)
+    assert torch.equal(written, self_written(model, tiny_tokenizer, wanted))
+    assert not torch.equal(written, self_written(model, tiny_tokenizer, wanted, held_out=True))
     assert model.training and seen == sorted(seen) and seen[-1] == pytest.approx(1)
     assert not written.is_inference()
+    with pytest.raises(UserError, match="256 positions"):
+        self_written(model, tiny_tokenizer, Sequences(1, 257))
 
 
-def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer):
+def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer, monkeypatch):
     """The second token's frequencies over many rows against the model's own probabilities."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model()).eval()
+    model = load_model(tiny_model())
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3)  # a distribution with a few likely tokens
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
-    written = self_written(model, tiny_tokenizer, 4000, 2, 0, batch_size=4000)
+    monkeypatch.setattr("saap.text.self_written.BATCH", 4000)
+    written = self_written(model, tiny_tokenizer, Sequences(4000, 2))
     observed = torch.bincount(written[:, 1], minlength=320) / 4000
     assert expected.max() > 0.2
     assert (observed - expected).abs().max() < 0.03
-
-
-def test_self_written_refuses_what_it_cannot_do(tiny_model, tiny_tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model())
-    with pytest.raises(UserError, match="256 positions"):
-        self_written(model, tiny_tokenizer, 1, 257, 0)

@@ -12,10 +12,10 @@ import torch
 from saap.models.resolve import load_tokenizer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, messages_of
+from saap.text.documents import Sequences
 from saap.text.rows import (
     IGNORED,
     WINDOW,
-    Sequences,
     TuningRows,
     _pack,
     held_out,

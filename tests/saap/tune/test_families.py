@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from support.exported import export_bundle
+from support.references import round_model
 
 from export.generate.scoring import BundleScorer
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
-from saap.quantize.groups import round_model
 from saap.tune import TuneOptions, tune
 from saap.tune.options import TrainOptions
 
