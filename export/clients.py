@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from devices.common.files import write_text
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest
 from export.bundle.tokenizer import BundleTokenizer
-from saap.models.architectures import PER_LAYER, SLIM
+from saap.models.architectures import PER_LAYER, SLIM, entries_of
 
 GENAI_CONFIG = "genai_config.json"
 CONFIG = "config.json"
@@ -28,7 +27,7 @@ PROBES = (  # what tokenizers disagree about: spaces, digits, code, other script
 )
 
 
-def genai_config(manifest: BundleManifest) -> dict[str, Any]:
+def genai_config(manifest: BundleManifest) -> dict[str, object]:
     """The document that onnxruntime-genai reads to run ``model.onnx``.
 
     Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
@@ -75,7 +74,7 @@ def write_genai_config(directory: str | Path, manifest: BundleManifest) -> Path:
     return _write(Path(directory) / GENAI_CONFIG, genai_config(manifest))
 
 
-def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str, Any] | None:
+def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[str, object] | None:
     """The ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
 
     optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
@@ -91,7 +90,7 @@ def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str
         return None
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "quantization_config", "_name_or_path")
     cached = [index for index, layer in enumerate(manifest.layers) if layer.query_heads]
-    lists = {key: [config[key][index] for index in cached] for key in PER_LAYER if config.get(key)}
+    lists = {key: [entries[i] for i in cached] for key in PER_LAYER if (entries := entries_of(config, key))}
     return {
         **{key: value for key, value in config.items() if key not in ours},
         **lists,
@@ -103,7 +102,7 @@ def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str
     }
 
 
-def write_client_files(directory: Path, config: dict[str, Any], manifest: BundleManifest) -> BundleManifest:
+def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> BundleManifest:
     """Write what onnxruntime-genai and optimum read; the manifest, with what is known of genai's tokenizer."""
     write_genai_config(directory, manifest)
     write_optimum_config(directory, config, manifest)
@@ -112,7 +111,7 @@ def write_client_files(directory: Path, config: dict[str, Any], manifest: Bundle
     return replace(manifest, lineage={**manifest.lineage, "genai_tokenizer": note})
 
 
-def write_optimum_config(directory: str | Path, config: dict[str, Any], manifest: BundleManifest) -> Path | None:
+def write_optimum_config(directory: str | Path, config: dict[str, object], manifest: BundleManifest) -> Path | None:
     """Write :func:`optimum_config`, if there is one, into ``directory``; before the manifest hashes the files."""
     document = optimum_config(config, manifest)
     return None if document is None else _write(Path(directory) / CONFIG, document)
@@ -144,12 +143,12 @@ def genai_tokenizer_note(directory: str | Path) -> str | None:
     return None
 
 
-def _write(path: Path, document: dict[str, Any]) -> Path:
+def _write(path: Path, document: dict[str, object]) -> Path:
     write_text(path, json.dumps(document, indent=2) + "\n")
     return path
 
 
-def _greedy(max_length: int) -> dict[str, Any]:
+def _greedy(max_length: int) -> dict[str, object]:
     return {
         "chunk_size": PREFILL_CHUNK,
         "do_sample": False,

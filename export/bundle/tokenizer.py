@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenizers import Tokenizer
 
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from export.bundle.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.parser import Parser
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -51,7 +56,7 @@ class BundleTokenizer:
         config = read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(config, read_json(self.directory / "special_tokens_map.json"))
         self._template_source = _template_source(self.directory, config)
-        self._template: Any = None
+        self._template: Template | None = None
         manifest = read_json(self.directory / MANIFEST)
         self.bos_token_id: int | None = manifest.get("bos_token_id", self._id_of("bos_token"))
         self.eos_token_ids = self._eos_ids(manifest)
@@ -109,7 +114,7 @@ class BundleTokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.tokenizer.token_to_id(token)
 
-    def _eos_ids(self, manifest: dict[str, Any]) -> list[int]:
+    def _eos_ids(self, manifest: dict[str, object]) -> list[int]:
         named = manifest.get("eos_token_ids")
         if named is None:
             named = read_json(self.directory / "generation_config.json").get("eos_token_id")
@@ -164,28 +169,28 @@ class TextStream:
 _CONTEXT_TOKENS = 6
 
 
-def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
+def _template_source(directory: Path, config: dict[str, object]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # older files: several named templates
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+    return template if isinstance(template, str) else None
 
 
-def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(*configs: dict[str, object]) -> dict[str, str]:
     found: dict[str, str] = {}
     for config in configs:
         for name in _SPECIAL_TOKENS:
             token = config.get(name)
             token = token.get("content") if isinstance(token, dict) else token
-            if token is not None:
+            if isinstance(token, str):
                 found.setdefault(name, token)
     return found
 
 
-def _compile(source: str) -> Any:
+def _compile(source: str) -> Template:
     """A jinja2 template with the helpers that transformers gives to chat templates."""
     import jinja2
     from jinja2 import nodes
@@ -197,38 +202,33 @@ def _compile(source: str) -> Any:
 
         tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser: Any) -> nodes.Node:
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
-    ) -> str:
-        # jinja2's own filter escapes < and >, which a prompt must keep.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    # jinja2's own filter escapes < and >, which a prompt must keep.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
-def end_ids(named: Any, directory: Path) -> list[int]:
+def end_ids(named: object, directory: Path) -> list[int]:
     """The ids of an ``eos_token_id``: one, several or none.
 
     Raises:
         RunError: an entry that is not a number.
     """
-    found = [] if named is None else named if isinstance(named, list) else [named]
+    found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [each for each in found if type(each) is not int]:
         raise RunError(f"{directory} ends a text with the token {wrong[0]!r}: mend its eos_token_id, ids are numbers")
-    return found
+    return [each for each in found if isinstance(each, int)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 
 from export.gguf.tensors import BLOCK, natural_kind
-from saap.models.architectures import SLIM, architecture_of, shape_of
+from saap.models.architectures import FAMILIES, SLIM, architecture_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
 from saap.models.slim_quant import module_bits, quant_of
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
-
-MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,12 @@ class GGUFSource:
     def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
         self.directory = directory
         self.config = read_config(directory)
-        model_type = str(self.config.get("model_type"))
-        if model_type.removeprefix(SLIM) not in MODEL_TYPES:
+        *others, last = (name for name, row in FAMILIES.items() if row.gguf)
+        if str(self.config.get("model_type")).removeprefix(SLIM) not in (*others, last):
             raise UserError(
-                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama, mistral and "
-                "qwen2 models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
+                f"{directory} is of type {self.config.get('model_type')!r}: llama.cpp's 'deci' architecture holds "
+                f"{', '.join(others)} and {last} models (no q/k norm, no extra norms, no packed projections); export "
+                "it for the cpu target"
             )
         self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
         self.names, self._read = tensor_reader(directory)

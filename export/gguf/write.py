@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.files import writing_file
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
@@ -106,7 +109,7 @@ def _check_output(out: Path) -> None:
                 raise UserError(f"{out} is not a GGUF file and is not written over: give another name")
 
 
-def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> Any:
+def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> GGUFWriter:
     from gguf import GGUFWriter
 
     writer, name = GGUFWriter(path, source.name), source.name
@@ -137,7 +140,7 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
     return writer
 
 
-def _add_provenance(writer: Any, source: GGUFSource) -> None:
+def _add_provenance(writer: GGUFWriter, source: GGUFSource) -> None:
     record = read_record(source.directory)
     writer.add_string("general.name", source.directory.resolve().name)
     if licence := _licence(source.directory):
@@ -157,7 +160,7 @@ def _licence(directory: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
+def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
     """Write the header, then tensor by tensor; returns what became of each matrix."""
     from gguf import GGMLQuantizationType
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
 from export.source import Precision
-from saap.models.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
-from saap.models.checkpoint import read_config
+from saap.models.architectures import SLIM, Architecture, ModelConfig, Traits, architecture_of, shape_of, traits_of
+from saap.models.checkpoint import read_config, transformers_config
 from saap.models.shape import LayerSizes, ModelShape
+from saap.models.slim_quant import SlimQuant, quant_of
 from saap.quantize.groups import check_groups
 from saap.system.errors import UserError
 
@@ -33,7 +33,7 @@ class ProbeModel:
     traits: Traits
     architecture: Architecture
     precision: Precision
-    config: Any
+    config: ModelConfig
 
 
 def read_probe_model(
@@ -69,46 +69,32 @@ def read_probe_model(
     return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config)
 
 
-def _of_model(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
     """The config, and the quantisation of a tuned directory."""
-    from transformers import AutoConfig
-
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
     raw = read_config(directory)
     architecture_of(raw)
-    return AutoConfig.from_pretrained(directory, local_files_only=True), dict(raw.get("slim_quant") or {})
+    return transformers_config(directory), quant_of(raw)
 
 
-def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
     """A config with the sizes of a manifest, and the bundle's quantisation."""
     from transformers import AutoConfig
 
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
     manifest = read_manifest(directory)
-    common = {
-        "vocab_size": manifest.vocab_size,
-        "hidden_size": manifest.hidden_size,
-        "head_dim": manifest.head_dim,
-        "max_position_embeddings": manifest.context_length,
-        "num_hidden_layers": len(manifest.layers),
-        "tie_word_embeddings": _tied(manifest),
-    }
-    largest = LayerSizes(*(max(getattr(s, n) for s in manifest.layers) for n in ("query_heads", "kv_heads", "ffn")))
-    own = {"slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers]}
-    if manifest.model_type == "llama":
-        config = AutoConfig.for_model("saap_llama", **common, **own)
-    else:
-        heads = {"num_attention_heads": largest.query_heads, "num_key_value_heads": largest.kv_heads}
-        own = own if manifest.model_type.startswith(SLIM) else {}
-        config = AutoConfig.for_model(manifest.model_type, **common, **heads, intermediate_size=largest.ffn, **own)
-    quant = {
-        "bits": manifest.bits,
-        "block": manifest.block,
-        "embedding_bits": manifest.lineage.get("head_bits", manifest.bits),
-    }
-    return config, quant
+    config: ModelConfig = AutoConfig.for_model(
+        SLIM + manifest.model_type.removeprefix(SLIM),
+        vocab_size=manifest.vocab_size,
+        hidden_size=manifest.hidden_size,
+        head_dim=manifest.head_dim,
+        max_position_embeddings=manifest.context_length,
+        num_hidden_layers=len(manifest.layers),
+        num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
+        num_key_value_heads=1,
+        tie_word_embeddings=_tied(manifest),
+        slim_layers=[[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers],
+    )
+    head_bits = manifest.lineage.get("head_bits", manifest.bits)
+    return config, {"bits": manifest.bits, "block": manifest.block, "embedding_bits": head_bits, "tied": False}
 
 
 def _tied(manifest: BundleManifest) -> bool:
@@ -118,14 +104,14 @@ def _tied(manifest: BundleManifest) -> bool:
     return manifest.parameters < shape.parameters
 
 
-def _precision(own: dict[str, Any], bits: int | None, group_size: int | None) -> Precision:
-    bits = bits or own.get("bits", 4)
+def _precision(own: SlimQuant | None, bits: int | None, group_size: int | None) -> Precision:
+    bits = bits or (own["bits"] if own else 4)
     if bits not in (4, 8, 32):
         raise UserError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
     if bits == 32:
         return Precision(32, 0, 32)
-    head_bits = own["embedding_bits"] if own.get("bits") == bits else bits
-    return CPU.precision(Precision(bits, group_size or own.get("block") or 32, head_bits), 32, 4)
+    head_bits = own["embedding_bits"] if own and own["bits"] == bits else bits
+    return CPU.precision(Precision(bits, group_size or (own and own["block"]) or 32, head_bits), 32, 4)
 
 
 def _layer_count(one: ModelShape, precision: Precision, wanted: int, limit: int) -> int:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 
 from export.bundle.session import open_session
 from export.needs import PIECE_BYTES
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
 
@@ -55,7 +58,7 @@ def logits_in_pieces(
         del session  # before the next piece is loaded beside it
 
 
-def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> Any:
+def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> InferenceSession:
     file = graph.with_name(PIECE)
     try:
         onnx.save(piece, file)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM
 
-import saap.models.checkpoint  # noqa: F401  registers our model type
 from devices.common.progress import Progress
 from export.source import ModelSource, Precision
 from saap.models.architectures import traits_of
+from saap.models.checkpoint import transformers_config
 from saap.models.layer_walk import finished_logits
 from saap.models.streaming import CPU, LayerWeights, empty_parameters
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
@@ -42,10 +42,10 @@ class StreamedModel:
 
     def __init__(self, source: ModelSource, precision: Precision) -> None:
         self._source, self._precision = source, precision
-        config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+        config = transformers_config(source.directory)
         self._traits = traits_of(config)
         if source.quant:
-            config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
+            config.update({"slim_quant": None})  # ordinary linears, which are given the dequantised numbers
         with empty_parameters():
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
@@ -85,10 +85,10 @@ class StreamedModel:
                 logits = finished_logits(logits, self._traits)
             yield from logits
 
-    def _hook_embedding(self, table: Any) -> Any:
+    def _hook_embedding(self, table: nn.Module) -> RemovableHandle:
         """Give the embedding only the rows that occur, and ids that count these rows."""
 
-        def before(module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        def before(module: nn.Embedding, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             present, places = args[0].unique(return_inverse=True)
             weight = self._vocabulary(self._source.architecture.embedding)(present)
             module.weight, module.padding_idx = nn.Parameter(weight, requires_grad=False), None

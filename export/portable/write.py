@@ -25,7 +25,7 @@ from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
 from export.portable.weights import StandardLayout
 from export.source import ModelSource
-from saap.models.architectures import traits_of
+from saap.models.architectures import SLIM, traits_of
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked
@@ -48,8 +48,10 @@ class PortableWriter:
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)
         self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
-        uniform = source.config["model_type"] == "llama"  # the other families' windows and norms are tried in ours only
-        by_optimum = uniform and self.precision.bits == 32 and find_spec("optimum") is not None
+        uniform = not str(source.config["model_type"]).startswith(SLIM)
+        by_optimum = (
+            uniform and source.architecture.optimum and self.precision.bits == 32 and bool(find_spec("optimum"))
+        )
         self._source, self._writer = source, options.graph_writer or ("optimum" if by_optimum else "saap")
         self.onnxruntime_min = ONNXRUNTIME_MIN[self._writer]
         self.lineage: dict[str, str] = {"graph_writer": self._writer}

@@ -24,7 +24,13 @@ class ModelConfig(Protocol):
     max_position_embeddings: int
     rms_norm_eps: float
     bos_token_id: int | None
-    eos_token_id: int | list[int] | None
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What ends a text."""
+
+    def update(self, config_dict: dict[str, object]) -> None:
+        """Set fields."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Architecture:
         local_rotary: sliding layers have a rotary base of their own.
         skips_rotary: ``config.no_rope_layers`` is 0 for the layers without rotary embedding.
         multipliers: the config has factors of the embedding, of attention scores, of what a block adds, and of logits.
+        gguf: llama.cpp's architectures ``llama`` and ``deci`` hold it.
+        optimum: optimum may write its portable graph; the others' windows and norms are tried in ours only.
     """
 
     family: str = "Llama"
@@ -78,6 +86,8 @@ class Architecture:
     local_rotary: bool = False
     skips_rotary: bool = False
     multipliers: bool = False
+    gguf: bool = False
+    optimum: bool = False
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -106,11 +116,11 @@ MOST_POSITIONS = 1 << 24
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-LLAMA = Architecture()
+LLAMA = Architecture(gguf=True, optimum=True)
 FAMILIES = {
     "llama": LLAMA,
-    "mistral": Architecture("Mistral", window="all"),
-    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer"),
+    "mistral": Architecture("Mistral", window="all", gguf=True),
+    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer", gguf=True),
     "qwen3": Architecture("Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer"),
     "phi3": Architecture(
         "Phi3", packed_qkv="self_attn.qkv_proj", packed_gate_up="mlp.gate_up_proj", window="all"

@@ -16,12 +16,13 @@ from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
 from export.bundle.external_data import check_external_data, external_locations
-from export.bundle.inspect import UNVERIFIED, inspect_bundle, inspection_lines, inspection_tables
+from export.bundle.inspect import UNVERIFIED, inspect_bundle
 from export.bundle.manifest import BundleError, read_manifest
 
 
 def test_a_bundle_of_floats(tmp_path):
-    report = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    inspected = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    report = inspected.document()
     assert report["graph"]["nodes"]["com.microsoft:GroupQueryAttention"] == 2
     assert report["graph"]["nodes"]["LayerNormalization"] == 6
     assert report["graph"]["opsets"] == {"ai.onnx": 17, "com.microsoft": 1}
@@ -36,9 +37,10 @@ def test_a_bundle_of_floats(tmp_path):
 
 
 def test_no_parity_is_said_first(tmp_path):
-    report = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    inspected = inspect_bundle(tiny_bundle(tmp_path / "bundle"))
+    report = inspected.document()
     assert report["verified"] is False
-    lines = inspection_lines(report)
+    lines = inspected.lines()
     assert lines[0] == UNVERIFIED
     assert lines[0].startswith("UNVERIFIED")
     assert "  parity: UNVERIFIED" in lines
@@ -50,14 +52,12 @@ def test_damage_is_shown(tmp_path):
     data[77] ^= 1
     (bundle / "model.onnx.data").write_bytes(data)
     (bundle / "genai_config.json").unlink()
-    states = {file["name"]: file["state"] for file in inspect_bundle(bundle)["files"]}
+    states = {file["name"]: file["state"] for file in inspect_bundle(bundle).document()["files"]}
     assert states == {
         "model.onnx": "ok", "scoring.onnx": "ok", "model.onnx.data": "differs from its hash",
         "genai_config.json": "missing",
     }  # fmt: skip
-    assert any(
-        "DAMAGED: genai_config.json (missing), model.onnx.data" in x for x in inspection_lines(inspect_bundle(bundle))
-    )
+    assert any("DAMAGED: genai_config.json (missing), model.onnx.data" in x for x in inspect_bundle(bundle).lines())
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
@@ -75,7 +75,8 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     write = export_bundle if target == "cpu" else export_portable
     manifest = write(slim, tmp_path / "bundle", bits=bits)
-    report = inspect_bundle(tmp_path / "bundle")
+    inspected = inspect_bundle(tmp_path / "bundle")
+    report = inspected.document()
     shape = shape_of(read_config(slim))
     expected = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
     assert [layer["parameters"] for layer in report["layers"]] == expected
@@ -90,7 +91,7 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     if bits != 32:
         norms = 1 + 4
         assert report["graph"]["quantised"][0]["bytes"] == manifest.weight_bytes_per_token - norms * 4 * shape.hidden
-    titles = [title for title, _, _ in inspection_tables(report)]
+    titles = [title for title, _, _ in inspected.tables()]
     assert ("quantised matrices" in titles) is (bits != 32)
 
 
@@ -99,7 +100,7 @@ def test_layers_that_are_alike_share_a_row(tiny_model, tmp_path):
     from support.exported import export_bundle
 
     export_bundle(tiny_model(), tmp_path / "bundle")
-    rows = {t: rows for t, _, rows in inspection_tables(inspect_bundle(tmp_path / "bundle"))}["layers"]
+    rows = {t: rows for t, _, rows in inspect_bundle(tmp_path / "bundle").tables()}["layers"]
     assert [row[:4] for row in rows] == [["0-2", "6", "3", "128"]]
 
 
@@ -116,8 +117,9 @@ def test_parity_and_provenance_are_shown(tmp_path):
         "calibration": {"sha256": "c" * 64, "source": "letters"}, "versions": {"saap": "0.1.0"},
     }  # fmt: skip
     edited(bundle / "bundle.json", parity=parity, lineage=lineage)
-    report = inspect_bundle(bundle)
-    text = "\n".join(inspection_lines(report))
+    inspected = inspect_bundle(bundle)
+    report = inspected.document()
+    text = "\n".join(inspected.lines())
     assert report["verified"] is True
     assert "UNVERIFIED" not in text
     assert (

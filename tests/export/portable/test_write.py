@@ -188,7 +188,7 @@ def test_the_file_is_as_small_as_the_cpu_bundle(any_model, tmp_path):
         theirs = export_bundle(any_model, tmp_path / "cpu", bits=bits)
         sizes = [m.files["model.onnx.data"].bytes for m in (ours, theirs)]
         assert sizes[0] <= sizes[1] + 4096
-        read = inspect_bundle(tmp_path / "portable")["bytes_per_token"]
+        read = inspect_bundle(tmp_path / "portable").document()["bytes_per_token"]
         assert read["layers"] + read["head"] + 4 * 96 == ours.weight_bytes_per_token
 
 

@@ -17,7 +17,7 @@ from support.references import reference_model, streamed_logits
 from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
 from transformers import AutoModelForCausalLM
 
-from export.bundle.inspect import inspect_bundle, inspection_lines
+from export.bundle.inspect import inspect_bundle
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from export.source import ModelSource
@@ -213,11 +213,12 @@ def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):
     manifest = export_bundle(mixed, tmp_path / "bundle", ids=IDS)
     assert (manifest.bits, manifest.lineage["matrices"], manifest.lineage["head_bits"]) == (4, MIXED, 4)
     assert manifest.parity.kl < 0.05
-    report = inspect_bundle(tmp_path / "bundle")
+    inspected = inspect_bundle(tmp_path / "bundle")
+    report = inspected.document()
     read, counts = report["bytes_per_token"], {q["bits"]: q["count"] for q in report["graph"]["quantised"]}
     assert counts == {4: 2 * 4 - 2 + 1, 8: 2}
     assert read["layers"] + read["head"] + 4 * 128 == manifest.weight_bytes_per_token
-    assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspection_lines(report)
+    assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspected.lines()
     show_bundle(tmp_path / "bundle", manifest)
     assert " 4 and 8 bit, " in capsys.readouterr().out
     with pytest.raises(UserError, match="tuned integers of 4 bits, not 8"):
