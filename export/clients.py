@@ -69,11 +69,6 @@ def genai_config(manifest: BundleManifest) -> dict[str, object]:
     return {"model": model, "search": _greedy(manifest.context_length)}
 
 
-def write_genai_config(directory: str | Path, manifest: BundleManifest) -> Path:
-    """Write :func:`genai_config` into ``directory``, by rename; to be called before the manifest hashes the files."""
-    return _write(Path(directory) / GENAI_CONFIG, genai_config(manifest))
-
-
 def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[str, object] | None:
     """The ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
 
@@ -103,18 +98,17 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
 
 
 def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> BundleManifest:
-    """Write what onnxruntime-genai and optimum read; the manifest, with what is known of genai's tokenizer."""
-    write_genai_config(directory, manifest)
-    write_optimum_config(directory, config, manifest)
+    """Write what onnxruntime-genai and optimum read, before the manifest hashes the files.
+
+    Returns:
+        The manifest, with what is known of genai's tokenizer.
+    """
+    for name, document in ((GENAI_CONFIG, genai_config(manifest)), (CONFIG, optimum_config(config, manifest))):
+        if document is not None:
+            write_text(directory / name, json.dumps(document, indent=2) + "\n")
     has_tokenizer = (directory / "tokenizer.json").is_file()
     note = genai_tokenizer_note(directory) if has_tokenizer else "not compared: the model came without tokenizer.json"
     return replace(manifest, lineage={**manifest.lineage, "genai_tokenizer": note})
-
-
-def write_optimum_config(directory: str | Path, config: dict[str, object], manifest: BundleManifest) -> Path | None:
-    """Write :func:`optimum_config`, if there is one, into ``directory``; before the manifest hashes the files."""
-    document = optimum_config(config, manifest)
-    return None if document is None else _write(Path(directory) / CONFIG, document)
 
 
 def genai_tokenizer_note(directory: str | Path) -> str | None:
@@ -141,11 +135,6 @@ def genai_tokenizer_note(directory: str | Path) -> str | None:
     except RuntimeError as error:  # what its binding raises for a tokenizer that it does not know
         return f"{name} cannot read the tokenizer ({str(error).splitlines()[0]}): give it ids"
     return None
-
-
-def _write(path: Path, document: dict[str, object]) -> Path:
-    write_text(path, json.dumps(document, indent=2) + "\n")
-    return path
 
 
 def _greedy(max_length: int) -> dict[str, object]:

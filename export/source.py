@@ -6,13 +6,15 @@ What is one matrix in a graph (queries, keys and values; gate and up) comes stac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from export.bundle.manifest import BundleManifest, LayerSizes
 from saap.models.architectures import Architecture, ModelConfig, architecture_of, shape_of
 from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
@@ -204,3 +206,27 @@ def is_symmetric(matrix: QuantMatrix) -> bool:
         return True
     zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
     return bool((zero_points == 2 ** (matrix.bits - 1)).all())
+
+
+def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig) -> BundleManifest:
+    """The manifest of a bundle as far as sizes and precision tell it."""
+    kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
+    return BundleManifest(
+        target="cpu",
+        model_type=config.model_type,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        head_dim=shape.head_dim,
+        context_length=config.max_position_embeddings,
+        layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
+        bits=16 if precision.floats == "float16" and precision.bits == 32 else precision.bits,
+        block=precision.group_size,
+        accuracy_level=precision.accuracy_level,
+        parameters=shape.parameters,
+        weight_bytes_per_token=0,
+        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
+        kv_dtype=precision.kv,
+        bos_token_id=None,
+        eos_token_ids=[],
+        onnxruntime_min="",
+    )

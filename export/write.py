@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.manifest import BundleManifest, LayerSizes, write_manifest
+from export.bundle.manifest import BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, end_ids
 from export.clients import write_client_files
 from export.gguf.write import BITS as GGUF_TYPES
@@ -22,7 +21,7 @@ from export.needs import export_needs
 from export.options import PARITY_ROWS, PARITY_TOKENS, ExportOptions
 from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
-from export.source import ModelSource, Precision
+from export.source import ModelSource, Precision, sized_manifest
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import read_record
@@ -65,11 +64,7 @@ class GraphWriter(Protocol):
 
 
 def export(
-    model: str | Path,
-    options: ExportOptions | None = None,
-    *,
-    output: str | Path,
-    progress: Progress | None = None,
+    model: str | Path, options: ExportOptions | None = None, *, output: str | Path, progress: Progress | None = None
 ) -> ExportResult:
     """Write a model as a bundle, its parity with the torch model checked, or as a GGUF file.
 
@@ -165,32 +160,18 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
 
 def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
     """The manifest without its files and parity."""
-    shape, precision, config = source.shape, writer.precision, source.transformers_config
-    kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
-    record = read_record(source.directory)
-    half = precision.floats == "float16"
-    return BundleManifest(
+    precision, config, record = writer.precision, source.transformers_config, read_record(source.directory)
+    return replace(
+        sized_manifest(source.shape, precision, config),
         target=target,
-        model_type=config.model_type,
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        head_dim=shape.head_dim,
-        context_length=config.max_position_embeddings,
-        layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
-        bits=16 if half and precision.bits == 32 else precision.bits,
-        block=precision.group_size,
-        accuracy_level=precision.accuracy_level,
-        parameters=shape.parameters,
         weight_bytes_per_token=bytes_per_token,
-        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
-        kv_dtype=precision.kv,
         bos_token_id=config.bos_token_id,
         eos_token_ids=_eos_ids(source),
         onnxruntime_min=writer.onnxruntime_min,
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
-            **({"matrices": source.quant["matrices"]} if source.quant and source.quant.get("matrices") else {}),
+            **({"matrices": precision.matrices} if precision.matrices else {}),
             "method": record.get("method"),
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),

@@ -119,13 +119,7 @@ class OrtDecoder(BundleDecoder):
     """
 
     def __init__(
-        self,
-        bundle_dir: str | Path,
-        threads: int,
-        max_length: int,
-        *,
-        verify: bool = True,
-        prepacked: bool = False,
+        self, bundle_dir: str | Path, threads: int, max_length: int, *, verify: bool = True, prepacked: bool = False
     ) -> None:
         directory = Path(bundle_dir)
         manifest = verify_files(directory) if verify else read_manifest(directory)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from devices.common.errors import UserError
+from devices.common.errors import UserError, first_line
 from devices.common.files import cache_directory
 from export.bundle.external_data import check_external_data
 from export.bundle.manifest import BundleManifest, too_old
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
 PREPACKED = "model.onnx"
-EXECUTION = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # TensorRT takes standard operators only; attention of the cuda target is ONNX Runtime's own and float16.
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",), "tensorrt": ("portable",)}
 
@@ -84,11 +80,6 @@ def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says is wrong, without the lines on where."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_provider(

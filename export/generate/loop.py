@@ -96,12 +96,7 @@ class Generation:
     """
 
     def __init__(
-        self,
-        sequence: HeldSequence,
-        ids: list[int],
-        stream: TextStream,
-        draw: Draw,
-        settings: AnswerSettings,
+        self, sequence: HeldSequence, ids: list[int], stream: TextStream, draw: Draw, settings: AnswerSettings
     ) -> None:
         self._sequence, self._stream, self._draw = sequence, stream, draw
         self._stop_ids = stream.end_ids if settings.stop_ids is None else frozenset(settings.stop_ids)
@@ -173,12 +168,7 @@ class Generation:
 
 
 def begin_text(
-    decoder: Decoder,
-    tokenizer: BundleTokenizer,
-    prompt: str,
-    settings: AnswerSettings = DEFAULTS,
-    *,
-    chat: bool = True,
+    decoder: Decoder, tokenizer: BundleTokenizer, prompt: str, settings: AnswerSettings = DEFAULTS, *, chat: bool = True
 ) -> Generation:
     """Text that follows ``prompt``, in pieces that never split a character.
 

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,14 +24,13 @@ import onnx_ir as ir
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
-from export.bundle.manifest import LayerSizes as BundleSizes
+from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, write_manifest
 from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention
 from export.graph.probe_model import ProbeModel
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
-from export.source import Precision, StackedLinear
+from export.source import Precision, StackedLinear, sized_manifest
 from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.groups import QuantMatrix
 
@@ -66,10 +66,7 @@ def _spread(high: int, count: int) -> list[int]:
 
 
 def write_probe_stacks(
-    model: ProbeModel,
-    out: Path,
-    stacks: Sequence[Sequence[LayerSizes]] | None = None,
-    progress: Progress | None = None,
+    model: ProbeModel, out: Path, stacks: Sequence[Sequence[LayerSizes]] | None = None, progress: Progress | None = None
 ) -> list[Path]:
     """Write every stack as a bundle below ``out``, an empty directory; the bundles, in the order of the stacks.
 
@@ -84,9 +81,7 @@ def write_probe_stacks(
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     whole = WeightFile(out, model.precision.floats)
-    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole))
-    for name, table in rotary.items():
-        whole.add(name, table)
+    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
     whole.close()
     wanted, written = stack_layers(model) if stacks is None else stacks, []
     for index, layers in enumerate(wanted):
@@ -165,38 +160,18 @@ def _write_stack(
 ) -> Path:
     directory.mkdir()
     file = _StackFile(whole, directory)
-    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file))
-    for name, table in tables.items():
-        file.add(name, table)
+    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file), tables)
     graph = MicrosoftGraph(GraphModel(shape, model.traits, model.precision, EPSILON), file.tensors).build(scoring=False)
     ir.save(graph, directory / DECODE_GRAPH)
     try:
         os.link(whole.directory / WEIGHTS, directory / WEIGHTS)
     except OSError:
         shutil.copyfile(whole.directory / WEIGHTS, directory / WEIGHTS)
-    write_manifest(directory, _manifest(model, shape, file, len(graph.graph)))
-    return directory
-
-
-def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int) -> BundleManifest:
-    kv_bytes = np.dtype(model.precision.kv).itemsize
-    return BundleManifest(
-        target="cpu",
-        model_type=model.config.model_type,
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        head_dim=shape.head_dim,
-        context_length=model.config.max_position_embeddings,
-        layers=[BundleSizes(s.query_heads, s.kv_heads, s.ffn) for s in shape.layers],
-        bits=model.precision.bits,
-        block=model.precision.group_size,
-        accuracy_level=model.precision.accuracy_level,
-        parameters=shape.parameters,
+    manifest = replace(
+        sized_manifest(shape, model.precision, model.config),
         weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),
-        kv_bytes_per_token=2 * kv_bytes * shape.head_dim * sum(s.kv_heads for s in shape.layers),
-        kv_dtype=model.precision.kv,
-        bos_token_id=None,
-        eos_token_ids=[],
         onnxruntime_min=CPU.oldest_runtime(model.precision, windows=False),
-        lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": nodes},
+        lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": len(graph.graph)},
     )
+    write_manifest(directory, manifest)
+    return directory

@@ -8,7 +8,7 @@ shape) that several graphs, and several shapes of one tensor, can share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -87,8 +87,14 @@ class Layout(Protocol):
         """Write embedding and head."""
 
 
-def write_model(source: WeightSource, precision: Precision, layout: Layout, progress: Progress | None = None) -> None:
-    """Write all tensors of a decoder, one layer at a time."""
+def write_model(
+    source: WeightSource,
+    precision: Precision,
+    layout: Layout,
+    tables: Mapping[str, Array],
+    progress: Progress | None = None,
+) -> None:
+    """Write all tensors of a decoder, one layer at a time, and then the rotary ``tables``."""
     count = len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
         if progress:
@@ -104,6 +110,8 @@ def write_model(source: WeightSource, precision: Precision, layout: Layout, prog
                 layout.file.add(name, source.norm(piece, index))
     layout.file.add("norm", source.norm("final_norm"))
     layout.add_vocabulary(source, precision)
+    for name, table in tables.items():
+        layout.file.add(name, table)
     if progress:
         progress("writing weights", count, count)
 

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from saap.models.shape import LayerSizes, ModelShape
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 
 
 class ModelConfig(Protocol):
@@ -310,8 +310,7 @@ def with_defaults(config: object) -> object:
     try:
         return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+        raise UserError(f"transformers cannot read this {config['model_type']} config ({first_line(error)})") from error
 
 
 def positions_of(config: object) -> int:

@@ -38,7 +38,7 @@ from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import SlimQuant
 from saap.models.weight_files import write_shards
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 from saap.system.files import RECORD, read_object, writing_directory
 
 for _row in FAMILIES.values():
@@ -73,8 +73,7 @@ def load_model(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+        raise UserError(f"{directory} cannot be loaded ({first_line(error)}): make it again") from error
     model, found = opened
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")

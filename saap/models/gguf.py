@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,14 +98,14 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     try:
         reader = GGUFReader(source)
     except Exception as error:  # the reader raises what numpy raises on garbage
-        raise UserError(f"{source} is not a whole GGUF file ({_first_line(error)}): download it again") from None
+        raise UserError(f"{source} is not a whole GGUF file ({first_line(error)}): download it again") from None
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(name)
         try:
             return default if found is None else found.contents()
         except ValueError as error:  # bytes that are no text
-            raise UserError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
+            raise UserError(f"{source} is damaged in {name} ({first_line(error)}): download it again") from None
 
     prefix = "tokenizer.ggml."
     tokens = field(prefix + "tokens")
@@ -204,7 +204,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
             )
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
         raise UserError(
-            f"{source} cannot be read by transformers ({_first_line(error)}): use a GGUF file of a LLaMA-type model"
+            f"{source} cannot be read by transformers ({first_line(error)}): use a GGUF file of a LLaMA-type model"
         ) from None
     # Written here because transformers 5 refuses to save what it has just dequantised.
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
@@ -247,7 +247,7 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
             )
     except Exception as error:  # a converter per model family, each with its own way to fail
         raise UserError(
-            f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({_first_line(error)}): "
+            f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({first_line(error)}): "
             "give the Hugging Face directory of this model"
         ) from None
     if fields.chat_template:
@@ -272,10 +272,6 @@ def _quiet() -> Iterator[None]:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def spm_tokenizer(

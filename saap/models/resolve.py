@@ -17,7 +17,7 @@ from devices.common.files import cache_directory, sha256_file
 from devices.common.progress import Progress
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,19 +26,9 @@ WEIGHTS = "*.safetensors"
 
 # What goes along from one model directory to the next: all but weights and config.
 SIDECARS = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-)
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*", "README.md",
+)  # fmt: skip
 
 
 def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
@@ -96,7 +86,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
         raise UserError(
-            f"{path} has no tokenizer that can be read ({_first_line(error)}): "
+            f"{path} has no tokenizer that can be read ({first_line(error)}): "
             "copy the base model's tokenizer files there"
         ) from None
 
@@ -139,10 +129,9 @@ def _convert(source: Path, out: Path, report: Progress) -> None:
         from saap.models.gguf import convert
     except ImportError as error:
         raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
-    label = f"converting {source.name}"
-    report(label, 0, 1)
+    report(f"converting {source.name}", 0, 1)
     convert(source, out)
-    report(label, 1, 1)
+    report(f"converting {source.name}", 1, 1)
 
 
 def _from_hub(name: str, report: Progress) -> Path:
@@ -152,8 +141,7 @@ def _from_hub(name: str, report: Progress) -> Path:
         raise UserError(
             f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
         ) from None
-    label = f"downloading {name}"
-    report(label, 0, 1)
+    report(f"downloading {name}", 0, 1)
     try:
         path = snapshot_download(
             name,
@@ -165,12 +153,8 @@ def _from_hub(name: str, report: Progress) -> Path:
             f"{name} is no directory here, and no model hub gave it ({type(error).__name__}): check the id and the "
             f"network, or give a directory, a GGUF file or one of {', '.join(PACKAGED)}"
         ) from None
-    report(label, 1, 1)
+    report(f"downloading {name}", 1, 1)
     return Path(path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _silent(label: str, done: float, total: float) -> None:

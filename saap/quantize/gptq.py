@@ -135,10 +135,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def compensated_matrices(
-    model: PreTrainedModel,
-    rows: torch.Tensor,
-    form: IntegerForm,
-    progress: Progress | None = None,
+    model: PreTrainedModel, rows: torch.Tensor, form: IntegerForm, progress: Progress | None = None
 ) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
 

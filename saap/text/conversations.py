@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,8 +189,9 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _refused(where: str, error: Exception) -> UserError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"{where}: the model's chat template refuses it ({said}): mend or remove it, or give kind='text'")
+    return UserError(
+        f"{where}: the model's chat template refuses it ({first_line(error)}): mend or remove it, or give kind='text'"
+    )
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -18,16 +18,7 @@ from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
-from saap.text.documents import (
-    Documents,
-    Sequences,
-    Split,
-    checked_text,
-    documents_of,
-    load_documents,
-    load_rows,
-    pack,
-)
+from saap.text.documents import Documents, Sequences, Split, checked_text, documents_of, load_documents, load_rows, pack
 from saap.text.self_written import self_written
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers

@@ -26,7 +26,7 @@ from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
-from export.clients import write_genai_config
+from export.clients import genai_config
 from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
 
@@ -85,7 +85,7 @@ def genai_bundle(tmp_path: Path) -> Path:
 
 def genai_form(directory: Path, eos: list[int]) -> Path:
     fields = {**vars(read_manifest(directory)), "eos_token_ids": eos}
-    write_genai_config(directory, BundleManifest(**fields))
+    (directory / "genai_config.json").write_text(json.dumps(genai_config(BundleManifest(**fields))))
     model = onnx.load(directory / DECODE_GRAPH, load_external_data=False)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
     onnx.save(model, directory / DECODE_GRAPH)
