@@ -75,10 +75,6 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
     optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
     head size (optimum-onnx 0.1.0 reads ``head_dim`` for few model types only). So the layers with attention must have
     equal KV heads, and ``num_attention_heads`` is the number that gives the right quotient, not the one of any layer.
-
-    Args:
-        config: of the exported model directory.
-        manifest: of the bundle.
     """
     kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
     if len(kv_heads) != 1 or manifest.hidden_size % manifest.head_dim:

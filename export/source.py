@@ -32,8 +32,6 @@ class Precision:
     Attributes:
         bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
         group_size: weights per scale; 0 at 32 bit.
-        head_bits: of embedding and head.
-        accuracy_level: of MatMulNBits.
         floats: type of activations, scales, norms and float weights: float32 or float16.
         kv: type of the KV cache: ``floats``, or int8.
         matrices: bits of the linears that a tuned directory holds at other than ``bits``, by module name.
@@ -127,7 +125,7 @@ class ModelSource:
             UserError: widths that are not whole groups, or tuned integers that are not what the config says.
         """
         if self.quant:
-            qweight, scales, zero_points = (self.tensor(f"{module}.{part}") for part in QuantMatrix.PARTS)
+            qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
             bits, group_size = module_bits(self.quant, self.architecture, module), self.quant["block"]
             if qweight.shape[2] * 8 != group_size * bits:
                 raise UserError(
@@ -136,29 +134,17 @@ class ModelSource:
                 )
             return QuantMatrix(qweight, scales, zero_points, bits, group_size)
         in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
-        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.tensor(f"{module}.weight").float()
+        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.read(f"{module}.weight").float()
         if bits == 32:
             return weight
         check_groups(weight.shape[1], precision.group_size, module)
         return quantize(weight, bits, precision.group_size)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint.
-
-        Raises:
-            UserError: the checkpoint does not hold what the config promises.
-        """
-        if name not in self.names:
-            raise UserError(
-                f"{self.directory} has no tensor {name}, which its config.json asks for: get the model again"
-            )
-        return self.read(name)
-
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`; ``layer`` None: the last."""
         module = getattr(self.architecture, field)
         name = module if layer is None else f"{self.architecture.layers}.{layer}.{module}"
-        return self.tensor(f"{name}.weight").float() + float(self.architecture.offset_norms)
+        return self.read(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"

@@ -56,8 +56,8 @@ class GraphWriter(Protocol):
     """What writes the graphs of a bundle; what cannot be written is refused when it is made."""
 
     precision: Precision
-    onnxruntime_min: str
-    lineage: dict[str, str]
+    onnxruntime_min: str  # oldest version that runs it
+    lineage: dict[str, str]  # what the manifest says about the writer
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
         """Write weights and graphs; the bytes of weights that one token reads."""

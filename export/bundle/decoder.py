@@ -103,7 +103,6 @@ class OrtDecoder(BundleDecoder):
     """A bundle in ONNX Runtime on the CPU.
 
     Args:
-        bundle_dir: the bundle.
         threads: intra-op threads; the caller pins the process.
         max_length: positions of the KV cache, allocated zeroed, touched as it fills.
         verify: check the files' hashes first, which reads them all.

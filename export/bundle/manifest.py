@@ -93,11 +93,9 @@ class BundleManifest:
 
     Attributes:
         target: ``cpu``, ``cuda`` or ``portable``.
-        layers: sizes of every decoder layer.
         bits: of the decoder's linears: 4, 8, 16 or 32.
         block: group size along the input dimension; 0 for floats.
         accuracy_level: of MatMulNBits; 4 computes in int8.
-        parameters: of the model.
         weight_bytes_per_token: read for every generated token.
         kv_bytes_per_token: added to the cache per token.
         kv_dtype: ``float32``, ``float16`` or ``int8``.

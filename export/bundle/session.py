@@ -89,7 +89,6 @@ def check_provider(
 
     Args:
         provider: cpu, cuda or tensorrt.
-        where: how to call the bundle in a message.
         cuda_graph: whether decode steps shall be replayed as a CUDA graph.
         runtime: the onnxruntime module, or another one in its place.
 

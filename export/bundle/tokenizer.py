@@ -130,7 +130,6 @@ class TextStream:
     is the difference of two decodings that share a window of context, and a piece that ends inside a character waits.
 
     Args:
-        tokenizer: what decodes.
         context: ids that come before the first pushed one, e.g. the prompt that is being continued.
     """
 

@@ -22,9 +22,7 @@ class AnswerSettings:
 
     Attributes:
         max_tokens: tokens to draw at most.
-        sampling: how each is drawn.
         stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
-        clock: seconds.
     """
 
     max_tokens: int = 256
@@ -45,9 +43,6 @@ class Decoder(ForwardDecoder, Protocol):
 
 class HeldSequence:
     """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
-
-    Args:
-        decoder: it is reset.
 
     Attributes:
         ids: what the cache holds.
@@ -173,7 +168,6 @@ def begin_text(
     """Text that follows ``prompt``, in pieces that never split a character.
 
     Args:
-        decoder: the model; it is reset first.
         prompt: a user's turn when ``chat``, else a text to continue.
         chat: put the prompt into the model's chat template.
 

@@ -54,8 +54,6 @@ class BundleCache:
 
     Args:
         shapes: (KV heads, head size) of each layer that has attention.
-        dtype: of keys and values.
-        batch: rows.
 
     Attributes:
         lengths: [b] int64, the tokens that each row holds, padding not counted.
@@ -122,8 +120,6 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Load a bundle.
 
         Args:
-            directory: the bundle.
-            threads: of ONNX Runtime within an operator.
             verify: check the files' hashes first, which reads them all.
 
         Raises:

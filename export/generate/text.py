@@ -63,7 +63,6 @@ class OpenBundle:
     """A bundle that is loaded and answers prompts.
 
     Attributes:
-        ask: begins an answer.
         conversation: keeps what was said before; None where each prompt is a plain text that is continued.
     """
 

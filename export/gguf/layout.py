@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from export.gguf.tensors import BLOCK, natural_kind
-from saap.models.architectures import FAMILIES, SLIM, architecture_of, shape_of
+from export.source import ModelSource
+from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
-from saap.models.slim_quant import module_bits, quant_of
-from saap.models.weight_files import tensor_reader
+from saap.models.slim_quant import module_bits
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
 
@@ -49,7 +49,7 @@ class Tensor:
             raise UserError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
 
 
-class GGUFSource:
+class GGUFSource(ModelSource):
     """A model directory as the layers and tensors of a GGUF file.
 
     Attributes:
@@ -58,18 +58,14 @@ class GGUFSource:
     """
 
     def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
-        self.directory = directory
-        self.config = read_config(directory)
+        model_type = str(read_config(directory).get("model_type"))
         *others, last = (name for name, row in FAMILIES.items() if row.gguf)
-        if str(self.config.get("model_type")).removeprefix(SLIM) not in (*others, last):
+        if model_type.removeprefix(SLIM) not in (*others, last):
             raise UserError(
-                f"{directory} is of type {self.config.get('model_type')!r}: llama.cpp's 'deci' architecture holds "
-                f"{', '.join(others)} and {last} models (no q/k norm, no extra norms, no packed projections); export "
-                "it for the cpu target"
+                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds {', '.join(others)} and "
+                f"{last} models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
             )
-        self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
-        self.names, self._read = tensor_reader(directory)
-        self.quant = quant_of(self.config)
+        super().__init__(directory)
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
@@ -81,11 +77,6 @@ class GGUFSource:
                 f"{directory} has a hidden size of {self.shape.hidden}, not a multiple of the {BLOCK} columns of a "
                 "quantised GGUF block: choose F16 or F32"
             )
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.names:
-            raise UserError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
-        return self._read(name)
 
     @property
     def uniform(self) -> bool:

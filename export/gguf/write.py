@@ -33,7 +33,6 @@ class WrittenMatrix:
     """A matrix of the model in the file.
 
     Attributes:
-        type: GGUF type.
         relative_error: as in :class:`export.gguf.tensors.Encoded`.
         carried: share of its groups taken over as integers.
     """

@@ -26,7 +26,6 @@ class ProbeModel:
 
     Attributes:
         shape: its layers are all alike, each as large as the largest of the model.
-        config: as transformers reads it.
     """
 
     shape: ModelShape

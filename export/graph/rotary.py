@@ -35,7 +35,6 @@ def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.nda
     """cos and sin of every position, each [context, rotary_dim / 2] float32 (Su et al., arXiv 2104.09864).
 
     Args:
-        config: a transformers config.
         table: ``local`` is that of sliding layers, in a family where they have their own base.
 
     Raises:

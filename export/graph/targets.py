@@ -25,7 +25,6 @@ class Target:
     """Where a bundle runs.
 
     Attributes:
-        name: ``cpu`` or ``cuda``.
         dotprod: the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer).
         onnxruntime: oldest version that must load it, such as ``1.23``; None is whatever the graph needs.
     """

@@ -26,11 +26,6 @@ class MicrosoftWriter:
     Args:
         calibration: ids [rows, tokens] to find the scales of an int8 cache on.
 
-    Attributes:
-        precision: what is written.
-        onnxruntime_min: oldest version that runs it.
-        lineage: what the manifest says about the writer.
-
     Raises:
         UserError: a precision or sizes that the target has no kernel for.
     """

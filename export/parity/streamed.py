@@ -101,7 +101,7 @@ class StreamedModel:
         module, _, part = name.rpartition(".")
         if module in self._linears and part == "weight":
             return dequantised(self._source.matrix(module, self._precision))
-        return self._source.tensor(name).float()
+        return self._source.read(name).float()
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""
@@ -120,7 +120,7 @@ class StreamedModel:
         if self._source.quant:
             table = self._source.matrix(module, self._precision)
             return lambda rows: dequantised(table[rows])
-        weight = self._source.tensor(f"{module}.weight")
+        weight = self._source.read(f"{module}.weight")
         if bits == 32:
             return lambda rows: weight[rows].float()
         check_groups(weight.shape[1], group_size, module)

@@ -35,11 +35,6 @@ ONNXRUNTIME_MIN = {"optimum": "1.18", "saap": "1.20"}
 class PortableWriter:
     """Writes graphs of standard operators; floats where no bits are asked for.
 
-    Attributes:
-        precision: what is written.
-        onnxruntime_min: oldest version that runs it.
-        lineage: what the manifest says about the writer.
-
     Raises:
         UserError: unsupported architecture, precision or sizes.
     """

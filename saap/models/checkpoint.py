@@ -53,7 +53,6 @@ def load_model(
     """Load a dense, slim or tuned directory as a transformers model in eval mode.
 
     Args:
-        path: the directory.
         materialise: turn integer weights into ordinary linears with the same numbers (faster forward, more memory).
         dtype: of the floating-point weights.
         verify: hold the files against their hashes first, which reads them all.

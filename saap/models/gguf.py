@@ -64,7 +64,6 @@ def convert(source: Path, destination: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
 
     Args:
-        source: the GGUF file.
         destination: an existing directory.
 
     Raises:
@@ -281,7 +280,6 @@ def spm_tokenizer(
 
     Args:
         tokens: pieces in the order of their ids.
-        types: kind of each piece.
         scores: of each piece; the best is joined first.
         unk: id for what has no piece, where bytes do not stand in.
         prefix: a space is put before the text, and, as llama.cpp does, before what follows a special piece.

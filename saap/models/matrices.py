@@ -24,7 +24,6 @@ class Matrix:
     """One logical matrix of one layer.
 
     Attributes:
-        layer: index of the layer.
         role: one of :data:`ROLES`.
         linear: the module that holds it; several matrices share a packed one.
         rows: the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix.

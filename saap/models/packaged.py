@@ -31,7 +31,6 @@ class PackagedModel:
 
     Attributes:
         parts: what the file is made of, in order.
-        licence_member: the licence's text.
         sha256, size: of the whole GGUF file, the size in bytes.
         base_model: its id on the hub.
         licence: as a model card names it.

@@ -37,7 +37,6 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
     Args:
         name: a directory, a GGUF file, a packaged name (see :data:`PACKAGED`) or a hub id.
         cache_dir: where converted models are kept; by default ``SAAP_CACHE``, else the platform's cache directory.
-        progress: called as (label, done, total).
 
     Raises:
         UserError: no such model, a directory that is none, a package or hub that cannot be reached.
@@ -62,7 +61,6 @@ def copy_sidecars(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
 
     Args:
-        src: a model directory.
         dst: an existing directory; files of the same name are replaced.
     """
     for pattern in SIDECARS:

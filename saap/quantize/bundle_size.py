@@ -46,7 +46,6 @@ class BundleSize:
         rotary_bytes: of one cos or sin.
         head_bits: of embedding and head; 0 is ``bits``.
         quant: the ``slim_quant`` entry of a tuned model, for bits by layer; only :meth:`total` asks it.
-        architecture: of that model.
         zero_points: its linears have zero points of their own.
     """
 

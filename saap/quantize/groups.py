@@ -69,8 +69,6 @@ class IntegerForm:
 
     Attributes:
         bits: of the decoder layers' linears.
-        group_size: input columns that share a scale.
-        head_bits: of embedding and head.
         symmetric: of the linears; the vocabulary always is, as the graph demands.
         bits_of: of the linears that do not have ``bits``, by module name.
     """

@@ -35,7 +35,6 @@ def messages_of(row: object, where: str) -> list[Message]:
     Args:
         row: ``messages`` (role, content), ``conversations`` (from, value), or ``instruction``, ``input`` or
             ``context``, and ``output`` or ``response``.
-        where: file and line, for errors.
 
     Raises:
         UserError: another form, an unknown role, a turn that is no text, or no answer to learn.

@@ -44,7 +44,6 @@ class Documents:
 
     Attributes:
         texts: documents in file order; evaluation text files are one document, exactly as they are.
-        source: where they come from, for people.
         sha256: over the texts, for the lineage of a result.
     """
 
@@ -216,9 +215,6 @@ def is_unicode(text: str) -> bool:
 
 def checked_text(text: str, where: str) -> str:
     """The text of a row.
-
-    Args:
-        where: file and line.
 
     Raises:
         UserError: it is none.

@@ -35,7 +35,6 @@ def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents
     """The same, by what a model's record says about text that may be gone.
 
     Args:
-        model: its name, for the message.
         lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
 
     Raises:

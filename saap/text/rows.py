@@ -73,7 +73,6 @@ class TuningRows:
         ids: token ids, int64 [rows, tokens].
         labels: int64 [rows, tokens]: the token AT that place, -100 where it is not learnt. The model shifts: the label
             of place t is predicted from the places before t, so the first of a row never is.
-        source: where the text is from, for people.
         sha256: over the text; None for text that the model wrote itself.
         kind: ``text`` or ``chat``.
         note: what the user should be told about how the data was read; None where there is nothing to tell.

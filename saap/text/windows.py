@@ -31,7 +31,6 @@ class Cut:
     """How a text is cut.
 
     Attributes:
-        chunk: tokens of a window.
         stride: tokens from one window's start to the next's; None is ``chunk``. A window after the first predicts its
             last ``stride`` tokens only.
         bos: a beginning-of-sequence token before each window, which then predicts its first token too; None: where the
@@ -39,7 +38,6 @@ class Cut:
         join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line; wikitext
             does so with lines that keep their ends, which is what ``"\\n\\n".join`` over the rows of Hugging Face's
             data set gives; spaces joins lines, stripped as in its PTB, by a space.
-        max_chunks: windows at most.
     """
 
     chunk: int = 256

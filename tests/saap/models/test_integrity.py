@@ -76,17 +76,18 @@ def slim(tiny_model, tmp_path):
     return prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS) and tmp_path / "slim"
 
 
-@pytest.mark.parametrize("load", [load_model, load_streamed])
-def test_a_slim_directory(slim, load):
+def test_a_slim_directory(slim):
     for name, entry in read_record(slim)["files"].items():
         assert (slim / name).stat().st_size == entry["bytes"]
-        assert holds(slim / name, lambda: load(slim) and 1, times=5) == 5
+        for load in (load_model, load_streamed):
+            assert holds(slim / name, lambda load=load: load(slim) and 1, times=5) == 5
     (slim / "README.md").write_text("my own words\n")
-    load(slim)
+    load_model(slim)
+    load_streamed(slim)
     assert holds(slim / "saap.json", lambda: read_record(slim)) > 30
 
 
-def test_a_slim_directory_that_its_owner_changed_on_purpose(slim):
+def test_a_slim_directory_that_its_owner_changed_on_purpose_and_records_of_files_elsewhere(slim):
     config = json.loads((slim / "config.json").read_text()) | {"max_position_embeddings": 128}
     (slim / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -97,14 +98,10 @@ def test_a_slim_directory_that_its_owner_changed_on_purpose(slim):
     del record["files"]["config.json"], record["checksum"]
     (slim / "saap.json").write_text(json.dumps(record))
     assert load_model(slim).config.max_position_embeddings == 128
-
-
-@pytest.mark.parametrize("name", ["../other", "/etc/hostname", "sub/file"])
-def test_a_record_that_names_files_elsewhere(slim, name):
-    record = json.loads((slim / "saap.json").read_text())
-    write_document(slim / "saap.json", record | {"files": {name: {"sha256": "0" * 64}}})
-    with pytest.raises(UserError, match="is damaged"):
-        load_model(slim)
+    for name in ("../other", "/etc/hostname", "sub/file"):
+        write_document(slim / "saap.json", record | {"files": {name: {"sha256": "0" * 64}}})
+        with pytest.raises(UserError, match="is damaged"):
+            load_model(slim)
 
 
 def test_a_bench_holds_a_model_against_its_hashes_before_it_runs(slim):
