@@ -114,7 +114,9 @@ def write_bundle(
     else:
         calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
         writer = MicrosoftWriter(source, options, calibration)
-    _check_tokenizer(source)
+    _eos_ids(source)  # a damaged tokenizer is reported before weights are written
+    if (source.directory / "tokenizer.json").is_file():
+        BundleTokenizer(source.directory)
     with writing_directory(out) as partial_out:
         copy_sidecars(source.directory, partial_out)
         read = writer.write(partial_out, progress)
@@ -179,13 +181,6 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
             **writer.lineage,
         },
     )
-
-
-def _check_tokenizer(source: ModelSource) -> None:
-    """Report a damaged tokenizer before weights are written."""
-    _eos_ids(source)
-    if (source.directory / "tokenizer.json").is_file():
-        BundleTokenizer(source.directory)
 
 
 def _eos_ids(source: ModelSource) -> list[int]:

@@ -126,10 +126,10 @@ class Inspection:
     def tables(self) -> list[Table]:
         """What ``saap.cli.console.print_table`` shows; empty tables are left out."""
         nodes = Counter(node.kind for node in self.graph.nodes).most_common()
-        matrices = [
-            [q.node, str(q.bits), str(q.block), _cell(q.accuracy_level), str(q.count), _mb(q.bytes)]
-            for q in self.graph.quantised()
-        ]
+        matrices = []
+        for q in self.graph.quantised():
+            level = "-" if q.accuracy_level is None else str(q.accuracy_level)
+            matrices.append([q.node, str(q.bits), str(q.block), level, str(q.count), _mb(q.bytes)])
         stored = [[name, str(kind.count), _mb(kind.bytes)] for name, kind in self.graph.by_dtype().items()]
         tables = [
             ("layers", ["layers", "query heads", "KV heads", "FFN", "M params", "MB"], _layer_rows(self.layers)),
@@ -209,7 +209,3 @@ def _layer_rows(layers: list[Layer]) -> list[list[str]]:
 
 def _mb(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.2f}"
-
-
-def _cell(value: int | None) -> str:
-    return "-" if value is None else str(value)

@@ -9,7 +9,7 @@ and drops the attention of a layer whose FFN width is 0. So layer 0 without atte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,9 +90,14 @@ class GGUFSource(ModelSource):
 
     def counts(self) -> dict[str, list[int]]:
         """Head counts and FFN widths as the file states them, one per layer."""
-        stated = [_stated(sizes, index == 0) for index, (_, sizes) in enumerate(self.layers)]
-        keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
-        return {key: [int(row[i]) for row in stated] for i, key in enumerate(keys)}
+        layers = [sizes for _, sizes in self.layers]
+        if not layers[0].query_heads:  # its "linear attention"
+            layers[0] = replace(layers[0], query_heads=1)
+        return {
+            "attention.head_count": [sizes.query_heads for sizes in layers],
+            "attention.head_count_kv": [sizes.kv_heads for sizes in layers],
+            "feed_forward_length": [sizes.ffn or BLOCK for sizes in layers],
+        }
 
     def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
         """Every tensor of the file, in its order; ``rope_factors`` [head_dim / 2] float32."""
@@ -201,8 +206,3 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
 
 def _vector(name: str, values: torch.Tensor) -> Tensor:
     return Tensor(name, tuple(values.shape), "F32", lambda: values)
-
-
-def _stated(sizes: LayerSizes, first: bool) -> tuple[int, int, int]:
-    heads = (sizes.query_heads, sizes.kv_heads) if sizes.query_heads or not first else (1, 0)
-    return (*heads, sizes.ffn or BLOCK)

@@ -88,7 +88,9 @@ class DecoderGraph(ABC):
         ids = self.graph.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = self.graph.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.begin(ids, mask)
-        residual, delta = self._embed(ids), None
+        residual, delta, scale = self.embedding(ids), None, self.traits.embedding_scale
+        if scale is not None:
+            residual = self.graph.op("Mul", residual, self.constant("embedding_scale", scale))
         kv_index = 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
@@ -139,10 +141,6 @@ class DecoderGraph(ABC):
         """SiLU, written as x * sigmoid(x): ONNX Runtime fuses the pair to one QuickGelu."""
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
 
-    def _embed(self, ids: ir.Value) -> ir.Value:
-        rows, scale = self.embedding(ids), self.traits.embedding_scale
-        return rows if scale is None else self.graph.op("Mul", rows, self.constant("embedding_scale", scale))
-
     def optional_norm(self, x: ir.Value, weight: str) -> ir.Value:
         """The norm of x, or x where the data file has no such weight."""
         return self.norm(x, None, weight)[0] if weight in self.tensors else x
@@ -187,7 +185,7 @@ class MicrosoftGraph(DecoderGraph):
         inputs = [self.graph.weight("embedding.qweight"), ids, self.graph.weight("embedding.scales3")]
         groups = self.graph.op(
             "GatherBlockQuantized", *inputs, domain=MICROSOFT, gather_axis=0, quantize_axis=2,
-            bits=self.precision.head_bits, block_size=self.precision.group_size,
+            block_size=self.precision.group_size, bits=self.precision.head_bits,
         )  # fmt: skip
         return self.graph.op("Reshape", groups, self.constant("hidden_shape", [0, 0, self.shape.hidden]))
 
@@ -209,7 +207,8 @@ class MicrosoftGraph(DecoderGraph):
             self.graph.input(f"past_key_values.{kv_index}.{part}", self.kv, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
-        inputs = [*self._normed_heads(qkv, name, sizes), *past, *self._lengths, *self._rotary(traits)]
+        tables = [] if traits.rotary is None else [self.graph.weight(table) for table in rotary_names(traits.rotary)]
+        inputs = [*self._normed_heads(qkv, name, sizes), *past, *self._lengths, *tables]
         if self.kv == ir.DataType.INT8:
             unused = [None] * (KV_SCALES - len(inputs))
             inputs += [*unused, *(self.graph.weight(f"{name}.{part}_scale") for part in ("key", "value"))]
@@ -240,10 +239,6 @@ class MicrosoftGraph(DecoderGraph):
             heads, _ = self.norm(heads, None, f"{name}.{norm}")
             normed.append(self.graph.op("Reshape", heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])))
         return [*normed, parts[2]]
-
-    def _rotary(self, traits: LayerTraits) -> list[ir.Value]:
-        """The layer's cos and sin tables, none where the layer has no rotary embedding."""
-        return [] if traits.rotary is None else [self.graph.weight(name) for name in rotary_names(traits.rotary)]
 
     def _attention_options(self, traits: LayerTraits) -> dict[str, Attribute]:
         options: dict[str, Attribute] = {}

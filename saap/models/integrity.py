@@ -104,7 +104,8 @@ def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Pa
     partial.mkdir()
     try:
         build(partial)
-        _write_record(partial, source_sha256)
+        record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(partial)}
+        write_document(partial / CACHE_RECORD, record)
         if not _intact(entry, source_sha256):  # another process may have been faster
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
@@ -128,11 +129,6 @@ def _remove_leftovers(cache: Path) -> None:
         owner = re.search(r"\.building-(\d+)(?:-\w+)?$", path.name)
         if owner and not psutil.pid_exists(int(owner.group(1))):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_record(directory: Path, source_sha256: str) -> None:
-    record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(directory)}
-    write_document(directory / CACHE_RECORD, record)
 
 
 def _intact(directory: Path, source_sha256: str) -> bool:

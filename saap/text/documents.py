@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -126,7 +126,9 @@ def _content(path: Path) -> str:
 def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind in (".jsonl", ".ndjson"):
-        return [(f"{path} line {n}", _parsed(line, f"{path} line {n}")) for n, line in _lines(content)]
+        # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
+        lines = [(f"{path} line {n}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return [(where, _parsed(line, where)) for where, line in lines]
     if kind != ".json":
         return None
     rows = _parsed(content, str(path))
@@ -194,11 +196,6 @@ def documents_of(texts: Iterable[str], source: str) -> Documents:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}\n".encode() + encoded)
     return Documents(kept, source, digest.hexdigest())
-
-
-def _lines(content: str) -> Iterator[tuple[int, str]]:
-    # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
-    return ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
 
 
 def _parsed(line: str, where: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from support.exported import export_bundle
 from support.slim_integers import WIDE
 
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
-from bench.judge.quality import KIND, VERSION, QualityError, read_quality
+from bench.judge.quality import QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
+from devices.common.quality import QUALITY
 from export.bundle.manifest import BundleError, verify_files
 from saap.models.checkpoint import load_model
 from saap.models.record import read_record
@@ -71,9 +73,18 @@ def holds(path: Path, read: Callable[[], Any], times: int = 40, same: Any = None
     return found
 
 
+@pytest.fixture(scope="module")
+def pruned(llama, tmp_path_factory):
+    home = tmp_path_factory.mktemp("pruned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAAP_CACHE", str(home / "cache"))
+        prune(llama(home / "dense"), PruneOptions(ratio=0.3), output=home / "slim", calibration=IDS)
+    return home / "slim"
+
+
 @pytest.fixture
-def slim(tiny_model, tmp_path):
-    return prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS) and tmp_path / "slim"
+def slim(pruned, tmp_path):
+    return shutil.copytree(pruned, tmp_path / "slim")
 
 
 def test_a_slim_directory(slim):
@@ -136,7 +147,7 @@ def test_a_bundle(tiny_model, tmp_path):
 def test_results_and_other_documents(tmp_path):
     write_result(tmp_path / "result.json", result(measurement("a", [0.01, 0.011])))
     assert holds(tmp_path / "result.json", lambda: read_result(tmp_path / "result.json"), 200) > 150
-    write_document(tmp_path / "eval.json", {"kind": KIND, "version": VERSION, "rows": [{"name": "a", "nll": 3.25}]})
+    QUALITY.write(tmp_path / "eval.json", read_quality(Path(__file__).parents[2] / "support/old/quality.json"))
     assert holds(tmp_path / "eval.json", lambda: read_quality(tmp_path / "eval.json")) > 20
     costs, shape = cost_file(tmp_path / "cost.json"), ModelShape(96, 16, 320, True, ())
     write_document(costs, json.loads(costs.read_text()))
