@@ -126,10 +126,6 @@ class Generation:
     def tokens(self) -> int:
         return len(self.drawn)
 
-    @property
-    def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
-
     def _run(self) -> Iterator[str]:
         start = self._clock()
         logits, self.read_tokens = self._sequence.continue_to(self.prompt_ids)

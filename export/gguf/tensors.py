@@ -19,30 +19,8 @@ from saap.models.modeling_slim import unpack_codes, unpack_zero_points
 from saap.quantize.groups import QuantMatrix
 
 BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
-BYTES = {"F32": 128, "F16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of 32 numbers
-KINDS = tuple(BYTES)
+KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
 ROWS_AT_ONCE = 4096  # bounds the temporary floats of a large vocabulary
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Rows of a matrix as groups of 32: ``centred`` = code - zero_point [N, K/32, 32] int16, ``codes`` likewise uint8,
-    ``zeros`` [N, K/32] uint8, ``scales`` [N, K/32] float32.
-    """
-
-    codes: np.ndarray
-    zeros: np.ndarray
-    scales: np.ndarray
-    bits: int
-
-    @property
-    def centred(self) -> np.ndarray:
-        return self.codes.astype(np.int16) - self.zeros.astype(np.int16)[..., None]
-
-    def floats(self) -> np.ndarray:
-        """W, [N, K] float32."""
-        numbers: np.ndarray = self.centred * self.scales[..., None]
-        return numbers.reshape(len(self.codes), -1)
 
 
 @dataclass(frozen=True)
@@ -60,29 +38,12 @@ class Encoded:
     carried: float
 
 
-def integers_of(matrix: QuantMatrix) -> Integers:
-    """A packed matrix regrouped to 32 columns; its group size is a multiple of 32."""
-    groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK
-    codes = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)
-    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, groups)
-    return Integers(
-        codes.reshape(codes.shape[0], -1, BLOCK).numpy(),
-        zeros.repeat_interleave(repeat, 1).numpy(),
-        matrix.scales.float().repeat_interleave(repeat, 1).numpy(),
-        matrix.bits,
-    )
-
-
 def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
     """The smallest type for a tuned matrix of ``groups`` groups a row: Q4_0 (symmetric), Q4_1, or Q8_0 for 8 bit."""
     if bits == 8:
         return "Q8_0"
     zeros = unpack_zero_points(zero_points, bits, groups)
     return "Q4_0" if bool((zeros == 8).all()) else "Q4_1"
-
-
-def row_bytes(columns: int, kind: str) -> int:
-    return columns * BYTES[kind] // BLOCK
 
 
 def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
@@ -109,24 +70,29 @@ def _encode_rows(matrix: QuantMatrix | torch.Tensor, kind: str) -> tuple[np.ndar
         return data, relative_error(data.astype(np.float32), floats), fits
     data = quants.quantize(floats, GGMLQuantizationType[kind])
     if isinstance(matrix, QuantMatrix) and matrix.group_size % BLOCK == 0:
-        blocks, fits = carry(integers_of(matrix), kind)
+        blocks, fits = carry(matrix, kind)
         rounded = data.reshape(blocks.shape)
         data = np.where(fits[..., None], blocks, rounded).reshape(data.shape)
     return data, relative_error(quants.dequantize(data, GGMLQuantizationType[kind]), floats), fits
 
 
-def carry(integers: Integers, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks that hold the integers as they are, and which of them represent their group.
+def carry(matrix: QuantMatrix, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks that hold the integers of whole groups as they are, and which of them represent their group.
 
     Returns:
         blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
     """
-    centred = integers.centred
-    scale = integers.scales.astype(np.float16)
+    groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK  # a wider group is several blocks
+    packed = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)
+    codes = packed.reshape(packed.shape[0], -1, BLOCK).numpy()
+    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, groups).repeat_interleave(repeat, 1).numpy()
+    scales = matrix.scales.float().repeat_interleave(repeat, 1).numpy()
+    scale = scales.astype(np.float16)
     if kind == "Q4_1":
-        minimum = (-integers.scales * integers.zeros).astype(np.float16)
-        fits = np.isfinite(minimum) & np.isfinite(scale) & (integers.bits == 4)
-        return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(integers.codes & 15)], axis=-1), fits
+        minimum = (-scales * zeros).astype(np.float16)
+        fits = np.isfinite(minimum) & np.isfinite(scale) & (matrix.bits == 4)
+        return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(codes & 15)], axis=-1), fits
+    centred = codes.astype(np.int16) - zeros.astype(np.int16)[..., None]
     low, high = (-8, 7) if kind == "Q4_0" else (-128, 127)
     fits = (centred.min(-1) >= low) & (centred.max(-1) <= high) & np.isfinite(scale)
     clipped = centred.clip(low, high)

@@ -14,7 +14,7 @@ import torch
 from devices.common.progress import Progress
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
-from export.gguf.tensors import KINDS, encode, row_bytes
+from export.gguf.tensors import KINDS, encode
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,15 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
 
 
 def _add_provenance(writer: GGUFWriter, source: GGUFSource) -> None:
+    from gguf import LlamaFileType
+
     record = read_record(source.directory)
     writer.add_string("general.name", source.directory.resolve().name)
     if licence := _licence(source.directory):
         writer.add_string("general.license", licence)
     writer.add_uint32("general.quantization_version", 2)
     if source.kind:
-        writer.add_file_type(_FILE_TYPES[source.kind])
+        writer.add_file_type(LlamaFileType["ALL_F32" if source.kind == "F32" else f"MOSTLY_{source.kind}"])
     writer.add_string("saap.model_sha256", weights_hash(source.directory))
     writer.add_string("saap.lineage", json.dumps({"method": record.get("method"), **record.get("lineage", {})}))
 
@@ -162,13 +163,13 @@ def _licence(directory: Path) -> str | None:
 def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
     """Write the header, then tensor by tensor; returns what became of each matrix."""
     from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
 
     for tensor in tensors:
-        quantised = tensor.kind not in ("F32", "F16")
-        stored = (*tensor.shape[:-1], row_bytes(tensor.shape[-1], tensor.kind)) if quantised else tensor.shape
-        dtype = np.dtype(np.uint8 if quantised else np.float16 if tensor.kind == "F16" else np.float32)
-        count = int(np.prod(stored)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, stored, dtype, count, raw_dtype=GGMLQuantizationType[tensor.kind])
+        kind, floats = GGMLQuantizationType[tensor.kind], {"F16": np.float16, "F32": np.float32}.get(tensor.kind)
+        stored = tensor.shape if floats else quant_shape_to_byte_shape(tensor.shape, kind)
+        dtype = np.dtype(floats or np.uint8)
+        writer.add_tensor_info(tensor.name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
