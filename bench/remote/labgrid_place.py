@@ -226,15 +226,12 @@ class Switch:
     """The power of a place, by `labgrid-client power`, which knows the driver of each kind of switch.
 
     In a process of its own: its drivers print, block, and share one manager of places.
-
-    Attributes:
-        switched: it was off, and was switched on here.
     """
 
     address: str  # of the coordinator
     place: str
     name: str
-    switched: bool = False
+    switched: bool = False  # it was off, and was switched on here
 
     def is_on(self) -> bool | None:
         """None where the switch does not tell."""

@@ -48,13 +48,12 @@ class Task(Generic[T]):
 
     Attributes:
         job: what the measuring process is told beside the places of the bundles, by its ``kind`` (bench.remote.job).
-        positions: of each bundle's cache, for what memory is needed; None: the measuring process sees to it.
         read: makes the answer of the board's name and the document that was written there. A document that is none
             raises TypeError, KeyError, AttributeError or ValueError.
     """
 
     job: Mapping[str, object]
-    positions: int | None
+    positions: int | None  # of each bundle's cache, for what memory is needed; None: the measuring process sees to it
     read: Callable[[str, object], T]
 
 

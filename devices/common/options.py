@@ -36,28 +36,22 @@ class Option:
     """One option of a command.
 
     Attributes:
-        help: one sentence; the default is added where it is neither None, False nor empty.
-        section: the heading that help shows it under.
         flags: its spellings on the command line; empty is the field's name with dashes. A ``bool`` whose only flag is
             not a pair (``--x/--no-x``) sets the opposite of the default.
-        old: spellings that still work and that help does not show.
-        metavar: what help shows for the value.
         shown: False keeps it out of help and off the command line: ``--set NAME=VALUE``, ``--config FILE`` and
             ``--help-all`` know it.
-        hidden: a flag that only ``--help-all`` shows.
         parse: text to value, raising ValueError with one line; None goes by the annotation.
-        repeated: the flag may be given several times, each text is an element of the tuple.
     """
 
-    help: str
-    section: str = "Options"
+    help: str  # one sentence; the default is added where it is neither None, False nor empty
+    section: str = "Options"  # the heading that help shows it under
     flags: tuple[str, ...] = ()
-    old: tuple[str, ...] = ()
-    metavar: str | None = None
+    old: tuple[str, ...] = ()  # spellings that still work and that help does not show
+    metavar: str | None = None  # what help shows for the value
     shown: bool = True
-    hidden: bool = False
+    hidden: bool = False  # a flag that only ``--help-all`` shows
     parse: Callable[[str], object] | None = None
-    repeated: bool = False
+    repeated: bool = False  # the flag may be given several times, each text is an element of the tuple
 
 
 @dataclass(frozen=True)
@@ -65,36 +59,26 @@ class Part:
     """What an options dataclass lets outside set of another one inside it, in place of all that it says itself.
 
     Attributes:
-        flags: the names that are flags; those of the others that are not left out are for ``--set``.
-        without: names that are not set from outside here.
         headings: what help calls sections here, by what it calls them there.
     """
 
-    flags: tuple[str, ...]
-    without: tuple[str, ...] = ()
+    flags: tuple[str, ...]  # the names that are flags; those of the others that are not left out are for ``--set``
+    without: tuple[str, ...] = ()  # names that are not set from outside here
     headings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field that can be set from outside, of an options dataclass or of one inside it.
-
-    Attributes:
-        kind: the type without None: ``int``, ``Path``, ``tuple``, ...
-        optional: whether None is allowed.
-        choices: the values of a ``Literal``.
-        element: what a repeated flag's text becomes.
-        default: ``dataclasses.MISSING`` where a value must be given.
-    """
+    """A field that can be set from outside, of an options dataclass or of one inside it."""
 
     name: str
     option: Option
-    kind: type
-    optional: bool
-    choices: tuple[str | int, ...]
+    kind: type  # the type without None: ``int``, ``Path``, ``tuple``, ...
+    optional: bool  # whether None is allowed
+    choices: tuple[str | int, ...]  # the values of a ``Literal``
     metas: tuple[Meta, ...]
-    default: object
-    element: type = str
+    default: object  # ``dataclasses.MISSING`` where a value must be given
+    element: type = str  # what a repeated flag's text becomes
 
     @property
     def flags(self) -> tuple[str, ...]:

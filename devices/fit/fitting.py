@@ -38,25 +38,21 @@ class Fit:
     """The verdict.
 
     Attributes:
-        loads: None of ``refusals`` stands against it.
-        fits: it loads, and the memory suffices at ``context``.
-        largest_context: tokens that fit in the memory, at most the model's; 0 where not even one does.
         ceiling: tokens per second that reading the memory allows, with an empty cache and with a full one; None is
             unknown, and ``remarks`` say why.
-        remedies: what would make it fit.
     """
 
     context: int
     memory: Memory
     available: int
-    loads: bool
-    fits: bool
-    largest_context: int
+    loads: bool  # None of ``refusals`` stands against it
+    fits: bool  # it loads, and the memory suffices at ``context``
+    largest_context: int  # tokens that fit in the memory, at most the model's; 0 where not even one does
     ceiling: tuple[float | None, float | None]
     kernels: tuple[str, ...]
     refusals: tuple[Finding, ...]
     remarks: tuple[str, ...]
-    remedies: tuple[Finding, ...]
+    remedies: tuple[Finding, ...]  # what would make it fit
 
 
 def fit(model: Model, device: Device, context: int) -> Fit:

@@ -78,13 +78,8 @@ class Profile:
     """One device, or a class of them.
 
     Attributes:
-        compatible: names in the board's device tree that mean this device; none on x86.
         cuda: the GPU's architecture, such as ``sm_87``; None is no GPU that CUDA runs on.
-        runtime: None where that is not known.
         isa: features that decide which kernels run, named as :func:`devices.probe.host.probe` names them.
-        lacks: features it is known not to have; one that is in neither is not known.
-        power_modes: names as the board's own tool prints them, with the id where it has one.
-        notes: what a person has to know before trusting a measurement there.
     """
 
     name: str
@@ -93,13 +88,13 @@ class Profile:
     cpu: Text
     gpu: Text | None = None
     isa: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    power_modes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()  # features it is known not to have; one that is in neither is not known
+    power_modes: tuple[str, ...] = ()  # names as the board's own tool prints them, with the id where it has one
+    notes: tuple[str, ...] = ()  # what a person has to know before trusting a measurement there
     numbers: dict[str, Number] = field(default_factory=dict)
-    compatible: tuple[str, ...] = ()
+    compatible: tuple[str, ...] = ()  # names in the board's device tree that mean this device; none on x86
     cuda: Annotated[str, Meta(pattern=r"^sm_\d{2,3}$")] | None = None
-    runtime: Runtime | None = None
+    runtime: Runtime | None = None  # None where that is not known
 
 
 def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
