@@ -81,11 +81,7 @@ def routes_to(urls: Sequence[str]) -> list[Route]:
 
 
 def run_on_all(
-    routes: Sequence[Route],
-    shipment: Shipment,
-    task: Task[T],
-    progress: Progress | None = None,
-    say: Say | None = None,
+    routes: Sequence[Route], shipment: Shipment, task: Task[T], progress: Progress | None = None, say: Say | None = None
 ) -> list[Answer[T]]:
     """Run on every board, all at once; one answer per board, in their order.
 
