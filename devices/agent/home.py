@@ -29,27 +29,19 @@ class AgentError(Exception):
 
 def home() -> Path:
     """The folder, made where it is missing. Raises AgentError: it cannot be written."""
-    chosen = os.environ.get(CACHE)
-    places = [_absolute(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
+    places = [Path("/data/local/tmp/saap")]  # Android's
+    with contextlib.suppress(RuntimeError):  # no home
+        places.insert(0, Path.home() / ".cache/saap")
+    if chosen := os.environ.get(CACHE):
+        with contextlib.suppress(RuntimeError):  # sshd's SetEnv leaves a ~ as it is
+            chosen = str(Path(chosen).expanduser())
+        places = [Path(chosen).absolute()]  # since a run is started in another folder than a login
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
     raise AgentError(f"{places[0]} cannot be written: free it, or name another folder there in {CACHE}")
-
-
-def _absolute(chosen: str) -> Path:
-    """Since a run is started in another folder than a login; sshd's SetEnv leaves a ~ as it is."""
-    with contextlib.suppress(RuntimeError):  # no home
-        return Path(chosen).expanduser().absolute()
-    return Path(chosen).absolute()
-
-
-def _users() -> list[Path]:
-    with contextlib.suppress(RuntimeError):
-        return [Path.home() / ".cache/saap"]
-    return []
 
 
 def boot_id(root: str) -> str:
@@ -60,13 +52,18 @@ def boot_id(root: str) -> str:
         return ""
 
 
-def started(pid: int) -> str | None:
-    """When a process that still runs was started, in ticks: with the pid it names one process. See proc(5), stat."""
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from its state on (proc(5), stat); empty where there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
+        return []
+
+
+def started(pid: int) -> str | None:
+    """When a process that still runs was started, in ticks: with the pid it names one process."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in ("Z", "X") else None
 
 
 def alive(process: Mapping[str, object]) -> bool:
@@ -77,22 +74,14 @@ def alive(process: Mapping[str, object]) -> bool:
 
 def below(pid: int) -> list[int]:
     """Its children and theirs."""
-    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {each: int(fields[1]) for each in pids if (fields := _stat(each))}
     found: list[int] = []
     wanted = [pid]
     while wanted:
         wanted = [child for child, parent in parents.items() if parent in wanted]
         found += wanted
     return found
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-        )
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

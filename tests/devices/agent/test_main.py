@@ -153,7 +153,7 @@ def test_a_sender_that_fell_silent_leaves_the_file_to_the_next(store, tmp_path):
 def test_a_file_of_another_user_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
 
-    def refused(folder, request, tell):
+    def refused(folder, request, tell, beat):
         raise PermissionError(13, "Permission denied", str(tmp_path / "lock.guard"))
 
     monkeypatch.setitem(agent.REQUESTS, "hello", refused)
