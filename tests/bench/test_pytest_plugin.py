@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.bench_samples import instant_workers
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge import regression
@@ -48,10 +49,14 @@ def test_against_the_baseline(saap_device):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """A suite runs in this process, which then forgets what that was the first to import; scipy can be loaded once."""
+    import scipy.stats  # noqa: F401
+
+
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    import scipy.stats  # noqa: F401  a suite runs in this process, which then forgets what that was the first to import
-
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins here take long to import
     pytester.makepyfile(SUITE)
     return pytester
@@ -71,7 +76,8 @@ def test_the_mark_selects_them(suite: pytest.Pytester) -> None:
     ran(suite, "-m", "not device").assert_outcomes(passed=1, deselected=3)
 
 
-def test_on_this_host_against_a_baseline(suite: pytest.Pytester) -> None:
+def test_on_this_host_against_a_baseline(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    instant_workers(monkeypatch)  # the answers are a real model's
     bundle = tiny_bundle(suite.path / "tiny")
     plan = BenchOptions(prompt=4, generate=4, threads=1, repetitions=3, cold=False, text=tuple(range(3, 23)))
     write_baseline(suite.path / "kept", record("tiny", lambda p: measure([str(bundle)], p), plan))

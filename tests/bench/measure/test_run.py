@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.bench_samples import sample
+from support.bench_samples import instant_workers
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.measure import run as bench_run
@@ -20,8 +20,7 @@ from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
-from bench.measure.worker import Measured, timed_pass
-from bench.runtimes.facts import PeerFacts
+from bench.measure.worker import timed_pass
 from bench.runtimes.peers import PeerError
 from devices.common.errors import UserError
 from export.bundle.decoder import DecoderError, OrtDecoder
@@ -50,16 +49,7 @@ def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The jobs of workers that say at once that they measured."""
-    given: list[dict[str, Any]] = []
-
-    def answer(module: str, job: dict[str, Any], *_: object) -> dict[str, object]:
-        given.append(job)
-        taken = sample([0.01 + 1e-6 * job["order"]] * job["n_gen"], job["order"])
-        return asdict(Measured(taken, (0.0, 1.0), PeerFacts()))
-
-    monkeypatch.setattr("bench.measure.rounds.call", answer)
-    return given
+    return instant_workers(monkeypatch)
 
 
 def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> None:
