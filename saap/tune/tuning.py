@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -135,8 +136,7 @@ def _tune(
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
-    quantised = Quantised(model, rows.ids, options, progress)
-    groups = quantised.prepare()
+    adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
     state_dir = out.parent / f".{out.name}.tuning"
     run = Run(
@@ -152,13 +152,13 @@ def _tune(
     )
     error = None
     try:
-        history = train(quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
+        history = train(adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
     except DivergedError as diverged:
         if not diverged.history.best_step:
             raise
         error, history = diverged, diverged.history
     if writes:
-        quant = quantised.fold()
+        tensors = iter(adapters.fold(adapted).state_dict().items())
         record = read_record(model_dir)
         record["tuning"] = {
             "options": options.recorded(),
@@ -170,7 +170,6 @@ def _tune(
             "history": asdict(history),
             "from_sha256": weights,
         }
-        tensors = ((name, tensor) for name, tensor in quantised.model.state_dict().items())
         write_slim(out, model_dir, slim_config(config, shape_of(config), quant), tensors, record)
         discard_states(state_dir)
     if error is not None:
@@ -258,38 +257,27 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
     return loss
 
 
-class Quantised:
-    """A float model on its way to integers: quantised, wrapped for training, folded."""
-
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
-        self.model, self.options = model, options
-        form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
-        sample = ids[: options.calibration_rows]
-        if options.max_bytes is not None:
-            choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
-            form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
-        self.form = form
-        if options.integers == "gptq":
-            self.matrices = compensated_matrices(model, sample, form, progress)
-        else:
-            self.matrices = nearest_matrices(model, form)
-
-    def prepare(self) -> list[Group]:
-        """Wrap the model for training; the parameter groups with their peak rates."""
-        options = self.options
-        self.quant = quantize_model(self.model, options.bits, options.group_size, self.form.head_bits, self.matrices)
-        self.matrices.clear()
-        settle(self.model)
-        for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
-            parameter.data = parameter.data.clone()
-        self.model = adapters.attach(self.model, options.fold, options.rank, seed=options.training.seed)  # type: ignore[assignment]
-        norms = [p for name, p in self.model.named_parameters() if "norm" in name]
-        for norm in norms:
-            norm.requires_grad_(True)
-        trained = adapters.trained_parameters(self.model)
-        return [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}]
-
-    def fold(self) -> SlimQuant:
-        """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
-        self.model = adapters.fold(self.model)  # type: ignore[arg-type]
-        return self.quant
+def _quantised(
+    model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None
+) -> tuple[PeftModel, list[Group], SlimQuant]:
+    """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``."""
+    form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
+    sample = ids[: options.calibration_rows]
+    if options.max_bytes is not None:
+        choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
+        form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
+    if options.integers == "gptq":
+        matrices = compensated_matrices(model, sample, form, progress)
+    else:
+        matrices = nearest_matrices(model, form)
+    quant = quantize_model(model, options.bits, options.group_size, form.head_bits, matrices)
+    del matrices
+    settle(model)
+    for parameter in model.parameters():  # a view of the loaded file keeps all pages of it that were written
+        parameter.data = parameter.data.clone()
+    adapted = adapters.attach(model, options.fold, options.rank, seed=options.training.seed)
+    norms = [p for name, p in adapted.named_parameters() if "norm" in name]
+    for norm in norms:
+        norm.requires_grad_(True)
+    trained = adapters.trained_parameters(adapted)
+    return adapted, [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}], quant

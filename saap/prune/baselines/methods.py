@@ -35,14 +35,12 @@ BASELINES = METHODS[1:]
 
 @dataclass(frozen=True)
 class Published:
-    """A method's settings in its paper and reference code, for rows of a table that say "as published"."""
+    """A method's settings as its authors have them; docs/method.md has the sources."""
 
     sequences: int | None  # calibration sequences; None is every window of the text
     tokens: int  # per sequence; both are 0 where no text is read
     keep_layers_rule: tuple[int, int]  # how many first and last layers stay whole in a model of 32 layers
-    heads: bool  # whether attention is pruned too
     text: str  # what the calibration text is
-    source: str  # where these settings are from
 
     def kept(self, layers: int) -> frozenset[int]:
         """The layers that the rule keeps whole in a model of this many; shallow models keep fewer."""
@@ -51,21 +49,13 @@ class Published:
         return frozenset((*range(first), *range(layers - last, layers)))
 
 
-_LLM_PRUNER = "arXiv 2305.11627 and horseee/LLM-Pruner at 128a07d, scripts/llama_prune.sh and hf_prune.py"
-_FLAP = "CASIA-IVA-Lab/FLAP at 3bb57db, scripts, main.py and lib/prune.py"
-_NO_TEXT = Published(0, 0, (4, 2), True, "none", _LLM_PRUNER)
-_BOOKS = Published(10, 64, (4, 2), True, "BookCorpus, train", _LLM_PRUNER)
 _PUBLISHED = {
-    "random": _NO_TEXT,
-    "magnitude": _NO_TEXT,
-    **dict.fromkeys(TAYLOR, _BOOKS),
-    "wanda_sp": Published(128, 128, (0, 0), True, "C4, train", f"{_FLAP} (prune_wanda_sp)"),
-    "flap": Published(1024, 128, (0, 0), True, "WikiText-2 raw, train", f"arXiv 2312.11983 and {_FLAP}"),
-    "shortgpt": Published(
-        None, 256, (0, 0), True, "PG19, validation",
-        "arXiv 2403.03853 and icip-cas/ShortGPT at 9a2ee8d, shortgpt/run_shortgpt.py",
-    ),
-}  # fmt: skip
+    **dict.fromkeys(("random", "magnitude"), Published(0, 0, (4, 2), "none")),
+    **dict.fromkeys(TAYLOR, Published(10, 64, (4, 2), "BookCorpus, train")),
+    "wanda_sp": Published(128, 128, (0, 0), "C4, train"),
+    "flap": Published(1024, 128, (0, 0), "WikiText-2 raw, train"),
+    "shortgpt": Published(None, 256, (0, 0), "PG19, validation"),
+}
 
 
 def published(method: str) -> Published:

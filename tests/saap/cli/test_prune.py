@@ -7,7 +7,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from support.command_line import here, refused
+from support.command_line import here, prune_words, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
@@ -27,9 +27,8 @@ def model(tiny_model):
     return tiny_model()
 
 
-def pruned(model, out, text, *options, **settings):
-    return here("prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options,
-                **settings)  # fmt: skip
+def pruned(*arguments):
+    return here(*prune_words(*arguments))
 
 
 def cells(stdout, row):
@@ -94,7 +93,7 @@ def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs)
 
 
 def pruned_refused(model, out, text, *options):
-    message = refused("prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options)
+    message = refused(*prune_words(model, out, text, *options))
     assert not out.exists()
     return message
 
