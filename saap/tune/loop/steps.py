@@ -97,7 +97,6 @@ class Run:
     held_out_loss: LossOf | None = None
     state_dir: Path | None = None
     fingerprint: Mapping[str, object] = field(default_factory=dict)
-    label: str = "tuning"
 
 
 def train(
@@ -148,7 +147,7 @@ class _Training:
         progress: Progress | None,
     ) -> None:
         self.accelerator = join_processes()
-        self.options, self.rows, self.loss_of, self.label = run.options, rows, loss_of, run.label
+        self.options, self.rows, self.loss_of = run.options, rows, loss_of
         options = run.options
         self.progress = progress if self.accelerator.is_main_process else None
         steps = steps_of(rows, options, self.accelerator.num_processes)
@@ -173,7 +172,6 @@ class _Training:
         self.held_out, self.held_out_loss = run.held_out, run.held_out_loss or loss_of
         self.path: Path | None = None
         self.saved = time.monotonic()
-        self.resumed = False
 
     def keep(self, directory: Path | None, fingerprint: dict[str, object]) -> None:
         """Keep the state there, and continue from one that is there."""
@@ -189,7 +187,7 @@ class _Training:
             elif main and (changed := others_differ_in(self.path, self.parts)) is not None:
                 note = f"from the start, the state in {directory} is of another run ({', '.join(changed)})"
         if note and self.progress:
-            self.progress(f"{self.label}, {note}", self.step, self.history.steps)
+            self.progress(f"tuning, {note}", self.step, self.history.steps)
 
     @property
     def step(self) -> int:
@@ -197,7 +195,7 @@ class _Training:
 
     def go(self) -> None:
         history = self.history
-        if not self.resumed:
+        if history.resumed_at is None:
             self._judge()
         while self.step < history.steps and history.stopped is None:
             due = self._take_step()
@@ -207,7 +205,7 @@ class _Training:
             if due or judged:
                 self._save()
             if self.progress:
-                self.progress(f"{self.label}, {history.said()}", self.step, history.steps)
+                self.progress(f"tuning, {history.said()}", self.step, history.steps)
         self.trained.put_best()
 
     def close(self) -> None:
@@ -342,7 +340,6 @@ class _Training:
         self.trained.load(tensors)
         self.history = convert(about["history"], History)
         self.history.resumed_at = self.step
-        self.resumed = True
 
 
 def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:
