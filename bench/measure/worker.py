@@ -50,12 +50,7 @@ class Pass:
 
 
 def timed_pass(
-    decoder: Decoder,
-    prompt: Ids,
-    steps: int,
-    clock: Clock,
-    context: Ids | None = None,
-    live: Live | None = None,
+    decoder: Decoder, prompt: Ids, steps: int, clock: Clock, context: Ids | None = None, live: Live | None = None
 ) -> Pass:
     """Reset, put ``context`` in, prefill ``prompt`` [n], then exactly ``steps`` greedy steps past any end of text.
 

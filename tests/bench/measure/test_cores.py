@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 from support.fake_trees import plant
 
-from bench.measure.cores import (
-    IDLE_PROBES,
-    CoolDown,
-    board_state,
-    choose_cores,
-    drift,
-    level,
-    probe_clock,
-    temperature,
-)
+from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, choose_cores, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
 from devices.common.cores import allowed_cores, physical_cores
 from devices.probe.host import nobody
