@@ -142,11 +142,7 @@ def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Ten
 
 
 def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
-    """Refuse what memory or disk is too small for, before anything is written.
-
-    Raises:
-        UserError: says what is needed.
-    """
+    """Refuse what memory or disk is too small for, before anything is written."""
     config = read_config(directory)
     shape = shape_of(config)
     if config.get("slim_quant"):

@@ -69,11 +69,7 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
 
 
 class BundleDecoder:
-    """A bundle, ``length`` positions of whose cache of ``max_length`` are in use.
-
-    Raises:
-        DecoderError: context or threads.
-    """
+    """A bundle, ``length`` positions of whose cache of ``max_length`` are in use."""
 
     def __init__(self, manifest: BundleManifest, where: Path, threads: int, max_length: int) -> None:
         check_context(manifest, max_length, str(where))
@@ -151,11 +147,7 @@ class OrtDecoder(BundleDecoder):
         self._bind_cache(self._kv)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions.
-
-        Raises:
-            DecoderError: more than are in use.
-        """
+        """Forget all but the first ``length`` positions."""
         if not 0 <= length <= self.length:
             raise DecoderError(f"{length} positions cannot be kept: {self.length} are in use")
         if not self._shared:

@@ -91,9 +91,6 @@ def check_provider(
         provider: cpu, cuda or tensorrt.
         cuda_graph: whether decode steps shall be replayed as a CUDA graph.
         runtime: the onnxruntime module, or another one in its place.
-
-    Raises:
-        DecoderError: what does not fit and what to do.
     """
     if provider not in EXECUTION:
         raise DecoderError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
@@ -134,11 +131,7 @@ def prepacked_directory(manifest: BundleManifest) -> Path:
 
 
 def prepack(graph: Path, manifest: BundleManifest) -> Path:
-    """The graph over packed weights, made where it is not there yet.
-
-    Raises:
-        BundleError, DecoderError: as :func:`open_session`.
-    """
+    """The graph over packed weights, made where it is not there yet."""
     directory = prepacked_directory(manifest)
     if (directory / PREPACKED).is_file():
         return directory / PREPACKED

@@ -231,11 +231,7 @@ def end_ids(named: object, directory: Path) -> list[int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a bundle or a model directory; empty where there is no such file.
-
-    Raises:
-        RunError: damaged.
-    """
+    """The object in a JSON file of a bundle or a model directory; empty where there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -31,9 +31,6 @@ class Sampling:
         repetition_penalty: positive logits of tokens seen are divided by it, negative ones multiplied (Keskar et al.,
             arXiv 1909.05858); it also acts on the greedy choice.
         seed: of the draws.
-
-    Raises:
-        RunError: a value out of range.
     """
 
     temperature: float = 0.0

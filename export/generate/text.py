@@ -161,11 +161,7 @@ def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
 
 
 def check_text(text: str | None) -> None:
-    """Refuse bytes that a shell passed on although they are no text.
-
-    Raises:
-        UserError: not UTF-8.
-    """
+    """Refuse bytes that a shell passed on although they are no text."""
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:

@@ -114,11 +114,7 @@ class GGUFSource(ModelSource):
             yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
 
     def check_all_written(self) -> None:
-        """Refuse a directory with tensors that llama.cpp's architecture does not have.
-
-        Raises:
-            UserError: names the first of them.
-        """
+        """Refuse a directory with tensors that llama.cpp's architecture does not have."""
         harmless = {f"{self.architecture.head}.weight"} if self.shape.tied else set()
         left = [n for n in self.names if n not in self._written | harmless and not n.endswith("rotary_emb.inv_freq")]
         if left:

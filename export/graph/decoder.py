@@ -40,9 +40,6 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
 
     Args:
         rotary_dims: elements of a head that each of the rotary tables turns.
-
-    Raises:
-        UserError: names the size and what is allowed.
     """
     step = 16 if any(layer.rotary for layer in traits.layers) else 8
     if shape.head_dim % step:

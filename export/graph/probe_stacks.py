@@ -74,9 +74,6 @@ def write_probe_stacks(
 
     Args:
         stacks: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
-
-    Raises:
-        UserError: sizes that ONNX Runtime's attention refuses.
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})

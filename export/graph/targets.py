@@ -60,11 +60,7 @@ class Target:
         return ONNXRUNTIME_WINDOWS if windows and self.name == "cpu" else ONNXRUNTIME_MIN
 
     def check(self, shape: ModelShape, precision: Precision, windows: bool) -> None:
-        """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses.
-
-        Raises:
-            UserError: names the size or the version.
-        """
+        """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses."""
         oldest = self.oldest_runtime(precision, windows)
         if self.onnxruntime and _version(self.onnxruntime) < _version(oldest):
             raise UserError(

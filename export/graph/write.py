@@ -25,9 +25,6 @@ class MicrosoftWriter:
 
     Args:
         calibration: ids [rows, tokens] to find the scales of an int8 cache on.
-
-    Raises:
-        UserError: a precision or sizes that the target has no kernel for.
     """
 
     def __init__(self, source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None) -> None:

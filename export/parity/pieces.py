@@ -34,9 +34,6 @@ def logits_in_pieces(
     Args:
         graph: an ONNX file with an output ``logits``; its folder is written to.
         feeds: inputs by their names, each once through the whole graph; names that it does not have are passed over.
-
-    Raises:
-        BundleError, DecoderError: as :func:`export.bundle.session.open_session`; a piece is a graph of its own.
     """
     model = onnx.load(graph, load_external_data=False)
     states: list[dict[str, np.ndarray]] = [{} for _ in feeds]  # what earlier pieces made and later ones read

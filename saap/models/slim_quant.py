@@ -33,11 +33,7 @@ class SlimQuant(_Always, total=False):
 
 
 def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
-    """The entry of a ``config.json``; None for a model of floats.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The entry of a ``config.json``; None for a model of floats."""
     found = config.get("slim_quant")
     try:
         return msgspec.convert(found, SlimQuant) if found else None

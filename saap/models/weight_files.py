@@ -48,11 +48,7 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 
 @contextmanager
 def opened(file: Path) -> Iterator[safe_open]:
-    """A safetensors file to read from.
-
-    Raises:
-        UserError: it is damaged, or cannot be read.
-    """
+    """A safetensors file to read from."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle

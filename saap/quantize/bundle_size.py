@@ -97,11 +97,7 @@ class BundleSize:
         return self.outside(shape) + sum(layers)
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse a model whose matrices are not whole groups.
-
-        Raises:
-            UserError: names the width.
-        """
+        """Refuse a model whose matrices are not whole groups."""
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
             widths += [(f"attention of layer {index}", sizes.query_heads * shape.head_dim)]
@@ -130,11 +126,7 @@ class BundleSize:
 
 
 def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> BundleSize:
-    """What the bundle of a model with this ``config.json`` takes.
-
-    Raises:
-        UserError: a model that no bundle is made of.
-    """
+    """What the bundle of a model with this ``config.json`` takes."""
     full, partial = with_defaults(dict(config)), "partial_rotary_factor"
     share = next((number_of(place, partial) for place in (full, rope_of(full)) if field_of(place, partial)), 1.0)
     half = -(-int(shape_of(full).head_dim * share) // 2)

@@ -230,11 +230,7 @@ def quantize_model(
 
 
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
-    """Put integers into a module.
-
-    Raises:
-        ValueError: they are of other bits or groups.
-    """
+    """Put integers into a module."""
     if (holder.bits, holder.block) != (matrix.bits, matrix.group_size):
         raise ValueError(
             f"integers of {matrix.bits} bits in groups of {matrix.group_size} are given to a module of {holder.bits} "

@@ -27,9 +27,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     Args:
         precision: "auto" takes bfloat16 where the hardware has it, because elsewhere it is emulated and slower than
             float32; "bf16" and "fp32" are taken as they are.
-
-    Raises:
-        UserError: another precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")

@@ -93,11 +93,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
 
 
 def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] | None:
-    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
-
-    Raises:
-        UserError: as :func:`load_documents`.
-    """
+    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text."""
     path = Path(source)
     return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
 
@@ -183,11 +179,7 @@ def _from_environment(split: Split, seed: int) -> Documents | None:
 
 
 def documents_of(texts: Iterable[str], source: str) -> Documents:
-    """Texts with their origin and hash; blank ones are left out.
-
-    Raises:
-        UserError: nothing is left.
-    """
+    """Texts with their origin and hash; blank ones are left out."""
     kept = tuple(text for text in texts if text.strip())
     if not kept:
         raise UserError(f"{source} holds no text: give a file with text in it")
@@ -211,22 +203,14 @@ def is_unicode(text: str) -> bool:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text of a row.
-
-    Raises:
-        UserError: it is none.
-    """
+    """The text of a row."""
     if not is_unicode(text):
         raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
     return text
 
 
 def _row_text(row: object, where: str) -> str:
-    """One row as plain text.
-
-    Raises:
-        UserError: naming file and line.
-    """
+    """One row as plain text."""
     return checked_text(_joined(row, where), where)
 
 

@@ -21,9 +21,6 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
 
     Texts coincide when they are equal, when they share a document, or when a hundredth of the evaluation's long lines
     occur in the training text.
-
-    Raises:
-        UserError: naming both sources.
     """
     shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
     seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
@@ -36,9 +33,6 @@ def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents
 
     Args:
         lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
-
-    Raises:
-        UserError: naming the model and both sources.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
     held: set[str] = set()  # calibration and tuning are often of one text
