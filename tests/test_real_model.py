@@ -15,7 +15,6 @@ from support.references import reference_model
 
 from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
-from export.bundle.tokenizer import BundleTokenizer
 from export.generate.scoring import BundleScorer
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
@@ -87,15 +86,6 @@ def test_int4_graphs_against_torch_with_the_same_integers(slim, dense_bundle, id
     report = read_manifest(dense_bundle).parity
     assert report is not None and report.top1_agreement >= 0.94
     assert abs(report.perplexity_ratio - 1) <= 0.01
-
-
-def test_the_tokenizer_and_template_survive_to_the_bundle(slim, slim_bundle):
-    reference, ours = load_tokenizer(slim), BundleTokenizer(slim_bundle)
-    messages = [{"role": "user", "content": "Why is the sky blue? 蓝 🟦\n"}]
-    text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ours.render_chat(messages) == text
-    assert ours.encode(text, add_special_tokens=False) == reference(text, add_special_tokens=False).input_ids
-    assert sorted(ours.eos_token_ids) == [0, 2]
 
 
 def test_the_bundle_loads_and_peaks_below_250_mb(dense_bundle, tmp_path):

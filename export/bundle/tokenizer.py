@@ -34,6 +34,7 @@ class BundleTokenizer:
     """``tokenizer.json`` and the chat template of a bundle or a model directory.
 
     Attributes:
+        chat_template: the template's source; None where there is none.
         special_tokens: name to text, as the chat template sees them (``bos_token``, ``eos_token``, ...).
         bos_token_id: from the manifest, else from the tokenizer; None when there is none.
         eos_token_ids: every id that ends a text: from the manifest, else generation_config.json, else the tokenizer.
@@ -55,19 +56,15 @@ class BundleTokenizer:
         self.tokenizer.no_padding()
         config = read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(config, read_json(self.directory / "special_tokens_map.json"))
-        self._template_source = _template_source(self.directory, config)
+        self.chat_template = _template_source(self.directory, config)
         self._template: Template | None = None
         manifest = read_json(self.directory / MANIFEST)
         self.bos_token_id: int | None = manifest.get("bos_token_id", self._id_of("bos_token"))
         self.eos_token_ids = self._eos_ids(manifest)
 
     @property
-    def chat_template(self) -> str | None:
-        return self._template_source
-
-    @property
     def has_chat_template(self) -> bool:
-        return self._template_source is not None
+        return self.chat_template is not None
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on.
@@ -81,10 +78,10 @@ class BundleTokenizer:
         """
         import jinja2
 
-        if self._template_source is None:
+        if self.chat_template is None:
             raise RunError(f"{self.directory} has no chat template: give the prompt as plain text, with chat off")
         try:
-            self._template = self._template or _compile(self._template_source)
+            self._template = self._template or _compile(self.chat_template)
             text: str = self._template.render(
                 messages=list(messages),
                 tools=None,
