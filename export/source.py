@@ -27,23 +27,15 @@ from saap.system.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """What the graph computes in and how its weights are stored.
+    """What the graph computes in and how its weights are stored."""
 
-    Attributes:
-        bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
-        group_size: weights per scale; 0 at 32 bit.
-        floats: type of activations, scales, norms and float weights: float32 or float16.
-        kv: type of the KV cache: ``floats``, or int8.
-        matrices: bits of the linears that a tuned directory holds at other than ``bits``, by module name.
-    """
-
-    bits: int = 4
-    group_size: int = 32
+    bits: int = 4  # of the linears: 4, 8, or 32 for floats (of type ``floats``)
+    group_size: int = 32  # weights per scale; 0 at 32 bit
     head_bits: int = 4
     accuracy_level: int = 4
-    floats: str = "float32"
-    kv: str = "float32"
-    matrices: Mapping[str, int] = field(default_factory=dict)
+    floats: str = "float32"  # type of activations, scales, norms and float weights: float32 or float16
+    kv: str = "float32"  # type of the KV cache: ``floats``, or int8
+    matrices: Mapping[str, int] = field(default_factory=dict)  # a tuned directory's other bits, by module name
 
     @property
     def all_bits(self) -> tuple[int, ...]:
@@ -53,15 +45,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """One or several linears over the same input as one: rows of N are independent, so they are stacked.
+    """One or several linears over the same input as one: rows of N are independent, so they are stacked."""
 
-    Attributes:
-        matrix: [N, K], floats or integers.
-        bias: [N] or None.
-    """
-
-    matrix: torch.Tensor | QuantMatrix
-    bias: torch.Tensor | None
+    matrix: torch.Tensor | QuantMatrix  # [N, K], floats or integers
+    bias: torch.Tensor | None  # [N] or None
 
 
 class WeightSource(Protocol):

@@ -39,17 +39,11 @@ Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows,
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export` wrote.
+    """What :func:`export` wrote."""
 
-    Attributes:
-        path: the bundle, or the GGUF file.
-        manifest: the bundle's ``bundle.json``; None for a GGUF file.
-        gguf: what became of the matrices in a GGUF file; None for a bundle.
-    """
-
-    path: Path
-    manifest: BundleManifest | None = None
-    gguf: GGUFReport | None = None
+    path: Path  # the bundle, or the GGUF file
+    manifest: BundleManifest | None = None  # the bundle's ``bundle.json``; None for a GGUF file
+    gguf: GGUFReport | None = None  # what became of the matrices in a GGUF file; None for a bundle
 
 
 class GraphWriter(Protocol):

@@ -30,23 +30,16 @@ class Node:
 
 @dataclass
 class Tensor:
-    """An initialiser: where it is stored, and what it is for.
-
-    Attributes:
-        bits: of one element.
-        layer: decoder layer; None for embedding, head, tables and constants.
-        parameters: numbers of the model that it holds; 0 for scales, zero points, tables and constants.
-        place: where the bytes are, equal for tensors that share them; None inside the graph.
-    """
+    """An initialiser: where it is stored, and what it is for."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bits: int
+    bits: int  # of one element
     bytes: int
-    place: tuple[str, int] | None
-    layer: int | None = None
-    parameters: int = 0
+    place: tuple[str, int] | None  # where the bytes are, equal for tensors that share them; None inside the graph
+    layer: int | None = None  # decoder layer; None for embedding, head, tables and constants
+    parameters: int = 0  # numbers of the model that it holds; 0 for scales, zero points, tables and constants
     readers: list[tuple[Node, int]] = field(default_factory=list)  # node and position among its inputs
 
 

@@ -18,16 +18,11 @@ from export.generate.sampling import GREEDY, Draw, Sampling
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How an answer is written.
+    """How an answer is written."""
 
-    Attributes:
-        max_tokens: tokens to draw at most.
-        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
-    """
-
-    max_tokens: int = 256
+    max_tokens: int = 256  # tokens to draw at most
     sampling: Sampling = GREEDY
-    stop_ids: Collection[int] | None = None
+    stop_ids: Collection[int] | None = None  # ids that end the text; None means every end-of-text id of the tokenizer
     clock: Callable[[], float] = time.perf_counter
 
 

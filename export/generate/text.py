@@ -37,41 +37,29 @@ SAMPLED = tuple(SamplingSettings.__annotations__)
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """One answer.
-
-    Attributes:
-        ids: tokens drawn, one that ends the text included.
-        n_prompt: tokens of the prompt, template included.
-        n_prompt_read: how many of them were not in the cache.
-        prefill_seconds: until the first token; ``decode_seconds``: from there to the end.
-        stop_reason: ``eos``, ``length`` (max_tokens reached), ``context`` (the cache is full) or ``interrupted``.
-    """
+    """One answer."""
 
     prompt: str
     text: str
-    ids: list[int]
-    n_prompt: int
-    n_prompt_read: int
+    ids: list[int]  # tokens drawn, one that ends the text included
+    n_prompt: int  # tokens of the prompt, template included
+    n_prompt_read: int  # how many of them were not in the cache
     n_gen: int
-    prefill_seconds: float
+    prefill_seconds: float  # until the first token; ``decode_seconds``: from there to the end
     decode_seconds: float
-    stop_reason: str | None
+    stop_reason: str | None  # eos, length (max_tokens reached), context (the cache is full) or interrupted
 
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """A bundle that is loaded and answers prompts.
-
-    Attributes:
-        conversation: keeps what was said before; None where each prompt is a plain text that is continued.
-    """
+    """A bundle that is loaded and answers prompts."""
 
     manifest: BundleManifest
     sampling: Sampling
     threads: int
     context: int
     ask: Callable[[str], Generation]
-    conversation: Conversation | None
+    conversation: Conversation | None  # None where each prompt is a plain text that is continued
 
 
 def generate(

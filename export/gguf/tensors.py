@@ -25,17 +25,11 @@ ROWS_AT_ONCE = 4096  # bounds the temporary floats of a large vocabulary
 
 @dataclass(frozen=True)
 class Encoded:
-    """A matrix in a GGUF type.
+    """A matrix in a GGUF type."""
 
-    Attributes:
-        data: [N, K] float16 or float32, or [N, bytes per row] uint8.
-        error: largest |W' - W| of a group of 32 over the largest |W| of that group, worst group.
-        carried: share of the groups whose integers were taken over as they are; 0 for a float matrix.
-    """
-
-    data: np.ndarray
-    error: float
-    carried: float
+    data: np.ndarray  # [N, K] float16 or float32, or [N, bytes per row] uint8
+    error: float  # largest |W' - W| of a group of 32 over the largest |W| of that group, worst group
+    carried: float  # share of the groups whose integers were taken over as they are; 0 for a float matrix
 
 
 def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:

@@ -29,39 +29,26 @@ BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
 
 @dataclass(frozen=True)
 class WrittenMatrix:
-    """A matrix of the model in the file.
-
-    Attributes:
-        relative_error: as in :class:`export.gguf.tensors.Encoded`.
-        carried: share of its groups taken over as integers.
-    """
+    """A matrix of the model in the file."""
 
     type: str
-    relative_error: float
-    carried: float
+    relative_error: float  # as in :class:`export.gguf.tensors.Encoded`
+    carried: float  # share of its groups taken over as integers
 
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What a GGUF file holds.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        kind: GGUF type of the linears; None where each tuned matrix has its own.
-        worst_error_carried: over the matrices whose groups all were carried over; None without any.
-        worst_error_rounded: over the others.
-        notes: what differs from what was asked, for a person.
-    """
+    """What a GGUF file holds."""
 
     file: Path
     bytes: int
-    architecture: str
-    kind: str | None
+    architecture: str  # llama.cpp's name
+    kind: str | None  # GGUF type of the linears; None where each tuned matrix has its own
     layers: int
     tensors: dict[str, WrittenMatrix]
-    worst_error_carried: float | None
-    worst_error_rounded: float | None
-    notes: list[str]
+    worst_error_carried: float | None  # over the matrices whose groups all were carried over; None without any
+    worst_error_rounded: float | None  # over the others
+    notes: list[str]  # what differs from what was asked, for a person
 
 
 def export_gguf(

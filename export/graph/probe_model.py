@@ -22,13 +22,9 @@ CONTEXT = 4096  # positions of the rotary tables; a step reads one of them
 
 @dataclass(frozen=True)
 class ProbeModel:
-    """A model without its weights.
+    """A model without its weights."""
 
-    Attributes:
-        shape: its layers are all alike, each as large as the largest of the model.
-    """
-
-    shape: ModelShape
+    shape: ModelShape  # its layers are all alike, each as large as the largest of the model
     traits: Traits
     architecture: Architecture
     precision: Precision

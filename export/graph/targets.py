@@ -22,16 +22,11 @@ CUDA_STEP = 8
 
 @dataclass(frozen=True)
 class Target:
-    """Where a bundle runs.
-
-    Attributes:
-        dotprod: the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer).
-        onnxruntime: oldest version that must load it, such as ``1.23``; None is whatever the graph needs.
-    """
+    """Where a bundle runs."""
 
     name: str = "cpu"
-    dotprod: bool = True
-    onnxruntime: str | None = None
+    dotprod: bool = True  # the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer)
+    onnxruntime: str | None = None  # oldest version that must load it, as 1.23; None: whatever the graph needs
 
     def precision(self, precision: Precision, kv_bits: int, accuracy_level: int) -> Precision:
         """``precision`` as this target computes it.

@@ -37,26 +37,10 @@ class ModelConfig(Protocol):
 class Architecture:
     """One family: module names, relative to a decoder layer or to the model, and what sets it apart from LLaMA.
 
-    Attributes:
-        family: the stem of its classes in transformers.
-        packed_qkv: one module that holds query, key and value, in this order; empty where they are three.
-        packed_gate_up: one module that holds gate and up, in this order; empty where they are two.
-        attention_norm, ffn_norm: norm of what a block reads; empty where there is none.
-        query_norm, key_norm: norm of queries and keys before the rotary embedding; empty where there is none.
-        qk_norm_spans_heads: one norm over all heads, not one for each.
-        attention_post_norm, ffn_post_norm: norm of what a block adds to the residual stream; empty where there is none.
-        offset_norms: the norms' weights are stored minus one.
-        scaled_embedding: the embedding is multiplied by the square root of the hidden size.
-        qkv_bias: query, key and value always have a bias, the output projection never.
-        window: which layers slide: none, all, or those that ``config.layer_types`` names.
-        local_rotary: sliding layers have a rotary base of their own.
-        skips_rotary: ``config.no_rope_layers`` is 0 for the layers without rotary embedding.
-        multipliers: the config has factors of the embedding, of attention scores, of what a block adds, and of logits.
-        gguf: llama.cpp's architectures ``llama`` and ``deci`` hold it.
-        optimum: optimum may write its portable graph; the others' windows and norms are tried in ours only.
+    A norm whose name is empty is one that the family does not have.
     """
 
-    family: str = "Llama"
+    family: str = "Llama"  # the stem of its classes in transformers
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -64,30 +48,30 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
-    packed_qkv: str = ""
+    packed_qkv: str = ""  # one module that holds query, key and value, in this order; empty where they are three
     output: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
-    packed_gate_up: str = ""
+    packed_gate_up: str = ""  # one module that holds gate and up, in this order; empty where they are two
     down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    query_norm: str = ""
+    attention_norm: str = "input_layernorm"  # of what the block reads
+    query_norm: str = ""  # before the rotary embedding
     key_norm: str = ""
-    qk_norm_spans_heads: bool = False
-    attention_post_norm: str = ""
+    qk_norm_spans_heads: bool = False  # one norm over all heads, not one for each
+    attention_post_norm: str = ""  # of what the block adds to the residual stream
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
-    offset_norms: bool = False
-    scaled_embedding: bool = False
-    qkv_bias: bool = False
+    offset_norms: bool = False  # the norms' weights are stored minus one
+    scaled_embedding: bool = False  # the embedding is multiplied by the square root of the hidden size
+    qkv_bias: bool = False  # query, key and value always have a bias, the output projection never
     activation: str = "silu"
     activation_key: str = "hidden_act"
-    window: Literal["none", "all", "by layer"] = "none"
-    local_rotary: bool = False
-    skips_rotary: bool = False
-    multipliers: bool = False
-    gguf: bool = False
-    optimum: bool = False
+    window: Literal["none", "all", "by layer"] = "none"  # which layers slide; by ``config.layer_types``
+    local_rotary: bool = False  # sliding layers have a rotary base of their own
+    skips_rotary: bool = False  # ``config.no_rope_layers`` is 0 for the layers without rotary embedding
+    multipliers: bool = False  # factors of the embedding, attention scores, what a block adds, and logits
+    gguf: bool = False  # llama.cpp's architectures ``llama`` and ``deci`` hold it
+    optimum: bool = False  # optimum may write its portable graph; the others' windows and norms are tried in ours only
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -143,37 +127,23 @@ ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What one layer's attention does.
+    """What one layer's attention does."""
 
-    Attributes:
-        window: tokens that a token sees, itself included; 0 is all before it.
-        rotary: the layer's rotary tables: ``default``, ``local`` (a second base, for sliding layers) or None.
-    """
-
-    window: int = 0
-    rotary: Literal["default", "local"] | None = "default"
+    window: int = 0  # tokens that a token sees, itself included; 0 is all before it
+    rotary: Literal["default", "local"] | None = "default"  # its tables; local: of a second base, where layers slide
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a model's forward pass does beyond its sizes.
-
-    Attributes:
-        activation: of the gate, by its name in transformers.
-        attention_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
-        embedding_scale: factor of the embedding; None is 1.
-        residual_scale: factor of what a block adds to the residual stream; None is 1.
-        logit_scale: factor of the logits; None is 1.
-        logit_cap: c in logits = c * tanh(logits / c); None caps nothing.
-    """
+    """What a model's forward pass does beyond its sizes."""
 
     layers: tuple[LayerTraits, ...]
-    activation: str = "silu"
-    attention_scale: float | None = None
-    embedding_scale: float | None = None
-    residual_scale: float | None = None
-    logit_scale: float | None = None
-    logit_cap: float | None = None
+    activation: str = "silu"  # of the gate, by its name in transformers
+    attention_scale: float | None = None  # factor of the attention scores; None is 1 / sqrt(head_dim)
+    embedding_scale: float | None = None  # factor of the embedding; None is 1
+    residual_scale: float | None = None  # factor of what a block adds to the residual stream; None is 1
+    logit_scale: float | None = None  # factor of the logits; None is 1
+    logit_cap: float | None = None  # c in logits = c * tanh(logits / c); None caps nothing
 
 
 def architecture_of(config: object) -> Architecture:

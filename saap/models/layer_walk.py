@@ -25,15 +25,10 @@ Given = dict[str, object]  # arguments of a layer besides the hidden states
 
 @dataclass
 class Batch:
-    """Some sequences on their way through the decoder.
+    """Some sequences on their way through the decoder."""
 
-    Attributes:
-        hidden: what reaches the first layer, [sequences, tokens, hidden].
-        given: the other arguments of each layer: masks and rotary tables, which families vary by layer.
-    """
-
-    hidden: torch.Tensor
-    given: list[Given] = field(default_factory=list)
+    hidden: torch.Tensor  # what reaches the first layer, [sequences, tokens, hidden]
+    given: list[Given] = field(default_factory=list)  # each layer's masks and rotary tables
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

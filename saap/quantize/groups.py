@@ -65,19 +65,13 @@ class QuantMatrix:
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """What a model's matrices become.
+    """What a model's matrices become."""
 
-    Attributes:
-        bits: of the decoder layers' linears.
-        symmetric: of the linears; the vocabulary always is, as the graph demands.
-        bits_of: of the linears that do not have ``bits``, by module name.
-    """
-
-    bits: int
+    bits: int  # of the decoder layers' linears
     group_size: int
     head_bits: int
-    symmetric: bool = True
-    bits_of: Mapping[str, int] = field(default_factory=dict)
+    symmetric: bool = True  # of the linears; the vocabulary always is, as the graph demands
+    bits_of: Mapping[str, int] = field(default_factory=dict)  # of the linears that do not have ``bits``, by module name
 
     def bits_for(self, name: str) -> int:
         return self.bits_of.get(name, self.bits)

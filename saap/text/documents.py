@@ -40,16 +40,11 @@ DOCUMENT_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with their origin.
+    """Texts with their origin."""
 
-    Attributes:
-        texts: documents in file order; evaluation text files are one document, exactly as they are.
-        sha256: over the texts, for the lineage of a result.
-    """
-
-    texts: tuple[str, ...]
+    texts: tuple[str, ...]  # documents in file order; evaluation text files are one document, exactly as they are
     source: str
-    sha256: str
+    sha256: str  # over the texts, for the lineage of a result
 
     @property
     def text(self) -> str:

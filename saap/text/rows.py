@@ -69,24 +69,17 @@ def training_rows(
 class TuningRows:
     """What is learnt from.
 
-    Attributes:
-        ids: token ids, int64 [rows, tokens].
-        labels: int64 [rows, tokens]: the token AT that place, -100 where it is not learnt. The model shifts: the label
-            of place t is predicted from the places before t, so the first of a row never is.
-        sha256: over the text; None for text that the model wrote itself.
-        kind: ``text`` or ``chat``.
-        note: what the user should be told about how the data was read; None where there is nothing to tell.
-        documents: the text, to hold against an evaluation's (:func:`saap.text.overlap.refuse_overlap`); None as
-            ``sha256``.
+    A label is the token AT its place, -100 where it is not learnt. The model shifts: the label of place t is predicted
+    from the places before t, so the first of a row never is.
     """
 
-    ids: torch.Tensor
-    labels: torch.Tensor
+    ids: torch.Tensor  # token ids, int64 [rows, tokens]
+    labels: torch.Tensor  # int64 [rows, tokens]
     source: str
-    sha256: str | None
-    kind: str
-    note: str | None = None
-    documents: Documents | None = None
+    sha256: str | None  # over the text; None for text that the model wrote itself
+    kind: str  # ``text`` or ``chat``
+    note: str | None = None  # what the user should be told about how the data was read
+    documents: Documents | None = None  # to hold against an evaluation's text; None as ``sha256``
 
     def __len__(self) -> int:
         return len(self.ids)
