@@ -49,14 +49,7 @@ class Outcome:
 
 
 class Rounds:
-    """Runs the workers.
-
-    Args:
-        peers: all that are measured.
-        plan: how.
-        recorder: of power, which runs beside.
-        progress: called as (label, done, total) in worker processes.
-    """
+    """Runs the workers, which ``progress`` counts, while the recorder reads the power."""
 
     def __init__(
         self, peers: Sequence[Peer], plan: BenchOptions, recorder: Recorder, progress: Progress | None
