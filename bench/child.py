@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
@@ -89,11 +89,13 @@ def call(
         return answer
 
 
-def job_and_tell() -> tuple[dict[str, object], Tell]:
-    """In a child: the job, and what writes an object to the parent.
+def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
+    """In a child: the job, of a dataclass, and what writes an object to the parent.
 
     What libraries print goes to stderr from now on, so that stdout holds our lines only.
     """
+    import msgspec  # which this module is asked for, too, where it may be missing
+
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -101,7 +103,7 @@ def job_and_tell() -> tuple[dict[str, object], Tell]:
         out.write(json.dumps(document) + "\n")
         out.flush()
 
-    return json.load(sys.stdin), tell
+    return msgspec.json.decode(sys.stdin.buffer.read(), type=kind), tell
 
 
 def read_lines(
@@ -241,5 +243,4 @@ def _found(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    job, tell = job_and_tell()
-    tell({"missing": absent([*EVERY_WORKER, *cast("list[str]", job["modules"])])})
+    print(json.dumps({"missing": absent([*EVERY_WORKER, *json.load(sys.stdin)["modules"]])}))

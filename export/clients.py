@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from devices.common.files import write_text
-from export.bundle.genai import GENAI_CONFIG, genai_document, genai_model
+from export.bundle.genai import GENAI_CONFIG, genai_config
 from export.bundle.manifest import BundleManifest
 from export.bundle.tokenizer import BundleTokenizer
-from saap.models.architectures import PER_LAYER, SLIM
+from saap.models.architectures import PER_LAYER, SLIM, entries_of
 
 CONFIG = "config.json"
 PROBES = (  # what tokenizers disagree about: spaces, digits, code, other scripts, joined emoji, special tokens
@@ -28,28 +27,19 @@ PROBES = (  # what tokenizers disagree about: spaces, digits, code, other script
 )
 
 
-def write_genai_config(directory: str | Path, manifest: BundleManifest) -> Path:
-    """Write ``genai_config.json`` into ``directory``, by rename; to be called before the manifest hashes the files."""
-    return _write(Path(directory) / GENAI_CONFIG, genai_document(genai_model(manifest)))
-
-
-def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str, Any] | None:
+def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[str, object] | None:
     """The ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
 
     optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
     head size (optimum-onnx 0.1.0 reads ``head_dim`` for few model types only). So the layers with attention must have
     equal KV heads, and ``num_attention_heads`` is the number that gives the right quotient, not the one of any layer.
-
-    Args:
-        config: of the exported model directory.
-        manifest: of the bundle.
     """
     kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
     if len(kv_heads) != 1 or manifest.hidden_size % manifest.head_dim:
         return None
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "quantization_config", "_name_or_path")
     cached = [index for index, layer in enumerate(manifest.layers) if layer.query_heads]
-    lists = {key: [config[key][index] for index in cached] for key in PER_LAYER if config.get(key)}
+    lists = {key: [entries[i] for i in cached] for key in PER_LAYER if (entries := entries_of(config, key))}
     return {
         **{key: value for key, value in config.items() if key not in ours},
         **lists,
@@ -61,19 +51,18 @@ def optimum_config(config: dict[str, Any], manifest: BundleManifest) -> dict[str
     }
 
 
-def write_client_files(directory: Path, config: dict[str, Any], manifest: BundleManifest) -> BundleManifest:
-    """Write what onnxruntime-genai and optimum read; the manifest, with what is known of genai's tokenizer."""
-    write_genai_config(directory, manifest)
-    write_optimum_config(directory, config, manifest)
+def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> BundleManifest:
+    """Write what onnxruntime-genai and optimum read, before the manifest hashes the files.
+
+    Returns:
+        The manifest, with what is known of genai's tokenizer.
+    """
+    for name, document in ((GENAI_CONFIG, genai_config(manifest)), (CONFIG, optimum_config(config, manifest))):
+        if document is not None:
+            write_text(directory / name, json.dumps(document, indent=2) + "\n")
     has_tokenizer = (directory / "tokenizer.json").is_file()
     note = genai_tokenizer_note(directory) if has_tokenizer else "not compared: the model came without tokenizer.json"
     return replace(manifest, lineage={**manifest.lineage, "genai_tokenizer": note})
-
-
-def write_optimum_config(directory: str | Path, config: dict[str, Any], manifest: BundleManifest) -> Path | None:
-    """Write :func:`optimum_config`, if there is one, into ``directory``; before the manifest hashes the files."""
-    document = optimum_config(config, manifest)
-    return None if document is None else _write(Path(directory) / CONFIG, document)
 
 
 def genai_tokenizer_note(directory: str | Path) -> str | None:
@@ -100,8 +89,3 @@ def genai_tokenizer_note(directory: str | Path) -> str | None:
     except RuntimeError as error:  # what its binding raises for a tokenizer that it does not know
         return f"{name} cannot read the tokenizer ({str(error).splitlines()[0]}): give it ids"
     return None
-
-
-def _write(path: Path, document: dict[str, Any]) -> Path:
-    write_text(path, json.dumps(document, indent=2) + "\n")
-    return path

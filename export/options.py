@@ -52,11 +52,7 @@ class ExportOptions:
     ] = None
 
     def check(self) -> None:
-        """Refuse values that are not allowed, and options that do not go together.
-
-        Raises:
-            UserError: names the options by their flags.
-        """
+        """Refuse values that are not allowed, and options that do not go together."""
         check_values(self)
         if self.bits is not None and self.bits not in BITS[self.target]:
             allowed = ", ".join(map(str, BITS[self.target]))

@@ -6,44 +6,36 @@ What is one matrix in a graph (queries, keys and values; gate and up) comes stac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from saap.models.architectures import Architecture, architecture_of, shape_of
-from saap.models.checkpoint import read_config
+from export.bundle.manifest import BundleManifest, LayerSizes
+from saap.models.architectures import Architecture, ModelConfig, architecture_of, shape_of
+from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import module_bits, stacked_bits
+from saap.models.slim_quant import module_bits, quant_of, stacked_bits
 from saap.models.weight_files import tensor_reader
-from saap.quantize.groups import QuantMatrix, check_blocks, quantize
+from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What the graph computes in and how its weights are stored.
+    """What the graph computes in and how its weights are stored."""
 
-    Attributes:
-        bits: of the linears: 4, 8, or 32 for floats (of type ``floats``).
-        block: quantisation group; 0 at 32 bit.
-        head_bits: of embedding and head.
-        accuracy_level: of MatMulNBits.
-        floats: type of activations, scales, norms and float weights: float32 or float16.
-        kv: type of the KV cache: ``floats``, or int8.
-        matrices: bits of the linears that a tuned directory holds at other than ``bits``, by module name.
-    """
-
-    bits: int = 4
-    block: int = 32
+    bits: int = 4  # of the linears: 4, 8, or 32 for floats (of type ``floats``)
+    group_size: int = 32  # weights per scale; 0 at 32 bit
     head_bits: int = 4
     accuracy_level: int = 4
-    floats: str = "float32"
-    kv: str = "float32"
-    matrices: Mapping[str, int] = field(default_factory=dict)
+    floats: str = "float32"  # type of activations, scales, norms and float weights: float32 or float16
+    kv: str = "float32"  # type of the KV cache: ``floats``, or int8
+    matrices: Mapping[str, int] = field(default_factory=dict)  # a tuned directory's other bits, by module name
 
     @property
     def all_bits(self) -> tuple[int, ...]:
@@ -53,15 +45,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """One or several linears over the same input as one: rows of N are independent, so they are stacked.
+    """One or several linears over the same input as one: rows of N are independent, so they are stacked."""
 
-    Attributes:
-        matrix: [N, K], floats or integers.
-        bias: [N] or None.
-    """
-
-    matrix: torch.Tensor | QuantMatrix
-    bias: torch.Tensor | None
+    matrix: torch.Tensor | QuantMatrix  # [N, K], floats or integers
+    bias: torch.Tensor | None  # [N] or None
 
 
 class WeightSource(Protocol):
@@ -94,25 +81,20 @@ class ModelSource:
         self.architecture: Architecture = architecture_of(self.config)
         self.shape: ModelShape = shape_of(self.config)
         self.names, self.read = tensor_reader(directory)
-        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        self.quant = quant_of(self.config)
 
     @cached_property
-    def transformers_config(self) -> Any:
-        """The model's config as transformers reads it."""
-        from transformers import AutoConfig
+    def transformers_config(self) -> ModelConfig:
+        return transformers_config(self.directory)
 
-        import saap.models.checkpoint  # noqa: F401  registers our model type
-
-        return AutoConfig.from_pretrained(self.directory, local_files_only=True)
-
-    def precision(self, bits: int | None, block: int | None, head_bits: int | None) -> Precision:
+    def precision(self, bits: int | None, group_size: int | None, head_bits: int | None) -> Precision:
         """What to export at; a tuned directory has its own integers and refuses others."""
         if self.quant:
             own = Precision(
                 self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
                 matrices=self.quant.get("matrices", {}),
             )  # fmt: skip
-            for asked, has, what in ((bits, own.bits, "bits"), (block, own.block, "group size")):
+            for asked, has, what in ((bits, own.bits, "bits"), (group_size, own.group_size, "group size")):
                 if asked is not None and asked != has:
                     raise UserError(
                         f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
@@ -121,7 +103,7 @@ class ModelSource:
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
             raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
-        return Precision(bits, 0 if bits == 32 else block or 32, 32 if bits == 32 else head_bits or bits)
+        return Precision(bits, 0 if bits == 32 else group_size or 32, 32 if bits == 32 else head_bits or bits)
 
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
@@ -130,41 +112,28 @@ class ModelSource:
             UserError: widths that are not whole groups, or tuned integers that are not what the config says.
         """
         if self.quant:
-            qweight, scales, zero_points = (self.tensor(f"{module}.{part}") for part in QuantMatrix.PARTS)
-            bits, block = module_bits(self.quant, self.architecture, module), int(self.quant["block"])
-            if qweight.shape[2] * 8 != block * bits:
+            qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
+            bits, group_size = module_bits(self.quant, self.architecture, module), self.quant["block"]
+            if qweight.shape[2] * 8 != group_size * bits:
                 raise UserError(
-                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {block} that "
-                    "config.json says: make the directory again"
+                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {group_size} "
+                    "that config.json says: make the directory again"
                 )
-            return QuantMatrix(qweight, scales, zero_points, bits, block)
+            return QuantMatrix(qweight, scales, zero_points, bits, group_size)
         in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
-        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.tensor(f"{module}.weight").float()
+        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.read(f"{module}.weight").float()
         if bits == 32:
             return weight
-        check_blocks(weight.shape[1], precision.block, module)
-        return quantize(weight, bits, precision.block)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint.
-
-        Raises:
-            UserError: the checkpoint does not hold what the config promises.
-        """
-        if name not in self.names:
-            raise UserError(
-                f"{self.directory} has no tensor {name}, which its config.json asks for: get the model again"
-            )
-        return self.read(name)
+        check_groups(weight.shape[1], precision.group_size, module)
+        return quantize(weight, bits, precision.group_size)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`; ``layer`` None: the last."""
         module = getattr(self.architecture, field)
         name = module if layer is None else f"{self.architecture.layers}.{layer}.{module}"
-        return self.tensor(f"{name}.weight").float() + float(self.architecture.offset_norms)
+        return self.read(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def bias(self, module: str) -> torch.Tensor | None:
-        """The bias of a linear, or None."""
         name = f"{module}.bias"
         return self.read(name).float() if name in self.names else None
 
@@ -194,8 +163,8 @@ class ModelSource:
         rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
         matrix: torch.Tensor | QuantMatrix
         if packed:
-            qweight, scales, zero_points = (torch.cat([getattr(p, name) for p in packed]) for name in QuantMatrix.PARTS)
-            matrix = QuantMatrix(qweight, scales.float(), zero_points, packed[0].bits, packed[0].block)
+            matrix = QuantMatrix.stacked(packed)
+            matrix = replace(matrix, scales=matrix.scales.float())
         else:
             matrix = torch.cat([p for p in parts if isinstance(p, torch.Tensor)])
         biases, bias = [self.bias(module) for module in modules], None
@@ -210,3 +179,27 @@ def is_symmetric(matrix: QuantMatrix) -> bool:
         return True
     zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
     return bool((zero_points == 2 ** (matrix.bits - 1)).all())
+
+
+def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig) -> BundleManifest:
+    """The manifest of a bundle as far as sizes and precision tell it."""
+    kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
+    return BundleManifest(
+        target="cpu",
+        model_type=config.model_type,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        head_dim=shape.head_dim,
+        context_length=config.max_position_embeddings,
+        layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
+        bits=16 if precision.floats == "float16" and precision.bits == 32 else precision.bits,
+        block=precision.group_size,
+        accuracy_level=precision.accuracy_level,
+        parameters=shape.parameters,
+        weight_bytes_per_token=0,
+        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
+        kv_dtype=precision.kv,
+        bos_token_id=None,
+        eos_token_ids=[],
+        onnxruntime_min="",
+    )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.manifest import BundleManifest, LayerSizes, write_manifest
+from export.bundle.manifest import BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, end_ids
 from export.clients import write_client_files
 from export.gguf.write import BITS as GGUF_TYPES
@@ -22,7 +21,7 @@ from export.needs import export_needs
 from export.options import PARITY_ROWS, PARITY_TOKENS, ExportOptions
 from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
-from export.source import ModelSource, Precision
+from export.source import ModelSource, Precision, sized_manifest
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import read_record
@@ -40,36 +39,26 @@ Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows,
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export` wrote.
+    """What :func:`export` wrote."""
 
-    Attributes:
-        path: the bundle, or the GGUF file.
-        manifest: the bundle's ``bundle.json``; None for a GGUF file.
-        gguf: what became of the matrices in a GGUF file; None for a bundle.
-    """
-
-    path: Path
-    manifest: BundleManifest | None = None
-    gguf: GGUFReport | None = None
+    path: Path  # the bundle, or the GGUF file
+    manifest: BundleManifest | None = None  # the bundle's ``bundle.json``; None for a GGUF file
+    gguf: GGUFReport | None = None  # what became of the matrices in a GGUF file; None for a bundle
 
 
 class GraphWriter(Protocol):
     """What writes the graphs of a bundle; what cannot be written is refused when it is made."""
 
     precision: Precision
-    onnxruntime_min: str
-    lineage: dict[str, str]
+    onnxruntime_min: str  # oldest version that runs it
+    lineage: dict[str, str]  # what the manifest says about the writer
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
         """Write weights and graphs; the bytes of weights that one token reads."""
 
 
 def export(
-    model: str | Path,
-    options: ExportOptions | None = None,
-    *,
-    output: str | Path,
-    progress: Progress | None = None,
+    model: str | Path, options: ExportOptions | None = None, *, output: str | Path, progress: Progress | None = None
 ) -> ExportResult:
     """Write a model as a bundle, its parity with the torch model checked, or as a GGUF file.
 
@@ -119,7 +108,9 @@ def write_bundle(
     else:
         calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
         writer = MicrosoftWriter(source, options, calibration)
-    _check_tokenizer(source)
+    _eos_ids(source)  # a damaged tokenizer is reported before weights are written
+    if (source.directory / "tokenizer.json").is_file():
+        BundleTokenizer(source.directory)
     with writing_directory(out) as partial_out:
         copy_sidecars(source.directory, partial_out)
         read = writer.write(partial_out, progress)
@@ -145,11 +136,7 @@ def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Ten
 
 
 def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
-    """Refuse what memory or disk is too small for, before anything is written.
-
-    Raises:
-        UserError: says what is needed.
-    """
+    """Refuse what memory or disk is too small for, before anything is written."""
     config = read_config(directory)
     shape = shape_of(config)
     if config.get("slim_quant"):
@@ -165,32 +152,18 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
 
 def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
     """The manifest without its files and parity."""
-    shape, precision, config = source.shape, writer.precision, source.transformers_config
-    kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
-    record = read_record(source.directory)
-    half = precision.floats == "float16"
-    return BundleManifest(
+    precision, config, record = writer.precision, source.transformers_config, read_record(source.directory)
+    return replace(
+        sized_manifest(source.shape, precision, config),
         target=target,
-        model_type=config.model_type,
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        head_dim=shape.head_dim,
-        context_length=config.max_position_embeddings,
-        layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
-        bits=16 if half and precision.bits == 32 else precision.bits,
-        block=precision.block,
-        accuracy_level=precision.accuracy_level,
-        parameters=shape.parameters,
         weight_bytes_per_token=bytes_per_token,
-        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
-        kv_dtype=precision.kv,
         bos_token_id=config.bos_token_id,
         eos_token_ids=_eos_ids(source),
         onnxruntime_min=writer.onnxruntime_min,
         lineage={
             "model_sha256": weights_hash(source.directory),
             "head_bits": precision.head_bits,
-            **({"matrices": source.quant["matrices"]} if source.quant and source.quant.get("matrices") else {}),
+            **({"matrices": precision.matrices} if precision.matrices else {}),
             "method": record.get("method"),
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),
@@ -198,13 +171,6 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
             **writer.lineage,
         },
     )
-
-
-def _check_tokenizer(source: ModelSource) -> None:
-    """Report a damaged tokenizer before weights are written."""
-    _eos_ids(source)
-    if (source.directory / "tokenizer.json").is_file():
-        BundleTokenizer(source.directory)
 
 
 def _eos_ids(source: ModelSource) -> list[int]:

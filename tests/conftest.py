@@ -234,10 +234,9 @@ class _Made:
     """Models that were made in this session, by what they were made of."""
 
     def __init__(self, home: Path, tokenizer: Any) -> None:
-        from transformers import masking_utils
+        from support.fast_passes import skip_packing
 
-        # Without a cache it looks for packed sequences, which is most of a tiny model's pass; here are none.
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        skip_packing()
         self.home, self.tokenizer, self.made = home, tokenizer, {}
 
     def copied(self, path: Path, build: Callable[[], Any], seed: int, *key: Any) -> Path:

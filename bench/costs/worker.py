@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from bench.child import job_and_tell
 from bench.measure.cores import pin
-from export.bundle.decoder import Logits, OrtDecoder
+from export.bundle.decoder import OrtDecoder
 
 TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them
 LEAST_TURNS = 4
 SCHEDSTAT = Path("/proc/thread-self/schedstat")  # its second number is the time in the run queue
+
+Step = tuple[int, int]  # nanoseconds of a decode step, and of those spent waiting for a core
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,6 @@ class CostsJob:
     seconds: float
 
 
-class Placed(Protocol):
-    """A decoder whose next step can be put at any position."""
-
-    def place(self, length: int) -> None: ...
-
-    def step(self, token_id: int) -> Logits: ...
-
-
 class PlacedDecoder(OrtDecoder):
     """A bundle whose cache counts as filled without a prefill: attention takes its time over zeros too."""
 
@@ -54,16 +46,8 @@ class PlacedDecoder(OrtDecoder):
         self.length = length
 
 
-@dataclass(frozen=True)
-class Step:
-    """One decode step, in nanoseconds: as the clock saw it, and how much of that it waited for its core."""
-
-    ns: int
-    waited_ns: int
-
-
 def take_turns(
-    decoders: Sequence[Placed],
+    decoders: Sequence[PlacedDecoder],
     depth: int,
     seconds: float,
     clock: Callable[[], int] = time.perf_counter_ns,
@@ -88,14 +72,14 @@ def take_turns(
     return taken
 
 
-def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
+def _turn(decoder: PlacedDecoder, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
     decoder.place(depth - SKIPPED)
     token, steps = 0, []
     for _ in range(SKIPPED + TURN):
         before, start = waited(), clock()
         token = int(np.argmax(decoder.step(token)))
         end = clock()
-        steps.append(Step(end - start, waited() - before))
+        steps.append((end - start, waited() - before))
     return steps[SKIPPED:]
 
 
@@ -115,19 +99,13 @@ def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
 
 def main() -> None:
     """Read a ``CostsJob`` from stdin, write the nanoseconds of every step to stdout."""
-    given, tell = job_and_tell()
-    job = msgspec.convert(given, CostsJob)
+    job, tell = job_and_tell(CostsJob)
     pin(job.cpus)
     decoders = [PlacedDecoder(path, job.threads, job.depth + TURN, verify=False) for path in job.paths]
     take_turns(decoders, job.depth, 0)  # warm-up
     with waiting_clock() as waited:
-        taken = take_turns(decoders, job.depth, job.seconds, waited=waited)
-    tell(
-        {
-            "samples_ns": [[[step.ns for step in turn] for turn in turns] for turns in taken],
-            "waited_ns": [[[step.waited_ns for step in turn] for turn in turns] for turns in taken],
-        }
-    )
+        taken = np.array(take_turns(decoders, job.depth, job.seconds, waited=waited))
+    tell({"samples_ns": taken[..., 0].tolist(), "waited_ns": taken[..., 1].tolist()})
 
 
 if __name__ == "__main__":

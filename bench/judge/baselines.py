@@ -101,11 +101,7 @@ def write_baseline(folder: Path, baseline: Baseline) -> Path:
 
 
 def read_baselines(folder: Path, name: str) -> list[Baseline]:
-    """The baselines of one model, of all devices.
-
-    Raises:
-        RegressionError: there is none, or one is damaged.
-    """
+    """The baselines of one model, of all devices. Raises RegressionError: there is none, or one is damaged."""
     files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
     found = [b for b in map(BASELINE.read, files) if b.name == name]
     if not found:

@@ -15,22 +15,11 @@ from devices.common.errors import UserError
 
 DECODE, PREFILL = "decode", "prefill"
 LEAST_REPETITIONS = 3
-# What a device's fingerprint is made of, as a person knows it.
+# What a device's fingerprint is made of, as a person knows it; "emulated" is of results of older versions.
 IDENTITY = (
-    "board",
-    "cpu_model",
-    "architecture",
-    "isa",
-    "cores",
-    "memory_bytes",
-    "governor",
-    "os",
-    "python",
-    "onnxruntime",
-    "emulated",  # of results that older versions made within limits
-    "power_mode",
-    "l4t",
-)
+    "board", "cpu_model", "architecture", "isa", "cores", "memory_bytes", "governor", "os", "python", "onnxruntime",
+    "emulated", "power_mode", "l4t",
+)  # fmt: skip
 
 
 class CompareError(UserError):

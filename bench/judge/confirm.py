@@ -91,8 +91,11 @@ def confirm_files(
             progress=progress,
         )
         results.append(fresh)
-        minimum = comparison.min_effect
-        again = compare_within(fresh, "old", "new", minimum) if both else compare(_only(old, before), fresh, minimum)
+        again = (
+            compare_within(fresh, "old", "new", comparison.min_effect)
+            if both
+            else compare(replace(old, measurements=[before]), fresh, comparison.min_effect)
+        )
         rows.append(replace(confirmed(row, again.rows[0]), name=row.name, against=row.against))
     return Confirmed(replace(comparison, rows=rows), results)
 
@@ -116,16 +119,6 @@ def _gone(m: Measurement, result: Result, here: str) -> str | None:
 
 def _plan_of(m: Measurement, result: Result, plan: BenchOptions) -> BenchOptions:
     return replace(
-        plan,
-        prompt=m.n_prompt,
-        generate=m.n_gen,
-        depth=m.n_depth,
-        threads=m.n_threads,
-        provider=m.provider,
-        seed=result.settings.get("seed", 0),
-        cold=False,
-    )
-
-
-def _only(result: Result, m: Measurement) -> Result:
-    return replace(result, measurements=[m])
+        plan, prompt=m.n_prompt, generate=m.n_gen, depth=m.n_depth, threads=m.n_threads, provider=m.provider,
+        seed=result.settings.get("seed", 0), cold=False,
+    )  # fmt: skip

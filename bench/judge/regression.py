@@ -13,7 +13,7 @@ not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,11 +37,11 @@ from bench.measure.answers import NLL_TOLERANCE, Answer, answer_of
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
 from bench.measure.statistics import typical
+from devices.probe.host import probe
 
 RUNS = 2
 AGAIN = 2  # times a run that is INVALID is measured once more: most of what makes it so passes
 LEAST_TEXT = 8  # tokens: fewer say little
-HOW = "record one here with `saap devices baseline BUNDLE`"
 
 Measure = Callable[[BenchOptions], Result]  # a run of the model on the device, wherever that is
 
@@ -136,29 +136,29 @@ def retest(
         RegressionError: no baseline of that name.
         OtherDeviceError: none of this device.
     """
+    allowed = limits or Limits()
+
+    def measured(baseline: Baseline) -> Result:
+        return measure(replace(plan_of(baseline), max_time_s=allowed.max_time_s))
+
     found = read_baselines(folder, name)
     if here is not None and all(b.fingerprint != here for b in found):
-        raise OtherDeviceError(f"no baseline of {name} is of this device: {_differing(found, None)}; {HOW}")
+        raise _other_device(name, found, probe())
     chosen = next((b for b in found if b.fingerprint == here), None) or next((b for b in found if b.on == on), found[0])
-    limits = limits or Limits()
-    first = measure(_plan_of(chosen, limits))
+    first = measured(chosen)
     same = next((b for b in found if b.fingerprint == first.device.get("fingerprint")), None)
     if same is None:
-        raise OtherDeviceError(f"no baseline of {name} is of this device: {_differing(found, first)}; {HOW}")
+        raise _other_device(name, found, first.device)
     if plan_of(same) != plan_of(chosen):  # recorded with other lengths or another text
-        first = measure(_plan_of(same, limits))
+        first = measured(same)
     results = [first]
-    checks = judge_all(same.pooled, first, limits)
+    checks = judge_all(same.pooled, first, allowed)
     if any(check.verdict == WORSE for check in checks):
-        results.append(measure(_plan_of(same, limits)))
+        results.append(measured(same))
         if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
             raise OtherDeviceError(f"the device changed between two runs: {differs}; test again")
-        checks = _confirmed(checks, judge_all(same.pooled, results[1], limits))
+        checks = _confirmed(checks, judge_all(same.pooled, results[1], allowed))
     return DeviceTest(same, checks, results)
-
-
-def _plan_of(baseline: Baseline, limits: Limits) -> BenchOptions:
-    return replace(plan_of(baseline), max_time_s=limits.max_time_s)
 
 
 def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:
@@ -174,17 +174,10 @@ def plan_of(baseline: Baseline) -> BenchOptions:
     result = baseline.results[0]
     (m,) = result.measurements
     return BenchOptions(
-        prompt=m.n_prompt,
-        generate=m.n_gen,
-        depth=m.n_depth,
-        threads=m.n_threads,
-        provider=m.provider,
-        repetitions=result.settings.get("repetitions"),
-        seed=result.settings.get("seed", 0),
-        text=tuple(result.settings.get("text", ())),
-        greedy=len(answer_of(result).tokens),
-        cold=False,
-    )
+        prompt=m.n_prompt, generate=m.n_gen, depth=m.n_depth, threads=m.n_threads, provider=m.provider,
+        repetitions=result.settings.get("repetitions"), seed=result.settings.get("seed", 0),
+        text=tuple(result.settings.get("text", ())), greedy=len(answer_of(result).tokens), cold=False,
+    )  # fmt: skip
 
 
 def _check(plan: BenchOptions, runs: int) -> None:
@@ -199,12 +192,12 @@ def _check(plan: BenchOptions, runs: int) -> None:
         raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
-def _differing(found: Sequence[Baseline], now: Result | None) -> str:
-    from devices.probe.host import probe
-
-    device = probe() if now is None else now.device
+def _other_device(name: str, found: Sequence[Baseline], device: Mapping[str, object]) -> OtherDeviceError:
     told = [device_differs(b.results[0].device, device) or "" for b in found]
-    return "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in told))
+    differs = "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in told))
+    return OtherDeviceError(
+        f"no baseline of {name} is of this device: {differs}; record one here with `saap devices baseline BUNDLE`"
+    )
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,7 @@ def _loss(logits: Logits, token: int) -> float:
 def main() -> None:
     from bench.runtimes.decoders import make_decoder
 
-    given, tell = job_and_tell()
-    job = msgspec.convert(given, _Job)
+    job, tell = job_and_tell(_Job)
     pin(job.cpus)
     decoder = make_decoder(job.path, job.threads, len(job.ids) + job.greedy, job.provider)
     tell(answers(decoder, job.ids, job.greedy))

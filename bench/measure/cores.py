@@ -10,6 +10,7 @@ shares (memory, vector units, a second hardware thread). It allocates nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -174,15 +175,12 @@ class CoolDown:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._limit_s, self._root, self._clock, self._sleep = limit_s, root, clock, sleep
-        self._start_c = temperature(root) if limit_s > 0 else None
+        start_c = temperature(root) if limit_s > 0 else None
+        self._cool_c = math.inf if start_c is None else start_c + ABOVE_START_C
 
     def wait(self) -> float:
         """Wait, and say for how many seconds."""
         begun = self._clock()
-        while (spent := self._clock() - begun) < self._limit_s and self._warm():
+        while (spent := self._clock() - begun) < self._limit_s and (temperature(self._root) or 0.0) > self._cool_c:
             self._sleep(LOOK_EVERY_S)
         return spent
-
-    def _warm(self) -> bool:
-        now = temperature(self._root) if self._start_c is not None else None
-        return now is not None and self._start_c is not None and now > self._start_c + ABOVE_START_C

@@ -25,6 +25,7 @@ from bench.measure.result import Bandwidth
 
 BUFFER = 256 << 20
 PASSES = 5
+TIMEOUT_S = 120
 
 Floats = NDArray[np.float32]
 READERS: tuple[Callable[[Floats], object], ...] = (
@@ -41,14 +42,14 @@ class _Job:
     passes: int
 
 
-def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None, timeout_s: float = 120) -> Bandwidth:
+def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None) -> Bandwidth:
     """Probe in a child pinned to ``cpus``, one thread each. A child that fails leaves no samples and the reason."""
     job = _Job(list(cpus), max(BUFFER, 4 * (cache_bytes or 0)), PASSES)
     # One BLAS thread: the parallelism is the probe's own.
     env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     found = Bandwidth(len(cpus), job.buffer_bytes, [], cache_bytes)
     try:
-        samples = call("bench.measure.roofline", asdict(job), timeout_s, env)["samples"]
+        samples = call("bench.measure.roofline", asdict(job), TIMEOUT_S, env)["samples"]
     except ChildFailedError as error:
         return replace(found, unknown={"samples": f"the bandwidth probe failed: {error}"})
     return replace(found, samples=msgspec.convert(samples, list[float]))
@@ -77,8 +78,7 @@ def read_passes(threads: int, buffer_bytes: int, passes: int, clock: Callable[[]
 
 
 def main() -> None:
-    given, tell = job_and_tell()
-    job = msgspec.convert(given, _Job)
+    job, tell = job_and_tell(_Job)
     pin(job.cpus)
     if job.buffer_bytes > psutil.virtual_memory().available:
         sys.exit(f"less than {job.buffer_bytes >> 20} MiB of memory are free")

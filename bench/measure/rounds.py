@@ -49,14 +49,7 @@ class Outcome:
 
 
 class Rounds:
-    """Runs the workers.
-
-    Args:
-        peers: all that are measured.
-        plan: how.
-        recorder: of power, which runs beside.
-        progress: called as (label, done, total) in worker processes.
-    """
+    """Runs the workers, which ``progress`` counts, while the recorder reads the power."""
 
     def __init__(
         self, peers: Sequence[Peer], plan: BenchOptions, recorder: Recorder, progress: Progress | None
@@ -87,7 +80,8 @@ class Rounds:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
-                widths = {s: half_width(working) for s in active if (working := self._working(s))}
+                working = {s: [o for o in self.outcomes[s] if o.failure is None] for s in active}
+                widths = {setting: half_width(outcomes) for setting, outcomes in working.items() if outcomes}
                 known = self.plan.precision if self._round >= KNOWN_ROUNDS else 0.0
                 active = [setting for setting, width in widths.items() if width > known]
                 now = time.monotonic()
@@ -150,9 +144,6 @@ class Rounds:
             prepacked=peer.prepacked,
             root=str(self.plan.root),
         )
-
-    def _working(self, setting: Setting) -> list[Outcome]:
-        return [outcome for outcome in self.outcomes[setting] if outcome.failure is None]
 
     def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
         """How many processes there will be: an interval shrinks with the root of their number, and time is limited."""

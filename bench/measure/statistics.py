@@ -67,11 +67,10 @@ def bootstrap_ratio(
     new: Sequence[float],
     *,
     paired: bool = False,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Ratio ``new / old`` with a percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
+    """Ratio ``new / old`` with a 95 % percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
 
     Args:
         old, new: positive values, one per process.
@@ -93,8 +92,7 @@ def bootstrap_ratio(
         resampled = np.median(picks[1], axis=1) - np.median(picks[0], axis=1) if least > 1 else None
     if resampled is None:
         return math.exp(ratio), 0.0, math.inf
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(resampled, [tail, 100 - tail])
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return math.exp(ratio), math.exp(low), math.exp(high)
 
 

@@ -50,12 +50,6 @@ class Rule:
     breaks: Callable[[float], bool]
     reason: str
 
-    def find(self, values: Values) -> Finding | None:
-        value = values.get(self.key)
-        if value is None or not self.breaks(value):
-            return None
-        return Finding(self.key, self.status, value, self.reason.format(value=value, mb=value / 1e6))
-
 
 def _above(limit: float) -> Callable[[float], bool]:
     return lambda value: value > limit
@@ -131,10 +125,10 @@ def _findings(values: Values) -> Iterator[Finding]:
     """One per broken rule; a counter that is unknown breaks none."""
     seen = set()
     for rule in RULES:
-        finding = rule.find(values)
-        if finding and rule.key not in seen:
+        value = values.get(rule.key)
+        if value is not None and rule.breaks(value) and rule.key not in seen:
             seen.add(rule.key)
-            yield finding
+            yield Finding(rule.key, rule.status, value, rule.reason.format(value=value, mb=value / 1e6))
     for special in (_firmware, _clock_moved, _neighbours, _memory_taken):
         yield from special(values)
 

@@ -16,7 +16,6 @@ from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from bench.child import job_and_tell
@@ -51,12 +50,7 @@ class Pass:
 
 
 def timed_pass(
-    decoder: Decoder,
-    prompt: Ids,
-    steps: int,
-    clock: Clock,
-    context: Ids | None = None,
-    live: Live | None = None,
+    decoder: Decoder, prompt: Ids, steps: int, clock: Clock, context: Ids | None = None, live: Live | None = None
 ) -> Pass:
     """Reset, put ``context`` in, prefill ``prompt`` [n], then exactly ``steps`` greedy steps past any end of text.
 
@@ -247,8 +241,7 @@ _MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_byte
 
 def main() -> None:
     """Read the ``Job`` from stdin, write a ``Measured`` or a ``ColdLoad`` to stdout."""
-    given, tell = job_and_tell()
-    job = msgspec.convert(given, Job)
+    job, tell = job_and_tell(Job)
     load, facts = _runtime_of(job)
     if job.only_load:
         tell(asdict(_loaded(job, load)))

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 
 from bench.power.sensors import Found, Sensor, is_input, of_rails, scope_of
-from devices.probe.tegrastats import Tegrastats, parse_tegrastats
+from devices.probe.tegrastats import parse_tegrastats
 
 INTERVAL_MS = 100
 PMIC_RATE_HZ = 2.0  # every reading starts a process
@@ -85,9 +85,9 @@ class TegrastatsStream:
 
     def __iter__(self) -> Iterator[float]:
         for line in _lines(self._process):
-            watts = _power(parse_tegrastats(line), self._labels)
-            if watts is not None:
-                yield watts
+            rails = parse_tegrastats(line).rails
+            if all(label in rails for label in self._labels):  # the sum of the others would be another number
+                yield sum(rails[label].now_w for label in self._labels)
 
     def close(self) -> None:
         """End the process; an iteration that runs in another thread ends with it."""
@@ -159,10 +159,3 @@ def _labels(process: subprocess.Popen[bytes]) -> list[str]:
         timer.cancel()
         timer.join()
         end(process)
-
-
-def _power(line: Tegrastats, labels: Sequence[str]) -> float | None:
-    """None where a rail is missing: the sum of the others would be another number."""
-    if any(label not in line.rails for label in labels):
-        return None
-    return sum(line.rails[label].now_w for label in labels)

@@ -279,11 +279,7 @@ def pieces(source: Path | bytes, offset: int) -> Iterator[bytes]:
 
 
 def size_of(source: Path | bytes) -> int:
-    """Bytes.
-
-    Raises:
-        BoardError: a file that is gone.
-    """
+    """Bytes. Raises BoardError: a file that is gone."""
     if isinstance(source, bytes):
         return len(source)
     try:

@@ -226,15 +226,12 @@ class Switch:
     """The power of a place, by `labgrid-client power`, which knows the driver of each kind of switch.
 
     In a process of its own: its drivers print, block, and share one manager of places.
-
-    Attributes:
-        switched: it was off, and was switched on here.
     """
 
     address: str  # of the coordinator
     place: str
     name: str
-    switched: bool = False
+    switched: bool = False  # it was off, and was switched on here
 
     def is_on(self) -> bool | None:
         """None where the switch does not tell."""
@@ -244,11 +241,7 @@ class Switch:
         return {"on": True, "off": False}.get(state)
 
     def turn(self, action: str) -> None:
-        """``on`` or ``off``.
-
-        Raises:
-            BoardError: it could not.
-        """
+        """``on`` or ``off``. Raises BoardError: it could not."""
         code, said = self._power(action)
         if code:
             self.switched = False

@@ -52,15 +52,10 @@ class LostFarmError(BoardError):
 
 @dataclass
 class Taken:
-    """What was taken for a run, written down before it is taken, so that an error leaves nothing behind.
+    """What was taken for a run, written down before it is taken, so that an error leaves nothing behind."""
 
-    Attributes:
-        place: acquired by this run; None for one that its user had acquired, which is left so.
-        token: of a reservation.
-    """
-
-    place: str | None = None
-    token: str | None = None
+    place: str | None = None  # acquired by this run; None for one that its user had acquired, which is left so
+    token: str | None = None  # of a reservation
 
 
 class Service(msgspec.Struct):
@@ -82,11 +77,7 @@ class Found:
 
 
 def client() -> ModuleType:
-    """labgrid's client.
-
-    Raises:
-        BoardError: it is not installed.
-    """
+    """labgrid's client. Raises BoardError: it is not installed."""
     hook = sys.excepthook
     try:
         from labgrid.remote import client as found

@@ -18,11 +18,7 @@ class BoardOptions:
     board_packages: Annotated[bool, Option("With --on: use what the board's Python has, make no venv.")] = False
 
     def check(self, on_a_board: bool = True) -> None:
-        """Refuse what contradicts itself.
-
-        Raises:
-            UserError: naming the options.
-        """
+        """Refuse what contradicts itself. Raises UserError: naming the options."""
         if not on_a_board and (self.wheels is not None or self.board_packages):
             raise UserError("--wheels and --board-packages belong to --on: name a board")
         if self.wheels is not None and self.board_packages:

@@ -48,13 +48,12 @@ class Task(Generic[T]):
 
     Attributes:
         job: what the measuring process is told beside the places of the bundles, by its ``kind`` (bench.remote.job).
-        positions: of each bundle's cache, for what memory is needed; None: the measuring process sees to it.
         read: makes the answer of the board's name and the document that was written there. A document that is none
             raises TypeError, KeyError, AttributeError or ValueError.
     """
 
     job: Mapping[str, object]
-    positions: int | None
+    positions: int | None  # of each bundle's cache, for what memory is needed; None: the measuring process sees to it
     read: Callable[[str, object], T]
 
 
@@ -74,11 +73,7 @@ class Answer(Generic[T]):
 
 
 def routes_to(urls: Sequence[str]) -> list[Route]:
-    """How the boards are reached.
-
-    Raises:
-        BoardError: a URL that names no board, or one board twice.
-    """
+    """How the boards are reached. Raises BoardError: a URL that names no board, or one board twice."""
     routes = [route_to(url) for url in urls]
     if len({route.name for route in routes}) != len(routes):  # ssh://board/ is ssh://board
         raise BoardError("a board is named twice: name each once")
@@ -86,11 +81,7 @@ def routes_to(urls: Sequence[str]) -> list[Route]:
 
 
 def run_on_all(
-    routes: Sequence[Route],
-    shipment: Shipment,
-    task: Task[T],
-    progress: Progress | None = None,
-    say: Say | None = None,
+    routes: Sequence[Route], shipment: Shipment, task: Task[T], progress: Progress | None = None, say: Say | None = None
 ) -> list[Answer[T]]:
     """Run on every board, all at once; one answer per board, in their order.
 
@@ -109,11 +100,7 @@ def run_on_all(
 
 
 def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:
-    """Run on one board; it is left clean whatever happens.
-
-    Raises:
-        BoardError: naming the board and what to do.
-    """
+    """Run on one board; it is left clean whatever happens. Raises BoardError: naming the board and what to do."""
     told = progress or (lambda label, done, total: None)
     _preflight(board, shipment, task.positions)
     with noted_run(board) as run:

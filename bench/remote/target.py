@@ -123,11 +123,7 @@ def bench_on(
 
 
 def measure_on(board: Board, shipment: Shipment, options: BenchOptions, progress: Progress | None = None) -> Result:
-    """Measure on one board that is connected already.
-
-    Raises:
-        BoardError: naming the board and what to do.
-    """
+    """Measure on one board that is connected already. Raises BoardError: naming the board and what to do."""
     return run_on(board, shipment, _bench_task(shipment, options), progress)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.judge.wording import DASH, TIMES, as_float, megabytes, number, percent, plain
+from bench.judge.wording import DASH, TIMES, as_float, megabytes, number, percent, plain, threads
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
 from bench.report.tables import Row, table_rows
@@ -40,18 +40,16 @@ class Card:
 
 def entries_of(results: Sequence[Result]) -> list[Entry]:
     """All measurements in order; the test and the thread count join the name where they vary."""
-    found = [
-        (result, measurement, row)
-        for result in results
-        for measurement, row in zip(result.measurements, table_rows(result), strict=True)
-    ]
-    tests, widths = ({getattr(m, name) for _, m, _ in found} for name in ("test", "n_threads"))
+    tests, widths = ({getattr(m, name) for r in results for m in r.measurements} for name in ("test", "n_threads"))
 
     def name(m: Measurement) -> str:
-        threads = f"{m.n_threads} thread{'s' * (m.n_threads != 1)}"
-        return ", ".join([m.name, *([m.test] * (len(tests) > 1)), *([threads] * (len(widths) > 1))])
+        return ", ".join([m.name, *([m.test] * (len(tests) > 1)), *([threads(m.n_threads)] * (len(widths) > 1))])
 
-    return [Entry(result, m, row, name(m)) for result, m, row in found]
+    return [
+        Entry(result, m, row, name(m))
+        for result in results
+        for m, row in zip(result.measurements, table_rows(result), strict=True)
+    ]
 
 
 def model_of(entry: Entry, names: Sequence[str]) -> str | None:
@@ -91,44 +89,34 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
 
 
 def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, object]]) -> list[Card]:
-    cards = [_size_card(*pair), _speed_card(*pair), _memory_card(*pair)] if pair else []
+    cards = []
+    if pair:
+        refused = _refused(*pair)
+        sizes = [entry.measurement.model.model_bytes for entry in pair]
+        peaks = [entry.measurement.peak("peak_decode_bytes") for entry in pair]
+        cards = [
+            _bytes_card(pair, "Size", sizes, "weights and graph on disk"),
+            _speed_card(*pair, refused),
+            _bytes_card(pair, "Memory", peaks, "peak of the process while decoding", refused),
+        ]
     quality_card = _quality_card(pair, quality)
     return [*cards, quality_card] if quality_card else cards
 
 
-def _size_card(old: Entry, new: Entry) -> Card:
-    before, after = old.measurement.model.model_bytes, new.measurement.model.model_bytes
-    return Card(
-        "Size",
-        megabytes(after),
-        "MB",
-        _rows(old, megabytes(before), new, megabytes(after)),
-        ratio=_ratio(before, after) if old is not new else None,
-        gain=True,
-        note="weights and graph on disk",
-    )
+def _bytes_card(
+    pair: tuple[Entry, Entry], title: str, sizes: Sequence[int | None], note: str, refused: str | None = None
+) -> Card:
+    (old, new), (before, after) = pair, sizes
+    ratio = _ratio(before, after) if old is not new and not refused else None
+    rows = _rows(old, megabytes(before), new, megabytes(after))
+    return Card(title, megabytes(after), "MB", rows, ratio, refused, True, note)
 
 
-def _memory_card(old: Entry, new: Entry) -> Card:
-    before, after = (entry.measurement.peak("peak_decode_bytes") for entry in (old, new))
-    refused = _refused(old, new)
-    return Card(
-        "Memory",
-        megabytes(after),
-        "MB",
-        _rows(old, megabytes(before), new, megabytes(after)),
-        ratio=_ratio(before, after) if old is not new and not refused else None,
-        refused=refused,
-        gain=True,
-        note="peak of the process while decoding",
-    )
-
-
-def _speed_card(old: Entry, new: Entry) -> Card:
-    metric, threads = metric_of(new.measurement), new.measurement.n_threads
+def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
+    metric = metric_of(new.measurement)
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
-    note = f"{metric}, median of {len(new.measurement.samples)}, {threads} thread{'s' * (threads != 1)}"
-    refused, ratio = _refused(old, new), None
+    note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
+    ratio = None
     if old is not new and not refused:
         # A pair is of one result: its repetitions were taken in turn, and `saap bench` says the same ratio of them.
         times = decisive_values(new.measurement, old.measurement)
@@ -149,12 +137,10 @@ def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, 
     note = "" if top1 is None else f"{percent(top1)} same top token as the dense model"
     before, after = as_float(old.get("perplexity")), as_float(new.get("perplexity"))
     if after is not None:
-        values = [
-            (plain(row.get("name")), number(row.get("perplexity"))) for row in ([new] if old is new else [old, new])
-        ]
-        return Card(
-            "Quality", number(after), "perplexity", values, _ratio(before, after) if old is not new else None, note=note
-        )
+        shown = [new] if old is new else [old, new]
+        values = [(plain(row.get("name")), number(row.get("perplexity"))) for row in shown]
+        ratio = _ratio(before, after) if old is not new else None
+        return Card("Quality", number(after), "perplexity", values, ratio, note=note)
     if (kl := as_float(new.get("kl"))) is not None:
         return Card("Quality", number(kl, 3), "nats", [(plain(new.get("name")), "KL to dense")], note=note)
     return None

@@ -26,17 +26,11 @@ _WIDTH = 5.4  # inches
 
 @dataclass(frozen=True)
 class Kept:
-    """Shares and prices of a plan.
+    """Shares and prices of a plan."""
 
-    Attributes:
-        shares: [rows, layers] what is kept of what the dense model had, 0 to 1; NaN where it had none.
-        totals: [rows] the same over all layers.
-        prices: [blocks, layers] nats per token; None where the plan has no prices.
-    """
-
-    shares: Array
-    totals: Array
-    prices: Array | None = None
+    shares: Array  # [rows, layers] what is kept of what the dense model had, 0 to 1; NaN where it had none
+    totals: Array  # [rows] the same over all layers
+    prices: Array | None = None  # [blocks, layers] nats per token; None where the plan has no prices
 
 
 def kept_of(plan: Mapping[str, object]) -> Kept | None:

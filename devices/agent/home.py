@@ -8,9 +8,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 CACHE = "SAAP_CACHE"  # moves the folder, as everywhere in this project
 STALE_S = 120  # a lock that nobody has touched for so long, and whose process is gone, holds nothing
@@ -29,32 +28,20 @@ class AgentError(Exception):
 
 
 def home() -> Path:
-    """The folder, made where it is missing.
-
-    Raises:
-        AgentError: it cannot be written.
-    """
-    chosen = os.environ.get(CACHE)
-    places = [_absolute(chosen)] if chosen else [*_users(), Path("/data/local/tmp/saap")]  # the latter is Android's
+    """The folder, made where it is missing. Raises AgentError: it cannot be written."""
+    places = [Path("/data/local/tmp/saap")]  # Android's
+    with contextlib.suppress(RuntimeError):  # no home
+        places.insert(0, Path.home() / ".cache/saap")
+    if chosen := os.environ.get(CACHE):
+        with contextlib.suppress(RuntimeError):  # sshd's SetEnv leaves a ~ as it is
+            chosen = str(Path(chosen).expanduser())
+        places = [Path(chosen).absolute()]  # since a run is started in another folder than a login
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
     raise AgentError(f"{places[0]} cannot be written: free it, or name another folder there in {CACHE}")
-
-
-def _absolute(chosen: str) -> Path:
-    """Since a run is started in another folder than a login; sshd's SetEnv leaves a ~ as it is."""
-    with contextlib.suppress(RuntimeError):  # no home
-        return Path(chosen).expanduser().absolute()
-    return Path(chosen).absolute()
-
-
-def _users() -> list[Path]:
-    with contextlib.suppress(RuntimeError):
-        return [Path.home() / ".cache/saap"]
-    return []
 
 
 def boot_id(root: str) -> str:
@@ -65,37 +52,36 @@ def boot_id(root: str) -> str:
         return ""
 
 
-def started(pid: int) -> str | None:
-    """When a process that still runs was started, in ticks: with the pid it names one process. See proc(5), stat."""
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from its state on (proc(5), stat); empty where there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
+        return []
 
 
-def alive(pid: int | None, start: str | None) -> bool:
-    return pid is not None and start is not None and started(pid) == start
+def started(pid: int) -> str | None:
+    """When a process that still runs was started, in ticks: with the pid it names one process."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in ("Z", "X") else None
+
+
+def alive(process: Mapping[str, object]) -> bool:
+    """Whether the very process of a ``pid`` and a ``start`` runs."""
+    pid, start = process.get("pid"), process.get("start")
+    return isinstance(pid, int) and start is not None and started(pid) == start
 
 
 def below(pid: int) -> list[int]:
     """Its children and theirs."""
-    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {each: int(fields[1]) for each in pids if (fields := _stat(each))}
     found: list[int] = []
     wanted = [pid]
     while wanted:
         wanted = [child for child, parent in parents.items() if parent in wanted]
         found += wanted
     return found
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-        )
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -109,7 +95,7 @@ def write_json(path: Path, document: object) -> None:
     partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """An object, empty where there is none that can be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -128,19 +114,15 @@ class Lock:
         self.path, self._guard, self._root = folder / "lock.json", folder / "lock.guard", root
 
     def take(self, run: str, owner: str) -> None:
-        """For ``run``; taken again by the same run, it stays.
-
-        Raises:
-            AgentError: another run holds it.
-        """
+        """For ``run``; taken again by the same run, it stays. Raises AgentError: another run holds it."""
         with guarded(self._guard):
             held = read_json(self.path)
             if held.get("run") == run:
                 write_json(self.path, {**held, "taker": os.getpid()})
                 return
             if self.path.exists() and not self._stale(held):
-                since = _ago(time.time() - float(held.get("since", time.time())))
-                who, process = held.get("owner", "somebody"), held.get("pid")
+                begun, who, process = held.get("since"), held.get("owner", "somebody"), held.get("pid")
+                since = _ago(time.time() - begun if isinstance(begun, float) else 0.0)
                 what = f" (process {process} there)" if process else ""
                 raise AgentError(f"{who} measures there since {since}{what}: wait until that run has ended")
             write_json(
@@ -158,10 +140,6 @@ class Lock:
     def holds(self, run: str) -> bool:
         return read_json(self.path).get("run") == run
 
-    def runs(self) -> bool:
-        held = read_json(self.path)
-        return alive(held.get("pid"), held.get("start"))
-
     def touch(self) -> None:
         with contextlib.suppress(OSError):
             os.utime(self.path)
@@ -178,11 +156,11 @@ class Lock:
             if (held.get("run"), held.get("taker")) == (run, os.getpid()):
                 self.path.unlink(missing_ok=True)
 
-    def _stale(self, held: dict[str, Any]) -> bool:
+    def _stale(self, held: dict[str, object]) -> bool:
         if held.get("boot_id", boot_id(self._root)) != boot_id(self._root):
             return True
         # A board without a clock of its own jumps when it learns the time: a touch far ahead is as old as one long ago.
-        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(held.get("pid"), held.get("start"))
+        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(held)
 
 
 @contextlib.contextmanager

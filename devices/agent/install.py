@@ -33,11 +33,7 @@ _OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
 
 
 def agent_folder(folder: Path, key: str) -> Path:
-    """Where an installation is.
-
-    Raises:
-        AgentError: ``key`` is none.
-    """
+    """Where an installation is. Raises AgentError: ``key`` is none."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise AgentError(f"{key!r} is no installation: the two sides are not of one version")
     return folder / f"agent-{key}"

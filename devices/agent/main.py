@@ -27,7 +27,7 @@ from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from devices.agent.files import Store, free, full
 from devices.agent.home import AgentError, Lock, boot_id, home, started
@@ -37,10 +37,7 @@ from devices.agent.run import end, fetch, follow, start, sweep
 if TYPE_CHECKING:
     from devices.agent.requests import (
         FollowRequest,
-        HeldRequest,
         HelloAnswer,
-        Installation,
-        InstallRequest,
         PutRequest,
         Request,
         TakeAnswer,
@@ -51,9 +48,10 @@ MARK = "saap-agent-1 "
 EVERY_S = 1.0
 GONE_S = 60  # without a byte of a file that is being sent; the other side gives a connection up sooner
 Tell = Callable[[dict[str, object]], None]
+Beat = Callable[..., None]  # whatever takes long calls it now and then
 
 
-def hello(folder: Path, request: Request, tell: Tell) -> HelloAnswer:
+def hello(folder: Path, request: Request, tell: Tell, beat: Beat) -> HelloAnswer:
     """What a preflight asks: bytes, seconds since the epoch.
 
     Raises:
@@ -72,7 +70,7 @@ def hello(folder: Path, request: Request, tell: Tell) -> HelloAnswer:
     }
 
 
-def take(folder: Path, request: TakeRequest, tell: Tell) -> TakeAnswer:
+def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnswer:
     """The lock; then which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
 
     Raises:
@@ -82,12 +80,12 @@ def take(folder: Path, request: TakeRequest, tell: Tell) -> TakeAnswer:
     lock.take(request["run"], request["owner"])
     try:
         sweep(folder)
-        store = Store(folder, _beat(lock, tell))
+        store = Store(folder, beat)
         missing = {}
         for sha in request["files"]:
             if (there := store.held(sha)) is not None:
                 missing[sha] = there
-        agent = ready(folder, request["key"], _beat(lock, tell))
+        agent = ready(folder, request["key"], beat)
         needed = sum(request["files"][sha] - there for sha, there in missing.items())
         needed += request["reserve"] + (0 if agent else request["agent_bytes"])
         if store.make_room(request["files"], needed) < needed:
@@ -98,13 +96,12 @@ def take(folder: Path, request: TakeRequest, tell: Tell) -> TakeAnswer:
     return {"missing": missing, "installed": agent is not None}
 
 
-def put(folder: Path, request: PutRequest, tell: Tell) -> dict[str, bool]:
+def put(folder: Path, request: PutRequest, tell: Tell, beat: Beat) -> dict[str, bool]:
     """A file, or the rest of one.
 
     A computer that lost its network says nothing, and sshd may wait for it for hours: whoever waits for its bytes ends
     before, so that the file is free when it comes back.
     """
-    beat = _beat(Lock(folder, request["root"]), tell)
 
     def heard(done: int | None = None) -> None:
         signal.alarm(GONE_S)
@@ -121,16 +118,7 @@ def put(folder: Path, request: PutRequest, tell: Tell) -> dict[str, bool]:
     return {"whole": True}
 
 
-def held(folder: Path, request: HeldRequest, tell: Tell) -> dict[str, int | None]:
-    return {"held": Store(folder, _beat(Lock(folder, request["root"]), tell)).held(request["sha"])}
-
-
-def installs(folder: Path, request: InstallRequest, tell: Tell) -> Installation:
-    beat = _beat(Lock(folder, request["root"]), tell)
-    return install(folder, request, beat)
-
-
-def follows(folder: Path, request: FollowRequest, tell: Tell) -> dict[str, object]:
+def follows(folder: Path, request: FollowRequest, tell: Tell, beat: Beat) -> dict[str, object]:
     for told in follow(folder, request):
         if isinstance(done := told.get("done"), dict):
             return done
@@ -138,23 +126,25 @@ def follows(folder: Path, request: FollowRequest, tell: Tell) -> dict[str, objec
     raise AgentError("the run is gone")
 
 
-REQUESTS: dict[str, Callable[[Path, Any, Tell], object]] = {
+REQUESTS: dict[str, Callable[..., object]] = {
     "hello": hello,
     "take": take,
-    "held": held,
+    "held": lambda folder, request, tell, beat: {"held": Store(folder, beat).held(request["sha"])},
     "put": put,
-    "install": installs,
-    "start": lambda folder, request, tell: start(folder, request, _beat(Lock(folder, request["root"]), tell)),
+    "install": lambda folder, request, tell, beat: install(folder, request, beat),
+    "start": lambda folder, request, tell, beat: start(folder, request, beat),
     "follow": follows,
-    "fetch": lambda folder, request, tell: fetch(folder, request),
-    "end": lambda folder, request, tell: end(folder, request, _beat(Lock(folder, request["root"]), tell)),
+    "fetch": lambda folder, request, tell, beat: fetch(folder, request),
+    "end": lambda folder, request, tell, beat: end(folder, request, beat),
 }
 
 
 def main() -> None:
     try:
         request = json.loads(sys.stdin.buffer.readline())
-        answer: dict[str, object] = {"answer": REQUESTS[request["do"]](home(), request, say)}
+        folder = home()
+        beat = _beat(Lock(folder, request["root"]), say)
+        answer: dict[str, object] = {"answer": REQUESTS[request["do"]](folder, request, say, beat)}
     except AgentError as error:
         answer = {"error": str(error), "again": error.again}
     except BrokenPipeError:
@@ -187,7 +177,7 @@ def _why(error: OSError) -> str:
     raise error
 
 
-def _beat(lock: Lock, tell: Tell) -> Callable[..., None]:
+def _beat(lock: Lock, tell: Tell) -> Beat:
     """Keeps the lock, and tells how far it is, at most once in ``EVERY_S``."""
     last = 0.0
 

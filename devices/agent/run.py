@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from devices.agent.files import Store, free, full
 from devices.agent.home import (
@@ -32,7 +32,7 @@ from devices.agent.home import (
     started,
     touch,
     write_json,
-)  # fmt: skip
+)
 from devices.agent.install import agent_folder, environment, ready
 
 if TYPE_CHECKING:
@@ -47,17 +47,13 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 def run_folder(folder: Path, run: str) -> Path:
-    """Where a run is.
-
-    Raises:
-        AgentError: ``run`` is none.
-    """
+    """Where a run is. Raises AgentError: ``run`` is none."""
     if not isinstance(run, str) or not _ID.fullmatch(run):
         raise AgentError(f"{run!r} is no run: the two sides are not of one version")
     return folder / "runs" / run
 
 
-def start(folder: Path, request: StartRequest, beat: Callable[[], None] = lambda: None) -> dict[str, str | None]:
+def start(folder: Path, request: StartRequest, beat: Callable[[], None] = lambda: None) -> dict[str, object]:
     """Lay out the bundles and start the supervisor, once: a second call for the same run changes nothing.
 
     Args:
@@ -70,7 +66,7 @@ def start(folder: Path, request: StartRequest, beat: Callable[[], None] = lambda
         return _start(folder, request, beat)
 
 
-def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dict[str, str | None]:
+def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dict[str, object]:
     place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
     if not lock.holds(request["run"]):
         raise AgentError("another run has taken the board meanwhile: measure again")
@@ -120,8 +116,7 @@ def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
         touch(place / "lease")
         lock.touch()
         done = read_json(place / "done.json")  # before the progress, so that nothing of it is missed
-        process = read_json(place / "process.json")
-        gone = not alive(process.get("pid"), process.get("start"))
+        gone = not alive(read_json(place / "process.json"))
         for line, offset in _lines(place / "progress.jsonl", offset):  # noqa: B020 one offset goes through
             yield {"line": line, "at": offset}
         if done or (gone and not read_json(place / "done.json")):
@@ -164,14 +159,14 @@ def end(folder: Path, request: RunRequest, beat: Callable[[], None] = lambda: No
     return {"ended": True}
 
 
-def _end_process(process: dict[str, Any], beat: Callable[[], None]) -> None:
+def _end_process(process: dict[str, object], beat: Callable[[], None]) -> None:
     """Ask the supervisor to end; kill it and all below it when it does not."""
-    pid, begun = process.get("pid"), process.get("start")
-    if pid is None or not alive(pid, begun):
+    pid = process.get("pid")
+    if not isinstance(pid, int) or not alive(process):
         return
     kill(pid, signal.SIGTERM)  # once: what it does then is not to be interrupted
     limit = time.monotonic() + 3 * END_S
-    while alive(pid, begun):
+    while alive(process):
         if time.monotonic() > limit:
             for number in [*below(pid), pid]:
                 kill(number)
@@ -182,8 +177,7 @@ def _end_process(process: dict[str, Any], beat: Callable[[], None]) -> None:
 def sweep(folder: Path) -> None:
     """Remove the runs of others that nobody can come back for: none of their processes runs."""
     for place in (folder / "runs").glob("*"):
-        process = read_json(place / "process.json")
-        if not alive(process.get("pid"), process.get("start")) and abs(time.time() - modified(place)) > LEASE_S:
+        if not alive(read_json(place / "process.json")) and abs(time.time() - modified(place)) > LEASE_S:
             shutil.rmtree(place, ignore_errors=True)
 
 

@@ -28,7 +28,8 @@ class Supervisor:
         self.place, self.folder, self.run = run_folder(folder, run), folder, run
         request = read_json(self.place / "request.json")
         self.lock = Lock(folder, str(request.get("root", "/")))
-        self._lease_s = float(request.get("lease_s", LEASE_S))
+        lease_s = request.get("lease_s")
+        self._lease_s = lease_s if isinstance(lease_s, int | float) else LEASE_S
         self._stop = False
         self._job: subprocess.Popen[bytes] | None = None
 

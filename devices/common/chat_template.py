@@ -37,7 +37,7 @@ class ChatTemplate:
         special_tokens: what the template sees beside the conversation: ``bos_token``, ``eos_token``, ...
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, object]) -> None:
         self._source, self._special_tokens = source, dict(special_tokens)
         self._mark = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None

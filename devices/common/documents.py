@@ -24,25 +24,19 @@ class Document(Generic[T]):
     Attributes:
         kind: the dataclass, or the TypedDict, of which keys that it does not name are kept; constraints are
             ``msgspec.Meta`` in the annotations.
-        what: what a person calls it, such as ``bench result``.
-        remedy: how to get a good one, such as ``run `saap bench --json` again``.
         version: the key that holds the format version, first where the dataclass has no such field; None: none.
-        versions: that can be read; the last is written.
         upgrade: an older document's fields as today's; called on every document before its types are checked.
-        check: what types cannot say; raises ValueError.
-        error: raised for all that is wrong with a file.
-        sealed: whether it carries a checksum.
     """
 
     kind: type[T]
-    what: str
-    remedy: str
+    what: str  # what a person calls it, such as ``bench result``
+    remedy: str  # how to get a good one, such as ``run `saap bench --json` again``
     version: str | None = None
-    versions: tuple[int, ...] = (1,)
+    versions: tuple[int, ...] = (1,)  # that can be read; the last is written
     upgrade: Callable[[dict[str, object]], dict[str, object]] | None = None
-    check: Callable[[T], None] | None = None
-    error: type[UserError] = UserError
-    sealed: bool = True
+    check: Callable[[T], None] | None = None  # what types cannot say; raises ValueError
+    error: type[UserError] = UserError  # raised for all that is wrong with a file
+    sealed: bool = True  # whether it carries a checksum
 
     def read(self, path: str | Path) -> T:
         """The document in a file.

@@ -10,3 +10,8 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, without the lines on where."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from devices.common.errors import UserError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+Value = bool | int | float | str | tuple["Value", ...]
 _MOST = 1 << 31  # a count above this is damage, not a model
 
 # ggml type: name, bits per weight in name only, weights per block, bytes per block (ggml-common.h).
@@ -67,21 +68,25 @@ class Tensor:
 class GgufHeader:
     """Metadata (an array of strings is kept as its length) and tensors by name."""
 
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
 
-    def of_architecture(self, key: str) -> Any:
-        return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
+    def _counts(self, key: str) -> tuple[int, ...]:
+        """The values of ``<architecture>.key``: one for all layers or one for each; empty where it is not given."""
+        value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
+        return tuple(each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, int))
+
+    def _count(self, key: str) -> int | None:
+        return next(iter(self._counts(key)), None) or None
 
     @property
     def vocab_size(self) -> int | None:
-        tokens = self.metadata.get("tokenizer.ggml.tokens") or self.of_architecture("vocab_size")
-        return int(tokens) if tokens else None
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        return tokens if tokens and isinstance(tokens, int) else self._count("vocab_size")
 
     @property
     def context_length(self) -> int | None:
-        length = self.of_architecture("context_length")
-        return int(length) if length else None
+        return self._count("context_length")
 
     @property
     def bits(self) -> int | None:
@@ -101,18 +106,15 @@ class GgufHeader:
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int | None:
         """Bytes that one token adds to the cache, with values of so many bytes; None where sizes are not given."""
-        layers, heads = self.of_architecture("block_count"), self.of_architecture("attention.head_count")
-        width = self.of_architecture("embedding_length")
-        if not layers or not heads or not width:
+        layers, width = self._count("block_count"), self._count("embedding_length")
+        heads = self._counts("attention.head_count")
+        if not layers or not width or not any(heads):
             return None
-        widest = max(heads) if isinstance(heads, tuple) else heads
-        default = width // (widest or 1)
-        key = self.of_architecture("attention.key_length") or default
-        value = self.of_architecture("attention.value_length") or default
-        kv_heads = self.of_architecture("attention.head_count_kv")
-        per_layer = heads if kv_heads is None else kv_heads
-        count = sum(per_layer) if isinstance(per_layer, tuple) else layers * per_layer
-        return int(count * (key + value) * bytes_per_value)
+        key = self._count("attention.key_length") or width // max(heads)
+        value = self._count("attention.value_length") or width // max(heads)
+        kv_heads = self._counts("attention.head_count_kv") or heads
+        count = sum(kv_heads) if len(kv_heads) > 1 else layers * kv_heads[0]
+        return count * (key + value) * bytes_per_value
 
 
 def read_header(path: str | Path) -> GgufHeader:
@@ -142,13 +144,16 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data, self.position = data, position
 
-    def read(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.position)
+    def scalar(self, code: str) -> Value:
+        found: tuple[Value] = struct.unpack_from("<" + code, self.data, self.position)
         self.position += struct.calcsize("<" + code)
-        return value
+        return found[0]
+
+    def read(self, code: str) -> int:
+        return cast("int", self.scalar(code))
 
     def count(self) -> int:
-        number = int(self.read("Q"))
+        number = self.read("Q")
         if number > _MOST:
             raise OverflowError(number)
         return number
@@ -161,11 +166,11 @@ class _Cursor:
         start, self.position = self.position, self.position + size
         return self.data[start : self.position]
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Value:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            return self.read(_SCALARS[kind])
+            return self.scalar(_SCALARS[kind])
         inner, size = self.read("I"), self.count()
         if inner == _STRING:
             for _ in range(size):
@@ -188,7 +193,7 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
         name = cursor.string()
         shape = tuple(cursor.count() for _ in range(cursor.read("I")))
         tensors[name] = Tensor(shape, cursor.read("I"), cursor.read("Q"))  # checked against the length below
-    alignment = int(metadata.get("general.alignment") or 32)
+    alignment = cast("int", metadata.get("general.alignment") or 32)
     _check_length(path, tensors.values(), -(-cursor.position // alignment) * alignment, len(cursor.data))
     return GgufHeader(metadata, tensors)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from msgspec import Meta
 
@@ -36,28 +36,22 @@ class Option:
     """One option of a command.
 
     Attributes:
-        help: one sentence; the default is added where it is neither None, False nor empty.
-        section: the heading that help shows it under.
         flags: its spellings on the command line; empty is the field's name with dashes. A ``bool`` whose only flag is
             not a pair (``--x/--no-x``) sets the opposite of the default.
-        old: spellings that still work and that help does not show.
-        metavar: what help shows for the value.
         shown: False keeps it out of help and off the command line: ``--set NAME=VALUE``, ``--config FILE`` and
             ``--help-all`` know it.
-        hidden: a flag that only ``--help-all`` shows.
         parse: text to value, raising ValueError with one line; None goes by the annotation.
-        repeated: the flag may be given several times, each text is an element of the tuple.
     """
 
-    help: str
-    section: str = "Options"
+    help: str  # one sentence; the default is added where it is neither None, False nor empty
+    section: str = "Options"  # the heading that help shows it under
     flags: tuple[str, ...] = ()
-    old: tuple[str, ...] = ()
-    metavar: str | None = None
+    old: tuple[str, ...] = ()  # spellings that still work and that help does not show
+    metavar: str | None = None  # what help shows for the value
     shown: bool = True
-    hidden: bool = False
-    parse: Callable[[str], Any] | None = None
-    repeated: bool = False
+    hidden: bool = False  # a flag that only ``--help-all`` shows
+    parse: Callable[[str], object] | None = None
+    repeated: bool = False  # the flag may be given several times, each text is an element of the tuple
 
 
 @dataclass(frozen=True)
@@ -65,36 +59,26 @@ class Part:
     """What an options dataclass lets outside set of another one inside it, in place of all that it says itself.
 
     Attributes:
-        flags: the names that are flags; those of the others that are not left out are for ``--set``.
-        without: names that are not set from outside here.
         headings: what help calls sections here, by what it calls them there.
     """
 
-    flags: tuple[str, ...]
-    without: tuple[str, ...] = ()
+    flags: tuple[str, ...]  # the names that are flags; those of the others that are not left out are for ``--set``
+    without: tuple[str, ...] = ()  # names that are not set from outside here
     headings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field that can be set from outside, of an options dataclass or of one inside it.
-
-    Attributes:
-        kind: the type without None: ``int``, ``Path``, ``tuple``, ...
-        optional: whether None is allowed.
-        choices: the values of a ``Literal``.
-        element: what a repeated flag's text becomes.
-        default: ``dataclasses.MISSING`` where a value must be given.
-    """
+    """A field that can be set from outside, of an options dataclass or of one inside it."""
 
     name: str
     option: Option
-    kind: type
-    optional: bool
-    choices: tuple[str | int, ...]
+    kind: type  # the type without None: ``int``, ``Path``, ``tuple``, ...
+    optional: bool  # whether None is allowed
+    choices: tuple[str | int, ...]  # the values of a ``Literal``
     metas: tuple[Meta, ...]
-    default: object
-    element: type = str
+    default: object  # ``dataclasses.MISSING`` where a value must be given
+    element: type = str  # what a repeated flag's text becomes
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -139,11 +123,7 @@ class Setting:
         return " ".join([what, " and ".join(f"{words[k]} {limit}" for k, limit in (low | high).items())]).strip()
 
     def read(self, text: str) -> object:
-        """The value that a text means; of a repeated flag one element.
-
-        Raises:
-            ValueError: what is allowed.
-        """
+        """The value that a text means; of a repeated flag one element. Raises ValueError: what is allowed."""
         choice = next((choice for choice in self.choices if str(choice) == text), None)
         if choice is not None:
             return choice
@@ -250,7 +230,7 @@ def _part(settings: Iterator[Setting], part: Part) -> Iterator[Setting]:
             yield replace(setting, option=option)
 
 
-def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], default: object) -> Setting:
+def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], default: object) -> Setting:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     optional = NoneType in parts
     kinds = [part for part in parts if part is not NoneType]
@@ -268,7 +248,7 @@ def _setting(name: str, option: Option, hint: Any, metas: tuple[Meta, ...], defa
     return Setting(name, option, kind, optional, choices, metas, default, element)
 
 
-def _default(each: Field[Any], base: object) -> object:
+def _default(each: Field[object], base: object) -> object:
     if base is not None:
         return getattr(base, each.name)
     if each.default_factory is not MISSING:
@@ -283,7 +263,7 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
         UserError: a value that must be given is missing.
     """
     hints, values = get_type_hints(kind, include_extras=True), {}
-    for each in fields(cast("Any", kind)):
+    for each in fields(cast("type", kind)):
         default = _default(each, base)
         inner, *extras = (
             get_args(hints[each.name]) if get_origin(hints[each.name]) is Annotated else (hints[each.name],)
@@ -302,11 +282,7 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
 
 
 def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
-    """A setting by its name, with dashes or underscores.
-
-    Raises:
-        UserError: no such name; says which are nearest.
-    """
+    """A setting by its name, with dashes or underscores. Raises UserError: no such name; says which are nearest."""
     plain = name.strip().lstrip("-").replace("-", "_")
     if plain in settings:
         return settings[plain]

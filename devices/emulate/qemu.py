@@ -73,11 +73,7 @@ class Emulated(Local):
 
 
 def find_qemu() -> str:
-    """The emulator.
-
-    Raises:
-        EmulationError: it is not installed.
-    """
+    """The emulator. Raises EmulationError: it is not installed."""
     found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if found is None:
         raise EmulationError("qemu-aarch64 is not installed: `sudo apt install qemu-user mmdebstrap` (Debian, Ubuntu)")

@@ -22,6 +22,7 @@ WHEEL_GPUS = ("sm_89", "sm_90", "sm_120", "sm_121")
 OWN_PYTHON = "install a Python of your own, 3.11 or newer, and onnxruntime into it; then say --onnxruntime VERSION"
 KV8_RUNTIME = (1, 27)  # ONNX Runtime whose attention takes an int8 cache on a CPU
 MEGABYTE = 10**6
+EXPORT = "saap export MODEL -o BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,21 @@ class Fit:
     """The verdict.
 
     Attributes:
-        loads: None of ``refusals`` stands against it.
-        fits: it loads, and the memory suffices at ``context``.
-        largest_context: tokens that fit in the memory, at most the model's; 0 where not even one does.
         ceiling: tokens per second that reading the memory allows, with an empty cache and with a full one; None is
             unknown, and ``remarks`` say why.
-        remedies: what would make it fit.
     """
 
     context: int
     memory: Memory
     available: int
-    loads: bool
-    fits: bool
-    largest_context: int
+    loads: bool  # None of ``refusals`` stands against it
+    fits: bool  # it loads, and the memory suffices at ``context``
+    largest_context: int  # tokens that fit in the memory, at most the model's; 0 where not even one does
     ceiling: tuple[float | None, float | None]
     kernels: tuple[str, ...]
     refusals: tuple[Finding, ...]
     remarks: tuple[str, ...]
-    remedies: tuple[Finding, ...]
+    remedies: tuple[Finding, ...]  # what would make it fit
 
 
 def fit(model: Model, device: Device, context: int) -> Fit:
@@ -72,64 +69,47 @@ def fit(model: Model, device: Device, context: int) -> Fit:
     against = refusals(model, device)
     memory = memory_of(model, device, context)
     largest = largest_context(model, device)
-    fits = not against and memory.total <= device.memory_bytes
+    suffices = memory.total <= device.memory_bytes
     ceiling, why = _ceiling(model, device, context)
     told = remarks(model, device) + why
-    if fits and memory.total > TIGHT * device.memory_bytes:
+    remedies = tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
+    if not suffices:
+        remedies += for_memory(model, device, context, largest)
+    elif not against and memory.total > TIGHT * device.memory_bytes:
         told += ("tight: less than a tenth of the memory is left, and other processes want some",)
     return Fit(
-        context, memory, device.memory_bytes, not against, fits, largest, ceiling, kernels(model, device),
-        against, told, () if fits else _remedies(model, device, context, largest, against),
+        context, memory, device.memory_bytes, not against, not against and suffices, largest, ceiling,
+        kernels(model, device), against, told, remedies,
     )  # fmt: skip
 
 
 def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | None, float | None], tuple[str, ...]]:
     if device.bandwidth is None:
         return (None, None), (f"ceiling unknown: the bandwidth is not known ({device.bandwidth_source})",)
-    empty = model.weight_bytes_per_token
-    if device.last_level_cache and empty <= CACHES * device.last_level_cache:
-        why = f"ceiling unknown: {_mb(empty)} per token may be read from a cache of {_mb(device.last_level_cache)}"
-        return (None, None), (why,)
+    empty, cache = model.weight_bytes_per_token, device.last_level_cache
+    if cache and empty <= CACHES * cache:
+        why = f"{empty / 1e6:.0f} MB per token may be read from a cache of {cache / 1e6:.0f} MB"
+        return (None, None), (f"ceiling unknown: {why}",)
     full = empty + model.kv_bytes_per_token * context
     return (device.bandwidth / empty, device.bandwidth / full), ()
-
-
-def _remedies(
-    model: Model, device: Device, context: int, largest: int, against: tuple[Finding, ...]
-) -> tuple[Finding, ...]:
-    found = tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
-    if memory_of(model, device, context).total > device.memory_bytes:
-        found += for_memory(model, device, context, largest)
-    return found
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.0f} MB"
 
 
 def refusals(model: Model, device: Device) -> tuple[Finding, ...]:
     """Why it would not load, or not run at a speed that makes sense; empty where nothing is known against it."""
     found = []
-    if device.onnxruntime and _version(device.onnxruntime) < _version(model.onnxruntime_min):
-        found.append(
-            Finding(
-                f"it needs ONNX Runtime {model.onnxruntime_min}, there it is {device.onnxruntime} "
-                f"({device.onnxruntime_source})",
-                _for_older(model, device),
-            )
-        )
-    if model.target != "cuda" and model.bits == 8 and device.dotprod is False:
-        found.append(
-            Finding("8 bit has no kernel without dotprod", "saap export MODEL -o BUNDLE --bits 4 --no-dotprod")
-        )
-    if model.target != "cuda" and model.bits == 8 and model.accuracy_level != 4:
-        found.append(
-            Finding(
-                "8 bit is fast at accuracy level 4 only (else 250 times slower)", "saap export MODEL -o BUNDLE --bits 8"
-            )
-        )
+    needed, there = model.onnxruntime_min, device.onnxruntime
+    if there and _version(there) < _version(needed):
+        told = f"it needs ONNX Runtime {needed}, there it is {there} ({device.onnxruntime_source})"
+        for_cache = model.kv_dtype == "int8" and _version(there) >= (1, 23)  # which alone asks for a newer one
+        found.append(Finding(told, f"{EXPORT} --kv 32" if for_cache else OWN_PYTHON))
+    if model.target != "cuda" and model.bits == 8:
+        if device.dotprod is False:
+            found.append(Finding("8 bit has no kernel without dotprod", f"{EXPORT} --bits 4 --no-dotprod"))
+        if model.accuracy_level != 4:
+            slow = "8 bit is fast at accuracy level 4 only (else 250 times slower)"
+            found.append(Finding(slow, f"{EXPORT} --bits 8"))
     if model.target == "cuda" and device.cuda == "none":
-        found.append(Finding("it is for CUDA, and there is no such GPU", "saap export MODEL -o BUNDLE --target cpu"))
+        found.append(Finding("it is for CUDA, and there is no such GPU", f"{EXPORT} --target cpu"))
     return tuple(found)
 
 
@@ -187,9 +167,8 @@ def _cuda_remarks(model: Model, device: Device) -> list[str]:
     if device.cuda is None:
         told.append("whether there is a GPU for CUDA is not known")
     elif device.architecture == "aarch64" and device.cuda not in (*WHEEL_GPUS, "none"):
-        told.append(
-            f"onnxruntime-gpu on PyPI has no kernels for {device.cuda}: it needs a build of NVIDIA's for Jetson"
-        )
+        build = "it needs a build of NVIDIA's for Jetson"
+        told.append(f"onnxruntime-gpu on PyPI has no kernels for {device.cuda}: {build}")
     ratios = {heads / kv for heads, kv in model.attention}
     if model.head_dim not in CUDA_HEADS or not ratios <= set(CUDA_RATIOS):
         told.append(
@@ -199,13 +178,6 @@ def _cuda_remarks(model: Model, device: Device) -> list[str]:
     return told
 
 
-def _for_older(model: Model, device: Device) -> str:
-    """What to do about an ONNX Runtime that is too old: the int8 cache is what asks for a newer one."""
-    if model.kv_dtype == "int8" and device.onnxruntime and _version(device.onnxruntime) >= (1, 23):
-        return "saap export MODEL -o BUNDLE --kv 32"
-    return OWN_PYTHON
-
-
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d{1,9}", text)[:2])
 
@@ -213,25 +185,24 @@ def _version(text: str) -> tuple[int, ...]:
 def for_memory(model: Model, device: Device, context: int, largest: int) -> tuple[Finding, ...]:
     """What would bring it below the device's memory, each by itself; empty where nothing would."""
     found = []
+
+    def fits(smaller: Model) -> bool:
+        return memory_of(smaller, device, context).total <= device.memory_bytes
+
     if largest:
         found.append(Finding(f"a context of {largest} tokens fits", f"saap generate BUNDLE --context {largest}"))
     for bits in (8, 4):
-        if bits < model.bits and (bits == 4 or device.dotprod is not False):
-            smaller = with_bits(model, bits)
-            if _fits(smaller, device, context):
-                found.append(Finding(f"weights of {bits} bit fit", f"saap export MODEL -o BUNDLE --bits {bits}"))
-    if model.kv_dtype == "float32" and model.target == "cpu" and _takes_int8_cache(device):
-        # A byte for each of four; the scales are part of the graph.
-        smaller = replace(model, kv_bytes_per_token=model.kv_bytes_per_token // 4, kv_dtype="int8")
-        if _fits(smaller, device, context):
-            found.append(Finding("a cache of 8 bit fits", f"saap export MODEL -o BUNDLE --bits {model.bits} --kv 8"))
+        if bits < model.bits and (bits == 4 or device.dotprod is not False) and fits(with_bits(model, bits)):
+            found.append(Finding(f"weights of {bits} bit fit", f"{EXPORT} --bits {bits}"))
+    newer = device.onnxruntime is None or _version(device.onnxruntime) >= KV8_RUNTIME
+    # A byte for each of four; the scales are part of the graph.
+    small_cache = replace(model, kv_bytes_per_token=model.kv_bytes_per_token // 4, kv_dtype="int8")
+    if model.kv_dtype == "float32" and model.target == "cpu" and newer and fits(small_cache):
+        found.append(Finding("a cache of 8 bit fits", f"{EXPORT} --bits {model.bits} --kv 8"))
     if size := prune_to(model, device, context):
-        found.append(
-            Finding(
-                f"a weights file of {size // MEGABYTE} MB (now {model.file_bytes / 1e6:.0f}) fits",
-                f"saap prune MODEL -o SLIM --max-bytes {size // MEGABYTE}MB --bits {model.bits}",
-            )
-        )
+        told = f"a weights file of {size // MEGABYTE} MB (now {model.file_bytes / 1e6:.0f}) fits"
+        prune = f"saap prune MODEL -o SLIM --max-bytes {size // MEGABYTE}MB --bits {model.bits}"
+        found.append(Finding(told, prune))
     return tuple(found)
 
 
@@ -242,13 +213,8 @@ def with_bits(model: Model, bits: int, block: int = 32) -> Model:
         return width / 8 + (4 / group if width != 32 else 0)
 
     share = per_weight(bits, block) / per_weight(model.bits, model.block or block)
-    return replace(
-        model,
-        bits=bits,
-        block=block,
-        weight_bytes_per_token=round(model.weight_bytes_per_token * share),
-        file_bytes=round(model.file_bytes * share),
-    )
+    weights, file = round(model.weight_bytes_per_token * share), round(model.file_bytes * share)
+    return replace(model, bits=bits, block=block, weight_bytes_per_token=weights, file_bytes=file)
 
 
 def prune_to(model: Model, device: Device, context: int) -> int | None:
@@ -261,13 +227,3 @@ def prune_to(model: Model, device: Device, context: int) -> int | None:
     size = int(left / packed_share(model, device) * model.file_bytes / model.weight_bytes_per_token)
     size = size // MEGABYTE * MEGABYTE
     return size if 0 < size < model.file_bytes else None
-
-
-def _fits(model: Model, device: Device, context: int) -> bool:
-    return memory_of(model, device, context).total <= device.memory_bytes
-
-
-def _takes_int8_cache(device: Device) -> bool:
-    if device.onnxruntime is None:
-        return True
-    return _version(device.onnxruntime) >= KV8_RUNTIME

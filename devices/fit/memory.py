@@ -34,13 +34,7 @@ VISIBLE_SHARE = 0.93
 
 @dataclass(frozen=True)
 class Model:
-    """Numbers of a bundle, bytes; as ``bundle.json`` names them.
-
-    Attributes:
-        widest_ffn: channels of the widest feed-forward block.
-        file_bytes: of the weights file.
-        attention: (query heads, KV heads) of the layers that have any.
-    """
+    """Numbers of a bundle, bytes; as ``bundle.json`` names them."""
 
     target: str  # cpu | cuda | portable
     bits: int
@@ -52,10 +46,10 @@ class Model:
     context_length: int
     hidden: int
     head_dim: int
-    widest_ffn: int
-    file_bytes: int
+    widest_ffn: int  # channels of the widest feed-forward block
+    file_bytes: int  # of the weights file
     onnxruntime_min: str
-    attention: tuple[tuple[int, int], ...] = ()
+    attention: tuple[tuple[int, int], ...] = ()  # (query heads, KV heads) of the layers that have any
 
 
 @dataclass(frozen=True)
@@ -64,23 +58,19 @@ class Device:
 
     Attributes:
         isa, lacks: features it has and those it has not; one in neither is unknown.
-        memory_bytes: what a process may take.
-        bandwidth: bytes per second that are read at most.
-        cuda: the GPU's architecture, ``none`` where there is no GPU for CUDA.
-        onnxruntime: the version that is installed, or that installs with the system's Python.
     """
 
     name: str
     architecture: str | None
     isa: frozenset[str]
     lacks: frozenset[str]
-    memory_bytes: int
+    memory_bytes: int  # what a process may take
     memory_source: str
-    bandwidth: float | None = None
+    bandwidth: float | None = None  # bytes per second that are read at most
     bandwidth_source: str = "unknown"
     last_level_cache: int | None = None
-    cuda: str | None = None
-    onnxruntime: str | None = None
+    cuda: str | None = None  # the GPU's architecture, ``none`` where there is no GPU for CUDA
+    onnxruntime: str | None = None  # the version that is installed, or that installs with the system's Python
     onnxruntime_source: str = "unknown"
 
     @property

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 import psutil
 
@@ -144,7 +144,7 @@ def probe_all(root: Path = Path("/"), run: Run | None = None) -> AllFacts:
     return {**probe(root, run), "state": probe_state(root, run)}
 
 
-def fingerprint(facts: Mapping[str, Any]) -> str:
+def fingerprint(facts: Mapping[str, object]) -> str:
     """16 hex digits over what makes two measurements comparable and survives a reboot.
 
     It counts board, CPU model, architecture, ISA features, numbers of physical and logical cores that are on,
@@ -154,8 +154,9 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     some hosts have counts only where it is known, so that documents from before it was read keep theirs.
     """
     kept = {name: facts[name] for name in ("board", "cpu_model", "architecture", "isa", "governor", "os")}
-    kept["cores"] = {name: facts["cores"][name] for name in ("physical", "logical")}
-    kept["memory"] = _rounded(facts["memory_bytes"])
+    cores = cast("Cores", facts["cores"])
+    kept["cores"] = {"physical": cores["physical"], "logical": cores["logical"]}
+    kept["memory"] = _rounded(cast("int | None", facts["memory_bytes"]))
     kept["versions"] = [facts["python"], facts["onnxruntime"]]
     kept |= {name: facts[name] for name in ("power_mode", "l4t") if facts.get(name) is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

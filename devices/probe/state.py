@@ -13,12 +13,7 @@ from devices.probe.jetson import Run
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
 
 # Bits of `vcgencmd get_throttled`; Raspberry Pi documentation, "vcgencmd". The same, 16 higher: since boot.
-PI_BITS = {
-    0: "under-voltage",
-    1: "clock capped",
-    2: "throttled",
-    3: "soft temperature limit",
-}
+PI_BITS = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}
 SINCE_BOOT = 16
 _REASONS = {
     "temperatures": "the kernel has no thermal zones",
@@ -27,10 +22,7 @@ _REASONS = {
     "capped": "no cpufreq",
     "throttle_count": "no thermal_throttle: not x86, or a virtual machine",
     "over_current": "no oc_event_cnt: not a Jetson",
-    "total": "/proc/meminfo does not tell",
-    "available": "/proc/meminfo does not tell",
-    "swap_total": "/proc/meminfo does not tell",
-    "swap_free": "/proc/meminfo does not tell",
+    **dict.fromkeys(("total", "available", "swap_total", "swap_free"), "/proc/meminfo does not tell"),
     "zram": "no compressed swap",
     "cgroup_limit": "no control group limits the memory",
     "cgroup_left": "no control group limits the memory",

@@ -78,13 +78,8 @@ class Profile:
     """One device, or a class of them.
 
     Attributes:
-        compatible: names in the board's device tree that mean this device; none on x86.
         cuda: the GPU's architecture, such as ``sm_87``; None is no GPU that CUDA runs on.
-        runtime: None where that is not known.
         isa: features that decide which kernels run, named as :func:`devices.probe.host.probe` names them.
-        lacks: features it is known not to have; one that is in neither is not known.
-        power_modes: names as the board's own tool prints them, with the id where it has one.
-        notes: what a person has to know before trusting a measurement there.
     """
 
     name: str
@@ -93,30 +88,22 @@ class Profile:
     cpu: Text
     gpu: Text | None = None
     isa: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    power_modes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()  # features it is known not to have; one that is in neither is not known
+    power_modes: tuple[str, ...] = ()  # names as the board's own tool prints them, with the id where it has one
+    notes: tuple[str, ...] = ()  # what a person has to know before trusting a measurement there
     numbers: dict[str, Number] = field(default_factory=dict)
-    compatible: tuple[str, ...] = ()
+    compatible: tuple[str, ...] = ()  # names in the board's device tree that mean this device; none on x86
     cuda: Annotated[str, Meta(pattern=r"^sm_\d{2,3}$")] | None = None
-    runtime: Runtime | None = None
+    runtime: Runtime | None = None  # None where that is not known
 
 
 def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
-    """All profiles, by name.
-
-    Raises:
-        DeviceError: a file that is not a valid profile.
-    """
+    """All profiles, by name. Raises DeviceError: a file that is not a valid profile."""
     return {path.stem: read_profile(path) for path in sorted(directory.glob("*.toml"))}
 
 
 def load_profile(name: str, directory: Path = PROFILES) -> Profile:
-    """One profile.
-
-    Raises:
-        DeviceError: no such device; lists those with a near name, or all.
-    """
+    """One profile. Raises DeviceError: no such device; lists those with a near name, or all."""
     names = sorted(path.stem for path in directory.glob("*.toml"))
     if name not in names:
         near = [other for other in names if name and name.lower() in other]
@@ -137,11 +124,7 @@ def profile_of(compatible: Iterable[str] | None, profiles: Mapping[str, Profile]
 
 
 def read_profile(path: Path) -> Profile:
-    """Read and check one file.
-
-    Raises:
-        DeviceError: naming the file, the key and what is allowed.
-    """
+    """Read and check one file. Raises DeviceError: naming the file, the key and what is allowed."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also of an integer with thousands of digits

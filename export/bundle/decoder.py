@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.common.errors import first_line
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
-from export.bundle.session import DecoderError, check_provider, first_line, open_session, prepack
+from export.bundle.session import DecoderError, check_provider, open_session, prepack
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -69,11 +70,7 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
 
 
 class BundleDecoder:
-    """A bundle, ``length`` positions of whose cache of ``max_length`` are in use.
-
-    Raises:
-        DecoderError: context or threads.
-    """
+    """A bundle, ``length`` positions of whose cache of ``max_length`` are in use."""
 
     def __init__(self, manifest: BundleManifest, where: Path, threads: int, max_length: int) -> None:
         check_context(manifest, max_length, str(where))
@@ -121,7 +118,6 @@ class OrtDecoder(BundleDecoder):
     """A bundle in ONNX Runtime on the CPU.
 
     Args:
-        bundle_dir: the bundle.
         threads: intra-op threads; the caller pins the process.
         max_length: positions of the KV cache, allocated zeroed, touched as it fills.
         verify: check the files' hashes first, which reads them all.
@@ -137,13 +133,7 @@ class OrtDecoder(BundleDecoder):
     """
 
     def __init__(
-        self,
-        bundle_dir: str | Path,
-        threads: int,
-        max_length: int,
-        *,
-        verify: bool = True,
-        prepacked: bool = False,
+        self, bundle_dir: str | Path, threads: int, max_length: int, *, verify: bool = True, prepacked: bool = False
     ) -> None:
         directory = Path(bundle_dir)
         manifest = verify_files(directory) if verify else read_manifest(directory)
@@ -176,11 +166,7 @@ class OrtDecoder(BundleDecoder):
         self._bind_cache(self._kv)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions.
-
-        Raises:
-            DecoderError: more than are in use.
-        """
+        """Forget all but the first ``length`` positions."""
         if not 0 <= length <= self.length:
             raise DecoderError(f"{length} positions cannot be kept: {self.length} are in use")
         if not self._shared:

@@ -7,7 +7,7 @@ a library of operators that genai would load into the process, does not reach ge
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -131,11 +131,16 @@ def read_genai_model(directory: Path) -> Model:
     return model
 
 
-def genai_document(model: Model) -> dict[str, object]:
+def genai_document(model: Model) -> dict[str, Any]:
     """The content of ``genai_config.json``: the model, our session options, and greedy search."""
     told = msgspec.to_builtins(model)
     told["decoder"] = {"session_options": dict(_SESSION), **told["decoder"]}
     return {"model": told, "search": _greedy(model.context_length)}
+
+
+def genai_config(manifest: BundleManifest) -> dict[str, Any]:
+    """The content of a bundle's ``genai_config.json``."""
+    return genai_document(genai_model(manifest))
 
 
 def _greedy(max_length: int) -> dict[str, object]:

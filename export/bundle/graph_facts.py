@@ -7,7 +7,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto, ValueInfoProto
 
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
 _MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
@@ -27,23 +30,16 @@ class Node:
 
 @dataclass
 class Tensor:
-    """An initialiser: where it is stored, and what it is for.
-
-    Attributes:
-        bits: of one element.
-        layer: decoder layer; None for embedding, head, tables and constants.
-        parameters: numbers of the model that it holds; 0 for scales, zero points, tables and constants.
-        place: where the bytes are, equal for tensors that share them; None inside the graph.
-    """
+    """An initialiser: where it is stored, and what it is for."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bits: int
+    bits: int  # of one element
     bytes: int
-    place: tuple[str, int] | None
-    layer: int | None = None
-    parameters: int = 0
+    place: tuple[str, int] | None  # where the bytes are, equal for tensors that share them; None inside the graph
+    layer: int | None = None  # decoder layer; None for embedding, head, tables and constants
+    parameters: int = 0  # numbers of the model that it holds; 0 for scales, zero points, tables and constants
     readers: list[tuple[Node, int]] = field(default_factory=list)  # node and position among its inputs
 
 
@@ -57,6 +53,26 @@ class CacheInput:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """Integer matrices that are alike; ``block`` is the group size."""
+
+    node: str
+    bits: int
+    block: int
+    accuracy_level: int | None
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors of one type."""
+
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class GraphFacts:
     """A graph without its weights."""
 
@@ -67,9 +83,9 @@ class GraphFacts:
     ir_version: int
     producer: str
 
-    def quantised(self) -> list[dict[str, Any]]:
-        """Count and bytes of the integer matrices, by node, bits, group size and accuracy level."""
-        found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    def quantised(self) -> list[Quantised]:
+        """The integer matrices by node, bits, group size and accuracy level, the most bytes first."""
+        found: dict[tuple[str, int, int, int | None], list[int]] = defaultdict(list)
         for node in self.nodes:
             position = {"MatMulNBits": 1, "DequantizeLinear": 0}.get(node.kind.split(":")[-1])
             if position is None or node.inputs[position] not in self.tensors:
@@ -79,14 +95,11 @@ class GraphFacts:
             bits = node.attributes.get("bits", 4 if "4" in matrix.dtype else 8)
             size = sum(part.bytes for part in parts[:3])
             found[node.kind, bits, node.attributes.get("block_size", 0), level].append(size)
-        names = ("node", "bits", "block", "accuracy_level")
-        order = sorted(found, key=lambda key: -sum(found[key]))
-        return [
-            {**dict(zip(names, key, strict=True)), "count": len(found[key]), "bytes": sum(found[key])} for key in order
-        ]
+        alike = [Quantised(*key, count=len(sizes), bytes=sum(sizes)) for key, sizes in found.items()]
+        return sorted(alike, key=lambda each: -each.bytes)
 
-    def by_dtype(self) -> dict[str, dict[str, int]]:
-        """Stored tensors by type; bytes that two of them share count once."""
+    def by_dtype(self) -> dict[str, Stored]:
+        """Stored tensors by type, the most bytes first; bytes that two of them share count once."""
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         seen = set()
@@ -95,7 +108,7 @@ class GraphFacts:
             if tensor.place is None or tensor.place not in seen:
                 sizes[tensor.dtype] += tensor.bytes
             seen.add(tensor.place)
-        return {name: {"count": counts[name], "bytes": sizes[name]} for name, _ in sizes.most_common()}
+        return {name: Stored(counts[name], size) for name, size in sizes.most_common()}
 
     def head_bytes(self) -> int | None:
         """Bytes of the matrix behind the layers; None where no matrix outside the layers is found."""
@@ -119,8 +132,8 @@ def read_graph(path: Path) -> GraphFacts:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    nodes = [_node(onnx, node) for node in model.graph.node]
-    tensors = {tensor.name: _tensor(onnx, tensor) for tensor in model.graph.initializer}
+    nodes = [_node(node) for node in model.graph.node]
+    tensors = {tensor.name: _tensor(tensor) for tensor in model.graph.initializer}
     for node in nodes:
         for position, name in enumerate(node.inputs):
             if name in tensors:
@@ -129,34 +142,36 @@ def read_graph(path: Path) -> GraphFacts:
         tensor.layer = _layer_of(tensor)
         tensor.parameters = _parameters_of(tensor)
     opsets = {o.domain or _EMPTY_DOMAIN: o.version for o in model.opset_import}
-    cache = [_cache(onnx, value) for value in model.graph.input if value.name.startswith("past_key_values.")]
+    cache = [_cache(value) for value in model.graph.input if value.name.startswith("past_key_values.")]
     return GraphFacts(nodes, tensors, cache, opsets, model.ir_version, model.producer_name)
 
 
-def _node(onnx: Any, node: Any) -> Node:
-    integers = {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
+def _node(node: NodeProto) -> Node:
+    integers = {a.name: int(a.i) for a in node.attribute if a.type == a.INT}
     kind = node.op_type if node.domain in ("", _EMPTY_DOMAIN) else f"{node.domain}:{node.op_type}"
     return Node(kind, node.name, tuple(node.input), integers)
 
 
-def _tensor(onnx: Any, tensor: Any) -> Tensor:
-    dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+def _tensor(tensor: TensorProto) -> Tensor:
+    dtype, bits = _kind(tensor.data_type)
     shape = tuple(tensor.dims)
-    bits = _bits(onnx, tensor.data_type)
     entries = {e.key: e.value for e in tensor.external_data}
     place = (entries["location"], int(entries.get("offset", 0))) if "location" in entries else None
     return Tensor(tensor.name, dtype, shape, bits, (prod(shape) * bits + 7) // 8, place)
 
 
-def _cache(onnx: Any, value: Any) -> CacheInput:
+def _cache(value: ValueInfoProto) -> CacheInput:
     kind = value.type.tensor_type
     heads, size = (kind.shape.dim[i].dim_value for i in (1, 3))
-    return CacheInput(_bits(onnx, kind.elem_type), heads, size)
+    return CacheInput(_kind(kind.elem_type)[1], heads, size)
 
 
-def _bits(onnx: Any, data_type: int) -> int:
-    known = _BITS.get(onnx.TensorProto.DataType.Name(data_type).lower())
-    return known or 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
+def _kind(data_type: int) -> tuple[str, int]:
+    """Name of a type, and bits of one element."""
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(data_type).lower()
+    return name, _BITS.get(name) or 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def _layer_of(tensor: Tensor) -> int | None:

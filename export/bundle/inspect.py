@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from devices.common.files import sha256_file
 from export.bundle.graph_check import check_graph
 from export.bundle.graph_facts import GraphFacts, read_graph
-from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, FileEntry, read_manifest
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"
@@ -19,10 +19,130 @@ UNVERIFIED = (
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
-def inspect_bundle(path: str | Path) -> dict[str, Any]:
-    """Everything that the manifest and the decode graph of a bundle say; JSON types only.
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer; ``parameters`` and ``bytes`` are None where the graph does not tell."""
 
-    Sizes are bytes; None is unknown. ``files`` are compared with their hashes, which reads them all.
+    index: int
+    query_heads: int
+    kv_heads: int
+    ffn: int
+    parameters: int | None
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file against its hash: ``ok``, ``missing`` or ``differs from its hash``."""
+
+    name: str
+    bytes: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that the manifest, the decode graph and the files of a bundle say."""
+
+    bundle: Path
+    manifest: BundleManifest
+    graph: GraphFacts
+    layers: list[Layer]
+    files: list[FileState]
+    data_files: dict[str, list[str]]
+
+    @property
+    def layer_bytes(self) -> int | None:
+        """Bytes of all layers; None where those of one are not known."""
+        known = [layer.bytes for layer in self.layers if layer.bytes is not None]
+        return sum(known) if len(known) == len(self.layers) else None
+
+    def document(self) -> dict[str, object]:
+        """All of it in JSON types; sizes are bytes, None is unknown."""
+        manifest, graph = self.manifest, self.graph
+        own_bits = {key: value for key, value in manifest.lineage.items() if key == "matrices"}
+        return {
+            "bundle": str(self.bundle),
+            "hash": manifest.content_hash,
+            **_fields(manifest, "format", "target", "model_type"),
+            "sizes": {
+                "parameters": manifest.parameters,
+                "layers": len(self.layers),
+                **_fields(manifest, "hidden_size", "head_dim", "vocab_size", "context_length"),
+            },
+            "layers": [asdict(layer) for layer in self.layers],
+            "bytes_per_token": {
+                "weights": manifest.weight_bytes_per_token,
+                "layers": self.layer_bytes,
+                "head": graph.head_bytes(),
+                "kv_cache": manifest.kv_bytes_per_token,
+            },
+            "precision": _fields(manifest, "bits", "block", "accuracy_level", "kv_dtype") | own_bits,
+            "graph": {
+                **_fields(graph, "opsets", "ir_version", "producer"),
+                "nodes": dict(Counter(node.kind for node in graph.nodes).most_common()),
+                "quantised": [asdict(each) for each in graph.quantised()],
+                "initialisers": {name: asdict(stored) for name, stored in graph.by_dtype().items()},
+            },
+            "verified": manifest.parity is not None,
+            "parity": None if manifest.parity is None else asdict(manifest.parity),
+            "provenance": manifest.lineage,
+            "onnxruntime_min": manifest.onnxruntime_min,
+            "data_files": self.data_files,
+            "files": [asdict(file) for file in self.files],
+        }
+
+    def lines(self) -> list[str]:
+        """The paragraph above the tables."""
+        manifest = self.manifest
+        lines = [UNVERIFIED] if manifest.parity is None else []
+        lines += [
+            f"{self.bundle}: {manifest.model_type} for {manifest.target}, "
+            f"{manifest.parameters / 1e6:.1f} M parameters in {len(self.layers)} layers, "
+            f"hidden {manifest.hidden_size}, head {manifest.head_dim}, "
+            f"vocabulary {manifest.vocab_size}, context {manifest.context_length}",
+            f"  read per token: {_mb(manifest.weight_bytes_per_token)} MB of weights (layers {_mb(self.layer_bytes)}, "
+            f"head {_mb(self.graph.head_bytes())}); written: {manifest.kv_bytes_per_token} bytes of "
+            f"{manifest.kv_dtype} KV cache",
+            f"  needs onnxruntime >= {manifest.onnxruntime_min}; opsets "
+            + ", ".join(f"{name} {version}" for name, version in self.graph.opsets.items()),
+            f"  bundle hash {manifest.content_hash[:16]}",
+        ]
+        if own := Counter(manifest.lineage.get("matrices", {}).values()):
+            linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
+            lines.append(f"  mixed: of the model's linears {linears}, the others of {manifest.bits}")
+        if parity := manifest.parity:
+            lines.append(
+                f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
+                f"{parity.max_abs_logit_difference:.2g}, KL {parity.kl:.2g}, top-1 agreement "
+                f"{parity.top1_agreement:.2%}, perplexity x {parity.perplexity_ratio:.4f}"
+            )
+        else:
+            lines.append("  parity: UNVERIFIED")
+        lines += _provenance_lines(manifest)
+        bad = [f"{file.name} ({file.state})" for file in self.files if file.state != "ok"]
+        return lines + ([f"  DAMAGED: {', '.join(bad)}: export the bundle again"] if bad else [])
+
+    def tables(self) -> list[Table]:
+        """What ``saap.cli.console.print_table`` shows; empty tables are left out."""
+        nodes = Counter(node.kind for node in self.graph.nodes).most_common()
+        matrices = []
+        for q in self.graph.quantised():
+            level = "-" if q.accuracy_level is None else str(q.accuracy_level)
+            matrices.append([q.node, str(q.bits), str(q.block), level, str(q.count), _mb(q.bytes)])
+        stored = [[name, str(kind.count), _mb(kind.bytes)] for name, kind in self.graph.by_dtype().items()]
+        tables = [
+            ("layers", ["layers", "query heads", "KV heads", "FFN", "M params", "MB"], _layer_rows(self.layers)),
+            ("nodes of the decode graph", ["operator", "count"], [[kind, str(count)] for kind, count in nodes]),
+            ("quantised matrices", ["node", "bits", "block", "accuracy level", "count", "MB"], matrices),
+            ("tensors of the decode graph", ["type", "count", "MB"], stored),
+            ("files", ["file", "bytes", "state"], [[f.name, str(f.bytes), f.state] for f in self.files]),
+        ]
+        return [table for table in tables if table[2]]
+
+
+def inspect_bundle(path: str | Path) -> Inspection:
+    """Read a bundle; ``files`` are compared with their hashes, which reads them all.
 
     Raises:
         BundleError: no bundle, a damaged one, or weights that lie outside its folder.
@@ -33,114 +153,29 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
     for name in sorted(n for n in {DECODE_GRAPH, *manifest.files} if n.endswith(".onnx")):
         data_files[name] = [f.relative_to(directory).as_posix() for f in check_graph(directory / name)]
     graph = read_graph(directory / DECODE_GRAPH)
-    layers = [_layer(index, manifest, graph) for index in range(len(manifest.layers))]
-    return {
-        "bundle": str(directory),
-        "hash": manifest.content_hash,
-        "format": manifest.format,
-        "target": manifest.target,
-        "model_type": manifest.model_type,
-        "sizes": {
-            "parameters": manifest.parameters,
-            "layers": len(layers),
-            **{key: getattr(manifest, key) for key in ("hidden_size", "head_dim", "vocab_size", "context_length")},
-        },
-        "layers": layers,
-        "bytes_per_token": _bytes_per_token(manifest, graph, layers),
-        "precision": {
-            **{key: getattr(manifest, key) for key in ("bits", "block", "accuracy_level", "kv_dtype")},
-            **({"matrices": manifest.lineage["matrices"]} if "matrices" in manifest.lineage else {}),
-        },
-        "graph": {
-            "opsets": graph.opsets,
-            "ir_version": graph.ir_version,
-            "producer": graph.producer,
-            "nodes": dict(Counter(node.kind for node in graph.nodes).most_common()),
-            "quantised": graph.quantised(),
-            "initialisers": graph.by_dtype(),
-        },
-        "verified": manifest.parity is not None,
-        "parity": None if manifest.parity is None else asdict(manifest.parity),
-        "provenance": manifest.lineage,
-        "onnxruntime_min": manifest.onnxruntime_min,
-        "data_files": data_files,
-        "files": [_file(directory, name, entry) for name, entry in sorted(manifest.files.items())],
-    }
+    layers = []
+    for index, sizes in enumerate(manifest.layers):
+        tensors = [t for t in graph.tensors.values() if t.layer == index]
+        counts = (sum(t.parameters for t in tensors) or None, sum(t.bytes for t in tensors) or None)
+        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, *counts))
+    files = [FileState(name, e.bytes, _state(directory / name, e)) for name, e in sorted(manifest.files.items())]
+    return Inspection(directory, manifest, graph, layers, files, data_files)
 
 
-def _layer(index: int, manifest: BundleManifest, graph: GraphFacts) -> dict[str, Any]:
-    tensors = [t for t in graph.tensors.values() if t.layer == index]
-    return {
-        "index": index,
-        **asdict(manifest.layers[index]),
-        "parameters": sum(t.parameters for t in tensors) or None,
-        "bytes": sum(t.bytes for t in tensors) or None,
-    }
+def _fields(of: object, *names: str) -> dict[str, object]:
+    return {name: getattr(of, name) for name in names}
 
 
-def _bytes_per_token(manifest: BundleManifest, graph: GraphFacts, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    known = [layer["bytes"] for layer in layers]
-    return {
-        "weights": manifest.weight_bytes_per_token,
-        "layers": None if None in known else sum(known),
-        "head": graph.head_bytes(),
-        "kv_cache": manifest.kv_bytes_per_token,
-    }
-
-
-def _file(directory: Path, name: str, entry: Any) -> dict[str, Any]:
-    path = directory / name
+def _state(path: Path, entry: FileEntry) -> str:
     if not path.is_file():
-        state = "missing"
-    else:
-        same = path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
-        state = "ok" if same else "differs from its hash"
-    return {"name": name, "bytes": entry.bytes, "state": state}
+        return "missing"
+    same = path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+    return "ok" if same else "differs from its hash"
 
 
-def inspection_lines(report: dict[str, Any]) -> list[str]:
-    """The paragraph above the tables."""
-    sizes, read = report["sizes"], report["bytes_per_token"]
-    lines = [] if report["verified"] else [UNVERIFIED]
-    lines += [
-        f"{report['bundle']}: {report['model_type']} for {report['target']}, "
-        f"{sizes['parameters'] / 1e6:.1f} M parameters in {sizes['layers']} layers, "
-        f"hidden {sizes['hidden_size']}, head {sizes['head_dim']}, "
-        f"vocabulary {sizes['vocab_size']}, context {sizes['context_length']}",
-        f"  read per token: {_mb(read['weights'])} MB of weights (layers {_mb(read['layers'])}, head "
-        f"{_mb(read['head'])}); written: {read['kv_cache']} bytes of {report['precision']['kv_dtype']} KV cache",
-        f"  needs onnxruntime >= {report['onnxruntime_min']}; opsets "
-        + ", ".join(f"{name} {version}" for name, version in report["graph"]["opsets"].items()),
-        f"  bundle hash {report['hash'][:16]}",
-    ]
-    lines += _mixed_lines(report["precision"])
-    lines += _parity_lines(report["parity"]) + _provenance_lines(report["provenance"])
-    bad = [f"{file['name']} ({file['state']})" for file in report["files"] if file["state"] != "ok"]
-    return lines + ([f"  DAMAGED: {', '.join(bad)}: export the bundle again"] if bad else [])
-
-
-def _parity_lines(parity: dict[str, Any] | None) -> list[str]:
-    if parity is None:
-        return ["  parity: UNVERIFIED"]
-    return [
-        f"  parity on {parity['tokens']} tokens ({parity['sample']}): logit difference "
-        f"{parity['max_abs_logit_difference']:.2g}, KL {parity['kl']:.2g}, top-1 agreement "
-        f"{parity['top1_agreement']:.2%}, perplexity x {parity['perplexity_ratio']:.4f}"
-    ]
-
-
-def _mixed_lines(precision: dict[str, Any]) -> list[str]:
-    """Which linears have other bits than the rest; nothing where all are alike."""
-    lines = []
-    if own := Counter(precision.get("matrices", {}).values()):
-        linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
-        lines.append(f"  mixed: of the model's linears {linears}, the others of {precision['bits']}")
-    return lines
-
-
-def _provenance_lines(lineage: dict[str, Any]) -> list[str]:
+def _provenance_lines(manifest: BundleManifest) -> list[str]:
     """Where the model came from, as far as it is known."""
-    lines = []
+    lines, lineage = [], manifest.lineage
     if base := lineage.get("base_sha256"):
         lines.append(f"  base: {lineage.get('base', 'unnamed')}, sha256 {base[:16]}")
     lines.append(f"  exported from: sha256 {lineage.get('model_sha256', 'unknown')[:16]}")
@@ -150,7 +185,7 @@ def _provenance_lines(lineage: dict[str, Any]) -> list[str]:
         ratios = [f"{key} {plan[key]['ratio']:.2%}" for key in ("planned", "achieved") if key in plan]
         lines.append("  " + ", ".join([f"pruned by: {method}", *([f"asked {asked}"] if asked else []), *ratios]))
     for key, what in (("calibration", "calibrated on"), ("tuning", "tuned on")):
-        text = lineage.get(key) or {}
+        text: Mapping[str, str] = lineage.get(key) or {}
         if digest := text.get("sha256") or text.get("text_sha256"):
             lines.append(f"  {what}: {text.get('source', 'a text')}, sha256 {digest[:16]}")
     if versions := lineage.get("versions"):
@@ -158,45 +193,19 @@ def _provenance_lines(lineage: dict[str, Any]) -> list[str]:
     return lines
 
 
-def inspection_tables(report: dict[str, Any]) -> list[Table]:
-    """Title, columns and rows of each table, for ``saap.cli.console.print_table``."""
-    graph = report["graph"]
-    nodes = [[kind, str(count)] for kind, count in graph["nodes"].items()]
-    matrices = [
-        [q["node"], str(q["bits"]), str(q["block"]), _cell(q["accuracy_level"]), str(q["count"]), _mb(q["bytes"])]
-        for q in graph["quantised"]
-    ]
-    stored = [[name, str(kind["count"]), _mb(kind["bytes"])] for name, kind in graph["initialisers"].items()]
-    files = [[file["name"], str(file["bytes"]), file["state"]] for file in report["files"]]
-    tables = [
-        ("layers", ["layers", "query heads", "KV heads", "FFN", "M params", "MB"], _layer_rows(report["layers"])),
-        ("nodes of the decode graph", ["operator", "count"], nodes),
-        ("quantised matrices", ["node", "bits", "block", "accuracy level", "count", "MB"], matrices),
-        ("tensors of the decode graph", ["type", "count", "MB"], stored),
-        ("files", ["file", "bytes", "state"], files),
-    ]
-    return [table for table in tables if table[2]]
-
-
-def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
+def _layer_rows(layers: list[Layer]) -> list[list[str]]:
     """One row for each run of layers that are alike."""
 
-    def cells(layer: dict[str, Any]) -> list[str]:
-        parameters = layer["parameters"]
-        millions = "-" if parameters is None else f"{parameters / 1e6:.3f}"
-        counts = [str(layer[key]) for key in ("query_heads", "kv_heads", "ffn")]
-        return [*counts, millions, "-" if layer["bytes"] is None else f"{layer['bytes'] / 1e6:.3f}"]
+    def cells(layer: Layer) -> list[str]:
+        counts = [str(count) for count in (layer.query_heads, layer.kv_heads, layer.ffn)]
+        return counts + ["-" if n is None else f"{n / 1e6:.3f}" for n in (layer.parameters, layer.bytes)]
 
     rows = []
     for same, run in groupby(layers, key=cells):
-        indices = [layer["index"] for layer in run]
+        indices = [layer.index for layer in run]
         rows.append([f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), *same])
     return rows
 
 
 def _mb(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.2f}"
-
-
-def _cell(value: int | None) -> str:
-    return "-" if value is None else str(value)

@@ -72,28 +72,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the scoring graph compares with the torch model of the same numbers.
+    """How the scoring graph compares with the torch model of the same numbers."""
 
-    Attributes:
-        max_abs_logit_difference: largest, over all tokens and the vocabulary.
-        kl: mean KL divergence of the graph from the model, nats per token.
-        top1_agreement: share of tokens whose likeliest successor is the same.
-        nll_torch: mean negative log-likelihood, nats per token; ``nll_graph`` likewise.
-        perplexity_ratio: the graph's over the model's.
-        tokens: compared.
-        sample: where they come from.
-    """
-
-    max_abs_logit_difference: float
-    kl: float
-    top1_agreement: float
-    nll_torch: float
+    max_abs_logit_difference: float  # largest, over all tokens and the vocabulary
+    kl: float  # mean KL divergence of the graph from the model, nats per token
+    top1_agreement: float  # share of tokens whose likeliest successor is the same
+    nll_torch: float  # mean negative log-likelihood, nats per token; ``nll_graph`` likewise
     nll_graph: float
     perplexity_torch: float
     perplexity_graph: float
-    perplexity_ratio: float
-    tokens: int
-    sample: str
+    perplexity_ratio: float  # the graph's over the model's
+    tokens: int  # compared
+    sample: str  # where they come from
     accuracy_level: int
 
 
@@ -102,43 +92,30 @@ class BundleManifest:
     """``bundle.json``. Sizes are in bytes; ``None`` is unknown.
 
     Attributes:
-        target: ``cpu``, ``cuda`` or ``portable``.
-        layers: sizes of every decoder layer.
-        bits: of the decoder's linears: 4, 8, 16 or 32.
-        block: group size along the input dimension; 0 for floats.
-        accuracy_level: of MatMulNBits; 4 computes in int8.
-        parameters: of the model.
-        weight_bytes_per_token: read for every generated token.
-        kv_bytes_per_token: added to the cache per token.
-        kv_dtype: ``float32``, ``float16`` or ``int8``.
-        eos_token_ids: every id that ends a text.
-        onnxruntime_min: oldest version that runs it.
         lineage: where the model comes from: ``model_sha256`` of the exported weights, ``head_bits``, ``matrices`` (bits
             of linears that have other than ``bits``), ``method``, ``plan`` and ``tuning`` of the slim directory.
-        parity: None where it was not checked.
-        files: of all files but ``bundle.json``.
     """
 
-    target: str
+    target: str  # ``cpu``, ``cuda`` or ``portable``
     model_type: str
     vocab_size: Size
     hidden_size: Size
     head_dim: Size
     context_length: Size
     layers: Annotated[list[LayerSizes], Meta(min_length=1, max_length=10_000)]
-    bits: int
-    block: Count
-    accuracy_level: int
+    bits: int  # of the decoder's linears: 4, 8, 16 or 32
+    block: Count  # group size along the input dimension; 0 for floats
+    accuracy_level: int  # of MatMulNBits; 4 computes in int8
     parameters: Bytes
-    weight_bytes_per_token: Bytes
-    kv_bytes_per_token: Bytes
-    kv_dtype: str
+    weight_bytes_per_token: Bytes  # read for every generated token
+    kv_bytes_per_token: Bytes  # added to the cache per token
+    kv_dtype: str  # ``float32``, ``float16`` or ``int8``
     bos_token_id: Count | None
-    eos_token_ids: list[Count]
-    onnxruntime_min: str
+    eos_token_ids: list[Count]  # every id that ends a text
+    onnxruntime_min: str  # oldest version that runs it
     lineage: dict[str, Any] = field(default_factory=dict)
-    parity: Parity | None = None
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    parity: Parity | None = None  # None where it was not checked
+    files: dict[str, FileEntry] = field(default_factory=dict)  # of all files but ``bundle.json``
     format: int = FORMAT
 
     @property

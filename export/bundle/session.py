@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from devices.common.errors import UserError
+from devices.common.errors import UserError, first_line
 from devices.common.files import cache_directory
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleError, BundleManifest, too_old
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
 PREPACKED = "model.onnx"
-EXECUTION = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # TensorRT takes standard operators only; attention of the cuda target is ONNX Runtime's own and float16.
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",), "tensorrt": ("portable",)}
 
@@ -123,11 +119,6 @@ def check_signature(session: InferenceSession, manifest: BundleManifest, graph: 
             )
 
 
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says is wrong, without the lines on where."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def check_provider(
     manifest: BundleManifest, provider: str, where: str, *, cuda_graph: bool = False, runtime: ModuleType | None = None
 ) -> None:
@@ -135,12 +126,8 @@ def check_provider(
 
     Args:
         provider: cpu, cuda or tensorrt.
-        where: how to call the bundle in a message.
         cuda_graph: whether decode steps shall be replayed as a CUDA graph.
         runtime: the onnxruntime module, or another one in its place.
-
-    Raises:
-        DecoderError: what does not fit and what to do.
     """
     if provider not in EXECUTION:
         raise DecoderError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
@@ -181,11 +168,7 @@ def prepacked_directory(manifest: BundleManifest) -> Path:
 
 
 def prepack(graph: Path, manifest: BundleManifest) -> Path:
-    """The graph over packed weights, made where it is not there yet.
-
-    Raises:
-        BundleError, DecoderError: as :func:`open_session`.
-    """
+    """The graph over packed weights, made where it is not there yet."""
     directory = prepacked_directory(manifest)
     if (directory / PREPACKED).is_file():
         return directory / PREPACKED

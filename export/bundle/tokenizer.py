@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
@@ -30,6 +29,7 @@ class BundleTokenizer:
     """``tokenizer.json`` and the chat template of a bundle or a model directory.
 
     Attributes:
+        chat_template: the template's source; None where there is none.
         special_tokens: name to text, as the chat template sees them (``bos_token``, ``eos_token``, ...).
         bos_token_id: from the manifest, else from the tokenizer; None when there is none.
         eos_token_ids: every id that ends a text: from the manifest, else generation_config.json, else the tokenizer.
@@ -51,24 +51,18 @@ class BundleTokenizer:
         special = read_json(self.directory, "special_tokens_map.json", manifest)
         try:
             self.special_tokens = _special_tokens(config, special)
-            self._template_source = _template_source(self.directory, config, manifest)
+            self.chat_template = _template_source(self.directory, config, manifest)
         except ValueError as error:
             path = self.directory / "tokenizer_config.json"
             raise RunError(f"{path} is damaged ({error}): {remedy(self.directory)}") from None
-        source = self._template_source
+        source = self.chat_template
         self._template = None if source is None else ChatTemplate(source, self.special_tokens)
         self.bos_token_id = self._id_of("bos_token") if manifest is None else manifest.bos_token_id
         self.eos_token_ids = self._eos_ids() if manifest is None else list(manifest.eos_token_ids)
 
     @property
-    def chat_template(self) -> str | None:
-        """The template's source, None when there is none."""
-        return self._template_source
-
-    @property
     def has_chat_template(self) -> bool:
-        """Whether :meth:`render_chat` can be called."""
-        return self._template_source is not None
+        return self.chat_template is not None
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on.
@@ -117,7 +111,6 @@ class TextStream:
     is the difference of two decodings that share a window of context, and a piece that ends inside a character waits.
 
     Args:
-        tokenizer: what decodes.
         context: ids that come before the first pushed one, e.g. the prompt that is being continued.
     """
 
@@ -129,7 +122,6 @@ class TextStream:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokenizer's ids that end a text."""
         return frozenset(self._tokenizer.eos_token_ids)
 
     def push(self, token: int) -> str:
@@ -217,16 +209,16 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def end_ids(named: Any, directory: Path) -> list[int]:
+def end_ids(named: object, directory: Path) -> list[int]:
     """The ids of an ``eos_token_id``: one, several or none.
 
     Raises:
         RunError: an entry that is not a number.
     """
-    found = [] if named is None else named if isinstance(named, list) else [named]
+    found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [each for each in found if type(each) is not int]:
         raise RunError(f"{directory} ends a text with the token {wrong[0]!r}: mend its eos_token_id, ids are numbers")
-    return found
+    return [each for each in found if isinstance(each, int)]
 
 
 def read_json(directory: Path, name: str, manifest: BundleManifest | None) -> dict[str, object]:

@@ -42,7 +42,6 @@ class Conversation:
 
     @property
     def held_ids(self) -> list[int]:
-        """The ids that the cache holds."""
         return list(self._sequence.ids)
 
     def reset(self) -> None:

@@ -18,18 +18,11 @@ from export.generate.sampling import GREEDY, Draw, Sampling
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How an answer is written.
+    """How an answer is written."""
 
-    Attributes:
-        max_tokens: tokens to draw at most.
-        sampling: how each is drawn.
-        stop_ids: ids that end the text; None means every end-of-text id of the tokenizer.
-        clock: seconds.
-    """
-
-    max_tokens: int = 256
+    max_tokens: int = 256  # tokens to draw at most
     sampling: Sampling = GREEDY
-    stop_ids: Collection[int] | None = None
+    stop_ids: Collection[int] | None = None  # ids that end the text; None means every end-of-text id of the tokenizer
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -45,9 +38,6 @@ class Decoder(ForwardDecoder, Protocol):
 
 class HeldSequence:
     """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
-
-    Args:
-        decoder: it is reset.
 
     Attributes:
         ids: what the cache holds.
@@ -76,7 +66,6 @@ class HeldSequence:
         return logits, len(ids) - kept
 
     def step(self, token: int) -> Logits:
-        """Append one token; the logits [vocab] after it."""
         logits = self.decoder.step(token)
         self.ids.append(token)
         return logits
@@ -97,12 +86,7 @@ class Generation:
     """
 
     def __init__(
-        self,
-        sequence: HeldSequence,
-        ids: list[int],
-        stream: TextStream,
-        draw: Draw,
-        settings: AnswerSettings,
+        self, sequence: HeldSequence, ids: list[int], stream: TextStream, draw: Draw, settings: AnswerSettings
     ) -> None:
         self._sequence, self._stream, self._draw = sequence, stream, draw
         self._stop_ids = stream.end_ids if settings.stop_ids is None else frozenset(settings.stop_ids)
@@ -131,18 +115,11 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt, template included."""
         return len(self.prompt_ids)
 
     @property
     def tokens(self) -> int:
-        """Tokens drawn, one that ends the text included."""
         return len(self.drawn)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of prefill and decode together."""
-        return self.prefill_seconds + self.decode_seconds
 
     def _run(self) -> Iterator[str]:
         start = self._clock()
@@ -177,17 +154,11 @@ class Generation:
 
 
 def begin_text(
-    decoder: Decoder,
-    tokenizer: BundleTokenizer,
-    prompt: str,
-    settings: AnswerSettings = DEFAULTS,
-    *,
-    chat: bool = True,
+    decoder: Decoder, tokenizer: BundleTokenizer, prompt: str, settings: AnswerSettings = DEFAULTS, *, chat: bool = True
 ) -> Generation:
     """Text that follows ``prompt``, in pieces that never split a character.
 
     Args:
-        decoder: the model; it is reset first.
         prompt: a user's turn when ``chat``, else a text to continue.
         chat: put the prompt into the model's chat template.
 

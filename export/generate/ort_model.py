@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -34,7 +33,6 @@ class BundleConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, manifest: BundleManifest) -> BundleConfig:
-        """The config of a bundle."""
         eos = list(manifest.eos_token_ids)
         return cls(
             vocab_size=manifest.vocab_size,
@@ -56,8 +54,6 @@ class BundleCache:
 
     Args:
         shapes: (KV heads, head size) of each layer that has attention.
-        dtype: of keys and values.
-        batch: rows.
 
     Attributes:
         lengths: [b] int64, the tokens that each row holds, padding not counted.
@@ -77,7 +73,6 @@ class BundleCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that the buffers hold."""
         return self.buffers[0].shape[2]
 
     def reserve(self, positions: int, limit: int) -> None:
@@ -103,7 +98,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ``BundleForCausalLM.from_bundle("out/bundle").generate(ids, max_new_tokens=20)``
     """
 
-    config_class: Any = BundleConfig
+    config_class = BundleConfig  # type: ignore[assignment]
     main_input_name = "input_ids"
     _is_stateful = True  # the cache is ours, and cannot be rolled back for assisted generation
 
@@ -125,8 +120,6 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Load a bundle.
 
         Args:
-            directory: the bundle.
-            threads: of ONNX Runtime within an operator.
             verify: check the files' hashes first, which reads them all.
 
         Raises:
@@ -144,12 +137,10 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
         return torch.float32
 
     @classmethod
@@ -157,11 +148,11 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return False
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # its other arguments are for models of tensors
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+    ) -> dict[str, object]:
         """The columns that the cache has not seen, the whole mask, and the cache."""
         state = kwargs.get(CACHE)
-        new = input_ids[:, state.columns :] if state is not None else input_ids
+        new = input_ids[:, state.columns :] if isinstance(state, BundleCache) else input_ids
         return {"input_ids": new, "attention_mask": attention_mask, CACHE: state}
 
     def forward(
@@ -170,7 +161,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         past_key_values: BundleCache | None = None,
         cache: BundleCache | None = None,
-        **_: Any,
+        **_: object,
     ) -> CausalLMOutputWithPast:
         """Logits after the last column.
 
@@ -198,8 +189,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             state.reserve(longest, limit)
             logits = self._append_tokens(input_ids, new, state, fresh)
         state.columns += count
-        output: dict[str, Any] = {"logits": logits, CACHE: state}
-        return CausalLMOutputWithPast(**output)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: state})  # type: ignore[arg-type]
 
     def _append_columns(
         self, ids: torch.Tensor, mask: torch.Tensor, new: torch.Tensor, state: BundleCache

@@ -24,24 +24,17 @@ class Sampling:
     """How a token is drawn.
 
     Args:
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        top_k: keep this many likeliest tokens, and those tied with the last of them; None keeps all.
         top_p: keep the likeliest tokens until their probabilities reach this sum (Holtzman et al., arXiv 1904.09751).
-        min_p: keep tokens at least this times as likely as the likeliest (Nguyen et al., arXiv 2407.01082).
         repetition_penalty: positive logits of tokens seen are divided by it, negative ones multiplied (Keskar et al.,
             arXiv 1909.05858); it also acts on the greedy choice.
-        seed: of the draws.
-
-    Raises:
-        RunError: a value out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
+    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature)
+    top_k: int | None = None  # keep this many likeliest tokens, and those tied with the last of them; None keeps all
     top_p: float = 1.0
-    min_p: float = 0.0
+    min_p: float = 0.0  # keep tokens at least this times as likely as the likeliest (Nguyen et al., arXiv 2407.01082)
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         # Each comparison is false for NaN.

@@ -38,8 +38,6 @@ class BundleScorer:
     """The scoring graph of a bundle: logits of every position, from an empty cache.
 
     Args:
-        directory: the bundle.
-        threads: of ONNX Runtime within an operator.
         graph: file name; of the decode graph only the last position's logits come back.
 
     Raises:

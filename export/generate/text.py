@@ -37,42 +37,29 @@ SAMPLED = tuple(SamplingSettings.__annotations__)
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """One answer.
-
-    Attributes:
-        ids: tokens drawn, one that ends the text included.
-        n_prompt: tokens of the prompt, template included.
-        n_prompt_read: how many of them were not in the cache.
-        prefill_seconds: until the first token; ``decode_seconds``: from there to the end.
-        stop_reason: ``eos``, ``length`` (max_tokens reached), ``context`` (the cache is full) or ``interrupted``.
-    """
+    """One answer."""
 
     prompt: str
     text: str
-    ids: list[int]
-    n_prompt: int
-    n_prompt_read: int
+    ids: list[int]  # tokens drawn, one that ends the text included
+    n_prompt: int  # tokens of the prompt, template included
+    n_prompt_read: int  # how many of them were not in the cache
     n_gen: int
-    prefill_seconds: float
+    prefill_seconds: float  # until the first token; ``decode_seconds``: from there to the end
     decode_seconds: float
-    stop_reason: str | None
+    stop_reason: str | None  # eos, length (max_tokens reached), context (the cache is full) or interrupted
 
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """A bundle that is loaded and answers prompts.
-
-    Attributes:
-        ask: begins an answer.
-        conversation: keeps what was said before; None where each prompt is a plain text that is continued.
-    """
+    """A bundle that is loaded and answers prompts."""
 
     manifest: BundleManifest
     sampling: Sampling
     threads: int
     context: int
     ask: Callable[[str], Generation]
-    conversation: Conversation | None
+    conversation: Conversation | None  # None where each prompt is a plain text that is continued
 
 
 def generate(
@@ -98,7 +85,6 @@ def generate(
 
 
 def result_of(prompt: str, generation: Generation) -> GenerateResult:
-    """What a finished answer was."""
     return GenerateResult(
         prompt=prompt,
         text=generation.text,
@@ -163,11 +149,7 @@ def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
 
 
 def check_text(text: str | None) -> None:
-    """Refuse bytes that a shell passed on although they are no text.
-
-    Raises:
-        UserError: not UTF-8.
-    """
+    """Refuse bytes that a shell passed on although they are no text."""
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:

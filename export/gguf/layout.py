@@ -9,23 +9,20 @@ and drops the attention of a layer whose FFN width is 0. So layer 0 without atte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from export.gguf.tensors import BLOCK, natural_kind
-from saap.models.architectures import SLIM, architecture_of, shape_of
+from export.source import ModelSource
+from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
 from saap.models.slim_quant import module_bits
-from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
-
-MODEL_TYPES = ("llama", "mistral", "qwen2")  # and their slim ones; Qwen2 is LLaMA with biases
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,14 @@ class Tensor:
         """Raise UserError if the values have other sizes than config.json says."""
         if isinstance(values, QuantMatrix):
             rows, groups, _ = values.qweight.shape
-            found: tuple[int, ...] = (rows, groups * values.block)
+            found: tuple[int, ...] = (rows, groups * values.group_size)
         else:
             found = tuple(values.shape)
         if found != self.shape:
             raise UserError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
 
 
-class GGUFSource:
+class GGUFSource(ModelSource):
     """A model directory as the layers and tensors of a GGUF file.
 
     Attributes:
@@ -61,17 +58,14 @@ class GGUFSource:
     """
 
     def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
-        self.directory = directory
-        self.config = read_config(directory)
-        model_type = str(self.config.get("model_type"))
-        if model_type.removeprefix(SLIM) not in MODEL_TYPES:
+        model_type = str(read_config(directory).get("model_type"))
+        *others, last = (name for name, row in FAMILIES.items() if row.gguf)
+        if model_type.removeprefix(SLIM) not in (*others, last):
             raise UserError(
-                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds llama, mistral and "
-                "qwen2 models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
+                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds {', '.join(others)} and "
+                f"{last} models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
             )
-        self.architecture, self.shape = architecture_of(self.config), shape_of(self.config)
-        self.names, self._read = tensor_reader(directory)
-        self.quant: dict[str, Any] | None = self.config.get("slim_quant")
+        super().__init__(directory)
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
@@ -84,12 +78,6 @@ class GGUFSource:
                 "quantised GGUF block: choose F16 or F32"
             )
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor of the directory."""
-        if name not in self.names:
-            raise UserError(f"{self.directory} lacks {name}, which its config.json asks for: make the directory again")
-        return self._read(name)
-
     @property
     def uniform(self) -> bool:
         """Whether llama.cpp's plain ``llama`` architecture holds the model."""
@@ -98,14 +86,18 @@ class GGUFSource:
 
     @property
     def name(self) -> str:
-        """llama.cpp's architecture."""
         return "llama" if self.uniform else "deci"
 
     def counts(self) -> dict[str, list[int]]:
         """Head counts and FFN widths as the file states them, one per layer."""
-        stated = [_stated(sizes, index == 0) for index, (_, sizes) in enumerate(self.layers)]
-        keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
-        return {key: [int(row[i]) for row in stated] for i, key in enumerate(keys)}
+        layers = [sizes for _, sizes in self.layers]
+        if not layers[0].query_heads:  # its "linear attention"
+            layers[0] = replace(layers[0], query_heads=1)
+        return {
+            "attention.head_count": [sizes.query_heads for sizes in layers],
+            "attention.head_count_kv": [sizes.kv_heads for sizes in layers],
+            "feed_forward_length": [sizes.ffn or BLOCK for sizes in layers],
+        }
 
     def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
         """Every tensor of the file, in its order; ``rope_factors`` [head_dim / 2] float32."""
@@ -122,11 +114,7 @@ class GGUFSource:
             yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
 
     def check_all_written(self) -> None:
-        """Refuse a directory with tensors that llama.cpp's architecture does not have.
-
-        Raises:
-            UserError: names the first of them.
-        """
+        """Refuse a directory with tensors that llama.cpp's architecture does not have."""
         harmless = {f"{self.architecture.head}.weight"} if self.shape.tied else set()
         left = [n for n in self.names if n not in self._written | harmless and not n.endswith("rotary_emb.inv_freq")]
         if left:
@@ -214,8 +202,3 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
 
 def _vector(name: str, values: torch.Tensor) -> Tensor:
     return Tensor(name, tuple(values.shape), "F32", lambda: values)
-
-
-def _stated(sizes: LayerSizes, first: bool) -> tuple[int, int, int]:
-    heads = (sizes.query_heads, sizes.kv_heads) if sizes.query_heads or not first else (1, 0)
-    return (*heads, sizes.ffn or BLOCK)

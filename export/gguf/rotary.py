@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from saap.models.architectures import ModelConfig, field_of, number_of, rope_of
+from saap.models.checkpoint import transformers_config
 from saap.system.errors import UserError
 
 TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
@@ -33,24 +34,21 @@ def rotary_fields(directory: Path) -> RotaryFields:
     Raises:
         UserError: a scaling that depends on the length of the input.
     """
-    from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    config = transformers_config(directory)
+    scaling = rope_of(config)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in TYPES:
         raise UserError(f"rope type {kind!r} cannot be written as GGUF; allowed: {', '.join(TYPES)}")
-    base = float(getattr(config, "rope_theta", None) or scaling["rope_theta"])
+    base = number_of(config if field_of(config, "rope_theta") else scaling, "rope_theta")
     floats, strings, factors = {"rope.freq_base": base}, {"rope.scaling.type": "none"}, None
     if kind == "linear":
         strings["rope.scaling.type"] = "linear"
-        floats["rope.scaling.factor"] = float(scaling["factor"])
+        floats["rope.scaling.factor"] = number_of(scaling, "factor")
     elif kind != "default":
-        rotary: Any = LlamaRotaryEmbedding(config=config)
-        found = rotary.inv_freq.double()
+        rotary = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # one of the families like LLaMA
+        found = rotary.get_buffer("inv_freq").double()
         plain = base ** -(torch.arange(len(found), dtype=torch.float64) / len(found))
         factors = (plain / found).float()
         if rotary.attention_scaling != 1:
@@ -59,9 +57,9 @@ def rotary_fields(directory: Path) -> RotaryFields:
     return RotaryFields(floats, strings, factors, context, notes)
 
 
-def _context(config: Any) -> tuple[int, list[str]]:
-    context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
-    if not window or window >= context:
+def _context(config: ModelConfig) -> tuple[int, list[str]]:
+    context, window = config.max_position_embeddings, field_of(config, "sliding_window")
+    if not isinstance(window, int) or not 0 < window < context:
         return context, []
     note = f"the model attends to the last {window} tokens, which llama.cpp does not limit: context length {window}"
-    return int(window), [note]
+    return window, [note]

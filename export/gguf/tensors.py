@@ -10,7 +10,6 @@ is 32 columns with a float16 ``d`` of its own, so a wider group repeats its scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,66 +19,17 @@ from saap.models.modeling_slim import unpack_codes, unpack_zero_points
 from saap.quantize.groups import QuantMatrix
 
 BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
-BYTES = {"F32": 128, "F16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of 32 numbers
-KINDS = tuple(BYTES)
+KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
 ROWS_AT_ONCE = 4096  # bounds the temporary floats of a large vocabulary
 
 
 @dataclass(frozen=True)
-class Integers:
-    """Rows of a matrix as groups of 32: ``centred`` = code - zero_point [N, K/32, 32] int16, ``codes`` likewise uint8,
-    ``zeros`` [N, K/32] uint8, ``scales`` [N, K/32] float32.
-    """
-
-    codes: np.ndarray
-    zeros: np.ndarray
-    scales: np.ndarray
-    bits: int
-
-    @property
-    def centred(self) -> np.ndarray:
-        """code - zero_point."""
-        return self.codes.astype(np.int16) - self.zeros.astype(np.int16)[..., None]
-
-    def floats(self) -> np.ndarray:
-        """W, [N, K] float32."""
-        numbers: np.ndarray = self.centred * self.scales[..., None]
-        return numbers.reshape(len(self.codes), -1)
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """A matrix in a GGUF type.
+    """A matrix in a GGUF type."""
 
-    Attributes:
-        data: [N, K] float16 or float32, or [N, bytes per row] uint8.
-        error: largest |W' - W| of a group of 32 over the largest |W| of that group, worst group.
-        carried: share of the groups whose integers were taken over as they are; 0 for a float matrix.
-    """
-
-    data: np.ndarray
-    error: float
-    carried: float
-
-
-def integers_of(matrix: QuantMatrix, rows: slice) -> Integers:
-    """Rows of a packed matrix, regrouped to 32 columns; ``matrix.block`` is a multiple of 32."""
-    groups, repeat = matrix.qweight.shape[1], matrix.block // BLOCK
-    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block)
-    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, groups)
-    return Integers(
-        codes.reshape(codes.shape[0], -1, BLOCK).numpy(),
-        zeros.repeat_interleave(repeat, 1).numpy(),
-        matrix.scales[rows].float().repeat_interleave(repeat, 1).numpy(),
-        matrix.bits,
-    )
-
-
-def floats_of(matrix: QuantMatrix, rows: slice) -> np.ndarray:
-    """W of rows of a packed matrix of any group size, [N, K] float32."""
-    codes = unpack_codes(matrix.qweight[rows], matrix.bits, matrix.block).to(torch.int16)
-    zeros = unpack_zero_points(matrix.zero_points[rows], matrix.bits, codes.shape[1]).to(torch.int16)
-    return ((codes - zeros.unsqueeze(-1)).float() * matrix.scales[rows].float().unsqueeze(-1)).flatten(1).numpy()
+    data: np.ndarray  # [N, K] float16 or float32, or [N, bytes per row] uint8
+    error: float  # largest |W' - W| of a group of 32 over the largest |W| of that group, worst group
+    carried: float  # share of the groups whose integers were taken over as they are; 0 for a float matrix
 
 
 def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
@@ -90,32 +40,22 @@ def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
     return "Q4_0" if bool((zeros == 8).all()) else "Q4_1"
 
 
-def row_bytes(columns: int, kind: str) -> int:
-    """Bytes of a row of ``columns`` numbers."""
-    return columns * BYTES[kind] // BLOCK
-
-
 def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
     """A matrix [N, K] in a GGUF type; a quantised type needs K % 32 == 0."""
     count = (matrix.qweight if isinstance(matrix, QuantMatrix) else matrix).shape[0]
     pieces, error, carried, groups = [], 0.0, 0, 0
-    for rows in _slices(count):
-        data, piece_error, fits = _encode_rows(matrix, rows, kind)
+    for start in range(0, count, ROWS_AT_ONCE):
+        data, piece_error, fits = _encode_rows(matrix[start : start + ROWS_AT_ONCE], kind)
         pieces.append(data)
         error, carried, groups = max(error, piece_error), carried + int(fits.sum()), groups + fits.size
     return Encoded(np.concatenate(pieces), error, carried / groups if groups else 0.0)
 
 
-def _slices(count: int) -> Iterator[slice]:
-    for start in range(0, count, ROWS_AT_ONCE):
-        yield slice(start, min(start + ROWS_AT_ONCE, count))
-
-
-def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
+def _encode_rows(matrix: QuantMatrix | torch.Tensor, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
     """(data, worst relative error, which groups were carried over)."""
     from gguf import GGMLQuantizationType, quants
 
-    floats = floats_of(matrix, rows) if isinstance(matrix, QuantMatrix) else matrix[rows].float().numpy()
+    floats = (matrix.dequantize() if isinstance(matrix, QuantMatrix) else matrix.float()).numpy()
     fits = np.zeros(0, bool)
     if kind == "F32":
         return floats, 0.0, fits
@@ -123,25 +63,30 @@ def _encode_rows(matrix: QuantMatrix | torch.Tensor, rows: slice, kind: str) -> 
         data = floats.astype(np.float16)
         return data, relative_error(data.astype(np.float32), floats), fits
     data = quants.quantize(floats, GGMLQuantizationType[kind])
-    if isinstance(matrix, QuantMatrix) and matrix.block % BLOCK == 0:
-        blocks, fits = carry(integers_of(matrix, rows), kind)
+    if isinstance(matrix, QuantMatrix) and matrix.group_size % BLOCK == 0:
+        blocks, fits = carry(matrix, kind)
         rounded = data.reshape(blocks.shape)
         data = np.where(fits[..., None], blocks, rounded).reshape(data.shape)
     return data, relative_error(quants.dequantize(data, GGMLQuantizationType[kind]), floats), fits
 
 
-def carry(integers: Integers, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks that hold the integers as they are, and which of them represent their group.
+def carry(matrix: QuantMatrix, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks that hold the integers of whole groups as they are, and which of them represent their group.
 
     Returns:
         blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
     """
-    centred = integers.centred
-    scale = integers.scales.astype(np.float16)
+    groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK  # a wider group is several blocks
+    packed = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)
+    codes = packed.reshape(packed.shape[0], -1, BLOCK).numpy()
+    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, groups).repeat_interleave(repeat, 1).numpy()
+    scales = matrix.scales.float().repeat_interleave(repeat, 1).numpy()
+    scale = scales.astype(np.float16)
     if kind == "Q4_1":
-        minimum = (-integers.scales * integers.zeros).astype(np.float16)
-        fits = np.isfinite(minimum) & np.isfinite(scale) & (integers.bits == 4)
-        return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(integers.codes & 15)], axis=-1), fits
+        minimum = (-scales * zeros).astype(np.float16)
+        fits = np.isfinite(minimum) & np.isfinite(scale) & (matrix.bits == 4)
+        return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(codes & 15)], axis=-1), fits
+    centred = codes.astype(np.int16) - zeros.astype(np.int16)[..., None]
     low, high = (-8, 7) if kind == "Q4_0" else (-128, 127)
     fits = (centred.min(-1) >= low) & (centred.max(-1) <= high) & np.isfinite(scale)
     clipped = centred.clip(low, high)

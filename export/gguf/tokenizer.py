@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.bundle.tokenizer import BundleTokenizer
 from saap.models.gguf import CONTROL, END_TOKENS, USER_DEFINED
 from saap.system.errors import UserError
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Part = dict[str, Any]  # an object of tokenizer.json
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # tokenizer.ggml.token_type
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -48,8 +52,7 @@ class TokenizerFields:
     chat_template: str | None
     notes: list[str] = field(default_factory=list)
 
-    def write(self, writer: Any) -> None:
-        """Add the fields to a ``gguf.GGUFWriter``."""
+    def write(self, writer: GGUFWriter) -> None:
         prefix = "tokenizer.ggml."
         writer.add_string(prefix + "model", self.model)
         writer.add_string(prefix + "pre", self.pre)
@@ -108,7 +111,7 @@ def tokenizer_fields(directory: Path, vocabulary: int) -> TokenizerFields:
     )
 
 
-def _tokens(content: dict[str, Any], vocabulary: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
+def _tokens(content: Part, vocabulary: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
     by_id = {index: (token, NORMAL) for token, index in content["model"]["vocab"].items()}
     unknown = content["model"].get("unk_token")
     for index, (token, _) in by_id.items():
@@ -134,7 +137,7 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
     return [-float(rank[token]) if token in rank else 0.0 for token in tokens]
 
 
-def _pre_tokenizer(directory: Path, found: dict[str, Any] | None) -> str:
+def _pre_tokenizer(directory: Path, found: Part | None) -> str:
     """llama.cpp's name for the pre-tokenizer of a byte-level BPE."""
     steps = found.get("pretokenizers", [found]) if found else []
     shape = [step["type"] for step in steps]
@@ -179,7 +182,7 @@ def _special_ids(ours: BundleTokenizer, notes: list[str]) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index is not None}
 
 
-def _space_prefix(content: dict[str, Any]) -> str | None:
+def _space_prefix(content: Part) -> str | None:
     """What puts a space before a text in sentencepiece's kind, None where nothing does."""
     parts = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
     parts += [p for part in parts for p in part.get("normalizers", part.get("pretokenizers", []))]

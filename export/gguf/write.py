@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,53 +14,41 @@ import torch
 from devices.common.progress import Progress
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
-from export.gguf.tensors import KINDS, encode, row_bytes
+from export.gguf.tensors import KINDS, encode
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.files import writing_file
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 BITS = {32: "F32", 16: "F16", 8: "Q8_0", 4: "Q4_1"}
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # general.file_type, llama.h's llama_ftype
 
 
 @dataclass(frozen=True)
 class WrittenMatrix:
-    """A matrix of the model in the file.
-
-    Attributes:
-        type: GGUF type.
-        relative_error: as in :class:`export.gguf.tensors.Encoded`.
-        carried: share of its groups taken over as integers.
-    """
+    """A matrix of the model in the file."""
 
     type: str
-    relative_error: float
-    carried: float
+    relative_error: float  # as in :class:`export.gguf.tensors.Encoded`
+    carried: float  # share of its groups taken over as integers
 
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What a GGUF file holds.
-
-    Attributes:
-        architecture: llama.cpp's name.
-        kind: GGUF type of the linears; None where each tuned matrix has its own.
-        worst_error_carried: over the matrices whose groups all were carried over; None without any.
-        worst_error_rounded: over the others.
-        notes: what differs from what was asked, for a person.
-    """
+    """What a GGUF file holds."""
 
     file: Path
     bytes: int
-    architecture: str
-    kind: str | None
+    architecture: str  # llama.cpp's name
+    kind: str | None  # GGUF type of the linears; None where each tuned matrix has its own
     layers: int
     tensors: dict[str, WrittenMatrix]
-    worst_error_carried: float | None
-    worst_error_rounded: float | None
-    notes: list[str]
+    worst_error_carried: float | None  # over the matrices whose groups all were carried over; None without any
+    worst_error_rounded: float | None  # over the others
+    notes: list[str]  # what differs from what was asked, for a person
 
 
 def export_gguf(
@@ -106,8 +94,7 @@ def _check_output(out: Path) -> None:
                 raise UserError(f"{out} is not a GGUF file and is not written over: give another name")
 
 
-def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> Any:
-    """A gguf.GGUFWriter with all metadata."""
+def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> GGUFWriter:
     from gguf import GGUFWriter
 
     writer, name = GGUFWriter(path, source.name), source.name
@@ -138,14 +125,16 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
     return writer
 
 
-def _add_provenance(writer: Any, source: GGUFSource) -> None:
+def _add_provenance(writer: GGUFWriter, source: GGUFSource) -> None:
+    from gguf import LlamaFileType
+
     record = read_record(source.directory)
     writer.add_string("general.name", source.directory.resolve().name)
     if licence := _licence(source.directory):
         writer.add_string("general.license", licence)
     writer.add_uint32("general.quantization_version", 2)
     if source.kind:
-        writer.add_file_type(_FILE_TYPES[source.kind])
+        writer.add_file_type(LlamaFileType["ALL_F32" if source.kind == "F32" else f"MOSTLY_{source.kind}"])
     writer.add_string("saap.model_sha256", weights_hash(source.directory))
     writer.add_string("saap.lineage", json.dumps({"method": record.get("method"), **record.get("lineage", {})}))
 
@@ -158,16 +147,16 @@ def _licence(directory: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _write_tensors(writer: Any, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
+def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
     """Write the header, then tensor by tensor; returns what became of each matrix."""
     from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
 
     for tensor in tensors:
-        quantised = tensor.kind not in ("F32", "F16")
-        stored = (*tensor.shape[:-1], row_bytes(tensor.shape[-1], tensor.kind)) if quantised else tensor.shape
-        dtype = np.dtype(np.uint8 if quantised else np.float16 if tensor.kind == "F16" else np.float32)
-        count = int(np.prod(stored)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, stored, dtype, count, raw_dtype=GGMLQuantizationType[tensor.kind])
+        kind, floats = GGMLQuantizationType[tensor.kind], {"F16": np.float16, "F32": np.float32}.get(tensor.kind)
+        stored = tensor.shape if floats else quant_shape_to_byte_shape(tensor.shape, kind)
+        dtype = np.dtype(floats or np.uint8)
+        writer.add_tensor_info(tensor.name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -27,13 +27,11 @@ class GraphBuilder:
         self._outputs: list[ir.Value] = []
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute) -> ir.Value:
-        """A node with one output."""
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
     def multi(
         self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Attribute
     ) -> list[ir.Value]:
-        """A node with several outputs."""
         return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
 
     def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
@@ -54,7 +52,6 @@ class GraphBuilder:
         return self._initializer(name, ir.tensor(value, dtype=kind, name=name))
 
     def input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        """A graph input."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self._inputs.append(value)
         return value
@@ -73,7 +70,6 @@ class GraphBuilder:
         return self.op("Slice", x, first, self.constant("end", [2**63 - 1]), axis)
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
-        """Make a value a graph output."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self._outputs.append(value)
 

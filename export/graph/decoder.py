@@ -16,10 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
 from export.graph.builder import Attribute, GraphBuilder
 from export.graph.rotary import rotary_names
 from export.source import Precision
@@ -38,9 +40,6 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
 
     Args:
         rotary_dims: elements of a head that each of the rotary tables turns.
-
-    Raises:
-        UserError: names the size and what is allowed.
     """
     step = 16 if any(layer.rotary for layer in traits.layers) else 8
     if shape.head_dim % step:
@@ -86,7 +85,9 @@ class DecoderGraph(ABC):
         ids = self.graph.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = self.graph.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.begin(ids, mask)
-        residual, delta = self._embed(ids), None
+        residual, delta, scale = self.embedding(ids), None, self.traits.embedding_scale
+        if scale is not None:
+            residual = self.graph.op("Mul", residual, self.constant("embedding_scale", scale))
         kv_index = 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
@@ -137,10 +138,6 @@ class DecoderGraph(ABC):
         """SiLU, written as x * sigmoid(x): ONNX Runtime fuses the pair to one QuickGelu."""
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
 
-    def _embed(self, ids: ir.Value) -> ir.Value:
-        rows, scale = self.embedding(ids), self.traits.embedding_scale
-        return rows if scale is None else self.graph.op("Mul", rows, self.constant("embedding_scale", scale))
-
     def optional_norm(self, x: ir.Value, weight: str) -> ir.Value:
         """The norm of x, or x where the data file has no such weight."""
         return self.norm(x, None, weight)[0] if weight in self.tensors else x
@@ -173,36 +170,33 @@ class MicrosoftGraph(DecoderGraph):
 
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
         """GroupQueryAttention wants the index of each row's last token and the length of the longest row, int32."""
-        summed = self._op("ReduceSum", [mask, self.constant("axis1", [1])], keepdims=0)
-        last = self._op("Sub", [summed, self.constant("one", 1)])
-        total = self._op("Gather", [self._op("Shape", [mask]), self.constant("axis", 1)], axis=0)
-        int32 = ir.DataType.INT32.value
-        self._lengths = [self._op("Cast", [last], to=int32), self._op("Cast", [total], to=int32)]
+        g, int32 = self.graph, ir.DataType.INT32.value
+        summed = g.op("ReduceSum", mask, self.constant("axis1", [1]), keepdims=0)
+        last = g.op("Sub", summed, self.constant("one", 1))
+        total = g.op("Gather", g.op("Shape", mask), self.constant("axis", 1), axis=0)
+        self._lengths = [g.op("Cast", last, to=int32), g.op("Cast", total, to=int32)]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        """Rows of the embedding, [batch, sequence, hidden]."""
         if self.precision.head_bits == 32:
-            return self._op("Gather", [self.graph.weight("embedding.weight"), ids], axis=0)
+            return self.graph.op("Gather", self.graph.weight("embedding.weight"), ids, axis=0)
         inputs = [self.graph.weight("embedding.qweight"), ids, self.graph.weight("embedding.scales3")]
-        groups = self._op(
-            "GatherBlockQuantized", inputs, MICROSOFT, gather_axis=0, quantize_axis=2, block_size=self.precision.block,
-            bits=self.precision.head_bits,
+        groups = self.graph.op(
+            "GatherBlockQuantized", *inputs, domain=MICROSOFT, gather_axis=0, quantize_axis=2,
+            block_size=self.precision.group_size, bits=self.precision.head_bits,
         )  # fmt: skip
-        return self._op("Reshape", [groups, self.constant("hidden_shape", [0, 0, self.shape.hidden])])
+        return self.graph.op("Reshape", groups, self.constant("hidden_shape", [0, 0, self.shape.hidden]))
 
     def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
-        """(norm(residual + delta), residual + delta)."""
         gamma = self.graph.weight(weight)
         if delta is None:
-            return self._op("SimplifiedLayerNormalization", [residual, gamma], axis=-1, epsilon=self.epsilon), residual
-        outputs = self._multi(
-            "SkipSimplifiedLayerNormalization", [residual, delta, gamma], 4, MICROSOFT, epsilon=self.epsilon
-        )
+            normed = self.graph.op("SimplifiedLayerNormalization", residual, gamma, axis=-1, epsilon=self.epsilon)
+            return normed, residual
+        inputs = [residual, delta, gamma]
+        outputs = self.graph.multi("SkipSimplifiedLayerNormalization", inputs, 4, MICROSOFT, epsilon=self.epsilon)
         outputs[1].name = outputs[2].name = ""  # mean and inverse deviation are not wanted
         return outputs[0], outputs[3]
 
     def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
-        """Attention of layer ``index``, which owns the cache ``kv_index``."""
         name, dim = f"layers.{index}", self.shape.head_dim
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
@@ -210,11 +204,12 @@ class MicrosoftGraph(DecoderGraph):
             self.graph.input(f"past_key_values.{kv_index}.{part}", self.kv, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
-        inputs = [*self._normed_heads(qkv, name, sizes), *past, *self._lengths, *self._rotary(traits)]
+        tables = [] if traits.rotary is None else [self.graph.weight(table) for table in rotary_names(traits.rotary)]
+        inputs = [*self._normed_heads(qkv, name, sizes), *past, *self._lengths, *tables]
         if self.kv == ir.DataType.INT8:
             unused = [None] * (KV_SCALES - len(inputs))
             inputs += [*unused, *(self.graph.weight(f"{name}.{part}_scale") for part in ("key", "value"))]
-        outputs = self._multi(
+        outputs = self.graph.multi(
             "GroupQueryAttention", inputs, 3, MICROSOFT, num_heads=sizes.query_heads, kv_num_heads=sizes.kv_heads,
             do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
@@ -231,23 +226,18 @@ class MicrosoftGraph(DecoderGraph):
         dim, counts = self.shape.head_dim, (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
         widths = [count * dim for count in counts]
         split = self.constant("split" + "_".join(map(str, widths)), widths)
-        parts = self._multi("Split", [qkv, split], 3, axis=-1)
+        parts = self.graph.multi("Split", [qkv, split], 3, axis=-1)
         norms = ("query_norm", "key_norm")
         normed: list[ir.Value | None] = []
         if self.shape.qk_norm == "all":
             return [*(self.norm(parts[i], None, f"{name}.{norm}")[0] for i, norm in enumerate(norms)), parts[2]]
         for part, count, norm in zip(parts[:2], counts[:2], norms, strict=True):
-            heads = self._op("Reshape", [part, self.constant(f"heads{count}", [0, 0, count, dim])])
+            heads = self.graph.op("Reshape", part, self.constant(f"heads{count}", [0, 0, count, dim]))
             heads, _ = self.norm(heads, None, f"{name}.{norm}")
-            normed.append(self._op("Reshape", [heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])]))
+            normed.append(self.graph.op("Reshape", heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])))
         return [*normed, parts[2]]
 
-    def _rotary(self, traits: LayerTraits) -> list[ir.Value]:
-        """The layer's cos and sin tables, none where the layer has no rotary embedding."""
-        return [] if traits.rotary is None else [self.graph.weight(name) for name in rotary_names(traits.rotary)]
-
     def _attention_options(self, traits: LayerTraits) -> dict[str, Attribute]:
-        """Attributes that only some families and caches set."""
         options: dict[str, Attribute] = {}
         if self.kv == ir.DataType.INT8:
             options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
@@ -258,30 +248,28 @@ class MicrosoftGraph(DecoderGraph):
         return options
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        """The FFN of a layer."""
         both = self._linear(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
-        gate, up = self._multi("Split", [both, self.constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
-        product = self._op("Mul", [self._activation(gate), up])
+        gate, up = self.graph.multi("Split", [both, self.constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
+        product = self.graph.op("Mul", self._activation(gate), up)
         return self._linear(product, f"{name}.down", sizes.ffn, self.shape.hidden)
 
     def _activation(self, x: ir.Value) -> ir.Value:
         if self.traits.activation == "gelu_pytorch_tanh":
-            return self._op("FastGelu", [x], MICROSOFT)
+            return self.graph.op("FastGelu", x, domain=MICROSOFT)
         return self.sigmoid_times(x)
 
     def head(self, x: ir.Value) -> ir.Value:
-        """Logits, in the graph's own type."""
         name = "embedding" if self.shape.tied else "head"
         if self.precision.head_bits == 32:
-            return self._op("FusedMatMul", [x, self.graph.weight(f"{name}.weight")], MICROSOFT, transB=1)
+            return self.graph.op("FusedMatMul", x, self.graph.weight(f"{name}.weight"), domain=MICROSOFT, transB=1)
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
         return self._quantised(inputs, self.shape.hidden, self.shape.vocab, self.precision.head_bits)
 
     def _linear(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         bias = self.graph.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else None
         if self.precision.bits == 32:
-            y = self._op("MatMul", [x, self.graph.weight(f"{name}.weight")])
-            return y if bias is None else self._op("Add", [y, bias])
+            y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight"))
+            return y if bias is None else self.graph.op("Add", y, bias)
         zero_points = f"{name}.zero_points"
         inputs: list[ir.Value | None] = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
         inside = bias is not None and self.floats == ir.DataType.FLOAT  # ONNX Runtime's CUDA kernel took none for long
@@ -289,18 +277,18 @@ class MicrosoftGraph(DecoderGraph):
             inputs.append(self.graph.weight(zero_points) if zero_points in self.tensors else None)
         bits = self.tensors[f"{name}.qweight"].nbytes * 8 // (n * k)  # each matrix has its own, and the file knows
         y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, bits)
-        return y if bias is None or inside else self._op("Add", [y, bias])
+        return y if bias is None or inside else self.graph.op("Add", y, bias)
 
     def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
-        return self._op(
-            "MatMulNBits", inputs, MICROSOFT, K=k, N=n, bits=bits, block_size=self.precision.block,
+        return self.graph.op(
+            "MatMulNBits", *inputs, domain=MICROSOFT, K=k, N=n, bits=bits, block_size=self.precision.group_size,
             accuracy_level=self.precision.accuracy_level,
         )  # fmt: skip
 
-    def _op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Attribute) -> ir.Value:
-        return self.graph.op(kind, *inputs, domain=domain, **attributes)
 
-    def _multi(
-        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Attribute
-    ) -> list[ir.Value]:
-        return self.graph.multi(kind, inputs, outputs, domain=domain, **attributes)
+def save_graphs(
+    kind: type[DecoderGraph], model: GraphModel, tensors: Mapping[str, ir.ExternalTensor], directory: Path
+) -> None:
+    """Write the decode graph and the scoring graph."""
+    for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
+        ir.save(kind(model, tensors).build(scoring), directory / name)

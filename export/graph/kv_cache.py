@@ -26,7 +26,6 @@ def cache_scales(graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: 
 
     Args:
         graph: a scoring graph with a float cache.
-        layers: sizes of all decoder layers.
         ids: calibration ids [rows, tokens].
 
     Returns:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
 from export.source import Precision
-from saap.models.architectures import SLIM, Architecture, Traits, architecture_of, shape_of, traits_of
-from saap.models.checkpoint import read_config
+from saap.models.architectures import SLIM, Architecture, ModelConfig, Traits, architecture_of, shape_of, traits_of
+from saap.models.checkpoint import read_config, transformers_config
 from saap.models.shape import LayerSizes, ModelShape
-from saap.quantize.groups import check_blocks
+from saap.models.slim_quant import SlimQuant, quant_of
+from saap.quantize.groups import check_groups
 from saap.system.errors import UserError
 
 WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
@@ -22,29 +22,24 @@ CONTEXT = 4096  # positions of the rotary tables; a step reads one of them
 
 @dataclass(frozen=True)
 class ProbeModel:
-    """A model without its weights.
+    """A model without its weights."""
 
-    Attributes:
-        shape: its layers are all alike, each as large as the largest of the model.
-        config: as transformers reads it.
-    """
-
-    shape: ModelShape
+    shape: ModelShape  # its layers are all alike, each as large as the largest of the model
     traits: Traits
     architecture: Architecture
     precision: Precision
-    config: Any
+    config: ModelConfig
 
 
 def read_probe_model(
-    directory: Path, bits: int | None = None, block: int | None = None, weight_limit: int = WEIGHT_LIMIT
+    directory: Path, bits: int | None = None, group_size: int | None = None, weight_limit: int = WEIGHT_LIMIT
 ) -> ProbeModel:
     """Read a model directory, of which ``config.json`` is enough, or a bundle.
 
     Args:
         bits: 4, 8 or 32, of all matrices; None is 4, or what a bundle or a tuned directory holds. Where some matrices
             hold other bits, the probe does not: its layers are all alike.
-        block: quantisation group; None is 32, or what a bundle or a tuned directory holds.
+        group_size: weights per scale; None is 32, or what a bundle or a tuned directory holds.
         weight_limit: bytes; a model of more is probed with fewer layers. It should be several times the device's
             last-level cache.
 
@@ -53,62 +48,48 @@ def read_probe_model(
         BundleError: a damaged bundle.
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
-    precision = _precision(own, bits, block)
+    precision = _precision(own, bits, group_size)
     dense = shape_of(config)
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
     count = _layer_count(dense.with_layers((largest,)), precision, len(dense.layers), weight_limit)
-    if precision.block:
-        check_blocks(dense.hidden, precision.block, "the hidden state")
-        check_blocks(largest.query_heads * dense.head_dim, precision.block, "o_proj")
-        check_blocks(largest.ffn, precision.block, "down_proj")
+    if precision.group_size:
+        check_groups(dense.hidden, precision.group_size, "the hidden state")
+        check_groups(largest.query_heads * dense.head_dim, precision.group_size, "o_proj")
+        check_groups(largest.ffn, precision.group_size, "down_proj")
     traits = traits_of(config)
     traits = replace(traits, layers=tuple(traits.layers[i % len(traits.layers)] for i in range(count)))
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
     return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config)
 
 
-def _of_model(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
     """The config, and the quantisation of a tuned directory."""
-    from transformers import AutoConfig
-
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
     raw = read_config(directory)
     architecture_of(raw)
-    return AutoConfig.from_pretrained(directory, local_files_only=True), dict(raw.get("slim_quant") or {})
+    return transformers_config(directory), quant_of(raw)
 
 
-def _of_bundle(directory: Path) -> tuple[Any, dict[str, Any]]:
+def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
     """A config with the sizes of a manifest, and the bundle's quantisation."""
     from transformers import AutoConfig
 
-    import saap.models.checkpoint  # noqa: F401  registers our model type
-
     manifest = read_manifest(directory)
-    common = {
-        "vocab_size": manifest.vocab_size,
-        "hidden_size": manifest.hidden_size,
-        "head_dim": manifest.head_dim,
-        "max_position_embeddings": manifest.context_length,
-        "num_hidden_layers": len(manifest.layers),
-        "tie_word_embeddings": _tied(manifest),
-    }
-    largest = LayerSizes(*(max(getattr(s, n) for s in manifest.layers) for n in ("query_heads", "kv_heads", "ffn")))
-    own = {"slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers]}
-    if manifest.model_type == "llama":
-        config = AutoConfig.for_model("saap_llama", **common, **own)
-    else:
-        heads = {"num_attention_heads": largest.query_heads, "num_key_value_heads": largest.kv_heads}
-        own = own if manifest.model_type.startswith(SLIM) else {}
-        config = AutoConfig.for_model(manifest.model_type, **common, **heads, intermediate_size=largest.ffn, **own)
-    quant = {
-        "bits": manifest.bits,
-        "block": manifest.block,
-        "embedding_bits": manifest.lineage.get("head_bits", manifest.bits),
-    }
-    return config, quant
+    config: ModelConfig = AutoConfig.for_model(
+        SLIM + manifest.model_type.removeprefix(SLIM),
+        vocab_size=manifest.vocab_size,
+        hidden_size=manifest.hidden_size,
+        head_dim=manifest.head_dim,
+        max_position_embeddings=manifest.context_length,
+        num_hidden_layers=len(manifest.layers),
+        num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
+        num_key_value_heads=1,
+        tie_word_embeddings=_tied(manifest),
+        slim_layers=[[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers],
+    )
+    head_bits = manifest.lineage.get("head_bits", manifest.bits)
+    return config, {"bits": manifest.bits, "block": manifest.block, "embedding_bits": head_bits, "tied": False}
 
 
 def _tied(manifest: BundleManifest) -> bool:
@@ -118,18 +99,18 @@ def _tied(manifest: BundleManifest) -> bool:
     return manifest.parameters < shape.parameters
 
 
-def _precision(own: dict[str, Any], bits: int | None, block: int | None) -> Precision:
-    bits = bits or own.get("bits", 4)
+def _precision(own: SlimQuant | None, bits: int | None, group_size: int | None) -> Precision:
+    bits = bits or (own["bits"] if own else 4)
     if bits not in (4, 8, 32):
         raise UserError(f"{bits} bits cannot be probed on a CPU; allowed: 4, 8, 32")
     if bits == 32:
         return Precision(32, 0, 32)
-    head_bits = own["embedding_bits"] if own.get("bits") == bits else bits
-    return CPU.precision(Precision(bits, block or own.get("block") or 32, head_bits), 32, 4)
+    head_bits = own["embedding_bits"] if own and own["bits"] == bits else bits
+    return CPU.precision(Precision(bits, group_size or (own and own["block"]) or 32, head_bits), 32, 4)
 
 
 def _layer_count(one: ModelShape, precision: Precision, wanted: int, limit: int) -> int:
     """As many layers as the model has, or as fit into the limit."""
-    per_weight = precision.bits / 8 + (4 / precision.block if precision.block else 0)  # with the scales
+    per_weight = precision.bits / 8 + (4 / precision.group_size if precision.group_size else 0)  # with the scales
     free = limit - one.vocab * one.hidden * per_weight
     return max(LEAST_LAYERS, min(wanted, int(free // (one.layer_weights * per_weight))))

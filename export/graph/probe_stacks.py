@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,14 +24,13 @@ import onnx_ir as ir
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, BundleManifest, write_manifest
-from export.bundle.manifest import LayerSizes as BundleSizes
+from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, write_manifest
 from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention
 from export.graph.probe_model import ProbeModel
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
-from export.source import Precision, StackedLinear
+from export.source import Precision, StackedLinear, sized_manifest
 from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.groups import QuantMatrix
 
@@ -48,15 +48,15 @@ def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
     for groups in _spread(full.kv_heads, HEAD_COUNTS):
         for per_group in _spread(full.heads_per_group, HEAD_COUNTS):
             columns = groups * per_group * model.shape.head_dim
-            if not (model.precision.block and columns % model.precision.block):
+            if not (model.precision.group_size and columns % model.precision.group_size):
                 options.append(LayerSizes(groups * per_group, groups, full.ffn))
     stacks = [tuple(option if i % 2 else full for i in range(count)) for option in options if option != full]
     return [(full,) * count, *stacks]
 
 
 def _widths(full: int, precision: Precision) -> list[int]:
-    block = precision.block or 32
-    step = max(block, FAST_ROWS) if full >= 8 * FAST_ROWS else block
+    group = precision.group_size or 32
+    step = max(group, FAST_ROWS) if full >= 8 * FAST_ROWS else group
     return [step * n for n in _spread(full // step, FFN_WIDTHS) if step * n < full]
 
 
@@ -66,10 +66,7 @@ def _spread(high: int, count: int) -> list[int]:
 
 
 def write_probe_stacks(
-    model: ProbeModel,
-    out: Path,
-    stacks: Sequence[Sequence[LayerSizes]] | None = None,
-    progress: Progress | None = None,
+    model: ProbeModel, out: Path, stacks: Sequence[Sequence[LayerSizes]] | None = None, progress: Progress | None = None
 ) -> list[Path]:
     """Write every stack as a bundle below ``out``, an empty directory; the bundles, in the order of the stacks.
 
@@ -77,16 +74,11 @@ def write_probe_stacks(
 
     Args:
         stacks: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
-
-    Raises:
-        UserError: sizes that ONNX Runtime's attention refuses.
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     whole = WeightFile(out, model.precision.floats)
-    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole))
-    for name, table in rotary.items():
-        whole.add(name, table)
+    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
     whole.close()
     wanted, written = stack_layers(model) if stacks is None else stacks, []
     for index, layers in enumerate(wanted):
@@ -110,7 +102,6 @@ class _MadeUp:
         self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """A matrix of a layer, and its bias where the model has one."""
         shape, sizes, dim = self.shape, self.shape.layers[layer], self.shape.head_dim
         rows, columns, biased = {
             "qkv": ((sizes.query_heads + 2 * sizes.kv_heads) * dim, shape.hidden, shape.attention_bias),
@@ -119,11 +110,10 @@ class _MadeUp:
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
         bias = self._filled(0.01, rows) if biased else None
-        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.block), bias)
+        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.group_size), bias)
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """The embedding or the head."""
-        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.block)
+        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.group_size)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """A norm that changes nothing."""
@@ -132,17 +122,18 @@ class _MadeUp:
         *_, query, key = self.shape.attention_norms(self.shape.layers[layer])
         return self._filled(1.0, query if field == "query_norm" else key)
 
-    def _matrix(self, rows: int, columns: int, bits: int, block: int) -> torch.Tensor | QuantMatrix:
+    def _matrix(self, rows: int, columns: int, bits: int, group_size: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:
             uniform: torch.Tensor = torch.rand(rows, columns, generator=self._random, device=self._device)
             return (uniform - 0.5).mul(math.sqrt(12 / columns))
-        groups, spread = columns // block, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
-        packed = (rows, groups, block * bits // 8)
+        groups, spread = columns // group_size, 2**bits / 12**0.5  # standard deviation of codes that are all as likely
+        packed = (rows, groups, group_size * bits // 8)
         qweight = torch.randint(256, packed, dtype=torch.uint8, generator=self._random, device=self._device)
         midpoints = torch.full(
             (rows, -(-groups * bits // 8)), 0x88 if bits == 4 else 0x80, dtype=torch.uint8, device=self._device
         )
-        return QuantMatrix(qweight, self._filled(1 / (spread * columns**0.5), rows, groups), midpoints, bits, block)
+        scales = self._filled(1 / (spread * columns**0.5), rows, groups)
+        return QuantMatrix(qweight, scales, midpoints, bits, group_size)
 
     def _filled(self, value: float, *shape: int) -> torch.Tensor:
         return torch.full(shape, value, device=self._device)
@@ -166,38 +157,18 @@ def _write_stack(
 ) -> Path:
     directory.mkdir()
     file = _StackFile(whole, directory)
-    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file))
-    for name, table in tables.items():
-        file.add(name, table)
+    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file), tables)
     graph = MicrosoftGraph(GraphModel(shape, model.traits, model.precision, EPSILON), file.tensors).build(scoring=False)
     ir.save(graph, directory / DECODE_GRAPH)
     try:
         os.link(whole.directory / WEIGHTS, directory / WEIGHTS)
     except OSError:
         shutil.copyfile(whole.directory / WEIGHTS, directory / WEIGHTS)
-    write_manifest(directory, _manifest(model, shape, file, len(graph.graph)))
-    return directory
-
-
-def _manifest(model: ProbeModel, shape: ModelShape, file: WeightFile, nodes: int) -> BundleManifest:
-    kv_bytes = np.dtype(model.precision.kv).itemsize
-    return BundleManifest(
-        target="cpu",
-        model_type=model.config.model_type,
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        head_dim=shape.head_dim,
-        context_length=model.config.max_position_embeddings,
-        layers=[BundleSizes(s.query_heads, s.kv_heads, s.ffn) for s in shape.layers],
-        bits=model.precision.bits,
-        block=model.precision.block,
-        accuracy_level=model.precision.accuracy_level,
-        parameters=shape.parameters,
+    manifest = replace(
+        sized_manifest(shape, model.precision, model.config),
         weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),
-        kv_bytes_per_token=2 * kv_bytes * shape.head_dim * sum(s.kv_heads for s in shape.layers),
-        kv_dtype=model.precision.kv,
-        bos_token_id=None,
-        eos_token_ids=[],
         onnxruntime_min=CPU.oldest_runtime(model.precision, windows=False),
-        lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": nodes},
+        lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": len(graph.graph)},
     )
+    write_manifest(directory, manifest)
+    return directory

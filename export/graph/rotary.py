@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from saap.models.architectures import Traits, architecture_of
+from saap.models.architectures import ModelConfig, Traits, architecture_of, field_of, rope_of
 from saap.system.errors import UserError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
@@ -17,11 +18,10 @@ Table = Literal["default", "local"]
 
 
 def rotary_names(table: Table) -> tuple[str, str]:
-    """Names under which cos and sin of a table are written."""
     return ("cos", "sin") if table == "default" else (f"{table}.cos", f"{table}.sin")
 
 
-def all_rotary_tables(config: Any, traits: Traits) -> dict[str, np.ndarray]:
+def all_rotary_tables(config: ModelConfig, traits: Traits) -> dict[str, np.ndarray]:
     """Every table that a layer of the model reads, by the name it is written under; see :func:`rotary_tables`."""
     used = sorted({layer.rotary for layer in traits.layers if layer.rotary})
     return {
@@ -31,11 +31,10 @@ def all_rotary_tables(config: Any, traits: Traits) -> dict[str, np.ndarray]:
     }
 
 
-def rotary_tables(config: Any, table: Table = "default") -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position, each [context, rotary_dim / 2] float32 (Su et al., arXiv 2104.09864).
 
     Args:
-        config: a transformers config.
         table: ``local`` is that of sliding layers, in a family where they have their own base.
 
     Raises:
@@ -53,19 +52,20 @@ def rotary_tables(config: Any, table: Table = "default") -> tuple[np.ndarray, np
     return (angles.cos() * factor).numpy(), (angles.sin() * factor).numpy()
 
 
-def _embedding(config: Any, table: Table) -> Any:
+def _embedding(config: ModelConfig, table: Table) -> nn.Module:
     family = architecture_of(config).family
     module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
-    if table == "local" and hasattr(config, "rope_local_base_freq"):  # transformers 4
+    base = field_of(config, "rope_local_base_freq")
+    if table == "local" and base is not None:  # transformers 4
         config = copy.deepcopy(config)
-        config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
-    return getattr(module, f"{family}RotaryEmbedding")(config=config)
+        config.update({"rope_theta": base, "rope_scaling": {"rope_type": "default"}})
+    embedding: nn.Module = getattr(module, f"{family}RotaryEmbedding")(config=config)
+    return embedding
 
 
-def _check_type(config: Any, table: Table) -> None:
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "full_attention" in scaling:
-        scaling = scaling["sliding_attention" if table == "local" else "full_attention"]
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _check_type(config: ModelConfig, table: Table) -> None:
+    scaling = rope_of(config)
+    own = scaling.get("sliding_attention" if table == "local" else "full_attention", scaling)
+    kind = field_of(own, "rope_type", field_of(own, "type", "default"))
     if kind not in STATIC_TYPES:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(STATIC_TYPES)}")

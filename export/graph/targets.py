@@ -22,17 +22,11 @@ CUDA_STEP = 8
 
 @dataclass(frozen=True)
 class Target:
-    """Where a bundle runs.
-
-    Attributes:
-        name: ``cpu`` or ``cuda``.
-        dotprod: the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer).
-        onnxruntime: oldest version that must load it, such as ``1.23``; None is whatever the graph needs.
-    """
+    """Where a bundle runs."""
 
     name: str = "cpu"
-    dotprod: bool = True
-    onnxruntime: str | None = None
+    dotprod: bool = True  # the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer)
+    onnxruntime: str | None = None  # oldest version that must load it, as 1.23; None: whatever the graph needs
 
     def precision(self, precision: Precision, kv_bits: int, accuracy_level: int) -> Precision:
         """``precision`` as this target computes it.
@@ -61,11 +55,7 @@ class Target:
         return ONNXRUNTIME_WINDOWS if windows and self.name == "cpu" else ONNXRUNTIME_MIN
 
     def check(self, shape: ModelShape, precision: Precision, windows: bool) -> None:
-        """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses.
-
-        Raises:
-            UserError: names the size or the version.
-        """
+        """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses."""
         oldest = self.oldest_runtime(precision, windows)
         if self.onnxruntime and _version(self.onnxruntime) < _version(oldest):
             raise UserError(

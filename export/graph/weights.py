@@ -8,7 +8,7 @@ shape) that several graphs, and several shapes of one tensor, can share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,6 @@ class WeightFile:
         self._file = (directory / WEIGHTS).open("wb")
 
     def add(self, name: str, values: Array) -> None:
-        """Write an array under a name."""
         array = values.numpy() if isinstance(values, torch.Tensor) else values
         self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
         offset = self._file.tell()
@@ -65,11 +64,9 @@ class WeightFile:
         return sum({tensor.offset: tensor.nbytes for tensor in read}.values())  # two names of one tensor count once
 
     def flush(self) -> None:
-        """Let others read what was written so far."""
         self._file.flush()
 
     def close(self) -> None:
-        """Finish the file."""
         self._file.close()
 
 
@@ -90,8 +87,14 @@ class Layout(Protocol):
         """Write embedding and head."""
 
 
-def write_model(source: WeightSource, precision: Precision, layout: Layout, progress: Progress | None = None) -> None:
-    """Write all tensors of a decoder, one layer at a time."""
+def write_model(
+    source: WeightSource,
+    precision: Precision,
+    layout: Layout,
+    tables: Mapping[str, Array],
+    progress: Progress | None = None,
+) -> None:
+    """Write all tensors of a decoder, one layer at a time, and then the rotary ``tables``."""
     count = len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
         if progress:
@@ -107,6 +110,8 @@ def write_model(source: WeightSource, precision: Precision, layout: Layout, prog
                 layout.file.add(name, source.norm(piece, index))
     layout.file.add("norm", source.norm("final_norm"))
     layout.add_vocabulary(source, precision)
+    for name, table in tables.items():
+        layout.file.add(name, table)
     if progress:
         progress("writing weights", count, count)
 
@@ -127,7 +132,6 @@ class MicrosoftLayout:
         self.file = file
 
     def add_matrix(self, name: str, matrix: torch.Tensor | QuantMatrix) -> None:
-        """Write a linear [N, K]."""
         if isinstance(matrix, torch.Tensor):
             self.file.add(f"{name}.weight", matrix.t().contiguous())
             return

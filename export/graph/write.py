@@ -9,8 +9,7 @@ import onnx_ir as ir
 import torch
 
 from devices.common.progress import Progress
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
-from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention
+from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention, save_graphs
 from export.graph.kv_cache import cache_scales
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import Target
@@ -26,14 +25,6 @@ class MicrosoftWriter:
 
     Args:
         calibration: ids [rows, tokens] to find the scales of an int8 cache on.
-
-    Attributes:
-        precision: what is written.
-        onnxruntime_min: oldest version that runs it.
-        lineage: what the manifest says about the writer.
-
-    Raises:
-        UserError: a precision or sizes that the target has no kernel for.
     """
 
     def __init__(self, source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None) -> None:
@@ -55,16 +46,12 @@ class MicrosoftWriter:
         self._model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
-        """Write weights and graphs; the bytes of weights that one token reads."""
         file = WeightFile(out, self.precision.floats)
-        write_model(self._source, self.precision, MicrosoftLayout(file), progress)
-        for name, table in self._tables.items():
-            file.add(name, table)
+        write_model(self._source, self.precision, MicrosoftLayout(file), self._tables, progress)
         if self.precision.kv == "int8" and self._calibration is not None:
             self._add_cache_scales(file, self._calibration)
         file.close()
-        for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-            ir.save(MicrosoftGraph(self._model, file.tensors).build(scoring), out / name)
+        save_graphs(MicrosoftGraph, self._model, file.tensors, out)
         return file.bytes_per_token("embedding" if self._source.shape.tied else "head")
 
     def _add_cache_scales(self, file: WeightFile, ids: torch.Tensor) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 
 from export.bundle.session import open_session
 from export.needs import PIECE_BYTES
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 PIECE = ".piece.onnx"  # beside the data file, which a graph may name only by a path inside its own folder
 
@@ -31,10 +34,6 @@ def logits_in_pieces(
     Args:
         graph: an ONNX file with an output ``logits``; its folder is written to.
         feeds: inputs by their names, each once through the whole graph; names that it does not have are passed over.
-        threads: of ONNX Runtime within an operator.
-
-    Raises:
-        BundleError, DecoderError: as :func:`export.bundle.session.open_session`; a piece is a graph of its own.
     """
     model = onnx.load(graph, load_external_data=False)
     states: list[dict[str, np.ndarray]] = [{} for _ in feeds]  # what earlier pieces made and later ones read
@@ -55,7 +54,7 @@ def logits_in_pieces(
         del session  # before the next piece is loaded beside it
 
 
-def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> Any:
+def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> InferenceSession:
     file = graph.with_name(PIECE)
     try:
         onnx.save(piece, file)

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM
 
-import saap.models.checkpoint  # noqa: F401  registers our model type
 from devices.common.progress import Progress
 from export.source import ModelSource, Precision
 from saap.models.architectures import traits_of
+from saap.models.checkpoint import transformers_config
 from saap.models.layer_walk import finished_logits
 from saap.models.streaming import CPU, LayerWeights, empty_parameters
-from saap.quantize.groups import QuantMatrix, check_blocks, quantize
+from saap.quantize.groups import QuantMatrix, check_groups, quantize
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -42,10 +42,10 @@ class StreamedModel:
 
     def __init__(self, source: ModelSource, precision: Precision) -> None:
         self._source, self._precision = source, precision
-        config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+        config = transformers_config(source.directory)
         self._traits = traits_of(config)
         if source.quant:
-            config.slim_quant = None  # ordinary linears, which are given the dequantised numbers
+            config.update({"slim_quant": None})  # ordinary linears, which are given the dequantised numbers
         with empty_parameters():
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
@@ -85,10 +85,10 @@ class StreamedModel:
                 logits = finished_logits(logits, self._traits)
             yield from logits
 
-    def _hook_embedding(self, table: Any) -> Any:
+    def _hook_embedding(self, table: nn.Module) -> RemovableHandle:
         """Give the embedding only the rows that occur, and ids that count these rows."""
 
-        def before(module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        def before(module: nn.Embedding, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             present, places = args[0].unique(return_inverse=True)
             weight = self._vocabulary(self._source.architecture.embedding)(present)
             module.weight, module.padding_idx = nn.Parameter(weight, requires_grad=False), None
@@ -101,7 +101,7 @@ class StreamedModel:
         module, _, part = name.rpartition(".")
         if module in self._linears and part == "weight":
             return dequantised(self._source.matrix(module, self._precision))
-        return self._source.tensor(name).float()
+        return self._source.read(name).float()
 
     def _head(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """(first row, float weight [rows, hidden], bias [rows]) of the pieces of the head."""
@@ -116,15 +116,15 @@ class StreamedModel:
 
         The exporter rounds every row by itself, so a piece is rounded as the whole is.
         """
-        bits, block = self._precision.head_bits, self._precision.block
+        bits, group_size = self._precision.head_bits, self._precision.group_size
         if self._source.quant:
-            qweight, scales, zero_points = (self._source.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
-            return lambda rows: dequantised(QuantMatrix(qweight[rows], scales[rows], zero_points[rows], bits, block))
-        weight = self._source.tensor(f"{module}.weight")
+            table = self._source.matrix(module, self._precision)
+            return lambda rows: dequantised(table[rows])
+        weight = self._source.read(f"{module}.weight")
         if bits == 32:
             return lambda rows: weight[rows].float()
-        check_blocks(weight.shape[1], block, module)
-        return lambda rows: dequantised(quantize(weight[rows].float(), bits, block))
+        check_groups(weight.shape[1], group_size, module)
+        return lambda rows: dequantised(quantize(weight[rows].float(), bits, group_size))
 
 
 def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | None, *_: object) -> None:

@@ -28,12 +28,7 @@ LEVEL4_KL = 0.05
 
 @fast_float32()
 def check_parity(
-    bundle: Path,
-    model_dir: Path,
-    ids: torch.Tensor,
-    sample: str,
-    threads: int = 1,
-    progress: Progress | None = None,
+    bundle: Path, model_dir: Path, ids: torch.Tensor, sample: str, threads: int = 1, progress: Progress | None = None
 ) -> Parity:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 

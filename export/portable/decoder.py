@@ -73,7 +73,6 @@ class StandardGraph(DecoderGraph):
         return self._rotations[table]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        """Rows of the embedding, [batch, sequence, hidden]."""
         g, bits = self.graph, self.precision.head_bits
         tied = self.shape.tied
         if bits == 32:
@@ -107,9 +106,9 @@ class StandardGraph(DecoderGraph):
         return self.graph.op("Gather", self.graph.weight(name), ids, axis=0)
 
     def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
-        """Values [batch, sequence, hidden] times one scale per block."""
-        g, hidden, block = self.graph, self.shape.hidden, self.precision.block
-        grouped = g.op("Reshape", values, self._shape(0, 0, hidden // block, block))
+        """Values [batch, sequence, hidden] times one scale per group."""
+        g, hidden, size = self.graph, self.shape.hidden, self.precision.group_size
+        grouped = g.op("Reshape", values, self._shape(0, 0, hidden // size, size))
         product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
         return g.op("Reshape", product, self._shape(0, 0, hidden))
 
@@ -123,7 +122,6 @@ class StandardGraph(DecoderGraph):
         return g.op("Mul", g.op("Div", x, deviation), g.weight(weight)), x
 
     def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
-        """Attention of layer ``index``, which owns the cache ``kv_index``."""
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         g, name, dim = self.graph, f"layers.{index}", self.shape.head_dim
         heads, kv, group = sizes.query_heads, sizes.kv_heads, sizes.heads_per_group
@@ -175,7 +173,6 @@ class StandardGraph(DecoderGraph):
         return present
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        """The FFN of a layer."""
         gate, up = self.graph.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
         return self._linear(self.graph.op("Mul", self._activation(gate), up), f"{name}.down")
 
@@ -185,7 +182,6 @@ class StandardGraph(DecoderGraph):
         return self.sigmoid_times(x)
 
     def head(self, x: ir.Value) -> ir.Value:
-        """Logits, in the graph's own type."""
         return self._matrix_product(x, "head", self.precision.head_bits)
 
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -200,7 +196,7 @@ class StandardGraph(DecoderGraph):
         inputs = [g.weight(f"{name}.codes"), g.weight(f"{name}.scales")]
         if f"{name}.zero_points" in self.tensors:
             inputs.append(g.weight(f"{name}.zero_points"))
-        return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=self.precision.block))
+        return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=self.precision.group_size))
 
     def _shape(self, *dims: int) -> ir.Value:
         """A constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""

@@ -32,7 +32,7 @@ class StandardLayout:
             self.file.add(f"{name}.weight", matrix.t().contiguous())
             return
         bits = matrix.bits
-        codes = unpack_codes(matrix.qweight, bits, matrix.block).flatten(1).t().contiguous()
+        codes = unpack_codes(matrix.qweight, bits, matrix.group_size).flatten(1).t().contiguous()
         if is_symmetric(matrix):
             signed = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
             self._add_packed(f"{name}.codes", codes ^ 2 ** (bits - 1), bits, signed)
@@ -80,7 +80,7 @@ class StandardLayout:
 
 def _rows_of_codes(table: QuantMatrix) -> torch.Tensor:
     """Signed codes, row by row: [V, K] int8, or [V, K/2] uint8 with columns j and j + K/2 in one byte."""
-    codes = unpack_codes(table.qweight, table.bits, table.block).flatten(1)
+    codes = unpack_codes(table.qweight, table.bits, table.group_size).flatten(1)
     if table.bits == 8:
         return (codes ^ 0x80).view(torch.int8)
     left, right = (codes ^ 8).chunk(2, dim=1)

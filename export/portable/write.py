@@ -18,14 +18,14 @@ import onnx_ir as ir
 
 from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS
-from export.graph.decoder import GraphModel
+from export.graph.decoder import GraphModel, save_graphs
 from export.graph.rotary import all_rotary_tables
 from export.graph.weights import WeightFile, write_model
 from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
 from export.portable.weights import StandardLayout
 from export.source import ModelSource
-from saap.models.architectures import traits_of
+from saap.models.architectures import SLIM, traits_of
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked
@@ -33,29 +33,19 @@ ONNXRUNTIME_MIN = {"optimum": "1.18", "saap": "1.20"}
 
 
 class PortableWriter:
-    """Writes graphs of standard operators; floats where no bits are asked for.
-
-    Attributes:
-        precision: what is written.
-        onnxruntime_min: oldest version that runs it.
-        lineage: what the manifest says about the writer.
-
-    Raises:
-        UserError: unsupported architecture, precision or sizes.
-    """
+    """Writes graphs of standard operators; floats where no bits are asked for."""
 
     def __init__(self, source: ModelSource, options: ExportOptions) -> None:
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)
         self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
-        uniform = source.config["model_type"] == "llama"  # the other families' windows and norms are tried in ours only
-        by_optimum = uniform and self.precision.bits == 32 and find_spec("optimum") is not None
+        known = source.architecture.optimum and not str(source.config["model_type"]).startswith(SLIM)
+        by_optimum = known and self.precision.bits == 32 and find_spec("optimum") is not None
         self._source, self._writer = source, options.graph_writer or ("optimum" if by_optimum else "saap")
         self.onnxruntime_min = ONNXRUNTIME_MIN[self._writer]
         self.lineage: dict[str, str] = {"graph_writer": self._writer}
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
-        """Write weights and graphs; the bytes of weights that one token reads."""
         if self._writer == "saap":
             return self._write_by_saap(out, progress)
         if progress:
@@ -69,16 +59,12 @@ class PortableWriter:
 
     def _write_by_saap(self, out: Path, progress: Progress | None) -> int:
         source, config = self._source, self._source.transformers_config
-        traits = traits_of(config)
+        traits, file = traits_of(config), WeightFile(out)
         tables = all_rotary_tables(config, traits)
-        file = WeightFile(out)
-        write_model(source, self.precision, StandardLayout(file), progress)
-        for name, table in tables.items():
-            file.add(name, table)
+        write_model(source, self.precision, StandardLayout(file), tables, progress)
         file.close()
         model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
-        for name, scoring in ((DECODE_GRAPH, False), (SCORING_GRAPH, True)):
-            ir.save(StandardGraph(model, file.tensors).build(scoring), out / name)
+        save_graphs(StandardGraph, model, file.tensors, out)
         return file.bytes_per_token("head")
 
 

@@ -44,24 +44,19 @@ def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: 
 
 
 def show_inside(bundle: Path, as_json: bool) -> None:
-    from export.bundle.inspect import inspect_bundle, inspection_lines, inspection_tables
+    from export.bundle.inspect import inspect_bundle
 
     report = inspect_bundle(bundle)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        click.echo(json.dumps(report.document(), indent=1))
         return
-    for line in inspection_lines(report):
+    for line in report.lines():
         click.echo(shown(line))
-    for title, columns, rows in inspection_tables(report):
+    for title, columns, rows in report.tables():
         print_table(title, columns, rows)
 
 
 def export_model(model: str | Path, out: Path, options: ExportOptions, console: Console) -> None:
-    """Export, and show what was written.
-
-    Raises:
-        UserError: options that do not go together, or no such model.
-    """
     from export.write import export as write
 
     result = write(model, options, output=out, progress=console.report)

@@ -79,7 +79,8 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.system.files import check_output
-    from saap.text.rows import Sequences, training_rows
+    from saap.text.documents import Sequences
+    from saap.text.rows import training_rows
 
     options = for_this_machine(asked)
     options.check_requirement()
@@ -112,11 +113,8 @@ def for_this_machine(asked: PruneCommand) -> PruneOptions:
 def runtime_here(costs: Path, here: bool) -> str | None:
     """The version of ONNX Runtime here, if the table of costs was measured on this machine; else None.
 
-    A table of another machine is taken as it is, since the device is rarely where the model is pruned. One of this
-    machine has to be of the version that will run the bundle.
-
-    Raises:
-        UserError: the table is of another machine and the bundle is for ``here``.
+    A table of another machine is taken as it is, since the device is rarely where the model is pruned, unless the
+    bundle is for ``here``. One of this machine has to be of the version that will run the bundle.
     """
     from devices.probe.host import fingerprint, probe
     from saap.prune.search.layer_costs import COSTS
@@ -141,10 +139,7 @@ def runtime_here(costs: Path, here: bool) -> str | None:
 
 
 def show_plan(slim: Path, budget: Budget) -> None:
-    """The plan of a slim directory as a small chart, and what was asked, planned and achieved.
-
-    What was achieved is counted from the directory as it was written.
-    """
+    """A chart of the plan, and what was asked, planned and achieved, as counted from the directory that was written."""
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record

@@ -12,7 +12,6 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -174,6 +173,9 @@ class _State:
 
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
+    from export.graph.decoder import check_attention
+    from saap.models.architectures import shape_of, traits_of
+    from saap.models.checkpoint import read_config
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of
     from saap.system.files import check_output
@@ -184,7 +186,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
     # What cannot be met or exported is refused before hours are spent.
-    _check_exportable(source)
+    check_attention(shape_of(config := read_config(source)), traits_of(config), {})
     pruning = for_this_machine(options.prune)
     check_run(source, out, budget_of(source, pruning), pruning, options)
     evaluation = _evaluation(source, options, console)
@@ -194,12 +196,13 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     RUN.write(out / "run.json", state.run)
     state.steps = 6 + len(thread_counts(options))
 
-    dense = _identity(source)
+    # What tells one model directory from another without reading its weights.
+    dense = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
     pruned = _prune(state, source, dense)
     tuned = _tune(state, source, pruned)
     exported = [_export(state, source, [dense], tuned=False), _export(state, out / "tuned", [tuned], tuned=True)]
     _evaluate(state, source, evaluation, [pruned, *exported])
-    results = _bench(state, exported)
+    results = [_bench(state, exported, threads) for threads in thread_counts(options)]
     state.step(
         "texts", ["generate", out / options.bundles[1], PROMPTS[0], "--max-tokens", ANSWER_TOKENS], exported, [],
         lambda: {"texts": _texts(state)},
@@ -208,12 +211,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
 
 def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
-    """Of each step that may be the largest, read layer by layer where that is possible; the disk is that of all steps.
-
-    Args:
-        source: the dense model.
-        budget: what is asked of it.
-    """
+    """Of each step that may be the largest, read layer by layer where it can be; the disk is that of all steps."""
     from export.needs import PACKED, export_needs
     from export.options import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
@@ -242,11 +240,7 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
 
 
 def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> None:
-    """Refuse what memory or disk is too small for.
-
-    Raises:
-        UserError: naming the step, the sum, and what there is.
-    """
+    """Refuse what memory or disk is too small for; the UserError names the step, the sum, and what there is."""
     from saap.system.needs import check_disk, check_memory, gigabytes
 
     steps = run_needs(source, budget, pruning, options)
@@ -256,15 +250,6 @@ def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, op
     check_memory(steps[name], f"a run, in its step {name},", advice)
     if not (out / "run.json").is_file():  # of a run that goes on, part lies there already; each step asks for its own
         check_disk(steps[name], out, "a run")
-
-
-def _check_exportable(source: Path) -> None:
-    from export.graph.decoder import check_attention
-    from saap.models.architectures import shape_of, traits_of
-    from saap.models.checkpoint import read_config
-
-    config = read_config(source)
-    check_attention(shape_of(config), traits_of(config), {})
 
 
 def _prune(state: _State, source: Path, dense: object) -> str:
@@ -332,30 +317,22 @@ def thread_counts(options: RunOptions) -> list[int]:
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 
 
-def _bench(state: _State, made_from: list[str]) -> list[Path]:
-    """One result per thread count: small models gain from a second thread what their operators allow, so show both."""
-    results, repetitions = [], state.options.repetitions
-    for threads in thread_counts(state.options):
-        result = state.out / f"bench-{threads}.json"
-        results.append(result)
-        command = ["bench", *(state.out / name for name in state.options.bundles), "--threads", threads]
-        state.step(
-            f"bench with {threads} thread{'s' * (threads > 1)}",
-            [*command, "--repetitions", repetitions, "--json", result],
-            [made_from, repetitions, threads],
-            [result.name],
-            partial(_bench_once, state, threads, result),
-        )
-    return results
-
-
-def _bench_once(state: _State, threads: int, result: Path) -> None:
+def _bench(state: _State, made_from: list[str], threads: int) -> Path:
+    """With one thread count; what a small model gains from a second thread depends on its operators."""
     from bench.measure.options import BenchOptions
     from saap.cli.bench import keep, measured
 
-    bundles = state.options.bundles
-    plan = BenchOptions(threads=threads, repetitions=state.options.repetitions)
-    keep(measured([str(state.out / name) for name in bundles], plan, state.console, list(bundles)), result)
+    names, repetitions, result = state.options.bundles, state.options.repetitions, state.out / f"bench-{threads}.json"
+    bundles = [str(state.out / name) for name in names]
+
+    def work() -> None:
+        plan = BenchOptions(threads=threads, repetitions=repetitions)
+        keep(measured(bundles, plan, state.console, list(names)), result)
+
+    command = ["bench", *bundles, "--threads", threads, "--repetitions", repetitions, "--json", result]
+    name = f"bench with {threads} thread{'s' * (threads > 1)}"
+    state.step(name, command, [made_from, repetitions, threads], [result.name], work)
+    return result
 
 
 def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
@@ -371,11 +348,6 @@ def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
         if documents is not None and text is not None:
             refuse_overlap(documents, text)
     return windows
-
-
-def _identity(directory: Path) -> list[list[object]]:
-    """What tells one model directory from another without reading its weights."""
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(directory.glob("*.safetensors"))]
 
 
 def _plan(slim: Path) -> dict[str, object]:

@@ -87,11 +87,13 @@ def show_tuning(out: Path, history: History) -> None:
     options = tuning["options"]
     mixed = f", {len(quant['matrices'])} matrices other" if quant.get("matrices") else ""
     what = f"{options['fold']} fold" + (f", rank {options['rank']}" if options["rank"] else "")
+    some = max(1, min(8, len(history.losses) // 2))
+    first, last = (sum(part) / len(part) for part in (history.losses[:some], history.losses[-some:]))
     rows = [
         ["integers", f"{quant['bits']} bit, groups of {quant['block']}, head {quant['embedding_bits']} bit{mixed}"],
         ["trained", f"{what}, {tuning['trained_parameters']:,} parameters"],
         ["tokens", f"{history.tokens:,} in {history.precision}, {history.tokens / max(history.seconds, 1e-9):.0f} / s"],
-        ["loss", _first_and_last(history.losses)],
+        ["loss", f"{first:.4f} -> {last:.4f} (means of {some} steps)"],
     ]
     if history.held_out:
         best = min(loss for _, loss in history.held_out)
@@ -99,9 +101,3 @@ def show_tuning(out: Path, history: History) -> None:
     if history.stopped:
         rows.append(["stopped", history.stopped])
     print_table("", ["", "tuned"], rows)
-
-
-def _first_and_last(losses: list[float]) -> str:
-    some = max(1, min(8, len(losses) // 2))
-    first, last = (sum(part) / len(part) for part in (losses[:some], losses[-some:]))
-    return f"{first:.4f} -> {last:.4f} (means of {some} steps)"

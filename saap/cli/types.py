@@ -42,11 +42,7 @@ class Sections(click.Command):
 
 
 class LazyGroup(click.Group):
-    """Commands whose modules are imported when they are asked for, not to list them.
-
-    Args:
-        modules: of each command ``module:function`` below this package, and what it is for.
-    """
+    """Commands whose modules (``module:function``, with what it is for) are imported when they are asked for."""
 
     def __init__(self, *arguments: Any, modules: Mapping[str, tuple[str, str]], **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)

@@ -85,12 +85,7 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
 
 
 def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:
-    """Score with what keeps a cache: a context is read once and each tail appended to what is held of it.
-
-    Args:
-        read: several workers call it from threads of their own.
-        workers: groups that are read side by side. A tail is too short to keep several threads of one operator busy.
-    """
+    """Score with what keeps a cache, ``workers`` groups side by side: a tail is too short for several threads."""
 
     def told(group: Group) -> list[Likelihood]:
         logits, cache = read(np.array([group.context]), last=True)
@@ -111,10 +106,7 @@ def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:
 
 @dataclass(frozen=True)
 class _Row:
-    """Groups as one row of s tokens: ids and positions [s], visible [s, s] from query to key, predicting [p].
-
-    ``predicting`` lists, tail after tail, the places whose logits predict that tail's tokens.
-    """
+    """Groups as a row of s tokens; ``predicting`` lists, tail after tail, the places whose logits predict that tail."""
 
     ids: torch.Tensor
     positions: torch.Tensor

@@ -126,11 +126,7 @@ def evaluate(
 
 
 def check_options(options: EvalOptions) -> None:
-    """Refuse options that mean nothing.
-
-    Raises:
-        UserError: they belong to tasks and none is named.
-    """
+    """Raise UserError for options of tasks where none is named."""
     if not options.tasks and (options.task_dir or options.max_examples):
         raise UserError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
 

@@ -78,14 +78,7 @@ class Found(TypedDict):
 
 
 class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A model of the harness that only weighs continuations.
-
-    Args:
-        score: what the likelihoods come from.
-        tokenizer: the model's, of transformers.
-        max_length: tokens of its context.
-        progress: is told how many requests are done.
-    """
+    """A model of the harness that only weighs continuations; ``score`` says how likely they are."""
 
     def __init__(
         self, score: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress | None = None
@@ -236,19 +229,12 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """One task's examples.
+    """One task's examples."""
 
-    Attributes:
-        name: of the task.
-        rows: examples, checked, in file order.
-        source: the file's name.
-        sha256: of the rows that were read, all of them.
-    """
-
-    name: str
-    rows: tuple[Row, ...]
-    source: str
-    sha256: str
+    name: str  # of the task
+    rows: tuple[Row, ...]  # examples, checked, in file order
+    source: str  # the file's name
+    sha256: str  # of the rows that were read, all of them
 
     def config(self) -> dict[str, object]:
         """The task as the harness takes it."""
@@ -303,11 +289,7 @@ def find_task(name: str, folder: Path) -> TaskFile:
 
 
 def read_task(name: str, path: Path) -> TaskFile:
-    """Read and check a task's file.
-
-    Raises:
-        UserError: as :func:`find_task`.
-    """
+    """Read and check a task's file; UserError as :func:`find_task`."""
     rows = load_rows(path, split="evaluation") or []
     checked = tuple(_checked(name, row, where) for where, row in rows)
     if len(checked) < 2:  # without a standard error

@@ -9,34 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
+
+import msgspec
 
 from saap.models.shape import LayerSizes, ModelShape
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
+
+
+class ModelConfig(Protocol):
+    """What is read of a transformers config by name; for what only some families have, :func:`field_of` asks."""
+
+    model_type: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    bos_token_id: int | None
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What ends a text."""
+
+    def update(self, config_dict: dict[str, object]) -> None:
+        """Set fields."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One family: module names, relative to a decoder layer or to the model, and what sets it apart from LLaMA.
 
-    Attributes:
-        family: the stem of its classes in transformers.
-        packed_qkv: one module that holds query, key and value, in this order; empty where they are three.
-        packed_gate_up: one module that holds gate and up, in this order; empty where they are two.
-        attention_norm, ffn_norm: norm of what a block reads; empty where there is none.
-        query_norm, key_norm: norm of queries and keys before the rotary embedding; empty where there is none.
-        qk_norm_spans_heads: one norm over all heads, not one for each.
-        attention_post_norm, ffn_post_norm: norm of what a block adds to the residual stream; empty where there is none.
-        offset_norms: the norms' weights are stored minus one.
-        scaled_embedding: the embedding is multiplied by the square root of the hidden size.
-        qkv_bias: query, key and value always have a bias, the output projection never.
-        window: which layers slide: none, all, or those that ``config.layer_types`` names.
-        local_rotary: sliding layers have a rotary base of their own.
-        skips_rotary: ``config.no_rope_layers`` is 0 for the layers without rotary embedding.
-        multipliers: the config has factors of the embedding, of attention scores, of what a block adds, and of logits.
+    A norm whose name is empty is one that the family does not have.
     """
 
-    family: str = "Llama"
+    family: str = "Llama"  # the stem of its classes in transformers
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -44,28 +48,30 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
-    packed_qkv: str = ""
+    packed_qkv: str = ""  # one module that holds query, key and value, in this order; empty where they are three
     output: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
-    packed_gate_up: str = ""
+    packed_gate_up: str = ""  # one module that holds gate and up, in this order; empty where they are two
     down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    query_norm: str = ""
+    attention_norm: str = "input_layernorm"  # of what the block reads
+    query_norm: str = ""  # before the rotary embedding
     key_norm: str = ""
-    qk_norm_spans_heads: bool = False
-    attention_post_norm: str = ""
+    qk_norm_spans_heads: bool = False  # one norm over all heads, not one for each
+    attention_post_norm: str = ""  # of what the block adds to the residual stream
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
-    offset_norms: bool = False
-    scaled_embedding: bool = False
-    qkv_bias: bool = False
+    offset_norms: bool = False  # the norms' weights are stored minus one
+    scaled_embedding: bool = False  # the embedding is multiplied by the square root of the hidden size
+    qkv_bias: bool = False  # query, key and value always have a bias, the output projection never
     activation: str = "silu"
     activation_key: str = "hidden_act"
-    window: Literal["none", "all", "by layer"] = "none"
-    local_rotary: bool = False
-    skips_rotary: bool = False
-    multipliers: bool = False
+    window: Literal["none", "all", "by layer"] = "none"  # which layers slide; by ``config.layer_types``
+    local_rotary: bool = False  # sliding layers have a rotary base of their own
+    skips_rotary: bool = False  # ``config.no_rope_layers`` is 0 for the layers without rotary embedding
+    multipliers: bool = False  # factors of the embedding, attention scores, what a block adds, and logits
+    gguf: bool = False  # llama.cpp's architectures ``llama`` and ``deci`` hold it
+    optimum: bool = False  # optimum may write its portable graph; the others' windows and norms are tried in ours only
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -94,11 +100,11 @@ MOST_POSITIONS = 1 << 24
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-LLAMA = Architecture()
+LLAMA = Architecture(gguf=True, optimum=True)
 FAMILIES = {
     "llama": LLAMA,
-    "mistral": Architecture("Mistral", window="all"),
-    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer"),
+    "mistral": Architecture("Mistral", window="all", gguf=True),
+    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer", gguf=True),
     "qwen3": Architecture("Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer"),
     "phi3": Architecture(
         "Phi3", packed_qkv="self_attn.qkv_proj", packed_gate_up="mlp.gate_up_proj", window="all"
@@ -121,37 +127,23 @@ ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What one layer's attention does.
+    """What one layer's attention does."""
 
-    Attributes:
-        window: tokens that a token sees, itself included; 0 is all before it.
-        rotary: the layer's rotary tables: ``default``, ``local`` (a second base, for sliding layers) or None.
-    """
-
-    window: int = 0
-    rotary: Literal["default", "local"] | None = "default"
+    window: int = 0  # tokens that a token sees, itself included; 0 is all before it
+    rotary: Literal["default", "local"] | None = "default"  # its tables; local: of a second base, where layers slide
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a model's forward pass does beyond its sizes.
-
-    Attributes:
-        activation: of the gate, by its name in transformers.
-        attention_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
-        embedding_scale: factor of the embedding; None is 1.
-        residual_scale: factor of what a block adds to the residual stream; None is 1.
-        logit_scale: factor of the logits; None is 1.
-        logit_cap: c in logits = c * tanh(logits / c); None caps nothing.
-    """
+    """What a model's forward pass does beyond its sizes."""
 
     layers: tuple[LayerTraits, ...]
-    activation: str = "silu"
-    attention_scale: float | None = None
-    embedding_scale: float | None = None
-    residual_scale: float | None = None
-    logit_scale: float | None = None
-    logit_cap: float | None = None
+    activation: str = "silu"  # of the gate, by its name in transformers
+    attention_scale: float | None = None  # factor of the attention scores; None is 1 / sqrt(head_dim)
+    embedding_scale: float | None = None  # factor of the embedding; None is 1
+    residual_scale: float | None = None  # factor of what a block adds to the residual stream; None is 1
+    logit_scale: float | None = None  # factor of the logits; None is 1
+    logit_cap: float | None = None  # c in logits = c * tanh(logits / c); None caps nothing
 
 
 def architecture_of(config: object) -> Architecture:
@@ -160,11 +152,11 @@ def architecture_of(config: object) -> Architecture:
     Raises:
         UserError: the architecture is not supported.
     """
-    name = _get(config, "model_type")
+    name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
-    activation = _get(config, architecture.activation_key, architecture.activation)
+    activation = field_of(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
         raise UserError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
     if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
@@ -193,12 +185,12 @@ def shape_of(config: object) -> ModelShape:
     config = with_defaults(config)
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
-    slim = _get(config, "slim_layers")
-    if slim:
+    if slim := field_of(config, "slim_layers"):
         try:
-            layers = tuple(LayerSizes(*(_checked("slim_layers", size, 0) for size in sizes)) for sizes in slim)
-        except TypeError:
+            sizes_of_layers = msgspec.convert(slim, list[tuple[object, object, object]])
+        except msgspec.ValidationError:
             raise UserError("config.json has slim_layers that are not three sizes per layer: make it again") from None
+        layers = tuple(LayerSizes(*(_checked("slim_layers", n, 0) for n in sizes)) for sizes in sizes_of_layers)
     else:
         kv_heads = _count(config, "num_key_value_heads", heads)
         layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
@@ -208,19 +200,19 @@ def shape_of(config: object) -> ModelShape:
                 f"layer {index} has {sizes.query_heads} query heads on {sizes.kv_heads} KV heads: must be a multiple; "
                 "mend config.json"
             )
-    quant = _get(config, "slim_quant")
+    quant = field_of(config, "slim_quant")
     return ModelShape(
         hidden=hidden,
         head_dim=_count(config, "head_dim", max(1, hidden // heads)),
         vocab=_count(config, "vocab_size", most=MOST_WORDS),
-        tied=bool(quant.get("tied") if isinstance(quant, dict) else _get(config, "tie_word_embeddings", False)),
+        tied=bool(quant.get("tied") if isinstance(quant, dict) else field_of(config, "tie_word_embeddings", False)),
         layers=layers,
-        attention_bias=architecture.qkv_bias or bool(_get(config, "attention_bias", False)),
-        mlp_bias=bool(_get(config, "mlp_bias", False)),
+        attention_bias=architecture.qkv_bias or bool(field_of(config, "attention_bias", False)),
+        mlp_bias=bool(field_of(config, "mlp_bias", False)),
         output_bias=not architecture.qkv_bias,
         qk_norm="all" if architecture.qk_norm_spans_heads else "head" if architecture.query_norm else "none",
         norms=bool(architecture.attention_norm) + bool(architecture.attention_post_norm),
-        added_bias=bool(_get(config, "slim_bias")),
+        added_bias=bool(field_of(config, "slim_bias")),
     )
 
 
@@ -234,45 +226,49 @@ def traits_of(config: object) -> Traits:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
-    if _get(config, "use_bidirectional_attention"):
+    if field_of(config, "use_bidirectional_attention"):
         raise UserError("attention in both directions is not supported; supported: causal attention")
-    scalar = _get(config, "query_pre_attn_scalar")
+    scalar, cap = "query_pre_attn_scalar", "final_logit_softcapping"
+    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     traits = Traits(
-        layers=tuple(_layer_traits(config, architecture, i) for i in range(_get(config, "num_hidden_layers"))),
+        layers=tuple(_layer_traits(config, architecture, i) for i in range(count)),
         activation=architecture.activation,
-        attention_scale=scalar**-0.5 if scalar else None,
-        embedding_scale=_get(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
-        logit_cap=_get(config, "final_logit_softcapping"),
+        attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else None,
+        embedding_scale=_count(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
+        logit_cap=number_of(config, cap) if field_of(config, cap) else None,
     )
     if not architecture.multipliers:
         return traits
     return replace(
         traits,
-        embedding_scale=_factor(config, "embedding_multiplier"),
-        attention_scale=_factor(config, "attention_multiplier"),
-        residual_scale=_factor(config, "residual_multiplier"),
-        logit_scale=1 / _factor(config, "logits_scaling"),
+        embedding_scale=number_of(config, "embedding_multiplier"),
+        attention_scale=number_of(config, "attention_multiplier"),
+        residual_scale=number_of(config, "residual_multiplier"),
+        logit_scale=1 / number_of(config, "logits_scaling"),
     )
 
 
 def _layer_traits(config: object, architecture: Architecture, index: int) -> LayerTraits:
-    kinds = _get(config, "layer_types")
+    kinds = entries_of(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
     if kind not in ("full_attention", "sliding_attention"):
         raise UserError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
     slides = architecture.window == "all" or kind == "sliding_attention"
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
-    if architecture.skips_rotary and not _get(config, "no_rope_layers")[index]:
+    if architecture.skips_rotary and not entries_of(config, "no_rope_layers")[index]:
         rotary = None
-    return LayerTraits(window=(_get(config, "sliding_window") or 0) if slides else 0, rotary=rotary)
+    window = _count(config, "sliding_window") if slides and field_of(config, "sliding_window") else 0
+    return LayerTraits(window, rotary)
 
 
-def with_defaults(config: object) -> Any:
-    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves out nothing.
+def entries_of(config: object, key: str) -> list[object]:
+    """A field with one entry for each layer; empty where the config does without."""
+    found = field_of(config, key)
+    return found if isinstance(found, list) else []
 
-    Raises:
-        UserError: transformers refuses the file.
-    """
+
+def with_defaults(config: object) -> object:
+    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves none out."""
     if not isinstance(config, dict) or architecture_of(config) is LLAMA:
         return config
     from transformers import CONFIG_MAPPING
@@ -280,8 +276,7 @@ def with_defaults(config: object) -> Any:
     try:
         return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers cannot read this {config['model_type']} config ({reason})") from error
+        raise UserError(f"transformers cannot read this {config['model_type']} config ({first_line(error)})") from error
 
 
 def positions_of(config: object) -> int:
@@ -293,12 +288,8 @@ def positions_of(config: object) -> int:
     return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 
 
-def check_counts(config: Mapping[str, Any]) -> None:
-    """Refuse what makes transformers' config objects take all memory: they hold a list entry per layer and per label.
-
-    Raises:
-        UserError: more layers or labels than any model has.
-    """
+def check_counts(config: Mapping[str, object]) -> None:
+    """Refuse what makes transformers' config objects take all memory: a list entry per layer and per label."""
     for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
         if config.get(key) is not None:
             _checked(key, config[key], 0, most)
@@ -306,7 +297,7 @@ def check_counts(config: Mapping[str, Any]) -> None:
 
 def _count(config: object, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
     """A size of the config, or what it is by default."""
-    value = _get(config, key)
+    value = field_of(config, key)
     return _checked(key, default if value is None and default is not None else value, 1, most)
 
 
@@ -318,12 +309,20 @@ def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
     return value
 
 
-def _factor(config: object, key: str) -> float:
-    value = _get(config, key)
+def number_of(config: object, key: str) -> float:
+    """A factor that the config names."""
+    value = field_of(config, key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")
     return float(value)
 
 
-def _get(config: object, key: str, default: object = None) -> Any:
+def field_of(config: object, key: str, default: object = None) -> object:
+    """A field of a transformers config or of its dict."""
     return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)
+
+
+def rope_of(config: object) -> dict[str, object]:
+    """What a config says about the rotary embedding, by transformers 5's name or that of 4; empty where it is plain."""
+    found = field_of(config, "rope_parameters") or field_of(config, "rope_scaling")
+    return found if isinstance(found, dict) else {}

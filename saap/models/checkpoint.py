@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from saap.models import modeling_slim
-from saap.models.architectures import FAMILIES, PER_LAYER, SLIM, architecture_of, check_counts, with_defaults
+from saap.models.architectures import (
+    FAMILIES,
+    PER_LAYER,
+    SLIM,
+    ModelConfig,
+    architecture_of,
+    check_counts,
+    entries_of,
+    field_of,
+    rope_of,
+    with_defaults,
+)  # fmt: skip
 from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import ModelShape
+from saap.models.slim_quant import SlimQuant
 from saap.models.weight_files import write_shards
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
 from saap.system.files import RECORD, read_object, writing_directory
 
 for _row in FAMILIES.values():
@@ -41,7 +53,6 @@ def load_model(
     """Load a dense, slim or tuned directory as a transformers model in eval mode.
 
     Args:
-        path: the directory.
         materialise: turn integer weights into ordinary linears with the same numbers (faster forward, more memory).
         dtype: of the floating-point weights.
         verify: hold the files against their hashes first, which reads them all.
@@ -57,18 +68,23 @@ def load_model(
         check_directory(directory)
     transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory} cannot be loaded ({first_line}): make it again") from error
+        raise UserError(f"{directory} cannot be loaded ({first_line(error)}): make it again") from error
     model, found = opened
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
     if materialise:
         materialise_linears(model)
     return model.eval()
+
+
+def transformers_config(directory: str | Path) -> ModelConfig:
+    """A directory's config as transformers reads it."""
+    config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+    return config
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -120,12 +136,12 @@ def _embedding(weight: torch.nn.Parameter, factor: float) -> torch.nn.Embedding:
 
 
 def slim_config(
-    config: dict[str, Any],
+    config: Mapping[str, object],
     shape: ModelShape,
-    quant: dict[str, Any] | None = None,
+    quant: SlimQuant | None = None,
     *,
     kept: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """``config.json`` of a model cut to ``shape``: of its own family where all layers are alike, ours where not.
 
     Ours is also what is quantised, or has biases that the family does not have.
@@ -138,9 +154,9 @@ def slim_config(
     Raises:
         ValueError: ``kept`` is needed to know what each layer does.
     """
-    architecture = architecture_of(config)
+    architecture = architecture_of(dict(config))
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")
-    slim = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
+    slim: dict[str, object] = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
     slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
     family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
     biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
@@ -170,7 +186,7 @@ def slim_config(
     return slim
 
 
-def _is_plain(slim: dict[str, Any], shape: ModelShape) -> bool:
+def _is_plain(slim: Mapping[str, object], shape: ModelShape) -> bool:
     """Whether the family's own class in transformers builds the model."""
     first, base_heads = shape.layers[0], slim.get("num_attention_heads")
     alike = len(set(shape.layers)) == 1 and bool(first.ffn and first.query_heads)
@@ -178,39 +194,36 @@ def _is_plain(slim: dict[str, Any], shape: ModelShape) -> bool:
         return alike
     # transformers 5 refuses query heads that do not divide the hidden size, and Phi-3 counts the factors of its long
     # rotary embedding by hidden size / heads.
-    scaling = slim.get("rope_parameters") or slim.get("rope_scaling") or {}
-    return shape.hidden % first.query_heads == 0 and "short_factor" not in scaling
+    return shape.hidden % first.query_heads == 0 and "short_factor" not in rope_of(slim)
 
 
-def _layer_lists(config: dict[str, Any], shape: ModelShape, kept: Sequence[int] | None) -> dict[str, Any]:
+def _layer_lists(
+    config: Mapping[str, object], shape: ModelShape, kept: Sequence[int] | None
+) -> dict[str, list[object]]:
     """The config's lists with one entry per layer, also those that it leaves to defaults, cut to the kept layers.
 
     A layer without attention takes the type of one that attends: so the first layer's type, by which transformers
     measures how long a KV cache is, is one that has keys and values.
     """
-    if architecture_of(config).window != "by layer":
+    if architecture_of(dict(config)).window != "by layer":
         return {}
-    full = with_defaults(config)
-    count = full.num_hidden_layers
+    full = with_defaults(dict(config))
+    count = field_of(full, "num_hidden_layers")
     if kept is None and count != len(shape.layers):
         raise ValueError(f"{count} layers become {len(shape.layers)}: say which are kept")
-    lists = {key: getattr(full, key, None) for key in PER_LAYER}
-    cut = {
-        key: [entries[i] for i in (range(count) if kept is None else kept)] for key, entries in lists.items() if entries
-    }
-    if "layer_types" in cut:
-        kinds = cut["layer_types"]
-        attending = [kind for kind, sizes in zip(kinds, shape.layers, strict=True) if sizes.query_heads]
-        cut["layer_types"] = [
-            kind if sizes.query_heads else attending[0] for kind, sizes in zip(kinds, shape.layers, strict=True)
-        ]
+    lists = {key: entries_of(full, key) for key in PER_LAYER}
+    cut = {key: entries if kept is None else [entries[i] for i in kept] for key, entries in lists.items() if entries}
+    if kinds := cut.get("layer_types"):
+        attends = [bool(sizes.query_heads) for sizes in shape.layers]
+        first = kinds[attends.index(True)] if any(attends) else None
+        cut["layer_types"] = [kind if there else first for kind, there in zip(kinds, attends, strict=True)]
     return cut
 
 
 def write_slim(
     out: str | Path,
     base: str | Path,
-    config: dict[str, Any],
+    config: Mapping[str, object],
     tensors: Iterator[tuple[str, torch.Tensor]],
     record: Record,
 ) -> Path:
@@ -221,7 +234,7 @@ def write_slim(
         write_shards(partial, tensors)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_sidecars(Path(base), partial)
-        if config["model_type"].startswith(SLIM):
+        if str(config["model_type"]).startswith(SLIM):
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
         DOCUMENT.write(partial / RECORD, {**record, "files": hashes(partial)})
     return Path(out)

@@ -16,9 +16,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in a piece
@@ -60,7 +64,6 @@ def convert(source: Path, destination: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
 
     Args:
-        source: the GGUF file.
         destination: an existing directory.
 
     Raises:
@@ -94,14 +97,14 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     try:
         reader = GGUFReader(source)
     except Exception as error:  # the reader raises what numpy raises on garbage
-        raise UserError(f"{source} is not a whole GGUF file ({_first_line(error)}): download it again") from None
+        raise UserError(f"{source} is not a whole GGUF file ({first_line(error)}): download it again") from None
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(name)
         try:
             return default if found is None else found.contents()
         except ValueError as error:  # bytes that are no text
-            raise UserError(f"{source} is damaged in {name} ({_first_line(error)}): download it again") from None
+            raise UserError(f"{source} is damaged in {name} ({first_line(error)}): download it again") from None
 
     prefix = "tokenizer.ggml."
     tokens = field(prefix + "tokens")
@@ -127,8 +130,8 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     )
 
 
-def byte_level_bpe(fields: GGUFTokenizer) -> Any:
-    """A ``tokenizers.Tokenizer`` of a byte-level BPE.
+def byte_level_bpe(fields: GGUFTokenizer) -> Tokenizer:
+    """A byte-level BPE.
 
     ``smollm`` splits every digit off before GPT-2's byte-level split; ``gpt-2`` is the latter alone.
     """
@@ -149,7 +152,7 @@ def byte_level_bpe(fields: GGUFTokenizer) -> Any:
     return tokenizer
 
 
-def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) -> None:
+def write_tokenizer(fields: GGUFTokenizer, tokenizer: Tokenizer, destination: Path) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
     if fields.add_bos and fields.bos is not None:
         _prepend(tokenizer, fields.tokens[fields.bos], fields.bos)
@@ -159,7 +162,7 @@ def write_tokenizer(fields: GGUFTokenizer, tokenizer: Any, destination: Path) ->
         (destination / "chat_template.jinja").write_text(fields.chat_template, encoding="utf-8")
 
 
-def _prepend(tokenizer: Any, token: str, index: int) -> None:
+def _prepend(tokenizer: Tokenizer, token: str, index: int) -> None:
     from tokenizers import processors
 
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -200,7 +203,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
             )
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
         raise UserError(
-            f"{source} cannot be read by transformers ({_first_line(error)}): use a GGUF file of a LLaMA-type model"
+            f"{source} cannot be read by transformers ({first_line(error)}): use a GGUF file of a LLaMA-type model"
         ) from None
     # Written here because transformers 5 refuses to save what it has just dequantised.
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
@@ -211,14 +214,15 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
     _write_json(destination / "generation_config.json", _generation_config(fields))
 
 
-def _config(model: Any, fields: GGUFTokenizer) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+def _config(model: PreTrainedModel, fields: GGUFTokenizer) -> dict[str, object]:
+    config: dict[str, object] = json.loads(model.config.to_json_string(use_diff=True))
     config.pop("_model_name_or_path", None)
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
     config["eos_token_id"] = fields.eos
     # transformers 5 keeps the rotary base and scaling in rope_parameters only, where 4 would not find them.
-    rope = dict(config.get("rope_parameters") or {})
+    found = config.get("rope_parameters")
+    rope = dict(found) if isinstance(found, dict) else {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope.pop("rope_theta"))
         config.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
@@ -242,7 +246,7 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
             )
     except Exception as error:  # a converter per model family, each with its own way to fail
         raise UserError(
-            f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({_first_line(error)}): "
+            f"{source} has a {fields.kind!r} tokenizer that transformers cannot convert ({first_line(error)}): "
             "give the Hugging Face directory of this model"
         ) from None
     if fields.chat_template:
@@ -269,18 +273,13 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def spm_tokenizer(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], unk: int | None, prefix: bool
-) -> Any:
-    """A ``tokenizers.Tokenizer`` that gives sentencepiece's ids; special tokens are the control pieces.
+) -> Tokenizer:
+    """A tokenizer that gives sentencepiece's ids; special tokens are the control pieces.
 
     Args:
         tokens: pieces in the order of their ids.
-        types: kind of each piece.
         scores: of each piece; the best is joined first.
         unk: id for what has no piece, where bytes do not stand in.
         prefix: a space is put before the text, and, as llama.cpp does, before what follows a special piece.

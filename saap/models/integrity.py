@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import psutil
 
 from devices.common.files import sha256_file
@@ -61,14 +61,15 @@ def check_directory(directory: str | Path) -> None:
         raise UserError(f"{directory / bad} is damaged (not the file that was written there): {remedy}")
 
 
-def differing(directory: Path, files: Any) -> str | None:
+def differing(directory: Path, files: object) -> str | None:
     """The first file that is missing or has another content than its hash; None where all are as they were.
 
     Args:
         files: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
     """
     try:
-        for name, entry in files.items():
+        known = msgspec.convert(files, dict[str, FileHash])
+        for name, entry in known.items():
             path = directory / name
             try:
                 size = path.stat().st_size
@@ -77,9 +78,9 @@ def differing(directory: Path, files: Any) -> str | None:
             if Path(name).name != name or not path.is_file() or entry.get("bytes", size) != size:
                 return name
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = dict(zip(files, pool.map(known_sha256, [directory / name for name in files]), strict=True))
-        return next((name for name, entry in files.items() if entry["sha256"] != found[name]), None)
-    except (AttributeError, KeyError, TypeError, ValueError):  # a name with a zero byte is a ValueError
+            found = dict(zip(known, pool.map(known_sha256, [directory / name for name in known]), strict=True))
+        return next((name for name, entry in known.items() if entry["sha256"] != found[name]), None)
+    except (KeyError, ValueError):  # a name with a zero byte is a ValueError, and so is what is not a record
         return RECORD
 
 
@@ -103,7 +104,8 @@ def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Pa
     partial.mkdir()
     try:
         build(partial)
-        _write_record(partial, source_sha256)
+        record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(partial)}
+        write_document(partial / CACHE_RECORD, record)
         if not _intact(entry, source_sha256):  # another process may have been faster
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
@@ -127,11 +129,6 @@ def _remove_leftovers(cache: Path) -> None:
         owner = re.search(r"\.building-(\d+)(?:-\w+)?$", path.name)
         if owner and not psutil.pid_exists(int(owner.group(1))):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_record(directory: Path, source_sha256: str) -> None:
-    record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(directory)}
-    write_document(directory / CACHE_RECORD, record)
 
 
 def _intact(directory: Path, source_sha256: str) -> bool:

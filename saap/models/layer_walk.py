@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,22 +20,21 @@ ROWS = 8  # sequences of one forward pass
 HEAD_ROWS = 2  # sequences whose logits are held at once
 
 
+Given = dict[str, object]  # arguments of a layer besides the hidden states
+
+
 @dataclass
 class Batch:
-    """Some sequences on their way through the decoder.
+    """Some sequences on their way through the decoder."""
 
-    Attributes:
-        hidden: what reaches the first layer, [sequences, tokens, hidden].
-        given: the other arguments of each layer: masks and rotary tables, which families vary by layer.
-    """
-
-    hidden: torch.Tensor
-    given: list[dict[str, Any]] = field(default_factory=list)
+    hidden: torch.Tensor  # what reaches the first layer, [sequences, tokens, hidden]
+    given: list[Given] = field(default_factory=list)  # each layer's masks and rotary tables
 
 
-def layers_of(model: PreTrainedModel) -> Any:
-    """The decoder layers."""
-    return model.get_submodule(architecture_of(model.config).layers)
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    layers = model.get_submodule(architecture_of(model.config).layers)
+    assert isinstance(layers, nn.ModuleList), "transformers keeps the layers of a decoder in a list"
+    return layers
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
     first = layers[0].forward
     in_tuple: list[bool] = []  # families differ in what a layer gives back
 
-    def idle(*args: Any, **kwargs: Any) -> Any:
+    def idle(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
         hidden = args[0] if args else kwargs["hidden_states"]
         batch = found[-1]
         if not batch.given:
@@ -81,10 +80,11 @@ def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
                 del layer.forward
 
 
-def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object]) -> torch.Tensor:
     """One layer's output, [sequences, tokens, hidden]."""
     out = layer(hidden, **given)
-    return out[0] if isinstance(out, tuple) else out
+    states: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return states
 
 
 def states_after(
@@ -126,12 +126,12 @@ class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is k
 
 
 def run_until(
-    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, Any], last: nn.Module, also: Mapping[str, nn.Module]
+    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], last: nn.Module, also: Mapping[str, nn.Module]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Run a layer until module ``last`` is about to run: its input, and those of other modules before it."""
     reached: list[torch.Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         reached.append(args[0])
         raise _Reached
 
@@ -162,12 +162,9 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tens
     """A dict that holds, after each run, the last input of every named module."""
     seen: dict[str, torch.Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-            (seen[name],) = args
-
-        return see
+    def see(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
+        (seen[name],) = args
 
     with removed_hooks() as handles:
-        handles += [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+        handles += [module.register_forward_pre_hook(partial(see, name)) for name, module in modules.items()]
         yield seen

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -22,19 +21,12 @@ ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One logical matrix of one layer.
-
-    Attributes:
-        layer: index of the layer.
-        role: one of :data:`ROLES`.
-        linear: the module that holds it; several matrices share a packed one.
-        rows: the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix.
-    """
+    """One logical matrix of one layer."""
 
     layer: int
-    role: str
-    linear: nn.Linear
-    rows: slice
+    role: str  # one of :data:`ROLES`
+    linear: nn.Linear  # the module that holds it; several matrices share a packed one
+    rows: slice  # the rows of ``linear.weight`` [rows, columns] (and elements of its bias) that are this matrix
 
 
 def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
@@ -49,9 +41,8 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
     Raises:
         UserError: the model holds integers, or other sizes than ``shape`` says.
     """
-    config: Any = model.config
-    architecture = architecture_of(config)
-    layers: Any = model.get_submodule(architecture.layers)
+    architecture = architecture_of(model.config)
+    layers = list(model.get_submodule(architecture.layers).children())
     if len(layers) != len(shape.layers):
         raise UserError(f"the shape has {len(shape.layers)} layers, the model has {len(layers)}: read it again")
     return [
@@ -83,7 +74,7 @@ def _stacked(
         start += count if packed else 0
 
 
-def _linear(layer: Any, index: int, name: str) -> nn.Linear:
+def _linear(layer: nn.Module, index: int, name: str) -> nn.Linear:
     module = dict(layer.named_modules()).get(name)
     if not isinstance(module, nn.Linear):
         raise UserError(f"layer {index}: {name} is not a matrix of numbers; take the model before it was tuned")

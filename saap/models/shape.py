@@ -29,33 +29,24 @@ class LayerSizes:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads in each KV group."""
         return self.query_heads // self.kv_heads if self.kv_heads else 0
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that pruning reads and changes, and what else a block owns.
-
-    Attributes:
-        attention_bias: whether the linears of attention have biases; ``mlp_bias``: those of the feed-forward block.
-        output_bias: whether the output projection has one too where attention has biases.
-        qk_norm: norms of queries and of keys: none, one of each head, or one over all heads.
-        norms: norms of the hidden width that each block owns.
-        added_bias: whether pruning gave the output and the down projections biases that their family does not have.
-    """
+    """Sizes that pruning reads and changes, and what else a block owns."""
 
     hidden: int
     head_dim: int
     vocab: int
     tied: bool
     layers: tuple[LayerSizes, ...]
-    attention_bias: bool = False
+    attention_bias: bool = False  # whether the linears of attention have biases
     mlp_bias: bool = False
-    output_bias: bool = True
-    qk_norm: QueryNorm = "none"
-    norms: int = 1
-    added_bias: bool = False
+    output_bias: bool = True  # whether the output projection has one too where attention has biases
+    qk_norm: QueryNorm = "none"  # norms of queries and of keys: none, one of each head, or one over all heads
+    norms: int = 1  # norms of the hidden width that each block owns
+    added_bias: bool = False  # whether pruning gave output and down projections biases that their family lacks
 
     @property
     def separable_heads(self) -> bool:
@@ -64,12 +55,10 @@ class ModelShape:
 
     @property
     def biased_output(self) -> bool:
-        """Whether the output projection of an attention has a bias."""
         return self.added_bias or (self.attention_bias and self.output_bias)
 
     @property
     def biased_down(self) -> bool:
-        """Whether the down projection of a feed-forward block has a bias."""
         return self.added_bias or self.mlp_bias
 
     def attention_weights(self, layer: LayerSizes) -> int:
@@ -104,5 +93,4 @@ class ModelShape:
         return self.layer_weights + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
-        """The same model with other layers."""
         return replace(self, layers=layers)

@@ -9,7 +9,9 @@ Queries, keys and values of a layer are one matrix in every graph, and so are ga
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypedDict
+
+import msgspec
 
 from saap.models.architectures import Architecture
 from saap.system.errors import UserError
@@ -17,14 +19,36 @@ from saap.system.errors import UserError
 BITS = (4, 8)
 
 
-def module_bits(quant: Mapping[str, Any], architecture: Architecture, module: str) -> int:
+class _Always(TypedDict):
+    bits: int
+    block: int
+    embedding_bits: int
+    tied: bool
+
+
+class SlimQuant(_Always, total=False):
+    """The entry; ``block`` is the group size."""
+
+    matrices: dict[str, int]
+
+
+def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
+    """The entry of a ``config.json``; None for a model of floats."""
+    found = config.get("slim_quant")
+    try:
+        return msgspec.convert(found, SlimQuant) if found else None
+    except msgspec.ValidationError as error:
+        raise UserError(f"config.json has a damaged slim_quant ({error}): make the directory again") from None
+
+
+def module_bits(quant: SlimQuant, architecture: Architecture, module: str) -> int:
     """Bits of a linear, the embedding or the head, by its name in the model."""
     if module in (architecture.embedding, architecture.head):
-        return int(quant["embedding_bits"])
-    return int(quant.get("matrices", {}).get(module, quant["bits"]))
+        return quant["embedding_bits"]
+    return quant.get("matrices", {}).get(module, quant["bits"])
 
 
-def stacked_bits(quant: Mapping[str, Any], architecture: Architecture, layer: int, part: str) -> int:
+def stacked_bits(quant: SlimQuant, architecture: Architecture, layer: int, part: str) -> int:
     """Bits of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
     Raises:
@@ -41,7 +65,7 @@ def stacked_bits(quant: Mapping[str, Any], architecture: Architecture, layer: in
     return bits[0]
 
 
-def check_matrices(quant: Mapping[str, Any], architecture: Architecture, linears: Iterable[str]) -> None:
+def check_matrices(quant: SlimQuant, architecture: Architecture, linears: Iterable[str]) -> None:
     """Refuse bits per matrix that no graph can hold.
 
     Args:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, read_config
+from saap.models.checkpoint import load_model, read_config, transformers_config
 from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.system.errors import UserError
@@ -35,7 +35,7 @@ class LayerWeights:
         self._layer, self._prefix, self._read, self._dtype, self._device = layer, prefix, read, dtype, device
         self._users = 0
         self.wanted = True  # else a run needs none of them
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
 
     def enter(self) -> None:
         """Read them, unless they are there."""
@@ -80,9 +80,7 @@ def load_streamed(
         raise UserError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
     names, read = tensor_reader(directory)
     with empty_parameters():
-        model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(directory, local_files_only=True), dtype=dtype
-        )
+        model = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
     prefix = architecture.layers + "."
     outside = {name: read(name).to(device, dtype) for name in names if not name.startswith(prefix)}
     model.load_state_dict(outside, strict=False, assign=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,12 +47,8 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file to read from.
-
-    Raises:
-        UserError: it is damaged, or cannot be read.
-    """
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file to read from."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -139,7 +134,6 @@ def weights_hash(directory: str | Path) -> str:
 
 
 def weights_bytes(directory: str | Path) -> int:
-    """Bytes of a model's weight files."""
     return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
 
 

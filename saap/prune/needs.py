@@ -16,13 +16,7 @@ BATCH = 8  # sequences that a refit takes at once
 def prune_needs(
     shape: ModelShape, sequences: int, tokens: int, file_bytes: int, *, streamed: bool, element: str = "none"
 ) -> Needs:
-    """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing.
-
-    Args:
-        sequences, tokens: of the calibration text.
-        file_bytes: of the model's weight files.
-        element: the form of the element score, which keeps gradients of weights.
-    """
+    """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing."""
     layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
     computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), _refit(shape, sequences, tokens))
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
@@ -66,12 +60,7 @@ def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
-    """Of pruning in stages: the model of the stage before, the refitted matrices, and the output.
-
-    Args:
-        file_bytes: of the dense model's weight files.
-        share: of the layers that goes.
-    """
+    """The stage before, the refitted matrices and the output, of a model whose files hold ``file_bytes``."""
     each = file_bytes / shape.parameters
 
     def left(gone: float) -> int:

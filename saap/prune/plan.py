@@ -15,9 +15,9 @@ CLEAR = 2.0  # standard errors: what is gained by less on calibration text was l
 class LayerPlan:
     """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
 
-    query_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn: tuple[int, ...]
+    query_heads: tuple[int, ...] = ()
+    kv_heads: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> LayerSizes:
@@ -26,17 +26,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Move:
-    """A step of one block between two options.
+    """A step of one block between two options."""
 
-    Attributes:
-        to: what is kept after it.
-        price: predicted loss that it adds, nats per token.
-        saved: what it saves, in the budget's unit; above 0.
-    """
-
-    to: LayerSizes
-    price: float
-    saved: Amount
+    to: LayerSizes  # what is kept after it
+    price: float  # predicted loss that it adds, nats per token
+    saved: Amount  # what it saves, in the budget's unit; above 0
 
     @property
     def per_unit(self) -> float:
@@ -46,42 +40,26 @@ class Move:
 
 @dataclass(frozen=True)
 class Reason:
-    """One attention or feed-forward block: what went, at what price, and what was left.
+    """One attention or feed-forward block: what went, at what price, and what was left."""
 
-    Attributes:
-        layer: index in the model that was pruned; ``kind``: attention or ffn.
-        had, keeps: sizes before and after; a feed-forward block has no heads and attention no channels.
-        whole: what the block cost before, in the budget's unit; ``saved``: how much of that went.
-        price: predicted loss of what went, nats per token; None where the method has no prices.
-        last: the dearest part of the way to the chosen option; None where nothing went.
-        next: the cheapest way on, per unit; None where nothing smaller is on offer.
-        quarter: losing the part of the whole block that is nearest a quarter, by which blocks compare; of the first
-            search where there were several. None where nothing between all and nothing is on offer.
-    """
-
-    layer: int
-    kind: str
-    had: LayerSizes
-    keeps: LayerSizes
-    whole: Amount
-    saved: Amount
-    price: float | None = None
-    last: Move | None = None
-    next: Move | None = None
-    quarter: Move | None = None
+    layer: int  # index in the model that was pruned
+    kind: str  # attention or ffn
+    had: LayerSizes  # before; a feed-forward block has no heads, attention no channels
+    keeps: LayerSizes  # after
+    whole: Amount  # what the block cost before, in the budget's unit
+    saved: Amount  # how much of that went
+    price: float | None = None  # predicted loss of what went, nats per token; None where the method has no prices
+    last: Move | None = None  # the dearest part of the way to the chosen option; None where nothing went
+    next: Move | None = None  # the cheapest way on, per unit; None where nothing smaller is on offer
+    quarter: Move | None = None  # of the first search: losing about a quarter of the block, by which blocks compare
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`.
+    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`."""
 
-    Attributes:
-        gain: by how much it was measured to lose less, nats per token.
-        error: standard error of that, over sequences.
-    """
-
-    gain: float
-    error: float
+    gain: float  # by how much it was measured to lose less, nats per token
+    error: float  # standard error of that, over sequences
 
     @property
     def pays(self) -> bool:
@@ -105,13 +83,6 @@ class Reasons:
     def cheapest_left(self) -> Reason | None:
         """The block with the cheapest step per unit that was not taken."""
         return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
-
-    def of_layer(self, layer: int) -> list[Reason]:
-        return [block for block in self.blocks if block.layer == layer]
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted({block.layer for block in self.blocks})
 
     def record(self) -> dict[str, object]:
         """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
@@ -150,10 +121,16 @@ def whole_layer(sizes: LayerSizes) -> LayerPlan:
     return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
 
 
+def ffn_widths(ffn: int, group_size: int) -> list[int]:
+    """The widths that an FFN may keep, narrowest first: multiples of the grid, and the width it has."""
+    # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
+    grid = max(group_size, 64) if ffn >= 512 else group_size
+    return [*range(grid, ffn, grid), ffn]
+
+
 def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
-    nothing = LayerPlan((), (), ())
-    layers = [nothing] * len(first.layers)
+    layers = [LayerPlan()] * len(first.layers)
     for index, keep in zip(first.kept_layers, second.layers, strict=True):
         before = first.layers[index]
         layers[index] = LayerPlan(

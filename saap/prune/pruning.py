@@ -38,28 +38,20 @@ from saap.system.files import check_output, claimed
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.rows import Rows, Sequences, training_rows
+from saap.text.documents import Sequences
+from saap.text.rows import Rows, training_rows
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A slim directory and how it came about.
-
-    Attributes:
-        path: the directory.
-        plan: what it keeps of the model that was pruned, and why.
-        budget: what was asked of that model.
-        achieved: what the slim model has of it: ratio, parameters, bytes and so on; None is unknown.
-        text: where the calibration text is from; None where its ids were given.
-        streamed: whether layers were read one at a time.
-    """
+    """A slim directory and how it came about."""
 
     path: Path
-    plan: PrunePlan
-    budget: Budget
-    achieved: dict[str, float | None]
-    text: str | None
-    streamed: bool
+    plan: PrunePlan  # what it keeps of the model that was pruned, and why
+    budget: Budget  # what was asked of that model
+    achieved: dict[str, float | None]  # of what was asked for: ratio, parameters and so on; None is unknown
+    text: str | None  # where the calibration text is from; None where its ids were given
+    streamed: bool  # whether layers were read one at a time
 
 
 @dataclass(frozen=True)
@@ -139,11 +131,7 @@ def prune(
 def _prune_stage(
     pruning: Pruning, stage: Stage, now: _Model, target: Path, aside: Path | None, progress: Progress | None
 ) -> PrunePlan:
-    """Choose, compensate and cut: from the model ``now`` into ``target``. Gives the plan of the base for it.
-
-    Args:
-        aside: folder for refitted matrices; None keeps them in memory.
-    """
+    """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base."""
     config = read_config(now.path)
     shape = shape_of(config)
     model = _loaded(now.path, pruning.options)

@@ -18,29 +18,17 @@ from saap.prune.search.budget import Budget
 
 @dataclass(frozen=True)
 class Pruning:
-    """One pruning: what it was asked, and what it is made from; all of its stages share it.
-
-    Attributes:
-        budget: of the base model.
-        ids: of calibration, [sequences, tokens].
-        lineage: the base model, and what is known of the text.
-        stages: how many there are.
-    """
+    """One pruning: what it was asked, and what it is made from; all of its stages share it."""
 
     options: PruneOptions
-    budget: Budget
-    ids: torch.Tensor
-    lineage: Lineage
-    stages: int
+    budget: Budget  # of the base model
+    ids: torch.Tensor  # of calibration, [sequences, tokens]
+    lineage: Lineage  # the base model, and what is known of the text
+    stages: int  # how many there are
 
 
 def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
-    """The record of a slim directory.
-
-    Args:
-        plan: of the base, with its reasons.
-        achieved: what the slim model has of what was asked for.
-    """
+    """The record of a slim directory, of the plan of the base and what the slim model has of what was asked."""
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
     ours = options.method == "saap"
     return {
@@ -78,10 +66,6 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
 
 
 def plan_of(recorded: Plan) -> PrunePlan:
-    """The plan in the record of a slim directory, as :func:`record_of` writes it.
-
-    Raises:
-        KeyError, ValueError: it holds none.
-    """
+    """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
     return PrunePlan(layers, recorded["price_nats"] or 0.0, convert(reasons, Reasons) if reasons else None)

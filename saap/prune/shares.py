@@ -27,17 +27,11 @@ PATIENCE = timedelta(hours=6)  # until a process counts as lost: one may wait fo
 
 @dataclass(frozen=True)
 class Shares:
-    """Which share is this process's.
+    """Which share is this process's."""
 
-    Attributes:
-        rank: number of this process; process 0 is the main one, which writes and talks to the person.
-        count: how many there are.
-        group: of torch.distributed; None where there is one process.
-    """
-
-    rank: int = 0
-    count: int = 1
-    group: torch.distributed.ProcessGroup | None = None
+    rank: int = 0  # number of this process; process 0 is the main one, which writes and talks to the person
+    count: int = 1  # how many there are
+    group: torch.distributed.ProcessGroup | None = None  # of torch.distributed; None where there is one process
 
     @property
     def main(self) -> bool:
@@ -77,11 +71,7 @@ class Shares:
         return found
 
     def tensors(self, owner: int, found: dict[str, torch.Tensor] | UserError | None) -> dict[str, torch.Tensor]:
-        """Named tensors that process ``owner`` found, in all of them.
-
-        Raises:
-            UserError: what the owner met instead.
-        """
+        """Named tensors that process ``owner`` found, in all of them; or the UserError that it met instead."""
         content = b""
         if self.rank == owner:
             assert found is not None

@@ -40,25 +40,15 @@ SHARE_PER_STAGE = 0.15  # of what the layers cost; more at a time and scores say
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass of scoring and cutting.
+    """One pass of scoring and cutting."""
 
-    Attributes:
-        budget: what the model meets after it.
-        layers: how many go whole; 0 where structures go.
-        last: whether no other follows.
-    """
-
-    budget: Budget
-    layers: int = 0
-    last: bool = True
+    budget: Budget  # what the model meets after it
+    layers: int = 0  # how many go whole; 0 where structures go
+    last: bool = True  # whether no other follows
 
 
 def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
-    """The stages on the way to the requirement.
-
-    Raises:
-        UserError: the layers that go whole are more than has to go, or than there are.
-    """
+    """The stages on the way to the requirement; UserError where more layers go whole than have to."""
     if options.method != "saap":
         return [Stage(budget)]
     share, way, first = share_of(budget), 0.0, []
@@ -83,11 +73,7 @@ def share_of(budget: Budget) -> float:
 
 
 def check_reachable(budget: Budget, options: PruneOptions) -> None:
-    """Refuse, before anything is scored, what no choice of SAAP's options can meet.
-
-    Raises:
-        UserError: names the nearest that can be met, or how many layers can go.
-    """
+    """Refuse, before scoring, what no choice of SAAP's options can meet; the UserError names what can be met."""
     shape, kept = budget.dense, options.kept_layers
     if options.drop_layers:
         free = [i for i in range(len(shape.layers)) if i not in kept]
@@ -107,13 +93,9 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
 def layers_plan(
     model: PreTrainedModel, ids: torch.Tensor, stage: Stage, options: PruneOptions, progress: Progress | None = None
 ) -> PrunePlan:
-    """The plan without the layers of a stage, those that change least what passes through them.
+    """The plan without as many layers as the stage says, those that change least what passes through them.
 
     Its reasons have no price for what went whole, and its own price is 0.
-
-    Args:
-        ids: of calibration, [sequences, tokens] int64.
-        stage: how many layers go, of the dense model of its budget.
 
     Raises:
         UserError: no layer with attention would be left, or the model is not finite on the text.
@@ -130,11 +112,7 @@ def layers_plan(
 
 
 class KeptStages:
-    """The hidden folder beside the output.
-
-    Attributes:
-        folder: holds the stages, and what a stage puts aside.
-    """
+    """The hidden folder beside the output, which holds the stages, and what a stage puts aside."""
 
     def __init__(self, folder: Path, key: str) -> None:
         """``key`` names all that the stages depend on."""

@@ -15,11 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from saap.models.architectures import Architecture, architecture_of, positions_of, shape_of, traits_of, with_defaults
+from saap.models.architectures import (
+    Architecture,
+    architecture_of,
+    field_of,
+    number_of,
+    positions_of,
+    rope_of,
+    shape_of,
+    traits_of,
+    with_defaults,
+)  # fmt: skip
 from saap.models.shape import LayerSizes, ModelShape
-from saap.models.slim_quant import stacked_bits
+from saap.models.slim_quant import SlimQuant, quant_of, stacked_bits
 from saap.system.errors import UserError
 
 PAGE = 4096  # bytes
@@ -28,27 +37,16 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class BundleSize:
-    """Bytes of a bundle's weights at a precision.
+    """Bytes of a bundle's weights at a precision."""
 
-    Attributes:
-        bits: of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32.
-        group_size: weights per scale; means nothing at 32 bit.
-        rotary_tables: pairs of cos and sin.
-        rotary_bytes: of one cos or sin.
-        head_bits: of embedding and head; 0 is ``bits``.
-        quant: the ``slim_quant`` entry of a tuned model, for bits by layer; only :meth:`total` asks it.
-        architecture: of that model.
-        zero_points: its linears have zero points of their own.
-    """
-
-    bits: int
-    group_size: int
-    rotary_tables: int
-    rotary_bytes: int
-    head_bits: int = 0
-    quant: Mapping[str, Any] | None = None
+    bits: int  # of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32
+    group_size: int  # weights per scale; means nothing at 32 bit
+    rotary_tables: int  # pairs of cos and sin
+    rotary_bytes: int  # of one cos or sin
+    head_bits: int = 0  # of embedding and head; 0 is ``bits``
+    quant: SlimQuant | None = None  # of a tuned model, for bits by layer; only :meth:`total` asks it
     architecture: Architecture | None = None
-    zero_points: bool = False
+    zero_points: bool = False  # its linears have zero points of their own
 
     def attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
         """Bytes of one attention block with its norms; 0 heads are 0 bytes. ``layer``: which, of a tuned model."""
@@ -85,16 +83,11 @@ class BundleSize:
         return sum(map(_paged, arrays)) - (_paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
 
     def total(self, shape: ModelShape) -> int:
-        """Bytes of the whole file."""
         layers = (self.attention(shape, s, i) + self.ffn(shape, s, i) for i, s in enumerate(shape.layers))
         return self.outside(shape) + sum(layers)
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse a model whose matrices are not whole groups.
-
-        Raises:
-            UserError: names the width.
-        """
+        """Refuse a model whose matrices are not whole groups."""
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
             widths += [(f"attention of layer {index}", sizes.query_heads * shape.head_dim)]
@@ -122,28 +115,16 @@ class BundleSize:
         return [rows * columns * bits // 8, FLOAT * rows * columns // self.group_size]
 
 
-def bundle_size(config: Mapping[str, Any], bits: int, group_size: int) -> BundleSize:
-    """What the bundle of a model with this ``config.json`` takes.
-
-    Raises:
-        UserError: a model that no bundle is made of.
-    """
-    traits, full = traits_of(dict(config)), with_defaults(dict(config))
-
-    def get(key: str) -> Any:
-        return full.get(key) if isinstance(full, dict) else getattr(full, key, None)
-
-    scaling = get("rope_parameters") or get("rope_scaling") or {}
-    share = get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
-    width = get("head_dim") or get("hidden_size") // get("num_attention_heads")
-    half = -(-int(width * share) // 2)
-    tables = len({layer.rotary for layer in traits.layers if layer.rotary})
+def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> BundleSize:
+    """What the bundle of a model with this ``config.json`` takes."""
+    full, partial = with_defaults(dict(config)), "partial_rotary_factor"
+    share = next((number_of(place, partial) for place in (full, rope_of(full)) if field_of(place, partial)), 1.0)
+    half = -(-int(shape_of(full).head_dim * share) // 2)
+    tables = len({layer.rotary for layer in traits_of(full).layers if layer.rotary})
     return BundleSize(bits, group_size, tables, FLOAT * positions_of(full) * half)
 
 
-def tuned_bundle_size(
-    config: Mapping[str, Any], quant: Mapping[str, Any] | None = None, zero_points: bool = False
-) -> int:
+def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = None, zero_points: bool = False) -> int:
     """Bytes of the weights file of a model that holds integers, exactly, before or after it is written.
 
     Args:
@@ -154,7 +135,8 @@ def tuned_bundle_size(
     Raises:
         UserError: linears of one matrix that hold different bits, or a model that no bundle is made of.
     """
-    quant = config["slim_quant"] if quant is None else quant
+    quant = quant_of(config) if quant is None else quant
+    assert quant is not None, "a model that holds integers says so"
     size = bundle_size(config, quant["bits"], quant["block"])
     size = replace(
         size, head_bits=quant["embedding_bits"], quant=quant, architecture=architecture_of(dict(config)),

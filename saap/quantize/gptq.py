@@ -8,8 +8,7 @@ the least error weighted by diag(H). Columns stay in their order, since permuted
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,13 +16,13 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import layer_inputs, layers_of, run_layer
+from saap.models.layer_walk import Given, layer_inputs, layers_of, removed_hooks, run_layer
 from saap.models.streaming import present
 from saap.quantize.groups import (
     IntegerForm,
     QuantMatrix,
     best_scales,
-    check_blocks,
+    check_groups,
     pack_codes,
     pack_zero_points,
     quantize,
@@ -50,9 +49,10 @@ def gptq(
         UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
-    parts = [gptq_with_latent(rows, hessian, bits, group_size, symmetric, inverse)[0] for rows in weight.split(ROWS)]
-    qweight, scales, zeros = (torch.cat([getattr(part, name) for part in parts]) for name in QuantMatrix.PARTS)
-    return QuantMatrix(qweight, scales, zeros, bits, group_size)
+    pieces = weight.split(ROWS)
+    return QuantMatrix.stacked(
+        [gptq_with_latent(rows, hessian, bits, group_size, symmetric, inverse)[0] for rows in pieces]
+    )
 
 
 def gptq_with_latent(
@@ -71,7 +71,7 @@ def gptq_with_latent(
     Args:
         inverse: :func:`inverse_factor` of ``hessian``, where it is known.
     """
-    check_blocks(weight.shape[1], group_size, "a matrix")
+    check_groups(weight.shape[1], group_size, "a matrix")
     inverse = inverse_factor(hessian) if inverse is None else inverse
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
@@ -135,10 +135,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def compensated_matrices(
-    model: PreTrainedModel,
-    rows: torch.Tensor,
-    form: IntegerForm,
-    progress: Progress | None = None,
+    model: PreTrainedModel, rows: torch.Tensor, form: IntegerForm, progress: Progress | None = None
 ) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, chosen layer by layer, each fed by quantised layers.
 
@@ -174,39 +171,32 @@ def compensated_matrices(
             progress("choosing integers", index + 1, len(layers))
     norm = model.get_submodule(architecture.final_norm)
     final = [norm(x).flatten(0, -2).float() for x in hidden]
-    head: Any = model.get_submodule(architecture.head)
-    table: Any = model.get_submodule(architecture.embedding)
-    matrices[architecture.head] = gptq(head.weight, sum(x.t() @ x for x in final), form.head_bits, form.group_size)
-    tied = head.weight is table.weight
+    head, table = (model.get_parameter(f"{name}.weight") for name in (architecture.head, architecture.embedding))
+    matrices[architecture.head] = gptq(head, sum(x.t() @ x for x in final), form.head_bits, form.group_size)
     matrices[architecture.embedding] = (
-        matrices[architecture.head] if tied else quantize(table.weight, form.head_bits, form.group_size)
+        matrices[architecture.head] if head is table else quantize(table, form.head_bits, form.group_size)
     )
     return matrices
 
 
 def _hessians(
-    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Any]]
+    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Given]]
 ) -> dict[str, torch.Tensor]:
     """X X^T of every linear's inputs; linears that are fed one tensor share the product."""
     sums: dict[str, torch.Tensor] = {}
     first: dict[str, str] = {}  # the linear that was fed the same tensor before
-    last: list[Any] = [None, ""]
+    last: tuple[torch.Tensor | None, str] = None, ""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if last[0] is not args[0]:
-                last[:] = args[0], name
-                x = args[0].flatten(0, -2).float()
-                sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
-            first[name] = last[1]
+    def add(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
+        nonlocal last
+        if last[0] is not args[0]:
+            last = args[0], name
+            x = args[0].flatten(0, -2).float()
+            sums[name] = sums[name] + x.t() @ x if name in sums else x.t() @ x
+        first[name] = last[1]
 
-        return add
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
+    with removed_hooks() as handles:
+        handles += [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
         for hidden, given in batches:
             run_layer(layer, hidden, given)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: sums[first[name]] for name in linears}

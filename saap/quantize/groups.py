@@ -7,9 +7,9 @@ always representable, as the unsigned zero point demands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
-from saap.models.slim_quant import check_matrices
+from saap.models.slim_quant import SlimQuant, check_matrices
 from saap.models.streaming import present
 from saap.system.errors import UserError
 
@@ -34,50 +34,50 @@ RANGE_SHARES = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78), 8: (1.0,)}
 class QuantMatrix:
     """Packed integers of a matrix [N, K].
 
-    ``qweight`` [N, K/block, block*bits/8] uint8, low nibble first; ``scales`` [N, K/block] float32;
-    ``zero_points`` [N, ceil(K/block*bits/8)] uint8.
+    ``qweight`` [N, K/group_size, group_size*bits/8] uint8, low nibble first; ``scales`` [N, K/group_size] float32;
+    ``zero_points`` [N, ceil(K/group_size*bits/8)] uint8.
     """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor
     bits: int
-    block: int
+    group_size: int
 
     PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
+
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantMatrix]) -> QuantMatrix:
+        """Matrices over the same input columns, one below the other."""
+        qweight, scales, zero_points = (torch.cat([getattr(part, name) for part in parts]) for name in cls.PARTS)
+        return cls(qweight, scales, zero_points, parts[0].bits, parts[0].group_size)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> QuantMatrix:
+        return replace(self, qweight=self.qweight[rows], scales=self.scales[rows], zero_points=self.zero_points[rows])
 
     def dequantize(self) -> torch.Tensor:
         """The numbers [N, K] float32 that the integers stand for."""
         rows, groups = self.scales.shape
-        holder = GroupQuantTable(rows, groups * self.block, self.bits, self.block)
+        holder = GroupQuantTable(rows, groups * self.group_size, self.bits, self.group_size)
         fill(holder, self)
         return holder.dequantize()
 
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """What a model's matrices become.
+    """What a model's matrices become."""
 
-    Attributes:
-        bits: of the decoder layers' linears.
-        group_size: input columns that share a scale.
-        head_bits: of embedding and head.
-        symmetric: of the linears; the vocabulary always is, as the graph demands.
-        bits_of: of the linears that do not have ``bits``, by module name.
-    """
-
-    bits: int
+    bits: int  # of the decoder layers' linears
     group_size: int
     head_bits: int
-    symmetric: bool = True
-    bits_of: Mapping[str, int] = field(default_factory=dict)
+    symmetric: bool = True  # of the linears; the vocabulary always is, as the graph demands
+    bits_of: Mapping[str, int] = field(default_factory=dict)  # of the linears that do not have ``bits``, by module name
 
     def bits_for(self, name: str) -> int:
-        """Of one linear."""
         return self.bits_of.get(name, self.bits)
 
 
-def check_blocks(columns: int, group_size: int, what: str) -> None:
+def check_groups(columns: int, group_size: int, what: str) -> None:
     """Raise UserError when ``columns`` is not whole groups."""
     if columns % group_size:
         raise UserError(
@@ -88,7 +88,7 @@ def check_blocks(columns: int, group_size: int, what: str) -> None:
 
 def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> QuantMatrix:
     """Quantisation of a matrix [N, K] without data: in each group, the scale with the least squared error."""
-    check_blocks(weight.shape[1], group_size, "a matrix")
+    check_groups(weight.shape[1], group_size, "a matrix")
     groups = weight.detach().float().view(weight.shape[0], -1, group_size)
     scale, zero = best_scales(groups, bits, symmetric)
     top = 2**bits - 1
@@ -172,8 +172,7 @@ def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, Qua
                     full = f"{architecture.layers}.{index}.{name}"
                     found[full] = quantize(linear.weight, form.bits_for(full), form.group_size, form.symmetric)
     for name in (architecture.head, architecture.embedding):
-        weight: torch.Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-        found[name] = quantize(weight, form.head_bits, form.group_size)
+        found[name] = quantize(model.get_parameter(f"{name}.weight"), form.head_bits, form.group_size)
     return found
 
 
@@ -184,7 +183,7 @@ def quantize_model(
     embedding_bits: int,
     matrices: Mapping[str, QuantMatrix] | None = None,
     bits_of: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
+) -> SlimQuant:
     """Replace linears, embedding and head by holders of integers, in place.
 
     Args:
@@ -201,49 +200,34 @@ def quantize_model(
     """
     architecture = architecture_of(model.config)
     originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    table: Any = model.get_submodule(architecture.embedding)
-    head: Any = model.get_submodule(architecture.head)
-    quant: dict[str, Any] = {"bits": bits, "block": group_size, "embedding_bits": embedding_bits}
-    quant["tied"] = head.weight is table.weight
+    table, head = (model.get_submodule(name) for name in (architecture.embedding, architecture.head))
+    quant: SlimQuant = {
+        "bits": bits, "block": group_size, "embedding_bits": embedding_bits, "tied": head.weight is table.weight,
+    }  # fmt: skip
     inside = {name for name in originals if name.startswith(architecture.layers)}
     given = {name: matrix.bits for name, matrix in (matrices or {}).items() if name in inside} | dict(bits_of or {})
     if own_bits := {name: own for name, own in sorted(given.items()) if own != bits}:
         quant["matrices"] = own_bits
     check_matrices(quant, architecture, inside)
     for name, linear in originals.items():
-        check_blocks(linear.in_features, group_size, name)
+        check_groups(linear.in_features, group_size, name)
     quantize_modules(model, quant)
     for name, holder in model.named_modules():
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
-        source: Any = table if name == architecture.embedding else originals[name]
+        source: nn.Module = table if name == architecture.embedding else originals[name]
         known = (matrices or {}).get(name)
-        fill(holder, quantize(source.weight, holder.bits, group_size) if known is None else known)
+        fill(holder, quantize(source.get_parameter("weight"), holder.bits, group_size) if known is None else known)
         if getattr(source, "bias", None) is not None:
             holder.bias = source.bias
     return quant
 
 
-def round_model(model: PreTrainedModel, bits: int, group_size: int, embedding_bits: int) -> None:
-    """Give linears, embedding and head the numbers that :func:`quantize` holds, in place, of any family."""
-    architecture = architecture_of(model.config)
-    vocabulary = (architecture.embedding, architecture.head)
-    for name, module in model.named_modules():
-        tied = name == architecture.head and module.weight is model.get_input_embeddings().weight
-        if tied or not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        own_bits = embedding_bits if name in vocabulary else bits
-        check_blocks(module.weight.shape[1], group_size, name)
-        module.weight.data = quantize(module.weight, own_bits, group_size).dequantize()
-
-
 def fill(holder: GroupQuantTable, matrix: QuantMatrix) -> None:
-    """Put integers into a module.
-
-    Raises:
-        ValueError: they are of other bits or groups.
-    """
-    if (holder.bits, holder.block) != (matrix.bits, matrix.block):
-        found, wanted = (f"{of.bits} bits in groups of {of.block}" for of in (matrix, holder))
-        raise ValueError(f"integers of {found} are given to a module of {wanted}")
+    """Put integers into a module."""
+    if (holder.bits, holder.block) != (matrix.bits, matrix.group_size):
+        raise ValueError(
+            f"integers of {matrix.bits} bits in groups of {matrix.group_size} are given to a module of {holder.bits} "
+            f"bits in groups of {holder.block}"
+        )
     holder.qweight, holder.scales, holder.zero_points = matrix.qweight, matrix.scales, matrix.zero_points

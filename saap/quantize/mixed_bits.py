@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,34 +33,21 @@ ROWS = 4  # sequences that a divergence is measured on
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are one matrix in the graph, or read one table.
+    """Modules that are one matrix in the graph, or read one table."""
 
-    Attributes:
-        modules: their names in the model.
-        layer: their decoder layer; None is the vocabulary.
-        extra: bytes that 8 bit takes more than 4 in the weights file.
-    """
-
-    modules: tuple[str, ...]
-    layer: int | None
-    extra: int
+    modules: tuple[str, ...]  # their names in the model
+    layer: int | None  # their decoder layer; None is the vocabulary
+    extra: int  # bytes that 8 bit takes more than 4 in the weights file
 
 
 @dataclass(frozen=True)
 class BitsChoice:
-    """Bits of every linear of the decoder layers, and of the vocabulary.
+    """Bits of every linear of the decoder layers, and of the vocabulary."""
 
-    Attributes:
-        bits_of: module name -> 4 or 8.
-        vocabulary: of embedding and head.
-        bytes: of the bundle's weights file.
-        divergence: what the matrices at 4 bit cost, nats per token, added up.
-    """
-
-    bits_of: dict[str, int]
-    vocabulary: int
-    bytes: int
-    divergence: float
+    bits_of: dict[str, int]  # module name -> 4 or 8
+    vocabulary: int  # of embedding and head
+    bytes: int  # of the bundle's weights file
+    divergence: float  # what the matrices at 4 bit cost, nats per token, added up
 
 
 def choose_bits(
@@ -154,8 +140,8 @@ def rounded(model: PreTrainedModel, unit: Unit, group_size: int) -> Iterator[Non
     """The model with one unit's weights at 4 bit for the time of the block."""
     weights: dict[int, torch.Tensor] = {}
     for name in unit.modules:
-        weight: Any = model.get_submodule(name).weight
-        weights[id(weight)] = weight  # a tied table once
+        parameter = model.get_parameter(f"{name}.weight")
+        weights[id(parameter)] = parameter  # a tied table once
     saved = [(weight, weight.data) for weight in weights.values()]
     try:
         for weight, values in saved:

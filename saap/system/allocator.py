@@ -11,7 +11,6 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -38,7 +37,7 @@ def kept_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def _glibc() -> Any:
+def _glibc() -> ctypes.CDLL | None:
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     try:
@@ -48,6 +47,6 @@ def _glibc() -> Any:
         return None
 
 
-def _set(libc: Any, values: dict[int, int]) -> None:
+def _set(libc: ctypes.CDLL, values: dict[int, int]) -> None:
     for parameter, value in values.items():
         libc.mallopt(parameter, value)

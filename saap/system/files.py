@@ -45,10 +45,7 @@ def claimed(out: str | Path) -> Iterator[None]:
     """Keep other processes of this user from writing the same output for the time of the block.
 
     The lock lies in the cache, so that nothing is left beside the output, and ends with the process, however that ends.
-    This process may claim an output again inside the block.
-
-    Raises:
-        UserError: another process is writing it.
+    This process may claim an output again inside the block; while another one writes it, that is a UserError.
     """
     from filelock import FileLock, Timeout
 
@@ -87,11 +84,7 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_file(out: str | Path) -> Iterator[Path]:
-    """Give a name beside ``out``; the file that the block writes there takes the place of ``out`` when it ends well.
-
-    Raises:
-        UserError: another process is writing it.
-    """
+    """Give a name beside ``out``; the file that the block writes there takes the place of ``out`` when it ends well."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with claimed(out):
@@ -179,11 +172,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def check_place(path: Path) -> None:
-    """Refuse, before minutes of work, a file that could not be written.
-
-    Raises:
-        UserError: it is a directory, or its folder cannot be written to.
-    """
+    """Refuse, before minutes of work, a file that could not be written."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: give the JSON file to write")
     try:
@@ -200,5 +189,4 @@ def write_document(path: Path, document: Mapping[str, object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write beside and rename."""
     write_text(path, json.dumps(value, indent=1) + "\n")

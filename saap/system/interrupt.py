@@ -21,7 +21,6 @@ def ask_to_end(number: int, frame: FrameType | None) -> None:
 
 
 def was_asked_to_end() -> bool:
-    """Whether :func:`ask_to_end` was called in this process."""
     return bool(_asked)
 
 

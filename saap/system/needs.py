@@ -22,24 +22,17 @@ FREE_SHARE = 0.95  # of the memory that is available; the rest is for what other
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at the peak, by what they are for.
+    """Bytes at the peak, by what they are for."""
 
-    Attributes:
-        memory: that must be resident at the same time.
-        disk: written beside or into the output before anything is deleted.
-    """
-
-    memory: dict[str, int]
-    disk: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int]  # that must be resident at the same time
+    disk: dict[str, int] = field(default_factory=dict)  # written beside or into the output before anything is deleted
 
     @property
     def memory_bytes(self) -> int:
-        """Sum of the memory."""
         return sum(self.memory.values())
 
     @property
     def disk_bytes(self) -> int:
-        """Sum of the disk."""
         return sum(self.disk.values())
 
 
@@ -55,7 +48,6 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def fits(needs: Needs) -> bool:
-    """Whether the memory is there."""
     return needs.memory_bytes <= FREE_SHARE * available_memory()
 
 

@@ -27,9 +27,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     Args:
         precision: "auto" takes bfloat16 where the hardware has it, because elsewhere it is emulated and slower than
             float32; "bf16" and "fp32" are taken as they are.
-
-    Raises:
-        UserError: another precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
@@ -44,11 +41,7 @@ def computes_bf16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", _text_of(cpuinfo), re.MULTILINE)
     # A core without it would be as slow as emulation, and the threads wait for the slowest.
     return bool(flags) and all(BF16_FLAGS & set(line.split()) for line in flags)
 
@@ -77,11 +70,16 @@ def fast_float32(cpuinfo: Path = CPUINFO) -> Iterator[None]:
 def _mkl_is_slow(cpuinfo: Path) -> bool:
     if torch.cuda.is_available() or not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    text = _text_of(cpuinfo)
     return re.search(r"^vendor_id\s*:\s*AuthenticAMD$", text, re.MULTILINE) is not None and "amx_bf16" not in text
+
+
+def _text_of(cpuinfo: Path) -> str:
+    """Empty where the system does not tell."""
+    try:
+        return cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _stays_float32() -> bool:

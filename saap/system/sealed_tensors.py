@@ -31,9 +31,6 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping
 
     Args:
         about: for the header; ``format`` is pt where it is not given, as transformers wants it.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=dict(about or {"format": "pt"}))
@@ -44,13 +41,13 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping
 
 
 def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write tensors and what is said about them.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    about = dict(about or {})
-    save_tensors(tensors, path, {**about, SEAL: _seal(tensors, about)})
+    """Write tensors and what is said about them, beside ``path``, and rename."""
+    about, partial = dict(about or {}), path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        save_tensors(tensors, partial, {**about, SEAL: _seal(tensors, about)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from devices.common.chat_template import ChatTemplate, TemplateError
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 Sample = tuple[list[int], list[bool]]
@@ -22,7 +25,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 
 
-def is_conversation(row: object) -> TypeGuard[dict[str, Any]]:
+def is_conversation(row: object) -> TypeGuard[dict[str, object]]:
     """Whether a row of data is chat: ``messages``, ShareGPT's ``conversations``, or an ``instruction``."""
     return isinstance(row, dict) and bool({"messages", "conversations", "instruction"} & set(row))
 
@@ -33,7 +36,6 @@ def messages_of(row: object, where: str) -> list[Message]:
     Args:
         row: ``messages`` (role, content), ``conversations`` (from, value), or ``instruction``, ``input`` or
             ``context``, and ``output`` or ``response``.
-        where: file and line, for errors.
 
     Raises:
         UserError: another form, an unknown role, a turn that is no text, or no answer to learn.
@@ -83,7 +85,7 @@ class ChatEncoder:
         UserError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not has_chat_template(tokenizer):
             raise UserError("the model has no chat template, so chat data has no form: give kind='text'")
         self._tokenizer = tokenizer
@@ -168,10 +170,10 @@ class ChatEncoder:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has one chat template, or several of which one is the default."""
     try:
         return bool(tokenizer.get_chat_template())

@@ -1,8 +1,8 @@
 """Text for calibration, tuning and evaluation, and its way into token ids.
 
 Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
-model writes its own (:func:`self_written`). What a result is evaluated on must not be what the model was calibrated
-or tuned on: :mod:`saap.text.overlap` holds that.
+model writes its own (:mod:`saap.text.self_written`). What a result is evaluated on must not be what the model was
+calibrated or tuned on: :mod:`saap.text.overlap` holds that.
 """
 
 from __future__ import annotations
@@ -13,23 +13,18 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from devices.common.files import parse_json
 from saap.system.errors import UserError
 from saap.text.conversations import is_conversation, messages_of
-from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "Documents", "beginning", "checked_text", "cut_text", "documents_of", "load_documents", "load_rows", "pack",
-    "read_file", "self_written",
-]  # fmt: skip
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["calibration", "tuning", "evaluation"]
 
@@ -45,22 +40,26 @@ DOCUMENT_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with their origin.
+    """Texts with their origin."""
 
-    Attributes:
-        texts: documents in file order; evaluation text files are one document, exactly as they are.
-        source: where they come from, for people.
-        sha256: over the texts, for the lineage of a result.
-    """
-
-    texts: tuple[str, ...]
+    texts: tuple[str, ...]  # documents in file order; evaluation text files are one document, exactly as they are
     source: str
-    sha256: str
+    sha256: str  # over the texts, for the lineage of a result
 
     @property
     def text(self) -> str:
         """All of it as one text; documents are parted by a blank line."""
         return "\n\n".join(self.texts)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
+
+    count: int
+    length: int
+    seed: int = 0
+    skip: int = 0
 
 
 def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
@@ -89,11 +88,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
 
 
 def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] | None:
-    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text.
-
-    Raises:
-        UserError: as :func:`load_documents`.
-    """
+    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text."""
     path = Path(source)
     return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
 
@@ -122,7 +117,9 @@ def _content(path: Path) -> str:
 def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind in (".jsonl", ".ndjson"):
-        return [(f"{path} line {n}", _parsed(line, f"{path} line {n}")) for n, line in _lines(content)]
+        # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
+        lines = [(f"{path} line {n}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return [(where, _parsed(line, where)) for where, line in lines]
     if kind != ".json":
         return None
     rows = _parsed(content, str(path))
@@ -131,7 +128,7 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
     """Rows of token ids for calibration and tuning, int64 [count, length].
 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
@@ -177,11 +174,7 @@ def _from_environment(split: Split, seed: int) -> Documents | None:
 
 
 def documents_of(texts: Iterable[str], source: str) -> Documents:
-    """Texts with their origin and hash; blank ones are left out.
-
-    Raises:
-        UserError: nothing is left.
-    """
+    """Texts with their origin and hash; blank ones are left out."""
     kept = tuple(text for text in texts if text.strip())
     if not kept:
         raise UserError(f"{source} holds no text: give a file with text in it")
@@ -192,12 +185,7 @@ def documents_of(texts: Iterable[str], source: str) -> Documents:
     return Documents(kept, source, digest.hexdigest())
 
 
-def _lines(content: str) -> Iterator[tuple[int, str]]:
-    # Only "\n" ends a row: splitlines would also break at U+2028, which JSON strings may hold.
-    return ((n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
-
-
-def _parsed(line: str, where: str) -> Any:
+def _parsed(line: str, where: str) -> object:
     try:
         return parse_json(line)
     except ValueError as error:
@@ -210,25 +198,14 @@ def is_unicode(text: str) -> bool:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text of a row.
-
-    Args:
-        where: file and line.
-
-    Raises:
-        UserError: it is none.
-    """
+    """The text of a row."""
     if not is_unicode(text):
         raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
     return text
 
 
 def _row_text(row: object, where: str) -> str:
-    """One row as plain text.
-
-    Raises:
-        UserError: naming file and line.
-    """
+    """One row as plain text."""
     return checked_text(_joined(row, where), where)
 
 
@@ -284,12 +261,12 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
     return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
 
 
-def encode(text: str, tokenizer: Any) -> list[int]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def beginning(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
 
     A model that always saw that token hardly works without it: Gemma 3 270M has 6.2 instead of 4.2 nats per token.

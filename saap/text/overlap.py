@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from saap.system.errors import UserError
 from saap.text.documents import TRAINING_FILES, Documents, cut_text, documents_of, load_documents, read_file
@@ -22,9 +21,6 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
 
     Texts coincide when they are equal, when they share a document, or when a hundredth of the evaluation's long lines
     occur in the training text.
-
-    Raises:
-        UserError: naming both sources.
     """
     shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
     seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
@@ -32,20 +28,16 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
         raise UserError(_same_text(training.source, evaluation.source))
 
 
-def refuse_seen(model: str, lineage: Mapping[str, Any], evaluation: Documents) -> None:
+def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents) -> None:
     """The same, by what a model's record says about text that may be gone.
 
     Args:
-        model: its name, for the message.
         lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
-
-    Raises:
-        UserError: naming the model and both sources.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
     held: set[str] = set()  # calibration and tuning are often of one text
     for about in _texts_in(lineage):
-        source, sha256 = str(about.get("source")), about.get("text_sha256")
+        source, sha256 = str(about.get("source")), str(about.get("text_sha256") or "")
         if sha256 in (evaluation.sha256, cut.sha256):
             raise UserError(f"{model}: {_same_text(source, evaluation.source)}")
         documents = _again(source, sha256) if sha256 and source not in held else None
@@ -64,12 +56,12 @@ def _same_text(training: str, evaluation: str) -> str:
     )
 
 
-def _texts_in(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """What is known of each text, that of earlier prunings too."""
     for key in ("calibration", "tuning"):
-        if about := lineage.get(key):
+        if isinstance(about := lineage.get(key), Mapping):
             yield about
-    if before := lineage.get("base_record"):
+    if isinstance(before := lineage.get("base_record"), Mapping):
         yield from _texts_in(before)
 
 

@@ -18,16 +18,8 @@ from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
-from saap.text.documents import (
-    Documents,
-    Split,
-    checked_text,
-    documents_of,
-    load_documents,
-    load_rows,
-    pack,
-    self_written,
-)
+from saap.text.documents import Documents, Sequences, Split, checked_text, documents_of, load_documents, load_rows, pack
+from saap.text.self_written import self_written
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
 KINDS = ("auto", "text", "chat")
@@ -35,16 +27,6 @@ KINDS = ("auto", "text", "chat")
 # many conversations leave less room than the shortest one needs.
 WINDOW = 256
 FEWEST_ROWS = 4  # that are parted into rows to learn from and rows held out
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
-
-    count: int
-    length: int
-    seed: int = 0
-    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,18 +40,15 @@ class Rows:
 
     @property
     def self_written(self) -> bool:
-        """Whether the dense model wrote this text: then perplexity on it means nothing."""
         return self.documents is None
 
     def lineage(self) -> dict[str, object]:
-        """What a record says about the text."""
         return {"source": self.source, "text_sha256": self.sha256}
 
 
 def training_rows(
     model_dir: Path, source: str | None, split: Split, wanted: Sequences, progress: Progress | None = None
 ) -> Rows:
-    """Rows for calibration or tuning."""
     count, length, seed = wanted.count, wanted.length, wanted.seed
     for value, name in ((count, "sequences"), (length, "tokens per sequence")):
         if value < 1:
@@ -80,7 +59,7 @@ def training_rows(
         # Calibration and tuning draw from different seeds, so nothing has to be skipped.
         own_seed = 2 * seed + (split == "tuning")
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
-        ids = self_written(writer, tokenizer, count, length, own_seed, progress=progress)
+        ids = self_written(writer, tokenizer, Sequences(count, length, own_seed), progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
     ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed)[wanted.skip :]
     return Rows(ids, documents.source, documents.sha256, documents)
@@ -90,25 +69,17 @@ def training_rows(
 class TuningRows:
     """What is learnt from.
 
-    Attributes:
-        ids: token ids, int64 [rows, tokens].
-        labels: int64 [rows, tokens]: the token AT that place, -100 where it is not learnt. The model shifts: the label
-            of place t is predicted from the places before t, so the first of a row never is.
-        source: where the text is from, for people.
-        sha256: over the text; None for text that the model wrote itself.
-        kind: ``text`` or ``chat``.
-        note: what the user should be told about how the data was read; None where there is nothing to tell.
-        documents: the text, to hold against an evaluation's (:func:`saap.text.overlap.refuse_overlap`); None as
-            ``sha256``.
+    A label is the token AT its place, -100 where it is not learnt. The model shifts: the label of place t is predicted
+    from the places before t, so the first of a row never is.
     """
 
-    ids: torch.Tensor
-    labels: torch.Tensor
+    ids: torch.Tensor  # token ids, int64 [rows, tokens]
+    labels: torch.Tensor  # int64 [rows, tokens]
     source: str
-    sha256: str | None
-    kind: str
-    note: str | None = None
-    documents: Documents | None = None
+    sha256: str | None  # over the text; None for text that the model wrote itself
+    kind: str  # ``text`` or ``chat``
+    note: str | None = None  # what the user should be told about how the data was read
+    documents: Documents | None = None  # to hold against an evaluation's text; None as ``sha256``
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -120,7 +91,6 @@ class TuningRows:
 
     @property
     def self_written(self) -> bool:
-        """Whether the model wrote this text itself."""
         return self.documents is None
 
     def lineage(self) -> dict[str, object]:

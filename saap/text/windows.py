@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from devices.common.progress import Progress
 from devices.common.quality import Protocol
 from saap.system.errors import UserError
-from saap.text.documents import Documents, beginning, encode, load_documents, self_written
+from saap.text.documents import Documents, Sequences, beginning, encode, load_documents
+from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
 
@@ -29,7 +31,6 @@ class Cut:
     """How a text is cut.
 
     Attributes:
-        chunk: tokens of a window.
         stride: tokens from one window's start to the next's; None is ``chunk``. A window after the first predicts its
             last ``stride`` tokens only.
         bos: a beginning-of-sequence token before each window, which then predicts its first token too; None: where the
@@ -37,7 +38,6 @@ class Cut:
         join: raw takes the file as it is; paragraphs empties blank lines and joins all by a blank line; wikitext
             does so with lines that keep their ends, which is what ``"\\n\\n".join`` over the rows of Hugging Face's
             data set gives; spaces joins lines, stripped as in its PTB, by a space.
-        max_chunks: windows at most.
     """
 
     chunk: int = 256
@@ -58,7 +58,6 @@ class Cut:
 
     @property
     def step(self) -> int:
-        """Tokens between two starts."""
         return self.stride or self.chunk
 
 
@@ -72,7 +71,6 @@ class Windows:
 
 
 def joined(text: str, how: Join) -> str:
-    """A text as the protocol joins its lines."""
     if how == "raw":
         return text
     lines = [line if line.strip() else "" for line in text.split("\n")]
@@ -101,12 +99,13 @@ def evaluation_windows(
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
             raise UserError("there is no text to cut like that: give --text FILE")
         model = open_writer(model_dir, "--text")
-        ids = self_written(model, tokenizer, cut.max_chunks, cut.chunk, 0, held_out=True, progress=progress)
+        wanted = Sequences(cut.max_chunks, cut.chunk)
+        ids = self_written(model, tokenizer, wanted, held_out=True, progress=progress)
         return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
     return windows_of(documents, tokenizer, cut), documents
 
 
-def windows_of(documents: Documents, tokenizer: Any, cut: Cut) -> Windows:
+def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cut) -> Windows:
     """Cut a text; its remainder is left out.
 
     Raises:
@@ -133,7 +132,7 @@ def given_windows(
     ids: torch.Tensor,
     source: str,
     sha256: str | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     cut: Cut,
     counted: torch.Tensor | None = None,
 ) -> Windows:
@@ -158,7 +157,7 @@ def given_windows(
     return Windows(ids, counted, protocol)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of what decides on ids: the vocabulary with its numbers."""
     words = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()

@@ -174,13 +174,10 @@ def _weight(linear: nn.Module) -> torch.Tensor:
 def attach(model: PreTrainedModel, kind: Fold, rank: int | None = None, *, seed: int = 0) -> PeftModel:
     """Put an adapter on every linear of the decoder layers, in place; all other parameters are frozen.
 
-    Args:
-        rank: r of D = B A; None or 0 is a free D.
-        seed: of the A matrices, apart from torch's global one.
+    ``rank`` is r of D = B A, none or 0 a free D; ``seed`` is of the A matrices, apart from torch's global one.
 
     Raises:
-        UserError: linears that hold no integers or have an adapter already, or a PEFT that did not put our
-            layer on each of them.
+        UserError: linears without integers or with an adapter, or a PEFT that did not put our layer on each of them.
     """
     holders = _holders(model)
     ranks = {} if rank else {name: holder.scales.shape[1] for name, holder in holders.items()}

@@ -139,15 +139,10 @@ class _BucketDivergence(torch.autograd.Function):
 
 
 def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss) -> torch.Tensor:
-    """The sum of the losses at some places.
+    """The sum of the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
 
     A head that is trained itself, or sharded over processes, or has more than a matrix, is run as it is on all places.
-
-    Args:
-        model: of the families of :mod:`saap.models.architectures`, or PEFT around one.
-        ids: int64 [rows, tokens].
-        places: bool [rows, tokens], where there is a loss; in the order of rows they are numbered from 0.
-        loss_of: the loss of a piece of them.
+    ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0.
     """
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     matrix = _frozen_matrix(base) if isinstance(base, PreTrainedModel) else None

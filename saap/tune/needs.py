@@ -13,11 +13,7 @@ TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the
 
 
 def tune_needs(shape: ModelShape, bits: int, block: int, tokens: int, *, streamed: bool) -> Needs:
-    """Of choosing integers and training one number per group, from floats in memory or layer by layer.
-
-    Args:
-        tokens: of the rows that go through the model together.
-    """
+    """Of choosing integers, then training one number per group with rows of ``tokens`` in all at once."""
     layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
     widest = max(sizes.ffn for sizes in shape.layers)
     integers = round(shape.parameters * (bits / 8 + 4 / block))

@@ -24,10 +24,6 @@ _LEARNT = "What is learnt from"
 _RUNS = "How it runs"
 
 
-def _patience(text: str) -> int | None:
-    return int(text) or None
-
-
 @dataclass(frozen=True)
 class TrainOptions:
     """Schedule, precision and memory of a training run."""
@@ -60,7 +56,9 @@ class TrainOptions:
     ] = 10
     patience: Annotated[
         int | None,
-        Option("Evaluations without a better one before it stops; 0: never.", _RUNS, parse=_patience),
+        Option(
+            "Evaluations without a better one before it stops; 0: never.", _RUNS, parse=lambda text: int(text) or None
+        ),
         Meta(ge=1),
     ] = 3
     save_seconds: Annotated[
@@ -121,11 +119,6 @@ class TuneOptions:
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:
-        """Refuse values that are not offered.
-
-        Raises:
-            UserError: names the option, what is allowed, and what to do.
-        """
         check_values(self)
 
     @property

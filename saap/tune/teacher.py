@@ -36,13 +36,9 @@ TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then
 
 
 class TeacherTargets:
-    """What a teacher thinks of every row, read from memory-mapped shards.
+    """What a teacher thinks of every row, read from memory-mapped shards: ``k`` tokens per predicted place.
 
-    Attributes:
-        k: tokens kept per predicted place.
-        temperature: the log-probabilities are those of softmax(logits / temperature).
-        note: what the user should be told, such as a lowered k; None where there is nothing.
-        directory: the entry of the cache.
+    ``note`` is what the user should be told, such as a lowered k, or None; ``directory`` is the entry of the cache.
     """
 
     def __init__(self, directory: Path, rows: int, k: int, temperature: float, note: str | None) -> None:
@@ -130,11 +126,7 @@ def teacher_targets(
 
 
 def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
-
-    Raises:
-        UserError: other sizes, or tokenizers that differ, naming both.
-    """
+    """Raise UserError for a teacher whose token ids mean something else than the student's."""
     advice = "a teacher must have the student's vocabulary; give the dense model that the student was made from"
     sizes = _vocabulary(teacher_dir), _vocabulary(student_dir)
     if sizes[0] != sizes[1]:
@@ -189,19 +181,10 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
         if not kept.intact(path, len(part), ids.shape[1] - 1):
             teacher = teacher or open_model(teacher_dir)
-            _write(path, kept.of(teacher, part))
+            save_sealed(kept.of(teacher, part), path)
         done += len(part)
         if progress and teacher is not None:
             progress(f"teacher, {kept.k} likeliest tokens", done, len(ids))
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
-        save_sealed(tensors, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _shard_rows(rows: int) -> int:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -29,10 +30,11 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
+from saap.models.slim_quant import SlimQuant
 from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
-from saap.quantize.groups import IntegerForm, check_blocks, nearest_matrices, quantize_model
+from saap.quantize.groups import IntegerForm, check_groups, nearest_matrices, quantize_model
 from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
@@ -40,7 +42,8 @@ from saap.system.files import check_output, claimed
 from saap.system.needs import check_memory, fits
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
-from saap.text.rows import IGNORED, Sequences, TuningRows, held_out, tuning_rows
+from saap.text.documents import Sequences
+from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states
@@ -53,19 +56,12 @@ from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_tar
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A tuned directory.
+    """A tuned directory."""
 
-    Attributes:
-        path: the directory, with integer weights.
-        history: the losses.
-        text: what was learnt from.
-        trained_parameters: numbers that were trained.
-    """
-
-    path: Path
-    history: History
-    text: TuningRows
-    trained_parameters: int
+    path: Path  # the directory, with integer weights
+    history: History  # the losses
+    text: TuningRows  # what was learnt from
+    trained_parameters: int  # numbers that were trained
 
 
 @fast_float32()
@@ -114,11 +110,7 @@ def tuning_text(
     data: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TuningRows:
-    """The rows that :func:`tune` learns from.
-
-    Raises:
-        UserError: no such text, or too little.
-    """
+    """The rows that :func:`tune` learns from; UserError for no such text, or too little."""
     calibrated = read_record(model).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
     skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
@@ -144,8 +136,7 @@ def _tune(
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
-    quantised = Quantised(model, rows.ids, options, progress)
-    groups = quantised.prepare()
+    adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
     state_dir = out.parent / f".{out.name}.tuning"
     run = Run(
@@ -153,17 +144,21 @@ def _tune(
         held_out=None if judged is None else tensors_of(judged, len(learnt)),
         held_out_loss=loss_of(None, options),
         state_dir=state_dir,
-        fingerprint=_fingerprint(weights, teacher_dir, options),
+        fingerprint={
+            "model": weights,
+            "teacher": weights_hash(teacher_dir) if teacher_dir else None,
+            "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
+        },
     )
     error = None
     try:
-        history = train(quantised.model, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
+        history = train(adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
     except DivergedError as diverged:
         if not diverged.history.best_step:
             raise
         error, history = diverged, diverged.history
     if writes:
-        quant = quantised.fold()
+        tensors = iter(adapters.fold(adapted).state_dict().items())
         record = read_record(model_dir)
         record["tuning"] = {
             "options": options.recorded(),
@@ -175,7 +170,6 @@ def _tune(
             "history": asdict(history),
             "from_sha256": weights,
         }
-        tensors = ((name, tensor) for name, tensor in quantised.model.state_dict().items())
         write_slim(out, model_dir, slim_config(config, shape_of(config), quant), tensors, record)
         discard_states(state_dir)
     if error is not None:
@@ -184,11 +178,7 @@ def _tune(
 
 
 def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
-    """Whether the floats stay in their files, and each layer's are read when its integers are chosen.
-
-    Raises:
-        UserError: memory is too small, or what is asked for needs all floats at once.
-    """
+    """Whether the floats are read layer by layer; UserError where memory is too small for what is asked."""
     tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
     whole, single = (
         tune_needs(shape, options.bits, options.group_size, tokens, streamed=streamed) for streamed in (False, True)
@@ -206,10 +196,10 @@ def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     shape, block = shape_of(config), options.group_size
-    check_blocks(shape.hidden, block, "the hidden size")
+    check_groups(shape.hidden, block, "the hidden size")
     for index, sizes in enumerate(shape.layers):
-        check_blocks(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
-        check_blocks(sizes.ffn, block, f"down_proj of layer {index}")
+        check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
+        check_groups(sizes.ffn, block, f"down_proj of layer {index}")
     if len(rows) < options.training.rows_per_step:
         raise UserError(
             f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
@@ -267,49 +257,27 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
     return loss
 
 
-class Quantised:
-    """A float model on its way to integers: quantised, wrapped for training, folded."""
-
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None):
-        self.model, self.options = model, options
-        form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
-        sample = ids[: options.calibration_rows]
-        if options.max_bytes is not None:
-            choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
-            form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
-        self.form = form
-        if options.integers == "gptq":
-            self.matrices = compensated_matrices(model, sample, form, progress)
-        else:
-            self.matrices = nearest_matrices(model, form)
-
-    def prepare(self) -> list[Group]:
-        """Wrap the model for training; the parameter groups with their peak rates."""
-        options = self.options
-        self.quant = quantize_model(self.model, options.bits, options.group_size, self.form.head_bits, self.matrices)
-        self.matrices.clear()
-        settle(self.model)
-        for parameter in self.model.parameters():  # a view of the loaded file keeps all pages of it that were written
-            parameter.data = parameter.data.clone()
-        self.model = adapters.attach(self.model, options.fold, options.rank, seed=options.training.seed)  # type: ignore[assignment]
-        trained = adapters.trained_parameters(self.model)
-        return [{"params": trained, "lr": options.rate}, self._norms()]
-
-    def _norms(self) -> Group:
-        found = [p for name, p in self.model.named_parameters() if "norm" in name]
-        for norm in found:
-            norm.requires_grad_(True)
-        return {"params": found, "lr": self.options.norm_rate}
-
-    def fold(self) -> dict[str, object]:
-        """Write what was trained into the integers' holders; the ``slim_quant`` entry of the config."""
-        self.model = adapters.fold(self.model)  # type: ignore[arg-type]
-        return self.quant
-
-
-def _fingerprint(weights: str, teacher_dir: str | Path | None, options: TuneOptions) -> dict[str, object]:
-    return {
-        "model": weights,
-        "teacher": weights_hash(teacher_dir) if teacher_dir else None,
-        "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
-    }
+def _quantised(
+    model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None
+) -> tuple[PeftModel, list[Group], SlimQuant]:
+    """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``."""
+    form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
+    sample = ids[: options.calibration_rows]
+    if options.max_bytes is not None:
+        choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
+        form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
+    if options.integers == "gptq":
+        matrices = compensated_matrices(model, sample, form, progress)
+    else:
+        matrices = nearest_matrices(model, form)
+    quant = quantize_model(model, options.bits, options.group_size, form.head_bits, matrices)
+    del matrices
+    settle(model)
+    for parameter in model.parameters():  # a view of the loaded file keeps all pages of it that were written
+        parameter.data = parameter.data.clone()
+    adapted = adapters.attach(model, options.fold, options.rank, seed=options.training.seed)
+    norms = [p for name, p in adapted.named_parameters() if "norm" in name]
+    for norm in norms:
+        norm.requires_grad_(True)
+    trained = adapters.trained_parameters(adapted)
+    return adapted, [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}], quant

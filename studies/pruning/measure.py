@@ -24,8 +24,8 @@ from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
 from saap.system.errors import UserError
-from saap.text.documents import documents_of, pack, read_file
-from saap.text.rows import Sequences, training_rows
+from saap.text.documents import Sequences, documents_of, pack, read_file
+from saap.text.rows import training_rows
 from saap.text.windows import Cut, windows_of
 from studies.common import provenance
 from studies.pruning.cells import HELD, LENGTH, SEQUENCES, Variant, slug

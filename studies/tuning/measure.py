@@ -20,7 +20,8 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.masking import mean_nll
 from saap.system.files import write_json
-from saap.text.rows import FEWEST_ROWS, Sequences, TuningRows, held_out, tuning_rows
+from saap.text.documents import Sequences
+from saap.text.rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.tune.loop.steps import Run, train
 from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune
 from studies.common import ROOT, provenance

@@ -74,7 +74,7 @@ def main() -> None:
     train(
         model, groups, rows, loss_of(None, TuneOptions()),
         Run(options, held_out={"ids": ids[-32:], "labels": ids[-32:]},
-            state_dir=given.out.parent / f".{given.out.name}.training", label="training"),
+            state_dir=given.out.parent / f".{given.out.name}.training"),
         say,
     )  # fmt: skip
     model.half().save_pretrained(given.out)

@@ -1,14 +1,14 @@
-"""The plugin in suites of their own, each in a fresh pytest."""
+"""The plugin in suites of their own."""
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.bench_samples import instant_workers
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge import regression
@@ -49,16 +49,21 @@ def test_against_the_baseline(saap_device):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """A suite runs in this process, which then forgets what that was the first to import; scipy can be loaded once."""
+    import scipy.stats  # noqa: F401
+
+
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins here take long to import
     pytester.makepyfile(SUITE)
     return pytester
 
 
 def ran(suite: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return suite.runpytest_subprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
+    return suite.runpytest_inprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
 
 
 def test_without_a_device_they_are_skipped_and_others_are_not(suite: pytest.Pytester) -> None:
@@ -71,7 +76,8 @@ def test_the_mark_selects_them(suite: pytest.Pytester) -> None:
     ran(suite, "-m", "not device").assert_outcomes(passed=1, deselected=3)
 
 
-def test_on_this_host_against_a_baseline(suite: pytest.Pytester) -> None:
+def test_on_this_host_against_a_baseline(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    instant_workers(monkeypatch)  # the answers are a real model's
     bundle = tiny_bundle(suite.path / "tiny")
     plan = BenchOptions(prompt=4, generate=4, threads=1, repetitions=3, cold=False, text=tuple(range(3, 23)))
     write_baseline(suite.path / "kept", record("tiny", lambda p: measure([str(bundle)], p), plan))

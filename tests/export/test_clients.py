@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,15 +12,10 @@ from support.exported import export_bundle
 from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
 from export.bundle.decoder import OrtDecoder
-from export.bundle.genai import genai_document, genai_model
-from export.bundle.manifest import DECODE_GRAPH, BundleManifest, LayerSizes, read_manifest
+from export.bundle.genai import genai_config
+from export.bundle.manifest import DECODE_GRAPH, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
-from export.clients import (
-    genai_tokenizer_note,
-    optimum_config,
-    write_genai_config,
-    write_optimum_config,
-)
+from export.clients import genai_tokenizer_note, optimum_config, write_client_files
 from export.generate.loop import AnswerSettings, begin_text
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -30,12 +26,8 @@ def bundle(tmp_path_factory):
     return tiny_bundle(tmp_path_factory.mktemp("clients") / "bundle")
 
 
-def without(manifest: BundleManifest, **changes) -> BundleManifest:
-    return BundleManifest(**{**{n: getattr(manifest, n) for n in manifest.__dataclass_fields__}, **changes})
-
-
 def test_config_names_every_cache_tensor_of_the_graph(bundle):
-    decoder = genai_document(genai_model(read_manifest(bundle)))["model"]["decoder"]
+    decoder = genai_config(read_manifest(bundle))["model"]["decoder"]
     model = onnx.load(bundle / decoder["filename"], load_external_data=False)
     layers = range(decoder["num_hidden_layers"])
     for told, has in ((decoder["inputs"], model.graph.input), (decoder["outputs"], model.graph.output)):
@@ -43,34 +35,20 @@ def test_config_names_every_cache_tensor_of_the_graph(bundle):
         assert named == {value.name for value in has}
 
 
-def test_sizes_are_of_the_layers_that_have_a_cache(bundle):
-    config = genai_document(genai_model(read_manifest(bundle)))
-    decoder = config["model"]["decoder"]
-    assert (decoder["head_size"], decoder["hidden_size"], config["model"]["vocab_size"]) == (HEAD_DIM, HIDDEN, VOCAB)
+def test_genai_is_told_the_sizes_of_layers_with_a_cache_and_every_end_of_text(bundle):
+    manifest = read_manifest(bundle)
+    model, search = genai_config(manifest)["model"], genai_config(manifest)["search"]
+    decoder = model["decoder"]
+    assert (decoder["head_size"], decoder["hidden_size"], model["vocab_size"]) == (HEAD_DIM, HIDDEN, VOCAB)
     # Layers of 4/2, none and 3/1 heads: two with a cache, the largest counts.
     assert (decoder["num_hidden_layers"], decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (2, 4, 2)
-    assert config["model"]["context_length"] == config["search"]["max_length"] == CONTEXT
-    assert config["search"]["past_present_share_buffer"] is True
-    assert config["search"]["do_sample"] is False
-
-
-def test_every_end_of_text_id_and_an_id_of_zero_survive(bundle):
-    manifest = without(read_manifest(bundle), eos_token_ids=[0, 2, 7], bos_token_id=0)
-    model = genai_document(genai_model(manifest))["model"]
+    assert model["context_length"] == search["max_length"] == CONTEXT
+    assert search["past_present_share_buffer"] is True and search["do_sample"] is False
+    model = genai_config(replace(manifest, eos_token_ids=[0, 2, 7], bos_token_id=0))["model"]
     assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([0, 2, 7], 0, 0)
-    assert genai_model(without(manifest, bos_token_id=None, eos_token_ids=[3])).bos_token_id == 3
-
-
-def test_model_without_attention_has_no_cache(bundle):
-    manifest = without(read_manifest(bundle), layers=[LayerSizes(0, 0, 64)])
-    assert genai_document(genai_model(manifest))["model"]["decoder"]["num_hidden_layers"] == 0
-
-
-def test_writer_leaves_the_document_and_nothing_beside_it(tmp_path, bundle):
-    manifest = read_manifest(bundle)
-    path = write_genai_config(tmp_path, manifest)
-    assert json.loads(path.read_text()) == genai_document(genai_model(manifest))
-    assert [p.name for p in tmp_path.iterdir()] == ["genai_config.json"]
+    assert genai_config(replace(manifest, bos_token_id=None, eos_token_ids=[3]))["model"]["bos_token_id"] == 3
+    alone = genai_config(replace(manifest, layers=[LayerSizes(0, 0, 64)]))["model"]["decoder"]
+    assert alone["num_hidden_layers"] == 0
 
 
 IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
@@ -110,15 +88,10 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
     assert "".join(stream.decode(token) for token in tokenizer.encode(sentence)) == sentence
 
 
-def test_genai_tokenizer_that_agrees_needs_no_note(tiny_model, tmp_path):
+def test_genai_tokenizer_gets_a_note_where_it_differs(tiny_model, tmp_path):
     pytest.importorskip("onnxruntime_genai")
     export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
     assert genai_tokenizer_note(tmp_path / "bundle") is None
-
-
-def test_genai_tokenizer_that_differs_gets_a_note(tiny_model, tmp_path):
-    pytest.importorskip("onnxruntime_genai")
-    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
     path = tmp_path / "bundle/tokenizer.json"
     # A split that ours obeys and genai 0.18 does not know.
     document = json.loads(path.read_text())
@@ -135,7 +108,7 @@ def test_optimum_draws_the_tokens_of_torch_where_kv_heads_are_alike(tiny_model, 
     optimum = pytest.importorskip("optimum.onnxruntime")
     slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(NARROW)), tmp_path / "bundle"
     manifest = export_bundle(slim, directory, bits=32)
-    assert write_optimum_config(directory, read_config(slim), manifest) == directory / "config.json"
+    assert json.loads((directory / "config.json").read_text()) == optimum_config(read_config(slim), manifest)
     theirs = optimum.ORTModelForCausalLM.from_pretrained(directory, file_name=DECODE_GRAPH, local_files_only=True)
     torch_model = load_model(slim)
     for options in ({}, {"num_beams": 3}):
@@ -146,10 +119,11 @@ def test_optimum_draws_the_tokens_of_torch_where_kv_heads_are_alike(tiny_model, 
 def test_optimum_has_no_config_where_kv_heads_differ(bundle, tmp_path):
     manifest = read_manifest(bundle)  # KV heads 2 and 1
     assert optimum_config({"model_type": "llama"}, manifest) is None
-    assert write_optimum_config(tmp_path, {"model_type": "llama"}, manifest) is None
-    assert list(tmp_path.iterdir()) == []
-    alike = without(manifest, layers=[LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(2, 2, 96)])
+    write_client_files(tmp_path, {"model_type": "llama"}, manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["genai_config.json"]
+    assert json.loads((tmp_path / "genai_config.json").read_text()) == genai_config(manifest)
+    alike = replace(manifest, layers=[LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(2, 2, 96)])
     config = optimum_config({"model_type": "saap_llama", "slim_layers": [], "auto_map": {}, "rms_norm_eps": 1.0}, alike)
     assert config == {"model_type": "llama", "rms_norm_eps": 1.0, "num_hidden_layers": 2, "num_attention_heads": 4,
                       "num_key_value_heads": 2, "head_dim": HEAD_DIM}  # fmt: skip
-    assert optimum_config({"model_type": "llama"}, without(alike, hidden_size=HIDDEN + 8)) is None
+    assert optimum_config({"model_type": "llama"}, replace(alike, hidden_size=HIDDEN + 8)) is None

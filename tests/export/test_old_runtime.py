@@ -10,21 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.cuts import cut
+from support.export_cases import IDS, UNEVEN
 from support.exported import export_bundle
 
 from export.bundle.decoder import OrtDecoder
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS
-from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.plan import PrunePlan
 
 ROOT = Path(__file__).resolve().parents[2]
-IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
-UNEVEN = (
-    LayerPlan((), (), tuple(range(0, 128, 4))),
-    LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))),
-    LayerPlan((0, 2), (0, 1), ()),
-)
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime

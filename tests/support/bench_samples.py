@@ -1,11 +1,16 @@
-"""Results built by hand, for tests of what reads them."""
+"""Results built by hand, for tests of what reads them, and workers that say at once that they measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import pytest
+
 from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
+from bench.measure.worker import ColdLoad, Measured
+from bench.runtimes.facts import PeerFacts
 
 FACTS = ModelFacts(
     parameters=1000, model_bytes=3_000_000, weight_bytes_per_token=2_000_000, kv_bytes_per_token=1000, bits=4
@@ -57,3 +62,18 @@ def result(*measurements: Measurement, fingerprint: str | None = "f" * 16, **fie
         "created": "2025-01-01T00:00:00+00:00",
     }
     return Result(**{**values, **fields})
+
+
+def instant_workers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """No process is started to measure; the jobs that were given."""
+    jobs: list[dict[str, Any]] = []
+
+    def answer(module: str, job: dict[str, Any], *_: object) -> dict[str, object]:
+        jobs.append(job)
+        if job["only_load"]:
+            return asdict(ColdLoad(1.0, 1 << 40))
+        taken = sample([0.01 + 1e-6 * job["order"]] * job["n_gen"], job["order"])
+        return asdict(Measured(taken, (0.0, 1.0), PeerFacts()))
+
+    monkeypatch.setattr("bench.measure.rounds.call", answer)
+    return jobs

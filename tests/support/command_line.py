@@ -48,3 +48,8 @@ def last_line(done):
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
     return lines[-1]
+
+
+def prune_words(model, out, text, *options):
+    """``saap prune`` of a tiny model on a little of a text."""
+    return ["prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options]

@@ -68,7 +68,7 @@ PLANS = {
         (LayerPlan((), (), (1, 5, 9)), EMPTY, LayerPlan((), (), tuple(range(32))), NARROW, ALL, ALL)
     ),
     "last layers dropped": PrunePlan((ALL, LayerPlan((2, 4), (1, 2), ()), NARROW, EMPTY, EMPTY, EMPTY)),
-    **{f"random {seed}": random_plan(seed) for seed in range(4)},
+    **{f"random {seed}": random_plan(seed) for seed in range(2)},
 }
 
 

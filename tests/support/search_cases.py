@@ -10,7 +10,7 @@ from saap.prune.search.layer_costs import CostTable
 from saap.prune.search.milp import Prices
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
-TABLE = CostTable(1, 192, 1.0, None, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
+TABLE = CostTable(1, 192, 1.0, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
 
 
 def weights(limit, shape=SHAPE):

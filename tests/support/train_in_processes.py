@@ -1,4 +1,7 @@
-"""Train a tiny model in the processes that start this: python train_in_processes.py MODEL OUT RUNS."""
+"""Train a tiny model in the processes that start this: python train_in_processes.py MODEL OUT RUNS COMMAND.
+
+RUNS are arguments of :func:`main`; COMMAND is of saap, and what it printed is in OUT/command-<rank>.json.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from support.command_line import here
+from support.fast_passes import skip_packing
 from torch import nn
 from torch.nn import functional as F
 
@@ -110,7 +115,9 @@ def distributed() -> bool:
 
 
 if __name__ == "__main__":
+    skip_packing()
     for run in json.loads(sys.argv[3]):
         main(sys.argv[1], Path(sys.argv[2]), **run)
-    if distributed():
-        torch.distributed.destroy_process_group()
+    said = here(*json.loads(sys.argv[4]))
+    Path(sys.argv[2], f"command-{torch.distributed.get_rank()}.json").write_text(json.dumps(vars(said)))
+    torch.distributed.destroy_process_group()

@@ -22,7 +22,6 @@ from saap.system.errors import UserError
 if TYPE_CHECKING:
     from devices.fit.fitting import Fit
     from devices.fit.memory import Device, Model
-    from devices.profiles.profile import Profile
 
 CONTEXT = 4096  # tokens, as a conversation has by default
 DOES_NOT_FIT = 1
@@ -126,7 +125,7 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
     usable = usable_memory(values, memory)
     if usable is None:
         raise UserError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
-    bandwidth = profile.numbers["memory_bandwidth"]
+    bandwidth, cache = profile.numbers["memory_bandwidth"], values.get("last_level_cache")
     runtime = profile.runtime
     return Device(
         name=profile.title,
@@ -137,7 +136,7 @@ def _known(name: str, memory: int | None, version: str | None) -> Device:
         memory_source=usable[1],
         bandwidth=bandwidth.value,
         bandwidth_source=bandwidth.source,
-        last_level_cache=_whole(values.get("last_level_cache")),
+        last_level_cache=None if cache is None else int(cache),
         cuda=profile.cuda or ("none" if not name.startswith("generic") else None),
         onnxruntime=version or (runtime.onnxruntime if runtime else None),
         onnxruntime_source="given"
@@ -169,6 +168,8 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
         bandwidth = (best or None, "read just now")
     elif known:
         bandwidth = (known.numbers["memory_bandwidth"].value, known.numbers["memory_bandwidth"].source)
+    # Elsewhere than on a board there is no GPU without NVIDIA's driver, and it is unknown with it.
+    cuda = None if not known and Path("/proc/driver/nvidia/version").exists() else (known and known.cuda) or "none"
     isa = frozenset(facts["isa"] or ())
     return Device(
         name=facts["board"] or facts["cpu_model"] or "this host",
@@ -180,17 +181,10 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
         bandwidth=bandwidth[0],
         bandwidth_source=bandwidth[1],
         last_level_cache=facts["last_level_cache_bytes"],
-        cuda=_gpu_here(known),
+        cuda=cuda,
         onnxruntime=version or facts["onnxruntime"],
         onnxruntime_source="given" if version else f"installed here, Python {facts['python']}",
     )
-
-
-def _gpu_here(known: Profile | None) -> str | None:
-    """The board's GPU; elsewhere none without NVIDIA's driver, and unknown with it."""
-    if known:
-        return known.cuda or "none"
-    return None if Path("/proc/driver/nvidia/version").exists() else "none"
 
 
 def _show(bundle: Path, device: Device, verdict: Fit) -> None:
@@ -210,8 +204,9 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
     click.echo(f"  largest context that fits: {verdict.largest_context or 'none'}")
     empty, full = verdict.ceiling
     if empty is not None and full is not None:
+        rate = "unknown" if device.bandwidth is None else f"{device.bandwidth / 1e9:.1f} GB/s"
         click.echo(
-            f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({_gb(device.bandwidth)}: "
+            f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({rate}: "
             f"{device.bandwidth_source}); what it will do is less, measure it"
         )
     for line in verdict.kernels:
@@ -224,13 +219,5 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
         click.echo(f"  {finding.what}: {finding.command}" if finding.command else f"  {finding.what}")
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
 def _mb(size: int) -> str:
     return f"{size / 1e6:.0f}"
-
-
-def _gb(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate / 1e9:.1f} GB/s"

@@ -68,13 +68,7 @@ def probe_costs(
 ) -> Costs:
     """Time a model's layers at all their sizes on a device and write the table; the graphs are made here.
 
-    Args:
-        model: a model directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes.
-        out: the JSON file.
-
-    Raises:
-        UserError, BundleError, CostsError, DecoderError: the user's input, or too little memory.
-        BoardError: naming the board and what to do.
+    The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes.
     """
     from bench.costs.measure import write_costs
     from devices.probe.host import probe

@@ -121,16 +121,11 @@ def record_baseline(bundle: str, asked: BaselineCommand, console: Console) -> No
     device_options = asked.device
     device_options.check()
     folder = checked_folder(device_options.folder)
+    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions")
     plan = BenchOptions(
-        prompt=asked.prompt,
-        generate=asked.generate,
-        depth=asked.depth,
-        threads=asked.threads,
-        repetitions=asked.repetitions,
-        max_time_s=device_options.max_time_s,
-        text=text_ids(_path(bundle), asked.text),
-        greedy=GREEDY,
-    )
+        **{name: getattr(asked, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
+        text=text_ids(_path(bundle), asked.text), greedy=GREEDY,
+    )  # fmt: skip
     writable_folder(folder)
     name = name_of(bundle, device_options.name)
     with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:

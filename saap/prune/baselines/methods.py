@@ -35,23 +35,12 @@ BASELINES = METHODS[1:]
 
 @dataclass(frozen=True)
 class Published:
-    """A method's settings in its paper and reference code, for rows of a table that say "as published".
+    """A method's settings as its authors have them; docs/method.md has the sources."""
 
-    Attributes:
-        sequences: calibration sequences; None is every window of the text.
-        tokens: per sequence; both are 0 where no text is read.
-        keep_layers_rule: how many first and last layers stay whole in a model of 32 layers.
-        heads: whether attention is pruned too.
-        text: what the calibration text is.
-        source: where these settings are from.
-    """
-
-    sequences: int | None
-    tokens: int
-    keep_layers_rule: tuple[int, int]
-    heads: bool
-    text: str
-    source: str
+    sequences: int | None  # calibration sequences; None is every window of the text
+    tokens: int  # per sequence; both are 0 where no text is read
+    keep_layers_rule: tuple[int, int]  # how many first and last layers stay whole in a model of 32 layers
+    text: str  # what the calibration text is
 
     def kept(self, layers: int) -> frozenset[int]:
         """The layers that the rule keeps whole in a model of this many; shallow models keep fewer."""
@@ -60,29 +49,17 @@ class Published:
         return frozenset((*range(first), *range(layers - last, layers)))
 
 
-_LLM_PRUNER = "arXiv 2305.11627 and horseee/LLM-Pruner at 128a07d, scripts/llama_prune.sh and hf_prune.py"
-_FLAP = "CASIA-IVA-Lab/FLAP at 3bb57db, scripts, main.py and lib/prune.py"
-_NO_TEXT = Published(0, 0, (4, 2), True, "none", _LLM_PRUNER)
-_BOOKS = Published(10, 64, (4, 2), True, "BookCorpus, train", _LLM_PRUNER)
 _PUBLISHED = {
-    "random": _NO_TEXT,
-    "magnitude": _NO_TEXT,
-    **dict.fromkeys(TAYLOR, _BOOKS),
-    "wanda_sp": Published(128, 128, (0, 0), True, "C4, train", f"{_FLAP} (prune_wanda_sp)"),
-    "flap": Published(1024, 128, (0, 0), True, "WikiText-2 raw, train", f"arXiv 2312.11983 and {_FLAP}"),
-    "shortgpt": Published(
-        None, 256, (0, 0), True, "PG19, validation",
-        "arXiv 2403.03853 and icip-cas/ShortGPT at 9a2ee8d, shortgpt/run_shortgpt.py",
-    ),
-}  # fmt: skip
+    **dict.fromkeys(("random", "magnitude"), Published(0, 0, (4, 2), "none")),
+    **dict.fromkeys(TAYLOR, Published(10, 64, (4, 2), "BookCorpus, train")),
+    "wanda_sp": Published(128, 128, (0, 0), "C4, train"),
+    "flap": Published(1024, 128, (0, 0), "WikiText-2 raw, train"),
+    "shortgpt": Published(None, 256, (0, 0), "PG19, validation"),
+}
 
 
 def published(method: str) -> Published:
-    """The settings of a method as its authors have them.
-
-    Raises:
-        UserError: no such method.
-    """
+    """The settings of a method as its authors have them; UserError where there is no such method."""
     _check_method(method)
     return _PUBLISHED[method]
 
@@ -108,12 +85,8 @@ def rank(
 ) -> Ranking:
     """Score ``model`` once; the ranking then gives a plan for any share. Weights and flags stay as they were.
 
-    Args:
-        shape: ``shape_of(model.config)``.
-        ids: [sequences, tokens] int64; random and magnitude do not read it.
-        options: the method; whether KV groups go too, each with all its query heads; the group size, of which every
-            width is a multiple; the seed of random; the layers that stay whole. If none are given, LLM-Pruner's four
-            methods keep the first 4 and last 2 layers (of 16 or more), the others none.
+    If no layers are to stay whole, LLM-Pruner's four methods keep the first 4 and last 2 (of 16 or more). Random and
+    magnitude do not read the ids, [sequences, tokens] int64.
 
     Raises:
         UserError: no such method or layer, or the model is not finite on the text.

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from saap.models.shape import LayerSizes, ModelShape
-from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.plan import LayerPlan, PrunePlan, ffn_widths, whole_layer
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
@@ -28,24 +28,15 @@ SLACK = 1e-12  # a share that was computed from a plan's weights leads back to t
 
 @dataclass(frozen=True)
 class Removal:
-    """One notch: what goes, and how many weights that is.
-
-    Attributes:
-        layer: index of the layer.
-        kind: ffn | group | layer.
-        gone: FFN channels or KV groups that go; empty for a whole layer.
-        weights: that go with them.
-        start, stop: shares of the module's structures that are gone before and after this removal.
-        key: place in the ranking, least first; within a module never less than that of the removal before.
-    """
+    """One notch: what goes, and how many weights that is."""
 
     layer: int
-    kind: str
-    gone: tuple[int, ...]
-    weights: int
-    start: float
-    stop: float
-    key: float = 0.0
+    kind: str  # ffn | group | layer
+    gone: tuple[int, ...]  # FFN channels or KV groups; empty for a whole layer
+    weights: int  # that go with them
+    start: float  # share of the module's structures that is gone before
+    stop: float  # and after this removal
+    key: float = 0.0  # place in the ranking, least first; within a module never less than that of the removal before
 
     def at(self, key: float) -> Removal:
         return replace(self, key=key)
@@ -88,9 +79,6 @@ class Ranking:
         """The plan of the longest beginning of the list that removes at most ``share``.
 
         For methods with large removals (whole layers), which take the next larger model in a table.
-
-        Raises:
-            UserError: the share is out of range.
         """
         return self._plan(self._beginning(math.floor(self._asked(share) * (1 + SLACK)))[0])
 
@@ -112,10 +100,9 @@ class Ranking:
         gone: dict[tuple[int, str], set[int]] = {}
         for removal in taken:
             gone.setdefault((removal.layer, removal.kind), set()).update(removal.gone)
-        nothing = LayerPlan((), (), ())
         return PrunePlan(
             tuple(
-                nothing if (i, "layer") in gone else _without(sizes, gone.get((i, "group")), gone.get((i, "ffn")))
+                LayerPlan() if (i, "layer") in gone else _without(sizes, gone.get((i, "group")), gone.get((i, "ffn")))
                 for i, sizes in enumerate(self.shape.layers)
             )
         )
@@ -149,13 +136,6 @@ def _fill(pending: tuple[Removal, ...], need: int) -> list[Removal]:
     return [single]
 
 
-def ffn_widths(ffn: int, block: int) -> list[int]:
-    """The widths that an FFN may keep, largest first: multiples of the grid, and the width it has."""
-    # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
-    grid = max(block, 64) if ffn >= 512 else block
-    return [ffn, *reversed(range(grid, ffn, grid))]
-
-
 def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
     """How many KV groups may stay, with all their query heads, largest first."""
     width = sizes.heads_per_group * head_dim
@@ -163,14 +143,9 @@ def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
 
 
 def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Removal]:
-    """All removals of one module in order, least scores first; the smallest size of the grid always stays.
-
-    Args:
-        kind: ffn | group.
-        scores: [structures] of this module.
-    """
+    """All removals of one module (ffn or group), least scores first; the smallest size of the grid stays."""
     sizes = shape.layers[layer]
-    kept = ffn_widths(sizes.ffn, block) if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
+    kept = ffn_widths(sizes.ffn, block)[::-1] if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
     order = torch.argsort(scores.double(), stable=True).tolist()
 
     def weights(count: int) -> int:
@@ -189,13 +164,10 @@ def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tenso
 
 
 def uniform_key(place: int, kind: str) -> Callable[[Removal], float]:
-    """Order by the share that is gone, so that every layer loses the same ratio.
+    """Order by the share that is gone, so that every layer loses the same ratio; ``place`` is among the pruned layers.
 
     Where a ratio falls between two notches, some layers take one notch more: the golden ratio's multiples decide which,
     because any beginning of that sequence is spread evenly over the layers.
-
-    Args:
-        place: of the layer among those that are pruned.
     """
     phase = (place + 0.5) * 0.6180339887498949 % 1
     phase = 1 - phase if kind == "group" else phase  # so that a layer is not the first to lose both
@@ -203,10 +175,7 @@ def uniform_key(place: int, kind: str) -> Callable[[Removal], float]:
 
 
 def threshold_key(scores: torch.Tensor) -> Callable[[Removal], float]:
-    """Order by score over all modules: a removal is taken when the threshold passes the middle of its structures.
-
-    So the width that a threshold asks for is rounded to the nearest one of the grid.
-    """
+    """Order by score over all modules, so that the width that a threshold asks for is rounded to the grid."""
     values = scores.double().tolist()
     return lambda removal: values[removal.gone[(len(removal.gone) - 1) // 2]]
 
@@ -217,12 +186,8 @@ def meet(plan_at: Callable[[float], PrunePlan], budget: Budget, dense: ModelShap
     Plans cost less with the share only roughly (milliseconds do not follow weights), so shares are tried from the least
     upwards until one meets the budget, and the step in which that happened is halved; what is returned meets it.
 
-    Args:
-        plan_at: the plan that removes a share of the decoder layers' weights; raises UserError where it cannot.
-        dense: the shape that the plans index into.
-
     Raises:
-        UserError: not even the largest share meets the budget; names the least that a plan costs.
+        UserError: not even the largest share that ``plan_at`` takes meets the budget; names the least cost of a plan.
     """
     below, above, least = 0.0, 1.0, math.inf
     best: PrunePlan | None = None

@@ -13,8 +13,7 @@ each row and column of its heads on its own, as the references do for a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +27,7 @@ from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.scores.activations import Activations, InputStatistics
-from saap.prune.scores.importance import frozen, summed_axis
+from saap.prune.scores.importance import backward, frozen, summed_axis
 from saap.system.errors import UserError
 
 Slices = dict[tuple[int, str], torch.Tensor]  # (layer, role) -> one number per row, or per column of output and down
@@ -63,15 +62,7 @@ def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScor
 def taylor_scores(
     method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, progress: Progress | None = None
 ) -> StructureScores:
-    """LLM-Pruner's scores; the mean gradient and the mean squared gradient are held in full where they are needed.
-
-    Args:
-        method: one of :data:`saap.prune.options.TAYLOR`.
-        ids: [sequences, tokens] int64.
-
-    Raises:
-        UserError: the loss or a gradient is not finite.
-    """
+    """LLM-Pruner's scores on ids [sequences, tokens]; gradients are held in full where needed, and must be finite."""
     first, second = _mean_gradients(model, shape, ids, method, progress)
     slices = {}
     for matrix in matrices_of(model, shape):
@@ -160,32 +151,12 @@ def _mean_gradients(
             second[linear].addcmul_(gradient, gradient, value=1 / len(ids))
         weight.grad = None
 
-    with _gradients_of(model, list(linears), consume):
-        for index, row in enumerate(ids):
-            if progress:
-                progress("scoring", index, len(ids))
-            sequence = row[None].to(model.device)
-            loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss.item()} on calibration sequence {index}: check the model and the text"
-                )
-            loss.backward()
-    if progress:
-        progress("scoring", len(ids), len(ids))
+    with frozen(model), removed_hooks() as handles, torch.enable_grad():
+        for linear in linears:
+            linear.weight.requires_grad_(True)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(consume, linear)))
+        backward(model, ids, progress)
     for gradients in (first, second):
         if not all(torch.isfinite(gradient).all() for gradient in gradients.values()):
             raise UserError("gradients are not finite on the calibration text: check the model, or load it in float32")
     return first, second
-
-
-@contextmanager
-def _gradients_of(
-    model: PreTrainedModel, linears: list[nn.Linear], consume: Callable[[nn.Linear, nn.Parameter], None]
-) -> Iterator[None]:
-    with frozen(model), removed_hooks() as handles:
-        for linear in linears:
-            linear.weight.requires_grad_(True)
-            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(consume, linear)))
-        with torch.enable_grad():
-            yield

@@ -115,10 +115,7 @@ def losses_compensated(
     judged: torch.Tensor,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``; nothing is changed.
-
-    Args:
-        ids, judged: [sequences, tokens], of different text.
+    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``, other text; nothing is changed.
 
     Returns:
         nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
@@ -250,11 +247,7 @@ def _ridge(
     sizes: tuple[list[int], list[int]],
     last: bool,
 ) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
-
-    Args:
-        stream, given: of this process's batches; ``sizes``: tokens of all processes' batches, fitted and held.
-    """
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]

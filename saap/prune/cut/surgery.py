@@ -52,10 +52,11 @@ def cut_tensors(
         if name.startswith(prefix):
             index_text, rest = name[len(prefix) :].split(".", 1)
             index = int(index_text)
-            if not _is_kept(rest, plan.layers[index], architecture):
-                continue
+            keep = plan.layers[index]
+            if not (keep.query_heads if architecture.in_attention(rest.rsplit(".", 1)[0]) else keep.ffn):
+                continue  # with its module
             slim_name = f"{prefix}{renumbered[index]}.{rest}"
-            cut = partial(cut_layer_tensor, rest, cut, plan.layers[index], index, shape, architecture)
+            cut = partial(cut_layer_tensor, rest, cut, keep, index, shape, architecture)
         if slim_name in left:
             left.remove(slim_name)
             yield slim_name, fresh[slim_name].to(read(name).dtype)
@@ -72,10 +73,7 @@ def cut_layer_tensor(
     shape: ModelShape,
     architecture: Architecture,
 ) -> torch.Tensor:
-    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps of its module.
-
-    Norms are kept whole: those of heads are one head wide.
-    """
+    """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps; norms stay whole."""
     module, kind = name.rsplit(".", 1)
     queries, keys = head_rows(keep.query_heads, shape.head_dim), head_rows(keep.kv_heads, shape.head_dim)
     channels = torch.tensor(keep.ffn, dtype=torch.long)
@@ -91,10 +89,6 @@ def cut_layer_tensor(
     if module in columns and kind == "weight":
         return read().index_select(1, columns[module])
     return read().clone()
-
-
-def _is_kept(name: str, keep: LayerPlan, architecture: Architecture) -> bool:
-    return bool(keep.query_heads if architecture.in_attention(name.rsplit(".", 1)[0]) else keep.ffn)
 
 
 def _added_biases(

@@ -30,44 +30,27 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of one linear's inputs over all tokens, each [K] float32: K is the linear's number of columns.
+    """Of one linear's inputs over all tokens, each [K] float32: K is the linear's number of columns."""
 
-    Attributes:
-        mean: of x_k.
-        fluctuation: sample variance of x_k, divided by tokens - 1.
-        mean_square: of x_k; not centred.
-    """
-
-    mean: torch.Tensor
-    fluctuation: torch.Tensor
-    mean_square: torch.Tensor
+    mean: torch.Tensor  # of x_k
+    fluctuation: torch.Tensor  # sample variance of x_k, divided by tokens - 1
+    mean_square: torch.Tensor  # of x_k; not centred
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one pass saw, one entry per layer; None where a layer has no such linear.
+    """What one pass saw, one entry per layer; None where a layer has no such linear."""
 
-    Attributes:
-        output: inputs of the output projection, K = query_heads * head_dim.
-        down: inputs of down_proj, K = the FFN's width.
-        influence: block influence, [layers] float32, between 0 (nothing changes) and 2.
-        tokens: how many tokens the numbers are of.
-    """
-
-    output: list[InputStatistics | None]
-    down: list[InputStatistics | None]
-    influence: torch.Tensor
-    tokens: int
+    output: list[InputStatistics | None]  # inputs of the output projection, K = query_heads * head_dim
+    down: list[InputStatistics | None]  # inputs of down_proj, K = the FFN's width
+    influence: torch.Tensor  # block influence, [layers] float32, between 0 (nothing changes) and 2
+    tokens: int  # how many tokens the numbers are of
 
 
 def collect(
     model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, *, batch: int = 4, progress: Progress | None = None
 ) -> Activations:
-    """Run calibration sequences through ``model`` once; its weights and flags are left as they were.
-
-    Args:
-        ids: [sequences, tokens] int64, at least two tokens in all.
-        batch: sequences per forward pass.
+    """Run ids [sequences, tokens] through ``model`` once; its weights and flags are left as they were.
 
     Raises:
         UserError: too few tokens, or an activation that is not finite.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,12 +29,7 @@ KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
 
 
 def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
-    """Where the scores of these weights, ids [sequences, tokens] and settings are kept.
-
-    Args:
-        weights: hash of the model's weights and config.
-        settings: whatever else changes the numbers; JSON.
-    """
+    """Where the scores by a hash of weights and config, ids [sequences, tokens] and other settings (JSON) are kept."""
     return cache_directory() / "scores" / f"{_key(weights, ids, settings)}.safetensors"
 
 
@@ -59,14 +54,10 @@ def read_scores(path: Path) -> Scores | None:
 
 def keep_scores(path: Path, scores: Scores) -> None:
     """Write them; others that were unused longest make room. A cache that cannot be written costs time only."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_sealed(scores.tensors(), partial, {"c": repr(scores.c), "loss": repr(scores.loss)})
-        partial.replace(path)
+        save_sealed(scores.tensors(), path, {"c": repr(scores.c), "loss": repr(scores.loss)})
         make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
 
 
 class KnownLosses:
@@ -95,8 +86,6 @@ class KnownLosses:
     def save(self) -> None:
         """Write the file; a cache that cannot be written costs time only."""
         if self._path:
-            try:
+            with suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_document(self._path, self._known)
-            except OSError:
-                return

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from saap.models.shape import ModelShape
-from saap.prune.options import FUSIONS, FusionOptions, Slices, Term
+from saap.prune.options import FUSIONS, FusionOptions
 from saap.prune.scores.importance import TYPES, Scores
 from saap.prune.scores.stability import stability_factor
 
@@ -32,7 +32,12 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
     options = options or FusionOptions()
     fused = {}
     for kind in TYPES:
-        terms = [_term(scores, term, kind, shape, options.slices) for term in FUSIONS[options.score]]
+        found = {
+            "vector": lambda kind: scores.vector(kind, shape, options.slices),
+            "element": lambda kind: scores.fine(kind, shape, options.slices),
+            "token": lambda kind: scores.tokenwise(kind, shape),
+        }
+        terms = [found[term](kind) for term in FUSIONS[options.score]]
         total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term, options) for term in terms), strict=True)]
         if options.stability:
             factors = stability_factor(
@@ -51,12 +56,6 @@ def layer_weighted(rows: list[torch.Tensor], power: float) -> list[torch.Tensor]
         return rows
     factors = torch.where(some, (means / means[some].mean()) ** power, 1.0)
     return [row * factor for row, factor in zip(rows, factors, strict=True)]
-
-
-def _term(scores: Scores, term: Term, kind: str, shape: ModelShape, slices: Slices) -> list[torch.Tensor]:
-    if term == "vector":
-        return scores.vector(kind, shape, slices)
-    return scores.fine(kind, shape, slices) if term == "element" else scores.tokenwise(kind, shape)
 
 
 def _scaled(rows: list[torch.Tensor], options: FusionOptions) -> list[torch.Tensor]:

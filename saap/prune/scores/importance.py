@@ -46,21 +46,13 @@ INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the othe
 
 @dataclass(frozen=True)
 class Scores:
-    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head.
+    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head."""
 
-    Attributes:
-        products: t_j of the matrix's slice, [sequences, structures].
-        element: the element-wise score of the slice, [structures]; empty where it was not asked for.
-        token: the token-wise score, [structures], of the roles output and down.
-        c: weight of the second-order term.
-        loss: mean over the sequences, nats per token.
-    """
-
-    products: dict[tuple[int, str], torch.Tensor]
-    element: dict[tuple[int, str], torch.Tensor]
-    token: dict[tuple[int, str], torch.Tensor]
-    c: float
-    loss: float
+    products: dict[tuple[int, str], torch.Tensor]  # t_j of the matrix's slice, [sequences, structures]
+    element: dict[tuple[int, str], torch.Tensor]  # the element-wise score, [structures]; or empty
+    token: dict[tuple[int, str], torch.Tensor]  # the token-wise score, [structures], of the roles output and down
+    c: float  # weight of the second-order term
+    loss: float  # mean over the sequences, nats per token
 
     def vector(self, kind: str, shape: ModelShape, slices: Slices = "all") -> list[torch.Tensor]:
         """I_v(G) of structure type ``kind`` per layer, [structures]."""
@@ -91,11 +83,7 @@ class Scores:
 
     @classmethod
     def named(cls, tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
-        """The scores of named tensors.
-
-        Raises:
-            KeyError, ValueError: a name of something else.
-        """
+        """The scores of named tensors; KeyError or ValueError for a name of something else."""
         parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
         for name, tensor in tensors.items():
             part, layer, role = name.split(".")
@@ -169,23 +157,24 @@ def estimate(
     """
     c = float(ids.shape[1]) if c is None else c
     sums = Sums(shape.head_dim, c, element)
-    losses = []
     with watched(model, matrices_of(model, shape), sums):
-        for index, row in enumerate(ids):
-            if progress:
-                progress("scoring", index, len(ids))
-            losses.append(_backward(model, row, index))
-    if progress:
-        progress("scoring", len(ids), len(ids))
+        losses = backward(model, ids, progress)
     return sums.scores(len(ids), sum(losses) / len(losses))
 
 
-def _backward(model: PreTrainedModel, row: torch.Tensor, index: int) -> float:
-    ids = row[None].to(model.device)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    value = check_loss(float(loss.item()), index)
-    loss.backward()
-    return value
+def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None) -> list[float]:
+    """A backward pass for each sequence, whose gradients hooks consume; the losses."""
+    losses = []
+    for index, row in enumerate(ids):
+        if progress:
+            progress("scoring", index, len(ids))
+        sequence = row[None].to(model.device)
+        loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
+        losses.append(check_loss(float(loss.item()), index))
+        loss.backward()
+    if progress:
+        progress("scoring", len(ids), len(ids))
+    return losses
 
 
 def check_loss(loss: float, index: int) -> float:

@@ -30,13 +30,9 @@ def scores_of(
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every structure on ids [sequences, tokens], portion by portion.
+    """Score every structure on ids [sequences, tokens], portion by portion; UserError where a loss is not finite.
 
-    Args:
-        weights: hash of the model's weights, under which scores are kept; None keeps none.
-
-    Raises:
-        UserError: a loss is not finite.
+    Portions are kept under ``weights``, the hash of the model's weights; None keeps none.
     """
     c, element = float(ids.shape[1]) if options.c is None else options.c, options.element
     by_layer = is_streamed(model)

@@ -23,11 +23,9 @@ def fluctuation(importance: torch.Tensor) -> torch.Tensor:
 
 
 def stability_indicator(importance: list[torch.Tensor], scope: str = "type") -> list[torch.Tensor]:
-    """ASI(G) per layer, [structures] each, within +-3; above 0 fluctuates more than its peers.
+    """ASI(G) per layer, [structures] each, within +-3, from I_j(G) per layer, [sequences, structures].
 
-    Args:
-        importance: I_j(G) per layer, [sequences, structures].
-        scope: the peers: ``type``, the structures of all layers, or ``layer``.
+    What is above 0 fluctuates more than its peers: the structures of the same ``type``, or of the same ``layer`` too.
     """
     rows = [fluctuation(layer) for layer in importance]
     if scope == "layer":

@@ -28,11 +28,7 @@ PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the oth
 
 
 def divided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences that are scored on, and the last eighth, which prices what the others scored.
-
-    Raises:
-        UserError: there is one sequence only.
-    """
+    """The sequences to score on, and the last eighth, which prices; UserError where there is only one."""
     if len(ids) < 2:
         raise UserError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
     held = max(1, len(ids) // PRICING_SHARE)
@@ -69,11 +65,11 @@ def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: Prune
     if options.heads is not None or not cuts:
         return plan
     try:
-        simpler = _searched(attention_whole(prices), budget, options).plan
+        whole = replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))  # offers no attention
+        simpler = _searched(whole, budget, options).plan
     except UserError:  # the FFN alone cannot meet the budget
         return plan
-    cut, whole = (losses.compensated(each, losses.progress) for each in (plan, simpler))
-    compared = weighed(cut, whole)
+    compared = weighed(*(losses.compensated(each, losses.progress) for each in (plan, simpler)))
     plan = plan if compared.pays else simpler
     return replace(plan, reasons=replace(plan.reasons, weighed=(compared,))) if plan.reasons else plan
 
@@ -83,16 +79,8 @@ def _searched(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
     return replace(found, plan=replace(found.plan, reasons=reasons_of(found.blocks, found.chosen, budget.unit)))
 
 
-def attention_whole(prices: Prices) -> Prices:
-    return replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))
-
-
 def weighed(cut: torch.Tensor, whole: torch.Tensor) -> Weighed:
-    """Losses [sequences] of a plan that cuts attention against those, on the same text, of one that leaves it whole.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
+    """Losses [sequences] of a plan that cuts attention against one that does not; UserError if they are not finite."""
     gain = whole - cut
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return Weighed(finite(float(gain.mean())), error)

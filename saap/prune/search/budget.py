@@ -80,32 +80,19 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Budget:
-    """A requirement on one model.
+    """A requirement on one model."""
 
-    Attributes:
-        unit: of all costs: weights, parameters, bytes or ms.
-        most: what the whole model may cost.
-        measure: what counts in that unit.
-        asked: the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token.
-        dense: the model that is pruned.
-        cut: its shape with the biases that the slim model will have; what options cost is read from it.
-        bits, group_size: of the bundle that is planned for.
-        size: of that bundle; None where none can be made of the model.
-        table: milliseconds; None without a table of costs.
-        costs: what a record says about the table.
-    """
-
-    unit: str
-    most: float
-    measure: Measure
-    asked: dict[str, float]
-    dense: ModelShape
-    cut: ModelShape
-    bits: int = 4
-    group_size: int = 32
-    size: BundleSize | None = None
-    table: CostTable | None = None
-    costs: Costs | None = None
+    unit: str  # of all costs: weights, parameters, bytes or ms
+    most: float  # what the whole model may cost
+    measure: Measure  # what counts in that unit
+    asked: dict[str, float]  # the requirement by its name: ratio, max_params, max_bytes, speedup or ms_per_token
+    dense: ModelShape  # the model that is pruned
+    cut: ModelShape  # with the biases that the slim model will have; what options cost is read from it
+    bits: int = 4  # of the bundle that is planned for
+    group_size: int = 32  # of that bundle
+    size: BundleSize | None = None  # of that bundle; None where none can be made of the model
+    table: CostTable | None = None  # milliseconds; None without a table of costs
+    costs: Costs | None = None  # what a record says about the table
 
     @property
     def fixed(self) -> float:
@@ -142,12 +129,8 @@ class Budget:
     def report(self, shape: ModelShape, config: Mapping[str, object] | None = None) -> dict[str, float | None]:
         """A model in all units that are known; None is unknown.
 
-        Args:
-            config: its own ``config.json``; None takes the positions and rotary tables of the dense model.
-
-        Returns:
-            ratio (share of the decoder layers' weights that is gone), ratio_of_all, parameters, bytes (of the bundle's
-            weights file), and with a table of costs ms_per_token and speedup.
+        With its own ``config.json`` bytes are exact; else positions and rotary tables are those of the dense model.
+        ``ratio`` is the share of the decoder layers' weights that is gone, ``bytes`` are of the bundle's weights file.
         """
         size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.group_size)
         numbers: dict[str, float | None] = {
@@ -175,11 +158,7 @@ class Budget:
         return f"{value:,.0f} {self.unit}"
 
     def below_floor(self, floor: float) -> UserError:
-        """The error for what cannot be met; asking for the number that it names can be.
-
-        Args:
-            floor: the least that a whole model can cost.
-        """
+        """The error where ``floor``, the least that a model can cost, is too much; the number it names can be met."""
         ((kind, asked),) = self.asked.items()
         if kind in ("ratio", "speedup"):
             whole = self.total(self.dense)
@@ -203,16 +182,12 @@ def _rounded(value: float, way: Callable[[float], float]) -> float:
 def budget_for(
     options: PruneOptions, dense: ModelShape, config: Mapping[str, object], *, cut: ModelShape | None = None
 ) -> Budget:
-    """What the requirement leaves for the layers of a model.
+    """What the requirement leaves for the layers of a model, of which ``config`` is the ``config.json``.
 
-    Args:
-        dense: the model that is pruned.
-        config: its ``config.json``, from which the bundle's rotary tables are read.
-        cut: the same shape with the biases that a slim model of it will have beyond the dense one's.
+    ``cut`` is its shape with the biases that a slim model of it will have beyond the dense one's.
 
     Raises:
-        UserError: not one requirement, out of range, met by the dense model already, or a table of costs that is not
-            of this model.
+        UserError: not one requirement, out of range, met already, or a table of costs that is not of this model.
     """
     options.check_requirement()
     ((kind, value),) = options.asked.items()

@@ -10,12 +10,12 @@ come in whole pieces, so the two may overlap a little. A person gets a row per l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from saap.models.shape import LayerSizes
 from saap.prune.options import TAYLOR
-from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons
+from saap.prune.plan import Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
 from saap.prune.search.milp import Block, Option
 
@@ -45,12 +45,7 @@ CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
 def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -> Reasons:
-    """Why the search chose these options.
-
-    Args:
-        searched: every block with its options, at the prices that the search saw; ``chosen``: one option of each.
-        unit: of the options' costs.
-    """
+    """Why the search chose one option of each block, at the prices that it saw."""
     return Reasons(unit, tuple(_reason(block, option) for block, option in zip(searched, chosen, strict=True)))
 
 
@@ -76,31 +71,21 @@ def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
     """What each block lost and what that saved, for a method that has no prices."""
     blocks = []
     for index, (sizes, keep) in enumerate(zip(budget.dense.layers, plan.layers, strict=True)):
-        had = {"attention": LayerSizes(sizes.query_heads, sizes.kv_heads, 0), "ffn": LayerSizes(0, 0, sizes.ffn)}
-        kept = {
-            "attention": LayerPlan(keep.query_heads, keep.kv_heads, ()).sizes,
-            "ffn": LayerPlan((), (), keep.ffn).sizes,
-        }
-        costs: dict[str, Callable[[LayerSizes], float]]
-        costs = {"attention": budget.attention_cost, "ffn": budget.ffn_cost}
-        for kind, cost in costs.items():
-            if _present(had[kind]):
-                whole = cost(had[kind])
-                left = cost(kept[kind]) if _present(kept[kind]) else 0.0
-                blocks.append(Reason(index, kind, had[kind], kept[kind], whole, whole - left))
+        heads, ffn = LayerSizes(sizes.query_heads, sizes.kv_heads, 0), LayerSizes(0, 0, sizes.ffn)
+        for kind, cost, had, kept in (
+            ("attention", budget.attention_cost, heads, replace(keep.sizes, ffn=0)),
+            ("ffn", budget.ffn_cost, ffn, LayerSizes(0, 0, keep.sizes.ffn)),
+        ):
+            if had.query_heads or had.ffn:
+                whole, left = cost(had), cost(kept) if kept.query_heads or kept.ffn else 0.0
+                blocks.append(Reason(index, kind, had, kept, whole, whole - left))
     return Reasons(budget.unit, tuple(blocks))
-
-
-def _present(sizes: LayerSizes) -> bool:
-    return bool(sizes.query_heads or sizes.ffn)
 
 
 def after(first: Reasons | None, second: Reasons | None, kept_layers: tuple[int, ...]) -> Reasons | None:
     """Reasons of a model that was pruned and pruned again: prices and savings add up, steps are the last search's.
 
-    Args:
-        first: of the first pruning; None where there was none.
-        second: of the second, whose layers are those of ``kept_layers`` in the first model.
+    The layers of ``second`` are those of ``kept_layers`` in the first model.
     """
     if second is None:
         return first
@@ -199,13 +184,11 @@ def to_words(block: Reason, move: Move) -> str:
 
 
 def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
-    """Where most was taken, what stayed whole and whether attention did, what would go next; how a baseline decides.
-
-    Args:
-        kept: layers that were to stay whole.
-    """
+    """Where most was taken, what stayed whole (``kept``: as asked), what would go next; how a baseline decides."""
     layers = _layers(reasons)
-    told = [_decides(method)] if method in DECIDES else []
+    told = []
+    if method in DECIDES:
+        told.append(f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices.")
     gone = [layer for layer in layers if layer.dropped]
     if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
         went = _named([layer.index for layer in gone]).capitalize()
@@ -214,10 +197,6 @@ def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset())
         layers = [layer for layer in layers if layer not in gone]
     told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
     return [sentence for sentence in told if sentence]
-
-
-def _decides(method: str) -> str:
-    return f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices."
 
 
 def _most(layers: list[_Layer], unit: str) -> str:
@@ -301,7 +280,10 @@ def _block(block: Reason) -> str:
 
 
 def _layers(reasons: Reasons) -> list[_Layer]:
-    return [_Layer(index, reasons.of_layer(index)) for index in reasons.layers]
+    found: dict[int, list[Reason]] = {}
+    for block in reasons.blocks:
+        found.setdefault(block.layer, []).append(block)
+    return [_Layer(index, found[index]) for index in sorted(found)]
 
 
 def _named(layers: Sequence[int]) -> str:
@@ -313,11 +295,8 @@ def _named(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     parts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
-    return f"layer{'s' * (len(layers) > 1)} {_and(parts)}"
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    *others, last = parts
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(others)}{' and ' if others else ''}{last}"
 
 
 def short(value: float | None) -> str:

@@ -53,7 +53,6 @@ class ThreadCosts:
 
     n_threads: Count
     constant_ms: Milliseconds
-    node_ms: Milliseconds | None
     attention: Annotated[list[AttentionCost], Meta(min_length=1)]
     ffn: Annotated[list[FfnCost], Meta(min_length=1)]
 
@@ -79,29 +78,18 @@ COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error
 
 @dataclass(frozen=True)
 class CostTable:
-    """Milliseconds at one thread count and one depth of the cache.
+    """Milliseconds at one thread count and one depth of the cache."""
 
-    Attributes:
-        threads: of ONNX Runtime.
-        depth: tokens in the cache.
-        constant_ms: of a step without any layer.
-        node_ms: of a node of the graph apart from its arithmetic; None where it could not be told.
-        attention: (query heads, KV heads) -> ms of the attention block with its norm.
-        ffn: width -> ms of the feed-forward block with its norm.
-    """
-
-    threads: int
-    depth: int
-    constant_ms: float
-    node_ms: float | None
-    attention: dict[tuple[int, int], float]
-    ffn: dict[int, float]
+    threads: int  # of ONNX Runtime
+    depth: int  # tokens in the cache
+    constant_ms: float  # of a step without any layer
+    attention: dict[tuple[int, int], float]  # (query heads, KV heads) -> ms of the attention block with its norm
+    ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
-        """Milliseconds of an attention block; 0 heads cost nothing.
+        """Milliseconds of an attention block, interpolated over the query heads per group, then over the groups.
 
-        Interpolated over the query heads per group, then over the groups. Fewer heads than were measured cost what the
-        fewest cost.
+        Fewer heads than were measured cost what the fewest cost, none cost nothing.
 
         Raises:
             CostError: more heads than were measured, or heads that the groups do not divide.
@@ -126,11 +114,7 @@ class CostTable:
         return float(np.interp(per_group, counts, [row[count] for count in counts]))
 
     def ffn_ms(self, width: int) -> float:
-        """Milliseconds of a feed-forward block; width 0 costs nothing, one below the narrowest what that costs.
-
-        Raises:
-            CostError: wider than was measured.
-        """
+        """Milliseconds of a feed-forward block, 0 of width 0; CostError where it is wider than was measured."""
         if not width:
             return 0.0
         widths = sorted(self.ffn)
@@ -142,19 +126,10 @@ class CostTable:
         return float(np.interp(width, widths, [self.ffn[w] for w in widths]))
 
     def layer_ms(self, query_heads: int, kv_heads: int, ffn: int) -> float:
-        """Milliseconds of a layer: its attention and its feed-forward block.
-
-        Raises:
-            CostError: larger than what was measured.
-        """
         return self.attention_ms(query_heads, kv_heads) + self.ffn_ms(ffn)
 
     def total_ms(self, layers: Iterable[LayerSizes]) -> float:
-        """Milliseconds of a decode step of a model with these layers.
-
-        Raises:
-            CostError: a layer larger than what was measured.
-        """
+        """Milliseconds of a decode step; CostError for a layer larger than what was measured."""
         return self.constant_ms + sum(self.layer_ms(s.query_heads, s.kv_heads, s.ffn) for s in layers)
 
 
@@ -167,18 +142,12 @@ def read_costs(
     threads: int | None = None,
     onnxruntime: str | None = None,
 ) -> CostTable:
-    """Read the table for a model.
+    """Read the table for a model and the bundle that will be made of it, whose group size means nothing at 32 bit.
 
-    Args:
-        shape: of the model that is pruned: hidden size, head size and vocabulary must be the table's.
-        bits: of the bundle that will be made.
-        group_size: its weights per scale; means nothing at 32 bit.
-        threads: which of the file's thread counts; None takes the only one.
-        onnxruntime: version that will run it; None accepts any.
+    Without ``threads`` the file's only thread count is taken, without ``onnxruntime`` any version.
 
     Raises:
-        CostError: no such file, truncated, not a table of costs, of another version, model or precision, or without
-            that thread count.
+        CostError: no such file, damaged, of another version, model or precision, or without that thread count.
     """
     path = Path(path)
     if not path.is_file():
@@ -207,4 +176,4 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     table = tables[threads]
     attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
     ffn = {cost.width: cost.ms for cost in table.ffn}
-    return CostTable(threads, found.depth, table.constant_ms, table.node_ms, attention, ffn)
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn)

@@ -63,22 +63,8 @@ def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float
     return sum(losses) / len(ids)
 
 
-def without_attention(keep: LayerPlan) -> LayerPlan:
-    return LayerPlan((), (), keep.ffn)
-
-
-def without_ffn(keep: LayerPlan) -> LayerPlan:
-    return LayerPlan(keep.query_heads, keep.kv_heads, ())
-
-
 class WorkingPoint:
-    """The model cut to a plan by silencing, with its hidden states before every layer.
-
-    Args:
-        model: the dense model; silenced inside :meth:`entered` only.
-        plans: what the layers that are cut keep.
-        ids: [sequences, tokens].
-    """
+    """The model cut to a plan by silencing (inside :meth:`entered`), with its hidden states before every layer."""
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape, plans: dict[int, LayerPlan], ids: torch.Tensor):
         self.model, self.shape, self.plans, self.ids = model, shape, plans, ids

@@ -8,14 +8,14 @@ per block is a multiple-choice knapsack, solved exactly as a mixed-integer progr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.plan import LayerPlan, PrunePlan, ffn_widths
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
@@ -80,11 +80,7 @@ class Found:
 
 
 def search(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
-    """The plan of least price that meets the budget.
-
-    Raises:
-        UserError: even the smallest options exceed the budget; the floor is named.
-    """
+    """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor."""
     blocks = blocks_of(budget.dense, prices, budget, options)
     chosen = solve(blocks, budget)
     return Found(blocks, chosen, plan_from(blocks, chosen, budget.dense))
@@ -103,9 +99,7 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
             gone = None if whole else prices.no_attention[index]
             found.append(_block(index, "attention", offers, gone, budget.attention_cost))
         if sizes.ffn:
-            # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
-            grid = max(options.group_size, 64) if sizes.ffn >= 512 else options.group_size
-            widths = [sizes.ffn] if whole else [*range(grid, sizes.ffn, grid), sizes.ffn]
+            widths = [sizes.ffn] if whole else ffn_widths(sizes.ffn, options.group_size)
             gone = None if whole else prices.no_ffn[index]
             found.append(_block(index, "ffn", _cheapest_channels(prices, index, widths), gone, budget.ffn_cost))
     return found
@@ -121,7 +115,7 @@ def _block(
     """Options of what is kept at which price; ``gone`` is the price of keeping nothing, None if not offered."""
     options = [Option(keep, price, cost(keep.sizes)) for keep, price in offers]
     if gone is not None:
-        options.append(Option(LayerPlan((), (), ()), gone, 0.0))
+        options.append(Option(LayerPlan(), gone, 0.0))
     return Block(layer, kind, tuple(options))
 
 
@@ -133,7 +127,7 @@ def _cheapest_channels(prices: Prices, index: int, widths: list[int]) -> list[tu
         gone = len(order) - width
         kept = tuple(sorted(int(i) for i in order[gone:]))
         price = float(lost[gone]) * (1 + prices.alpha["ffn"] * gone / len(order))
-        offers.append((LayerPlan((), (), kept), price))
+        offers.append((LayerPlan(ffn=kept), price))
     return offers
 
 
@@ -162,15 +156,11 @@ def _cheapest_heads(
         ranked = members[np.argsort(prices.head[index][members], kind="stable")]
         heads += [int(h) for h in ranked[sizes.heads_per_group - per_group :]]
         price += float(prices.head[index][ranked[: sizes.heads_per_group - per_group]].sum()) * per_head
-    return LayerPlan(tuple(sorted(heads)), tuple(kept_groups), ()), price
+    return LayerPlan(tuple(sorted(heads)), tuple(kept_groups)), price
 
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
-    """Refuse, before minutes of scoring, what no choice of options can meet.
-
-    Raises:
-        UserError: names the floor in the unit that was asked in.
-    """
+    """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
     gone = [0.0 if options.modules and i not in options.kept_layers else None for i in range(len(shape.layers))]
     free = Prices(
         ffn=[np.zeros(s.ffn) for s in shape.layers],
@@ -198,9 +188,7 @@ def _check_floor(blocks: list[Block], budget: Budget) -> None:
 
 
 def solve(blocks: list[Block], budget: Budget) -> list[Option]:
-    """The option of each block with the least summed price, all costs together within the budget.
-
-    At least one block keeps attention.
+    """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
 
     Raises:
         UserError: even the smallest options exceed the budget; the floor is named.
@@ -266,12 +254,9 @@ def _use_up(blocks: list[Block], chosen: list[Option], left: float) -> list[Opti
 
 
 def plan_from(blocks: list[Block], chosen: list[Option], shape: ModelShape) -> PrunePlan:
-    parts: dict[tuple[int, str], LayerPlan] = {
-        (block.layer, block.kind): option.keep for block, option in zip(blocks, chosen, strict=True)
-    }
-    nothing = LayerPlan((), (), ())
+    parts = {(block.layer, block.kind): option.keep for block, option in zip(blocks, chosen, strict=True)}
     layers = []
     for index in range(len(shape.layers)):
-        attention, ffn = parts.get((index, "attention"), nothing), parts.get((index, "ffn"), nothing)
-        layers.append(LayerPlan(attention.query_heads, attention.kv_heads, ffn.ffn))
+        attention, ffn = (parts.get((index, kind), LayerPlan()) for kind in ("attention", "ffn"))
+        layers.append(replace(attention, ffn=ffn.ffn))
     return PrunePlan(tuple(layers), price=sum(option.price for option in chosen))

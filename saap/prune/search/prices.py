@@ -29,7 +29,7 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.importance import TYPES
-from saap.prune.search.masking import WorkingPoint, masked, mean_nll, without_attention, without_ffn
+from saap.prune.search.masking import WorkingPoint, masked, mean_nll
 from saap.prune.search.milp import Block, Found, Numbers, Option, Prices
 from saap.system.errors import UserError
 
@@ -117,11 +117,7 @@ class Losses:
 def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: PruneOptions) -> Prices:
     """Price every structure in nats per token, and with ``options.modules`` every whole block.
 
-    Args:
-        fused: P(G) per type and layer, from :func:`saap.prune.scores.fusion.fuse`.
-
-    Raises:
-        UserError: a loss is not finite.
+    ``fused`` is of :func:`saap.prune.scores.fusion.fuse`. A loss that is not finite raises UserError.
     """
     shape, heads = losses.shape, options.prunes_heads(losses.shape)
     kinds = TYPES if heads else ("ffn",)
@@ -134,19 +130,17 @@ def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: Pr
     no_attention: list[float | None] = [None] * len(shape.layers)
     no_ffn = no_attention
     if options.modules:  # each silenced by itself: two forward passes per layer
-        no_attention = _block_prices(losses, base, [i for i in free if shape.layers[i].query_heads], without_attention)
-        no_ffn = _block_prices(losses, base, [i for i in free if shape.layers[i].ffn], without_ffn)
+        whole = {i: whole_layer(shape.layers[i]) for i in free}
+        without_attention = {i: LayerPlan(ffn=keep.ffn) for i, keep in whole.items() if keep.query_heads}
+        without_ffn = {i: replace(keep, ffn=()) for i, keep in whole.items() if keep.ffn}
+        no_attention, no_ffn = (_block_prices(losses, base, gone) for gone in (without_attention, without_ffn))
     losses.end()
     alpha = {kind: curve.alpha for kind, curve in curves.items()}
     return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha, heads)
 
 
 def finite(loss: float) -> float:
-    """The loss itself.
-
-    Raises:
-        UserError: it is NaN or infinite.
-    """
+    """The loss itself; UserError where it is NaN or infinite."""
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} on the calibration sequences for pricing: check the model and the text")
     return loss
@@ -197,18 +191,15 @@ def _cheapest(
 def _without(kind: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
     whole = whole_layer(sizes)
     if kind == "ffn":
-        return LayerPlan(whole.query_heads, whole.kv_heads, tuple(i for i in whole.ffn if i not in lost))
+        return replace(whole, ffn=tuple(i for i in whole.ffn if i not in lost))
     if kind == "group":
         lost = {head for head in whole.query_heads if head // sizes.heads_per_group in lost}
-    return LayerPlan(tuple(h for h in whole.query_heads if h not in lost), whole.kv_heads, whole.ffn)
+    return replace(whole, query_heads=tuple(h for h in whole.query_heads if h not in lost))
 
 
-def _block_prices(
-    losses: Losses, base: float, layers: list[int], without: Callable[[LayerPlan], LayerPlan]
-) -> list[float | None]:
-    """Measured loss without each of these layers' block, times what the cheapest cost more together than one by one."""
-    gone = {i: without(whole_layer(losses.shape.layers[i])) for i in layers}
-    single = {i: max(losses.silenced({i: gone[i]}) - base, LEAST_PRICE) for i in layers}
+def _block_prices(losses: Losses, base: float, gone: dict[int, LayerPlan]) -> list[float | None]:
+    """Measured loss without a block of each of these layers, times what the cheapest cost more together than alone."""
+    single = {i: max(losses.silenced({i: keep}) - base, LEAST_PRICE) for i, keep in gone.items()}
     cheapest = sorted(single, key=single.__getitem__)[:BLOCKS_TOGETHER]
     factor = 1.0
     if len(cheapest) > 1:
@@ -218,16 +209,10 @@ def _block_prices(
 
 
 def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices, float]:
-    """Scale each block's prices so that they agree with a loss measured where all others are cut as planned.
+    """Scale each block's prices so that they agree with a loss measured where all others are cut as found.
 
     A block that the plan cuts is made whole again; one that it leaves whole is cut to three quarters. Either way one
-    number per block is measured: what its removal costs on top of all the others.
-
-    Args:
-        found: by a search at these prices.
-
-    Returns:
-        the corrected prices, and the loss of the plan itself, nats per token.
+    number per block is measured: what its removal costs on top of all the others. The plan's own loss is given too.
     """
     factors: dict[tuple[int, str], float] = {}
     shape, progress = losses.shape, losses.progress
@@ -239,7 +224,9 @@ def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices
             other = whole if option is not whole else _probe(block)
             if other is option:
                 continue
-            loss = here.loss_with(block.layer, _with_option(found.plan.layers[block.layer], block.kind, other))
+            keep = found.plan.layers[block.layer]
+            keep = replace(keep, ffn=other.keep.ffn) if block.kind == "ffn" else replace(other.keep, ffn=keep.ffn)
+            loss = here.loss_with(block.layer, keep)
             measured = max((here.loss - loss) if other is whole else (loss - here.loss), LEAST_PRICE)
             predicted = max(option.price if other is whole else other.price, LEAST_PRICE)
             factors[block.layer, block.kind] = min(max(measured / predicted, 1 / FACTOR_LIMIT), FACTOR_LIMIT)
@@ -272,9 +259,3 @@ def _probe(block: Block) -> Option:
     """The option that keeps closest to three quarters of the block."""
     parts = [option for option in block.options if 0 < option.kept < block.whole.kept]
     return block.nearest(0.75, parts or block.options) or block.whole
-
-
-def _with_option(layer: LayerPlan, kind: str, option: Option) -> LayerPlan:
-    if kind == "ffn":
-        return LayerPlan(layer.query_heads, layer.kv_heads, option.keep.ffn)
-    return LayerPlan(option.keep.query_heads, option.keep.kv_heads, layer.ffn)

@@ -53,11 +53,7 @@ class LossModule(nn.Module):
 
 
 def join_processes() -> Accelerator:
-    """Meet the other processes of ``accelerate launch``, or be the only one.
-
-    Raises:
-        UserError: started in a way that is not supported.
-    """
+    """Meet the other processes of ``accelerate launch``, or be alone; UserError for a launch that is not supported."""
     # Precision is ours (saap.system.precision): accelerate's would turn outputs to float32 and cannot change within a
     # process.
     # Buffers are the same everywhere already; sending the integers with every forward pass would be slow.

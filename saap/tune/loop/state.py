@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -100,21 +99,14 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], about: About) -
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(".training-*.partial-*"):  # of killed processes: only one run owns the directory
         left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        save_sealed(tensors, partial, {HEADER: json.dumps(about)})
-        partial.replace(path)
+        save_sealed(tensors, path, {HEADER: json.dumps(about)})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"the state of the training cannot be written to {path} ({error}): make room there") from None
 
 
 def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], About]:
-    """Tensors and JSON of a state.
-
-    Raises:
-        UserError: damaged.
-    """
+    """Tensors and JSON of a state; UserError where it is damaged."""
     try:
         tensors, header = load_sealed(content)
         return tensors, json.loads(header[HEADER])

@@ -43,29 +43,17 @@ class Group(TypedDict):
 
 @dataclass
 class History:
-    """What happened in a run.
+    """What happened in a run."""
 
-    Attributes:
-        steps: planned.
-        losses: of every step taken, in nats per learnt token, before its update.
-        held_out: (steps taken, loss) of every evaluation.
-        best_step: after how many steps the parameters were what they are now.
-        stopped: why the run ended before ``steps``; None if it did not.
-        resumed_at: the step it was continued at after a kill.
-        precision: "bf16" or "fp32".
-        tokens: in the rows of the steps taken, learnt or not.
-        seconds: spent on the steps, evaluations not included.
-    """
-
-    steps: int
-    losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    best_step: int = 0
-    stopped: str | None = None
-    resumed_at: int | None = None
-    precision: str = "fp32"
-    tokens: int = 0
-    seconds: float = 0.0
+    steps: int  # planned
+    losses: list[float] = field(default_factory=list)  # of the steps taken, in nats per learnt token, before the update
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps taken, loss) of every evaluation
+    best_step: int = 0  # after how many steps the parameters were what they are now
+    stopped: str | None = None  # why the run ended before ``steps``; None if it did not
+    resumed_at: int | None = None  # the step it was continued at after a kill
+    precision: str = "fp32"  # "bf16" or "fp32"
+    tokens: int = 0  # in the rows of the steps taken, learnt or not
+    seconds: float = 0.0  # spent on the steps, evaluations not included
 
     def said(self) -> str:
         """The run so far, for a progress bar; the loss is a mean over the last few steps."""
@@ -109,7 +97,6 @@ class Run:
     held_out_loss: LossOf | None = None
     state_dir: Path | None = None
     fingerprint: Mapping[str, object] = field(default_factory=dict)
-    label: str = "tuning"
 
 
 def train(
@@ -160,7 +147,7 @@ class _Training:
         progress: Progress | None,
     ) -> None:
         self.accelerator = join_processes()
-        self.options, self.rows, self.loss_of, self.label = run.options, rows, loss_of, run.label
+        self.options, self.rows, self.loss_of = run.options, rows, loss_of
         options = run.options
         self.progress = progress if self.accelerator.is_main_process else None
         steps = steps_of(rows, options, self.accelerator.num_processes)
@@ -185,7 +172,6 @@ class _Training:
         self.held_out, self.held_out_loss = run.held_out, run.held_out_loss or loss_of
         self.path: Path | None = None
         self.saved = time.monotonic()
-        self.resumed = False
 
     def keep(self, directory: Path | None, fingerprint: dict[str, object]) -> None:
         """Keep the state there, and continue from one that is there."""
@@ -201,7 +187,7 @@ class _Training:
             elif main and (changed := others_differ_in(self.path, self.parts)) is not None:
                 note = f"from the start, the state in {directory} is of another run ({', '.join(changed)})"
         if note and self.progress:
-            self.progress(f"{self.label}, {note}", self.step, self.history.steps)
+            self.progress(f"tuning, {note}", self.step, self.history.steps)
 
     @property
     def step(self) -> int:
@@ -209,7 +195,7 @@ class _Training:
 
     def go(self) -> None:
         history = self.history
-        if not self.resumed:
+        if history.resumed_at is None:
             self._judge()
         while self.step < history.steps and history.stopped is None:
             due = self._take_step()
@@ -219,7 +205,7 @@ class _Training:
             if due or judged:
                 self._save()
             if self.progress:
-                self.progress(f"{self.label}, {history.said()}", self.step, history.steps)
+                self.progress(f"tuning, {history.said()}", self.step, history.steps)
         self.trained.put_best()
 
     def close(self) -> None:
@@ -354,7 +340,6 @@ class _Training:
         self.trained.load(tensors)
         self.history = convert(about["history"], History)
         self.history.resumed_at = self.step
-        self.resumed = True
 
 
 def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:

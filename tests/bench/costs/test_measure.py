@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from bench.costs import measure as costs
 from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
 from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, write_costs
 from bench.costs.options import CostsOptions
-from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, Step, take_turns, waiting_clock
+from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
 from export.bundle.manifest import LayerSizes, read_manifest
 
@@ -38,13 +37,8 @@ def stack(option: LayerSizes) -> Stack:
     return Stack(option, changed, LAYERS, 150 - changed * missing, 1 << 20)
 
 
-STACKS = [
-    stack(option)
-    for option in (
-        FULL, LayerSizes(4, 2, 0), LayerSizes(0, 0, 512), LayerSizes(4, 2, 64), LayerSizes(4, 2, 256),
-        LayerSizes(1, 1, 512), LayerSizes(2, 1, 512), LayerSizes(2, 2, 512),
-    )
-]  # fmt: skip
+OPTIONS = ((4, 2, 512), (4, 2, 0), (0, 0, 512), (4, 2, 64), (4, 2, 256), (1, 1, 512), (2, 1, 512), (2, 2, 512))
+STACKS = [stack(LayerSizes(*option)) for option in OPTIONS]
 
 
 def step_ns(which: Stack) -> float:
@@ -79,15 +73,11 @@ def test_costs_are_what_the_parts_took() -> None:
     assert found.node_ms == pytest.approx(0.007 / FFN_NODES, rel=1e-3)
 
 
-def test_paces_of_processes_and_the_first_place_cancel() -> None:
+@pytest.mark.parametrize(("noise", "spoilt", "within"), [(0.0, None, 1e-5), (0.005, 5, 0.015)])
+def test_paces_of_processes_and_the_first_place_cancel(noise: float, spoilt: int | None, within: float) -> None:
+    """A spoilt process hardly moves the ratios."""
     expected = [step_ns(s) / step_ns(STACKS[0]) for s in STACKS]
-    assert fit_ratios(processes(), len(STACKS)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_spoilt_process_hardly_moves_the_ratios() -> None:
-    expected = [step_ns(s) / step_ns(STACKS[0]) for s in STACKS]
-    found = fit_ratios(processes(noise=0.005, spoilt=5), len(STACKS))
-    assert found == pytest.approx(expected, rel=0.015)
+    assert fit_ratios(processes(noise, spoilt), len(STACKS)) == pytest.approx(expected, rel=within)
 
 
 def test_a_step_is_the_fast_one_without_its_time_in_the_run_queue() -> None:
@@ -106,36 +96,31 @@ def test_every_round_times_each_stack_once_and_the_base_in_all_processes() -> No
     assert schedule(1, 2, 4) == [[0], [0]]
 
 
-class FakeDecoder:
-    """A decoder that takes a fixed time of a fake clock for a step."""
+class World:
+    """A clock, and a log of decoders that take a fixed time of it for a step."""
 
-    def __init__(self, world: dict[str, Any], name: str, ns: int) -> None:
-        self._world, self._name, self._ns = world, name, ns
+    def __init__(self) -> None:
+        self.now, self.waited, self.log = 0, 0, []
 
-    def place(self, length: int) -> None:
-        self._world["log"].append((self._name, length))
+    def decoder(self, name: str, ns: int) -> SimpleNamespace:
+        def step(token_id: int) -> np.ndarray:
+            self.now, self.waited = self.now + ns, self.waited + ns // 10
+            return np.array([0.0, 1.0], np.float32)
 
-    def step(self, token_id: int) -> Any:
-        self._world["now"] += self._ns
-        self._world["waited"] += self._ns // 10
-        return np.array([0.0, 1.0], np.float32)
+        return SimpleNamespace(place=lambda length: self.log.append((name, length)), step=step)
 
 
 def test_decoders_take_turns_forwards_and_backwards_at_one_depth() -> None:
-    world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
-    pair = [FakeDecoder(world, "a", 100), FakeDecoder(world, "b", 70)]
-    taken = take_turns(pair, 50, 0.0, lambda: world["now"], lambda: world["waited"])
-    assert taken[0] == [[Step(100, 10)] * TURN] * LEAST_TURNS
-    assert taken[1] == [[Step(70, 7)] * TURN] * LEAST_TURNS
-    assert [name for name, _ in world["log"]] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
-    assert {length for _, length in world["log"]} == {50 - SKIPPED}
-
-
-def test_turns_go_on_until_the_time_is_up() -> None:
-    world: dict[str, Any] = {"now": 0, "waited": 0, "log": []}
-    taken = take_turns([FakeDecoder(world, "a", 1000)], 50, 100e-6, lambda: world["now"])
-    assert len(taken[0]) == 10  # of 10 us each
-    assert taken[0][0][0].waited_ns == 0
+    world = World()
+    pair = [world.decoder("a", 100), world.decoder("b", 70)]
+    taken = take_turns(pair, 50, 0.0, lambda: world.now, lambda: world.waited)
+    assert taken[0] == [[(100, 10)] * TURN] * LEAST_TURNS
+    assert taken[1] == [[(70, 7)] * TURN] * LEAST_TURNS
+    assert [name for name, _ in world.log] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
+    assert {length for _, length in world.log} == {50 - SKIPPED}
+    taken = take_turns([world.decoder("a", 1000)], 50, 100e-6, lambda: world.now)
+    assert len(taken[0]) == 10  # of 10 us each, until the time is up
+    assert taken[0][0][0] == (1000, 0)
 
 
 def test_the_waiting_clock_reads_the_second_number_of_schedstat(tmp_path: Path) -> None:

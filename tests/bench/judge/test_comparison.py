@@ -9,14 +9,7 @@ import pytest
 from support.bench_samples import measurement, result, sample
 
 from bench.judge import compare
-from bench.judge.comparison import (
-    CompareError,
-    Comparison,
-    compare_within,
-    confirm,
-    decisive_values,
-    noise_floor,
-)
+from bench.judge.comparison import CompareError, Comparison, compare_within, confirm, decisive_values, noise_floor
 from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
 from bench.measure.result import INVALID, Result, write_result
 

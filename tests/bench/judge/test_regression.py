@@ -34,33 +34,48 @@ NOISE = np.random.default_rng(7).normal(1.0, 0.01, 400)  # recorded once: 1 % be
 
 
 class Device:
-    """Stands in for a run on a device: each gives the next of ``scales``, by which decode takes longer."""
+    """Stands in for a run on a device: each gives the next of ``scales``, by which decode takes longer.
 
-    def __init__(self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, **fields: Any) -> None:
+    Fields of a sample that are numbers wobble; ``joules`` is of a sensor.
+    """
+
+    fingerprint = "a" * 16
+
+    def __init__(
+        self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, joules: float | None = None,
+        scope: str = "module_input", samples: dict[str, float] | None = None, **fields: object,
+    ) -> None:  # fmt: skip
         self.scales, self.asked, self.fields = list(scales), list[BenchOptions](), fields
         self.answers = {"tokens": list(tokens), "nll": nll}
-        self.samples: dict[str, Any] = {}
-        self.fingerprint = "a" * 16
+        self.samples, self.joules, self.scope = samples or {}, joules, scope
         self.noise = iter(NOISE[len(scales) :])  # other processes, other noise
 
     def __call__(self, plan: BenchOptions) -> Result:
         self.asked.append(plan)
         scale = self.scales.pop(0)
         m = measurement("tiny", [0.01 * scale * next(self.noise) for _ in range(10)], **self.fields)
-        m = replace(m, samples=[replace(s, **self.sample(s)) for s in m.samples])
+        m = replace(m, samples=[replace(s, **self.sample()) for s in m.samples])
         settings = {"seed": 0, "repetitions": None, "text": list(plan.text), "answers": {"tiny": dict(self.answers)}}
         return result(m, fingerprint=self.fingerprint, settings=settings)
 
-    def sample(self, s: Any) -> dict[str, Any]:
+    def sample(self) -> dict[str, object]:
         wobble = next(self.noise)
-        fields = {"load_s": 0.5 * wobble, "prefill_s": 0.2 * wobble, "peak_decode_bytes": int(120e6 * wobble)}
-        return {**fields, **{name: value * wobble for name, value in self.samples.items()}}
+        numbers = {"load_s": 0.5, "prefill_s": 0.2, "peak_decode_bytes": 120_000_000, **self.samples}
+        energy = self.joules and Energy(self.joules * next(self.noise), 0.04, None, self.scope, "ina3221", 10.0)
+        wobbly = {name: value * wobble for name, value in numbers.items()}
+        return {**wobbly, "peak_decode_bytes": int(wobbly["peak_decode_bytes"]), "energy": energy}
+
+
+def recorded(folder: Path, device: Device | None = None) -> Path:
+    """A folder with the baseline of a device."""
+    write_baseline(folder, record("tiny", device or Device(1.0, 1.0), PLAN))
+    return folder
 
 
 def guarded(folder: Path, device: Device) -> DeviceTest:
-    """A test of ``device`` against a baseline of an ordinary one."""
-    write_baseline(folder, record("tiny", Device(1.0, 1.0), PLAN))
-    return retest(folder, "tiny", device)
+    """A test of ``device`` against a baseline of an ordinary one, which has a sensor where this one has."""
+    ordinary = Device(1.0, 1.0, joules=None if device.joules is None else 1.0)
+    return retest(recorded(folder, ordinary), "tiny", device)
 
 
 def verdicts(verdict: DeviceTest) -> dict[str, str]:
@@ -75,18 +90,44 @@ def test_a_device_against_itself_flags_nothing(tmp_path: Path) -> None:
     assert told.pop("energy") == UNKNOWN and set(told.values()) == {SAME}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path, seed: int) -> None:
-    device = Device(1.0, 1.0)
-    device.noise = iter(np.random.default_rng(100 + seed).normal(1.0, 0.02, 400))
-    assert not guarded(tmp_path, device).worse
+def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    for seed in range(20):
+        device = Device(1.0, 1.0)
+        device.noise = iter(np.random.default_rng(100 + seed).normal(1.0, 0.02, 400))
+        assert not retest(tmp_path, "tiny", device).worse, seed
 
 
-def test_a_planted_slow_down_is_caught_and_nothing_else(tmp_path: Path) -> None:
-    device = Device(1.10, 1.10)
+@pytest.mark.parametrize(
+    ("device", "worse"),
+    [
+        ({"tokens": [1, *TOKENS[1:]]}, ["greedy tokens"]),
+        ({"nll": 2.519}, []),
+        ({"nll": 2.53}, ["NLL"]),
+        ({"nll": float("nan")}, ["NLL"]),
+        ({"nll": None}, ["NLL"]),
+        ({"nll": 2.4}, []),
+        ({"samples": {"peak_decode_bytes": 140e6}}, ["peak memory, decode"]),
+        ({"samples": {"peak_load_bytes": 120e6}}, ["peak memory, load"]),
+        ({"samples": {"load_s": 0.8}}, ["load"]),
+        ({"samples": {"prefill_s": 0.23}}, ["prefill"]),
+        ({"joules": 1.0}, []),
+        ({"joules": 1.3}, ["energy"]),
+    ],
+)
+def test_each_quantity_is_guarded_and_nothing_else_is_worse(tmp_path: Path, device: dict, worse: list[str]) -> None:
+    verdict = guarded(tmp_path, Device(1.0, 1.0, **device))
+    assert [check.what for check in verdict.worse] == worse
+    if "joules" in device:
+        assert verdicts(verdict)["energy"] == (WORSE if worse else SAME)
+
+
+def test_a_planted_slow_down_and_a_planted_token_are_caught(tmp_path: Path) -> None:
+    device = Device(1.10, 1.10, tokens=[*TOKENS[:5], 77, *TOKENS[6:]])
     verdict = guarded(tmp_path, device)
-    (worse,) = verdict.worse
-    assert (worse.what, worse.confirmed) == ("decode", True) and worse.ratio == pytest.approx(1.10, abs=0.02)
+    decode, tokens = verdict.worse
+    assert (decode.what, decode.confirmed) == ("decode", True) and decode.ratio == pytest.approx(1.10, abs=0.02)
+    assert tokens.what == "greedy tokens" and tokens.reason == "token 6 of 16 is 77, it was 5" and tokens.confirmed
     assert verdict.exit_code == 1 and len(device.asked) == 2
 
 
@@ -97,66 +138,11 @@ def test_one_that_a_second_run_does_not_confirm_is_none(tmp_path: Path) -> None:
     assert decode.verdict == SAME and decode.confirmed is False and "did not confirm" in (decode.reason or "")
 
 
-def test_a_planted_token_is_caught_and_nothing_else(tmp_path: Path) -> None:
-    verdict = guarded(tmp_path, Device(1.0, 1.0, tokens=[*TOKENS[:5], 77, *TOKENS[6:]]))
-    (worse,) = verdict.worse
-    assert worse.what == "greedy tokens" and worse.reason == "token 6 of 16 is 77, it was 5" and worse.confirmed
-
-
-def test_both_at_once_are_two(tmp_path: Path) -> None:
-    verdict = guarded(tmp_path, Device(1.10, 1.10, tokens=[1, *TOKENS[1:]]))
-    assert [check.what for check in verdict.worse] == ["decode", "greedy tokens"]
-
-
-@pytest.mark.parametrize(
-    ("nll", "worse"), [(2.519, []), (2.53, ["NLL"]), (float("nan"), ["NLL"]), (None, ["NLL"]), (2.4, [])]
-)
-def test_likelihood_may_move_by_rounding(tmp_path: Path, nll: float | None, worse: list[str]) -> None:
-    assert [check.what for check in guarded(tmp_path, Device(1.0, 1.0, nll=nll)).worse] == worse
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "what"),
-    [
-        ("peak_decode_bytes", 140e6, "peak memory, decode"),
-        ("peak_load_bytes", 120e6, "peak memory, load"),
-        ("load_s", 0.8, "load"),
-        ("prefill_s", 0.23, "prefill"),
-    ],
-)
-def test_each_other_quantity_is_guarded(tmp_path: Path, field: str, value: float, what: str) -> None:
-    device = Device(1.0, 1.0)
-    device.samples[field] = value
-    assert [check.what for check in guarded(tmp_path, device).worse] == [what]
-
-
-def energy(joules: float, scope: str = "module_input") -> Energy:
-    return Energy(joules, 0.04, None, scope, "ina3221", 10.0)
-
-
-class Powered(Device):
-    joules, scope = 1.0, "module_input"
-
-    def sample(self, s: Any) -> dict[str, Any]:
-        return {**super().sample(s), "energy": energy(self.joules * next(self.noise), self.scope)}
-
-
-@pytest.mark.parametrize(("joules", "scope", "verdict"), [(1.0, "module_input", SAME), (1.3, "module_input", WORSE)])
-def test_energy_where_there_is_a_sensor(tmp_path: Path, joules: float, scope: str, verdict: str) -> None:
-    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
-    device = Powered(1.0, 1.0)
-    device.joules, device.scope = joules, scope
-    assert verdicts(retest(tmp_path, "tiny", device))["energy"] == verdict
-
-
 def test_energy_of_another_sensor_is_not_judged(tmp_path: Path) -> None:
-    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
-    device = Powered(1.0)
-    device.joules, device.scope = 3.0, "wall"
-    (check,) = [c for c in retest(tmp_path, "tiny", device).checks if c.what == "energy"]
-    assert (
-        check.verdict == UNKNOWN and check.reason == "another sensor: ina3221 (module_input) then, ina3221 (wall) now"
-    )
+    verdict = guarded(tmp_path, Device(1.0, joules=3.0, scope="wall"))
+    (check,) = [c for c in verdict.checks if c.what == "energy"]
+    told = "another sensor: ina3221 (module_input) then, ina3221 (wall) now"
+    assert (check.verdict, check.reason) == (UNKNOWN, told)
 
 
 def test_an_invalid_run_is_not_comparable(tmp_path: Path) -> None:
@@ -187,14 +173,11 @@ def test_a_second_run_that_is_invalid_leaves_it_open(tmp_path: Path) -> None:
 
 
 def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
-    class Unplugged(Powered):
-        joules = 1.3
+    class Unplugged(Device):
+        def sample(self) -> dict[str, object]:
+            return {**super().sample(), **({"energy": None} if len(self.asked) > 1 else {})}
 
-        def sample(self, s: Any) -> dict[str, Any]:
-            return {**super().sample(s), **({"energy": None} if len(self.asked) > 1 else {})}
-
-    write_baseline(tmp_path, record("tiny", Powered(1.0, 1.0), PLAN))
-    verdict = retest(tmp_path, "tiny", Unplugged(1.0, 1.0))
+    verdict = guarded(tmp_path, Unplugged(1.0, 1.0, joules=1.3))
     assert verdicts(verdict)["energy"] == "not comparable" and verdict.exit_code == 3
 
 
@@ -262,27 +245,16 @@ def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
 
 
 def test_a_known_other_device_is_not_measured_first(tmp_path: Path) -> None:
-    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
     device = Device()
     with pytest.raises(OtherDeviceError):
-        retest(tmp_path, "tiny", device, here="c" * 16)
+        retest(recorded(tmp_path), "tiny", device, here="c" * 16)
     assert not device.asked
 
 
 def test_each_device_has_its_own(tmp_path: Path) -> None:
-    slow = Device(2.0, 2.0)
-    slow.fingerprint = "b" * 16
-    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
-    write_baseline(tmp_path, record("tiny", slow, PLAN))
-    again = Device(2.0, 2.0)
-    again.fingerprint = "b" * 16
-    assert retest(tmp_path, "tiny", again).exit_code == 0
-
-
-def test_the_setting_is_the_baselines(tmp_path: Path) -> None:
-    baseline = record("tiny", Device(1.0, 1.0), PLAN)
-    plan = plan_of(baseline)
-    assert (plan.prompt, plan.generate, plan.threads, plan.text, plan.greedy) == (8, 4, 1, TEXT, 16)
+    slow, again = Device(2.0, 2.0), Device(2.0, 2.0)
+    slow.fingerprint = again.fingerprint = "b" * 16
+    assert retest(recorded(recorded(tmp_path), slow), "tiny", again).exit_code == 0
 
 
 def test_it_survives_the_disk(tmp_path: Path) -> None:
@@ -290,6 +262,8 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     path = write_baseline(tmp_path / "new", baseline)
     assert path.parent == tmp_path / "new" and read_baselines(tmp_path / "new", "a model/of mine") == [baseline]
     assert len(baseline.pooled.measurements[0].samples) == 20
+    plan = plan_of(baseline)
+    assert (plan.prompt, plan.generate, plan.threads, plan.text, plan.greedy) == (8, 4, 1, TEXT, 16)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +284,7 @@ def test_a_damaged_baseline_is_named(tmp_path: Path, text: str, why: str) -> Non
 
 
 def test_no_baseline_says_which_there_are(tmp_path: Path) -> None:
-    write_baseline(tmp_path, record("tiny", Device(1.0, 1.0), PLAN))
+    recorded(tmp_path)
     (tmp_path / "cost.json").write_text("{}")  # not ours, and no reason to say something else
     with pytest.raises(RegressionError, match="holds no baseline of other; it has tiny: record one"):
         read_baselines(tmp_path, "other")
@@ -358,37 +332,35 @@ def test_a_likelihood_that_is_no_number_fits_into_json() -> None:
 
 
 def test_a_run_asks_each_model(tmp_path: Path) -> None:
-    specs = [str(tiny_bundle(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    specs = [str(tiny_bundle(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("c", 1))]
     plan = BenchOptions(prompt=4, generate=4, threads=1, repetitions=1, warmup=1, cold=False, text=TEXT, greedy=6)
     told = measure(specs, plan).settings["answers"]
-    assert told["a"] == told["b"] != told["c"] and len(told["a"]["tokens"]) == 6
+    assert told["a"] != told["c"] and len(told["a"]["tokens"]) == 6
 
 
 COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3"]
 
 
-def recorded(bundle: Path, *options: Any) -> Any:
-    """A baseline of a machine that nobody keeps quiet: an INVALID run is none, so it is recorded again."""
+def baseline_of(bundle: Path, *options: object) -> str:
+    """Recorded by the command, on a machine that nobody keeps quiet: an INVALID run is none, so it is made again."""
     for _ in range(5):
         done = here("devices", "baseline", bundle, *options, *COMMAND, code=None)
         if "is INVALID, so it is no baseline" not in done.stderr:
             break
     assert done.code == 0, done.stderr
-    return done
+    return done.stdout
 
 
 def test_the_commands_catch_changed_weights(tmp_path: Path) -> None:
     """Real runs of real bundles. Their speeds are left out: nobody keeps this machine quiet."""
-    bundle, folder = tmp_path / "tiny", tmp_path / "kept"
-    tiny_bundle(bundle)
-    done = recorded(bundle, "--baselines", folder)
+    bundle, folder, junit = tiny_bundle(tmp_path / "tiny"), tmp_path / "kept", tmp_path / "out" / "j.xml"
+    told = baseline_of(bundle, "--baselines", folder)
     (kept,) = folder.glob("tiny.*.json")
-    assert str(kept) in done.stdout
-    junit = tmp_path / "out" / "j.xml"
-    quiet = ["--baselines", folder, "--min-effect", "0.9", "--junit", junit]
-    here("devices", "test", bundle, *quiet)
+    assert str(kept) in told
     tiny_bundle(bundle, seed=1)
-    done = here("devices", "test", bundle, *quiet, code=1)
+    done = here(
+        "devices", "test", bundle, "--baselines", folder, "--min-effect", "0.9", "--junit", junit, code=1
+    )  # fmt: skip
     assert "greedy tokens: worse, token 1 of 16" in done.stdout
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     assert suite is not None and int(suite.get("failures", "0")) >= 1
@@ -417,7 +389,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_another_device_ends_with_3_and_junit_tells(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "tiny")
-    write_baseline(tmp_path / "kept", record("tiny", Device(1.0, 1.0), PLAN))
+    recorded(tmp_path / "kept")
     junit = tmp_path / "j.xml"
     done = here("devices", "test", bundle, "--baselines", tmp_path / "kept", "--junit", junit, code=3)
     assert "no baseline of tiny is of this device" in done.stderr
@@ -429,11 +401,7 @@ def test_a_board_is_guarded_by_the_agent(tmp_path: Path, monkeypatch: pytest.Mon
     """This host by the protocol of a board, with the packages that its Python has."""
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "agent"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    bundle, folder = tiny_bundle(tmp_path / "tiny"), tmp_path / "kept"
-    there = ["--on", "local://", "--board-packages", "--baselines", folder]
-    recorded(bundle, *there)
+    folder = tmp_path / "kept"
+    baseline_of(tiny_bundle(tmp_path / "tiny"), "--on", "local://", "--board-packages", "--baselines", folder)
     (kept,) = read_baselines(folder, "tiny")
     assert kept.on == "local://" and len(kept.results) == 2
-    tiny_bundle(bundle, seed=1)
-    done = here("devices", "test", bundle, *there, "--min-effect", "0.9", code=1)
-    assert "greedy tokens: worse" in done.stdout

@@ -10,47 +10,30 @@ import numpy as np
 import pytest
 from support.fake_trees import plant
 
-from bench.measure.cores import (
-    IDLE_PROBES,
-    CoolDown,
-    board_state,
-    choose_cores,
-    drift,
-    level,
-    probe_clock,
-    temperature,
-)
+from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, choose_cores, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
 from devices.common.cores import allowed_cores, physical_cores
 from devices.probe.host import nobody
 from devices.probe.state import throttling
 
-
-def _cpus(root: Path, siblings: list[str], capacities: list[int] | None = None) -> Path:
-    for cpu, text in enumerate(siblings):
-        (root / f"cpu{cpu}/topology").mkdir(parents=True)
-        (root / f"cpu{cpu}/topology/thread_siblings_list").write_text(text + "\n")
-        if capacities:
-            (root / f"cpu{cpu}/cpu_capacity").write_text(f"{capacities[cpu]}\n")
-    return root
+PAIRS, SIX = ["0-1", "0-1", "2-3", "2-3"], [str(cpu) for cpu in range(6)]
 
 
-def test_one_thread_per_core_before_its_sibling(tmp_path: Path) -> None:
-    root = _cpus(tmp_path, ["0-1", "0-1", "2-3", "2-3"])
-    assert physical_cores([0, 1, 2, 3], root) == 2
-    assert choose_cores(2, [0, 1, 2, 3], root) == [0, 2]
-    assert choose_cores(3, [0, 1, 2, 3], root) == [0, 1, 2]
-
-
-def test_big_cores_first(tmp_path: Path) -> None:
-    root = _cpus(tmp_path, [str(i) for i in range(6)], [400, 400, 1024, 1024, 400, 400])
-    assert choose_cores(1, list(range(6)), root) == [2]
-    assert choose_cores(3, list(range(6)), root) == [0, 2, 3]
-
-
-def test_without_topology_the_first_ones(tmp_path: Path) -> None:
-    assert choose_cores(2, [3, 5, 7], tmp_path) == [3, 5]
-    assert physical_cores([3, 5, 7], tmp_path) == 3
+@pytest.mark.parametrize(
+    ("siblings", "capacities", "cpus", "threads", "chosen", "physical"),
+    [
+        (PAIRS, [], [0, 1, 2, 3], 2, [0, 2], 2),  # one thread per core before its sibling
+        (PAIRS, [], [0, 1, 2, 3], 3, [0, 1, 2], 2),
+        (SIX, [400, 400, 1024, 1024, 400, 400], [*range(6)], 1, [2], 6),  # big cores first
+        (SIX, [400, 400, 1024, 1024, 400, 400], [*range(6)], 3, [0, 2, 3], 6),
+        ([], [], [3, 5, 7], 2, [3, 5], 3),  # without topology the first ones
+    ],
+)
+def test_the_cores_that_are_chosen(tmp_path, siblings, capacities, cpus, threads, chosen, physical) -> None:
+    plant(tmp_path, {f"cpu{cpu}/topology/thread_siblings_list": f"{text}\n" for cpu, text in enumerate(siblings)})
+    plant(tmp_path, {f"cpu{cpu}/cpu_capacity": f"{value}\n" for cpu, value in enumerate(capacities)})
+    assert choose_cores(threads, cpus, tmp_path) == chosen
+    assert physical_cores(cpus, tmp_path) == physical
 
 
 def test_this_host() -> None:
@@ -155,10 +138,6 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
     assert board_state([0], tmp_path).smt_siblings == 0
 
 
-def test_a_power_clamp_that_is_off(tmp_path: Path) -> None:
-    assert board_state([0], plant(tmp_path, cooling(0, "intel_powerclamp", -1))).cooling_state == 0
-
-
 @pytest.mark.parametrize(
     ("kind", "slows"),
     [
@@ -177,6 +156,8 @@ def test_the_bench_and_the_probe_take_the_same_devices_for_throttling(tmp_path: 
     assert board_state([0], tmp_path).cooling_state == (2 if slows else None)
     told = [{"type": kind, "state": 2, "max_state": None}]
     assert throttling(tmp_path, nobody)["cooling"] == (told if slows else None)
+    clamp = plant(tmp_path / "clamp", cooling(0, "intel_powerclamp", -1))  # which is off
+    assert board_state([0], clamp).cooling_state == 0
 
 
 def test_amd_nominal_clock(tmp_path: Path) -> None:
@@ -195,18 +176,11 @@ def test_a_plain_virtual_machine_tells_nothing(tmp_path: Path) -> None:
     assert seen.over_current == (None, None, None)
     rest = {name: value for name, value in vars(seen).items() if name != "over_current"}
     assert set(rest.values()) == {None}
-
-
-def test_a_zone_that_cannot_be_read(tmp_path: Path) -> None:
-    plant(tmp_path, {"sys/class/thermal/thermal_zone0/type": "cpu-thermal\n"})
+    plant(tmp_path, {"sys/class/thermal/thermal_zone0/type": "cpu-thermal\n"})  # which cannot be read
     assert temperature(tmp_path) is None
 
 
 IDLE = list(1e-3 + 4e-6 * np.random.default_rng(0).standard_normal(IDLE_PROBES))  # a spread of 0.4 %
-
-
-def slowed(factor: float) -> list[float]:
-    return [seconds * factor for seconds in IDLE]
 
 
 def test_each_probe_is_timed_by_the_clock_that_was_given() -> None:
@@ -228,18 +202,15 @@ def test_a_probe_takes_about_a_millisecond_and_allocates_nothing() -> None:
 
 @pytest.mark.parametrize(("factor", "moved"), [(1.0, False), (1.02, False), (1.04, True), (1 / 0.9, True), (0.9, True)])
 def test_drift_beyond_three_percent(factor: float, moved: bool) -> None:
-    change, limit = drift(IDLE, slowed(factor))
+    change, limit = drift(IDLE, [seconds * factor for seconds in IDLE])
     assert change == pytest.approx(factor - 1) and limit == 0.03
     assert (abs(change) > limit) is moved
 
 
-def test_a_noisy_side_widens_the_limit() -> None:
+def test_a_noisy_side_widens_the_limit_and_preempted_probes_are_no_slower_clock() -> None:
     noisy = [1e-3 * (1 + 0.1 * (i % 3)) for i in range(30)]  # median 1.1 ms, half of them 0.1 ms away
     assert drift(IDLE, noisy)[1] == pytest.approx(4 * 0.1 / 1.1)
     assert drift(noisy, IDLE)[1] == drift(IDLE, noisy)[1]
-
-
-def test_preempted_probes_do_not_look_like_a_slower_clock() -> None:
     preempted = [seconds + 4e-3 * (i % 10 < 4) for i, seconds in enumerate(IDLE)]
     change, limit = drift(IDLE, preempted)
     assert abs(change) < 0.005 < limit
@@ -267,23 +238,15 @@ class Board:
         self.set(int((self.zone / "temp").read_text()) / 1000 - 2)
 
 
-def test_it_waits_until_the_start_is_near(tmp_path: Path) -> None:
+def test_it_waits_until_the_start_is_near_and_not_for_ever(tmp_path: Path) -> None:
     board = Board(tmp_path)
     board.set(40)
-    cool = CoolDown(60, tmp_path, lambda: board.now, board.sleep)
-    assert cool.wait() == 0
-    board.set(52)
-    assert cool.wait() == pytest.approx(2.5)  # 52, 50, 48, 46, 44, 42
-    board.set(43)
-    assert cool.wait() == 0
-
-
-def test_it_does_not_wait_for_ever(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    board.set(40)
-    cool = CoolDown(2, tmp_path, lambda: board.now, board.sleep)
+    cool, hasty = (CoolDown(limit, tmp_path, lambda: board.now, board.sleep) for limit in (60, 2))
+    for celsius, waited in ((40, 0), (52, 2.5), (43, 0)):  # 52, 50, 48, 46, 44, 42
+        board.set(celsius)
+        assert cool.wait() == pytest.approx(waited)
     board.set(90)
-    assert cool.wait() == pytest.approx(2)
+    assert hasty.wait() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("limit_s", [0, 60])

@@ -11,19 +11,16 @@ from bench.measure.memory import Split, peak_rss, reset_peak, resident_split
 MIB = 1 << 20
 
 
-def test_fake_process(tmp_path: Path) -> None:
+def test_a_process_that_tells_everything_or_nothing(tmp_path: Path) -> None:
+    assert peak_rss(tmp_path) is None
+    assert resident_split(tmp_path) == Split()
+    assert reset_peak(tmp_path / "none") is False
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t   13900 kB\nRssShmem:\t     16 kB\n")
     (tmp_path / "smaps_rollup").write_text(
         "0-1 ---p 0 00:00 0 [rollup]\nRss: 2000 kB\nPss: 900 kB\nAnonymous: 500 kB\n"
     )
     assert peak_rss(tmp_path) == 13900 * 1024
     assert resident_split(tmp_path) == Split(anonymous=516 * 1024, file=1484 * 1024, pss=900 * 1024)
-
-
-def test_unknown_where_the_kernel_does_not_tell(tmp_path: Path) -> None:
-    assert peak_rss(tmp_path) is None
-    assert resident_split(tmp_path) == Split()
-    assert reset_peak(tmp_path / "none") is False
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.bench_samples import sample
+from support.bench_samples import instant_workers
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.measure import run as bench_run
@@ -20,9 +20,8 @@ from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
-from bench.measure.worker import Measured, timed_pass
-from bench.runtimes.facts import PeerFacts
-from bench.runtimes.peers import PeerError, read_peers
+from bench.measure.worker import timed_pass
+from bench.runtimes.peers import PeerError
 from devices.common.errors import UserError
 from export.bundle.decoder import DecoderError, OrtDecoder
 from export.bundle.manifest import BundleError
@@ -50,16 +49,7 @@ def two(bundles: list[Path]) -> tuple[Result, list[tuple[str, float, float]]]:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The jobs of workers that say at once that they measured."""
-    given: list[dict[str, Any]] = []
-
-    def answer(module: str, job: dict[str, Any], *_: object) -> dict[str, object]:
-        given.append(job)
-        taken = sample([0.01 + 1e-6 * job["order"]] * job["n_gen"], job["order"])
-        return asdict(Measured(taken, (0.0, 1.0), PeerFacts()))
-
-    monkeypatch.setattr("bench.measure.rounds.call", answer)
-    return given
+    return instant_workers(monkeypatch)
 
 
 def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> None:
@@ -76,6 +66,11 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
             assert 0 < s.prefill_s <= s.ttft_s
             assert s.peak_load_bytes and s.peak_decode_bytes and s.anonymous_bytes and s.file_bytes
             assert s.counters["swapped_pages"] is not None
+            assert s.counters["clock_limit"] >= 0.03 and s.counters["clock_s"] > 0
+            assert 0 < s.startup_s < 30 and 20e6 < s.base_bytes <= s.peak_load_bytes
+            assert s.pss_bytes <= s.anonymous_bytes + s.file_bytes and s.available_drop_bytes is not None
+            power, why = result.settings["power"], s.unknown.get("energy", "")
+            assert s.energy.source == power["source"] if s.energy else "power" in why or [why] == power["reasons"]
         # A file system in memory has no cache to drop.
         assert (m.cold_load_s is not None and m.cold_load_s > 0) or "were read" in m.unknown["cold_load_s"]
         assert m.peak("peak_decode_bytes") < 120e6  # numpy and ONNX Runtime; a stray import of torch would show
@@ -84,17 +79,6 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
     assert len(result.bandwidth[0].samples) == 2  # one pass before, one after
     write_result(tmp_path / "r.json", result)
     assert read_result(tmp_path / "r.json") == result
-
-
-def test_what_a_repetition_holds(two: tuple[Result, object]) -> None:
-    for s in (s for m in two[0].measurements for s in m.samples):
-        assert s.startup_s is not None and 0 < s.startup_s < 30
-        assert s.base_bytes is not None and 20e6 < s.base_bytes <= s.peak_load_bytes
-        assert s.pss_bytes is not None and s.pss_bytes <= s.anonymous_bytes + s.file_bytes
-        assert s.available_drop_bytes is not None
-        assert s.counters["clock_limit"] >= 0.03 and s.counters["clock_s"] > 0
-        power, why = two[0].settings["power"], s.unknown.get("energy", "")
-        assert s.energy.source == power["source"] if s.energy else "power" in why or [why] == power["reasons"]
 
 
 def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path], jobs: list[dict[str, Any]]) -> None:
@@ -204,8 +188,6 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
         (["{b}", "{b}"], {"names": ["a"]}, PeerError, "2 specs need as many different names"),
         (["{b}", "{b}"], {"names": ["a", "a"]}, PeerError, "different names"),
         (["/nowhere"], {}, BundleError, "not a bundle"),
-        (["mlx:/nowhere"], {}, PeerError, "no runtime 'mlx'"),
-        (["torch:/nowhere"], {}, PeerError, "no config.json"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -220,24 +202,6 @@ def test_bad_input_is_one_line(
             names=names,
         )
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
-
-
-def test_same_directory_twice_gets_two_names(bundles: list[Path]) -> None:
-    assert [p.name for p in read_peers([str(bundles[0])] * 3, 8)] == ["dense", "dense #2", "dense #3"]
-
-
-def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
-    monkeypatch.setattr("bench.runtimes.peers.find_spec", lambda name: None)
-    with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
-        read_peers([f"torch:{tmp_path}"], 8)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"vocab_size": null}'])
-def test_damaged_torch_config(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(PeerError, match="damaged"):
-        read_peers([f"torch:{tmp_path}"], 8)
 
 
 def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Path]) -> None:
@@ -256,20 +220,6 @@ def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Pa
     assert torch.model.weight_bytes_per_token == pytest.approx(4 * torch.model.parameters, abs=64)
     assert torch.model.kv_bytes_per_token == 3 * 2 * 3 * 16 * 4
     assert "torch" in result.versions
-
-
-def test_torch_decodes_like_generate(tiny_model: Callable[..., Path]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from bench.runtimes.torch import load
-
-    ticks, prompt = iter(range(100)), np.array([3, 1, 4, 1, 5])
-    done = timed_pass(load(tiny_model(), 1, 32), prompt, 7, lambda: float(next(ticks)))
-    expected = AutoModelForCausalLM.from_pretrained(tiny_model()).generate(
-        torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert done.tokens == expected[0, 5:].tolist()
 
 
 def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -48,17 +48,13 @@ def test_exact_counts_and_times() -> None:
     assert done.token_s == [3, 4, 5]
 
 
-def test_context_goes_in_untimed() -> None:
+def test_context_goes_in_untimed_and_without_a_prompt_only_steps_are_timed() -> None:
     clock = Clock()
     decoder = CountingDecoder(clock)
     done = timed_pass(decoder, np.array([4]), 2, clock, np.array([1, 2, 3]))
     assert decoder.fed == [1, 2, 3, 4, 5, 6]
     assert (done.prefill_s, done.token_s) == (10, [5, 6])
     assert done.window == (40, 51)
-
-
-def test_without_a_prompt_only_steps_are_timed() -> None:
-    clock = Clock()
     done = timed_pass(CountingDecoder(clock), np.array([], np.int64), 2, clock, np.array([7]))
     assert (done.prefill_s, done.ttft_s) == (None, None)
     assert done.tokens == [8, 9, 10] and done.token_s == [2, 3]
@@ -83,12 +79,9 @@ def test_warm_up_is_kept_apart() -> None:
     assert warm_up(decoder, np.array([1]), 3, clock) == ([10, 2, 3], None)
     assert timed_pass(decoder, np.array([1]), 1, clock).token_s == [2]
     assert decoder.resets == 2
-
-
-def test_no_warm_up_runs_nothing() -> None:
-    decoder = CountingDecoder(Clock())
-    assert warm_up(decoder, np.array([1]), 0, decoder.clock) == ([], None)
-    assert decoder.fed == []
+    idle = CountingDecoder(clock)
+    assert warm_up(idle, np.array([1]), 0, clock) == ([], None)
+    assert idle.fed == []
 
 
 class SettlingDecoder(CountingDecoder):

@@ -52,59 +52,50 @@ ORIN_NANO = {
 }
 
 
-def test_jetson_orin_nano_has_an_input_rail(tmp_path: Path) -> None:
-    sensor = sensor_of(plant(tmp_path, hwmon("1-0040", ORIN_NANO)))
-    assert (sensor.source, sensor.scope, sensor.counts) == ("INA3221 VDD_IN", "module_input", False)
-    assert sensor.read() == pytest.approx(5.08)
+def iio(chip: str, *rails: tuple[str, int]) -> dict[str, str]:
+    """As JetPack 4 shows the rails: milliwatts."""
+    files = {}
+    for n, (label, milliwatts) in enumerate(rails):
+        files |= {f"{I2C}/ina3221x/{chip}/rail_name_{n}": f"{label}\n"}
+        files |= {f"{I2C}/ina3221x/{chip}/in_power{n}_input": f"{milliwatts}\n"}
+    return files
 
 
-def test_jetson_agx_orin_has_rails_only(tmp_path: Path) -> None:
-    first = {1: ("VDD_GPU_SOC", 20000, 500), 2: ("VDD_CPU_CV", 20000, 100), 3: ("VIN_SYS_5V0", 5000, 800)}
-    second = {1: ("NC", 5000, 10), 2: ("VDDQ_VDD2_1V8AO", 5000, 200), 7: ("sum of shunt voltages", 9000, 9000)}
-    sensor = sensor_of(plant(tmp_path, hwmon("1-0040", first) | hwmon("1-0041", second)))
-    assert sensor.scope == "rails_sum" and "VIN_SYS_5V0" in sensor.source and "NC" not in sensor.source
-    assert sensor.read() == pytest.approx(10 + 2 + 4 + 1)
+AGX_ORIN = {
+    **hwmon("1-0040", {1: ("VDD_GPU_SOC", 20000, 500), 2: ("VDD_CPU_CV", 20000, 100), 3: ("VIN_SYS_5V0", 5000, 800)}),
+    **hwmon("1-0041", {1: ("NC", 5000, 10), 2: ("VDDQ_1V8AO", 5000, 200), 7: ("sum of shunt voltages", 9000, 9000)}),
+}
+XAVIER_NX = iio("7-0040/iio:device0", ("VDD_IN", 4824), ("VDD_CPU_GPU_CV", 1100), ("NC", 7))
+NANO = iio("6-0040/iio:device0", ("POM_5V_IN", 1750), ("POM_5V_GPU", 0), ("POM_5V_CPU", 366))
+AGX_XAVIER = {
+    **iio("1-0040/iio:device0", ("GPU", 18401), ("CPU", 2301)),
+    **iio("1-0041/iio:device1", ("CV", 0), ("VDDRQ", 2914)),
+}
+THOR = hwmon("2-0040", {1: ("VDD_GPU", 20000, 200), 2: ("VDD_CPU_SOC", 20000, 300), 3: ("VIN_SYS_5V0", 5000, 1000)})
+THOR_INPUT = {f"{I2C}/ina238/2-0044/hwmon/hwmon4/power1_input": "16802000\n"}  # a chip of its own
 
 
-def test_jetson_xavier_nx_on_jetpack_4(tmp_path: Path) -> None:
-    base = f"{I2C}/ina3221x/7-0040/iio:device0"
-    rails = {"rail_name_0": "VDD_IN\n", "in_power0_input": "4824\n", "rail_name_1": "VDD_CPU_GPU_CV\n"}
-    rails |= {"in_power1_input": "1100\n", "rail_name_2": "NC\n"}
-    sensor = sensor_of(plant(tmp_path, {f"{base}/{name}": text for name, text in rails.items()}))
-    assert sensor.source == "INA3221 VDD_IN" and sensor.read() == pytest.approx(4.824)
-
-
-def test_jetson_nano_and_agx_xavier_on_jetpack_4(tmp_path: Path) -> None:
-    nano = {"rail_name_0": "POM_5V_IN\n", "in_power0_input": "1750\n", "rail_name_1": "POM_5V_GPU\n"}
-    nano |= {"in_power1_input": "0\n", "rail_name_2": "POM_5V_CPU\n", "in_power2_input": "366\n"}
-    root = plant(tmp_path / "nano", {f"{I2C}/ina3221x/6-0040/iio:device0/{name}": text for name, text in nano.items()})
-    sensor = sensor_of(root)
-    assert (sensor.source, sensor.scope) == ("INA3221 POM_5V_IN", "module_input")
-    assert sensor.read() == pytest.approx(1.75)
-    xavier = {"1-0040/iio:device0": ("GPU", 18401, "CPU", 2301), "1-0041/iio:device1": ("CV", 0, "VDDRQ", 2914)}
-    for chip, (first, one, second, two) in xavier.items():
-        base = f"{I2C}/ina3221x/{chip}"
-        plant(tmp_path / "agx", {f"{base}/rail_name_0": first, f"{base}/in_power0_input": str(one)})
-        plant(tmp_path / "agx", {f"{base}/rail_name_1": second, f"{base}/in_power1_input": str(two)})
-    sensor = sensor_of(tmp_path / "agx")
-    assert sensor.scope == "rails_sum" and "GPU, CPU, CV, VDDRQ" in sensor.covers
-    assert sensor.read() == pytest.approx(18.401 + 2.301 + 2.914)
-
-
-def test_jetson_thor_has_a_chip_of_its_own_at_the_input(tmp_path: Path) -> None:
-    rails = {1: ("VDD_GPU", 20000, 200), 2: ("VDD_CPU_SOC_MSS", 20000, 300), 3: ("VIN_SYS_5V0", 5000, 1000)}
-    plant(tmp_path, hwmon("2-0040", rails))
-    assert sensor_of(tmp_path).scope == "rails_sum"
-    plant(tmp_path, {f"{I2C}/ina238/2-0044/hwmon/hwmon4/power1_input": "16802000\n"})
-    sensor = sensor_of(tmp_path)
-    assert (sensor.source, sensor.scope) == ("INA3221 VIN", "module_input")
-    assert "carrier" in sensor.covers
-    assert sensor.read() == pytest.approx(16.802)
+@pytest.mark.parametrize(
+    ("files", "rails", "scope", "watts"),
+    [
+        (hwmon("1-0040", ORIN_NANO), "VDD_IN", "module_input", 5.08),
+        (AGX_ORIN, "VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0 + VDDQ_1V8AO", "rails_sum", 10 + 2 + 4 + 1),
+        (XAVIER_NX, "VDD_IN", "module_input", 4.824),
+        (NANO, "POM_5V_IN", "module_input", 1.75),
+        (AGX_XAVIER, "GPU + CPU + CV + VDDRQ", "rails_sum", 18.401 + 2.301 + 2.914),
+        (THOR, "VDD_GPU + VDD_CPU_SOC + VIN_SYS_5V0", "rails_sum", 4 + 6 + 5),
+        (THOR | THOR_INPUT, "VIN", "module_input", 16.802),
+    ],
+)
+def test_rails_of_jetson_boards(tmp_path: Path, files: dict[str, str], rails: str, scope: str, watts: float) -> None:
+    sensor = sensor_of(plant(tmp_path, files))
+    assert (sensor.source, sensor.scope, sensor.counts) == (f"INA3221 {rails}", scope, False)
+    assert rails.replace(" + ", ", ") in sensor.covers and ("carrier" in sensor.covers) is (scope == "module_input")
+    assert sensor.read() == pytest.approx(watts)
 
 
 def test_an_input_chip_alone_may_belong_to_anything(tmp_path: Path) -> None:
-    plant(tmp_path, {f"{I2C}/ina238/2-0044/hwmon/hwmon4/power1_input": "16802000\n"})
-    assert find_sensor(tmp_path) == (None, NO_SENSOR)
+    assert find_sensor(plant(tmp_path, THOR_INPUT)) == (None, NO_SENSOR)
 
 
 def test_a_channel_that_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
@@ -174,15 +165,11 @@ def test_power_is_integrated_with_its_ends_interpolated(tmp_path: Path) -> None:
     assert energy == Energy(pytest.approx(joules), 2.0, pytest.approx(5.0), "module_input", "INA3221 VDD_IN", 1.0)
 
 
-def test_a_window_shorter_than_two_readings(tmp_path: Path) -> None:
+def test_windows_without_readings(tmp_path: Path) -> None:
     recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 5.0})
-    assert recorder.energy(0.5, 1.5) == (
-        None,
-        "1 power readings in 1.00 s of decode, 2 are the least: generate more tokens",
-    )
-
-
-def test_an_idle_window_without_readings_leaves_idle_power_unknown(tmp_path: Path) -> None:
+    energy, reason = recorder.energy(0.5, 1.5)
+    assert energy is None
+    assert reason == "1 power readings in 1.00 s of decode, 2 are the least: generate more tokens"
     energy, _ = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 5.0}).energy(0.0, 2.0, idle=(-1.0, -0.5))
     assert energy is not None and energy.idle_w is None and energy.decode_j == pytest.approx(10)
 

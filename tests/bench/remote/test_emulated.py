@@ -9,18 +9,18 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.bench_samples import measurement, result
 from support.command_line import here, refused
+from support.remote_runs import script
 from support.tiny_graphs import tiny_bundle
 
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result
 from bench.remote.emulated import GREEDY, Answer, document, emulate, judged
 from devices.emulate import qemu as devices_emulate
-from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, find_qemu, prepare
+from devices.emulate.qemu import CPUS, Emulated, EmulationError, Root, prepare
 from devices.probe.host import probe
 from export.bundle.manifest import read_manifest
 from saap.cli.devices import emulate as emulate_command
@@ -28,64 +28,64 @@ from saap.cli.devices import emulate as emulate_command
 TEXT = tuple(range(3, 27))
 
 
-def program(folder: Path, name: str, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
+WHOLE = "emulated/trixie-arm64-onnxruntime-1.23.2/whole"
+FAILS = "echo 'I: working' >&2; echo 'E: apt-get update failed' >&2; exit 25"
 
 
-def test_a_missing_emulator_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EmulationError, match="apt install qemu-user mmdebstrap"):
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes programs of sh, by name, the only ones in PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(**texts: str) -> None:
+        for name, text in texts.items():
+            script(folder / name.replace("_", "-"), text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("texts", "pip", "says"),
+    [
+        ({}, True, "apt install qemu-user mmdebstrap"),
+        ({"qemu_aarch64_static": "exit 0"}, True, "mmdebstrap is not installed"),
+        ({"qemu_aarch64": "exit 9", "mmdebstrap": "exit 9"}, False, r"this Python has no pip.*ensurepip"),
+        (
+            {"qemu_aarch64": "exit 0", "mmdebstrap": FAILS},
+            True,
+            "Debian's arm64 packages cannot be fetched: E: apt-get",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_left(programs, monkeypatch, tmp_path: Path, texts, pip, says) -> None:
+    programs(**texts)
+    if not pip:
+        monkeypatch.setattr(devices_emulate, "find_spec", lambda name: None)
+    with pytest.raises(EmulationError, match=says):
         prepare(tmp_path, "1.23.2")
+    assert not list(tmp_path.glob("emulated/*"))
 
 
-def test_a_missing_mmdebstrap_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path / "bin", "qemu-aarch64-static", "exit 0")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert find_qemu().endswith("qemu-aarch64-static")
-    with pytest.raises(EmulationError, match="mmdebstrap is not installed"):
-        prepare(tmp_path, "1.23.2")
-
-
-def test_a_failed_fetch_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path / "bin", "qemu-aarch64", "exit 0")
-    program(tmp_path / "bin", "mmdebstrap", "echo 'I: working' >&2; echo 'E: apt-get update failed' >&2; exit 25")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
-    with pytest.raises(EmulationError, match="Debian's arm64 packages cannot be fetched: E: apt-get update failed"):
-        prepare(tmp_path / "cache", "1.23.2")
-    assert list((tmp_path / "cache/emulated").iterdir()) == []
-
-
-def test_without_pip_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("qemu-aarch64", "mmdebstrap"):
-        program(tmp_path / "bin", name, "exit 9")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
-    monkeypatch.setattr(devices_emulate, "find_spec", lambda name: None)
-    with pytest.raises(EmulationError, match=r"this Python has no pip.*ensurepip"):
-        prepare(tmp_path / "cache", "1.23.2")
-
-
-def test_what_another_process_made_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path / "bin", "qemu-aarch64", "exit 0")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
-    theirs = tmp_path / "emulated" / "trixie-arm64-onnxruntime-1.23.2"
+def test_what_another_process_made_meanwhile_is_kept(programs, monkeypatch, tmp_path: Path) -> None:
+    programs(qemu_aarch64="exit 0")
+    theirs = tmp_path / WHOLE
 
     def meanwhile(partial: Path, version: str) -> None:
-        theirs.mkdir()
-        (theirs / "whole").write_text("theirs")
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
 
     monkeypatch.setattr(devices_emulate, "_unpack_debian", lambda partial, archive: partial.mkdir())
     monkeypatch.setattr(devices_emulate, "_install_wheels", meanwhile)
-    assert prepare(tmp_path, "1.23.2").path == theirs
-    assert (theirs / "whole").read_text() == "theirs" and len(list(theirs.parent.iterdir())) == 1
+    assert prepare(tmp_path, "1.23.2").path == theirs.parent
+    assert theirs.read_text() == "theirs" and len(list(theirs.parent.parent.iterdir())) == 1
 
 
-def test_what_is_whole_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path / "bin", "qemu-aarch64", 'echo "$QEMU_CPU" "$@"')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin")
-    place = tmp_path / "it's a cache" / "emulated" / "trixie-arm64-onnxruntime-1.23.2"
+def test_what_is_whole_is_not_fetched_again(programs, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    programs(qemu_aarch64='echo "$QEMU_CPU" "$@"')
+    place = (tmp_path / "it's a cache" / WHOLE).parent
     place.mkdir(parents=True)
     (place / "whole").touch()
     root = prepare(tmp_path / "it's a cache", "1.23.2")
@@ -98,7 +98,7 @@ def test_what_is_whole_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch, tmp
 class Board:
     """Stands in for a run on an emulated CPU."""
 
-    def __init__(self, answers: dict[str, dict[str, Any]], architecture: str = "aarch64", **fields: Any) -> None:
+    def __init__(self, answers: dict[str, dict[str, object]], architecture: str = "aarch64", **fields: object) -> None:
         self.answers, self.architecture, self.fields = answers, architecture, fields
 
     def __call__(self, spec: str, plan: BenchOptions, board: Emulated, progress: object) -> Result:
@@ -107,34 +107,20 @@ class Board:
         return replace(found, device={"architecture": self.architecture})
 
 
-def said(bundle: Path) -> dict[str, Any]:
-    """What this host says."""
-    found = emulate(str(bundle), (), TEXT, Root(bundle, "qemu"))
-    return {"tokens": found.reference.tokens, "nll": found.reference.nll}
-
-
-def test_speeds_are_null_and_say_why(tmp_path: Path) -> None:
+def test_a_changed_token_or_likelihood_is_a_fault_and_speeds_are_null(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "tiny")
-    found = emulate(str(bundle), ["max"], TEXT, Root(tmp_path, "qemu"), run=Board({"max": said(bundle)}))
-    (answer,) = found.answers
-    assert answer.decode_ts is None and "emulator" in answer.unknown["decode_ts"]
-    assert (answer.same_tokens, answer.faults, found.exit_code) == (GREEDY, [], 0)
-
-
-def test_a_changed_token_is_a_fault_of_a_bundle_of_32_bits(tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path / "tiny")
-    host = said(bundle)
-    other = {**host, "tokens": [*host["tokens"][:4], -1, *host["tokens"][5:]]}
-    found = emulate(str(bundle), ["max"], TEXT, Root(tmp_path, "qemu"), run=Board({"max": other}))
-    assert found.exit_code == 1 and "from the 5. on" in found.answers[0].faults[0]
-
-
-def test_a_likelihood_that_is_no_number_is_a_fault_and_null(tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path / "tiny")
-    run = Board({"max": {**said(bundle), "nll": None}})
-    found = emulate(str(bundle), ["max"], TEXT, Root(tmp_path, "qemu"), run=run)
-    (told,) = json.loads(json.dumps(document(found), allow_nan=False))["answers"]
-    assert found.exit_code == 1 and told["nll"] is None and told["unknown"]["nll_difference"] == "it is not a number"
+    here = emulate(str(bundle), (), TEXT, Root(bundle, "qemu")).reference
+    host = {"tokens": here.tokens, "nll": here.nll}
+    answers = {"a": host, "b": {**host, "tokens": [*here.tokens[:4], -1, *here.tokens[5:]]}, "c": {**host, "nll": None}}
+    found = emulate(str(bundle), list(answers), TEXT, Root(tmp_path, "qemu"), run=Board(answers))
+    same, token, lost = found.answers
+    assert same.decode_ts is None and "emulator" in same.unknown["decode_ts"]
+    assert (same.same_tokens, same.faults, found.exit_code) == (GREEDY, [], 1)
+    assert len(token.faults) == 1 and "from the 5. on" in token.faults[0]
+    told = json.loads(json.dumps(document(found), allow_nan=False))["answers"][2]
+    assert lost.faults and told["nll"] is None and told["unknown"]["nll_difference"] == "it is not a number"
+    alone = emulate(str(bundle), ["a"], TEXT, Root(tmp_path, "qemu"), run=Board(answers))
+    assert alone.exit_code == 0
 
 
 @pytest.mark.parametrize(("moved", "faults"), [(0.019, 0), (-0.021, 1), (float("nan"), 1)])

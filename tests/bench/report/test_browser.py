@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 from support.report_page import RUN, document, measurement, result, row, task
@@ -15,7 +16,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 LONG = "a-model-with-a-very-long-name-such-as-people-give-to-their-runs-int4-block32-no-dotprod"
-WIDTHS = (380, 1280)
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +39,36 @@ def page_file(tmp_path_factory):
     return report([folder / "bench.json", folder / "quality.json"], folder / "page.html", run=RUN)
 
 
-def opened(browser, path, width, scheme="light"):
-    """The page, and what the browser complained of or fetched."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said, fetched = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: fetched.append(request.url))
-    page.goto(path.as_uri())
-    return page, said, fetched
+@pytest.fixture(scope="module")
+def opened(browser, page_file):
+    """Pages of each width and scheme, and what the browser complained of or fetched."""
+    made = {}
+    for width, scheme in product((380, 1280), ("light", "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        said, fetched = [], []
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.on("pageerror", lambda error, said=said: said.append(str(error)))
+        page.on("request", lambda request, fetched=fetched: fetched.append(request.url))
+        page.goto(page_file.as_uri())
+        made[width, scheme] = page, said, fetched
+    return made
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_opens_whole_and_fetches_nothing(browser, page_file, width, scheme):
-    page, said, fetched = opened(browser, page_file, width, scheme)
-    assert said == [] and fetched == [page_file.as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    wide = page.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('svg') && !e.closest('.details')"
-        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
-    )
-    assert wide == []
-    page.close()
+def test_the_page_opens_whole_and_fetches_nothing(opened, page_file):
+    assert page_file.stat().st_size < 2_000_000
+    for (width, _), (page, said, fetched) in opened.items():
+        assert said == [] and fetched == [page_file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = page.evaluate(
+            "[...document.querySelectorAll('main *')].filter(e => !e.closest('svg') && !e.closest('.details')"
+            " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
+        )
+        assert wide == []
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_plots_are_drawn_and_their_letters_can_be_read(browser, page_file, width):
-    page, _, _ = opened(browser, page_file, width)
-    plots = page.evaluate(
+@pytest.mark.parametrize("width", [380, 1280])
+def test_plots_are_drawn_and_their_letters_can_be_read(opened, width):
+    plots = opened[width, "light"][0].evaluate(
         "[...document.querySelectorAll('figure svg')].map(svg => { const box = svg.getBoundingClientRect();"
         " const inner = svg.viewBox.baseVal;"
         " return {width: box.width, height: box.height, scale: box.width / inner.width,"
@@ -81,30 +82,22 @@ def test_plots_are_drawn_and_their_letters_can_be_read(browser, page_file, width
         assert plot["width"] > 250 and plot["height"] > 100 and plot["marks"] > 3
         assert min(plot["letters"]) * plot["scale"] >= 8  # CSS pixels
         assert plot["outside"] == []
-    page.close()
 
 
-def test_dark_and_light_differ_and_both_have_contrast(browser, page_file):
+def test_dark_and_light_differ_and_both_have_contrast(opened):
     shades = {}
     for scheme in ("light", "dark"):
-        page, _, _ = opened(browser, page_file, 1280, scheme)
-        body, text = page.evaluate(
+        body, text = opened[1280, scheme][0].evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
         )
         shades[scheme] = [sum(map(int, c.strip("rgb()").split(","))) / 3 for c in (body, text)]
         assert abs(shades[scheme][0] - shades[scheme][1]) > 150
-        page.close()
     assert shades["light"][0] > 200 and shades["dark"][0] < 60
 
 
-def test_a_printed_page_is_white_and_cuts_nothing_off(browser, page_file, tmp_path):
-    page, _, _ = opened(browser, page_file, 1280, "dark")
+def test_a_printed_page_is_white_and_cuts_nothing_off(opened, tmp_path):
+    page, _, _ = opened[1280, "dark"]
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    pdf = page.pdf(format="A4", path=tmp_path / "page.pdf")
-    assert pdf[:4] == b"%PDF"
-    page.close()
-
-
-def test_the_page_is_small(page_file):
-    assert page_file.stat().st_size < 2_000_000
+    assert page.pdf(format="A4", path=tmp_path / "page.pdf")[:4] == b"%PDF"
+    page.emulate_media(media="screen")

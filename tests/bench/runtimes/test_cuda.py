@@ -14,7 +14,8 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.measure.worker import timed_pass
 from bench.runtimes.cuda import DeviceDecoder
-from bench.runtimes.decoders import make_decoder
+from bench.runtimes.decoders import make_decoder, provider_facts
+from bench.runtimes.providers import ProviderFacts
 from export.bundle.decoder import OrtDecoder
 from export.bundle.session import DecoderError
 
@@ -201,6 +202,8 @@ def test_what_does_not_fit_is_refused(bundle, provider, target, options, message
 def test_the_cpu_has_its_own_decoder_and_a_gpu_another(bundle, monkeypatch) -> None:
     decoder = make_decoder(bundle("cpu"), 1, 16)
     assert type(decoder) is OrtDecoder and decoder.prefill(IDS[:3]).shape == (VOCAB,)
+    facts = provider_facts(decoder)
+    assert facts == ProviderFacts("cpu", "cpu", None, ()) and not facts.fallback
     machine = Machine(nodes={}, available=(CUDA, CPU))
     monkeypatch.setattr("bench.runtimes.cuda.gpu_runtime", lambda: machine)
     assert type(make_decoder(bundle("cuda"), 1, 16, "cuda")) is DeviceDecoder

@@ -3,9 +3,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,8 @@ from bench.runtimes.facts import graph_facts
 from bench.runtimes.peers import PEER_PYTHON, PeerError, python_with, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from export.bundle.decoder import OrtDecoder
-from export.bundle.genai import genai_document, genai_model
+from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
-from export.clients import write_genai_config
 from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
 
@@ -83,7 +85,7 @@ def genai_bundle(tmp_path: Path) -> Path:
 
 def genai_form(directory: Path, eos: list[int]) -> Path:
     fields = {**vars(read_manifest(directory)), "eos_token_ids": eos}
-    write_genai_config(directory, BundleManifest(**fields))
+    (directory / "genai_config.json").write_text(json.dumps(genai_config(BundleManifest(**fields))))
     model = onnx.load(directory / DECODE_GRAPH, load_external_data=False)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
     onnx.save(model, directory / DECODE_GRAPH)
@@ -207,18 +209,20 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
     assert "cannot load" in broken.reasons[0] and "unknown model architecture" in broken.reasons[0]
 
 
-def test_genai_draws_what_the_graph_says(genai_bundle: Path) -> None:
+def test_genai_draws_what_the_graph_says_and_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     from bench.runtimes.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
-    ours = timed_pass(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick)
-    assert VOCAB - 1 not in ours.tokens  # genai would have suppressed it
+    ours = timed_pass(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick).tokens
+    assert VOCAB - 1 not in ours  # genai would have suppressed it
     decoder = GenaiDecoder(genai_bundle, 1, 26)
     warm_up(decoder, prompt, 4, tick)
     theirs = [timed_pass(decoder, prompt, 20, tick) for _ in range(2)]
-    assert [done.tokens for done in theirs] == [ours.tokens] * 2
-    assert len(theirs[0].token_s) == 20
+    assert [done.tokens for done in theirs] == [ours] * 2 and len(theirs[0].token_s) == 20
+    genai_form(genai_bundle, eos=ours[:1])
+    done = timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
+    assert len(done.tokens) == 13 and ours[0] not in done.tokens
 
 
 def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> None:
@@ -236,17 +240,6 @@ def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> Non
     assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
     (genai_bundle / "bundle.json").unlink()  # now it is the folder of somebody's model builder
     assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
-
-
-def test_genai_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    from bench.runtimes.genai import GenaiDecoder
-
-    prompt = np.array(prompt_tokens(6, VOCAB, 0))
-    first = timed_pass(OrtDecoder(genai_bundle, 1, 8, verify=False), prompt, 1, tick).tokens
-    genai_form(genai_bundle, eos=first)
-    done = timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
-    assert len(done.tokens) == 13 and not set(first) & set(done.tokens)
 
 
 def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
@@ -288,29 +281,23 @@ def test_graph_facts_of_packed_weights(tmp_path: Path) -> None:
     assert unsized.kv_bytes_per_token is None and "kv_bytes_per_token" in unsized.unknown
 
 
-def test_optimum_decodes_like_generate(tmp_path: Path) -> None:
-    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is an extra of its own")
+@pytest.mark.parametrize("kind", ["torch", "optimum"])
+def test_peers_decode_like_generate(kind: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     import torch
-    import transformers
     from support.exported import export_portable
+    from transformers import AutoModelForCausalLM
 
-    from bench.runtimes.optimum import OptimumDecoder
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "tiny")
-    export_portable(tmp_path / "tiny", tmp_path / "bundle", graph_writer="saap")
-    if not (tmp_path / "bundle/config.json").exists():
-        config.save_pretrained(tmp_path / "bundle")
-    (peer,) = read_peers([f"optimum:{tmp_path / 'bundle'}"], 12)
-    assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == ("optimum", 64, False)
-    prompt = np.array([3, 1, 4, 1, 5])
-    decoder = OptimumDecoder(peer.path, 1, 32)
+    path = model = tiny_model()
+    if kind == "optimum":
+        pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is an extra of its own")
+        path = tmp_path / "bundle"
+        export_portable(model, path, graph_writer="saap")
+        shutil.copy(model / "config.json", path)
+    (peer,) = read_peers([f"{kind}:{path}"], 12)
+    assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == (kind, 320, kind == "torch")
+    decoder, prompt = import_module(peer.runtime).load(peer.path, 1, 32), np.array([3, 1, 4, 1, 5])
     done = [timed_pass(decoder, prompt, 7, tick).tokens for _ in range(2)]
-    expected = model.generate(
+    expected = AutoModelForCausalLM.from_pretrained(model).generate(
         torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert done == [expected[0, 5:].tolist()] * 2
@@ -352,15 +339,30 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         python_with(["numpy"], "x", "numpy")
 
 
+def test_same_directory_twice_gets_two_names(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "dense")
+    assert [peer.name for peer in read_peers([str(bundle)] * 3, 8)] == ["dense", "dense #2", "dense #3"]
+
+
+def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
+    monkeypatch.setattr("bench.runtimes.peers.find_spec", lambda name: None)
+    with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
+        read_peers([f"torch:{tmp_path}"], 8)
+
+
 def test_bad_specs_are_one_line(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "a.gguf")
     bundle = tiny_bundle(tmp_path / "bundle")
     (tmp_path / "config.json").write_text("{}")
-    whole = genai_document(genai_model(read_manifest(bundle)))
+    whole = genai_config(read_manifest(bundle))
     for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None), ("lost", "lost.onnx")):
         (tmp_path / name).mkdir()
         model = {**whole["model"], "decoder": {**whole["model"]["decoder"], "filename": graph}}
         (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
+    for name, config in (("cut", "{"), ("list", "[]"), ("null", '{"vocab_size": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
     for spec, length, message in (
         (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
         (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),
@@ -372,6 +374,8 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (f"genai:{tmp_path / 'lost'}", 8, "names the graph 'lost.onnx', which is not there"),
         (f"optimum:{bundle}", 8, "no config.json"),
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
+        ("torch:/nowhere", 8, "no config.json"),
+        *((f"torch:{tmp_path / name}", 8, "damaged") for name in ("", "cut", "list", "null")),
         ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

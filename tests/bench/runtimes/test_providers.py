@@ -14,8 +14,8 @@ from support.fake_gpu import CPU, CUDA, TENSORRT, Machine
 from support.tiny_graphs import tiny_bundle
 
 from bench.runtimes.cuda import DeviceDecoder
-from bench.runtimes.decoders import make_decoder, provider_facts
-from bench.runtimes.providers import GpuSession, ProviderFacts, placed_by_profile
+from bench.runtimes.decoders import provider_facts
+from bench.runtimes.providers import GpuSession, placed_by_profile
 from export.bundle.manifest import BundleError, read_manifest
 from export.bundle.session import DecoderError, check_provider
 
@@ -123,13 +123,6 @@ def test_a_profile_counts_nodes_not_runs() -> None:
     other.append({**event("ampere_gemm", "MatMul", CUDA), "cat": "Kernel"})  # of a build that traces the GPU
     expected = {CUDA: Counter(MatMul=2), CPU: Counter(Shape=1)}
     assert placed_by_profile([*events, *other, event("c_kernel_time", "Shape", CPU)]) == expected
-
-
-def test_a_decoder_of_the_cpu_has_no_fallback(tmp_path) -> None:
-    decoder = make_decoder(tiny_bundle(tmp_path / "bundle"), 1, 16)
-    facts = provider_facts(decoder)
-    assert facts == ProviderFacts("cpu", "cpu", None, ()) and not facts.fallback
-    assert provider_facts(decoder).active == "cpu"
 
 
 def test_a_provider_that_is_not_installed_is_refused_before_anything_is_loaded(bundle) -> None:

@@ -143,10 +143,7 @@ def test_kernels_of_x86(isa: set[str], lacks: set[str], block: int, expected: tu
 def test_kernels_of_arm64() -> None:
     assert kernels(SMOL, PI5) == ("int8 dot product (dotprod)",)
     thor = replace(PI5, isa=PI5.isa | {"i8mm"}, lacks=frozenset())
-    assert kernels(SMOL, thor) == (
-        "decode: int8 dot product (dotprod)",
-        "prefill: int8 matrix product (i8mm)",
-    )
+    assert kernels(SMOL, thor) == ("decode: int8 dot product (dotprod)", "prefill: int8 matrix product (i8mm)")
     assert kernels(replace(SMOL, block=16), thor) == ("int8 dot product (dotprod)",)  # KleidiAI wants 32
     unknown = replace(PI5, isa=frozenset({"asimd"}), lacks=frozenset())
     assert kernels(SMOL, unknown) == ("int8 dot product if the CPU has dotprod, else float32 (NEON)",)

@@ -163,14 +163,14 @@ def test_a_line_without_end_is_not_read_to_its_end() -> None:
 
 
 @given(lines(), st.sampled_from(["", " ", "\n", "\r\n"]))
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=100)
 def test_every_line_of_the_grammar_is_read_exactly(line: Line, end: str) -> None:
     assert parse_tegrastats(line.text + end) == line.wanted
     assert parse_tegrastats((line.text + end).encode()) == line.wanted
 
 
 @given(lines(), st.integers(0, 400), st.integers(0, 400))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=80)
 def test_a_line_cut_at_either_end_keeps_its_whole_pieces(line: Line, start: int, end: int) -> None:
     text = line.text
     start, end = min(start, len(text)), max(0, len(text) - end)
@@ -190,7 +190,7 @@ def test_a_line_cut_at_either_end_keeps_its_whole_pieces(line: Line, start: int,
 
 
 @given(st.text() | st.binary())
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=100)
 def test_garbage_never_raises(garbage: str | bytes) -> None:
     assert isinstance(parse_tegrastats(garbage), Tegrastats)
 
@@ -201,7 +201,7 @@ ALPHABET = st.sampled_from(
 
 
 @given(st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 500), st.integers(0, 9), ALPHABET), max_size=8))
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=150)
 def test_mutated_lines_never_raise(line: str, edits: list[tuple[int, int, str]]) -> None:
     for place, length, text in edits:
         line = line[:place] + text + line[place + length :]

@@ -72,11 +72,8 @@ def test_a_template_that_rewrites_is_read_again_from_where_it_differs(tmp_path):
     second = talk.ask("Who sleeps?")
     list(second)
     assert second.prompt_ids == whole(tokenizer, talk.messages)
-    assert (
-        talk.held_ids[: second.prompt_tokens]
-        == second.prompt_ids
-        == talk._sequence.decoder.seen[: len(second.prompt_ids)]
-    )
+    length = second.prompt_tokens
+    assert talk.held_ids[:length] == second.prompt_ids == talk._sequence.decoder.seen[:length]
     assert second.read_tokens > second.prompt_tokens // 2
 
 
@@ -127,7 +124,7 @@ def test_a_stopped_answer_stays_in_the_conversation_as_far_as_it_came(tmp_path):
     assert second.prompt_ids == whole(tokenizer, talk.messages)
 
 
-def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(tmp_path):
+def test_a_context_that_is_full_says_so_and_leaves_the_conversation_as_it_was(tmp_path):
     _, talk = conversation(tmp_path, APPENDS, ["a", "b"], room=60)
     list(talk.ask("one"))
     with pytest.raises(RunError, match=r"the context is full: .* 60 fit; .* /reset") as caught:
@@ -135,14 +132,10 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(tmp_path):
     assert "\n" not in str(caught.value)
     assert [m["role"] for m in talk.messages] == ["user", "assistant"]
     assert "".join(talk.ask("two")) == "b"
-
-
-def test_an_answer_that_fills_the_context_says_so(tmp_path):
-    _, talk = conversation(tmp_path, APPENDS, ["word " * 100], room=40)
+    _, talk = conversation(tmp_path, APPENDS, ["word " * 100], room=40)  # the answer itself fills it
     answer = talk.ask("one")
     list(answer)
-    assert answer.stop_reason == "context"
-    assert len(talk.held_ids) == 40
+    assert answer.stop_reason == "context" and len(talk.held_ids) == 40
     with pytest.raises(RunError, match="context is full"):
         talk.ask("two")
 

@@ -74,11 +74,9 @@ def assert_same_as_transformers(directory):
     assert ours.bos_token_id == theirs.bos_token_id
 
 
-def test_tiny_tokenizer_renders_and_encodes_as_transformers_does(tmp_path):
+def test_tokenizers_render_and_encode_as_transformers_does(tmp_path):
     assert_same_as_transformers(bpe_directory(tmp_path, {"chat_template": TEMPLATE}))
-
-
-def test_template_file_and_special_token_objects_as_transformers_reads_them(tmp_path):
+    # A template in a file, and an object for a special token.
     token = {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bpe_directory(tmp_path, {"chat_template": "from the config", "eos_token": {"__type": "AddedToken", **token}})
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
@@ -89,18 +87,16 @@ def test_real_tokenizer_renders_and_encodes_as_transformers_does(real_model):
     assert_same_as_transformers(real_model)
 
 
-def test_hostile_template_cannot_leave_the_sandbox(tmp_path):
-    escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    tokenizer = BundleTokenizer(bpe_directory(tmp_path, {"chat_template": escape}))
-    with pytest.raises(RunError, match="refuses this conversation"):
-        tokenizer.encode_chat("hi")
-
-
-def test_template_that_refuses_says_why(tmp_path):
-    template = "{{ raise_exception('only system turns') }}"
-    tokenizer = BundleTokenizer(bpe_directory(tmp_path, {"chat_template": template}))
-    with pytest.raises(RunError, match="only system turns"):
-        tokenizer.encode_chat("hi")
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),  # not out of the sandbox
+        ("{{ raise_exception('only system turns') }}", "only system turns"),
+    ],
+)
+def test_templates_that_refuse(tmp_path, template, says):
+    with pytest.raises(RunError, match=says):
+        BundleTokenizer(bpe_directory(tmp_path, {"chat_template": template})).encode_chat("hi")
 
 
 @pytest.mark.parametrize(
@@ -141,10 +137,7 @@ def test_stream_never_shows_half_a_character(tiny):
     family = pieces_of(tiny, tiny.encode("👩", add_special_tokens=False))
     assert len(family) > 2
     assert [piece for piece in family if piece] == ["👩"]
-
-
-def test_stream_shows_broken_bytes_at_the_end_instead_of_losing_them(tiny):
-    ids = tiny.encode("ok 👩", add_special_tokens=False)[:-1]
+    ids = tiny.encode("ok 👩", add_special_tokens=False)[:-1]  # broken bytes at the end are shown, not lost
     assert "".join(pieces_of(tiny, ids)) == tiny.decode(ids)
     assert tiny.decode(ids).endswith("\ufffd")
 
@@ -169,7 +162,7 @@ def test_generation_streams_until_any_end_of_text_id(tiny):
     assert (out.stop_reason, out.tokens, out.prompt_tokens) == ("eos", len(script), len(tiny.encode("The fox")))
     assert decoder.seen == [*tiny.encode("The fox"), *script[:-1]]
     # One tick for prefill, one per drawn token.
-    assert (out.prefill_seconds, out.decode_seconds, out.seconds) == (1.0, float(len(script)), 1.0 + len(script))
+    assert (out.prefill_seconds, out.decode_seconds) == (1.0, float(len(script)))
     other = begin_text(decoder, tiny, "The fox", AnswerSettings(stop_ids=[script[2], 1]), chat=False)
     assert len("".join(other)) < 8
     assert (other.tokens, decoder.resets) == (3, 2)
@@ -236,15 +229,6 @@ def test_chat_without_template_says_so(tmp_path):
         begin_text(ScriptedDecoder([1], 300), tokenizer, "hi")
 
 
-def test_broken_logits_are_not_turned_into_text(tiny):
-    class Broken(ScriptedDecoder):
-        def _next(self):
-            return np.full(self.vocab, np.nan, np.float32)
-
-    with pytest.raises(RunError, match="not finite"):
-        list(begin_text(Broken([1], 300), tiny, "hi", chat=False))
-
-
 def test_logprobs_are_those_of_a_careful_softmax():
     random = np.random.default_rng(0)
     logits = random.normal(size=(2, 5, 11)).astype(np.float32) * 3
@@ -301,10 +285,6 @@ def test_scorer_runs_the_scoring_graph_from_an_empty_cache(tmp_path):
     assert logits.dtype == np.float32
     assert np.array_equal(logits, table[ids])
     assert np.array_equal(scorer.logprobs(ids), next_token_logprobs(table[ids], ids))
-
-
-def test_scorer_without_graph_says_so(tmp_path):
-    bigram_bundle(tmp_path, np.eye(3, dtype=np.float32))
     (tmp_path / "scoring.onnx").unlink()
     with pytest.raises(RunError, match=r"no scoring\.onnx"):
         BundleScorer(tmp_path)

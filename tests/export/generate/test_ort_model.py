@@ -24,16 +24,19 @@ IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
 
 
-@pytest.fixture
-def slim(tiny_model, tmp_path):
-    return cut(tiny_model(num_hidden_layers=4, max_position_embeddings=512), tmp_path / "slim", PrunePlan(LAYERS))
+@pytest.fixture(scope="module")
+def slim(llama, tmp_path_factory):
+    home = tmp_path_factory.mktemp("generate")
+    dense = llama(home / "dense", num_hidden_layers=4, max_position_embeddings=512)
+    return cut(dense, home / "slim", PrunePlan(LAYERS))
 
 
-@pytest.fixture(params=["cpu", "portable"])
-def pair(request, slim, tmp_path):
+@pytest.fixture(scope="module", params=["cpu", "portable"])
+def pair(request, slim):
     """(torch model, bundle as a transformers model)."""
-    (export_bundle if request.param == "cpu" else export_portable)(slim, tmp_path / "bundle", bits=32)
-    return load_model(slim), BundleForCausalLM.from_bundle(tmp_path / "bundle")
+    bundle = slim.parent / request.param
+    (export_bundle if request.param == "cpu" else export_portable)(slim, bundle, bits=32)
+    return load_model(slim), BundleForCausalLM.from_bundle(bundle)
 
 
 def both(pair, ids, **options):
@@ -52,8 +55,10 @@ def assert_same_tokens(pair, ids, **options):
     return found
 
 
-def test_layers_differ(pair):
+def test_the_model_is_told_what_the_bundle_says(pair):
     assert pair[1]._shapes == [(3, 16), (1, 16), (2, 16)]
+    assert pair[1].generation_config.eos_token_id == pair[0].generation_config.eos_token_id == [2, 0]
+    assert pair[1].config.max_position_embeddings == 512
 
 
 def test_greedy_sampling_and_beams_draw_the_same_tokens(pair):
@@ -101,32 +106,21 @@ def test_generation_continues_from_a_returned_cache(pair):
     assert again.tolist() == whole.tolist()
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
+def test_masks_that_cannot_be_honoured_and_more_than_the_context_are_refused(pair):
+    for mask, message in (
         ([[1, 1, 0]], "pad on the left"),
         ([[1, 0, 1]], "pad on the left"),
         ([[0, 0, 0]], "pad on the left"),
         ([[1, 1]], r"shape \(1, 2\), not \(1, 3\)"),
-    ],
-)
-def test_masks_that_cannot_be_honoured_are_refused(pair, mask, message):
-    with pytest.raises(RunError, match=message) as caught:
-        pair[1](IDS[:1, :3], attention_mask=torch.tensor(mask))
-    assert "\n" not in str(caught.value)
-
-
-def test_more_than_the_context_is_refused(pair):
+    ):
+        with pytest.raises(RunError, match=message) as caught:
+            pair[1](IDS[:1, :3], attention_mask=torch.tensor(mask))
+        assert "\n" not in str(caught.value)
     ids = torch.full((1, 511), 5)
     out = pair[1](ids)
     out = pair[1](ids[:, :1], **{CACHE: out[CACHE]})
     with pytest.raises(RunError, match="513 tokens do not fit the context of 512"):
         pair[1](ids[:, :1], **{CACHE: out[CACHE]})
-
-
-def test_every_end_of_text_id_of_the_bundle_ends_a_row(pair):
-    assert pair[1].generation_config.eos_token_id == pair[0].generation_config.eos_token_id == [2, 0]
-    assert pair[1].config.max_position_embeddings == 512
 
 
 def test_no_bundle_and_a_damaged_one_are_refused(slim, tmp_path):
@@ -145,13 +139,9 @@ def test_text_generation_pipeline(pair, tiny_tokenizer):
 
     texts = ["The quick brown fox", "A model"]
     tiny_tokenizer.padding_side = "left"
-    found = [
-        pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)(
-            texts, batch_size=2, max_new_tokens=8, do_sample=False
-        )
-        for model in pair
-    ]
-    assert found[0] == found[1]
+    options = {"batch_size": 2, "max_new_tokens": 8, "do_sample": False}
+    pipelines = [pipeline("text-generation", model=model, tokenizer=tiny_tokenizer) for model in pair]
+    assert pipelines[0](texts, **options) == pipelines[1](texts, **options)
 
 
 def test_four_bits_draw_what_the_decoder_that_is_measured_draws(slim, tmp_path):

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import llama_cpp_run
 from support.cuts import cut
+from support.export_cases import IDS
+from support.gguf_texts import TEXTS
 
 from export.gguf.write import export_gguf
 from saap.models.checkpoint import load_model
@@ -20,7 +22,6 @@ from saap.models.weight_files import weights_hash
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.system.errors import UserError
 
-IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
 SIZES = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 256, "tie_word_embeddings": True,
@@ -49,16 +50,17 @@ def family(tiny_model, name, **config):
 def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config, window):
     path = family(tiny_model, name, **config)
     report = export_gguf(path, tmp_path / "model.gguf", kind="F32")
-    with torch.inference_mode():
-        expected = load_model(path)(input_ids=IDS, use_cache=False).logits[0].numpy()
-    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
-    assert np.abs(found - expected).max() <= 2e-3
     context = gguf.GGUFReader(tmp_path / "model.gguf").get_field("llama.context_length").contents()
     assert context == window
     assert len(report.notes) == (window < 256)
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    with torch.inference_mode():
+        expected = load_model(path)(input_ids=IDS[:1], use_cache=False).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 2e-3
 
 
-def test_the_real_model_cut_unevenly(real_model, tmp_path):
+def test_the_real_model_cut_unevenly_and_its_tokenizer(real_model, data_dir, tmp_path):
+    llama_cpp_run.interpreter()  # skips, where there is none
     whole = whole_layer(LayerSizes(9, 3, 1536))
     layers = [whole] * 6 + [LayerPlan((), (), ())] * 24  # the sizes of all thirty cost seconds and show no more
     layers[0] = LayerPlan((), (), whole.ffn)
@@ -66,15 +68,23 @@ def test_the_real_model_cut_unevenly(real_model, tmp_path):
     layers[4] = LayerPlan(whole.query_heads, whole.kv_heads, ())
     path = cut(real_model, tmp_path / "slim", PrunePlan(tuple(layers)))
     export_gguf(path, tmp_path / "model.gguf", kind="F32")
-    ids = load_tokenizer(real_model)("The river rose by 12 centimetres, and", return_tensors="pt").input_ids
-    model = load_model(path)
+    tokenizer, model = load_tokenizer(real_model), load_model(path)
+    ids = tokenizer("The river rose by 12 centimetres, and", return_tensors="pt").input_ids
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
         tokens = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=2)
-    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=ids[0].tolist(), greedy=16)
+    text = (data_dir / "wikitext2_valid_tokens.txt").read_text(encoding="utf-8")[:20_000]
+    messages = [{"role": "user", "content": "Why is the sky blue? 蓝 🟦\n"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    texts = [*TEXTS, *text.splitlines(keepends=True), prompt]
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=ids[0].tolist(), greedy=16, texts=texts)
     assert np.abs(found["logits"] - expected).max() <= 2e-3
     assert found["tokens"] == tokens[0, ids.shape[1] :].tolist()
     assert found["architecture"] == "deci"
+    for line, encoded in zip(texts, found["encoded"], strict=True):
+        assert encoded == tokenizer(line, add_special_tokens=False).input_ids, line
+    assert found["special"] == [1, 2, False] and {0, 2} <= set(found["ends"])
+    assert found["template"] == tokenizer.chat_template
 
 
 def test_where_the_file_comes_from_is_in_it(tiny_model, tmp_path):
@@ -83,11 +93,7 @@ def test_where_the_file_comes_from_is_in_it(tiny_model, tmp_path):
     export_gguf(path, tmp_path / "sub/model.gguf", kind="F16", progress=lambda *step: steps.append(step))
     reader = gguf.GGUFReader(tmp_path / "sub/model.gguf")
     said = {key: reader.get_field(key).contents() for key in ("general.name", "general.license", "saap.model_sha256")}
-    assert said == {
-        "general.name": "tiny",
-        "general.license": "apache-2.0",
-        "saap.model_sha256": weights_hash(path),
-    }
+    assert said == {"general.name": "tiny", "general.license": "apache-2.0", "saap.model_sha256": weights_hash(path)}
     assert steps[0] == ("writing GGUF", 0, len(reader.tensors))
     assert steps[-1] == ("writing GGUF", len(reader.tensors), len(reader.tensors))
 
@@ -113,7 +119,7 @@ REFUSED = {
     "a tensor missing": (
         lambda p: edit_weights(p, lambda t: t.pop("model.norm.weight")),
         {},
-        "lacks model.norm.weight",
+        "has no tensor model.norm.weight",
     ),
     "other sizes": (
         lambda p: edit_config(p, intermediate_size=160),

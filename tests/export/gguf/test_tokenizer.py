@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import SENTENCES
 from support import llama_cpp_run
+from support.gguf_texts import TEXTS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from export.gguf.tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
@@ -15,15 +16,6 @@ from saap.models.resolve import load_tokenizer
 from saap.system.errors import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEXTS = [
-    *SENTENCES,
-    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
-    "it's I'LL don't x'RE they'Ve 'tis",
-    "1234567 apples, 12.5%; 3x4 = 12 and 007",
-    "  two spaces,\ttabs\t\t, and\n\n\n  lines \r\n \n end  ",
-    "Ünïcödé — «naïve» 蓝天 🟦🟦 नमस्ते ٣٤٥ ½ ² Ⅷ ǅ don't",
-    "CamelCaseWords and HTTPServer/path//to/\n\nfile_name.txt !!! ...\n",
-]
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -84,12 +76,8 @@ def sentencepiece(path, normalizer=None, pre=None):
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "special_tokens_map.json").unlink(missing_ok=True)
     return tokenizer
@@ -136,25 +124,20 @@ def test_special_tokens_ends_and_template(tiny_model, tmp_path):
     assert report.notes == []
 
 
-def test_types_of_tokens_and_rows_without_one(tiny_model):
+def test_types_of_tokens_rows_without_one_and_what_surrounds_a_text(tiny_model):
     path = tiny_model(vocab_size=960)
-    count = byte_level(path, BYTE_LEVEL).get_vocab_size()
-    fields = tokenizer_fields(path, 960)
+    tokenizer = byte_level(path, BYTE_LEVEL)
+    count, fields = tokenizer.get_vocab_size(), tokenizer_fields(path, 960)
     assert fields.types[:3] == [CONTROL] * 3 and fields.tokens[:3] == SPECIAL
     assert (fields.tokens[count - 1], fields.types[count - 1]) == ("<tool>", USER_DEFINED)
     assert fields.types[count:] == [UNUSED] * (960 - count) and fields.tokens[count] == f"[PAD{count}]"
     assert fields.add == {"bos_token": False, "eos_token": False}
-
-
-def test_what_surrounds_a_text_otherwise_is_said(tiny_model):
-    path = tiny_model()
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.save(str(path / "tokenizer.json"))
-    surround, normalizer = tokenizer_fields(path, 320).notes
+    surround, normalizer = tokenizer_fields(path, 960).notes
     assert "between [0] and []" in surround and "normalizer (NFC)" in normalizer
 
 
@@ -188,17 +171,3 @@ def test_no_tokenizer_another_kind_and_too_few_rows_are_refused(tiny_model):
     (path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         tokenizer_fields(path, 320)
-
-
-def test_the_real_tokenizer(real_model, data_dir, tmp_path):
-    export_gguf(real_model, tmp_path / "model.gguf")
-    text = (data_dir / "wikitext2_valid_tokens.txt").read_text(encoding="utf-8")[:20_000]
-    texts = [*TEXTS, *text.splitlines(keepends=True)]
-    tokenizer = load_tokenizer(real_model)
-    messages = [{"role": "user", "content": "Why is the sky blue? 蓝 🟦\n"}]
-    texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    found = llama_cpp_run.run(tmp_path / "model.gguf", texts=texts)
-    for line, ids in zip(texts, found["encoded"], strict=True):
-        assert ids == tokenizer(line, add_special_tokens=False).input_ids, line
-    assert found["special"] == [1, 2, False] and {0, 2} <= set(found["ends"])
-    assert found["template"] == tokenizer.chat_template

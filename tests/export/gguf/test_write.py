@@ -8,6 +8,8 @@ import pytest
 import torch
 from support import llama_cpp_run
 from support.cuts import EMPTY, PLANS, WHOLE, cut
+from support.export_cases import IDS as TWO_ROWS
+from support.export_cases import LLAMA3, UNEVEN, YARN
 
 from export.gguf.layout import rotary_order
 from export.gguf.write import WrittenMatrix, export_gguf
@@ -18,25 +20,17 @@ from saap.prune.plan import LayerPlan, PrunePlan
 from saap.quantize.groups import quantize, quantize_model
 from saap.tune import TuneOptions, tune
 
-IDS = torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(5))
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}  # fmt: skip
-YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-UNEVEN = (
-    LayerPlan((), (), tuple(range(0, 128, 4))),  # no attention first
-    LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))),
-    LayerPlan((0, 2), (0, 1), ()),  # no FFN last
-)
+IDS = TWO_ROWS[:1]
 # name: (config, plan, llama.cpp's architecture)
 CASES = {
     "dense": ({}, None, "llama"),
     "untied, wide heads": ({"tie_word_embeddings": False, "head_dim": 32, "rope_theta": 5e5}, None, "llama"),
     "biased": ({"attention_bias": True, "mlp_bias": True}, None, "llama"),
     "linear rope": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None, "llama"),
-    "yarn rope": ({"rope_scaling": YARN_ROPE}, None, "llama"),
+    "yarn rope": ({"rope_scaling": YARN}, None, "llama"),
     "uneven": ({}, UNEVEN, "deci"),
     "uneven, biased": ({"attention_bias": True, "mlp_bias": True}, UNEVEN, "deci"),
-    "uneven, llama3 rope": ({"rope_scaling": LLAMA3_ROPE}, UNEVEN, "deci"),
+    "uneven, llama3 rope": ({"rope_scaling": LLAMA3}, UNEVEN, "deci"),
     "no FFN first, no attention last": (
         {"tie_word_embeddings": False},
         (LayerPlan((0, 1, 2, 3), (0, 1), ()), WHOLE, LayerPlan((), (), tuple(range(64)))),
@@ -71,12 +65,11 @@ def torch_run(path, new):
 def test_llama_cpp_computes_at_float32_what_torch_does(tiny_model, tmp_path, config, plan, architecture):
     path = model_of(tiny_model, tmp_path, config, plan)
     report = export_gguf(path, tmp_path / "model.gguf", kind="F32")
-    expected, tokens = torch_run(path, 16)
+    assert (report.architecture, report.notes) == (architecture, [])
     found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist(), greedy=16)
+    expected, tokens = torch_run(path, 16)
     assert np.abs(found["logits"] - expected).max() <= 2e-3
-    assert found["tokens"] == tokens
-    assert found["architecture"] == report.architecture == architecture
-    assert report.notes == []
+    assert (found["tokens"], found["architecture"]) == (tokens, architecture)
 
 
 def tensors_of(file):
@@ -146,9 +139,9 @@ def test_llama_cpp_computes_what_torch_does_with_the_numbers_in_the_file(tiny_mo
         weight = model.get_submodule(module_of(name)).weight
         order = order_of(name, len(weight), UNEVEN_HEADS.get(name[:5]))
         weight.data[order] = torch.from_numpy(floats(tensors[name]))
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
     with torch.inference_mode():
         expected = model(input_ids=IDS, use_cache=False).logits[0].numpy()
-    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
     assert np.sqrt(np.square(found - expected).mean()) <= bar * expected.std()  # its activations are int8
 
 
@@ -271,8 +264,8 @@ def test_another_type_holds_tuned_integers_exactly_or_says_how_far_off(tiny_mode
     assert coarse.tensors["token_embd.weight"].relative_error == 0
     assert 0.05 < coarse.worst_error_rounded <= 1 / 8 + 2**-10
     export_gguf(path, tmp_path / "f32.gguf", kind="F32")
-    expected, tokens = torch_run(path, 8)
     found = llama_cpp_run.run(tmp_path / "f32.gguf", ids=IDS[0].tolist(), greedy=8)
+    expected, tokens = torch_run(path, 8)
     assert np.abs(found["logits"] - expected).max() <= 2e-3 and found["tokens"] == tokens
 
 
@@ -286,8 +279,8 @@ def test_rows_that_are_not_whole_blocks_are_float16_and_said(tiny_model, tmp_pat
         "blk.2.attn_output has 16 input columns, not a multiple of 32",
         "blk.2.ffn_down has 37 input columns, not a multiple of 32",
     ]
-    expected, _ = torch_run(path, 1)
     found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    expected, _ = torch_run(path, 1)
     assert np.sqrt(np.square(found - expected).mean()) <= 0.05 * expected.std()
 
 

@@ -14,43 +14,25 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 
 
-@pytest.fixture(params=FAMILIES)
-def model_dir(request, tiny_family):
-    model_type, overrides = FAMILIES[request.param]
-    return tiny_family(model_type, **overrides)
-
-
-def test_fp32_graph_equals_transformers(model_dir, tmp_path):
-    assert sum(PIECES) == IDS.shape[1]
-    export_bundle(model_dir, tmp_path / "bundle", bits=32)
-    expected = logits_of(load_model(model_dir), IDS)
-    assert expected.std() > 0.3
-    for difference in largest_differences(tmp_path / "bundle", expected):
-        assert difference <= 1e-4
-
-
-def test_int4_level_0_equals_torch_on_the_same_integers(model_dir, tmp_path):
-    export_bundle(model_dir, tmp_path / "bundle", bits=4, accuracy_level=0)
-    expected = logits_of(reference_model(model_dir, 4, 32, 4), IDS)
-    assert np.abs(BundleScorer(tmp_path / "bundle").logits(IDS.numpy()) - expected).max() <= 2e-3
-    assert np.abs(expected - logits_of(load_model(model_dir), IDS)).max() > 0.05, "nothing was quantised"
-
-
-def test_parity_is_reported(model_dir, tmp_path):
-    for bits in (32, 4):
-        manifest = export_bundle(model_dir, tmp_path / "bundle", bits=bits, ids=IDS)
-        assert manifest.parity.tokens == IDS.numel()
-
-
-def test_sizes_are_those_of_the_model(model_dir, tmp_path):
-    model = load_model(model_dir)
-    shape = shape_of(read_config(model_dir))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_transformers(family, tiny_family, tmp_path):
+    model_type, overrides = FAMILIES[family]
+    path, bundle = tiny_family(model_type, **overrides), tmp_path / "bundle"
+    model, shape = load_model(path), shape_of(read_config(path))
     assert shape == shape_of(model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    manifest = export_bundle(model_dir, tmp_path / "bundle", bits=32)
+    manifest = export_bundle(path, bundle, bits=32, ids=IDS)
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.numel()
     assert manifest.weight_bytes_per_token == 4 * (shape.parameters - embedding)
-    assert manifest.model_type == model.config.model_type
+    assert manifest.model_type == model.config.model_type and manifest.parity.tokens == IDS.numel()
+    dense = logits_of(model, IDS)
+    assert dense.std() > 0.3 and sum(PIECES) == IDS.shape[1]
+    assert max(largest_differences(bundle, dense)) <= 1e-4
+    export_bundle(path, bundle, bits=4, accuracy_level=0)
+    expected = logits_of(reference_model(path, 4, 32, 4), IDS)
+    assert np.abs(BundleScorer(bundle).logits(IDS.numpy()) - expected).max() <= 2e-3
+    assert np.abs(expected - dense).max() > 0.05, "nothing was quantised"
+    assert export_bundle(path, bundle, bits=4, ids=IDS).parity.tokens == IDS.numel()
 
 
 def nodes_of(bundle, kind):

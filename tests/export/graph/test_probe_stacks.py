@@ -35,8 +35,9 @@ def config_only(directory: Path, **overrides: Any) -> Path:
     return directory
 
 
-def test_the_stacks_of_a_model_vary_every_second_layer(tmp_path: Path) -> None:
-    stacks = stack_layers(read_probe_model(config_only(tmp_path / "m")))
+def test_stacks_vary_every_second_layer_and_a_large_model_has_as_many_as_fill_the_limit(tmp_path: Path) -> None:
+    directory = config_only(tmp_path / "m")
+    stacks = stack_layers(read_probe_model(directory))
     full = LayerSizes(9, 3, 1536)
     assert stacks[0] == (full,) * 30
     assert all(stack[::2] == (full,) * 15 and len(set(stack[1::2])) == 1 for stack in stacks[1:])
@@ -44,10 +45,6 @@ def test_the_stacks_of_a_model_vary_every_second_layer(tmp_path: Path) -> None:
     assert [o.ffn for o in options[:8]] == [0, 64, 256, 512, 704, 896, 1088, 1344]
     heads = [(o.query_heads, o.kv_heads) for o in options[8:]]
     assert heads == [(0, 0), (1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (6, 2), (3, 3), (6, 3)]
-
-
-def test_a_large_model_is_probed_with_fewer_layers_that_fill_the_limit(tmp_path: Path) -> None:
-    directory = config_only(tmp_path / "m")
     layer, head = 3540096 * 0.625, 49152 * 576 * 0.625
     assert len(read_probe_model(directory, weight_limit=int(head + 10.5 * layer)).shape.layers) == 10
     assert len(read_probe_model(directory, weight_limit=1).shape.layers) == LEAST_LAYERS
@@ -144,7 +141,7 @@ def test_without_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.Mo
         ({"model_type": "gpt2"}, {}, "model type 'gpt2' is not supported"),
         ({}, {"bits": 3}, "3 bits cannot be probed on a CPU; allowed: 4, 8, 32"),
         ({"intermediate_size": 1500}, {}, "down_proj has 1500 input columns, not a multiple of the group size 32"),
-        ({"hidden_size": 540}, {"block": 64}, "the hidden state has 540 input columns"),
+        ({"hidden_size": 540}, {"group_size": 64}, "the hidden state has 540 input columns"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(
@@ -152,8 +149,5 @@ def test_what_cannot_be_probed_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read_probe_model(config_only(tmp_path / "m", **config), **options)
-
-
-def test_no_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         read_probe_model(tmp_path)

@@ -16,7 +16,6 @@ from support.references import reference_model, streamed_logits
 import export.parity.pieces
 import export.parity.streamed
 import export.parity.verify
-from export.bundle.manifest import read_manifest
 from export.bundle.session import open_session
 from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
@@ -25,59 +24,45 @@ from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 
-@pytest.fixture(params=[*MODELS, "uneven", "tuned"])
-def any_model(request, tiny_model, tmp_path):
-    path = model_of(request.param, tiny_model, tmp_path)
-    if request.param == "tuned":
-        tune(path, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
-        path = tmp_path / "tuned"
-    return path
-
-
-@pytest.mark.parametrize("bits", [4, 8, 32])
-def test_streamed_logits_are_the_whole_models(any_model, bits, monkeypatch):
+@pytest.mark.parametrize("kind", [*MODELS, "uneven", "tuned"])
+def test_streamed_logits_and_the_report_are_the_whole_models(kind, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(export.parity.streamed, "HEAD_ROWS", 100)  # the vocabulary of 320 in four pieces
     monkeypatch.setattr(export.parity.streamed, "LOGIT_BYTES", 1)  # one row at a time
-    source = ModelSource(any_model)
-    precision = source.precision(None, None, None) if source.quant else Precision(bits, 32, bits)
-    found = torch.stack(list(streamed_logits(any_model, IDS, precision)))
-    expected = logits_of(reference_model(any_model, precision.bits, 32, precision.head_bits), IDS)
-    assert (found - torch.from_numpy(expected)).abs().max() <= 1e-5
-
-
-def test_one_layer_is_in_memory_at_a_time(tiny_model):
-    reference = StreamedModel(ModelSource(tiny_model()), Precision(32, 0, 32))
-    layers = reference._model.model.layers
-    held = []
-
-    def look(*_):
-        held.append([all(not p.is_meta for p in layer.parameters()) for layer in layers])
-
-    for layer in layers:
-        layer.mlp.register_forward_pre_hook(look)
-    reference.hidden_states(IDS)
-    assert held == [[True, False, False], [False, True, False], [False, False, True]]
-    assert all(p.is_meta for layer in layers for p in layer.parameters())
-
-
-def test_progress_counts_layers(tiny_model):
-    seen = []
-    reference = StreamedModel(ModelSource(tiny_model()), Precision(32, 0, 32))
-    reference.hidden_states(IDS, lambda label, done, total: seen.append((done, total)))
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-
-
-def test_the_report_says_what_the_whole_model_says(any_model, tmp_path):
-    export_bundle(any_model, tmp_path / "bundle")
-    manifest = read_manifest(tmp_path / "bundle")
-    report = check_parity(tmp_path / "bundle", any_model, IDS, "dice")
-    logits = torch.from_numpy(logits_of(reference_model(any_model, 4, 32, manifest.lineage["head_bits"]), IDS))
+    path = model_of(kind, tiny_model, tmp_path)
+    precisions = [Precision(bits, 32, bits) for bits in (32, 8, 4)]
+    if kind == "tuned":
+        tune(path, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
+        path = tmp_path / "tuned"
+        precisions = [ModelSource(path).precision(None, None, None)]
+    for precision in precisions:
+        logits = torch.from_numpy(logits_of(reference_model(path, precision.bits, 32, precision.head_bits), IDS))
+        found = torch.stack(list(streamed_logits(path, IDS, precision)))
+        assert (found - logits).abs().max() <= 1e-5
+    manifest = export_bundle(path, tmp_path / "bundle")
+    assert (manifest.bits, manifest.lineage["head_bits"]) == (precision.bits, precision.head_bits)
+    report = check_parity(tmp_path / "bundle", path, IDS, "dice")
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
     assert report.nll_torch == pytest.approx(loss, rel=1e-5)
     assert report.perplexity_torch == pytest.approx(math.exp(loss), rel=1e-4)
     assert report.perplexity_graph / report.perplexity_torch == pytest.approx(report.perplexity_ratio)
     assert 0 < report.max_abs_logit_difference < 1
     assert report.tokens == 80
+
+
+def test_one_layer_is_in_memory_at_a_time(tiny_model):
+    reference = StreamedModel(ModelSource(tiny_model()), Precision(32, 0, 32))
+    layers = reference._model.model.layers
+    held, seen = [], []
+
+    def look(*_):
+        held.append([all(not p.is_meta for p in layer.parameters()) for layer in layers])
+
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(look)
+    reference.hidden_states(IDS, lambda label, done, total: seen.append((done, total)))
+    assert held == [[True, False, False], [False, True, False], [False, False, True]]
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
@@ -101,23 +86,23 @@ def numbers(report):
 
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("write", [export_bundle, export_portable])
-@pytest.mark.parametrize("piece_bytes", [1, 20_000])
-def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, write, bits, piece_bytes):
+def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, write, bits):
     path, bundle = tiny_model(), tmp_path / "bundle"
     write(path, bundle, bits=bits)
     whole = check_parity(bundle, path, IDS, "dice")
     before = sorted(bundle.iterdir())
     sessions = []
     monkeypatch.setattr(export.parity.verify, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(export.parity.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
     monkeypatch.setattr(
         export.parity.pieces, "open_session", lambda *a: sessions.append(open_session(*a)) or sessions[-1]
     )
-    near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
     # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.
-    report = check_parity(bundle, path, IDS, "dice")
-    assert numbers(report) == pytest.approx(numbers(whole), **near)
-    assert len(sessions) > (20 if piece_bytes == 1 else 3)
+    near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}
+    for piece_bytes, least in ((1, 20), (20_000, 3)):
+        monkeypatch.setattr(export.parity.pieces.logits_in_pieces, "__defaults__", (1, piece_bytes))
+        sessions.clear()
+        assert numbers(check_parity(bundle, path, IDS, "dice")) == pytest.approx(numbers(whole), **near)
+        assert len(sessions) > least
     assert sorted(bundle.iterdir()) == before
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,20 +22,25 @@ from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, llama):
+    home = tmp_path_factory.mktemp("exported")
+    export_bundle(llama(home / "tiny"), home / "bundle")
+    return home / "bundle"
+
+
 @pytest.fixture
-def bundle(tiny_model, tmp_path):
-    export_bundle(tiny_model(), tmp_path / "bundle")
-    return tmp_path / "bundle"
-
-
-def ask(*arguments, stdin=b"", code=0, monkeypatch=None):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-    return here("generate", *arguments, "--threads", "1", code=code)
+def bundle(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "bundle")
 
 
 @pytest.fixture
 def generate(monkeypatch):
-    return lambda *arguments, **options: ask(*arguments, monkeypatch=monkeypatch, **options)
+    def ask(*arguments, stdin=b"", code=0):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        return here("generate", *arguments, "--threads", "1", code=code)
+
+    return ask
 
 
 def document(done):
@@ -49,12 +55,7 @@ def test_one_answer_and_its_numbers(bundle, generate):
     told = document(generate(bundle, "The quick brown fox", "--max-tokens", "7", "--json"))
     (turn,) = told["turns"]
     assert turn["text"] + "\n" == done.stdout
-    assert (turn["n_prompt"], turn["n_prompt_read"], turn["n_gen"], len(turn["ids"])) == (
-        len(prompt),
-        len(prompt),
-        7,
-        7,
-    )
+    assert [turn["n_prompt"], turn["n_prompt_read"], turn["n_gen"], len(turn["ids"])] == [len(prompt)] * 2 + [7] * 2
     assert turn["text"] == BundleTokenizer(bundle).decode(turn["ids"])
     assert told["bundle_sha256"] == read_manifest(bundle).content_hash
     assert told["sampling"]["temperature"] == 0.0 and told["context"] == len(prompt) + 7

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from support.command_line import here, refused
+from support.command_line import here, prune_words, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
@@ -27,9 +27,8 @@ def model(tiny_model):
     return tiny_model()
 
 
-def pruned(model, out, text, *options, **settings):
-    return here("prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options,
-                **settings)  # fmt: skip
+def pruned(*arguments):
+    return here(*prune_words(*arguments))
 
 
 def cells(stdout, row):
@@ -94,7 +93,7 @@ def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs)
 
 
 def pruned_refused(model, out, text, *options):
-    message = refused("prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options)
+    message = refused(*prune_words(model, out, text, *options))
     assert not out.exists()
     return message
 
@@ -134,20 +133,6 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
 def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, options, message):
     options = [str(costs) if option == "COSTS" else option for option in options]
     assert message in pruned_refused(model, tmp_path / "slim", river, *options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"hidden": 576, "head_dim": 16, "vocab": 320, "bits": 4, "block": 32}}, "hidden 576, not hidden 96"),
-        ({"model": {"hidden": 96, "head_dim": 16, "vocab": 320, "bits": 32, "block": 0}}, "bits 32, block 0, not bits"),
-        ({"kind": "something"}, "is damaged ('something' is no table of costs)"),
-        ({"device": 5}, "is damaged"),
-    ],
-)
-def test_foreign_tables_of_costs(model, tmp_path, river, changes, message):
-    path = cost_file(tmp_path / "other.json", **changes)
-    assert message in pruned_refused(model, tmp_path / "slim", river, "--speedup", "1.5", "--costs", path)
 
 
 def test_a_table_of_this_machine_must_be_of_its_runtime(model, tmp_path, river):

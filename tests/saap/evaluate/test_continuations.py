@@ -11,24 +11,14 @@ import onnx
 import pytest
 import torch
 from support.exported import export_bundle, export_portable
+from support.family_cuts import CASES, dense_dir
 
 from export.generate.scoring import BundleScorer
 from saap.evaluate import continuations
 from saap.evaluate.continuations import Group, cached_continuations, torch_continuations
 from saap.models.checkpoint import load_model
 
-WINDOW = 8
-CASES = {
-    "llama": ("llama", {}),
-    "mistral": ("mistral", {"sliding_window": WINDOW}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
-    "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}),
-    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW}),
-    "olmo2": ("olmo2", {}),
-    "granite": ("granite", {"residual_multiplier": 0.6, "logits_scaling": 2.0}),
-}  # fmt: skip
+__all__ = ["dense_dir"]
 
 
 def some_groups(seed=0):
@@ -64,9 +54,8 @@ def assert_same(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_packed_row_tells_what_separate_rows_do(tiny_family, case):
-    model_type, fields = CASES[case]
-    model, groups = load_model(tiny_family(model_type, **fields)), some_groups()
+def test_a_packed_row_tells_what_separate_rows_do(dense_dir, case):
+    model, groups = load_model(dense_dir(case)), some_groups()
     assert_same(list(torch_continuations(model)(groups)), one_by_one(model, groups), 2e-4)
 
 
@@ -87,9 +76,8 @@ def test_what_greedy_decoding_would_say_is_told(tiny_model):
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("case", ["llama", "mistral"])
-def test_a_bundle_tells_what_its_model_does(tiny_family, tmp_path, case, target):
-    model_type, fields = CASES[case]
-    directory = tiny_family(model_type, **fields)
+def test_a_bundle_tells_what_its_model_does(dense_dir, tmp_path, case, target):
+    directory = dense_dir(case)
     export = export_bundle if target == "cpu" else export_portable
     export(directory, tmp_path / "bundle", bits=32)
     groups = some_groups(2)

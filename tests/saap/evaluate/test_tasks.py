@@ -170,24 +170,9 @@ def test_a_row_of_another_form_is_named(tmp_path, name, change, message):
         find_task(name, tmp_path / "t")
 
 
-def test_a_missing_field_is_named(tmp_path):
-    write(tmp_path / "t", "piqa", [{"question": "who"}])
-    with pytest.raises(UserError, match=r"line 1 lacks choices, label: piqa needs question, choices, label"):
-        find_task("piqa", tmp_path / "t")
-
-
-def test_one_example_is_refused_before_a_model_is_read(tmp_path):
-    write(tmp_path / "t", "piqa", some_rows("piqa", 1))
-    with pytest.raises(UserError, match=r"piqa_test.jsonl holds one example: give 2 or more"):
-        find_task("piqa", tmp_path / "t")
-
-
 def test_a_context_of_digits_is_a_context(tiny_model, tmp_path):
-    write(
-        tmp_path / "t",
-        "hellaswag",
-        [{**row, "context": str(40 + n)} for n, row in enumerate(some_rows("hellaswag", 3))],
-    )
+    rows = [{**row, "context": str(40 + n)} for n, row in enumerate(some_rows("hellaswag", 3))]
+    write(tmp_path / "t", "hellaswag", rows)
     (row,) = run(tiny_model(), EvalOptions(tasks=("hellaswag",), task_dir=tmp_path / "t"))
     assert len(row.examples) == 3
 
@@ -247,14 +232,19 @@ def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder
     assert [row["model"] for row in json.loads(out.read_text())["tasks"]] == [str(first)]
 
 
-def test_what_is_no_task_is_refused(folder):
-    with pytest.raises(UserError, match="no task 'mmlu' from files: choose among boolq, piqa"):
-        find_task("mmlu", folder)
-    with pytest.raises(UserError, match="is no folder"):
-        find_task("piqa", folder / "nothing")
+def test_what_is_no_task_is_refused(folder, tmp_path):
+    write(tmp_path / "less", "piqa", [{"question": "who"}])
+    write(tmp_path / "one", "piqa", some_rows("piqa", 1))
     (folder / "piqa.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"piqa needs one file .* piqa.jsonl, piqa_test.jsonl is there"):
-        find_task("piqa", folder)
+    for name, place, message in (
+        ("mmlu", folder, "no task 'mmlu' from files: choose among boolq, piqa"),
+        ("piqa", folder / "nothing", "is no folder"),
+        ("piqa", folder, r"piqa needs one file .* piqa.jsonl, piqa_test.jsonl is there"),
+        ("piqa", tmp_path / "less", r"line 1 lacks choices, label: piqa needs question, choices, label"),
+        ("piqa", tmp_path / "one", r"piqa_test.jsonl holds one example: give 2 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_task(name, place)
 
 
 def test_from_the_command_line_to_the_document(tiny_model, folder, tmp_path):
@@ -264,10 +254,7 @@ def test_from_the_command_line_to_the_document(tiny_model, folder, tmp_path):
     document = json.loads(out.read_text())
     assert document["protocol"] is None and document["max_examples"] == 6
     assert [row["task"] for row in document["tasks"]] == ["boolq", "piqa"]
-
-
-def test_options_without_tasks_are_refused(tiny_model, folder):
-    done = here("eval", tiny_model(), "--task-dir", folder, code=2)
+    done = here("eval", directory, "--task-dir", folder, code=2)
     assert "--task-dir and --max-examples belong to --tasks" in done.stderr
 
 

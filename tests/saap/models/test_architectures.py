@@ -114,33 +114,24 @@ def test_a_config_that_transformers_4_would_misread(tiny_family):
         load_model(path)
 
 
-SIZES = {
-    "a head of 24 with rotary": ({"head_dim": 24}, "head size of 24 cannot be exported: .* multiples of 16"),
-    "a head of 20 without": ({"head_dim": 20, "no_rope_layers": [0, 0, 0]}, "head size of 20 .* multiples of 8"),
-    "uneven groups": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "layer 0 has 3 query heads on 2 KV heads"),
-}
-
-
-@pytest.mark.parametrize("case", SIZES)
-def test_sizes_that_the_attention_refuses(tiny_family, tmp_path, case):
-    changes, complaint = SIZES[case]
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("smollm3", {"head_dim": 24}, "head size of 24 cannot be exported: .* multiples of 16"),
+        ("smollm3", {"head_dim": 20, "no_rope_layers": [0, 0, 0]}, "head size of 20 .* multiples of 8"),
+        ("smollm3", {"num_key_value_heads": 2}, "layer 0 has 3 query heads on 2 KV heads"),
+        ("phi3", {"partial_rotary_factor": 0.75}, "rotary embedding of 24 elements of a head cannot be exported"),
+        ("phi3", {}, "qkv_proj has 96 input columns, not a multiple of the group size 64"),
+        ("smollm3", {"head_dim": 24, "no_rope_layers": [0, 0, 0]}, None),
+    ],
+)
+def test_sizes_that_the_attention_or_groups_refuse(tiny_family, tmp_path, family, changes, complaint):
+    path, options = tiny_family(family, **changes), {"bits": 32} if changes else {"group_size": 64}
+    if complaint is None:
+        assert export_bundle(path, tmp_path / "bundle", **options).head_dim == 24
+        return
     with pytest.raises(UserError, match=complaint):
-        export_bundle(tiny_family("smollm3", **changes), tmp_path / "bundle", bits=32)
-
-
-def test_a_head_of_24_without_rotary_is_exported(tiny_family, tmp_path):
-    path = tiny_family("smollm3", head_dim=24, no_rope_layers=[0, 0, 0])
-    assert export_bundle(path, tmp_path / "bundle", bits=32).head_dim == 24
-
-
-def test_a_part_of_the_head_that_the_rotary_cannot_turn(tiny_family, tmp_path):
-    with pytest.raises(UserError, match="rotary embedding of 24 elements of a head cannot be exported"):
-        export_bundle(tiny_family("phi3", partial_rotary_factor=0.75), tmp_path / "bundle", bits=32)
-
-
-def test_a_group_that_does_not_divide(tiny_family, tmp_path):
-    with pytest.raises(UserError, match="qkv_proj has 96 input columns, not a multiple of the group size 64"):
-        export_bundle(tiny_family("phi3"), tmp_path / "bundle", group_size=64)
+        export_bundle(path, tmp_path / "bundle", **options)
 
 
 def test_a_checkpoint_without_a_promised_tensor(tiny_family, tmp_path):

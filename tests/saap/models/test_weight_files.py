@@ -59,34 +59,32 @@ def damaged(path, how):
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("truncated", "cannot be loaded|is damaged"),
-        ("a header that claims 2^63 bytes", "cannot be loaded|is damaged"),
-        ("no safetensors", "cannot be loaded|is damaged"),
-        ("model.norm.weight", "has no tensor model.norm.weight"),
-        ("model.embed_tokens.weight", r"has no tensor (model.embed_tokens|lm_head).weight"),
-        ("model.layers.1.mlp.down_proj.weight", "has no tensor model.layers.1.mlp.down_proj.weight"),
-    ],
+DAMAGE = {
+    "truncated": "cannot be loaded|is damaged",
+    "a header that claims 2^63 bytes": "cannot be loaded|is damaged",
+    "no safetensors": "cannot be loaded|is damaged",
+    "model.norm.weight": "has no tensor model.norm.weight",
+    "model.embed_tokens.weight": r"has no tensor (model.embed_tokens|lm_head).weight",
+    "model.layers.1.mlp.down_proj.weight": "has no tensor model.layers.1.mlp.down_proj.weight",
+}
+COMMANDS = (
+    ("export", "--text", "TEXT", "-o", "OUT"),
+    ("eval", "--text", "TEXT"),
+    ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT"),
+    ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT", "--stream"),
+    ("tune", "--data", "TEXT", "-o", "OUT"),
 )
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT"),
-        ("prune", "--ratio", "0.2", "--calibration", "TEXT", "-o", "OUT", "--stream"),
-        ("tune", "--data", "TEXT", "-o", "OUT"),
-        ("eval", "--text", "TEXT"),
-        ("export", "--text", "TEXT", "-o", "OUT"),
-    ],
-    ids=lambda command: command[0] + ("-stream" if "--stream" in command else ""),
-)
-def test_damaged_weights_are_named_and_nothing_is_written(how, said, command, tiny_model, tmp_path):
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_weights_are_named_and_nothing_is_written(how, tiny_model, tmp_path):
+    """All commands read weights in two ways, as a whole and tensor by tensor, so that two take every damage."""
     path, text = tiny_model("model"), tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 4000)
     damaged(path, how)
     places = {"TEXT": text, "OUT": tmp_path / "out"}
-    done = here(command[0], path, *(places.get(word, word) for word in command[1:]), code=2)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("saap: ") and re.search(said, last) and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    for command in COMMANDS if how in ("truncated", "model.layers.1.mlp.down_proj.weight") else COMMANDS[:2]:
+        done = here(command[0], path, *(places.get(word, word) for word in command[1:]), code=2)
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("saap: ") and re.search(DAMAGE[how], last) and "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

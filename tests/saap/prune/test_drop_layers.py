@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.command_line import here, refused
+from support.command_line import here, prune_words, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
-from saap.prune import pruning
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.search.budget import budget_for
@@ -24,10 +23,6 @@ IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 @pytest.fixture
 def model(tiny_model):
     return tiny_model(num_hidden_layers=6)
-
-
-def arguments(model, out, text, *options):
-    return ["prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options]
 
 
 def dropped(plan):
@@ -77,36 +72,16 @@ def test_the_width_is_scored_as_often_as_it_takes(model):
 
 def test_a_time_is_met_with_fewer_layers(model, tmp_path, river):
     costs = cost_file(tmp_path / "cost.json")
-    here(*arguments(model, tmp_path / "slim", river, "--speedup", "1.6", "--costs", costs, "--drop-layers", "1"))
+    here(*prune_words(model, tmp_path / "slim", river, "--speedup", "1.6", "--costs", costs, "--drop-layers", "1"))
     plan = read_record(tmp_path / "slim")["plan"]
     assert plan["achieved"]["speedup"] == pytest.approx(1.6, rel=0.1)
     assert plan["achieved"]["ms_per_token"] <= plan["dense"]["ms_per_token"] / 1.6 * (1 + 1e-9)
     assert read_config(tmp_path / "slim")["num_hidden_layers"] == 5
 
 
-def test_one_that_was_killed_goes_on_after_the_layers(model, tmp_path, monkeypatch):
-    options = PruneOptions(ratio=0.4, drop_layers=2)
-    prune(model, options, output=tmp_path / "whole", calibration=IDS)
-    once, stages = pruning._prune_stage, []
-
-    def until_the_second(job, stage, *rest):
-        stages.append(stage.layers)
-        if len(stages) == 2:
-            raise KeyboardInterrupt
-        return once(job, stage, *rest)
-
-    monkeypatch.setattr(pruning, "_prune_stage", until_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        prune(model, options, output=tmp_path / "slim", calibration=IDS)
-    prune(model, options, output=tmp_path / "slim", calibration=IDS)
-    assert stages == [2, 0, 0]
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "slim" / file.name).read_bytes(), file.name
-
-
 def test_layers_that_went_have_no_price(model, tmp_path, river):
     asked = ["--ratio", "0.4", "--drop-layers", "2", "--explain"]
-    told = here(*arguments(model, tmp_path / "slim", river, *asked)).stdout
+    told = here(*prune_words(model, tmp_path / "slim", river, *asked)).stdout
     blocks = read_record(tmp_path / "slim")["plan"]["reasons"]["blocks"]
     gone = {block["layer"] for block in blocks if block["price"] is None}
     assert len(gone) == 2 and len(blocks) == 12
@@ -135,5 +110,5 @@ def test_layers_that_went_have_no_price(model, tmp_path, river):
     ],
 )
 def test_what_makes_no_sense(model, tmp_path, river, options, message):
-    assert message in refused(*arguments(model, tmp_path / "slim", river, *options))
+    assert message in refused(*prune_words(model, tmp_path / "slim", river, *options))
     assert not (tmp_path / "slim").exists()

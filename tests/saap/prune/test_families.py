@@ -119,7 +119,7 @@ def test_slim_models_load_elsewhere_with_the_shipped_file(dense_dir, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
+def test_an_uneven_bundle_passes_parity_and_is_probed(dense_dir, tmp_path, case):
     dense, bundle = dense_dir(case), tmp_path / "bundle"
     plan = fitting(dense, EXPORTED)
     path = cut(dense, tmp_path / "slim", plan)
@@ -128,14 +128,7 @@ def test_an_uneven_bundle_passes_parity(dense_dir, tmp_path, case):
         assert manifest.parity.tokens == IDS.numel()
     planned = [plan.layers[i].sizes for i in plan.kept_layers]
     assert [LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == planned
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_slim_models_and_their_bundles_are_probed(dense_dir, tmp_path, case):
-    dense = dense_dir(case)
-    path = cut(dense, tmp_path / "slim", fitting(dense, EXPORTED))
-    export_bundle(path, tmp_path / "bundle", bits=4)
-    for directory in (path, tmp_path / "bundle"):
+    for directory in (path, bundle):
         probed = read_probe_model(directory)
         assert probed.architecture is ROWS[CASES[case][0]]
         assert probed.shape.layers == (LayerSizes(6, 3, 64),) * 5

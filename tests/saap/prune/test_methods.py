@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command_line import here, refused
+from support.command_line import here, prune_words, refused
 from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
@@ -22,10 +22,6 @@ IDS = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(3))
 @pytest.fixture
 def model(tiny_model):
     return tiny_model()
-
-
-def arguments(model, out, river, *options):
-    return ["prune", model, "-o", out, "--calibration", river, "--sequences", "8", "--length", "16", *options]
 
 
 def weights_of(directory):
@@ -44,7 +40,7 @@ PAIRS |= {(method, compensation) for method in ("saap", "flap") for compensation
 @pytest.mark.parametrize(("method", "compensation"), sorted(PAIRS))
 def test_every_method_and_every_compensation(model, tmp_path, river, method, compensation):
     asked = ["--ratio", "0.3", "--method", method, "--compensate", compensation]
-    here(*arguments(model, tmp_path / "slim", river, *asked))
+    here(*prune_words(model, tmp_path / "slim", river, *asked))
     record = read_record(tmp_path / "slim")
     assert (record["method"], record["options"]["compensate"]) == (method, compensation)
     shape = shape_of(read_config(tmp_path / "slim"))
@@ -58,7 +54,7 @@ def test_every_method_and_every_compensation(model, tmp_path, river, method, com
 
 def test_scored_anew_in_steps_and_corrected(model, tmp_path, river):
     asked = ["--ratio", "0.4", "--stages", "2", "--set", "corrections=1"]
-    here(*arguments(model, tmp_path / "slim", river, *asked))
+    here(*prune_words(model, tmp_path / "slim", river, *asked))
     record = read_record(tmp_path / "slim")
     assert record["options"]["steps"] == 2 and record["plan"]["achieved"]["ratio"] >= 0.4
     assert record["options"]["adaptive"]["corrections"] == 1
@@ -70,7 +66,7 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, river):
     after, plans = ["--set", "prices=compensated"], {}
     ways = {"after": [*after, "--no-stream"], "streamed": [*after, "--stream"], "before": ["--set", "prices=silenced"]}
     for name, options in ways.items():
-        here(*arguments(model, tmp_path / name, river, "--ratio", "0.4", "--stages", "1", *options))
+        here(*prune_words(model, tmp_path / name, river, "--ratio", "0.4", "--stages", "1", *options))
         record = read_record(tmp_path / name)
         plans[name] = record["plan"]["layers"], record["plan"]["price_nats"]
     assert record["options"]["adaptive"]["prices"] == "silenced"
@@ -80,37 +76,32 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, river):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "0"], "stages 0 is not allowed: give 1 or more"),
-        (["--set", "corrections=-1"], "corrections -1 is not allowed: give 0 or more"),
         (
             ["--set", "corrections=1", "--set", "prices=compensated"],
             "corrections measure without compensation: leave them out",
         ),
         (["--set", "prices=low"], "prices low is not allowed: give silenced or compensated"),
-        (["--set", "c=-1"], "c -1.0 is not allowed: give 0 or more"),
         (["--set", "c=nan"], "c nan is not allowed"),
-        (["--set", "exact=true"], "the score vector-token has no element score to be exact"),
         (["--method", "flap", "--set", "corrections=1"], "stages and corrections are for the method saap"),
-        (["--method", "flap", "--stages", "2"], "stages and corrections are for the method saap"),
         (["--method", "best"], "--method best is not allowed: give saap, random,"),
         (["--compensate", "hope"], "--compensate hope is not allowed: give none, bias or refit"),
     ],
 )
 def test_values_that_are_not_allowed(model, tmp_path, river, options, message):
-    assert message in refused(*arguments(model, tmp_path / "slim", river, "--ratio", "0.2", *options))
+    assert message in refused(*prune_words(model, tmp_path / "slim", river, "--ratio", "0.2", *options))
     assert not (tmp_path / "slim").exists()
 
 
 def test_the_biases_that_flap_adds_count(model, tmp_path, river):
     """A count that the plan meets without its biases, and misses by one with them, takes a smaller plan."""
-    here(*arguments(model, tmp_path / "slim", river, "--max-params", "190k", "--method", "flap"))
+    here(*prune_words(model, tmp_path / "slim", river, "--max-params", "190k", "--method", "flap"))
     plan = read_record(tmp_path / "slim")["plan"]
     names = [name for name in weights_of(tmp_path / "slim") if name.endswith("bias")]
     assert len(names) == 6 and all("o_proj" in name or "down_proj" in name for name in names)
     found = count(tmp_path / "slim")
     assert found == plan["planned"]["parameters"] == plan["achieved"]["parameters"] <= 190_000
-    here(*arguments(model, tmp_path / "same", river, "--max-params", str(found), "--method", "flap"))
-    here(*arguments(model, tmp_path / "less", river, "--max-params", str(found - 1), "--method", "flap"))
+    here(*prune_words(model, tmp_path / "same", river, "--max-params", str(found), "--method", "flap"))
+    here(*prune_words(model, tmp_path / "less", river, "--max-params", str(found - 1), "--method", "flap"))
     assert count(tmp_path / "same") == found
     assert count(tmp_path / "less") < found - 1
 
@@ -124,10 +115,10 @@ def uneven(tmp_path_factory):
 @pytest.mark.parametrize("method", ["saap", "magnitude", "param_mix", "flap", "shortgpt"])
 def test_an_uneven_slim_model_with_biases_prunes_again(model, tmp_path, river, uneven, method):
     if not uneven.exists():
-        here(*arguments(model, uneven, river, "--ratio", "0.2", "--compensate", "bias", "--keep-layers", "1"))
+        here(*prune_words(model, uneven, river, "--ratio", "0.2", "--compensate", "bias", "--keep-layers", "1"))
     before = shape_of(read_config(uneven))
     assert before.added_bias and len(set(before.layers)) > 1
-    here(*arguments(uneven, tmp_path / "again", river, "--ratio", "0.2", "--method", method))
+    here(*prune_words(uneven, tmp_path / "again", river, "--ratio", "0.2", "--method", method))
     after = shape_of(read_config(tmp_path / "again"))
     assert after.added_bias
     assert after.layer_weights <= 0.8 * before.layer_weights
@@ -144,7 +135,7 @@ def test_weights_that_are_not_numbers_are_refused(model, tmp_path, river, method
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     options = ["--ratio", "0.2", "--method", method, "--compensate", "none"]
-    message = refused(*arguments(broken, tmp_path / "slim", river, *options))
+    message = refused(*prune_words(broken, tmp_path / "slim", river, *options))
     assert "the loss is nan on calibration sequence 0" in message or "not finite" in message
     assert "check the model" in message or "check model and text" in message
     assert not (tmp_path / "slim").exists()
@@ -153,7 +144,7 @@ def test_weights_that_are_not_numbers_are_refused(model, tmp_path, river, method
 @pytest.mark.parametrize(("method", "compensation"), [("saap", "refit"), ("flap", "bias")])
 def test_the_same_seed_twice_gives_the_same_bytes(model, tmp_path, river, method, compensation):
     for name in ("one", "two"):
-        here(*arguments(model, tmp_path / name, river, "--ratio", "0.3", "--method", method, "--seed", "5"))
+        here(*prune_words(model, tmp_path / name, river, "--ratio", "0.3", "--method", method, "--seed", "5"))
     assert read_record(tmp_path / "one")["options"]["compensate"] == compensation  # the method's own
     hashes = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()}
@@ -163,12 +154,12 @@ def test_the_same_seed_twice_gives_the_same_bytes(model, tmp_path, river, method
 
 
 def test_why_is_told_on_demand(model, tmp_path, river):
-    told = here(*arguments(model, tmp_path / "told", river, "--ratio", "0.3", "--explain")).stdout
+    told = here(*prune_words(model, tmp_path / "told", river, "--ratio", "0.3", "--explain")).stdout
     assert max(map(len, told.splitlines())) <= 100
     words = " ".join(told.split())
     assert "Why each layer lost what it lost: prices in nats and in nats per million weights" in words
     assert "Most went from layer" in words and "Next would go" in words and "the dearest step taken, " in words
-    flap = here(*arguments(model, tmp_path / "flap", river, "--ratio", "0.3", "--explain", "--method", "flap")).stdout
+    flap = here(*prune_words(model, tmp_path / "flap", river, "--ratio", "0.3", "--explain", "--method", "flap")).stdout
     assert "by one threshold for the whole model. It has no prices." in " ".join(flap.split())
     assert "What each layer lost" in flap and "nats" not in flap
 
@@ -177,18 +168,18 @@ def test_a_table_of_another_machine_is_refused_for_a_bundle_of_this_one(model, t
     from devices.probe.host import probe
 
     device, asked = probe(), ["--speedup", "1.5", "--here", "--costs"]
-    here(*arguments(model, tmp_path / "slim", river, *asked, cost_file(tmp_path / "ours.json", device=device)))
+    here(*prune_words(model, tmp_path / "slim", river, *asked, cost_file(tmp_path / "ours.json", device=device)))
     assert read_record(tmp_path / "slim")["plan"]["costs"]["fingerprint"] == device["fingerprint"]
     theirs = cost_file(tmp_path / "theirs.json")
-    message = refused(*arguments(model, tmp_path / "other", river, *asked, theirs))
+    message = refused(*prune_words(model, tmp_path / "other", river, *asked, theirs))
     assert "theirs.json was measured on Cortex-A76 (fingerprint abc), this machine is " in message
     assert f"(fingerprint {device['fingerprint']}): measure here with `saap devices costs MODEL`" in message
     unnamed = cost_file(tmp_path / "unnamed.json", device={"fingerprint": "abc", "onnxruntime": "1.23.0"})
-    assert "measured on an unnamed device" in refused(*arguments(model, tmp_path / "other", river, *asked, unnamed))
+    assert "measured on an unnamed device" in refused(*prune_words(model, tmp_path / "other", river, *asked, unnamed))
     for damage, told in (({"kind": "x"}, "'x' is no table of costs"), ({"device": 5}, "is damaged")):
         path = cost_file(tmp_path / "damaged.json", **{"device": device, **damage})
-        assert told in refused(*arguments(model, tmp_path / "other", river, *asked, path))
+        assert told in refused(*prune_words(model, tmp_path / "other", river, *asked, path))
     assert "--here is about the table of --costs" in refused(
-        *arguments(model, tmp_path / "other", river, "--ratio", "0.2", "--here")
+        *prune_words(model, tmp_path / "other", river, "--ratio", "0.2", "--here")
     )
     assert not (tmp_path / "other").exists()

@@ -15,32 +15,34 @@ __all__ = ["compensated", "dense_dir"]
 FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "olmo2", "granite"]
 
 
-def planned_and_real(model, bundle, bits, block=32):
+def planned_and_real(model, bundle, bits, group_size=32):
     """Bytes by the formula, and of the file that export writes."""
     from support.exported import export_bundle
 
     config = read_config(model)
-    export_bundle(model, bundle, bits=bits, group_size=None if bits == 32 else block)
-    return bundle_size(config, bits, block).total(shape_of(config)), (bundle / "model.onnx.data").stat().st_size
+    export_bundle(model, bundle, bits=bits, group_size=None if bits == 32 else group_size)
+    return bundle_size(config, bits, group_size).total(shape_of(config)), (bundle / "model.onnx.data").stat().st_size
 
 
-@pytest.mark.parametrize("bits", [4, 8, 32])
-def test_the_file_is_as_large_as_planned(tiny_model, tmp_path, bits):
-    planned, real = planned_and_real(tiny_model(), tmp_path / "bundle", bits)
-    assert planned == real
+WIDER = {"hidden_size": 128, "num_attention_heads": 8}
+REAL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 8192}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "bits", "group_size"),
     [
-        {"tie_word_embeddings": False},
-        {"attention_bias": True, "mlp_bias": True},
-        {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 192},
-        {"max_position_embeddings": 1000},
+        *(({}, bits, 32) for bits in (4, 8, 32)),
+        ({"tie_word_embeddings": False}, 4, 32),
+        ({"attention_bias": True, "mlp_bias": True}, 4, 32),
+        (WIDER | {"num_key_value_heads": 2, "intermediate_size": 192}, 4, 32),
+        (WIDER | {"num_key_value_heads": 4}, 4, 64),
+        ({"max_position_embeddings": 1000}, 4, 32),
+        (REAL, 4, 32),
     ],
 )
-def test_so_is_that_of_other_llamas(tiny_model, tmp_path, changes):
-    planned, real = planned_and_real(tiny_model(**changes), tmp_path / "bundle", 4)
+def test_the_file_is_as_large_as_planned(tiny_model, tmp_path, changes, bits, group_size):
+    planned, real = planned_and_real(tiny_model(**changes), tmp_path / "bundle", bits, group_size)
     assert planned == real
 
 
@@ -48,22 +50,6 @@ def test_so_is_that_of_other_llamas(tiny_model, tmp_path, changes):
 def test_so_is_that_of_every_family(tiny_family, tmp_path, family):
     planned, real = planned_and_real(tiny_family(family), tmp_path / "bundle", 4)
     assert planned == real
-
-
-def test_so_is_that_of_larger_groups(tiny_model, tmp_path):
-    changes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
-    planned, real = planned_and_real(tiny_model(**changes), tmp_path / "bundle", 4, block=64)
-    assert planned == real
-
-
-def test_so_is_that_of_a_model_of_real_size(tiny_model, tmp_path):
-    model = tiny_model(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
-        head_dim=64, vocab_size=4096, max_position_embeddings=8192,
-    )  # fmt: skip
-    planned, real = planned_and_real(model, tmp_path / "bundle", 4)
-    assert planned == real
-    assert real > 10e6
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

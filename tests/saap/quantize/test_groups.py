@@ -5,25 +5,19 @@ import torch
 
 from saap.models.checkpoint import load_model, materialise_linears
 from saap.models.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
-from saap.quantize.groups import fill, pack_codes, pack_zero_points, quantize, quantize_model
+from saap.quantize.groups import pack_codes, pack_zero_points, quantize, quantize_model
 from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(10, 96, generator=GENERATOR)
 
 
-def dequantised(matrix, columns):
-    holder = GroupQuantTable(matrix.scales.shape[0], columns, matrix.bits, matrix.block)
-    fill(holder, matrix)
-    return holder.dequantize()
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("block", [32, 96])
-def test_the_error_is_no_larger_than_that_of_the_whole_range(bits, symmetric, block):
-    matrix = quantize(WEIGHT, bits, block, symmetric)
-    groups = WEIGHT.view(len(WEIGHT), -1, block)
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_the_error_is_no_larger_than_that_of_the_whole_range(bits, symmetric, group_size):
+    matrix = quantize(WEIGHT, bits, group_size, symmetric)
+    groups = WEIGHT.view(len(WEIGHT), -1, group_size)
     if symmetric:
         step = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
         plain = torch.round(groups / step) * step
@@ -32,7 +26,7 @@ def test_the_error_is_no_larger_than_that_of_the_whole_range(bits, symmetric, bl
         step = (high - low) / (2**bits - 1)
         zero = torch.round(-low / step)
         plain = (torch.round(groups / step).add(zero).clamp(0, 2**bits - 1) - zero) * step
-    error = (dequantised(matrix, 96) - WEIGHT).view_as(groups).square().sum(-1)
+    error = (matrix.dequantize() - WEIGHT).view_as(groups).square().sum(-1)
     assert error.sum() <= (plain - groups).square().sum() * (0.95 if bits == 4 else 1.02)
     if bits == 4:  # a group may miss the plain range by the rounding of its scale, never by more
         assert (error <= (plain - groups).square().sum(-1) * 1.25).all()
@@ -41,7 +35,7 @@ def test_the_error_is_no_larger_than_that_of_the_whole_range(bits, symmetric, bl
 def test_the_extra_code_is_on_the_side_of_the_largest_weight():
     weight = torch.arange(-8.0, 8).repeat(2).view(1, 32) / 8
     for sign in (1, -1):
-        assert (dequantised(quantize(sign * weight, 4, 32), 32) - sign * weight).abs().max() < 1e-3
+        assert (quantize(sign * weight, 4, 32).dequantize() - sign * weight).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -52,30 +46,19 @@ def test_packing_is_undone(bits):
     packed = pack_zero_points(zero, bits)
     assert packed.shape == (5, 2 if bits == 4 else 3)
     assert torch.equal(unpack_zero_points(packed, bits, 3), zero)
+    if bits == 4:  # the low nibble comes first
+        assert pack_codes(torch.tensor([[[1, 2, 3, 4]]], dtype=torch.uint8), 4).tolist() == [[[0x21, 0x43]]]
+        assert pack_zero_points(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
 
 
-def test_low_nibble_comes_first():
-    codes = torch.tensor([[[1, 2, 3, 4]]], dtype=torch.uint8)
-    assert pack_codes(codes, 4).tolist() == [[[0x21, 0x43]]]
-    assert pack_zero_points(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
-
-
-def test_scales_are_float16_numbers():
+def test_scales_are_float16_numbers_zero_is_exact_and_so_is_a_group_of_zeros():
     scales = quantize(WEIGHT * 1e-3, 4, 32).scales
     assert torch.equal(scales, scales.half().float())
-
-
-def test_zero_is_exact_and_a_group_of_zeros_is_fine():
     weight = WEIGHT.clone()
     weight[:, :32] = 0
     weight[0, 40] = 0
-    back = dequantised(quantize(weight, 4, 32), 96)
-    assert torch.isfinite(back).all()
-    assert (back[:, :32] == 0).all()
-    assert back[0, 40] == 0
-
-
-def test_a_group_that_does_not_divide_is_refused():
+    back = quantize(weight, 4, 32).dequantize()
+    assert torch.isfinite(back).all() and (back[:, :32] == 0).all() and back[0, 40] == 0
     with pytest.raises(UserError, match="not a multiple of the group size 64"):
         quantize(WEIGHT, 4, 64)
 

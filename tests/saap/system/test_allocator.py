@@ -16,7 +16,7 @@ MAPPED = 60  # faults, fewer than five tensors' even in huge pages of 2 MB
 # Page faults of five tensors of 40 MB, one after the other, and megabytes that are resident then.
 SCRIPT = """
 import contextlib, json, resource, sys
-import torch
+import numpy
 from saap.system.allocator import kept_memory
 
 def faults():
@@ -27,10 +27,10 @@ def resident():
 
 start = resident()
 with kept_memory() if sys.argv[1] == "kept" else contextlib.nullcontext():
-    torch.ones(10_000_000)
+    numpy.ones(5_000_000)
     before = faults()
     for _ in range(5):
-        torch.ones(10_000_000)
+        numpy.ones(5_000_000)
     found = faults() - before
     inside = resident() - start
 print(json.dumps({"faults": found, "inside": inside, "after": resident() - start}))

@@ -11,9 +11,11 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.text import documents as text
-from saap.text.documents import load_documents, pack, self_written
+from saap.text.documents import Sequences, load_documents, pack
+from saap.text.self_written import self_written
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 
@@ -73,11 +75,19 @@ def test_bad_files_are_one_line(tmp_path, name, content, says):
     assert "\n" not in str(caught.value)
 
 
-def test_no_such_text(tmp_path):
-    with pytest.raises(UserError, match="no text"):
-        load_documents(tmp_path / "missing.txt", split="calibration")
-    with pytest.raises(UserError, match="is a directory"):
-        load_documents(tmp_path, split="calibration")
+def test_no_such_text_and_broken_directories(tmp_path, monkeypatch):
+    for source, says in ((tmp_path / "missing.txt", "no text"), (tmp_path, "is a directory")):
+        with pytest.raises(UserError, match=says):
+            load_documents(source, split="calibration")
+    monkeypatch.setenv("SAAP_DATA", str(tmp_path))
+    for split, says in (
+        ("evaluation", r"SAAP_DATA .* lacks wikitext2_test_raw.txt"),
+        ("tuning", r"lacks c4_sample300"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_documents(None, split=split)
+    monkeypatch.delenv("SAAP_DATA")
+    assert load_documents(None, split="calibration") is None
 
 
 def test_data_set_id(monkeypatch):
@@ -99,19 +109,6 @@ def test_data_set_id(monkeypatch):
         load_documents("org/none", split="evaluation")
 
 
-def test_without_source_and_directory_there_is_nothing(monkeypatch):
-    monkeypatch.delenv("SAAP_DATA", raising=False)
-    assert load_documents(None, split="calibration") is None
-
-
-def test_broken_directory_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("SAAP_DATA", str(tmp_path))
-    with pytest.raises(UserError, match=r"SAAP_DATA .* lacks wikitext2_test_raw.txt"):
-        load_documents(None, split="evaluation")
-    with pytest.raises(UserError, match=r"lacks c4_sample300.jsonl, wiki"):
-        load_documents(None, split="tuning")
-
-
 def test_files_of_the_data_directory(data_dir):
     evaluation = load_documents(None, split="evaluation")
     raw = evaluation.text.encode()
@@ -124,7 +121,7 @@ def test_files_of_the_data_directory(data_dir):
     assert sorted(calibration.texts) == sorted(tuning.texts)
 
 
-def test_pack_joins_with_eos_and_follows_the_seed(tiny_tokenizer):
+def test_pack_joins_with_eos_and_begins_as_the_tokenizer_begins_a_text(tiny_tokenizer, beginning_tokenizer):
     texts = [f"The dog number {n} sleeps." for n in range(20)]
     packed = pack(texts, tiny_tokenizer, 16, 8, seed=1)
     assert packed.shape == (8, 16) and packed.dtype == torch.int64
@@ -132,56 +129,35 @@ def test_pack_joins_with_eos_and_follows_the_seed(tiny_tokenizer):
     assert not torch.equal(packed, pack(texts, tiny_tokenizer, 16, 8, seed=2))
     pieces = tiny_tokenizer.decode(packed.flatten()).split("<|im_end|>")
     assert set(pieces[:-1]) <= set(texts) and len(set(pieces[:-1])) == len(pieces) - 1
+    begun = pack(texts, beginning_tokenizer, 17, 8, seed=1)
+    assert begun[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 8 and torch.equal(begun[:, 1:], packed)
+    for tokenizer, needed in ((tiny_tokenizer, 160), (beginning_tokenizer, 150)):
+        with pytest.raises(UserError, match=rf"1 documents give 4 tokens, 10 rows of 16 need {needed}"):
+            pack(["abc"], tokenizer, 16, 10, seed=0)
 
 
-def test_packed_rows_begin_as_the_tokenizer_begins_a_text(beginning_tokenizer, tiny_tokenizer):
-    """A model that was trained with a beginning is calibrated with it; the text after it is the same."""
-    texts = [f"The dog number {n} sleeps." for n in range(20)]
-    packed = pack(texts, beginning_tokenizer, 17, 8, seed=1)
-    assert packed[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 8
-    assert torch.equal(packed[:, 1:], pack(texts, tiny_tokenizer, 16, 8, seed=1))
-    with pytest.raises(UserError, match=r"1 documents give 4 tokens, 10 rows of 16 need 150"):
-        pack(["abc"], beginning_tokenizer, 16, 10, seed=0)
-
-
-def test_pack_says_how_much_is_missing(tiny_tokenizer):
-    with pytest.raises(UserError, match=r"1 documents give 4 tokens, 10 rows of 16 need 160"):
-        pack(["abc"], tiny_tokenizer, 16, 10, seed=0)
-
-
-def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model()).train()
-    seen = []
-    written = self_written(
-        model, tiny_tokenizer, 5, 12, 7, batch_size=2, progress=lambda _, done, total: seen.append(done / total)
-    )
+def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer, monkeypatch):
+    model = load_model(tiny_model()).train()
+    monkeypatch.setattr("saap.text.self_written.BATCH", 2)
+    seen, wanted = [], Sequences(5, 12, 7)
+    written = self_written(model, tiny_tokenizer, wanted, progress=lambda _, done, total: seen.append(done / total))
     assert written.shape == (5, 12) and written.dtype == torch.int64 and (written[:, 0] == 1).all()
-    assert torch.equal(written, self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2))
-    held_out = self_written(model, tiny_tokenizer, 5, 12, 7, batch_size=2, held_out=True)
-    assert not torch.equal(written, held_out)
+    assert torch.equal(written, self_written(model, tiny_tokenizer, wanted))
+    assert not torch.equal(written, self_written(model, tiny_tokenizer, wanted, held_out=True))
     assert model.training and seen == sorted(seen) and seen[-1] == pytest.approx(1)
     assert not written.is_inference()
+    with pytest.raises(UserError, match="256 positions"):
+        self_written(model, tiny_tokenizer, Sequences(1, 257))
 
 
-def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer):
+def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer, monkeypatch):
     """The second token's frequencies over many rows against the model's own probabilities."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model()).eval()
+    model = load_model(tiny_model())
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3)  # a distribution with a few likely tokens
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
-    written = self_written(model, tiny_tokenizer, 4000, 2, 0, batch_size=4000)
+    monkeypatch.setattr("saap.text.self_written.BATCH", 4000)
+    written = self_written(model, tiny_tokenizer, Sequences(4000, 2))
     observed = torch.bincount(written[:, 1], minlength=320) / 4000
     assert expected.max() > 0.2
     assert (observed - expected).abs().max() < 0.03
-
-
-def test_self_written_refuses_what_it_cannot_do(tiny_model, tiny_tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model())
-    with pytest.raises(UserError, match="256 positions"):
-        self_written(model, tiny_tokenizer, 1, 257, 0)

@@ -18,9 +18,8 @@ WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 def lines(start, count=60):
     """Long lines of which no two are the same."""
-    return "".join(
-        " ".join(WORDS[(n * k + k) % 10] for k in range(1, 24)) + f" {n}\n" for n in range(start, start + count)
-    )
+    numbers = range(start, start + count)
+    return "".join(" ".join(WORDS[(n * k + k) % 10] for k in range(1, 24)) + f" {n}\n" for n in numbers)
 
 
 def test_files_of_the_data_directory(data_dir):
@@ -49,13 +48,8 @@ def test_overlap_is_seen_in_parts_but_short_lines_are_not_text(tmp_path):
 
 def test_eval_holds_its_text_against_the_records(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (
-        ("calibration.txt", lines(0)),
-        ("tuning.txt", lines(200, 200)),
-        ("part.txt", lines(50)),
-        ("own.txt", lines(1000)),
-    ):
-        (tmp_path / name).write_text(content)
+    for name, of in (("calibration", (0,)), ("tuning", (200, 200)), ("part", (50,)), ("own", (1000,))):
+        (tmp_path / f"{name}.txt").write_text(lines(*of))
     few = ("--sequences", 4, "--length", 32)
     here("prune", tiny_model(), "-o", "slim", "--ratio", 0.2, "--calibration", "calibration.txt", *few)
     here("tune", "slim", "-o", "tuned", "--data", "tuning.txt", "--tokens", 128, "--length", 32)

@@ -12,16 +12,8 @@ import torch
 from saap.models.resolve import load_tokenizer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, messages_of
-from saap.text.rows import (
-    IGNORED,
-    WINDOW,
-    Sequences,
-    TuningRows,
-    _pack,
-    held_out,
-    training_rows,
-    tuning_rows,
-)
+from saap.text.documents import Sequences
+from saap.text.rows import IGNORED, WINDOW, TuningRows, _pack, held_out, training_rows, tuning_rows
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -130,11 +122,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_sample_per_answer(tiny_t
 
 def test_real_template_of_smollm2(real_model):
     tokenizer = load_tokenizer(real_model)
-    talk = [
-        *TALK[1:3],
-        {"role": "user", "content": "Décrivez 🦊!"},
-        {"role": "assistant", "content": " Ünïcode 🦊.\n"},
-    ]
+    talk = [*TALK[1:3], {"role": "user", "content": "Décrivez 🦊!"}, {"role": "assistant", "content": " Ünïcode 🦊.\n"}]
     ((ids, learnt),) = ChatEncoder(tokenizer).samples(talk, "here")
     assert ids == tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
     assert learnt_text(tokenizer, (ids, learnt)) == "The quick fox.<|im_end|> Ünïcode 🦊.\n<|im_end|>"

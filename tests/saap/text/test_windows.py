@@ -31,13 +31,8 @@ def test_chunks_lie_side_by_side(tiny_tokenizer):
 def test_with_a_stride_every_token_after_the_first_is_predicted_once(tiny_tokenizer):
     windows = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=5, max_chunks=6))
     ids = tiny_tokenizer(TEXT.text, add_special_tokens=False)["input_ids"]
-    predicted = [
-        5 * row + place + 1
-        for row, places in enumerate(windows.counted.tolist())
-        for place, c in enumerate(places)
-        if c
-    ]
-    assert predicted == list(range(1, 16 + 5 * 5))
+    rows, places = windows.counted.nonzero().t()
+    assert (5 * rows + places + 1).tolist() == list(range(1, 16 + 5 * 5))
     assert [windows.ids[row, 0].item() for row in range(6)] == [ids[5 * row] for row in range(6)]
 
 
@@ -55,24 +50,17 @@ def test_a_stride_of_one_gives_every_token_the_whole_window(tiny_model, tiny_tok
     assert sum(found.window_nll) == pytest.approx(total, abs=1e-4)
 
 
-def test_a_beginning_lets_the_first_token_count(tiny_tokenizer):
+def test_a_beginning_lets_the_first_token_count(tiny_tokenizer, beginning_tokenizer):
     windows = windows_of(TEXT, tiny_tokenizer, Cut(16, bos=True, max_chunks=2))
     assert windows.ids.shape == (2, 17) and (windows.ids[:, 0] == tiny_tokenizer.bos_token_id).all()
-    assert windows.protocol.predictions == 32
-
-
-def test_a_beginning_is_set_where_the_tokenizer_sets_one(beginning_tokenizer, tiny_tokenizer):
-    windows = windows_of(TEXT, beginning_tokenizer, Cut(16, max_chunks=2))
-    assert windows.protocol.bos is True and windows.protocol.predictions == 32
-    assert torch.equal(windows.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, bos=True, max_chunks=2)).ids)
+    set_by_itself = windows_of(TEXT, beginning_tokenizer, Cut(16, max_chunks=2))
+    assert torch.equal(set_by_itself.ids, windows.ids) and set_by_itself.protocol.bos is True
+    assert windows.protocol.predictions == set_by_itself.protocol.predictions == 32
     without = windows_of(TEXT, beginning_tokenizer, Cut(16, bos=False, max_chunks=2))
     assert without.protocol.bos is False
     assert torch.equal(without.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, max_chunks=2)).ids)
-
-
-def test_a_beginning_with_a_stride(tiny_tokenizer):
-    windows = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=4, bos=True, max_chunks=3))
-    assert windows.counted.sum(1).tolist() == [16, 4, 4]
+    strided = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=4, bos=True, max_chunks=3))
+    assert strided.counted.sum(1).tolist() == [16, 4, 4]
 
 
 def test_lines_are_joined_as_the_papers_do():
@@ -108,34 +96,25 @@ def test_what_cannot_be_cut_is_refused(fields, message):
         Cut(**fields)
 
 
-def test_too_little_text_is_refused(tiny_tokenizer):
+def test_too_little_text_and_a_tokenizer_without_a_beginning_are_refused(tiny_tokenizer):
     with pytest.raises(UserError, match=r"too little text: .* tokens, a chunk needs 5000"):
         windows_of(TEXT, tiny_tokenizer, Cut(5000))
-
-
-def test_a_tokenizer_without_a_beginning_is_refused(tiny_tokenizer):
     other = copy.deepcopy(tiny_tokenizer)
     other.bos_token = None
     with pytest.raises(UserError, match="leave --bos out"):
         windows_of(TEXT, other, Cut(16, bos=True))
 
 
-def test_from_the_command_line(tiny_model, tmp_path):
+def test_from_the_command_line_also_where_a_config_names_no_positions(tiny_model, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT.text)
-    cut = ("--text", tmp_path / "text.txt", "--chunk", 16, "--stride", 8, "--bos", "--join", "spaces")
-    done = here("eval", tiny_model(), *cut, "--max-chunks", 5, "--json", tmp_path / "quality.json")
-    assert "5 chunks of 16 tokens, stride 8, BOS, lines spaces, 48 predictions" in " ".join(done.stdout.split())
-
-
-def test_a_config_that_names_no_positions(tiny_model, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT.text)
-    path = tiny_model()
+    path, text = tiny_model(), ("--text", tmp_path / "text.txt")
     config = json.loads((path / "config.json").read_text())
     del config["max_position_embeddings"]
     (path / "config.json").write_text(json.dumps(config))
-    done = here("eval", path, "--text", tmp_path / "text.txt", "--chunk", 16, "--max-chunks", 2)
-    assert "2 chunks of 16 tokens" in " ".join(done.stdout.split())
-    done = here("export", path, "-o", tmp_path / "bundle", "--text", tmp_path / "text.txt")
+    cut = ("--chunk", 16, "--stride", 8, "--bos", "--join", "spaces", "--max-chunks", 5)
+    done = here("eval", path, *text, *cut, "--json", tmp_path / "quality.json")
+    assert "5 chunks of 16 tokens, stride 8, BOS, lines spaces, 48 predictions" in " ".join(done.stdout.split())
+    here("export", path, "-o", tmp_path / "bundle", *text)
     assert read_manifest(tmp_path / "bundle").context_length == 2048
 
 

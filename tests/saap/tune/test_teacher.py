@@ -249,16 +249,6 @@ def test_the_cache_is_bounded(tiny_model, monkeypatch):
         targets(70 * 11 * 4 - 1, k=64)
 
 
-def test_all_tokens_of_a_small_vocabulary(tiny_model):
-    path, student = tiny_model(), load_model(tiny_model("other", seed=1))
-    targets = teacher_targets(path, IDS[:4], k=10**6)
-    assert targets.k == 320 and targets.note is None
-    with torch.inference_mode():
-        live, written = (model(input_ids=IDS[:4]).logits[:, :-1] for model in (load_model(path), student))
-    loss = distillation_loss(written, *targets.batch(0, 4), torch.ones(4, 11, dtype=torch.bool))
-    assert loss.item() == pytest.approx(full_divergence(written, live, 1.0).item(), rel=1e-3)
-
-
 def test_refusals(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
     for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"k": 0}):

@@ -36,10 +36,17 @@ def nll_of(model, ids):
         return F.cross_entropy(logits.float(), ids[:, 1:].flatten()).item()
 
 
-@pytest.fixture
-def slim(tiny_model, tmp_path):
-    prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=ROWS[:8])
-    return tmp_path / "slim"
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory, llama):
+    """A pruned model, beside the dense one."""
+    home = tmp_path_factory.mktemp("slim")
+    prune(llama(home / "tiny"), PruneOptions(ratio=0.3), output=home / "slim", calibration=ROWS[:8])
+    return home / "slim"
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -47,17 +54,28 @@ def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, b
     before = load_model(slim)
     form = IntegerForm(bits, 32, bits)
     quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], form))
-    history = tune(slim, replace(FAST, bits=bits), output=tmp_path / "tuned", data=ROWS[:28]).history
+    rows = TuningRows(ROWS[:28], ROWS[:28].clone(), "a text", "0" * 64, "text")
+    history = tune(slim, replace(FAST, bits=bits), output=tmp_path / "tuned", data=rows).history
     assert len(history.losses) == 7
     after = load_model(tmp_path / "tuned")
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
-    changed = 0
+    changed = trained = 0
     for (name, old), new in zip(before.named_modules(), after.modules(), strict=True):
         if isinstance(old, GroupQuantTable):
             assert torch.equal(old.qweight, new.qweight) and torch.equal(old.zero_points, new.zero_points), name
             assert torch.equal(new.scales, new.scales.half().float()), name
             changed += isinstance(old, GroupQuantLinear) and not torch.equal(old.scales, new.scales)
+            trained += new.scales.numel() * isinstance(new, GroupQuantLinear)
     assert changed == sum(isinstance(m, GroupQuantLinear) for m in before.modules())
+    # the record keeps the plan and adds the tuning
+    record = read_record(tmp_path / "tuned")
+    assert record["plan"] == read_record(slim)["plan"]
+    tuning = record["tuning"]
+    assert tuning["tokens"] == 28 * 24 and tuning["text"]["source"] == "a text"
+    norms = sum(p.numel() for name, p in after.named_parameters() if "norm" in name)
+    assert tuning["trained_parameters"] == trained + norms
+    entry = {"bits": bits, "block": 32, "embedding_bits": bits, "tied": True}
+    assert read_config(tmp_path / "tuned")["slim_quant"] == entry
 
 
 def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
@@ -69,31 +87,16 @@ def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
 
 
-def test_zero_points_and_mixed_bits(slim, tmp_path, tiny_model):
+def test_zero_points_and_mixed_bits(slim, tmp_path):
     options = replace(FAST, symmetric=False, integers="nearest")
     tune(slim, options, output=tmp_path / "asymmetric", data=ROWS[:8])
     linear = load_model(tmp_path / "asymmetric").get_submodule("model.layers.0.mlp.up_proj")
     assert len(linear.zero_points.unique()) > 3
-    tune(slim, FAST, output=tmp_path / "all4", data=ROWS[:8])
     tune(slim, replace(FAST, max_bytes=260_000), output=tmp_path / "mixed", data=ROWS[:8])
     mixed = read_config(tmp_path / "mixed")["slim_quant"]
     kinds = set(mixed.get("matrices", {}).values()) | {mixed["bits"], mixed["embedding_bits"]}
     assert kinds == {4, 8}
     assert nll_of(load_model(tmp_path / "mixed"), ROWS[28:]) < 10
-
-
-def test_the_record_keeps_the_plan_and_adds_the_tuning(slim, tmp_path):
-    rows = TuningRows(ROWS[:8], ROWS[:8].clone(), "a text", "0" * 64, "text")
-    tune(slim, FAST, output=tmp_path / "tuned", data=rows)
-    before, record = read_record(slim), read_record(tmp_path / "tuned")
-    assert record["plan"] == before["plan"]
-    tuning = record["tuning"]
-    assert tuning["tokens"] == 8 * 24 and tuning["text"]["source"] == "a text"
-    model = load_model(tmp_path / "tuned")
-    groups = sum(m.scales.numel() for m in model.modules() if isinstance(m, GroupQuantLinear))
-    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    assert tuning["trained_parameters"] == groups + norms
-    assert read_config(tmp_path / "tuned")["slim_quant"] == {"bits": 4, "block": 32, "embedding_bits": 4, "tied": True}
 
 
 def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_path):
@@ -144,7 +147,8 @@ def test_a_teacher_adds_its_divergence(tiny_model):
 
     teacher_dir = tiny_model("teacher", seed=1)
     teacher, student = load_model(teacher_dir), load_model(tiny_model("student", seed=2))
-    targets = teacher_targets(teacher_dir, ROWS[:4], k=320)
+    targets = teacher_targets(teacher_dir, ROWS[:4], k=10**6)
+    assert targets.k == 320 and targets.note is None
     batch = {"ids": ROWS[2:4], "labels": ROWS[2:4], "row": torch.tensor([2, 3])}
     with torch.inference_mode():
         nll, count = loss_of(None, FAST)(student, batch)
@@ -156,8 +160,8 @@ def test_a_teacher_adds_its_divergence(tiny_model):
     assert int(count) == 2 * 23
 
 
-def test_learning_from_a_teacher_comes_closer_to_it(tiny_model, slim, tmp_path):
-    teacher_dir = tmp_path / "tiny"
+def test_learning_from_a_teacher_comes_closer_to_it(slim, tmp_path):
+    teacher_dir = slim.parent / "tiny"
     teacher = load_model(teacher_dir)
     options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=3))
     for name, weight in (("alone", 0.0), ("taught", 1.0)):
@@ -232,9 +236,9 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
     assert "zero-point fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
     assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
-    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", tmp_path / "tiny")
+    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", slim.parent / "tiny")
     tuning = read_record(tmp_path / "chat")["tuning"]
-    assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(tmp_path / "tiny")
+    assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(slim.parent / "tiny")
     assert f"{tuning['text']['learnt_tokens']} of 2048 tokens are answers" in done.stderr
     assert tuning["text"]["learnt_tokens"] < 1024
     refused = here("tune", slim, "-o", tmp_path / "no", "--data", text, *common, "--kind", "chat", code=2)

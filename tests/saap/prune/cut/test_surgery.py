@@ -12,7 +12,7 @@ from support.cuts import EMPTY, PLANS, WHOLE, cut
 
 from saap.models.checkpoint import load_model, read_config, write_slim
 from saap.prune.cut.surgery import head_rows
-from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.plan import PrunePlan
 from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 
@@ -22,16 +22,9 @@ def logits(model, ids):
         return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layers", PLANS.values(), ids=PLANS.keys())
-def test_slim_equals_masked_dense(tiny_model, tmp_path, layers, bias):
-    path = tiny_model(attention_bias=bias, mlp_bias=bias)
-    if bias:
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
+def test_slim_equals_masked_dense(tiny_model, tmp_path, layers):
+    path = tiny_model()
     dense, ids = load_model(path), torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
     with masked(dense, dict(enumerate(layers)), head_dim=16):
         expected = logits(dense, ids)
@@ -40,47 +33,10 @@ def test_slim_equals_masked_dense(tiny_model, tmp_path, layers, bias):
     assert (logits(load_model(path), ids) == logits(dense, ids)).all(), "the mask was not taken off"
 
 
-def test_generate_with_cache_equals_generate_without(tiny_model, tmp_path):
-    slim = load_model(cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"])))
-    ids = torch.tensor([[5, 6, 7, 8]])
-    cached, plain = (
-        slim.generate(ids, max_new_tokens=12, do_sample=False, use_cache=use, eos_token_id=None)
-        for use in (True, False)
-    )
-    assert cached.shape == (1, 16)
-    assert (cached == plain).all()
-
-
-@pytest.mark.parametrize("name", ["no attention in layer 0", "a layer dropped", "random 3"])
-def test_saving_again_gives_the_same_bytes_of_weights(tiny_model, tmp_path, name):
-    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS[name]))
+def test_saving_again_gives_the_same_bytes_of_weights(tiny_model, tmp_path):
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS["random 3"]))
     load_model(slim).save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (slim / "model.safetensors").read_bytes()
-
-
-def test_uniform_models_are_plain_hugging_face_directories(tiny_model, tmp_path):
-    layer = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(64)))
-    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan((layer,) * 3))
-    assert read_config(slim)["model_type"] == "llama"
-    assert not (slim / "modeling_slim.py").exists()
-
-
-@pytest.mark.slow  # tests/saap/prune/test_families.py has every family load so
-def test_non_uniform_models_load_elsewhere_with_the_shipped_file(tiny_model, tmp_path):
-    path = tiny_model()
-    slim = cut(path, tmp_path / "slim", PrunePlan(PLANS["no attention in layer 0"]))
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
-        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
-        "assert 'saap' not in sys.modules;"
-        "print(m(input_ids=torch.tensor([[5, 6, 7]])).logits.double().sum().item())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(slim)], capture_output=True, text=True, check=True,
-        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    expected = logits(load_model(slim), torch.tensor([[5, 6, 7]])).double().sum().item()
-    assert float(done.stdout) == pytest.approx(expected, abs=1e-3)
 
 
 def test_sidecars_travel(tiny_model, tmp_path):

@@ -17,6 +17,14 @@ from saap.system.errors import UserError
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, llama):
+    """A model that no test changes, its shape and its scores."""
+    model = load_model(llama(tmp_path_factory.mktemp("scored") / "tiny"))
+    shape = shape_of(model.config)
+    return model, shape, estimate(model, shape, IDS)
+
+
 def brute_force(model, ids, c):
     """t_j and the streamed element score of every structure, straight from the formulas with plain autograd."""
     vectors, elements = {}, {}
@@ -97,10 +105,8 @@ def test_the_exact_element_score_takes_the_absolute_value_last(tiny_model):
         assert torch.equal(a, b)
 
 
-def test_output_slices_leave_the_other_matrices_out(tiny_model):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    scores = estimate(model, shape, IDS)
+def test_output_slices_leave_the_other_matrices_out(scored):
+    _, shape, scores = scored
     for layer in range(3):
         heads = scores.products[layer, "output"]
         assert torch.equal(
@@ -113,11 +119,9 @@ def test_output_slices_leave_the_other_matrices_out(tiny_model):
         assert torch.allclose(scores.products[layer, "up"], scores.products[layer, "down"], rtol=1e-3, atol=1e-6)
 
 
-def test_the_token_score_is_the_fisher_of_a_mask(tiny_model):
+def test_the_token_score_is_the_fisher_of_a_mask(scored):
     """Brute force: one mask per token on the input of down_proj and on each head; its squared gradients, summed."""
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    scores = estimate(model, shape, IDS)
+    model, shape, scores = scored
     attn, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     channels, heads = torch.zeros(128), torch.zeros(6)
     for row in IDS:
@@ -139,16 +143,17 @@ def test_the_token_score_is_the_fisher_of_a_mask(tiny_model):
     assert torch.allclose(scores.tokenwise("group", shape)[1], heads.view(3, 2).sum(1), rtol=1e-3, atol=1e-9)
 
 
-def test_the_default_c_is_the_number_of_tokens(tiny_model):
-    model = load_model(tiny_model())
-    assert estimate(model, shape_of(model.config), IDS).c == 16.0
-
-
-def test_gradients_are_gone_and_flags_are_back(tiny_model):
-    model = load_model(tiny_model())
+def test_a_model_is_left_as_it_was_and_no_graph_is_kept(tiny_model):
+    """A hook that holds its own tensor would keep every sequence's activations for good."""
+    model, seen = load_model(tiny_model()), []
     model.model.norm.weight.requires_grad_(False)
     before = {n: p.requires_grad for n, p in model.named_parameters()}
-    estimate(model, shape_of(model.config), IDS)
+    watching = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(weakref.ref(args[0]))
+    )
+    assert estimate(model, shape_of(model.config), IDS).c == 16.0  # the number of tokens
+    watching.remove()
+    assert [ref() for ref in seen] == [None] * 3
     assert all(p.grad is None for p in model.parameters())
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
 
@@ -165,20 +170,17 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
     ("score", "mean"), [("vector", 0.5), ("element", 0.5), ("fused", 1.0), ("vector-token", 1.0), ("fused-token", 1.5)]
 )
 @pytest.mark.parametrize("sigma", ["type", "layer"])
-def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(tiny_model, score, mean, sigma):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    fused = fuse(estimate(model, shape, IDS), shape, FusionOptions(score=score, sigma=sigma, layer_power=0))
+def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(scored, score, mean, sigma):
+    _, shape, scores = scored
+    fused = fuse(scores, shape, FusionOptions(score=score, sigma=sigma, layer_power=0))
     for rows in fused.values():
         for row in rows if sigma == "layer" else [torch.cat(rows)]:
             assert row.mean().item() == pytest.approx(mean, rel=1e-5)
         assert min(row.min().item() for row in rows) >= 0
 
 
-def test_stability_multiplies_the_fused_score(tiny_model):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    scores = estimate(model, shape, IDS)
+def test_stability_multiplies_the_fused_score(scored):
+    _, shape, scores = scored
     plain, steady = (fuse(scores, shape, FusionOptions(stability=s, layer_power=0)) for s in (0.0, -0.7))
     for kind in TYPES:
         factors = stability_factor(scores.fluctuating(kind, shape), -0.7)
@@ -196,10 +198,8 @@ def test_a_layer_counts_by_the_mean_of_its_own_scores():
     assert layer_weighted([torch.zeros(2)], 1.0)[0].tolist() == [0, 0]
 
 
-def test_channels_have_the_layer_factor_by_default_and_heads_do_not(tiny_model):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    scores = estimate(model, shape, IDS)
+def test_channels_have_the_layer_factor_by_default_and_heads_do_not(scored):
+    _, shape, scores = scored
     plain, ours = fuse(scores, shape, FusionOptions(layer_power=0)), fuse(scores, shape)
     assert all(torch.equal(a, b) for a, b in zip(layer_weighted(plain["ffn"], 1.0), ours["ffn"], strict=True))
     assert len({round(float((b / a).mean()), 6) for a, b in zip(plain["ffn"], ours["ffn"], strict=True)}) > 1
@@ -213,10 +213,8 @@ def test_a_learned_variance_converges_to_the_closed_form(scale):
     assert learned_variance(scores).item() == pytest.approx(closed_form_variance(scores).item(), rel=1e-5)
 
 
-def test_learned_and_closed_form_fuse_alike(tiny_model):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    scores = estimate(model, shape, IDS)
+def test_learned_and_closed_form_fuse_alike(scored):
+    _, shape, scores = scored
     closed, learned = (fuse(scores, shape, FusionOptions(learned=flag)) for flag in (False, True))
     for kind in TYPES:
         for a, b in zip(closed[kind], learned[kind], strict=True):
@@ -273,19 +271,6 @@ def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model
     kept("third", IDS, {}, lambda: scores)
     hits = {name: kept(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
     assert hits == {"first": True, "third": True, "second": False}
-
-
-def test_the_graph_of_a_sequence_is_freed(tiny_model):
-    """A hook that holds its own tensor keeps every sequence's activations for good."""
-    model = load_model(tiny_model())
-    seen = []
-    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
-        lambda _, args: seen.append(weakref.ref(args[0]))
-    )
-    estimate(model, shape_of(model.config), IDS)
-    handle.remove()
-    assert len(seen) == 3
-    assert [ref() for ref in seen] == [None] * 3
 
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])

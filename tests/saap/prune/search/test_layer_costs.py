@@ -12,7 +12,7 @@ from saap.prune.search.layer_costs import CostError, CostTable, read_costs
 SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 ATTENTION = {(1, 1): 10.0, (3, 1): 14.0, (3, 3): 30.0, (9, 3): 42.0}
 FFN = {64: 5.0, 256: 8.0, 1536: 40.0}
-TABLE = CostTable(1, 192, 100.0, 0.5, ATTENTION, FFN)
+TABLE = CostTable(1, 192, 100.0, ATTENTION, FFN)
 
 
 def document(**changes: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import torch
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.options import AdaptiveOptions, PruneOptions
-from saap.prune.plan import whole_layer
+from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.importance import estimate
-from saap.prune.search.masking import masked, mean_nll, without_attention
+from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.prices import Losses, fit_prices
 from saap.system.errors import UserError
 
@@ -37,7 +37,7 @@ def test_module_prices_are_measured_losses(scored):
     model, shape, fused = scored
     prices = fitted(model, fused, modules=True)
     base = mean_nll(model, IDS[2:])
-    with masked(model, {1: without_attention(whole_layer(shape.layers[1]))}, 16):
+    with masked(model, {1: LayerPlan(ffn=whole_layer(shape.layers[1]).ffn)}, 16):
         increase = mean_nll(model, IDS[2:]) - base
     # Single prices share one factor, at least 1, for what removing several together costs more.
     assert prices.no_attention[1] >= max(increase, 1e-4) - 1e-6

@@ -41,16 +41,31 @@ def agree(one, other):
         assert torch.allclose(value, other.tensors[name], atol=2e-6), name
 
 
-@pytest.mark.parametrize("how", [DATA_PARALLEL, pytest.param(SHARDED, marks=TOO_OLD)], ids=["data parallel", "sharded"])
-def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
-    path = str(tiny_model())
+@pytest.mark.parametrize(
+    ("how", "fold"),
+    [pytest.param(SHARDED, "scale", marks=TOO_OLD), (DATA_PARALLEL, "zero-point")],
+    ids=["sharded", "data parallel"],
+)
+def test_two_processes_do_what_one_does(tiny_model, tmp_path, how, fold):
+    """They start once for all: runs of the loop, and then the command."""
+    path, text = str(tiny_model()), tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
+    command = ["tune", path, "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4", "--fold", fold,
+               "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]  # fmt: skip
+    here(*command, "-o", tmp_path / "by-one")
     train_in_processes.main(path, tmp_path, "alone")
     train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
     runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
     runs.append({"state": "poisoned", "poison": 2})
-    launch(how, train_in_processes.__file__, path, tmp_path, json.dumps(runs))
+    shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
+    words = json.dumps([*map(str, command), "-o", str(tmp_path / "by-two")])
+    launch(how, train_in_processes.__file__, path, tmp_path, json.dumps(runs), words)
     train_in_processes.main(path, tmp_path, "begun-by-two")
+    loops_agree(tmp_path, how)
+    commands_agree(tmp_path)
 
+
+def loops_agree(tmp_path, how):
     alone, first, second = found(tmp_path, "alone"), found(tmp_path, "two"), found(tmp_path, "two", 1)
     for process in (first, second):
         assert process.report["kind"] == ("FSDP" if how == SHARDED else "MULTI_CPU")
@@ -81,6 +96,21 @@ def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, how):
     assert all(torch.equal(poisoned[0].tensors[name], value) for name, value in poisoned[1].tensors.items())
 
 
+def commands_agree(tmp_path):
+    told = [json.loads((tmp_path / f"command-{rank}.json").read_text())["stdout"] for rank in (0, 1)]
+    assert told[0].count("held-out NLL") == 1 and told[1] == ""
+    histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("by-one", "by-two")]
+    assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("by-one", "by-two"))
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
+            assert (values != two[name]).float().mean() < 0.001, name
+        else:
+            assert torch.allclose(values, two[name], rtol=2e-3, atol=1e-6), name
+    assert not list(tmp_path.glob(".by-two*"))
+
+
 def test_fsdp_of_a_torch_that_errs_with_it_is_refused(monkeypatch):
     state = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr(
@@ -104,29 +134,3 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started and 1 met"):
         join_processes()
-
-
-@pytest.mark.parametrize(
-    ("how", "fold"),
-    [pytest.param(SHARDED, "scale", marks=TOO_OLD), (DATA_PARALLEL, "zero-point")],
-    ids=["sharded", "parallel"],
-)
-def test_the_command_in_two_processes_writes_what_one_writes(tiny_model, tmp_path, how, fold):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
-    command = ["tune", tiny_model(), "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4"]
-    command += ["--fold", fold, "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]
-    here(*command, "-o", tmp_path / "one")
-    shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
-    done = launch(how, "-m", "saap.cli", *command, "-o", tmp_path / "two")
-    assert done.stdout.count("held-out NLL") == 1  # one of them talks
-    histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("one", "two")]
-    assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, values in one.items():
-        if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
-            assert (values != two[name]).float().mean() < 0.001, name
-        else:
-            assert torch.allclose(values, two[name], rtol=2e-3, atol=1e-6), name
-    assert not list(tmp_path.glob(".two*"))

@@ -1,8 +1,9 @@
-"""The decoder that is measured."""
+"""The decoder that generates and that is measured."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +24,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def test_prefill_and_steps_equal_one_longer_prefill(bundle: Path) -> None:
+def test_prefills_and_steps_equal_one_longer_prefill(bundle: Path) -> None:
     whole = OrtDecoder(bundle, 1, 32, verify=False).prefill(IDS).copy()
     stepped = OrtDecoder(bundle, 1, 64)
-    stepped.prefill(IDS[:12])
+    stepped.prefill(IDS[:7])
+    stepped.prefill(IDS[7:12])
     for token in IDS[12:]:
         last = stepped.step(int(token))
     assert last.shape == (VOCAB,)
     np.testing.assert_allclose(last, whole, atol=2e-5)
     assert stepped.length == len(IDS)
-
-
-def test_a_prompt_may_come_in_chunks(bundle: Path) -> None:
-    decoder = OrtDecoder(bundle, 1, 32, verify=False)
-    whole = decoder.prefill(IDS).copy()
-    decoder.reset()
-    decoder.prefill(IDS[:7])
-    np.testing.assert_allclose(decoder.prefill(IDS[7:]), whole, atol=2e-5)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 10, 19, 20, 21])
@@ -58,14 +52,6 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     assert decoder.length == len(IDS)  # no piece of a prompt that does not fit was read
 
 
-def test_reset_forgets(bundle: Path) -> None:
-    decoder = OrtDecoder(bundle, 1, 32, verify=False)
-    first = decoder.prefill(IDS[:5]).copy()
-    decoder.step(7)
-    decoder.reset()
-    np.testing.assert_array_equal(decoder.prefill(IDS[:5]), first)
-
-
 def test_scoring_gives_every_position(bundle: Path) -> None:
     (every,) = BundleScorer(bundle, 1).logits(IDS[None])
     assert every.shape == (len(IDS), VOCAB)
@@ -77,6 +63,7 @@ def test_scoring_gives_every_position(bundle: Path) -> None:
 
 def test_past_and_present_share_one_buffer(bundle: Path) -> None:
     decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    assert decoder._session.get_session_options().intra_op_num_threads == 1
     decoder.prefill(IDS)
     cache = dict(decoder._kv)
     key = cache["1.key"].numpy()
@@ -85,29 +72,13 @@ def test_past_and_present_share_one_buffer(bundle: Path) -> None:
     assert not key[0, 0, len(IDS) :].any()
 
 
-def test_the_session_has_as_many_threads_as_asked(bundle: Path) -> None:
-    assert OrtDecoder(bundle, 1, 32, verify=False)._session.get_session_options().intra_op_num_threads == 1
-
-
-def test_cache_that_grows_gives_the_same(bundle: Path, tmp_path: Path) -> None:
-    """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
-    for path in bundle.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    edited(tmp_path / "bundle.json", target="portable")
-    growing, shared = OrtDecoder(tmp_path, 1, 32), OrtDecoder(bundle, 1, 32)
-    for decoder in (growing, shared):
-        decoder.prefill(IDS[:9])
-        decoder.step(int(IDS[9]))
-    np.testing.assert_allclose(growing.step(5), shared.step(5), atol=2e-5)
-
-
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, tmp_path: Path, target: str) -> None:
-    for path in bundle.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     edited(tmp_path / "bundle.json", target=target)
-    decoder = OrtDecoder(tmp_path, 1, 32)
-    whole = decoder.prefill(IDS).copy()
+    decoder, shared = OrtDecoder(tmp_path, 1, 32), OrtDecoder(bundle, 1, 32)
+    whole = decoder.prefill(IDS).copy()  # of a fresh cache; all later ones find an old sequence in it
     for kept in (7, 0):
         decoder.reset()
         decoder.prefill(IDS[:7])
@@ -116,14 +87,29 @@ def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, t
         decoder.rewind(kept)
         assert decoder.length == kept
         np.testing.assert_allclose(decoder.prefill(IDS[kept:]), whole, atol=2e-5)
+    shared.prefill(IDS)
+    np.testing.assert_allclose(decoder.step(5), shared.step(5), atol=2e-5)
+    decoder.rewind(20)
     with pytest.raises(DecoderError, match="21 positions cannot be kept: 20 are in use"):
         decoder.rewind(21)
 
 
-@pytest.mark.parametrize("length", [0, CONTEXT + 1])
-def test_context_is_refused(bundle: Path, length: int) -> None:
-    with pytest.raises(DecoderError, match=rf"{length} tokens of context .* 1 to {CONTEXT}"):
-        OrtDecoder(bundle, 1, length)
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("threads", "length", "message"),
+    [
+        (1, 0, rf"0 tokens of context .* 1 to {CONTEXT}"),
+        (1, CONTEXT + 1, rf"{CONTEXT + 1} tokens of context .* 1 to {CONTEXT}"),
+        (0, 8, "0 threads"),
+        (-1, 8, "-1 threads"),
+        (CORES + 1, 8, f"{CORES + 1} threads"),
+    ],
+)
+def test_context_and_threads_are_refused(bundle: Path, threads: int, length: int, message: str) -> None:
+    with pytest.raises(DecoderError, match=message):
+        OrtDecoder(bundle, threads, length)
 
 
 def test_full_cache_is_refused(bundle: Path) -> None:
@@ -133,33 +119,26 @@ def test_full_cache_is_refused(bundle: Path) -> None:
         decoder.step(1)
 
 
-@pytest.mark.parametrize("threads", [0, -1, len(os.sched_getaffinity(0)) + 1])
-def test_threads_are_refused(bundle: Path, threads: int) -> None:
-    with pytest.raises(DecoderError, match=f"{threads} threads"):
-        OrtDecoder(bundle, threads, 8)
-
-
-def test_changed_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
-    for path in bundle.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = tmp_path / "model.onnx.data"
-    weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
+def test_changed_weights_broken_graphs_and_other_targets_are_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
+    weights, graph = tmp_path / "model.onnx.data", tmp_path / "model.onnx"
+    kept = weights.read_bytes()
+    weights.write_bytes(b"\x01" + kept[1:])
     with pytest.raises(BundleError, match=r"model\.onnx\.data does not match"):
         OrtDecoder(tmp_path, 1, 8)
-
-
-def test_broken_graph_is_one_line(bundle: Path, tmp_path: Path) -> None:
-    for path in bundle.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    weights.write_bytes(kept)
+    graph.write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="is not an ONNX file"):
         OrtDecoder(tmp_path, 1, 8, verify=False)
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     model.graph.node[0].op_type = "NoSuchOperator"
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, graph)
     with pytest.raises(DecoderError, match="cannot load") as caught:
         OrtDecoder(tmp_path, 1, 8, verify=False)
     assert "\n" not in str(caught.value)
+    edited(tmp_path / "bundle.json", target="cuda")
+    with pytest.raises(DecoderError, match="bundle for cuda"):
+        OrtDecoder(tmp_path, 1, 8, verify=False)
 
 
 MAPS = """\
