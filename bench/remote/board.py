@@ -199,8 +199,7 @@ class Board:
     def push(self, sha: str, source: Path | bytes, there: int, told: Callable[[int], None] | None = None) -> None:
         """Send a file's rest from byte ``there`` on, and go on where it was cut.
 
-        Raises:
-            BoardError: as ``insist``, and where the file cannot be read here to its end.
+        Raises BoardError: as ``insist``, and where the file cannot be read here to its end.
         """
         size, broken = size_of(source), list[str]()
 

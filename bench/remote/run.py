@@ -330,8 +330,7 @@ class Route:
 def route_to(url: str) -> Route:
     """The way that a URL names; nothing is connected or acquired yet.
 
-    Raises:
-        BoardError: it names no board, or what it needs here is not installed.
+    Raises BoardError: it names no board, or what it needs here is not installed.
     """
     if is_place(url):
         return Route(url, LabgridPlace(url).held)

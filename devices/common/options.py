@@ -151,8 +151,7 @@ class Setting:
     def checked(self, value: object) -> object:
         """A value of the right kind and within its range; whole numbers serve where fractions do.
 
-        Raises:
-            ValueError: what is allowed.
+        Raises ValueError: what is allowed.
         """
         if value is None and self.optional:
             return value
@@ -193,8 +192,7 @@ def _plain(value: object) -> str:
 def settings_of(kind: type) -> dict[str, Setting]:
     """The settings of an options dataclass and of those inside it, by name, in their order.
 
-    Raises:
-        TypeError: two have the same name.
+    Raises TypeError: two have the same name.
     """
     found: dict[str, Setting] = {}
     for setting in _settings(kind, None):
@@ -259,8 +257,7 @@ def _default(each: Field[object], base: object) -> object:
 def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T:
     """The options dataclass of values by name; what is not given is at its default, or as in ``base``.
 
-    Raises:
-        UserError: a value that must be given is missing.
+    Raises UserError: a value that must be given is missing.
     """
     hints, values = get_type_hints(kind, include_extras=True), {}
     for each in fields(cast("type", kind)):
@@ -295,8 +292,7 @@ def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
 def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
     """``NAME=VALUE`` as a name and a value; elements of a tuple are separated by commas.
 
-    Raises:
-        UserError: no such name, or not a value for it.
+    Raises UserError: no such name, or not a value for it.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -314,8 +310,7 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
 def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
     """The settings in a TOML file: the same names, in tables or not; text is read as on the command line.
 
-    Raises:
-        UserError: no such file, not TOML, no such name, or not a value for it.
+    Raises UserError: no such file, not TOML, no such name, or not a value for it.
     """
     import sys
 
@@ -363,8 +358,7 @@ def _from_toml(setting: Setting, value: object) -> object:
 def check_values(options: object) -> None:
     """Refuse a value of an options dataclass, or of one inside it, that its annotation does not allow.
 
-    Raises:
-        UserError: names the option and what is allowed.
+    Raises UserError: names the option and what is allowed.
     """
     for setting in _settings(type(options), options):
         value = setting.default  # of an instance: what it holds
