@@ -202,12 +202,17 @@ def settings_of(kind: type) -> dict[str, Setting]:
     return found
 
 
+def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
+    """A type and what ``Annotated`` says of it."""
+    return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+
+
 def _settings(kind: type, base: object) -> Iterator[Setting]:
     """``base`` is the instance that holds the defaults where a dataclass lies inside another."""
     hints = get_type_hints(kind, include_extras=True)
     for each in fields(kind):
         hint, default = hints[each.name], _default(each, base)
-        inner, extras = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+        inner, extras = _parts(hint)
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if is_dataclass(inner):
             part = next((extra for extra in extras if isinstance(extra, Part)), None)
@@ -235,12 +240,10 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
     hint = next((part for part in kinds if get_origin(part) is tuple), kinds[0])  # of int | tuple: one, or a list
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
-    element = str
+    element: type = str
     if kind in (tuple, frozenset) and get_args(hint):
-        element = get_args(hint)[0]
-        if get_origin(element) is Annotated:
-            metas += tuple(extra for extra in get_args(element)[1:] if isinstance(extra, Meta))
-            element = get_args(element)[0]
+        element, extras = _parts(get_args(hint)[0])
+        metas += tuple(extra for extra in extras if isinstance(extra, Meta))
         if get_origin(element) is Literal:
             choices, element = get_args(element), type(get_args(element)[0])
     return Setting(name, option, kind, optional, choices, metas, default, element)
@@ -262,9 +265,7 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
     hints, values = get_type_hints(kind, include_extras=True), {}
     for each in fields(cast("type", kind)):
         default = _default(each, base)
-        inner, *extras = (
-            get_args(hints[each.name]) if get_origin(hints[each.name]) is Annotated else (hints[each.name],)
-        )
+        inner, extras = _parts(hints[each.name])
         if is_dataclass(inner):
             without = {name for extra in extras if isinstance(extra, Part) for name in extra.without}
             theirs = {name: value for name, value in given.items() if name not in without}
