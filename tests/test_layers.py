@@ -38,14 +38,15 @@ def test_what_a_board_or_a_page_of_help_needs_has_no_torch():
     """In one process, which names the first of these modules that brings something heavy."""
     light = (
         "saap", "saap.cli.main", "saap.prune.options", "saap.tune.options", "saap.evaluate.options", "export.options",
-        "export.bundle.manifest", "export.bundle.tokenizer", "export.generate.text", "bench.measure.run",
-        "bench.measure.worker", "bench.remote.target", "bench.report.page", "devices.probe.host", "devices.fit.fitting",
+        "export.bundle.manifest", "export.bundle.tokenizer", "export.generate.text", "devices.probe.host",
+        "devices.fit.fitting",
     )  # fmt: skip
+    bench = (str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in files("bench"))
     script = f"""
 import importlib, sys
-for name in {light}:
+for name in {(*light, *bench)}:
     importlib.import_module(name)
-    heavy = {{"torch", "transformers", "onnx"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "onnx", "onnxruntime", "scipy"}} & set(sys.modules)
     assert not heavy, (name, heavy)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -81,8 +81,7 @@ def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Pat
 def writable_folder(folder: Path) -> Path:
     """A folder for baselines, made now: minutes of measuring come before it is needed.
 
-    Raises:
-        RegressionError: as ``checked_folder``, and where nothing can be written.
+    Raises RegressionError: as ``checked_folder``, and where nothing can be written.
     """
     checked_folder(folder)
     try:

@@ -81,8 +81,7 @@ def compare(old: Result | str | Path, new: Result | str | Path, min_effect: floa
 def compare_within(result: Result, base: str, other: str, min_effect: float = 0.02) -> Comparison:
     """``other`` against ``base`` of the same run in every setting; their interleaved repetitions are pairs.
 
-    Raises:
-        CompareError: a name that the result does not have.
+    Raises CompareError: a name that the result does not have.
     """
     _check(min_effect)
     for name in (base, other):
@@ -97,8 +96,7 @@ def compare_within(result: Result, base: str, other: str, min_effect: float = 0.
 def noise_floor(result: Result, name: str, again: str) -> float:
     """Largest ``|ratio - 1|`` that the 95 % interval of one thing measured against itself still holds.
 
-    Raises:
-        CompareError: an unknown name, or a pair that is not comparable.
+    Raises CompareError: an unknown name, or a pair that is not comparable.
     """
     limits: list[float] = []
     for row in compare_within(result, name, again, 0.0).rows:

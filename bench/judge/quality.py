@@ -42,8 +42,7 @@ def is_quality(path: str | Path) -> bool:
 def read_quality(path: str | Path) -> Quality:
     """Read a document of ``saap eval --json``.
 
-    Raises:
-        QualityError: no such file, not one of these, or of another version.
+    Raises QualityError: no such file, not one of these, or of another version.
     """
     return replace(QUALITY, error=QualityError).read(path)
 
@@ -51,10 +50,8 @@ def read_quality(path: str | Path) -> Quality:
 def compare_quality(old: Quality, new: Quality) -> list[Verdict]:
     """Compare what both documents hold of each pair of models.
 
-    Models are paired by name, or, where each document holds one beside its reference, those two.
-
-    Raises:
-        QualityError: no pair, nothing that both measured, or numbers that do not belong together.
+    Models are paired by name, or, where each document holds one beside its reference, those two. Raises QualityError:
+    no pair, nothing that both measured, or numbers that do not belong together.
     """
     pairs = _pairs(old, new)
     try:

@@ -116,7 +116,13 @@ class Board:
                     if len(noise) > MOST_NOISE:
                         raise self.garbage(noise[0])
                     continue
-                document = self._document(line.removeprefix(MARK))
+                text = line.removeprefix(MARK)
+                try:
+                    document = parse_json(text)
+                except ValueError:
+                    document = None
+                if not isinstance(document, dict):
+                    raise self.garbage(text)
                 if "error" in document:
                     kind = LostError if document.get("again") else BoardError
                     raise kind(f"{self.name}: {printable(document['error'])}")
@@ -136,15 +142,6 @@ class Board:
         if code < 0:
             raise LostError(f"{self.name}: the connection was killed on this side")
         raise self.transport.failure(code, said if said.strip() else "\n".join(noise))
-
-    def _document(self, text: str) -> Reply:
-        try:
-            document = parse_json(text)
-        except ValueError:
-            document = None
-        if not isinstance(document, dict):
-            raise self.garbage(text)
-        return document
 
     def garbage(self, what: str) -> BoardError:
         return BoardError(
@@ -179,14 +176,15 @@ class Board:
             BoardError: the board refuses, or there was no contact for ``patience_s``.
             Stopped: from here.
         """
-        for wait_s in _waits():
+        wait_s = 1.0
+        while True:
             try:
                 return self.ask(do, told=told, more=more())
             except LostError as error:
-                self.wait(error, wait_s)
-        raise AssertionError("_waits is endless")
+                wait_s = self._wait(error, wait_s)
 
-    def wait(self, error: LostError, seconds: float) -> None:
+    def _wait(self, error: LostError, seconds: float) -> float:
+        """Before another try; how long to wait before the one after."""
         self.transport.drop()
         if time.monotonic() - self._contact > self.patience_s:
             raise BoardError(
@@ -195,12 +193,12 @@ class Board:
         self.say(f"{error}; trying again")
         if self._stop.wait(seconds):
             raise Stopped
+        return min(2 * seconds, LONGEST_WAIT_S)
 
     def push(self, sha: str, source: Path | bytes, there: int, told: Callable[[int], None] | None = None) -> None:
         """Send a file's rest from byte ``there`` on, and go on where it was cut.
 
-        Raises:
-            BoardError: as ``insist``, and where the file cannot be read here to its end.
+        Raises BoardError: as ``insist``, and where the file cannot be read here to its end.
         """
         size, broken = size_of(source), list[str]()
 
@@ -208,7 +206,8 @@ class Board:
             if told and isinstance(at := document.get("at"), int):
                 told(at)
 
-        for wait_s in _waits():
+        wait_s = 1.0
+        while True:
             try:
                 rest = whole(pieces(source, there), size - there, broken)
                 self.ask("put", rest, heard, {"sha": sha, "size": size, "offset": there})
@@ -216,7 +215,7 @@ class Board:
             except LostError as error:
                 if broken:  # another try would read no more
                     raise BoardError(f"{self.name}: {source!s} cannot be sent: {broken[0]}: measure again") from None
-                self.wait(error, wait_s)
+                wait_s = self._wait(error, wait_s)
             held = self.insist("held", more=lambda: {"sha": sha})["held"]
             if held is None:
                 return
@@ -246,13 +245,6 @@ def _no_python(line: str) -> str:
     versions = [v for v in line.removeprefix(NO_PYTHON).split() if re.fullmatch(r"[\d.]+", v)]
     had = f"its Python is {max(versions)}" if versions else "it has no Python"
     return f"{had}, and 3.10 or newer is needed: install one as python3.X in PATH or ~/.local/bin there"
-
-
-def _waits() -> Iterator[float]:
-    wait_s = 1.0
-    while True:
-        yield wait_s
-        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -62,8 +62,7 @@ class PlaceTransport(Transport):
 class LabgridPlace:
     """What a URL names: a place, or tags of which labgrid chooses one.
 
-    Raises:
-        BoardError: no such form, or labgrid is not installed.
+    Raises BoardError: no such form, or labgrid is not installed.
     """
 
     def __init__(self, url: str) -> None:

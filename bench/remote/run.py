@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import json
 import os
 import secrets
 import socket
@@ -279,6 +278,13 @@ class _Shown:
                 self._say(text)
 
 
+class _Note(msgspec.Struct):
+    """The process here that a run on a board is of."""
+
+    pid: int
+    started: float  # seconds since the epoch
+
+
 @contextlib.contextmanager
 def noted_run(board: Board) -> Iterator[str]:
     """The id of a new run, noted as this process's until the block ends; what was left on the board is ended first."""
@@ -287,7 +293,7 @@ def noted_run(board: Board) -> Iterator[str]:
     run = secrets.token_hex(8)
     note = _folder(board.name) / f"{run}.json"
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a wait at most
-        write_text(note, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+        write_text(note, msgspec.json.encode(_Note(os.getpid(), psutil.Process().create_time())).decode())
     try:
         yield run
     finally:
@@ -300,15 +306,15 @@ def left(board: str) -> list[str]:
     runs = []
     for note in sorted(_folder(board).glob("*.json")):
         try:
-            about = json.loads(note.read_text(encoding="utf-8"))
-            if psutil.Process(int(about["pid"])).create_time() == about["started"]:
+            about = msgspec.json.decode(note.read_bytes(), type=_Note)
+            if psutil.Process(about.pid).create_time() == about.started:
                 continue
             runs.append(note.stem)
         except psutil.NoSuchProcess:
             runs.append(note.stem)
         except psutil.Error:
             continue
-        except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        except (OSError, ValueError, OverflowError):
             pass  # a damaged note names no run that could be trusted
         with contextlib.suppress(OSError):
             note.unlink(missing_ok=True)
@@ -330,8 +336,7 @@ class Route:
 def route_to(url: str) -> Route:
     """The way that a URL names; nothing is connected or acquired yet.
 
-    Raises:
-        BoardError: it names no board, or what it needs here is not installed.
+    Raises BoardError: it names no board, or what it needs here is not installed.
     """
     if is_place(url):
         return Route(url, LabgridPlace(url).held)

@@ -76,8 +76,7 @@ class Panel:
 def add(folder: Path, result: Result) -> Path:
     """Keep a result as ``<created>-<hash>.json``; the same one again changes nothing.
 
-    Raises:
-        ResultError: ``created`` is no time.
+    Raises ResultError: ``created`` is no time.
     """
     digest = hashlib.sha256(result_text(result).encode()).hexdigest()[:12]
     path = folder / f"{_moment(result.created, 'the result'):%Y%m%dT%H%M%SZ}-{digest}.json"
@@ -89,10 +88,8 @@ def add(folder: Path, result: Result) -> Path:
 def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     """All series of a folder, ordered by device, name and setting.
 
-    Documents without a device fingerprint are in no series: they may be of any device.
-
-    Raises:
-        ResultError: no such folder, or a document that cannot be read; delete it.
+    Documents without a device fingerprint are in no series: they may be of any device. Raises ResultError: no such
+    folder, or a document that cannot be read; delete it.
     """
     if not folder.is_dir():
         raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")

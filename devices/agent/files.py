@@ -50,8 +50,7 @@ class Store:
     def receive(self, sha: str, size: int, offset: int, source: BufferedReader, tell: Callable[[int], None]) -> None:
         """Go on with a file from ``offset``; it becomes whole when its hash is right.
 
-        Raises:
-            AgentError: no space, another offset than what is here, cut short, or other bytes than were promised.
+        Raises AgentError: no space, another offset than what is here, cut short, or other bytes than were promised.
         """
         whole, part = self.file(sha), self._part(sha)
         done = offset
@@ -97,8 +96,7 @@ class Store:
     def lay_out(self, target: Path, files: dict[str, str]) -> None:
         """Put files (relative path -> sha256) below ``target``: as second names of the stored ones, else as copies.
 
-        Raises:
-            AgentError: a path that leaves ``target``, or a file that is not here.
+        Raises AgentError: a path that leaves ``target``, or a file that is not here.
         """
         for name, sha in files.items():
             place = target / inside(name)

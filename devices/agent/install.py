@@ -57,8 +57,7 @@ def ready(folder: Path, key: str, beat: Callable[[], None]) -> Installation | No
 def install(folder: Path, request: InstallRequest, beat: Callable[[], None]) -> Installation:
     """The installation of a key, made where it is missing; an unfinished one is made anew.
 
-    Raises:
-        AgentError: no venv module, no index and no wheels, or a package that is not there.
+    Raises AgentError: no venv module, no index and no wheels, or a package that is not there.
     """
     with guarded(folder / "install.guard"):
         return ready(folder, request["key"], beat) or _install(folder, request, beat)

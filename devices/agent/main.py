@@ -54,8 +54,7 @@ Beat = Callable[..., None]  # whatever takes long calls it now and then
 def hello(folder: Path, request: Request, tell: Tell, beat: Beat) -> HelloAnswer:
     """What a preflight asks: bytes, seconds since the epoch.
 
-    Raises:
-        AgentError: a system without Linux's /proc, by which processes are known.
+    Raises AgentError: a system without Linux's /proc, by which processes are known.
     """
     if started(os.getpid()) is None:
         raise AgentError(f"it is no Linux but {platform.system()}: give a board with Linux")
@@ -73,8 +72,7 @@ def hello(folder: Path, request: Request, tell: Tell, beat: Beat) -> HelloAnswer
 def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnswer:
     """The lock; then which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
 
-    Raises:
-        AgentError: another run measures, or what is missing does not fit.
+    Raises AgentError: another run measures, or what is missing does not fit.
     """
     lock = Lock(folder, request["root"])
     lock.take(request["run"], request["owner"])

@@ -102,8 +102,7 @@ def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dic
 def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
     """What happens in a run from a byte of its progress on, a beat at least every other second, and how it ended.
 
-    Raises:
-        AgentError: there is no such run.
+    Raises AgentError: there is no such run.
     """
     place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
     offset, beaten, beat_at = int(request["offset"]), 0.0, time.monotonic()

@@ -41,8 +41,7 @@ class Document(Generic[T]):
     def read(self, path: str | Path) -> T:
         """The document in a file.
 
-        Raises:
-            UserError: (``error``) not there, not JSON, changed since, of another version, or not of these types.
+        Raises UserError: (``error``) not there, not JSON, changed since, of another version, or not of these types.
         """
         path = Path(path)
         try:

@@ -117,8 +117,7 @@ def with_checksum(document: Mapping[str, object]) -> dict[str, object]:
 def without_checksum(document: Mapping[str, object]) -> dict[str, object]:
     """The fields of a document that was read. One without a checksum, of an earlier saap or by hand, passes.
 
-    Raises:
-        ChecksumError: the checksum is that of other fields.
+    Raises ChecksumError: the checksum is that of other fields.
     """
     fields = {name: value for name, value in document.items() if name != FIELD}
     if FIELD in document and document[FIELD] != _checksum(fields):

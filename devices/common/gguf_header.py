@@ -120,8 +120,7 @@ class GgufHeader:
 def read_header(path: str | Path) -> GgufHeader:
     """Read the header of ``path``.
 
-    Raises:
-        GgufHeaderError: no such file, no GGUF, big endian or version 1, or cut off.
+    Raises GgufHeaderError: no such file, no GGUF, big endian or version 1, or cut off.
     """
     path = Path(path)
     try:

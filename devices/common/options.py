@@ -151,8 +151,7 @@ class Setting:
     def checked(self, value: object) -> object:
         """A value of the right kind and within its range; whole numbers serve where fractions do.
 
-        Raises:
-            ValueError: what is allowed.
+        Raises ValueError: what is allowed.
         """
         if value is None and self.optional:
             return value
@@ -193,8 +192,7 @@ def _plain(value: object) -> str:
 def settings_of(kind: type) -> dict[str, Setting]:
     """The settings of an options dataclass and of those inside it, by name, in their order.
 
-    Raises:
-        TypeError: two have the same name.
+    Raises TypeError: two have the same name.
     """
     found: dict[str, Setting] = {}
     for setting in _settings(kind, None):
@@ -204,12 +202,17 @@ def settings_of(kind: type) -> dict[str, Setting]:
     return found
 
 
+def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
+    """A type and what ``Annotated`` says of it."""
+    return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+
+
 def _settings(kind: type, base: object) -> Iterator[Setting]:
     """``base`` is the instance that holds the defaults where a dataclass lies inside another."""
     hints = get_type_hints(kind, include_extras=True)
     for each in fields(kind):
         hint, default = hints[each.name], _default(each, base)
-        inner, extras = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+        inner, extras = _parts(hint)
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if is_dataclass(inner):
             part = next((extra for extra in extras if isinstance(extra, Part)), None)
@@ -237,12 +240,10 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
     hint = next((part for part in kinds if get_origin(part) is tuple), kinds[0])  # of int | tuple: one, or a list
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
-    element = str
+    element: type = str
     if kind in (tuple, frozenset) and get_args(hint):
-        element = get_args(hint)[0]
-        if get_origin(element) is Annotated:
-            metas += tuple(extra for extra in get_args(element)[1:] if isinstance(extra, Meta))
-            element = get_args(element)[0]
+        element, extras = _parts(get_args(hint)[0])
+        metas += tuple(extra for extra in extras if isinstance(extra, Meta))
         if get_origin(element) is Literal:
             choices, element = get_args(element), type(get_args(element)[0])
     return Setting(name, option, kind, optional, choices, metas, default, element)
@@ -259,15 +260,12 @@ def _default(each: Field[object], base: object) -> object:
 def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T:
     """The options dataclass of values by name; what is not given is at its default, or as in ``base``.
 
-    Raises:
-        UserError: a value that must be given is missing.
+    Raises UserError: a value that must be given is missing.
     """
     hints, values = get_type_hints(kind, include_extras=True), {}
     for each in fields(cast("type", kind)):
         default = _default(each, base)
-        inner, *extras = (
-            get_args(hints[each.name]) if get_origin(hints[each.name]) is Annotated else (hints[each.name],)
-        )
+        inner, extras = _parts(hints[each.name])
         if is_dataclass(inner):
             without = {name for extra in extras if isinstance(extra, Part) for name in extra.without}
             theirs = {name: value for name, value in given.items() if name not in without}
@@ -295,8 +293,7 @@ def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
 def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
     """``NAME=VALUE`` as a name and a value; elements of a tuple are separated by commas.
 
-    Raises:
-        UserError: no such name, or not a value for it.
+    Raises UserError: no such name, or not a value for it.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -314,8 +311,7 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
 def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
     """The settings in a TOML file: the same names, in tables or not; text is read as on the command line.
 
-    Raises:
-        UserError: no such file, not TOML, no such name, or not a value for it.
+    Raises UserError: no such file, not TOML, no such name, or not a value for it.
     """
     import sys
 
@@ -363,8 +359,7 @@ def _from_toml(setting: Setting, value: object) -> object:
 def check_values(options: object) -> None:
     """Refuse a value of an options dataclass, or of one inside it, that its annotation does not allow.
 
-    Raises:
-        UserError: names the option and what is allowed.
+    Raises UserError: names the option and what is allowed.
     """
     for setting in _settings(type(options), options):
         value = setting.default  # of an instance: what it holds

@@ -83,8 +83,7 @@ def find_qemu() -> str:
 def prepare(cache: Path, onnxruntime: str) -> Root:
     """The folder for one version of ONNX Runtime, made once and kept in ``cache`` (about 300 MB).
 
-    Raises:
-        EmulationError: a tool is missing, or something cannot be fetched.
+    Raises EmulationError: a tool is missing, or something cannot be fetched.
     """
     qemu = find_qemu()
     place = cache / "emulated" / f"{SUITE}-arm64-onnxruntime-{onnxruntime}"

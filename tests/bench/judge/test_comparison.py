@@ -193,9 +193,3 @@ def test_confirming_a_comparison_leaves_its_other_rows_alone() -> None:
 def test_smallest_effect_is_a_fraction(effect: float) -> None:
     with pytest.raises(CompareError, match="0 to below 1"):
         compare(_run(1.0), _run(1.0), effect)
-
-
-def test_a_comparison_is_the_same_whenever_it_is_made() -> None:
-    noisy = np.random.default_rng(3).uniform(0.9, 1.1, (2, 20))
-    run = result(measurement("a", noisy[0]), measurement("b", noisy[1]))
-    assert compare_within(run, "a", "b") == compare_within(run, "a", "b")

@@ -109,11 +109,12 @@ def test_speed_is_of_pairs_as_bench_tells_it():
     assert row.high / row.low < 1.05  # alone, either varies by 78 %
 
 
-def test_speed_without_decode_is_that_of_the_prompt():
+def test_speed_without_decode_is_that_of_the_prompt(page):
     prompts = [measurement(name, 0, n_gen=0, samples=[sample(i, 0, 0, prefill_s=s * (1 + i / 99)) for i in range(6)])
                for name, s in (("dense", 0.25), ("slim", 0.2))]  # fmt: skip
     told = cards(result(*prompts))["Speed"]
     assert told.ratio == "1.25\u00d7" and told.note.startswith("prefill, median of 6")
+    assert told.note in page(result(*prompts))
     assert float(told.value) == pytest.approx(128 / (0.2 * (1 + 2.5 / 99)), rel=0.01)
 
 

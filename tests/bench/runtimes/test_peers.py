@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from support.fake_trees import plant
 from support.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
 from bench.measure.options import BenchOptions
@@ -32,6 +34,7 @@ from saap.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD, KV_HEADS, WIDTH = 16, 2, 64
+PLAN = BenchOptions(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, timeout_s=60, cold=False)
 
 
 tick = map(float, itertools.count()).__next__
@@ -195,13 +198,10 @@ print(json.dumps([*stepped, whole, decoder.prefill(prompt).shape]))
 def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
     unknown = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
-    specs = [str(bundle), f"llama.cpp:{path}", f"llama.cpp:{unknown}"]
-    result = measure(
-        specs, BenchOptions(prompt=6, generate=5, threads=1, repetitions=2, warmup=2, timeout_s=60, cold=False)
-    )
+    result = measure([str(bundle), f"llama.cpp:{path}", f"llama.cpp:{unknown}"], PLAN)
     ours, theirs, broken = result.measurements
     assert (theirs.name, theirs.kind) == ("tiny (llama.cpp)", "llama.cpp")
-    assert len(ours.samples) == len(theirs.samples) == 2 and len(theirs.samples[0].token_s) == 5
+    assert len(ours.samples) == len(theirs.samples) == 1 and len(theirs.samples[0].token_s) == 5
     assert theirs.model.kv_bytes_per_token == 2 * KV_HEADS * 2 * HEAD * 2 and theirs.model.bits == 8
     assert theirs.model.model_bytes == path.stat().st_size and theirs.model.vocab_size == VOCAB
     assert "CPU" in result.versions["llama.cpp system"] and "n_ubatch 512" in result.versions["llama.cpp options"]
@@ -244,10 +244,7 @@ def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> Non
 
 def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    result = measure(
-        [str(genai_bundle), f"genai:{genai_bundle}"],
-        BenchOptions(prompt=6, generate=5, threads=1, repetitions=1, warmup=2, cold=False),
-    )
+    result = measure([str(genai_bundle), f"genai:{genai_bundle}"], PLAN)
     ours, theirs = result.measurements
     assert len(theirs.samples) == 1, theirs.reasons
     assert (theirs.name, theirs.kind) == ("bundle (genai)", "genai")
@@ -306,21 +303,13 @@ def test_peers_decode_like_generate(kind: str, tiny_model: Callable[..., Path], 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in interpreter is a shell script")
 def test_a_peer_in_another_python_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process: an interpreter with a package of the peer's name, which aborts when it is used."""
-    package = tmp_path / "packages/llama_cpp"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(
-        "import os, sys\nprint('GGML_ASSERT(x) failed', file=sys.stderr)\nos.abort()\n"
-    )
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+    dies = "import os, sys\nprint('GGML_ASSERT(x) failed', file=sys.stderr)\nos.abort()\n"
+    script = f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n'
+    python = plant(tmp_path, {"packages/llama_cpp/__init__.py": dies, "python": script}) / "python"
     python.chmod(0o755)
     monkeypatch.setenv(PEER_PYTHON, str(python))
     bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
-    result = measure(
-        [f"llama.cpp:{path}", str(bundle)],
-        BenchOptions(prompt=4, generate=3, threads=1, repetitions=2, warmup=0, timeout_s=60, cold=False),
-    )
-    crashed, ours = result.measurements
+    crashed, ours = measure([f"llama.cpp:{path}", str(bundle)], replace(PLAN, repetitions=2)).measurements
     assert crashed.status == INVALID and crashed.samples == []
     assert crashed.reasons == ["killed by SIGABRT: GGML_ASSERT(x) failed"]
     assert len(ours.samples) == 2
@@ -357,12 +346,10 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     whole = genai_config(read_manifest(bundle))
     for name, graph in (("long", "x" * 6000), ("above", "../model.onnx"), ("none", None), ("lost", "lost.onnx")):
-        (tmp_path / name).mkdir()
         model = {**whole["model"], "decoder": {**whole["model"]["decoder"], "filename": graph}}
-        (tmp_path / name / "genai_config.json").write_text(json.dumps({"model": model}))
+        plant(tmp_path / name, {"genai_config.json": json.dumps({"model": model})})
     for name, config in (("cut", "{"), ("list", "[]"), ("null", '{"vocab_size": null}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
+        plant(tmp_path / name, {"config.json": config})
     for spec, length, message in (
         (f"llama.cpp:{path}", CONTEXT + 1, "tokens of context do not fit"),
         (f"llama.cpp:{tmp_path / 'none.gguf'}", 8, "cannot be read"),

@@ -26,26 +26,6 @@ def test_all_profiles_are_valid_and_name_known_features() -> None:
         assert big is None or (big.value or 0) < (profile.numbers["cores"].value or 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "bandwidth", "level"),
-    [
-        ("raspberry-pi-4", 12.8e9, "computed"),
-        ("raspberry-pi-5", 17.1e9, "computed"),
-        ("intel-n100-ddr4", 25.6e9, "computed"),
-        ("intel-n100-ddr5", 38.4e9, "computed"),
-        ("jetson-nano", 25.6e9, "vendor"),
-        ("jetson-orin-nano", 68e9, "vendor"),
-        ("jetson-orin-nano-super", 102e9, "vendor"),
-        ("jetson-agx-orin", 204.8e9, "vendor"),
-        ("jetson-agx-thor", 273e9, "vendor"),
-        ("generic-arm64", None, "unknown"),
-    ],
-)
-def test_bandwidths(name: str, bandwidth: float | None, level: str) -> None:
-    number = load_profile(name).numbers["memory_bandwidth"]
-    assert (number.value, number.unit, number.level) == (bandwidth, "B/s", level)
-
-
 def test_a_board_says_what_runs_there() -> None:
     """Every Jetson and every Raspberry Pi names its GPU's architecture or none, and the ONNX Runtime of its system."""
     boards = {name: (p.cuda, p.runtime and p.runtime.onnxruntime) for name, p in load_profiles().items() if p.runtime}
@@ -90,11 +70,6 @@ def test_reported_bandwidth_stays_below_the_ceiling() -> None:
         for key in ("copy_bandwidth", "decode_bandwidth"):
             if key in profile.numbers:
                 assert ceiling is not None and (profile.numbers[key].value or 0) < ceiling, profile.name
-
-
-def test_old_boards_are_known_to_lack_dotprod() -> None:
-    assert "dotprod" in load_profile("raspberry-pi-4").lacks
-    assert "dotprod" in load_profile("raspberry-pi-5").isa
 
 
 def test_unknown_device_lists_the_names() -> None:
