@@ -1,7 +1,5 @@
 """The bars that hold on the real model: SmolLM2-135M-Instruct."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -29,7 +27,7 @@ LAYER = whole_layer(LayerSizes(9, 3, 1536))
 @pytest.fixture(scope="module")
 def ids(real_model, data_dir):
     text = (data_dir / "wikitext2_valid_tokens.txt").read_text(encoding="utf-8")[:40_000]
-    return windows_of(documents_of([text], "text"), load_tokenizer(real_model), Cut(256, max_chunks=2)).ids
+    return windows_of(documents_of([text], "text"), load_tokenizer(real_model), Cut(256, max_chunks=1)).ids
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def slim(real_model, tmp_path_factory):
         layers[index] = LayerPlan(LAYER.query_heads, LAYER.kv_heads, tuple(range(0, 1536 - 64 * (index % 5))))
     layers[6] = LayerPlan((0, 1, 3, 4), (0, 1), tuple(range(1024)))
     layers[8] = LayerPlan((), (), tuple(range(1536)))
-    layers[10:26] = [LayerPlan((), (), ())] * 16
+    layers[9:29] = [LayerPlan((), (), ())] * 20
     return cut(real_model, tmp_path_factory.mktemp("real") / "slim", PrunePlan(tuple(layers)))
 
 

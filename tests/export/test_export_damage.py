@@ -1,7 +1,5 @@
 """A model directory whose small files are damaged: named before weights are written, with what mends it."""
 
-from __future__ import annotations
-
 import pytest
 from support.exported import export_bundle
 

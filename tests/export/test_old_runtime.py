@@ -1,7 +1,5 @@
 """Bundles in the oldest ONNX Runtime that they say they need: a real installation of it, in its own environment."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Export and text as functions of Python: typed results, nothing printed, nothing heavy before it is needed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The exported graphs against transformers, on tiny random models."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """The decoder that generates and that is measured."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a bundle shows of itself, and data files outside its folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """bundle.json: what is refused, with the place, and that its page names every field."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import fields

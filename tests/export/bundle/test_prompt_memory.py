@@ -1,7 +1,5 @@
 """What reading a prompt takes beside the weights."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Packed weights in the user's cache."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

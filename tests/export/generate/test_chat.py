@@ -1,7 +1,5 @@
 """Several turns over one cache."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """transformers' generate on a bundle, against the torch model that the bundle was made from."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.cuts import cut

@@ -1,7 +1,5 @@
 """What becomes a GGUF file and what is refused, in one line and with nothing left behind."""
 
-from __future__ import annotations
-
 import json
 
 import gguf

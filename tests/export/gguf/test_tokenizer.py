@@ -1,7 +1,5 @@
 """Tokenizers in GGUF files: llama.cpp gives the ids that tokenizer.json gives."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF files of tiny models, read back number by number and run by a real llama.cpp."""
 
-from __future__ import annotations
-
 import gguf
 import numpy as np
 import pytest

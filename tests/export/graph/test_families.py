@@ -1,7 +1,5 @@
 """The graph of every family against transformers: prefill, prefill in pieces, one token after the other."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest

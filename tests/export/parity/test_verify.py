@@ -1,7 +1,5 @@
 """Parity: the reference that streams its layers equals the whole model, and a wrong graph is noticed."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 

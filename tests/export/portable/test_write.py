@@ -1,7 +1,5 @@
 """The portable graphs: standard operators, checked in ONNX Runtime and in onnx's own reference implementation."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

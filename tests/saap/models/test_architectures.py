@@ -1,7 +1,5 @@
 """The table of families, what is read from a config, and what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

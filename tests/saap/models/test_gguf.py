@@ -1,7 +1,5 @@
 """Sentencepiece tokenizers of GGUF files give the ids of sentencepiece itself."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

@@ -1,7 +1,5 @@
 """One flipped bit in any file that saap wrote is found when the file is read, or changes nothing that is read."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Where a layer's logical matrices are, packed or not, dense or slim."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """saap.json has a schema, which docs/formats.md names field by field, and old records fit it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import get_type_hints

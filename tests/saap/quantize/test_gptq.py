@@ -1,7 +1,5 @@
 """Integers whose errors are compensated, against rounding to nearest."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Integers of a tuned directory in every file that is exported from it: bit for bit, 4 and 8 bits side by side."""
 
-from __future__ import annotations
-
 import json
 
 import gguf

@@ -1,7 +1,5 @@
 """What is freed stays with the process inside the block, goes back after it, and a user's own settings stay."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

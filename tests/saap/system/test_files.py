@@ -1,7 +1,5 @@
 """Outputs are whole or not there: other processes, kills between two renames, full and read-only disks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """float32 products by oneDNN on AMD's processors: only there, only while they stay float32, and never for longer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

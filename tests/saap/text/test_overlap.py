@@ -1,7 +1,5 @@
 """No model is judged on what it was calibrated or tuned on."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

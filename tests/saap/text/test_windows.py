@@ -1,7 +1,5 @@
 """How a text becomes predictions."""
 
-from __future__ import annotations
-
 import copy
 import json
 
