@@ -34,7 +34,8 @@ from export.bundle.manifest import (
     read_manifest,
     verify_files,
 )
-from export.bundle.session import check_provider, prepack
+from export.bundle.prepacked import prepack
+from export.bundle.session import check_provider
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from devices.common.errors import first_line
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
-from export.bundle.session import DecoderError, check_provider, open_session, prepack
+from export.bundle.prepacked import prepack
+from export.bundle.session import DecoderError, check_provider, open_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue

@@ -1,31 +1,19 @@
-"""ONNX Runtime sessions as decode wants them: which bundle runs where, and weights that stay packed.
-
-ONNX Runtime copies every quantised matrix into the layout of this CPU's kernels when a session is made. With
-:func:`prepack` that copy is made once, written beside its graph into the user's cache, and memory-mapped from then on:
-those pages are the file's, so the system may drop and reread them, and the next start does not pack again. The file
-belongs to one bundle, one version of ONNX Runtime and one kind of CPU, which its folder is named after.
-"""
+"""ONNX Runtime sessions as decode wants them: which bundle runs where, and is its graph what its manifest says."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shutil
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from devices.common.errors import UserError, first_line
-from devices.common.files import cache_directory
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleError, BundleManifest, too_old
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
-PREPACKED = "model.onnx"
 EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # TensorRT takes standard operators only; attention of the cuda target is ONNX Runtime's own and float16.
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",), "tensorrt": ("portable",)}
@@ -157,48 +145,3 @@ def _check_installed(provider: str, runtime: ModuleType) -> None:
         f"{', '.join(available)}: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'; a Jetson "
         "needs NVIDIA's own build, since the aarch64 wheel has no kernels for Orin or Thor"
     )
-
-
-def prepacked_directory(manifest: BundleManifest) -> Path:
-    """Where the packed weights of a bundle are for this machine."""
-    import onnxruntime as ort
-
-    key = f"{manifest.content_hash}-{ort.__version__}-{_cpu()}"
-    return cache_directory() / "prepacked" / hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-def prepack(graph: Path, manifest: BundleManifest) -> Path:
-    """The graph over packed weights, made where it is not there yet."""
-    directory = prepacked_directory(manifest)
-    if (directory / PREPACKED).is_file():
-        return directory / PREPACKED
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    check_graph(graph)
-    options = session_options(
-        1,
-        {
-            "session.save_external_prepacked_constant_initializers": "1",
-            "session.optimized_model_external_initializers_file_name": PREPACKED + ".data",
-            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        },
-    )
-    options.optimized_model_filepath = str(partial / PREPACKED)
-    try:
-        make_session(graph, options)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory / PREPACKED
-
-
-def _cpu() -> str:
-    """What the packed layout depends on: architecture and instruction sets."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.machine() + platform.processor()
-    lines = {line for line in text.splitlines() if line.split(":")[0].strip() in ("flags", "Features", "model name")}
-    return platform.machine() + "".join(sorted(lines))

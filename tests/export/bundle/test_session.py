@@ -1,6 +1,8 @@
 """Packed weights in the user's cache."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from support.tiny_graphs import tiny_bundle
 
 from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest
-from export.bundle.session import DecoderError, prepack, prepacked_directory
+from export.bundle.prepacked import prepack, prepacked_directory
+from export.bundle.session import DecoderError
 
 IDS = np.arange(5, dtype=np.int64)
 
@@ -59,3 +62,33 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle,
     Path(data).symlink_to(outside)
     with pytest.raises(BundleError, match="outside"):
         OrtDecoder(bundle, 1, 16, verify=False)
+
+
+def test_a_flipped_byte_of_packed_weights_is_found_and_they_are_made_again(bundle, cache):
+    expected = OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS).copy()
+    for name in ("model.onnx", "model.onnx.data", "seal.json"):
+        path = next(cache.iterdir()) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert np.array_equal(OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS), expected)
+        assert path.read_bytes() != content and len(list(cache.iterdir())) == 1
+
+
+def test_first_runs_at_once_keep_each_other_s_folder(bundle, cache):
+    """Four processes find nothing there; every one of them computes, and one folder is left."""
+    script = (
+        "import sys, numpy; from export.bundle.decoder import OrtDecoder; sys.stdin.readline();"
+        f"print(OrtDecoder({str(bundle)!r}, 1, 16, prepacked=True).prefill(numpy.arange(5)).argmax())"
+    )
+    root = Path(__file__).resolve().parents[3]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for run in runs:
+        run.stdin.write(b"go\n")
+        run.stdin.flush()
+    said = {run.communicate()[0].strip() for run in runs}
+    assert said == {str(OrtDecoder(bundle, 1, 16).prefill(IDS).argmax()).encode()}
+    assert [run.returncode for run in runs] == [0] * 4 and len(list(cache.iterdir())) == 1

@@ -1,0 +1,52 @@
+"""``saap cache``: what is kept for next time, how large it is, and how to be rid of it. No torch, no transformers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from devices.common.files import cache_directory
+from saap.cli.console import print_table
+
+KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
+    "scores": "scores and measured losses of calibration text",
+    "teacher": "a teacher's answers",
+    "prepacked": "weights packed for this CPU",
+    "tensorrt": "TensorRT engines",
+    "boards": "what is known of boards",
+    "locks": "names of outputs that are being written",
+    "matplotlib": "the list of fonts",
+    "model-": "models converted from GGUF files",
+}
+OTHER = "packaged models, and environments of emulated boards"
+
+
+@click.command()
+@click.option("--clear", is_flag=True, help="Remove all of it. Nothing may be running.")
+def cache(clear: bool) -> None:
+    """Show what saap keeps for next time, or remove it.
+
+    The folder is the one that SAAP_CACHE names, else saap in XDG_CACHE_HOME or ~/.cache.
+
+    \b
+    Example:
+      saap cache
+      saap cache --clear
+    """
+    place = cache_directory()
+    sizes: dict[str, int] = {}
+    for entry in sorted(place.iterdir()) if place.is_dir() else []:
+        what = next((told for name, told in KEPT.items() if entry.name.startswith(name)), OTHER)
+        sizes[what] = sizes.get(what, 0) + _size(entry)
+        if clear:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    rows = [[what, f"{size / 1e6:,.1f}"] for what, size in sorted(sizes.items(), key=lambda item: -item[1])]
+    print_table("", ["kept", "MB"], rows)
+    click.echo(f"{sum(sizes.values()) / 1e6:,.1f} MB {'removed from' if clear else 'in'} {place}")
+
+
+def _size(entry: Path) -> int:
+    files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
+    return sum(path.lstat().st_size for path in files)
