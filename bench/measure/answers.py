@@ -52,9 +52,8 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
     if peer.runtime is not None:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
     job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, choose_cores(threads), plan.provider)
-    environment = peer.environment(threads)
     try:
-        return call("bench.measure.answers", asdict(job), plan.timeout_s, environment, peer.python)
+        return call("bench.measure.answers", asdict(job), plan.timeout_s, peer.environment(threads), peer.python)
     except ChildFailedError as error:
         return {"error": str(error)}
 

@@ -244,29 +244,22 @@ def _as_today(raw: dict[str, object]) -> dict[str, object]:
 
 def _check(result: Result) -> None:
     for bandwidth in result.bandwidth:
-        if bandwidth.samples:
-            _positive("bandwidth samples", bandwidth.samples)
+        _positive("bandwidth samples", bandwidth.samples)
     for m in result.measurements:
         if m.status not in (OK, WARN, INVALID):
             raise ValueError(f"status {m.status!r}")
         for sample in m.samples:
-            _check_sample(sample, m.n_prompt, m.n_gen)
+            for name in ("load_s", "prefill_s", "ttft_s", "decode_s"):
+                _positive(name, [getattr(sample, name)])
+            if m.n_prompt and sample.prefill_s is None:
+                raise ValueError(f"no prefill time for n_prompt {m.n_prompt}")
+            if m.n_gen and sample.decode_s is None and len(sample.token_s) != m.n_gen:
+                raise ValueError(f"{len(sample.token_s)} token times for n_gen {m.n_gen}")
+            _positive("token_s", sample.token_s)
 
 
-def _check_sample(sample: Sample, n_prompt: int, n_gen: int) -> None:
-    for name in ("load_s", "prefill_s", "ttft_s", "decode_s"):
-        if (value := getattr(sample, name)) is not None:
-            _positive(name, [value])
-    if n_prompt and sample.prefill_s is None:
-        raise ValueError(f"no prefill time for n_prompt {n_prompt}")
-    if n_gen and sample.decode_s is None and len(sample.token_s) != n_gen:
-        raise ValueError(f"{len(sample.token_s)} token times for n_gen {n_gen}")
-    if sample.token_s:
-        _positive("token_s", sample.token_s)
-
-
-def _positive(name: str, values: Sequence[float]) -> None:
-    if not (min(values) > 0 and math.isfinite(sum(values))):  # the sum: a NaN in the middle hides from min
+def _positive(name: str, values: Sequence[float | None]) -> None:
+    if not all(0 < value < math.inf for value in values if value is not None):
         raise ValueError(f"{name} must be positive numbers")
 
 

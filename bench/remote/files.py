@@ -80,7 +80,8 @@ def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = No
     options.check()
     own, sources = not options.board_packages, dict[str, Source]()
     packed = [_bundle(spec, positions, sources) for spec in specs]
-    code = _add(_code(), sources)
+    content = _code()
+    sources[code := hashlib.sha256(content).hexdigest()] = content
     named = None if options.wheels is None else _wheels(options.wheels, sources)
     text = json.dumps([code, REQUIREMENTS, own, sorted((named or {}).items())])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -115,9 +116,3 @@ def _wheels(folder: Path, sources: dict[str, Source]) -> dict[str, str]:
     named = {path.name: sha256_file(path) for path in found}
     sources.update({sha: folder / name for name, sha in named.items()})
     return named
-
-
-def _add(content: bytes, sources: dict[str, Source]) -> str:
-    sha = hashlib.sha256(content).hexdigest()
-    sources[sha] = content
-    return sha

@@ -93,7 +93,10 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "plan": _plan(run),
         "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
-        "texts": [_text(as_dict(text)) for text in as_list(run.get("texts"))],
+        "texts": [
+            {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
+            for text in map(as_dict, as_list(run.get("texts")))
+        ],
         "steps": [_step(as_dict(step)) for step in as_list(run.get("steps"))],
         "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
         "unknown": _unknown(entries),
@@ -164,10 +167,6 @@ def _plan(run: Mapping[str, object]) -> Row | None:
 def _step(step: Row) -> Row:
     command, seconds = command_line(step.get("command")), as_float(step.get("seconds"))
     return {"name": step.get("name"), "command": command, "seconds": seconds}
-
-
-def _text(text: Row) -> Row:
-    return {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
 
 
 def _unknown(entries: Sequence[Entry]) -> dict[str, str]:

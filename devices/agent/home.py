@@ -122,7 +122,8 @@ class Lock:
                 return
             if self.path.exists() and not self._stale(held):
                 begun, who, process = held.get("since"), held.get("owner", "somebody"), held.get("pid")
-                since = _ago(time.time() - begun if isinstance(begun, float) else 0.0)
+                seconds = max(0.0, time.time() - begun) if isinstance(begun, float) else 0.0
+                since = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
                 what = f" (process {process} there)" if process else ""
                 raise AgentError(f"{who} measures there since {since}{what}: wait until that run has ended")
             write_json(
@@ -169,10 +170,6 @@ def guarded(path: Path) -> Iterator[None]:
     with path.open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
-
-
-def _ago(seconds: float) -> str:
-    return f"{max(0.0, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def touch(path: Path) -> None:

@@ -119,7 +119,9 @@ def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
         for line, offset in _lines(place / "progress.jsonl", offset):  # noqa: B020 one offset goes through
             yield {"line": line, "at": offset}
         if done or (gone and not read_json(place / "done.json")):
-            yield {"done": done or {"error": _why_gone(folder)}}
+            # A full disk keeps a supervisor from writing its last word.
+            killed = full(folder) if free(folder) < LEAST_FREE else "its process was killed there"
+            yield {"done": done or {"error": killed}}
             return
         beat = modified(place / "beat")
         if beat != beaten:
@@ -129,11 +131,6 @@ def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
             return
         yield {"beat": True}
         time.sleep(BEAT_S / 2)
-
-
-def _why_gone(folder: Path) -> str:
-    """Of a supervisor that left no word: a full disk keeps it from writing one."""
-    return full(folder) if free(folder) < LEAST_FREE else "its process was killed there"
 
 
 def fetch(folder: Path, request: RunRequest) -> FetchAnswer:

@@ -20,7 +20,8 @@ def memory_left(root: Path = Path("/")) -> int | None:
     for level, limit_name, usage_name in _levels(root):
         limit, usage = number(level / limit_name), number(level / usage_name)
         if limit and usage is not None:
-            left.append(limit - usage + _droppable(level))
+            named = fields(level / "memory.stat")
+            left.append(limit - usage + (named.get("total_inactive_file") or named.get("inactive_file") or 0))
     return min(left, default=None)
 
 
@@ -45,8 +46,3 @@ def _levels(root: Path) -> Iterator[tuple[Path, str, str]]:
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for base, limit, usage in places:
             yield from ((base.joinpath(*parts[:depth]), limit, usage) for depth in range(len(parts) + 1))
-
-
-def _droppable(level: Path) -> int:
-    named = fields(level / "memory.stat")
-    return named.get("total_inactive_file") or named.get("inactive_file") or 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -193,10 +193,7 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
         shape = tuple(cursor.count() for _ in range(cursor.read("I")))
         tensors[name] = Tensor(shape, cursor.read("I"), cursor.read("Q"))  # checked against the length below
     alignment = cast("int", metadata.get("general.alignment") or 32)
-    _check_length(path, tensors.values(), -(-cursor.position // alignment) * alignment, len(cursor.data))
-    return GgufHeader(metadata, tensors)
-
-
-def _check_length(path: Path, tensors: Iterable[Tensor], start: int, size: int) -> None:
-    if any(start + tensor.offset + (tensor.bytes or 0) > size for tensor in tensors):
+    start = -(-cursor.position // alignment) * alignment
+    if any(start + tensor.offset + (tensor.bytes or 0) > len(cursor.data) for tensor in tensors.values()):
         raise GgufHeaderError(f"{path} is damaged or cut off: get the GGUF file again")
+    return GgufHeader(metadata, tensors)

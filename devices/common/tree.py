@@ -60,9 +60,7 @@ def why_unreadable(paths: Iterable[Path]) -> str | None:
     for path in paths:
         try:
             path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except NotADirectoryError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"

@@ -72,20 +72,14 @@ class Emulated(Local):
         return ["env", *self._env, *super().argv(command)]
 
 
-def find_qemu() -> str:
-    """The emulator. Raises EmulationError: it is not installed."""
-    found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    if found is None:
-        raise EmulationError("qemu-aarch64 is not installed: `sudo apt install qemu-user mmdebstrap` (Debian, Ubuntu)")
-    return found
-
-
 def prepare(cache: Path, onnxruntime: str) -> Root:
     """The folder for one version of ONNX Runtime, made once and kept in ``cache`` (about 300 MB).
 
     Raises EmulationError: a tool is missing, or something cannot be fetched.
     """
-    qemu = find_qemu()
+    qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if qemu is None:
+        raise EmulationError("qemu-aarch64 is not installed: `sudo apt install qemu-user mmdebstrap` (Debian, Ubuntu)")
     place = cache / "emulated" / f"{SUITE}-arm64-onnxruntime-{onnxruntime}"
     root = Root(place, qemu)
     if not (place / "whole").is_file():

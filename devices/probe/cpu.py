@@ -173,7 +173,8 @@ def frequencies(root: Path) -> list[ClockDomain] | None:
 
 def clusters(root: Path, cpus: list[dict[str, str]]) -> list[Cluster] | None:
     """The big and little cores of a mixed SoC apart, in the order of their first CPU."""
-    names = {int(cpu["processor"]): core_name(cpu) or cpu.get("model name") for cpu in cpus if _counted(cpu)}
+    counted = [cpu for cpu in cpus if re.fullmatch(r"[0-9]{1,5}", cpu["processor"])]
+    names = {int(cpu["processor"]): core_name(cpu) or cpu.get("model name") for cpu in counted}
     domains = {cpu: policy for policy in policies(root) for cpu in _cpus_of(policy)}
     groups: dict[tuple[str | None, int | None, Path | int | None], list[int]] = {}
     for cpu, name in names.items():
@@ -232,10 +233,6 @@ def _cpus_of(policy: Path) -> list[int]:
     if listed := first_text((policy / "affected_cpus", policy / "related_cpus")):
         return parse_cpu_list(listed)
     return parse_cpu_list(policy.parent.name.removeprefix("cpu"))
-
-
-def _counted(cpu: dict[str, str]) -> bool:
-    return re.fullmatch(r"[0-9]{1,5}", cpu["processor"]) is not None
 
 
 def _kibibytes(size: str | None) -> int | None:

@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypedDict, cast
@@ -105,7 +105,7 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
     l4t = jetson.l4t_release(root)
     facts: HostFacts = {
         "board": _board(root),
-        "compatible": _compatible(root),
+        "compatible": next(filter(None, (strings(root / tree / "compatible") for tree in _TREES)), None),
         "cpu_model": probe_cpu.cpu_model(root, cpus),
         "architecture": platform.machine() or None if host else probe_cpu.architecture(cpus),
         "isa": probe_cpu.isa(cpus),
@@ -188,10 +188,6 @@ def _board(root: Path) -> str | None:
     return " ".join(known) or None
 
 
-def _compatible(root: Path) -> list[str] | None:
-    return next((names for tree in _TREES if (names := strings(root / tree / "compatible"))), None)
-
-
 def _cores(root: Path, cpus: list[dict[str, str]], host: bool) -> Cores:
     logical = len(cpus) or (psutil.cpu_count() if host else None)
     physical = probe_cpu.physical_cores(root) or (psutil.cpu_count(logical=False) if host else None)
@@ -226,13 +222,9 @@ def _installed(*packages: str) -> str | None:
 def _unknown(root: Path, facts: Mapping[str, object]) -> dict[str, str]:
     def reason(name: str) -> str:
         usual, files = _REASONS[name]
-        return why_unreadable(_below(root, files)) or usual
+        return why_unreadable(root / file for file in files) or usual
 
     return {name: reason(name) for name in _REASONS if facts[name] is None}
-
-
-def _below(root: Path, names: Iterable[str]) -> list[Path]:
-    return [root / name for name in names]
 
 
 def _rounded(memory_bytes: int | None) -> float | None:

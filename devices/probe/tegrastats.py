@@ -117,7 +117,10 @@ def parse_tegrastats(line: str | bytes) -> Tegrastats:
     found = _Found()
     place = 0
     while (start := _WORD.search(text, place, _LONGEST)) is not None:
-        place = found.take(text, start.start()) or found.leave(start)
+        end = found.take(text, start.start())
+        if end is None:  # a word that is none of the forms
+            found.unparsed.append(start[0])
+        place = start.end() if end is None else end
     if text[_LONGEST:].strip():
         found.unparsed.append("...")
     return Tegrastats(**found.fields, unparsed=tuple(found.unparsed))
@@ -144,10 +147,6 @@ class _Found:
                 self.unparsed.append(match[0])
             return match.end()
         return None
-
-    def leave(self, word: re.Match[str]) -> int:
-        self.unparsed.append(word[0])
-        return word.end()
 
     def once(self, name: str, value: object) -> bool:
         """Keep the first of a name: two lines glued together must not mix."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.common.cores import allowed_cores
 from devices.common.errors import first_line
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
 from export.bundle.prepacked import prepack
@@ -55,7 +55,7 @@ class Decoder(Protocol):
 
 
 def check_threads(threads: int) -> None:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = len(allowed_cores())
     if not 1 <= threads <= available:
         raise DecoderError(
             f"{threads} threads cannot be used: this process has {available} cores, give 1 to {available}"

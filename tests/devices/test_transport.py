@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.remote_runs import ONCE, one, script
 from support.tiny_graphs import tiny_bundle
 
-from bench.measure.options import BenchOptions
-from bench.remote import BoardOptions, bench_on
 from devices.transport import Adb, BoardError, Local, LostError, Ssh, open_transport
 
 CHANGED = """@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@
@@ -27,14 +26,9 @@ def programs(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("adb", "ssh"):
-        program(folder / name, "exit 1")
+        script(folder / name, "exit 1")
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin")
     return folder
-
-
-def program(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 @pytest.mark.parametrize(
@@ -130,20 +124,14 @@ def test_a_run_over_adb(programs, tmp_path, monkeypatch):
     """The fake runs here what a device would run, in a home of its own, and keeps how it was called."""
     home = tmp_path / "sdcard"
     home.mkdir()
-    program(
+    script(
         programs / "adb",
         f'printf "%s|" "$1" "$2" "$3" "$4" >>{tmp_path}/calls; echo >>{tmp_path}/calls\n'
         f'test "$1 $3 $4" = "-s shell -T" || exit 9\nHOME={home} exec sh -c "$5"',
     )
     monkeypatch.delenv("SAAP_CACHE", raising=False)
     bundle = tiny_bundle(tmp_path / "tiny")
-    (answer,) = bench_on(
-        ["adb://R58N123"],
-        [str(bundle)],
-        BenchOptions(prompt=4, generate=6, threads=1, repetitions=1, cold=False),
-        BoardOptions(board_packages=True),
-    )
-    assert answer.error is None, answer.error
-    assert len(answer.result.measurements[0].samples) == 1 and answer.result.settings["on"] == "adb://R58N123"
+    found = one("adb://R58N123", [str(bundle)], ONCE)
+    assert len(found.measurements[0].samples) == 1 and found.settings["on"] == "adb://R58N123"
     assert set((tmp_path / "calls").read_text().split()) == {"-s|R58N123|shell|-T|"}
     assert not list((home / ".cache/saap/runs").iterdir()) and not (home / ".cache/saap/lock.json").exists()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,20 @@ def one(url: str, specs: list[str], plan: BenchOptions = QUICK, **options: Any) 
     """The result of one board, which uses the packages of this Python."""
     (answer,) = bench_on([url], specs, plan, OWN_PACKAGES, **options)
     return answer.value()
+
+
+def running_bench(bundle: str, url: str, cache: Path) -> subprocess.Popen[str]:
+    """`saap bench --on` as a process that has begun to measure on the board and has long to go."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saap.cli", "bench", bundle, "--on", url, *OPTIONS[:-4], "-r", "400", "--no-cold",
+         "--board-packages"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 180
+    while not list((cache / "runs").glob("*/beat")):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    return process
 
 
 def script(path: Path, text: str) -> Path:

@@ -12,6 +12,12 @@ Ours is a factor for layers. Channels are scored one by one, but go by the hundr
 in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the mean of P over the layer's
 channels in units of the mean over layers, to the power of gamma. A sum would be lower for layers that were cut before,
 and empty them step by step. Heads, of which a layer has few, do worse with the factor.
+
+Stability is how much a structure's importance changes from one calibration sequence to the next. With
+I_j(G) = |t_j - c/2 t_j^2| the fluctuation is F(G) = std_j I_j / mean_j I_j, and the adaptive stability indicator puts
+it on one scale: ASI(G) = (F - mean F) / std F over structures of a type (or of a type and layer). It enters the score
+as S(G) = P(G) exp(lambda ASI(G)). arXiv 2412.15127 names both indicators; the formulas are ours, and so is the sign of
+lambda, which text held out from scoring decides.
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ import torch
 from saap.models.shape import ModelShape
 from saap.prune.options import FUSIONS, FusionOptions
 from saap.prune.scores.importance import TYPES, Scores
-from saap.prune.scores.stability import stability_factor
+
+# Beyond three deviations a factor says more about one odd sequence than about the structure.
+ASI_LIMIT = 3.0
 
 
 def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:
@@ -30,14 +38,14 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
     The mean of P over the structures that share the sigmas is half the number of scores.
     """
     options = options or FusionOptions()
+    terms_of = {
+        "vector": lambda kind: scores.vector(kind, shape, options.slices),
+        "element": lambda kind: scores.fine(kind, shape, options.slices),
+        "token": lambda kind: scores.tokenwise(kind, shape),
+    }
     fused = {}
     for kind in TYPES:
-        found = {
-            "vector": lambda kind: scores.vector(kind, shape, options.slices),
-            "element": lambda kind: scores.fine(kind, shape, options.slices),
-            "token": lambda kind: scores.tokenwise(kind, shape),
-        }
-        terms = [found[term](kind) for term in FUSIONS[options.score]]
+        terms = [terms_of[term](kind) for term in FUSIONS[options.score]]
         total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term, options) for term in terms), strict=True)]
         if options.stability:
             factors = stability_factor(
@@ -96,3 +104,34 @@ def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tenso
 
     optimizer.step(closure)
     return (s.detach() + origin).exp().to(scores[0].dtype)
+
+
+def fluctuation(importance: torch.Tensor) -> torch.Tensor:
+    """F(G) = std_j I_j / mean_j I_j, [sequences, structures] -> [structures]; 0 where a structure never matters."""
+    if len(importance) < 2:
+        return torch.zeros(importance.shape[1:])
+    mean = importance.mean(0)
+    return torch.where(mean > 0, importance.std(0) / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0.0)
+
+
+def stability_indicator(importance: list[torch.Tensor], scope: str = "type") -> list[torch.Tensor]:
+    """ASI(G) per layer, [structures] each, within +-3, from I_j(G) per layer, [sequences, structures].
+
+    What is above 0 fluctuates more than its peers: the structures of the same ``type``, or of the same ``layer`` too.
+    """
+    rows = [fluctuation(layer) for layer in importance]
+    if scope == "layer":
+        return [_standardised(row, row) for row in rows]
+    everything = torch.cat(rows)
+    return [_standardised(row, everything) for row in rows]
+
+
+def stability_factor(importance: list[torch.Tensor], strength: float, scope: str = "type") -> list[torch.Tensor]:
+    """exp(lambda ASI(G)) per layer, [structures] each."""
+    return [torch.exp(strength * asi) for asi in stability_indicator(importance, scope)]
+
+
+def _standardised(row: torch.Tensor, peers: torch.Tensor) -> torch.Tensor:
+    if len(peers) < 2 or not float(peers.std()):
+        return torch.zeros_like(row)
+    return ((row - peers.mean()) / peers.std()).clamp(-ASI_LIMIT, ASI_LIMIT)

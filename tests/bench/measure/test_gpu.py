@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,20 +62,15 @@ class Nvml:
 NOTHING = {"gpu_clock_hz": None, "gpu_memory_clock_hz": None, "gpu_busy": None}
 
 
-def orin(root: Path, privileged: bool) -> Path:
-    secret = {
-        "sys/kernel/debug/nvmap/iovmm/clients": CLIENTS,
-        "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
-    }
-    return plant(
-        root,
-        {
-            "proc/meminfo": "MemTotal: 7802040 kB\nNvMapMemFree:  0 kB\nNvMapMemUsed:  218292 kB\n",
-            "sys/class/devfreq/17000000.gpu/cur_freq": "918000000\n",
-            "sys/class/devfreq/17000000.gpu/device/load": "985\n",
-            **(secret if privileged else {}),
-        },
-    )
+ORIN = {
+    "proc/meminfo": "MemTotal: 7802040 kB\nNvMapMemFree:  0 kB\nNvMapMemUsed:  218292 kB\n",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "918000000\n",
+    "sys/class/devfreq/17000000.gpu/device/load": "985\n",
+}
+ROOT_ONLY = {
+    "sys/kernel/debug/nvmap/iovmm/clients": CLIENTS,
+    "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
+}
 
 
 def test_a_discrete_gpu_tells_what_the_process_holds(tmp_path) -> None:
@@ -101,13 +95,12 @@ def test_where_the_process_is_not_told_the_growth_of_all_is(tmp_path, processes)
 
 
 def test_orin_lists_its_clients_to_root_and_to_others_the_board_only(tmp_path) -> None:
-    gpu = GpuWatch(orin(tmp_path / "root", privileged=True))
+    gpu = GpuWatch(plant(tmp_path / "root", ORIN | ROOT_ONLY))
     assert gpu.memory(4711) == (201 * MIB, None)
     assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": 3.199e9, "gpu_busy": 0.985}
-    root = orin(tmp_path, privileged=False)
-    gpu = GpuWatch(root)
+    gpu = GpuWatch(plant(tmp_path, ORIN))
     assert gpu.in_use() == 218292 * 1024
-    plant(root, {"proc/meminfo": "NvMapMemUsed:  418292 kB\n"})
+    plant(tmp_path, {"proc/meminfo": "NvMapMemUsed:  418292 kB\n"})
     size, why = gpu.memory(4711)
     assert size == 200000 * 1024 and "of all on the GPU" in why
     assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": None, "gpu_busy": 0.985}

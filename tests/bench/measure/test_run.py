@@ -183,14 +183,9 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
 def test_bad_input_is_one_line(
     bundles: list[Path], specs: list[str], options: dict[str, object], error: type[ValueError], message: str
 ) -> None:
-    given = {key: value for key, value in options.items() if key != "names"}
-    names = options.get("names")
+    plan = replace(ONE, **{name: value for name, value in options.items() if name != "names"})
     with pytest.raises(error, match=message) as caught:
-        measure(
-            [spec.format(b=bundles[0]) for spec in specs],
-            BenchOptions(**{"threads": 1, "prompt": 8, "generate": 8, **given}),
-            names=names,
-        )
+        measure([spec.format(b=bundles[0]) for spec in specs], plan, names=options.get("names"))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 

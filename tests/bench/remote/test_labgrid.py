@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from support.command_line import here, refused
 from support.labgrid_farm import Farm
-from support.remote_runs import ONCE, OPTIONS, one, remains
+from support.remote_runs import ONCE, OPTIONS, one, remains, running_bench
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge import regression
@@ -154,15 +153,7 @@ async def _tokens(session):
 
 def test_an_interrupt_gives_the_place_back(farm, bundle):
     farm.power(False)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", "bench", bundle, "--on", "labgrid://pi", *OPTIONS[:-4], "-r", "40",
-         "--no-cold", "--board-packages"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    for _ in range(600):
-        if list((farm.sshd.cache / "runs").glob("*/beat")):
-            break
-        time.sleep(0.1)
+    process = running_bench(bundle, "labgrid://pi", farm.sshd.cache)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"

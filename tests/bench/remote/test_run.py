@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from support.command_line import saap
-from support.remote_runs import OPTIONS, remains, running, two_bundles
+from support.command_line import here
+from support.remote_runs import OPTIONS, remains, running, running_bench, two_bundles
 
 from bench.remote.run import _folder, left
 
@@ -26,19 +22,11 @@ def sshd(tmp_path, monkeypatch):
 def test_a_killed_command_finds_the_board_free_when_it_is_run_again(sshd, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     bundle = two_bundles(tmp_path)[0]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", "bench", bundle, "--on", sshd.url, *OPTIONS[:-4], "-r", "400",
-         "--no-cold", "--board-packages"],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 180
-    while not list((sshd.cache / "runs").glob("*/beat")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = running_bench(bundle, sshd.url, sshd.cache)
+    process.kill()
+    process.communicate()
     assert remains(sshd.cache), "the run goes on there"
-    assert "decode" in saap("bench", bundle, "--on", sshd.url, *OPTIONS).stdout
+    assert "decode" in here("bench", bundle, "--on", sshd.url, *OPTIONS).stdout
     assert not remains(sshd.cache)
     assert not list((tmp_path / "cache/boards").glob("*/*"))
 

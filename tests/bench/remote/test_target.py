@@ -28,6 +28,7 @@ from support.remote_runs import (
     one,
     remains,
     running,
+    running_bench,
     script,
     two_bundles,
 )
@@ -222,16 +223,8 @@ def test_an_ended_command_leaves_no_worker_here_either(bundles):
 
 
 def test_an_ended_command_leaves_the_board_clean(sshd, bundles):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saap.cli", "bench", bundles[0], "--on", sshd.url, *OPTIONS[:-4], "-r", "40",
-         "--no-cold", "--board-packages"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    for _ in range(600):
-        if list((sshd.cache / "runs").glob("*/beat")):
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process = running_bench(bundles[0], sshd.url, sshd.cache)
+    process.terminate()
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said.splitlines()[-1] == "saap: interrupted; run the same command again"
     assert "Traceback" not in said and "could not be cleaned" not in said

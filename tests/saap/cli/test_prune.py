@@ -111,27 +111,27 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one requirement: --ratio, --max-params, --max-bytes, --speedup or --ms-per-token (given: none)"),
-        (["--ratio", "0.2", "--max-bytes", "1MB"], "(given: --ratio and --max-bytes)"),
-        (["--ratio", "0.95"], "asked a ratio of 0.95, the largest that these options allow is 0."),
-        (["--max-params", "50k"], "asked 50,000 parameters, the smallest that these options allow is"),
-        (["--max-bytes", "many"], "'many' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
-        (["--max-params", "-5"], "'-5' is not a number of parameters: write something like 100M or 1.5B"),
-        (
-            ["--speedup", "9", "--costs", "COSTS"],
-            "asked a speed-up of 9, the largest that these options allow is 2.178",
-        ),
-        (["--speedup", "1.5", "--costs", "no.json"], "no.json is not a file: make one with `saap devices costs"),
-        (
-            ["--max-bytes", "150kB", "--group-size", "64"],
-            "the hidden size is 96 wide, which groups of 64 do not divide",
-        ),
-        (["--ratio", "0.2", "--keep-layers", "7"], "--keep-layers names layer 7; the model has layers 0 to 2"),
-        (["--ratio", "0.9", "--keep-layers", "0-2"], "the largest that these options allow is 0: ask for less"),
+        ("", "give one requirement: --ratio, --max-params, --max-bytes, --speedup or --ms-per-token (given: none)"),
+        ("--ratio 0.2 --max-bytes 1MB", "(given: --ratio and --max-bytes)"),
+        ("--ratio 0.95", "asked a ratio of 0.95, the largest that these options allow is 0."),
+        ("--max-params 50k", "asked 50,000 parameters, the smallest that these options allow is"),
+        ("--max-bytes many", "'many' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
+        ("--max-params -5", "'-5' is not a number of parameters: write something like 100M or 1.5B"),
+        ("--speedup 9 --costs COSTS", "asked a speed-up of 9, the largest that these options allow is 2.178"),
+        ("--speedup 1.5 --costs no.json", "no.json is not a file: make one with `saap devices costs"),
+        ("--max-bytes 150kB --group-size 64", "the hidden size is 96 wide, which groups of 64 do not divide"),
+        ("--ratio 0.2 --keep-layers 7", "--keep-layers names layer 7; the model has layers 0 to 2"),
+        ("--ratio 0.9 --keep-layers 0-2", "the largest that these options allow is 0: ask for less"),
+        ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
+        ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
+        ("--ratio 0.2 --set prices=low", "prices low is not allowed: give silenced or compensated"),
+        ("--ratio 0.2 --set c=nan", "c nan is not allowed"),
+        ("--ratio 0.2 --set corrections=1 --method flap", "stages and corrections are for the method saap"),
+        ("--ratio 0.2 --set corrections=1 --set prices=compensated", "corrections measure without compensation: leave"),
     ],
 )
 def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, options, message):
-    options = [str(costs) if option == "COSTS" else option for option in options]
+    options = options.replace("COSTS", str(costs)).split()
     assert message in pruned_refused(model, tmp_path / "slim", river, *options)
 
 

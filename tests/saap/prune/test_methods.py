@@ -73,25 +73,6 @@ def test_prices_of_what_compensation_leaves(model, tmp_path, river):
     assert plans["after"] == plans["streamed"] and plans["after"][1] != plans["before"][1]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--set", "corrections=1", "--set", "prices=compensated"],
-            "corrections measure without compensation: leave them out",
-        ),
-        (["--set", "prices=low"], "prices low is not allowed: give silenced or compensated"),
-        (["--set", "c=nan"], "c nan is not allowed"),
-        (["--method", "flap", "--set", "corrections=1"], "stages and corrections are for the method saap"),
-        (["--method", "best"], "--method best is not allowed: give saap, random,"),
-        (["--compensate", "hope"], "--compensate hope is not allowed: give none, bias or refit"),
-    ],
-)
-def test_values_that_are_not_allowed(model, tmp_path, river, options, message):
-    assert message in refused(*prune_words(model, tmp_path / "slim", river, "--ratio", "0.2", *options))
-    assert not (tmp_path / "slim").exists()
-
-
 def test_the_biases_that_flap_adds_count(model, tmp_path, river):
     """A count that the plan meets without its biases, and misses by one with them, takes a smaller plan."""
     here(*prune_words(model, tmp_path / "slim", river, "--max-params", "190k", "--method", "flap"))

@@ -14,7 +14,7 @@ from saap.system.errors import UserError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)
 SHAPES = [
-    SMOLLM2,
+    SMOLLM2.with_layers(SMOLLM2.layers[:12]),
     ModelShape(96, 16, 320, True, (LayerSizes(6, 3, 128),) * 3),
     ModelShape(
         64, 32, 320, False, (LayerSizes(8, 8, 600), LayerSizes(4, 2, 352), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
@@ -37,7 +37,7 @@ def ranking_of(method, shape, heads, block, seed):
 
 @given(
     st.sampled_from(SHAPES), st.sampled_from(["flap", "magnitude"]), st.booleans(), st.sampled_from([32, 64]),
-    st.floats(0, 0.999), st.floats(0, 0.999), st.integers(0, 3),
+    st.floats(0, 0.999), st.floats(0, 0.999), st.integers(0, 1),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, block, share, other, seed):
@@ -51,7 +51,7 @@ def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, b
     removed = shape.layer_weights - plan.kept_shape(shape).layer_weights
     assert removed >= share * shape.layer_weights * (1 - 1e-9)
     assert removed - share * shape.layer_weights <= max(step.weights for step in ranking.removals)
-    if shape is SMOLLM2:
+    if shape is SHAPES[0]:
         assert removed / shape.layer_weights - share < 0.005
     for keep, sizes in zip(plan.layers, shape.layers, strict=True):
         assert len(keep.ffn) in ffn_widths(sizes.ffn, block) if sizes.ffn else not keep.ffn

@@ -9,9 +9,15 @@ import torch
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
-from saap.prune.scores.fusion import FusionOptions, closed_form_variance, fuse, layer_weighted, learned_variance
+from saap.prune.scores.fusion import (
+    FusionOptions,
+    closed_form_variance,
+    fuse,
+    layer_weighted,
+    learned_variance,
+    stability_factor,
+)
 from saap.prune.scores.importance import TYPES, estimate, per_structure
-from saap.prune.scores.stability import stability_factor
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))

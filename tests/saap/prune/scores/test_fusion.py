@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saap.prune.scores.stability import fluctuation, stability_factor, stability_indicator
+from saap.prune.scores.fusion import fluctuation, stability_factor, stability_indicator
 
 STEADY_AND_WILD = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [1.0, 4.0, 0.0]])
 
