@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import Option
+from devices.common.options import COUNT, THREADS, Option
 from devices.common.values import parse_counts
 
 
@@ -16,12 +16,16 @@ class CostsOptions:
     """Each thread count is measured by itself."""
 
     threads: Annotated[
-        tuple[int, ...] | None,
+        tuple[Annotated[int, THREADS], ...] | None,
         Option("Thread counts; default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts),
     ] = None
     # The default is the middle of 128 tokens after a prompt of 128.
-    depth: Annotated[int, Option("Tokens in the cache at the first step of every turn.", flags=("-d", "--depth"))] = 192
-    rounds: Annotated[int, Option("Fresh processes that time each stack.", shown=False), Meta(ge=1)] = 8
+    depth: Annotated[
+        int,
+        Option("Tokens in the cache at the first step of every turn.", flags=("-d", "--depth")),
+        COUNT,
+    ] = 192
+    rounds: Annotated[int, Option("Fresh processes that time each stack.", shown=False), Meta(ge=1, le=1000)] = 8
     seconds: Annotated[
         float, Option("Seconds that one process takes steps for, after loading.", shown=False), Meta(ge=0)
     ] = 2.0

@@ -11,11 +11,12 @@ from msgspec import Meta
 
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
-from devices.common.options import Option, check_values
+from devices.common.options import THREADS, Option, check_values
 from devices.common.values import parse_counts, parse_pair
 
 Counts = int | tuple[int, ...]  # one value, or a sweep
-Length = Annotated[int, Meta(ge=0)]
+Length = Annotated[int, Meta(ge=0, le=1_000_000)]
+Threads = Annotated[int, THREADS]
 Lengths = Length | tuple[Length, ...]
 LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
 KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
@@ -57,7 +58,8 @@ class BenchOptions:
         Lengths, Option("Tokens in the cache before them.", flags=("-d", "--depth"), parse=parse_counts)
     ] = 0
     threads: Annotated[
-        Counts | None, Option("Default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts)
+        Threads | tuple[Threads, ...] | None,
+        Option("Default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts),
     ] = None
     pairs: Annotated[
         tuple[tuple[int, int], ...],
@@ -75,6 +77,7 @@ class BenchOptions:
             "Fresh processes per spec, interleaved; default: 10, then as --precision and --max-time say.",
             flags=("-r", "--repetitions"),
         ),
+        Meta(ge=1, le=10_000),
     ] = None
     precision: Annotated[
         float, Option("Half width of the 95 % interval, as a fraction, at which repetitions end."), Meta(gt=0, lt=1)
@@ -83,8 +86,10 @@ class BenchOptions:
         float, Option("Seconds: no round begins that would end later.", flags=("--max-time",)), Meta(gt=0)
     ] = 120.0
     timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",)), Meta(gt=0)] = 600.0
-    warmup: Annotated[int | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
-    seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs.")] = 0
+    warmup: Annotated[
+        int | None, Option("Warm-up steps; default: until they are steady.", shown=False), Meta(ge=0, le=1_000_000)
+    ] = None
+    seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
     cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
     cool_down_s: Annotated[
@@ -134,10 +139,6 @@ class BenchOptions:
         check_values(self)
         if any(value < 0 for pair in self.pairs for value in pair):
             raise UserError("-pg takes a prompt and a generated length of 0 or more, such as 512,128")
-        if self.repetitions is not None and self.repetitions < 1:
-            raise UserError(f"--repetitions {self.repetitions} cannot be measured: give 1 or more")
-        if self.warmup is not None and self.warmup < 0:
-            raise UserError(f"{self.warmup} warm-up steps cannot be made: give 0 or more")
         if not self.settings():
             raise UserError("nothing to time: --prompt and --generate are both 0; give one of them")
 

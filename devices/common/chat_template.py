@@ -7,6 +7,7 @@ a program it needs Jinja alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import select
@@ -30,7 +31,7 @@ class TemplateError(Exception):
 class ChatTemplate:
     """Renders conversations as ``apply_chat_template`` of transformers does (the same sandbox and helpers).
 
-    The process starts with the first conversation and ends with this object.
+    The process starts with the first conversation, or by :meth:`start`, and ends with this object.
 
     Args:
         source: of the template, in Jinja.
@@ -63,8 +64,7 @@ class ChatTemplate:
         return "".join(parts), list(zip(ends[1::2], ends[2::2], strict=False))
 
     def _answer(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+        self.start()
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         job = {"messages": [dict(turn) for turn in messages], "add_generation_prompt": add_generation_prompt}
         try:
@@ -74,18 +74,27 @@ class ChatTemplate:
         except (OSError, ValueError):
             _end(self._process)
             raise TemplateError(f"it takes more than {CPU_S:g} s or {MEMORY >> 20} MiB") from None
+        except BaseException:  # Ctrl-C: an answer that is still to come would be taken for the next one's
+            _end(self._process)
+            raise
         if "error" in answer:
             raise TemplateError(answer["error"])
         return str(answer["text"])
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process, unless it runs: a caller that has something else to do first may do it meanwhile."""
+        if self._process is not None and self._process.poll() is None:
+            return
         self._process = process = subprocess.Popen(
-            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is ours to act on
+        )  # fmt: skip
         weakref.finalize(self, _end, process)
         assert process.stdin is not None
         given = {"source": self._source, "special_tokens": self._special_tokens, "mark": self._mark}
-        process.stdin.write(json.dumps(given).encode() + b"\n")
+        with contextlib.suppress(OSError):  # it has ended already, which its first answer tells
+            process.stdin.write(json.dumps(given).encode() + b"\n")
+            process.stdin.flush()
 
 
 def _line(pipe: IO[bytes]) -> bytes:

@@ -27,6 +27,7 @@ from msgspec import Meta
 from devices.common.errors import UserError
 
 T = TypeVar("T")
+COUNT, THREADS = Meta(ge=1, le=1_000_000), Meta(ge=1, le=1024)  # of most options that count something
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 

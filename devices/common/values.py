@@ -9,6 +9,8 @@ for power, letter in enumerate("kmgt", 1):
     UNITS |= {letter: 1000**power, f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
+MOST_LAYERS = 10_000
+
 
 def parse_layers(text: str) -> frozenset[int] | None:
     """``0-2,29`` -> {0, 1, 2, 29}; ``none`` is None."""
@@ -18,7 +20,10 @@ def parse_layers(text: str) -> frozenset[int] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            layers.update(range(int(first), int(last or first) + 1))
+            start, end = int(first), int(last or first)
+            if not 0 <= start <= end < MOST_LAYERS:
+                raise ValueError
+            layers.update(range(start, end + 1))
     except ValueError:
         raise ValueError(f"{text!r} names no layers: write something like 0-2,29, or none") from None
     return frozenset(layers)

@@ -64,6 +64,11 @@ class BundleTokenizer:
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 
+    def prepare_chat(self) -> None:
+        """Start what renders conversations, while something else is loaded."""
+        if self._template is not None:
+            self._template.start()
+
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on.
 

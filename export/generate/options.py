@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from devices.common.options import Option
+from msgspec import Meta
+
+from devices.common.options import THREADS, Option
 
 
 @dataclass(frozen=True)
@@ -15,25 +17,29 @@ class GenerateOptions:
     Their ranges are checked by :class:`export.generate.sampling.Sampling`, whoever gives them.
     """
 
-    max_tokens: Annotated[int, Option("Longest answer, in tokens.")] = 256
+    max_tokens: Annotated[int, Option("Longest answer, in tokens."), Meta(ge=1)] = 256
     chat: Annotated[
         bool | None,
         Option("Use the chat template; default: where there is one.", flags=("--chat/--no-chat", " /--raw")),
     ] = None
     system: Annotated[str | None, Option("What the model is told before the first turn.")] = None
     sample: Annotated[bool, Option("Draw tokens, with the settings that the model comes with.")] = False
-    temperature: Annotated[float | None, Option("Above 0 draws tokens; default: 0, or the model's with --sample.")] = (
-        None
-    )
-    top_k: Annotated[int | None, Option("Draw from this many likeliest tokens.")] = None
-    top_p: Annotated[float | None, Option("Draw from the likeliest tokens of this probability together.")] = None
-    min_p: Annotated[float | None, Option("Draw from tokens at least this times as likely as the likeliest.")] = None
-    repetition_penalty: Annotated[float | None, Option("Above 1 makes tokens less likely that were there before.")] = (
-        None
-    )
-    seed: Annotated[int, Option("Seed of the draws.")] = 0
-    threads: Annotated[int | None, Option("Threads; default: all physical cores.")] = None
+    temperature: Annotated[
+        float | None, Option("Above 0 draws tokens; default: 0, or the model's with --sample."), Meta(ge=0, le=1000)
+    ] = None
+    top_k: Annotated[int | None, Option("Draw from this many likeliest tokens."), Meta(ge=1)] = None
+    top_p: Annotated[
+        float | None, Option("Draw from the likeliest tokens of this probability together."), Meta(gt=0, le=1)
+    ] = None
+    min_p: Annotated[
+        float | None, Option("Draw from tokens at least this times as likely as the likeliest."), Meta(ge=0, lt=1)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Option("Above 1 makes tokens less likely that were there before."), Meta(gt=0, le=1000)
+    ] = None
+    seed: Annotated[int, Option("Seed of the draws."), Meta(ge=0)] = 0
+    threads: Annotated[int | None, Option("Threads; default: all physical cores."), THREADS] = None
     context: Annotated[
-        int | None, Option("Tokens that the cache holds; default: as needed, 4096 for a conversation.")
+        int | None, Option("Tokens that the cache holds; default: as needed, 4096 for a conversation."), Meta(ge=1)
     ] = None
     prepacked: Annotated[bool, Option("Keep packed weights in the cache: less memory, faster next start.")] = False

@@ -111,6 +111,8 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
         raise UserError("a conversation needs the model's chat template: give a prompt to continue")
     if options.system is not None and not templated:
         raise UserError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
+    if templated:
+        tokenizer.prepare_chat()
     sampling = chosen_sampling(directory, options)
     for text in (prompt, options.system):
         check_text(text)

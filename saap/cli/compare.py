@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
+from msgspec import Meta
 
 from bench.measure.options import BenchOptions
 from devices.common.files import write_text
@@ -34,7 +35,7 @@ class CompareCommand:
         BenchOptions,
         Part(("prompt", "generate", "depth", "threads", "repetitions", "precision", "max_time_s", "timeout_s")),
     ] = field(default_factory=BenchOptions)
-    min_effect: Annotated[float, Option("Smallest change that counts.")] = 0.02
+    min_effect: Annotated[float, Option("Smallest change that counts."), Meta(gt=0, lt=1)] = 0.02
     fail_on: Annotated[Literal["regression"] | None, Option("Exit with 1 when something became slower.")] = None
     confirm: Annotated[bool, Option("Measure again before it says slower.")] = True
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None

@@ -92,6 +92,11 @@ def _hold(ask: Ask, talk: Conversation | None, turns: Iterable[str]) -> None:
                     raise
                 click.echo(f"[{error}]", err=True)
                 continue
+            except KeyboardInterrupt:  # before the answer has begun
+                if talk is None or not interactive:
+                    raise
+                click.echo(err=True)
+                continue
             with _ctrl_c_stops(generation) if talk is not None else contextlib.nullcontext():
                 _stream(generation)
             click.echo(_statistics(generation), err=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import click
 from msgspec import Meta
 
-from devices.common.options import Option, Part, arguments_of
+from devices.common.options import THREADS, Option, Part, arguments_of
 from export.options import ExportOptions
 from saap.cli.console import Console
 from saap.cli.options import OptionsCommand, options_of
@@ -66,11 +66,11 @@ class RunOptions:
         ),
     ] = field(default_factory=TuneCommand)
     text: Annotated[str | None, Option("Text for evaluation, likewise; never the same as the others.", _STEPS)] = None
-    chunk: Annotated[int, Option("Evaluation: tokens per chunk.", _STEPS, shown=False), Meta(ge=2)] = 256
+    chunk: Annotated[int, Option("Evaluation: tokens per chunk.", _STEPS, shown=False), Meta(ge=2, le=1_000_000)] = 256
     max_chunks: Annotated[int, Option("Evaluation: chunks at most.", _STEPS, shown=False), Meta(ge=1)] = 40
-    repetitions: Annotated[int, Option("Interleaved repetitions of the bench.", _STEPS), Meta(ge=1)] = 6
+    repetitions: Annotated[int, Option("Interleaved repetitions of the bench.", _STEPS), Meta(ge=1, le=10_000)] = 6
     threads: Annotated[
-        int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), Meta(ge=1)
+        int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), THREADS
     ] = None
 
     @property

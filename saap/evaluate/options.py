@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import Option
+from devices.common.options import COUNT, Option
 from devices.common.values import parse_count
 from saap.text.windows import Cut, Join
 
@@ -23,17 +23,21 @@ def _names(text: str) -> tuple[str, ...]:
 class EvalOptions:
     """How a text is cut, and which zero-shot tasks are put."""
 
-    chunk: Annotated[int, Option("Tokens per chunk.", _TEXT)] = 256
-    stride: Annotated[int | None, Option("Tokens from one chunk's start to the next's; default: the chunk.", _TEXT)] = (
-        None
-    )
+    chunk: Annotated[int, Option("Tokens per chunk.", _TEXT), Meta(ge=2, le=1_000_000)] = 256
+    stride: Annotated[
+        int | None,
+        Option("Tokens from one chunk's start to the next's; default: the chunk.", _TEXT),
+        COUNT,
+    ] = None
     bos: Annotated[
         bool | None, Option("A beginning-of-sequence token before each chunk; default: as the tokenizer.", _TEXT)
     ] = None
     join: Annotated[
         Join, Option("Lines as they are, by blank lines, or as papers join them: wikitext, and PTB by spaces.", _TEXT)
     ] = "raw"
-    max_chunks: Annotated[int | None, Option("Chunks at most, or all.", _TEXT, metavar="N", parse=parse_count)] = 160
+    max_chunks: Annotated[
+        int | None, Option("Chunks at most, or all.", _TEXT, metavar="N", parse=parse_count), Meta(ge=1)
+    ] = 160
     tasks: Annotated[
         tuple[str, ...],
         Option(
@@ -47,7 +51,7 @@ class EvalOptions:
     max_examples: Annotated[
         int | None, Option("Of each task, drawn with --seed; default: all.", _TASKS), Meta(ge=1)
     ] = None
-    seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS)] = 0
+    seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS), Meta(ge=0)] = 0
 
     @property
     def cut(self) -> Cut:

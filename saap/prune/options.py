@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from devices.common.options import Option, check_values
+from devices.common.options import COUNT, THREADS, Option, check_values
 from devices.common.values import parse_bytes, parse_layers, parse_parameters
 from saap.system.errors import UserError
 
@@ -84,7 +84,9 @@ class AdaptiveOptions:
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
     ] = False
     corrections: Annotated[
-        int, Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False), Meta(ge=0)
+        int,
+        Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False),
+        Meta(ge=0, le=1000),
     ] = 0
     prices: Annotated[
         Pricing, Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False)
@@ -128,7 +130,7 @@ class PruneOptions:
     speedup: Annotated[
         float | None,
         Option("Times as many tokens per second, such as 1.25; with --costs.", MUST, metavar="FACTOR"),
-        Meta(gt=1),
+        Meta(gt=1, le=1000),
     ] = None
     ms_per_token: Annotated[
         float | None, Option("Longest decode step in milliseconds; with --costs.", MUST, metavar="MS"), Meta(gt=0)
@@ -137,7 +139,9 @@ class PruneOptions:
         None
     )
     threads: Annotated[
-        int | None, Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"), Meta(ge=1)
+        int | None,
+        Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"),
+        THREADS,
     ] = None
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
@@ -159,7 +163,7 @@ class PruneOptions:
             metavar="N",
             hidden=True,
         ),
-        Meta(ge=1),
+        Meta(ge=1, le=1000),
     ] = None
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
@@ -168,7 +172,9 @@ class PruneOptions:
     ] = None
     modules: Annotated[bool, Option("Whole attention and FFN blocks too (each is measured: slower).", _GOES)] = False
     drop_layers: Annotated[
-        int, Option("Remove this many whole layers first, then prune in width (saap).", _GOES, metavar="N"), Meta(ge=0)
+        int,
+        Option("Remove this many whole layers first, then prune in width (saap).", _GOES, metavar="N"),
+        Meta(ge=0, le=10_000),
     ] = 0
     keep_layers: Annotated[
         frozenset[int] | None,
@@ -176,9 +182,11 @@ class PruneOptions:
             "Leave these layers whole, such as 0-2,29; none: no layer.", _GOES, metavar="LAYERS", parse=parse_layers
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
-    sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), Meta(ge=1)] = 64
-    length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=1)] = 256
-    seed: Annotated[int, Option("Of the text's order, and of the method random.", _HOW, metavar="N", hidden=True)] = 0
+    sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), COUNT] = 64
+    length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), COUNT] = 256
+    seed: Annotated[
+        int, Option("Of the text's order, and of the method random.", _HOW, metavar="N", hidden=True), Meta(ge=0)
+    ] = 0
     stream: Annotated[
         bool | None,
         Option(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import Option, check_values
+from devices.common.options import COUNT, Option, check_values
 from devices.common.values import parse_bytes
 
 Bits = Literal[4, 8]
@@ -29,21 +29,25 @@ class TrainOptions:
     """Schedule, precision and memory of a training run."""
 
     rows_per_step: Annotated[
-        int, Option("Sequences per step, split over the processes.", _RUNS, flags=("--batch",)), Meta(ge=1)
+        int,
+        Option("Sequences per step, split over the processes.", _RUNS, flags=("--batch",)),
+        COUNT,
     ] = 4
     micro_rows: Annotated[
         int | None,
         Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
-        Meta(ge=1),
+        COUNT,
     ] = None  # a process's whole share
-    passes: Annotated[int, Option("Passes over the text, in the same order.", _RUNS, shown=False), Meta(ge=1)] = 1
+    passes: Annotated[int, Option("Passes over the text, in the same order.", _RUNS, shown=False), COUNT] = 1
     warmup_share: Annotated[float, Option("Share of the steps that warm up.", _RUNS, shown=False), Meta(ge=0, le=1)] = (
         0.1
     )
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Option("Weight decay.", _RUNS, shown=False), Meta(ge=0)] = 0.0
+    weight_decay: Annotated[float, Option("Weight decay.", _RUNS, shown=False), Meta(ge=0, le=1)] = 0.0
     clip: Annotated[
-        float | None, Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False)
+        float | None,
+        Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False),
+        Meta(gt=0),
     ] = 1.0
     precision: Annotated[Precision, Option("Precision of the forward and backward passes.", _RUNS, hidden=True)] = (
         "auto"
@@ -52,19 +56,21 @@ class TrainOptions:
         bool, Option("Recompute activations: less memory, a third more time.", _RUNS, hidden=True)
     ] = True
     evaluations: Annotated[
-        int, Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False), Meta(ge=1)
+        int,
+        Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False),
+        COUNT,
     ] = 10
     patience: Annotated[
         int | None,
         Option(
             "Evaluations without a better one before it stops; 0: never.", _RUNS, parse=lambda text: int(text) or None
         ),
-        Meta(ge=1),
+        COUNT,
     ] = 3
     save_seconds: Annotated[
         float, Option("Seconds between two states on disk: what a kill can cost.", _RUNS, shown=False), Meta(ge=0)
     ] = 60.0
-    seed: Annotated[int, Option("Random seed.", _RUNS)] = 0
+    seed: Annotated[int, Option("Random seed.", _RUNS), Meta(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -85,32 +91,43 @@ class TuneOptions:
             metavar="SIZE",
             parse=parse_bytes,
         ),
+        Meta(gt=0),
     ] = None  # with it bits and head_bits mean nothing (saap.quantize.mixed_bits)
     integers: Annotated[Integers, Option("Error-compensating, or each weight by itself.", _INTEGERS)] = "gptq"
     calibration_rows: Annotated[
-        int, Option("Sequences that gptq looks at, the first of the text.", _INTEGERS, shown=False), Meta(ge=1)
+        int,
+        Option("Sequences that gptq looks at, the first of the text.", _INTEGERS, shown=False),
+        COUNT,
     ] = 16
     fold: Annotated[Fold, Option("Trained for each group; zero-point is slower.", _TRAINED)] = "scale"
     rank: Annotated[
-        int | None, Option("Rank of a low-rank fold; default: a free factor per group.", _TRAINED), Meta(ge=0)
+        int | None,
+        Option("Rank of a low-rank fold; default: a free factor per group.", _TRAINED),
+        Meta(ge=0, le=1_000_000),
     ] = None
-    learning_rate: Annotated[float | None, Option("Peak learning rate; default: the fold's own.", _TRAINED)] = None
+    learning_rate: Annotated[
+        float | None, Option("Peak learning rate; default: the fold's own.", _TRAINED), Meta(ge=0, le=1)
+    ] = None
     norm_rate: Annotated[
-        float, Option("Peak learning rate of the norms' weights.", _TRAINED, shown=False), Meta(ge=0)
+        float, Option("Peak learning rate of the norms' weights.", _TRAINED, shown=False), Meta(ge=0, le=1)
     ] = 1e-3
     teacher_weight: Annotated[
         float, Option("Share of the loss that is the KL to the teacher.", _LEARNT), Meta(ge=0, le=1)
     ] = 0.5
-    temperature: Annotated[float, Option("Temperature of teacher and model in the KL.", _LEARNT, hidden=True)] = 1.0
+    temperature: Annotated[
+        float, Option("Temperature of teacher and model in the KL.", _LEARNT, hidden=True), Meta(gt=0, le=1000)
+    ] = 1.0
     kept_tokens: Annotated[
-        int, Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False), Meta(ge=1)
+        int,
+        Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False),
+        COUNT,
     ] = 256
     held_out: Annotated[
         float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
     ] = 0.04  # less than one row: the last state is kept
     kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
-    tokens: Annotated[int, Option("Training tokens.", _LEARNT)] = 24576
-    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=1)] = 256
+    tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
+    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), COUNT] = 256
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
 
     def recorded(self) -> dict[str, object]:

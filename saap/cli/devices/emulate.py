@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 
 from devices.common.files import write_text
-from devices.common.options import Option
+from devices.common.options import COUNT, Option
 from saap.cli.bench import STDOUT
 from saap.cli.console import Console, print_table
 from saap.cli.devices.test import text_ids
@@ -32,7 +32,7 @@ class EmulateCommand:
         tuple[Literal["cortex-a72", "cortex-a76", "max"], ...], Option("May be given again; default: all three.")
     ] = ()
     text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
-    tokens: Annotated[int, Option("Of the text.")] = 64
+    tokens: Annotated[int, Option("Of the text."), COUNT] = 64
 
 
 @click.command(cls=OptionsCommand)

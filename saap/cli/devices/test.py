@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
+from msgspec import Meta
 
 from bench.remote.options import BoardOptions
-from devices.common.options import Option
+from devices.common.options import THREADS, Option
 from saap.cli.bench import show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
@@ -42,7 +43,7 @@ class DeviceOptions:
         str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
     ] = None
     board: BoardOptions = field(default_factory=BoardOptions)
-    max_time_s: Annotated[float, Option("Seconds a run.", flags=("--max-time",))] = 120
+    max_time_s: Annotated[float, Option("Seconds a run.", flags=("--max-time",)), Meta(gt=0)] = 120
 
     @property
     def folder(self) -> Path:
@@ -58,14 +59,16 @@ class DeviceOptions:
 class BaselineCommand:
     """What ``saap devices baseline`` is asked for."""
 
-    prompt: Annotated[int, Option("Prompt tokens.", flags=("-p", "--prompt"))] = 128
-    generate: Annotated[int, Option("Generated tokens.", flags=("-n", "--generate"))] = 128
-    depth: Annotated[int, Option("Tokens in the cache before.", flags=("-d", "--depth"))] = 0
-    threads: Annotated[int | None, Option("Default: all physical cores.", flags=("-t", "--threads"))] = None
+    prompt: Annotated[int, Option("Prompt tokens.", flags=("-p", "--prompt")), Meta(ge=0, le=1_000_000)] = 128
+    generate: Annotated[int, Option("Generated tokens.", flags=("-n", "--generate")), Meta(ge=0, le=1_000_000)] = 128
+    depth: Annotated[int, Option("Tokens in the cache before.", flags=("-d", "--depth")), Meta(ge=0, le=1_000_000)] = 0
+    threads: Annotated[int | None, Option("Default: all physical cores.", flags=("-t", "--threads")), THREADS] = None
     repetitions: Annotated[
-        int | None, Option("Of each run; default: until the rate is known to 2 %.", flags=("-r", "--repetitions"))
+        int | None,
+        Option("Of each run; default: until the rate is known to 2 %.", flags=("-r", "--repetitions")),
+        Meta(ge=1, le=10_000),
     ] = None
-    runs: Annotated[int, Option("What differs between them is taken for noise.")] = 2
+    runs: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 2
     text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -74,7 +77,7 @@ class BaselineCommand:
 class TestCommand:
     """What ``saap devices test`` is asked for."""
 
-    min_effect: Annotated[float, Option("Smallest change of speed that counts.")] = 0.05
+    min_effect: Annotated[float, Option("Smallest change of speed that counts."), Meta(gt=0, lt=1)] = 0.05
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
     device: DeviceOptions = field(default_factory=DeviceOptions)
 

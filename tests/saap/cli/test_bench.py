@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(bundles: list[Path], results: dict[str, Path], tm
     assert "cannot read" in refused("compare", tmp_path / "none.json", results["old"])
     assert "neither a number nor" in refused("bench", bundles[0], "-p", "many")
     assert "is not a pair" in refused("bench", bundles[0], "-pg", "1,2,3")
-    assert "cores" in refused("bench", bundles[0], "-t", "4096")
+    assert "cores" in refused("bench", bundles[0], "-t", "1024")
     assert "provider" in refused("bench", bundles[0], *QUICK, "--provider", "cuda")
     assert "eval" in refused("bench", bundles[0], "--quality", tmp_path / "none.json", *QUICK)
     assert "--history" in refused("report", "-o", tmp_path / "x.html")

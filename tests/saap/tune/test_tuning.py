@@ -208,7 +208,7 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
     for wrong, message in (
         ({"bits": 3}, "--bits 3 is not allowed: give 4 or 8"),
         ({"fold": "branch"}, "--fold branch is not allowed: give scale or zero-point"),
-        ({"rank": -1}, "--rank -1 is not allowed: give 0 or more"),
+        ({"rank": -1}, "--rank -1 is not allowed: give a whole number from 0"),
         ({"teacher_weight": 2.0}, "--teacher-weight 2.0 is not allowed: give a number from 0 to 1"),
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):

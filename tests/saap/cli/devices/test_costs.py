@@ -111,8 +111,8 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) ->
 
     with pytest.raises(costs.CostsError, match="a depth of 99999 cannot be probed"):
         probe_costs(model, tmp_path / "other.json", CostsCommand(replace(QUICK, depth=99999), bits=8), board)
-    with pytest.raises(BoardError, match=rf"{sshd.url}: 4096 threads"):
-        probe_costs(model, tmp_path / "other.json", CostsCommand(replace(QUICK, threads=(4096,)), bits=8), board)
+    with pytest.raises(BoardError, match=rf"{sshd.url}: 1024 threads"):
+        probe_costs(model, tmp_path / "other.json", CostsCommand(replace(QUICK, threads=(1024,)), bits=8), board)
     assert not (tmp_path / "other.json").exists() and not remains(sshd.cache)
     assert not list((tmp_path / "temporary").glob("saap-costs-*"))
 
