@@ -45,7 +45,7 @@ class CostsError(UserError):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Of which model and precision costs are."""
+    """The model and precision that costs hold for."""
 
     model_type: str
     hidden: int
