@@ -124,8 +124,7 @@ class BundleDecoder:
 def check_ids(ids: Ids, manifest: BundleManifest) -> None:
     """Refuse ids that the embedding has no row for: not every operator does.
 
-    Raises:
-        DecoderError: says which, and what is allowed.
+    Raises DecoderError: says which, and what is allowed.
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
@@ -137,8 +136,7 @@ def check_ids(ids: Ids, manifest: BundleManifest) -> None:
 def as_prompt(ids: Ids, manifest: BundleManifest) -> Ids:
     """[n] -> [1, n], contiguous.
 
-    Raises:
-        DecoderError: none, or one that is not in the vocabulary.
+    Raises DecoderError: none, or one that is not in the vocabulary.
     """
     if not len(ids):
         raise DecoderError("an empty prompt has no next token: give at least one token")

@@ -162,8 +162,7 @@ def begin_text(
         prompt: a user's turn when ``chat``, else a text to continue.
         chat: put the prompt into the model's chat template.
 
-    Raises:
-        RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
+    Raises RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
     """
     check_request(prompt, settings.max_tokens)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)

@@ -171,8 +171,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             past_key_values: of an earlier call; it is changed in place.
             cache: the same under its newer name.
 
-        Raises:
-            RunError: padding that is not on the left, or more tokens than the context holds.
+        Raises RunError: padding that is not on the left, or more tokens than the context holds.
         """
         batch, count = input_ids.shape
         state = past_key_values or cache or BundleCache(self._shapes, self._kv_dtype, batch)

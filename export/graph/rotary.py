@@ -37,8 +37,7 @@ def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.nda
     Args:
         table: ``local`` is that of sliding layers, in a family where they have their own base.
 
-    Raises:
-        UserError: a scaling whose tables depend on the input's length.
+    Raises UserError: a scaling whose tables depend on the input's length.
     """
     _check_type(config, table)
     embedding = _embedding(config, table)

@@ -66,8 +66,7 @@ def convert(source: Path, destination: Path) -> None:
     Args:
         destination: an existing directory.
 
-    Raises:
-        UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
+    Raises UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
@@ -83,8 +82,7 @@ def convert(source: Path, destination: Path) -> None:
 def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """Read the ``tokenizer.ggml.*`` fields.
 
-    Raises:
-        UserError: the file is not a GGUF file, is cut short, or holds no tokenizer.
+    Raises UserError: the file is not a GGUF file, is cut short, or holds no tokenizer.
     """
     from gguf import GGUFReader
 

@@ -38,8 +38,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
         name: a directory, a GGUF file, a packaged name (see :data:`PACKAGED`) or a hub id.
         cache_dir: where converted models are kept; by default ``SAAP_CACHE``, else the platform's cache directory.
 
-    Raises:
-        UserError: no such model, a directory that is none, a package or hub that cannot be reached.
+    Raises UserError: no such model, a directory that is none, a package or hub that cannot be reached.
     """
     report = progress or (lambda *_: None)
     cache = cache_dir or cache_directory()
@@ -73,8 +72,7 @@ def copy_sidecars(src: Path, dst: Path) -> None:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, as transformers loads it.
 
-    Raises:
-        UserError: there is no tokenizer that transformers can read.
+    Raises UserError: there is no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer
 

@@ -24,8 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
     """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
 
-    Raises:
-        UserError: no safetensors there, or files that are not what was written.
+    Raises UserError: no safetensors there, or files that are not what was written.
     """
     check_directory(directory)
     files = sorted(Path(directory).glob("*.safetensors"))

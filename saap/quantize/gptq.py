@@ -45,8 +45,7 @@ def gptq(
         group_size: input columns that share a scale; divides K.
         symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
 
-    Raises:
-        UserError: K is not whole groups, or the inputs were not finite.
+    Raises UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
     pieces = weight.split(ROWS)
@@ -114,8 +113,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     inverting H and factoring that. By scipy's LAPACK, which inverts triangles, in float32 as the authors do:
     the damping is far above what is lost there.
 
-    Raises:
-        UserError: the inputs were not finite.
+    Raises UserError: the inputs were not finite.
     """
     from scipy.linalg import lapack
 
