@@ -93,8 +93,7 @@ def write_bundle(
 ) -> BundleManifest:
     """Write a model directory as a bundle: weights, two graphs, tokenizer, client configuration, manifest.
 
-    Args:
-        rows: what parity is checked on and an int8 cache scaled with; without them neither can be.
+    ``rows``: what parity is checked on and an int8 cache scaled with; without them neither can be.
 
     Raises:
         UserError: unsupported architecture, precision, sizes or target, or graphs that compute something else.

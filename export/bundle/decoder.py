@@ -154,8 +154,7 @@ class OrtDecoder(BundleDecoder):
         prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
             memory and no packing at the next start, but no huge pages.
 
-    Attributes:
-        huge_page_bytes: of memory that was moved to huge pages.
+    ``huge_page_bytes``: of memory that was moved to huge pages.
 
     Raises:
         BundleError: the bundle does not verify.

@@ -108,8 +108,7 @@ class TextStream:
     A tokenizer's decoder looks at neighbours (a leading space is dropped, a character may span tokens), so each piece
     is the difference of two decodings that share a window of context, and a piece that ends inside a character waits.
 
-    Args:
-        context: ids that come before the first pushed one, e.g. the prompt that is being continued.
+    ``context``: ids that come before the first pushed one, e.g. the prompt that is being continued.
     """
 
     def __init__(self, tokenizer: BundleTokenizer, context: Sequence[int] = ()) -> None:

@@ -19,8 +19,7 @@ class Conversation:
         settings: of every answer; the draws of all turns come from one seed.
         system: what the model is told first; None leaves it to the template.
 
-    Attributes:
-        messages: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
+    ``messages``: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
 
     Raises RunError: no chat template, or an argument out of range.
     """

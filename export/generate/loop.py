@@ -39,8 +39,7 @@ class Decoder(ForwardDecoder, Protocol):
 class HeldSequence:
     """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
 
-    Attributes:
-        ids: what the cache holds.
+    ``ids``: what the cache holds.
     """
 
     def __init__(self, decoder: Decoder) -> None:

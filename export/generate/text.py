@@ -71,8 +71,7 @@ def generate(
 ) -> GenerateResult:
     """Answer a prompt, or continue it where the model has no chat template.
 
-    Args:
-        on_text: is given each piece of the text as it is written; pieces never split a character.
+    ``on_text``: is given each piece of the text as it is written; pieces never split a character.
 
     Raises UserError: no bundle, an empty prompt, an option out of range, or a context that is too small.
     """

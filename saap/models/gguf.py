@@ -63,8 +63,7 @@ class GGUFTokenizer:
 def convert(source: Path, destination: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
 
-    Args:
-        destination: an existing directory.
+    ``destination``: an existing directory.
 
     Raises UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """

@@ -63,8 +63,7 @@ def check_directory(directory: str | Path) -> None:
 def differing(directory: Path, files: object) -> str | None:
     """The first file that is missing or has another content than its hash; None where all are as they were.
 
-    Args:
-        files: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
+    ``files``: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
     """
     try:
         known = msgspec.convert(files, dict[str, FileHash])

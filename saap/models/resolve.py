@@ -59,8 +59,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
 def copy_sidecars(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
 
-    Args:
-        dst: an existing directory; files of the same name are replaced.
+    ``dst``: an existing directory; files of the same name are replaced.
     """
     for pattern in SIDECARS:
         for path in src.glob(pattern):

@@ -67,8 +67,7 @@ def stacked_bits(quant: SlimQuant, architecture: Architecture, layer: int, part:
 def check_matrices(quant: SlimQuant, architecture: Architecture, linears: Iterable[str]) -> None:
     """Refuse bits per matrix that no graph can hold.
 
-    Args:
-        linears: names of the decoder layers' linears.
+    ``linears``: names of the decoder layers' linears.
 
     Raises UserError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
     """

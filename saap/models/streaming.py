@@ -66,8 +66,7 @@ def load_streamed(
 
     Its parameters take no gradient.
 
-    Args:
-        dtype: in which layers compute; ``device``: on which.
+    ``dtype``: in which layers compute; ``device``: on which.
 
     Raises UserError: no model there, of an architecture or format that is not supported, or one that holds integers.
     """
@@ -120,8 +119,7 @@ def open_model(path: str | Path) -> PreTrainedModel:
 def open_writer(path: str | Path, option: str) -> PreTrainedModel:
     """A directory that is to write text token by token, which is no work for a model that is read for each of them.
 
-    Args:
-        option: where the user gives a text instead, as ``--calibration``.
+    ``option``: where the user gives a text instead, as ``--calibration``.
 
     Raises UserError: it does not fit into memory.
     """

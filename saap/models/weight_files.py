@@ -58,8 +58,7 @@ def opened(file: Path) -> Iterator[safe_open]:
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """``model.safetensors``; or files of about 1 GiB and their index, as transformers has them.
 
-    Args:
-        tensors: (name, tensor) in the order of the files.
+    ``tensors``: (name, tensor) in the order of the files.
     """
     parts: list[Path] = []
     places: dict[str, int] = {}

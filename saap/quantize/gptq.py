@@ -67,8 +67,7 @@ def gptq_with_latent(
     Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
     integers can be trained on.
 
-    Args:
-        inverse: :func:`inverse_factor` of ``hessian``, where it is known.
+    ``inverse``: :func:`inverse_factor` of ``hessian``, where it is known.
     """
     check_groups(weight.shape[1], group_size, "a matrix")
     inverse = inverse_factor(hessian) if inverse is None else inverse
@@ -140,8 +139,7 @@ def compensated_matrices(
     The weights of ``model`` are replaced by the numbers that the integers hold. A tied table is chosen for its use as
     the head, where an error meets every token.
 
-    Args:
-        rows: calibration ids [sequences, tokens].
+    ``rows``: calibration ids [sequences, tokens].
 
     Returns:
         module name -> integers.

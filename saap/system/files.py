@@ -150,8 +150,7 @@ def _left(out: Path, purpose: str) -> Iterator[Path]:
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file, without its checksum.
 
-    Args:
-        remedy: what to do when it is damaged, such as ``make the directory again``.
+    ``remedy``: what to do when it is damaged, such as ``make the directory again``.
 
     Raises UserError: not there, not JSON, not an object, or changed after it was written.
     """

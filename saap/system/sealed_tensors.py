@@ -29,8 +29,7 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors.
 
-    Args:
-        about: for the header; ``format`` is pt where it is not given, as transformers wants it.
+    ``about``: for the header; ``format`` is pt where it is not given, as transformers wants it.
     """
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=dict(about or {"format": "pt"}))
