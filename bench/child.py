@@ -90,7 +90,7 @@ def call(
 
 
 def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
-    """In a child: the job, of a dataclass, and what writes an object to the parent.
+    """In a child: the job as ``kind``, and a function that sends an object to the parent.
 
     What libraries print goes to stderr from now on, so that stdout holds our lines only.
     """
@@ -208,7 +208,7 @@ def until_done(futures: Collection[Future[T]]) -> None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """The end that a signal asks for meanwhile comes after the block.
+    """A signal that arrives inside the block takes effect after it.
 
     An interrupt inside ``Popen`` would leave a process that nobody knows of. Blocking the signals instead would not do:
     a child inherits its parent's mask.

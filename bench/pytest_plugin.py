@@ -42,7 +42,7 @@ class Device:
 
     @property
     def url(self) -> str | None:
-        """Of a board; None for this host."""
+        """The board's; None for this host."""
         return self.target.url
 
     def measure(self, bundle: str | Path, **options: Any) -> Result:
@@ -61,7 +61,7 @@ class Device:
         return result
 
     def check(self, bundle: str | Path, name: str | None = None, min_effect: float = 0.05) -> DeviceTest:
-        """Measure again and hold it against the baseline of this device.
+        """Measure again and compare with the baseline of this device.
 
         Raises:
             AssertionError: something is worse, or could not be compared.

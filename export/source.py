@@ -108,8 +108,7 @@ class ModelSource:
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
 
-        Raises:
-            UserError: widths that are not whole groups, or tuned integers that are not what the config says.
+        Raises UserError: widths that are not whole groups, or tuned integers that are not what the config says.
         """
         if self.quant:
             qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
@@ -140,8 +139,7 @@ class ModelSource:
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """The embedding or the head, [vocab, hidden].
 
-        Raises:
-            UserError: integers with zero points of their own, which no graph has nodes for.
+        Raises UserError: integers with zero points of their own, which no graph has nodes for.
         """
         table = self.matrix(module, precision)
         if isinstance(table, QuantMatrix) and not is_symmetric(table):
@@ -151,8 +149,7 @@ class ModelSource:
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
         """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
-        Raises:
-            UserError: its linears hold different bits.
+        Raises UserError: its linears hold different bits.
         """
         arch = self.architecture
         if self.quant:

@@ -66,9 +66,8 @@ def export(
         model: a dense, slim or tuned directory, a GGUF file, a packaged name or a hub id.
         output: the bundle's directory, or the GGUF file; it appears when it is complete.
 
-    Raises:
-        UserError: options that do not go together, no such model, one that cannot be exported, too little memory or
-            disk, or a graph that does not compute what the model computes.
+    Raises UserError: options that do not go together, no such model, one that cannot be exported, too little memory or
+    disk, or a graph that does not compute what the model computes.
     """
     output, options = Path(output), options or ExportOptions()
     if options.target != "gguf":
@@ -94,8 +93,7 @@ def write_bundle(
 ) -> BundleManifest:
     """Write a model directory as a bundle: weights, two graphs, tokenizer, client configuration, manifest.
 
-    Args:
-        rows: what parity is checked on and an int8 cache scaled with; without them neither can be.
+    ``rows``: what parity is checked on and an int8 cache scaled with; without them neither can be.
 
     Raises:
         UserError: unsupported architecture, precision, sizes or target, or graphs that compute something else.

@@ -28,6 +28,7 @@ from devices.common.cores import physical_cores
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text
+from devices.common.options import check_values
 from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
@@ -45,7 +46,7 @@ class CostsError(UserError):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Of which model and precision costs are."""
+    """The model and precision that costs hold for."""
 
     model_type: str
     hidden: int
@@ -84,10 +85,11 @@ def measure_costs(
         progress: called as (label, done, total) in processes.
 
     Raises:
+        UserError: an option out of range, or more threads than cores.
         CostsError: too little memory, a depth beyond the context, or a worker that fails.
-        DecoderError: more threads than cores.
     """
     options = options or CostsOptions()
+    check_values(options)
     threads = list(dict.fromkeys(options.threads or (physical_cores(),)))
     manifests = [read_manifest(path) for path in bundles]
     stacks = read_stacks(manifests)

@@ -163,7 +163,7 @@ class CoolDown:
 
     Args:
         limit_s: longest wait before one repetition; 0 never waits.
-        root: of /sys. A host that tells no temperature is not waited for.
+        root: of /sys. Without a temperature there it never waits.
         clock, sleep: of the wait.
     """
 

@@ -56,7 +56,7 @@ class Sample:
 
     started_at: str  # ISO 8601, UTC
     order: int  # position in the interleaved schedule, from 0
-    load_s: float | None  # files to a session that is ready to run; None in results of others
+    load_s: float | None  # files to a session that is ready to run; None in imported results
     warmup_s: list[float]  # warm-up steps, first (prefill) included; never part of a statistic
     prefill_s: float | None  # None without a prompt
     ttft_s: float | None
@@ -67,7 +67,7 @@ class Sample:
     file_bytes: int | None  # of the resident set at the end of decode
     counters: dict[str, float | None] = field(default_factory=dict)  # what bench.measure.validity judges
     unknown: dict[str, str] = field(default_factory=dict)  # field -> why it is null
-    decode_s: float | None = None  # the whole decode, where its single tokens are not known (results of others)
+    decode_s: float | None = None  # the whole decode, where its single tokens are not known (imported results)
     startup_s: float | None = None  # process started -> ready to load a model
     base_bytes: int | None = None  # resident set then
     pss_bytes: int | None = None  # proportional set size at the end of decode

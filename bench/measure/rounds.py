@@ -63,7 +63,7 @@ class Rounds:
         self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or KNOWN_ROUNDS))
 
     def rest(self) -> None:
-        """A pause without any work, which the power of an idle host is taken from."""
+        """Pause, so that the power of the idle host is known."""
         if self.recorder.sensor is not None:
             begun = time.monotonic()
             time.sleep(IDLE_S)

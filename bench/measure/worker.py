@@ -131,7 +131,7 @@ NOT_LINUX = "this kernel does not tell"
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does. ``context`` goes in untimed before ``prompt``."""
+    """What one worker does. ``context`` is fed untimed before ``prompt``."""
 
     path: str
     prompt: list[int]

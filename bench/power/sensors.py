@@ -22,7 +22,7 @@ Reading = Callable[[], float]
 
 
 class Stream(Protocol):
-    """Watts that come by themselves."""
+    """Watts as a program reports them."""
 
     def __iter__(self) -> Iterator[float]: ...
 
@@ -169,7 +169,7 @@ def _iio(root: Path) -> Iterator[tuple[str, Reading]]:
 
 
 def _watts(*millis: Path) -> float:
-    """Of milliwatts, or of millivolts and milliamperes."""
+    """Watts from milliwatts, or from millivolts and milliamperes."""
     return math.prod(_integer(path) * 1e-3 for path in millis)
 
 

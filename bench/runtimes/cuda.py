@@ -34,7 +34,6 @@ from export.bundle.session import DecoderError, check_provider, check_signature
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-DEVICE = "cuda"  # where TensorRT's buffers are, too
 NOT_CAPTURED, STEP = "-1", "1"  # of the run option gpu_graph_id
 
 
@@ -51,6 +50,8 @@ class DeviceDecoder(BundleDecoder):
         BundleError: the bundle does not verify.
         DecoderError: bundle and provider do not fit, context, threads, or a session that is not on the GPU.
     """
+
+    device = "cuda"  # where TensorRT's buffers are, too
 
     def __init__(
         self,
@@ -115,6 +116,8 @@ class DeviceDecoder(BundleDecoder):
         return self._run(total, self._captured)
 
     def _run(self, total: int, options: ort.RunOptions | None) -> Logits:
+        if not self._shared:
+            self._free_outputs()
         try:
             self.gpu.session.run_with_iobinding(self._binding, options)
             self._binding.synchronize_outputs()
@@ -138,16 +141,10 @@ class DeviceDecoder(BundleDecoder):
         self._logits = self._on_device(np.zeros((1, 1, self.manifest.vocab_size), np.float32))
         self._eager = self._options(NOT_CAPTURED) if self._graph else None
         self._captured = self._options(STEP) if self._graph else None
-        positions = self.max_length if self._shared else MASKED
-        shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
-        self._cache = [
-            (f"{n}.{part}", self._on_device(np.zeros(shape, self.manifest.kv_dtype)))
-            for n, shape in enumerate(shapes)
-            for part in ("key", "value")
-        ]
+        self._cache = self._zero_cache(self.max_length if self._shared else MASKED, self._on_device)
 
     def _on_device(self, values: NDArray[np.generic]) -> ort.OrtValue:
-        return self._ort.OrtValue.ortvalue_from_numpy(values, DEVICE, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(values, self.device, 0)
 
     def _options(self, graph_id: str) -> ort.RunOptions:
         options = self._ort.RunOptions()
@@ -160,6 +157,8 @@ class DeviceDecoder(BundleDecoder):
         self._stepping = False
         self._mask_values[:] = 0
         self._bind_cache(self._cache)
+        if not self._shared:
+            self._free_outputs()  # before the logits: _carry_cache counts on it
         self._binding.bind_ortvalue_output("logits", self._logits)
 
     def _bind_step(self) -> None:
@@ -174,20 +173,7 @@ class DeviceDecoder(BundleDecoder):
     def _show_mask(self, total: int) -> None:
         """Bind the first positions of the mask, whose values never change."""
         size = self._hidden + total
-        self._binding.bind_input("attention_mask", DEVICE, 0, np.int64, (1, size), self._shown.data_ptr())
-
-    def _bind_cache(self, cache: list[tuple[str, ort.OrtValue]]) -> None:
-        for name, value in cache:
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            if self._shared:
-                self._binding.bind_ortvalue_output(f"present.{name}", value)
-            else:
-                self._binding.bind_output(f"present.{name}", DEVICE, 0)
-
-    def _carry_cache(self) -> None:
-        # The binding lists outputs in the order they were first bound: the cache, then the logits.
-        present = self._binding.get_outputs()[: len(self._cache)]
-        self._bind_cache([(name, value) for (name, _), value in zip(self._cache, present, strict=True)])
+        self._binding.bind_input("attention_mask", self.device, 0, np.int64, (1, size), self._shown.data_ptr())
 
 
 def _hint(error: Exception) -> str:

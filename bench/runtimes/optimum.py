@@ -5,17 +5,16 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
 from bench.runtimes.facts import PeerFacts, graph_facts
-from export.bundle.decoder import Decoder, Ids, Logits
+from bench.runtimes.torch import TorchDecoder
+from export.bundle.decoder import Decoder
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST
 
 PACKAGES = ("optimum.onnxruntime",)
 
 
-class OptimumDecoder:
+class OptimumDecoder(TorchDecoder):
     """A directory with ``model.onnx`` and ``config.json`` behind the ``Decoder`` protocol.
 
     Args:
@@ -31,8 +30,7 @@ class OptimumDecoder:
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.path, self.max_length = path, max_length
-        self._model = ORTModelForCausalLM.from_pretrained(
+        model = ORTModelForCausalLM.from_pretrained(
             path,
             file_name=DECODE_GRAPH,
             session_options=options,
@@ -41,28 +39,11 @@ class OptimumDecoder:
             use_io_binding=True,
             local_files_only=True,
         )
+        super().__init__(model, path, max_length)
         self._mask = torch.ones(1, max_length, dtype=torch.int64)
-        self.reset()
 
-    def reset(self) -> None:
-        self._cache, self._length = None, 0
-
-    def prefill(self, ids: Ids) -> Logits:
-        import torch
-
-        end = self._length + len(ids)
-        with torch.inference_mode():
-            out = self._model(
-                input_ids=torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1),
-                attention_mask=self._mask[:, :end],
-                past_key_values=self._cache,
-            )
-        self._cache, self._length = out.past_key_values, end
-        logits: Logits = out.logits[0, -1].numpy()
-        return logits
-
-    def step(self, token_id: int) -> Logits:
-        return self.prefill(np.array([token_id], np.int64))
+    def _given(self, length: int) -> dict[str, object]:
+        return {"attention_mask": self._mask[:, :length]}
 
 
 load = OptimumDecoder

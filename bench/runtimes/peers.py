@@ -48,7 +48,7 @@ PEER_PYTHON = "SAAP_PEER_PYTHON"
 
 
 class _Config(msgspec.Struct):
-    """What is read of a ``config.json``."""
+    """What is read from a ``config.json``."""
 
     vocab_size: int
     max_position_embeddings: int | None = None
@@ -299,7 +299,7 @@ def _check_context(spec: str, length: int, context: int | None) -> None:
 
 
 def _read(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:
-    """What is read of a JSON file; ``otherwise`` says what is wrong with one of another shape."""
+    """A JSON file of this type; ``otherwise`` is said of one that has another shape."""
     if not path.is_file():
         raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
     try:

@@ -171,7 +171,7 @@ def provider_options(manifest: BundleManifest, provider: str, max_length: int, c
 
 
 def engine_directory(manifest: BundleManifest, max_length: int) -> Path:
-    """Where TensorRT keeps the engines it builds of a bundle, which takes it minutes; made where it is not there."""
+    """Where TensorRT keeps the engines of a bundle, which it builds for minutes; made if it is missing."""
     key = f"{manifest.content_hash}-{max_length}"
     directory = cache_directory() / "tensorrt" / hashlib.sha256(key.encode()).hexdigest()[:24]
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""The runtime of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token.
-
-The only file of this package that imports torch, and only in the process of its own that it is.
-"""
+"""The runtime of ``torch:DIR``: transformers, fp32, KV cache, greedy, token by token; loads torch in a worker only."""
 
 from __future__ import annotations
 
@@ -35,12 +32,8 @@ class TorchDecoder:
         import torch
 
         with torch.inference_mode():
-            out = self.model(
-                input_ids=torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            row = torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1)
+            out = self.model(input_ids=row, past_key_values=self.cache, **self._given(self.length + len(ids)))
         self.cache = out.past_key_values
         self.length += len(ids)
         logits: Logits = out.logits[0, -1].numpy()
@@ -48,6 +41,10 @@ class TorchDecoder:
 
     def step(self, token_id: int) -> Logits:
         return self.prefill(np.array([token_id], np.int64))
+
+    def _given(self, length: int) -> dict[str, object]:
+        """What the model takes beside ids and cache; ``length`` positions are in use then."""
+        return {"use_cache": True, "logits_to_keep": 1}
 
 
 def facts(decoder: Decoder) -> PeerFacts:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +29,8 @@ from export.bundle.session import DecoderError, check_provider, open_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
+
+    Cache = list[tuple[str, OrtValue]]  # of every layer that has one: key, then value
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -73,6 +75,9 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
 class BundleDecoder:
     """A bundle, ``length`` positions of whose cache of ``max_length`` are in use."""
 
+    device = "cpu"  # where the cache is
+    _shared = True  # past and present are one buffer
+
     def __init__(self, manifest: BundleManifest, where: Path, threads: int, max_length: int) -> None:
         check_context(manifest, max_length, str(where))
         check_threads(threads)
@@ -89,12 +94,37 @@ class BundleDecoder:
             raise DecoderError(f"the cache holds {self.max_length} positions and {total} are needed: ask for less")
         return total
 
+    def _zero_cache(self, positions: int, put: Callable[[NDArray[np.generic]], OrtValue]) -> Cache:
+        shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
+        return [
+            (f"{n}.{part}", put(np.zeros(shape, np.dtype(self.manifest.kv_dtype))))
+            for n, shape in enumerate(shapes)
+            for part in ("key", "value")
+        ]
+
+    def _bind_cache(self, cache: Cache) -> None:
+        self._past = cache
+        for name, value in cache:
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if self._shared:
+                self._binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def _carry_cache(self) -> None:
+        # The binding lists outputs in the order they were first bound: the cache, then the logits.
+        present = self._binding.get_outputs()[: len(self._past)]
+        self._bind_cache([(name, value) for (name, _), value in zip(self._past, present, strict=True)])
+
+    def _free_outputs(self) -> None:
+        # Outputs of new sizes. Before ONNX Runtime 1.24 this empties the values that get_outputs gave, so it is done
+        # when the next run no longer needs them, not when they are carried over.
+        for name, _ in self._past:
+            self._binding.bind_output(f"present.{name}", self.device)
+
 
 def check_ids(ids: Ids, manifest: BundleManifest) -> None:
     """Refuse ids that the embedding has no row for: not every operator does.
 
-    Raises:
-        DecoderError: says which, and what is allowed.
+    Raises DecoderError: says which, and what is allowed.
     """
     if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
@@ -106,8 +136,7 @@ def check_ids(ids: Ids, manifest: BundleManifest) -> None:
 def as_prompt(ids: Ids, manifest: BundleManifest) -> Ids:
     """[n] -> [1, n], contiguous.
 
-    Raises:
-        DecoderError: none, or one that is not in the vocabulary.
+    Raises DecoderError: none, or one that is not in the vocabulary.
     """
     if not len(ids):
         raise DecoderError("an empty prompt has no next token: give at least one token")
@@ -125,8 +154,7 @@ class OrtDecoder(BundleDecoder):
         prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
             memory and no packing at the next start, but no huge pages.
 
-    Attributes:
-        huge_page_bytes: of memory that was moved to huge pages.
+    ``huge_page_bytes``: of memory that was moved to huge pages.
 
     Raises:
         BundleError: the bundle does not verify.
@@ -136,6 +164,8 @@ class OrtDecoder(BundleDecoder):
     def __init__(
         self, bundle_dir: str | Path, threads: int, max_length: int, *, verify: bool = True, prepacked: bool = False
     ) -> None:
+        from onnxruntime import OrtValue
+
         directory = Path(bundle_dir)
         manifest = verify_files(directory) if verify else read_manifest(directory)
         check_provider(manifest, "cpu", str(directory))
@@ -153,17 +183,16 @@ class OrtDecoder(BundleDecoder):
         self._positions = np.arange(max_length, dtype=np.int64).reshape(1, -1)
         self._logits: Logits = np.empty((1, 1, self.manifest.vocab_size), np.float32)
         self._bound: Ids | None = None  # the array of ids that the binding points to
-        self._kv = self._zero_cache(max_length if self._shared else 0)
+        self._kv = self._zero_cache(max_length if self._shared else 0, OrtValue.ortvalue_from_numpy)
+        self.reset()
         if not self._shared:
             self._free_outputs()
-        self.reset()
         # Bound after the cache: _carry_cache counts on it.
         self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
 
     def reset(self) -> None:
         """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
         self.length = 0
-        self._past = self._kv
         self._bind_cache(self._kv)
 
     def rewind(self, length: int) -> None:
@@ -209,40 +238,11 @@ class OrtDecoder(BundleDecoder):
         logits: Logits = self._logits[0, 0]
         return logits
 
-    def _zero_cache(self, positions: int) -> list[tuple[str, OrtValue]]:
-        import onnxruntime as ort
-
-        shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
-        return [
-            (f"{n}.{part}", ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(self.manifest.kv_dtype))))
-            for n, shape in enumerate(shapes)
-            for part in ("key", "value")
-        ]
-
-    def _bind_cache(self, cache: list[tuple[str, OrtValue]]) -> None:
-        for name, value in cache:
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            if self._shared:
-                self._binding.bind_ortvalue_output(f"present.{name}", value)
-
-    def _carry_cache(self) -> None:
-        # The binding lists outputs in the order they were first bound: the cache, then the logits.
-        present = self._binding.get_outputs()[: len(self._kv)]
-        self._past = [(name, value) for (name, _), value in zip(self._kv, present, strict=True)]
-        self._bind_cache(self._past)
-
-    def _free_outputs(self) -> None:
-        # Outputs of new sizes. Before ONNX Runtime 1.24 this empties the values that get_outputs gave, so it is done
-        # when the next run no longer needs them, not when they are carried over.
-        for name, _ in self._kv:
-            self._binding.bind_output(f"present.{name}", "cpu")
-
     def _cut_cache(self, length: int) -> None:
-        import onnxruntime as ort
+        from onnxruntime import OrtValue
 
         kept = [(name, np.ascontiguousarray(value.numpy()[:, :, :length])) for name, value in self._past]
-        self._past = [(name, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in kept]
-        self._bind_cache(self._past)
+        self._bind_cache([(name, OrtValue.ortvalue_from_numpy(array)) for name, array in kept])
 
 
 def collapse() -> int:

@@ -144,8 +144,7 @@ class Inspection:
 def inspect_bundle(path: str | Path) -> Inspection:
     """Read a bundle; ``files`` are compared with their hashes, which reads them all.
 
-    Raises:
-        BundleError: no bundle, a damaged one, or weights that lie outside its folder.
+    Raises BundleError: no bundle, a damaged one, or weights that lie outside its folder.
     """
     directory = Path(path)
     manifest = read_manifest(directory)

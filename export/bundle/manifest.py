@@ -132,8 +132,7 @@ class BundleManifest:
 
 def _check(manifest: BundleManifest) -> None:
     """
-    Raises:
-        ValueError: sizes that do not go together.
+    Raises ValueError: sizes that do not go together.
     """
     for name, value, allowed in (
         ("target", manifest.target, ("cpu", "cuda", "portable")),
@@ -172,8 +171,7 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
 def read_manifest(directory: str | Path) -> BundleManifest:
     """Read ``bundle.json``.
 
-    Raises:
-        BundleError: no bundle there, damaged, of a newer format, or naming a file outside the bundle.
+    Raises BundleError: no bundle there, damaged, of a newer format, or naming a file outside the bundle.
     """
     directory = Path(directory)
     path = directory / MANIFEST
@@ -195,8 +193,7 @@ def read_small(directory: Path, name: str, manifest: BundleManifest | None) -> b
 
     Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
 
-    Raises:
-        BundleError: no file, larger than such a file ever is, not listed, or not as listed.
+    Raises BundleError: no file, larger than such a file ever is, not listed, or not as listed.
     """
     path, most = directory / name, LARGEST.get(name, LARGEST_JSON)
     entry = None if manifest is None else manifest.files.get(name)
@@ -221,8 +218,7 @@ def remedy(directory: Path) -> str:
 def verify_files(directory: str | Path, manifest: BundleManifest | None = None) -> BundleManifest:
     """Check every file's size and sha256 against the manifest, and that there is no other file.
 
-    Raises:
-        BundleError: naming the first file that is missing, differs, or is not listed.
+    Raises BundleError: naming the first file that is missing, differs, or is not listed.
     """
     directory = Path(directory)
     manifest = manifest or read_manifest(directory)

@@ -62,8 +62,7 @@ def session_options(threads: int, entries: dict[str, str], runtime: ModuleType |
 def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
     """A session on the CPU with these options, over data files that were checked.
 
-    Raises:
-        DecoderError: ONNX Runtime refuses the graph.
+    Raises DecoderError: ONNX Runtime refuses the graph.
     """
     import onnxruntime as ort
 
@@ -79,8 +78,7 @@ CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8":
 def check_signature(session: InferenceSession, manifest: BundleManifest, graph: Path) -> None:
     """Refuse a graph that takes or gives something else than the manifest says.
 
-    Raises:
-        BundleError: names the first input or output that differs.
+    Raises BundleError: names the first input or output that differs.
     """
     taken = {given.name: given for given in session.get_inputs()}
     given = {made.name: made for made in session.get_outputs()}

@@ -34,8 +34,7 @@ class BundleTokenizer:
         bos_token_id: from the manifest, else from the tokenizer; None when there is none.
         eos_token_ids: every id that ends a text: from the manifest, else generation_config.json, else the tokenizer.
 
-    Raises:
-        RunError: no tokenizer there, or one that cannot be read.
+    Raises RunError: no tokenizer there, or one that cannot be read.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -76,8 +75,7 @@ class BundleTokenizer:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}`` in order.
             add_generation_prompt: end with the opening of the assistant's turn.
 
-        Raises:
-            RunError: there is no template, or it refuses the conversation.
+        Raises RunError: there is no template, or it refuses the conversation.
         """
         if self._template is None:
             raise RunError(f"{self.directory} has no chat template: give the prompt as plain text, with chat off")
@@ -115,8 +113,7 @@ class TextStream:
     A tokenizer's decoder looks at neighbours (a leading space is dropped, a character may span tokens), so each piece
     is the difference of two decodings that share a window of context, and a piece that ends inside a character waits.
 
-    Args:
-        context: ids that come before the first pushed one, e.g. the prompt that is being continued.
+    ``context``: ids that come before the first pushed one, e.g. the prompt that is being continued.
     """
 
     def __init__(self, tokenizer: BundleTokenizer, context: Sequence[int] = ()) -> None:
@@ -156,8 +153,7 @@ _CONTEXT_TOKENS = 6
 
 def _tokenizer(content: bytes, directory: Path) -> Tokenizer:
     """
-    Raises:
-        RunError: not a tokenizer, or one that makes a text many times longer.
+    Raises RunError: not a tokenizer, or one that makes a text many times longer.
     """
     # What a tokenizer does to a text is bounded before a library reads it that aborts where memory ends.
     try:
@@ -217,8 +213,7 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
 def end_ids(named: object, directory: Path) -> list[int]:
     """The ids of an ``eos_token_id``: one, several or none.
 
-    Raises:
-        RunError: an entry that is not a number.
+    Raises RunError: an entry that is not a number.
     """
     found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [each for each in found if type(each) is not int]:

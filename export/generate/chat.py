@@ -19,11 +19,9 @@ class Conversation:
         settings: of every answer; the draws of all turns come from one seed.
         system: what the model is told first; None leaves it to the template.
 
-    Attributes:
-        messages: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
+    ``messages``: what has been said, as ``{"role", "content"}``; an answer joins when the next turn begins.
 
-    Raises:
-        RunError: no chat template, or an argument out of range.
+    Raises RunError: no chat template, or an argument out of range.
     """
 
     def __init__(
@@ -52,9 +50,8 @@ class Conversation:
     def ask(self, text: str) -> Generation:
         """The answer to the user's next turn, as it is written.
 
-        Raises:
-            RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then
-                as it was.
+        Raises RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then
+        as it was.
         """
         check_request(text, self._settings.max_tokens)
         if self._answer is not None:

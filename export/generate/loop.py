@@ -39,8 +39,7 @@ class Decoder(ForwardDecoder, Protocol):
 class HeldSequence:
     """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
 
-    Attributes:
-        ids: what the cache holds.
+    ``ids``: what the cache holds.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -162,8 +161,7 @@ def begin_text(
         prompt: a user's turn when ``chat``, else a text to continue.
         chat: put the prompt into the model's chat template.
 
-    Raises:
-        RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
+    Raises RunError: an argument out of range, an empty prompt, no chat template, or a prompt longer than the context.
     """
     check_request(prompt, settings.max_tokens)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)

@@ -52,8 +52,7 @@ class BundleConfig(PretrainedConfig):
 class BundleCache:
     """Keys and values of a batch; every row starts at position 0, past and present are the same memory.
 
-    Args:
-        shapes: (KV heads, head size) of each layer that has attention.
+    ``shapes``: (KV heads, head size) of each layer that has attention.
 
     Attributes:
         lengths: [b] int64, the tokens that each row holds, padding not counted.
@@ -119,8 +118,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def from_bundle(cls, directory: str | Path, threads: int = 1, verify: bool = True) -> BundleForCausalLM:
         """Load a bundle.
 
-        Args:
-            verify: check the files' hashes first, which reads them all.
+        ``verify``: check the files' hashes first, which reads them all.
 
         Raises:
             BundleError: no bundle there, or one that does not verify.
@@ -171,8 +169,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             past_key_values: of an earlier call; it is changed in place.
             cache: the same under its newer name.
 
-        Raises:
-            RunError: padding that is not on the left, or more tokens than the context holds.
+        Raises RunError: padding that is not on the left, or more tokens than the context holds.
         """
         batch, count = input_ids.shape
         state = past_key_values or cache or BundleCache(self._shapes, self._kv_dtype, batch)

@@ -37,8 +37,7 @@ def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float
 class BundleScorer:
     """The scoring graph of a bundle: logits of every position, from an empty cache.
 
-    Args:
-        graph: file name; of the decode graph only the last position's logits come back.
+    ``graph``: file name; of the decode graph only the last position's logits come back.
 
     Raises:
         BundleError: no bundle there.
@@ -67,8 +66,7 @@ class BundleScorer:
 
         The cache that is given stays as it was, so several rows may follow the same one.
 
-        Args:
-            last: only those of the last position are wanted, [1, 1, vocab].
+        ``last``: only those of the last position are wanted, [1, 1, vocab].
         """
         past = empty_past(self.manifest, 1) if cache is None else cache
         names = [name.replace("past_key_values", "present", 1) for name in past]

@@ -71,11 +71,9 @@ def generate(
 ) -> GenerateResult:
     """Answer a prompt, or continue it where the model has no chat template.
 
-    Args:
-        on_text: is given each piece of the text as it is written; pieces never split a character.
+    ``on_text``: is given each piece of the text as it is written; pieces never split a character.
 
-    Raises:
-        UserError: no bundle, an empty prompt, an option out of range, or a context that is too small.
+    Raises UserError: no bundle, an empty prompt, an option out of range, or a context that is too small.
     """
     generation = open_bundle(bundle, options or GenerateOptions(), prompt).ask(prompt)
     for piece in generation:
@@ -101,8 +99,7 @@ def result_of(prompt: str, generation: Generation) -> GenerateResult:
 def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None = None) -> OpenBundle:
     """Load a bundle with a cache that one prompt needs or, without a prompt, a conversation may.
 
-    Raises:
-        UserError: no bundle, options that do not go together, or a context that is too small.
+    Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
     directory = Path(bundle)
     manifest, tokenizer = read_manifest(directory), BundleTokenizer(directory)

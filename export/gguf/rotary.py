@@ -31,8 +31,7 @@ def rotary_fields(directory: Path) -> RotaryFields:
     ``linear`` is a scaling that llama.cpp has itself; ``llama3`` and ``yarn`` are written as one divisor per frequency,
     so that llama.cpp turns by the angles of transformers and not by its own version of the formula.
 
-    Raises:
-        UserError: a scaling that depends on the length of the input.
+    Raises UserError: a scaling that depends on the length of the input.
     """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -73,11 +73,9 @@ class TokenizerFields:
 def tokenizer_fields(directory: Path, vocabulary: int) -> TokenizerFields:
     """Read tokenizer.json and the files beside it.
 
-    Args:
-        vocabulary: rows of the embedding; ids above the tokenizer's are filled up with unused tokens.
+    ``vocabulary``: rows of the embedding; ids above the tokenizer's are filled up with unused tokens.
 
-    Raises:
-        UserError: no tokenizer.json, or one that llama.cpp has no counterpart for.
+    Raises UserError: no tokenizer.json, or one that llama.cpp has no counterpart for.
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, which a GGUF file needs: put the model's own there")

@@ -66,8 +66,7 @@ def export_gguf(
             that holds them.
         head_kind: of embedding and head; None is as ``kind``.
 
-    Raises:
-        UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
+    Raises UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
     """
     out = Path(out)
     _check_output(out)

@@ -15,8 +15,7 @@ Attribute = int | float | str | Sequence[int]
 class GraphBuilder:
     """Collects the nodes of one graph over tensors that are already in a data file.
 
-    Args:
-        tensors: what :meth:`weight` may name; only those that are named become initialisers.
+    ``tensors``: what :meth:`weight` may name; only those that are named become initialisers.
     """
 
     def __init__(self, tensors: Mapping[str, ir.ExternalTensor]) -> None:

@@ -38,8 +38,7 @@ KV_SCALES = 12  # place of the cache's scales among GroupQueryAttention's inputs
 def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str, int]) -> None:
     """Refuse head sizes that GroupQueryAttention refuses when it runs.
 
-    Args:
-        rotary_dims: elements of a head that each of the rotary tables turns.
+    ``rotary_dims``: elements of a head that each of the rotary tables turns.
     """
     step = 16 if any(layer.rotary for layer in traits.layers) else 8
     if shape.head_dim % step:
@@ -66,8 +65,7 @@ class GraphModel:
 class DecoderGraph(ABC):
     """Builds one graph over tensors that are already in the data file; how it computes is its subclasses' matter.
 
-    Args:
-        tensors: of the data file, by name.
+    ``tensors``: of the data file, by name.
     """
 
     opsets: Mapping[str, int]

@@ -31,8 +31,7 @@ def cache_scales(graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: 
     Returns:
         ``layers.N.key_scale`` and ``layers.N.value_scale``, each [kv_heads * head_dim] float32.
 
-    Raises:
-        UserError: a cache that is not finite.
+    Raises UserError: a cache that is not finite.
     """
     session = open_session(graph, os.cpu_count() or 1)
     attending = [(index, sizes) for index, sizes in enumerate(layers) if sizes.query_heads]

@@ -72,8 +72,7 @@ def write_probe_stacks(
 
     The lineage in the manifest says how many nodes the graph has.
 
-    Args:
-        stacks: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
+    ``stacks``: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})

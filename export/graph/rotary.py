@@ -34,11 +34,9 @@ def all_rotary_tables(config: ModelConfig, traits: Traits) -> dict[str, np.ndarr
 def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position, each [context, rotary_dim / 2] float32 (Su et al., arXiv 2104.09864).
 
-    Args:
-        table: ``local`` is that of sliding layers, in a family where they have their own base.
+    ``table``: ``local`` is that of sliding layers, in a family where they have their own base.
 
-    Raises:
-        UserError: a scaling whose tables depend on the input's length.
+    Raises UserError: a scaling whose tables depend on the input's length.
     """
     _check_type(config, table)
     embedding = _embedding(config, table)

@@ -31,8 +31,7 @@ class Target:
     def precision(self, precision: Precision, kv_bits: int, accuracy_level: int) -> Precision:
         """``precision`` as this target computes it.
 
-        Raises:
-            UserError: a combination that the target has no fast kernel for.
+        Raises UserError: a combination that the target has no fast kernel for.
         """
         if self.name == "cuda":
             if kv_bits == 8:

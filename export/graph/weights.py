@@ -73,8 +73,7 @@ class WeightFile:
 class Layout(Protocol):
     """How matrices stand in the data file.
 
-    Attributes:
-        norms_last: the norms of a layer stand behind its matrices, not each behind those of its block.
+    ``norms_last``: the norms of a layer stand behind its matrices, not each behind those of its block.
     """
 
     file: WeightFile

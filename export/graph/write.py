@@ -23,8 +23,7 @@ from saap.system.errors import UserError
 class MicrosoftWriter:
     """Writes graphs of ONNX Runtime's own operators.
 
-    Args:
-        calibration: ids [rows, tokens] to find the scales of an int8 cache on.
+    ``calibration``: ids [rows, tokens] to find the scales of an int8 cache on.
     """
 
     def __init__(self, source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None) -> None:

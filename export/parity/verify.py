@@ -35,8 +35,7 @@ def check_parity(
     A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the
     memory.
 
-    Raises:
-        UserError: the two do not agree within what the precision allows.
+    Raises UserError: the two do not agree within what the precision allows.
     """
     manifest = read_manifest(bundle)
     reference = StreamedModel(ModelSource(Path(model_dir)), _precision(manifest))

@@ -60,26 +60,20 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
       saap compare out/demo/dense-int4 out/demo/slim-int4 -t 1
       saap compare flap-quality.json saap-quality.json
     """
-    with Console() as console:
-        sys.exit(compare_specs(old, new, options, json_path, console))
-
-
-def compare_specs(old: str, new: str, asked: CompareCommand, json_path: Path | None, console: Console) -> int:
-    """Compare results, bundles or qualities, and show the verdicts; the exit code."""
-    from bench.judge.comparison import compare
+    from bench.judge.comparison import compare as compare_results
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
     from bench.measure.result import read_result
     from saap.system.interrupt import ended_as_by_a_person
 
     if any(qualities := [is_quality(spec) for spec in (old, new)]):
-        return compare_qualities(old, new, all(qualities), asked, json_path)
+        sys.exit(compare_qualities(old, new, all(qualities), options, json_path))
+    console, minimum, plan = Console.of_command(), options.min_effect, options.options
     files = [_is_result(spec) for spec in (old, new)]
-    minimum, plan = asked.min_effect, asked.options
     if all(files):
         results = read_result(old), read_result(new)
-        comparison = compare(*results, minimum)
-        if asked.confirm and comparison.regressed:
+        comparison = compare_results(*results, minimum)
+        if options.confirm and comparison.regressed:
             with ended_as_by_a_person():
                 comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
     elif any(files):
@@ -87,13 +81,13 @@ def compare_specs(old: str, new: str, asked: CompareCommand, json_path: Path | N
     else:
         verify_models([old, new])
         with ended_as_by_a_person():
-            live = compare_live([old, new], plan, minimum, confirm=asked.confirm, progress=console.report)
+            live = compare_live([old, new], plan, minimum, confirm=options.confirm, progress=console.report)
         comparison = live.comparison
         show_reasons(live.results[-1])
     console.finish()
     show_comparison(comparison)
-    _write_verdicts(comparison, asked, json_path)
-    return int(comparison.exit_code(asked.fail_on == "regression"))
+    _write_verdicts(comparison, options, json_path)
+    sys.exit(comparison.exit_code(options.fail_on == "regression"))
 
 
 def _is_result(spec: str) -> bool:

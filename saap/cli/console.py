@@ -42,6 +42,11 @@ class Console:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
+    @classmethod
+    def of_command(cls) -> Console:
+        """The console of the command that runs; it is closed with it."""
+        return click.get_current_context().with_resource(cls())
+
     def report(self, label: str, done: float, total: float) -> None:
         """``done`` of ``total`` of what ``label`` names is finished; a new first word of a label starts a new bar."""
         if not speaks():

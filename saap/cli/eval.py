@@ -55,12 +55,6 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/slim --text wiki.test.raw --chunk 2048 --join wikitext --max-chunks all
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
     """
-    with Console() as console:
-        evaluate_models(list(paths), options, json_path, console)
-
-
-def evaluate_models(paths: list[Path], asked: EvalCommand, json_path: Path | None, console: Console) -> None:
-    """Evaluate, show, and write the document that ``saap compare`` and ``saap report`` read."""
     from saap.evaluate.evaluation import check_options, subjects_of, windows_for
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
     from saap.system.files import check_place
@@ -74,15 +68,16 @@ def evaluate_models(paths: list[Path], asked: EvalCommand, json_path: Path | Non
 
     if json_path is not None:
         check_place(json_path)
-    check_options(asked.options)
-    models, reference = [subject_of(path) for path in paths], asked.reference and subject_of(asked.reference)
+    console = Console.of_command()
+    check_options(options.options)
+    models, reference = [subject_of(path) for path in paths], options.reference and subject_of(options.reference)
     base, subjects = subjects_of(models, reference, console.report)
     windows = None
-    if asked.text is not None or not asked.options.tasks:
-        windows = windows_for(subjects, asked.options, asked.text, console.report)
+    if options.text is not None or not options.options.tasks:
+        windows = windows_for(subjects, options.options, options.text, console.report)
         console.say_text("evaluation", windows.protocol.text, windows.protocol.self_written)
     quality = evaluate_subjects(
-        subjects, asked.options, reference=base, text=windows, progress=console.report, keep=keep
+        subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )
     if quality.tasks:
         show_tasks(quality)

@@ -149,8 +149,7 @@ class Traits:
 def architecture_of(config: object) -> Architecture:
     """The table row for a transformers config (or its dict).
 
-    Raises:
-        UserError: the architecture is not supported.
+    Raises UserError: the architecture is not supported.
     """
     name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -178,8 +177,7 @@ def _require_transformers5() -> None:
 def shape_of(config: object) -> ModelShape:
     """Read a model's sizes from its config (or the config's dict).
 
-    Raises:
-        UserError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
+    Raises UserError: a size that no model has, or query heads that are not a multiple of their layer's KV heads.
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
@@ -221,8 +219,7 @@ def traits_of(config: object) -> Traits:
 
     ``attn_logit_softcapping`` of Gemma 3 is not read: transformers, whose numbers are the reference, does not apply it.
 
-    Raises:
-        UserError: the config asks for something that no graph of ours computes.
+    Raises UserError: the config asks for something that no graph of ours computes.
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
@@ -282,8 +279,7 @@ def with_defaults(config: object) -> object:
 def positions_of(config: object) -> int:
     """Tokens that a model holds, by default what transformers takes.
 
-    Raises:
-        UserError: the config names something else than a number.
+    Raises UserError: the config names something else than a number.
     """
     return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 

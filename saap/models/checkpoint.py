@@ -57,8 +57,7 @@ def load_model(
         dtype: of the floating-point weights.
         verify: hold the files against their hashes first, which reads them all.
 
-    Raises:
-        UserError: no model there, of an architecture or format that is not supported.
+    Raises UserError: no model there, of an architecture or format that is not supported.
     """
     directory = Path(path)
     config = read_config(directory)
@@ -90,8 +89,7 @@ def transformers_config(directory: str | Path) -> ModelConfig:
 def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` as a dict.
 
-    Raises:
-        UserError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
+    Raises UserError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -151,8 +149,7 @@ def slim_config(
         quant: the ``slim_quant`` entry of a model that holds integers.
         kept: which layers of that model are left, ``plan.kept_layers``; None is all of them.
 
-    Raises:
-        ValueError: ``kept`` is needed to know what each layer does.
+    Raises ValueError: ``kept`` is needed to know what each layer does.
     """
     architecture = architecture_of(dict(config))
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")

@@ -63,11 +63,9 @@ class GGUFTokenizer:
 def convert(source: Path, destination: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
 
-    Args:
-        destination: an existing directory.
+    ``destination``: an existing directory.
 
-    Raises:
-        UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
+    Raises UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
@@ -83,8 +81,7 @@ def convert(source: Path, destination: Path) -> None:
 def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """Read the ``tokenizer.ggml.*`` fields.
 
-    Raises:
-        UserError: the file is not a GGUF file, is cut short, or holds no tokenizer.
+    Raises UserError: the file is not a GGUF file, is cut short, or holds no tokenizer.
     """
     from gguf import GGUFReader
 

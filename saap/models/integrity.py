@@ -45,8 +45,7 @@ def hashes(directory: Path) -> dict[str, FileHash]:
 def check_directory(directory: str | Path) -> None:
     """Hold a model directory's files against their hashes, once per process for each content.
 
-    Raises:
-        UserError: a file that is not there or has changed, or a record that is damaged.
+    Raises UserError: a file that is not there or has changed, or a record that is damaged.
     """
     directory = Path(directory)
     record = next((file for name in (RECORD, CACHE_RECORD) if (file := directory / name).is_file()), None)
@@ -64,8 +63,7 @@ def check_directory(directory: str | Path) -> None:
 def differing(directory: Path, files: object) -> str | None:
     """The first file that is missing or has another content than its hash; None where all are as they were.
 
-    Args:
-        files: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
+    ``files``: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
     """
     try:
         known = msgspec.convert(files, dict[str, FileHash])

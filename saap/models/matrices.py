@@ -38,8 +38,7 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
         model: a transformers causal language model, dense or slim, with floating-point weights.
         shape: its sizes, ``shape_of(model.config)``.
 
-    Raises:
-        UserError: the model holds integers, or other sizes than ``shape`` says.
+    Raises UserError: the model holds integers, or other sizes than ``shape`` says.
     """
     architecture = architecture_of(model.config)
     layers = list(model.get_submodule(architecture.layers).children())

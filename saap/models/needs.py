@@ -16,8 +16,7 @@ SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their s
 def eval_needs(shape: ModelShape, tokens: int, *, streamed: bool) -> Needs:
     """Of running a model forward in float32, whole in memory or layer by layer, and reading off its probabilities.
 
-    Args:
-        tokens: that go through the model together.
+    ``tokens``: that go through the model together.
     """
     layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
     outside = 4 * (shape.parameters - sum(layers))

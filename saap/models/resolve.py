@@ -38,8 +38,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
         name: a directory, a GGUF file, a packaged name (see :data:`PACKAGED`) or a hub id.
         cache_dir: where converted models are kept; by default ``SAAP_CACHE``, else the platform's cache directory.
 
-    Raises:
-        UserError: no such model, a directory that is none, a package or hub that cannot be reached.
+    Raises UserError: no such model, a directory that is none, a package or hub that cannot be reached.
     """
     report = progress or (lambda *_: None)
     cache = cache_dir or cache_directory()
@@ -60,8 +59,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
 def copy_sidecars(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
 
-    Args:
-        dst: an existing directory; files of the same name are replaced.
+    ``dst``: an existing directory; files of the same name are replaced.
     """
     for pattern in SIDECARS:
         for path in src.glob(pattern):
@@ -73,8 +71,7 @@ def copy_sidecars(src: Path, dst: Path) -> None:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, as transformers loads it.
 
-    Raises:
-        UserError: there is no tokenizer that transformers can read.
+    Raises UserError: there is no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer
 

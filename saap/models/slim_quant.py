@@ -51,8 +51,7 @@ def module_bits(quant: SlimQuant, architecture: Architecture, module: str) -> in
 def stacked_bits(quant: SlimQuant, architecture: Architecture, layer: int, part: str) -> int:
     """Bits of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
-    Raises:
-        UserError: its modules hold different bits.
+    Raises UserError: its modules hold different bits.
     """
     modules = architecture.matrices[part]
     bits = [module_bits(quant, architecture, f"{architecture.layers}.{layer}.{module}") for module in modules]
@@ -68,11 +67,9 @@ def stacked_bits(quant: SlimQuant, architecture: Architecture, layer: int, part:
 def check_matrices(quant: SlimQuant, architecture: Architecture, linears: Iterable[str]) -> None:
     """Refuse bits per matrix that no graph can hold.
 
-    Args:
-        linears: names of the decoder layers' linears.
+    ``linears``: names of the decoder layers' linears.
 
-    Raises:
-        UserError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
+    Raises UserError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
     """
     known = set(linears)
     for name, bits in quant.get("matrices", {}).items():

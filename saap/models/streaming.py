@@ -66,11 +66,9 @@ def load_streamed(
 
     Its parameters take no gradient.
 
-    Args:
-        dtype: in which layers compute; ``device``: on which.
+    ``dtype``: in which layers compute; ``device``: on which.
 
-    Raises:
-        UserError: no model there, of an architecture or format that is not supported, or one that holds integers.
+    Raises UserError: no model there, of an architecture or format that is not supported, or one that holds integers.
     """
     directory = Path(path)
     config = read_config(directory)
@@ -109,8 +107,7 @@ def whole_needs(path: str | Path) -> Needs:
 def open_model(path: str | Path) -> PreTrainedModel:
     """A directory to run forward: as a whole in float32 where it fits; else integers as they are, or layer by layer.
 
-    Raises:
-        UserError: no model there.
+    Raises UserError: no model there.
     """
     if fits(whole_needs(path)):
         return load_model(path, materialise=True)
@@ -122,11 +119,9 @@ def open_model(path: str | Path) -> PreTrainedModel:
 def open_writer(path: str | Path, option: str) -> PreTrainedModel:
     """A directory that is to write text token by token, which is no work for a model that is read for each of them.
 
-    Args:
-        option: where the user gives a text instead, as ``--calibration``.
+    ``option``: where the user gives a text instead, as ``--calibration``.
 
-    Raises:
-        UserError: it does not fit into memory.
+    Raises UserError: it does not fit into memory.
     """
     needs = whole_needs(path)
     if not fits(needs):

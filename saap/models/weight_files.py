@@ -24,8 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
     """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
 
-    Raises:
-        UserError: no safetensors there, or files that are not what was written.
+    Raises UserError: no safetensors there, or files that are not what was written.
     """
     check_directory(directory)
     files = sorted(Path(directory).glob("*.safetensors"))
@@ -59,8 +58,7 @@ def opened(file: Path) -> Iterator[safe_open]:
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """``model.safetensors``; or files of about 1 GiB and their index, as transformers has them.
 
-    Args:
-        tensors: (name, tensor) in the order of the files.
+    ``tensors``: (name, tensor) in the order of the files.
     """
     parts: list[Path] = []
     places: dict[str, int] = {}

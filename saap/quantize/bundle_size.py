@@ -132,8 +132,7 @@ def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = No
         quant: its ``slim_quant`` entry (:mod:`saap.models.slim_quant`); None takes the one in ``config``.
         zero_points: its linears have zero points other than the middle.
 
-    Raises:
-        UserError: linears of one matrix that hold different bits, or a model that no bundle is made of.
+    Raises UserError: linears of one matrix that hold different bits, or a model that no bundle is made of.
     """
     quant = quant_of(config) if quant is None else quant
     assert quant is not None, "a model that holds integers says so"

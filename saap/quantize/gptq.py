@@ -45,8 +45,7 @@ def gptq(
         group_size: input columns that share a scale; divides K.
         symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
 
-    Raises:
-        UserError: K is not whole groups, or the inputs were not finite.
+    Raises UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
     pieces = weight.split(ROWS)
@@ -68,8 +67,7 @@ def gptq_with_latent(
     Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
     integers can be trained on.
 
-    Args:
-        inverse: :func:`inverse_factor` of ``hessian``, where it is known.
+    ``inverse``: :func:`inverse_factor` of ``hessian``, where it is known.
     """
     check_groups(weight.shape[1], group_size, "a matrix")
     inverse = inverse_factor(hessian) if inverse is None else inverse
@@ -114,8 +112,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     inverting H and factoring that. By scipy's LAPACK, which inverts triangles, in float32 as the authors do:
     the damping is far above what is lost there.
 
-    Raises:
-        UserError: the inputs were not finite.
+    Raises UserError: the inputs were not finite.
     """
     from scipy.linalg import lapack
 
@@ -142,8 +139,7 @@ def compensated_matrices(
     The weights of ``model`` are replaced by the numbers that the integers hold. A tied table is chosen for its use as
     the head, where an error meets every token.
 
-    Args:
-        rows: calibration ids [sequences, tokens].
+    ``rows``: calibration ids [sequences, tokens].
 
     Returns:
         module name -> integers.

@@ -59,8 +59,7 @@ def choose_bits(
         model: float weights; unchanged.
         rows: ids [sequences, tokens] of calibration text; the first four are used.
 
-    Raises:
-        UserError: not even all matrices at 4 bit fit.
+    Raises UserError: not even all matrices at 4 bit fit.
     """
     units = units_of(model)
     least = bundle_size(model.config.to_dict(), LOW, group_size).total(shape_of(model.config))

@@ -72,8 +72,7 @@ def claimed(out: str | Path) -> Iterator[None]:
 def writing_directory(out: str | Path) -> Iterator[Path]:
     """Give a fresh directory beside ``out``; it takes the place of ``out`` when the block ends without an error.
 
-    Raises:
-        UserError: ``out`` exists and holds something that saap did not write, or another process is writing it.
+    Raises UserError: ``out`` exists and holds something that saap did not write, or another process is writing it.
     """
     out = Path(out)
     check_output(out)
@@ -151,11 +150,9 @@ def _left(out: Path, purpose: str) -> Iterator[Path]:
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file, without its checksum.
 
-    Args:
-        remedy: what to do when it is damaged, such as ``make the directory again``.
+    ``remedy``: what to do when it is damaged, such as ``make the directory again``.
 
-    Raises:
-        UserError: not there, not JSON, not an object, or changed after it was written.
+    Raises UserError: not there, not JSON, not an object, or changed after it was written.
     """
     try:
         value = parse_json(path.read_text(encoding="utf-8"))

@@ -15,8 +15,7 @@ from saap.system.needs import FREE_SHARE, PROCESS, Needs
 def device_of(name: str) -> torch.device:
     """The device of a name; ``cuda`` is each process's own where ``accelerate launch`` started several.
 
-    Raises:
-        UserError: no such device here, or one of another kind than CPUs and CUDA GPUs.
+    Raises UserError: no such device here, or one of another kind than CPUs and CUDA GPUs.
     """
     try:
         device = torch.device(name)

@@ -29,8 +29,7 @@ def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors.
 
-    Args:
-        about: for the header; ``format`` is pt where it is not given, as transformers wants it.
+    ``about``: for the header; ``format`` is pt where it is not given, as transformers wants it.
     """
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=dict(about or {"format": "pt"}))
@@ -53,8 +52,7 @@ def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[
 def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file's content, and what is said about them.
 
-    Raises:
-        ValueError: damaged, or not written by ``save_sealed``.
+    Raises ValueError: damaged, or not written by ``save_sealed``.
     """
     try:
         tensors = load(content)

@@ -37,8 +37,7 @@ def messages_of(row: object, where: str) -> list[Message]:
         row: ``messages`` (role, content), ``conversations`` (from, value), or ``instruction``, ``input`` or
             ``context``, and ``output`` or ``response``.
 
-    Raises:
-        UserError: another form, an unknown role, a turn that is no text, or no answer to learn.
+    Raises UserError: another form, an unknown role, a turn that is no text, or no answer to learn.
     """
     if not is_conversation(row):
         raise UserError(f"{where} is no chat: give rows with 'messages', 'conversations' or 'instruction'")
@@ -81,8 +80,7 @@ class ChatEncoder:
     A template that writes earlier turns differently once they are answered (it drops their reasoning, say) is followed
     exactly: every answer of the conversation is then a sample of its own, after what the model would really see.
 
-    Raises:
-        UserError: the tokenizer has no chat template.
+    Raises UserError: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,8 +98,7 @@ class ChatEncoder:
 
         What follows the last answer is left out.
 
-        Raises:
-            UserError: the template refuses the conversation, or does not say where an answer begins.
+        Raises UserError: the template refuses the conversation, or does not say where an answer begins.
         """
         last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
         turns = list(messages[: last + 1])

@@ -75,8 +75,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
     Returns:
         None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
 
-    Raises:
-        UserError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
+    Raises UserError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
     """
     if source is None:
         return _from_environment(split, seed)
@@ -96,8 +95,7 @@ def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] |
 def read_file(path: Path, *, whole: bool = False) -> list[str]:
     """The documents of one file; ``whole`` keeps a plain text as one document.
 
-    Raises:
-        UserError: naming the file, and the line where there is one.
+    Raises UserError: naming the file, and the line where there is one.
     """
     content = _content(path)
     rows = _json_rows(path, content)
@@ -134,8 +132,7 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
     cut into rows; reading stops when there are enough. A row begins as :func:`beginning` says.
 
-    Raises:
-        UserError: too little text, with the numbers.
+    Raises UserError: too little text, with the numbers.
     """
     import torch
 

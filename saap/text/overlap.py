@@ -31,8 +31,7 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
 def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents) -> None:
     """The same, by what a model's record says about text that may be gone.
 
-    Args:
-        lineage: of a bundle, or of a directory with ``tuning`` as a bundle has it.
+    ``lineage``: of a bundle, or of a directory with ``tuning`` as a bundle has it.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
     held: set[str] = set()  # calibration and tuning are often of one text

@@ -122,8 +122,7 @@ def tuning_rows(
             data as chat where every row is a conversation and the model has a chat template; a base model, which has
             none, learns the same data as text, and ``note`` says so.
 
-    Raises:
-        UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
+    Raises UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
     """
     if kind not in KINDS:
         raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
@@ -143,8 +142,7 @@ def held_out(rows: TuningRows, share: float) -> tuple[TuningRows, TuningRows]:
 
     The document at the border of packed text has a part on either side.
 
-    Raises:
-        UserError: fewer than four rows, or a share that is not above 0 and at most a half.
+    Raises UserError: fewer than four rows, or a share that is not above 0 and at most a half.
     """
     if not 0 < share <= 0.5:
         raise UserError(f"a share of {share} rows cannot be held out: give a number above 0 and at most 0.5")

@@ -35,8 +35,7 @@ def self_written(
         tokenizer: gives the BOS id, else the EOS id, to begin with.
         held_out: text for evaluation, from a seed that calibration and tuning do not use.
 
-    Raises:
-        UserError: no token to begin with, or more positions than the model has.
+    Raises UserError: no token to begin with, or more positions than the model has.
     """
     import torch
 

@@ -87,8 +87,7 @@ def evaluation_windows(
 ) -> tuple[Windows, Documents | None]:
     """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
 
-    Raises:
-        UserError: no such text, or too little.
+    Raises UserError: no such text, or too little.
     """
     from saap.models.resolve import load_tokenizer
     from saap.models.streaming import open_writer
@@ -108,8 +107,7 @@ def evaluation_windows(
 def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cut) -> Windows:
     """Cut a text; its remainder is left out.
 
-    Raises:
-        UserError: less than one window, or no beginning-of-sequence token where one is asked for.
+    Raises UserError: less than one window, or no beginning-of-sequence token where one is asked for.
     """
     import torch
 

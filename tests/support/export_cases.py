@@ -62,14 +62,18 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def draw_biases(path):
+    model = load_model(path)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+
+
 def model_of(kind, tiny_model, directory):
     path = tiny_model(**MODELS.get(kind, {}))
     if kind == "biased":
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
+        draw_biases(path)
     return path if kind in MODELS else cut(path, directory / "slim", PrunePlan(UNEVEN))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,12 +19,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from support.remote_runs import VENV
 from support.sshd import Sshd, require_sshd
 
-from bench.remote.labgrid_place import _without_configuration
 from bench.remote.labgrid_session import _pb2, ask
 
 BEGIN_S = 30.0
@@ -54,15 +55,29 @@ class Farm:
         self._export("closed", "--isolated")
         ask(self.address, self._places)
 
-    def client(self, *arguments: str, user: str | None = None, code: int = 0) -> str:
-        """What `labgrid-client` says."""
-        done = subprocess.run(
-            [sys.executable, "-m", "labgrid.remote.client", "-x", self.address, *arguments],
-            capture_output=True, text=True, check=False, cwd=self.folder,
-            env={**_without_configuration(), **({"LG_USERNAME": user} if user else {})},
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+    def acquire(self, user: str | None = None) -> None:
+        self._as(user, "AcquirePlace", _pb2().AcquirePlaceRequest(placename="pi"))
+
+    def release(self, user: str | None = None) -> None:
+        self._as(user, "ReleasePlace", _pb2().ReleasePlaceRequest(placename="pi"))
+
+    def reserve(self, user: str) -> str:
+        """The reservation's token."""
+        named = _pb2().Reservation.Filter(filter={"name": "pi"})
+        made = self._as(user, "CreateReservation", _pb2().CreateReservationRequest(filters={"main": named}, prio=0.0))
+        return str(made.reservation.token)
+
+    def cancel(self, token: str) -> None:
+        self._as(None, "CancelReservation", _pb2().CancelReservationRequest(token=token))
+
+    def _as(self, user: str | None, call: str, request: object) -> Any:
+        """As `labgrid-client` of that user asks it."""
+
+        async def act(session: Any) -> Any:
+            return await getattr(session.stub, call)(request)
+
+        with mock.patch.dict(os.environ, {"LG_USERNAME": user} if user else {}):
+            return ask(self.address, act)
 
     def power(self, on: bool) -> None:
         """Without a switch."""

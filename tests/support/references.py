@@ -15,12 +15,12 @@ from saap.models.checkpoint import load_model, read_config
 from saap.quantize.groups import quantize
 
 
-def reference_model(model_dir: Path, bits: int, block: int, head_bits: int) -> Any:
+def reference_model(model_dir: Path, bits: int, group_size: int, head_bits: int) -> Any:
     """The torch model with the integers that the exporter wrote, as ordinary linears."""
     if bits == 32 or read_config(model_dir).get("slim_quant"):
         return load_model(model_dir, materialise=True)
     model = load_model(model_dir)
-    round_model(model, bits, block, head_bits)
+    round_model(model, bits, group_size, head_bits)
     return model
 
 

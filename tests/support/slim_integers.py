@@ -21,11 +21,11 @@ QKV_OF_LAYER_1 = {f"model.layers.1.{module}": 8 for module in PARTS["qkv"]}
 MIXED = QKV_OF_LAYER_1 | {"model.layers.0.mlp.down_proj": 8}
 
 
-def write_integers(path, out, bits=4, block=32, *, symmetric=True, bits_of=None, head_bits=None):
+def write_integers(path, out, bits=4, group_size=32, *, symmetric=True, bits_of=None, head_bits=None):
     model, bits_of = load_model(path), bits_of or {}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
-    matrices = {n: quantize(m.weight, bits_of.get(n, bits), block, symmetric) for n, m in linears.items()}
-    entry = quantize_model(model, bits, block, head_bits or bits, matrices, bits_of)
+    matrices = {n: quantize(m.weight, bits_of.get(n, bits), group_size, symmetric) for n, m in linears.items()}
+    entry = quantize_model(model, bits, group_size, head_bits or bits, matrices, bits_of)
     config = read_config(path)
     slim = slim_config(config, shape_of(config), entry)
     return write_slim(out, path, slim, iter(model.state_dict().items()), {})

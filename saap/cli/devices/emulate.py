@@ -50,37 +50,33 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
     Example:
       saap devices emulate out/demo/slim-int4 --cpu cortex-a72
     """
-    with Console() as console:
-        sys.exit(emulate_bundle(bundle, options, json_path, console))
-
-
-def emulate_bundle(bundle: str, asked: EmulateCommand, json_path: Path | None, console: Console) -> int:
-    """Prepare, run, show; the exit code."""
-    from bench.remote.emulated import document, emulate
+    from bench.remote.emulated import document
+    from bench.remote.emulated import emulate as run_emulated
     from devices.common.files import cache_directory
     from devices.emulate.qemu import CPUS, prepare
     from devices.probe.host import probe
 
-    if asked.tokens < 2:
-        raise UserError(f"a text of {asked.tokens} tokens has no likelihood: give --tokens 2 or more")
-    ids = text_ids(Path(bundle), asked.text)[: asked.tokens]
+    if options.tokens < 2:
+        raise UserError(f"a text of {options.tokens} tokens has no likelihood: give --tokens 2 or more")
+    ids = text_ids(Path(bundle), options.text)[: options.tokens]
     if len(ids) < 2:
         raise UserError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
     onnxruntime = probe()["onnxruntime"]
     if onnxruntime is None:
         raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
+    console = Console.of_command()
     console.report("emulate, arm64 packages and wheels", 0, 1)
     root = prepare(cache_directory(), str(onnxruntime))
     with ended_as_by_a_person():
-        found = emulate(bundle, asked.cpu or tuple(CPUS), ids, root, progress=console.report)
+        found = run_emulated(bundle, options.cpu or tuple(CPUS), ids, root, progress=console.report)
     console.finish()
     if json_path == STDOUT:
         click.echo(json.dumps(document(found), allow_nan=False))
-        return int(found.exit_code)
+        sys.exit(found.exit_code)
     if json_path is not None:
         write_text(json_path, json.dumps(document(found), indent=1, allow_nan=False) + "\n")
     _show(found)
-    return int(found.exit_code)
+    sys.exit(found.exit_code)
 
 
 def _show(found: Emulation) -> None:

@@ -93,8 +93,30 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
       saap devices baseline out/demo/slim-int4 -t 4 --baselines ours/baselines
       saap devices baseline out/demo/slim-int4 --on ssh://pi@board
     """
-    with Console() as console:
-        record_baseline(bundle, options, console)
+    from bench.judge.baselines import checked_folder, writable_folder, write_baseline
+    from bench.judge.regression import record
+    from bench.measure.options import BenchOptions
+    from bench.remote.target import target
+    from saap.system.interrupt import ended_as_by_a_person
+
+    console = Console.of_command()
+    device_options = options.device
+    device_options.check()
+    folder = checked_folder(device_options.folder)
+    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions")
+    plan = BenchOptions(
+        **{name: getattr(options, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
+        text=text_ids(_path(bundle), options.text), greedy=GREEDY,
+    )  # fmt: skip
+    writable_folder(folder)
+    name = name_of(bundle, device_options.name)
+    with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+        kept = record(name, measuring(device, bundle, name, console), plan, options.runs, console.say)
+    console.finish()
+    path = write_baseline(folder, kept)
+    for result in kept.results:
+        show_reasons(result)
+    click.echo(f"wrote {path}: {len(kept.pooled.measurements[0].samples)} repetitions in {len(kept.results)} runs")
 
 
 @click.command(cls=OptionsCommand)
@@ -110,38 +132,6 @@ def test(bundle: str, options: TestCommand) -> None:
     Example:
       saap devices test out/demo/slim-int4 --baselines ours/baselines --junit devices.xml
     """
-    with Console() as console:
-        sys.exit(retest_bundle(bundle, options, console))
-
-
-def record_baseline(bundle: str, asked: BaselineCommand, console: Console) -> None:
-    from bench.judge.baselines import checked_folder, writable_folder, write_baseline
-    from bench.judge.regression import record
-    from bench.measure.options import BenchOptions
-    from bench.remote.target import target
-    from saap.system.interrupt import ended_as_by_a_person
-
-    device_options = asked.device
-    device_options.check()
-    folder = checked_folder(device_options.folder)
-    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions")
-    plan = BenchOptions(
-        **{name: getattr(asked, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
-        text=text_ids(_path(bundle), asked.text), greedy=GREEDY,
-    )  # fmt: skip
-    writable_folder(folder)
-    name = name_of(bundle, device_options.name)
-    with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
-        kept = record(name, measuring(device, bundle, name, console), plan, asked.runs, console.say)
-    console.finish()
-    path = write_baseline(folder, kept)
-    for result in kept.results:
-        show_reasons(result)
-    click.echo(f"wrote {path}: {len(kept.pooled.measurements[0].samples)} repetitions in {len(kept.results)} runs")
-
-
-def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
-    """Measure again, show and judge; the exit code."""
     from bench.judge.baselines import OtherDeviceError, checked_folder
     from bench.judge.regression import Limits, retest
     from bench.judge.verdict import NOT_COMPARABLE, SAME
@@ -151,20 +141,21 @@ def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
     from devices.probe.host import probe
     from saap.system.interrupt import ended_as_by_a_person
 
-    if not 0 < asked.min_effect < 1:
-        raise UserError(f"--min-effect {asked.min_effect} is no fraction: give e.g. 0.05 for 5 %")
-    device_options, junit_path = asked.device, asked.junit
+    if not 0 < options.min_effect < 1:
+        raise UserError(f"--min-effect {options.min_effect} is no fraction: give e.g. 0.05 for 5 %")
+    console = Console.of_command()
+    device_options, junit_path = options.device, options.junit
     device_options.check()
     name = name_of(bundle, device_options.name)
     try:
         with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
-            test = retest(
+            found = retest(
                 checked_folder(device_options.folder),
                 name,
                 measuring(device, bundle, name, console),
                 on=device.url,
                 here=None if device.url else probe()["fingerprint"],
-                limits=Limits(speed=asked.min_effect, max_time_s=device_options.max_time_s),
+                limits=Limits(speed=options.min_effect, max_time_s=device_options.max_time_s),
             )
     except OtherDeviceError as error:
         if junit_path is not None:
@@ -172,17 +163,17 @@ def retest_bundle(bundle: str, asked: TestCommand, console: Console) -> int:
             write_text(junit_path, junit("saap devices test", [case]))
         raise
     console.finish()
-    show_reasons(test.results[-1])
-    (m,) = test.results[-1].measurements
-    table = verdict_table(test.checks, DEVICE)
-    title = f"{test.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
+    show_reasons(found.results[-1])
+    (m,) = found.results[-1].measurements
+    table = verdict_table(found.checks, DEVICE)
+    title = f"{found.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
     print_table(title, table.header, table.rows)
-    for check in test.checks:
+    for check in found.checks:
         if check.verdict != SAME or check.reason:
             click.echo(f"  {sentence(check)}")
     if junit_path is not None:
-        write_text(junit_path, device_junit(test))
-    return test.exit_code
+        write_text(junit_path, device_junit(found))
+    sys.exit(found.exit_code)
 
 
 def measuring(device: Target, bundle: str, name: str, console: Console) -> Measure:

@@ -16,6 +16,7 @@ from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, writ
 from bench.costs.options import CostsOptions
 from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
+from devices.common.errors import UserError
 from export.bundle.manifest import LayerSizes, read_manifest
 
 BANDWIDTH = Bandwidth(1, 1, [1e9])
@@ -191,8 +192,10 @@ def test_a_real_probe_writes_costs_with_their_raw_steps(
 def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
         measure_costs(bundles, replace(QUICK, depth=57))
-    with pytest.raises(ValueError, match="threads cannot be used"):
+    with pytest.raises(UserError, match="threads cannot be used"):
         measure_costs(bundles, replace(QUICK, threads=(10_000,)))
+    with pytest.raises(UserError, match="rounds 0 is not allowed: give 1 or more"):
+        measure_costs(bundles, replace(QUICK, rounds=0))
     monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(CostsError, match="MB of memory and 0 MB are free"):
         measure_costs(bundles, QUICK)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fake_trees import plant
+from support.fake_trees import CPU, capacities, plant, zones
 
 from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, choose_cores, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
@@ -20,7 +19,7 @@ PAIRS, SIX = ["0-1", "0-1", "2-3", "2-3"], [str(cpu) for cpu in range(6)]
 
 
 @pytest.mark.parametrize(
-    ("siblings", "capacities", "cpus", "threads", "chosen", "physical"),
+    ("siblings", "speeds", "cpus", "threads", "chosen", "physical"),
     [
         (PAIRS, [], [0, 1, 2, 3], 2, [0, 2], 2),  # one thread per core before its sibling
         (PAIRS, [], [0, 1, 2, 3], 3, [0, 1, 2], 2),
@@ -29,19 +28,16 @@ PAIRS, SIX = ["0-1", "0-1", "2-3", "2-3"], [str(cpu) for cpu in range(6)]
         ([], [], [3, 5, 7], 2, [3, 5], 3),  # without topology the first ones
     ],
 )
-def test_the_cores_that_are_chosen(tmp_path, siblings, capacities, cpus, threads, chosen, physical) -> None:
-    plant(tmp_path, {f"cpu{cpu}/topology/thread_siblings_list": f"{text}\n" for cpu, text in enumerate(siblings)})
-    plant(tmp_path, {f"cpu{cpu}/cpu_capacity": f"{value}\n" for cpu, value in enumerate(capacities)})
-    assert choose_cores(threads, cpus, tmp_path) == chosen
-    assert physical_cores(cpus, tmp_path) == physical
+def test_the_cores_that_are_chosen(tmp_path, siblings, speeds, cpus, threads, chosen, physical) -> None:
+    shared = {f"{CPU}/cpu{cpu}/topology/thread_siblings_list": f"{text}\n" for cpu, text in enumerate(siblings)}
+    root = plant(tmp_path, shared | capacities(speeds)) / CPU
+    assert choose_cores(threads, cpus, root) == chosen
+    assert physical_cores(cpus, root) == physical
 
 
 def test_this_host() -> None:
     assert 1 <= physical_cores() <= len(allowed_cores())
     assert set(choose_cores(1)) <= set(allowed_cores())
-
-
-CPU = "sys/devices/system/cpu"
 
 
 def clocks(cpu: int, now: int, highest: int, governor: str) -> dict[str, str]:
@@ -52,11 +48,6 @@ def clocks(cpu: int, now: int, highest: int, governor: str) -> dict[str, str]:
         f"{base}/cpuinfo_max_freq": f"{highest}\n",
         f"{base}/scaling_governor": f"{governor}\n",
     }
-
-
-def zone(number: int, kind: str, millidegrees: str) -> dict[str, str]:
-    base = f"sys/class/thermal/thermal_zone{number}"
-    return {f"{base}/type": f"{kind}\n", f"{base}/temp": f"{millidegrees}\n"}
 
 
 def cooling(number: int, kind: str, state: int) -> dict[str, str]:
@@ -73,14 +64,14 @@ def happened(root: Path, change: dict[str, str], cpus: list[int]) -> dict[str, f
 
 
 def test_raspberry_pi_5(tmp_path: Path) -> None:
-    plant(tmp_path, {PI_BITS: "50000\n", **zone(0, "cpu-thermal", "61250"), **cooling(0, "pwm-fan", 3)})
+    plant(tmp_path, {PI_BITS: "50000\n", **zones({"cpu-thermal": 61250}), **cooling(0, "pwm-fan", 3)})
     for cpu in range(4):
         plant(tmp_path, clocks(cpu, 2_400_000, 2_400_000, "ondemand"))
     seen = board_state([0, 1, 2, 3], tmp_path)
     assert (seen.clock_share, seen.fixed_clock, seen.temperature_c) == (1.0, False, 61.25)
     assert seen.firmware_bits == 0x50000
     assert seen.cooling_state is None  # a fan is not throttling
-    values = happened(tmp_path, clocks(2, 1_500_000, 2_400_000, "ondemand") | zone(0, "cpu-thermal", "82000"), [0, 2])
+    values = happened(tmp_path, clocks(2, 1_500_000, 2_400_000, "ondemand") | zones({"cpu-thermal": 82000}), [0, 2])
     assert (values["clock_share"], values["fixed_clock"]) == (0.625, 0)
     assert (values["temperature_start_c"], values["temperature_c"]) == (61.25, 82)
     assert values["firmware_throttled"] == 0  # both lasting bits are from before
@@ -112,10 +103,8 @@ def test_firmware_bits_at_the_ends_or_new(tmp_path: Path, before: str, after: st
 )
 def test_jetson_orin_nano(tmp_path: Path, place: str) -> None:
     counts = {f"{place}/oc{n}_event_cnt": f"{count}\n" for n, count in ((1, 2), (2, 0), (3, 40))}
-    plant(tmp_path, counts | zone(0, "cpu-thermal", "52031") | zone(1, "tj-thermal", "53312"))
-    plant(
-        tmp_path, zone(2, "PMIC-Die", "100000") | zone(3, "gpu-thermal", "70000") | zone(4, "soc0-thermal", "-256000")
-    )
+    hot = {"cpu-thermal": 52031, "tj-thermal": 53312, "PMIC-Die": 100000, "gpu-thermal": 70000, "soc0-thermal": -256000}
+    plant(tmp_path, counts | zones(hot))
     plant(tmp_path, clocks(0, 1_510_400, 1_510_400, "schedutil") | cooling(0, "cpu-throttle-alert", 0))
     change = {f"{place}/oc1_event_cnt": "3\n", f"{place}/oc3_event_cnt": "45\n", **cooling(0, "cpu-throttle-alert", 1)}
     values = happened(tmp_path, change, [0])
@@ -130,7 +119,7 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
         plant(tmp_path, {f"{CPU}/cpu{cpu}/topology/thread_siblings_list": "0-1\n"})
         plant(tmp_path, {f"{CPU}/cpu{cpu}/thermal_throttle/core_throttle_count": "7\n"})
     plant(tmp_path, {f"{CPU}/cpu0/thermal_throttle/package_throttle_count": "9\n"})
-    plant(tmp_path, cooling(0, "Processor", 0) | cooling(1, "intel_powerclamp", -1) | zone(0, "x86_pkg_temp", "71000"))
+    plant(tmp_path, cooling(0, "Processor", 0) | cooling(1, "intel_powerclamp", -1) | zones({"x86_pkg_temp": 71000}))
     values = happened(tmp_path, {f"{CPU}/cpu1/thermal_throttle/core_throttle_count": "10\n"}, [0, 1])
     assert values["clock_share"] == 1.0  # the boost is not what all cores keep
     assert (values["fixed_clock"], values["smt_siblings"], values["throttle_events"]) == (1, 2, 3)
@@ -141,14 +130,9 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "slows"),
     [
-        ("cpu-fan", False),
-        ("gpu_fan", False),
-        ("Fan", False),
+        *((kind, False) for kind in ("cpu-fan", "gpu_fan", "Fan", "iwlwifi_1")),
+        *((kind, True) for kind in ("thermal-cpufreq-0", "thermal-devfreq-0", "Processor")),
         ("gpu-throttle-alert", True),  # a run with CUDA is slowed by it
-        ("thermal-cpufreq-0", True),
-        ("thermal-devfreq-0", True),
-        ("Processor", True),
-        ("iwlwifi_1", False),
     ],
 )
 def test_the_bench_and_the_probe_take_the_same_devices_for_throttling(tmp_path: Path, kind: str, slows: bool) -> None:
@@ -166,7 +150,7 @@ def test_amd_nominal_clock(tmp_path: Path) -> None:
 
 
 def test_big_and_little_cores(tmp_path: Path) -> None:
-    plant(tmp_path, {f"{CPU}/cpu{cpu}/cpu_capacity": f"{c}\n" for cpu, c in enumerate((446, 1009, 1024))})
+    plant(tmp_path, capacities((446, 1009, 1024)))
     assert board_state([0, 2], tmp_path).mixed_cores is True
     assert board_state([1, 2], tmp_path).mixed_cores is False  # a favoured core
 
@@ -214,12 +198,6 @@ def test_a_noisy_side_widens_the_limit_and_preempted_probes_are_no_slower_clock(
     preempted = [seconds + 4e-3 * (i % 10 < 4) for i, seconds in enumerate(IDLE)]
     change, limit = drift(IDLE, preempted)
     assert abs(change) < 0.005 < limit
-
-
-def test_twice_the_work_takes_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = level(probe_clock(30, time.perf_counter))
-    monkeypatch.setattr("bench.measure.cores.ROUNDS", 128)
-    assert level(probe_clock(30, time.perf_counter)) / once == pytest.approx(2, rel=0.25)
 
 
 class Board:

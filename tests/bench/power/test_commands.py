@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.fake_trees import plant
 
@@ -46,14 +47,7 @@ def endless(root: Path, line: str) -> Commands:
 
 
 def alive(root: Path) -> list[int]:
-    def runs(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
-
-    return [pid for pid in map(int, (root / "pids").read_text().split()) if runs(pid)]
+    return [pid for pid in map(int, (root / "pids").read_text().split()) if psutil.pid_exists(pid)]
 
 
 def found(sensor: Sensor | None, reason: str | None) -> Sensor:

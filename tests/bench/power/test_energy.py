@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -94,10 +94,6 @@ def test_rails_of_jetson_boards(tmp_path: Path, files: dict[str, str], rails: st
     assert sensor.read() == pytest.approx(watts)
 
 
-def test_an_input_chip_alone_may_belong_to_anything(tmp_path: Path) -> None:
-    assert find_sensor(plant(tmp_path, THOR_INPUT)) == (None, NO_SENSOR)
-
-
 def test_a_channel_that_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
     plant(tmp_path, hwmon("1-0040", {1: ("VDD_GPU_SOC", 20000, 500), 2: ("VDD_CPU_CV", 20000, 100)}))
     current = tmp_path / f"{I2C}/ina3221/1-0040/hwmon/hwmon3/curr2_input"
@@ -141,65 +137,55 @@ def test_a_counter_that_only_root_may_read(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_plain_virtual_machine(tmp_path: Path) -> None:
     assert find_sensor(tmp_path) == (None, NO_SENSOR)
+    assert find_sensor(plant(tmp_path / "chip", THOR_INPUT)) == (None, NO_SENSOR)  # alone it may belong to anything
     with Recorder(tmp_path) as recorder:
         assert recorder.energy(0.0, 1.0) == (None, NO_SENSOR)
         assert recorder.facts() == {"source": None, "reasons": [NO_SENSOR]}
 
 
-def recorded(root: Path, watts: dict[float, float]) -> Recorder:
-    """A recorder of Orin Nano's input rail that has read these watts at these seconds."""
-    moments: Iterator[float] = iter([*watts, 1e6])
-    recorder = Recorder(plant(root, hwmon("1-0040", ORIN_NANO)), clock=lambda: next(moments))
-    for value in watts.values():
-        plant(root, hwmon("1-0040", {1: ("VDD_IN", 5000, round(value * 200))}))
+def recorded(root: Path, values: dict[float, float], files: Callable[[float], dict[str, str]]) -> Recorder:
+    """A recorder that has read these values at these seconds, from the files that they stand in."""
+    moments: Iterator[float] = iter([*values, 1e6])
+    recorder = Recorder(plant(root, files(1)), clock=lambda: next(moments))
+    for value in values.values():
+        plant(root, files(value))
         recorder.take()
     return recorder
 
 
+def watts(value: float) -> dict[str, str]:
+    """On Orin Nano's input rail."""
+    return hwmon("1-0040", {1: ("VDD_IN", 5000, round(value * 200))})
+
+
+def joules(value: float) -> dict[str, str]:
+    return rapl(0, "package-0", round(value * 1e6))
+
+
 def test_power_is_integrated_with_its_ends_interpolated(tmp_path: Path) -> None:
-    recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 10.0, 3.0: 20.0, 4.0: 20.0})
+    recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 10.0, 3.0: 20.0, 4.0: 20.0}, watts)
     energy, reason = recorder.energy(1.5, 3.5, idle=(0.0, 1.0))
     # 7.5 W at 1.5 s, 10 W at 2 s, 20 W from 3 s on
-    joules = 0.5 * (7.5 + 10) / 2 + 1.0 * (10 + 20) / 2 + 0.5 * 20
+    expected = 0.5 * (7.5 + 10) / 2 + 1.0 * (10 + 20) / 2 + 0.5 * 20
     assert reason is None
-    assert energy == Energy(pytest.approx(joules), 2.0, pytest.approx(5.0), "module_input", "INA3221 VDD_IN", 1.0)
+    assert energy == Energy(pytest.approx(expected), 2.0, pytest.approx(5.0), "module_input", "INA3221 VDD_IN", 1.0)
 
 
-def test_windows_without_readings(tmp_path: Path) -> None:
-    recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 5.0})
+def test_windows_without_readings_and_readings_that_fail(tmp_path: Path) -> None:
+    recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 5.0}, watts)
+    plant(tmp_path, {f"{I2C}/ina3221/1-0040/hwmon/hwmon3/curr1_input": "\n"})  # from now on every reading is left out
+    energy, _ = recorder.energy(0.0, 2.0, idle=(-1.0, -0.5))
+    assert energy is not None and energy.idle_w is None and energy.decode_j == pytest.approx(10)
     energy, reason = recorder.energy(0.5, 1.5)
     assert energy is None
     assert reason == "1 power readings in 1.00 s of decode, 2 are the least: generate more tokens"
-    energy, _ = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0, 2.0: 5.0}).energy(0.0, 2.0, idle=(-1.0, -0.5))
-    assert energy is not None and energy.idle_w is None and energy.decode_j == pytest.approx(10)
 
 
-def test_a_reading_that_fails_is_left_out(tmp_path: Path) -> None:
-    recorder = recorded(tmp_path, {0.0: 5.0, 1.0: 5.0})
-    plant(tmp_path, {f"{I2C}/ina3221/1-0040/hwmon/hwmon3/curr1_input": "\n"})
-    recorder.take()
-    energy, _ = recorder.energy(0.0, 1.0)
-    assert energy is not None and energy.decode_j == pytest.approx(5.0)
-
-
-def test_a_counter_is_interpolated_at_the_ends(tmp_path: Path) -> None:
-    moments = iter([0.0, 1.0, 2.0, 3.0, 9.0])
-    plant(tmp_path, rapl(0, "package-0", 0))
-    recorder = Recorder(tmp_path, clock=lambda: next(moments))
-    for joules in (0, 10, 30, 60):
-        plant(tmp_path, rapl(0, "package-0", joules * 1_000_000))
-        recorder.take()
-    energy, _ = recorder.energy(0.5, 2.5)
+def test_a_counter_is_interpolated_at_the_ends_and_one_that_a_hypervisor_keeps_still_is_unknown(tmp_path: Path) -> None:
+    energy, _ = recorded(tmp_path, {0.0: 0, 1.0: 10, 2.0: 30, 3.0: 60}, joules).energy(0.5, 2.5)
     assert energy is not None and energy.decode_j == pytest.approx(45 - 5)
     assert (energy.scope, energy.rate_hz) == ("package", 1.0)
-
-
-def test_a_counter_that_a_hypervisor_keeps_still_is_unknown_and_not_zero(tmp_path: Path) -> None:
-    moments = iter([0.0, 1.0, 2.0, 9.0])
-    recorder = Recorder(plant(tmp_path, rapl(0, "package-0", 0)), clock=lambda: next(moments))
-    for _ in range(3):
-        recorder.take()
-    energy, reason = recorder.energy(0.0, 2.0)
+    energy, reason = recorded(tmp_path / "still", {0.0: 1, 1.0: 1, 2.0: 1}, joules).energy(0.0, 2.0)
     assert energy is None and reason == "the power sensor told 0 J in 2.00 s of decode: it does not work here"
 
 
@@ -218,29 +204,26 @@ def test_a_counter_without_its_range_is_told(tmp_path: Path) -> None:
 def test_the_integral_is_exact_for_power_that_changes_linearly(
     readings: list[tuple[float, float]], start: float, end: float
 ) -> None:
-    times = np.cumsum([distance for distance, _ in readings])
-    watts = np.array([value for _, value in readings])
+    times, power = np.cumsum([distance for distance, _ in readings]), np.array([value for _, value in readings])
     begin, stop = (times[0] + share * (times[-1] - times[0]) for share in (start, end))
-    joules, reason = window_joules(times, watts, begin, stop, counts=False)
+    found, reason = window_joules(times, power, begin, stop, counts=False)
     if ((times >= begin) & (times <= stop)).sum() < 2:
-        assert joules is None and "readings" in str(reason)
+        assert found is None and "readings" in str(reason)
         return
     grid = np.union1d(np.linspace(begin, stop, 7), times[(times > begin) & (times < stop)])
-    middle = np.interp((grid[1:] + grid[:-1]) / 2, times, watts)  # exact on every linear piece
-    assert joules == pytest.approx(float(np.sum(middle * np.diff(grid))), rel=1e-9)
+    middle = np.interp((grid[1:] + grid[:-1]) / 2, times, power)  # exact on every linear piece
+    assert found == pytest.approx(float(np.sum(middle * np.diff(grid))), rel=1e-9)
     counter = np.concatenate([[0.0], np.cumsum(np.diff(times) * 7.0)])  # a constant 7 W
     assert window_joules(times, counter, begin, stop, counts=True)[0] == pytest.approx(7.0 * (stop - begin))
 
 
 def test_a_gap_in_the_readings_is_not_bridged() -> None:
     times = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 2.9, 3.0, 3.1])
-    watts = np.full(8, 5.0)
-    assert window_joules(times, watts, 0.0, 0.4, False)[0] == pytest.approx(2.0)
-    assert window_joules(times, watts, 0.0, 3.0, False) == (
-        None,
-        "the power sensor was silent for 2.50 s of 3.00 s of decode",
-    )
-    assert window_joules(times, watts, 2.9, 5.0, False)[0] is None  # nothing after 3.1 s
+    power = np.full(8, 5.0)
+    assert window_joules(times, power, 0.0, 0.4, False)[0] == pytest.approx(2.0)
+    silent = "the power sensor was silent for 2.50 s of 3.00 s of decode"
+    assert window_joules(times, power, 0.0, 3.0, False) == (None, silent)
+    assert window_joules(times, power, 2.9, 5.0, False)[0] is None  # nothing after 3.1 s
 
 
 def test_results_from_before_estimates(tmp_path: Path) -> None:

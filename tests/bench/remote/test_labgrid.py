@@ -70,7 +70,7 @@ def test_a_place_is_switched_on_measured_and_left_as_it_was(farm, bundle, tmp_pa
 
 def test_what_is_on_and_acquired_by_its_user_is_left_so(farm, monkeypatch):
     monkeypatch.delenv("LG_COORDINATOR")
-    farm.client("-p", "pi", "acquire")
+    farm.acquire()
     said, url = [], f"labgrid://raspberry@{farm.address}"
     try:
         with kept(url, said.append) as there:
@@ -78,7 +78,7 @@ def test_what_is_on_and_acquired_by_its_user_is_left_so(farm, monkeypatch):
         assert said == [f"{url}: pi is acquired by you already, and stays so"]
         assert farm.holder("pi") is not None and farm.switched == []
     finally:
-        farm.client("-p", "pi", "release")
+        farm.release()
 
 
 def test_tags_queue_for_a_place_until_it_is_free(farm):
@@ -87,9 +87,9 @@ def test_tags_queue_for_a_place_until_it_is_free(farm):
     def told(text):
         said.append(text)
         if "waiting" in text:  # its reservation is there
-            farm.client("-p", "pi", "release", user="somebody")
+            farm.release(user="somebody")
 
-    farm.client("-p", "pi", "acquire", user="somebody")
+    farm.acquire(user="somebody")
     with kept(url, told) as there:
         assert there == "labgrid://pi" and farm.holder("pi").split("/")[1] != "somebody"
     assert said[0].startswith(f"{url}: waiting for 0 s, of pi (acquired by ") and said[1] == f"{url}: pi is acquired"
@@ -129,26 +129,20 @@ def test_mistakes_are_one_line_and_nothing_stays_acquired(farm, bundle):
     assert line("labgrid://gone").startswith("Match lab/gone/* has no matching remote resource")
     assert line("labgrid://?board=jetson").startswith("no place has these tags; tags are board=pi, rack=a: see")
     assert line("labgrid://pi@127.0.0.1:9").startswith("no labgrid coordinator answers at 127.0.0.1:9 (coordinator is")
-    farm.client("-p", "pi", "acquire", user="somebody")
+    farm.acquire(user="somebody")
     try:
         told = line("labgrid://pi")
         assert "/somebody (last change " in told and told.endswith("queue for it with 'labgrid://?name=pi'")
     finally:
-        farm.client("-p", "pi", "release", user="somebody")
-    farm.client("reserve", "name=pi", user="somebody")
+        farm.release(user="somebody")
+    token = farm.reserve(user="somebody")
     answers = bench_on(["labgrid://pi", "labgrid://dark", "labgrid://pu"], [bundle], ONCE)  # at the same time
     assert [str(answer.error).split(":")[2].split()[0] for answer in answers] == ["Place", "dark", "no"]
-    (token,) = ask(farm.address, _tokens)
     try:
         told = line("labgrid://pi")
         assert told.startswith("Place pi was not reserved for ") and told.endswith("with 'labgrid://?name=pi'")
     finally:
-        farm.client("cancel-reservation", token)
-
-
-async def _tokens(session):
-    told = await session.stub.GetReservations(labgrid_session._pb2().GetReservationsRequest())
-    return [reservation.token for reservation in told.reservations]
+        farm.cancel(token)
 
 
 def test_an_interrupt_gives_the_place_back(farm, bundle):
@@ -161,7 +155,7 @@ def test_an_interrupt_gives_the_place_back(farm, bundle):
 
 
 def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path):
-    farm.client("-p", "pi", "acquire", user="somebody")
+    farm.acquire(user="somebody")
     process = subprocess.Popen(
         [sys.executable, "-m", "saap.cli", "devices", "baseline", bundle, "--on", "labgrid://?name=pi"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
@@ -170,7 +164,7 @@ def test_an_ended_wait_takes_its_reservation_back(farm, bundle, tmp_path):
     assert "waiting for 0 s" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1].strip() == "saap: interrupted; run the same command again"
-    farm.client("-p", "pi", "release", user="somebody")
+    farm.release(user="somebody")
     assert farm.is_free()
 
 
@@ -221,13 +215,13 @@ def test_a_board_that_does_not_come_up_is_switched_off_again(farm, monkeypatch):
 def test_somebody_who_takes_the_place_away_is_said(farm):
     said = []
     with kept("labgrid://pi", said.append):
-        farm.client("-p", "pi", "release")
-        farm.client("-p", "pi", "acquire", user="somebody")
+        farm.release()
+        farm.acquire(user="somebody")
     try:
         assert "pi was released before its time, and is of " in said[-1] and "do not trust the result" in said[-1]
         assert farm.holder("pi").endswith("/somebody")
     finally:
-        farm.client("-p", "pi", "release", user="somebody")
+        farm.release(user="somebody")
 
 
 def test_a_release_that_fails_is_said_with_the_command_that_does_it(farm, monkeypatch):
@@ -237,7 +231,7 @@ def test_a_release_that_fails_is_said_with_the_command_that_does_it(farm, monkey
         monkeypatch.setattr(labgrid_session, "ask", lambda address, *rest: ask("127.0.0.1:9", *rest))
     monkeypatch.undo()
     assert "could not be released, `labgrid-client -p pi release` does: labgrid://pi: no labgrid coord" in said[-1]
-    farm.client("-p", "pi", "release")
+    farm.release()
 
 
 @pytest.mark.parametrize(("command", "name"), [("baseline", "record"), ("test", "retest")])

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.bench_samples import measurement, result
-from support.command_line import here
+from support.command_line import here, refused
 from support.remote_runs import (
     LONG,
     ONCE,
@@ -45,8 +45,6 @@ from bench.remote.options import BoardOptions
 from bench.remote.target import bench_on, measure_on
 from devices.transport import BoardError, Local, open_transport
 from saap.cli.bench import _places
-from saap.cli.console import Console
-from saap.cli.devices import test as device_test
 from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
 
@@ -251,12 +249,8 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
         raise BoardError("enough")
 
     monkeypatch.setattr(target, "run_on_all", run_on_all)
-    device = device_test.DeviceOptions(
-        baselines=tmp_path / "kept", on="local://", board=BoardOptions(board_packages=True), max_time_s=9
-    )
-    options = device_test.BaselineCommand(prompt=4, generate=4, threads=1, repetitions=6, device=device)
-    with pytest.raises(BoardError, match="enough"), Console() as console:
-        device_test.record_baseline(bundles[0], options, console)
+    asked = ["--baselines", tmp_path / "kept", "--on", "local://", "--board-packages", "--max-time", "9"]
+    assert "enough" in refused("devices", "baseline", bundles[0], *asked, "-p", "4", "-n", "4", "-t", "1", "-r", "6")
     assert seen == [ask_to_end]
 
 

@@ -171,32 +171,26 @@ def test_unknown_is_a_dash_with_its_reason(page):
     assert cards(result(lost))["Memory"].value == "\u2013"
 
 
-@pytest.mark.parametrize("where", ["names", "run"])
-def test_hostile_text_does_not_become_markup(page, where):
-    if where == "names":
-        nasty = measurement(HOSTILE, 10.0, spec=HOSTILE, status="WARN", reasons=[HOSTILE], bundle_hash=HOSTILE)
-        document = result(
-            measurement(f"_{HOSTILE}", 10.0), nasty, device={"cpu_model": HOSTILE, HOSTILE: HOSTILE},
-            command=[HOSTILE], versions={HOSTILE: HOSTILE}, settings={HOSTILE: HOSTILE},
-        )  # fmt: skip
-        text = page(document)
-    else:
-        text = page(
-            dense_and_slim(),
-            run={
-                "model": HOSTILE,
-                "steps": [{"name": HOSTILE, "command": HOSTILE, "seconds": HOSTILE}],
-                "plan": {"asked": HOSTILE, "layers": [{"query_heads": 1, "kv_heads": 1, "ffn": 1}]},
-                "quality": {"protocol": {HOSTILE: HOSTILE}, "rows": [{"name": HOSTILE, "perplexity": HOSTILE}]},
-                "parity": {HOSTILE: {HOSTILE: HOSTILE}},
-                "texts": [{"prompt": HOSTILE, "outputs": {HOSTILE: HOSTILE}}],
-                "versions": {HOSTILE: HOSTILE},
-            },
-        )
+def test_hostile_text_does_not_become_markup(page):
+    nasty = measurement(HOSTILE, 10.0, spec=HOSTILE, status="WARN", reasons=[HOSTILE], bundle_hash=HOSTILE)
+    document = result(
+        measurement(f"_{HOSTILE}", 10.0), nasty, device={"cpu_model": HOSTILE, HOSTILE: HOSTILE},
+        command=[HOSTILE], versions={HOSTILE: HOSTILE}, settings={HOSTILE: HOSTILE},
+    )  # fmt: skip
+    run = {
+        "model": HOSTILE,
+        "steps": [{"name": HOSTILE, "command": HOSTILE, "seconds": HOSTILE}],
+        "plan": {"asked": HOSTILE, "layers": [{"query_heads": 1, "kv_heads": 1, "ffn": 1}]},
+        "quality": {"protocol": {HOSTILE: HOSTILE}, "rows": [{"name": HOSTILE, "perplexity": HOSTILE}]},
+        "parity": {HOSTILE: {HOSTILE: HOSTILE}},
+        "texts": [{"prompt": HOSTILE, "outputs": {HOSTILE: HOSTILE}}],
+        "versions": {HOSTILE: HOSTILE},
+    }
+    text = page(document, run=run)
     elements = Elements(text)
     assert not elements.tags & {"script", "img", "link", "iframe", "object"}
     assert not [name for name, _ in elements.attributes if name.startswith("on")]
-    assert "alert(" in text
+    assert text.count("alert(") > 20
 
 
 def test_page_loads_nothing_and_is_small(page):
@@ -217,28 +211,22 @@ def test_page_loads_nothing_and_is_small(page):
 
 
 def test_plots_are_well_formed_keep_their_text_and_take_the_page_s_colours(page):
-    torch = measurement("torch $peer$ <1>", 90.0, kind="torch")
-    text = page(result(measurement("dense", 10.0), torch), run=RUN)
+    name = "font-family: x; #010203 $y$ <1>"  # called like a style
+    document = result(measurement("dense", 10.0), measurement(name, 90.0, kind="torch"))
+    text = page(document, run=RUN)
     drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert len(drawings) == 4  # speed, times, memory, what was kept
     words = ["".join(ElementTree.fromstring(drawing).itertext()) for drawing in drawings]
-    assert all("torch $peer$ <1>" in word for word in words[:3])
+    assert all(name in word for word in words[:3])
     assert "100.0, ceiling " in words[0]
     assert "ms per token (log)" in words[1]  # 10 and 90 ms
     assert not any("mathdefault" in word for word in words)
-    colours = set(re.findall(r"#[0-9a-f]{6}\b", " ".join(drawings)))
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", " ".join(drawings).replace("#010203 $y$", "")))
     assert not colours - {"#000000", "#ffffff"}
     ids = [i for drawing in drawings for i in re.findall(r' id="([mp][0-9a-f]{10})"', drawing)]
     assert ids
     assert len(ids) == len(set(ids)), "two plots would share a marker or clip path"
-    assert page(result(measurement("dense", 10.0), torch), run=RUN) == text
-
-
-def test_a_model_called_like_a_style_keeps_its_name(page):
-    name = "font-family: x; #010203"
-    text = page(result(measurement("dense", 10.0), measurement(name, 9.0)), run=RUN)
-    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)[:3]:
-        assert name in "".join(ElementTree.fromstring(drawing).itertext())
+    assert page(document, run=RUN) == text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +240,6 @@ def test_a_model_called_like_a_style_keeps_its_name(page):
     ],
 )
 def test_every_part_of_the_run_may_be_missing(page, run):
-    Elements(page(dense_and_slim(), run=run))
     Elements(page(run=run))
 
 
@@ -261,21 +248,15 @@ def test_result_without_a_valid_sample_still_has_a_page(page):
     assert "the worker died" in text
 
 
-def test_several_results_name_their_devices(page):
-    board = replace(dense_and_slim(), device={"board": "Some Board"})
-    text = text_of(page(dense_and_slim(), board))
-    assert "Some Board" in text
-    assert "Some CPU" in text
-
-
-def test_a_result_that_an_older_version_made_within_limits_is_shown(page, tmp_path):
+def test_several_results_name_their_devices_and_one_of_an_older_version_is_shown(page, tmp_path):
     limits = {"device": "raspberry-pi-5", "cores_used": 1, "memory_bytes": 600_000_000, "memory_limited": True}
     emulated = replace(
         dense_and_slim(),
         device={**dense_and_slim().device, "emulated": "raspberry-pi-5, 1 cores, 600 MB", "fingerprint": "0" * 16},
         settings={"emulated": limits},
     )
-    assert "Some CPU" in text_of(page(emulated))
+    text = text_of(page(emulated, replace(dense_and_slim(), device={"board": "Some Board"})))
+    assert "Some Board" in text and "Some CPU" in text
     assert read_result(tmp_path / "0.json") == emulated
 
 

@@ -12,7 +12,8 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from export.bundle.decoder import PAGE, DecoderError, OrtDecoder, collapse, whole_pages
 from export.bundle.manifest import BundleError
-from export.generate.scoring import BundleScorer
+from export.bundle.tokenizer import RunError
+from export.generate.scoring import BundleScorer, next_token_logprobs
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 
@@ -50,9 +51,17 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     assert decoder.length == len(IDS)  # no piece of a prompt that does not fit was read
 
 
-def test_scoring_gives_every_position(bundle: Path) -> None:
-    (every,) = BundleScorer(bundle, 1).logits(IDS[None])
-    assert every.shape == (len(IDS), VOCAB)
+def test_scoring_gives_every_position(bundle: Path, tmp_path: Path) -> None:
+    scorer = BundleScorer(bundle, 1)
+    (every,) = scorer.logits(IDS[None])
+    assert (every.shape, every.dtype) == ((len(IDS), VOCAB), np.float32)
+    assert np.array_equal(scorer.logprobs(IDS[None])[0], next_token_logprobs(every, IDS))
+    rows = np.stack([IDS, IDS[::-1]])  # rows do not see one another
+    np.testing.assert_allclose(scorer.logits(rows)[0], every, atol=2e-5)
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scoring.onnx").unlink()
+    with pytest.raises(RunError, match=r"no scoring\.onnx"):
+        BundleScorer(tmp_path)
     decoder = OrtDecoder(bundle, 1, 32, verify=False)
     for i in (1, 9, 20):
         decoder.reset()

@@ -1,19 +1,17 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from support.scripted_decoder import TEXTS, ScriptedDecoder, bpe_directory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from export.bundle.manifest import BundleManifest, LayerSizes, read_manifest, write_manifest
+from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
 from export.generate.loop import AnswerSettings, begin_text
 from export.generate.sampling import Sampling
-from export.generate.scoring import BundleScorer, next_token_logprobs
+from export.generate.scoring import next_token_logprobs
 
 TEMPLATE = (
     "{% for message in messages %}\n"
@@ -241,48 +239,3 @@ def test_logprobs_are_those_of_a_careful_softmax():
     assert np.allclose(next_token_logprobs(logits + np.float32(4e4), ids), expected, atol=0.01)
     far = np.array([[0.0, -5e4, 0.0], [0.0, 0.0, 0.0]], np.float32)
     assert np.allclose(next_token_logprobs(far, np.array([0, 1])), [-5e4 - np.log(2)])
-
-
-def bigram_bundle(path, table, head_dim=8, kv=(2, 1)):
-    """A scoring graph with the bundle's inputs and outputs whose logits are rows of a table."""
-    vocab = table.shape[0]
-    inputs = [
-        helper.make_tensor_value_info(n, TensorProto.INT64, s)
-        for n, s in (("input_ids", ["batch", "sequence"]), ("attention_mask", ["batch", "total"]))
-    ]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", vocab])]
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["logits"])]
-    for index, heads in enumerate(kv):
-        for part in ("key", "value"):
-            past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
-            inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, ["batch", heads, "past", head_dim]))
-            outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, None))
-            nodes.append(helper.make_node("Identity", [past], [present]))
-    graph = helper.make_graph(nodes, "bigram", inputs, outputs, [numpy_helper.from_array(table, "table")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, str(path / "scoring.onnx"))
-    layers = [LayerSizes(4, kv[0], 32), LayerSizes(0, 0, 32), LayerSizes(2, kv[1], 32)]
-    manifest = BundleManifest(
-        **{
-            "target": "cpu", "model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "head_dim": head_dim,
-            "context_length": 64, "layers": layers, "bits": 32, "block": 0, "accuracy_level": 0, "parameters": 1,
-            "weight_bytes_per_token": 1, "kv_bytes_per_token": 1, "kv_dtype": "float32", "bos_token_id": 0,
-            "eos_token_ids": [1], "onnxruntime_min": "1.23",
-        }
-    )  # fmt: skip
-    (path / "bundle.json").write_text(json.dumps(asdict(manifest)))
-    return path
-
-
-def test_scorer_runs_the_scoring_graph_from_an_empty_cache(tmp_path):
-    random = np.random.default_rng(0)
-    table = random.normal(size=(13, 13)).astype(np.float32)
-    scorer = BundleScorer(bigram_bundle(tmp_path, table))
-    ids = random.integers(0, 13, (3, 6))
-    logits = scorer.logits(ids)
-    assert logits.dtype == np.float32
-    assert np.array_equal(logits, table[ids])
-    assert np.array_equal(scorer.logprobs(ids), next_token_logprobs(table[ids], ids))
-    (tmp_path / "scoring.onnx").unlink()
-    with pytest.raises(RunError, match=r"no scoring\.onnx"):
-        BundleScorer(tmp_path)

@@ -7,15 +7,14 @@ import torch
 from support import llama_cpp_run
 from support.cuts import EMPTY, PLANS, WHOLE, cut
 from support.export_cases import IDS as TWO_ROWS
-from support.export_cases import LLAMA3, UNEVEN, YARN
+from support.export_cases import LLAMA3, UNEVEN, YARN, draw_biases
+from support.slim_integers import WIDE, write_integers
 
 from export.gguf.layout import rotary_order
 from export.gguf.write import WrittenMatrix, export_gguf
-from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.checkpoint import load_model
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.quantize.groups import quantize, quantize_model
 from saap.tune import TuneOptions, tune
 
 IDS = TWO_ROWS[:1]
@@ -43,11 +42,7 @@ CASES = {
 def model_of(tiny_model, tmp_path, config, plan):
     path = tiny_model(**config)
     if "attention_bias" in config:
-        model = load_model(path)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(path)
+        draw_biases(path)
     return cut(path, tmp_path / "slim", PrunePlan(plan)) if plan else path
 
 
@@ -108,10 +103,10 @@ def worst_group(found, wanted):
 def test_the_numbers_in_the_file_are_off_by_what_the_report_says(tiny_model, tmp_path, kind, bound):
     path = tiny_model()
     report = export_gguf(path, tmp_path / "model.gguf", kind=kind)
-    read = tensor_reader(path)[1]
+    read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
     assert len(report.tensors) == 1 + 3 * 7
     for name, entry in report.tensors.items():
-        tensor = tensors_of(tmp_path / "model.gguf")[name]
+        tensor = tensors[name]
         weight = read(f"{module_of(name)}.weight")
         wanted = weight[order_of(name, len(weight), (6, 3))].numpy()
         assert tensor.tensor_type.name == entry.type == kind
@@ -148,7 +143,7 @@ def nibbles(blocks):
     return np.concatenate([blocks & 15, blocks >> 4], axis=-1)
 
 
-def packed(read, name, bits, block):
+def packed(read, name, bits, group_size):
     """(codes, zero points, scales) of a tuned matrix in the order of the file and in groups of 32."""
     module = module_of(name)
     codes, zeros, scales = (read(f"{module}.{part}").numpy() for part in ("qweight", "zero_points", "scales"))
@@ -157,26 +152,15 @@ def packed(read, name, bits, block):
         zeros = np.stack([zeros & 15, zeros >> 4], -1)
     rows, groups = scales.shape
     codes = codes.reshape(rows, -1, 32)
-    zeros = np.repeat(zeros.reshape(rows, -1)[:, :groups], block // 32, axis=1)
+    zeros = np.repeat(zeros.reshape(rows, -1)[:, :groups], group_size // 32, axis=1)
     order = order_of(name, rows, UNEVEN_HEADS.get(name[:5])).numpy()
-    return codes[order], zeros[order], np.repeat(scales, block // 32, axis=1)[order]
-
-
-WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-
-
-def integers(path, out, bits=4, block=32):
-    """A directory as tuning writes it, with zero points of their own in the layers; tuning itself chooses none."""
-    model = load_model(path)
-    linears = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    matrices = {f"model.{n}": quantize(m.weight, bits, block, symmetric=False) for n, m in linears.items()}
-    config = read_config(path)
-    entry = quantize_model(model, bits, block, bits, matrices)
-    return write_slim(out, path, slim_config(config, shape_of(config), entry), iter(model.state_dict().items()), {})
+    return codes[order], zeros[order], np.repeat(scales, group_size // 32, axis=1)[order]
 
 
 def uneven_integers(tiny_model, tmp_path, bits=4):
-    return integers(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "tuned", bits)
+    """As tuning writes them, but with zero points of their own in the layers; tuning itself chooses none."""
+    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    return write_integers(path, tmp_path / "tuned", bits, symmetric=False)
 
 
 def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
@@ -224,11 +208,11 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
 
 
 def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
-    integers(tiny_model(**WIDE), tmp_path / "tuned", block=64)
+    write_integers(tiny_model(**WIDE), tmp_path / "tuned", group_size=64, symmetric=False)
     report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
     read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
     assert {entry.carried for entry in report.tensors.values()} == {1.0}
-    for name in ("blk.1.attn_v.weight", "blk.2.ffn_down.weight"):
+    for name in ("blk.1.attn_v.weight", "blk.0.ffn_down.weight"):
         codes, _, scales = packed(read, name, 4, 64)
         blocks = tensors[name].data.reshape(*scales.shape, 20)
         assert np.array_equal(nibbles(blocks[..., 4:]), codes)

@@ -3,14 +3,13 @@ from dataclasses import replace
 import pytest
 from support.family_cuts import compensated, dense_dir
 
-from saap.models.architectures import shape_of
+from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.bundle_size import bundle_size
 from saap.system.errors import UserError
 
 __all__ = ["compensated", "dense_dir"]
-FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "olmo2", "granite"]
 
 
 def planned_and_real(model, bundle, bits, group_size=32):

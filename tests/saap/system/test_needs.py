@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
         streamed(path, budget, OPTIONS, 8, 24)
 
 
-def test_the_sum_grows_with_what_it_is_made_of(tiny_model):
+def test_sums_grow_with_what_they_are_made_of(tiny_model):
     shape = shape_of(read_config(tiny_model()))
     for streaming in (False, True):
         base = prune_needs(shape, 64, 256, 600_000, streamed=streaming).memory_bytes
@@ -75,38 +75,28 @@ def test_the_sum_grows_with_what_it_is_made_of(tiny_model):
         assert prune_needs(shape, 256, 256, 600_000, streamed=streaming).memory_bytes > base
     wide = prune_needs(shape, 2, 256, 600_000, streamed=False, element="exact").memory["activations"]
     assert wide > prune_needs(shape, 2, 256, 600_000, streamed=False).memory["activations"]
-
-
-def test_disk_is_what_lies_there_at_the_same_time(tiny_model):
-    shape = shape_of(read_config(tiny_model()))
-    size, layers = 4 * shape.parameters, 4 * shape.layer_weights
+    size, layers = 4 * shape.parameters, 4 * shape.layer_weights  # of disk: what lies there at the same time
     once, twice = (prune_disk(shape, size, 0.5, steps) for steps in (1, 2))
     assert once["the stage before"] == 0 and once["the slim model"] == pytest.approx(size - layers / 2, abs=1)
     assert twice["the stage before"] == pytest.approx(size - layers / 4, abs=1)
     assert once["refitted matrices"] == 4 * 3 * 96 * (128 + 96)
 
 
-def test_an_export_is_refused_before_anything_is_written(tiny_model, tmp_path, monkeypatch):
-    path = tiny_model()
+def test_exports_and_evaluations_are_refused_before_a_weight_is_read(tiny_model, tmp_path, monkeypatch):
+    path, text = tiny_model(), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     shape = shape_of(read_config(path))
     with_parity, without = (export_needs(shape, 1_000_000, tokens) for tokens in (1024, 0))
     assert with_parity.memory_bytes > without.memory_bytes and without.disk == {"the bundle": 1_000_000}
     large = export_needs(shape, 4 << 30, 1024).memory
     assert large["a piece of the bundle as ONNX Runtime packs it"] < 2.75 * (4 << 30) / 2
-    monkeypatch.setattr(module, "available_memory", lambda: 10_000_000)
-    refused = here("export", path, "-o", tmp_path / "bundle", code=2)
-    assert "exporting needs" in refused.stderr and "give --parity none" in refused.stderr
-    assert not list(tmp_path.glob("*bundle*"))
-
-
-def test_an_evaluation_is_refused_before_a_weight_is_read(tiny_model, tmp_path, monkeypatch):
-    path, text = tiny_model(), tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    shape = shape_of(read_config(path))
     whole, single = (eval_needs(shape, 256, streamed=streamed) for streamed in (False, True))
     assert whole.memory["weights"] == 4 * shape.parameters
     assert single.memory["embedding and head"] + 3 * single.memory["a layer"] == whole.memory["weights"]
     monkeypatch.setattr(module, "available_memory", lambda: 10_000_000)
+    told = refused("export", path, "-o", tmp_path / "bundle")
+    assert "exporting needs" in told and "give --parity none" in told
+    assert not list(tmp_path.glob("*bundle*"))
     told = refused("eval", path, "--text", text, "--chunk", 32)
     assert "evaluating needs" in told and "give a smaller --chunk" in told
 
@@ -152,13 +142,6 @@ def test_free_memory_is_the_groups_where_it_is_less(tmp_path):
 def test_the_command_says_how_it_reads_the_model(tiny_model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 400)
-    done = here(
-        "prune", tiny_model(), "-o", tmp_path / "slim", "--ratio", "0.2", "--calibration", text, "--sequences", "8",
-        "--length", "24", "--stream",
-    )  # fmt: skip
-    assert "the model is read layer by layer" in done.stderr
-    refused = here(
-        "prune", tiny_model(), "-o", tmp_path / "slim2", "--ratio", "0.2", "--calibration", text, "--stream",
-        "--method", "param_first", code=2,
-    )  # fmt: skip
-    assert "param_first needs the gradients of all weights at once" in refused.stderr
+    common = ("prune", tiny_model(), "-o", tmp_path / "slim", "--ratio", 0.2, "--calibration", text, "--stream")
+    assert "needs the gradients of all weights at once" in refused(*common, "--method", "param_first")
+    assert "the model is read layer by layer" in here(*common, "--sequences", 8, "--length", 24).stderr
