@@ -195,9 +195,7 @@ def test_torch_beside_a_bundle(bundles: list[Path], tiny_model: Callable[..., Pa
     directory = tiny_model()
     result = measure([str(bundles[0]), f"torch:{directory}"], replace(ONE, warmup=2))
     torch = result.measurements[1]
-    # One repetition of milliseconds: what its machine's clock did meanwhile says nothing of torch.
-    others = [reason for reason in torch.reasons if "clock moved" not in reason]
-    assert others == [] or torch.status != INVALID, others
+    assert torch.samples, torch.reasons
     assert (torch.name, torch.kind, torch.bundle_hash) == ("tiny (torch)", "torch", None)
     assert len(torch.samples[0].token_s) == 3 and "bundle_hash" in torch.unknown
     assert torch.model.parameters == sum(weight.size for weight in load_file(directory / "model.safetensors").values())
