@@ -191,6 +191,13 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     assert done[-1].stdout.rstrip("\n") == run["texts"][0]["outputs"]["slim-int4"].rstrip("\n")
     assert "tok/s" in done[-1].stderr
 
+    judge = tmp_path / "judge.txt"
+    lines = (f"She sold {i} boats in a year that had {i + 3} storms and some wind." for i in range(60))
+    judge.write_text("\n".join(lines))
+    here("eval", out / "tuned", out / "slim-int4", "--text", judge, "--chunk", "64", "--max-chunks", "4", "--json", "j")
+    tuned, bundle = json.loads(Path("j").read_text())["rows"]
+    assert tuned["nll"] == pytest.approx(bundle["nll"], abs=0.02) and bundle["perplexity"] > 1
+
     here("report", out, "-o", "page.html")
     assert Path("page.html").stat().st_size > 10_000
     data = bytearray((out / "slim-int4/model.onnx.data").read_bytes())

@@ -163,7 +163,7 @@ def test_a_teacher_adds_its_divergence(tiny_model):
 def test_learning_from_a_teacher_comes_closer_to_it(slim, tmp_path):
     teacher_dir = slim.parent / "tiny"
     teacher = load_model(teacher_dir)
-    options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=3))
+    options = replace(FAST, kept_tokens=320, training=replace(TRAINING, passes=2))
     for name, weight in (("alone", 0.0), ("taught", 1.0)):
         tune(slim, replace(options, teacher_weight=weight), output=tmp_path / name, data=ROWS[:28], teacher=teacher_dir)
 
@@ -232,14 +232,14 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
             for n in range(300)]  # fmt: skip
     chats.write_text("\n".join(map(json.dumps, rows)))
-    common = ["--tokens", "2048", "--length", "64", "--batch", "2"]
+    common = ["--tokens", "1664", "--length", "64", "--batch", "4"]
     done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
     assert "zero-point fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
     assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
     done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", slim.parent / "tiny")
     tuning = read_record(tmp_path / "chat")["tuning"]
     assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(slim.parent / "tiny")
-    assert f"{tuning['text']['learnt_tokens']} of 2048 tokens are answers" in done.stderr
-    assert tuning["text"]["learnt_tokens"] < 1024
+    assert f"{tuning['text']['learnt_tokens']} of 1664 tokens are answers" in done.stderr
+    assert tuning["text"]["learnt_tokens"] < 832
     refused = here("tune", slim, "-o", tmp_path / "no", "--data", text, *common, "--kind", "chat", code=2)
     assert "holds no conversations" in refused.stderr
