@@ -142,6 +142,12 @@ class ModelSource:
         Raises UserError: integers with zero points of their own, which no graph has nodes for.
         """
         table = self.matrix(module, precision)
+        rows = len(table.scales if isinstance(table, QuantMatrix) else table)
+        if rows != self.shape.vocab:
+            raise UserError(
+                f"{self.directory} has {rows} rows in {module}, but its config.json names a vocabulary of "
+                f"{self.shape.vocab}: get it again"
+            )
         if isinstance(table, QuantMatrix) and not is_symmetric(table):
             raise UserError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
         return table

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("onnx")
 from support.command_line import here
-from support.hostile import BUNDLES, seal
+from support.hostile import BUNDLES, MODELS, seal
 
 OLD = Path(__file__).parent / "support" / "old" / "bundle"
 
@@ -37,11 +37,34 @@ def test_a_hostile_bundle_is_refused(name, good, tmp_path, monkeypatch):
     BUNDLES[name](bundle)
     seal(bundle)
     monkeypatch.chdir(tmp_path)
-    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sampled = ["--sample"] if name.startswith("generation") else []
-    done = here("generate", bundle, "The river", "--max-tokens", 4, "--chat", *sampled, code=None)
+    refused("generate", bundle, "The river", "--max-tokens", 4, "--chat", *sampled)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def refused(*command):
+    """A command ends with one line and exit code 2, soon and without much memory."""
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = here(*command, code=None)
     assert done.code == 2, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("saap: "), done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("saap: ")]  # beside what was done until then
+    assert len(told) == 1 and done.stderr.splitlines()[-1] == told[0] and "Traceback" not in done.stderr, done.stderr
     assert time.process_time() - began < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "judge.txt").write_text("\n".join(f"No dog ran home {n} at night." for n in range(300)))
+    return tmp_path / "judge.txt"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hostile_model_is_refused(name, tiny_model, text, tmp_path, monkeypatch):
+    model = tiny_model("model")
+    MODELS[name](model)
+    monkeypatch.chdir(tmp_path)
+    refused("export", model, "-o", "bundle", "--parity", "none")
+    if name != "generation-config":  # which evaluation does not read
+        refused("eval", model, "--text", text, "--chunk", 32, "--max-chunks", 2)
+    assert not (tmp_path / "bundle").exists()

@@ -97,6 +97,8 @@ class Architecture:
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
 MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
 MOST_POSITIONS = 1 << 24
+DTYPES = ("float32", "float16", "bfloat16", "auto")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
@@ -284,11 +286,48 @@ def positions_of(config: object) -> int:
     return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
 
 
-def check_counts(config: Mapping[str, object]) -> None:
-    """Refuse what makes transformers' config objects take all memory: a list entry per layer and per label."""
-    for key, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_SIZE)):
+def layer_count(config: object) -> int:
+    return _count(with_defaults(config), "num_hidden_layers", most=MOST_LAYERS)
+
+
+def check_config(config: Mapping[str, object]) -> None:
+    """Refuse what no model has, before transformers makes anything of it.
+
+    Raises UserError: names the field, its value and what is allowed.
+    """
+    if (made := config.get("quantization_config")) is not None:
+        method = made.get("quant_method") if isinstance(made, dict) else made
+        raise UserError(
+            f"the model is quantised already ({str(method)[:40]}): give the float model that it was made of; "
+            "saap quantises it itself"
+        )
+    # Counts first: transformers' config objects make a list entry for each layer and each label.
+    for key, least, most in (
+        ("num_hidden_layers", 0, MOST_LAYERS), ("num_labels", 0, MOST_SIZE), ("vocab_size", 1, MOST_WORDS),
+        ("max_position_embeddings", 1, MOST_POSITIONS), ("hidden_size", 1, MOST_SIZE), ("head_dim", 2, MOST_SIZE),
+        ("num_attention_heads", 1, MOST_SIZE), ("num_key_value_heads", 1, MOST_SIZE),
+    ):  # fmt: skip
         if config.get(key) is not None:
-            _checked(key, config[key], 0, most)
+            _checked(key, config[key], least, most)
+    head_dim = config.get("head_dim")
+    if isinstance(head_dim, int) and head_dim % 2:
+        raise UserError(
+            f"config.json has head_dim {head_dim}: rotary embedding turns pairs, so it is even; get it again"
+        )
+    for key in ("rms_norm_eps", "rope_theta", *(key for key in config if key.endswith("_multiplier"))):
+        if config.get(key) is not None:
+            number_of(config, key)
+    rope = config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if isinstance(rope, dict) and kind in ("linear", "dynamic", "yarn", "llama3"):
+        number_of(rope, "factor")
+    for key, value, allowed in (
+        ("dtype", config.get("dtype"), DTYPES),
+        ("torch_dtype", config.get("torch_dtype"), DTYPES),
+        ("rope_scaling of type", kind, ROPE_TYPES),
+    ):
+        if value is not None and value not in allowed:
+            raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be {', '.join(allowed)}; get it again")
 
 
 def _count(config: object, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:

@@ -26,7 +26,7 @@ from saap.models.architectures import (
     SLIM,
     ModelConfig,
     architecture_of,
-    check_counts,
+    check_config,
     entries_of,
     field_of,
     rope_of,
@@ -37,7 +37,7 @@ from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead
 from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import SlimQuant
-from saap.models.weight_files import write_shards
+from saap.models.weight_files import NOT_NEEDED, check_finite, write_shards
 from saap.system.errors import UserError, first_line
 from saap.system.files import RECORD, read_object, writing_directory
 
@@ -75,6 +75,10 @@ def load_model(
     model, found = opened
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
+    if strange := [name for name in sorted(found["unexpected_keys"]) if not NOT_NEEDED.search(name)]:
+        raise UserError(f"{directory} has a tensor {strange[0]}, which its config.json has no place for: get it again")
+    for name, tensor in model.state_dict().items():
+        check_finite(directory, name, tensor)
     if materialise:
         materialise_linears(model)
     return model.eval()
@@ -95,7 +99,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
     config = read_object(path, "make the directory again")
-    check_counts(config)
+    if (Path(directory) / "adapter_config.json").exists():
+        raise UserError(
+            f"{directory} holds an adapter (adapter_config.json), which no command applies: merge it into its model "
+            "first (peft's merge_and_unload), and give that"
+        )
+    check_config(config)
     quant = config.get("slim_quant")
     if isinstance(quant, dict) and quant.get("branch"):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,11 +14,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from saap.models.architectures import architecture_of, layer_count
 from saap.models.integrity import check_directory, known_sha256
 from saap.system.errors import UserError
+from saap.system.files import read_object
 from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
+LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
+NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")  # that checkpoints hold and models make themselves
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -34,15 +39,37 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     for file in files:
         with opened(file) as handle:
             where.update(dict.fromkeys(handle.keys(), file))
+    _check_names(Path(directory), sorted(where))
+    finite = set[str]()
 
     def read(name: str) -> torch.Tensor:
         if name not in where:
             raise UserError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
         with opened(where[name]) as handle:
             tensor: torch.Tensor = handle.get_tensor(name)
+        if name not in finite:
+            check_finite(directory, name, tensor)
+            finite.add(name)
         return tensor
 
     return sorted(where), read
+
+
+def _check_names(directory: Path, names: list[str]) -> None:
+    """Refuse a tensor that the model of ``config.json`` has no place for."""
+    config = read_object(directory / "config.json", "get or make it again")
+    row = architecture_of(config)
+    roots = (row.embedding, row.final_norm, row.head, *(f"{row.layers}.{n}" for n in range(layer_count(config))))
+    for name in names:
+        root = name if (layer := LAYER.match(name)) is None else layer[0]
+        if not NOT_NEEDED.search(name) and not any(root == known or root.startswith(f"{known}.") for known in roots):
+            raise UserError(f"{directory} has a tensor {name}, which its config.json has no place for: get it again")
+
+
+def check_finite(directory: str | Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with a number that is NaN or infinite: what is computed with it would be so, too."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(f"{directory} has NaN or infinite numbers in {name}: get or make the model again")
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
 
 BUNDLES: dict[str, Callable[[Path], None]] = {}
 
@@ -65,6 +67,13 @@ def _text(file: str, content: str | bytes) -> Callable[[Path], None]:
             _list(bundle, file)
 
     return written
+
+
+def _raw(file: str, content: str | bytes) -> Callable[[Path], None]:
+    """As :func:`_text`, in a directory without a list of files."""
+    return lambda place: (
+        (place / file).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
+    )
 
 
 def _list(bundle: Path, file: str) -> None:
@@ -273,3 +282,64 @@ BUNDLES["manifest-link"] = _link("bundle.json", "/etc/passwd", listed=False)
 BUNDLES["manifest-device"] = _link("bundle.json", "/dev/zero", listed=False)
 BUNDLES["generation-config"] = _edit("generation_config.json", lambda c: c.update(temperature="hot"))
 BUNDLES["generation-config-list"] = _text("generation_config.json", "[]")
+
+# -- model directories -----------------------------------------------------------------------------------------------
+
+MODELS: dict[str, Callable[[Path], None]] = {}
+for field, values in {
+    "rms_norm_eps": ("NaN", 0, -1, "small"),
+    "rope_theta": (0, -1, "NaN", "Infinity"),
+    "head_dim": (0, 15, -16, 1.5, "x"),
+    "hidden_size": (0, -1, 2**40, 1.5, "many"),
+    "num_hidden_layers": (10**9, -1, 1.5, 2),
+    "num_attention_heads": (0, 5, 10**9),
+    "num_key_value_heads": (0, -2, 4),
+    "intermediate_size": (0, 2**40, "x"),
+    "vocab_size": (0, 2**40, 100),
+    "max_position_embeddings": (0, -1, 10**12),
+    "dtype": ("int3", "os.system", 5),
+    "torch_dtype": ("float8_e4m3fn",),
+    "rope_scaling": ({"rope_type": "turning"}, {"rope_type": "linear"}, "long", {"rope_type": "linear", "factor": "x"}),
+    "quantization_config": ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, 5),
+    "model_type": ("evil", 5, None),
+}.items():  # fmt: skip
+    for number, value in enumerate(values):
+        value = float(value) if value in ("NaN", "Infinity") else value
+        MODELS[f"{field}-{number}"] = _edit("config.json", lambda c, f=field, v=value: c.update({f: v}))
+for name, content in {
+    "empty": "", "list": "[]", "deep": "[" * 100_000, "text": b"\xff", "huge": '{"hidden_size": ' + "1" * 10_000 + "}",
+}.items():  # fmt: skip
+    MODELS[f"config-{name}"] = _raw("config.json", content)
+MODELS["config-device"] = _link("config.json", "/dev/zero", listed=False)
+MODELS["adapter"] = _raw("adapter_config.json", '{"peft_type": "LORA"}')
+MODELS["generation-config"] = _raw("generation_config.json", '{"eos_token_id": ["x"]}')
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def changed(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return changed
+
+
+def _filled(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[name].view(-1)[5].fill_(value)
+
+
+UP, TABLE = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+MODELS |= {
+    "weight-nan": _weights(_filled(UP, float("nan"))),
+    "weight-infinite": _weights(_filled(TABLE, float("inf"))),
+    "weight-norm-nan": _weights(_filled("model.norm.weight", float("nan"))),
+    "tensor-missing": _weights(lambda tensors: tensors.pop(UP)),
+    "tensor-surplus": _weights(lambda tensors: tensors.update({"model.secret": torch.zeros(3)})),
+    "layer-surplus": _weights(lambda tensors: tensors.update({UP.replace("1", "7"): tensors[UP].clone()})),
+    "tensor-narrow": _weights(lambda tensors: tensors.update({UP: tensors[UP][:, :-8].contiguous()})),
+    "table-short": _weights(lambda tensors: tensors.update({TABLE: tensors[TABLE][:-9].contiguous()})),
+    "weights-empty": _raw("model.safetensors", ""),
+    "weights-header": _raw("model.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
+    "weights-pickled": lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin") and None,
+    "weights-link": _link("model.safetensors", "/etc/passwd", listed=False),
+}
