@@ -204,7 +204,7 @@ def last_line(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """One line without what would steer a terminal: it comes from another machine."""
+    """One line without control characters: the text comes from another machine."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:1000]
 
 
@@ -213,7 +213,7 @@ def _crashed(name: str, code: int, stderr: str) -> BoardError:
 
 
 def _as_written(host: str | None, netloc: str) -> str | None:
-    """In the letters of the person: ``Host Board`` of an ssh configuration does not match ``board``."""
+    """In the user's letters: ``Host Board`` of an ssh configuration does not match ``board``."""
     at = netloc.lower().rfind(host) if host else -1
     return host if host is None or at < 0 else netloc[at : at + len(host)]
 
@@ -224,5 +224,5 @@ def _needs(program: str, what: str) -> None:
 
 
 def _shown(url: str) -> str:
-    """Without a password, which has no place in a message."""
+    """Without its password, which must not be in a message."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:...@", url)

@@ -54,8 +54,7 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
 def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> BundleManifest:
     """Write what onnxruntime-genai and optimum read, before the manifest hashes the files.
 
-    Returns:
-        The manifest, with what is known of genai's tokenizer.
+    Returns the manifest, with what is known of genai's tokenizer.
     """
     for name, document in ((GENAI_CONFIG, genai_config(manifest)), (CONFIG, optimum_config(config, manifest))):
         if document is not None:

@@ -153,10 +153,7 @@ class ModelSource:
         return table
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
-
-        Raises UserError: its linears hold different bits.
-        """
+        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer. Raises UserError: its linears hold different bits."""
         arch = self.architecture
         if self.quant:
             stacked_bits(self.quant, arch, layer, part)

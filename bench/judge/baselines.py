@@ -113,7 +113,7 @@ def read_baselines(folder: Path, name: str) -> list[Baseline]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Of all baselines; another file beside them is no error."""
+    """The names of all baselines; other files are ignored."""
     for path in folder.glob("*.json"):
         with contextlib.suppress(RegressionError):
             yield BASELINE.read(path).name

@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 
 
 class Stopped(Exception):  # noqa: N818  it is no error
-    """The person here wants no more."""
+    """The user here interrupted."""
 
 
 class Board:
@@ -184,7 +184,7 @@ class Board:
                 wait_s = self._wait(error, wait_s)
 
     def _wait(self, error: LostError, seconds: float) -> float:
-        """Before another try; how long to wait before the one after."""
+        """Wait before another try; returns how long to wait before the next."""
         self.transport.drop()
         if time.monotonic() - self._contact > self.patience_s:
             raise BoardError(
@@ -224,7 +224,7 @@ class Board:
             there = held
 
     def clean(self, run: str) -> None:
-        """End a run and give the board up, also after an interrupt; says so where it cannot be reached."""
+        """End a run and free the board, also after an interrupt; says so if it cannot be reached."""
         stop, patience = self._stop, self.patience_s
         self._stop, self.patience_s, self._contact = threading.Event(), min(patience, 30.0), time.monotonic()
         try:
@@ -248,7 +248,7 @@ def _no_python(line: str) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """After an answer it ends by itself; after an error it is ended."""
+    """Wait for it, as it ends by itself after an answer; kill it otherwise."""
     try:
         process.wait(1.0)
     except subprocess.TimeoutExpired:
@@ -271,7 +271,7 @@ def pieces(source: Path | bytes, offset: int) -> Iterator[bytes]:
 
 
 def size_of(source: Path | bytes) -> int:
-    """Bytes. Raises BoardError: a file that is gone."""
+    """Its bytes. Raises BoardError: the file is gone."""
     if isinstance(source, bytes):
         return len(source)
     try:
@@ -281,7 +281,7 @@ def size_of(source: Path | bytes) -> int:
 
 
 def whole(some: Iterable[bytes], size: int, broken: list[str]) -> Iterator[bytes]:
-    """The pieces; why they end early, where they do, is added to ``broken``."""
+    """The pieces; if they end early, the reason is added to ``broken``."""
     try:
         for piece in some:
             yield piece

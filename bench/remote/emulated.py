@@ -106,7 +106,7 @@ def emulate(
 
 
 def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answer:
-    """The answer with what it differs by from this host's, and what of that is a fault."""
+    """The answer with its differences from this host's, and those that are faults."""
     pairs = list(zip(answer.tokens, reference.tokens, strict=False))
     same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     moved = answer.nll - reference.nll
@@ -119,7 +119,7 @@ def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answe
 
 
 def document(emulation: Emulation) -> dict[str, object]:
-    """As JSON; what is no number is null."""
+    """As JSON; NaN and infinity are null."""
     told = asdict(emulation)
     for answer in (told["reference"], *told["answers"]):
         for name in ("nll", "nll_difference"):

@@ -1,4 +1,4 @@
-"""What a board must have for a run: the bundles' files, the bench's own code, perhaps wheels; each by its sha256."""
+"""What a run needs on a board: the bundles' files, the bench's own code, perhaps wheels; each by its sha256."""
 
 from __future__ import annotations
 

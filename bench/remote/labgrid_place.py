@@ -115,7 +115,7 @@ class LabgridPlace:
         return found
 
     def _queue(self, taken: farm.Taken, stop: threading.Event, say: Say) -> str:
-        """Until labgrid allocates a place, however long that takes: its other users measure, too."""
+        """Wait until labgrid allocates a place, however long its other users take."""
         holders = self._ask(partial(farm.reserve, filters=self._filters, taken=taken), answer_s=farm.QUICK_S)
         begin, said = time.monotonic(), -SAY_S
         while (place := self._allocated(str(taken.token), stop)) is None:
@@ -128,7 +128,7 @@ class LabgridPlace:
         return place
 
     def _allocated(self, token: str, stop: threading.Event) -> str | None:
-        """Asked more than once: one answer that is lost must not cost a place in the queue."""
+        """Ask more than once: a lost answer must not cost a place in the queue."""
         for tries_left in reversed(range(POLL_TRIES)):
             try:
                 return self._ask(partial(farm.allocated, token=token), listen=False, answer_s=farm.QUICK_S)
@@ -140,7 +140,7 @@ class LabgridPlace:
         return None
 
     def _ssh(self, found: farm.Found) -> Transport:
-        """By the place's only NetworkService."""
+        """Our ssh to the place's only NetworkService."""
         if not found.services:
             raise BoardError(
                 f"{self.url}: {found.place} has no NetworkService, which says where its ssh is: export one (address, "
@@ -165,7 +165,7 @@ class LabgridPlace:
         return open_transport(f"ssh://{service.username}@{host}:{service.port}", ["-J", proxy] if proxy else [])
 
     def _switch_on(self, switch: Switch, transport: Transport, stop: threading.Event, say: Say) -> None:
-        """Where it is off, and wait until it answers."""
+        """Switch it on if it is off, and wait until it answers."""
         if switch.is_on():
             return
         switch.turn("on")
@@ -184,7 +184,7 @@ class LabgridPlace:
                 raise Stopped
 
     def _switch_off(self, switch: Switch, transport: Transport, say: Say) -> None:
-        """As it was found, after what the agent keeps there is on its disk."""
+        """Leave the power as it was found, after syncing the board's disk."""
         if not switch.switched:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -195,7 +195,7 @@ class LabgridPlace:
             say(f"{self.url}: it stays switched on: {error}")
 
     def _give_back(self, taken: farm.Taken, say: Say) -> None:
-        """Said and not raised: a result that was measured is not lost for it."""
+        """Release the place. A failure is reported and not raised, so that no result is lost for it."""
         place = taken.place
         if place is None and taken.token is None:
             return
@@ -240,7 +240,7 @@ class Switch:
         return {"on": True, "off": False}.get(state)
 
     def turn(self, action: str) -> None:
-        """``on`` or ``off``. Raises BoardError: it could not."""
+        """Switch it ``on`` or ``off``. Raises BoardError: it did not work."""
         code, said = self._power(action)
         if code:
             self.switched = False
@@ -270,12 +270,12 @@ def _run(
 
 
 def _without_configuration() -> dict[str, str]:
-    """No environment file of labgrid: it may name other places, or a state to go through first."""
+    """Our environment without labgrid's own settings, which may name other places or an initial state."""
     return {name: value for name, value in os.environ.items() if name not in CONFIGURATION}
 
 
 def _uncut(work: Callable[[], T], stop: threading.Event) -> T:
-    """In a thread of its own: an interrupt reaches the main thread, and must not cut a request to the farm in two."""
+    """Run in a thread of its own, so that an interrupt does not cut a request to the farm in two."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         try:

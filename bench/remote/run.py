@@ -45,13 +45,11 @@ T = TypeVar("T")
 class Task(Generic[T]):
     """What boards should do.
 
-    Attributes:
-        job: what the measuring process is told beside the places of the bundles, by its ``kind`` (bench.remote.job).
-        read: makes the answer of the board's name and the document that was written there. A document that is none
-            raises TypeError, KeyError, AttributeError or ValueError.
+    ``read`` makes the answer from the board's name and the document that was written there; an invalid one raises
+    TypeError, KeyError, AttributeError or ValueError.
     """
 
-    job: Mapping[str, object]
+    job: Mapping[str, object]  # what bench.remote.job is told beside the places of the bundles
     positions: int | None  # of each bundle's cache, for what memory is needed; None: the measuring process sees to it
     read: Callable[[str, object], T]
 
@@ -120,7 +118,7 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
 
 
 def own_version() -> dict[str, str]:
-    """Of saap here: the code that ran there is this one."""
+    """The version of saap here, whose code ran there."""
     try:
         return {"saap": metadata.version("saap")}
     except metadata.PackageNotFoundError:
@@ -139,7 +137,7 @@ def _answer(route: Route, shipment: Shipment, task: Task[T], stop: threading.Eve
 
 
 def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
-    """Python, memory and clock; the lock, disk and packages are looked at in the requests that need them."""
+    """Check Python, memory and clock; lock, disk and packages are checked by the requests that need them."""
     facts = board.ask("hello")
     try:
         left = msgspec.convert(facts["available_bytes"], int | None)
@@ -196,7 +194,7 @@ def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
 
 
 def _follow(board: Board, run: str, told: Progress) -> Reply:
-    """Until the run has ended, over as many connections as it takes."""
+    """Follow the run to its end, over as many connections as it takes."""
     offset, refused = 0, ""
 
     def hear(document: Reply) -> None:
@@ -227,7 +225,7 @@ def _check_end(board: Board, done: Reply) -> None:
 
 
 def _fetched(board: Board, fetched: Reply, task: Task[T]) -> T:
-    """The document that was written there, whole and of what was asked for."""
+    """The complete document of what was asked for."""
     try:
         text = str(fetched["result"])
         if hashlib.sha256(text.encode()).hexdigest() != fetched["sha256"]:
@@ -245,7 +243,7 @@ def _user() -> str:
 
 
 class _Shown:
-    """Progress of several boards as one: each is worth one, and the label tells of whichever moved."""
+    """Progress of several boards as one: each counts one, and the label names the one that moved."""
 
     def __init__(self, boards: int, progress: Progress | None, say: Say | None) -> None:
         self._boards, self._progress, self._say = boards, progress, say
@@ -302,7 +300,7 @@ def noted_run(board: Board) -> Iterator[str]:
 
 
 def left(board: str) -> list[str]:
-    """Runs on a board of processes of this computer that are gone; they are forgotten by this."""
+    """Runs that ended processes of this computer left on a board; this call forgets them."""
     runs = []
     for note in sorted(_folder(board).glob("*.json")):
         try:
@@ -334,7 +332,7 @@ class Route:
 
 
 def route_to(url: str) -> Route:
-    """The way that a URL names; nothing is connected or acquired yet.
+    """The route to the board of a URL; nothing is connected or acquired yet.
 
     Raises BoardError: it names no board, or what it needs here is not installed.
     """

@@ -137,7 +137,7 @@ def _bench_task(shipment: Shipment, options: BenchOptions, names: Sequence[str] 
 
 
 def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
-    """Whole, of what was asked for, and with this side's names for it."""
+    """The complete result of what was asked for, under this side's names."""
     result = RESULT.made(document)
     rounds, left = divmod(len(result.measurements), len(packed))
     if left or not rounds:
@@ -155,14 +155,14 @@ def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
 
 
 def _readable(m: Measurement, spec: str) -> Measurement:
-    """Its texts are printed here, and come from another machine: a worker there may have coloured its last lines."""
+    """With texts that are safe to print: they come from another machine, where a worker may have coloured them."""
     return replace(
         m, spec=spec, name=printable(m.name), reasons=[*map(printable, m.reasons)], stderr=[*map(printable, m.stderr)]
     )
 
 
 def _costs(board: str, document: object, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
-    """Costs of the model that was sent."""
+    """The costs of the model that was sent, as asked for."""
     found = COSTS.made(document)
     if found.model != described(base):
         raise ValueError("costs of another model")

@@ -53,7 +53,7 @@ def entries_of(results: Sequence[Result]) -> list[Entry]:
 
 
 def model_of(entry: Entry, names: Sequence[str]) -> str | None:
-    """Which of the names that `saap eval` gave, which are paths, is the measured model's; None where that is not clear.
+    """Which of the names that `saap eval` gave (paths) is the measured model's; None where that is not clear.
 
     `saap bench` names the last part of a path, so the paths themselves come first; last parts count where they are one
     model's.

@@ -32,7 +32,7 @@ class Store:
         self.path.mkdir(exist_ok=True)
 
     def file(self, sha: str) -> Path:
-        """Where a whole file is. Raises AgentError: ``sha`` is none, so that it can be no path to elsewhere either."""
+        """Where a whole file is. Raises AgentError: ``sha`` is not a sha256, and might be a path."""
         if not isinstance(sha, str) or not _SHA.fullmatch(sha):
             raise AgentError(f"{sha!r} is no sha256: the two sides are not of one version")
         return self.path / sha
@@ -128,7 +128,7 @@ class Store:
 
 
 def inside(name: object) -> Path:
-    """A relative path that stays where it is put. Raises AgentError: it is absolute, climbs, or is none."""
+    """A relative path that stays where it is put. Raises AgentError: it is absolute, climbs, or is no path."""
     path = PurePosixPath(name) if isinstance(name, str) and name and "\0" not in name else PurePosixPath("/")
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise AgentError(f"{name!r} leaves the folder that it belongs to")
@@ -153,7 +153,7 @@ def full(folder: Path, needed: int = 0) -> str:
 
 
 def _alone(file: IO[bytes]) -> None:
-    """The request of a connection that was cut may still be writing what had arrived."""
+    """Lock the file: a request whose connection was cut may still be writing what had arrived."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -33,7 +33,7 @@ _OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
 
 
 def agent_folder(folder: Path, key: str) -> Path:
-    """Where an installation is. Raises AgentError: ``key`` is none."""
+    """Where an installation is. Raises AgentError: ``key`` is not a key."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise AgentError(f"{key!r} is no installation: the two sides are not of one version")
     return folder / f"agent-{key}"
@@ -83,7 +83,7 @@ def _install(folder: Path, request: InstallRequest, beat: Callable[[], None]) ->
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what would lead another Python to other packages."""
+    """Our environment without what would lead another Python to other packages."""
     return {name: value for name, value in os.environ.items() if name not in _OTHERS}
 
 

@@ -47,7 +47,7 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 def run_folder(folder: Path, run: str) -> Path:
-    """Where a run is. Raises AgentError: ``run`` is none."""
+    """Where a run is. Raises AgentError: ``run`` is not a run."""
     if not isinstance(run, str) or not _ID.fullmatch(run):
         raise AgentError(f"{run!r} is no run: the two sides are not of one version")
     return folder / "runs" / run

@@ -100,7 +100,7 @@ def make_room(folder: Path, allowed: int, keep: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> object:
-    """What JSON says. Raises ValueError: it is none, is nested too deeply, or holds an integer of too many digits."""
+    """The value of a JSON text. Raises ValueError: invalid, nested too deeply, or an integer of too many digits."""
     try:
         parsed: object = json.loads(text)
         return parsed

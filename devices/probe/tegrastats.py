@@ -134,7 +134,7 @@ class _Found:
         self.unparsed: list[str] = []
 
     def take(self, text: str, place: int) -> int | None:
-        """Read the field that begins at ``place``; where it ends, or None if it is none."""
+        """Read the field that begins at ``place``; its end, or None if no field begins there."""
         for form, read in _FORMS:
             match = form.match(text, place, _LONGEST)
             if match is None:

@@ -134,10 +134,7 @@ def check_ids(ids: Ids, manifest: BundleManifest) -> None:
 
 
 def as_prompt(ids: Ids, manifest: BundleManifest) -> Ids:
-    """[n] -> [1, n], contiguous.
-
-    Raises DecoderError: none, or one that is not in the vocabulary.
-    """
+    """[n] -> [1, n], contiguous. Raises DecoderError: none, or one that is not in the vocabulary."""
     if not len(ids):
         raise DecoderError("an empty prompt has no next token: give at least one token")
     check_ids(ids, manifest)

@@ -211,10 +211,7 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
 
 
 def end_ids(named: object, directory: Path) -> list[int]:
-    """The ids of an ``eos_token_id``: one, several or none.
-
-    Raises RunError: an entry that is not a number.
-    """
+    """The ids of an ``eos_token_id``: one, several or none. Raises RunError: an entry that is not a number."""
     found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [each for each in found if type(each) is not int]:
         raise RunError(f"{directory} ends a text with the token {wrong[0]!r}: mend its eos_token_id, ids are numbers")

@@ -50,8 +50,7 @@ class HeldSequence:
     def continue_to(self, ids: Sequence[int]) -> tuple[Logits, int]:
         """Make the cache hold ``ids``, keeping what it already has of them from the start.
 
-        Returns:
-            The logits [vocab] after the last id, and the number of tokens that had to be read.
+        Returns the logits [vocab] after the last id, and the number of tokens that had to be read.
         """
         # The logits after the last id come only from reading it.
         kept = min(_common_prefix(self.ids, ids), len(ids) - 1)

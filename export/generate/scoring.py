@@ -22,8 +22,7 @@ def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float
         logits: [..., s, vocab].
         ids: [..., s].
 
-    Returns:
-        [..., s - 1]; entry i is log p(ids[i + 1] | ids[: i + 1]).
+    Returns [..., s - 1]; entry i is log p(ids[i + 1] | ids[: i + 1]).
     """
     heads, targets = logits[..., :-1, :], np.asarray(ids, dtype=np.int64)[..., 1:]
     top = heads.max(axis=-1, keepdims=True)

@@ -73,8 +73,7 @@ def _encode_rows(matrix: QuantMatrix | torch.Tensor, kind: str) -> tuple[np.ndar
 def carry(matrix: QuantMatrix, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Blocks that hold the integers of whole groups as they are, and which of them represent their group.
 
-    Returns:
-        blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
+    Returns blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
     """
     groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK  # a wider group is several blocks
     packed = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)

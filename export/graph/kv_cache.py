@@ -28,8 +28,7 @@ def cache_scales(graph: Path, layers: Sequence[LayerSizes], head_dim: int, ids: 
         graph: a scoring graph with a float cache.
         ids: calibration ids [rows, tokens].
 
-    Returns:
-        ``layers.N.key_scale`` and ``layers.N.value_scale``, each [kv_heads * head_dim] float32.
+    Returns ``layers.N.key_scale`` and ``layers.N.value_scale``, each [kv_heads * head_dim] float32.
 
     Raises UserError: a cache that is not finite.
     """

@@ -149,10 +149,7 @@ class Traits:
 
 
 def architecture_of(config: object) -> Architecture:
-    """The table row for a transformers config (or its dict).
-
-    Raises UserError: the architecture is not supported.
-    """
+    """The table row for a transformers config (or its dict). Raises UserError: the architecture is not supported."""
     name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")

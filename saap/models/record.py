@@ -117,9 +117,6 @@ DOCUMENT = Document(Record, "record", "make the directory again with this saap",
 
 
 def read_record(directory: str | Path) -> Record:
-    """``saap.json`` of a directory, empty for a dense model.
-
-    Raises UserError: damaged, or of a newer format.
-    """
+    """``saap.json`` of a directory, empty for a dense model. Raises UserError: damaged, or of a newer format."""
     path = Path(directory) / RECORD
     return DOCUMENT.read(path) if path.is_file() else {}

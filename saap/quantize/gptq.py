@@ -141,8 +141,7 @@ def compensated_matrices(
 
     ``rows``: calibration ids [sequences, tokens].
 
-    Returns:
-        module name -> integers.
+    Returns module name -> integers.
     """
     architecture, layers = architecture_of(model.config), layers_of(model)
     matrices: dict[str, QuantMatrix] = {}

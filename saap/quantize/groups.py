@@ -108,8 +108,7 @@ def best_scales(
         groups: [N, groups, group_size].
         importance: [group_size] weight of each column's squared error; None is all alike.
 
-    Returns:
-        scales [N, groups] and zero points [N, groups], both float32.
+    Returns scales [N, groups] and zero points [N, groups], both float32.
     """
     rows = max(1, CHUNK // groups[0].numel())  # pieces that stay in the cache
     pieces = [_best_scales(piece, bits, symmetric, importance) for piece in groups.split(rows)]
@@ -191,8 +190,7 @@ def quantize_model(
         bits_of: by module name, of linears of the decoder layers that hold other than ``bits``; those in ``matrices``
             hold what is there.
 
-    Returns:
-        the ``slim_quant`` entry of the config (:mod:`saap.models.slim_quant`).
+    Returns the ``slim_quant`` entry of the config (:mod:`saap.models.slim_quant`).
 
     Raises:
         UserError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.

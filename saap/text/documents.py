@@ -72,8 +72,7 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
         split: what the text is for; evaluation keeps a text file whole.
         seed: order in which the files of ``SAAP_DATA`` are mixed.
 
-    Returns:
-        None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
+    Returns None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
 
     Raises UserError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from contextlib import closing
 
 import pytest
@@ -13,7 +14,7 @@ from support.remote_runs import OPTIONS, OWN_PACKAGES, QUICK, one, remains, runn
 from support.sshd import keygen
 
 from bench.remote import run as remote_run
-from bench.remote.board import COMMAND, Board
+from bench.remote.board import COMMAND, Board, Stopped
 from bench.remote.files import pack
 from bench.remote.target import measure_on
 from devices.agent.home import Lock
@@ -186,6 +187,11 @@ def test_silence_and_no_contact(bundles):
         board.ask("hello")
     with pytest.raises(BoardError, match="no contact for 0 s; a run that goes on there ends itself"):
         board.insist("follow")
+    stop = threading.Event()
+    with pytest.raises(Stopped):  # while it waits for another try, and then at once
+        Board(Scripted("kill -9 $$"), stop, say=lambda text: stop.set()).insist("follow")
+    with pytest.raises(Stopped):
+        Board(Scripted("sleep 30"), stop).ask("hello")
 
 
 def test_nothing_of_ours_is_interpolated():

@@ -15,6 +15,7 @@ import time
 import psutil
 import pytest
 from support.agent_requests import KEY, OTHER, RUN, boot, nothing, put, request, stream
+from support.remote_runs import script
 
 from devices.agent import files as agent_files
 from devices.agent import home as agent_home
@@ -278,22 +279,23 @@ def test_code_that_leaves_its_folder_is_refused_and_nothing_is_left(tmp_path):
 
 
 def test_packages_that_are_not_there(tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'onnxruntime'\" >&2\nexit 1\n")
-    python.chmod(0o755)
+    python = script(tmp_path / "python", "echo \"ModuleNotFoundError: No module named 'onnxruntime'\" >&2\nexit 1")
     monkeypatch.setattr(agent_install.sys, "executable", str(python))
     with pytest.raises(AgentError, match=r"does not have what the bench needs: ModuleNotFoundError.*onnxruntime"):
         install(tmp_path, request(tmp_path, ""), lambda: None)
-    python.write_text("#!/bin/sh\necho 'The virtual environment was not created: no ensurepip.'\nexit 1\n")
+    script(python, "echo 'The virtual environment was not created: no ensurepip.'\nexit 1")
     with pytest.raises(AgentError, match="sudo apt install python3-venv"):
         install(tmp_path, {**request(tmp_path, ""), "own": True}, lambda: None)
     assert not list(tmp_path.glob("agent-*"))
 
 
-def test_no_index_and_no_wheels(tmp_path):
-    """A real pip in a real venv, which finds nothing in an empty folder."""
+def test_no_index_and_no_wheels(tmp_path, monkeypatch):
+    """A real pip, which finds nothing in an empty folder. The venv is none: that would take seconds."""
+    here = script(tmp_path / "here", f'exec {sys.executable} "$@"')
+    fake = script(tmp_path / "fake", f'mkdir -p "$3/bin" && ln -s {here} "$3/bin/python"')
+    monkeypatch.setattr(agent_install.sys, "executable", str(fake))
     wheels = {"other.txt": put(tmp_path, {})}
-    asked = {**request(tmp_path, ""), "own": True, "requirements": ["onnxruntime"], "wheels": wheels}
+    asked = {**request(tmp_path, ""), "own": True, "requirements": ["saap-no-such-package"], "wheels": wheels}
     with pytest.raises(AgentError, match=r"cannot be installed: push the right ones.*No matching distribution"):
         install(tmp_path, asked, lambda: None)
     assert not list(tmp_path.glob("agent-*"))

@@ -199,6 +199,10 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
                 write(mixed, tmp_path / "bundle")
         with pytest.raises(UserError, match="cannot be loaded"):
             load_model(mixed)
+    edited(mixed / "config.json", slim_quant={"bits": "four"})
+    edited(mixed / "saap.json")
+    with pytest.raises(UserError, match=r"config.json has a damaged slim_quant \(.*bits`\): make the directory again"):
+        export_bundle(mixed, tmp_path / "bundle")
 
 
 def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
