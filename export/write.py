@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from devices.common.files import check_apart
 from devices.common.progress import Progress
 from export.bundle.manifest import BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, end_ids
@@ -71,10 +72,11 @@ def export(
     """
     output, options = Path(output), options or ExportOptions()
     if options.target != "gguf":
-        check_output(output)
+        check_output(output, model, options.text)
     options.check()
     path = resolve(model, progress=progress)
     if options.target == "gguf":
+        check_apart(output, model, path)
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
     return ExportResult(output, write_bundle(path, output, options, partial(sample_rows, path, options.text), progress))

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from devices.common.errors import UserError
+
 FIELD = "checksum"
 
 
@@ -38,7 +40,7 @@ def naming(place: str | Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write beside and rename, making the folder.
+    """Write beside and rename, making the folder; a device or a pipe is written to as it is.
 
     Args:
         errors: what becomes of characters that UTF-8 has not, as in ``str.encode``.
@@ -48,12 +50,41 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with naming(path):
+        if is_special(path):
+            with path.open("w", encoding="utf-8", errors=errors) as file:
+                file.write(text)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(text, encoding="utf-8", errors=errors)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a directory: a device, a pipe, ``/dev/stdout``."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def check_apart(out: Path, *inputs: object) -> None:
+    """Refuse an output that is an input, or a folder that holds one; what is no path (a model's name) passes.
+
+    Raises:
+        UserError: says which.
+    """
+    place = out.resolve()
+    for given in inputs:
+        clash = False
+        with suppress(OSError, ValueError):  # a name that no file system has
+            path = Path(str(given)).resolve()
+            clash = given is not None and path.exists() and (path == place or place in path.parents)
+        if clash:
+            raise UserError(f"{out} is what is read ({given}): give another output")
 
 
 def read_whole(path: Path, most: int) -> bytes:

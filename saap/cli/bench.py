@@ -71,7 +71,12 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
       saap bench out/demo/slim-int4 --on ssh://pi@board
     """
+    from saap.system.files import check_place
+
     options.check()
+    check_place(json_path, *specs, options.quality)
+    if options.history is not None and options.history.is_file():
+        raise UserError(f"{options.history} is a file: --history takes a folder")
     with Console() as console:
         run = bench_on_boards if options.on else bench_here
         sys.exit(run(specs, options, json_path, console))
@@ -81,8 +86,8 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
     """Measure on this host; the exit code."""
     quality = read_quality(asked.quality)
     result = replace(measured(asked.specs(specs), asked.options, console), quality=quality)
+    keep(result, json_path, asked.history)  # first: a terminal may be gone
     _show_as_asked(result, asked)
-    keep(result, json_path, asked.history)
     return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
 
 
@@ -108,8 +113,8 @@ def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path |
     measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
     places = _places(json_path, [answer.url for answer in answers])
     for url, result in measured.items():
-        _show_board(url, result, asked, several=len(answers) > 1)
         keep(result, places[url], asked.history)
+        _show_board(url, result, asked, several=len(answers) > 1)
     if len(measured) > 1 and not asked.form:
         _side_by_side(measured)
     failed = [answer.error for answer in answers if answer.error is not None]

@@ -64,8 +64,11 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
     from bench.measure.result import read_result
+    from saap.system.files import check_place
     from saap.system.interrupt import ended_as_by_a_person
 
+    for place in (json_path, options.junit):
+        check_place(place, old, new)
     if any(qualities := [is_quality(spec) for spec in (old, new)]):
         sys.exit(compare_qualities(old, new, all(qualities), options, json_path))
     console, minimum, plan = Console.of_command(), options.min_effect, options.options

@@ -66,8 +66,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
         if not quality.tasks:
             show_quality(quality)
 
-    if json_path is not None:
-        check_place(json_path)
+    check_place(json_path, *paths, options.reference, options.text)
     console = Console.of_command()
     check_options(options.options)
     models, reference = [subject_of(path) for path in paths], options.reference and subject_of(options.reference)

@@ -84,7 +84,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
 
     options = for_this_machine(asked)
     options.check_requirement()
-    check_output(out)
+    check_output(out, model, asked.calibration)
     directory = resolve(model, progress=console.report)
     budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
     wanted = Sequences(options.sequences, options.length, options.seed)

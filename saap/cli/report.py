@@ -60,7 +60,9 @@ def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
     from bench.report import report as write_report
+    from saap.system.files import check_place
 
+    check_place(out, *results, history)
     run: RunFile | None = None
     paths: list[Path] = []
     for path in results:

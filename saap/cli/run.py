@@ -182,7 +182,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
     options.prune.options.check_requirement()
     options.tuning.options.check()
-    check_output(out)
+    check_output(out, model)
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
     # What cannot be met or exported is refused before hours are spent.

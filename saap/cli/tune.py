@@ -59,7 +59,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     from saap.tune.tuning import tune as tune_directory
     from saap.tune.tuning import tuning_text
 
-    check_output(out)
+    check_output(out, slim, asked.teacher, asked.data)
     directory = resolve(slim, progress=console.report)
     asked.options.check()
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None

@@ -84,7 +84,7 @@ def prune(
         UserError: the requirement cannot be met, or the input does not fit.
     """
     output = Path(output)
-    check_output(output)
+    check_output(output, model, calibration)
     source = resolve(model, progress=progress)
     budget = budget_of(source, options)
     stages = stages_of(budget, options)

@@ -19,6 +19,8 @@ import psutil
 from devices.common.files import (
     ChecksumError,
     cache_directory,
+    check_apart,
+    is_special,
     naming,
     parse_json,
     with_checksum,
@@ -31,9 +33,10 @@ RECORD = "saap.json"
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
 
-def check_output(out: str | Path) -> None:
-    """Refuse an output path that holds something else than an earlier output of ours."""
+def check_output(out: str | Path, *inputs: object) -> None:
+    """Refuse an output path that holds something else than an earlier output of ours, or one of the inputs."""
     out = Path(out)
+    check_apart(out, *inputs)
     if out.is_file():
         raise UserError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
@@ -168,10 +171,13 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
 
 
-def check_place(path: Path) -> None:
-    """Refuse, before minutes of work, a file that could not be written."""
+def check_place(path: Path | None, *inputs: object) -> None:
+    """Refuse, before minutes of work, a file that could not be written, or that is one of the inputs."""
+    if path is None or str(path) == "-" or is_special(path):
+        return
+    check_apart(path, *inputs)
     if path.is_dir():
-        raise UserError(f"{path} is a directory: give the JSON file to write")
+        raise UserError(f"{path} is a directory: give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -91,7 +91,7 @@ def tune(
     """
     options, out = options or TuneOptions(), Path(output)
     options.check()
-    check_output(out)
+    check_output(out, model, teacher, data)
     directory = resolve(model, progress=progress)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
     if isinstance(data, torch.Tensor):

@@ -77,7 +77,7 @@ def probe_costs(
     from saap.models.resolve import resolve
     from saap.system.files import check_place
 
-    check_place(out)
+    check_place(out, model)
     path = Path(model)
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)

@@ -139,12 +139,14 @@ def test(bundle: str, options: TestCommand) -> None:
     from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
     from devices.probe.host import probe
+    from saap.system.files import check_place
     from saap.system.interrupt import ended_as_by_a_person
 
     if not 0 < options.min_effect < 1:
         raise UserError(f"--min-effect {options.min_effect} is no fraction: give e.g. 0.05 for 5 %")
     console = Console.of_command()
     device_options, junit_path = options.device, options.junit
+    check_place(junit_path, bundle)
     device_options.check()
     name = name_of(bundle, device_options.name)
     try:
