@@ -72,12 +72,11 @@ class BenchOptions:
         ),
     ] = ()
     repetitions: Annotated[
-        int | None,
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
         Option(
             "Fresh processes per spec, interleaved; default: 10, then as --precision and --max-time say.",
             flags=("-r", "--repetitions"),
         ),
-        Meta(ge=1, le=10_000),
     ] = None
     precision: Annotated[
         float, Option("Half width of the 95 % interval, as a fraction, at which repetitions end."), Meta(gt=0, lt=1)
@@ -86,9 +85,7 @@ class BenchOptions:
         float, Option("Seconds: no round begins that would end later.", flags=("--max-time",)), Meta(gt=0)
     ] = 120.0
     timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",)), Meta(gt=0)] = 600.0
-    warmup: Annotated[
-        int | None, Option("Warm-up steps; default: until they are steady.", shown=False), Meta(ge=0, le=1_000_000)
-    ] = None
+    warmup: Annotated[Length | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
     cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False

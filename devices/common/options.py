@@ -238,7 +238,8 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     optional = NoneType in parts
     kinds = [part for part in parts if part is not NoneType]
-    hint = next((part for part in kinds if get_origin(part) is tuple), kinds[0])  # of int | tuple: one, or a list
+    hint, extras = _parts(next((part for part in kinds if get_origin(part) is tuple), kinds[0]))  # of int | tuple: both
+    metas += tuple(extra for extra in extras if isinstance(extra, Meta))
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
     element: type = str

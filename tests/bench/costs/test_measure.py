@@ -193,7 +193,7 @@ def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: py
     with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
         measure_costs(bundles, replace(QUICK, depth=57))
     with pytest.raises(UserError, match="threads cannot be used"):
-        measure_costs(bundles, replace(QUICK, threads=(10_000,)))
+        measure_costs(bundles, replace(QUICK, threads=(1024,)))
     with pytest.raises(UserError, match="rounds 0 is not allowed: give 1 or more"):
         measure_costs(bundles, replace(QUICK, rounds=0))
     monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from support.bench_samples import measurement, result
@@ -33,6 +34,7 @@ from support.remote_runs import (
     two_bundles,
 )
 
+from bench.costs.options import CostsOptions
 from bench.judge.comparison import compare
 from bench.measure.result import read_result
 from bench.measure.run import measure
@@ -254,9 +256,17 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
     assert seen == [ask_to_end]
 
 
+@pytest.mark.parametrize(
+    "options", [dataclasses.replace(QUICK, threads=(1, 2), pairs=((512, 128),), warmup=1, text=(1, 2)), CostsOptions()]
+)
+def test_options_travel_as_json(options):
+    sent = {name: value for name, value in dataclasses.asdict(options).items() if name not in target.HERE_ONLY}
+    assert msgspec.convert(json.loads(json.dumps(sent)), type(options)) == options
+
+
 def test_what_the_board_refuses_is_said_with_its_name(sshd, bundles):
-    with pytest.raises(BoardError, match=re.escape(sshd.url) + r".*4096 threads"):
-        one(sshd.url, bundles[:1], dataclasses.replace(ONCE, threads=4096))
+    with pytest.raises(BoardError, match=re.escape(sshd.url) + r".*1024 threads"):
+        one(sshd.url, bundles[:1], dataclasses.replace(ONCE, threads=1024))
 
 
 def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
