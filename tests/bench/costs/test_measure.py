@@ -194,7 +194,7 @@ def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: py
         measure_costs(bundles, replace(QUICK, depth=57))
     with pytest.raises(UserError, match="threads cannot be used"):
         measure_costs(bundles, replace(QUICK, threads=(1024,)))
-    with pytest.raises(UserError, match="rounds 0 is not allowed: give 1 or more"):
+    with pytest.raises(UserError, match="rounds 0 is not allowed: give a whole number from 1"):
         measure_costs(bundles, replace(QUICK, rounds=0))
     monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(CostsError, match="MB of memory and 0 MB are free"):
