@@ -162,6 +162,8 @@ def _fit_curve(kind: str, losses: Losses, scores: list[torch.Tensor], base: floa
         increases.append(max(losses.without(plans) - base, LEAST_PRICE))
     if not all(total for total, _ in rows):
         return Curve(0.0, 0.0)
+    if not np.isfinite(rows).all():
+        raise UserError("scores overflow on the calibration sequences: check the model and the text")
     # Two equations: kappa * scored + (kappa * alpha) * weighted = increase; neither term may be negative.
     from scipy.optimize import nnls
 

@@ -102,7 +102,7 @@ def test_layers_that_went_have_no_price(model, tmp_path, river):
     [
         ("--ratio 0.3 --drop-layers 2", "--drop-layers 2 is more than has to go: give at most 1, or ask"),
         ("--ratio 0.1 --drop-layers 1", "--drop-layers 1 is more than has to go: leave it out, or ask"),
-        ("--ratio 0.3 --drop-layers -1", "--drop-layers -1 is not allowed: give 0 or more"),
+        ("--ratio 0.3 --drop-layers -1", "--drop-layers -1 is not allowed: give a whole number from 0"),
         ("--ratio 0.9 --drop-layers 6", "--drop-layers 6 leaves no layer: 6 of 6 may go"),
         ("--ratio 0.9 --drop-layers 5 --keep-layers 0-1", "leaves no layer: 4 of 6 may go"),
         ("--ratio 0.4 --drop-layers 1 --method flap", "--drop-layers is for the method saap: leave"),

@@ -310,7 +310,7 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     [
         ({"rows": rows_of(IDS[:3])}, "3 sequences of training text are fewer than one step's 4"),
         ({"rows": rows_of(IDS[:8], torch.arange(8)[:, None] > 3)}, "rows 5 to 8 hold no token to learn"),
-        ({"options": TrainOptions(rows_per_step=0)}, "--batch 0 is not allowed: give 1 or more"),
+        ({"options": TrainOptions(rows_per_step=0)}, "--batch 0 is not allowed: give a whole number from 1"),
         ({"options": TrainOptions(precision="fp8")}, "--precision fp8 is not allowed: give auto, bf16 or fp32"),
     ],
 )
