@@ -241,7 +241,7 @@ def _date_axis(axes: Axes, days: Array) -> None:
     from matplotlib import dates
 
     form = "%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=4))  # type: ignore[no-untyped-call]
-    axes.xaxis.set_major_formatter(dates.DateFormatter(form))  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=4))
+    axes.xaxis.set_major_formatter(dates.DateFormatter(form))
     if len(days) == 1:
         axes.set_xlim(days[0] - 1, days[0] + 1)

@@ -97,7 +97,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ``BundleForCausalLM.from_bundle("out/bundle").generate(ids, max_new_tokens=20)``
     """
 
-    config_class = BundleConfig  # type: ignore[assignment]
+    config_class = BundleConfig
     main_input_name = "input_ids"
     _is_stateful = True  # the cache is ours, and cannot be rolled back for assisted generation
 

@@ -88,6 +88,7 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
     result = replace(measured(asked.specs(specs), asked.options, console), quality=quality)
     keep(result, json_path, asked.history)  # first: a terminal may be gone
     _show_as_asked(result, asked)
+    print_document(result, json_path)
     return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
 
 
@@ -115,6 +116,7 @@ def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path |
     for url, result in measured.items():
         keep(result, places[url], asked.history)
         _show_board(url, result, asked, several=len(answers) > 1)
+        print_document(result, places[url])
     if len(measured) > 1 and not asked.form:
         _side_by_side(measured)
     failed = [answer.error for answer in answers if answer.error is not None]
@@ -156,16 +158,23 @@ def verify_models(specs: list[str]) -> None:
 
 
 def keep(result: Result, json_path: Path | None, history: Path | None = None) -> None:
-    from bench.measure.result import result_text, write_result
+    """Write the files that are asked for."""
+    from bench.measure.result import write_result
 
     if history is not None:
         from bench.report.history import add
 
         add(history, result)
+    if json_path not in (None, STDOUT):
+        write_result(json_path, result)
+
+
+def print_document(result: Result, json_path: Path | None) -> None:
+    """The result as the last line, where ``-`` asks for it."""
+    from bench.measure.result import result_text
+
     if json_path == STDOUT:
         click.echo(result_text(result))
-    elif json_path is not None:
-        write_result(json_path, result)
 
 
 def show_result(result: Result, noise_floor: bool = False) -> None:

@@ -81,7 +81,8 @@ def load_model(
         check_finite(directory, name, tensor)
     if materialise:
         materialise_linears(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def transformers_config(directory: str | Path) -> ModelConfig:

@@ -78,7 +78,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a directory: give a model directory")
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return tokenizer
     except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
         raise UserError(
             f"{path} has no tokenizer that can be read ({first_line(error)}): "

@@ -136,7 +136,8 @@ class TensorFolder(MutableMapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as handle:
-            return handle.get_tensor("tensor")
+            tensor: torch.Tensor = handle.get_tensor("tensor")
+        return tensor
 
     def __delitem__(self, name: str) -> None:
         self._files.pop(name).unlink()

@@ -175,9 +175,9 @@ def check_place(path: Path | None, *inputs: object) -> None:
     """Refuse, before minutes of work, a file that could not be written, or that is one of the inputs."""
     if path is None or str(path) == "-" or is_special(path):
         return
-    check_apart(path, *inputs)
     if path.is_dir():
         raise UserError(f"{path} is a directory: give the name of a file")
+    check_apart(path, *inputs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -38,7 +38,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def computes_bf16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     """Whether the device multiplies bfloat16 in hardware: for a CPU its flags, where the system tells them."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", _text_of(cpuinfo), re.MULTILINE)

@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 def is_main_process() -> bool:
     """Whether this process writes files and talks to the person; of several, one does."""
-    return PartialState(cpu=meet_on_cpus()).is_main_process
+    return bool(PartialState(cpu=meet_on_cpus()).is_main_process)
 
 
 def meet_on_cpus() -> bool:

@@ -212,7 +212,7 @@ def test_what_was_measured_is_kept_before_it_is_shown(tiny_model, folder, tmp_pa
     here("eval", tiny_model(), "--tasks", "piqa", "--task-dir", folder, "--json", out, code=2)
     assert len(json.loads(out.read_text())["tasks"]) == 1
     done = here("eval", tiny_model(), "--tasks", "piqa", "--task-dir", folder, "--json", tmp_path, code=2)
-    assert "is a directory: give the JSON file to write" in last_line(done)
+    assert "is a directory: give the name of a file" in last_line(done)
 
 
 def test_a_model_that_is_done_is_kept_when_the_next_one_fails(tiny_model, folder, tmp_path, monkeypatch):

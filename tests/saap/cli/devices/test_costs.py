@@ -85,7 +85,7 @@ def test_a_failure_leaves_no_files(model: Path, tmp_path: Path) -> None:
 def test_what_is_no_model_or_no_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model 'nothing'"):
         probe_costs("nothing", tmp_path / "cost.json", CostsCommand(QUICK), Target())
-    with pytest.raises(UserError, match="is a directory: give the JSON file to write"):
+    with pytest.raises(UserError, match="is a directory: give the name of a file"):
         probe_costs(model, tmp_path, CostsCommand(QUICK), Target())
     with pytest.raises(UserError, match=r"cannot be written .*: give another place"):
         probe_costs(model, model / "config.json" / "cost.json", CostsCommand(QUICK), Target())
