@@ -35,13 +35,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes what rests on the real model: it is converted, cut and exported once."""
-    for item in items:
-        if "real_model" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("real model"))
-
-
 def pytest_collection_finish() -> None:
     """What is imported by now stays; to look at it takes the collector a quarter of a second each time."""
     gc.collect()

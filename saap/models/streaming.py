@@ -78,7 +78,7 @@ def load_streamed(
         raise UserError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
     names, read = tensor_reader(directory)
     with empty_parameters():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
     prefix = architecture.layers + "."
     outside = {name: read(name).to(device, dtype) for name in names if not name.startswith(prefix)}
     model.load_state_dict(outside, strict=False, assign=True)
@@ -96,8 +96,8 @@ def load_streamed(
             layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),
             layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
         ]
-    model.eval().requires_grad_(False)
-    return model
+    found: PreTrainedModel = model.eval().requires_grad_(False)
+    return found
 
 
 def whole_needs(path: str | Path) -> Needs:
