@@ -84,7 +84,7 @@ def check_apart(out: Path, *inputs: object) -> None:
             path = Path(str(given)).resolve()
             clash = given is not None and path.exists() and (path == place or place in path.parents)
         if clash:
-            raise UserError(f"{out} is what is read ({given}): give another output")
+            raise UserError(f"{out} is, or holds, an input ({given}): give another output")
 
 
 def read_whole(path: Path, most: int) -> bytes:

@@ -61,7 +61,7 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
             "functions, or graphs within the graph (If, Loop, Scan), which no decoder needs",
             found.nested and not nested,
         ),
-        (f"operators of {', '.join(sorted(found.domains))}, which ONNX Runtime has not", bool(found.domains)),
+        (f"operators of {', '.join(sorted(found.domains))}, which ONNX Runtime does not have", bool(found.domains)),
         ("a tensor of more elements than its files have bits", found.largest > most),
     ):
         if there:

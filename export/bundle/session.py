@@ -89,7 +89,7 @@ def check_signature(session: InferenceSession, manifest: BundleManifest, graph: 
                 wanted[f"{name}.{index}.{kind}"] = (layer.kv_heads, manifest.head_dim)
     found = {**taken, **given}
     if strange := sorted(set(found) - set(wanted) - {"position_ids"}):
-        raise BundleError(f"{graph} has {strange[0]!r}, which is no input or output of a bundle: do not use it")
+        raise BundleError(f"{graph} has {strange[0]!r}, which is not an input or output of a bundle: do not use it")
     for name, sizes in wanted.items():
         if name not in found:
             raise BundleError(f"{graph} has no {name}, which its manifest promises: export the bundle again")

@@ -193,7 +193,7 @@ def _template_source(directory: Path, config: Mapping[str, object], manifest: Bu
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise ValueError("chat_template is no text")
+        raise ValueError("chat_template is not text")
     return template
 
 
@@ -204,7 +204,7 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
             token = config.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None and not isinstance(token, str):
-                raise ValueError(f"{name} is no text")
+                raise ValueError(f"{name} is not text")
             if token is not None:
                 found.setdefault(name, token)
     return found

@@ -1,4 +1,4 @@
-"""``saap cache``: what is kept for next time, how large it is, and how to be rid of it. No torch, no transformers."""
+"""``saap cache``: shows what saap keeps between runs and how large it is, or clears it. No torch, no transformers."""
 
 from __future__ import annotations
 

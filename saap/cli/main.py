@@ -43,7 +43,7 @@ COMMANDS = {  # the module and the function of each, and what it is for; no modu
     "bench": ("bench:bench", "Measure bundles and other runtimes, here or on boards."),
     "compare": ("compare:compare", "Is it faster or slower, better or worse than before?"),
     "devices": ("devices:devices", "Known devices and this host: what they are, what fits, what changed."),
-    "cache": ("cache:cache", "What is kept for next time, and how to be rid of it."),
+    "cache": ("cache:cache", "Show what saap keeps between runs, or clear it."),
     "report": ("report:report", "One page from results, a run or a history."),
 }
 

@@ -142,8 +142,6 @@ def test(bundle: str, options: TestCommand) -> None:
     from saap.system.files import check_place
     from saap.system.interrupt import ended_as_by_a_person
 
-    if not 0 < options.min_effect < 1:
-        raise UserError(f"--min-effect {options.min_effect} is no fraction: give e.g. 0.05 for 5 %")
     console = Console.of_command()
     device_options, junit_path = options.device, options.junit
     check_place(junit_path, bundle)
