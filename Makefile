@@ -14,13 +14,13 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2
 
-# Two workers, one thread of a library each: what two cores hold.
+# Three workers, one thread of a library each: what two cores hold, for some tests wait for a board or a browser.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not device"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not device"
 
 # 760273a had 94.7 % of the lines and 90.3 % of the branches (this process only; tests start many others).
 coverage: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not device" --cov --cov-branch
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not device" --cov --cov-branch
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -q -m "slow"
