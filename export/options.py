@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from devices.common.errors import UserError
-from devices.common.options import Option, check_values
+from devices.common.options import Option, check_values, refuse_unused
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256
 Target = Literal["cpu", "cuda", "portable", "gguf"]
@@ -57,11 +57,22 @@ class ExportOptions:
         if self.bits is not None and self.bits not in BITS[self.target]:
             allowed = ", ".join(map(str, BITS[self.target]))
             raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")
-        only_cpu = {"--kv": self.kv_bits != 32, "--no-dotprod": not self.dotprod}
-        only_bundles = {"--ort": self.onnxruntime, "--group-size": self.group_size, "--parity": self.parity == "none"}
-        wrong = [flag for flag, given in only_cpu.items() if given and self.target != "cpu"]
-        wrong += [flag for flag, given in only_bundles.items() if given and self.target == "gguf"]
-        if self.gguf_type and self.target != "gguf":
-            wrong.append("--type")
-        if wrong:
-            raise UserError(f"{', '.join(wrong)} cannot be used with --target {self.target}: leave it out")
+        if self.target != "cpu":
+            refuse_unused(self, ("kv_bits", "dotprod", "accuracy_level"), "--target cpu")
+        if self.target != "portable":
+            refuse_unused(self, ("graph_writer",), "--target portable")
+        if self.target == "gguf":
+            refuse_unused(self, ("onnxruntime", "group_size", "parity", "text"), "bundles, and a GGUF file is none")
+        else:
+            refuse_unused(self, ("gguf_type",), "--target gguf")
+        if self.gguf_type:
+            refuse_unused(self, ("bits",), "a choice of type by bits, and --type names one")
+        elif self.bits in (16, 32) and self.target != "gguf":
+            self.check_floats()
+        if self.parity == "none" and self.kv_bits == 32:
+            refuse_unused(self, ("text",), "parity and the scales of --kv 8")
+
+    def check_floats(self) -> None:
+        """Refuse what is said of integers where there are none."""
+        names = ("group_size", "head_bits", "accuracy_level")
+        refuse_unused(self, names, "integers, and these weights are floats", "give --bits 4 or 8")

@@ -94,10 +94,14 @@ class ModelSource:
                 self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
                 matrices=self.quant.get("matrices", {}),
             )  # fmt: skip
-            for asked, has, what in ((bits, own.bits, "bits"), (group_size, own.group_size, "group size")):
+            for flag, asked, has in (
+                ("--bits", bits, own.bits), ("--group-size", group_size, own.group_size),
+                ("--head-bits", head_bits, own.head_bits),
+            ):  # fmt: skip
                 if asked is not None and asked != has:
                     raise UserError(
-                        f"{self.directory} holds tuned integers of {has} {what}, not {asked}: leave the option out"
+                        f"{self.directory} holds tuned integers, of {flag} {has} and not {asked}: leave {flag} out, or "
+                        f"tune again with {flag} {asked}"
                     )
             return own
         bits = 4 if bits is None else bits

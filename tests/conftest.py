@@ -36,7 +36,14 @@ CHAT_TEMPLATE = (
 
 
 # A file is one worker's: those that take longest begin, so that the workers end together.
-LONGEST = {"test_python_page", "test_distributed", "test_real_model", "test_old_products", "test_labgrid", "test_target"}
+LONGEST = {
+    "test_python_page",
+    "test_distributed",
+    "test_real_model",
+    "test_old_products",
+    "test_labgrid",
+    "test_target",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

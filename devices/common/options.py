@@ -16,7 +16,7 @@ Python callers get the same ranges: ``check_values(options)`` in a dataclass's `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -371,14 +371,32 @@ def check_values(options: object) -> None:
             raise UserError(f"{setting.flag} {error}") from None
 
 
+def given_in(options: object) -> Iterator[tuple[Setting, object]]:
+    """The settings that are not at their defaults, and their values."""
+    defaults = settings_of(type(options))
+    for now in _settings(type(options), options):
+        if now.name in defaults and now.default != defaults[now.name].default:
+            yield defaults[now.name], now.default
+
+
+def refuse_unused(options: object, names: Collection[str], owner: str, instead: str = "") -> None:
+    """Refuse those of these settings that are not at their defaults: nothing would come of them.
+
+    ``owner``: what they are for; ``instead``: what else to do than to leave them out.
+
+    Raises UserError: names the options.
+    """
+    flags = [setting.flag for setting, _ in given_in(options) if setting.name in names]
+    if flags:
+        are, them = ("are", "them") if len(flags) > 1 else ("is", "it")
+        advice = f"leave {them} out" + (f", or {instead}" if instead else "")
+        raise UserError(f"{' and '.join(flags)} {are} for {owner}: {advice}")
+
+
 def arguments_of(options: object) -> list[str]:
     """What a person types for these options: all that is not at its default."""
     words: list[str] = []
-    defaults = settings_of(type(options))
-    for now in _settings(type(options), options):
-        if now.name not in defaults or now.default == defaults[now.name].default:
-            continue
-        setting, value = defaults[now.name], now.default
+    for setting, value in given_in(options):
         if not setting.option.shown:
             words += ["--set", f"{setting.name}={_text(value, ';')}"]
         elif setting.kind is bool:

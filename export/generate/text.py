@@ -11,6 +11,7 @@ import msgspec
 
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
+from devices.common.options import refuse_unused
 from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleManifest, manifest_of, read_manifest
 from export.bundle.tokenizer import BundleTokenizer, read_json
@@ -144,6 +145,8 @@ def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
         raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
     if asked or given.get("temperature"):
         given = {"temperature": 1.0, **_model_defaults(bundle), **given}
+    else:
+        refuse_unused(options, ("seed",), "drawn tokens", "give --sample or --temperature")
     return Sampling(**msgspec.convert(given, SamplingSettings), seed=options.seed)
 
 

@@ -56,11 +56,7 @@ class Target:
     def check(self, shape: ModelShape, precision: Precision, windows: bool) -> None:
         """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses."""
         oldest = self.oldest_runtime(precision, windows)
-        if self.onnxruntime and _version(self.onnxruntime) < _version(oldest):
-            raise UserError(
-                f"ONNX Runtime {self.onnxruntime} is too old, {oldest} or newer is needed"
-                + (" for sliding windows" if oldest == ONNXRUNTIME_WINDOWS else "")
-            )
+        check_runtime(self.onnxruntime, oldest, " for sliding windows" if oldest == ONNXRUNTIME_WINDOWS else "")
         if self.name != "cuda" or precision.bits == 32:
             return
         for index, sizes in enumerate(shape.layers):
@@ -73,6 +69,12 @@ class Target:
 
 
 CPU = Target()
+
+
+def check_runtime(asked: str | None, oldest: str, why: str = "") -> None:
+    """Refuse a runtime that is asked for and older than the graph needs."""
+    if asked and _version(asked) < _version(oldest):
+        raise UserError(f"ONNX Runtime {asked} is too old, {oldest} or newer is needed{why}")
 
 
 def _version(text: str) -> tuple[int, ...]:

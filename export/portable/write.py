@@ -20,12 +20,14 @@ from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS
 from export.graph.decoder import GraphModel, save_graphs
 from export.graph.rotary import all_rotary_tables
+from export.graph.targets import check_runtime
 from export.graph.weights import WeightFile, write_model
 from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
 from export.portable.weights import StandardLayout
 from export.source import ModelSource
 from saap.models.architectures import SLIM, traits_of
+from saap.system.errors import UserError
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked
@@ -39,10 +41,16 @@ class PortableWriter:
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)
         self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
+        if self.precision.bits == 32:
+            options.check_floats()
         known = source.architecture.optimum and not str(source.config["model_type"]).startswith(SLIM)
-        by_optimum = known and self.precision.bits == 32 and find_spec("optimum") is not None
+        plain = known and self.precision.bits == 32
+        if options.graph_writer == "optimum" and not plain:
+            raise UserError("optimum writes uniform float32 LLaMA models only: leave graph_writer out")
+        by_optimum = plain and find_spec("optimum") is not None
         self._source, self._writer = source, options.graph_writer or ("optimum" if by_optimum else "saap")
         self.onnxruntime_min = ONNXRUNTIME_MIN[self._writer]
+        check_runtime(options.onnxruntime, self.onnxruntime_min)
         self.lineage: dict[str, str] = {"graph_writer": self._writer}
 
     def write(self, out: Path, progress: Progress | None = None) -> int:

@@ -13,7 +13,7 @@ import click
 
 from bench.measure.options import BenchOptions
 from bench.remote.options import BoardOptions
-from devices.common.options import Option
+from devices.common.options import Option, refuse_unused
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
@@ -46,12 +46,19 @@ class BenchCommand:
 
     def check(self) -> None:
         self.board.check(on_a_board=bool(self.on))
+        check_ending(self, self.options.repetitions)
         if len(self.on) > 1 and self.form == "csv":
             raise UserError("--format csv is of one board: give md, or --json FILE")
 
     def specs(self, given: Sequence[str]) -> list[str]:
         """What is measured; the first one twice where the noise floor is asked for."""
         return [*given, *given[: int(self.noise_floor)]]
+
+
+def check_ending(options: object, repetitions: int | None) -> None:
+    """Refuse what says when to stop repeating where the number of repetitions is given."""
+    if repetitions is not None:
+        refuse_unused(options, ("precision", "max_time_s"), "an open number of runs", "leave --repetitions out")
 
 
 @click.command(cls=OptionsCommand)

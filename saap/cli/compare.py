@@ -14,8 +14,8 @@ from msgspec import Meta
 
 from bench.measure.options import BenchOptions
 from devices.common.files import write_text
-from devices.common.options import Option, Part
-from saap.cli.bench import STDOUT, show_reasons, verify_models
+from devices.common.options import Option, Part, refuse_unused
+from saap.cli.bench import STDOUT, check_ending, show_reasons, verify_models
 from saap.cli.console import Console, print_table, shown
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
@@ -39,6 +39,18 @@ class CompareCommand:
     fail_on: Annotated[Literal["regression"] | None, Option("Exit with 1 when something became slower.")] = None
     confirm: Annotated[bool, Option("Measure again before it says slower.")] = True
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
+
+    def check(self, *, of: str) -> None:
+        """Refuse what has no effect on a comparison ``of`` qualities, results or bundles."""
+        ending, lengths = ("precision", "max_time_s"), ("prompt", "generate", "depth", "threads")
+        measured = (*ending, *lengths, "repetitions", "timeout_s")
+        if of == "qualities":
+            refuse_unused(self, (*measured, "min_effect", "confirm", "junit"), "speeds, and these are qualities")
+        elif of == "results":
+            refuse_unused(self, lengths, "bundles, and results have theirs")
+            if not self.confirm:
+                refuse_unused(self, measured, "a second run, which --no-confirm leaves out")
+        check_ending(self, self.options.repetitions)
 
 
 @click.command(cls=OptionsCommand)
@@ -73,6 +85,7 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
         sys.exit(compare_qualities(old, new, all(qualities), options, json_path))
     console, minimum, plan = Console.of_command(), options.min_effect, options.options
     files = [_is_result(spec) for spec in (old, new)]
+    options.check(of="results" if all(files) else "bundles")
     if all(files):
         results = read_result(old), read_result(new)
         comparison = compare_results(*results, minimum)
@@ -133,8 +146,7 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
 
     if not both:
         raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
-    if asked.junit:
-        raise UserError("--junit is for speeds: use --json for qualities")
+    asked.check(of="qualities")
     rows = compare_quality(read_quality(old), read_quality(new))
     pairs = dict.fromkeys((row.against, row.name) for row in rows)
     for pair in pairs:

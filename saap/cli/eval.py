@@ -68,11 +68,12 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
 
     check_place(json_path, *paths, options.reference, options.text)
     console = Console.of_command()
-    check_options(options.options)
+    on_text = options.text is not None or not options.options.tasks
+    check_options(options.options, on_text=on_text)
     models, reference = [subject_of(path) for path in paths], options.reference and subject_of(options.reference)
     base, subjects = subjects_of(models, reference, console.report)
     windows = None
-    if options.text is not None or not options.options.tasks:
+    if on_text:
         windows = windows_for(subjects, options.options, options.text, console.report)
         console.say_text("evaluation", windows.protocol.text, windows.protocol.self_written)
     quality = evaluate_subjects(

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from devices.common.options import given_in
 from export.options import ExportOptions
 from saap.cli.console import Console, print_table, shown
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from export.bundle.manifest import BundleManifest
@@ -35,8 +37,14 @@ def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: 
       saap export --inspect out/bundle
     """
     if inspect:
+        given = ["-o"] if out else []
+        given += [setting.flag for setting, _ in given_in(options)]
+        if given:
+            raise UserError(f"--inspect writes nothing, so {given[0]} has no effect: leave one of them out")
         show_inside(Path(model), as_json)
         return
+    if as_json:
+        raise UserError("--json is for --inspect: leave it out")
     if out is None:
         raise click.UsageError("give -o OUT, where the bundle should be written, or --inspect to look into one")
     with Console() as console:

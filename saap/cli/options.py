@@ -37,6 +37,11 @@ class OptionsCommand(Sections):
     """A command that says for an option without a flag how it is set."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = args[: args.index("--")] if "--" in args else args
+        for option in self.params:
+            on, off = (next((w for w in words if w in flags), "") for flags in (option.opts, option.secondary_opts))
+            if on and off:
+                raise UserError(f"{on} and {off} contradict each other: give one of them")
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

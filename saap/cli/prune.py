@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from devices.common.options import Option
+from devices.common.options import Option, refuse_unused
 from saap.cli.console import Console, plan_chart, print_table, speaks
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
@@ -55,6 +55,11 @@ class PruneCommand:
     ] = False
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 
+    def check(self) -> None:
+        self.options.check()
+        if not self.options.reads_text:
+            refuse_unused(self, ("calibration",), f"methods that read a text, and {self.options.method} does not")
+
 
 @click.command(cls=OptionsCommand)
 @click.argument("model")
@@ -69,6 +74,7 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
       saap devices costs smollm2-135m -t 1 -o cost.json
       saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
     """
+    options.check()
     with Console() as console:
         prune_model(model, out, options, console)
 
@@ -87,10 +93,13 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     check_output(out, model, asked.calibration)
     directory = resolve(model, progress=console.report)
     budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
-    wanted = Sequences(options.sequences, options.length, options.seed)
-    rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
-    console.say_text("calibration", rows.source, rows.self_written)
-    options = replace(options, stream=streamed(directory, budget, options, *rows.ids.shape))
+    rows, shape = None, (0, 0)
+    if options.reads_text:
+        wanted = Sequences(options.sequences, options.length, options.seed)
+        rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
+        console.say_text("calibration", rows.source, rows.self_written)
+        shape = (len(rows.ids), rows.ids.shape[1])
+    options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
     result = prune_directory(name or model, options, output=out, calibration=rows, progress=console.report)

@@ -67,6 +67,8 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
     paths: list[Path] = []
     for path in results:
         if path.is_dir():
+            if run is not None:
+                raise UserError(f"{path} is a second directory of a run, and a page tells of one: give one of them")
             run = read_run(path)
             paths += [path / name for name in run.get("results", [])]
         else:

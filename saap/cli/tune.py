@@ -60,8 +60,8 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     from saap.tune.tuning import tuning_text
 
     check_output(out, slim, asked.teacher, asked.data)
+    asked.options.check(taught=asked.teacher is not None)
     directory = resolve(slim, progress=console.report)
-    asked.options.check()
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
     rows = tuning_text(directory, asked.options, teacher=teacher, data=asked.data, progress=console.report)
     say_rows(rows, console)

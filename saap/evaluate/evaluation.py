@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from devices.common.options import refuse_unused
 from devices.common.progress import Progress
 from devices.common.quality import ModelQuality, Quality
 from saap.evaluate.continuations import Scorer, torch_continuations
@@ -115,7 +116,7 @@ def evaluate(
         UserError: no text, text that a model was calibrated or tuned on, models that do not compare, unknown tasks.
     """
     options, keep = options or EvalOptions(), keep or (lambda quality: None)
-    check_options(options)
+    check_options(options, on_text=text is not None or not options.tasks)
     base, subjects = subjects_of(models, reference, progress)
     quality = Quality(None, base.name if base else None, tuple(ModelQuality(s.name, *s.size()) for s in subjects))
     if text is not None or not options.tasks:
@@ -125,10 +126,15 @@ def evaluate(
     return _on_tasks(subjects, options, quality, progress, keep) if options.tasks else quality
 
 
-def check_options(options: EvalOptions) -> None:
-    """Raise UserError for options of tasks where none is named."""
-    if not options.tasks and (options.task_dir or options.max_examples):
-        raise UserError("--task-dir and --max-examples belong to --tasks: name some, as piqa,arc_easy")
+def check_options(options: EvalOptions, *, on_text: bool = True) -> None:
+    """Refuse what would have no effect; ``on_text``: whether a text is evaluated on. Raises UserError: names it."""
+    if not options.tasks:
+        refuse_unused(options, ("task_dir", "max_examples", "seed"), "--tasks", "name some, as piqa,arc_easy")
+    if options.max_examples is None:
+        refuse_unused(options, ("seed",), "drawing examples", "give --max-examples")
+    if not on_text:
+        cut = ("chunk", "stride", "bos", "join", "max_chunks")
+        refuse_unused(options, cut, "perplexity, which --tasks leaves out", "give --text")
 
 
 def subjects_of(

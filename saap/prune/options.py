@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, THREADS, Option, check_values
+from devices.common.options import COUNT, THREADS, Option, check_values, refuse_unused, settings_of
 from devices.common.values import parse_bytes, parse_layers, parse_parameters
 from saap.system.errors import UserError
 
@@ -183,7 +183,9 @@ class PruneOptions:
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
     sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), COUNT] = 64
-    length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), COUNT] = 256
+    length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=2, le=1_000_000)] = (
+        256
+    )
     seed: Annotated[
         int, Option("Of the text's order, and of the method random.", _HOW, metavar="N", hidden=True), Meta(ge=0)
     ] = 0
@@ -207,6 +209,11 @@ class PruneOptions:
         return self.compensate or OWN_COMPENSATION.get(self.method, "none")
 
     @property
+    def reads_text(self) -> bool:
+        """Whether anything is computed from the calibration text."""
+        return self.method not in ("random", "magnitude") or self.compensation != "none"
+
+    @property
     def kept_layers(self) -> frozenset[int]:
         """The layers that were asked to stay whole."""
         return self.keep_layers or frozenset()
@@ -226,10 +233,14 @@ class PruneOptions:
         self.check_requirement()
         self.adaptive.check()
         device_of(self.device)
-        if self.method != "saap" and self.drop_layers:
-            raise UserError(f"--drop-layers is for the method saap: leave it out for {self.method}")
-        if self.method != "saap" and (self.stages is not None or self.adaptive.corrections):
-            raise UserError(f"stages and corrections are for the method saap: leave them out for {self.method}")
+        if self.method != "saap":
+            ours = {"modules", "drop_layers", "stages", *settings_of(AdaptiveOptions)}
+            refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
+        if not self.reads_text:
+            names = ("sequences", "length", *(["seed"] if self.method == "magnitude" else []))
+            refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
+        if self.method == "shortgpt":
+            refuse_unused(self, ("heads",), "methods that prune in width; shortgpt removes whole layers")
         if self.stream and self.method in TAYLOR:
             raise UserError(
                 f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
@@ -247,9 +258,8 @@ class PruneOptions:
             raise UserError(
                 f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices costs MODEL`"
             )
-        for name in ("costs", "threads"):
-            if kind not in TIMED and getattr(self, name) is not None:
-                raise UserError(f"{_flag(name)} is for --speedup and --ms-per-token: leave it out, or ask for a time")
+        if kind not in TIMED:
+            refuse_unused(self, ("costs", "threads"), "--speedup and --ms-per-token", "ask for a time")
 
 
 def _flag(name: str) -> str:

@@ -41,6 +41,8 @@ from saap.system.precision import fast_float32
 from saap.text.documents import Sequences
 from saap.text.rows import Rows, training_rows
 
+NO_TEXT = torch.zeros(0, 0, dtype=torch.int64)  # of methods that read none
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -89,6 +91,8 @@ def prune(
     budget = budget_of(source, options)
     stages = stages_of(budget, options)
     rows = calibration
+    if rows is None and not options.reads_text:
+        rows = NO_TEXT
     if not isinstance(rows, torch.Tensor | Rows):
         wanted = Sequences(options.sequences, options.length, options.seed)
         rows = training_rows(source, None if rows is None else str(rows), "calibration", wanted, progress)

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option, check_values
+from devices.common.options import COUNT, Option, check_values, refuse_unused
 from devices.common.values import parse_bytes
+from saap.system.errors import UserError
 
 Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -127,7 +128,7 @@ class TuneOptions:
     ] = 0.04  # less than one row: the last state is kept
     kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
     tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
-    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), COUNT] = 256
+    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
 
     def recorded(self) -> dict[str, object]:
@@ -135,8 +136,30 @@ class TuneOptions:
         about = {name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length")}
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
-    def check(self) -> None:
+    def check(self, *, taught: bool = True) -> None:
+        """Refuse values out of range, and what would have no effect.
+
+        ``taught``: whether there is a teacher.
+
+        Raises UserError: names the option.
+        """
         check_values(self)
+        if not taught:
+            refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
+        if self.teacher_weight == 0:
+            refuse_unused(self, ("temperature", "kept_tokens"), "a --teacher-weight above 0")
+        if self.max_bytes is not None:
+            refuse_unused(self, ("bits", "head_bits"), "one precision, and --max-bytes chooses one for each matrix")
+        elif self.integers == "nearest":
+            refuse_unused(self, ("calibration_rows",), "--integers gptq")
+        if self.held_out == 0:
+            refuse_unused(self, ("evaluations", "patience"), "held-out text, and held_out is 0")
+        least = self.training.rows_per_step * self.length
+        if self.tokens < least:
+            raise UserError(
+                f"--tokens {self.tokens} are fewer than a step's {least} ({self.training.rows_per_step} sequences of "
+                f"{self.length}): give --tokens {least} or more, or a smaller --batch or --length"
+            )
 
     @property
     def rate(self) -> float:

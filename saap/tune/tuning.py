@@ -90,7 +90,7 @@ def tune(
         UserError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
     """
     options, out = options or TuneOptions(), Path(output)
-    options.check()
+    options.check(taught=teacher is not None)
     check_output(out, model, teacher, data)
     directory = resolve(model, progress=progress)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)

@@ -11,7 +11,7 @@ import click
 
 from bench.costs.options import CostsOptions
 from bench.remote.options import BoardOptions
-from devices.common.options import Option
+from devices.common.options import Option, refuse_unused
 from devices.common.progress import Progress
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
@@ -38,6 +38,11 @@ class CostsCommand:
     ] = None
     board: BoardOptions = field(default_factory=BoardOptions)
 
+    def check(self) -> None:
+        self.board.check(on_a_board=self.on is not None)
+        if self.bits == 32:
+            refuse_unused(self, ("group_size",), "integers, and 32 bits are none", "give --bits 4 or 8")
+
 
 @click.command(cls=OptionsCommand)
 @click.argument("model")
@@ -56,7 +61,7 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
     from bench.remote.target import target
     from saap.system.interrupt import ended_as_by_a_person
 
-    options.board.check(on_a_board=options.on is not None)
+    options.check()
     with Console() as console, ended_as_by_a_person(), target(options.on, options.board, console.say) as device:
         found = probe_costs(model, out, options, device, console.report)
         console.finish()

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from bench.remote.options import BoardOptions
 from devices.common.options import THREADS, Option
-from saap.cli.bench import show_reasons
+from saap.cli.bench import check_ending, show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.system.errors import UserError
@@ -102,6 +102,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     console = Console.of_command()
     device_options = options.device
     device_options.check()
+    check_ending(options, options.repetitions)
     folder = checked_folder(device_options.folder)
     asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions")
     plan = BenchOptions(

@@ -64,7 +64,7 @@ def estimate_layerwise(
 
 def rows_at_once(shape: ModelShape, tokens: int) -> int:
     """Sequences whose states fit into :data:`STATE_BYTES`."""
-    return max(1, STATE_BYTES // (4 * shape.hidden * tokens * (len(shape.layers) + 1)))
+    return max(1, STATE_BYTES // (4 * shape.hidden * max(1, tokens) * (len(shape.layers) + 1)))
 
 
 def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tuple[float, torch.Tensor]:
