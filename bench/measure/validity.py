@@ -205,7 +205,7 @@ def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]
     slope = drift(samples)
     if slope is not None and abs(slope) > SLOPE_WARN:
         # Only a warning: interleaved measurements share it, and their ratio stands.
-        yield WARN, f"time per token drifted by {slope:+.0%} over the run"
+        yield WARN, f"time per token {'rose' if slope > 0 else 'fell'} over the run, by {abs(slope):.0%} of its median"
 
 
 def _known(samples: Sequence[Sample], key: str) -> list[float]:

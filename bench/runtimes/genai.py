@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.runtimes.facts import PeerFacts, graph_facts
 from export.bundle.decoder import Decoder, Ids, Logits
-from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model
+from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model, shares_cache
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import MANIFEST, read_manifest
 
@@ -91,7 +91,8 @@ def _ours(path: Path, folder: Path) -> None:
         link = folder / file.relative_to(path)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)
-    (folder / GENAI_CONFIG).write_text(json.dumps(genai_document(model)), encoding="utf-8")
+    shared = not (path / MANIFEST).is_file() or shares_cache(read_manifest(path))
+    (folder / GENAI_CONFIG).write_text(json.dumps(genai_document(model, shared=shared)), encoding="utf-8")
 
 
 def facts(decoder: Decoder) -> PeerFacts:

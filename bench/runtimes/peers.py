@@ -295,7 +295,7 @@ def _path(spec: str) -> Path:
 
 def _check_context(spec: str, length: int, context: int | None) -> None:
     if context is not None and length > context:
-        raise PeerError(f"{length} tokens of context do not fit {spec}: it holds 1 to {context}; ask for less")
+        raise PeerError(f"{length} tokens of context do not fit {spec}: give 1 to {context}")
 
 
 def _read(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:

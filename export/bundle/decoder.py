@@ -67,9 +67,7 @@ def check_threads(threads: int) -> None:
 def check_context(manifest: BundleManifest, length: int, where: str) -> None:
     """Refuse more positions than the model was made for."""
     if not 1 <= length <= manifest.context_length:
-        raise DecoderError(
-            f"{length} tokens of context do not fit {where}: it holds 1 to {manifest.context_length}; ask for less"
-        )
+        raise DecoderError(f"{length} tokens of context do not fit {where}: give 1 to {manifest.context_length}")
 
 
 class BundleDecoder:
@@ -195,7 +193,9 @@ class OrtDecoder(BundleDecoder):
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
         if not 0 <= length <= self.length:
-            raise DecoderError(f"{length} positions cannot be kept: {self.length} are in use")
+            raise DecoderError(
+                f"{length} positions cannot be kept of the {self.length} in use: give 0 to {self.length}"
+            )
         if not self._shared:
             self._cut_cache(length)
         self.length = length

@@ -106,7 +106,13 @@ def genai_model(manifest: BundleManifest) -> Model:
             num_attention_heads=max((layer.query_heads for layer in cached), default=0),
             num_key_value_heads=max((layer.kv_heads for layer in cached), default=0),
             num_hidden_layers=len(cached),
-            inputs=Inputs("input_ids", "attention_mask", UNSET, "past_key_values.%d.key", "past_key_values.%d.value"),
+            inputs=Inputs(
+                "input_ids",
+                "attention_mask",
+                UNSET if shares_cache(manifest) else "position_ids",
+                "past_key_values.%d.key",
+                "past_key_values.%d.value",
+            ),
             outputs=Outputs("logits", "present.%d.key", "present.%d.value"),
         ),
     )
@@ -131,19 +137,27 @@ def read_genai_model(directory: Path) -> Model:
     return model
 
 
-def genai_document(model: Model) -> dict[str, Any]:
-    """The content of ``genai_config.json``: the model, our session options, and greedy search."""
+def genai_document(model: Model, *, shared: bool = True) -> dict[str, Any]:
+    """The content of ``genai_config.json``: the model, our session options, and greedy search.
+
+    ``shared``: the graph writes keys and values into the buffers that it reads them from.
+    """
     told = msgspec.to_builtins(model)
     told["decoder"] = {"session_options": dict(_SESSION), **told["decoder"]}
-    return {"model": told, "search": _greedy(model.context_length)}
+    return {"model": told, "search": _greedy(model.context_length, shared)}
 
 
 def genai_config(manifest: BundleManifest) -> dict[str, Any]:
     """The content of a bundle's ``genai_config.json``."""
-    return genai_document(genai_model(manifest))
+    return genai_document(genai_model(manifest), shared=shares_cache(manifest))
 
 
-def _greedy(max_length: int) -> dict[str, object]:
+def shares_cache(manifest: BundleManifest) -> bool:
+    """Standard operators concatenate the cache and are told positions; GroupQueryAttention writes into its buffer."""
+    return manifest.target != "portable"
+
+
+def _greedy(max_length: int, shared: bool) -> dict[str, object]:
     return {
         "chunk_size": PREFILL_CHUNK,
         "do_sample": False,
@@ -152,7 +166,7 @@ def _greedy(max_length: int) -> dict[str, object]:
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "past_present_share_buffer": True,
+        "past_present_share_buffer": shared,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 50,

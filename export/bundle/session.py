@@ -119,9 +119,10 @@ def check_provider(
         raise DecoderError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
     if manifest.target not in TARGETS[provider]:
         fit = [name for name, targets in TARGETS.items() if manifest.target in targets]
+        instead = f"run it with `saap bench --provider {' or '.join(fit)}`, or " if fit else ""
         raise DecoderError(
-            f"{where} is a bundle for {manifest.target}, which the provider {provider} does not run (it is one for "
-            f"{' or '.join(fit) or 'another runtime'}): saap export MODEL -o BUNDLE --target {TARGETS[provider][0]}"
+            f"{where} is a bundle for {manifest.target}, which the provider {provider} does not run: {instead}"
+            f"make another with `saap export MODEL -o BUNDLE --target {TARGETS[provider][0]}`"
         )
     if cuda_graph and provider != "cuda":
         why = "its cache moves at every token" if provider == "tensorrt" else "there is no GPU in it"

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from export.bundle.decoder import check_threads
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
 from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
@@ -122,8 +123,9 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         Raises:
             BundleError: no bundle there, or one that does not verify.
-            DecoderError: a graph that this ONNX Runtime cannot load.
+            DecoderError: more threads than cores, or a graph that this ONNX Runtime cannot load.
         """
+        check_threads(threads)
         directory = Path(directory)
         manifest = verify_files(directory) if verify else read_manifest(directory)
         model = cls(BundleConfig.of(manifest), directory, manifest, threads)

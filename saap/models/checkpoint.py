@@ -45,6 +45,9 @@ for _row in FAMILIES.values():
     if (_classes := slim_classes(_row.family)) is not None:
         AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
         AutoModelForCausalLM.register(_classes.config, _classes.model, exist_ok=True)
+        # So that save_pretrained puts modeling_slim.py beside the config, whose auto_map names it.
+        _classes.config.register_for_auto_class()
+        _classes.model.register_for_auto_class("AutoModelForCausalLM")
 
 
 def load_model(

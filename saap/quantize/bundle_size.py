@@ -95,8 +95,7 @@ class BundleSize:
         for what, width in widths:
             if self.bits != 32 and width % self.group_size:
                 raise UserError(
-                    f"{what} is {width} wide, which groups of {self.group_size} do not divide: choose another group "
-                    "size with --group-size (32, 64 or 128), or plan for --bits 32"
+                    f"{what} is {width} wide, which groups of {self.group_size} do not divide: {other_groups(width)}"
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
@@ -146,3 +145,11 @@ def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = No
 
 def _paged(size: int) -> int:
     return -(-size // PAGE) * PAGE
+
+
+def other_groups(width: int) -> str:
+    """What a person may do where a group size does not divide a width."""
+    dividing = [str(size) for size in (32, 64, 128) if width % size == 0]
+    if dividing:
+        return f"give --group-size {' or '.join(dividing)}"
+    return "none of 32, 64 and 128 does, so only 32 bits are possible"

@@ -20,6 +20,7 @@ from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 from saap.models.slim_quant import SlimQuant, check_matrices
 from saap.models.streaming import present
+from saap.quantize.bundle_size import other_groups
 from saap.system.errors import UserError
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
@@ -81,8 +82,8 @@ def check_groups(columns: int, group_size: int, what: str) -> None:
     """Raise UserError when ``columns`` is not whole groups."""
     if columns % group_size:
         raise UserError(
-            f"{what} has {columns} input columns, not a multiple of the group size {group_size}: choose a group "
-            f"size that divides it (32, 64 or 128)"
+            f"{what} has {columns} input columns, not a multiple of the group size {group_size}: "
+            f"{other_groups(columns)}"
         )
 
 

@@ -125,11 +125,20 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> torch.Tensor:
+def pack(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+    fewer: str = "",
+) -> torch.Tensor:
     """Rows of token ids for calibration and tuning, int64 [count, length].
 
     Documents are shuffled with the seed, tokenised without special tokens, joined by the end-of-sequence token and
     cut into rows; reading stops when there are enough. A row begins as :func:`beginning` says.
+
+    ``fewer``: what else than more text a person may give where there is too little.
 
     Raises UserError: too little text, with the numbers.
     """
@@ -147,8 +156,8 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, 
         ids += encode(text, tokenizer) + end
     if len(ids) < needed:
         raise UserError(
-            f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need "
-            f"{needed}; give more text or ask for fewer tokens"
+            f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need {needed}: "
+            f"give more text{fewer and f', or {fewer}'}"
         )
     rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length - len(begin))
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)

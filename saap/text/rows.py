@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from devices.common.progress import Progress
+from saap.models.architectures import positions_of
+from saap.models.checkpoint import read_config
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
 from saap.system.errors import UserError
@@ -50,9 +52,9 @@ def training_rows(
     model_dir: Path, source: str | None, split: Split, wanted: Sequences, progress: Progress | None = None
 ) -> Rows:
     count, length, seed = wanted.count, wanted.length, wanted.seed
-    for value, name in ((count, "sequences"), (length, "tokens per sequence")):
-        if value < 1:
-            raise UserError(f"{value} {name} are not allowed: give 1 or more")
+    if count < 1 or length < 2:
+        raise UserError(f"{count} sequences of {length} tokens teach nothing: give at least 1 of 2 tokens")
+    check_length(model_dir, length)
     documents = load_documents(source, split=split, seed=seed)
     tokenizer = load_tokenizer(model_dir)
     if documents is None:
@@ -61,8 +63,16 @@ def training_rows(
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
         ids = self_written(writer, tokenizer, Sequences(count, length, own_seed), progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
-    ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed)[wanted.skip :]
+    fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
+    ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed, fewer)[wanted.skip :]
     return Rows(ids, documents.source, documents.sha256, documents)
+
+
+def check_length(model_dir: Path, length: int) -> None:
+    """Refuse sequences that are longer than the model was made for."""
+    positions = positions_of(read_config(model_dir))
+    if length > positions:
+        raise UserError(f"--length {length} is more than the {positions} positions of {model_dir}: give fewer")
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
     count, length, skip = wanted.count, wanted.length, wanted.skip
     if count < 1 or length < 2:
         raise UserError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
+    check_length(model_dir, length)
     talks = [(where, messages_of(row, where)) for where, row in rows]
     named = source if Path(source).is_file() else f"data set {source}"
     said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
@@ -200,7 +211,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
         after = f" after {skip} that are used" if skip else ""
         raise UserError(
             f"too little chat data: {len(talks)} conversations fill {len(packed)} rows of {length} tokens{unused}, "
-            f"{count} are needed{after}; give more conversations or ask for fewer tokens"
+            f"{count} are needed{after}: give more conversations, or fewer --tokens"
         )
     ids = torch.tensor([row for row, _ in packed[skip:]], dtype=torch.int64)
     learnt = torch.tensor([row for _, row in packed[skip:]])

@@ -45,7 +45,7 @@ def self_written(
         raise UserError("the tokenizer names neither BOS nor EOS, so the model cannot begin a text: give a text file")
     limit = getattr(model.config, "max_position_embeddings", length)
     if length > limit:
-        raise UserError(f"rows of {length} tokens do not fit the model's {limit} positions: ask for shorter ones")
+        raise UserError(f"rows of {length} tokens do not fit the model's {limit} positions: give shorter ones")
     # 32 bits: torch's CPU generator ignores what is above, so an offset there would change nothing.
     purpose = f"{'held-out' if held_out else 'written'} {wanted.seed}"
     seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")

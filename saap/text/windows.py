@@ -114,7 +114,9 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
     ids = encode(joined(documents.text, cut.join), tokenizer)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
-        raise UserError(f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}; give more text")
+        raise UserError(
+            f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}: give more text, or a smaller --chunk"
+        )
     rows = torch.tensor([ids[start : start + cut.chunk] for start in starts], dtype=torch.int64)
     cut = replace(cut, bos=bool(beginning(tokenizer)) if cut.bos is None else cut.bos)
     if cut.bos:

@@ -39,9 +39,9 @@ def test_a_gguf_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"target": "cuda", "bits": 32}, "32 bits are not supported for the cuda target; allowed: 4, 8, 16"),
-        ({"target": "portable", "kv_bits": 8}, "--kv cannot be used with --target portable"),
-        ({"target": "gguf", "parity": "none"}, "--parity cannot be used with --target gguf"),
-        ({"gguf_type": "F16"}, "--type cannot be used with --target cpu"),
+        ({"target": "portable", "kv_bits": 8}, "--kv is for --target cpu: leave it out"),
+        ({"target": "gguf", "parity": "none"}, "--parity is for bundles, and a GGUF file is none"),
+        ({"gguf_type": "F16"}, "--type is for --target gguf"),
         ({"target": "tpu"}, "--target tpu is not allowed: give cpu, cuda, portable or gguf"),
         ({"group_size": 48}, "--group-size 48 is not allowed: give 32, 64 or 128"),
     ],

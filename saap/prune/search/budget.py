@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,6 @@ from saap.prune.search.layer_costs import COSTS, CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
 
-ALLOW_MORE = "ask for less, or allow more with --modules, a smaller --group-size or fewer --keep-layers"
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
 
@@ -93,6 +92,7 @@ class Budget:
     size: BundleSize | None = None  # of that bundle; None where none can be made of the model
     table: CostTable | None = None  # milliseconds; None without a table of costs
     costs: Costs | None = None  # what a record says about the table
+    further: tuple[str, ...] = ()  # options that would let more go, as a person is told of them
 
     @property
     def fixed(self) -> float:
@@ -164,11 +164,21 @@ class Budget:
             whole = self.total(self.dense)
             best = 1 - floor / whole if kind == "ratio" else whole / floor
             name = {"ratio": "a ratio", "speedup": "a speed-up"}[kind]
-            words = f"asked {name} of {asked:g}, the largest that these options allow is {_rounded(best, math.floor):g}"
+            largest = _rounded(best, math.floor)
+            words = f"asked {name} of {asked:g}, the largest that these options allow is {largest:g}"
+            advice = [f"give a smaller {_flag(kind)}"] if largest > (kind == "speedup") else []
         else:
             least = _rounded(floor, math.ceil) if self.unit == "ms" else floor
             words = f"asked {self.in_words(asked)}, the smallest that these options allow is {self.in_words(least)}"
-        return UserError(f"{words}: {ALLOW_MORE}")
+            advice = [f"give a larger {_flag(kind)}"]
+        if self.further:
+            *others, last = self.further
+            advice.append(f"allow more with {f'{", ".join(others)} or {last}' if others else last}")
+        return UserError(f"{words}: {', or '.join(advice) or 'prune another model'}")
+
+
+def _flag(kind: str) -> str:
+    return "--" + kind.replace("_", "-")
 
 
 def _rounded(value: float, way: Callable[[float], float]) -> float:
@@ -201,15 +211,27 @@ def budget_for(
     unit, measure = _measure(kind, size, table)
     budget = Budget(
         unit, math.inf, measure, options.asked, dense, cut or dense, options.bits, options.group_size, size, table,
-        costs,
+        costs, tuple(_further(options, dense)),
     )  # fmt: skip
     whole = budget.total(dense)
     budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
     if budget.meets(dense):
         raise UserError(
-            f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: ask for less"
+            f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: "
+            f"give a smaller {_flag(kind)}"
         )
     return budget
+
+
+def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
+    if options.method == "saap" and not options.modules:
+        yield "--modules"
+    if dense.separable_heads and options.method != "shortgpt" and not options.prunes_heads(dense):
+        yield "--heads"
+    if options.group_size > 32:
+        yield "a smaller --group-size"
+    if options.keep_layers:
+        yield "fewer --keep-layers"
 
 
 def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tuple[str, Measure]:

@@ -201,7 +201,9 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
         if budget.fits(budget.most + excess):
             return _use_up(blocks, chosen, -excess)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
-    raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: ask for a little less")
+    raise UserError(
+        f"no choice of options was found within {budget.in_words(budget.most)}: give a requirement that leaves a little more"
+    )
 
 
 def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Option]:
@@ -228,7 +230,9 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Opti
         options={"mip_rel_gap": GAP, "node_limit": NODES},
     )
     if answer.x is None:
-        raise UserError(f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): ask for less")
+        raise UserError(
+            f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): give a requirement that leaves more"
+        )
     return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
 
 

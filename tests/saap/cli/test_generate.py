@@ -137,7 +137,8 @@ def test_sampling_is_asked_for_and_then_has_the_model_s_settings(bundle, generat
         (["-"], "the prompt is empty"),
         (["caf\udce9"], "not UTF-8"),
         ([], "no prompt: give one, - to read it"),
-        (["--chat", "--raw"], "no prompt"),
+        (["--raw"], "no prompt"),
+        (["--chat", "--raw"], "--chat and --raw contradict each other: give one of them"),
     ],
 )
 def test_mistakes_are_one_line(bundle, monkeypatch, arguments, message):

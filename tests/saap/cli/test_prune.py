@@ -87,7 +87,7 @@ def test_a_speed_up(model, tmp_path, river, costs):
 def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs):
     arguments = ["--ms-per-token", "2.4", "--costs", costs, "--threads", "1"]
     message = pruned_refused(model, tmp_path / "slim", river, *arguments)
-    assert "asked 2.4 ms per token, the smallest that these options allow is 2.8 ms per token: ask for less" in message
+    assert "asked 2.4 ms per token, the smallest that these options allow is 2.8 ms per token: give a larger" in message
     done = pruned(model, tmp_path / "slim", river, *arguments, "--modules")
     assert cells(done.stdout, "ms per token by the table")[3] <= 2.4
 
@@ -121,12 +121,15 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("--speedup 1.5 --costs no.json", "no.json is not a file: make one with `saap devices costs"),
         ("--max-bytes 150kB --group-size 64", "the hidden size is 96 wide, which groups of 64 do not divide"),
         ("--ratio 0.2 --keep-layers 7", "--keep-layers names layer 7; the model has layers 0 to 2"),
-        ("--ratio 0.9 --keep-layers 0-2", "the largest that these options allow is 0: ask for less"),
+        (
+            "--ratio 0.9 --keep-layers 0-2",
+            "the largest that these options allow is 0: allow more with --modules or fewer --keep-layers",
+        ),
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
         ("--ratio 0.2 --set prices=low", "prices low is not allowed: give silenced or compensated"),
         ("--ratio 0.2 --set c=nan", "c nan is not allowed"),
-        ("--ratio 0.2 --set corrections=1 --method flap", "stages and corrections are for the method saap"),
+        ("--ratio 0.2 --set corrections=1 --method flap", "corrections is for the method saap: leave it out, or"),
         ("--ratio 0.2 --set corrections=1 --set prices=compensated", "corrections measure without compensation: leave"),
     ],
 )

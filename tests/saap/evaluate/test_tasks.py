@@ -255,7 +255,7 @@ def test_from_the_command_line_to_the_document(tiny_model, folder, tmp_path):
     assert document["protocol"] is None and document["max_examples"] == 6
     assert [row["task"] for row in document["tasks"]] == ["boolq", "piqa"]
     done = here("eval", directory, "--task-dir", folder, code=2)
-    assert "--task-dir and --max-examples belong to --tasks" in done.stderr
+    assert "--task-dir is for --tasks: leave it out, or name some" in done.stderr
 
 
 def test_a_data_set_that_cannot_be_had_is_one_line(tiny_model, monkeypatch):

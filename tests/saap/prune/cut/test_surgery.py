@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,10 +34,13 @@ def test_slim_equals_masked_dense(tiny_model, tmp_path, layers):
     assert (logits(load_model(path), ids) == logits(dense, ids)).all(), "the mask was not taken off"
 
 
-def test_saving_again_gives_the_same_bytes_of_weights(tiny_model, tmp_path):
+def test_saving_again_gives_the_same_weights_and_the_file_that_the_config_names(tiny_model, tmp_path):
     slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(PLANS["random 3"]))
     load_model(slim).save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (slim / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "modeling_slim.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (slim / name).read_bytes()
+    mapped = json.loads((tmp_path / "again/config.json").read_text())["auto_map"]
+    assert mapped == json.loads((slim / "config.json").read_text())["auto_map"]
 
 
 def test_sidecars_travel(tiny_model, tmp_path):
