@@ -193,9 +193,7 @@ class OrtDecoder(BundleDecoder):
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
         if not 0 <= length <= self.length:
-            raise DecoderError(
-                f"{length} positions cannot be kept of the {self.length} in use: give 0 to {self.length}"
-            )
+            raise DecoderError(f"{length} positions cannot be kept: give 0 to {self.length}, which are in use")
         if not self._shared:
             self._cut_cache(length)
         self.length = length

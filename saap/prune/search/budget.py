@@ -172,8 +172,7 @@ class Budget:
             words = f"asked {self.in_words(asked)}, the smallest that these options allow is {self.in_words(least)}"
             advice = [f"give a larger {_flag(kind)}"]
         if self.further:
-            *others, last = self.further
-            advice.append(f"allow more with {f'{", ".join(others)} or {last}' if others else last}")
+            advice.append(f"allow more with {' or '.join(self.further)}")
         return UserError(f"{words}: {', or '.join(advice) or 'prune another model'}")
 
 

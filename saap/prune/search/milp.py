@@ -201,9 +201,7 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
         if budget.fits(budget.most + excess):
             return _use_up(blocks, chosen, -excess)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
-    raise UserError(
-        f"no choice of options was found within {budget.in_words(budget.most)}: give a requirement that leaves a little more"
-    )
+    raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
 
 
 def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Option]:
@@ -231,7 +229,7 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Opti
     )
     if answer.x is None:
         raise UserError(
-            f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): give a requirement that leaves more"
+            f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): require a little less"
         )
     return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
 

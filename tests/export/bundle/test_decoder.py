@@ -97,7 +97,7 @@ def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, t
     shared.prefill(IDS)
     np.testing.assert_allclose(decoder.step(5), shared.step(5), atol=2e-5)
     decoder.rewind(20)
-    with pytest.raises(DecoderError, match="21 positions cannot be kept of the 20 in use: give 0 to 20"):
+    with pytest.raises(DecoderError, match="21 positions cannot be kept: give 0 to 20, which are in use"):
         decoder.rewind(21)
 
 

@@ -123,7 +123,7 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("--ratio 0.2 --keep-layers 7", "--keep-layers names layer 7; the model has layers 0 to 2"),
         (
             "--ratio 0.9 --keep-layers 0-2",
-            "the largest that these options allow is 0: allow more with --modules or fewer --keep-layers",
+            "options allow is 0: allow more with --modules or fewer --keep-layers",
         ),
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
