@@ -102,15 +102,8 @@ def write_bundle(
         RunError: a tokenizer, or ids that end a text, that cannot be read.
     """
     source = ModelSource(directory)
-    writer: GraphWriter
-    if options.target == "portable":
-        writer = PortableWriter(source, options)
-    else:
-        calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
-        writer = MicrosoftWriter(source, options, calibration)
-    _eos_ids(source)  # a damaged tokenizer is reported before weights are written
-    if (source.directory / "tokenizer.json").is_file():
-        BundleTokenizer(source.directory)
+    calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
+    writer = graph_writer(source, options, calibration)
     with writing_directory(out) as partial_out:
         copy_sidecars(source.directory, partial_out)
         read = writer.write(partial_out, progress)
@@ -122,6 +115,24 @@ def write_bundle(
             report = check_parity(partial_out, source.directory, ids, sample, progress=progress)
             manifest = replace(manifest, parity=report)
         return write_manifest(partial_out, manifest)
+
+
+def graph_writer(source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None = None) -> GraphWriter:
+    """What writes the graphs of a model, whose weights are not read yet.
+
+    Raises:
+        UserError: as :func:`write_bundle`.
+        RunError: a tokenizer, or ids that end a text, that cannot be read.
+    """
+    writer: GraphWriter
+    if options.target == "portable":
+        writer = PortableWriter(source, options)
+    else:
+        writer = MicrosoftWriter(source, options, calibration)
+    _eos_ids(source)
+    if (source.directory / "tokenizer.json").is_file():
+        BundleTokenizer(source.directory)
+    return writer
 
 
 def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Tensor, str]:

@@ -168,6 +168,21 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
     return complete
 
 
+def _instead_of_bundle(path: Path) -> str:
+    """What there is at a path that holds no manifest, and what to do."""
+    if path.suffix == ".gguf" and path.is_file():
+        return f"it is a GGUF file; `saap export` makes a bundle of it, and `saap bench llama.cpp:{path}` measures it"
+    if path.is_file():
+        return "it is a file; give the directory that `saap export` wrote"
+    if not path.is_dir():
+        return "there is no such directory; make one with `saap export MODEL -o BUNDLE`"
+    if (path / "run.json").is_file():
+        return "`saap run` wrote it; give one of the bundles in it"
+    if (path / "config.json").is_file():
+        return f"it is a model; make one of it with `saap export {path} -o BUNDLE`"
+    return f"it has no {MANIFEST}; make one with `saap export MODEL -o BUNDLE`"
+
+
 def read_manifest(directory: str | Path) -> BundleManifest:
     """Read ``bundle.json``.
 
@@ -176,7 +191,7 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     directory = Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}; make one with `saap export`")
+        raise BundleError(f"{directory} is not a bundle: {_instead_of_bundle(directory)}")
     manifest = DOCUMENT.read(path)
     for name in manifest.files:
         _inside(directory, name)

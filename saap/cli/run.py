@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from saap.cli.report import RUN, RunFile, Step, read_run
 from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory
 from saap.prune.options import MUST
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.prune.options import PruneOptions
@@ -173,22 +175,19 @@ class _State:
 
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
-    from export.graph.decoder import check_attention
-    from saap.models.architectures import shape_of, traits_of
-    from saap.models.checkpoint import read_config
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of
-    from saap.system.files import check_output
 
-    options.prune.options.check_requirement()
-    options.tuning.options.check()
-    check_output(out, model)
+    # What a later step would refuse is refused before hours are spent.
+    check_options(options)
+    check_place(out, model, options)
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
-    # What cannot be met or exported is refused before hours are spent.
-    check_attention(shape_of(config := read_config(source)), traits_of(config), {})
     pruning = for_this_machine(options.prune)
-    check_run(source, out, budget_of(source, pruning), pruning, options)
+    budget = budget_of(source, pruning)
+    check_model(source, options)
+    check_run(source, out, budget, pruning, options)
+    check_texts(source, options, console)
     evaluation = _evaluation(source, options, console)
     console.say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written)
     out.mkdir(parents=True, exist_ok=True)
@@ -208,6 +207,89 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
         lambda: {"texts": _texts(state)},
     )  # fmt: skip
     _finish(state, results, begun)
+
+
+def check_options(options: RunOptions) -> None:
+    """Refuse what some step's options, this machine or its packages do not allow, whatever the model is."""
+    from importlib.util import find_spec
+
+    from export.bundle.decoder import check_threads
+
+    options.prune.options.check()
+    options.tune("").options.check()
+    for tuned in (False, True):
+        options.export(tuned=tuned).check()
+    for name in ("onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2", "peft", "accelerate"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+    for threads in thread_counts(options):
+        check_threads(threads)
+
+
+def check_place(out: Path, model: str, options: RunOptions) -> None:
+    """Refuse a directory that is not a new one or that of an earlier run of this model."""
+    from saap.system.files import check_output
+
+    pruning, tuning = options.pruning, options.tuning
+    check_output(out, model, tuning.teacher, tuning.data, pruning.calibration, pruning.options.costs, options.text)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "run.json").is_file():
+        raise UserError(
+            f"{out} was not written by `saap run`: give a directory that is new, empty, or of an earlier run"
+        )
+    if (other := read_run(out).get("model")) != model:
+        raise UserError(f"{out} holds a run of {other}, not of {model}: give another directory")
+    for name in ("slim", "tuned", *options.bundles):
+        check_output(out / name)
+
+
+def check_model(source: Path, options: RunOptions) -> None:
+    """Refuse a model that some step cannot do what is asked with."""
+    from bench.measure.options import BenchOptions
+    from export.source import ModelSource
+    from export.write import graph_writer
+    from saap.models.architectures import positions_of, shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.resolve import resolve
+    from saap.quantize.bundle_size import bundle_size
+    from saap.tune.teacher import check_same_vocabulary
+
+    config, quant = read_config(source), options.tuning.options
+    graph_writer(ModelSource(source), options.export(tuned=False))
+    bundle_size(config, quant.bits, quant.group_size).check(shape_of(config))
+    if options.tuning.teacher:
+        check_same_vocabulary(resolve(options.tuning.teacher), source)
+    positions, needed = positions_of(config), BenchOptions().positions
+    if options.chunk > positions:
+        raise UserError(f"chunk {options.chunk} is more than the {positions} positions of {source}: set a smaller one")
+    if needed > positions:
+        raise UserError(
+            f"a run measures {needed} tokens, and {source} has {positions} positions: "
+            "call the commands one by one, with a smaller -p and -n of `saap bench`"
+        )
+
+
+def check_texts(source: Path, options: RunOptions, console: Console) -> None:
+    """Refuse a text that is too short for what is asked of it; one that the model will write is long enough."""
+    from export.options import PARITY_ROWS
+    from export.write import sample_rows
+    from saap.text.documents import Sequences, load_documents
+    from saap.text.rows import check_length, training_rows, tuning_rows
+
+    pruning, tuning, data = options.pruning.options, options.tuning.options, options.tuning.data
+    for length in (pruning.length, tuning.length):
+        check_length(source, length)
+    skip = 0
+    if pruning.reads_text:
+        wanted = Sequences(pruning.sequences, pruning.length, pruning.seed)
+        skip = math.ceil(pruning.sequences * pruning.length / tuning.length)
+        if load_documents(options.pruning.calibration, split="calibration") is not None:
+            training_rows(source, options.pruning.calibration, "calibration", wanted, console.report)
+    sample_rows(source, options.pruning.calibration, PARITY_ROWS)
+    if data is not None or tuning.kind == "chat" or load_documents(None, split="tuning") is not None:
+        wanted = Sequences(tuning.tokens // tuning.length, tuning.length, pruning.seed, skip)
+        tuning_rows(source, data, wanted, tuning.kind, console.report)
 
 
 def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
@@ -337,12 +419,16 @@ def _bench(state: _State, made_from: list[str], threads: int) -> Path:
 
 def _evaluation(source: Path, options: RunOptions, console: Console) -> Windows:
     """The evaluation text, checked against what the model will be calibrated and tuned on before hours are spent."""
+    from saap.models.architectures import positions_of
+    from saap.models.checkpoint import read_config
     from saap.text.documents import load_documents
     from saap.text.overlap import refuse_overlap
     from saap.text.windows import Cut, evaluation_windows
 
     cut = Cut(options.chunk, max_chunks=options.max_chunks)
     windows, text = evaluation_windows(source, options.text, cut, console.report)
+    if (tokens := windows.ids.shape[1]) > (positions := positions_of(read_config(source))):
+        raise UserError(f"{source} holds {positions} tokens, a window has {tokens}: set a smaller chunk")
     for other in (options.pruning.calibration, options.tuning.data):
         documents = load_documents(other, split="calibration", seed=options.pruning.options.seed)
         if documents is not None and text is not None:

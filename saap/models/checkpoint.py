@@ -101,7 +101,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise UserError(f"{directory} is not a model: it has no config.json; give a model directory, a GGUF or a name")
+        if path.parent.is_dir():
+            raise UserError(f"{directory} is not a model directory: it has no config.json; give a Hugging Face one")
+        raise UserError(
+            f"{directory} is not a model directory: give one; resolve() of saap.models.resolve makes one of a GGUF "
+            "file or a name"
+        )
     config = read_object(path, "make the directory again")
     if (Path(directory) / "adapter_config.json").exists():
         raise UserError(

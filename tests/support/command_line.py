@@ -51,5 +51,6 @@ def last_line(done):
 
 
 def prune_words(model, out, text, *options):
-    """``saap prune`` of a tiny model on a little of a text."""
-    return ["prune", model, "-o", out, "--calibration", text, "--sequences", "8", "--length", "16", *options]
+    """``saap prune`` of a tiny model on a little of a text, where the method reads one."""
+    little = ["--calibration", text, "--sequences", "8", "--length", "16"]
+    return ["prune", model, "-o", out, *([] if {"random", "magnitude"} & set(options) else little), *options]

@@ -111,12 +111,50 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--max-bytes 80kB", "the smallest that these options allow is"),
         ("--speedup 1.5 --costs COSTS --threads 4", "holds costs for 1 threads, it has none for 4"),
         ("--method best", "--method best is not allowed: give saap"),
+        ("--method flap --set modules=true", "--modules is for the method saap"),
+        ("--threads 1000", "1000 threads cannot be used: this process has"),
+        ("--tokens 512", "--tokens 512 are fewer than a step's 1024 (4 sequences of 256): give --tokens 1024 or more"),
+        ("--group-size 64 --max-params 150k", "the hidden size is 96 wide, which groups of 64 do not divide: give"),
+        ("--set length=999", "--length 999 is more than the 512 positions of"),
+        ("--set chunk=999", "chunk 999 is more than the 512 positions of"),
+        ("--text no.txt", "no text 'no.txt'"),
+        (
+            "--data SHORT",
+            "too little text: 1 documents give 12 tokens, 160 rows of 256 need 40960: give more text, or fewer",
+        ),
+        (
+            "--calibration SHORT",
+            "64 rows of 256 need 16384: give more text, or fewer --sequences or a smaller --length",
+        ),
+        ("--teacher nobody", "no model 'nobody'"),
+        ("--set kind=chat", "chat needs conversations"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_path, costs, options, message):
-    options = options.replace("COSTS", str(costs)).split()
-    assert message in refused("run", tiny_model(), "-o", tmp_path / "out", *options)
+    (tmp_path / "short.txt").write_text("Short.")
+    options = options.replace("COSTS", str(costs)).replace("SHORT", str(tmp_path / "short.txt")).split()
+    assert message in refused("run", tiny_model(max_position_embeddings=512), "-o", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_takes_over_no_directory_but_its_own(tmp_path):
+    old = Path(__file__).parents[2] / "support/old"
+    for name in ("slim", "bundle"):
+        shutil.copytree(old / name, tmp_path / name)
+    shutil.copytree(old / "slim", tmp_path / "other/slim")
+    (tmp_path / "other/run.json").write_text(json.dumps({"model": "another", "steps": []}))
+    shutil.copytree(tmp_path / "other", tmp_path / "mixed")
+    (tmp_path / "mixed/run.json").write_text(json.dumps({"model": str(old / "dense"), "steps": []}))
+    (tmp_path / "mixed/slim/saap.json").unlink()  # then it is something else of the user's
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in {
+        "slim": "slim was not written by `saap run`: give a directory that is new, empty, or of an earlier run",
+        "bundle": "bundle was not written by `saap run`",
+        "other": "other holds a run of another, not of",
+        "mixed": "mixed/slim holds other files",
+    }.items():
+        assert message in refused("run", old / "dense", "-o", tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_what_cannot_be_exported_or_judged_is_refused_before_it_is_pruned(tiny_model, tmp_path):

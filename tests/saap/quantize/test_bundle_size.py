@@ -74,7 +74,7 @@ def test_widths_that_groups_do_not_divide_are_refused():
     size = bundle_size(LLAMA, 4, 64)
     whole = ModelShape(128, 64, 320, True, (LayerSizes(2, 1, 128),))
     size.check(whole)
-    with pytest.raises(UserError, match="the hidden size is 96 wide, which groups of 64 do not divide: choose another"):
+    with pytest.raises(UserError, match=r"size is 96 wide, which groups of 64 do not divide: give --group-size 32$"):
         size.check(replace(whole, hidden=96))
     with pytest.raises(UserError, match="the FFN of layer 0 is 96 wide"):
         size.check(whole.with_layers((LayerSizes(2, 1, 96),)))

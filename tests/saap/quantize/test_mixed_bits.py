@@ -223,7 +223,7 @@ def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):
     assert "  mixed: of the model's linears 4 of 8 bits, the others of 4" in inspected.lines()
     show_bundle(tmp_path / "bundle", manifest)
     assert " 4 and 8 bit, " in capsys.readouterr().out
-    with pytest.raises(UserError, match="tuned integers of 4 bits, not 8"):
+    with pytest.raises(UserError, match="tuned integers, of --bits 4 and not 8"):
         export_bundle(mixed, tmp_path / "other", bits=8)
 
 

@@ -244,7 +244,7 @@ def test_bad_rows_name_file_and_line(tiny_model, tmp_path, row, says):
 def test_what_cannot_be_learnt_from_is_refused(tiny_model, tmp_path, tiny_tokenizer):
     model, source = tiny_model(), write_rows(tmp_path / "a.jsonl", dolly(5))
     refusals = [
-        ((source, 9, 128), {}, r"5 conversations fill \d rows of 128 tokens, 9 are needed; give more"),
+        ((source, 9, 128), {}, r"5 conversations fill \d rows of 128 tokens, 9 are needed: give more"),
         ((source, 1, 128), {"skip": 9}, "1 are needed after 9 that are used"),
         ((source, 1, 1), {}, "1 rows of 1 tokens teach nothing"),
         ((source, 1, 64), {"kind": "talk"}, "give one of auto, text, chat"),
