@@ -109,7 +109,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--speedup 1.5", "--speedup needs --costs FILE"),
         ("--costs COSTS", "--costs is for --speedup and --ms-per-token"),
         ("--max-bytes 80kB", "the smallest that these options allow is"),
-        ("--speedup 1.5 --costs COSTS --threads 4", "holds costs for 1 threads, it has none for 4"),
+        ("--speedup 1.5 --costs COSTS --threads 2", "holds costs for 1 threads, it has none for 2"),
         ("--method best", "--method best is not allowed: give saap"),
         ("--method flap --set modules=true", "--modules is for the method saap"),
         ("--threads 1000", "1000 threads cannot be used: this process has"),
@@ -120,7 +120,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--text no.txt", "no text 'no.txt'"),
         (
             "--data SHORT",
-            "too little text: 1 documents give 12 tokens, 160 rows of 256 need 40960: give more text, or fewer",
+            "160 rows of 256 need 40960: give more text, or fewer --tokens",
         ),
         (
             "--calibration SHORT",
@@ -161,7 +161,7 @@ def test_what_cannot_be_exported_or_judged_is_refused_before_it_is_pruned(tiny_m
     path, out, text = tiny_model(head_dim=20), tmp_path / "out", tmp_path / "text.txt"
     assert "a head size of 20 cannot be exported" in refused("run", path, "-o", out)
     long_enough = "and this line is long enough to tell it apart from others."
-    text.write_text("\n".join(f"{i} is a number that follows {i - 1}, {long_enough}" for i in range(400)))
+    text.write_text("\n".join(f"{i} is a number that follows {i - 1}, {long_enough}" for i in range(900)))
     same = ["--calibration", text, "--data", text, "--text", text]
     assert "same text" in refused("run", tiny_model("other"), "-o", out, *same)
     assert not out.exists()
