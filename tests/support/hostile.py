@@ -226,7 +226,7 @@ GRAPHS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "negative-dimension": lambda m: m.graph.initializer.append(
         TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[-1], raw_data=b"1234")
     ),
-    "nodes": lambda m: m.graph.node.extend(helper.make_node("Relu", ["x"], ["x"]) for _ in range(250_000)),
+    "nodes": lambda m: m.graph.node.extend(helper.make_node("Relu", ["x"], ["x"]) for _ in range(200_001)),
     "no-nodes": lambda m: m.graph.ClearField("node"),
     "no-inputs": lambda m: m.graph.ClearField("input"),
     "no-outputs": lambda m: m.graph.ClearField("output"),
