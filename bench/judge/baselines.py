@@ -24,8 +24,8 @@ class RegressionError(UserError):
     """A baseline that cannot be used or made; one line that says what to do."""
 
 
-class OtherDeviceError(RegressionError):
-    """There is a baseline, but of something that this is not."""
+class NoBaselineError(RegressionError):
+    """There is no baseline, or one of something that this is not."""
 
     exit_code = 3
 
@@ -100,13 +100,13 @@ def write_baseline(folder: Path, baseline: Baseline) -> Path:
 
 
 def read_baselines(folder: Path, name: str) -> list[Baseline]:
-    """The baselines of one model, of all devices. Raises RegressionError: there is none, or one is damaged."""
+    """The baselines of one model, of all devices. Raises RegressionError: one is damaged; NoBaselineError: none."""
     files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
     found = [b for b in map(BASELINE.read, files) if b.name == name]
     if not found:
         known = sorted(set(_names(folder)))
         others = f"; it has {', '.join(known)}" if known else ""
-        raise RegressionError(
+        raise NoBaselineError(
             f"{folder} holds no baseline of {name}{others}: record one with `saap devices baseline BUNDLE`"
         )
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.judge.baselines import Baseline, OtherDeviceError, RegressionError, read_baselines
+from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, read_baselines
 from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
 from bench.judge.verdict import (
     BETTER,
@@ -133,8 +133,7 @@ def retest(
         here: the device's fingerprint where it is known before measuring.
 
     Raises:
-        RegressionError: no baseline of that name.
-        OtherDeviceError: none of this device.
+        NoBaselineError: none of that name, or none of this device.
     """
     allowed = limits or Limits()
 
@@ -156,7 +155,7 @@ def retest(
     if any(check.verdict == WORSE for check in checks):
         results.append(measured(same))
         if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
-            raise OtherDeviceError(f"the device changed between two runs: {differs}; test again")
+            raise NoBaselineError(f"the device changed between two runs: {differs}; test again")
         checks = _confirmed(checks, judge_all(same.pooled, results[1], allowed))
     return DeviceTest(same, checks, results)
 
@@ -192,10 +191,10 @@ def _check(plan: BenchOptions, runs: int) -> None:
         raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
-def _other_device(name: str, found: Sequence[Baseline], device: Mapping[str, object]) -> OtherDeviceError:
+def _other_device(name: str, found: Sequence[Baseline], device: Mapping[str, object]) -> NoBaselineError:
     told = [device_differs(b.results[0].device, device) or "" for b in found]
     differs = "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in told))
-    return OtherDeviceError(
+    return NoBaselineError(
         f"no baseline of {name} is of this device: {differs}; record one here with `saap devices baseline BUNDLE`"
     )
 

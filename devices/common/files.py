@@ -6,13 +6,16 @@ so that a byte that changed on a disk or on the way is found when it is read, an
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 from devices.common.errors import UserError
 
 FIELD = "checksum"
+CACHE = "SAAP_CACHE"  # names the cache's directory
 
 
 class ChecksumError(ValueError):
@@ -162,8 +166,41 @@ def _checksum(fields: Mapping[str, object]) -> str:
 
 
 def cache_directory() -> Path:
+    """Where saap keeps what it would make again; a temporary directory, and a warning, where nothing can be written.
+
+    Processes that this one starts take the same.
+    """
+    place = cache_place()
+    if why := _unwritable(place):
+        other = tempfile.mkdtemp(prefix="saap-cache-")
+        atexit.register(_remove_own, other, os.getpid())
+        os.environ[CACHE] = other
+        logging.getLogger("saap").warning(
+            "saap: the cache %s cannot be written (%s): nothing is kept for next time; SAAP_CACHE may name another",
+            place, why,
+        )  # fmt: skip
+        return Path(other)
+    return place
+
+
+def _unwritable(place: Path) -> str | None:
+    """Why there can be no files below a directory that need not be there yet."""
+    there = next((folder for folder in (place, *place.parents) if folder.exists()), None)
+    if there is None or not there.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    if os.access(there, os.W_OK | os.X_OK):
+        return None
+    return os.strerror(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES)
+
+
+def _remove_own(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked off
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cache_place() -> Path:
     """``SAAP_CACHE``, else ``saap`` in the platform's directory for caches."""
-    if chosen := os.environ.get("SAAP_CACHE"):
+    if chosen := os.environ.get(CACHE):
         return Path(chosen)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "saap"

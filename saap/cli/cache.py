@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from devices.common.files import cache_directory
+from devices.common.files import cache_place
 from saap.cli.console import print_table
 
 KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
@@ -35,7 +35,7 @@ def cache(clear: bool) -> None:
       saap cache
       saap cache --clear
     """
-    place = cache_directory()
+    place = cache_place()
     sizes: dict[str, int] = {}
     for entry in sorted(place.iterdir()) if place.is_dir() else []:
         what = next((told for name, told in KEPT.items() if entry.name.startswith(name)), OTHER)

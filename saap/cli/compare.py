@@ -76,6 +76,7 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
     from bench.measure.result import read_result
+    from bench.report.verdicts import comparison_json
     from saap.system.files import check_place
     from saap.system.interrupt import ended_as_by_a_person
 
@@ -83,7 +84,7 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
         check_place(place, old, new)
     if any(qualities := [is_quality(spec) for spec in (old, new)]):
         sys.exit(compare_qualities(old, new, all(qualities), options, json_path))
-    console, minimum, plan = Console.of_command(), options.min_effect, options.options
+    console, minimum, plan, live = Console.of_command(), options.min_effect, options.options, None
     files = [_is_result(spec) for spec in (old, new)]
     options.check(of="results" if all(files) else "bundles")
     if all(files):
@@ -99,10 +100,13 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
         with ended_as_by_a_person():
             live = compare_live([old, new], plan, minimum, confirm=options.confirm, progress=console.report)
         comparison = live.comparison
-        show_reasons(live.results[-1])
     console.finish()
+    _write_verdicts(comparison, options, json_path)  # first: a terminal may be gone
+    if live is not None:
+        show_reasons(live.results[-1])
     show_comparison(comparison)
-    _write_verdicts(comparison, options, json_path)
+    if json_path == STDOUT:
+        click.echo(json.dumps(comparison_json(comparison), allow_nan=False))
     sys.exit(comparison.exit_code(options.fail_on == "regression"))
 
 
@@ -130,12 +134,8 @@ def _write_verdicts(comparison: Comparison, asked: CompareCommand, json_path: Pa
     if summary := os.environ.get(SUMMARY):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(step_summary(comparison))
-    if json_path is not None:
-        document = json.dumps(comparison_json(comparison), allow_nan=False)
-        if json_path == STDOUT:
-            click.echo(document)
-        else:
-            write_text(json_path, document + "\n")
+    if json_path not in (None, STDOUT):
+        write_text(json_path, json.dumps(comparison_json(comparison), allow_nan=False) + "\n")
 
 
 def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, json_path: Path | None) -> int:
@@ -148,6 +148,9 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
         raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
     asked.check(of="qualities")
     rows = compare_quality(read_quality(old), read_quality(new))
+    document = quality_json(rows)
+    if json_path not in (None, STDOUT):
+        write_document(json_path, document)
     pairs = dict.fromkeys((row.against, row.name) for row in rows)
     for pair in pairs:
         table = verdict_table([row for row in rows if (row.against, row.name) == pair], QUALITY)
@@ -155,10 +158,6 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
     for row in rows:
         if row.reason:
             click.echo(shown(f"  {row.what}: {row.reason}"))
-    if json_path is not None:
-        document = quality_json(rows)
-        if json_path == STDOUT:
-            click.echo(json.dumps(document))
-        else:
-            write_document(json_path, document)
+    if json_path == STDOUT:
+        click.echo(json.dumps(document))
     return exit_code(rows, asked.fail_on == "regression")

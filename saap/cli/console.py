@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,8 @@ class Console:
             self._first = done  # a run that was continued after a kill did not do these now
             self._finished = False
         self._label = label
-        if self._terminal:
-            self._bar(label, done, total, fresh)
-        else:
-            self._line(label, done, total, fresh)
+        with suppress(OSError):  # nobody reads any more; the work goes on
+            (self._bar if self._terminal else self._line)(label, done, total, fresh)
 
     def finish(self) -> None:
         """End the bar, so that what follows is printed below it."""
@@ -70,7 +69,8 @@ class Console:
     def say(self, text: str) -> None:
         self.finish()
         if speaks():
-            click.echo(shown(text), err=True)
+            with suppress(OSError):
+                click.echo(shown(text), err=True)
 
     def say_text(self, purpose: str, source: str, self_written: bool) -> None:
         """Which text a command works on; where there was none, that the model wrote it."""
@@ -110,7 +110,8 @@ class Console:
 
     def _stop(self) -> None:
         if self._bars is not None:
-            self._bars.stop()  # type: ignore[attr-defined]
+            with suppress(OSError):
+                self._bars.stop()  # type: ignore[attr-defined]
             self._bars = None
         self._label = ""
 

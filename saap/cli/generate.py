@@ -71,7 +71,8 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
         "turns": _quietly(opened.ask, _lines() if text is None else iter([text])),
         "peak_memory_bytes": _peak(),
     }
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    readable = (sys.stdout.encoding or "").lower().startswith("utf")
+    click.echo(json.dumps(document, indent=1, ensure_ascii=not readable))
 
 
 def _hold(ask: Ask, talk: Conversation | None, turns: Iterable[str]) -> None:

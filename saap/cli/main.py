@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
+from saap.system.errors import UserError
 from saap.system.interrupt import ask_to_end, was_asked_to_end
 
 EXTRAS = {
@@ -21,6 +25,8 @@ EXTRAS = {
     "lm_eval": "tasks", "datasets": "tasks",
 }  # fmt: skip
 
+# docs/exit-codes.md has all of them.
+MISTAKE, INTERRUPT, NO_READER = 2, 130, 141  # as a shell counts what SIGINT and SIGPIPE end
 INTERRUPTED = "interrupted; run the same command again"
 NO_ROOM, NO_WRITING = "make room there, or write elsewhere", "allow writing there, or write elsewhere"
 NO_PLACE = "give another place"
@@ -28,7 +34,7 @@ PLACES = {
     errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM, errno.EFBIG: NO_ROOM,
     errno.EROFS: NO_WRITING, errno.EACCES: NO_WRITING, errno.EPERM: NO_WRITING,
     errno.EEXIST: NO_PLACE, errno.ENOTDIR: NO_PLACE, errno.EISDIR: NO_PLACE, errno.ENAMETOOLONG: NO_PLACE,
-    errno.ELOOP: NO_PLACE,
+    errno.ELOOP: NO_PLACE, errno.EPIPE: "what reads it has ended",
     errno.EIO: "the disk may be failing: write elsewhere",
 }  # fmt: skip
 
@@ -76,7 +82,15 @@ def check_packages() -> None:
             )
 
 
+def check_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise UserError("the working directory is gone: change into one that is there") from None
+
+
 def main() -> None:
+    open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask_to_end)
     try:
@@ -84,34 +98,70 @@ def main() -> None:
     except Exception:
         if not was_asked_to_end():
             raise
-        fail(INTERRUPTED, 130)
+        fail(INTERRUPTED, INTERRUPT)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the interpreter's own end would print a traceback
+        drop_unwritten()
+
+
+def open_streams() -> None:
+    """Make closed streams ``/dev/null``, lest an output gets their number; a letter that an encoding lacks is a ?."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_unwritten() -> None:
+    """What a stream did not take is told by now: the interpreter's own end would try it again."""
+    for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def command() -> None:
+    if "_SAAP_COMPLETE" in os.environ:  # a shell asks what may come next
+        cli(prog_name="saap")
+    with cli.make_context("saap", sys.argv[1:]) as context:  # click's own main gives a broken pipe the exit code 1
+        cli.invoke(context)
 
 
 def invoke() -> None:
     """Do what the arguments say: one line and exit code 2 for what is the user's to mend."""
     try:
+        check_folder()
         check_packages()
-        cli(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        fail(INTERRUPTED, 130)
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
+    except (click.exceptions.Abort, EOFError, KeyboardInterrupt):
+        fail(INTERRUPTED, INTERRUPT)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        with suppress(OSError):
+            error.show()
+        sys.exit(MISTAKE)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRAS:
             raise
-        fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", 2)
+        fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", MISTAKE)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # which rich makes an exit code of its own
+            sys.exit(NO_READER)
+        raise
     except OSError as error:
-        if error.errno not in PLACES:
-            raise
-        place = error.filename2 or error.filename  # of a copy the second, which is being written
-        where = f"{place}: " if place else ""
-        fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", 2)
+        tell_place(error)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
@@ -119,7 +169,19 @@ def invoke() -> None:
         fail(str(error), code)
 
 
+def tell_place(error: OSError) -> None:
+    """Leave because of a place that cannot be written, or of a reader that wants no more; else raise it again."""
+    place = error.filename2 or error.filename  # of a copy the second, which is being written
+    if isinstance(error, BrokenPipeError) and place is None:
+        sys.exit(NO_READER)
+    if error.errno not in PLACES:
+        raise error
+    where = f"{place}: " if place else ""
+    fail(f"{where}{error.strerror or error}: {PLACES[error.errno]}", MISTAKE)
+
+
 def fail(message: str, code: int) -> None:
-    """Say it in one line and leave."""
-    click.echo(f"saap: {shown(' '.join(message.split()))}", err=True)
+    """Say it in one line, where somebody listens, and leave."""
+    with suppress(OSError):
+        click.echo(f"saap: {shown(' '.join(message.split()))}", err=True)
     sys.exit(code)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from devices.common.files import (
 from saap.system.errors import UserError
 
 RECORD = "saap.json"
+_claimed: set[tuple[Path, int]] = set()  # lock and thread
 OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
 
 
@@ -47,28 +49,48 @@ def check_output(out: str | Path, *inputs: object) -> None:
 def claimed(out: str | Path) -> Iterator[None]:
     """Keep other processes of this user from writing the same output for the time of the block.
 
-    The lock lies in the cache, so that nothing is left beside the output, and ends with the process, however that ends.
-    This process may claim an output again inside the block; while another one writes it, that is a UserError.
+    The lock is a file in the cache that goes with the block; where a process was killed, the next one takes it over.
+    This thread may claim an output again inside the block; while another one writes it, that is a UserError.
     """
-    from filelock import FileLock, Timeout
-
-    name = hashlib.sha256(str(Path(out).resolve()).encode("utf-8", "surrogateescape")).hexdigest()
-    place = cache_directory() / "locks" / f"{name[:32]}.lock"
+    place = cache_directory() / "locks" / hashlib.sha256(os.fsencode(Path(out).resolve())).hexdigest()[:32]
+    mine = place, threading.get_ident()
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place, is_singleton=True)
-        lock.acquire(timeout=0)
-    except Timeout:
+        lock = None if mine in _claimed else _locked(place)
+    except BlockingIOError:
         raise UserError(
             f"another process of saap is writing {out}: wait until it has ended, or give another output"
         ) from None
-    except OSError:  # a cache that cannot be written: one process is the usual case
+    except (OSError, ImportError):  # a cache that cannot be written, or no POSIX: one process is the usual case
+        lock = None
+    if lock is None:
         yield
         return
+    _claimed.add(mine)
     try:
         yield
     finally:
-        lock.release()
+        _claimed.remove(mine)
+        place.unlink(missing_ok=True)  # while it is held: whoever has opened it sees that it is not there any more
+        os.close(lock)
+
+
+def _locked(place: Path) -> int:
+    """A descriptor that holds the lock. Raises BlockingIOError: another one does."""
+    import fcntl
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), place.stat()):
+                return lock
+        except FileNotFoundError:  # its owner has just removed it
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
 
 
 @contextmanager

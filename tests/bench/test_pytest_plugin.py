@@ -104,7 +104,7 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 def test_no_baseline_says_how_to_make_one(suite: pytest.Pytester) -> None:
     tiny_bundle(suite.path / "tiny")
     done = ran(suite, "--saap-device", "local", "-k", "against_the_baseline")
-    done.stdout.fnmatch_lines(["*RegressionError*devices/baselines holds no baseline of tiny: record one*"])
+    done.stdout.fnmatch_lines(["*NoBaselineError*devices/baselines holds no baseline of tiny: record one*"])
 
 
 def test_an_installation_brings_it() -> None:

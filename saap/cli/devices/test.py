@@ -133,7 +133,7 @@ def test(bundle: str, options: TestCommand) -> None:
     Example:
       saap devices test out/demo/slim-int4 --baselines ours/baselines --junit devices.xml
     """
-    from bench.judge.baselines import OtherDeviceError, checked_folder
+    from bench.judge.baselines import NoBaselineError, checked_folder
     from bench.judge.regression import Limits, retest
     from bench.judge.verdict import NOT_COMPARABLE, SAME
     from bench.remote.target import target
@@ -158,12 +158,14 @@ def test(bundle: str, options: TestCommand) -> None:
                 here=None if device.url else probe()["fingerprint"],
                 limits=Limits(speed=options.min_effect, max_time_s=device_options.max_time_s),
             )
-    except OtherDeviceError as error:
+    except NoBaselineError as error:
         if junit_path is not None:
             case = Case(name, "error", NOT_COMPARABLE, str(error))
             write_text(junit_path, junit("saap devices test", [case]))
         raise
     console.finish()
+    if junit_path is not None:
+        write_text(junit_path, device_junit(found))
     show_reasons(found.results[-1])
     (m,) = found.results[-1].measurements
     table = verdict_table(found.checks, DEVICE)
@@ -172,8 +174,6 @@ def test(bundle: str, options: TestCommand) -> None:
     for check in found.checks:
         if check.verdict != SAME or check.reason:
             click.echo(f"  {sentence(check)}")
-    if junit_path is not None:
-        write_text(junit_path, device_junit(found))
     sys.exit(found.exit_code)
 
 

@@ -17,7 +17,7 @@ from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge.baselines import checked_folder, read_baselines, write_baseline
-from bench.judge.regression import DeviceTest, OtherDeviceError, RegressionError, plan_of, record, retest
+from bench.judge.regression import DeviceTest, NoBaselineError, RegressionError, plan_of, record, retest
 from bench.judge.verdict import NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
 from bench.measure.options import BenchOptions
@@ -187,7 +187,7 @@ def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: 
             self.fingerprint = "ab"[len(self.asked)] * 16
             return super().__call__(plan)
 
-    with pytest.raises(OtherDeviceError, match="the device changed between two runs"):
+    with pytest.raises(NoBaselineError, match="the device changed between two runs"):
         guarded(tmp_path, Switched(1.10, 1.10))
 
 
@@ -239,14 +239,14 @@ def test_a_plan_that_guards_nothing_is_refused(plan: BenchOptions, runs: int, sa
 def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
     device = Device(1.0)
     device.fingerprint = "b" * 16
-    with pytest.raises(OtherDeviceError, match="no baseline of tiny is of this device") as raised:
+    with pytest.raises(NoBaselineError, match="no baseline of tiny is of this device") as raised:
         guarded(tmp_path, device)
     assert raised.value.exit_code == 3 and "saap devices baseline" in str(raised.value)
 
 
 def test_a_known_other_device_is_not_measured_first(tmp_path: Path) -> None:
     device = Device()
-    with pytest.raises(OtherDeviceError):
+    with pytest.raises(NoBaselineError):
         retest(recorded(tmp_path), "tiny", device, here="c" * 16)
     assert not device.asked
 
@@ -368,7 +368,8 @@ def test_the_commands_catch_changed_weights(tmp_path: Path) -> None:
 
 def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "tiny")
-    assert "holds no baseline of tiny" in refused("devices", "test", bundle, "--baselines", tmp_path / "none")
+    told = here("devices", "test", bundle, "--baselines", tmp_path / "none", "--junit", tmp_path / "j.xml", code=3)
+    assert "holds no baseline of tiny" in told.stderr and 'errors="1"' in (tmp_path / "j.xml").read_text()
     inside = Path(sysconfig.get_path("purelib")) / "devices" / "baselines"
     told = refused("devices", "baseline", bundle, "--baselines", inside, *COMMAND)
     assert "inside the installed packages" in told and not inside.exists()

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import torch
 from support.command_line import here
 
-from devices.common.files import cache_directory
+from devices.common.files import cache_place
 from saap.models import packaged
 from saap.models.checkpoint import read_config
 from saap.models.gguf import byte_level_bpe, read_tokenizer_fields, write_tokenizer
@@ -233,11 +233,11 @@ def test_a_model_in_parts_is_put_together_in_order(tmp_path, monkeypatch):
 
 def test_cache_directory(monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", "/somewhere")
-    assert cache_directory() == Path("/somewhere")
+    assert cache_place() == Path("/somewhere")
     monkeypatch.delenv("SAAP_CACHE")
     if sys.platform == "linux":
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-        assert cache_directory() == Path("/xdg/saap")
+        assert cache_place() == Path("/xdg/saap")
 
 
 def test_sidecars_travel_but_weights_and_config_do_not(tiny_model, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,32 @@ def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path):
     with pytest.raises(OSError):
         put_in_place(tmp_path / "not there", tmp_path / "out")
     assert (tmp_path / "out/a").read_text() == "old"
+
+
+def test_no_lock_stays_and_two_processes_never_hold_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def contend() -> int:
+        """How often this process had the output; -1 when another one had it as well."""
+        had = 0
+        for _ in range(300):
+            with suppress(UserError), claimed("out"):
+                try:
+                    Path("mark").mkdir()
+                except FileExistsError:
+                    return -1
+                Path("mark").rmdir()
+                had += 1
+        return had
+
+    children = []
+    for _ in range(4):
+        if not (child := os.fork()):
+            os._exit(0 if contend() > 0 else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert not list((tmp_path / "cache/locks").iterdir())
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -260,8 +260,8 @@ def test_refusals(tiny_model, tmp_path, monkeypatch):
         distillation_loss(drawn(2, 5, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE, 0.0)
     with pytest.raises(ValueError, match="do not belong together"):
         distillation_loss(drawn(2, 4, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE)
-    (tmp_path / "file").write_text("no directory")
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "file"))
+    (tmp_path / "teacher").write_text("no directory")
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="set SAAP_CACHE to another place"):
         teacher_targets(path, IDS)
 
