@@ -89,6 +89,55 @@ def call(
         return answer
 
 
+class Resident:
+    """A child that stays and answers a JSON line with a JSON line, until the block ends."""
+
+    def __init__(self, module: str, timeout_s: float, env: Mapping[str, str], python: str = sys.executable) -> None:
+        self._module, self._timeout_s = module, timeout_s
+        self._env, self._python = {**os.environ, **env}, python
+
+    def __enter__(self) -> Resident:
+        self._err = tempfile.TemporaryFile()
+        with signals_wait():
+            self._process = subprocess.Popen(
+                [self._python, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._err,
+                cwd=PACKAGES, env=self._env, start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _end(self._process)
+        self._err.close()
+
+    def ask(self, document: Mapping[str, object]) -> dict[str, object]:
+        """Send a document, and what comes back; a child that rests goes on.
+
+        Raises ChildFailedError: it ended, hung, or said something else.
+        """
+        process = self._process
+        assert process.stdin is not None
+        try:
+            self._signal(signal.SIGCONT)
+            process.stdin.write(json.dumps(document).encode() + b"\n")
+            process.stdin.flush()
+            line = next(_lines_until(process, time.monotonic() + self._timeout_s), b"")
+        except (BrokenPipeError, StopIteration):
+            line = b""
+        except TimeoutError:
+            raise _failed(f"no answer within {self._timeout_s:g} s", self._err) from None
+        answer = _object(line)
+        if answer is None:
+            raise _failed(_how_it_ended(process.wait()) if process.poll() else "the worker gave no answer", self._err)
+        return answer
+
+    def rest(self) -> None:
+        """Stop the child and all its threads, so that none spins while others are timed."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+
 def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
     """In a child: the job as ``kind``, and a function that sends an object to the parent.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_values
+from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_ratio, judge_values
 from bench.judge.wording import plain, threads
 from bench.measure.result import INVALID, Measurement, Result, read_result
 from bench.measure.statistics import typical
@@ -79,7 +79,10 @@ def compare(old: Result | str | Path, new: Result | str | Path, min_effect: floa
 
 
 def compare_within(result: Result, base: str, other: str, min_effect: float = 0.02) -> Comparison:
-    """``other`` against ``base`` of the same run in every setting; their interleaved repetitions are pairs.
+    """``other`` against ``base`` of the same run in every setting, by their turns in bursts.
+
+    A ratio by bursts has an interval of its own and stands where a measurement is INVALID. Where no turns were taken,
+    interleaved repetitions are pairs.
 
     Raises CompareError: a name that the result does not have.
     """
@@ -90,7 +93,12 @@ def compare_within(result: Result, base: str, other: str, min_effect: float = 0.
             raise CompareError(f"the result has no measurement {name!r}: it has {known}")
     bases = {m.key[1:]: m for m in result.of(base)}
     pairs = [(bases[m.key[1:]], m) for m in result.of(other) if m.key[1:] in bases]
-    return Comparison(min_effect, [judge(a, b, min_effect, paired=True) for a, b in pairs])
+    rows = []
+    for a, b in pairs:
+        found = result.ratio(a, b, metric_of(b))
+        of = Verdict(NOT_COMPARABLE, metric_of(b), b.name, setting=b.test, n_threads=b.n_threads)
+        rows.append(judge_ratio(of, found, min_effect) if found else judge(a, b, min_effect, paired=True))
+    return Comparison(min_effect, rows)
 
 
 def noise_floor(result: Result, name: str, again: str) -> float:

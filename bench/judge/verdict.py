@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.measure.statistics import bootstrap_ratio, difference_p_value, least_p_value
+from bench.measure.statistics import Ratio, bootstrap_ratio, difference_p_value, least_p_value
 
 FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
 NOT_COMPARABLE, UNKNOWN = "not comparable", "not judged"
@@ -35,7 +35,7 @@ class Verdict:
     low: float | None = None  # low..high holds 95 % of the ratio, or of the difference
     high: float | None = None
     p_value: float | None = None
-    test: str | None = None  # wilcoxon (pairs) or mann-whitney
+    test: str | None = None  # wilcoxon (pairs), mann-whitney, or bursts
     pairs: int = 0  # windows or examples that both answered
     reason: str | None = None  # why it is not comparable, or why a change is not said
     confirmed: bool | None = None  # by a second run; None: none was asked for
@@ -63,6 +63,18 @@ def judge_values(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect
         reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
     return replace(of, verdict=verdict if p < ALPHA else SAME)
+
+
+def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:
+    """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
+    verdict = SAME
+    if found.high < 1 and found.ratio <= 1 - min_effect:
+        verdict = FASTER
+    elif found.low > 1 and found.ratio >= 1 + min_effect:
+        verdict = SLOWER
+    return replace(
+        of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value, test="bursts"
+    )
 
 
 def confirmed(first: Verdict, second: Verdict) -> Verdict:

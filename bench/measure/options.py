@@ -21,6 +21,7 @@ Lengths = Length | tuple[Length, ...]
 LEAST_ROUNDS = 6  # with fewer pairs no test can tell a difference
 KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
 MOST_ROUNDS = 60
+TURNS_S = 60.0  # for a ratio within 1 % on a virtual machine
 
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
 
@@ -84,6 +85,13 @@ class BenchOptions:
     max_time_s: Annotated[
         float, Option("Seconds: no round begins that would end later.", flags=("--max-time",)), Meta(gt=0)
     ] = 120.0
+    ratio_time_s: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Option(
+            "Seconds of turns between loaded models, for the ratio of their speeds; default: 60, 0 with -r.",
+            flags=("--ratio-time",),
+        ),
+    ] = None
     timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",)), Meta(gt=0)] = 600.0
     warmup: Annotated[Length | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
@@ -110,6 +118,13 @@ class BenchOptions:
         to the first (for the rate, where there is one spec only), or until ``max_time_s``.
         """
         return self.repetitions is None
+
+    @property
+    def turns_s(self) -> float:
+        """Seconds of turns in bursts for the ratios of one setting."""
+        if self.ratio_time_s is not None:
+            return self.ratio_time_s
+        return min(TURNS_S, self.max_time_s) if self.adaptive else 0.0
 
     @property
     def most_rounds(self) -> int:

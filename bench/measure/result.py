@@ -16,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.measure.options import Provider
-from bench.measure.statistics import Summary, summarize
+from bench.measure.statistics import Ratio, Summary, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
 from bench.runtimes.facts import ModelFacts as ModelFacts
 from devices.common.documents import Document, unknown_fields
@@ -25,6 +27,7 @@ from devices.common.errors import UserError
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
+LEAST_LOADS = 4  # for an interval of a ratio: two of each order
 CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
 
 Json = dict[str, Any]  # as it was read
@@ -183,6 +186,40 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Load:
+    """All models loaded once, and the turns that they took; what stands at one place was measured in one turn."""
+
+    order: list[int]  # in which they were loaded, by index
+    prefill_s: list[list[float]]  # [model][turn], of the prompt
+    token_s: list[list[float]]  # [model][turn], mean of a burst's decode steps
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """What models that stay loaded and take turns tell of their ratio in one setting (:mod:`bench.measure.bursts`)."""
+
+    names: list[str]
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_threads: int
+    loads: list[Load]
+    failure: str | None = None  # why there are no loads, or no more
+
+    def ratio(self, base: str, other: str, what: str) -> Ratio | None:
+        """Time of ``other`` over that of ``base``, of ``decode`` or ``prefill``; None where too little is known."""
+        a, b = self.names.index(base), self.names.index(other)
+        values, later = [], []
+        for load in self.loads:
+            seconds = load.token_s if what == "decode" else load.prefill_s
+            if seconds[a]:
+                values.append(float(np.median(np.log(seconds[b]) - np.log(seconds[a]))))
+                later.append(load.order.index(b) > load.order.index(a))
+        known = len(values) >= LEAST_LOADS and 0 < sum(later) < len(later)
+        return ratio_of_loads(values, later) if known else None
+
+
+@dataclass(frozen=True)
 class Result:
     """A bench run. ``device`` is ``devices.probe.host.probe()`` as it was; ``quality`` is what ``saap eval`` wrote."""
 
@@ -194,10 +231,19 @@ class Result:
     created: str  # ISO 8601, UTC
     settings: Json = field(default_factory=dict)  # seed, repetitions, power sensor, ...
     quality: Json | None = None
+    bursts: list[Bursts] = field(default_factory=list)  # of several models, by setting
     schema: int = SCHEMA
 
     def of(self, name: str) -> Iterator[Measurement]:
         return (m for m in self.measurements if m.name == name)
+
+    def ratio(self, base: Measurement, other: Measurement, what: str) -> Ratio | None:
+        """Time of ``other`` over that of ``base`` by turns in bursts; None where none were taken."""
+        for bursts in self.bursts:
+            setting = (bursts.n_prompt, bursts.n_gen, bursts.n_depth, bursts.n_threads)
+            if setting == base.key[1:] == other.key[1:] and {base.name, other.name} <= {*bursts.names}:
+                return bursts.ratio(base.name, other.name, what)
+        return None
 
     def ceiling_ts(self, measurement: Measurement) -> float | None:
         """Tokens per second at which memory would be read at full probed bandwidth.
@@ -245,6 +291,8 @@ def _as_today(raw: dict[str, object]) -> dict[str, object]:
 def _check(result: Result) -> None:
     for bandwidth in result.bandwidth:
         _positive("bandwidth samples", bandwidth.samples)
+    for bursts in result.bursts:
+        _check_bursts(bursts)
     for m in result.measurements:
         if m.status not in (OK, WARN, INVALID):
             raise ValueError(f"status {m.status!r}")
@@ -256,6 +304,18 @@ def _check(result: Result) -> None:
             if m.n_gen and sample.decode_s is None and len(sample.token_s) != m.n_gen:
                 raise ValueError(f"{len(sample.token_s)} token times for n_gen {m.n_gen}")
             _positive("token_s", sample.token_s)
+
+
+def _check_bursts(bursts: Bursts) -> None:
+    count = len(bursts.names)
+    for load in bursts.loads:
+        if sorted(load.order) != list(range(count)):
+            raise ValueError(f"a load in the order {load.order} of {count} models")
+        for name, seconds in (("prefill_s", load.prefill_s), ("token_s", load.token_s)):
+            if len(seconds) != count or len({len(values) for values in seconds}) > 1:
+                raise ValueError(f"{name} of a load is not as many turns of {count} models each")
+            for values in seconds:
+                _positive(name, values)
 
 
 def _positive(name: str, values: Sequence[float | None]) -> None:

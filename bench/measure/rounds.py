@@ -127,23 +127,7 @@ class Rounds:
         outcome.versions |= answer.facts.versions
 
     def _job(self, outcome: Outcome) -> Job:
-        peer, setting = outcome.peer, outcome.setting
-        tokens = prompt_tokens(setting.context + setting.prompt, self._vocab, self.plan.seed)
-        return Job(
-            path=str(peer.path),
-            prompt=tokens[setting.context :],
-            n_gen=setting.generate,
-            warmup=self.plan.warmup,
-            threads=setting.threads,
-            cpus=choose_cores(setting.threads),
-            order=self._order,
-            context=tokens[: setting.context],
-            provider=self.plan.provider,
-            cuda_graph=self.plan.cuda_graph,
-            runtime=peer.runtime,
-            prepacked=peer.prepacked,
-            root=str(self.plan.root),
-        )
+        return replace(job_of(outcome.peer, outcome.setting, self.plan, self._vocab), order=self._order)
 
     def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
         """How many processes there will be: an interval shrinks with the root of their number, and time is limited."""
@@ -159,6 +143,26 @@ class Rounds:
     def _say(self, outcome: Outcome, what: str) -> None:
         if self._progress:
             self._progress(f"bench, {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
+
+
+def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Job:
+    """What a worker is asked to do with one model; all models get tokens that each of them knows."""
+    tokens = prompt_tokens(setting.context + setting.prompt, vocab_size, plan.seed)
+    return Job(
+        path=str(peer.path),
+        prompt=tokens[setting.context :],
+        n_gen=setting.generate,
+        warmup=plan.warmup,
+        threads=setting.threads,
+        cpus=choose_cores(setting.threads),
+        order=0,
+        context=tokens[: setting.context],
+        provider=plan.provider,
+        cuda_graph=plan.cuda_graph,
+        runtime=peer.runtime,
+        prepacked=peer.prepacked,
+        root=str(plan.root),
+    )
 
 
 def turn(count: int, repetition: int) -> list[int]:

@@ -13,9 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from bench.measure.answers import ask
+from bench.measure.bursts import take_turns
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions, Setting
-from bench.measure.result import INVALID, Json, Measurement, Result, command_line, package_versions
+from bench.measure.result import INVALID, Bursts, Json, Measurement, Result, command_line, package_versions
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
@@ -26,7 +27,10 @@ from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
 
-RECORDED = ("seed", "repetitions", "precision", "max_time_s", "warmup", "timeout_s", "cool_down_s", "cuda_graph")
+RECORDED = (
+    "seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s",
+    "cuda_graph",
+)  # fmt: skip
 
 
 def measure(
@@ -63,6 +67,7 @@ def measure(
         if options.cold:
             rounds.load_cold()
         rounds.run()
+    bursts = _turns(rounds, options, progress)
     after = [probe_bandwidth(choose_cores(n), device["last_level_cache_bytes"]) for n in widths]
     outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
     result = Result(
@@ -81,6 +86,7 @@ def measure(
             "power": recorder.facts(),
             **_asked(peers, options, widths[0]),
         },
+        bursts=bursts,
     )
     return _judged(result)
 
@@ -101,6 +107,16 @@ def check_memory(peers: Sequence[Peer], settings: Sequence[Setting], root: Path 
                 f"{peer.spec} needs about {sum(parts.values()) / 1e6:.0f} MB ({told}) and {left / 1e6:.0f} MB are "
                 "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
             )
+
+
+def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> list[Bursts]:
+    """The ratios of those that could be measured, setting by setting."""
+    found = []
+    for setting, outcomes in rounds.outcomes.items():
+        peers = [outcome.peer for outcome in outcomes if outcome.failure is None]
+        if len(peers) > 1 and options.turns_s:
+            found.append(take_turns(peers, setting, options, progress))
+    return found
 
 
 def _asked(peers: Sequence[Peer], options: BenchOptions, threads: int) -> Json:

@@ -57,7 +57,7 @@ def timed_pass(
     Without a prompt the first token comes from the context, and neither prefill nor first token is timed. ``live`` is
     told the rate between steps, outside of what is timed.
     """
-    choose = _chooser(decoder)
+    choose = chooser(decoder)
     decoder.reset()
     if context is not None and len(context):
         logits = decoder.prefill(context)
@@ -95,7 +95,7 @@ def warm_up(
     """
     if steps is not None and steps < 1:
         return [], None
-    choose = _chooser(decoder)
+    choose = chooser(decoder)
     decoder.reset()
     start = clock()
     for ids in (context, prompt):
@@ -120,7 +120,7 @@ def is_steady(times: list[float]) -> bool:
     return bool(abs(last - before) <= STEADY * before)
 
 
-def _chooser(decoder: Decoder) -> Callable[[Logits], int]:
+def chooser(decoder: Decoder) -> Callable[[Logits], int]:
     """A runtime that samples in its own code hands out tokens (``draw``), never logits."""
     draw = getattr(decoder, "draw", None)
     return (lambda _: draw()) if draw else (lambda logits: int(np.argmax(logits)))
@@ -242,7 +242,7 @@ _MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_byte
 def main() -> None:
     """Read the ``Job`` from stdin, write a ``Measured`` or a ``ColdLoad`` to stdout."""
     job, tell = job_and_tell(Job)
-    load, facts = _runtime_of(job)
+    load, facts = runtime_of(job)
     if job.only_load:
         tell(asdict(_loaded(job, load)))
         return
@@ -250,7 +250,7 @@ def main() -> None:
     tell(asdict(Measured(taken, window, facts(decoder))))
 
 
-def _runtime_of(job: Job) -> tuple[Load, Facts]:
+def runtime_of(job: Job) -> tuple[Load, Facts]:
     """What loads the model and what tells its facts; packages are imported here, which is not loading a model."""
     if job.runtime is None:
         import onnxruntime  # noqa: F401

@@ -117,10 +117,11 @@ def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
     note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
     ratio = None
-    if old is not new and not refused:
-        # A pair is of one result: its repetitions were taken in turn, and `saap bench` says the same ratio of them.
+    # A pair is of one result, and `saap bench` says the same ratio of it. Turns in bursts stand beside what is INVALID.
+    turns = None if old is new else old.result.ratio(new.measurement, old.measurement, metric)
+    if turns or (old is not new and not refused):
         times = decisive_values(new.measurement, old.measurement)
-        middle, low, high = bootstrap_ratio(*times, paired=True)
+        middle, low, high = (turns.ratio, turns.low, turns.high) if turns else bootstrap_ratio(*times, paired=True)
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
         note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"
