@@ -117,7 +117,8 @@ class Resident:
         process = self._process
         assert process.stdin is not None
         try:
-            self._signal(signal.SIGCONT)
+            if hasattr(signal, "SIGCONT"):
+                process.send_signal(signal.SIGCONT)
             process.stdin.write(json.dumps(document).encode() + b"\n")
             process.stdin.flush()
             line = next(_lines_until(process, time.monotonic() + self._timeout_s), b"")
@@ -127,15 +128,15 @@ class Resident:
             raise _failed(f"no answer within {self._timeout_s:g} s", self._err) from None
         answer = _object(line)
         if answer is None:
-            raise _failed(_how_it_ended(process.wait()) if process.poll() else "the worker gave no answer", self._err)
+            raise _failed(
+                _how_it_ended(process.returncode) if process.poll() else "the worker gave no answer", self._err
+            )
         return answer
 
     def rest(self) -> None:
-        """Stop the child and all its threads, so that none spins while others are timed."""
-        self._signal(signal.SIGSTOP)
-
-    def _signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
+        """Stop the child and all its threads, where the system can, so that none spins while others are timed."""
+        if hasattr(signal, "SIGSTOP"):
+            self._process.send_signal(signal.SIGSTOP)
 
 
 def job_and_tell(kind: type[T]) -> tuple[T, Tell]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 
 from bench.child import ChildFailedError, Resident
 from bench.measure.options import BenchOptions, Setting
 from bench.measure.result import LEAST_LOADS, Bursts, Load
 from bench.measure.rounds import job_of, turn
-from bench.runtimes.peers import Peer
+from bench.runtimes.peers import Peer, memory_needs
+from devices.common.cgroup import available
 from devices.common.progress import Progress
 
 WORKER = "bench.measure.burst_worker"
@@ -36,6 +37,8 @@ def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, prog
     found = Bursts(
         [peer.name for peer in peers], setting.prompt, setting.generate, setting.depth, setting.threads, loads=[]
     )
+    if told := _too_large(peers, setting, plan):
+        return replace(found, failure=told)
     table = _Table(peers, setting, plan)
     begun, longest, failure = time.monotonic(), 0.0, None
     for number in range(MOST_LOADS):
@@ -54,17 +57,25 @@ def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, prog
         if number == 0 and LEAST_LOADS * longest > 2 * plan.turns_s:
             failure = f"a load and a turn take {longest:.0f} s: give --ratio-time {LEAST_LOADS * longest:.0f} or more"
             break
-    return Bursts(**{**found.__dict__, "failure": failure})
+    return replace(found, failure=failure)
 
 
-@dataclass
+def _too_large(peers: Sequence[Peer], setting: Setting, plan: BenchOptions) -> str | None:
+    """Why they cannot all be loaded at once."""
+    needs = [memory_needs(peer.kind, peer.model, setting.positions, peer.path) for peer in peers]
+    needed, left = sum(sum(parts.values()) for parts in needs), available(plan.root)
+    if left is None or needed <= left:
+        return None
+    return f"all at once need about {needed / 1e6:.0f} MB, and {left / 1e6:.0f} MB are available"
+
+
+@dataclass(frozen=True)
 class _Table:
     """Who sits at the table, and what each is asked to do."""
 
     peers: Sequence[Peer]
     setting: Setting
     plan: BenchOptions
-    until: float = field(default=0.0, init=False)
 
     def load(self, order: list[int]) -> Load:
         """Load all in this order, and let them take turns for ``LOAD_S``."""

@@ -114,8 +114,9 @@ class BenchOptions:
     def adaptive(self) -> bool:
         """Whether the spread decides how many repetitions are made.
 
-        At least 6, at least 10 where time allows, and then until ``precision`` is reached for the ratio of each spec
-        to the first (for the rate, where there is one spec only), or until ``max_time_s``.
+        At least 6, and no more where several specs take turns. Else at least 10 where time allows, and then until
+        ``precision`` is reached for the ratio of each spec to the first (for the rate, where there is one spec only),
+        or until ``max_time_s``.
         """
         return self.repetitions is None
 

@@ -58,9 +58,12 @@ class Rounds:
         self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
         self._cooling = CoolDown(plan.cool_down_s, plan.root)
         self._idle: tuple[float, float] | None = None
+        self._turns = plan.turns_s > 0 and len(peers) > 1  # which tell the ratios, so that rounds need not
         self._vocab = min(peer.vocab_size for peer in peers)
         self._order = self._round = 0
-        self._total = float(len(peers) * len(self.outcomes) * (plan.repetitions or KNOWN_ROUNDS))
+        self._total = float(
+            len(peers) * len(self.outcomes) * (plan.repetitions or (LEAST_ROUNDS if self._turns else KNOWN_ROUNDS))
+        )
 
     def rest(self) -> None:
         """Pause, so that the power of the idle host is known."""
@@ -80,6 +83,8 @@ class Rounds:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
+                if self._turns:
+                    break
                 working = {s: [o for o in self.outcomes[s] if o.failure is None] for s in active}
                 widths = {setting: half_width(outcomes) for setting, outcomes in working.items() if outcomes}
                 known = self.plan.precision if self._round >= KNOWN_ROUNDS else 0.0

@@ -175,7 +175,7 @@ def ratio_of_loads(values: Sequence[float], later: Sequence[bool]) -> Ratio:
     """
     from scipy.stats import t
 
-    groups = [np.asarray([v for v, l in zip(values, later, strict=True) if l == side]) for side in (False, True)]
+    groups = [np.asarray([v for v, late in zip(values, later, strict=True) if late == side]) for side in (False, True)]
     middle = float(np.mean([group.mean() for group in groups]))
     freedom = len(values) - 2
     variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom

@@ -215,6 +215,7 @@ def show_reasons(result: Result, to_stderr: bool = False) -> None:
 
 def _show_against(result: Result, base: str, other: str, floor: float | None) -> None:
     from bench.judge.comparison import compare_within
+    from bench.judge.wording import threads
 
     for row in compare_within(result, base, other).rows:
         if row.ratio is None or not row.low or not row.high:
@@ -223,8 +224,23 @@ def _show_against(result: Result, base: str, other: str, floor: float | None) ->
         speed = f"{1 / row.ratio:.3f}x as fast as {base} (95 %: {1 / row.high:.3f} to {1 / row.low:.3f})"
         within = floor is not None and abs(row.ratio - 1) <= floor
         verdict = "within the noise floor" if within else row.reason or row.verdict
-        threads = f"{row.n_threads} thread{'s' * (row.n_threads > 1)}"
-        click.echo(f"  {other}, {row.setting}, {threads}: {row.what} {speed}: {verdict}")
+        click.echo(f"  {other}, {row.setting}, {threads(row.n_threads)}: {row.what} {speed}: {verdict}")
+    _show_turns(result, base, other)
+
+
+def _show_turns(result: Result, base: str, other: str) -> None:
+    """Prefill's ratio, where decode's is what they are compared by, and why there are no turns."""
+    from bench.judge.wording import threads
+
+    bases = {m.key[1:]: m for m in result.of(base)}
+    for m in result.of(other):
+        found = result.ratio(bases[m.key[1:]], m, "prefill") if m.n_gen and m.n_prompt and m.key[1:] in bases else None
+        if found:
+            speed = f"{1 / found.ratio:.3f}x as fast as {base} (95 %: {1 / found.high:.3f} to {1 / found.low:.3f})"
+            click.echo(f"  {other}, {m.test}, {threads(m.n_threads)}: prefill {speed}")
+    for bursts in result.bursts:
+        if bursts.failure and {base, other} <= {*bursts.names}:
+            click.echo(f"  {other} and {base} took no turns, their repetitions are pairs: {bursts.failure}")
 
 
 def _noise_floor(result: Result, names: list[str]) -> float | None:

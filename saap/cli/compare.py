@@ -33,7 +33,19 @@ class CompareCommand:
 
     options: Annotated[
         BenchOptions,
-        Part(("prompt", "generate", "depth", "threads", "repetitions", "precision", "max_time_s", "timeout_s")),
+        Part(
+            (
+                "prompt",
+                "generate",
+                "depth",
+                "threads",
+                "repetitions",
+                "precision",
+                "max_time_s",
+                "ratio_time_s",
+                "timeout_s",
+            )
+        ),
     ] = field(default_factory=BenchOptions)
     min_effect: Annotated[float, Option("Smallest change that counts."), Meta(gt=0, lt=1)] = 0.02
     fail_on: Annotated[Literal["regression"] | None, Option("Exit with 1 when something became slower.")] = None

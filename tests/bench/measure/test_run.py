@@ -98,7 +98,7 @@ def test_prefill_or_decode_alone(bundles: list[Path]) -> None:
 
 
 def test_repetitions_end_when_the_ratio_is_known_or_time_is_up(bundles: list[Path], jobs: list[dict[str, Any]]) -> None:
-    plan = replace(ONE, repetitions=None, precision=0.99)
+    plan = replace(ONE, repetitions=None, precision=0.99, ratio_time_s=0)
     loose = measure([str(b) for b in bundles], plan)
     assert {len(m.samples) for m in loose.measurements} == {10}
     hurried = measure([str(bundles[0])], replace(plan, precision=1e-9, max_time_s=1e-9))
