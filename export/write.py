@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from devices.common.files import check_apart
+from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
-from export.bundle.manifest import BundleManifest, write_manifest
+from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, end_ids
 from export.clients import write_client_files
 from export.gguf.write import BITS as GGUF_TYPES
@@ -72,11 +72,11 @@ def export(
     """
     output, options = Path(output), options or ExportOptions()
     if options.target != "gguf":
-        check_output(output, model, options.text)
+        check_output(output, model, options.text, record=MANIFEST)
     options.check()
     path = resolve(model, progress=progress)
     if options.target == "gguf":
-        check_apart(output, model, path)
+        check_place(output, GGUF, model, path)
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
     return ExportResult(output, write_bundle(path, output, options, partial(sample_rows, path, options.text), progress))

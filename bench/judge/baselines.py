@@ -16,6 +16,8 @@ from bench.measure.result import RESULT, Result
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text
+from devices.common.outputs import BASELINE as BASELINE_FILE
+from devices.common.outputs import check_place
 
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
 
@@ -78,12 +80,16 @@ def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Pat
     return folder
 
 
-def writable_folder(folder: Path) -> Path:
-    """A folder for baselines, made now: minutes of measuring come before it is needed.
+def writable_folder(folder: Path, name: str) -> Path:
+    """A folder for baselines of ``name``, made now: minutes of measuring come before it is needed.
 
-    Raises RegressionError: as ``checked_folder``, and where nothing can be written.
+    Raises:
+        RegressionError: as ``checked_folder``, and where nothing can be written.
+        UserError: a file of that name there is no baseline.
     """
     checked_folder(folder)
+    for path in folder.glob(f"{_stem(name)}.*.json"):
+        check_place(path, BASELINE_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import sys
@@ -19,8 +20,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from devices.common.errors import UserError
 
 FIELD = "checksum"
 CACHE = "SAAP_CACHE"  # names the cache's directory
@@ -52,12 +51,16 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     Raises:
         OSError: with the name of the file that cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with naming(path):
         if is_special(path):
-            with path.open("w", encoding="utf-8", errors=errors) as file:
+            number = stream_number(path)
+            if number == 1:
+                sys.stdout.flush()
+            there = os.open(path, os.O_WRONLY) if number is None else os.dup(number)  # by its name it would begin anew
+            with os.fdopen(there, "w", encoding="utf-8", errors=errors) as file:
                 file.write(text)
             return
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(text, encoding="utf-8", errors=errors)
@@ -68,6 +71,8 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 def is_special(path: Path) -> bool:
     """Whether there is something that is neither a file nor a directory: a device, a pipe, ``/dev/stdout``."""
+    if stream_number(path) is not None:
+        return True
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -75,20 +80,12 @@ def is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def check_apart(out: Path, *inputs: object) -> None:
-    """Refuse an output that is an input, or a folder that holds one; what is no path (a model's name) passes.
-
-    Raises:
-        UserError: says which.
-    """
-    place = out.resolve()
-    for given in inputs:
-        clash = False
-        with suppress(OSError, ValueError):  # a name that no file system has
-            path = Path(str(given)).resolve()
-            clash = given is not None and path.exists() and (path == place or place in path.parents)
-        if clash:
-            raise UserError(f"{out} is, or holds, an input ({given}): give another output")
+def stream_number(path: Path) -> int | None:
+    """The number of the stream that ``/dev/stdout``, ``/dev/stderr`` or ``/dev/fd/N`` names."""
+    named = re.fullmatch(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)", str(path))
+    if named is None:
+        return None
+    return {"stdout": 1, "stderr": 2}[named[1]] if named[1] else int(named[2])
 
 
 def read_whole(path: Path, most: int) -> bytes:

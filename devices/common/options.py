@@ -142,6 +142,8 @@ class Setting:
     def _converted(self, text: str, kind: type) -> object:
         if kind is bool and text.lower() in WORDS:
             return WORDS[text.lower()]
+        if kind is Path and not text:
+            raise ValueError("is empty: give the name of a place")
         if kind in (str, Path, int, float):
             try:
                 return kind(text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
@@ -69,7 +70,7 @@ def export_gguf(
     Raises UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
     """
     out = Path(out)
-    _check_output(out)
+    check_place(out, GGUF, model_dir)
     for asked in (kind, head_kind):
         if asked is not None and asked not in KINDS:
             raise UserError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
@@ -82,15 +83,6 @@ def export_gguf(
         writer = _writer(partial, source, rotary, tokenizer)
         written = _write_tensors(writer, tensors, progress)
     return _report(out, source, written, [*source.notes, *rotary.notes, *tokenizer.notes])
-
-
-def _check_output(out: Path) -> None:
-    if out.is_dir():
-        raise UserError(f"{out} is a directory: give the name of a file, such as {out / 'model.gguf'}")
-    if out.is_file():
-        with out.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise UserError(f"{out} is not a GGUF file and is not written over: give another name")
 
 
 def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> GGUFWriter:

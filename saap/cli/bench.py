@@ -16,7 +16,7 @@ from bench.remote.options import BoardOptions
 from devices.common.options import Option, refuse_unused
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def check_ending(options: object, repetitions: int | None) -> None:
 @click.argument("specs", nargs=-1, required=True, metavar="A [B ...]")
 @options_of(BenchCommand)
 @click.option("--json", "json_path", type=directory, help="Write the result here, raw samples included; - prints it.")
+@force
 def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand) -> None:
     """Measure bundles and other runtimes, interleaved, each run in a fresh process.
 
@@ -78,12 +79,13 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
       saap bench out/demo/slim-int4 --on ssh://pi@board
     """
-    from saap.system.files import check_place
+    from devices.common.outputs import RESULT, check_folder, check_place
 
     options.check()
-    check_place(json_path, *specs, options.quality)
-    if options.history is not None and options.history.is_file():
-        raise UserError(f"{options.history} is a file: --history takes a folder")
+    for place in _places(json_path, options.on).values() if options.on else [json_path]:
+        check_place(place, RESULT, *specs, options.quality)
+    if options.history is not None:
+        check_folder(options.history, RESULT, "--history")
     with Console() as console:
         run = bench_on_boards if options.on else bench_here
         sys.exit(run(specs, options, json_path, console))

@@ -18,7 +18,7 @@ from devices.common.options import Option, Part, refuse_unused
 from saap.cli.bench import STDOUT, check_ending, show_reasons, verify_models
 from saap.cli.console import Console, print_table, shown
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class CompareCommand:
 @click.argument("new")
 @options_of(CompareCommand)
 @click.option("--json", "json_path", type=directory, help="Write the verdicts here; - prints them.")
+@force
 def compare(old: str, new: str, json_path: Path | None, options: CompareCommand) -> None:
     """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.
 
@@ -89,12 +90,13 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     from bench.judge.quality import is_quality
     from bench.measure.result import read_result
     from bench.report.verdicts import comparison_json
-    from saap.system.files import check_place
+    from devices.common.outputs import JUNIT, QUALITIES, SPEEDS, check_place
     from saap.system.interrupt import ended_as_by_a_person
 
-    for place in (json_path, options.junit):
-        check_place(place, old, new)
-    if any(qualities := [is_quality(spec) for spec in (old, new)]):
+    qualities = [is_quality(spec) for spec in (old, new)]
+    check_place(json_path, QUALITIES if any(qualities) else SPEEDS, old, new)
+    check_place(options.junit, JUNIT, old, new)
+    if any(qualities):
         sys.exit(compare_qualities(old, new, all(qualities), options, json_path))
     console, minimum, plan, live = Console.of_command(), options.min_effect, options.options, None
     files = [_is_result(spec) for spec in (old, new)]

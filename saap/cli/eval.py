@@ -13,7 +13,7 @@ from devices.common.options import Option
 from devices.common.quality import QUALITY, Quality, TaskScore
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.evaluate.options import EvalOptions
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class EvalCommand:
 @click.argument("paths", type=directory, nargs=-1, required=True)
 @options_of(EvalCommand)
 @click.option("--json", "json_path", type=directory, help="Write the numbers here, for compare and report.")
+@force
 def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalCommand) -> None:
     """Perplexity, KL, top-1 agreement and zero-shot tasks of model directories and bundles.
 
@@ -55,9 +56,10 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/slim --text wiki.test.raw --chunk 2048 --join wikitext --max-chunks all
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
     """
+    from devices.common.outputs import QUALITY as OF_EVAL
+    from devices.common.outputs import check_place
     from saap.evaluate.evaluation import check_options, subjects_of, windows_for
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
-    from saap.system.files import check_place
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
@@ -66,7 +68,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
         if not quality.tasks:
             show_quality(quality)
 
-    check_place(json_path, *paths, options.reference, options.text)
+    check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
     console = Console.of_command()
     on_text = options.text is not None or not options.options.tasks
     check_options(options.options, on_text=on_text)

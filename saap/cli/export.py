@@ -12,7 +12,7 @@ from devices.common.options import given_in
 from export.options import ExportOptions
 from saap.cli.console import Console, print_table, shown
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
 @click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="With --inspect, for machines.")
+@force
 def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: ExportOptions) -> None:
     """Write a model (directory, GGUF file or name) as a bundle, with parity checked; or look into a bundle.
 

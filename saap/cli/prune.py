@@ -14,7 +14,7 @@ import click
 from devices.common.options import Option, refuse_unused
 from saap.cli.console import Console, plan_chart, print_table, speaks
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.prune.options import PruneOptions
 from saap.system.errors import UserError
 
@@ -65,6 +65,7 @@ class PruneCommand:
 @click.argument("model")
 @options_of(PruneCommand)
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
+@force
 def prune(model: str, out: Path, options: PruneCommand) -> None:
     """Remove the coupled structures that matter least.
 
@@ -84,13 +85,13 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
-    from saap.system.files import check_output
+    from saap.system.files import RECORD, check_output
     from saap.text.documents import Sequences
     from saap.text.rows import training_rows
 
     options = for_this_machine(asked)
     options.check_requirement()
-    check_output(out, model, asked.calibration)
+    check_output(out, model, asked.calibration, record=RECORD)
     directory = resolve(model, progress=console.report)
     budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)

@@ -8,7 +8,7 @@ from typing import TypedDict
 import click
 
 from devices.common.documents import Document
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.system.errors import UserError
 
 
@@ -43,6 +43,7 @@ RUN = Document(RunFile, "run", "run `saap run` again")
 @click.option(
     "--history", type=directory, help="A folder of `saap bench --history`: speeds over time, and their steps."
 )
+@force
 def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
     """One self-contained page from files of `saap bench` and `saap eval`, a run's directory, or a history.
 
@@ -60,9 +61,9 @@ def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
     from bench.report import report as write_report
-    from saap.system.files import check_place
+    from devices.common.outputs import PAGE, check_place
 
-    check_place(out, *results, history)
+    check_place(out, PAGE, *results, history)
     run: RunFile | None = None
     paths: list[Path] = []
     for path in results:

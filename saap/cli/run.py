@@ -20,13 +20,14 @@ import click
 from msgspec import Meta
 
 from devices.common.options import THREADS, Option, Part, arguments_of
+from devices.common.outputs import is_forced
 from export.options import ExportOptions
 from saap.cli.console import Console
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.prune import PruneCommand, for_this_machine, prune_model
 from saap.cli.report import RUN, RunFile, Step, read_run
 from saap.cli.tune import TuneCommand, tune_model
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.prune.options import MUST
 from saap.system.errors import UserError
 
@@ -107,6 +108,7 @@ class RunOptions:
 @click.argument("model")
 @click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
 @options_of(RunOptions)
+@force
 def run(model: str, out: Path, options: RunOptions) -> None:
     """All of it: prune, tune, export, evaluate, bench, report.
 
@@ -228,20 +230,19 @@ def check_options(options: RunOptions) -> None:
 
 def check_place(out: Path, model: str, options: RunOptions) -> None:
     """Refuse a directory that is not a new one or that of an earlier run of this model."""
-    from saap.system.files import check_output
+    from export.bundle.manifest import MANIFEST
+    from saap.system.files import RECORD, RUN, check_output
 
     pruning, tuning = options.pruning, options.tuning
-    check_output(out, model, tuning.teacher, tuning.data, pruning.calibration, pruning.options.costs, options.text)
-    if not out.is_dir() or not any(out.iterdir()):
+    inputs = (model, tuning.teacher, tuning.data, pruning.calibration, pruning.options.costs, options.text)
+    check_output(out, *inputs, record=RUN)
+    if is_forced() or not (out / RUN).is_file():
         return
-    if not (out / "run.json").is_file():
-        raise UserError(
-            f"{out} was not written by `saap run`: give a directory that is new, empty, or of an earlier run"
-        )
     if (other := read_run(out).get("model")) != model:
-        raise UserError(f"{out} holds a run of {other}, not of {model}: give another directory")
-    for name in ("slim", "tuned", *options.bundles):
-        check_output(out / name)
+        raise UserError(f"{out} holds a run of {other}, not of {model}: give another directory, or --force")
+    for names, record in ((("slim", "tuned"), RECORD), (options.bundles, MANIFEST)):
+        for name in names:
+            check_output(out / name, record=record)
 
 
 def check_model(source: Path, options: RunOptions) -> None:

@@ -11,7 +11,7 @@ import click
 from devices.common.options import Option
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.tune.options import TuneOptions
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class TuneCommand:
 @click.argument("slim", type=directory)
 @options_of(TuneCommand)
 @click.option("-o", "--out", type=directory, required=True, help="The directory with integer weights to write.")
+@force
 def tune(slim: Path, out: Path, options: TuneCommand) -> None:
     """Quantise in groups and tune the groups: the integers that the device will run.
 
@@ -54,12 +55,12 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
 
 def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
     from saap.models.resolve import resolve
-    from saap.system.files import check_output
+    from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
     from saap.tune.tuning import tune as tune_directory
     from saap.tune.tuning import tuning_text
 
-    check_output(out, slim, asked.teacher, asked.data)
+    check_output(out, slim, asked.teacher, asked.data, record=RECORD)
     asked.options.check(taught=asked.teacher is not None)
     directory = resolve(slim, progress=console.report)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None

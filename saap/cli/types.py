@@ -9,7 +9,29 @@ from typing import Any
 
 import click
 
-directory = click.Path(path_type=Path)
+from devices.common.outputs import writing_over
+from saap.system.errors import UserError
+
+
+class _Place(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            raise UserError(f"{param.opts[0] if param else 'a path'} is empty: give the name of a place")
+        return super().convert(value, param, ctx)
+
+
+directory = _Place(path_type=Path)
+
+
+def _write_over(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        context.with_resource(writing_over())
+
+
+force = click.option(
+    "--force", is_flag=True, expose_value=False, callback=_write_over,
+    help="Write over what saap did not write. An input never.",
+)  # fmt: skip
 
 
 class FieldOption(click.Option):

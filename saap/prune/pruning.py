@@ -34,7 +34,7 @@ from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
-from saap.system.files import check_output, claimed
+from saap.system.files import RECORD, check_output, claimed
 from saap.system.gpu import device_of, fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
@@ -86,7 +86,7 @@ def prune(
         UserError: the requirement cannot be met, or the input does not fit.
     """
     output = Path(output)
-    check_output(output, model, calibration)
+    check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
     budget = budget_of(source, options)
     stages = stages_of(budget, options)

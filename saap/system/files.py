@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ import psutil
 from devices.common.files import (
     ChecksumError,
     cache_directory,
-    check_apart,
     is_special,
     naming,
     parse_json,
@@ -28,21 +26,25 @@ from devices.common.files import (
     without_checksum,
     write_text,
 )
+from devices.common.outputs import check_directory_place
 from saap.system.errors import UserError
 
 RECORD = "saap.json"
 _claimed: set[tuple[Path, int]] = set()  # lock and thread
-OURS = (RECORD, "bundle.json", "run.json")  # a directory that holds one of these may be written over
+RUN = "run.json"
+OURS = (RECORD, "bundle.json", RUN)  # a directory that holds one of these may be written over
 
 
-def check_output(out: str | Path, *inputs: object) -> None:
-    """Refuse an output path that holds something else than an earlier output of ours, or one of the inputs."""
+def check_output(out: str | Path, *inputs: object, record: str | None = None) -> None:
+    """Refuse an output path that holds something else than an earlier output of ours, or one of the inputs.
+
+    ``record``: the name of the record that this output will have, as an earlier one must; None: any of ours.
+    """
     out = Path(out)
-    check_apart(out, *inputs)
-    if out.is_file():
-        raise UserError(f"{out} is a file: give a directory that is new, empty, or an earlier output of saap")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in OURS):
-        raise UserError(f"{out} holds other files: give a directory that is new, empty, or an earlier output of saap")
+    check_directory_place(out, OURS if record is None else (record,), *inputs)
+    here = Path.cwd()
+    if record != RUN and out.resolve() in (here, *here.parents):
+        raise UserError(f"{out} is, or holds, the working directory: give a directory of its own")
 
 
 @contextmanager
@@ -110,6 +112,8 @@ def writing_directory(out: str | Path) -> Iterator[Path]:
 def writing_file(out: str | Path) -> Iterator[Path]:
     """Give a name beside ``out``; the file that the block writes there takes the place of ``out`` when it ends well."""
     out = Path(out)
+    if is_special(out):
+        raise UserError(f"{out} is not a regular file: give the name of one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with claimed(out):
         for left in _left(out, "partial"):
@@ -129,17 +133,24 @@ def put_in_place(partial: Path, out: Path) -> None:
     A process that is killed in between leaves the old directory, the new one, or the old one aside, which ``beside``
     puts back.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         partial.rename(out)
         return
     old = out.parent / f".{out.name}.old-{os.getpid()}"
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     out.rename(old)
     try:
         partial.rename(out)
     except OSError:
         old.rename(out)
         raise
+    _remove(old)
+
+
+def _remove(old: Path) -> None:
+    """Remove a directory, or a link without what it names."""
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -149,8 +160,8 @@ def beside(out: str | Path, purpose: str) -> Iterator[Path]:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in _left(out, "old"):
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(out):
+            _remove(old)
         else:
             old.rename(out)
     for left in _left(out, purpose):
@@ -191,21 +202,6 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         return without_checksum(value)
     except ChecksumError as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-
-
-def check_place(path: Path | None, *inputs: object) -> None:
-    """Refuse, before minutes of work, a file that could not be written, or that is one of the inputs."""
-    if path is None or str(path) == "-" or is_special(path):
-        return
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: give the name of a file")
-    check_apart(path, *inputs)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): give another place") from None
 
 
 def write_document(path: Path, document: Mapping[str, object]) -> None:

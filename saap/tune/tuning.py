@@ -38,7 +38,7 @@ from saap.quantize.groups import IntegerForm, check_groups, nearest_matrices, qu
 from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
-from saap.system.files import check_output, claimed
+from saap.system.files import RECORD, check_output, claimed
 from saap.system.needs import check_memory, fits
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import is_main_process
@@ -91,7 +91,7 @@ def tune(
     """
     options, out = options or TuneOptions(), Path(output)
     options.check(taught=teacher is not None)
-    check_output(out, model, teacher, data)
+    check_output(out, model, teacher, data, record=RECORD)
     directory = resolve(model, progress=progress)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
     if isinstance(data, torch.Tensor):

@@ -15,7 +15,7 @@ from devices.common.options import Option, refuse_unused
 from devices.common.progress import Progress
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 
 if TYPE_CHECKING:
     from bench.costs import Costs
@@ -48,6 +48,7 @@ class CostsCommand:
 @click.argument("model")
 @click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="The JSON file.")
 @options_of(CostsCommand)
+@force
 def costs(model: str, out: Path, options: CostsCommand) -> None:
     """What each layer size of MODEL takes, on this device or on a board.
 
@@ -76,13 +77,13 @@ def probe_costs(
     The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes.
     """
     from bench.costs.measure import write_costs
+    from devices.common.outputs import COSTS, check_place
     from devices.probe.host import probe
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
     from export.graph.probe_stacks import write_probe_stacks
     from saap.models.resolve import resolve
-    from saap.system.files import check_place
 
-    check_place(out, model)
+    check_place(out, COSTS, model)
     path = Path(model)
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)

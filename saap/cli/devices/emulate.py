@@ -16,7 +16,7 @@ from saap.cli.bench import STDOUT
 from saap.cli.console import Console, print_table
 from saap.cli.devices.test import text_ids
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import directory, force
 from saap.system.errors import UserError
 from saap.system.interrupt import ended_as_by_a_person
 
@@ -39,6 +39,7 @@ class EmulateCommand:
 @click.argument("bundle")
 @options_of(EmulateCommand)
 @click.option("--json", "json_path", type=directory, help="Write the answers here; - prints them.")
+@force
 def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> None:
     """Does BUNDLE say the same on aarch64? Run it under qemu-user, without a board.
 
@@ -53,11 +54,13 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
     from bench.remote.emulated import document
     from bench.remote.emulated import emulate as run_emulated
     from devices.common.files import cache_directory
+    from devices.common.outputs import EMULATION, check_place
     from devices.emulate.qemu import CPUS, prepare
     from devices.probe.host import probe
 
     if options.tokens < 2:
         raise UserError(f"a text of {options.tokens} tokens has no likelihood: give --tokens 2 or more")
+    check_place(json_path, EMULATION, bundle, options.text)
     ids = text_ids(Path(bundle), options.text)[: options.tokens]
     if len(ids) < 2:
         raise UserError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")

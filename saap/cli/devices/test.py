@@ -15,6 +15,7 @@ from devices.common.options import THREADS, Option
 from saap.cli.bench import check_ending, show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
+from saap.cli.types import force
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class TestCommand:
 @click.command(cls=OptionsCommand)
 @click.argument("bundle")
 @options_of(BaselineCommand)
+@force
 def baseline(bundle: str, options: BaselineCommand) -> None:
     """Record what BUNDLE is on this device, or on a board: speed, memory, load, energy, answers.
 
@@ -109,8 +111,8 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
         **{name: getattr(options, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
         text=text_ids(_path(bundle), options.text), greedy=GREEDY,
     )  # fmt: skip
-    writable_folder(folder)
     name = name_of(bundle, device_options.name)
+    writable_folder(folder, name)
     with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
         kept = record(name, measuring(device, bundle, name, console), plan, options.runs, console.say)
     console.finish()
@@ -123,6 +125,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
 @click.command(cls=OptionsCommand)
 @click.argument("bundle")
 @options_of(TestCommand)
+@force
 def test(bundle: str, options: TestCommand) -> None:
     """Measure BUNDLE again and say what became worse than the baseline of this device.
 
@@ -139,13 +142,13 @@ def test(bundle: str, options: TestCommand) -> None:
     from bench.remote.target import target
     from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
+    from devices.common.outputs import JUNIT, check_place
     from devices.probe.host import probe
-    from saap.system.files import check_place
     from saap.system.interrupt import ended_as_by_a_person
 
     console = Console.of_command()
     device_options, junit_path = options.device, options.junit
-    check_place(junit_path, bundle)
+    check_place(junit_path, JUNIT, bundle)
     device_options.check()
     name = name_of(bundle, device_options.name)
     try:
