@@ -148,8 +148,8 @@ def test_a_run_takes_over_no_directory_but_its_own(tmp_path):
     (tmp_path / "mixed/slim/saap.json").unlink()  # then it is something else of the user's
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in {
-        "slim": "slim was not written by `saap run`: give a directory that is new, empty, or of an earlier run",
-        "bundle": "bundle was not written by `saap run`",
+        "slim": "slim holds other files: give a directory that is new, empty, or the directory of a run of saap, or --force",
+        "bundle": "bundle holds other files",
         "other": "other holds a run of another, not of",
         "mixed": "mixed/slim holds other files",
     }.items():
