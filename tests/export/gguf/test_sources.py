@@ -154,7 +154,7 @@ def test_a_hidden_size_of_no_whole_blocks_needs_a_float_type(tiny_model, tmp_pat
 def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
     path, thesis = tiny_model(), tmp_path / "thesis.txt"
     thesis.write_text("years of work")
-    with pytest.raises(UserError, match="is not a GGUF file and is not written over"):
+    with pytest.raises(UserError, match="is not a GGUF file of saap, and is not written over"):
         export_gguf(path, thesis)
     assert thesis.read_text() == "years of work"
     with pytest.raises(UserError, match="is a directory: give the name of a file"):
