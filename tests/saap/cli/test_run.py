@@ -148,7 +148,7 @@ def test_a_run_takes_over_no_directory_but_its_own(tmp_path):
     (tmp_path / "mixed/slim/saap.json").unlink()  # then it is something else of the user's
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in {
-        "slim": "slim holds other files: give a directory that is new, empty, or the directory of a run of saap, or --force",
+        "slim": "slim holds other files: give a directory that is new, empty, or the directory of a run",
         "bundle": "bundle holds other files",
         "other": "other holds a run of another, not of",
         "mixed": "mixed/slim holds other files",
