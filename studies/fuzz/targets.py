@@ -26,13 +26,17 @@ class Target:
     Attributes:
         read: is given bytes.
         seeds: valid documents.
-        json: whether they are JSON, which is then also changed value by value.
+        kind: how documents are changed, one of :data:`studies.fuzz.mutations.CHANGES`.
+        share: of the documents that each target is given.
+        others: documents of other kinds, given in its place now and then.
     """
 
     name: str
     read: Callable[[bytes], Any]
     seeds: tuple[bytes, ...]
-    json: bool = True
+    kind: str = "json"
+    share: float = 1
+    others: tuple[bytes, ...] = ()
 
 
 def is_told(error: BaseException) -> bool:
@@ -137,7 +141,7 @@ def _documents(place: Path) -> Iterator[Target]:
     )
     profile = place / "board.toml"
     texts = tuple(path.read_bytes() for path in sorted(PROFILES.glob("*.toml"))[:4])
-    yield Target("profile", _from_file(profile, lambda: read_profile(profile)), texts, json=False)
+    yield Target("profile", _from_file(profile, lambda: read_profile(profile)), texts, kind="bytes")
     tokens = place / "tokenizer"
 
     def tokenizer() -> Any:
@@ -205,25 +209,28 @@ def _lines(place: Path) -> Iterator[Target]:
             return None
 
     nowhere = Path("/nonexistent")
-    yield Target("tegrastats", parse_tegrastats, seeds.TEGRASTATS, json=False)
+    yield Target("tegrastats", parse_tegrastats, seeds.TEGRASTATS, kind="bytes")
     yield Target(
         "nvpmodel",
         lambda data: power_mode(nowhere, lambda command: text(data)),
         (b"NV Power Mode: 25W\n1\n",),
-        json=False,
+        kind="bytes",
     )
     yield Target(
         "vcgencmd get_throttled",
         lambda data: throttling(nowhere, lambda command: text(data)),
         (b"throttled=0x50005\n",),
-        json=False,
+        kind="bytes",
     )
     yield Target(
-        "vcgencmd pmic_read_adc", watts, (b"   VDD_CORE_A current(7)=2.55A\n VDD_CORE_V volt(15)=0.87V\n",), json=False
+        "vcgencmd pmic_read_adc",
+        watts,
+        (b"   VDD_CORE_A current(7)=2.55A\n VDD_CORE_V volt(15)=0.87V\n",),
+        kind="bytes",
     )
     config = place / "etc/nvpmodel.conf"
     modes = _from_file(config, lambda: power_modes(place))
-    yield Target("nvpmodel.conf", modes, (b"< POWER_MODEL ID=0 NAME=MAXN >\nCPU_ONLINE CORE_0 1\n",), json=False)
+    yield Target("nvpmodel.conf", modes, (b"< POWER_MODEL ID=0 NAME=MAXN >\nCPU_ONLINE CORE_0 1\n",), kind="bytes")
 
 
 def _binaries(place: Path) -> Iterator[Target]:
@@ -236,10 +243,12 @@ def _binaries(place: Path) -> Iterator[Target]:
     from studies.fuzz import seeds
 
     gguf = place / "model.gguf"
-    yield Target("GGUF header", _from_file(gguf, lambda: read_header(gguf)), seeds.gguf(place), json=False)
-    yield Target("GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), json=False)
+    yield Target("GGUF header", _from_file(gguf, lambda: read_header(gguf)), seeds.gguf(place), kind="bytes")
+    yield Target(
+        "GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), kind="bytes"
+    )
     graph = place / "graph/model.onnx"
-    yield Target("ONNX data files", _from_file(graph, lambda: check_graph(graph)), seeds.onnx_graphs(), json=False)
+    yield Target("ONNX data files", _from_file(graph, lambda: check_graph(graph)), seeds.onnx_graphs(), kind="bytes")
     (graph.parent / "w.data").write_bytes(bytes(8))
     weights = place / "weights/model.safetensors"
 
@@ -247,7 +256,7 @@ def _binaries(place: Path) -> Iterator[Target]:
         names, read = tensor_reader(weights.parent)
         return [read(name).shape for name in names[:4]]
 
-    yield Target("safetensors", _from_file(weights, tensors), seeds.safetensors(), json=False)
+    yield Target("safetensors", _from_file(weights, tensors), seeds.safetensors(), kind="bytes")
 
     def sealed(data: bytes) -> Any:
         try:
@@ -255,7 +264,7 @@ def _binaries(place: Path) -> Iterator[Target]:
         except ValueError:  # what its callers expect of a damaged cache
             return None
 
-    yield Target("cached tensors", sealed, seeds.sealed(place), json=False)
+    yield Target("cached tensors", sealed, seeds.sealed(place), kind="bytes")
 
 
 def _arguments(place: Path) -> Target:
@@ -285,4 +294,4 @@ def _arguments(place: Path) -> Target:
         ["report", absent, "-o", absent], ["devices", "check", absent, "--device", "raspberry-pi-5"],
         ["devices", "show", "orin"], ["generate", absent, "x"], ["run", absent, "-o", absent, "--speedup", "1.5"],
     ]  # fmt: skip
-    return Target("arguments", run, tuple("\n".join(line).encode() for line in words), json=False)
+    return Target("arguments", run, tuple("\n".join(line).encode() for line in words), kind="bytes")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import shutil
+import signal
 import statistics
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from studies.common import with_tables
 from studies.field import rows as field
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
+from studies.fuzz.targets import Target
 from studies.large import study as large
 from studies.peers import study as peers
 from studies.pruning.cells import slug
@@ -540,10 +543,29 @@ def test_the_harness_s_own_class_answers_alike(answered):
     ]
 
 
-def test_parsers_handle_valid_documents_and_some_damaged_ones(monkeypatch):
+@pytest.mark.parametrize(("which", "documents"), [("fuzz", 4), ("products", 1)])
+def test_valid_documents_and_some_damaged_ones_are_handled(which, documents, monkeypatch):
     monkeypatch.setattr(fuzz, "SLOW_S", 600)  # a busy host imports slowly
+    told = []
     with fuzz.folder() as place:
-        for target in fuzz.targets(place).values():
+        for target in fuzz.SETS[which](place).values():
             for data in target.seeds:
                 fuzz.once(target, data)
-            assert fuzz.drawn(target, 4, 0)["finding"] is None, target.name
+            fuzz.drawn(target, range(documents), 0, told.append)
+    assert not [each for each in told if "finding" in each]
+
+
+def test_a_document_that_ends_its_process_is_named(tmp_path, monkeypatch):
+    """Fed by number in processes of their own: one is told of and the others go on."""
+
+    def read(data):
+        if b"7" in data:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if b"1" in data:
+            raise KeyError("a defect")
+
+    target = Target("a target", read, (b"",), "bytes")
+    monkeypatch.setattr(fuzz, "document", lambda target, seed, number: str(number).encode())
+    entry = fuzz.watched(target, 10, 0)
+    assert (entry["runs"], [each["number"] for each in entry["findings"]]) == (10, [1, 7])
+    assert "KeyError" in entry["findings"][0]["where"] and "SIGKILL" in entry["findings"][1]["where"]
