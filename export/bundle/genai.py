@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleError, BundleManifest
+from devices.common.files import read_whole
+from export.bundle.manifest import DECODE_GRAPH, LARGEST_JSON, PREFILL_CHUNK, BundleError, BundleManifest
 
 GENAI_CONFIG = "genai_config.json"
 # The pattern is a block of memory for each length of prompt, much larger where layers differ in width.
@@ -128,7 +129,7 @@ def read_genai_model(directory: Path) -> Model:
     if not path.is_file():
         raise BundleError(f"no {GENAI_CONFIG} in {directory}: give a bundle, or a folder of genai's model builder")
     try:
-        model = msgspec.json.decode(path.read_bytes(), type=_File).model
+        model = msgspec.json.decode(read_whole(path, LARGEST_JSON), type=_File).model
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be used ({error}): make the folder again") from None
     graph = model.decoder.filename

@@ -31,6 +31,7 @@ _DIMENSIONS, _DOMAIN = 1, 7  # of a Tensor, of a Node
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 _DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}  # what ONNX Runtime brings itself
 MOST_NODES = 200_000
+MOST_DIMENSIONS = 64
 DEEPEST = 8  # graphs within graphs
 
 
@@ -134,6 +135,8 @@ def _read(data: mmap.mmap, message: str, start: int, end: int, found: Contents, 
                     found.locations[parts.get(_VALUE, b"").decode()] = None
             else:
                 _read(data, kind, a, b, found, depth + (kind == "Graph"))
+    if len(dimensions) > MOST_DIMENSIONS:
+        raise ValueError("a tensor of too many dimensions")
     found.largest = max(found.largest, prod(dimensions))
 
 

@@ -9,8 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devices.common.errors import first_line
+from export.bundle.manifest import BundleError
+
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
 _MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
@@ -128,10 +131,20 @@ class GraphFacts:
 
 
 def read_graph(path: Path) -> GraphFacts:
-    """Read an ONNX file, its weights left where they are."""
-    import onnx
+    """Read an ONNX file, its weights left where they are.
 
-    model = onnx.load(path, load_external_data=False)
+    Raises BundleError: damaged.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _facts_of(onnx.load(path, load_external_data=False))
+    except (DecodeError, LookupError, ValueError) as error:
+        raise BundleError(f"{path} is damaged ({first_line(error)}): export the bundle again") from None
+
+
+def _facts_of(model: ModelProto) -> GraphFacts:
     nodes = [_node(node) for node in model.graph.node]
     tensors = {tensor.name: _tensor(tensor) for tensor in model.graph.initializer}
     for node in nodes:

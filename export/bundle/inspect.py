@@ -181,7 +181,8 @@ def _provenance_lines(manifest: BundleManifest) -> list[str]:
     if method := lineage.get("method"):
         plan = lineage.get("plan") or {}
         asked = ", ".join(f"{key} {value:g}" for key, value in plan.get("asked", {}).items())
-        ratios = [f"{key} {plan[key]['ratio']:.2%}" for key in ("planned", "achieved") if key in plan]
+        reached = {key: plan.get(key, {}).get("ratio") for key in ("planned", "achieved")}
+        ratios = [f"{key} {ratio:.2%}" for key, ratio in reached.items() if ratio is not None]
         lines.append("  " + ", ".join([f"pruned by: {method}", *([f"asked {asked}"] if asked else []), *ratios]))
     for key, what in (("calibration", "calibrated on"), ("tuning", "tuned on")):
         text: Mapping[str, str] = lineage.get(key) or {}

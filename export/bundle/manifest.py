@@ -21,8 +21,9 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 from msgspec import Meta
 
 from devices.common.documents import Document
@@ -87,6 +88,44 @@ class Parity:
     accuracy_level: int
 
 
+class Ratios(TypedDict, total=False):
+    """Of a plan, as far as it is shown."""
+
+    ratio: float | None
+
+
+class LineagePlan(TypedDict, total=False):
+    """What was asked of pruning, what it planned and what it reached."""
+
+    asked: dict[str, float]
+    planned: Ratios
+    achieved: Ratios
+
+
+class LineageText(TypedDict, total=False):
+    """A text that the model has seen."""
+
+    source: str | None
+    sha256: str | None
+    text_sha256: str | None
+
+
+class Lineage(TypedDict, total=False):
+    """What is read of ``BundleManifest.lineage``, which may hold more."""
+
+    base: str | None
+    base_sha256: str | None
+    model_sha256: str
+    head_bits: Count
+    nodes: Count
+    matrices: dict[str, Count]
+    method: str | None
+    plan: LineagePlan | None
+    calibration: LineageText | None
+    tuning: LineageText | None
+    versions: dict[str, str] | None
+
+
 @dataclass(frozen=True)
 class BundleManifest:
     """``bundle.json``. Sizes are in bytes; ``None`` is unknown.
@@ -145,6 +184,7 @@ def _check(manifest: BundleManifest) -> None:
         heads, groups = layer.query_heads, layer.kv_heads
         if bool(heads) != bool(groups) or (groups and heads % groups):
             raise ValueError(f"layer {index} has {heads} query heads in {groups} KV groups: groups are of equal size")
+    msgspec.convert(manifest.lineage, Lineage)
     for name, ids in (("eos_token_ids", manifest.eos_token_ids), ("bos_token_id", [manifest.bos_token_id or 0])):
         if beyond := [each for each in ids if each >= manifest.vocab_size]:
             raise ValueError(f"{name} holds {beyond[0]}: the vocabulary has {manifest.vocab_size} tokens")

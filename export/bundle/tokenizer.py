@@ -104,7 +104,7 @@ class BundleTokenizer:
 
     def _eos_ids(self) -> list[int]:
         named = read_json(self.directory, "generation_config.json", None).get("eos_token_id")
-        return end_ids(self._id_of("eos_token") if named is None else named, self.directory)
+        return ids_of(self._id_of("eos_token") if named is None else named, self.directory)
 
 
 class TextStream:
@@ -210,11 +210,19 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def end_ids(named: object, directory: Path) -> list[int]:
-    """The ids of an ``eos_token_id``: one, several or none. Raises RunError: an entry that is not a number."""
+def ids_of(named: object, directory: Path, what: str = "ends") -> list[int]:
+    """The ids of a ``bos_token_id`` or ``eos_token_id``: one, several or none.
+
+    ``what``: ``begins`` or ``ends``, for the message.
+
+    Raises RunError: an entry that is not a number.
+    """
     found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
-    if wrong := [each for each in found if type(each) is not int]:
-        raise RunError(f"{directory} ends a text with the token {wrong[0]!r}: mend its eos_token_id, ids are numbers")
+    if wrong := [each for each in found if type(each) is not int or not 0 <= each < 2**31]:
+        raise RunError(
+            f"{directory} {what} a text with the token {repr(wrong[0])[:40]}: mend its "
+            f"{'bos' if what == 'begins' else 'eos'}_token_id, ids are numbers"
+        )
     return [each for each in found if isinstance(each, int)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.common.errors import first_line
 from export.bundle.decoder import Logits, check_ids
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
 from export.bundle.session import open_session
@@ -79,7 +80,10 @@ class BundleScorer:
             del feed["position_ids"]
         if last and self._may_skip:
             feed[FIRST_LOGIT] = np.array([-1])
-        logits, *rest = self._session.run(wanted, feed)
+        try:
+            logits, *rest = self._session.run(wanted, feed)
+        except Exception as error:  # as in make_session
+            raise RunError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]
 
     def logprobs(self, ids: np.ndarray) -> NDArray[np.float64]:
