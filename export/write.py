@@ -13,7 +13,7 @@ import torch
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
 from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
-from export.bundle.tokenizer import BundleTokenizer, end_ids
+from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import GGUFReport, export_gguf
@@ -27,8 +27,10 @@ from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import read_record
 from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
+from saap.models.slim_quant import quant_of
 from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
+from saap.system.errors import UserError
 from saap.system.files import check_output, read_object, writing_directory
 from saap.system.needs import check_disk, check_memory
 from saap.text.documents import load_documents, pack
@@ -83,7 +85,8 @@ def export(
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
-    tuned_bits = (read_config(path).get("slim_quant") or {}).get("bits")
+    quant = quant_of(read_config(path))
+    tuned_bits = quant["bits"] if quant else None
     # Tuned integers know the type that holds them best.
     by_bits = GGUF_TYPES[options.bits] if options.bits and options.bits != tuned_bits else None
     head_kind = GGUF_TYPES[options.head_bits] if options.head_bits else None
@@ -168,7 +171,7 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
         sized_manifest(source.shape, precision, config),
         target=target,
         weight_bytes_per_token=bytes_per_token,
-        bos_token_id=config.bos_token_id,
+        bos_token_id=next(iter(_ids_of(source, "begins", config.bos_token_id)), None),
         eos_token_ids=_eos_ids(source),
         onnxruntime_min=writer.onnxruntime_min,
         lineage={
@@ -189,4 +192,14 @@ def _eos_ids(source: ModelSource) -> list[int]:
     ids, path = source.transformers_config.eos_token_id, source.directory / "generation_config.json"
     if path.is_file():
         ids = read_object(path, "get or make the model again").get("eos_token_id", ids)
-    return end_ids(ids, source.directory)
+    return _ids_of(source, "ends", ids)
+
+
+def _ids_of(source: ModelSource, what: str, ids: object) -> list[int]:
+    """Ids that the model names. Raises UserError: one that its vocabulary does not have."""
+    found, most = ids_of(ids, source.directory, what), source.shape.vocab
+    if beyond := [each for each in found if each >= most]:
+        raise UserError(
+            f"{source.directory} {what} a text with the token {beyond[0]}, and its vocabulary has {most}: get it again"
+        )
+    return found

@@ -156,15 +156,24 @@ class GGUFSource(ModelSource):
         bias = f"{module}.bias"
         if bias in self.names:
             self._written.add(bias)
-            values = self.read(bias).float()
-            yield _vector(f"{name}.bias", values if order is None else values[order])
+            yield _vector(f"{name}.bias", self._reordered(bias, order).float())
+
+    def _reordered(self, name: str, order: torch.Tensor | None) -> torch.Tensor:
+        tensor = self.read(name)
+        if order is None:
+            return tensor
+        if len(order) != (len(tensor) if tensor.dim() else 0):
+            raise UserError(
+                f"{name} is {tuple(tensor.shape)} in the weights and has {len(order)} rows by config.json: "
+                "make them again"
+            )
+        return tensor[order]
 
     def _matrix(
         self, name: str, module: str, rows: int, columns: int, kind: str | None, order: torch.Tensor | None = None
     ) -> Tensor:
         def read(part: str) -> torch.Tensor:
-            tensor = self.read(f"{module}.{part}")
-            return tensor if order is None else tensor[order]
+            return self._reordered(f"{module}.{part}", order)
 
         load: Callable[[], QuantMatrix | torch.Tensor] = partial(read, "weight")
         if self.quant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,9 +149,12 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress
         stored = tensor.shape if floats else quant_shape_to_byte_shape(tensor.shape, kind)
         dtype = np.dtype(floats or np.uint8)
         writer.add_tensor_info(tensor.name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except (struct.error, OverflowError) as error:
+        raise UserError(f"a GGUF file cannot hold a number of the model ({error}): mend its config.json") from None
     written: dict[str, WrittenMatrix] = {}
     for index, tensor in enumerate(tensors):
         if progress:

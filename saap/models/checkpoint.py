@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -36,7 +36,7 @@ from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import SlimQuant
+from saap.models.slim_quant import SlimQuant, quant_of
 from saap.models.weight_files import NOT_NEEDED, check_finite, write_shards
 from saap.system.errors import UserError, first_line
 from saap.system.files import RECORD, read_object, writing_directory
@@ -69,12 +69,10 @@ def load_model(
     if verify:
         check_directory(directory)
     transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
-    try:
+    with loading(directory):
         opened: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be loaded ({first_line(error)}): make it again") from error
     model, found = opened
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
@@ -89,9 +87,21 @@ def load_model(
 
 
 def transformers_config(directory: str | Path) -> ModelConfig:
-    """A directory's config as transformers reads it."""
-    config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+    """A directory's config as transformers reads it. Raises UserError: it cannot."""
+    with loading(directory):
+        config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
     return config
+
+
+@contextmanager
+def loading(directory: str | Path) -> Iterator[None]:
+    """Transformers at work on a directory's files: whatever it finds wrong with them becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # fields of other types fail somewhere in it, each in its own way
+        raise UserError(f"{directory} cannot be loaded ({first_line(error)}): make it again") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -120,6 +130,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again, "
             "with --fold scale or --fold zero-point"
         )
+    quant_of(config)
     return config
 
 

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from saap.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
+
+    from devices.common.gguf_header import GgufHeader
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in a piece
@@ -69,13 +73,18 @@ def convert(source: Path, destination: Path) -> None:
     """
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
-    if fields.kind == "gpt2" and fields.pre in ("gpt-2", "smollm"):
-        write_tokenizer(fields, byte_level_bpe(fields), destination)
-    elif fields.kind == "llama" and fields.scores:
-        spm = spm_tokenizer(fields.tokens, fields.types, fields.scores, fields.unk, fields.space_prefix)
-        write_tokenizer(fields, spm, destination)
-    else:
-        _convert_tokenizer(source, destination, fields)
+    try:
+        if fields.kind == "gpt2" and fields.pre in ("gpt-2", "smollm"):
+            write_tokenizer(fields, byte_level_bpe(fields), destination)
+        elif fields.kind == "llama" and fields.scores:
+            spm = spm_tokenizer(fields.tokens, fields.types, fields.scores, fields.unk, fields.space_prefix)
+            write_tokenizer(fields, spm, destination)
+        else:
+            _convert_tokenizer(source, destination, fields)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{source} has a damaged tokenizer ({first_line(error)}): download it again") from None
 
 
 def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
@@ -88,9 +97,10 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     from devices.common.gguf_header import GgufHeaderError, read_header
 
     try:
-        read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60
+        header = read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60
     except GgufHeaderError as error:
         raise UserError(str(error)) from None
+    _check_sizes(source, header)
     try:
         reader = GGUFReader(source)
     except Exception as error:  # the reader raises what numpy raises on garbage
@@ -107,24 +117,62 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     tokens = field(prefix + "tokens")
     if not tokens:
         raise UserError(f"{source} holds no tokenizer: give a GGUF file of a whole language model")
+    if not isinstance(tokens, list):
+        raise UserError(f"{source} has a damaged tokenizer (tokens that are no list): download it again")
     kind = field(prefix + "model", "")
     context = field(f"{field('general.architecture', '')}.context_length")
-    return GGUFTokenizer(
-        kind=kind,
-        pre=field(prefix + "pre", "gpt-2"),
-        tokens=tokens,
-        types=field(prefix + "token_type", [1] * len(tokens)),
-        scores=field(prefix + "scores", []),
-        merges=field(prefix + "merges", []),
-        bos=field(prefix + "bos_token_id"),
-        eos=field(prefix + "eos_token_id"),
-        pad=field(prefix + "padding_token_id"),
-        unk=field(prefix + "unknown_token_id"),
-        add_bos=bool(field(prefix + "add_bos_token", kind == "llama")),
-        space_prefix=bool(field(prefix + "add_space_prefix", True)),
-        chat_template=field("tokenizer.chat_template"),
-        context=context,
-    )
+    told = {
+        "kind": kind,
+        "pre": field(prefix + "pre", "gpt-2"),
+        "tokens": tokens,
+        "types": field(prefix + "token_type") or [NORMAL] * len(tokens),
+        "scores": field(prefix + "scores", []),
+        "merges": field(prefix + "merges", []),
+        "bos": field(prefix + "bos_token_id"),
+        "eos": field(prefix + "eos_token_id"),
+        "pad": field(prefix + "padding_token_id"),
+        "unk": field(prefix + "unknown_token_id"),
+        "add_bos": bool(field(prefix + "add_bos_token", kind == "llama")),
+        "space_prefix": bool(field(prefix + "add_space_prefix", True)),
+        "chat_template": field("tokenizer.chat_template"),
+        "context": context,
+    }
+    try:
+        return _checked(msgspec.convert(told, GGUFTokenizer))
+    except ValueError as error:
+        raise UserError(f"{source} has a damaged tokenizer ({error}): download it again") from None
+
+
+def _checked(fields: GGUFTokenizer) -> GGUFTokenizer:
+    """The fields. Raises ValueError: they do not go together."""
+    count = len(fields.tokens)
+    if len(fields.types) != count or len(fields.scores) not in (0, count):
+        raise ValueError(f"{count} tokens have {len(fields.types)} types and {len(fields.scores)} scores")
+    for name in ("bos", "eos", "pad", "unk"):
+        if (index := getattr(fields, name)) is not None and not 0 <= index < count:
+            raise ValueError(f"its {name} is token {index} of {count}")
+    return fields
+
+
+def _check_sizes(source: Path, header: GgufHeader) -> None:
+    """Refuse sizes that are not those of the file's tensors: transformers makes a model of them before it reads any.
+
+    Raises UserError: says which, and what the tensors have.
+    """
+    layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.") and name.count(".") > 1}
+    table, down = header.tensors.get("token_embd.weight"), header.tensors.get("blk.0.ffn_down.weight")
+    for key, wanted in (
+        ("block_count", {len(layers)}),
+        ("embedding_length", set(table.shape[:1]) if table else set()),
+        ("vocab_size", set(table.shape[1:2]) if table else set()),
+        ("feed_forward_length", set(down.shape[:1]) if down else set()),
+    ):
+        if strange := [found for found in header.counts(key)[:1] if wanted and found not in wanted]:
+            raise UserError(f"{source} says {key} {strange[0]}, its tensors have {min(wanted)}: download it again")
+    hidden = max(table.shape[:1], default=0) if table else 0
+    for key in ("attention.head_count", "attention.key_length", "attention.value_length", "expert_count"):
+        if strange := [found for found in header.counts(key) if not 0 <= found <= max(hidden, 512)]:
+            raise UserError(f"{source} says {key} {strange[0]} at a width of {hidden}: download it again")
 
 
 def byte_level_bpe(fields: GGUFTokenizer) -> Tokenizer:
@@ -198,7 +246,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
             model = AutoModelForCausalLM.from_pretrained(
                 str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
             )
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+    except Exception as error:  # sizes and names that do not fit fail somewhere in it, each in its own way
         raise UserError(
             f"{source} cannot be read by transformers ({first_line(error)}): use a GGUF file of a LLaMA-type model"
         ) from None

@@ -9,27 +9,29 @@ Queries, keys and values of a layer are one matrix in every graph, and so are ga
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import msgspec
+from msgspec import Meta
 
 from saap.models.architectures import Architecture
 from saap.system.errors import UserError
 
 BITS = (4, 8)
+Bits = Annotated[int, Meta(ge=4, le=8, multiple_of=4)]
 
 
 class _Always(TypedDict):
-    bits: int
-    block: int
-    embedding_bits: int
+    bits: Bits
+    block: Annotated[int, Meta(ge=8, le=4096)]
+    embedding_bits: Bits
     tied: bool
 
 
 class SlimQuant(_Always, total=False):
     """The entry; ``block`` is the group size."""
 
-    matrices: dict[str, int]
+    matrices: dict[str, Bits]
 
 
 def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
@@ -37,7 +39,7 @@ def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
     found = config.get("slim_quant")
     try:
         return msgspec.convert(found, SlimQuant) if found else None
-    except msgspec.ValidationError as error:
+    except ValueError as error:
         raise UserError(f"config.json has a damaged slim_quant ({error}): make the directory again") from None
 
 

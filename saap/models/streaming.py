@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, read_config, transformers_config
+from saap.models.checkpoint import load_model, loading, read_config, transformers_config
 from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.system.errors import UserError
@@ -40,8 +40,12 @@ class LayerWeights:
     def enter(self) -> None:
         """Read them, unless they are there."""
         if not self._users and self.wanted:
-            names = [name for name, _ in self._layer.named_parameters()]
-            state = {name: self._read(f"{self._prefix}.{name}").to(self._device, self._dtype) for name in names}
+            state = {
+                name: checked_shape(f"{self._prefix}.{name}", self._read(f"{self._prefix}.{name}"), parameter).to(
+                    self._device, self._dtype
+                )
+                for name, parameter in self._layer.named_parameters()
+            }
             self._layer.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
             self._layer.requires_grad_(False)
         self._users += 1
@@ -57,6 +61,16 @@ class LayerWeights:
         self._users -= 1
         if not self._users and self.wanted:
             self._layer.to("meta")
+
+
+def checked_shape(name: str, tensor: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The tensor. Raises UserError: the model's own is of another shape."""
+    if tensor.shape != wanted.shape:
+        raise UserError(
+            f"the model's {name} is {' x '.join(map(str, tensor.shape))}, and its config.json makes it "
+            f"{' x '.join(map(str, wanted.shape))}: get or make it again"
+        )
+    return tensor
 
 
 def load_streamed(
@@ -77,12 +91,18 @@ def load_streamed(
     if config.get("slim_quant"):
         raise UserError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
     names, read = tensor_reader(directory)
-    with empty_parameters():
+    with loading(directory), empty_parameters():
         model = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
     prefix = architecture.layers + "."
-    outside = {name: read(name).to(device, dtype) for name in names if not name.startswith(prefix)}
-    model.load_state_dict(outside, strict=False, assign=True)
-    model.tie_weights()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    outside = {
+        name: checked_shape(name, read(name), own[name]).to(device, dtype)
+        for name in names
+        if name in own and not name.startswith(prefix)
+    }
+    with loading(directory):
+        model.load_state_dict(outside, strict=False, assign=True)
+        model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not name.startswith(prefix):
             read(name)  # which says that it is missing

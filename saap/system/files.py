@@ -16,12 +16,14 @@ from typing import Any
 
 import psutil
 
+from devices.common.documents import LARGEST
 from devices.common.files import (
     ChecksumError,
     cache_directory,
     is_special,
     naming,
     parse_json,
+    read_whole,
     with_checksum,
     without_checksum,
     write_text,
@@ -191,7 +193,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     Raises UserError: not there, not JSON, not an object, or changed after it was written.
     """
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(read_whole(path, LARGEST))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except ValueError as error:
