@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE, Verdict
 from bench.judge.wording import plain
+from devices.common.documents import LARGEST
 from devices.common.errors import UserError
-from devices.common.files import parse_json
+from devices.common.files import parse_json, read_whole
 from devices.common.quality import KIND, QUALITY, Protocol, Quality, TaskScore
 
 PERPLEXITY, MEAN = "NLL", "mean of the tasks"
@@ -33,7 +34,7 @@ class QualityError(UserError):
 
 def is_quality(path: str | Path) -> bool:
     try:
-        raw = parse_json(Path(path).read_text(encoding="utf-8"))
+        raw = parse_json(read_whole(Path(path), LARGEST))
     except (OSError, ValueError):
         return False
     return isinstance(raw, dict) and raw.get("kind") == KIND

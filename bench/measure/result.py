@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 import numpy as np
 
@@ -185,6 +188,24 @@ class Measurement:
         return max((value for s in self.samples if (value := getattr(s, name)) is not None), default=None)
 
 
+class Answered(TypedDict, total=False):
+    """What a model said to the text."""
+
+    tokens: list[int]
+    nll: float | None
+    error: str | None
+
+
+class Settings(TypedDict, total=False):
+    """What is read of ``Result.settings``, which holds more."""
+
+    seed: Annotated[int, Meta(ge=0)]
+    repetitions: Annotated[int, Meta(ge=1)] | None
+    text: list[int]
+    answers: dict[str, Answered] | None
+    on: str | None
+
+
 @dataclass(frozen=True)
 class Load:
     """All models loaded once, and the turns that they took; what stands at one place was measured in one turn."""
@@ -289,6 +310,7 @@ def _as_today(raw: dict[str, object]) -> dict[str, object]:
 
 
 def _check(result: Result) -> None:
+    msgspec.convert(result.settings, Settings)
     for bandwidth in result.bandwidth:
         _positive("bandwidth samples", bandwidth.samples)
     for bursts in result.bursts:

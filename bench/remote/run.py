@@ -142,7 +142,7 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
     try:
         left = msgspec.convert(facts["available_bytes"], int | None)
         off = msgspec.convert(facts["time"], float) - time.time()
-    except (KeyError, msgspec.ValidationError):
+    except (KeyError, ValueError):
         raise board.garbage("no facts") from None
     if left is not None and positions is not None:
         for packed in shipment.packed:

@@ -57,7 +57,7 @@ class Document(Generic[T]):
     def parse(self, text: str | bytes, name: str) -> T:
         """The document in a text; ``name`` stands in messages for where it came from."""
         try:
-            raw = parse_json(text)
+            raw = parse_json(text, finite=True)
         except ValueError as error:
             raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
         if not isinstance(raw, dict):

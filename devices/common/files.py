@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -95,11 +96,13 @@ def read_whole(path: Path, most: int) -> bytes:
         OSError: not there or not readable, or not a regular file (a device may have no end, a pipe never begin).
         ValueError: larger than ``most`` bytes.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG((about := path.stat()).st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+    content = b""
+    if about.st_size <= most:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    if max(about.st_size, len(content)) > most:
         raise ValueError(f"larger than {most >> 20} MiB")
     return content
 
@@ -131,13 +134,26 @@ def make_room(folder: Path, allowed: int, keep: Path) -> None:
         total -= sizes[entry]
 
 
-def parse_json(text: str | bytes) -> object:
-    """The value of a JSON text. Raises ValueError: invalid, nested too deeply, or an integer of too many digits."""
+def parse_json(text: str | bytes, *, finite: bool = False) -> object:
+    """The value of a JSON text.
+
+    Args:
+        finite: refuse NaN and infinite numbers, which Python's own reader takes.
+
+    Raises ValueError: invalid, nested too deeply, or an integer of too many digits.
+    """
     try:
-        parsed: object = json.loads(text)
+        parsed: object = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
         return parsed
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"a number is {number[:40]}")
+    return value
 
 
 def with_checksum(document: Mapping[str, object]) -> dict[str, object]:

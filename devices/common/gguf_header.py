@@ -22,6 +22,7 @@ from devices.common.errors import UserError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 Value = bool | int | float | str | tuple["Value", ...]
+_MOST_DIMENSIONS = 4  # of ggml
 _MOST = 1 << 31  # a count above this is damage, not a model
 
 # ggml type: name, bits per weight in name only, weights per block, bytes per block (ggml-common.h).
@@ -71,13 +72,13 @@ class GgufHeader:
     metadata: Mapping[str, Value]
     tensors: Mapping[str, Tensor]
 
-    def _counts(self, key: str) -> tuple[int, ...]:
+    def counts(self, key: str) -> tuple[int, ...]:
         """The values of ``<architecture>.key``: one for all layers or one for each; empty where it is not given."""
         value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
         return tuple(each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, int))
 
     def _count(self, key: str) -> int | None:
-        return next(iter(self._counts(key)), None) or None
+        return next(iter(self.counts(key)), None) or None
 
     @property
     def vocab_size(self) -> int | None:
@@ -107,12 +108,12 @@ class GgufHeader:
     def kv_bytes_per_token(self, bytes_per_value: int) -> int | None:
         """Bytes that one token adds to the cache, with values of so many bytes; None where sizes are not given."""
         layers, width = self._count("block_count"), self._count("embedding_length")
-        heads = self._counts("attention.head_count")
+        heads = self.counts("attention.head_count")
         if not layers or not width or not any(heads):
             return None
         key = self._count("attention.key_length") or width // max(heads)
         value = self._count("attention.value_length") or width // max(heads)
-        kv_heads = self._counts("attention.head_count_kv") or heads
+        kv_heads = self.counts("attention.head_count_kv") or heads
         count = sum(kv_heads) if len(kv_heads) > 1 else layers * kv_heads[0]
         return count * (key + value) * bytes_per_value
 
@@ -190,7 +191,9 @@ def _parse(cursor: _Cursor, path: Path) -> GgufHeader:
     tensors = {}
     for _ in range(tensor_count):
         name = cursor.string()
-        shape = tuple(cursor.count() for _ in range(cursor.read("I")))
+        if (dimensions := cursor.read("I")) > _MOST_DIMENSIONS:
+            raise GgufHeaderError(f"{path} is damaged (a tensor of {dimensions} dimensions): get the GGUF file again")
+        shape = tuple(cursor.count() for _ in range(dimensions))
         tensors[name] = Tensor(shape, cursor.read("I"), cursor.read("Q"))  # checked against the length below
     alignment = cast("int", metadata.get("general.alignment") or 32)
     start = -(-cursor.position // alignment) * alignment

@@ -160,5 +160,5 @@ def _converted(raw: object, kind: type[T], where: str) -> T:
         raise DeviceError(f"{where} has {', '.join(unknown)}, allowed are {', '.join(allowed)}")
     try:
         return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
+    except ValueError as error:
         raise DeviceError(f"{where}: {error}") from None

@@ -145,7 +145,8 @@ def test_what_is_no_such_document_is_refused(tmp_path):
     good = document()
     for text, said in (("{", "is damaged"), ("[]", "is damaged .not an object"), ({**good, "kind": "x"}, "is damaged"),
                        ({**good, "version": 9}, "has quality version 9, this saap reads 1: make one with `saap eval"),
-                       ({**good, "rows": [{**good["rows"][0], "name": float("nan")}]}, r"is damaged.*rows\[0\]\.name"),
+                       ({**good, "rows": [{**good["rows"][0], "name": 5}]}, r"is damaged.*rows\[0\]\.name"),
+                       ({**good, "rows": [{**good["rows"][0], "nll": float("nan")}]}, "is damaged .a number is NaN"),
                        ({**good, "rows": [{**good["rows"][0], "window_nll": "x"}]}, "is damaged")):  # fmt: skip
         path.write_text(text if isinstance(text, str) else json.dumps(text))
         with pytest.raises(QualityError, match=said):
