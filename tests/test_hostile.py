@@ -12,9 +12,12 @@ import pytest
 
 pytest.importorskip("onnx")
 from support.command_line import here
-from support.hostile import BUNDLES, MODELS, seal
+from support.hostile import BASELINE, BUNDLES, DOCUMENTS, GGUFS, MODELS, seal
 
-OLD = Path(__file__).parent / "support" / "old" / "bundle"
+from studies.fuzz.products import gguf_bytes, gguf_structure
+
+PRODUCTS = Path(__file__).parent / "support" / "old"
+OLD = PRODUCTS / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,8 @@ def good(tmp_path_factory):
     (bundle / "tokenizer_config.json").write_text(json.dumps(config))
     seal(bundle)
     here("generate", bundle, "The river", "--max-tokens", 2, "--chat")
+    for module in ("saap.prune.pruning", "bench.judge.regression", "bench.report"):
+        pytest.importorskip(module)
     return bundle
 
 
@@ -65,6 +70,42 @@ def test_a_hostile_model_is_refused(name, tiny_model, text, tmp_path, monkeypatc
     MODELS[name](model)
     monkeypatch.chdir(tmp_path)
     refused("export", model, "-o", "bundle", "--parity", "none")
-    if name != "generation-config":  # which evaluation does not read
+    if not name.startswith("generation-config"):  # which evaluation does not read
         refused("eval", model, "--text", text, "--chunk", 32, "--max-chunks", 2)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(("document", "name"), [(d, name) for d, changes in DOCUMENTS.items() for name in changes])
+def test_a_hostile_measurement_is_refused(document, name, good, tmp_path, monkeypatch):
+    place = tmp_path / document
+    place.parent.mkdir(exist_ok=True)
+    shutil.copy(PRODUCTS / document, place)
+    DOCUMENTS[document][name](place)
+    monkeypatch.chdir(tmp_path)
+    for command in {
+        "result.json": (["compare", PRODUCTS / document, place, "--no-confirm"], ["report", place, "-o", "page.html"]),
+        "quality.json": (["compare", PRODUCTS / document, place], ["report", place, "-o", "page.html"]),
+        "cost.json": (["prune", PRODUCTS / "dense", "-o", "slim", "--speedup", "1.2", "--costs", place],),
+        BASELINE: (["devices", "test", PRODUCTS / "bundle", "--baselines", place.parent],),
+    }[document]:
+        if command[0] != "report" or name not in ("rows-none", "names"):  # which a page can show
+            refused(*command)
+    assert not {path.name for path in tmp_path.iterdir()} - {Path(document).parts[0]}
+
+
+@pytest.fixture(scope="module")
+def structure(tmp_path_factory):
+    """A GGUF file's header, and what makes a file of one."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    here("export", PRODUCTS / "dense", "-o", path, "--target", "gguf", "--bits", 8)
+    return gguf_structure(path)
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_a_hostile_gguf_is_refused(name, structure, tmp_path, monkeypatch):
+    document, data = json.loads(structure[0]), structure[1]
+    GGUFS[name](document)
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(document, data))
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    refused("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
+    here("devices", "check", tmp_path / "model.gguf", "--device", "raspberry-pi-5", code=2)

@@ -313,6 +313,13 @@ for name, content in {
 MODELS["config-device"] = _link("config.json", "/dev/zero", listed=False)
 MODELS["adapter"] = _raw("adapter_config.json", '{"peft_type": "LORA"}')
 MODELS["generation-config"] = _raw("generation_config.json", '{"eos_token_id": ["x"]}')
+MODELS["generation-config-beyond"] = _raw("generation_config.json", '{"eos_token_id": 99999}')
+MODELS["generation-number"] = _raw("generation_config.json", "5")
+MODELS["auto-map"] = _edit("config.json", lambda c: c.update(auto_map=5))
+MODELS["class"] = _edit("config.json", lambda c: c.update(__class__=True))
+_QUANT = {"bits": 4, "block": 32, "embedding_bits": 8, "tied": True}
+for number, quant in enumerate(([1], "\ud800", _QUANT | {"block": [32]}, _QUANT | {"bits": 1e9}, _QUANT | {"tied": 2})):
+    MODELS[f"slim-quant-{number}"] = _edit("config.json", lambda c, q=quant: c.update(slim_quant=q))
 
 
 def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -342,4 +349,132 @@ MODELS |= {
     "weights-header": _raw("model.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
     "weights-pickled": lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin") and None,
     "weights-link": _link("model.safetensors", "/etc/passwd", listed=False),
+}
+
+# -- measurements ------------------------------------------------------------------------------------------------------
+
+# By the name of a document in tests/support/old: what is changed in it, and by which name.
+DOCUMENTS: dict[str, dict[str, Callable[[Path], None]]] = {}
+
+
+def _replaced(content: str | bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode()) and None
+
+
+def _changed(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    def changed(path: Path) -> None:
+        document = json.loads(path.read_text())
+        document.pop("checksum")
+        change(document)
+        path.write_text(json.dumps(document))
+
+    return changed
+
+
+def _device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _sparse(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(300 << 20)
+
+
+ANY: dict[str, Callable[[Path], None]] = {
+    "empty": _replaced(""), "text": _replaced("saap"), "list": _replaced("[]"), "null": _replaced("null"),
+    "deep": _replaced("[" * 100_000), "bytes": _replaced(b"\xff\xfe"),
+    "digits": _replaced('{"schema": ' + "9" * 9999 + "}"),
+    "device": _device, "pipe": _pipe, "300-MB": _sparse, "object": _changed(lambda d: d.clear()),
+    "version": _changed(lambda d: d.update(schema=99, version=99, baseline=99)),
+    "not-a-number": _changed(lambda d: d.update(created=float("nan"))),
+    "sealed": lambda path: path.write_text(path.read_text().replace("0", "1", 1)) and None,
+}  # fmt: skip
+
+
+def _first(document: Any) -> Any:
+    """The first measurement of a result or of a baseline."""
+    return (document["results"][0] if "results" in document else document)["measurements"][0]
+
+
+MEASURED: dict[str, Callable[[Any], object]] = {
+    "no-measurements": lambda d: d.get("results", [d])[0].update(measurements=5),
+    "samples": lambda d: _first(d).update(samples={"0": 1}),
+    "time-negative": lambda d: _first(d)["samples"][0].update(load_s=-1.0),
+    "time-endless": lambda d: _first(d)["samples"][0]["token_s"].__setitem__(0, 1e999),
+    "time-text": lambda d: _first(d)["samples"][0]["token_s"].__setitem__(0, "fast"),
+    "times-missing": lambda d: _first(d)["samples"][0].update(token_s=[]),
+    "name": lambda d: _first(d).update(name=["a"]),
+    "status": lambda d: _first(d).update(status="GOOD"),
+    "seed": lambda d: d.get("results", [d])[0]["settings"].update(seed="x"),
+    "answers": lambda d: d.get("results", [d])[0]["settings"].update(answers={"a": {"tokens": ["x"]}}),
+    "tokens": lambda d: _first(d).update(n_gen=10**12),
+}
+DOCUMENTS["result.json"] = ANY | {name: _changed(change) for name, change in MEASURED.items()}
+BASELINE = "baselines/bundle.a41f0dd2e80cfeb7.json"
+DOCUMENTS[BASELINE] = ANY | {name: _changed(change) for name, change in MEASURED.items()}
+DOCUMENTS[BASELINE]["no-results"] = _changed(lambda d: d.update(results=[]))
+DOCUMENTS["quality.json"] = ANY | {
+    name: _changed(change) for name, change in {
+        "rows": lambda d: d.update(rows={"a": 1}),
+        "rows-none": lambda d: d.update(rows=[]),
+        "nll": lambda d: d["rows"][0].update(nll="low"),
+        "windows": lambda d: d["rows"][0].update(window_nll=[[1.0]]),
+        "windows-endless": lambda d: d["rows"][0].update(window_nll=[1e999] * 16),
+        "protocol": lambda d: d.update(protocol=[]),
+        "names": lambda d: [row.update(name="a") for row in d["rows"]],
+    }.items()
+}  # fmt: skip
+DOCUMENTS["cost.json"] = ANY | {
+    name: _changed(change) for name, change in {
+        "kind": lambda d: d.update(kind="saap-quality"),
+        "no-threads": lambda d: d.update(threads=[]),
+        "threads": lambda d: d["threads"][0].update(n_threads=0),
+        "model": lambda d: d["model"].update(hidden="x"),
+        "other-model": lambda d: d["model"].update(hidden=10**9),
+        "time-endless": lambda d: d["threads"][0].update(constant_ms=1e999),
+        "width": lambda d: d["threads"][0]["ffn"][0].update(width=10**400),
+        "no-widths": lambda d: d["threads"][0].update(ffn=[]),
+        "attention": lambda d: d["threads"][0].update(attention="none"),
+    }.items()
+}  # fmt: skip
+
+# -- GGUF files --------------------------------------------------------------------------------------------------------
+
+# What is changed in the structure of a file's header (studies.fuzz.products.gguf_structure).
+GGUFS: dict[str, Callable[[Any], object]] = {
+    "version": lambda g: g.update(version=99),
+    "pairs-many": lambda g: g.update(n_pairs=2**60),
+    "tensors-many": lambda g: g.update(n_tensors=2**40),
+    "tensors-none": lambda g: g.update(tensors=[], n_tensors=0),
+    "dimensions": lambda g: g["tensors"][0].update(shape=[3] * 50_000),
+    "dimension-large": lambda g: g["tensors"][0].update(shape=[2**62, 2**62]),
+    "offset": lambda g: g["tensors"][0].update(offset=2**63),
+    "type": lambda g: g["tensors"][0].update(type=4000),
+    "kind": lambda g: g["pairs"][3].update(types=[77]),
+}
+
+
+def pair(structure: Any, key: str) -> Any:
+    """A pair of the metadata."""
+    return next(each for each in structure["pairs"] if each["key"].endswith(key))
+
+
+GGUFS |= {
+    "architecture": lambda g: pair(g, "general.architecture").update(value="evil"),
+    "architecture-number": lambda g: pair(g, "general.architecture").update(types=[4], value=5),
+    "layers": lambda g: pair(g, "block_count").update(value=2**31),
+    "heads": lambda g: pair(g, "attention.head_count").update(value=0),
+    "hidden": lambda g: pair(g, "embedding_length").update(value=2**31),
+    "tokens-number": lambda g: pair(g, "ggml.tokens").update(types=[4], value=4),
+    "tokens-numbers": lambda g: pair(g, "ggml.tokens").update(types=[9, 4], value=list(range(320))),
+    "types-few": lambda g: pair(g, "token_type").update(value=[1]),
+    "begin": lambda g: pair(g, "bos_token_id").update(value=10**6),
+    "merges": lambda g: pair(g, "ggml.merges").update(value=["no such"]),
+    "alignment": lambda g: g["pairs"].append({"key": "general.alignment", "types": [4], "value": 2**31}),
 }
