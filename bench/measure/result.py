@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
-from msgspec import Meta
-
 import numpy as np
+from msgspec import Meta
 
 from bench.measure.options import Provider
 from bench.measure.statistics import Ratio, Summary, ratio_of_loads, summarize
