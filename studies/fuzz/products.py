@@ -31,7 +31,7 @@ def products(place: Path) -> dict[str, Target]:
         place: a folder for the products that are changed.
     """
     shutil.copytree(OLD, place, dirs_exist_ok=True)
-    found = [*_bundles(place), *_models(place), *_measurements(place), *_ggufs(place)]
+    found = [*_ggufs(place), *_measurements(place), *_models(place), *_bundles(place)]
     return {target.name: target for target in found}
 
 
@@ -138,17 +138,17 @@ def _bundles(place: Path) -> Iterator[Target]:
         read_peers([f"optimum:{bundle}"], 16)
 
     runs: dict[str, tuple[str, float, tuple[Run, ...]]] = {
-        "bundle.json": ("values", 2, (generate, bench, score, inspect, fit, genai)),
-        "tokenizer.json": ("values", 2, (generate, generate, inspect)),
-        "tokenizer_config.json": ("values", 4, (generate,)),
-        "special_tokens_map.json": ("values", 3, (generate,)),
-        "generation_config.json": ("values", 4, (generate,)),
-        "genai_config.json": ("values", 4, (generate, genai)),
-        "config.json": ("values", 3, (generate, optimum)),
-        "model.onnx": ("graph", 2, (generate, generate, bench, inspect)),
-        "scoring.onnx": ("graph", 2, (score, score, inspect)),
-        "model.onnx.data": ("bytes", 0.3, (generate, bench)),
-        "chat_template.jinja": ("bytes", 0.05, (chat,)),
+        "bundle.json": ("values", 1, (generate, bench, score, inspect, fit, genai)),
+        "tokenizer.json": ("values", 1, (generate, generate, inspect)),
+        "tokenizer_config.json": ("values", 7, (generate,)),
+        "special_tokens_map.json": ("values", 7, (generate,)),
+        "generation_config.json": ("values", 7, (generate,)),
+        "genai_config.json": ("values", 6, (generate, genai)),
+        "config.json": ("values", 6, (generate, optimum)),
+        "model.onnx": ("graph", 1, (generate, generate, bench, inspect)),
+        "scoring.onnx": ("graph", 0.75, (score, score, inspect)),
+        "model.onnx.data": ("bytes", 0.1, (generate, bench)),
+        "chat_template.jinja": ("bytes", 0.02, (chat,)),
     }
     others = tuple((bundle / name).read_bytes() for name in runs if name.endswith("json"))
     for name, (kind, share, commands) in runs.items():
@@ -204,20 +204,20 @@ def _models(place: Path) -> Iterator[Target]:
         names += ["special_tokens_map.json"] + ([] if kind == "dense" else ["saap.json"])
         others = tuple((model / name).read_bytes() for name in names)
         for name in names:
-            share = 1 if name in ("config.json", "saap.json") else 0.2
+            share = 0.25 if name in ("config.json", "saap.json") else 0.05
             read = _changing(model / name, seal, *runs)
             yield Target(f"{kind}: {name}", read, ((model / name).read_bytes(),), "values", share, others)
         header, pack = _safetensors(model / "model.safetensors")
         read = _changing(model / "model.safetensors", seal, *runs, pack=pack)
-        yield Target(f"{kind}: model.safetensors", read, (header,), "values", 0.5)
+        yield Target(f"{kind}: model.safetensors", read, (header,), "values", 0.1)
     names = json.loads(_safetensors(place / "dense/model.safetensors")[0])
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     path, runs = place / "dense/model.safetensors.index.json", commands(place / "dense")
     read = _changing(path, lambda path: None, *runs)
-    yield Target("dense: model.safetensors.index.json", read, (json.dumps(index).encode(),), "values", 0.2)
+    yield Target("dense: model.safetensors.index.json", read, (json.dumps(index).encode(),), "values", 0.05)
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "/etc", "r": 8, "auto_mapping": {"a": "b"}}
     read = _changing(place / "slim/adapter_config.json", lambda path: None, *commands(place / "slim"))
-    yield Target("slim: adapter_config.json", read, (json.dumps(adapter).encode(),), "values", 0.2)
+    yield Target("slim: adapter_config.json", read, (json.dumps(adapter).encode(),), "values", 0.05)
 
 
 def _safetensors(path: Path) -> tuple[bytes, Callable[[bytes], bytes]]:
@@ -252,7 +252,7 @@ def _measurements(place: Path) -> Iterator[Target]:
         def report(path: Path = path, page: Path = page) -> None:
             saap("report", path, "-o", page)
 
-        yield Target(f"{kind}: report", _changing(path, _unsealed, report), seeds, "values", 0.02)
+        yield Target(f"{kind}: report", _changing(path, _unsealed, report), seeds, "values", 0.005)
 
     costs = place / "cost.json"
 
@@ -264,7 +264,7 @@ def _measurements(place: Path) -> Iterator[Target]:
     def plan_here() -> None:
         budget_of(place / "dense", for_this_machine(PruneCommand(asked)))
 
-    yield Target("cost.json", _changing(costs, _unsealed, *[plan] * 9, plan_here), (costs.read_bytes(),), "values", 2)
+    yield Target("cost.json", _changing(costs, _unsealed, *[plan] * 9, plan_here), (costs.read_bytes(),), "values", 1)
     folder = place / "baselines"
     (path,) = folder.glob("*.json")
     (good,) = read_baselines(folder, "bundle")
@@ -302,8 +302,8 @@ def _ggufs(place: Path) -> Iterator[Target]:
         finally:
             shutil.rmtree(cache, ignore_errors=True)
 
-    yield Target("GGUF: header", _changing(path, lambda path: None, peer, fit, pack=pack), (structure,), "values", 1)
-    yield Target("GGUF: model", _changing(path, lambda path: None, convert, pack=pack), (structure,), "values", 0.3)
+    yield Target("GGUF: header", _changing(path, lambda path: None, peer, fit, pack=pack), (structure,), "values", 4)
+    yield Target("GGUF: model", _changing(path, lambda path: None, convert, pack=pack), (structure,), "values", 0.1)
 
 
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

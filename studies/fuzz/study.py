@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", default="run", choices=["run", "table"])
     parser.add_argument("--products", action="store_true", help="documents inside whole products")
     parser.add_argument("--runs", type=int, default=10_000, help="documents for each target, times its share")
-    parser.add_argument("--only", help="one target")
+    parser.add_argument("--only", help="targets whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", type=int, help=argparse.SUPPRESS)
     add_write_option(parser)
@@ -288,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = SETS[which](place)
         gc.collect()
         gc.freeze()  # what is imported by now stays, and need not be looked at after each document
-        return run(which, [made[given.only]] if given.only else list(made.values()), given.runs, given.seed)
+        chosen = [target for name, target in made.items() if name.startswith(given.only or "")]
+        return run(which, chosen, given.runs, given.seed)
 
 
 def run(which: str, chosen: Sequence[Target], runs: int, seed: int) -> int:
