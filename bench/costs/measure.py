@@ -189,4 +189,5 @@ COSTS = Document(
     versions=(SCHEMA,),
     check=_check,
     error=CostsError,
+    mark="threads",
 )

@@ -301,8 +301,6 @@ def read_result(path: str | Path) -> Result:
 
 
 def _as_today(raw: dict[str, object]) -> dict[str, object]:
-    if "measurements" not in raw:
-        raise ValueError("it is not a bench result")
     if unknown := unknown_fields(raw, Result):
         raise ValueError(f"unknown fields {', '.join(unknown)}")
     return raw | {"schema": SCHEMA}
@@ -353,4 +351,5 @@ RESULT = Document(
     upgrade=_as_today,
     check=_check,
     error=ResultError,
+    mark="measurements",
 )

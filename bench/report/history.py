@@ -95,6 +95,8 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
         raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
     found: dict[Key, list[Point]] = {}
     paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ResultError(f"{folder} holds no results: give a folder of `saap bench --history`")
     for done, path in enumerate(paths, 1):
         for key, point in _points(path, read_result(path)):
             found.setdefault(key, []).append(point)

@@ -181,6 +181,8 @@ def _prepacked(spec: str, length: int) -> Peer:
 
 def _torch(spec: str, length: int) -> Peer:
     path = _path(spec)
+    if (path / MANIFEST).is_file():
+        raise PeerError(f"{spec}: {path} is a bundle; leave torch: out, or give the model that it was made from")
     otherwise = "is damaged or names no vocab_size; get the model again"
     config = _read(spec, path / "config.json", _Config, "torch: a Hugging Face model directory", otherwise)
     if not (find_spec("torch") and find_spec("transformers")):

@@ -37,6 +37,7 @@ class Document(Generic[T]):
     check: Callable[[T], None] | None = None  # what types cannot say; raises ValueError
     error: type[UserError] = UserError  # raised for all that is wrong with a file
     sealed: bool = True  # whether it carries a checksum
+    mark: str = ""  # a key that every such file has, and others have not; by default that of the version
 
     def read(self, path: str | Path) -> T:
         """The document in a file.
@@ -62,6 +63,8 @@ class Document(Generic[T]):
             raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
         if not isinstance(raw, dict):
             raise self.error(f"{name} is damaged (not an object): {self.remedy}")
+        if (mark := self.mark or self.version) and raw.get(mark) is None:
+            raise self.error(f"{name} is another kind of file (it has no {mark!r}): {self.remedy}")
         if self.version is not None and raw.get(self.version) not in self.versions:
             raise self.error(
                 f"{name} has {self.what} {self.version} {raw.get(self.version)!r}, this saap reads "

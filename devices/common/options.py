@@ -290,8 +290,9 @@ def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
         return settings[plain]
     import difflib
 
-    near = difflib.get_close_matches(plain, settings, cutoff=0.6) or sorted(settings)
-    raise UserError(f"there is no option {name.strip()!r}: did you mean {', '.join(near)}?")
+    near = ", ".join(difflib.get_close_matches(plain, settings, cutoff=0.6))
+    advice = f"did you mean {near}?" if near else "--help-all lists them all"
+    raise UserError(f"there is no option {name.strip()!r}: {advice}")
 
 
 def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
@@ -327,7 +328,7 @@ def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
     except ValueError as error:
         raise UserError(f"{path} is not TOML ({error}): write lines such as ratio = 0.2") from None
     found: dict[str, object] = {}

@@ -102,9 +102,13 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
 
 
 def read_quality(path: Path | None) -> dict[str, object] | None:
+    from bench.judge import quality
     from saap.system.files import read_object
 
-    return None if path is None else read_object(path, "write it with `saap eval --json`")
+    if path is None:
+        return None
+    quality.read_quality(path)
+    return read_object(path, "write it with `saap eval --json`")
 
 
 def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:

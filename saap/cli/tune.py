@@ -57,12 +57,13 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     from saap.models.resolve import resolve
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
+    from saap.tune.tuning import check_model, tuning_text
     from saap.tune.tuning import tune as tune_directory
-    from saap.tune.tuning import tuning_text
 
     check_output(out, slim, asked.teacher, asked.data, record=RECORD)
     asked.options.check(taught=asked.teacher is not None)
     directory = resolve(slim, progress=console.report)
+    check_model(directory, asked.options)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
     rows = tuning_text(directory, asked.options, teacher=teacher, data=asked.data, progress=console.report)
     say_rows(rows, console)

@@ -93,6 +93,7 @@ def tune(
     options.check(taught=teacher is not None)
     check_output(out, model, teacher, data, record=RECORD)
     directory = resolve(model, progress=progress)
+    check_model(directory, options)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
     if isinstance(data, torch.Tensor):
         data = TuningRows(data, data.clone(), "given ids", None, "text")
@@ -110,7 +111,9 @@ def tuning_text(
     data: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TuningRows:
-    """The rows that :func:`tune` learns from; UserError for no such text, or too little."""
+    """The rows that :func:`tune` learns from; UserError for no such text, too little, or a teacher of other tokens."""
+    if teacher is not None:
+        check_same_vocabulary(teacher, model)
     calibrated = read_record(model).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
     skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
@@ -127,7 +130,12 @@ def _tune(
     teacher_dir: Path | None,
     progress: Progress | None,
 ) -> TuneResult:
-    config = _check_input(model_dir, rows, options)
+    config = check_model(model_dir, options)
+    if len(rows) < options.training.rows_per_step:
+        raise UserError(
+            f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
+            "give more text, or shorter sequences"
+        )
     if teacher_dir is not None:
         check_same_vocabulary(teacher_dir, model_dir)
     began, weights = time.monotonic(), weights_hash(model_dir)
@@ -191,7 +199,11 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
     return True
 
 
-def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -> dict[str, object]:
+def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
+    """The config of a model that can be tuned.
+
+    Raises UserError: tuned already, or widths that are not whole groups.
+    """
     config = read_config(slim_dir)
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
@@ -200,11 +212,6 @@ def _check_input(slim_dir: str | Path, rows: TuningRows, options: TuneOptions) -
     for index, sizes in enumerate(shape.layers):
         check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
         check_groups(sizes.ffn, block, f"down_proj of layer {index}")
-    if len(rows) < options.training.rows_per_step:
-        raise UserError(
-            f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
-            "give more text, or shorter sequences"
-        )
     return config
 
 

@@ -58,10 +58,11 @@ UNEVEN = (
 NARROW = tuple(LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(width))) for width in (32, 96, 64))  # KV heads alike
 
 
-def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path):
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path, target):
     og = pytest.importorskip("onnxruntime_genai")
     slim, directory = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "bundle"
-    export_bundle(slim, directory)
+    export_bundle(slim, directory, target=target)
     tokenizer = BundleTokenizer(directory)
     ours = begin_text(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", AnswerSettings(24, stop_ids=()))
     assert "".join(ours)

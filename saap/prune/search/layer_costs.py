@@ -73,7 +73,7 @@ def _check(found: CostFile) -> None:
         raise ValueError(f"{found.kind!r} is no table of costs")
 
 
-COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error=CostError)
+COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error=CostError, mark="threads")
 
 
 @dataclass(frozen=True)

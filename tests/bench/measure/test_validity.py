@@ -140,7 +140,10 @@ def test_drift_is_over_the_run_and_not_over_depth() -> None:
     assert drift(steady) == pytest.approx(0)
     heating = [sample([t * (1 + 0.05 * i) for t in deeper_is_slower], i) for i in range(5)]
     assert drift(heating) == pytest.approx(0.2 / 1.1 * 19 / 16, rel=0.2)
-    assert judge(measurement("m", [], samples=heating), None, None)[0] == WARN
+    cooling = [sample([0.01 * 0.7**i] * 4, i) for i in range(5)]  # by more than its median
+    for samples, told in ((heating, "rose over the run, by 2"), (cooling, "fell over the run, by 1")):
+        status, reasons = judge(measurement("m", [], samples=samples), None, None)
+        assert status == WARN and told in reasons[0] and reasons[0].endswith("% of its median")
     assert drift(steady[:1]) is None
 
 

@@ -7,6 +7,7 @@ from support.exported import export_bundle, export_portable
 
 from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError
+from export.bundle.session import DecoderError
 from export.bundle.tokenizer import RunError
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
 from saap.models.checkpoint import load_model
@@ -130,6 +131,8 @@ def test_no_bundle_and_a_damaged_one_are_refused(slim, tmp_path):
         BundleForCausalLM.from_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="is not an ONNX file"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle", verify=False)
+    with pytest.raises(DecoderError, match="10000 threads cannot be used: this process has"):
+        BundleForCausalLM.from_bundle(tmp_path / "bundle", threads=10_000)
 
 
 def test_text_generation_pipeline(pair, tiny_tokenizer):

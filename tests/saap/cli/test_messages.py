@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.command_line import refused
+from support.command_line import here, refused
+
+import saap
+from saap.system.errors import UserError
 
 OLD = Path(__file__).parents[2] / "support" / "old"
 
@@ -14,8 +17,6 @@ OLD = Path(__file__).parents[2] / "support" / "old"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Old products, and things that are none."""
-    from support.command_line import here
-
     home = tmp_path_factory.mktemp("messages")
     for name in ("dense", "slim", "tuned", "bundle"):
         shutil.copytree(OLD / name, home / name)
@@ -111,3 +112,57 @@ TRUE = {
 @pytest.mark.parametrize(("command", "message"), TRUE.items(), ids=TRUE)
 def test_a_message_is_true_and_says_what_to_do(command, message):
     assert message in refused(*command.split())
+
+
+WRONG = {
+    "prune bundle -o o --ratio 0.2": "bundle is an exported bundle, not a model: give the model directory it was made",
+    "prune tuned -o o --ratio 0.2": "holds tuned integers, which cannot be pruned: prune the model it was tuned from",
+    "prune result.json -o o --ratio 0.2": "is not a GGUF file: give a GGUF file or a model directory",
+    "prune dense -o o --speedup 1.2 --costs result.json": "result.json is another kind of file (it has no 'threads')",
+    "prune dense -o o --ratio 0.2 --calibration dense": "dense is a directory: give a text, .jsonl or .gz file",
+    "prune dense -o o --ratio 0.2 --calibration cost.json": "is not a list of rows: give .jsonl, one object a line",
+    "prune dense -o o --ratio 0.2 --config empty": "cannot read empty: Is a directory; give a TOML file",
+    "prune dense -o o --ratio 0.2 --set nonsense=1": "there is no option 'nonsense': --help-all lists them all",
+    "tune tuned -o o": "tuned holds tuned integers already: tune the slim directory it came from",
+    "tune slim -o o --teacher bundle": "bundle is an exported bundle, not a model",
+    "tune empty -o o": "empty is not a model directory: it has no config.json",
+    "eval quality.json": "quality.json is not a GGUF file: give a GGUF file or a model directory",
+    "eval slim --tasks piqa --task-dir empty": "piqa needs one file in empty, none is there: name it piqa.jsonl",
+    "export --inspect slim": "slim is not a bundle: it is a model; make one of it with `saap export slim -o BUNDLE`",
+    "export --inspect dense.gguf": "dense.gguf is not a bundle: it is a GGUF file; `saap export` makes a bundle of it",
+    "export --inspect result.json": "is not a bundle: it is a file; give the directory that `saap export` wrote",
+    "export bundle -o o": "bundle is an exported bundle, not a model",
+    "generate smollm2-135m hi": "there is no such directory; make one with `saap export MODEL -o BUNDLE`",
+    "bench dense.gguf": "and `saap bench llama.cpp:/",
+    "bench torch:bundle": "is a bundle; leave torch: out, or give the model that it was made from",
+    "bench torch:empty": "give torch: a Hugging Face model directory",
+    "bench llama.cpp:long.txt": "is no GGUF file: give one that llama.cpp reads",
+    "bench optimum:dense": "make one with `saap export --target portable`",
+    "bench bundle --quality result.json": "result.json is another kind of file (it has no 'version')",
+    "compare cost.json result.json": "cost.json is another kind of file (it has no 'measurements'): make one with",
+    "compare result.json quality.json": "do not compare: one is of `saap eval`, the other is not; give two of a kind",
+    "compare bundle result.json": "do not compare: give two results of `saap bench --json`, or two bundles",
+    "report cost.json -o o": "cost.json is another kind of file (it has no 'measurements')",
+    "report bundle -o o": "bundle holds no run.json: give the -o directory of `saap run`, or result files",
+    "report --history empty -o o": "empty holds no results: give a folder of `saap bench --history`",
+    "devices check dense": "dense is not a bundle: it is a model",
+    "devices costs result.json -o o": "is not a GGUF file: give a GGUF file or a model directory",
+    "devices baseline slim": "slim is not a bundle: it is a model",
+    "devices test bundle --baselines empty": "empty holds no baseline of bundle: record one with `saap devices",
+    "run bundle -o o": "bundle is an exported bundle, not a model",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG.items(), ids=WRONG)
+def test_the_wrong_kind_of_thing_is_told_from_the_right_one(command, message):
+    assert message in refused(*command.split())
+
+
+def test_a_gguf_file_of_ours_is_evaluated():
+    assert "dense.gguf" in here("eval", "dense.gguf", "--text", "judge.txt", "--max-chunks", "1").stdout
+
+
+@pytest.mark.parametrize("name", ["dense.gguf", "smollm2-135m"])
+def test_a_library_that_wants_a_directory_says_what_makes_one(name):
+    with pytest.raises(UserError, match=r"is not a model directory: give one; resolve\(\) of saap.models.resolve"):
+        saap.load_model(name)

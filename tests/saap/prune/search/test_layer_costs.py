@@ -112,7 +112,7 @@ def test_a_table_is_read_and_the_group_size_means_nothing_for_floats(tmp_path: P
         (json.dumps(document())[:-40], "is damaged"),
         ("[1]", "is damaged .not an object"),
         (document(kind="else"), "is damaged .'else' is no table of costs"),
-        ({"measurements": []}, "has costs schema None, this saap reads 1"),
+        ({"measurements": []}, "is another kind of file (it has no 'threads')"),
         (document(schema=2), "has costs schema 2, this saap reads 1"),
         (document(threads=[{"n_threads": 1}]), "is damaged .Object missing required field `constant_ms`"),
         (with_table(ffn=[]), "is damaged"),
