@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,6 +30,8 @@ from devices.common.errors import UserError
 T = TypeVar("T")
 COUNT, THREADS = Meta(ge=1, le=1_000_000), Meta(ge=1, le=1024)  # of most options that count something
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# The settings, with their dataclasses, that stand on the command line of the command that runs.
+TYPED: ContextVar[Collection[tuple[type | None, str]]] = ContextVar("TYPED", default=())
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
@@ -80,6 +83,7 @@ class Setting:
     metas: tuple[Meta, ...]
     default: object  # ``dataclasses.MISSING`` where a value must be given
     element: type = str  # what a repeated flag's text becomes
+    owner: type | None = None  # the dataclass that has the field
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -223,7 +227,7 @@ def _settings(kind: type, base: object) -> Iterator[Setting]:
             yield from found if part is None else _part(found, part)
         elif option is not None and each.init:
             metas = tuple(extra for extra in extras if isinstance(extra, Meta))
-            yield _setting(each.name, option, inner, metas, default)
+            yield replace(_setting(each.name, option, inner, metas, default), owner=kind)
 
 
 def _part(settings: Iterator[Setting], part: Part) -> Iterator[Setting]:
@@ -383,13 +387,18 @@ def given_in(options: object) -> Iterator[tuple[Setting, object]]:
 
 
 def refuse_unused(options: object, names: Collection[str], owner: str, instead: str = "") -> None:
-    """Refuse those of these settings that are not at their defaults: nothing would come of them.
+    """Refuse those of these settings that are given, or not at their defaults: nothing would come of them.
 
     ``owner``: what they are for; ``instead``: what else to do than to leave them out.
 
     Raises UserError: names the options.
     """
-    flags = [setting.flag for setting, _ in given_in(options) if setting.name in names]
+    changed, typed = {setting.name for setting, _ in given_in(options)}, TYPED.get()
+    flags = [
+        setting.flag
+        for name, setting in settings_of(type(options)).items()
+        if name in names and (name in changed or (setting.owner, name) in typed)
+    ]
     if flags:
         are, them = ("are", "them") if len(flags) > 1 else ("is", "it")
         advice = f"leave {them} out" + (f", or {instead}" if instead else "")

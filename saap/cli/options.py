@@ -21,7 +21,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from devices.common.options import Setting, assigned, from_toml, made, settings_of
+from devices.common.options import TYPED, Setting, assigned, from_toml, made, settings_of
 from saap.cli.types import FieldOption, Sections
 from saap.system.errors import UserError
 
@@ -91,13 +91,17 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
         @functools.wraps(function)
         def command(*arguments: object, set_: list[tuple[str, object]], config: Path | None, **values: object) -> T:
             context = click.get_current_context()
-            given = from_toml(settings, config) if config else {}
-            given |= dict(set_)
+            typed = dict(set_)
             for name in settings.keys() & values.keys():
                 value = values.pop(name)
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-                    given[name] = value
-            return function(*arguments, options=made(kind, given), **values)
+                    typed[name] = value
+            given = from_toml(settings, config) if config else {}
+            reset = TYPED.set({(settings[name].owner, name) for name in typed})
+            try:
+                return function(*arguments, options=made(kind, given | typed), **values)
+            finally:
+                TYPED.reset(reset)
 
         decorated: Callable[..., T] = command
         for option in reversed([*map(_flag, filter(lambda s: s.option.shown, settings.values())), *_more(settings)]):

@@ -82,7 +82,7 @@ class RunOptions:
         tuned, options = self.tuning.options, self.pruning.options
         options = replace(
             options, bits=tuned.bits, group_size=tuned.group_size, threads=self.threads if options.costs else None,
-            ratio=options.ratio if options.asked else DEFAULT_RATIO,
+            ratio=options.ratio if options.asked else DEFAULT_RATIO, seed=options.seed if options.draws else 0,
         )  # fmt: skip
         return replace(self.pruning, options=options)
 
@@ -218,7 +218,7 @@ def check_options(options: RunOptions) -> None:
     from export.bundle.decoder import check_threads
 
     options.prune.options.check()
-    options.tune("").options.check()
+    options.tune("the dense model").check()
     for tuned in (False, True):
         options.export(tuned=tuned).check()
     for name in ("onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2", "peft", "accelerate"):

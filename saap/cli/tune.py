@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from devices.common.options import Option
+from devices.common.options import Option, refuse_unused
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
+from saap.system.errors import UserError
 from saap.tune.options import TuneOptions
 
 if TYPE_CHECKING:
@@ -32,6 +33,27 @@ class TuneCommand:
     data: Annotated[
         str | None, Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT)
     ] = None
+
+    def check(self) -> None:
+        """Refuse values out of range, and what would have no effect. Raises UserError: names the option."""
+        options, training = self.options, self.options.training
+        options.check()
+        if self.teacher is None:
+            refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
+        if options.teacher_weight == 0:
+            refuse_unused(self, ("temperature", "kept_tokens"), "a --teacher-weight above 0")
+        if options.max_bytes is not None:
+            refuse_unused(self, ("bits", "head_bits"), "one precision, and --max-bytes chooses one for each matrix")
+        elif options.integers == "nearest":
+            refuse_unused(self, ("calibration_rows",), "--integers gptq")
+        if options.held_out == 0:
+            refuse_unused(self, ("evaluations", "patience"), "held-out text, and held_out is 0")
+        least = training.rows_per_step * options.length
+        if options.tokens < least:
+            raise UserError(
+                f"--tokens {options.tokens} are fewer than a step's {least} ({training.rows_per_step} sequences of "
+                f"{options.length}): give --tokens {least} or more, or a smaller --batch or --length"
+            )
 
 
 @click.command(cls=OptionsCommand)
@@ -61,7 +83,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     from saap.tune.tuning import tune as tune_directory
 
     check_output(out, slim, asked.teacher, asked.data, record=RECORD)
-    asked.options.check(taught=asked.teacher is not None)
+    asked.check()
     directory = resolve(slim, progress=console.report)
     check_model(directory, asked.options)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None

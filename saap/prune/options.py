@@ -214,6 +214,11 @@ class PruneOptions:
         return self.method not in ("random", "magnitude") or self.compensation != "none"
 
     @property
+    def draws(self) -> bool:
+        """Whether anything depends on the seed."""
+        return self.reads_text or self.method == "random"
+
+    @property
     def kept_layers(self) -> frozenset[int]:
         """The layers that were asked to stay whole."""
         return self.keep_layers or frozenset()
@@ -237,7 +242,7 @@ class PruneOptions:
             ours = {"modules", "drop_layers", "stages", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
         if not self.reads_text:
-            names = ("sequences", "length", *(["seed"] if self.method == "magnitude" else []))
+            names = ("sequences", "length", *([] if self.draws else ["seed"]))
             refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
         if self.method == "shortgpt":
             refuse_unused(self, ("heads",), "methods that prune in width; shortgpt removes whole layers")

@@ -85,7 +85,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not has_chat_template(tokenizer):
-            raise UserError("the model has no chat template, so chat data has no form: give kind='text'")
+            raise UserError("the model has no chat template, so chat data has no form: give --kind text")
         self._tokenizer = tokenizer
         source = tokenizer.get_chat_template()
         self._marked = bool(GENERATION.search(source))
@@ -114,7 +114,7 @@ class ChatEncoder:
                 if not answered.startswith(prompt):
                     raise UserError(
                         f"{where}: the model's chat template does not write an answer after its own prompt for one, "
-                        "so what is to be learnt cannot be told: give kind='text'"
+                        "so what is to be learnt cannot be told: give --kind text"
                     )
                 spans.append((len(prompt), len(answered)))
                 alone.append(answered)
@@ -179,7 +179,7 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _refused(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: the model's chat template refuses it ({error}): mend or remove it, or give kind='text'")
+    return UserError(f"{where}: the model's chat template refuses it ({error}): mend or remove it, or give --kind text")
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

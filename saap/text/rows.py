@@ -138,7 +138,7 @@ def tuning_rows(
         raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
     rows, note = None, None
     if source is None and kind == "chat":
-        raise UserError("chat needs conversations: give a .jsonl file of them, or leave kind='chat' out")
+        raise UserError("chat needs conversations: give a .jsonl file of them, or leave --kind chat out")
     if source is not None and kind != "text":
         rows, note = _chat_rows(model_dir, source, kind)
     if rows is not None and source is not None:
@@ -173,7 +173,7 @@ def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str,
     chats = [is_conversation(row) for _, row in rows or []]
     if kind == "chat":
         if not chats:
-            raise UserError(f"{source} holds no conversations: give a .jsonl file of them, or kind='text'")
+            raise UserError(f"{source} holds no conversations: give a .jsonl file of them, or --kind text")
         return rows, None
     if not any(chats):
         return None, None

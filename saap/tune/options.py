@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option, check_values, refuse_unused
+from devices.common.options import COUNT, Option, check_values
 from devices.common.values import parse_bytes
-from saap.system.errors import UserError
 
 Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -136,30 +135,8 @@ class TuneOptions:
         about = {name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length")}
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
-    def check(self, *, taught: bool = True) -> None:
-        """Refuse values out of range, and what would have no effect.
-
-        ``taught``: whether there is a teacher.
-
-        Raises UserError: names the option.
-        """
+    def check(self) -> None:
         check_values(self)
-        if not taught:
-            refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
-        if self.teacher_weight == 0:
-            refuse_unused(self, ("temperature", "kept_tokens"), "a --teacher-weight above 0")
-        if self.max_bytes is not None:
-            refuse_unused(self, ("bits", "head_bits"), "one precision, and --max-bytes chooses one for each matrix")
-        elif self.integers == "nearest":
-            refuse_unused(self, ("calibration_rows",), "--integers gptq")
-        if self.held_out == 0:
-            refuse_unused(self, ("evaluations", "patience"), "held-out text, and held_out is 0")
-        least = self.training.rows_per_step * self.length
-        if self.tokens < least:
-            raise UserError(
-                f"--tokens {self.tokens} are fewer than a step's {least} ({self.training.rows_per_step} sequences of "
-                f"{self.length}): give --tokens {least} or more, or a smaller --batch or --length"
-            )
 
     @property
     def rate(self) -> float:

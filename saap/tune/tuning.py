@@ -90,7 +90,7 @@ def tune(
         UserError: already tuned, widths that are not whole groups, too little text, a teacher of another vocabulary.
     """
     options, out = options or TuneOptions(), Path(output)
-    options.check(taught=teacher is not None)
+    options.check()
     check_output(out, model, teacher, data, record=RECORD)
     directory = resolve(model, progress=progress)
     check_model(directory, options)

@@ -204,7 +204,8 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     try:
         words = TEXT if text is None else text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {text} ({error}): give a text file in UTF-8") from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"cannot read {text} ({reason}): give a text file in UTF-8") from None
     return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
 
 

@@ -151,7 +151,8 @@ def read_costs(
     """
     path = Path(path)
     if not path.is_file():
-        raise CostError(f"{path} is not a file: make one with `saap devices costs MODEL -o {path.name}`")
+        what = f"{path} is a directory" if path.is_dir() else f"there is no {path}"
+        raise CostError(f"{what}: give a file of `saap devices costs MODEL -o FILE`")
     found = COSTS.read(path)
     wanted: dict[str, object] = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
     if bits != 32:

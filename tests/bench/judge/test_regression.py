@@ -271,7 +271,7 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     [
         ("", "is damaged .Expecting value"),
         ("[1]", "is damaged .not an object"),
-        ("{}", "is another kind of file (it has no 'baseline')"),
+        ("{}", "is another kind of file .it has no 'baseline'."),
         ('{"baseline": 9}', "has device baseline 9, this saap reads 1"),
         ('{"baseline": 1, "name": "x"}', "is damaged .'results'"),
         ('{"baseline": 1, "name": "x", "results": []}', "is damaged .not one measurement a run"),

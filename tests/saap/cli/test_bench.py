@@ -15,6 +15,7 @@ from support.tiny_graphs import tiny_bundle
 
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result, read_result, write_result
+from devices.common.quality import QUALITY, ModelQuality, Quality
 
 QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098, 0.0101, 0.0100]
@@ -57,7 +58,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_noise_floor_quality_and_history(bundles: list[Path], measured: list[list[str]], tmp_path: Path) -> None:
-    (tmp_path / "eval.json").write_text(json.dumps({"rows": [{"name": "dense", "perplexity": 12.0}]}))
+    QUALITY.write(tmp_path / "eval.json", Quality(None, None, (ModelQuality("dense", 1, 4, perplexity=12.0),)))
     options = ["--noise-floor", "--history", tmp_path / "h", "--quality", tmp_path / "eval.json"]
     done = here("bench", *bundles, *options, "--json", tmp_path / "r.json")
     assert "noise floor" in done.stdout and measured == [["dense", "slim", "dense"]]

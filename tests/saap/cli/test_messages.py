@@ -50,6 +50,7 @@ UNUSED = {
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
     "prune dense -o o --ratio 0.2 --heads --no-heads": "--heads and --no-heads contradict each other: give one",
     "prune dense -o o --ratio 0.2 --here": "--here is about the table of --costs",
+    "tune slim -o o --teacher-weight 0.5": "--teacher-weight is for --teacher: leave it out, or name one",
     "tune slim -o o --teacher-weight 0.3 --temperature 2": "--teacher-weight and --temperature are for --teacher:",
     "tune slim -o o --teacher dense --teacher-weight 0 --temperature 2": "--temperature is for a --teacher-weight",
     "tune slim -o o --max-bytes 1MB --head-bits 8": "--head-bits is for one precision, and --max-bytes chooses",

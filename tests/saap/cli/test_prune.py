@@ -118,7 +118,7 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("--max-bytes many", "'many' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
         ("--max-params -5", "'-5' is not a number of parameters: write something like 100M or 1.5B"),
         ("--speedup 9 --costs COSTS", "asked a speed-up of 9, the largest that these options allow is 2.178"),
-        ("--speedup 1.5 --costs no.json", "no.json is not a file: make one with `saap devices costs"),
+        ("--speedup 1.5 --costs no.json", "there is no no.json: give a file of `saap devices costs"),
         ("--max-bytes 150kB --group-size 64", "the hidden size is 96 wide, which groups of 64 do not divide"),
         ("--ratio 0.2 --keep-layers 7", "--keep-layers names layer 7; the model has layers 0 to 2"),
         (

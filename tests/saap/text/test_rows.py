@@ -207,7 +207,7 @@ def test_kinds(tiny_model, tmp_path):
     assert torch.equal(fallen.ids, text.ids) and fallen.note == (
         f"{source} is read as plain text: the model has no chat template"
     )
-    with pytest.raises(UserError, match=r"no chat template.* give kind='text'"):
+    with pytest.raises(UserError, match=r"no chat template.* give --kind text"):
         rows_for(model, source, 2, 64, 0, kind="chat")
     messages = write_rows(tmp_path / "m.jsonl", [{"messages": TALK}] * 9)
     assert rows_for(model, messages, 2, 64, 0).kind == "text"

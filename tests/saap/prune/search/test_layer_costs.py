@@ -112,7 +112,7 @@ def test_a_table_is_read_and_the_group_size_means_nothing_for_floats(tmp_path: P
         (json.dumps(document())[:-40], "is damaged"),
         ("[1]", "is damaged .not an object"),
         (document(kind="else"), "is damaged .'else' is no table of costs"),
-        ({"measurements": []}, "is another kind of file (it has no 'threads')"),
+        ({"measurements": []}, "is another kind of file .it has no 'threads'."),
         (document(schema=2), "has costs schema 2, this saap reads 1"),
         (document(threads=[{"n_threads": 1}]), "is damaged .Object missing required field `constant_ms`"),
         (with_table(ffn=[]), "is damaged"),
@@ -133,5 +133,5 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, mes
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CostError, match="is not a file: make one with `saap devices costs MODEL"):
+    with pytest.raises(CostError, match="there is no .*cost.json: give a file of `saap devices costs MODEL"):
         read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32)
