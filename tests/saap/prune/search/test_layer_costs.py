@@ -133,5 +133,5 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, mes
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CostError, match="there is no .*cost.json: give a file of `saap devices costs MODEL"):
+    with pytest.raises(CostError, match=r"there is no .*cost.json: give a file of `saap devices costs MODEL"):
         read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32)
