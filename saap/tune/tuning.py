@@ -202,7 +202,7 @@ def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     """The config of a model that can be tuned.
 
-    Raises UserError: tuned already, or widths that are not whole groups.
+    Raises UserError: tuned already, widths that are not whole groups, or a rank above their number.
     """
     config = read_config(slim_dir)
     if config.get("slim_quant"):
@@ -212,6 +212,9 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     for index, sizes in enumerate(shape.layers):
         check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
         check_groups(sizes.ffn, block, f"down_proj of layer {index}")
+    most = max(shape.hidden, *(max(s.query_heads * shape.head_dim, s.ffn) for s in shape.layers)) // block
+    if (options.rank or 0) > most:
+        raise UserError(f"--rank {options.rank} is more than the {most} groups of the widest matrix: leave --rank out")
     return config
 
 
