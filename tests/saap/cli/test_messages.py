@@ -150,7 +150,6 @@ WRONG = {
     "devices check dense": "dense is not a bundle: it is a model",
     "devices costs result.json -o o": "is not a GGUF file: give a GGUF file or a model directory",
     "devices baseline slim": "slim is not a bundle: it is a model",
-    "devices test bundle --baselines empty": "empty holds no baseline of bundle: record one with `saap devices",
     "run bundle -o o": "bundle is an exported bundle, not a model",
 }  # fmt: skip
 
