@@ -64,11 +64,11 @@ class Device:
         """Measure again and compare with the baseline of this device.
 
         Raises:
-            AssertionError: something is worse, or could not be compared.
+            AssertionError: something is worse, or could not be compared or told.
             RegressionError: no baseline of this model, or none of this device.
         """
-        from bench.judge.regression import Limits, retest
-        from bench.judge.verdict import NOT_COMPARABLE, WORSE
+        from bench.judge.regression import Limits, keep_tested, retest
+        from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, WORSE
         from bench.report.verdicts import sentence
         from bench.runtimes.peers import PREPACKED
         from devices.probe.host import probe
@@ -82,7 +82,8 @@ class Device:
             limits=Limits(speed=min_effect, max_time_s=self.max_time_s),
         )
         self.tests.append(test)
-        broken = [sentence(check) for check in test.checks if check.verdict in (WORSE, NOT_COMPARABLE)]
+        keep_tested(self.baselines, test)
+        broken = [sentence(check) for check in test.checks if check.verdict in (WORSE, NOT_COMPARABLE, CANNOT_TELL)]
         if broken:
             raise AssertionError(f"{bundle} on {self}:\n  " + "\n  ".join(broken))
         return test

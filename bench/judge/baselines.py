@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -34,10 +35,11 @@ class NoBaselineError(RegressionError):
 
 @dataclass(frozen=True)
 class Baseline:
-    """The document: what one model was on one device, in one or more runs of the same setting."""
+    """The document: what one model was on one device, in one or more sessions of the same setting."""
 
     name: str
-    results: list[Result]
+    results: list[Result]  # a session each
+    tested: int = 0  # the last so many were added by tests that found all as it was
 
     @property
     def fingerprint(self) -> str:
@@ -49,15 +51,15 @@ class Baseline:
         return self.results[0].settings.get("on")
 
     @property
-    def pooled(self) -> Result:
-        """All runs as one: what differs between runs is part of the spread."""
-        first = self.results[0]
-        samples, order = [], 0
-        for result in self.results:
-            for sample in sorted(result.measurements[0].samples, key=lambda s: s.order):
-                samples.append(replace(sample, order=order))
-                order += 1
-        return replace(first, measurements=[replace(first.measurements[0], samples=samples)])
+    def repetitions(self) -> int:
+        return sum(len(result.measurements[0].samples) for result in self.results)
+
+    def with_tested(self, results: Sequence[Result], most: int) -> Baseline:
+        """With the sessions of a good test; those that were recorded stay, of the others the newest up to ``most``."""
+        recorded = len(self.results) - self.tested
+        tested = [*self.results[recorded:], *results]
+        tested = tested[max(0, len(tested) - max(0, most - recorded)) :]
+        return replace(self, results=[*self.results[:recorded], *tested], tested=len(tested))
 
 
 def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Path:
@@ -102,12 +104,17 @@ def write_baseline(folder: Path, baseline: Baseline) -> Path:
     """Write beside and rename; an older one of the same name and device is replaced."""
     path = checked_folder(folder) / f"{_stem(baseline.name)}.{baseline.fingerprint}.json"
     write_text(path, BASELINE.text(baseline, indent=None) + "\n")
+    older = folder / f"{_older_stem(baseline.name)}.{baseline.fingerprint}.json"
+    with contextlib.suppress(RegressionError, OSError):
+        if older != path and BASELINE.read(older).name == baseline.name:
+            older.unlink()
     return path
 
 
 def read_baselines(folder: Path, name: str) -> list[Baseline]:
     """The baselines of one model, of all devices. Raises RegressionError: one is damaged; NoBaselineError: none."""
-    files = sorted(checked_folder(folder).glob(f"{_stem(name)}.*.json"))
+    stems = {_stem(name), _older_stem(name)}
+    files = sorted(path for stem in stems for path in checked_folder(folder).glob(f"{stem}.*.json"))
     found = [b for b in map(BASELINE.read, files) if b.name == name]
     if not found:
         known = sorted(set(_names(folder)))
@@ -126,16 +133,29 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
+    """Of the file: no two names have the same, and none holds a dot."""
+    return quote(name, safe="").replace(".", "%2E").replace("~", "%7E") or "%"
+
+
+def _older_stem(name: str) -> str:
+    """As it was until 0.2.0, where ``a.b`` and ``a_b`` shared a file."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
 
 
 def _with_results(raw: dict[str, object]) -> dict[str, object]:
-    return {"name": raw["name"], "results": [RESULT.made(result) for result in msgspec.convert(raw["results"], list)]}
+    results = msgspec.convert(raw["results"], list)
+    return {
+        "name": raw["name"],
+        "tested": raw.get("tested", 0),
+        "results": [RESULT.made(result) for result in results],
+    }
 
 
 def _check(baseline: Baseline) -> None:
     if not baseline.results or any(len(result.measurements) != 1 for result in baseline.results):
         raise ValueError("not one measurement a run")
+    if not 0 <= baseline.tested <= len(baseline.results):
+        raise ValueError(f"{baseline.tested} of {len(baseline.results)} sessions were added by tests")
 
 
 BASELINE = Document(

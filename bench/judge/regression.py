@@ -1,45 +1,49 @@
 """Guard a device: record what a model is there, measure it again later, and say what became worse.
 
-A baseline holds raw samples of two runs or more, so that what differs from run to run is in its spread. A test
-compares a fresh run with it, and says worse only when a second fresh run agrees. Both ask the model the same tokens.
-All of it holds for one device fingerprint: another board, governor, Python or ONNX Runtime is another device.
+A baseline holds the raw samples of several sessions, each of fresh processes: what differs from session to session
+(heat, memory layout, neighbors) is measured, not taken for a change. A test adds a session of now, and up to two more
+while it is not clear what they say. Both ask the model the same tokens. All of it holds for one device fingerprint:
+another board, governor, Python or ONNX Runtime is another device.
 
-Times, bytes and joules are series, one value per process, and are judged as two results are
-(:mod:`bench.judge.verdict`). Effects are wider than those of interleaved runs, since a baseline is of another day.
-Answers are exact and need no statistics: tokens differ or not, the likelihood of a text moved by more than rounding or
-not.
+Times, bytes and joules are judged by one value a session (:func:`bench.judge.verdict.judge_sessions`). Answers are
+exact and need no statistics: tokens differ or not, the likelihood of a text moved by more than rounding or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, read_baselines
+from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, read_baselines, write_baseline
 from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
 from bench.judge.verdict import (
     BETTER,
-    FASTER,
+    CANNOT_TELL,
     NOT_COMPARABLE,
     SAME,
-    SLOWER,
+    SESSION_ALPHA,
     UNKNOWN,
     WORSE,
     Verdict,
-    confirmed,
-    judge_values,
+    judge_sessions,
 )
 from bench.measure.answers import NLL_TOLERANCE, Answer, answer_of
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
-from bench.measure.statistics import typical
+from bench.measure.statistics import ratio_of_sessions, typical
+from devices.common.errors import UserError
 from devices.probe.host import probe
 
-RUNS = 2
+KEPT = ("repetitions", "seed", "warmup", "cool_down_s", "cuda_graph")  # settings of a session, besides its lengths
+SESSIONS = 5  # of a baseline
+MOST_FRESH = 3  # sessions of a test
+MOST_KEPT = 30  # sessions; of those that tests added the oldest go
 AGAIN = 2  # times a run that is INVALID is measured once more: most of what makes it so passes
 LEAST_TEXT = 8  # tokens: fewer say little
 
@@ -66,43 +70,63 @@ class DeviceTest:
     results: list[Result]
 
     @property
+    def extended(self) -> Baseline | None:
+        """The baseline with these sessions, where all is as it was."""
+        if not all(check.verdict in (SAME, UNKNOWN) for check in self.checks):
+            return None
+        return self.baseline.with_tested(self.results, MOST_KEPT)
+
+    @property
     def worse(self) -> list[Verdict]:
         return [check for check in self.checks if check.verdict == WORSE]
 
     @property
     def exit_code(self) -> int:
-        """1 when something is worse, else 3 when something could not be compared, else 0."""
+        """1 when something is worse, else 3 when something could not be compared or told, else 0."""
         if self.worse:
             return 1
-        return 3 if any(check.verdict == NOT_COMPARABLE for check in self.checks) else 0
+        return 3 if any(check.verdict in (NOT_COMPARABLE, CANNOT_TELL) for check in self.checks) else 0
 
 
-def record(
-    name: str, measure: Measure, plan: BenchOptions, runs: int = RUNS, say: Callable[[str], None] | None = None
-) -> Baseline:
-    """Measure a new baseline; a run that is INVALID is measured again, ``AGAIN`` times at most.
+@dataclass(frozen=True)
+class Recording:
+    """How a baseline is recorded: so many sessions, begun evenly over ``spread_s`` seconds."""
+
+    sessions: int = SESSIONS
+    spread_s: float = 0.0
+    add_to: Baseline | None = None  # whose sessions stay
+    sleep: Callable[[float], None] = time.sleep
+    say: Callable[[str], None] | None = None  # told of what is measured again, and why
+
+
+def record(name: str, measure: Measure, plan: BenchOptions, how: Recording | None = None) -> Baseline:
+    """Measure a baseline; a session that is INVALID is measured again, ``AGAIN`` times at most.
 
     Args:
-        plan: of each run, one setting, with the text that the model is asked about.
-        say: told of each run that is measured again, and why.
+        plan: of each session, one setting, with the text that the model is asked about.
 
     Raises:
-        RegressionError: a plan that says too little, a run that stays INVALID, or a model that does not repeat its
+        RegressionError: a plan that says too little, a session that stays INVALID, or a model that does not repeat its
             answers.
     """
-    _check(plan, runs)
-    results: list[Result] = []
-    for number in range(runs):
-        result = _valid_run(number + 1, measure, plan if number == 0 else replace(plan, cold=False), say)
+    how = how or Recording()
+    _check(plan, how.sessions)
+    results = list(how.add_to.results) if how.add_to else []
+    before, begun = len(results), time.monotonic()
+    for number in range(how.sessions):
+        if number and (left := begun + number * how.spread_s / (how.sessions - 1) - time.monotonic()) > 0:
+            how.sleep(left)
+        result = _valid_run(len(results) + 1, measure, plan if number == 0 else replace(plan, cold=False), how.say)
         if why := answer_of(result).error:
             raise RegressionError(f"{name} was not asked: {why}")
         results.append(result)
         for check in judge_answers(answer_of(results[0]), answer_of(result)):
             if check.verdict == WORSE:
-                raise RegressionError(f"{name} does not answer the same twice on this device: {check.reason}")
+                then = "as its baseline does" if before else "the same twice"
+                raise RegressionError(f"{name} does not answer {then} on this device: {check.reason}")
         if differs := device_differs(results[0].device, result.device):
-            raise RegressionError(f"the device changed between two runs: {differs}")
-    return Baseline(name, results)
+            raise RegressionError(f"the device changed between two sessions: {differs}")
+    return replace(how.add_to, results=results) if how.add_to else Baseline(name, results)
 
 
 def _valid_run(number: int, measure: Measure, plan: BenchOptions, say: Callable[[str], None] | None) -> Result:
@@ -112,9 +136,9 @@ def _valid_run(number: int, measure: Measure, plan: BenchOptions, say: Callable[
         if m.status != INVALID:
             return result
         if say is not None and left:
-            say(f"run {number} is INVALID and is measured again: {'; '.join(m.reasons)}")
+            say(f"session {number} is INVALID and is measured again: {'; '.join(m.reasons)}")
     times = f"({AGAIN + 1} times in a row)"
-    raise RegressionError(f"run {number} is INVALID, so it is no baseline: {'; '.join(m.reasons)} {times}")
+    raise RegressionError(f"session {number} is INVALID, so it is no baseline: {'; '.join(m.reasons)} {times}")
 
 
 def retest(
@@ -138,7 +162,11 @@ def retest(
     allowed = limits or Limits()
 
     def measured(baseline: Baseline) -> Result:
-        return measure(replace(plan_of(baseline), max_time_s=allowed.max_time_s))
+        plan = replace(plan_of(baseline), max_time_s=allowed.max_time_s)
+        for _ in range(AGAIN):
+            if (result := measure(plan)).measurements[0].status != INVALID:
+                return result
+        return measure(plan)
 
     found = read_baselines(folder, name)
     if here is not None and all(b.fingerprint != here for b in found):
@@ -151,22 +179,34 @@ def retest(
     if plan_of(same) != plan_of(chosen):  # recorded with other lengths or another text
         first = measured(same)
     results = [first]
-    checks = judge_all(same.pooled, first, allowed)
-    if any(check.verdict == WORSE for check in checks):
+    while True:
+        checks = judge_all(same.results, results, allowed)
+        open_ = [check for check in checks if check.verdict in (WORSE, CANNOT_TELL)]
+        exact = all(check.test is None for check in open_)  # answers, which one more run confirms
+        if not open_ or len(results) >= (2 if exact else MOST_FRESH):
+            return DeviceTest(same, checks, results)
         results.append(measured(same))
-        if differs := device_differs(first.device, results[1].device):  # a governor, a power mode
-            raise NoBaselineError(f"the device changed between two runs: {differs}; test again")
-        checks = _confirmed(checks, judge_all(same.pooled, results[1], allowed))
-    return DeviceTest(same, checks, results)
+        if differs := device_differs(first.device, results[-1].device):  # a governor, a power mode
+            raise NoBaselineError(f"the device changed between two sessions: {differs}; test again")
 
 
-def _confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:
-    """The first checks, in which only that is worse which a second, fresh run calls worse too."""
-    again = {check.what: check for check in second}
-    broken = again.get("measurement")  # the second run as a whole
-    return [
-        confirmed(check, other) if (other := again.get(check.what) or broken) is not None else check for check in first
-    ]
+def keep_tested(folder: Path, found: DeviceTest) -> None:
+    """Add the sessions of a good test to its baseline; a folder that cannot be written stays as it is."""
+    if (extended := found.extended) is not None:
+        with contextlib.suppress(OSError, UserError):
+            write_baseline(folder, extended)
+
+
+def seen_by(baseline: Baseline) -> dict[str, float]:
+    """Relative changes for the worse of decode and prefill that one more session would show 8 times of 10."""
+    seen = {}
+    for series in SERIES[:2]:
+        sessions = [_values(series, result.measurements[0]) for result in baseline.results]
+        if len(sessions) > 1 and all(sessions):
+            middles = [float(np.median(values)) for values in sessions]
+            found = ratio_of_sessions(middles, [float(np.mean(middles))])
+            seen[series.what] = found.visible(SESSION_ALPHA)
+    return seen
 
 
 def plan_of(baseline: Baseline) -> BenchOptions:
@@ -174,20 +214,20 @@ def plan_of(baseline: Baseline) -> BenchOptions:
     (m,) = result.measurements
     return BenchOptions(
         prompt=m.n_prompt, generate=m.n_gen, depth=m.n_depth, threads=m.n_threads, provider=m.provider,
-        repetitions=result.settings.get("repetitions"), seed=result.settings.get("seed", 0),
+        **{name: result.settings[name] for name in KEPT if name in result.settings},
         text=tuple(result.settings.get("text", ())), greedy=len(answer_of(result).tokens), cold=False,
     )  # fmt: skip
 
 
-def _check(plan: BenchOptions, runs: int) -> None:
+def _check(plan: BenchOptions, sessions: int) -> None:
     if len(plan.settings()) != 1:
         raise RegressionError("a baseline is of one setting: give one prompt length, one depth and one thread count")
     if len(plan.text) < LEAST_TEXT:
         raise RegressionError(f"a text of {len(plan.text)} tokens says too little: give {LEAST_TEXT} or more")
-    if runs < 1:
-        raise RegressionError(f"{runs} runs record nothing: give 1 or more")
+    if sessions < 1:
+        raise RegressionError(f"{sessions} sessions record nothing: give 1 or more")
     # A test measures one run of as many: it must be comparable, too.
-    if plan.repetitions is not None and (plan.repetitions < LEAST_REPETITIONS or plan.repetitions * runs < 6):
+    if plan.repetitions is not None and (plan.repetitions < LEAST_REPETITIONS or plan.repetitions * sessions < 6):
         raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
@@ -220,14 +260,26 @@ SERIES = (
 )
 
 
-def judge_all(old: Result, new: Result, limits: Limits) -> list[Verdict]:
-    """Every check of one model, measured once before and once now, in one setting."""
-    before, now = old.measurements[0], new.measurements[0]
-    if reason := obstacle_between(before, now):
-        checks = [Verdict(NOT_COMPARABLE, "measurement", reason=reason)]  # but what is answered does not depend on time
+def judge_all(old: Sequence[Result], new: Sequence[Result], limits: Limits) -> list[Verdict]:
+    """Every check of one model, from sessions then and now in one setting."""
+    before, now = ([result.measurements[0] for result in side] for side in (old, new))
+    obstacles = [reason for m in now if (reason := obstacle_between(before[0], m))]
+    if obstacles:  # but what is answered does not depend on time
+        checks = [Verdict(NOT_COMPARABLE, "measurement", reason=obstacles[0])]
     else:
         checks = [_judge(series, before, now, limits) for series in SERIES]
-    return [*checks, *judge_answers(answer_of(old), answer_of(new))]
+    answered = [judge_answers(answer_of(old[0]), answer_of(result)) for result in new]
+    return [*checks, *(_all_say(rows) for rows in zip(*answered, strict=True))]
+
+
+def _all_say(rows: Sequence[Verdict]) -> Verdict:
+    """What each of the fresh sessions says of an answer: worse only if all of them do."""
+    first, *others = rows
+    if first.verdict != WORSE or not others:
+        return first
+    if all(row.verdict == WORSE for row in others):
+        return replace(first, confirmed=True)
+    return replace(first, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")
 
 
 def judge_answers(old: Answer, new: Answer) -> list[Verdict]:
@@ -237,20 +289,31 @@ def judge_answers(old: Answer, new: Answer) -> list[Verdict]:
     return [_tokens(old.tokens, new.tokens), _likelihood(old.nll, new.nll)]
 
 
-def _judge(series: _Series, before: Measurement, now: Measurement, limits: Limits) -> Verdict:
-    a, b = _values(series, before), _values(series, now)
-    empty = Verdict(UNKNOWN, series.what, now.name, setting=now.test, n_threads=now.n_threads, unit=series.unit)
-    for values, m, run in ((a, before, "the baseline"), (b, now, "this run")):
-        if not values:
-            why = next((s.unknown[series.field] for s in m.samples if series.field in s.unknown), "not measured")
+def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measurement], limits: Limits) -> Verdict:
+    m, limit = now[-1], getattr(limits, series.limit)
+    empty = Verdict(UNKNOWN, series.what, m.name, setting=m.test, n_threads=m.n_threads, unit=series.unit)
+    sides: list[list[float]] = []
+    for measurements, run in ((before, "the baseline"), (now, "this run")):
+        values = [_values(series, one) for one in measurements]
+        if not all(values):
+            samples = [s for one in measurements for s in one.samples]
+            why = next((s.unknown[series.field] for s in samples if series.field in s.unknown), "not measured")
             return replace(empty, reason=f"{run} has none: {why}")
-    if series.field == "energy" and (scopes := _scopes(before, now)):
+        sides.append([float(np.median(some)) for some in values])
+    if series.field == "energy" and (scopes := next(filter(None, (_scopes(before[0], one) for one in now)), None)):
         return replace(empty, reason=scopes)
-    old, new = (float(np.median(values)) for values in (a, b))
-    judged = judge_values(replace(empty, old=old, new=new), a, b, getattr(limits, series.limit), paired=False)
-    if abs(new - old) < series.least:
-        return replace(judged, verdict=SAME, reason=None)
-    return replace(judged, verdict={FASTER: BETTER, SLOWER: WORSE}.get(judged.verdict, judged.verdict))
+    a, b = sides
+    old, new = (float(np.median(side)) for side in sides)
+    judged = judge_sessions(replace(empty, old=old, new=new), a, b, limit)
+    if abs(new - old) < series.least and judged.verdict != CANNOT_TELL:
+        return replace(judged, verdict=SAME)
+    if judged.verdict == CANNOT_TELL:
+        if judged.high is not None and old * (judged.high - 1) < series.least:
+            return replace(judged, verdict=SAME)
+        seen = f"{judged.visible:.1%}" if judged.visible is not None and judged.visible < 9 else "any change"
+        told = f"its {len(a)} sessions and {len(b)} of now would show {seen}, {limit:.0%} is asked for"
+        return replace(judged, reason=f"{told}: add sessions with `saap devices baseline --add`")
+    return replace(judged, confirmed=True if judged.verdict == WORSE and len(b) > 1 else None)
 
 
 def _values(series: _Series, m: Measurement) -> list[float]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.measure.statistics import Ratio, bootstrap_ratio, difference_p_value, least_p_value
+from bench.measure.statistics import Ratio, bootstrap_ratio, difference_p_value, least_p_value, ratio_of_sessions
 
 FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
-NOT_COMPARABLE, UNKNOWN = "not comparable", "not judged"
+NOT_COMPARABLE, UNKNOWN, CANNOT_TELL = "not comparable", "not judged", "cannot tell"
 ALPHA = 0.05  # of one comparison and in both directions: that of the 95 % interval beside it
+SESSION_ALPHA = 0.01  # of sessions, one-sided: how often a quiet device is called worse
+SAME_ALPHA = 0.002  # how often a change of the smallest effect is called the same
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One quantity of one model in one setting, new against old; the two values are in ``unit``."""
 
-    verdict: str  # faster | slower | better | worse | same | not comparable | not judged
+    verdict: str  # faster | slower | better | worse | same | cannot tell | not comparable | not judged
     what: str = ""  # decode (time per token), prefill (time of the prompt), load, NLL, a task; empty: nothing compared
     name: str = ""  # of the model
     against: str = ""  # the old model's name, where it is another one
@@ -35,9 +37,10 @@ class Verdict:
     low: float | None = None  # low..high holds 95 % of the ratio, or of the difference
     high: float | None = None
     p_value: float | None = None
-    test: str | None = None  # wilcoxon (pairs), mann-whitney, or bursts
+    test: str | None = None  # wilcoxon (pairs), mann-whitney, bursts or sessions
     pairs: int = 0  # windows or examples that both answered
     reason: str | None = None  # why it is not comparable, or why a change is not said
+    visible: float | None = None  # relative change for the worse that would be seen 8 times of 10
     confirmed: bool | None = None  # by a second run; None: none was asked for
 
     @property
@@ -63,6 +66,25 @@ def judge_values(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect
         reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
     return replace(of, verdict=verdict if p < ALPHA else SAME)
+
+
+def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
+    """The verdict with what sessions then and now say, each one positive value, of which less is better.
+
+    Worse needs an effect that matters and a p-value below ``SESSION_ALPHA``; the same, that such an effect is excluded.
+    What lies between cannot be told.
+    """
+    found = ratio_of_sessions(old, new)
+    visible = found.visible(SESSION_ALPHA)
+    verdict = CANNOT_TELL
+    if found.ratio >= 1 + min_effect and found.bound(SESSION_ALPHA) > 1:
+        verdict = WORSE
+    elif found.bound(1 - SAME_ALPHA) < 1 + min_effect:
+        verdict = BETTER if found.ratio <= 1 - min_effect and found.bound(1 - SESSION_ALPHA) < 1 else SAME
+    return replace(
+        of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value, test="sessions",
+        visible=visible,
+    )  # fmt: skip
 
 
 def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:

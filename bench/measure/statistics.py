@@ -150,36 +150,81 @@ def _hodges_lehmann(rows: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio with its 95 % interval, the p-value of 1, and what being loaded later was worth."""
+    """An estimate of a ratio's logarithm with its standard error, judged by Student's t."""
 
-    ratio: float
-    low: float
-    high: float
-    p_value: float
+    log: float
+    error: float  # infinite where one value a side tells nothing of it
+    freedom: int  # degrees of freedom of the error
+
+    @property
+    def ratio(self) -> float:
+        return math.exp(self.log)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.bound(0.025)
+
+    @property
+    def high(self) -> float:
+        return self.bound(0.975)
 
     @property
     def half_width(self) -> float:
-        """As a fraction of the ratio."""
+        """Of the 95 % interval, as a fraction of the ratio."""
         return (self.high - self.low) / 2 / self.ratio
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of a ratio of 1."""
+        from scipy.stats import t
+
+        return float(2 * t.sf(abs(self.log) / self.error, self.freedom)) if self.error else float(self.log == 0)
+
+    def bound(self, probability: float) -> float:
+        """The value below which the ratio is with this probability."""
+        reach = self._quantile(probability) * self.error
+        return math.exp(self.log + reach) if math.isfinite(reach) else (math.inf if reach > 0 else 0.0)
+
+    def visible(self, alpha: float, power: float = 0.8) -> float:
+        """The smallest relative increase that a one-sided test at ``alpha`` would find with this probability."""
+        reach = (self._quantile(1 - alpha) + self._quantile(power)) * self.error
+        return math.expm1(reach) if reach < 700 else math.inf
+
+    def _quantile(self, probability: float) -> float:
+        from scipy.stats import t
+
+        return float(t.ppf(probability, self.freedom))
 
 
 def ratio_of_loads(values: Sequence[float], later: Sequence[bool]) -> Ratio:
     """Ratio of two models from the median log ratios of their loads, of which each is one value.
 
     Whoever is loaded later may run a few percent faster, so the two orders are two strata: the ratio is the mean of
-    their means, its variance that within them (pooled), its interval Student's (Cochran 1977, chapter 5).
+    their means, its variance that within them (pooled; Cochran 1977, chapter 5).
 
     Args:
         values: log ratio new / old of each load, both orders at least once and three loads in all.
         later: whether the new one was loaded after the old one.
     """
-    from scipy.stats import t
-
     groups = [np.asarray([v for v, late in zip(values, later, strict=True) if late == side]) for side in (False, True)]
-    middle = float(np.mean([group.mean() for group in groups]))
-    freedom = len(values) - 2
-    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
+    variance = _pooled_variance(groups)
     error = math.sqrt(variance * sum(1 / len(group) for group in groups)) / 2
-    reach = float(t.ppf(0.975, freedom)) * error
-    p_value = float(2 * t.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
-    return Ratio(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), p_value)
+    return Ratio(float(np.mean([group.mean() for group in groups])), error, len(values) - 2)
+
+
+def ratio_of_sessions(old: Sequence[float], new: Sequence[float]) -> Ratio:
+    """Ratio new / old of what differs from session to session, from one positive value a session.
+
+    The two-sample t statistic of logarithms with a pooled variance, which holds what is within a session, too.
+    """
+    groups = [_logarithms(old), _logarithms(new)]
+    log, freedom = float(groups[1].mean() - groups[0].mean()), len(old) + len(new) - 2
+    if not freedom:
+        return Ratio(log, math.inf, 1)
+    return Ratio(log, math.sqrt(_pooled_variance(groups) * sum(1 / len(group) for group in groups)), freedom)
+
+
+def _pooled_variance(groups: Sequence[Floats]) -> float:
+    freedom = sum(len(group) - 1 for group in groups)
+    return sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from bench.judge.comparison import Comparison
 from bench.judge.quality import SHARE
 from bench.judge.regression import DeviceTest
-from bench.judge.verdict import NOT_COMPARABLE, SLOWER, UNKNOWN, WORSE, Verdict
+from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, SLOWER, UNKNOWN, WORSE, Verdict
 from bench.judge.wording import threads
 from bench.report.tables import Table, markdown
 
-_KINDS = {SLOWER: "failure", WORSE: "failure", NOT_COMPARABLE: "error", UNKNOWN: "skipped"}
+_KINDS = {SLOWER: "failure", WORSE: "failure", NOT_COMPARABLE: "error", CANNOT_TELL: "error", UNKNOWN: "skipped"}
 _PLURALS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 _SCALES = {"s": (1e3, "ms"), "s/token": (1e3, "ms/token"), "B": (1e-6, "MB")}
 # What XML 1.0 may hold (its section 2.2); the rest of JSON's strings cannot be escaped in it either.
@@ -86,7 +86,9 @@ def sentence(v: Verdict) -> str:
     if v.reason:
         parts.append(v.reason)
     if v.confirmed:
-        parts.append("confirmed by a second run")
+        parts.append("confirmed by another run")
+    elif v.visible is not None and v.verdict == SAME and v.visible < 9:
+        parts.append(f"{v.visible:.1%} more would be seen")
     return f"{v.what}: {', '.join(parts)}" if v.what else ", ".join(parts)
 
 

@@ -57,6 +57,14 @@ def parse_pair(text: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def parse_duration(text: str) -> float:
+    """``90s``, ``30m`` or ``1h`` in seconds; a number alone is seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip().lower())
+    if not found:
+        raise ValueError(f"{text!r} is not a time: write something like 90s, 30m or 1h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def parse_bytes(text: str) -> int:
     """``1.5G`` -> 1500000000, ``80MiB``; upper and lower case are alike."""
     return _amount(text, UNITS, "bytes", "80MB, 80MiB or 1.5G")

@@ -93,7 +93,7 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 
     def retest(folder: Path, name: str, measure: object, **options: object) -> object:
         names.append(name)
-        return SimpleNamespace(checks=[Verdict(WORSE, "decode")])
+        return SimpleNamespace(checks=[Verdict(WORSE, "decode")], extended=None)
 
     monkeypatch.setattr(regression, "retest", retest)
     with pytest.raises(AssertionError, match="decode: worse"):

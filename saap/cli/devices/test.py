@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from msgspec import Meta
 
+from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
 from devices.common.options import THREADS, Option
+from devices.common.values import parse_duration
 from saap.cli.bench import check_ending, show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
@@ -19,6 +21,7 @@ from saap.cli.types import force
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    from bench.judge.baselines import Baseline
     from bench.judge.regression import Measure
     from bench.remote.target import Target
 
@@ -66,10 +69,16 @@ class BaselineCommand:
     threads: Annotated[int | None, Option("Default: all physical cores.", flags=("-t", "--threads")), THREADS] = None
     repetitions: Annotated[
         int | None,
-        Option("Of each run; default: until the rate is known to 2 %.", flags=("-r", "--repetitions")),
+        Option("Of each session; default: until the rate is known to 2 %.", flags=("-r", "--repetitions")),
         Meta(ge=1, le=10_000),
     ] = None
-    runs: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 2
+    provider: Annotated[Provider, Option("Of ONNX Runtime.")] = "cpu"
+    cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
+    sessions: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 5
+    spread: Annotated[
+        float, Option("Begin them evenly over this time, such as 30m or 1h.", parse=parse_duration, metavar="TIME")
+    ] = 0.0
+    add: Annotated[bool, Option("Add the sessions to the baseline that is there.")] = False
     text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -90,13 +99,16 @@ class TestCommand:
 def baseline(bundle: str, options: BaselineCommand) -> None:
     """Record what BUNDLE is on this device, or on a board: speed, memory, load, energy, answers.
 
+    Several sessions tell how much sessions differ here, and so which change a test can see.
+
     \b
     Example:
       saap devices baseline out/demo/slim-int4 -t 4 --baselines ours/baselines
-      saap devices baseline out/demo/slim-int4 --on ssh://pi@board
+      saap devices baseline out/demo/slim-int4 --on ssh://pi@board --spread 1h
+      saap devices baseline out/demo/slim-int4 --add
     """
     from bench.judge.baselines import checked_folder, writable_folder, write_baseline
-    from bench.judge.regression import record
+    from bench.judge.regression import Recording, plan_of, record, seen_by
     from bench.measure.options import BenchOptions
     from bench.remote.target import target
     from saap.system.interrupt import ended_as_by_a_person
@@ -106,20 +118,37 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     device_options.check()
     check_ending(options, options.repetitions)
     folder = checked_folder(device_options.folder)
-    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions")
+    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider", "cuda_graph")
     plan = BenchOptions(
         **{name: getattr(options, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
         text=text_ids(_path(bundle), options.text), greedy=GREEDY,
     )  # fmt: skip
     name = name_of(bundle, device_options.name)
     writable_folder(folder, name)
+    there = _baseline_there(folder, name, device_options.on) if options.add else None
+    how = Recording(options.sessions, options.spread, there, say=console.say)
     with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
-        kept = record(name, measuring(device, bundle, name, console), plan, options.runs, console.say)
+        kept = record(name, measuring(device, bundle, name, console), plan_of(there) if there else plan, how)
     console.finish()
     path = write_baseline(folder, kept)
-    for result in kept.results:
+    for result in kept.results[-options.sessions :]:
         show_reasons(result)
-    click.echo(f"wrote {path}: {len(kept.pooled.measurements[0].samples)} repetitions in {len(kept.results)} runs")
+    click.echo(f"wrote {path}: {kept.repetitions} repetitions in {len(kept.results)} sessions")
+    for what, seen in seen_by(kept).items():
+        click.echo(f"  {what}: one session of a test would show {seen:.1%} (8 times of 10)")
+
+
+def _baseline_there(folder: Path, name: str, on: str | None) -> Baseline:
+    """The baseline of this device, to which sessions are added."""
+    from bench.judge.baselines import NoBaselineError, read_baselines
+    from devices.probe.host import probe
+
+    found = read_baselines(folder, name)
+    here = None if on else probe()["fingerprint"]
+    there = next((b for b in found if (b.on == on if on else b.fingerprint == here)), None)
+    if there is None:
+        raise NoBaselineError(f"{folder} holds no baseline of {name} of this device: record one first, without --add")
+    return there
 
 
 @click.command(cls=OptionsCommand)
@@ -129,15 +158,15 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
 def test(bundle: str, options: TestCommand) -> None:
     """Measure BUNDLE again and say what became worse than the baseline of this device.
 
-    What looks worse is measured a second time before it is said. Exit 1 when something is worse, 3 when there is no
-    baseline of this device or a run is INVALID.
+    What is not clear is measured up to three times. Exit 1 when something is worse, 3 when there is no baseline of this
+    device, a run is INVALID, or a change of --min-effect cannot be told from noise. A good test joins the baseline.
 
     \b
     Example:
       saap devices test out/demo/slim-int4 --baselines ours/baselines --junit devices.xml
     """
     from bench.judge.baselines import NoBaselineError, checked_folder
-    from bench.judge.regression import Limits, retest
+    from bench.judge.regression import Limits, keep_tested, retest
     from bench.judge.verdict import NOT_COMPARABLE, SAME
     from bench.remote.target import target
     from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
@@ -169,6 +198,7 @@ def test(bundle: str, options: TestCommand) -> None:
     console.finish()
     if junit_path is not None:
         write_text(junit_path, device_junit(found))
+    keep_tested(checked_folder(device_options.folder), found)
     show_reasons(found.results[-1])
     (m,) = found.results[-1].measurements
     table = verdict_table(found.checks, DEVICE)

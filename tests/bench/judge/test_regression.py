@@ -17,8 +17,18 @@ from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge.baselines import checked_folder, read_baselines, write_baseline
-from bench.judge.regression import DeviceTest, NoBaselineError, RegressionError, plan_of, record, retest
-from bench.judge.verdict import NOT_COMPARABLE, SAME, UNKNOWN, WORSE
+from bench.judge.regression import (
+    DeviceTest,
+    NoBaselineError,
+    Recording,
+    RegressionError,
+    keep_tested,
+    plan_of,
+    record,
+    retest,
+    seen_by,
+)
+from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Energy, Result, write_result
@@ -30,6 +40,7 @@ from export.generate.scoring import BundleScorer
 TEXT = tuple(range(3, 23))
 PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)
 TOKENS = list(range(16))
+FIVE = (1.0,) * 5
 NOISE = np.random.default_rng(7).normal(1.0, 0.01, 400)  # recorded once: 1 % between processes
 
 
@@ -40,6 +51,7 @@ class Device:
     """
 
     fingerprint = "a" * 16
+    once = False  # whether only the first run gives other tokens
 
     def __init__(
         self, *scales: float, tokens: Sequence[int] = TOKENS, nll: float | None = 2.5, joules: float | None = None,
@@ -52,6 +64,8 @@ class Device:
 
     def __call__(self, plan: BenchOptions) -> Result:
         self.asked.append(plan)
+        if self.once and len(self.asked) > 1:
+            self.answers["tokens"] = TOKENS
         scale = self.scales.pop(0)
         m = measurement("tiny", [0.01 * scale * next(self.noise) for _ in range(10)], **self.fields)
         m = replace(m, samples=[replace(s, **self.sample()) for s in m.samples])
@@ -66,15 +80,29 @@ class Device:
         return {**wobbly, "peak_decode_bytes": int(wobbly["peak_decode_bytes"]), "energy": energy}
 
 
+class Named(Device):
+    """One whose model has another name."""
+
+    def __init__(self, name: str, *scales: float) -> None:
+        super().__init__(*scales)
+        self.name = name
+
+    def __call__(self, plan: BenchOptions) -> Result:
+        told = super().__call__(plan)
+        answers = {self.name: told.settings["answers"]["tiny"]}
+        (m,) = told.measurements
+        return replace(told, measurements=[replace(m, name=self.name)], settings=told.settings | {"answers": answers})
+
+
 def recorded(folder: Path, device: Device | None = None) -> Path:
     """A folder with the baseline of a device."""
-    write_baseline(folder, record("tiny", device or Device(1.0, 1.0), PLAN))
+    write_baseline(folder, record("tiny", device or Device(*FIVE), PLAN))
     return folder
 
 
 def guarded(folder: Path, device: Device) -> DeviceTest:
     """A test of ``device`` against a baseline of an ordinary one, which has a sensor where this one has."""
-    ordinary = Device(1.0, 1.0, joules=None if device.joules is None else 1.0)
+    ordinary = Device(*FIVE, joules=None if device.joules is None else 1.0)
     return retest(recorded(folder, ordinary), "tiny", device)
 
 
@@ -93,9 +121,76 @@ def test_a_device_against_itself_flags_nothing(tmp_path: Path) -> None:
 def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path) -> None:
     recorded(tmp_path)
     for seed in range(20):
-        device = Device(1.0, 1.0)
+        device = Device(1.0, 1.0, 1.0)
         device.noise = iter(np.random.default_rng(100 + seed).normal(1.0, 0.02, 400))
         assert not retest(tmp_path, "tiny", device).worse, seed
+
+
+def test_what_differs_from_session_to_session_is_no_change(tmp_path: Path) -> None:
+    """Sessions that lie 4 % apart: 5 % is neither there nor excluded, which says how much would be seen."""
+    recorded(tmp_path, Device(0.96, 1.0, 1.05, 0.98, 1.01))
+    device = Device(1.05, 1.0, 1.04)
+    verdict = retest(tmp_path, "tiny", device)
+    (decode,) = [check for check in verdict.checks if check.what == "decode"]
+    assert (decode.verdict, verdict.exit_code, len(device.asked)) == (CANNOT_TELL, 3, 3)
+    assert decode.visible is not None and 0.06 < decode.visible < 0.15
+    assert "5 sessions and 3 of now would show" in (decode.reason or "") and "--add" in (decode.reason or "")
+    assert retest(tmp_path, "tiny", Device(1.3, 1.3, 1.3)).worse
+
+
+def test_a_change_of_the_size_that_matters_is_hardly_ever_the_same(tmp_path: Path) -> None:
+    random, told = np.random.default_rng(3), []
+    for _ in range(20):
+        baseline = record("tiny", Device(*random.normal(1.0, 0.01, 5)), PLAN)
+        write_baseline(tmp_path, baseline)
+        checks = retest(tmp_path, "tiny", Device(*random.normal(1.05, 0.01, 3))).checks
+        told += [check.verdict for check in checks if check.what == "decode"]
+    assert told.count(SAME) <= 1 and WORSE in told and CANNOT_TELL in told
+
+
+def test_sessions_are_added_by_hand_and_by_good_tests(tmp_path: Path) -> None:
+    waited: list[float] = []
+    how = Recording(sessions=3, spread_s=60, sleep=waited.append)
+    baseline = record("tiny", Device(*FIVE), PLAN, how)
+    assert [round(seconds) for seconds in waited] == [30, 60] and set(seen_by(baseline)) == {"decode", "prefill"}
+    more = record("tiny", Device(*FIVE), plan_of(baseline), Recording(sessions=2, add_to=baseline))
+    assert len(more.results) == 5 and more.results[:3] == baseline.results
+    write_baseline(tmp_path, more)
+    test = retest(tmp_path, "tiny", Device(1.0))
+    keep_tested(tmp_path, test)
+    (kept,) = read_baselines(tmp_path, "tiny")
+    assert len(kept.results) == 6 and kept.tested == 1 and kept.results[:5] == more.results
+    keep_tested(tmp_path, retest(tmp_path, "tiny", Device(1.2, 1.2, 1.2)))
+    assert read_baselines(tmp_path, "tiny") == [kept]
+    crowded = kept.with_tested(test.results * 40, 30)
+    assert len(crowded.results) == 30 and crowded.tested == 25 and crowded.results[:5] == more.results
+    full = replace(more, results=more.results * 7).with_tested(test.results, 30)
+    assert len(full.results) == 35 and full.tested == 0
+    fickle = Device(1.0, tokens=[5, *TOKENS[1:]])
+    with pytest.raises(RegressionError, match="does not answer as its baseline does"):
+        record("tiny", fickle, PLAN, Recording(sessions=1, add_to=baseline))
+
+
+def test_a_test_measures_with_the_settings_of_its_baseline() -> None:
+    plan = replace(PLAN, provider="cuda", cuda_graph=True, warmup=3, cool_down_s=7.0, seed=4, repetitions=6)
+    device = Device(*FIVE, provider="cuda")
+    baseline = record("tiny", device, plan)
+    settings = {name: getattr(plan, name) for name in ("seed", "repetitions", "warmup", "cool_down_s", "cuda_graph")}
+    told = [replace(result, settings=result.settings | settings) for result in baseline.results]
+    assert plan_of(replace(baseline, results=told)) == replace(plan, cold=False)
+
+
+def test_names_that_differ_have_files_that_differ(tmp_path: Path) -> None:
+    for name in ("a.b", "a_b", "a b", "a/b"):
+        write_baseline(tmp_path, record(name, Named(name, *FIVE), PLAN))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert [read_baselines(tmp_path, name)[0].name for name in ("a.b", "a_b", "a b")] == ["a.b", "a_b", "a b"]
+    older = tmp_path / f"v1_5.{'a' * 16}.json"  # as it was named once
+    made = write_baseline(tmp_path, record("v1.5", Named("v1.5", *FIVE), PLAN))
+    made.rename(older)
+    assert read_baselines(tmp_path, "v1.5")
+    write_baseline(tmp_path, read_baselines(tmp_path, "v1.5")[0])
+    assert made.is_file() and not older.exists()
 
 
 @pytest.mark.parametrize(
@@ -116,26 +211,29 @@ def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path) -> None:
     ],
 )
 def test_each_quantity_is_guarded_and_nothing_else_is_worse(tmp_path: Path, device: dict, worse: list[str]) -> None:
-    verdict = guarded(tmp_path, Device(1.0, 1.0, **device))
+    verdict = guarded(tmp_path, Device(1.0, 1.0, 1.0, **device))
     assert [check.what for check in verdict.worse] == worse
     if "joules" in device:
         assert verdicts(verdict)["energy"] == (WORSE if worse else SAME)
 
 
 def test_a_planted_slow_down_and_a_planted_token_are_caught(tmp_path: Path) -> None:
-    device = Device(1.10, 1.10, tokens=[*TOKENS[:5], 77, *TOKENS[6:]])
+    device = Device(1.10, 1.10, 1.10, tokens=[*TOKENS[:5], 77, *TOKENS[6:]])
     verdict = guarded(tmp_path, device)
     decode, tokens = verdict.worse
     assert (decode.what, decode.confirmed) == ("decode", True) and decode.ratio == pytest.approx(1.10, abs=0.02)
     assert tokens.what == "greedy tokens" and tokens.reason == "token 6 of 16 is 77, it was 5" and tokens.confirmed
-    assert verdict.exit_code == 1 and len(device.asked) == 2
+    assert verdict.exit_code == 1 and len(device.asked) == 3
 
 
 def test_one_that_a_second_run_does_not_confirm_is_none(tmp_path: Path) -> None:
-    verdict = guarded(tmp_path, Device(1.10, 1.0))
-    assert verdict.exit_code == 0
-    (decode,) = [check for check in verdict.checks if check.what == "decode"]
-    assert decode.verdict == SAME and decode.confirmed is False and "did not confirm" in (decode.reason or "")
+    device = Device(1.10, 1.0, 1.0, tokens=[9, *TOKENS[1:]])
+    device.once = True
+    verdict = guarded(tmp_path, device)
+    told = {check.what: check for check in verdict.checks}
+    assert told["decode"].verdict in (SAME, CANNOT_TELL) and not verdict.worse
+    tokens = told["greedy tokens"]
+    assert tokens.verdict == SAME and tokens.confirmed is False and "did not confirm" in (tokens.reason or "")
 
 
 def test_energy_of_another_sensor_is_not_judged(tmp_path: Path) -> None:
@@ -146,7 +244,7 @@ def test_energy_of_another_sensor_is_not_judged(tmp_path: Path) -> None:
 
 
 def test_an_invalid_run_is_not_comparable(tmp_path: Path) -> None:
-    verdict = guarded(tmp_path, Device(1.0, status=INVALID, reasons=["the host swapped"]))
+    verdict = guarded(tmp_path, Device(1.0, 1.0, 1.0, status=INVALID, reasons=["the host swapped"]))
     assert verdict.exit_code == 3 and "the host swapped" in (verdict.checks[0].reason or "")
     assert verdicts(verdict) == {"measurement": NOT_COMPARABLE, "greedy tokens": SAME, "NLL": SAME}
 
@@ -154,9 +252,9 @@ def test_an_invalid_run_is_not_comparable(tmp_path: Path) -> None:
 def test_a_run_that_is_invalid_still_tells_other_answers(tmp_path: Path) -> None:
     """They do not depend on time, and a noisy host must not hide a broken model."""
     others = [*TOKENS[:3], 99, *TOKENS[4:]]
-    device = Device(1.0, 1.0, tokens=others, status=INVALID, reasons=["the host swapped"])
+    device = Device(*FIVE, 1.0, tokens=others, status=INVALID, reasons=["the host swapped"])
     verdict = guarded(tmp_path, device)
-    assert verdict.exit_code == 1 and len(device.asked) == 2
+    assert verdict.exit_code == 1 and len(device.asked) == 6  # twice, each three times
     (worse,) = verdict.worse
     assert (worse.what, worse.confirmed) == ("greedy tokens", True)
     assert verdicts(verdict)["measurement"] == NOT_COMPARABLE
@@ -168,8 +266,8 @@ def test_a_second_run_that_is_invalid_leaves_it_open(tmp_path: Path) -> None:
             self.fields = {"status": INVALID, "reasons": ["hot"]} if self.asked else {}
             return super().__call__(plan)
 
-    verdict = guarded(tmp_path, Spoilt(1.10, 1.10))
-    assert verdict.exit_code == 3 and verdict.checks[0].reason == "the second run: the new measurement is INVALID: hot"
+    verdict = guarded(tmp_path, Spoilt(1.10, 1.10, 1.1, 1.1, 1.1, 1.1, 1.1))
+    assert verdict.exit_code == 3 and verdict.checks[0].reason == "the new measurement is INVALID: hot"
 
 
 def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
@@ -178,7 +276,7 @@ def test_a_second_run_without_a_sensor_leaves_it_open(tmp_path: Path) -> None:
             return {**super().sample(), **({"energy": None} if len(self.asked) > 1 else {})}
 
     verdict = guarded(tmp_path, Unplugged(1.0, 1.0, joules=1.3))
-    assert verdicts(verdict)["energy"] == "not comparable" and verdict.exit_code == 3
+    assert verdicts(verdict)["energy"] == UNKNOWN and not verdict.worse
 
 
 def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: Path) -> None:
@@ -187,13 +285,13 @@ def test_a_device_that_changes_before_the_second_run_confirms_nothing(tmp_path: 
             self.fingerprint = "ab"[len(self.asked)] * 16
             return super().__call__(plan)
 
-    with pytest.raises(NoBaselineError, match="the device changed between two runs"):
+    with pytest.raises(NoBaselineError, match="the device changed between two sessions"):
         guarded(tmp_path, Switched(1.10, 1.10))
 
 
 def test_an_invalid_run_is_no_baseline() -> None:
     device = Device(1.0, 1.0, 1.0, status=INVALID, reasons=["hot"])
-    with pytest.raises(RegressionError, match=r"run 1 is INVALID, so it is no baseline: hot \(3 times in a row\)"):
+    with pytest.raises(RegressionError, match=r"session 1 is INVALID, so it is no baseline: hot \(3 times in a row\)"):
         record("tiny", device, PLAN)
     assert len(device.asked) == 3
 
@@ -205,8 +303,8 @@ def test_a_run_that_is_invalid_once_is_measured_again() -> None:
             return super().__call__(plan)
 
     device, heard = Hot(1.0, 5.0, 1.0), list[str]()
-    baseline = record("tiny", device, PLAN, say=heard.append)
-    assert heard == ["run 2 is INVALID and is measured again: hot"]
+    baseline = record("tiny", device, PLAN, Recording(2, say=heard.append))
+    assert heard == ["session 2 is INVALID and is measured again: hot"]
     assert [plan.cold for plan in device.asked] == [PLAN.cold, False, False] and len(baseline.results) == 2
     assert all(m.status != INVALID for kept in baseline.results for m in kept.measurements)
 
@@ -218,7 +316,7 @@ def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
             return super().__call__(plan)
 
     with pytest.raises(RegressionError, match="does not answer the same twice"):
-        record("tiny", Fickle(1.0, 1.0), PLAN)
+        record("tiny", Fickle(*FIVE), PLAN)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +326,12 @@ def test_a_model_that_does_not_repeat_itself_is_no_baseline() -> None:
         (replace(PLAN, text=(1, 2)), 2, "2 tokens says too little"),
         (replace(PLAN, repetitions=2), 2, "too few"),
         (replace(PLAN, repetitions=2), 3, "too few"),  # no later run of 2 would compare
-        (replace(PLAN, repetitions=6), 0, "0 runs record nothing"),
+        (replace(PLAN, repetitions=6), 0, "0 sessions record nothing"),
     ],
 )
 def test_a_plan_that_guards_nothing_is_refused(plan: BenchOptions, runs: int, says: str) -> None:
     with pytest.raises(RegressionError, match=says):
-        record("tiny", Device(1.0, 1.0), plan, runs)
+        record("tiny", Device(1.0, 1.0), plan, Recording(runs))
 
 
 def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
@@ -252,16 +350,16 @@ def test_a_known_other_device_is_not_measured_first(tmp_path: Path) -> None:
 
 
 def test_each_device_has_its_own(tmp_path: Path) -> None:
-    slow, again = Device(2.0, 2.0), Device(2.0, 2.0)
+    slow, again = Device(*[2.0] * 5), Device(2.0, 2.0)
     slow.fingerprint = again.fingerprint = "b" * 16
     assert retest(recorded(recorded(tmp_path), slow), "tiny", again).exit_code == 0
 
 
 def test_it_survives_the_disk(tmp_path: Path) -> None:
-    baseline = record("a model/of mine", Device(1.0, 1.0), PLAN)
+    baseline = record("a model/of mine", Named("a model/of mine", *FIVE), PLAN)
     path = write_baseline(tmp_path / "new", baseline)
     assert path.parent == tmp_path / "new" and read_baselines(tmp_path / "new", "a model/of mine") == [baseline]
-    assert len(baseline.pooled.measurements[0].samples) == 20
+    assert baseline.repetitions == 50
     plan = plan_of(baseline)
     assert (plan.prompt, plan.generate, plan.threads, plan.text, plan.greedy) == (8, 4, 1, TEXT, 16)
 
@@ -298,7 +396,7 @@ def test_an_installed_package_is_no_place(tmp_path: Path) -> None:
 
 
 def test_junit_counts_what_went_wrong(tmp_path: Path) -> None:
-    verdict = guarded(tmp_path, Device(1.10, 1.10))
+    verdict = guarded(tmp_path, Device(1.10, 1.10, 1.10))
     suite = ElementTree.fromstring(device_junit(verdict).encode()).find("testsuite")
     assert suite is not None
     assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["8", "1", "0", "1"]
@@ -338,7 +436,7 @@ def test_a_run_asks_each_model(tmp_path: Path) -> None:
     assert told["a"] != told["c"] and len(told["a"]["tokens"]) == 6
 
 
-COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3"]
+COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3", "--sessions", "2"]
 
 
 def baseline_of(bundle: Path, *options: object) -> str:

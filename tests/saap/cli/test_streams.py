@@ -31,7 +31,7 @@ MAKE = {  # a command, and what it makes
 CACHED = {words: file for words, file in MAKE.items() if words.split()[0] in ("prune", "tune", "export", "report")}
 MEASURE = {
     f"bench bundle {FAST} -r 1 --no-cold --json new/result.json --history new/history": "result.json",
-    f"devices baseline bundle {FAST} -r 6 --runs 1 --baselines new": "bundle.*.json",
+    f"devices baseline bundle {FAST} -r 6 --sessions 1 --baselines new": "bundle.*.json",
 }
 SHOW = (
     "devices check bundle",
