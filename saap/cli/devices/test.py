@@ -76,7 +76,9 @@ class BaselineCommand:
     cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
     sessions: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 5
     spread: Annotated[
-        float, Option("Begin them evenly over this time, such as 30m or 1h.", parse=parse_duration, metavar="TIME")
+        float,
+        Option("Begin them evenly over this time, such as 30m or 1h.", parse=parse_duration, metavar="TIME"),
+        Meta(ge=0, le=604_800),
     ] = 0.0
     add: Annotated[bool, Option("Add the sessions to the baseline that is there.")] = False
     text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None

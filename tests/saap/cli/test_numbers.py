@@ -13,7 +13,7 @@ from saap.cli.main import cli
 # Options that may be 0, or as large as 10^9, by their names in Python.
 ZERO = {
     "cool_down_s", "corrections", "depth", "drop_layers", "generate", "keep_layers", "learning_rate", "memory", "min_p",
-    "patience", "prompt", "rank", "ratio_time_s", "seed", "teacher_weight", "temperature",
+    "patience", "prompt", "rank", "ratio_time_s", "seed", "spread", "teacher_weight", "temperature",
 }  # fmt: skip
 HUGE = {
     "context", "cool_down_s", "max_bytes", "max_chunks", "max_examples", "max_params", "max_time_s", "max_tokens",
