@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("onnx")
 from support.command_line import here
-from support.hostile import BASELINE, BUNDLES, DOCUMENTS, GGUFS, MODELS, seal
+from support.hostile import BASELINE, BUNDLES, DOCUMENTS, GGUFS, INSPECTED, MODELS, SCORED, seal
 
 from studies.fuzz.products import gguf_bytes, gguf_structure
 
@@ -45,6 +45,18 @@ def test_a_hostile_bundle_is_refused(name, good, tmp_path, monkeypatch):
     sampled = ["--sample"] if name.startswith("generation") else []
     refused("generate", bundle, "The river", "--max-tokens", 4, "--chat", *sampled)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(("name", "change"), [*INSPECTED.items(), *((name, SCORED[name]) for name in SCORED)])
+def test_a_hostile_bundle_is_refused_by_who_looks_into_it_or_scores(name, change, good, text, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(good, bundle)
+    change(bundle)
+    seal(bundle)
+    if change in SCORED.values():
+        refused("eval", bundle, "--text", text, "--chunk", 32, "--max-chunks", 2)
+    else:
+        refused("export", bundle, "--inspect")
 
 
 def refused(*command):

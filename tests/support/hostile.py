@@ -93,11 +93,11 @@ def _link(file: str, target: str, listed: bool) -> Callable[[Path], None]:
     return linked
 
 
-def _graph(change: Callable[[onnx.ModelProto], None]) -> Callable[[Path], None]:
+def _graph(change: Callable[[onnx.ModelProto], object], file: str = "model.onnx") -> Callable[[Path], None]:
     def changed(bundle: Path) -> None:
-        model = onnx.load(bundle / "model.onnx", load_external_data=False)
+        model = onnx.load(bundle / file, load_external_data=False)
         change(model)
-        (bundle / "model.onnx").write_bytes(model.SerializeToString())
+        (bundle / file).write_bytes(model.SerializeToString())
 
     return changed
 
@@ -251,6 +251,29 @@ BUNDLES["graph-link"] = _link("model.onnx", "/etc/passwd", listed=True)
 BUNDLES["graph-device"] = _link("model.onnx", "/dev/zero", listed=True)
 BUNDLES["data-device"] = _link("model.onnx.data", "/dev/zero", listed=True)
 BUNDLES["data-short"] = _text("model.onnx.data", b"\0" * 64)
+
+# Graphs that load, and that a look into the bundle (`export --inspect`) or scoring (`eval`) meets.
+
+
+def _seven(model: onnx.ModelProto) -> None:
+    """A graph that runs on seven tokens only."""
+    model.graph.initializer.append(TensorProto(name="sizes", data_type=TensorProto.INT64, dims=[2], int64_data=[1, 7]))
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == "input_ids":
+                node.input[place] = "seven"
+    model.graph.node.insert(0, helper.make_node("Reshape", ["input_ids", "sizes"], ["seven"]))
+
+
+INSPECTED = {"data-no-number": BUNDLES["graph-data-no-number"]}
+for field, value in {
+    "base_sha256": 5, "plan": {"planned": {"ratio": "x"}}, "matrices": {"a": {}}, "versions": [1], "tuning": "a text",
+}.items():  # fmt: skip
+    INSPECTED[f"lineage-{field}"] = _edit("bundle.json", lambda m, f=field, v=value: m["lineage"].update({f: v}))
+SCORED = {
+    "seven-tokens": _graph(_seven, "scoring.onnx"),
+    "data-no-number": _graph(GRAPHS["data-no-number"], "scoring.onnx"),
+}
 
 # -- manifests ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.family_cuts import CASES
 
 from saap.models.architectures import shape_of
@@ -15,6 +16,7 @@ from saap.prune.scores.activations import collect
 from saap.prune.scores.importance import estimate
 from saap.prune.scores.layerwise import estimate_layerwise
 from saap.prune.search.masking import masked, mean_nll
+from saap.system.errors import UserError
 
 
 @pytest.fixture
@@ -98,6 +100,15 @@ def test_a_layer_is_let_go_after_an_error_too(tiny_model, ids):
     with present(layer), present(layer):
         pass
     assert nothing_is_left(streamed)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_of_another_shape_is_named(name, tiny_model, ids):
+    path = tiny_model("model")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {name: tensors[name][..., 8:].contiguous()}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is .*, and its config.json makes it"):
+        load_streamed(path)(ids)
 
 
 def test_both_forms_of_the_regression_agree():
