@@ -18,7 +18,7 @@ LEAST_REPETITIONS = 3
 # What a device's fingerprint is made of, as a person knows it; "emulated" is of results of older versions.
 IDENTITY = (
     "board", "cpu_model", "architecture", "isa", "cores", "memory_bytes", "governor", "os", "python", "onnxruntime",
-    "emulated", "power_mode", "l4t",
+    "emulated", "power_mode", "clocks", "l4t",
 )  # fmt: skip
 
 
@@ -196,4 +196,6 @@ def device_differs(old: Mapping[str, object], new: Mapping[str, object]) -> str 
         return None
     pairs = [(name, old.get(name), new.get(name)) for name in IDENTITY]
     differ = [f"{name} {plain(a)} and {plain(b)}" for name, a, b in pairs if a != b]
+    if new.get("clocks") is not None and "clocks" not in old:
+        differ.append("the older one does not say whether jetson_clocks was on, nor the fan's profile: record it again")
     return f"measured on different devices: {'; '.join(differ) or f'{prints[0]} and {prints[1]}'}"

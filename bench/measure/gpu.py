@@ -18,10 +18,9 @@ from types import ModuleType
 from typing import TypeVar
 
 from devices.common.tree import field, number, text
+from devices.probe.jetson import GPUS
 
 NVMAP_CLIENTS = "sys/kernel/debug/nvmap/iovmm/clients"  # root only
-# gm20b is of Nano, gp10b of TX2, gv11b of Xavier; Orin's folder is called 17000000.gpu or .ga10b, Thor's gpu-gpc-0.
-DEVFREQ = ("*gpu*", "*.ga10b", "*.gv11b", "*.gp10b", "*.gm20b")
 MEMORY_CLOCKS = ("sys/kernel/debug/bpmp/debug/clk/emc/rate", "sys/kernel/debug/clk/emc/clk_rate")  # root only
 MHZ, KIB = 1_000_000, 1024
 
@@ -51,7 +50,7 @@ class GpuWatch:
 
     def __init__(self, root: Path = Path("/"), nvml: ModuleType | None = None) -> None:
         self._root, self._nvml = root, nvml
-        folders = (path for pattern in DEVFREQ for path in sorted((root / "sys/class/devfreq").glob(pattern)))
+        folders = (path for pattern in GPUS for path in sorted((root / "sys/class/devfreq").glob(pattern)))
         self._folder = next(folders, None)
         self._held = self.in_use()
 

@@ -46,6 +46,7 @@ _REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "governor": ("no cpufreq: the clock is the firmware's or a hypervisor's", ()),
     "frequencies": ("no cpufreq: the clock is the firmware's or a hypervisor's", ()),
     "power_mode": ("no nvpmodel: not a Jetson, or not its own system", (jetson.STATUS, jetson.MODES)),
+    "clocks": ("not Jetson Linux", (jetson.RELEASE,)),
     "l4t": ("not Jetson Linux", (jetson.RELEASE,)),
     "jetpack": ("not Jetson Linux, or a release that is not in the table", (jetson.RELEASE,)),
     "os": ("no /etc/os-release", ("etc/os-release",)),
@@ -82,6 +83,7 @@ class HostFacts(TypedDict):
     governor: str | None
     frequencies: list[probe_cpu.ClockDomain] | None
     power_mode: jetson.PowerMode | None
+    clocks: jetson.Clocks | None  # of a Jetson
     l4t: str | None
     jetpack: str | None
     os: str | None
@@ -117,6 +119,7 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
         "governor": probe_cpu.governor(root),
         "frequencies": probe_cpu.frequencies(root),
         "power_mode": jetson.power_mode(root, run),
+        "clocks": None if l4t is None else jetson.clocks(root),
         "l4t": l4t,
         "jetpack": jetson.jetpack(l4t),
         "os": _os_name(root),
@@ -148,17 +151,18 @@ def fingerprint(facts: Mapping[str, object]) -> str:
     """16 hex digits over what makes two measurements comparable and survives a reboot.
 
     It counts board, CPU model, architecture, ISA features, numbers of physical and logical cores that are on,
-    governor, memory, operating system, versions of Python and ONNX Runtime and, on a Jetson, power mode and release of
-    Jetson Linux. Left out: clocks, temperatures and limits of the moment, kernel build, CPU affinity (a property of
-    the run). Memory is rounded because the kernel's reserved part moves by some megabytes between boots. What only
-    some hosts have counts only where it is known, so that documents from before it was read keep theirs.
+    governor, memory, operating system, versions of Python and ONNX Runtime and, on a Jetson, power mode, release of
+    Jetson Linux, whether clocks are fixed (``jetson_clocks``, which a reboot loses) and the fan's profile. Left out:
+    clocks, temperatures and limits of the moment, kernel build, CPU affinity (a property of the run). Memory is rounded
+    because the kernel's reserved part moves by some megabytes between boots. What only some hosts have counts where it
+    is known, so that documents from before it was read keep theirs.
     """
     kept = {name: facts[name] for name in ("board", "cpu_model", "architecture", "isa", "governor", "os")}
     cores = cast("Cores", facts["cores"])
     kept["cores"] = {"physical": cores["physical"], "logical": cores["logical"]}
     kept["memory"] = _rounded(cast("int | None", facts["memory_bytes"]))
     kept["versions"] = [facts["python"], facts["onnxruntime"]]
-    kept |= {name: facts[name] for name in ("power_mode", "l4t") if facts.get(name) is not None}
+    kept |= {name: facts[name] for name in ("power_mode", "clocks", "l4t") if facts.get(name) is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""What a Jetson's own files say: the release of its system and its power mode, by name and id.
+"""What a Jetson's own files say: the release of its system, its power mode, and whether its clocks are fixed.
 
 Ids mean something else on every board, and names come back with other limits after an update, so both are kept.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from devices.common.tree import text
+from devices.common.tree import number, text
 
 # Runs a command and gives what it printed; None where it is not there or fails.
 Run = Callable[[Sequence[str]], str | None]
@@ -18,6 +18,11 @@ Run = Callable[[Sequence[str]], str | None]
 RELEASE = "etc/nv_tegra_release"
 STATUS = "var/lib/nvpmodel/status"
 MODES = "etc/nvpmodel.conf"
+FANS = "etc/nvfancontrol.conf"
+# Of sys/class/devfreq. gm20b is of Nano, gp10b of TX2, gv11b of Xavier; Orin's folder is called 17000000.gpu or .ga10b,
+# Thor's gpu-gpc-0.
+GPUS = ("*gpu*", "*.ga10b", "*.gv11b", "*.gp10b", "*.gm20b")
+EMC_LOCK = "sys/kernel/debug/bpmp/debug/clk/emc/mrq_rate_locked"  # root alone reads it
 
 # Jetson Linux release -> JetPack; NVIDIA's Jetson Linux archive. A release that is not here is named by its major
 # version alone.
@@ -67,6 +72,41 @@ def power_mode(root: Path, run: Run) -> PowerMode | None:
     if not name and not number:
         return None
     return {"name": name.group(1) if name else None, "id": int(number.group(1)) if number else None}
+
+
+class Clocks(TypedDict):
+    """What ``jetson_clocks`` and the fan's tool set and a reboot resets; a part that is not known is None."""
+
+    cpu: bool | None  # whether the clock is fixed: the lowest that is allowed is the highest
+    gpu: bool | None
+    emc: bool | None  # memory
+    fan: str | None  # profile: quiet, cool
+
+
+def clocks(root: Path) -> Clocks:
+    policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
+    gpus = [gpu for pattern in GPUS for gpu in sorted((root / "sys/class/devfreq").glob(pattern))]
+    lock = number(root / EMC_LOCK)
+    return {
+        "cpu": _all_fixed(policies, "scaling_min_freq", "scaling_max_freq"),
+        "gpu": _all_fixed(gpus, "min_freq", "max_freq"),
+        "emc": None if lock is None else bool(lock),
+        "fan": _fan(root),
+    }
+
+
+def _all_fixed(places: Sequence[Path], low: str, high: str) -> bool | None:
+    limits = [(number(place / low), number(place / high)) for place in places]
+    return None if not limits or None in {*limits[0]} else all(a == b for a, b in limits)
+
+
+def _fan(root: Path) -> str | None:
+    """The profile of nvpmodel, up to JetPack 4, or of nvfancontrol."""
+    mode = re.search(r"fmode:\s*(\w+)", text(root / STATUS) or "")
+    if mode and mode.group(1) != "fanNull":
+        return mode.group(1)
+    profile = re.search(r"^\s*FAN_DEFAULT_PROFILE\s+(\w+)", text(root / FANS) or "", re.MULTILINE)
+    return profile.group(1) if profile else None
 
 
 def power_modes(root: Path) -> dict[int, str]:

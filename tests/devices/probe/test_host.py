@@ -248,6 +248,31 @@ def test_fingerprint_survives_a_reboot_and_sees_a_governor(raspberry_pi_5: Path)
     assert fingerprint({**before, "onnxruntime": "0.0"}) != before["fingerprint"]
 
 
+def test_fingerprint_sees_jetson_clocks_and_the_fan(tmp_path: Path) -> None:
+    """A reboot loses both; a baseline that does not say is told so."""
+    free = plant(tmp_path / "free", fake_trees.orin_nano())
+    gpu, policy = "sys/class/devfreq/17000000.gpu", "sys/devices/system/cpu/cpufreq/policy"
+    limits = {f"{gpu}/min_freq": "306000000\n", f"{gpu}/max_freq": "918000000\n"}
+    cool = {
+        "var/lib/nvpmodel/status": "pmode:0001 fmode:fanNull",
+        "etc/nvfancontrol.conf": "FAN_DEFAULT_PROFILE cool\n",
+    }
+    fixed = {f"{policy}{n}/scaling_min_freq": "1344000\n" for n in (0, 4)} | limits
+    fixed |= {f"{gpu}/min_freq": "918000000\n", "sys/kernel/debug/bpmp/debug/clk/emc/mrq_rate_locked": "1\n"}
+    trees = {"free": limits, "fixed": fixed, "cool": limits | cool}
+    told = {name: probe(plant(tmp_path / name, fake_trees.orin_nano() | tree)) for name, tree in trees.items()}
+    assert told["free"]["clocks"] == {"cpu": False, "gpu": False, "emc": None, "fan": "quiet"}
+    assert told["fixed"]["clocks"] == {"cpu": True, "gpu": True, "emc": True, "fan": "quiet"}
+    assert told["cool"]["clocks"] == {"cpu": False, "gpu": False, "emc": None, "fan": "cool"}
+    assert len({facts["fingerprint"] for facts in told.values()}) == 3
+    assert probe(plant(tmp_path / "pi", fake_trees.raspberry_pi_5()))["clocks"] is None
+    before = {name: fact for name, fact in probe(free).items() if name != "clocks"}
+    told_then = {**before, "fingerprint": fingerprint(before)}
+    differs = device_differs(told_then, probe(free))
+    assert differs and "does not say whether jetson_clocks was on" in differs
+    assert "clocks cpu no" in str(device_differs(told["free"], told["fixed"]))
+
+
 def test_fingerprint_sees_power_mode_and_release(tmp_path: Path) -> None:
     prints = {probe(plant(tmp_path / str(mode), fake_trees.orin_nano(mode)))["fingerprint"] for mode in (None, 0, 1)}
     assert len(prints) == 3
