@@ -82,7 +82,7 @@ def _is_whole(directory: Path) -> bool:
     try:
         hashes = json.loads((directory / SEAL).read_text(encoding="utf-8"))
         seen = {"boot": _BOOT.read_text(encoding="ascii") if _BOOT.is_file() else ""}
-        for name in sorted(hashes):
+        for name in (SEAL, *sorted(hashes)):
             status = (directory / name).stat()
             seen[name] = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         checked = directory / CHECKED

@@ -64,31 +64,49 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle,
         OrtDecoder(bundle, 1, 16, verify=False)
 
 
-def test_a_flipped_byte_of_packed_weights_is_found_and_they_are_made_again(bundle, cache):
-    expected = OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS).copy()
-    for name in ("model.onnx", "model.onnx.data", "seal.json"):
-        path = next(cache.iterdir()) / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        assert np.array_equal(OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS), expected)
-        assert path.read_bytes() != content and len(list(cache.iterdir())) == 1
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "seal.json", "checked.json"])
+@pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.9, 1])
+def test_a_flipped_byte_of_packed_weights_is_found_and_they_are_made_again(bundle, cache, name, place):
+    for _ in range(2):  # the second start notes that it has checked them
+        expected = OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS).copy()
+    assert {path.name for path in next(cache.iterdir()).iterdir()} == {
+        "model.onnx", "model.onnx.data", "seal.json", "checked.json",
+    }  # fmt: skip
+    path = next(cache.iterdir()) / name
+    content = bytearray(path.read_bytes())
+    content[round(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(OrtDecoder(bundle, 1, 16, prepacked=True).prefill(IDS), expected)
+    assert len(list(cache.iterdir())) == 1
+    assert not path.exists() or path.read_bytes() != content  # what is made again has not been checked again yet
 
 
-def test_first_runs_at_once_keep_each_other_s_folder(bundle, cache):
-    """Four processes find nothing there; every one of them computes, and one folder is left."""
-    script = (
-        "import sys, numpy; from export.bundle.decoder import OrtDecoder; sys.stdin.readline();"
-        f"print(OrtDecoder({str(bundle)!r}, 1, 16, prepacked=True).prefill(numpy.arange(5)).argmax())"
-    )
+PAIRS = """
+import os, sys
+import numpy as np
+from export.bundle.decoder import OrtDecoder
+
+bundle, cache, pairs, expected = sys.argv[1:]
+for pair in range(int(pairs)):
+    os.environ["SAAP_CACHE"] = f"{cache}/{pair}"
+    reading, writing = os.pipe()
+    both = []
+    for _ in range(2):
+        if not (pid := os.fork()):
+            os.close(writing)
+            os.read(reading, 1)  # both begin when the other is there, too
+            found = OrtDecoder(bundle, 1, 16, prepacked=True).prefill(np.arange(5)).tobytes().hex()
+            os._exit(0 if found == expected else 3)
+        both.append(pid)
+    os.close(reading), os.close(writing)
+    print(*(os.waitpid(pid, 0)[1] for pid in both), len(os.listdir(f"{cache}/{pair}/prepacked")))
+"""
+
+
+@pytest.mark.parametrize("pairs", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_pairs_of_first_runs_at_once_answer_right(bundle, tmp_path, pairs):
+    expected = OrtDecoder(bundle, 1, 16).prefill(IDS).tobytes().hex()
+    words = [sys.executable, "-c", PAIRS, bundle, tmp_path / "caches", pairs, expected]
     root = Path(__file__).resolve().parents[3]
-    runs = [
-        subprocess.Popen([sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(4)
-    ]
-    for run in runs:
-        run.stdin.write(b"go\n")
-        run.stdin.flush()
-    said = {run.communicate()[0].strip() for run in runs}
-    assert said == {str(OrtDecoder(bundle, 1, 16).prefill(IDS).argmax()).encode()}
-    assert [run.returncode for run in runs] == [0] * 4 and len(list(cache.iterdir())) == 1
+    done = subprocess.run([str(word) for word in words], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["0 0 1"] * pairs, done.stderr
