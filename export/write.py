@@ -107,15 +107,15 @@ def write_bundle(
     source = ModelSource(directory)
     calibration = rows(CACHE_ROWS)[0] if rows is not None and options.kv_bits == 8 else None
     writer = graph_writer(source, options, calibration)
+    parity = rows(PARITY_ROWS) if rows is not None and options.parity == "full" else None
     with writing_directory(out) as partial_out:
         copy_sidecars(source.directory, partial_out)
         read = writer.write(partial_out, progress)
         manifest = _manifest(source, writer, read, options.target)
         manifest = write_client_files(partial_out, source.config, manifest)
-        if rows is not None and options.parity == "full":
+        if parity is not None:
             write_manifest(partial_out, manifest)
-            ids, sample = rows(PARITY_ROWS)
-            report = check_parity(partial_out, source.directory, ids, sample, progress=progress)
+            report = check_parity(partial_out, source.directory, *parity, progress=progress)
             manifest = replace(manifest, parity=report)
         return write_manifest(partial_out, manifest)
 

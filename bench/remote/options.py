@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from devices.common.errors import UserError
-from devices.common.options import Option
+from devices.common.options import Option, refuse_unused
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BoardOptions:
 
     def check(self, on_a_board: bool = True) -> None:
         """Refuse what contradicts itself. Raises UserError: naming the options."""
-        if not on_a_board and (self.wheels is not None or self.board_packages):
-            raise UserError("--wheels and --board-packages belong to --on: name a board")
+        if not on_a_board:
+            refuse_unused(self, ("wheels", "board_packages"), "--on", "name a board")
         if self.wheels is not None and self.board_packages:
             raise UserError("--wheels fills a venv there, --board-packages makes none: give one of them")

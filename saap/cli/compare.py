@@ -54,6 +54,8 @@ class CompareCommand:
 
     def check(self, *, of: str) -> None:
         """Refuse what has no effect on a comparison ``of`` qualities, results or bundles."""
+        from bench.judge.comparison import LEAST_REPETITIONS
+
         ending, lengths = ("precision", "max_time_s"), ("prompt", "generate", "depth", "threads")
         measured = (*ending, *lengths, "repetitions", "timeout_s")
         if of == "qualities":
@@ -62,7 +64,9 @@ class CompareCommand:
             refuse_unused(self, lengths, "bundles, and results have theirs")
             if not self.confirm:
                 refuse_unused(self, measured, "a second run, which --no-confirm leaves out")
-        check_ending(self, self.options.repetitions)
+        check_ending(self, repetitions := self.options.repetitions)
+        if repetitions is not None and repetitions < LEAST_REPETITIONS:
+            raise UserError(f"--repetitions {repetitions} tell no difference: give {LEAST_REPETITIONS} or more")
 
 
 @click.command(cls=OptionsCommand)

@@ -474,7 +474,7 @@ def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     told = refused("devices", "baseline", bundle, "--baselines", tmp_path / "file/below", *COMMAND)
     assert "cannot be written (Not a directory): give another --baselines" in told  # before anything is measured
-    assert "belong to --on" in refused("devices", "test", bundle, "--board-packages")
+    assert "is for --on" in refused("devices", "test", bundle, "--board-packages")
     both = ["--on", "local://", "--board-packages", "--wheels", tmp_path]
     assert "give one of them" in refused("devices", "baseline", bundle, *both, *COMMAND)
 

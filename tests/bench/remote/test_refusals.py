@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(bundles, tmp_path):
     assert "named twice" in refused("bench", bundles[0], "--on", "ssh://b", "--on", "ssh://b/")
     assert "no wheels in" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[:-1])
     assert "give one of them" in refused("bench", bundles[0], "--on", "local://", "--wheels", tmp_path, *OPTIONS[-1:])
-    assert "belong to --on" in refused("bench", bundles[0], "--board-packages")
+    assert "is for --on" in refused("bench", bundles[0], "--board-packages")
     assert "give md, or --json" in refused(
         "bench", bundles[0], "--on", "local://", "--on", "ssh://b", "--format", "csv"
     )

@@ -108,6 +108,15 @@ def test_an_uneven_slim_model_with_biases_prunes_again(model, tmp_path, river, u
     assert torch.isfinite(load_model(tmp_path / "again")(input_ids=IDS).logits).all()
 
 
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_a_method_that_reads_no_text_gets_none(model, tmp_path, monkeypatch, method):
+    monkeypatch.delenv("SAAP_DATA", raising=False)  # the model would have to write one
+    said = here("prune", model, "-o", tmp_path / "slim", "--ratio", "0.2", "--method", method).stderr
+    assert "text" not in said
+    calibration = read_record(tmp_path / "slim")["lineage"]["calibration"]
+    assert (calibration["sequences"], calibration["tokens"]) == (0, 0)
+
+
 @pytest.mark.parametrize("method", ["saap", "random", "magnitude"])  # the others in baselines/test_methods.py
 def test_weights_that_are_not_numbers_are_refused(model, tmp_path, river, method):
     broken = tmp_path / "broken"
