@@ -99,9 +99,10 @@ class ModelSource:
                 ("--head-bits", head_bits, own.head_bits),
             ):  # fmt: skip
                 if asked is not None and asked != has:
+                    again = f", or tune again with {flag} {asked}" if flag == "--group-size" or asked in (4, 8) else ""
                     raise UserError(
-                        f"{self.directory} holds tuned integers, of {flag} {has} and not {asked}: leave {flag} out, or "
-                        f"tune again with {flag} {asked}"
+                        f"{self.directory} holds tuned integers, of {flag} {has} and not {asked}: leave {flag} out"
+                        f"{again}"
                     )
             return own
         bits = 4 if bits is None else bits
