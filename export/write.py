@@ -75,10 +75,11 @@ def export(
     output, options = Path(output), options or ExportOptions()
     if options.target != "gguf":
         check_output(output, model, options.text, record=MANIFEST)
+    else:
+        check_place(output, GGUF, model)
     options.check()
     path = resolve(model, progress=progress)
     if options.target == "gguf":
-        check_place(output, GGUF, model, path)
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
     return ExportResult(output, write_bundle(path, output, options, partial(sample_rows, path, options.text), progress))

@@ -19,7 +19,7 @@ from devices.common.files import is_special, parse_json, read_whole, stream_numb
 from devices.common.gguf_header import read_header
 
 LARGEST = 256 << 20  # bytes of a document that is read to tell what it is
-NEAR = 4096  # bytes from the beginning that hold the mark of a page
+NEAR = 4096  # bytes from the beginning that hold the mark of a page, and that a place must have room for
 
 _forced: ContextVar[bool] = ContextVar("forced", default=False)
 
@@ -156,8 +156,8 @@ def check_writable(folder: Path, out: Path) -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(NEAR))  # which a full disk does not take
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give another place") from None
 

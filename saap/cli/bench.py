@@ -95,8 +95,10 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
     """Measure on this host; the exit code."""
     quality = read_quality(asked.quality)
     result = replace(measured(asked.specs(specs), asked.options, console), quality=quality)
-    keep(result, json_path, asked.history)  # first: a terminal may be gone
-    _show_as_asked(result, asked)
+    try:
+        keep(result, json_path, asked.history)  # first: a terminal may be gone
+    finally:  # as may the room for a file
+        _show_as_asked(result, asked)
     print_document(result, json_path)
     return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
 
@@ -127,8 +129,10 @@ def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path |
     measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
     places = _places(json_path, [answer.url for answer in answers])
     for url, result in measured.items():
-        keep(result, places[url], asked.history)
-        _show_board(url, result, asked, several=len(answers) > 1)
+        try:
+            keep(result, places[url], asked.history)
+        finally:
+            _show_board(url, result, asked, several=len(answers) > 1)
         print_document(result, places[url])
     if len(measured) > 1 and not asked.form:
         _side_by_side(measured)
@@ -174,12 +178,14 @@ def keep(result: Result, json_path: Path | None, history: Path | None = None) ->
     """Write the files that are asked for."""
     from bench.measure.result import write_result
 
-    if history is not None:
-        from bench.report.history import add
+    try:
+        if history is not None:
+            from bench.report.history import add
 
-        add(history, result)
-    if json_path not in (None, STDOUT):
-        write_result(json_path, result)
+            add(history, result)
+    finally:
+        if json_path not in (None, STDOUT):
+            write_result(json_path, result)
 
 
 def print_document(result: Result, json_path: Path | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -114,6 +115,39 @@ class Console:
                 self._bars.stop()  # type: ignore[attr-defined]
             self._bars = None
         self._label = ""
+
+
+class _Unheard(io.TextIOBase):
+    """A stream that takes all: what the one behind it does not take is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def heard_or_not() -> Iterator[None]:
+    """Within the block a step's tables may be lost; the steps after it are done."""
+    with redirect_stdout(_Unheard(sys.stdout)):
+        yield
 
 
 def shown(text: str) -> str:

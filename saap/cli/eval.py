@@ -63,10 +63,12 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
-        if json_path is not None:
-            QUALITY.write(json_path, quality)
-        if not quality.tasks:
-            show_quality(quality)
+        try:
+            if json_path is not None:
+                QUALITY.write(json_path, quality)
+        finally:
+            if not quality.tasks:
+                show_quality(quality)
 
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
     console = Console.of_command()

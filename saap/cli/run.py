@@ -22,7 +22,7 @@ from msgspec import Meta
 from devices.common.options import THREADS, Option, Part, arguments_of
 from devices.common.outputs import is_forced
 from export.options import ExportOptions
-from saap.cli.console import Console
+from saap.cli.console import Console, heard_or_not
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.prune import PruneCommand, for_this_machine, prune_model
 from saap.cli.report import RUN, RunFile, Step, read_run
@@ -166,7 +166,8 @@ class _State:
             return key
         self.console.say(f"[{self.number}/{self.steps}] {name} ...")
         start = time.monotonic()
-        found: RunFile = work() or {}
+        with heard_or_not():
+            found: RunFile = work() or {}
         line = shlex.join(["saap", *map(str, command)])
         entry: Step = {"name": name, "key": key, "seconds": time.monotonic() - start, "command": line}
         self.run["steps"] = [s for s in self.run["steps"] if s["name"] != name] + [entry]
