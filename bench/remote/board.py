@@ -78,6 +78,7 @@ class Board:
         self.transport, self.name, self._root, self._silence_s = transport, transport.name, root, silence_s
         self._stop, self.say, self.patience_s = stop or threading.Event(), say or (lambda text: None), patience_s
         self._contact = time.monotonic()
+        self.run: str | None = None  # for which everything is asked from now on
 
     def ask(self, do: str, payload: Iterable[bytes] = (), told: Tell | None = None, more: Reply | None = None) -> Reply:
         """One request, tried once.
@@ -87,7 +88,7 @@ class Board:
             BoardError: the board refuses, has no Python, or something else than the agent answers.
             Stopped: from here.
         """
-        request = {"do": do, "root": self._root, **(more or {})}
+        request = {"do": do, "root": self._root, **({"run": self.run} if self.run else {}), **(more or {})}
         sources = json.dumps(_sources()).encode()
         header = f"{len(sources)}\n".encode() + sources + json.dumps(request).encode() + b"\n"
         with tempfile.TemporaryFile() as err:

@@ -101,6 +101,7 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
     told = progress or (lambda label, done, total: None)
     _preflight(board, shipment, task.positions)
     with noted_run(board) as run:
+        board.run = run
         try:
             there = board.insist("take", more=lambda: _take(run, shipment))
             _push(board, shipment, there["missing"], told)

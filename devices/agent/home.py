@@ -141,9 +141,19 @@ class Lock:
     def holds(self, run: str) -> bool:
         return read_json(self.path).get("run") == run
 
-    def touch(self) -> None:
-        with contextlib.suppress(OSError):
-            os.utime(self.path)
+    def touch(self, run: str) -> bool:
+        """Keep it fresh for ``run``, and say whether that still has it: whoever expired must disturb nobody."""
+        with guarded(self._guard):
+            if not self.holds(run):
+                return False
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+            return True
+
+    def keep(self, run: str) -> None:
+        """As ``touch``. Raises AgentError: another run has it, or none."""
+        if not self.touch(run):
+            raise AgentError("another run has taken the board meanwhile: measure again")
 
     def release(self, run: str) -> None:
         with guarded(self._guard):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
 
 MARK = "saap-agent-1 "
+KEEPING = ("held", "put", "install", "start")  # which hash, copy or install for long, and only for who has the lock
 EVERY_S = 1.0
 GONE_S = 60  # without a byte of a file that is being sent; the other side gives a connection up sooner
 Tell = Callable[[dict[str, object]], None]
@@ -77,6 +78,7 @@ def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnsw
     lock = Lock(folder, request["root"])
     lock.take(request["run"], request["owner"])
     try:
+        beat = _beat(lock, request["run"], tell)
         sweep(folder)
         store = Store(folder, beat)
         missing = {}
@@ -141,7 +143,7 @@ def main() -> None:
     try:
         request = json.loads(sys.stdin.buffer.readline())
         folder = home()
-        beat = _beat(Lock(folder, request["root"]), say)
+        beat = _beat(Lock(folder, request["root"]), request["run"] if request["do"] in KEEPING else None, say)
         answer: dict[str, object] = {"answer": REQUESTS[request["do"]](folder, request, say, beat)}
     except AgentError as error:
         answer = {"error": str(error), "again": error.again}
@@ -175,15 +177,21 @@ def _why(error: OSError) -> str:
     raise error
 
 
-def _beat(lock: Lock, tell: Tell) -> Beat:
-    """Keeps the lock, and tells how far it is, at most once in ``EVERY_S``."""
+def _beat(lock: Lock, run: str | None, tell: Tell) -> Beat:
+    """Keeps the lock for ``run`` and tells how far it is, at most once in ``EVERY_S``.
+
+    Raises AgentError, here and in the beat: the run has lost the lock, so that its work would disturb another's.
+    """
+    if run is not None:
+        lock.keep(run)
     last = 0.0
 
     def beat(done: int | None = None) -> None:
         nonlocal last
         if time.monotonic() - last > EVERY_S:
             last = time.monotonic()
-            lock.touch()
+            if run is not None:
+                lock.keep(run)
             tell({"at": done})
 
     return beat

@@ -24,8 +24,9 @@ class TakeRequest(Request):
 
 
 class HeldRequest(Request):
-    """How much of a file is there."""
+    """How much of a file is there, asked by the run that has the lock."""
 
+    run: str
     sha: str
 
 
@@ -37,8 +38,9 @@ class PutRequest(HeldRequest):
 
 
 class InstallRequest(Request):
-    """Code and packages."""
+    """Code and packages, for the run that has the lock."""
 
+    run: str
     key: str
     code: str  # sha256 of a stored JSON object of path -> text
     requirements: list[str]

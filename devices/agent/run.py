@@ -68,8 +68,7 @@ def start(folder: Path, request: StartRequest, beat: Callable[[], None] = lambda
 
 def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dict[str, object]:
     place, lock = run_folder(folder, request["run"]), Lock(folder, request["root"])
-    if not lock.holds(request["run"]):
-        raise AgentError("another run has taken the board meanwhile: measure again")
+    lock.keep(request["run"])
     if (place / "request.json").is_file():
         return {"boot_id": read_json(place / "request.json").get("boot_id")}
     shutil.rmtree(place, ignore_errors=True)
@@ -113,7 +112,7 @@ def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
             yield {"done": {"rebooted": True}}
             return
         touch(place / "lease")
-        lock.touch()
+        lock.touch(request["run"])
         done = read_json(place / "done.json")  # before the progress, so that nothing of it is missed
         gone = not alive(read_json(place / "process.json"))
         for line, offset in _lines(place / "progress.jsonl", offset):  # noqa: B020 one offset goes through

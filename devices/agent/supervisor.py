@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from devices.agent.home import Lock, below, kill, modified, read_json, write_json
+from devices.agent.home import Lock, below, kill, modified, read_json, started, write_json
 from devices.agent.run import BEAT_S, END_S, LEASE_S, run_folder
 
 JOB = "bench.remote.job"
@@ -36,11 +36,14 @@ class Supervisor:
     def main(self) -> None:
         """Run the measuring process to its end; nothing that it started is left."""
         signal.signal(signal.SIGTERM, self._asked)
+        pid = os.getpid()  # first of all: whoever started us may be gone, and then nobody else says how we are ended
+        write_json(self.place / "process.json", {"pid": pid, "start": started(pid)})
+        self.lock.process(self.run, pid)
         _prctl(_SUBREAPER, 1)  # orphans of a killed child become ours, and are ended
         with (self.place / "progress.jsonl").open("ab") as told, (self.place / "stderr.txt").open("ab") as said:
             self._job = job = subprocess.Popen(
                 [sys.executable, "-m", JOB, str(self.place)], stdin=subprocess.DEVNULL, stdout=told, stderr=said,
-                start_new_session=True, preexec_fn=lambda: _prctl(_DEATH_SIGNAL, signal.SIGTERM),
+                start_new_session=True, preexec_fn=lambda: _end_with(pid),
             )  # fmt: skip
         followed = self._watch(job)
         _end_children()
@@ -54,7 +57,7 @@ class Supervisor:
         lease, leased_at = 0.0, time.monotonic()
         while True:
             (self.place / "beat").touch()
-            self.lock.touch()
+            self.lock.touch(self.run)
             if (now := modified(self.place / "lease")) != lease:
                 lease, leased_at = now, time.monotonic()
             followed = time.monotonic() - leased_at <= self._lease_s
@@ -84,6 +87,13 @@ class Supervisor:
         self._stop = True
         if self._job is not None:
             self._job.terminate()
+
+
+def _end_with(parent: int) -> None:
+    """In a child: be ended when ``parent`` is, also when that was before we could ask for it."""
+    _prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -137,7 +137,8 @@ def test_bundles_are_copied_where_there_are_no_second_names(store, tmp_path, mon
 
 
 def test_a_sender_that_fell_silent_leaves_the_file_to_the_next(store, tmp_path):
-    line = {"do": "put", "root": "/", "sha": SHA, "size": len(DATA), "offset": 0}
+    Lock(tmp_path).take(RUN, "me")
+    line = {"do": "put", "root": "/", "run": RUN, "sha": SHA, "size": len(DATA), "offset": 0}
     with subprocess.Popen(
         [sys.executable, "-c", "from devices.agent import main as agent; agent.GONE_S = 1; agent.main()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "SAAP_CACHE": str(tmp_path)},
@@ -161,6 +162,32 @@ def test_a_file_of_another_user_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"do": "hello", "root": "/"}\n')))
     agent.main()
     assert f"{tmp_path}/lock.guard: Permission denied: give it to this user" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("do", agent.KEEPING)
+def test_who_lost_the_lock_works_no_more(tmp_path, monkeypatch, capsys, do):
+    """Hashing, installing and laying out would disturb who measures now, whose lock is not kept fresh either."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    monkeypatch.setitem(agent.REQUESTS, do, lambda *_: pytest.fail("it works"))
+    Lock(tmp_path).take(OTHER, "bob")
+    os.utime(tmp_path / "lock.json", (1000, 1000))
+    line = json.dumps({"do": do, "root": "/", "run": RUN}) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+    agent.main()
+    assert "another run has taken the board meanwhile: measure again" in capsys.readouterr().out
+    assert (tmp_path / "lock.json").stat().st_mtime == 1000
+
+
+def test_who_loses_the_lock_meanwhile_ends(tmp_path, monkeypatch):
+    lock = Lock(tmp_path)
+    lock.take(RUN, "me")
+    monkeypatch.setattr(agent, "EVERY_S", -1.0)
+    beat = agent._beat(lock, RUN, lambda told: None)
+    beat(1)
+    lock.release(RUN)
+    lock.take(OTHER, "bob")
+    with pytest.raises(AgentError, match="another run has taken the board"):
+        beat(2)
 
 
 def test_the_lock_is_of_one_run(tmp_path):

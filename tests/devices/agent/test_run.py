@@ -17,6 +17,7 @@ from devices.agent import run as agent_run
 from devices.agent.home import AgentError, Lock, started
 from devices.agent.install import install
 from devices.agent.run import end, fetch, follow, start, sweep
+from devices.agent.supervisor import _end_with
 
 
 @pytest.fixture
@@ -103,6 +104,29 @@ def gone(numbers: list[int], seconds: float = 15) -> bool:
     while any(started(pid) for pid in numbers) and time.monotonic() < limit:
         time.sleep(0.05)
     return not any(started(pid) for pid in numbers)
+
+
+def test_a_supervisor_that_nobody_noted_is_ended(tmp_path, begin, monkeypatch):
+    """Who started it was killed before it could write down which process that is."""
+    monkeypatch.setattr(Lock, "process", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        begin(SPAWNS)
+    numbers = pids(tmp_path)
+    end(tmp_path, {"run": RUN, "root": "/"})
+    assert gone(numbers) and not (tmp_path / "lock.json").exists()
+
+
+def test_a_job_whose_supervisor_was_killed_at_its_start_does_not_begin():
+    """The signal for a parent's death is asked for too late where it has died already."""
+    child = os.fork()
+    if not child:
+        os._exit(7 if _end_with(os.getppid()) is None else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    child = os.fork()
+    if not child:
+        _end_with(os.getppid() + 1)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_a_killed_job_leaves_no_worker(tmp_path, begin):
