@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from support.agent_requests import RUN
 from support.bench_samples import measurement, result
 from support.command_line import here, refused
 from support.remote_runs import (
@@ -45,6 +46,7 @@ from bench.remote.board import Board
 from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
 from bench.remote.target import bench_on, measure_on
+from devices.agent.home import Lock
 from devices.transport import BoardError, Local, open_transport
 from saap.cli.bench import _places
 from saap.system.interrupt import ask_to_end, ended_as_by_a_person
@@ -133,6 +135,14 @@ def test_a_connection_that_is_cut_there_and_then_here_loses_nothing(sshd, bundle
     assert [sample.order for sample in found.measurements[0].samples] == list(range(20))
 
 
+def holding(board: Board, folder: Path) -> Board:
+    """With the lock there, for a run."""
+    folder.mkdir(exist_ok=True)
+    Lock(folder).take(RUN, "me")
+    board.run = RUN
+    return board
+
+
 def test_a_push_that_is_cut_goes_on_where_it_was(sshd, tmp_path, monkeypatch):
     offsets, content = [], os.urandom(1 << 20)
     source, sha = tmp_path / "weights", hashlib.sha256(content).hexdigest()
@@ -153,7 +163,7 @@ def test_a_push_that_is_cut_goes_on_where_it_was(sshd, tmp_path, monkeypatch):
 
     monkeypatch.setattr(remote_board, "pieces", pieces)
     with contextlib.closing(open_transport(sshd.url)) as transport:
-        Board(transport).push(sha, source, 0)
+        holding(Board(transport), sshd.cache).push(sha, source, 0)
     assert (sshd.cache / "files" / sha).read_bytes() == content
     assert len(offsets) == 2 and offsets[0] == 0
 
@@ -175,8 +185,9 @@ def test_a_file_that_changes_while_it_is_sent_is_an_error_and_not_sent_forever(t
         return found
 
     monkeypatch.setattr(remote_board, "size_of", measured_before)
+    board = holding(Board(Local(), patience_s=5, silence_s=5), tmp_path / "board")
     with pytest.raises(BoardError, match=f"{source} cannot be sent: {told}"):
-        Board(Local(), patience_s=5, silence_s=5).push(hashlib.sha256(data).hexdigest(), source, 0)
+        board.push(hashlib.sha256(data).hexdigest(), source, 0)
 
 
 def test_a_reboot_in_the_middle(sshd, bundles, tmp_path):
@@ -251,7 +262,7 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
         raise BoardError("enough")
 
     monkeypatch.setattr(target, "run_on_all", run_on_all)
-    asked = ["--baselines", tmp_path / "kept", "--on", "local://", "--board-packages", "--max-time", "9"]
+    asked = ["--baselines", tmp_path / "kept", "--on", "local://", "--board-packages"]
     assert "enough" in refused("devices", "baseline", bundles[0], *asked, "-p", "4", "-n", "4", "-t", "1", "-r", "6")
     assert seen == [ask_to_end]
 
