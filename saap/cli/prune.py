@@ -57,6 +57,7 @@ class PruneCommand:
 
     def check(self) -> None:
         self.options.check()
+        self.options.check_used()
         if not self.options.reads_text:
             refuse_unused(self, ("calibration",), f"methods that read a text, and {self.options.method} does not")
 

@@ -219,6 +219,7 @@ def check_options(options: RunOptions) -> None:
     from export.bundle.decoder import check_threads
 
     options.prune.options.check()
+    options.prune.options.check_used()
     options.tune("the dense model").check()
     for tuned in (False, True):
         options.export(tuned=tuned).check()

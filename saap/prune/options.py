@@ -241,15 +241,19 @@ class PruneOptions:
         if self.method != "saap":
             ours = {"modules", "drop_layers", "stages", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
-        if not self.reads_text:
-            names = ("sequences", "length", *([] if self.draws else ["seed"]))
-            refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
-        if self.method == "shortgpt":
-            refuse_unused(self, ("heads",), "methods that prune in width; shortgpt removes whole layers")
         if self.stream and self.method in TAYLOR:
             raise UserError(
                 f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"
             )
+
+    def check_used(self) -> None:
+        """Refuse what the method does not read; a study may ask all methods alike. Raises UserError: names it."""
+        if not self.reads_text:
+            names = ("sequences", "length", *([] if self.draws else ["seed"]))
+            refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
+        if self.method == "shortgpt":
+            names = ("heads", *(["compensate"] if self.compensation != "none" else []))
+            refuse_unused(self, names, "methods that prune in width, and shortgpt removes whole layers")
 
     def check_requirement(self) -> None:
         """Raise UserError for a requirement that is none, two, or out of range."""

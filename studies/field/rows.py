@@ -207,7 +207,8 @@ def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Pa
 def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
     """The directory that the tuned and the untuned cell are of."""
     given = cell.given
-    chosen = ["--ratio", ratio, "--seed", str(seed), *OPTIONS[method]]
+    seeded = [] if method == "magnitude" else ["--seed", str(seed)]  # which draws nothing
+    chosen = ["--ratio", ratio, *seeded, *OPTIONS[method]]
     source = given.work / f"{method}-{ratio}-seed{seed}"
     if given.sequences != SEQUENCES:
         source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")

@@ -44,7 +44,7 @@ def inside(place, monkeypatch):
 UNUSED = {
     "prune dense -o o --ratio 0.2 --method flap --modules": "--modules is for the method saap: leave it out, or leave",
     "prune dense -o o --ratio 0.2 --method flap --set score=fused --drop-layers 1": "score and --drop-layers are for",
-    "prune dense -o o --ratio 0.2 --method shortgpt --heads": "--heads is for methods that prune in width",
+    "prune dense -o o --ratio 0.2 --method shortgpt --heads --compensate refit": "--compensate and --heads are for",
     "prune dense -o o --ratio 0.2 --method random --calibration long.txt": "--calibration is for methods that read a",
     "prune dense -o o --ratio 0.2 --method magnitude --seed 1 --length 9": "--length and --seed are for methods that",
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
