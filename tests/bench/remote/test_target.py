@@ -137,7 +137,7 @@ def test_a_connection_that_is_cut_there_and_then_here_loses_nothing(sshd, bundle
 
 def holding(board: Board, folder: Path) -> Board:
     """With the lock there, for a run."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     Lock(folder).take(RUN, "me")
     board.run = RUN
     return board
@@ -166,6 +166,7 @@ def test_a_push_that_is_cut_goes_on_where_it_was(sshd, tmp_path, monkeypatch):
         holding(Board(transport), sshd.cache).push(sha, source, 0)
     assert (sshd.cache / "files" / sha).read_bytes() == content
     assert len(offsets) == 2 and offsets[0] == 0
+    Lock(sshd.cache).release(RUN)
 
 
 @pytest.mark.parametrize(("kept", "told"), [(None, "No such file or directory"), (60_000, "it became shorter")])
