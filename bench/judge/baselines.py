@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import write_text
 from devices.common.outputs import BASELINE as BASELINE_FILE
-from devices.common.outputs import check_place
+from devices.common.outputs import check_folder, check_place
 
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
 
@@ -83,21 +82,15 @@ def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Pat
 
 
 def writable_folder(folder: Path, name: str) -> Path:
-    """A folder for baselines of ``name``, made now: minutes of measuring come before it is needed.
+    """A folder for baselines of ``name``, checked now: minutes of measuring come before it is needed.
 
-    Raises:
-        RegressionError: as ``checked_folder``, and where nothing can be written.
-        UserError: a file of that name there is no baseline.
+    Raises UserError: as ``checked_folder``, nothing can be written there, or a file of that name is no baseline.
     """
     checked_folder(folder)
+    check_folder(folder, BASELINE_FILE, "--baselines")
     for path in folder.glob(f"{_stem(name)}.*.json"):
         check_place(path, BASELINE_FILE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise RegressionError(f"{folder} cannot be written ({error.strerror}): give another --baselines DIR") from None
+    return folder
 
 
 def write_baseline(folder: Path, baseline: Baseline) -> Path:

@@ -20,6 +20,7 @@ from devices.common.gguf_header import read_header
 
 LARGEST = 256 << 20  # bytes of a document that is read to tell what it is
 NEAR = 4096  # bytes from the beginning that hold the mark of a page, and that a place must have room for
+CARDS = (".", "README", "LICENSE", "NOTICE")  # how names begin that may stand beside what saap writes
 
 _forced: ContextVar[bool] = ContextVar("forced", default=False)
 
@@ -115,9 +116,16 @@ def check_place(path: Path | None, kind: Kind, *inputs: object) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a directory: give the name of a file")
     check_apart(path, *inputs)
+    _check_no_bundle(path.parent, path)
     if not (is_forced() and not _lies_in(path, inputs)) and not _is_of(kind, path):
         raise UserError(f"{path} is not {kind.what}, and is not written over: give another name, or --force")
     check_writable(path.parent, path)
+
+
+def _check_no_bundle(folder: Path, out: Path) -> None:
+    """Refuse to add a file to a bundle, which is loaded only while it holds what it lists."""
+    if _is_of(RECORDS["bundle.json"], folder / "bundle.json", empty=False):
+        raise UserError(f"{out} would lie in a bundle, which holds only what it lists: give another place")
 
 
 def check_directory_place(out: Path, records: tuple[str, ...], *inputs: object) -> None:
@@ -144,14 +152,15 @@ def check_folder(folder: Path, kind: Kind, flag: str) -> None:
     """Refuse a folder of files of one kind that cannot be written, or that holds other files and none of ours."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: {flag} takes a folder")
+    _check_no_bundle(folder, folder)
     if folder.is_dir() and not is_forced():
-        files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        files = [path for path in folder.iterdir() if not path.name.startswith(CARDS)]
         if files and not any(_is_of(kind, path, empty=False) for path in files if path.suffix == ".json"):
             raise UserError(f"{folder} holds other files, and not {kind.what}: give another {flag}, or --force")
-    check_writable(folder, folder)
+    check_writable(folder, folder, f"another {flag}")
 
 
-def check_writable(folder: Path, out: Path) -> None:
+def check_writable(folder: Path, out: Path, instead: str = "another place") -> None:
     """Raise UserError where no file can be made in a folder, or in the one that would hold it."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -159,7 +168,7 @@ def check_writable(folder: Path, out: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(NEAR))  # which a full disk does not take
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): give another place") from None
+        raise UserError(f"{out} cannot be written ({error.strerror}): give {instead}") from None
 
 
 def _is_of(kind: Kind, path: Path, empty: bool = True) -> bool:
@@ -189,5 +198,5 @@ def _strangers(out: Path, record: str) -> list[str]:
         if isinstance(known, dict) and isinstance(listed := known.get("files"), dict):
             ours = {record, *listed}
             names = sorted(path.name for path in out.iterdir() if path.name not in ours)
-            return [name for name in names if not name.startswith((".", "README", "LICENSE", "NOTICE"))]
+            return [name for name in names if not name.startswith(CARDS)]
     return []

@@ -188,7 +188,19 @@ def test_folders_of_histories_and_baselines(place):
     assert "--history takes a folder" in here("bench", "bundle", "--history", "judge.txt", code=2).stderr
     assert "cannot be written" in here("bench", "bundle", "--history", "judge.txt/x", code=2).stderr
     told = here("devices", "baseline", "bundle", "--baselines", "kept", code=2).stderr
+    assert "kept holds other files, and not a recorded baseline: give another --baselines, or --force" in told
+    (Path("kept") / "other.0123456789abcdef.json").write_bytes(next((OLD / "baselines").iterdir()).read_bytes())
+    told = here("devices", "baseline", "bundle", "--baselines", "kept", code=2).stderr
     assert "is not a recorded baseline, and is not written over" in told
+    (Path("kept") / "other.0123456789abcdef.json").unlink()
+    for words in (
+        "bench bundle --history bundle",
+        "bench bundle --json bundle/new.json",
+        "eval bundle --json bundle/x",
+    ):
+        assert "would lie in a bundle, which holds only" in here(*words.split(), "--force", code=2).stderr
+    told = here("devices", "baseline", "bundle", "--baselines", "bundle", "--force", code=2).stderr
+    assert "bundle would lie in a bundle" in told
     assert state(place) == before
 
 
