@@ -16,25 +16,30 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, read_baselines, write_baseline
 from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
+from bench.judge.confirm import bundle_gone
 from bench.judge.verdict import (
     BETTER,
     CANNOT_TELL,
+    FASTER,
     NOT_COMPARABLE,
     SAME,
     SESSION_ALPHA,
+    SLOWER,
     UNKNOWN,
     WORSE,
     Verdict,
+    judge_ratio,
     judge_sessions,
 )
 from bench.measure.answers import NLL_TOLERANCE, Answer, answer_of
-from bench.measure.options import BenchOptions
+from bench.measure.options import TURNS_S, BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
 from bench.measure.statistics import ratio_of_sessions, typical
 from devices.common.errors import UserError
@@ -44,6 +49,7 @@ KEPT = ("repetitions", "seed", "warmup", "cool_down_s", "cuda_graph")  # setting
 SESSIONS = 5  # of a baseline
 MOST_FRESH = 3  # sessions of a test
 MOST_KEPT = 30  # sessions; of those that tests added the oldest go
+BOTH_NOW = ", both now"
 AGAIN = 2  # times a run that is INVALID is measured once more: most of what makes it so passes
 LEAST_TEXT = 8  # tokens: fewer say little
 
@@ -85,7 +91,10 @@ class DeviceTest:
         """1 when something is worse, else 3 when something could not be compared or told, else 0."""
         if self.worse:
             return 1
-        return 3 if any(check.verdict in (NOT_COMPARABLE, CANNOT_TELL) for check in self.checks) else 0
+        both = [check for check in self.checks if check.what.endswith(BOTH_NOW) and check.verdict != CANNOT_TELL]
+        settled = {check.what.removesuffix(BOTH_NOW) for check in both}
+        open_ = [check for check in self.checks if check.verdict == CANNOT_TELL and check.what not in settled]
+        return 3 if open_ or any(check.verdict == NOT_COMPARABLE for check in self.checks) else 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ def retest(
     on: str | None = None,
     here: str | None = None,
     limits: Limits | None = None,
+    beside: Callable[[str, BenchOptions], Result] | None = None,
 ) -> DeviceTest:
     """Measure again and judge against the baseline of this device.
 
@@ -184,10 +194,43 @@ def retest(
         open_ = [check for check in checks if check.verdict in (WORSE, CANNOT_TELL)]
         exact = all(check.test is None for check in open_)  # answers, which one more run confirms
         if not open_ or len(results) >= (2 if exact else MOST_FRESH):
+            if beside is not None:
+                checks += _both_now(same, first, partial(beside, same.results[0].measurements[0].spec), allowed)
             return DeviceTest(same, checks, results)
         results.append(measured(same))
         if differs := device_differs(first.device, results[-1].device):  # a governor, a power mode
             raise NoBaselineError(f"the device changed between two sessions: {differs}; test again")
+
+
+def _both_now(
+    baseline: Baseline, fresh: Result, measure: Callable[[BenchOptions], Result], limits: Limits
+) -> list[Verdict]:
+    """Decode and prefill of the model against the bundle of its baseline, measured now; worse only if twice."""
+    (then,), (now,) = baseline.results[0].measurements, fresh.measurements
+    if then.bundle_hash == now.bundle_hash or bundle_gone(then):
+        return []
+    plan = replace(plan_of(baseline), repetitions=1, cold=False, ratio_time_s=min(limits.max_time_s, TURNS_S), text=())
+    first = _turns(measure(plan), limits)
+    if not any(check.verdict == WORSE for check in first):
+        return first
+    again = {check.what: check for check in _turns(measure(plan), limits)}
+    return [
+        _all_say([check, again[check.what]]) if check.verdict == WORSE and check.what in again else check
+        for check in first
+    ]
+
+
+def _turns(result: Result, limits: Limits) -> list[Verdict]:
+    then, now = result.measurements
+    checks = []
+    for what in ("decode", "prefill"):
+        if (found := result.ratio(then, now, what)) is not None:
+            of = Verdict(SAME, what + BOTH_NOW, now.name, then.name, now.test, now.n_threads)
+            judged = judge_ratio(of, found, limits.speed)
+            if judged.verdict == SAME and found.high >= 1 + limits.speed:
+                judged = replace(judged, verdict=CANNOT_TELL, reason="turns of a longer --max-time would tell")
+            checks.append(replace(judged, verdict={FASTER: BETTER, SLOWER: WORSE}.get(judged.verdict, judged.verdict)))
+    return checks
 
 
 def keep_tested(folder: Path, found: DeviceTest) -> None:

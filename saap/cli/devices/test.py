@@ -14,7 +14,7 @@ from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
 from devices.common.options import THREADS, Option
 from devices.common.values import parse_duration
-from saap.cli.bench import check_ending, show_reasons
+from saap.cli.bench import check_ending, keep, show_reasons
 from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import force
@@ -91,6 +91,7 @@ class TestCommand:
 
     min_effect: Annotated[float, Option("Smallest change of speed that counts."), Meta(gt=0, lt=1)] = 0.05
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
+    history: Annotated[Path | None, Option("A folder that keeps every run, for `saap report --history`.")] = None
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
 
@@ -173,13 +174,15 @@ def test(bundle: str, options: TestCommand) -> None:
     from bench.remote.target import target
     from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
-    from devices.common.outputs import JUNIT, check_place
+    from devices.common.outputs import JUNIT, RESULT, check_folder, check_place
     from devices.probe.host import probe
     from saap.system.interrupt import ended_as_by_a_person
 
     console = Console.of_command()
     device_options, junit_path = options.device, options.junit
     check_place(junit_path, JUNIT, bundle)
+    if options.history is not None:
+        check_folder(options.history, RESULT, "--history")
     device_options.check()
     name = name_of(bundle, device_options.name)
     try:
@@ -191,6 +194,9 @@ def test(bundle: str, options: TestCommand) -> None:
                 on=device.url,
                 here=None if device.url else probe()["fingerprint"],
                 limits=Limits(speed=options.min_effect, max_time_s=device_options.max_time_s),
+                beside=lambda old, plan: device.bench(
+                    [old, bundle], plan, names=["then", "now"], progress=console.report
+                ),
             )
     except NoBaselineError as error:
         if junit_path is not None:
@@ -200,6 +206,8 @@ def test(bundle: str, options: TestCommand) -> None:
     console.finish()
     if junit_path is not None:
         write_text(junit_path, device_junit(found))
+    for result in found.results:
+        keep(result, None, options.history)
     keep_tested(checked_folder(device_options.folder), found)
     show_reasons(found.results[-1])
     (m,) = found.results[-1].measurements

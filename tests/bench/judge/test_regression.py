@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from bench.judge.regression import (
 from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
 from bench.measure.options import BenchOptions
-from bench.measure.result import INVALID, Energy, Result, write_result
+from bench.measure.result import INVALID, Bursts, Energy, Load, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
 from export.bundle.decoder import OrtDecoder
+from export.bundle.manifest import read_manifest
 from export.generate.scoring import BundleScorer
 
 TEXT = tuple(range(3, 23))
@@ -178,6 +179,49 @@ def test_a_test_measures_with_the_settings_of_its_baseline() -> None:
     settings = {name: getattr(plan, name) for name in ("seed", "repetitions", "warmup", "cool_down_s", "cuda_graph")}
     told = [replace(result, settings=result.settings | settings) for result in baseline.results]
     assert plan_of(replace(baseline, results=told)) == replace(plan, cold=False)
+
+
+def test_a_changed_model_is_told_from_a_changed_device(tmp_path: Path) -> None:
+    """Where the bundle of the baseline is still there, both are measured in turns, now."""
+    then = tiny_bundle(tmp_path / "then")
+    content = read_manifest(then).content_hash
+    baseline = record("tiny", Device(*FIVE, spec=str(then), bundle_hash=content), PLAN)
+    write_baseline(tmp_path, baseline)
+    asked: list[tuple[str, BenchOptions]] = []
+
+    def beside(*ratios: float) -> Callable[[str, BenchOptions], Result]:
+        left = list(ratios)
+
+        def measure_both(old: str, plan: BenchOptions) -> Result:
+            asked.append((old, plan))
+            ratio = left.pop(0)
+            loads = [
+                Load(
+                    [0, 1][:: (-1) ** n], [[0.1] * 3, [0.1 * ratio] * 3], [[0.01] * 9, [(0.01 + 1e-5 * n) * ratio] * 9]
+                )
+                for n in range(6)
+            ]
+            turns = Bursts(["then", "now"], plan.prompt, plan.generate, 0, 1, loads)
+            sides = [measurement(name, [0.01] * 3, n_prompt=8, n_gen=4) for name in ("then", "now")]
+            return result(*sides, bursts=[turns])
+
+        return measure_both
+
+    def told(device: Device, *ratios: float) -> tuple[dict[str, str], int]:
+        found = retest(tmp_path, "tiny", device, beside=beside(*ratios))
+        return {check.what: check.verdict for check in found.checks if "both now" in check.what}, found.exit_code
+
+    other = {"spec": "now", "bundle_hash": "f" * 64}
+    same = {"decode, both now": SAME, "prefill, both now": SAME}
+    assert told(Device(1.0, **other), 1.001) == (same, 0)
+    assert asked[0][0] == str(then) and asked[0][1].ratio_time_s == 60
+    assert told(Device(1.2, 1.2, 1.2, **other), 1.0) == (same, 1)  # it is the device
+    worse = {"decode, both now": WORSE, "prefill, both now": WORSE}
+    assert told(Device(1.2, 1.2, 1.2, **other), 1.2, 1.2) == (worse, 1)
+    assert told(Device(1.0, **other), 1.2, 1.0) == (same, 0)  # a second time it is not
+    assert told(Device(1.0, spec=str(then), bundle_hash=content)) == ({}, 0)  # the same bundle
+    tiny_bundle(then, seed=1)
+    assert told(Device(1.0, **other)) == ({}, 0)  # there is no telling what it was
 
 
 def test_names_that_differ_have_files_that_differ(tmp_path: Path) -> None:
@@ -457,8 +501,10 @@ def test_the_commands_catch_changed_weights(tmp_path: Path) -> None:
     assert str(kept) in told
     tiny_bundle(bundle, seed=1)
     done = here(
-        "devices", "test", bundle, "--baselines", folder, "--min-effect", "0.9", "--junit", junit, code=1
+        "devices", "test", bundle, "--baselines", folder, "--min-effect", "0.9", "--junit", junit, "--history",
+        tmp_path / "history", code=1,
     )  # fmt: skip
+    assert len(list((tmp_path / "history").glob("*.json"))) >= 2  # and the run that confirmed it
     assert "greedy tokens: worse, token 1 of 16" in done.stdout
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     assert suite is not None and int(suite.get("failures", "0")) >= 1
