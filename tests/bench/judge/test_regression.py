@@ -510,6 +510,19 @@ def test_the_commands_catch_changed_weights(tmp_path: Path) -> None:
     assert suite is not None and int(suite.get("failures", "0")) >= 1
 
 
+def test_junit_is_there_before_a_terminal_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*told: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    found = guarded(tmp_path / "kept", Device(1.3, 1.3, 1.3))
+    monkeypatch.setattr("bench.judge.regression.retest", lambda *a, **k: found)
+    monkeypatch.setattr("saap.cli.devices.test.print_table", gone)
+    bundle, junit = tiny_bundle(tmp_path / "tiny"), tmp_path / "j.xml"
+    here("devices", "test", bundle, "--baselines", tmp_path / "kept", "--junit", junit, code=141)
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert suite is not None and int(suite.get("failures", "0")) >= 1
+
+
 def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "tiny")
     told = here("devices", "test", bundle, "--baselines", tmp_path / "none", "--junit", tmp_path / "j.xml", code=3)
