@@ -44,6 +44,7 @@ PROMPTS = (
     "Name three things that plants need to grow.",
 )
 ANSWER_TOKENS = 96
+RATIO_S = 30  # of turns between the bundles: their ratio within about 1 %
 _STEPS = "How each step is done"
 
 
@@ -404,17 +405,19 @@ def thread_counts(options: RunOptions) -> list[int]:
 
 def _bench(state: _State, made_from: list[str], threads: int) -> Path:
     """With one thread count; what a small model gains from a second thread depends on its operators."""
-    from bench.measure.options import BenchOptions
+    from bench.measure.options import LEAST_ROUNDS, BenchOptions
     from saap.cli.bench import keep, measured
 
     names, repetitions, result = state.options.bundles, state.options.repetitions, state.out / f"bench-{threads}.json"
+    ratio_s = RATIO_S if repetitions >= LEAST_ROUNDS else 0  # who asks for fewer wants a quick look
     bundles = [str(state.out / name) for name in names]
 
     def work() -> None:
-        plan = BenchOptions(threads=threads, repetitions=repetitions)
+        plan = BenchOptions(threads=threads, repetitions=repetitions, ratio_time_s=ratio_s)
         keep(measured(bundles, plan, state.console, list(names)), result)
 
-    command = ["bench", *bundles, "--threads", threads, "--repetitions", repetitions, "--json", result]
+    command = ["bench", *bundles, "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
+               "--json", result]  # fmt: skip
     name = f"bench with {threads} thread{'s' * (threads > 1)}"
     state.step(name, command, [made_from, repetitions, threads], [result.name], work)
     return result
