@@ -174,6 +174,7 @@ def _bundle(spec: str, length: int) -> Peer:
 
 def _prepacked(spec: str, length: int) -> Peer:
     peer = _bundle(spec.removeprefix(PREPACKED), length)
+    check_provider(read_manifest(peer.path), "cpu", spec)
     # Made before anything is measured: the first start packs, all later ones map.
     prepack(peer.path / DECODE_GRAPH, read_manifest(peer.path))
     return replace(peer, name=f"{peer.name} (prepacked)", spec=spec, prepacked=True)

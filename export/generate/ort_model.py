@@ -103,6 +103,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _is_stateful = True  # the cache is ours, and cannot be rolled back for assisted generation
 
     def __init__(self, config: BundleConfig, directory: Path, manifest: BundleManifest, threads: int = 1) -> None:
+        check_threads(threads)
         super().__init__(config)
         self.manifest = manifest
         self._session = open_session(directory / DECODE_GRAPH, threads, manifest)
@@ -125,7 +126,6 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             BundleError: no bundle there, or one that does not verify.
             DecoderError: more threads than cores, or a graph that this ONNX Runtime cannot load.
         """
-        check_threads(threads)
         directory = Path(directory)
         manifest = verify_files(directory) if verify else read_manifest(directory)
         model = cls(BundleConfig.of(manifest), directory, manifest, threads)

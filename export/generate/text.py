@@ -108,7 +108,8 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     if prompt is None and not templated:
         raise UserError("a conversation needs the model's chat template: give a prompt to continue")
     if options.system is not None and not templated:
-        raise UserError("--system needs the model's chat template: put it into the prompt, or leave --raw out")
+        instead = ", or leave --raw out" if tokenizer.has_chat_template else "; this bundle has none"
+        raise UserError(f"--system needs the model's chat template: put it into the prompt{instead}")
     if templated:
         tokenizer.prepare_chat()
     sampling = chosen_sampling(directory, options)

@@ -117,7 +117,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--method flap --set modules=true", "--modules is for the method saap"),
         ("--threads 1000", "1000 threads cannot be used: this process has"),
         ("--tokens 512", "--tokens 512 are fewer than a step's 1024 (4 sequences of 256): give --tokens 1024 or more"),
-        ("--group-size 64 --max-params 150k", "the hidden size is 96 wide, which groups of 64 do not divide: give"),
+        ("--group-size 64", "the hidden size is 96 wide, which groups of 64 do not divide: give"),
         ("--set length=999", "--length 999 is more than the 512 positions of"),
         ("--set chunk=999", "chunk 999 is more than the 512 positions of"),
         ("--text no.txt", "no text 'no.txt'"),
