@@ -132,7 +132,7 @@ def test_no_bundle_and_a_damaged_one_are_refused(slim, tmp_path):
     with pytest.raises(BundleError, match="is not an ONNX file"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle", verify=False)
     with pytest.raises(DecoderError, match="10000 threads cannot be used: this process has"):
-        BundleForCausalLM.from_bundle(tmp_path / "bundle", threads=10_000)
+        BundleForCausalLM.from_bundle(tmp_path / "bundle", threads=10_000, verify=False)
 
 
 def test_text_generation_pipeline(pair, tiny_tokenizer):

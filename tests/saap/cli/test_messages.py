@@ -108,7 +108,7 @@ TRUE = {
     "eval dense --text short.txt": "give more text, or a smaller --chunk",
     "generate cuda hi": "cuda is a bundle for cuda, which the provider cpu does not run: run it with `saap bench",
     "bench prepacked:cuda": "prepacked:cuda is a bundle for cuda, which the provider cpu does not run",
-    "generate bundle hi --system x": "--system needs the model's chat template: put it into the prompt; this bundle has",
+    "generate bundle hi --system x": "--system needs the model's chat template: put it into the prompt; this",
     "bench bundle --provider cuda": "bundle is a bundle for cpu, which the provider cuda does not run: run it with",
     "prune damaged -o o --ratio 0.2": "damaged/config.json is damaged (Expecting value",
 }  # fmt: skip
