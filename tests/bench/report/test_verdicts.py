@@ -37,7 +37,7 @@ def test_junit_counts_failures_and_errors() -> None:
     failure = slower.find("failure")
     assert failure is not None
     told = "decode: slower, 1.050 times the baseline (95 %: 1.030 to 1.070, p = 0.001, wilcoxon)"
-    assert failure.get("message") == f"{told}, confirmed by a second run"
+    assert failure.get("message") == f"{told}, confirmed by another run"
     error = refused.find("error")
     assert error is not None and error.text == "not comparable, a|b <i>&\"']]> [x](y)???\n\u2028"
 
