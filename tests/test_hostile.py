@@ -120,4 +120,3 @@ def test_a_hostile_gguf_is_refused(name, structure, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(gguf_bytes(document, data))
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     refused("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
-    here("devices", "check", tmp_path / "model.gguf", "--device", "raspberry-pi-5", code=2)

@@ -40,6 +40,7 @@ from studies.common import with_tables
 from studies.field import rows as field
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
+from studies.fuzz.products import Changed
 from studies.fuzz.targets import Target
 from studies.large import study as large
 from studies.peers import study as peers
@@ -548,7 +549,10 @@ def test_valid_documents_and_some_damaged_ones_are_handled(which, documents, mon
     monkeypatch.setattr(fuzz, "SLOW_S", 600)  # a busy host imports slowly
     told = []
     with fuzz.folder() as place:
-        for target in fuzz.SETS[which](place).values():
+        made = list(fuzz.SETS[which](place).values())
+        for changed in {each.read.runs: each.read for each in made if isinstance(each.read, Changed)}.values():
+            changed.check()
+        for target in made:
             for data in target.seeds:
                 fuzz.once(target, data)
             fuzz.drawn(target, range(documents), 0, told.append)
