@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from devices.common.outputs import writing_over
 from saap.system.errors import UserError
 
 
@@ -25,6 +24,8 @@ directory = _Place(path_type=Path)
 
 def _write_over(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
+        from devices.common.outputs import writing_over  # here, since help needs none of it
+
         context.with_resource(writing_over())
 
 
