@@ -88,7 +88,7 @@ class BenchOptions:
     ratio_time_s: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         Option(
-            "Seconds of turns between loaded models, for the ratio of their speeds; default: 60, 0 with -r.",
+            "Seconds of turns for the ratio of speeds; default: 60, 0 with -r.",
             flags=("--ratio-time",),
         ),
     ] = None
@@ -100,7 +100,7 @@ class BenchOptions:
     cool_down_s: Annotated[
         float,
         Option(
-            "Seconds to wait at most before each run, until the cores are within 3 C of their start.",
+            "Most seconds to wait for cores to cool to 3 C above their start.",
             flags=("--cool-down",),
         ),
         Meta(ge=0),
