@@ -88,7 +88,7 @@ class BenchOptions:
     ratio_time_s: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         Option(
-            "Seconds of turns for the ratio of speeds; default: 60, 0 with -r.",
+            "Seconds of turns for a ratio of speeds; default: 60, with -r 0.",
             flags=("--ratio-time",),
         ),
     ] = None
