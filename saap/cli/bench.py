@@ -86,6 +86,8 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
         check_place(place, RESULT, *specs, options.quality)
     if options.history is not None:
         check_folder(options.history, RESULT, "--history")
+    if len(options.specs(specs)) == 1:
+        refuse_unused(options, ("ratio_time_s",), "the ratio of two models or more", "give another")
     with Console() as console:
         run = bench_on_boards if options.on else bench_here
         sys.exit(run(specs, options, json_path, console))

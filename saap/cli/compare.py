@@ -57,7 +57,7 @@ class CompareCommand:
         from bench.judge.comparison import LEAST_REPETITIONS
 
         ending, lengths = ("precision", "max_time_s"), ("prompt", "generate", "depth", "threads")
-        measured = (*ending, *lengths, "repetitions", "timeout_s")
+        measured = (*ending, *lengths, "repetitions", "ratio_time_s", "timeout_s")
         if of == "qualities":
             refuse_unused(self, (*measured, "min_effect", "confirm", "junit"), "speeds, and these are qualities")
         elif of == "results":

@@ -78,6 +78,7 @@ UNUSED = {
     "generate bundle hi --seed 3": "--seed is for drawn tokens: leave it out, or give --sample or --temperature",
     "bench bundle -r 2 --precision 0.1 --max-time 9": "--precision and --max-time are for an open number of runs",
     "compare bundle bundle -r 2": "--repetitions 2 tell no difference: give 3 or more",
+    "bench bundle --ratio-time 9": "--ratio-time is for the ratio of two models or more: leave it out, or give another",
     "bench bundle --board-packages": "--board-packages is for --on",
     "compare quality.json quality.json -r 3 --junit o": "--repetitions and --junit are for speeds, and these are",
     "compare result.json result.json -p 12": "--prompt is for bundles, and results have theirs",
