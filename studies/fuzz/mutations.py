@@ -17,6 +17,7 @@ NASTY: tuple[Any, ...] = (
     "\r\n\u202e\u2028", "e" * 200_000, list(range(20_000)), {str(n): n for n in range(2_000)},
 )  # fmt: skip
 NAMES = tuple(value for value in NASTY if isinstance(value, str))
+LARGEST = 4 << 20  # bytes of a document that is made
 TWICE = "\x7ftwice"  # after a name that a document holds a second time
 
 
@@ -50,7 +51,7 @@ def _json_mutated(content: bytes, draw: random.Random, changes: int = 1) -> byte
         return content
     for name in twice:
         text = text.replace(json.dumps(name + TWICE), json.dumps(name))
-    return text.encode()
+    return text.encode() if len(text) < LARGEST else content
 
 
 def _value_changed(root: list[Any], draw: random.Random) -> set[str]:
@@ -145,7 +146,7 @@ def _graph_mutated(content: bytes, draw: random.Random) -> bytes:
         part = getattr(message, field.name)
         part.CopyFrom(_copied(draw.choice([other for other in messages if type(other) is type(part)] or [part])))
     data: bytes = model.SerializePartialToString()
-    return data if len(data) < 4 << 20 else content
+    return data if len(data) < LARGEST else content
 
 
 def _messages(message: Any) -> Iterator[Any]:
