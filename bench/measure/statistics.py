@@ -177,9 +177,9 @@ class Ratio:
     @property
     def p_value(self) -> float:
         """Two-sided, of a ratio of 1."""
-        from scipy.stats import t
+        from scipy.special import stdtr
 
-        return float(2 * t.sf(abs(self.log) / self.error, self.freedom)) if self.error else float(self.log == 0)
+        return float(2 * stdtr(self.freedom, -abs(self.log) / self.error)) if self.error else float(self.log == 0)
 
     def bound(self, probability: float) -> float:
         """The value below which the ratio is with this probability."""
@@ -192,9 +192,9 @@ class Ratio:
         return math.expm1(reach) if reach < 700 else math.inf
 
     def _quantile(self, probability: float) -> float:
-        from scipy.stats import t
+        from scipy.special import stdtrit
 
-        return float(t.ppf(probability, self.freedom))
+        return float(stdtrit(self.freedom, probability))
 
 
 def ratio_of_loads(values: Sequence[float], later: Sequence[bool]) -> Ratio:
