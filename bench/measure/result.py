@@ -21,7 +21,7 @@ import numpy as np
 from msgspec import Meta
 
 from bench.measure.options import Provider
-from bench.measure.statistics import Ratio, Summary, ratio_of_loads, summarize
+from bench.measure.statistics import Ratio, Summary, middle, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
 from bench.runtimes.facts import ModelFacts as ModelFacts
 from devices.common.documents import Document, unknown_fields
@@ -233,7 +233,7 @@ class Bursts:
         for load in self.loads:
             seconds = load.token_s if what == "decode" else load.prefill_s
             if seconds[a]:
-                values.append(float(np.median(np.log(seconds[b]) - np.log(seconds[a]))))
+                values.append(middle(np.log(seconds[b]) - np.log(seconds[a])))
                 later.append(load.order.index(b) > load.order.index(a))
         known = len(values) >= LEAST_LOADS and 0 < sum(later) < len(later)
         return ratio_of_loads(values, later) if known else None
