@@ -134,19 +134,35 @@ def make_room(folder: Path, allowed: int, keep: Path) -> None:
         total -= sizes[entry]
 
 
+MOST_NESTED = 100  # lists and objects in one another; ours have ten
+
+
 def parse_json(text: str | bytes, *, finite: bool = False) -> object:
     """The value of a JSON text.
 
     Args:
-        finite: refuse NaN and infinite numbers, which Python's own reader takes.
+        finite: refuse NaN and infinite numbers, which Python's own reader takes, and what is nested more than
+            ``MOST_NESTED`` deep.
 
     Raises ValueError: invalid, nested too deeply, or an integer of too many digits.
     """
     try:
         parsed: object = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
-        return parsed
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if not finite:
+        return parsed
+    level = [parsed]
+    for _ in range(MOST_NESTED):
+        if not (level := [each for outer in level for each in _inside(outer)]):
+            return parsed
+    raise ValueError("nested too deeply")  # whoever copies or writes it would fail
+
+
+def _inside(outer: object) -> list[object]:
+    """The lists and objects in a list or an object."""
+    inner = outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ()
+    return [each for each in inner if isinstance(each, dict | list)]
 
 
 def _finite(number: str) -> float:
