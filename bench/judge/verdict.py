@@ -57,11 +57,7 @@ def judge_values(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect
     ratio, low, high = bootstrap_ratio(a, b, paired=paired)
     p, test = difference_p_value(a, b, paired)
     of = replace(of, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
-    verdict = SAME
-    if high < 1 and ratio <= 1 - min_effect:
-        verdict = FASTER
-    elif low > 1 and ratio >= 1 + min_effect:
-        verdict = SLOWER
+    verdict = _speed(ratio, low, high, min_effect)
     if verdict != SAME and least_p_value(len(a), len(b), paired) >= ALPHA:
         reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
@@ -89,14 +85,17 @@ def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_
 
 def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:
     """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
-    verdict = SAME
-    if found.high < 1 and found.ratio <= 1 - min_effect:
-        verdict = FASTER
-    elif found.low > 1 and found.ratio >= 1 + min_effect:
-        verdict = SLOWER
+    verdict = _speed(found.ratio, found.low, found.high, min_effect)
     return replace(
         of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value, test="bursts"
     )
+
+
+def _speed(ratio: float, low: float, high: float, min_effect: float) -> str:
+    """An interval of times that excludes 1, and an effect that matters."""
+    if high < 1 and ratio <= 1 - min_effect:
+        return FASTER
+    return SLOWER if low > 1 and ratio >= 1 + min_effect else SAME
 
 
 def confirmed(first: Verdict, second: Verdict) -> Verdict:
