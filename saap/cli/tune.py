@@ -54,6 +54,15 @@ class TuneCommand:
                 f"--tokens {options.tokens} are fewer than a step's {least} ({training.rows_per_step} sequences of "
                 f"{options.length}): give --tokens {least} or more, or a smaller --batch or --length"
             )
+        rows = options.tokens // options.length
+        steps = training.passes * rows // training.rows_per_step
+        for name, value, most, what in (
+            ("calibration_rows", options.calibration_rows, rows, "sequences of --tokens"),
+            ("evaluations", training.evaluations, steps, "steps that --tokens are"),
+            ("patience", training.patience or 0, training.evaluations, "evaluations, and 0 never stops early"),
+        ):
+            if value > most:
+                refuse_unused(self, (name,), f"at most the {most} {what}", f"give {most} or fewer")
 
 
 @click.command(cls=OptionsCommand)

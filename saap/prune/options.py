@@ -39,6 +39,7 @@ FUSIONS: dict[Score, tuple[Term, ...]] = {
 Pricing = Literal["silenced", "compensated"]
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
+MOST_STAGES = 100  # each writes a model: at 100, what goes in one is at most 1 % of the layers' cost
 
 MUST = "What the model must meet (one of these)"
 _FOR = "What is planned for"
@@ -63,10 +64,14 @@ class FusionOptions:
     ] = "type"
     learned: bool = False  # find the sigmas by gradient descent instead of in closed form; both agree
     stability: Annotated[
-        float, Option("Lambda: below 0 prunes what fluctuates, above 0 keeps it.", _SCORES, shown=False)
+        float,
+        Option("Lambda: below 0 prunes what fluctuates, above 0 keeps it.", _SCORES, shown=False),
+        Meta(ge=-100, le=100),
     ] = 0.0
     layer_power: Annotated[
-        float, Option("Gamma: how much its layer counts in an FFN channel; 0 is off.", _SCORES, shown=False)
+        float,
+        Option("Gamma: how much its layer counts in an FFN channel; 0 is off.", _SCORES, shown=False),
+        Meta(ge=-100, le=100),
     ] = 1.0
 
 
@@ -78,7 +83,7 @@ class AdaptiveOptions:
     c: Annotated[
         float | None,
         Option("Weight of the second-order term; default: tokens per sequence; papers print 1.", _SCORES, shown=False),
-        Meta(ge=0),
+        Meta(ge=0, le=1_000_000),
     ] = None
     exact: Annotated[
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
@@ -86,7 +91,7 @@ class AdaptiveOptions:
     corrections: Annotated[
         int,
         Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False),
-        Meta(ge=0, le=1000),
+        Meta(ge=0, le=100),
     ] = 0
     prices: Annotated[
         Pricing, Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False)
@@ -163,7 +168,7 @@ class PruneOptions:
             metavar="N",
             hidden=True,
         ),
-        Meta(ge=1, le=1000),
+        Meta(ge=1, le=MOST_STAGES),
     ] = None
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option, check_values
+from devices.common.options import COUNT, Option, check_values, refuse_unused
 from devices.common.values import parse_bytes
 
 Bits = Literal[4, 8]
@@ -16,6 +16,7 @@ Integers = Literal["gptq", "nearest"]
 Fold = Literal["scale", "zero-point"]
 Kind = Literal["auto", "text", "chat"]
 Precision = Literal["auto", "bf16", "fp32"]
+MOST_KEPT = 32_768  # tokens per place: those of the default text are then 3 to 5 GB, and the cache holds 4
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3}
 _INTEGERS = "The integers"
@@ -38,7 +39,9 @@ class TrainOptions:
         Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
         COUNT,
     ] = None  # a process's whole share
-    passes: Annotated[int, Option("Passes over the text, in the same order.", _RUNS, shown=False), COUNT] = 1
+    passes: Annotated[
+        int, Option("Passes over the text, in the same order.", _RUNS, shown=False), Meta(ge=1, le=1000)
+    ] = 1
     warmup_share: Annotated[float, Option("Share of the steps that warm up.", _RUNS, shown=False), Meta(ge=0, le=1)] = (
         0.1
     )
@@ -47,7 +50,7 @@ class TrainOptions:
     clip: Annotated[
         float | None,
         Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False),
-        Meta(gt=0),
+        Meta(gt=0, le=1_000_000),
     ] = 1.0
     precision: Annotated[Precision, Option("Precision of the forward and backward passes.", _RUNS, hidden=True)] = (
         "auto"
@@ -58,7 +61,7 @@ class TrainOptions:
     evaluations: Annotated[
         int,
         Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False),
-        COUNT,
+        Meta(ge=1, le=1000),
     ] = 10
     patience: Annotated[
         int | None,
@@ -120,7 +123,7 @@ class TuneOptions:
     kept_tokens: Annotated[
         int,
         Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False),
-        COUNT,
+        Meta(ge=1, le=MOST_KEPT),
     ] = 256
     held_out: Annotated[
         float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
@@ -137,6 +140,10 @@ class TuneOptions:
 
     def check(self) -> None:
         check_values(self)
+        rows = self.training.rows_per_step
+        if (self.training.micro_rows or 0) > rows:
+            most = f"give {rows} or fewer, or a larger --batch"
+            refuse_unused(self, ("micro_rows",), f"at most the {rows} sequences of a step", most)
 
     @property
     def rate(self) -> float:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from devices.common.options import refuse_unused
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
@@ -208,6 +209,8 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     shape, block = shape_of(config), options.group_size
+    if options.kept_tokens > (words := shape.vocab):
+        refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
     check_groups(shape.hidden, block, "the hidden size")
     for index, sizes in enumerate(shape.layers):
         check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")

@@ -10,14 +10,20 @@ from support.command_line import here
 
 from saap.cli.main import cli
 
-# Options that may be 0, or as large as 10^9, by their names in Python.
+# Options that may be 0, as large as 10^9 or below 0, by their names in Python.
 ZERO = {
-    "cool_down_s", "corrections", "depth", "drop_layers", "generate", "keep_layers", "learning_rate", "memory", "min_p",
-    "patience", "prompt", "rank", "ratio_time_s", "seed", "spread", "teacher_weight", "temperature",
+    "c", "cool_down_s", "corrections", "depth", "drop_layers", "generate", "held_out", "keep_layers", "layer_power",
+    "learning_rate", "memory", "min_p", "norm_rate", "patience", "prompt", "rank", "ratio_time_s", "save_seconds",
+    "seconds", "seed", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share", "weight_decay",
 }  # fmt: skip
 HUGE = {
     "context", "cool_down_s", "max_bytes", "max_chunks", "max_examples", "max_params", "max_time_s", "max_tokens",
-    "memory", "ms_per_token", "ratio_time_s", "seed", "timeout_s", "tokens", "top_k",
+    "memory", "ms_per_token", "ratio_time_s", "save_seconds", "seconds", "seed", "timeout_s", "tokens", "top_k",
+}  # fmt: skip
+NEGATIVE = {"layer_power", "stability"}
+# Below 10^9, and yet more than anybody can mean.
+TOO_MANY = {
+    "corrections": 101, "evaluations": 1001, "kept_tokens": 32_769, "passes": 1001, "stages": 101, "rounds": 1001,
 }  # fmt: skip
 
 
@@ -41,24 +47,33 @@ def numbers():
                 given += [part.opts[-1], "nothing"]
         for part in command.get_params(context):
             setting = getattr(part.type, "setting", None)
-            if setting and not setting.choices and {setting.kind, setting.element} & {int, float}:
-                yield pytest.param(given, setting.name, part.opts[-1], id=f"{'-'.join(words)}{part.opts[-1]}")
+            if setting and is_number(setting):
+                yield pytest.param([*given, part.opts[-1]], "", setting, id=f"{'-'.join(words)}{part.opts[-1]}")
+            for name, setting in getattr(part.type, "settings", {}).items():
+                if is_number(setting) and not setting.option.shown:
+                    yield pytest.param([*given, "--set"], f"{name}=", setting, id=f"{'-'.join(words)}-{name}")
 
 
-@pytest.mark.parametrize(("command", "name", "flag"), numbers())
-def test_a_number_out_of_range_is_refused_before_any_work(command, name, flag, tmp_path, monkeypatch):
+def is_number(setting):
+    return not setting.choices and {setting.kind, setting.element} & {int, float}
+
+
+@pytest.mark.parametrize(("command", "before", "setting"), numbers())
+def test_a_number_out_of_range_is_refused_before_any_work(command, before, setting, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    name = setting.name
     wrong = [
-        "-1",
+        *(["-1"] if name not in NEGATIVE else []),
         "nan",
         "inf",
         "",
         *(["0"] if name not in ZERO else []),
         *(["10000000000"] if name not in HUGE else []),
+        *([str(TOO_MANY[name])] if name in TOO_MANY else []),
     ]
     for value in wrong:
         began = time.process_time()
-        told = here(*command, flag, value, code=2).stderr
-        assert flag in told and len(told.strip().splitlines()) == 1, (value, told)
+        told = here(*command, before + value, code=2).stderr
+        assert setting.flag in told and len(told.strip().splitlines()) == 1, (value, told)
         assert time.process_time() - began < 1.5
     assert list(tmp_path.iterdir()) == []
