@@ -9,6 +9,7 @@ import click
 
 from devices.common.files import cache_place
 from saap.cli.console import print_table
+from saap.cli.types import Sections
 
 KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "scores": "scores and measured losses of calibration text",
@@ -23,7 +24,7 @@ KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
 OTHER = "packaged models, and environments of emulated boards"
 
 
-@click.command()
+@click.command(cls=Sections)
 @click.option("--clear", is_flag=True, help="Remove all of it. Nothing may be running.")
 def cache(clear: bool) -> None:
     """Show what saap keeps for next time, or remove it.

@@ -148,9 +148,7 @@ def invoke() -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        with suppress(OSError):
-            error.show()
-        sys.exit(MISTAKE)
+        fail(mistake(error), MISTAKE)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRAS:
@@ -167,6 +165,17 @@ def invoke() -> None:
         if code is None:
             raise
         fail(str(error), code)
+
+
+def mistake(error: click.ClickException) -> str:
+    """What click found wrong, in one sentence as all others are, and where help is."""
+    near = getattr(error, "possibilities", None)
+    said = error.message if near else error.format_message()
+    said = said[:1].lower() + said[1:].rstrip(".")
+    if near:
+        said += f" (did you mean {' or '.join(near)}?)"
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return said if context is None else f"{said}; see {context.command_path} --help"
 
 
 def tell_place(error: OSError) -> None:

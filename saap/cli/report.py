@@ -8,7 +8,7 @@ from typing import TypedDict
 import click
 
 from devices.common.documents import Document
-from saap.cli.types import directory, force
+from saap.cli.types import Sections, directory, force
 from saap.system.errors import UserError
 
 
@@ -37,7 +37,7 @@ class RunFile(TypedDict, total=False):
 RUN = Document(RunFile, "run", "run `saap run` again")
 
 
-@click.command()
+@click.command(cls=Sections)
 @click.argument("results", type=directory, nargs=-1)
 @click.option("-o", "--out", type=directory, required=True, help="The HTML file to write.")
 @click.option(

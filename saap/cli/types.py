@@ -49,7 +49,18 @@ class FieldOption(click.Option):
         self.opts = shown
 
 
-class Sections(click.Command):
+class Helpful(click.Command):
+    """A command whose mistakes know where help is."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+
+class Sections(Helpful):
     """A command whose help has a section for each heading of its options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,12 +75,26 @@ class Sections(click.Command):
                 formatter.write_dl(rows, col_max=36)
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Helpful, click.Group):
     """Commands whose modules (``module:function``, with what it is for) are imported when they are asked for."""
 
     def __init__(self, *arguments: Any, modules: Mapping[str, tuple[str, str]], **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.modules = modules
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.modules and not ctx.resilient_parsing:
+            *others, last = self.modules
+            ctx.fail(f"no such command {args[0]!r}: give {', '.join(others)} or {last}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.modules)

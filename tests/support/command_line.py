@@ -9,6 +9,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import click
+
 from saap.cli import main as cli
 
 
@@ -48,6 +50,14 @@ def last_line(done):
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
     return lines[-1]
+
+
+def every_command(words=(), command=cli.cli):
+    """All commands and groups of them, with the words of each."""
+    context = click.Context(command)
+    yield words, command
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        yield from every_command((*words, name), command.get_command(context, name))
 
 
 def prune_words(model, out, text, *options):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from saap.cli.console import print_table
+from saap.cli.types import Sections
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ UNKNOWN = "unknown"
 NO_PROFILE = f"{UNKNOWN}: no profile names this board"
 
 
-class ProbeCommand(click.Command):
+class ProbeCommand(Sections):
     """It once timed layers too."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -8,11 +8,12 @@ from dataclasses import asdict
 import click
 
 from saap.cli.console import print_table
+from saap.cli.types import Sections
 
 UNKNOWN = "unknown"
 
 
-@click.command(name="list")
+@click.command(name="list", cls=Sections)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def list_devices(as_json: bool) -> None:
     """The devices that have a profile: names, processors and bandwidths.
@@ -34,7 +35,7 @@ def list_devices(as_json: bool) -> None:
     print_table("devices", ["name", "board", "processor", "GB/s"], rows)
 
 
-@click.command(name="show")
+@click.command(name="show", cls=Sections)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def show_device(name: str, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from support.command_line import here, refused, saap
+from support.command_line import every_command, here, refused, saap
 
 from saap.cli import main as cli
 
@@ -29,6 +29,42 @@ def test_help_is_instant_and_has_no_torch():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3, times  # of the processor, which other work does not take from it
+
+
+@pytest.mark.parametrize(("words", "command"), [pytest.param(*c, id="-".join(c[0]) or "saap") for c in every_command()])
+def test_a_mistake_in_the_words_of_a_command_is_one_line_that_says_where_help_is(words, command):
+    """An option that does not exist, one that takes no value, one without its value, and what is missing."""
+    see = f"; see {' '.join(('saap', *words))} --help\n"
+    mistakes = [["--no-such-option"], ["--help=3"]]
+    if isinstance(command, click.Group):
+        mistakes += [["nonsense"]]
+    else:
+        mistakes += [[part.opts[-1]] for part in command.params if "out" in part.name or part.name == "set_"]
+        mistakes += [[]] if any(part.required for part in command.params) else [["a"]]
+    for wrong in mistakes:
+        told = here(*words, *wrong, code=2)
+        assert told.stderr.startswith("saap: ") and told.stderr.endswith(see), wrong
+        assert len(told.stderr.splitlines()) == 1 and told.stdout == "", wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("prune --raito 0.2", "saap: no such option '--raito' (did you mean --ratio"),
+        ("prune d", "saap: missing option '-o' / '--out'; see saap prune --help"),
+        ("prune d -o", "saap: option '-o' requires an argument; see"),
+        ("devices chek", "saap: no such command 'chek': give list, show, probe, check, "),
+        ("report -o page", "saap: give result files, the directory of a run, or --history FOLDER; see saap report"),
+        ("cache --clear=3", "saap: option '--clear' does not take a value; see"),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_said_with_what_is_allowed(words, message):
+    assert here(*words.split(), code=2).stderr.startswith(message)
+
+
+@pytest.mark.parametrize("words", [(), ("devices",)])
+def test_a_group_alone_shows_its_help(words):
+    assert "Commands:" in here(*words, code=2).stderr
 
 
 def test_help_is_one_screen_and_shows_an_example(monkeypatch):

@@ -6,9 +6,7 @@ import time
 
 import click
 import pytest
-from support.command_line import here
-
-from saap.cli.main import cli
+from support.command_line import every_command, here
 
 # Options that may be 0, as large as 10^9 or below 0, by their names in Python.
 ZERO = {
@@ -27,25 +25,16 @@ TOO_MANY = {
 }  # fmt: skip
 
 
-def commands(command, context, words=()):
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            yield from commands(command.get_command(context, name), context, (*words, name))
-    else:
-        yield words, command
-
-
 def numbers():
     """Every option of every command that holds numbers, with its command and the arguments that it must have."""
-    context = click.Context(cli)
-    for words, command in commands(cli, context):
+    for words, command in every_command():
         given = list(words)
-        for part in command.get_params(context):
+        for part in command.params:
             if part.required and isinstance(part, click.Argument):
                 given += ["nothing"] * abs(part.nargs)
             elif part.required:
                 given += [part.opts[-1], "nothing"]
-        for part in command.get_params(context):
+        for part in command.params:
             setting = getattr(part.type, "setting", None)
             if setting and is_number(setting):
                 yield pytest.param([*given, part.opts[-1]], "", setting, id=f"{'-'.join(words)}{part.opts[-1]}")
