@@ -110,7 +110,8 @@ def real(bundle: Path, folder: Path, tests: int) -> Iterator[Cell]:
 
 
 def _saap(*words: str) -> int:
-    return subprocess.run([sys.executable, "-m", "saap", *words], check=False, stdout=subprocess.DEVNULL).returncode
+    saap = Path(sys.executable).with_name("saap")
+    return subprocess.run([saap, *words], check=False, stdout=subprocess.DEVNULL).returncode
 
 
 def _said(case: ElementTree.Element) -> str:
