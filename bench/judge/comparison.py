@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.judge.verdict import NOT_COMPARABLE, SLOWER, Verdict, confirmed, judge_ratio, judge_values
+from bench.judge.verdict import (
+    CANNOT_TELL,
+    NOT_COMPARABLE,
+    SLOWER,
+    Verdict,
+    confirmed,
+    judge_pairs,
+    judge_ratio,
+    judge_runs,
+)
 from bench.judge.wording import plain, threads
-from bench.measure.result import INVALID, Measurement, Result, read_result
+from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result
 from bench.measure.statistics import typical
 from devices.common.errors import UserError
 
@@ -41,41 +50,78 @@ class Comparison:
     def regressed(self) -> bool:
         return any(row.verdict == SLOWER for row in self.rows)
 
+    @property
+    def open(self) -> bool:
+        return any(row.verdict == CANNOT_TELL for row in self.rows)
+
     def exit_code(self, fail_on_regression: bool = False) -> int:
-        """3 when not comparable, else 1 on a regression where asked for, else 0."""
+        """3 when not comparable, else 0; where regressions are asked for 1 on one, and 3 when it cannot be told."""
         if not self.comparable:
             return 3
-        return 1 if fail_on_regression and self.regressed else 0
+        if not fail_on_regression:
+            return 0
+        return 1 if self.regressed else 3 if self.open else 0
 
 
-def compare(old: Result | str | Path, new: Result | str | Path, min_effect: float = 0.02) -> Comparison:
+Runs = Result | str | Path | Sequence[Result]
+
+
+def compare(old: Runs, new: Runs, min_effect: float = 0.02) -> Comparison:
     """Match measurements by ``Measurement.key`` and judge each.
 
-    Where each result holds one name and they differ, it is one against the other, and the verdict names both.
+    Where each side holds one name and they differ, it is one against the other, and the verdict names both.
 
     Args:
-        old, new: two bench runs on one device, or the files that hold them.
+        old, new: bench runs on one device: results, the files that hold them, or folders of such files. Several runs of
+            a side tell how much runs differ.
         min_effect: relative change below which a difference does not matter, in [0, 1).
 
     Raises:
         CompareError: ``min_effect`` is no fraction.
-        ResultError: a file is no result.
+        ResultError: a file is no result, or a folder holds none.
     """
-    old, new = (each if isinstance(each, Result) else read_result(each) for each in (old, new))
     _check(min_effect)
-    names = [list(dict.fromkeys(m.name for m in result.measurements)) for result in (old, new)]
+    olds, news = runs_of(old), runs_of(new)
+    now = news[-1].device
+    here = [run for run in olds if device_differs(run.device, now) is None]
+    device = None if here else device_differs(olds[-1].device, now)
+    sides = here or olds, [run for run in news if device_differs(run.device, now) is None] or news
+    names = [list(dict.fromkeys(m.name for run in side for m in run.measurements)) for side in sides]
     renamed = all(len(some) == 1 for some in names) and names[0] != names[1]
-    key: Callable[[Measurement], Hashable] = (lambda m: m.key[1:]) if renamed else (lambda m: m.key)
-    olds, news = ({key(m): m for m in result.measurements} for result in (old, new))
-    device = device_differs(old.device, new.device)
+    before, after = (_by_key(side, whole_key=not renamed) for side in sides)
     rows = []
-    for k in [*olds, *(k for k in news if k not in olds)]:
-        if k in olds and k in news:
-            row = judge(olds[k], news[k], min_effect, paired=False, obstacle=device)
+    for k in [*before, *(k for k in after if k not in before)]:
+        if k in before and k in after:
+            row = judge(before[k], after[k], min_effect, obstacle=device)
         else:
-            row = _unmatched(olds.get(k), news.get(k), new if k in olds else old)
+            found, elsewhere = (before[k], sides[1]) if k in before else (after[k], sides[0])
+            row = _unmatched(found[-1], elsewhere[-1], "old" if k in before else "new")
         rows.append(replace(row, name=names[1][0], against=names[0][0]) if renamed else row)
     return Comparison(min_effect, rows)
+
+
+def runs_of(side: Runs) -> list[Result]:
+    """The runs that a side of a comparison stands for, in the order of time.
+
+    Raises ResultError: a file is no result, or a folder holds none.
+    """
+    if isinstance(side, Result):
+        return [side]
+    if not isinstance(side, str | Path):
+        return list(side)
+    path = Path(side)
+    runs = [read_result(each) for each in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not runs:
+        raise ResultError(f"{path} holds no results: give a folder of `saap bench --history`")
+    return sorted(runs, key=lambda run: run.created)
+
+
+def _by_key(runs: Sequence[Result], whole_key: bool) -> dict[Hashable, list[Measurement]]:
+    found: dict[Hashable, list[Measurement]] = {}
+    for run in runs:
+        for m in run.measurements:
+            found.setdefault(m.key if whole_key else m.key[1:], []).append(m)
+    return found
 
 
 def compare_within(result: Result, base: str, other: str, min_effect: float = 0.02) -> Comparison:
@@ -97,7 +143,7 @@ def compare_within(result: Result, base: str, other: str, min_effect: float = 0.
     for a, b in pairs:
         found = result.ratio(a, b, metric_of(b))
         of = Verdict(NOT_COMPARABLE, metric_of(b), b.name, setting=b.test, n_threads=b.n_threads)
-        rows.append(judge_ratio(of, found, min_effect) if found else judge(a, b, min_effect, paired=True))
+        rows.append(judge_ratio(of, found, min_effect) if found else _judge_pairs(a, b, min_effect))
     return Comparison(min_effect, rows)
 
 
@@ -127,14 +173,28 @@ def confirm(first: Comparison, second: Comparison) -> Comparison:
 
 
 def judge(
-    old: Measurement, new: Measurement, min_effect: float, *, paired: bool, obstacle: str | None = None
+    old: Sequence[Measurement], new: Sequence[Measurement], min_effect: float, obstacle: str | None = None
 ) -> Verdict:
-    """One verdict. ``obstacle`` is a reason of the caller's not to compare them."""
+    """The verdict of one setting from its runs; those that do not compare are left out where others do.
+
+    Args:
+        obstacle: a reason of the caller's not to compare them.
+    """
+    row = Verdict(NOT_COMPARABLE, name=new[-1].name, n_threads=new[-1].n_threads, setting=new[-1].test)
+    if reason := obstacle or obstacle_between(old[-1], new[-1]):
+        return replace(row, reason=reason)
+    a = [m for m in old if obstacle_between(m, new[-1]) is None]
+    b = [m for m in new if obstacle_between(old[-1], m) is None]
+    values = decisive_values(*a, *b)
+    return judge_runs(replace(row, what=metric_of(new[-1])), values[: len(a)], values[len(a) :], min_effect)
+
+
+def _judge_pairs(old: Measurement, new: Measurement, min_effect: float) -> Verdict:
     row = Verdict(NOT_COMPARABLE, name=new.name, n_threads=new.n_threads, setting=new.test)
-    if reason := obstacle or obstacle_between(old, new):
+    if reason := obstacle_between(old, new):
         return replace(row, reason=reason)
     a, b = decisive_values(old, new)
-    return judge_values(replace(row, what=metric_of(new)), a, b, min_effect, paired=paired)
+    return judge_pairs(replace(row, what=metric_of(new)), a, b, min_effect)
 
 
 def metric_of(m: Measurement) -> str:
@@ -164,10 +224,8 @@ def _check(min_effect: float) -> None:
         raise CompareError(f"a smallest effect of {min_effect} is no fraction: give 0 to below 1, e.g. 0.02 for 2 %")
 
 
-def _unmatched(old: Measurement | None, new: Measurement | None, elsewhere: Result) -> Verdict:
-    found = old or new
-    assert found is not None
-    reason = f"only in the {'old' if old else 'new'} result"
+def _unmatched(found: Measurement, elsewhere: Result, side: str) -> Verdict:
+    reason = f"only in the {side} result"
     settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(found.name)]
     if settings:
         reason += f", where {found.name} was measured with {found.test}; the other has {', '.join(settings)}"

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.judge.comparison import Comparison, compare, compare_within
+from bench.judge.comparison import Comparison, Runs, compare, compare_within, runs_of
 from bench.judge.comparison import confirm as confirm_rows
-from bench.judge.verdict import SLOWER, Verdict, confirmed
+from bench.judge.verdict import CANNOT_TELL, SLOWER, Verdict, confirmed
 from bench.measure.options import BenchOptions
 from bench.measure.result import Measurement, Result
 from bench.measure.run import measure
@@ -61,47 +61,48 @@ def compare_live(
 
 
 def confirm_files(
-    comparison: Comparison, old: Result, new: Result, plan: BenchOptions, *, progress: Progress | None = None
+    comparison: Comparison, old: Runs, new: Runs, plan: BenchOptions, *, progress: Progress | None = None
 ) -> Confirmed:
-    """Measure again what two result files call slower.
+    """Measure again what results call slower, and what they cannot tell.
 
-    Both specs where both are still what they were, interleaved; else the new one alone, against the old file. A row
-    that cannot be measured again stays as it is, ``confirmed`` None and the reason said.
+    Two bundles that are still what they were are measured interleaved. Where the old one is gone, or it was the same,
+    the new one alone is measured against the old runs; that says nothing where the runs before said nothing. A row that
+    cannot be measured again stays as it is, ``confirmed`` None and the reason said.
 
     Args:
         comparison: of ``compare(old, new)``.
-        plan: its time limits and precision; lengths and threads are those of the files.
+        plan: its time limits and precision; lengths and threads are those of the results.
     """
     rows, results = [], []
-    here = probe()["fingerprint"]
+    here, olds, news = probe()["fingerprint"], runs_of(old), runs_of(new)
     for row in comparison.rows:
-        if row.verdict != SLOWER:
+        if row.verdict not in (SLOWER, CANNOT_TELL):
             rows.append(row)
             continue
-        before, after = _behind(row, row.against or row.name, old), _behind(row, row.name, new)
-        obstacle = _gone(after, new, here)
-        if obstacle:
-            rows.append(replace(row, reason=f"not confirmed: {obstacle}"))
+        before, after = _behind(row, row.against or row.name, olds), _behind(row, row.name, news)[-1]
+        (then,), (now,) = before[-1].measurements, after.measurements
+        obstacle = _gone(now, after, here)
+        both = not obstacle and then.bundle_hash != now.bundle_hash and not _gone(then, before[-1], here)
+        if obstacle or (row.verdict == CANNOT_TELL and not both):
+            rows.append(replace(row, reason=f"not confirmed: {obstacle}") if row.verdict == SLOWER else row)
             continue
-        both = _gone(before, old, here) is None
-        fresh = measure(
-            [before.spec, after.spec] if both else [after.spec],
-            _plan_of(after, new, plan),
-            names=["old", "new"] if both else [before.name],
-            progress=progress,
-        )
+        specs, names = ([then.spec, now.spec], ["old", "new"]) if both else ([now.spec], [then.name])
+        fresh = measure(specs, _plan_of(now, after, plan), names=names, progress=progress)
         results.append(fresh)
-        again = (
-            compare_within(fresh, "old", "new", comparison.min_effect)
-            if both
-            else compare(replace(old, measurements=[before]), fresh, comparison.min_effect)
-        )
-        rows.append(replace(confirmed(row, again.rows[0]), name=row.name, against=row.against))
+        least = comparison.min_effect
+        again = compare_within(fresh, "old", "new", least) if both else compare(before, fresh, least)
+        said = confirmed(row, again.rows[0]) if row.verdict == SLOWER else again.rows[0]
+        rows.append(replace(said, name=row.name, against=row.against))
     return Confirmed(replace(comparison, rows=rows), results)
 
 
-def _behind(row: Verdict, name: str, result: Result) -> Measurement:
-    return next(m for m in result.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads))
+def _behind(row: Verdict, name: str, runs: Sequence[Result]) -> list[Result]:
+    """The runs that a row rests on, each with its one measurement."""
+    found = []
+    for run in runs:
+        some = [m for m in run.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads)]
+        found += [replace(run, measurements=some[:1])] if some else []
+    return found
 
 
 def _gone(m: Measurement, result: Result, here: str) -> str | None:

@@ -1,8 +1,9 @@
 """What two measurements say of one quantity, and when a change is believed.
 
-A verdict needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
+A change needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
 comparison still errs in about 4 of 100 (``ALPHA``), so a change is only said once a second, fresh one says it too
-(:func:`confirmed`): both err in the same direction in about 1 of 1000.
+(:func:`confirmed`): both err in the same direction in about 1 of 1000. Two things are the same when the interval
+excludes an effect that matters. What lies between cannot be told.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.measure.statistics import Ratio, bootstrap_ratio, difference_p_value, least_p_value, ratio_of_sessions
+from bench.measure.statistics import (
+    Ratio,
+    bootstrap_ratio,
+    difference_p_value,
+    least_p_value,
+    ratio_of_runs,
+    ratio_of_sessions,
+)
 
 FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
 NOT_COMPARABLE, UNKNOWN, CANNOT_TELL = "not comparable", "not judged", "cannot tell"
@@ -37,7 +45,7 @@ class Verdict:
     low: float | None = None  # low..high holds 95 % of the ratio, or of the difference
     high: float | None = None
     p_value: float | None = None
-    test: str | None = None  # wilcoxon (pairs), mann-whitney, bursts or sessions
+    test: str | None = None  # wilcoxon (pairs), mann-whitney, bursts, runs or sessions
     pairs: int = 0  # windows or examples that both answered
     reason: str | None = None  # why it is not comparable, or why a change is not said
     visible: float | None = None  # relative change for the worse that would be seen 8 times of 10
@@ -52,16 +60,29 @@ class Verdict:
         return f"{self.name} against {self.against}" if self.against else self.name
 
 
-def judge_values(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect: float, *, paired: bool) -> Verdict:
-    """The verdict with what two series of positive values say, of which less is better: one value per process."""
-    ratio, low, high = bootstrap_ratio(a, b, paired=paired)
-    p, test = difference_p_value(a, b, paired)
-    of = replace(of, verdict=SAME, ratio=ratio, low=low, high=high, p_value=p, test=test)
+def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect: float) -> Verdict:
+    """The verdict with what interleaved processes say: two series of positive values, of which less is better."""
+    ratio, low, high = bootstrap_ratio(a, b, paired=True)
+    p, test = difference_p_value(a, b, paired=True)
+    of = replace(of, ratio=ratio, low=low, high=high, p_value=p, test=test)
     verdict = _speed(ratio, low, high, min_effect)
-    if verdict != SAME and least_p_value(len(a), len(b), paired) >= ALPHA:
+    if verdict in (FASTER, SLOWER) and least_p_value(len(a), len(b), paired=True) >= ALPHA:
         reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
-    return replace(of, verdict=verdict if p < ALPHA else SAME)
+    if verdict in (FASTER, SLOWER) and p >= ALPHA:
+        verdict = CANNOT_TELL
+    return _told(replace(of, verdict=verdict), min_effect, "measure more repetitions (-r)")
+
+
+def judge_runs(of: Verdict, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], min_effect: float) -> Verdict:
+    """The verdict with what runs then and now say, each a series of positive values of its processes."""
+    found = ratio_of_runs(a, b)
+    of = replace(
+        of, verdict=_speed(found.ratio, found.low, found.high, min_effect), ratio=found.ratio, low=found.low,
+        high=found.high, p_value=found.p_value, test="runs", visible=found.visible(ALPHA / 2),
+    )  # fmt: skip
+    runs = f"of {len(a)} and {len(b)} runs: give folders of more, or bundles that can be measured together"
+    return _told(of, min_effect, runs)
 
 
 def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
@@ -85,17 +106,28 @@ def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_
 
 def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:
     """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
-    verdict = _speed(found.ratio, found.low, found.high, min_effect)
-    return replace(
-        of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value, test="bursts"
-    )
+    of = replace(
+        of, verdict=_speed(found.ratio, found.low, found.high, min_effect), ratio=found.ratio, low=found.low,
+        high=found.high, p_value=found.p_value, test="bursts",
+    )  # fmt: skip
+    return _told(of, min_effect, "give turns more time (--ratio-time)")
 
 
 def _speed(ratio: float, low: float, high: float, min_effect: float) -> str:
-    """An interval of times that excludes 1, and an effect that matters."""
+    """What an interval of times says."""
     if high < 1 and ratio <= 1 - min_effect:
         return FASTER
-    return SLOWER if low > 1 and ratio >= 1 + min_effect else SAME
+    if low > 1 and ratio >= 1 + min_effect:
+        return SLOWER
+    return SAME if 1 - min_effect < low and high < 1 + min_effect else CANNOT_TELL
+
+
+def _told(of: Verdict, min_effect: float, remedy: str) -> Verdict:
+    """With the reason where it cannot be told."""
+    if of.verdict != CANNOT_TELL or of.low is None or of.high is None:
+        return of
+    reason = f"it is within {of.low - 1:+.1%} and {of.high - 1:+.1%}, and {min_effect:.1%} counts; {remedy}"
+    return replace(of, reason=reason)
 
 
 def confirmed(first: Verdict, second: Verdict) -> Verdict:
@@ -110,4 +142,7 @@ def confirmed(first: Verdict, second: Verdict) -> Verdict:
         return replace(first, verdict=NOT_COMPARABLE, confirmed=False, reason=f"the second run: {second.reason}")
     if second.verdict == first.verdict:
         return replace(second, confirmed=True)
+    if second.verdict == CANNOT_TELL:
+        told = f"{first.verdict}, and a second run cannot tell: {second.reason}"
+        return replace(second, confirmed=False, reason=told)
     return replace(second, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")

@@ -48,7 +48,9 @@ class CompareCommand:
         ),
     ] = field(default_factory=BenchOptions)
     min_effect: Annotated[float, Option("Smallest change that counts."), Meta(gt=0, lt=1)] = 0.02
-    fail_on: Annotated[Literal["regression"] | None, Option("Exit with 1 when something became slower.")] = None
+    fail_on: Annotated[
+        Literal["regression"] | None, Option("Exit with 1 when something became slower, 3 when that cannot be told.")
+    ] = None
     confirm: Annotated[bool, Option("Measure again before it says slower.")] = True
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
 
@@ -78,10 +80,11 @@ class CompareCommand:
 def compare(old: str, new: str, json_path: Path | None, options: CompareCommand) -> None:
     """Is NEW faster or slower, or better or worse, than OLD? Exit 3 when they do not compare.
 
-    Both are results of `saap bench --json`, or both are bundles, which are then measured, interleaved. A regression is
-    measured a second time before it is said. In a GitHub workflow the table also goes to the step's summary. Two
-    documents of `saap eval --json` are compared answer by answer, and only where they are of the same protocol and the
-    same examples.
+    Both are results of `saap bench --json` (or folders of `--history`: several runs tell how much runs differ), or both
+    are bundles, which are then measured, interleaved. A regression is measured a second time before it is said, and so
+    is what results cannot tell of bundles that are still there. In a GitHub workflow the table also goes to the step's
+    summary. Two documents of `saap eval --json` are compared answer by answer, and only where they are of the same
+    protocol and the same examples.
 
     \b
     Example:
@@ -90,9 +93,9 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
       saap compare flap-quality.json saap-quality.json
     """
     from bench.judge.comparison import compare as compare_results
+    from bench.judge.comparison import runs_of
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
-    from bench.measure.result import read_result
     from bench.report.verdicts import comparison_json
     from devices.common.outputs import JUNIT, QUALITIES, SPEEDS, check_place
     from saap.system.interrupt import ended_as_by_a_person
@@ -106,9 +109,9 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     files = [_is_result(spec) for spec in (old, new)]
     options.check(of="results" if all(files) else "bundles")
     if all(files):
-        results = read_result(old), read_result(new)
+        results = runs_of(old), runs_of(new)
         comparison = compare_results(*results, minimum)
-        if options.confirm and comparison.regressed:
+        if options.confirm and (comparison.regressed or comparison.open):
             with ended_as_by_a_person():
                 comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
     elif any(files):
@@ -129,8 +132,11 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
 
 
 def _is_result(spec: str) -> bool:
-    """A file, there or not, and not a spec of something to measure."""
+    """A file, there or not, or a folder of results, and not a spec of something to measure."""
     path = Path(spec)
+    if path.is_dir():
+        model = any((path / name).exists() for name in ("bundle.json", "config.json"))
+        return not model and any(path.glob("*.json"))
     return path.suffix != ".gguf" and (path.is_file() or (path.suffix in (".json", ".jsonl") and not path.exists()))
 
 

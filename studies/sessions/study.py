@@ -92,7 +92,7 @@ def real(bundle: Path, folder: Path, tests: int) -> Iterator[Cell]:
     baselines, history, junit = folder / "baselines", folder / "history", folder / "junit.xml"
     place = ["--baselines", str(baselines), "--name", "model"]
     if not baselines.is_dir():
-        plan = ["-t", "1", "-p", "64", "-n", "64", "-r", str(REPETITIONS)]
+        plan = ["-t", "1", "-p", "64", "-n", "64", "-r", "5"]
         _saap("devices", "baseline", str(bundle), *place, *plan, "--sessions", str(SESSIONS))
     for _ in range(tests):
         (baseline,) = read_baselines(baselines, "model")

@@ -10,8 +10,9 @@ from support.bench_samples import measurement, result, sample
 
 from bench.judge import compare
 from bench.judge.comparison import CompareError, Comparison, compare_within, confirm, decisive_values, noise_floor
-from bench.judge.verdict import FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
-from bench.measure.result import INVALID, Result, write_result
+from bench.judge.verdict import CANNOT_TELL, FASTER, NOT_COMPARABLE, SAME, SLOWER, Verdict, confirmed
+from bench.measure.result import INVALID, Result, ResultError, write_result
+from bench.measure.statistics import RUN_DEVIATION
 
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098]
 
@@ -22,14 +23,37 @@ def _run(scale: float, **fields: Any) -> Result:
 
 @pytest.mark.parametrize(
     ("scale", "min_effect", "verdict"),
-    [(0.8, 0.02, FASTER), (1.25, 0.02, SLOWER), (1.0, 0.02, SAME), (1.04, 0.02, SLOWER), (1.04, 0.1, SAME)],
+    [(0.8, 0.02, FASTER), (1.25, 0.02, SLOWER), (1.0, 0.02, CANNOT_TELL), (1.04, 0.02, CANNOT_TELL), (1.04, 0.2, SAME)],
 )
-def test_verdicts(scale: float, min_effect: float, verdict: str) -> None:
+def test_verdicts_of_two_runs_know_that_runs_differ(scale: float, min_effect: float, verdict: str) -> None:
     (row,) = compare(_run(1.0), _run(scale), min_effect).rows
-    assert (row.verdict, row.setting, row.what, row.test) == (verdict, "pp8+tg4", "decode", "mann-whitney")
+    assert (row.verdict, row.setting, row.what, row.test) == (verdict, "pp8+tg4", "decode", "runs")
     assert row.ratio == pytest.approx(scale) and row.speedup == pytest.approx(1 / scale)
-    assert row.low <= row.ratio <= row.high
-    assert (row.p_value < 0.05) == (scale != 1.0)
+    assert row.low <= row.ratio <= row.high and row.visible > RUN_DEVIATION
+    assert (row.reason is None) == (verdict != CANNOT_TELL)
+
+
+@pytest.mark.parametrize(
+    ("moved", "scale", "verdict"),
+    [(0.002, 1.04, SLOWER), (0.002, 1.0, SAME), (0.03, 1.04, CANNOT_TELL), (0.03, 1.0, CANNOT_TELL)],
+)
+def test_folders_of_runs_tell_how_much_runs_differ(tmp_path: Path, moved: float, scale: float, verdict: str) -> None:
+    folders = [tmp_path / "old", tmp_path / "new"]
+    for folder, by in zip(folders, (1.0, scale), strict=True):
+        folder.mkdir()
+        for number, side in enumerate((-1, 0, 1)):
+            write_result(folder / f"{number}.json", _run(by * (1 + side * moved)))
+    (row,) = compare(*folders).rows
+    assert (row.verdict, row.ratio) == (verdict, pytest.approx(scale, rel=0.01))
+
+
+def test_runs_that_do_not_compare_are_left_out() -> None:
+    elsewhere = replace(_run(2.0), device={"fingerprint": "e" * 16})
+    spoilt = _run(2.0, status=INVALID, reasons=["the host swapped"])
+    (row,) = compare([_run(1.0), elsewhere, spoilt, _run(1.0)], _run(1.25)).rows
+    assert (row.verdict, row.ratio) == (SLOWER, pytest.approx(1.25))
+    with pytest.raises(ResultError, match="holds no results"):
+        compare(_run(1.0), Path(__file__).parents[1] / "judge")
 
 
 def test_files_compare_as_the_results_in_them(tmp_path: Path) -> None:
@@ -39,10 +63,13 @@ def test_files_compare_as_the_results_in_them(tmp_path: Path) -> None:
     assert compare(old, str(new)) == compare(_run(1.0), _run(1.25)) and compare(old, new).regressed
 
 
-def test_noise_wider_than_the_difference_is_the_same() -> None:
-    noisy = result(measurement("m", [0.008, 0.014, 0.010, 0.009, 0.013]))
-    (row,) = compare(noisy, result(measurement("m", [0.009, 0.015, 0.011, 0.008, 0.013]))).rows
-    assert row.verdict == SAME and row.low < 1 < row.high
+def test_noise_wider_than_the_difference_cannot_be_told() -> None:
+    noisy, other = [0.008, 0.014, 0.010, 0.009, 0.013], [0.009, 0.015, 0.011, 0.008, 0.013]
+    (row,) = compare(result(measurement("m", noisy)), result(measurement("m", other))).rows
+    assert row.verdict == CANNOT_TELL and row.low < 0.9 and row.high > 1.1
+    assert "2.0% counts; of 1 and 1 runs: give folders of more" in row.reason
+    (row,) = compare_within(result(measurement("a", noisy), measurement("b", other)), "a", "b").rows
+    assert row.verdict == CANNOT_TELL and "more repetitions" in row.reason
 
 
 def test_interval_and_test_must_both_see_a_change() -> None:
@@ -50,14 +77,7 @@ def test_interval_and_test_must_both_see_a_change() -> None:
     new = [1.029, 1.037, 0.928, 1.089, 0.94, 1.141, 1.071, 1.016]
     for a, b in ((old, new), (new, old)):
         (row,) = compare_within(result(measurement("a", a), measurement("b", b)), "a", "b").rows
-        assert not row.low <= 1 <= row.high and row.p_value > 0.05 and row.verdict == SAME
-    old = [1.096, 0.857, 1.049, 1.003, 1.068, 1.019, 1.096, 1.002, 0.975, 1.029, 1.022, 0.982, 0.988, 1.037, 1.036]
-    old += [0.976, 0.982, 0.914, 1.088, 0.989]
-    new = [1.101, 1.052, 1.135, 1.112, 1.047, 1.109, 0.982, 1.097, 0.957, 1.048, 1.086, 1.042, 1.011, 0.989, 1.012]
-    new += [1.086, 1.077, 1.017, 0.968, 1.065]
-    for a, b in ((old, new), (new, old)):
-        (row,) = compare(result(measurement("a", a)), result(measurement("a", b))).rows
-        assert row.low <= 1 <= row.high and row.p_value < 0.05 and row.verdict == SAME
+        assert not row.low <= 1 <= row.high and row.p_value > 0.05 and row.verdict == CANNOT_TELL
 
 
 def test_exit_codes() -> None:
@@ -65,6 +85,8 @@ def test_exit_codes() -> None:
     assert [slower.exit_code(), slower.exit_code(True), faster.exit_code(True)] == [0, 1, 0]
     assert compare(_run(1.0), _run(1.3, status=INVALID)).exit_code(True) == 3
     assert compare(result(), result()).exit_code() == 3
+    unclear = compare(_run(1.0), _run(1.0))
+    assert unclear.open and [unclear.exit_code(), unclear.exit_code(True)] == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +113,11 @@ def test_not_comparable(new: Result, reason: str) -> None:
     assert row.ratio is None and row.speedup is None
 
 
-def test_a_change_that_so_few_repetitions_cannot_show_is_neither_said_nor_denied() -> None:
-    few = result(measurement("m", BASE[:3]))
-    (row,) = compare(few, result(measurement("m", [1.3 * t for t in BASE[:3]]))).rows
+def test_a_change_that_so_few_pairs_cannot_show_is_neither_said_nor_denied() -> None:
+    slower = measurement("n", [1.3 * t for t in BASE[:3]])
+    (row,) = compare_within(result(measurement("m", BASE[:3]), slower), "m", "n").rows
     assert row.verdict == NOT_COMPARABLE and row.ratio == pytest.approx(1.3)
     assert row.reason == "it looks slower, but 3 repetitions are too few to tell: measure 6 or more"
-    assert compare(few, few).exit_code() == 0
 
 
 def test_other_settings_are_told() -> None:
@@ -111,7 +132,7 @@ def test_names_in_one_result_only() -> None:
     old = result(measurement("a", BASE), measurement("b", BASE))
     new = result(measurement("b", BASE), measurement("c", BASE))
     rows = compare(old, new).rows
-    assert [(r.name, r.verdict) for r in rows] == [("a", NOT_COMPARABLE), ("b", SAME), ("c", NOT_COMPARABLE)]
+    assert [(r.name, r.verdict) for r in rows] == [("a", NOT_COMPARABLE), ("b", CANNOT_TELL), ("c", NOT_COMPARABLE)]
     assert (rows[0].reason, rows[2].reason) == ("only in the old result", "only in the new result")
 
 
@@ -176,6 +197,8 @@ def test_a_change_stands_only_if_a_second_run_says_it_too() -> None:
         assert (row.verdict, row.confirmed, row.ratio) == (SAME, False, other.ratio)
         assert row.reason == "slower: a second run did not confirm it"
     assert confirmed(same, slower) is same
+    row = confirmed(slower, Verdict(CANNOT_TELL, reason="too wide"))
+    assert (row.verdict, row.reason) == (CANNOT_TELL, "slower, and a second run cannot tell: too wide")
     row = confirmed(slower, replace(refused, reason="INVALID: hot"))
     assert (row.verdict, row.reason) == (NOT_COMPARABLE, "the second run: INVALID: hot")
 

@@ -10,7 +10,7 @@ from support.tiny_graphs import tiny_bundle
 
 from bench.judge import confirm
 from bench.judge.comparison import compare
-from bench.judge.verdict import NOT_COMPARABLE, SAME, SLOWER
+from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, SLOWER
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result
 from devices.probe.host import probe
@@ -88,7 +88,7 @@ def test_a_second_run_that_is_invalid_leaves_it_open(machine, monkeypatch: pytes
 
 @pytest.fixture
 def files(tmp_path: Path):
-    """Two results of two bundles that are still there, the new one a tenth slower."""
+    """Two results of two bundles that are still there, the new one a fifth slower."""
 
     def of(name: str, scale: float) -> Result:
         bundle = tiny_bundle(tmp_path / name, seed=len(name))
@@ -96,7 +96,7 @@ def files(tmp_path: Path):
         m = replace(m, bundle_hash=read_manifest(bundle).content_hash)
         return result(m, fingerprint=probe()["fingerprint"], settings={"seed": 3})
 
-    return of("old", 1.0), of("newer", 1.1)
+    return of("old", 1.0), of("newer", 1.2)
 
 
 def test_files_are_confirmed_by_both_bundles_interleaved(files, machine) -> None:
@@ -113,8 +113,21 @@ def test_or_by_the_new_bundle_alone(files, machine, tmp_path: Path) -> None:
     (tmp_path / "old" / "bundle.json").unlink()
     there = machine(1.0)
     (row,) = confirm.confirm_files(compare(*files), *files, BenchOptions()).comparison.rows
-    assert (row.verdict, row.confirmed) == (SAME, False)
+    assert (row.verdict, row.confirmed) == (CANNOT_TELL, False) and "a second run cannot tell" in row.reason
     assert len(there.asked[0][0]) == 1
+
+
+def test_what_results_cannot_tell_is_measured_where_both_bundles_are_there(files, machine) -> None:
+    old, new = files
+    new = replace(new, measurements=[replace(new.measurements[0], samples=old.measurements[0].samples)])
+    assert compare(old, new).open
+    machine(1.0)
+    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions()).comparison.rows
+    assert (row.verdict, row.test, row.name) == (SAME, "wilcoxon", "model")
+    there = machine()
+    same = replace(new, measurements=[replace(new.measurements[0], bundle_hash=old.measurements[0].bundle_hash)])
+    (row,) = confirm.confirm_files(compare(old, same), old, same, BenchOptions()).comparison.rows
+    assert row.verdict == CANNOT_TELL and there.asked == []  # what was of one bundle then is not judged by it now
 
 
 def test_or_not_at_all(files, machine, tmp_path: Path) -> None:
