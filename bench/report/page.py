@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.judge.planned import planned_speed
 from bench.judge.quality import is_quality, read_quality
 from bench.judge.wording import (
     as_dict,
@@ -90,7 +91,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "cards": cards_of(pair_of(entries), next((section.rows for section in sections if section.measured), [])),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),
-        "plan": _plan(run),
+        "plan": _plan(run, results),
         "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
         "texts": [
@@ -150,13 +151,16 @@ def _history(folder: Path | None) -> list[Panel]:
     return history_panels(series(folder))
 
 
-def _plan(run: Mapping[str, object]) -> Row | None:
+def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row | None:
     plan = as_dict(run.get("plan"))
     if not plan:
         return None
     kept = kept_of(plan)
+    facts: Row = {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan}
+    if told := next(filter(None, (planned_speed(plan, result) for result in results)), None):
+        facts["speed"] = told
     return {
-        "facts": {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan},
+        "facts": facts,
         "svg": kept_plot(kept) if kept else None,
         "label": f"What is kept: {shares_text(kept)}" if kept else None,
         "priced": bool(kept and kept.prices is not None),

@@ -480,6 +480,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     import torch
     import transformers
 
+    from bench.judge.planned import planned_speed
     from bench.measure.result import read_result
     from bench.report import report
     from devices.common.quality import QUALITY
@@ -501,5 +502,7 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     click.echo()
     show_quality(QUALITY.made(state.run["quality"]))
     for path in results:
-        show_result(read_result(path))
+        show_result(result := read_result(path))
+        if told := planned_speed(state.run["plan"], result):
+            click.echo(f"  {told}")
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

@@ -1,0 +1,30 @@
+"""Does a pruned model run as fast as its plan said?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bench.judge.comparison import DECODE, compare_within
+from bench.judge.wording import as_dict, as_float, threads
+from bench.measure.result import Result
+
+
+def planned_speed(plan: Mapping[str, object], result: Result) -> str | None:
+    """The plan's speed-up beside the measured one; None where the plan has no times, or others than were measured.
+
+    Args:
+        plan: as ``saap.json`` and ``saap run`` record it.
+        result: a bench of two models, the dense one first.
+    """
+    planned, counted = as_float(as_dict(plan.get("planned")).get("speedup")), as_dict(plan.get("costs")).get("threads")
+    names = list(dict.fromkeys(m.name for m in result.measurements))
+    if planned is None or planned <= 0 or len(names) != 2:
+        return None
+    base, other = names
+    for row in compare_within(result, base, other).rows:
+        if row.what == DECODE and row.n_threads == counted and row.ratio and row.low and row.high:
+            measured = 1 / row.ratio
+            interval = f"95 %: {1 / row.high:.3f} to {1 / row.low:.3f}"
+            off = f"{measured / planned - 1:+.1%}"
+            return f"planned {planned:.3f}x with {threads(row.n_threads)}, measured {measured:.3f}x ({interval}): {off}"
+    return None
