@@ -22,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TypeVar
 
+from devices.common.waiting import environment_of_others
+
 PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds bench/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
@@ -68,7 +70,7 @@ def call(
             with signals_wait():
                 process = subprocess.Popen(
                     [python, "-m", module], stdin=given, stdout=subprocess.PIPE, stderr=err, cwd=PACKAGES,
-                    env={**os.environ, **(env or {})}, start_new_session=True,
+                    env={**environment_of_others(), **(env or {})}, start_new_session=True,
                 )  # fmt: skip
             for line in _lines_until(process, time.monotonic() + timeout_s):
                 document = _object(line)
@@ -94,7 +96,7 @@ class Resident:
 
     def __init__(self, module: str, timeout_s: float, env: Mapping[str, str], python: str = sys.executable) -> None:
         self._module, self._timeout_s = module, timeout_s
-        self._env, self._python = {**os.environ, **env}, python
+        self._env, self._python = {**environment_of_others(), **env}, python
 
     def __enter__(self) -> Resident:
         self._err = tempfile.TemporaryFile()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from devices.common.waiting import sleep_while_waiting
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
 from saap.system.errors import UserError
@@ -91,6 +92,7 @@ def check_folder() -> None:
 
 def main() -> None:
     open_streams()
+    sleep_while_waiting()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask_to_end)
     try:
