@@ -18,8 +18,9 @@ import pytest
 from support.fake_trees import plant
 from support.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
+from bench.measure import bursts
 from bench.measure.options import BenchOptions
-from bench.measure.result import INVALID
+from bench.measure.result import INVALID, Bursts
 from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
@@ -94,6 +95,27 @@ def genai_form(directory: Path, eos: list[int]) -> Path:
     onnx.save(model, directory / DECODE_GRAPH)
     write_manifest(directory, BundleManifest(**fields))
     return directory
+
+
+def take_short_turns(specs: list[str], monkeypatch: pytest.MonkeyPatch) -> Bursts:
+    for name, value in (("LOAD_S", 0.05), ("BURST_S", 0.001), ("MOST_LOADS", 4)):
+        monkeypatch.setattr(bursts, name, value)
+    plan = BenchOptions(threads=1, prompt=4, generate=12, warmup=2, ratio_time_s=60)
+    return bursts.take_turns(read_peers(specs, plan.positions, names=["a", "b"]), plan.settings()[0], plan)
+
+
+def test_genai_takes_turns_with_a_bundle(genai_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    found = take_short_turns([str(genai_bundle), f"genai:{genai_bundle}"], monkeypatch)
+    assert found.failure is None and found.ratio("a", "b", "decode") and found.ratio("a", "b", "prefill")
+
+
+def test_llama_cpp_takes_turns_with_a_bundle(
+    tmp_path: Path, llama_cpp_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, path = tiny_bundle(tmp_path / "bundle"), tiny_gguf(tmp_path / "tiny.gguf")
+    found = take_short_turns([str(bundle), f"llama.cpp:{path}"], monkeypatch)
+    assert found.failure is None and found.ratio("a", "b", "decode") and found.ratio("a", "b", "prefill")
 
 
 def test_gguf_header_counts_what_a_token_reads(tmp_path: Path) -> None:
