@@ -32,10 +32,12 @@ def make_costs(setup: Setup) -> None:
     """Measure the table where there is none; refuse one of another machine."""
     if not setup.costs.is_file():
         from bench.costs import CostsOptions
+        from bench.costs.measure import write_costs
         from bench.remote.target import Target
         from saap.cli.devices.costs import CostsCommand, probe_costs
 
-        probe_costs(setup.model_dir, setup.costs, CostsCommand(CostsOptions(threads=(THREADS,))), Target())
+        asked = CostsCommand(CostsOptions(threads=(THREADS,)))
+        write_costs(setup.costs, probe_costs(setup.model_dir, setup.costs, asked, Target()))
     runtime_of(setup.costs)
 
 

@@ -66,17 +66,17 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
     with Console() as console, ended_as_by_a_person(), target(options.on, options.board, console.say) as device:
         found = probe_costs(model, out, options, device, console.report)
         console.finish()
-    show_costs(out, found)
+    keep_costs(out, found)
 
 
 def probe_costs(
     model: str | Path, out: Path, asked: CostsCommand, device: Target, progress: Progress | None = None
 ) -> Costs:
-    """Time a model's layers at all their sizes on a device and write the table; the graphs are made here.
+    """Time a model's layers at all their sizes on a device; the graphs are made here.
 
-    The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes.
+    The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes; ``out``
+    is where the table will go, refused before the work where it cannot.
     """
-    from bench.costs.measure import write_costs
     from devices.common.outputs import COSTS, check_place
     from devices.probe.host import probe
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
@@ -91,12 +91,21 @@ def probe_costs(
     source = read_probe_model(path, asked.bits, asked.group_size, limit)
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work:
         stacks = write_probe_stacks(source, Path(work), progress=progress)
-        found = device.costs(stacks, asked.options, progress=progress)
-    write_costs(out, found)
-    return found
+        return device.costs(stacks, asked.options, progress=progress)
 
 
-def show_costs(out: Path, costs: Costs) -> None:
+def keep_costs(out: Path, costs: Costs) -> None:
+    """Write the table and show it, also where there is no more room for a file."""
+    from bench.costs.measure import write_costs
+
+    try:
+        write_costs(out, costs)
+    finally:
+        show_costs(costs)
+    click.echo(f"{out}: written")
+
+
+def show_costs(costs: Costs) -> None:
     for table in costs.threads:
         count = table.n_threads
         click.echo(f"one layer with {count} {'thread' if count == 1 else 'threads'} at {costs.depth} tokens:")
@@ -108,4 +117,3 @@ def show_costs(out: Path, costs: Costs) -> None:
             f"  a step of the whole stack takes {table.step_ms:.2f} ms, {table.constant_ms:.2f} ms of it outside "
             f"its layers; a node costs {node} apart from its arithmetic"
         )
-    click.echo(f"{out}: written")

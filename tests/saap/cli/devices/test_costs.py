@@ -25,7 +25,7 @@ from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
-from saap.cli.devices.costs import CostsCommand, probe_costs, show_costs
+from saap.cli.devices.costs import CostsCommand, keep_costs, probe_costs
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -60,7 +60,7 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     twice = CostsCommand(replace(QUICK, threads=(1, 1)), bits=8)
-    show_costs(tmp_path / "cost.json", probe_costs(str(model), tmp_path / "cost.json", twice, Target()))
+    keep_costs(tmp_path / "cost.json", probe_costs(str(model), tmp_path / "cost.json", twice, Target()))
     document: dict[str, Any] = json.loads((tmp_path / "cost.json").read_text())
     device = document["device"]
     table = read_costs(
@@ -73,6 +73,15 @@ def test_a_config_becomes_a_table_that_pruning_reads(
     printed = capsys.readouterr().out
     assert "one layer with 1 thread at 50 tokens:" in printed and "2 query, 1 KV heads" in printed
     assert not list((tmp_path / "temporary").glob("saap-costs-*"))
+
+
+@pytest.mark.usefixtures("quick_probe")
+def test_a_table_that_has_no_room_for_a_file_is_shown(model: Path) -> None:
+    quick = ["-t", "1", "--depth", "50", "--set", "rounds=1", "--set", "seconds=0"]
+    done = here("devices", "costs", model, "-o", "/dev/full", *quick, code=2)
+    assert last_line(done) == "saap: /dev/full: No space left on device: make room there, or write elsewhere"
+    assert "one layer with 1 thread at 50 tokens:" in done.stdout and "a step of the whole stack takes" in done.stdout
+    assert "written" not in done.stdout
 
 
 @pytest.mark.usefixtures("quick_probe")
@@ -105,6 +114,7 @@ def test_a_board_is_probed_from_here(model: Path, tmp_path: Path, sshd: Sshd) ->
     local = probe_costs(model, tmp_path / "here.json", ASKED, Target())
     assert local.on is None and local.stacks == there.stacks and local.model == there.model
     assert there.command == local.command and there.device["fingerprint"]
+    costs.write_costs(tmp_path / "pi.json", there)
     assert costs.COSTS.read(tmp_path / "pi.json") == there
     table = read_costs(tmp_path / "pi.json", SHAPE, bits=8, group_size=32, threads=1)
     assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
