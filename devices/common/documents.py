@@ -44,16 +44,19 @@ class Document(Generic[T]):
 
         Raises UserError: (``error``) not there, not JSON, changed since, of another version, or not of these types.
         """
+        return self.parse(self.content(path), str(path))
+
+    def content(self, path: str | Path) -> str:
+        """The text of such a file, unread; an error as of :meth:`read` where it cannot be one."""
         path = Path(path)
         try:
-            text = read_whole(path, LARGEST).decode("utf-8")
+            return read_whole(path, LARGEST).decode("utf-8")
         except OSError as error:
             raise self.error(f"cannot read {path}: {error.strerror}; {self.remedy}") from None
         except UnicodeDecodeError:
             raise self.error(f"{path} is damaged (not UTF-8 text): {self.remedy}") from None
         except ValueError as error:
             raise self.error(f"{path} is damaged ({error}): {self.remedy}") from None
-        return self.parse(text, str(path))
 
     def parse(self, text: str | bytes, name: str) -> T:
         """The document in a text; ``name`` stands in messages for where it came from."""

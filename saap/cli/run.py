@@ -341,6 +341,8 @@ def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, op
 def _prune(state: _State, source: Path, dense: object) -> str:
     import hashlib
 
+    from saap.prune.search.layer_costs import COSTS
+
     asked, out = state.options.prune, state.out / "slim"
 
     def work() -> RunFile:
@@ -349,7 +351,7 @@ def _prune(state: _State, source: Path, dense: object) -> str:
 
     inputs = asdict(asked)
     if costs := asked.options.costs:
-        inputs["options"]["costs"] = hashlib.sha256(costs.read_bytes()).hexdigest()
+        inputs["options"]["costs"] = hashlib.sha256(COSTS.content(costs).encode()).hexdigest()
     command = ["prune", state.model, "-o", out, *arguments_of(asked)]
     return state.step("prune", command, [dense, inputs], ["slim/saap.json"], work)
 

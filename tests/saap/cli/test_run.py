@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.command_line import here, refused
@@ -17,6 +18,7 @@ from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.run import RunOptions
 from saap.models.record import read_record
+from saap.system.errors import UserError
 
 
 def options(**given):
@@ -42,6 +44,14 @@ def test_a_ratio_is_the_default_and_only_without_another_requirement(costs):
     assert timed.asked == {"speedup": 1.5}
     assert (timed.costs, timed.threads, timed.method) == (costs, 2, "flap")
     assert options(threads=2).prune.options.threads is None  # of the bench only
+
+
+def test_a_table_of_costs_that_has_become_too_large_is_not_hashed(costs, tmp_path):
+    with costs.open("r+b") as file:
+        file.truncate((256 << 20) + 1)  # takes no room
+    state = SimpleNamespace(options=options(speedup=1.5, costs=costs), out=tmp_path, model="dense", step=None)
+    with pytest.raises(UserError, match=r"cost.json is damaged \(larger than 256 MiB\): "):
+        pipeline._prune(state, tmp_path, [])
 
 
 def test_what_several_steps_take_is_given_once():
