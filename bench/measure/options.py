@@ -80,7 +80,9 @@ class BenchOptions:
         ),
     ] = None
     precision: Annotated[
-        float, Option("Half width of the 95 % interval, as a fraction, at which repetitions end."), Meta(gt=0, lt=1)
+        float,
+        Option("Half width of the 95 % interval, as a fraction, at which one model's repetitions end."),
+        Meta(gt=0, lt=1),
     ] = 0.02
     max_time_s: Annotated[
         float, Option("Seconds: no round begins that would end later.", flags=("--max-time",)), Meta(gt=0)

@@ -61,6 +61,15 @@ def check_ending(options: object, repetitions: int | None) -> None:
         refuse_unused(options, ("precision", "max_time_s"), "an open number of runs", "leave --repetitions out")
 
 
+def check_turns(options: object, plan: BenchOptions) -> None:
+    """Refuse what says when to stop repeating where several models take turns, whose ratio is known by these."""
+    if plan.adaptive and plan.turns_s > 0:
+        turns = "one model, and turns tell the ratio of several"
+        refuse_unused(options, ("precision",), turns, "give --ratio-time 0")
+        if plan.ratio_time_s is not None:
+            refuse_unused(options, ("max_time_s",), f"{turns} within --ratio-time")
+
+
 @click.command(cls=OptionsCommand)
 @click.argument("specs", nargs=-1, required=True, metavar="A [B ...]")
 @options_of(BenchCommand)
@@ -88,6 +97,8 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
         check_folder(options.history, RESULT, "--history")
     if len(options.specs(specs)) == 1:
         refuse_unused(options, ("ratio_time_s",), "the ratio of two models or more", "give another")
+    else:
+        check_turns(options, options.options)
     with Console() as console:
         run = bench_on_boards if options.on else bench_here
         sys.exit(run(specs, options, json_path, console))

@@ -15,7 +15,7 @@ from msgspec import Meta
 from bench.measure.options import BenchOptions
 from devices.common.files import write_text
 from devices.common.options import Option, Part, refuse_unused
-from saap.cli.bench import STDOUT, check_ending, show_reasons, verify_models
+from saap.cli.bench import STDOUT, check_ending, check_turns, show_reasons, verify_models
 from saap.cli.console import Console, print_table, shown
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -67,6 +67,8 @@ class CompareCommand:
             if not self.confirm:
                 refuse_unused(self, measured, "a second run, which --no-confirm leaves out")
         check_ending(self, repetitions := self.options.repetitions)
+        if of == "bundles":
+            check_turns(self, self.options)
         if repetitions is not None and repetitions < LEAST_REPETITIONS:
             raise UserError(f"--repetitions {repetitions} tell no difference: give {LEAST_REPETITIONS} or more")
 
