@@ -146,6 +146,7 @@ class OrtDecoder(BundleDecoder):
         threads: intra-op threads; the caller pins the process.
         max_length: positions of the KV cache, allocated zeroed, touched as it fills.
         verify: check the files' hashes first, which reads them all.
+        manifest: the bundle's, where it was read before.
         prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
             memory and no packing at the next start, but no huge pages.
 
@@ -157,12 +158,21 @@ class OrtDecoder(BundleDecoder):
     """
 
     def __init__(
-        self, bundle_dir: str | Path, threads: int, max_length: int, *, verify: bool = True, prepacked: bool = False
+        self,
+        bundle_dir: str | Path,
+        threads: int,
+        max_length: int,
+        *,
+        verify: bool = True,
+        manifest: BundleManifest | None = None,
+        prepacked: bool = False,
     ) -> None:
         from onnxruntime import OrtValue
 
         directory = Path(bundle_dir)
-        manifest = verify_files(directory) if verify else read_manifest(directory)
+        manifest = manifest or read_manifest(directory)
+        if verify:
+            verify_files(directory, manifest)
         check_provider(manifest, "cpu", str(directory))
         super().__init__(manifest, directory, threads, max_length)
         graph = directory / DECODE_GRAPH

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -243,26 +244,39 @@ def manifest_of(directory: Path) -> BundleManifest | None:
     return read_manifest(directory) if (directory / MANIFEST).is_file() else None
 
 
-def read_small(directory: Path, name: str, manifest: BundleManifest | None) -> bytes | None:
-    """A small file of a bundle or, without ``manifest``, of a model directory; None where there is none.
+@dataclass(frozen=True)
+class SmallFiles:
+    """The small files of a bundle or, without ``manifest``, of a model directory.
 
-    Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
-
-    Raises BundleError: no file, larger than such a file ever is, not listed, or not as listed.
+    ``hashed``: names of those that were read and are as the manifest lists them.
     """
-    path, most = directory / name, LARGEST.get(name, LARGEST_JSON)
-    entry = None if manifest is None else manifest.files.get(name)
-    if not os.path.lexists(path) and entry is None:
-        return None
-    if manifest is not None and entry is None:
-        raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
-    try:
-        content = read_whole(path, most)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error}): {remedy(directory)}") from None
-    if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
-    return content
+
+    directory: Path
+    manifest: BundleManifest | None
+    hashed: set[str] = field(default_factory=set)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None where there is none.
+
+        Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
+
+        Raises BundleError: no file, larger than such a file ever is, not listed, or not as listed.
+        """
+        path, most = self.directory / name, LARGEST.get(name, LARGEST_JSON)
+        entry = None if self.manifest is None else self.manifest.files.get(name)
+        if not os.path.lexists(path) and entry is None:
+            return None
+        if self.manifest is not None and entry is None:
+            raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
+        try:
+            content = read_whole(path, most)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read ({error}): {remedy(self.directory)}") from None
+        if entry is not None:
+            if hashlib.sha256(content).hexdigest() != entry.sha256:
+                raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
+            self.hashed.add(name)
+        return content
 
 
 def remedy(directory: Path) -> str:
@@ -270,8 +284,12 @@ def remedy(directory: Path) -> str:
     return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"
 
 
-def verify_files(directory: str | Path, manifest: BundleManifest | None = None) -> BundleManifest:
+def verify_files(
+    directory: str | Path, manifest: BundleManifest | None = None, hashed: Collection[str] = ()
+) -> BundleManifest:
     """Check every file's size and sha256 against the manifest, and that there is no other file.
+
+    ``hashed``: names of files whose content was read and hashed by now, and is not read again.
 
     Raises BundleError: naming the first file that is missing, differs, or is not listed.
     """
@@ -285,7 +303,7 @@ def verify_files(directory: str | Path, manifest: BundleManifest | None = None) 
         path = _inside(directory, name)
         if not is_there(path):
             raise BundleError(f"{path} is missing: export the bundle again")
-        if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+        if path.stat().st_size != entry.bytes or (name not in hashed and sha256_file(path) != entry.sha256):
             raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
     return manifest
 

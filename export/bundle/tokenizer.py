@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from devices.common.chat_template import ChatTemplate, TemplateError
 from devices.common.errors import UserError
 from devices.common.files import parse_json
-from export.bundle.manifest import BundleManifest, manifest_of, read_small, remedy
+from export.bundle.manifest import BundleManifest, SmallFiles, manifest_of, remedy
 
 TOKENIZER = "tokenizer.json"
 MOST_GROWTH = 1000
@@ -32,25 +32,28 @@ class BundleTokenizer:
         chat_template: the template's source; None where there is none.
         special_tokens: name to text, as the chat template sees them (``bos_token``, ``eos_token``, ...).
         bos_token_id: from the manifest, else from the tokenizer; None when there is none.
+        files: those that were read, and others to read.
         eos_token_ids: every id that ends a text: from the manifest, else generation_config.json, else the tokenizer.
 
     Raises RunError: no tokenizer there, or one that cannot be read.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, manifest: BundleManifest | None = None) -> None:
+        """``manifest``: the bundle's, where it was read before."""
         self.directory = Path(directory)
-        manifest = manifest_of(self.directory)
-        content = read_small(self.directory, TOKENIZER, manifest)
+        manifest = manifest or manifest_of(self.directory)
+        self.files = SmallFiles(self.directory, manifest)
+        content = self.files.read(TOKENIZER)
         if content is None:
             raise RunError(f"{self.directory} has no {TOKENIZER}: {remedy(self.directory)}")
         self.tokenizer = _tokenizer(content, self.directory)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        config = read_json(self.directory, "tokenizer_config.json", manifest)
-        special = read_json(self.directory, "special_tokens_map.json", manifest)
+        config = read_json(self.files, "tokenizer_config.json")
+        special = read_json(self.files, "special_tokens_map.json")
         try:
             self.special_tokens = _special_tokens(config, special)
-            self.chat_template = _template_source(self.directory, config, manifest)
+            self.chat_template = _template_source(self.files, config)
         except ValueError as error:
             path = self.directory / "tokenizer_config.json"
             raise RunError(f"{path} is damaged ({error}): {remedy(self.directory)}") from None
@@ -103,7 +106,7 @@ class BundleTokenizer:
         return None if token is None else self.tokenizer.token_to_id(token)
 
     def _eos_ids(self) -> list[int]:
-        named = read_json(self.directory, "generation_config.json", None).get("eos_token_id")
+        named = read_json(self.files, "generation_config.json").get("eos_token_id")
         return ids_of(self._id_of("eos_token") if named is None else named, self.directory)
 
 
@@ -185,8 +188,8 @@ def _growth(document: _Rewriting) -> int:
     return found
 
 
-def _template_source(directory: Path, config: Mapping[str, object], manifest: BundleManifest | None) -> str | None:
-    if (content := read_small(directory, "chat_template.jinja", manifest)) is not None:
+def _template_source(files: SmallFiles, config: Mapping[str, object]) -> str | None:
+    if (content := files.read("chat_template.jinja")) is not None:
         return content.decode("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # older files: several named templates
@@ -226,14 +229,14 @@ def ids_of(named: object, directory: Path, what: str = "ends") -> list[int]:
     return [each for each in found if isinstance(each, int)]
 
 
-def read_json(directory: Path, name: str, manifest: BundleManifest | None) -> dict[str, object]:
+def read_json(files: SmallFiles, name: str) -> dict[str, object]:
     """The object in a small JSON file of a bundle or a model directory; empty where there is no such file.
 
     Raises:
         RunError: damaged.
-        BundleError: as of :func:`export.bundle.manifest.read_small`.
+        BundleError: as of :meth:`export.bundle.manifest.SmallFiles.read`.
     """
-    content = read_small(directory, name, manifest)
+    content, directory = files.read(name), files.directory
     if content is None:
         return {}
     try:

@@ -13,7 +13,7 @@ from devices.common.cores import physical_cores
 from devices.common.errors import UserError
 from devices.common.options import refuse_unused
 from export.bundle.decoder import OrtDecoder
-from export.bundle.manifest import BundleManifest, manifest_of, read_manifest
+from export.bundle.manifest import BundleManifest, SmallFiles, read_manifest, verify_files
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Generation, begin_text
@@ -103,7 +103,8 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
     directory = Path(bundle)
-    manifest, tokenizer = read_manifest(directory), BundleTokenizer(directory)
+    manifest = read_manifest(directory)
+    tokenizer = BundleTokenizer(directory, manifest)
     templated = tokenizer.has_chat_template if options.chat is None else options.chat
     if prompt is None and not templated:
         raise UserError("a conversation needs the model's chat template: give a prompt to continue")
@@ -112,13 +113,14 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
         raise UserError(f"--system needs the model's chat template: put it into the prompt{instead}")
     if templated:
         tokenizer.prepare_chat()
-    sampling = chosen_sampling(directory, options)
+    sampling = chosen_sampling(tokenizer.files, options)
     for text in (prompt, options.system):
         check_text(text)
     needed = CHAT_CONTEXT if prompt is None else options.max_tokens + _length(tokenizer, prompt, templated, options)
     context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
     threads = physical_cores() if options.threads is None else options.threads
-    decoder = OrtDecoder(directory, threads, context, prepacked=options.prepacked)
+    verify_files(directory, manifest, tokenizer.files.hashed)
+    decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest, prepacked=options.prepacked)
     settings = AnswerSettings(options.max_tokens, sampling)
     talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
 
@@ -130,7 +132,7 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     return OpenBundle(manifest, sampling, threads, context, ask, talk)
 
 
-def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
+def chosen_sampling(files: SmallFiles, options: GenerateOptions) -> Sampling:
     """Greedy unless sampling is asked for; then what is not given comes from the model's generation_config.json.
 
     Asked for means: ``sample``, a temperature above 0, top_k, top_p or min_p.
@@ -145,7 +147,7 @@ def chosen_sampling(bundle: Path, options: GenerateOptions) -> Sampling:
         flag = "--" + asked[0].replace("_", "-")
         raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
     if asked or given.get("temperature"):
-        given = {"temperature": 1.0, **_model_defaults(bundle), **given}
+        given = {"temperature": 1.0, **_model_defaults(files), **given}
     else:
         refuse_unused(options, ("seed",), "drawn tokens", "give --sample or --temperature")
     return Sampling(**msgspec.convert(given, SamplingSettings), seed=options.seed)
@@ -168,9 +170,9 @@ def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: G
     return len(tokenizer.encode(rendered, add_special_tokens=False))
 
 
-def _model_defaults(bundle: Path) -> dict[str, float]:
-    path = bundle / "generation_config.json"
-    config = read_json(bundle, path.name, manifest_of(bundle))
+def _model_defaults(files: SmallFiles) -> dict[str, float]:
+    path = files.directory / "generation_config.json"
+    config = read_json(files, path.name)
     found: dict[str, float] = {}
     for name in SAMPLED:
         value = config.get(name)

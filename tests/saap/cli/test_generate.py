@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.command_line import here, refused
@@ -45,6 +47,26 @@ def generate(monkeypatch):
 
 def document(done):
     return json.loads(done.stdout)
+
+
+def test_small_files_are_read_once_and_every_file_is_hashed(bundle, generate, monkeypatch):
+    small = [name for name in ("bundle.json", *read_manifest(bundle).files) if not name.endswith(".onnx")]
+    read, opened = Path.open, Counter()
+
+    def counted(path, *arguments, **settings):
+        opened[path.relative_to(bundle).as_posix() if bundle in path.parents else ""] += 1
+        return read(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", counted)
+    for options in ((), ("--sample",)):
+        opened.clear()
+        generate(bundle, "A model", "--max-tokens", "1", *options)
+        assert [opened[name] for name in small] == [1] * len(small), opened
+    for name in read_manifest(bundle).files:
+        content = (bundle / name).read_bytes()
+        (bundle / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        assert f"{name} does not match the hash" in refused("generate", bundle, "A model")
+        (bundle / name).write_bytes(content)
 
 
 def test_one_answer_and_its_numbers(bundle, generate):
