@@ -157,6 +157,8 @@ def _checked(fields: GGUFTokenizer) -> GGUFTokenizer:
 def _check_sizes(source: Path, header: GgufHeader) -> None:
     """Refuse sizes that are not those of the file's tensors: transformers makes a model of them before it reads any.
 
+    What a file leaves out, transformers takes to be what LLaMA 7B has.
+
     Raises UserError: says which, and what the tensors have.
     """
     layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.") and name.count(".") > 1}
@@ -167,8 +169,10 @@ def _check_sizes(source: Path, header: GgufHeader) -> None:
         ("vocab_size", set(table.shape[1:2]) if table else set()),
         ("feed_forward_length", set(down.shape[:1]) if down else set()),
     ):
-        if strange := [found for found in header.counts(key)[:1] if wanted and found not in wanted]:
-            raise UserError(f"{source} says {key} {strange[0]}, its tensors have {min(wanted)}: download it again")
+        said = next(iter(header.counts(key)), None)
+        if wanted and said not in wanted and (said is not None or key != "vocab_size"):  # which its tokens say, too
+            told = f"no {key}" if said is None else f"{key} {said}"
+            raise UserError(f"{source} says {told}, its tensors have {min(wanted)}: download it again")
     hidden = max(table.shape[:1], default=0) if table else 0
     for key in ("attention.head_count", "attention.key_length", "attention.value_length", "expert_count"):
         if strange := [found for found in header.counts(key) if not 0 <= found <= max(hidden, 512)]:

@@ -489,6 +489,7 @@ def pair(structure: Any, key: str) -> Any:
 
 
 GGUFS |= {
+    "layers-none": lambda g: pair(g, "block_count").update(key="none"),
     "architecture": lambda g: pair(g, "general.architecture").update(value="evil"),
     "architecture-number": lambda g: pair(g, "general.architecture").update(types=[4], value=5),
     "layers": lambda g: pair(g, "block_count").update(value=2**31),
