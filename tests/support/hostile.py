@@ -464,6 +464,7 @@ DOCUMENTS["cost.json"] = ANY | {
         "width": lambda d: d["threads"][0]["ffn"][0].update(width=10**400),
         "no-widths": lambda d: d["threads"][0].update(ffn=[]),
         "attention": lambda d: d["threads"][0].update(attention="none"),
+        "fingerprint": lambda d: d["device"].update(fingerprint=16.0),
     }.items()
 }  # fmt: skip
 

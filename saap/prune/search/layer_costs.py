@@ -26,6 +26,10 @@ Milliseconds = Annotated[float, Meta(ge=-MOST, le=MOST)]
 Count = Annotated[int, Meta(ge=1, le=MOST)]
 
 
+# What a plan keeps of the device: texts, or null where it is unknown.
+DEVICE = ("board", "cpu_model", "fingerprint", "onnxruntime")
+
+
 class CostError(UserError):
     """A table of costs that cannot be used; the message names the file and what to do."""
 
@@ -71,6 +75,9 @@ class CostFile:
 def _check(found: CostFile) -> None:
     if found.kind != "saap costs":
         raise ValueError(f"{found.kind!r} is no table of costs")
+    for name in DEVICE:
+        if not isinstance(value := found.device.get(name), str | None):
+            raise ValueError(f"device.{name} is {str(value)[:40]}: a text or null is allowed")
 
 
 COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error=CostError, mark="threads")
