@@ -122,9 +122,9 @@ def packed_share(model: Model, device: Device) -> float:
     """Bytes of the packed matrices over those of the file's.
 
     The int8 kernels keep integers, scales and, for each block, the sum of its weights as a float; the float kernels of
-    4 bit keep the integers alone and read the scales from the file; 32 bit is copied as it is.
+    4 bit keep the integers alone and read the scales from the file; floats are copied as they are.
     """
-    if model.bits == 32 or model.target == "cuda":
+    if model.bits >= 16 or model.target == "cuda":
         return 1.0
     scales = 4 / model.block
     share = scales / (model.bits / 8 + scales)  # of a block's bytes

@@ -147,7 +147,7 @@ class BundleManifest:
     block: Count  # group size along the input dimension; 0 for floats
     accuracy_level: int  # of MatMulNBits; 4 computes in int8
     parameters: Bytes
-    weight_bytes_per_token: Bytes  # read for every generated token
+    weight_bytes_per_token: Annotated[int, Meta(ge=1, le=2**62)]  # read for every generated token
     kv_bytes_per_token: Bytes  # added to the cache per token
     kv_dtype: str  # ``float32``, ``float16`` or ``int8``
     bos_token_id: Count | None
@@ -181,6 +181,8 @@ def _check(manifest: BundleManifest) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: {', '.join(map(str, allowed))} are allowed")
+    if manifest.bits in (4, 8) and not manifest.block:
+        raise ValueError(f"block is 0 at {manifest.bits} bits: integers have a group size")
     for index, layer in enumerate(manifest.layers):
         heads, groups = layer.query_heads, layer.kv_heads
         if bool(heads) != bool(groups) or (groups and heads % groups):
@@ -318,8 +320,11 @@ def is_there(path: Path) -> bool:
 
 def _inside(directory: Path, name: str) -> Path:
     path = directory / name
-    root = directory.resolve()
-    if "\0" in name or root not in path.resolve().parents:  # no path holds a zero byte
+    try:
+        inside = b"\0" not in os.fsencode(name) and directory.resolve() in path.resolve().parents
+    except (ValueError, RuntimeError):  # half a surrogate pair; a link in a circle
+        inside = False
+    if not inside:
         raise BundleError(f"{directory / MANIFEST} names {name!r}, which lies outside the bundle: do not use it")
     return path
 

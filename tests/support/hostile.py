@@ -285,14 +285,16 @@ for field, values in {
     "layers": ([], [{"query_heads": -1, "kv_heads": 1, "ffn": 3}], [{"query_heads": 4, "kv_heads": 3, "ffn": 3}] * 3,
                [{"query_heads": 4, "kv_heads": 0, "ffn": 3}] * 3, {"a": 1}),
     "bits": (3, "4", None),
-    "block": (-32, 1.5),
+    "block": (-32, 1.5, 0),
+    "weight_bytes_per_token": (0,),
     "target": ("gpu", 3),
     "kv_dtype": ("float64", None),
     "eos_token_ids": ([-1], [10**9], ["x"], 5),
     "bos_token_id": (-1, 10**9, "x"),
     "onnxruntime_min": ("9999.0", 5),
     "files": ({}, [], {"../out": {"bytes": 1, "sha256": "x"}}, {"/etc/passwd": {"bytes": 1, "sha256": "x"}},
-              {"a\0b": {"bytes": 1, "sha256": "x"}}, {"a" * 9999: {"bytes": 1, "sha256": "x"}}),
+              {"a\0b": {"bytes": 1, "sha256": "x"}}, {"a" * 9999: {"bytes": 1, "sha256": "x"}},
+              {"\ud800": {"bytes": 1, "sha256": "x"}}),
     "format": (2, None, "1"),
 }.items():  # fmt: skip
     for number, value in enumerate(values):
@@ -301,6 +303,7 @@ for field, values in {
         )
 BUNDLES["manifest-nan"] = _text("bundle.json", '{"format": 1, "vocab_size": NaN}')
 BUNDLES["manifest-deep"] = _text("bundle.json", "[" * 100_000)
+BUNDLES["file-circle"] = _link("circle", "circle", listed=True)
 BUNDLES["manifest-link"] = _link("bundle.json", "/etc/passwd", listed=False)
 BUNDLES["manifest-device"] = _link("bundle.json", "/dev/zero", listed=False)
 BUNDLES["generation-config"] = _edit("generation_config.json", lambda c: c.update(temperature="hot"))

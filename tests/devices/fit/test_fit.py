@@ -41,6 +41,7 @@ def test_memory_by_hand() -> None:
         (replace(SMOL, block=128), PI5, (64 + 4 + 4) / (64 + 4)),
         (SMOL8, PI5, (32 + 4 + 4) / (32 + 4)),
         (SMOL32, PI5, 1.0),
+        (replace(SMOL32, bits=16), PI5, 1.0),
     ],
 )
 def test_packed_weights_by_hand(model: Model, device: Device, share: float) -> None:
