@@ -30,6 +30,7 @@ from msgspec import Meta
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import read_whole, sha256_file
+from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -40,7 +41,7 @@ SCORING_GRAPH = "scoring.onnx"
 FIRST_LOGIT = "first_logit"
 WEIGHTS = "model.onnx.data"
 LARGEST_JSON = 16 << 20  # bytes that are read of a small file
-LARGEST = {"tokenizer.json": 128 << 20, "chat_template.jinja": 1 << 20}
+LARGEST = {TOKENIZER: LARGEST_TOKENIZER, "chat_template.jinja": 1 << 20}
 # Tokens of a prompt that a decoder reads at once. Activations and the operators' scratch grow with them, and pieces of
 # this size cost no time.
 PREFILL_CHUNK = 256

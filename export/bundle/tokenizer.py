@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 from tokenizers import Tokenizer
 
 from devices.common.chat_template import ChatTemplate, TemplateError
 from devices.common.errors import UserError
 from devices.common.files import parse_json
+from devices.common.tokenizer_file import TOKENIZER, check_tokenizer, tokenizing
 from export.bundle.manifest import BundleManifest, SmallFiles, manifest_of, remedy
 
-TOKENIZER = "tokenizer.json"
-MOST_GROWTH = 1000
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -88,8 +86,12 @@ class BundleTokenizer:
             raise RunError(f"the chat template of {self.directory} refuses this conversation: {error}") from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; leave the special tokens out for text that comes from a chat template, which writes its own."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids; leave the special tokens out for text that comes from a chat template, which writes its own.
+
+        Raises RunError: the tokenizer's own rules do not allow it.
+        """
+        with tokenizing(f"{self.directory / TOKENIZER} cannot be used", remedy(self.directory), RunError):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_chat(self, prompt: str) -> list[int]:
@@ -156,36 +158,11 @@ _CONTEXT_TOKENS = 6
 
 def _tokenizer(content: bytes, directory: Path) -> Tokenizer:
     """
-    Raises RunError: not a tokenizer, or one that makes a text many times longer.
+    Raises RunError: not a tokenizer, or one that the library must not be given.
     """
-    # What a tokenizer does to a text is bounded before a library reads it that aborts where memory ends.
-    try:
-        if (growth := _growth(msgspec.json.decode(content, type=_Rewriting))) > MOST_GROWTH:
-            raise ValueError(f"it makes a text up to {growth} times longer")
+    with tokenizing(f"{directory / TOKENIZER} cannot be read", remedy(directory), RunError):
+        check_tokenizer(content)
         return Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises a bare Exception
-        raise RunError(f"{directory / TOKENIZER} cannot be read ({error}): {remedy(directory)}") from None
-
-
-class _Rewriting(msgspec.Struct):
-    """The parts of a tokenizer.json that write a text anew."""
-
-    normalizer: object = None
-    pre_tokenizer: object = None
-
-
-def _growth(document: _Rewriting) -> int:
-    """How many times longer its replacements may make a text, each after the other."""
-    found, parts = 1, [document.normalizer, document.pre_tokenizer]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            content = part.get("content", part.get("prepend"))
-            found *= max(1, len(content)) if isinstance(content, str) else 1
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    return found
 
 
 def _template_source(files: SmallFiles, config: Mapping[str, object]) -> str | None:

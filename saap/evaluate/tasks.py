@@ -34,6 +34,7 @@ from saap.evaluate.continuations import Group, Likelihood, Scorer
 from saap.evaluate.options import EvalOptions
 from saap.system.errors import UserError
 from saap.text.documents import is_unicode, load_rows
+from saap.text.encoding import encode
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context ids, tail ids, as the harness hands them over
 Row = dict[str, object]  # an example of a file
@@ -106,7 +107,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
         if add_special_tokens is None:
             first = self.tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False))
+        return encode(string, self.tokenizer, add_special_tokens)
 
     def loglikelihood(self, requests: list[object], disable_tqdm: bool = False) -> list[Likelihood]:
         """Without the harness's own bar."""

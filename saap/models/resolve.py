@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devices.common.files import cache_directory, sha256_file
+from devices.common.files import cache_directory, read_whole, sha256_file
 from devices.common.progress import Progress
+from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
-from saap.system.errors import UserError, first_line
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,14 +78,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a directory: give a model directory")
-    try:
+    remedy = "copy the base model's tokenizer files there"
+    with tokenizing(f"{path} has no tokenizer that can be read", remedy):
+        if (file := Path(path) / TOKENIZER).is_file():
+            check_tokenizer(read_whole(file, LARGEST_TOKENIZER))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        return tokenizer
-    except Exception as error:  # OSError, ValueError, KeyError or the Rust library's bare Exception
+    if not isinstance(tokenizer.model_max_length, int | float):  # with which a text's length is compared
         raise UserError(
-            f"{path} has no tokenizer that can be read ({first_line(error)}): "
-            "copy the base model's tokenizer files there"
-        ) from None
+            f"{Path(path) / 'tokenizer_config.json'} has model_max_length {str(tokenizer.model_max_length)[:40]}: "
+            f"must be a number; {remedy}"
+        )
+    return tokenizer
 
 
 def _checked(path: Path) -> Path:

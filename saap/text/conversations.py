@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from devices.common.chat_template import ChatTemplate, TemplateError
 from saap.system.errors import UserError
+from saap.text.encoding import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +165,7 @@ class ChatEncoder:
 
     def _ids(self, text: str) -> list[int]:
         # The template writes the special tokens itself; a conversation longer than the context is cut later.
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode(text, self._tokenizer)
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

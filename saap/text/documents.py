@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from devices.common.files import parse_json
 from saap.system.errors import UserError
 from saap.text.conversations import is_conversation, messages_of
+from saap.text.encoding import beginning, encode
 
 if TYPE_CHECKING:
     import torch
@@ -264,17 +265,3 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
             "the network, or give a file"
         ) from None
     return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
-
-
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids without special tokens; verbose=False, since texts longer than a context are meant: they are cut."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
-
-    A model that always saw that token hardly works without it: Gemma 3 270M has 6.2 instead of 4.2 nats per token.
-    """
-    first = tokenizer.bos_token_id
-    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from devices.common.progress import Progress
 from devices.common.quality import Protocol
 from saap.system.errors import UserError
-from saap.text.documents import Documents, Sequences, beginning, encode, load_documents
+from saap.text.documents import Documents, Sequences, load_documents
+from saap.text.encoding import beginning, encode
 from saap.text.self_written import self_written
 
 if TYPE_CHECKING:

@@ -173,6 +173,12 @@ BUNDLES["tokenizer-ids-beyond"] = _edit(
     "tokenizer.json",
     lambda t: t["model"].update(vocab={k: v + 10**6 for k, v in t["model"]["vocab"].items()}, merges=[]),
 )
+for name, change in {
+    "prefix": lambda t: t["model"].update(continuing_subword_prefix="%s%n"),
+    "pieces": lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "no-unknown": lambda t: t["model"].update(vocab={"a": 0}, merges=[], unk_token="b"),
+}.items():  # fmt: skip
+    BUNDLES[f"tokenizer-{name}"] = _edit("tokenizer.json", change)
 BUNDLES["special-token-list"] = _edit("tokenizer_config.json", lambda c: c.update(eos_token=["x"]))
 BUNDLES["special-token-number"] = _edit("special_tokens_map.json", lambda c: c.update(bos_token=3))
 BUNDLES["tokenizer-config-list"] = _text("tokenizer_config.json", "[]")
@@ -341,6 +347,7 @@ MODELS["adapter"] = _raw("adapter_config.json", '{"peft_type": "LORA"}')
 MODELS["generation-config"] = _raw("generation_config.json", '{"eos_token_id": ["x"]}')
 MODELS["generation-config-beyond"] = _raw("generation_config.json", '{"eos_token_id": 99999}')
 MODELS["generation-number"] = _raw("generation_config.json", "5")
+MODELS["tokenizer-prefix"] = BUNDLES["tokenizer-prefix"]
 MODELS["auto-map"] = _edit("config.json", lambda c: c.update(auto_map=5))
 MODELS["class"] = _edit("config.json", lambda c: c.update(__class__=True))
 _QUANT = {"bits": 4, "block": 32, "embedding_bits": 8, "tied": True}

@@ -246,7 +246,7 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"cannot read {text} ({reason}): give a text file in UTF-8") from None
-    return tuple(BundleTokenizer(bundle).tokenizer.encode(words).ids[:most])
+    return tuple(BundleTokenizer(bundle).encode(words)[:most])
 
 
 def _path(bundle: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 from support.command_line import here
+from support.edited import edited
 
 from devices.common.files import cache_place
 from saap.models import packaged
@@ -83,6 +84,13 @@ def test_a_directory_that_is_no_model(tmp_path, files, says):
     with pytest.raises(UserError, match=says) as caught:
         resolve(tmp_path)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_tokenizer_of_a_length_that_is_no_number(tiny_model):
+    path = tiny_model()
+    edited(path / "tokenizer_config.json", model_max_length=[512])
+    with pytest.raises(UserError, match=r"has model_max_length \[512\]: must be a number"):
+        load_tokenizer(path)
 
 
 def test_names_of_nothing(tmp_path, monkeypatch):
