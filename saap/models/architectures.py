@@ -6,7 +6,6 @@ without rotary embedding, scales, caps). Both are data: a row of the table, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -99,6 +98,7 @@ MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a
 MOST_POSITIONS = 1 << 24
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
+MOST_NUMBER = 1e15  # of a base, an epsilon or a factor
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
@@ -311,7 +311,8 @@ def check_config(config: Mapping[str, object]) -> None:
         raise UserError(
             f"config.json has head_dim {head_dim}: rotary embedding turns pairs, so it is even; get it again"
         )
-    for key in ("rms_norm_eps", "rope_theta", *(key for key in config if key.endswith("_multiplier"))):
+    multipliers = (key for key in config if key.endswith("_multiplier"))
+    for key in ("rms_norm_eps", "rope_theta", "rope_local_base_freq", *multipliers):
         if config.get(key) is not None:
             number_of(config, key)
     rope = config.get("rope_scaling") or {}
@@ -344,8 +345,10 @@ def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
 def number_of(config: object, key: str) -> float:
     """A factor that the config names."""
     value = field_of(config, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"config.json has {key} {str(value)[:40]!r}: must be a number above 0; get it again")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST_NUMBER:
+        raise UserError(
+            f"config.json has {key} {str(value)[:40]!r}: must be a number above 0 up to {MOST_NUMBER:g}; get it again"
+        )
     return float(value)
 
 

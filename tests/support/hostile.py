@@ -320,7 +320,7 @@ BUNDLES["generation-config-list"] = _text("generation_config.json", "[]")
 MODELS: dict[str, Callable[[Path], None]] = {}
 for field, values in {
     "rms_norm_eps": ("NaN", 0, -1, "small"),
-    "rope_theta": (0, -1, "NaN", "Infinity"),
+    "rope_theta": (0, -1, "NaN", "Infinity", 2**70, 10**400),
     "head_dim": (0, 15, -16, 1.5, "x"),
     "hidden_size": (0, -1, 2**40, 1.5, "many"),
     "num_hidden_layers": (10**9, -1, 1.5, 2),
