@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saap.models.architectures import architecture_of, layer_count
+from saap.models.architectures import architecture_of, layer_count, shape_of
 from saap.models.integrity import check_directory, known_sha256
 from saap.system.errors import UserError
 from saap.system.files import read_object
@@ -64,6 +64,30 @@ def _check_names(directory: Path, names: list[str]) -> None:
         root = name if (layer := LAYER.match(name)) is None else layer[0]
         if not NOT_NEEDED.search(name) and not any(root == known or root.startswith(f"{known}.") for known in roots):
             raise UserError(f"{directory} has a tensor {name}, which its config.json has no place for: get it again")
+
+
+def check_sizes(directory: str | Path) -> None:
+    """Hold the sizes of ``config.json`` against the headers of the weight files, before anything is made by them.
+
+    Raises UserError: a matrix is not there, or of another shape.
+    """
+    config = read_object(Path(directory) / "config.json", "get or make it again")
+    row, shape = architecture_of(config), shape_of(config)
+    wanted = {f"{row.embedding}.weight": [shape.vocab, shape.hidden]}
+    for index, sizes in enumerate(shape.layers):
+        for module, width in ((row.output, sizes.query_heads * shape.head_dim), (row.down, sizes.ffn)):
+            if width:
+                wanted[f"{row.layers}.{index}.{module}.weight"] = [shape.hidden, width]
+    found = dict[str, list[int]]()
+    for file in Path(directory).glob("*.safetensors"):
+        with opened(file) as handle:
+            names = wanted.keys() & set(handle.keys())
+            found |= {name: handle.get_slice(name).get_shape() for name in names}
+    for name, sides in wanted.items():
+        if (there := found.get(name)) != sides:
+            has = f"a {name} of {' x '.join(map(str, there))}" if there else f"no tensor {name}"
+            told = " x ".join(map(str, sides))
+            raise UserError(f"{directory} has {has}, and its config.json makes it {told}: get or make it again")
 
 
 def check_finite(directory: str | Path, name: str, tensor: torch.Tensor) -> None:

@@ -17,7 +17,14 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.record import Calibration, Lineage, read_record
 from saap.models.resolve import resolve
 from saap.models.streaming import load_streamed
-from saap.models.weight_files import TensorFolder, tensor_reader, weights_bytes, weights_dtype, weights_hash
+from saap.models.weight_files import (
+    TensorFolder,
+    check_sizes,
+    tensor_reader,
+    weights_bytes,
+    weights_dtype,
+    weights_hash,
+)
 from saap.prune.baselines.methods import ranked_plan
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
@@ -198,6 +205,7 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     config = read_config(model_dir)
     if config.get("slim_quant"):
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
+    check_sizes(model_dir)
     shape = shape_of(config)
     if options.heads and not shape.separable_heads:
         raise UserError(f"{model_dir} has a norm over all heads, so they are not pruned one by one: leave --heads out")

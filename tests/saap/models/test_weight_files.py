@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import here
+from support.edited import edited
 
 from saap.models.checkpoint import load_model
 from saap.models.weight_files import TensorFolder, tensor_reader, write_shards
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import budget_of
+from saap.system.errors import UserError
 
 
 def test_small_weights_are_one_file_and_large_ones_several_that_transformers_reads(tiny_model, tmp_path, monkeypatch):
@@ -57,6 +61,14 @@ def damaged(path, how):
         tensors = load_file(file)
         del tensors[how]
         save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_plan(tiny_model):
+    """A plan lists the channels of every width that a layer may keep: of widths that are not there, without end."""
+    path = tiny_model()
+    edited(path / "config.json", intermediate_size=1 << 20)
+    with pytest.raises(UserError, match=r"down_proj.weight of \d+ x \d+, and its config.json makes it \d+ x 1048576"):
+        budget_of(path, PruneOptions(ratio=0.2))
 
 
 DAMAGE = {
