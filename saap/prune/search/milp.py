@@ -121,11 +121,12 @@ def _block(
 
 def _cheapest_channels(prices: Prices, index: int, widths: list[int]) -> list[tuple[LayerPlan, float]]:
     order = np.argsort(prices.ffn[index], kind="stable")
+    ranked: list[int] = order.tolist()
     lost = np.concatenate([[0.0], np.cumsum(prices.ffn[index][order], dtype=np.float64)])
     offers = []
     for width in widths:
         gone = len(order) - width
-        kept = tuple(sorted(int(i) for i in order[gone:]))
+        kept = tuple(sorted(ranked[gone:]))  # every width shares the numbers: there are hundreds
         price = float(lost[gone]) * (1 + prices.alpha["ffn"] * gone / len(order))
         offers.append((LayerPlan(ffn=kept), price))
     return offers
