@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 from pathlib import Path
 
 import click
@@ -36,7 +37,8 @@ from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Block, Option
-from studies.common import with_tables
+from studies.checks import study as checks
+from studies.common import read_cells, with_tables
 from studies.field import rows as field
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
@@ -112,6 +114,32 @@ def test_a_gain_is_of_examples_and_seeds():
         100 * np.mean([(o[t] - p[t]).mean() for o, p in zip(ours, theirs, strict=True) for t in o])
     )
     assert [low, high] == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.5)
+
+
+def test_commands_of_two_checkouts_are_timed_in_pairs(tmp_path, capsys):
+    old = ROOT / "tests" / "support" / "old"
+    words = ["run", ROOT, old / "bundle", old / "dense", "--base-python", sys.executable, "--pairs", 2]
+    checks.main([*map(str, words), "--only", "help", "--cells", str(tmp_path / "cells")])
+    (cell,) = read_cells(tmp_path / "cells")
+    assert cell["what"] == "help" and [len(pair) for pair in cell["pairs"]] == [2, 2] and cell["base"] == cell["now"]
+    assert all(0.01 < seconds < 10 for pair in cell["pairs"] for seconds in pair)
+    assert "| `saap --help` | 2 | " in capsys.readouterr().out
+    side = checks.Side(ROOT, Path(sys.executable), tmp_path / "cache")
+    with pytest.raises(RuntimeError, match="saap: no such command 'nonsense'"):
+        side.cpu_s(["nonsense"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("factor", "shown"), [(1.0, "reached"), (1.1, "**not reached**"), (1.03, "cannot be told")], ids=str
+)
+def test_what_checks_cost_is_judged_by_the_whole_interval(factor, shown):
+    noise = np.random.default_rng(0).normal(1, 0.01, 20)
+    about = {"commit": None, "onnxruntime": "1.32.0"}
+    cell = {"what": "generate", "machine": "a CPU (avx2)", "pairs": [[1.0, factor * each] for each in noise],
+            "base": about, "now": about | {"torch": "2.13"}}  # fmt: skip
+    (row,) = checks.table([cell]).splitlines()[2:]
+    assert row.split(" | ")[5:] == [f"{row.split(' | ')[5]}", shown, "torch None and 2.13", "a CPU |"]
+    assert float(row.split(" | ")[4]) == pytest.approx(factor, rel=0.01)
 
 
 def commands_of_studies():
