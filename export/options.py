@@ -40,7 +40,7 @@ class ExportOptions:
     ] = None
     parity: Annotated[Literal["full", "none"], Option("none: faster, and the bundle is marked UNVERIFIED.")] = "full"
     text: Annotated[
-        str | None, Option("Text for parity and the cache's scales; default: SAAP_DATA's, else random tokens.")
+        str | None, Option("Text for parity and the cache's scales; default: SAAP_DATA, else saap's samples.")
     ] = None
     accuracy_level: Annotated[
         Literal[0, 4],

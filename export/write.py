@@ -26,7 +26,7 @@ from export.source import ModelSource, Precision, sized_manifest
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import read_record
-from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
+from saap.models.resolve import copy_sidecars, resolve
 from saap.models.slim_quant import quant_of
 from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
@@ -34,6 +34,7 @@ from saap.system.errors import UserError
 from saap.system.files import check_output, read_object, writing_directory
 from saap.system.needs import check_disk, check_memory
 from saap.text.documents import load_documents, pack
+from saap.text.encoding import check_ids, tokenizer_for
 
 CACHE_ROWS = 16
 
@@ -140,14 +141,17 @@ def graph_writer(source: ModelSource, options: ExportOptions, calibration: torch
 
 
 def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Tensor, str]:
-    """Rows to compare graphs on, and where they come from: real text where there is some, else random tokens."""
+    """Rows of text to compare graphs on, and where they come from.
+
+    Raises UserError: no such text, or one that the tokenizer does not know.
+    """
     documents = load_documents(text, split="calibration")
-    config = read_config(directory)
-    length = min(PARITY_TOKENS, positions_of(config))
-    if documents is not None:
-        return pack(documents.texts, load_tokenizer(directory), length, rows, 1), documents.source
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config["vocab_size"], (rows, length), generator=generator), "random tokens"
+    if documents is None:
+        raise UserError("an export does not let the model write its text: give --text FILE, or leave --text out")
+    length = min(PARITY_TOKENS, positions_of(read_config(directory)))
+    ids = pack(documents.texts, tokenizer_for(directory, documents.texts, documents.source), length, rows, 1)
+    check_ids(ids, directory)
+    return ids, documents.source
 
 
 def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import re
 import subprocess
 import sys
@@ -10,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from saap.text.samples import SHA256
+
 if sys.version_info < (3, 11):
     import tomli as tomllib
 else:
     import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTICE = "saap/text/samples/NOTICE.md"
 OURS = {"saap", "export", "bench", "devices"}
 
 
@@ -28,8 +33,22 @@ def test_a_wheel_holds_our_four_packages_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == OURS
     sources = {p.relative_to(ROOT).as_posix() for top in OURS for p in (ROOT / top).rglob("*.py")}
     assert sources <= set(names)
+    assert wheel.stat().st_size <= 2_500_000
+    samples = {f"saap/text/samples/{name}.gz" for name in SHA256}
+    assert {name for name in names if name.endswith(".gz")} == samples
+    with zipfile.ZipFile(wheel) as archive:
+        for name in SHA256:
+            content = gzip.decompress(archive.read(f"saap/text/samples/{name}.gz"))
+            assert hashlib.sha256(content).hexdigest() == SHA256[name]
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        assert re.findall(r"License-\S+: .*", archive.read(metadata).decode()) == [
+            "License-Expression: Apache-2.0 AND ODC-By-1.0 AND CC-BY-SA-3.0 AND CC-BY-SA-4.0",
+            "License-File: LICENSE",
+            f"License-File: {NOTICE}",
+        ]
     kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh"}, kinds
+    assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh", ".gz", ".md"}, kinds
+    assert {name for name in names if name.endswith(".md") and ".dist-info/" not in name} == {NOTICE}
     assert not [name for name in names if "devices/baselines" in name or Path(name).name.startswith("test_")]
 
 

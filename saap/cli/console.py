@@ -73,10 +73,9 @@ class Console:
             with suppress(OSError):
                 click.echo(shown(text), err=True)
 
-    def say_text(self, purpose: str, source: str, self_written: bool) -> None:
-        """Which text a command works on; where there was none, that the model wrote it."""
-        why = "; no text was given and SAAP_DATA is not set" if self_written else ""
-        self.say(f"  {purpose} text: {source}{why}")
+    def say_text(self, purpose: str, source: str) -> None:
+        """Which text a command works on."""
+        self.say(f"  {purpose} text: {source}")
 
     def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
         from rich.console import Console as RichConsole

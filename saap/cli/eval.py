@@ -32,7 +32,7 @@ class EvalCommand:
 
     text: Annotated[
         str | None,
-        Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.", _TEXT),
+        Option("A text, .jsonl or .gz file, a data set id, or self; default: SAAP_DATA, else saap's sample.", _TEXT),
     ] = None
     reference: Annotated[
         Path | None, Option("The dense model directory that KL and top-1 are against.", _TEXT, metavar="MODEL")
@@ -79,7 +79,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     windows = None
     if on_text:
         windows = windows_for(subjects, options.options, options.text, console.report)
-        console.say_text("evaluation", windows.protocol.text, windows.protocol.self_written)
+        console.say_text("evaluation", windows.protocol.text)
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )

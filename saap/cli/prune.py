@@ -41,7 +41,7 @@ class PruneCommand:
     calibration: Annotated[
         str | None,
         Option(
-            "Text for scoring: a text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else self-written.",
+            "For scoring: a text, .jsonl or .gz file, a data set id, or self; default: SAAP_DATA, else saap's samples.",
             section="How it is chosen",
         ),
     ] = None
@@ -99,7 +99,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     if options.reads_text:
         wanted = Sequences(options.sequences, options.length, options.seed)
         rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
-        console.say_text("calibration", rows.source, rows.self_written)
+        console.say_text("calibration", rows.source)
         shape = (len(rows.ids), rows.ids.shape[1])
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:

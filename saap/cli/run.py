@@ -30,6 +30,7 @@ from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory, force
 from saap.prune.options import MUST
 from saap.system.errors import UserError
+from saap.text.documents import SELF
 
 if TYPE_CHECKING:
     from saap.prune.options import PruneOptions
@@ -95,7 +96,8 @@ class RunOptions:
 
     def export(self, *, tuned: bool) -> ExportOptions:
         """How the slim model, whose integers are tuned, or the dense one is exported."""
-        text, quant = self.pruning.calibration, self.tuning.options
+        calibration, quant = self.pruning.calibration, self.tuning.options
+        text = None if calibration == SELF else calibration
         if tuned:
             return ExportOptions(text=text)
         return ExportOptions(bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits, text=text)
@@ -193,7 +195,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     check_run(source, out, budget, pruning, options)
     check_texts(source, options, console)
     evaluation = _evaluation(source, options, console)
-    console.say_text("evaluation", evaluation.protocol.text, evaluation.protocol.self_written)
+    console.say_text("evaluation", evaluation.protocol.text)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, options, console)
     RUN.write(out / "run.json", state.run)
@@ -278,7 +280,7 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
     """Refuse a text that is too short for what is asked of it; one that the model will write is long enough."""
     from export.options import PARITY_ROWS
     from export.write import sample_rows
-    from saap.text.documents import Sequences, load_documents
+    from saap.text.documents import Sequences
     from saap.text.rows import check_length, training_rows, tuning_rows
 
     pruning, tuning, data = options.pruning.options, options.tuning.options, options.tuning.data
@@ -288,10 +290,10 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
     if pruning.reads_text:
         wanted = Sequences(pruning.sequences, pruning.length, pruning.seed)
         skip = math.ceil(pruning.sequences * pruning.length / tuning.length)
-        if load_documents(options.pruning.calibration, split="calibration") is not None:
+        if options.pruning.calibration != SELF:
             training_rows(source, options.pruning.calibration, "calibration", wanted, console.report)
-    sample_rows(source, options.pruning.calibration, PARITY_ROWS)
-    if data is not None or tuning.kind == "chat" or load_documents(None, split="tuning") is not None:
+    sample_rows(source, options.export(tuned=True).text, PARITY_ROWS)
+    if data != SELF or tuning.kind == "chat":
         wanted = Sequences(tuning.tokens // tuning.length, tuning.length, pruning.seed, skip)
         tuning_rows(source, data, wanted, tuning.kind, console.report)
 

@@ -31,7 +31,7 @@ class TuneCommand:
         str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _LEARNT, metavar="MODEL")
     ] = None
     data: Annotated[
-        str | None, Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA.", _LEARNT)
+        str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _LEARNT)
     ] = None
 
     def check(self) -> None:
@@ -105,9 +105,8 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
 
 
 def say_rows(rows: TuningRows, console: Console) -> None:
-    why = "; no text was given and SAAP_DATA is not set" if rows.self_written else ""
     part = "" if rows.kind == "text" else f", {rows.learnt} of {rows.ids.numel()} tokens are answers and learnt"
-    console.say(f"  tuning text: {rows.source}{part}{why}")
+    console.say(f"  tuning text: {rows.source}{part}")
     if rows.note:
         console.say(f"  {rows.note}")
 

@@ -24,7 +24,8 @@ from saap.models.weight_files import weights_bytes
 from saap.system.errors import UserError
 from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.documents import load_documents
+from saap.text.documents import SELF
+from saap.text.encoding import check_ids
 from saap.text.overlap import refuse_seen
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
 
@@ -108,12 +109,13 @@ def evaluate(
     Args:
         models: directories, names, or what else can be evaluated.
         reference: the dense model that KL and top-1 are against.
-        text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else text that the dense model writes.
-            With tasks there is a perplexity only where a text is given. Windows that are cut already are not checked.
+        text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else the sample that ships, and
+            ``self`` text that the dense model writes. With tasks there is a perplexity only where a text is given.
+            Windows that are cut already are not checked.
         keep: called with what is known so far, after the text and after each model's tasks.
 
     Raises:
-        UserError: no text, text that a model was calibrated or tuned on, models that do not compare, unknown tasks.
+        UserError: no such text, one that a model was calibrated or tuned on, models that do not compare, unknown tasks.
     """
     options, keep = options or EvalOptions(), keep or (lambda quality: None)
     check_options(options, on_text=text is not None or not options.tasks)
@@ -166,8 +168,8 @@ def windows_for(
     """
     base = next((subject for subject in subjects if subject.writes), subjects[0])  # the reference comes first
     source = None if text is None else str(text)
-    if source is None and not base.writes and load_documents(None, split="evaluation") is None:
-        raise UserError("there is no text to evaluate on: give --text FILE, or --reference MODEL to write some")
+    if source == SELF and not base.writes:
+        raise UserError("a bundle writes no text for itself: give --text FILE, or --reference MODEL to write some")
     windows, documents = evaluation_windows(base.path, source, options.cut, progress)
     if documents is not None:
         for subject in subjects:
@@ -175,6 +177,8 @@ def windows_for(
     for subject in subjects:
         if tokenizer_hash(load_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
             raise UserError(f"{subject.name} has another tokenizer than the first model: evaluate them one at a time")
+        if isinstance(subject, Directory):
+            check_ids(windows.ids, subject.path)
         positions, tokens = subject.positions(), windows.ids.shape[1]
         if tokens > positions:
             raise UserError(f"{subject.name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")

@@ -147,8 +147,8 @@ def open_writer(path: str | Path, option: str) -> PreTrainedModel:
     needs = whole_needs(path)
     if not fits(needs):
         raise UserError(
-            f"there is no text, and to write one itself the model needs {gigabytes(needs.memory_bytes)} of memory, "
-            f"{gigabytes(available_memory())} are free: give {option} FILE, or set SAAP_DATA to a folder of texts"
+            f"to write a text itself the model needs {gigabytes(needs.memory_bytes)} of memory, "
+            f"{gigabytes(available_memory())} are free: give {option} FILE, or leave {option} out"
         )
     return load_model(path)
 

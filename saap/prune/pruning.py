@@ -85,8 +85,8 @@ def prune(
     Args:
         model: a model directory, a GGUF file, a hub id or the name of a packaged model.
         output: the directory to write; new, empty, or an earlier output of saap.
-        calibration: ids [sequences, tokens] int64, or a text: a file or a data set id. None takes the text in
-            ``SAAP_DATA``, and without that the model writes one itself.
+        calibration: ids [sequences, tokens] int64, or a text: a file, a data set id, or ``self``, which the
+            model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
         progress: called as (label, done, total).
 
     Raises:

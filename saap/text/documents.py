@@ -1,8 +1,9 @@
 """Text for calibration, tuning and evaluation, and its way into token ids.
 
-Text comes from a file, a data set of a hub, or the directory that ``SAAP_DATA`` names. Where there is none, the dense
-model writes its own (:mod:`saap.text.self_written`). What a result is evaluated on must not be what the model was
-calibrated or tuned on: :mod:`saap.text.overlap` holds that.
+Text comes from a file or a data set of a hub. Where none is given it comes from the directory that ``SAAP_DATA`` names,
+else from the samples that ship with saap (:mod:`saap.text.samples`). Asked for ``self``, the dense model writes its own
+(:mod:`saap.text.self_written`). What a result is evaluated on must not be what the model was calibrated or tuned on:
+:mod:`saap.text.overlap` holds that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from devices.common.files import parse_json
 from saap.system.errors import UserError
 from saap.text.conversations import is_conversation, messages_of
 from saap.text.encoding import beginning, encode
+from saap.text.samples import EVALUATION, TRAINING, read_sample
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +31,13 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "tuning", "evaluation"]
 
+SELF = "self"  # what is given for text that the dense model writes
 # Files of the SAAP_DATA directory. Web pages, encyclopedia and instructions: no single style decides what is kept.
 TRAINING_FILES = ("c4_sample300.jsonl", "wikipedia_docs.jsonl.gz", "dolly_filtered3k.jsonl.gz")
 EVALUATION_FILE = "wikitext2_test_raw.txt"
+# What records call the samples.
+TRAINING_SAMPLES = "samples of saap: web, encyclopedia, instructions"
+EVALUATION_SAMPLE = "sample of saap: WikiText-2 test"
 
 # Documents that are read from a hub's data set at most: calibration needs a few hundred.
 HUB_DOCUMENTS = 4000
@@ -64,21 +70,24 @@ class Sequences:
 
 
 def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
-    """Read the documents of ``source``.
+    """The text for a purpose: the documents of ``source``, or of the default.
 
     Args:
         source: a text file, ``.jsonl`` or ``.json`` file (``text``, or ``instruction``/``input``/``output``), any of
             these with ``.gz``, or a data set id of a hub (``org/name`` or ``org/name:config``). None: the files in
-            the directory that ``SAAP_DATA`` names.
+            the directory that ``SAAP_DATA`` names, else the samples that ship.
         split: what the text is for; evaluation keeps a text file whole.
         seed: order in which the files of ``SAAP_DATA`` are mixed.
 
-    Returns None where ``source`` is None and ``SAAP_DATA`` is not set: let the dense model write its own text.
+    Returns None where ``source`` is ``self``: let the dense model write its own text.
 
-    Raises UserError: nothing there, nothing in it, a form that is not read, or a broken ``SAAP_DATA``.
+    Raises UserError: nothing there, nothing in it, a form that is not read, a broken ``SAAP_DATA`` or sample.
     """
     if source is None:
-        return _from_environment(split, seed)
+        named = os.environ.get("SAAP_DATA")
+        return _of_directory(Path(named), split, seed) if named else samples_of(split)
+    if source == SELF:
+        return None
     path = Path(source)
     if path.is_file():
         return documents_of(read_file(path, whole=split == "evaluation"), str(source))
@@ -164,19 +173,30 @@ def pack(
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
 
 
-def _from_environment(split: Split, seed: int) -> Documents | None:
-    named = os.environ.get("SAAP_DATA")
-    if not named:
-        return None
+def _of_directory(folder: Path, split: Split, seed: int) -> Documents:
+    """The text in the directory that ``SAAP_DATA`` names."""
     names = (EVALUATION_FILE,) if split == "evaluation" else TRAINING_FILES
-    missing = [name for name in names if not (Path(named) / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"SAAP_DATA names {named}, which lacks {', '.join(missing)}: mend it, unset it, or give a file")
+        raise UserError(
+            f"SAAP_DATA names {folder}, which lacks {', '.join(missing)}: mend it, unset it, or give a file"
+        )
     if split == "evaluation":
-        return documents_of(read_file(Path(named) / EVALUATION_FILE, whole=True), EVALUATION_FILE)
-    texts = [text for name in names for text in read_file(Path(named) / name)]
+        return documents_of(read_file(folder / EVALUATION_FILE, whole=True), EVALUATION_FILE)
+    texts = [text for name in names for text in read_file(folder / name)]
     random.Random(f"{split} {seed}").shuffle(texts)
     return documents_of(texts, " + ".join(names))
+
+
+def samples_of(split: Split) -> Documents:
+    """The text that ships: in one order, so that tuning can pass over what calibration took of it.
+
+    Raises UserError: a sample is damaged.
+    """
+    if split == "evaluation":
+        return documents_of([read_sample(EVALUATION)], EVALUATION_SAMPLE)
+    rows = (row for name in TRAINING for row in _json_rows(Path(name), read_sample(name)) or [])
+    return documents_of((_row_text(row, where) for where, row in rows), TRAINING_SAMPLES)
 
 
 def documents_of(texts: Iterable[str], source: str) -> Documents:

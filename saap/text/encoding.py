@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devices.common.tokenizer_file import tokenizing
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+# Of a text's beginning, read to see whether a tokenizer knows its letters.
+PROBED_CHARACTERS = 4000
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = False) -> list[int]:
@@ -26,3 +33,38 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     first = tokenizer.bos_token_id
     return [first] if first is not None and encode("a", tokenizer, add_special_tokens=True)[:1] == [first] else []
+
+
+def tokenizer_for(model_dir: Path, texts: Iterable[str], source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is to read the texts of ``source``.
+
+    Raises UserError: there is none, or more than half of the letters at the texts' beginning are unknown to it.
+    """
+    from saap.models.resolve import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir)
+    asked = ""
+    for text in texts:
+        asked += text[: PROBED_CHARACTERS - len(asked)]
+        if len(asked) >= PROBED_CHARACTERS:
+            break
+    ids = [token for token in encode(asked, tokenizer) if token != tokenizer.unk_token_id]
+    known, letters = (sum(map(str.isalnum, text)) for text in (tokenizer.decode(ids), asked))
+    if known < letters / 2:
+        raise UserError(
+            f"the tokenizer of {model_dir} knows {known} of the first {letters} letters of {source}: "
+            "give a text in a language of the model"
+        )
+    return tokenizer
+
+
+def check_ids(ids: torch.Tensor, model_dir: Path) -> None:
+    """Refuse token ids that a model does not have."""
+    from saap.models.checkpoint import read_config
+
+    vocabulary, highest = read_config(model_dir)["vocab_size"], int(ids.max())
+    if highest >= vocabulary:
+        raise UserError(
+            f"the tokenizer of {model_dir} gives token {highest} and the model has {vocabulary}: "
+            "copy the tokenizer files of the base model there"
+        )

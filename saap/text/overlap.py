@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from saap.system.errors import UserError
-from saap.text.documents import TRAINING_FILES, Documents, cut_text, documents_of, load_documents, read_file
+from saap.text.documents import (
+    TRAINING_FILES,
+    TRAINING_SAMPLES,
+    Documents,
+    cut_text,
+    documents_of,
+    load_documents,
+    read_file,
+    samples_of,
+)
 
 # Lines from this length on are taken to identify a text; shorter ones ("= = Reception = =") recur everywhere.
 TELLING_CHARACTERS = 80
@@ -67,8 +76,11 @@ def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 def _again(source: str, sha256: str) -> Documents | None:
     """The text itself, if it is still to be had."""
     try:
+        if source == TRAINING_SAMPLES:  # of any version: most of them stays
+            return samples_of("calibration")
         if source == " + ".join(TRAINING_FILES):  # their order, and so the hash, is of a seed
-            return load_documents(None, split="calibration")
+            documents = load_documents(None, split="calibration")
+            return documents if documents is not None and documents.source == source else None
         documents = documents_of(read_file(Path(source)), source) if Path(source).is_file() else None
     except UserError:
         return None

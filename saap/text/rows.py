@@ -1,6 +1,6 @@
 """Rows of token ids for calibration and tuning: packed text, or conversations of which only the answers are learnt.
 
-Text is the user's, that of SAAP_DATA, or written by the model itself.
+Text is the user's, that of SAAP_DATA, the samples that ship, or written by the model itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
 from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
-from saap.text.documents import Documents, Sequences, Split, checked_text, documents_of, load_documents, load_rows, pack
+from saap.text.documents import (
+    SELF,
+    Documents,
+    Sequences,
+    Split,
+    checked_text,
+    documents_of,
+    load_documents,
+    load_rows,
+    pack,
+)
+from saap.text.encoding import check_ids, tokenizer_for
 from saap.text.self_written import self_written
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
@@ -56,15 +67,16 @@ def training_rows(
         raise UserError(f"{count} sequences of {length} tokens teach nothing: give at least 1 of 2 tokens")
     check_length(model_dir, length)
     documents = load_documents(source, split=split, seed=seed)
-    tokenizer = load_tokenizer(model_dir)
     if documents is None:
         # Calibration and tuning draw from different seeds, so nothing has to be skipped.
         own_seed = 2 * seed + (split == "tuning")
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
-        ids = self_written(writer, tokenizer, Sequences(count, length, own_seed), progress=progress)
+        ids = self_written(writer, load_tokenizer(model_dir), Sequences(count, length, own_seed), progress=progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
     fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
+    tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed, fewer)[wanted.skip :]
+    check_ids(ids, model_dir)
     return Rows(ids, documents.source, documents.sha256, documents)
 
 
@@ -116,7 +128,7 @@ def tuning_rows(
     """Rows to tune on.
 
     Plain text is packed as for calibration (:func:`saap.text.documents.pack`) and every token of it is learnt.
-    Without a source (``SAAP_DATA``, or text that the model writes) it is always text.
+    The default, and what the model writes itself, are always text.
 
     Conversations are written with the model's chat template and only what the assistant says is learnt
     (:class:`saap.text.conversations.ChatEncoder`). They are shuffled with the seed and each is whole in one row: a
@@ -125,7 +137,7 @@ def tuning_rows(
     remains of a row is filled with the end-of-sequence token and not learnt. Rows do not depend on ``count``.
 
     Args:
-        model_dir: whose tokenizer, chat template and, without any source, words are taken.
+        model_dir: whose tokenizer, chat template and, for ``self``, words are taken.
         source: as for :func:`saap.text.documents.load_documents`; chat data is a ``.jsonl`` or ``.json`` file or
             a hub's data set with ``messages``, ``conversations`` or ``instruction``.
         kind: ``text`` reads chat data as plain text, an utterance a line. ``chat`` takes nothing else. ``auto`` takes
@@ -137,12 +149,13 @@ def tuning_rows(
     if kind not in KINDS:
         raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
     rows, note = None, None
-    if source is None and kind == "chat":
+    given = None if source == SELF else source
+    if given is None and kind == "chat":
         raise UserError("chat needs conversations: give a .jsonl file of them, or leave --kind chat out")
-    if source is not None and kind != "text":
-        rows, note = _chat_rows(model_dir, source, kind)
-    if rows is not None and source is not None:
-        return _chat(model_dir, rows, source, wanted)
+    if given is not None and kind != "text":
+        rows, note = _chat_rows(model_dir, given, kind)
+    if rows is not None and given is not None:
+        return _chat(model_dir, rows, given, wanted)
     text = training_rows(model_dir, source, "tuning", wanted, progress)
     return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note, text.documents)
 
@@ -193,7 +206,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
     named = source if Path(source).is_file() else f"data set {source}"
     said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
     documents = documents_of(said, named)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     encoder, left_out = ChatEncoder(tokenizer), [0]
     random.Random(wanted.seed).shuffle(talks)
 
@@ -214,6 +227,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
             f"{count} are needed{after}: give more conversations, or fewer --tokens"
         )
     ids = torch.tensor([row for row, _ in packed[skip:]], dtype=torch.int64)
+    check_ids(ids, model_dir)
     learnt = torch.tensor([row for _, row in packed[skip:]])
     labels = ids.masked_fill(~learnt, IGNORED)
     note = f"{left_out[0]} answers that begin after {length} tokens are left out" if left_out[0] else None

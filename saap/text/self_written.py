@@ -1,4 +1,4 @@
-"""Text that a model writes itself, where no other text is at hand."""
+"""Text that a model writes itself: no licence, and the model's own language."""
 
 from __future__ import annotations
 
@@ -55,11 +55,10 @@ def self_written(
     model.train(False)
     try:
         for begin in torch.split(torch.full((count, 1), first, dtype=torch.int64), BATCH):
-            share, done = len(begin) / count, BATCH * len(rows) / count
-            ids = begin
+            done, ids = BATCH * len(rows) * length, begin
             for ids in _continued(model, begin, length, generator):
                 if progress:
-                    progress("writing text with the dense model", done + share * ids.shape[1] / length, 1)
+                    progress("tokens written by the dense model", done + ids.numel(), count * length)
             rows.append(ids)
     finally:
         model.train(was_training)

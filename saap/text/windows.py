@@ -17,7 +17,7 @@ from devices.common.progress import Progress
 from devices.common.quality import Protocol
 from saap.system.errors import UserError
 from saap.text.documents import Documents, Sequences, load_documents
-from saap.text.encoding import beginning, encode
+from saap.text.encoding import beginning, encode, tokenizer_for
 from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
+
+# Of a text, so many characters for each token that is wanted are read first; English has four to five.
+CHARACTERS_A_TOKEN = 5
+MARGIN = 256  # tokens before the end of a part that its end may have changed
 
 
 @dataclass(frozen=True)
@@ -86,23 +90,22 @@ def joined(text: str, how: Join) -> str:
 def evaluation_windows(
     model_dir: Path, source: str | None, cut: Cut, progress: Progress | None = None
 ) -> tuple[Windows, Documents | None]:
-    """Windows for evaluation; from a text that the model writes itself, with None, where there is no other.
+    """Windows for evaluation, and their text; None is text that the model writes itself.
 
-    Raises UserError: no such text, or too little.
+    Raises UserError: no such text, too little, or one that the tokenizer does not know.
     """
     from saap.models.resolve import load_tokenizer
     from saap.models.streaming import open_writer
 
     documents = load_documents(source, split="evaluation")
-    tokenizer = load_tokenizer(model_dir)
     if documents is None:
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
-            raise UserError("there is no text to cut like that: give --text FILE")
-        model = open_writer(model_dir, "--text")
+            raise UserError("text that the model writes is not cut like that: give --text FILE")
+        tokenizer, model = load_tokenizer(model_dir), open_writer(model_dir, "--text")
         wanted = Sequences(cut.max_chunks, cut.chunk)
         ids = self_written(model, tokenizer, wanted, held_out=True, progress=progress)
         return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
-    return windows_of(documents, tokenizer, cut), documents
+    return windows_of(documents, tokenizer_for(model_dir, documents.texts, documents.source), cut), documents
 
 
 def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cut) -> Windows:
@@ -112,7 +115,8 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
     """
     import torch
 
-    ids = encode(joined(documents.text, cut.join), tokenizer)
+    most = None if cut.max_chunks is None else cut.chunk + (cut.max_chunks - 1) * cut.step
+    ids = _first_ids(joined(documents.text, cut.join), tokenizer, most)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
         raise UserError(
@@ -127,6 +131,20 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     counted[1:, : max(0, counted.shape[1] - cut.step)] = False
     return given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+
+
+def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[int]:
+    """The first ``most`` token ids of a text; what lies far behind them is not read.
+
+    Where a text ends changes the tokens there, not those before: the last ``MARGIN`` of a part are not taken.
+    """
+    size = len(text) if most is None else CHARACTERS_A_TOKEN * (most + MARGIN)
+    while most is not None and size < len(text):
+        ids = encode(text[:size], tokenizer)
+        if len(ids) >= most + MARGIN:
+            return ids[:most]
+        size *= 2
+    return encode(text, tokenizer)[:most]
 
 
 def given_windows(

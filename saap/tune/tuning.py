@@ -83,8 +83,9 @@ def tune(
     Args:
         model: a directory or a name.
         teacher: the dense model, whose next-token distribution is learnt too.
-        data: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else text that the model writes. Rows
-            that are cut already are used once, in this order; plain ids [sequences, tokens] are learnt whole.
+        data: a text, .jsonl or .gz file, or a data set id; ``self`` is text that the model writes, None SAAP_DATA,
+            else the samples that ship. Rows that are cut already are used once, in this order; plain ids
+            [sequences, tokens] are learnt whole.
 
     Raises:
         DivergedError: a loss that is not finite; the best state before it was written to ``output``.

@@ -202,7 +202,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     few = [word for each in ("sequences=8", "length=32", "chunk=64", "max_chunks=4") for word in ("--set", each)]
     arguments = ["run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
                  "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
-                 "--set", "learning_rate=0.01"]  # fmt: skip
+                 "--set", "learning_rate=0.01",
+                 "--calibration", "self", "--text", "self"]  # fmt: skip
     said = here(*arguments).stdout
     assert "slim-int4, pp128+tg128, 1 thread: decode" in said or "not comparable with dense-int4" in said
     sizes = [(out / name / "model.onnx.data").stat().st_size for name in ("slim-int4", "dense-int4")]

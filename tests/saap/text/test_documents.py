@@ -84,8 +84,6 @@ def test_no_such_text_and_broken_directories(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=says):
             load_documents(None, split=split)
-    monkeypatch.delenv("SAAP_DATA")
-    assert load_documents(None, split="calibration") is None
 
 
 def test_data_set_id(monkeypatch):
