@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wrong := [shape for shape in given.what if shape not in SHAPES]:
         parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, table, or plot FILE")
     if "SAAP_DATA" not in os.environ:
-        raise SystemExit("set SAAP_DATA to a folder of texts: a model this large does not write its own")
+        raise SystemExit("set SAAP_DATA to the folder of texts that the cells are of")
     PLACE.mkdir(parents=True, exist_ok=True)
     for shape in given.what:
         measure(shape, given.phases.split(","), given.steps)
