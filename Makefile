@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV5 ?= .venv-transformers5
 BIN := $(VENV)/bin
-# Text for calibration, tuning and evaluation, where a developer has it beside the checkout.
+# Text that the studies are of, where a developer has it beside the checkout; the tests find it themselves.
 DATA := $(abspath ../shared/data)
 ifneq ($(wildcard $(DATA)/c4_sample300.jsonl),)
-export SAAP_DATA ?= $(DATA)
+studies: export SAAP_DATA ?= $(DATA)
 endif
 
 .PHONY: coverage demo studies test test-slow test-transformers5 lint clean
