@@ -51,10 +51,6 @@ class Rows:
     sha256: str | None
     documents: Documents | None
 
-    @property
-    def self_written(self) -> bool:
-        return self.documents is None
-
     def lineage(self) -> dict[str, object]:
         return {"source": self.source, "text_sha256": self.sha256}
 
@@ -110,10 +106,6 @@ class TuningRows:
     def learnt(self) -> int:
         """Tokens that are predicted and learnt, over all rows."""
         return int((self.labels[:, 1:] != IGNORED).sum())
-
-    @property
-    def self_written(self) -> bool:
-        return self.documents is None
 
     def lineage(self) -> dict[str, object]:
         """What a record says about the text; the ids' hash tells rows of one text apart."""
