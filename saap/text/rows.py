@@ -22,7 +22,6 @@ from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
 from saap.text.documents import (
     SELF,
-    Documents,
     Sequences,
     Split,
     checked_text,
@@ -44,12 +43,11 @@ FEWEST_ROWS = 4  # that are parted into rows to learn from and rows held out
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids [rows, tokens] and where they are from; ``documents`` is None for text the model wrote itself."""
+    """Token ids [rows, tokens] and where they are from; ``sha256`` is None for text the model wrote itself."""
 
     ids: torch.Tensor
     source: str
     sha256: str | None
-    documents: Documents | None
 
     def lineage(self) -> dict[str, object]:
         return {"source": self.source, "text_sha256": self.sha256}
@@ -68,12 +66,12 @@ def training_rows(
         own_seed = 2 * seed + (split == "tuning")
         writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
         ids = self_written(writer, load_tokenizer(model_dir), Sequences(count, length, own_seed), progress=progress)
-        return Rows(ids, f"written by the dense model (seed {own_seed})", None, None)
+        return Rows(ids, f"written by the dense model (seed {own_seed})", None)
     fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
     tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed, fewer)[wanted.skip :]
     check_ids(ids, model_dir)
-    return Rows(ids, documents.source, documents.sha256, documents)
+    return Rows(ids, documents.source, documents.sha256)
 
 
 def check_length(model_dir: Path, length: int) -> None:
@@ -97,7 +95,6 @@ class TuningRows:
     sha256: str | None  # over the text; None for text that the model wrote itself
     kind: str  # ``text`` or ``chat``
     note: str | None = None  # what the user should be told about how the data was read
-    documents: Documents | None = None  # to hold against an evaluation's text; None as ``sha256``
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,7 +146,7 @@ def tuning_rows(
     if rows is not None and given is not None:
         return _chat(model_dir, rows, given, wanted)
     text = training_rows(model_dir, source, "tuning", wanted, progress)
-    return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note, text.documents)
+    return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note)
 
 
 def held_out(rows: TuningRows, share: float) -> tuple[TuningRows, TuningRows]:
@@ -223,7 +220,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
     learnt = torch.tensor([row for _, row in packed[skip:]])
     labels = ids.masked_fill(~learnt, IGNORED)
     note = f"{left_out[0]} answers that begin after {length} tokens are left out" if left_out[0] else None
-    return TuningRows(ids, labels, named, documents.sha256, "chat", note, documents)
+    return TuningRows(ids, labels, named, documents.sha256, "chat", note)
 
 
 def _pack(samples: Iterable[Sample], length: int, count: int, filler: int) -> list[Sample]:

@@ -33,7 +33,7 @@ def test_asked_planned_achieved(tiny_model, tmp_path, ratio):
 
 
 def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
-    path, rows = tiny_model(), Rows(IDS, "dice", None, None)
+    path, rows = tiny_model(), Rows(IDS, "dice", None)
     result = prune(path, PruneOptions(ratio=0.2), output=tmp_path / "slim", calibration=rows)
     record = json.loads((tmp_path / "slim/saap.json").read_text())
     lineage = record["lineage"]
