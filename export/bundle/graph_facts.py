@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)[./]")
 _MATRIX = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Transpose")
+_INTEGERS = {"MatMulNBits": 1, "DequantizeLinear": 0}  # the input that is the matrix
 _EMPTY_DOMAIN = "ai.onnx"
 _BITS = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2, "bfloat16": 16}  # of types that numpy has not
 
@@ -90,7 +91,7 @@ class GraphFacts:
         """The integer matrices by node, bits, group size and accuracy level, the most bytes first."""
         found: dict[tuple[str, int, int, int | None], list[int]] = defaultdict(list)
         for node in self.nodes:
-            position = {"MatMulNBits": 1, "DequantizeLinear": 0}.get(node.kind.split(":")[-1])
+            position = _INTEGERS.get(node.kind.split(":")[-1])
             if position is None or node.inputs[position] not in self.tensors:
                 continue
             parts = [self.tensors[name] for name in node.inputs[position:] if name in self.tensors]
@@ -162,6 +163,8 @@ def _facts_of(model: ModelProto) -> GraphFacts:
 def _node(node: NodeProto) -> Node:
     integers = {a.name: int(a.i) for a in node.attribute if a.type == a.INT}
     kind = node.op_type if node.domain in ("", _EMPTY_DOMAIN) else f"{node.domain}:{node.op_type}"
+    if len(node.input) <= _INTEGERS.get(node.op_type, -1):
+        raise ValueError(f"{node.op_type} {node.name[:40]!r} has no matrix among its {len(node.input)} inputs")
     return Node(kind, node.name, tuple(node.input), integers)
 
 

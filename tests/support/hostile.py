@@ -271,7 +271,10 @@ def _seven(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, helper.make_node("Reshape", ["input_ids", "sizes"], ["seven"]))
 
 
-INSPECTED = {"data-no-number": BUNDLES["graph-data-no-number"]}
+INSPECTED = {
+    "data-no-number": BUNDLES["graph-data-no-number"],
+    "matrix-without-inputs": _graph(lambda m: m.graph.node.append(helper.make_node("DequantizeLinear", [], ["y"]))),
+}
 for field, value in {
     "base_sha256": 5, "plan": {"planned": {"ratio": "x"}}, "matrices": {"a": {}}, "versions": [1], "tuning": "a text",
 }.items():  # fmt: skip
