@@ -58,6 +58,10 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     """
     from devices.common.outputs import QUALITY as OF_EVAL
     from devices.common.outputs import check_place
+    from saap.models.resolve import kind_of
+
+    for each in filter(None, (*paths, options.reference)):
+        kind_of(each)  # before what takes seconds to import
     from saap.evaluate.evaluation import check_options, subjects_of, windows_for
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
 

@@ -66,6 +66,9 @@ def show_inside(bundle: Path, as_json: bool) -> None:
 
 
 def export_model(model: str | Path, out: Path, options: ExportOptions, console: Console) -> None:
+    from saap.models.resolve import kind_of
+
+    kind_of(model)  # before what takes seconds to import
     from export.write import export as write
 
     result = write(model, options, output=out, progress=console.report)

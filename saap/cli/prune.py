@@ -83,7 +83,9 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
 
 def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, name: str | None = None) -> None:
     """Prune, and show the plan; ``name`` is what the record calls the base model."""
-    from saap.models.resolve import resolve
+    from saap.models.resolve import kind_of, resolve
+
+    kind_of(model)  # before what takes seconds to import
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.system.files import RECORD, check_output

@@ -85,7 +85,10 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
 
 
 def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
-    from saap.models.resolve import resolve
+    from saap.models.resolve import kind_of, resolve
+
+    for each in filter(None, (slim, asked.teacher)):
+        kind_of(each)  # before what takes seconds to import
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
     from saap.tune.tuning import check_model, tuning_text

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from devices.common.files import cache_directory, read_whole, sha256_file
 from devices.common.progress import Progress
@@ -43,18 +43,35 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
     """
     report = progress or (lambda *_: None)
     cache = cache_dir or cache_directory()
+    kind, path = kind_of(name), Path(name)
+    if kind == "directory":
+        return _checked(path)
+    if kind == "file":
+        return _from_gguf(path, cache, report)
+    if kind == "package":
+        return _from_package(str(name), cache, report)
+    return _checked(_from_hub(str(name), report))
+
+
+def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
+    """What a model's name is of; nothing is read. Raises UserError: of nothing."""
     path = Path(name)
     if path.is_dir():
-        return _checked(path)
+        return "directory"
     if path.is_file():
-        return _from_gguf(path, cache, report)
+        return "file"
     if str(name) in PACKAGED:
-        return _from_package(str(name), cache, report)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        return _checked(_from_hub(str(name), report))
-    raise UserError(
-        f"no model {str(name)!r}: give a directory, a GGUF file, a hub id (org/name) or one of {', '.join(PACKAGED)}"
-    )
+        return "package"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise UserError(
+            f"no model {str(name)!r}: give a directory, a GGUF file, a hub id (org/name) or one of "
+            f"{', '.join(PACKAGED)}"
+        )
+    if path.parent.is_dir():
+        raise UserError(
+            f"no directory {name} in {path.parent}: check the name; as a hub id it counts where there is no such folder"
+        )
+    return "hub"
 
 
 def copy_sidecars(src: Path, dst: Path) -> None:
