@@ -27,6 +27,9 @@ class ExportOptions:
         Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or as tuned.", old=("--group",))
     ] = None
     head_bits: Annotated[Literal[4, 8] | None, Option("Bits of embedding and head; default: as --bits.")] = None
+    integers: Annotated[
+        Literal["gptq", "nearest"], Option("Error-compensating, by the text, or each weight by itself.")
+    ] = "gptq"
     kv_bits: Annotated[Literal[8, 32], Option("Bits of the KV cache.", flags=("--kv",))] = 32
     dotprod: Annotated[bool, Option("For Raspberry Pi 3 and 4, which lack dot products.", flags=("--no-dotprod",))] = (
         True
@@ -62,17 +65,18 @@ class ExportOptions:
         if self.target != "portable":
             refuse_unused(self, ("graph_writer",), "--target portable")
         if self.target == "gguf":
-            refuse_unused(self, ("onnxruntime", "group_size", "parity", "text"), "bundles, and a GGUF file is none")
+            none = ("onnxruntime", "group_size", "integers", "parity", "text")
+            refuse_unused(self, none, "bundles, and a GGUF file is none")
         else:
             refuse_unused(self, ("gguf_type",), "--target gguf")
         if self.gguf_type:
             refuse_unused(self, ("bits",), "a choice of type by bits, and --type names one")
         elif self.bits in (16, 32) and self.target != "gguf":
             self.check_floats()
-        if self.parity == "none" and self.kv_bits == 32:
-            refuse_unused(self, ("text",), "parity and the scales of --kv 8")
+        if self.parity == "none" and self.kv_bits == 32 and self.integers == "nearest":
+            refuse_unused(self, ("text",), "parity, gptq, and the scales of --kv 8")
 
     def check_floats(self) -> None:
         """Refuse what is said of integers where there are none."""
-        names = ("group_size", "head_bits", "accuracy_level")
+        names = ("group_size", "head_bits", "integers", "accuracy_level")
         refuse_unused(self, names, "integers, and these weights are floats", "give --bits 4 or 8")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -30,6 +32,8 @@ from saap.models.resolve import copy_sidecars, resolve
 from saap.models.slim_quant import quant_of
 from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
+from saap.quantize.groups import IntegerForm
+from saap.quantize.integers import write_integers
 from saap.system.errors import UserError
 from saap.system.files import check_output, read_object, writing_directory
 from saap.system.needs import check_disk, check_memory
@@ -37,6 +41,7 @@ from saap.text.documents import load_documents, pack
 from saap.text.encoding import check_ids, tokenizer_for
 
 CACHE_ROWS = 16
+GPTQ_ROWS = 16  # of PARITY_TOKENS each
 
 Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows, tokens], and where they come from
 
@@ -83,7 +88,27 @@ def export(
     if options.target == "gguf":
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
-    return ExportResult(output, write_bundle(path, output, options, partial(sample_rows, path, options.text), progress))
+    rows = partial(sample_rows, path, options.text)
+    with _integers(path, output, options, rows, progress) as source:
+        return ExportResult(output, write_bundle(source, output, options, rows, progress))
+
+
+@contextmanager
+def _integers(
+    path: Path, output: Path, options: ExportOptions, rows: Rows, progress: Progress | None
+) -> Iterator[Path]:
+    """The directory that is written: where floats become integers, one whose integers the text has chosen."""
+    source = ModelSource(path)
+    if source.quant or options.integers == "nearest":
+        yield path
+        return
+    precision = graph_writer(source, replace(options, kv_bits=32)).precision  # which refuses what cannot be written
+    if precision.bits not in (4, 8):
+        yield path
+        return
+    form = IntegerForm(precision.bits, precision.group_size, precision.head_bits)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
+        yield write_integers(path, Path(place) / "integers", form, *rows(GPTQ_ROWS), progress)
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
@@ -180,7 +205,8 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
         eos_token_ids=_eos_ids(source),
         onnxruntime_min=writer.onnxruntime_min,
         lineage={
-            "model_sha256": weights_hash(source.directory),
+            "model_sha256": record.get("integers", {}).get("from_sha256") or weights_hash(source.directory),
+            **({"integers": record["integers"]} if "integers" in record else {}),
             "head_bits": precision.head_bits,
             **({"matrices": precision.matrices} if precision.matrices else {}),
             "method": record.get("method"),

@@ -101,6 +101,17 @@ class Tuning(TypedDict, total=False):
     from_sha256: str
 
 
+class Integers(TypedDict, total=False):
+    """How a directory's integers were chosen without training, and from what; ``sha256`` is the ids'."""
+
+    method: str
+    sequences: Count
+    tokens: Count  # of each
+    sha256: str
+    source: str
+    from_sha256: str
+
+
 class Record(TypedDict, total=False):
     """The whole file; ``options`` are those that lead to the same plan."""
 
@@ -110,6 +121,7 @@ class Record(TypedDict, total=False):
     options: dict[str, object]
     lineage: Lineage
     tuning: Tuning
+    integers: Integers
     files: dict[str, FileHash]
 
 

@@ -1,0 +1,54 @@
+"""A model directory of integers that calibration text chose, without training."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from devices.common.progress import Progress
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.record import read_record
+from saap.models.streaming import load_streamed, settle
+from saap.models.weight_files import weights_hash
+from saap.quantize.gptq import compensated_matrices
+from saap.quantize.groups import IntegerForm, quantize_model
+from saap.quantize.needs import choosing_needs, integer_bytes
+from saap.system.allocator import kept_memory
+from saap.system.needs import PROCESS, Needs, fits
+from saap.system.precision import fast_float32
+
+
+@fast_float32()
+@kept_memory()
+def write_integers(
+    model_dir: Path, out: Path, form: IntegerForm, rows: torch.Tensor, text: str, progress: Progress | None = None
+) -> Path:
+    """Write a directory that holds error-compensated integers (:mod:`saap.quantize.gptq`) in place of floats.
+
+    Args:
+        rows: calibration ids [sequences, tokens].
+        text: where they come from, for the record.
+
+    Raises UserError: widths that are not whole groups, or activations that overflow.
+    """
+    config, record, weights = read_config(model_dir), read_record(model_dir), weights_hash(model_dir)
+    shape = shape_of(config)
+    whole = Needs({"the process": PROCESS, "integers": integer_bytes(shape, form.bits, form.group_size),
+                   **choosing_needs(shape, streamed=False)})  # fmt: skip
+    model = load_model(model_dir) if fits(whole) else load_streamed(model_dir)
+    matrices = compensated_matrices(model, rows, form, progress)
+    quant = quantize_model(model, form.bits, form.group_size, form.head_bits, matrices)
+    del matrices
+    settle(model)
+    record["integers"] = {
+        "method": "gptq",
+        "sequences": rows.shape[0],
+        "tokens": rows.shape[1],
+        "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        "source": text,
+        "from_sha256": weights,
+    }
+    return write_slim(out, model_dir, slim_config(config, shape, quant), iter(model.state_dict().items()), record)
