@@ -21,6 +21,7 @@ from bench.child import ChildFailedError, call
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
+from bench.judge.wording import threads as counted
 from bench.measure.cores import choose_cores
 from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
@@ -102,7 +103,7 @@ def measure_costs(
         cpus, processes = choose_cores(count), []
         for index, group in enumerate(groups):
             if progress:
-                progress(f"timing operators, {count} threads", turn * len(groups) + index, len(threads) * len(groups))
+                progress(f"timing operators, {counted(count)}", turn * len(groups) + index, len(threads) * len(groups))
             job = CostsJob([str(bundles[i]) for i in group], count, cpus, options.depth, options.seconds)
             processes.append(_process(job, group, options.timeout_s))
         bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])

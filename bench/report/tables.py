@@ -17,6 +17,12 @@ FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
+# Which columns go first where a screen is narrow.
+LEAST = (
+    "available drop MB", "PSS MB", "files MB", "private MB", "warm-up steps", "cold load ms", "p90 ms", "read GB/s",
+    "peak load MB", "decode IQR", "% of ceiling", "first token ms", "KV MB", "model MB",
+)  # fmt: skip
+
 Row = dict[str, str | int | float | list[str] | None]
 Column = tuple[str, Callable[[Row], str]]
 

@@ -70,6 +70,7 @@ _COLUMNS: dict[str, Callable[[Verdict], str]] = {
 SPEED = ("name", "test", "of", "ratio", "95 %", "p", "verdict")
 DEVICE = ("of", "baseline", "now", "now / baseline", "95 %", "verdict")
 QUALITY = ("measure", "pairs", "old", "new", "difference", "95 %", "verdict")
+LEAST = ("p", "pairs", "of", "95 %", "old", "baseline")  # go first where a screen is narrow
 SUMMARY = ("verdict", "name", "test", "of", "ratio", "95 %", "p", "reason")
 
 

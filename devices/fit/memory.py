@@ -162,7 +162,7 @@ def usable_memory(numbers: Mapping[str, float | None], given: int | None = None)
     else:
         return None
     system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * seen))
-    return round(seen) - system, f"{how}, less {system / 2**20:.0f} MiB for the system"
+    return round(seen) - system, f"{how} ({seen / 1e6:.0f} MB), less {system / 1e6:.0f} MB for the system"
 
 
 def _gib(size: float) -> str:

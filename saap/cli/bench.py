@@ -211,7 +211,7 @@ def print_document(result: Result, json_path: Path | None) -> None:
 
 def show_result(result: Result, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
-    from bench.report.tables import detail_table, energy_notes, main_table
+    from bench.report.tables import LEAST, detail_table, energy_notes, main_table
 
     counts = sorted({len(m.samples) for m in result.measurements})
     runs = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -219,7 +219,7 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
     several = len({m.key[1:4] for m in result.measurements}) > 1
     what = "" if several else f"{first.test}, "
     for table, title in ((main_table(result), f"{what}medians of {runs} interleaved runs"), (detail_table(result), "")):
-        print_table(title, table.header, table.rows)
+        print_table(title, table.header, table.rows, LEAST)
     for note in energy_notes(result):
         click.echo(f"  {note}")
     show_reasons(result)
@@ -307,7 +307,7 @@ def _label(text: str) -> str:
 
 
 def _side_by_side(measured: dict[str, Result]) -> None:
-    from bench.report.tables import main_table
+    from bench.report.tables import LEAST, main_table
 
     tables = {url: main_table(result) for url, result in measured.items()}
     columns = list(dict.fromkeys(column for table in tables.values() for column in table.header))
@@ -316,4 +316,4 @@ def _side_by_side(measured: dict[str, Result]) -> None:
         for row in table.rows:
             cells = dict(zip(table.header, row, strict=True))
             rows.append([url, *(cells.get(column, "-") for column in columns)])
-    print_table("side by side", ["board", *columns], rows)
+    print_table("side by side", ["board", *columns], rows, LEAST)

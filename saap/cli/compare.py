@@ -143,10 +143,10 @@ def _is_result(spec: str) -> bool:
 
 
 def show_comparison(comparison: Comparison) -> None:
-    from bench.report.verdicts import SPEED, sentence, verdict_table
+    from bench.report.verdicts import LEAST, SPEED, sentence, verdict_table
 
     table = verdict_table(comparison.rows, SPEED)
-    print_table("time, new / old", table.header, table.rows)
+    print_table("time, new / old", table.header, table.rows, LEAST)
     for row in comparison.rows:
         if row.reason or row.confirmed:
             click.echo(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
@@ -167,7 +167,7 @@ def _write_verdicts(comparison: Comparison, asked: CompareCommand, json_path: Pa
 def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, json_path: Path | None) -> int:
     """Show what became better or worse; the exit code."""
     from bench.judge.quality import compare_quality, exit_code, read_quality
-    from bench.report.verdicts import QUALITY, quality_json, verdict_table
+    from bench.report.verdicts import LEAST, QUALITY, quality_json, verdict_table
     from saap.system.files import write_document
 
     if not both:
@@ -180,7 +180,7 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
     pairs = dict.fromkeys((row.against, row.name) for row in rows)
     for pair in pairs:
         table = verdict_table([row for row in rows if (row.against, row.name) == pair], QUALITY)
-        print_table(" -> ".join(filter(None, pair)), table.header, table.rows)
+        print_table(" -> ".join(filter(None, pair)), table.header, table.rows, LEAST)
     for row in rows:
         if row.reason:
             click.echo(shown(f"  {row.what}: {row.reason}"))

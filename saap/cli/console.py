@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,6 +18,7 @@ import click
 if TYPE_CHECKING:
     from saap.models.record import Counts, Kept
 
+WIDTH, MOST_WIDE = 120, 60  # of a table where there is no terminal, and of a column
 PLAIN_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
@@ -154,31 +157,56 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]], least: Sequence[str] = ()) -> None:
     """A table for people on standard output; columns of numbers stand on the right.
 
-    Cells do not break into lines: a number in two pieces cannot be read. They are shown as they are: brackets, such as
-    those of an address of IPv6, are no markup.
+    Numbers do not break into lines: one in two pieces cannot be read. Where a terminal (or ``COLUMNS``) is too narrow,
+    columns go in the order of ``least`` and are named below. Cells are shown as they are: brackets, such as those of an
+    address of IPv6, are no markup.
     """
     from rich import box
     from rich.console import Console as RichConsole
     from rich.table import Table
 
+    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    shown_columns = [_Column.of(name, [row[index] for row in rows]) for index, name in enumerate(columns)]
+    left_out = []
+    for name in least:
+        if sum(column.width + 1 for column in shown_columns) < width:
+            break
+        left_out += [column.name for column in shown_columns if column.name == name]
+        shown_columns = [column for column in shown_columns if column.name != name]
     table = Table(title=shown(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    for index, column in enumerate(columns):
-        cells = [row[index] for row in rows]
-        numeric = all(cell == "-" or cell[:1].isdigit() for cell in cells)
-        width = max(map(len, cells), default=0)
+    for column in shown_columns:
         table.add_column(
-            column.replace(" ", "\n") if numeric else column,  # headings in lines keep columns narrow
-            justify="right" if numeric else "left",
-            overflow="fold",
-            min_width=min(width, 28),
-            max_width=60,
-        )
-    for row in rows:
-        table.add_row(*map(shown, row))
-    RichConsole(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+            column.heading, justify="right" if column.numeric else "left", overflow="fold", no_wrap=column.numeric,
+            max_width=MOST_WIDE,
+        )  # fmt: skip
+    for cells in zip(*(column.cells for column in shown_columns), strict=True):
+        table.add_row(*map(shown, cells))
+    console = RichConsole(width=width, markup=False, highlight=False)
+    console.print(table)
+    if left_out:
+        console.print(f"  not shown at {width} columns: {', '.join(left_out)}")
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    cells: list[str]
+    numeric: bool
+
+    @classmethod
+    def of(cls, name: str, cells: list[str]) -> _Column:
+        return cls(name, cells, all(cell == "-" or cell[:1].isdigit() for cell in cells))
+
+    @property
+    def heading(self) -> str:
+        return self.name.replace(" ", "\n") if self.numeric else self.name  # in lines it keeps a column narrow
+
+    @property
+    def width(self) -> int:
+        return min(MOST_WIDE, max(map(len, [*self.heading.split("\n"), *self.cells])))
 
 
 def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:

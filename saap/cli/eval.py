@@ -169,7 +169,8 @@ def show_quality(quality: Quality) -> None:
         f"{protocol.text}: {protocol.chunks} chunks of {protocol.chunk} tokens, {overlap}, "
         f"{'BOS' if protocol.bos else 'no BOS'}, lines {protocol.join}, {protocol.predictions} predictions"
     )
-    print_table(title, ["model", "perplexity", "NLL", "KL to dense", "top-1", "M params", "MB"], rows)
+    columns = ["model", "perplexity", "NLL", "KL to dense", "top-1", "M params", "MB"]
+    print_table(title, columns, rows, ("M params", "MB"))
 
 
 def show_tasks(quality: Quality) -> None:

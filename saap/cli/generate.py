@@ -174,6 +174,9 @@ def _typed() -> Iterator[str]:
         try:
             line = input("> ")
             check_text(line)
+        except ValueError:  # a byte that a paste brought
+            click.echo("[this is not UTF-8 text: type or paste it anew]", err=True)
+            continue
         except EOFError:
             click.echo(err=True)
             return

@@ -171,8 +171,9 @@ def test(bundle: str, options: TestCommand) -> None:
     from bench.judge.baselines import NoBaselineError, checked_folder
     from bench.judge.regression import Limits, keep_tested, retest
     from bench.judge.verdict import NOT_COMPARABLE, SAME
+    from bench.judge.wording import threads
     from bench.remote.target import target
-    from bench.report.verdicts import DEVICE, Case, device_junit, junit, sentence, verdict_table
+    from bench.report.verdicts import DEVICE, LEAST, Case, device_junit, junit, sentence, verdict_table
     from devices.common.files import write_text
     from devices.common.outputs import JUNIT, RESULT, check_folder, check_place
     from devices.probe.host import probe
@@ -212,8 +213,8 @@ def test(bundle: str, options: TestCommand) -> None:
     show_reasons(found.results[-1])
     (m,) = found.results[-1].measurements
     table = verdict_table(found.checks, DEVICE)
-    title = f"{found.baseline.name}, {m.test}, {m.n_threads} threads, against its baseline"
-    print_table(title, table.header, table.rows)
+    title = f"{found.baseline.name}, {m.test}, {threads(m.n_threads)}, against its baseline"
+    print_table(title, table.header, table.rows, LEAST)
     for check in found.checks:
         if check.verdict != SAME or check.reason:
             click.echo(f"  {sentence(check)}")

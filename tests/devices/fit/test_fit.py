@@ -224,7 +224,7 @@ def test_memory_of_a_board_by_hand() -> None:
     gib = 1 << 30
     assert usable_memory({"memory_visible": 7620 << 20, "memory_capacity": 8 * gib}) == (
         (7620 - 775) << 20,
-        "the 7.44 GiB that its system sees, less 775 MiB for the system",
+        "the 7.44 GiB that its system sees (7990 MB), less 813 MB for the system",
     )
     assert usable_memory({"memory_capacity": 16 * gib})[0] == round(0.93 * 16 * gib) - SYSTEM_BYTES
     smallest = usable_memory({"memory_capacity": None, "memory_smallest": gib})

@@ -239,6 +239,9 @@ def test_a_conversation_at_a_terminal(tiny_model, tmp_path):
     at.type("/reset\n")
     at.until("[a new conversation]")
     at.until("> ", 4)
+    os.write(at.master, b"caf\xe9\n")
+    at.until("[this is not UTF-8 text")
+    at.until("> ", 5)
     at.type("\x04")
     assert at.process.wait(30) == 0
     os.close(at.master)
