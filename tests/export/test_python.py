@@ -5,11 +5,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from export import ExportOptions, export
 from export.bundle.manifest import read_manifest
 from export.generate import GenerateOptions, generate
+from export.generate.scoring import BundleScorer
+from export.options import PARITY_TOKENS
+from export.write import sample_rows
+from saap.models.checkpoint import load_model
+from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "numpy"}
@@ -41,6 +47,8 @@ def test_a_gguf_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
         ({"target": "cuda", "bits": 32}, "32 bits are not supported for the cuda target; allowed: 4, 8, 16"),
         ({"target": "portable", "kv_bits": 8}, "--kv is for --target cpu: leave it out"),
         ({"target": "gguf", "parity": "none"}, "--parity is for bundles, and a GGUF file is none"),
+        ({"target": "gguf", "integers": "nearest"}, "--integers is for bundles, and a GGUF file is none"),
+        ({"bits": 32, "integers": "nearest"}, "--integers is for integers, and these weights are floats"),
         ({"gguf_type": "F16"}, "--type is for --target gguf"),
         ({"target": "tpu"}, "--target tpu is not allowed: give cpu, cuda, portable or gguf"),
         ({"group_size": 48}, "--group-size 48 is not allowed: give 32, 64 or 128"),
@@ -59,3 +67,18 @@ def test_options_import_nothing_heavy_and_what_runs_on_a_board_no_torch() -> Non
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_dense_model_s_integers_are_chosen_by_text(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Worse one by one, they compute nearer to what the floats compute; the bundle is still of the floats."""
+    path, errors = tiny_model(), {}
+    for integers in ("nearest", "gptq"):
+        out = tmp_path / integers
+        manifest = export(path, ExportOptions(integers=integers, accuracy_level=0), output=out).manifest
+        assert manifest.lineage["model_sha256"] == weights_hash(path)
+        ids, _ = sample_rows(path, None, 1)
+        wanted = load_model(path)(ids).logits.detach().numpy()
+        errors[integers] = float(np.square(BundleScorer(out).logits(ids.numpy()) - wanted).mean())
+    assert errors["gptq"] < 0.8 * errors["nearest"]
+    assert manifest.lineage["integers"]["tokens"] == PARITY_TOKENS
+    assert sorted(place.name for place in tmp_path.iterdir() if place.is_dir()) == ["gptq", "nearest", "tiny"]
