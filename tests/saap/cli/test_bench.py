@@ -102,7 +102,9 @@ def test_a_workflow_gets_its_files_and_exit_codes(
     assert ElementTree.parse(tmp_path / "j.xml").find(".//failure") is not None
     assert "slower" in (tmp_path / "summary.md").read_text()
     here("compare", results["old"], results["slow"])  # without --fail-on it only tells
-    here("compare", results["old"], results["old"], "--fail-on", "regression")
+    unclear = ("compare", results["old"], results["old"], "--fail-on", "regression")
+    assert "cannot tell" in here(*unclear, code=3).stdout
+    here(*unclear, "--min-effect", "0.5")
     assert "the host swapped" in here("compare", results["old"], results["bad"], code=3).stdout
 
 

@@ -73,7 +73,7 @@ UNUSED = {
     "export slim -o o --target portable --ort 1.16": "ONNX Runtime 1.16 is too old, 1.20 or newer is needed",
     "export slim -o o --set graph_writer=optimum": "graph_writer is for --target portable",
     "export slim -o o --target portable --set graph_writer=optimum": "optimum writes uniform float32 LLaMA models",
-    "export slim -o o --parity none --text long.txt": "--text is for parity and the scales of --kv 8",
+    "export slim -o o --integers nearest --parity none --text long.txt": "--text is for parity and the scales of --kv 8",
     "export tuned -o o --head-bits 8": "of --head-bits 4 and not 8: leave --head-bits out, or tune again with",
     "export tuned -o o --bits 8": "of --bits 4 and not 8: leave --bits out",
     "export tuned -o o --group-size 64": "of --group-size 32 and not 64: leave --group-size out",
