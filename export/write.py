@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from devices.common.options import refuse_unused
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
 from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
@@ -99,6 +100,8 @@ def _integers(
 ) -> Iterator[Path]:
     """The directory that is written: where floats become integers, one whose integers the text has chosen."""
     source = ModelSource(path)
+    if source.quant:
+        refuse_unused(options, ("integers",), f"floats, and {path} holds integers")
     if source.quant or options.integers == "nearest":
         yield path
         return

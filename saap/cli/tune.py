@@ -87,7 +87,7 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
 def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
     from saap.models.resolve import kind_of, resolve
 
-    for each in filter(None, (slim, asked.teacher)):
+    for each in (slim, *([asked.teacher] if asked.teacher else [])):
         kind_of(each)  # before what takes seconds to import
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
+from saap.models.shape import ModelShape
 from saap.models.slim_quant import SlimQuant, check_matrices
 from saap.models.streaming import present
 from saap.quantize.bundle_size import other_groups
@@ -85,6 +86,14 @@ def check_groups(columns: int, group_size: int, what: str) -> None:
             f"{what} has {columns} input columns, not a multiple of the group size {group_size}: "
             f"{other_groups(columns)}"
         )
+
+
+def check_widths(shape: ModelShape, group_size: int) -> None:
+    """Raise UserError when a matrix of the model does not have whole groups."""
+    check_groups(shape.hidden, group_size, "the hidden size")
+    for index, sizes in enumerate(shape.layers):
+        check_groups(sizes.query_heads * shape.head_dim, group_size, f"o_proj of layer {index}")
+        check_groups(sizes.ffn, group_size, f"down_proj of layer {index}")
 
 
 def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> QuantMatrix:

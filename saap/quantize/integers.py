@@ -14,7 +14,7 @@ from saap.models.record import read_record
 from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
-from saap.quantize.groups import IntegerForm, quantize_model
+from saap.quantize.groups import IntegerForm, check_widths, quantize_model
 from saap.quantize.needs import choosing_needs, integer_bytes
 from saap.system.allocator import kept_memory
 from saap.system.needs import PROCESS, Needs, fits
@@ -35,7 +35,7 @@ def write_integers(
     Raises UserError: widths that are not whole groups, or activations that overflow.
     """
     config, record, weights = read_config(model_dir), read_record(model_dir), weights_hash(model_dir)
-    shape = shape_of(config)
+    check_widths(shape := shape_of(config), form.group_size)
     whole = Needs({"the process": PROCESS, "integers": integer_bytes(shape, form.bits, form.group_size),
                    **choosing_needs(shape, streamed=False)})  # fmt: skip
     model = load_model(model_dir) if fits(whole) else load_streamed(model_dir)

@@ -35,7 +35,7 @@ from saap.models.slim_quant import SlimQuant
 from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
-from saap.quantize.groups import IntegerForm, check_groups, nearest_matrices, quantize_model
+from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
 from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
@@ -212,10 +212,7 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     shape, block = shape_of(config), options.group_size
     if options.kept_tokens > (words := shape.vocab):
         refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
-    check_groups(shape.hidden, block, "the hidden size")
-    for index, sizes in enumerate(shape.layers):
-        check_groups(sizes.query_heads * shape.head_dim, block, f"o_proj of layer {index}")
-        check_groups(sizes.ffn, block, f"down_proj of layer {index}")
+    check_widths(shape, block)
     most = max(shape.hidden, *(max(s.query_heads * shape.head_dim, s.ffn) for s in shape.layers)) // block
     if (options.rank or 0) > most:
         raise UserError(f"--rank {options.rank} is more than the {most} groups of the widest matrix: leave --rank out")
