@@ -197,7 +197,7 @@ def test_a_graph_that_takes_more_than_its_files_hold_is_refused(tmp_path):
         (written(loop), "graphs within the graph"),
         (written(functions=[function]), "holds functions"),
         (written(tensors=[huge]), "more elements than its files have bits"),
-        (written(helper.make_node("Run", ["x"], ["y"], domain="evil.ops")), "operators of evil.ops"),
+        (written(helper.make_node("Run", ["x"], ["y"], domain="evil\u2028ops")), r"operators of 'evil\\u2028ops'"),
         (written(*(helper.make_node("Relu", ["x"], ["x"]) for _ in range(MOST_NODES + 1))), "more than 200000 nodes"),
         (written(*deep.node), "is not an ONNX file"),
     ):
@@ -221,6 +221,10 @@ def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
     with pytest.raises(BundleError, match="it has no bundle"):
         inspect_bundle(tmp_path)
     bundle = tiny_bundle(tmp_path / "again")
+    (tmp_path / "again/circle").symlink_to("circle")
+    with_location(bundle, "circle")
+    with pytest.raises(BundleError, match="'circle', outside the bundle's folder: do not use it"):
+        check_graph(bundle / "model.onnx")
     for lost in ("lost.data", 300 * "a"):  # the second is a name that no file system has
         with_location(bundle, lost)
         with pytest.raises(BundleError, match=rf"'{lost}', which is missing: export the bundle again"):
