@@ -36,8 +36,8 @@ SELF = "self"  # what is given for text that the dense model writes
 TRAINING_FILES = ("c4_sample300.jsonl", "wikipedia_docs.jsonl.gz", "dolly_filtered3k.jsonl.gz")
 EVALUATION_FILE = "wikitext2_test_raw.txt"
 # What records call the samples.
-TRAINING_SAMPLES = "samples of saap: web, encyclopedia, instructions"
-EVALUATION_SAMPLE = "sample of saap: WikiText-2 test"
+TRAINING_SAMPLES = "web, encyclopedia and instructions (saap's samples)"
+EVALUATION_SAMPLE = "WikiText-2 test (saap's sample)"
 
 # Documents that are read from a hub's data set at most: calibration needs a few hundred.
 HUB_DOCUMENTS = 4000

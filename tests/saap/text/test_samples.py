@@ -199,7 +199,7 @@ def test_a_tokenizer_that_does_not_know_the_text_is_one_line(tiny_model, tmp_pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).unlink()
     tokenizer.save_pretrained(path)
-    says = rf"the tokenizer of {re.escape(str(path))} knows \d+ of the first \d+ letters of sampl.*: give a text in a"
+    says = rf"the tokenizer of {re.escape(str(path))} knows \d+ of the first \d+ letters of .* samples?\): give a text"
     for command in (
         ("prune", path, "-o", "slim", "--ratio", 0.2, *FEW),
         ("tune", path, "-o", "tuned", "--tokens", 1024, "--length", 32),
