@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -28,7 +27,7 @@ from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision, sized_manifest
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
-from saap.models.record import read_record
+from saap.models.record import Integers, read_record
 from saap.models.resolve import copy_sidecars, resolve
 from saap.models.slim_quant import quant_of
 from saap.models.weight_files import weights_hash
@@ -89,15 +88,16 @@ def export(
     if options.target == "gguf":
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
-    rows = partial(sample_rows, path, options.text)
-    with _integers(path, output, options, rows, progress) as source:
+
+    def rows(count: int) -> tuple[torch.Tensor, str]:
+        return sample_rows(path, options.text, count)[:2]
+
+    with _integers(path, output, options, progress) as source:
         return ExportResult(output, write_bundle(source, output, options, rows, progress))
 
 
 @contextmanager
-def _integers(
-    path: Path, output: Path, options: ExportOptions, rows: Rows, progress: Progress | None
-) -> Iterator[Path]:
+def _integers(path: Path, output: Path, options: ExportOptions, progress: Progress | None) -> Iterator[Path]:
     """The directory that is written: where floats become integers, one whose integers the text has chosen."""
     source = ModelSource(path)
     if source.quant:
@@ -111,7 +111,9 @@ def _integers(
         return
     form = IntegerForm(precision.bits, precision.group_size, precision.head_bits)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
-        yield write_integers(path, Path(place) / "integers", form, *rows(GPTQ_ROWS), progress)
+        sample = sample_rows(path, options.text, GPTQ_ROWS)
+        about = Integers(source=sample.source, text_sha256=sample.text_sha256)
+        yield write_integers(path, Path(place) / "integers", form, sample.ids, about, progress)
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
@@ -168,8 +170,16 @@ def graph_writer(source: ModelSource, options: ExportOptions, calibration: torch
     return writer
 
 
-def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Tensor, str]:
-    """Rows of text to compare graphs on, and where they come from.
+class SampleRows(NamedTuple):
+    """Ids [rows, tokens] of a text, its name and its hash."""
+
+    ids: torch.Tensor
+    source: str
+    text_sha256: str
+
+
+def sample_rows(directory: Path, text: str | None, rows: int) -> SampleRows:
+    """Rows of text to choose integers by, and to compare graphs on.
 
     Raises UserError: no such text, or one that the tokenizer does not know.
     """
@@ -179,7 +189,7 @@ def sample_rows(directory: Path, text: str | None, rows: int) -> tuple[torch.Ten
     length = min(PARITY_TOKENS, positions_of(read_config(directory)))
     ids = pack(documents.texts, tokenizer_for(directory, documents.texts, documents.source), length, rows, 1)
     check_ids(ids, directory)
-    return ids, documents.source
+    return SampleRows(ids, documents.source, documents.sha256)
 
 
 def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:

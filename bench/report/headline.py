@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.judge.wording import DASH, TIMES, as_float, megabytes, number, percent, plain, threads
+from bench.judge.wording import DASH, TIMES, as_dict, as_float, as_list, megabytes, number, percent, plain, threads
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
 from bench.report.tables import Row, table_rows
@@ -117,15 +117,52 @@ def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
     note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
     ratio = None
-    # A pair is of one result, and `saap bench` says the same ratio of it. Turns in bursts stand beside what is INVALID.
-    turns = None if old is new else old.result.ratio(new.measurement, old.measurement, metric)
-    if turns or (old is not new and not refused):
-        times = decisive_values(new.measurement, old.measurement)
-        middle, low, high = (turns.ratio, turns.low, turns.high) if turns else bootstrap_ratio(*times, paired=True)
+    if (found := _speed_of(old, new, refused)) is not None:
+        middle, low, high = found
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
         note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"
     return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note)
+
+
+def _speed_of(old: Entry, new: Entry, refused: str | None) -> tuple[float, float, float] | None:
+    """How many times as fast the candidate is, with the 95 % interval; as `saap bench` says it of the pair.
+
+    Turns in bursts stand beside what is INVALID.
+    """
+    if old is new:
+        return None
+    if turns := old.result.ratio(new.measurement, old.measurement, metric_of(new.measurement)):
+        return turns.ratio, turns.low, turns.high
+    if refused:
+        return None
+    return bootstrap_ratio(*decisive_values(new.measurement, old.measurement), paired=True)
+
+
+def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, object]]) -> str | None:
+    """What the candidate gains over the baseline, and what it costs, in one sentence; None without two of them."""
+    if pair is None or pair[0] is pair[1]:
+        return None
+    old, new = pair
+    speed = _speed_of(old, new, _refused(old, new))
+    gains = [] if speed is None else [f"{speed[0]:.2f}x as fast with {threads(new.measurement.n_threads)}"]
+    before, after = (entry.measurement.model.model_bytes for entry in pair)
+    if before and after:
+        gains.append(f"{abs(1 - after / before):.0%} {'smaller' if after <= before else 'larger'}")
+    by_name = {plain(row.get("name")): row for row in quality}
+    rows = [by_name.get(model_of(entry, list(by_name)) or "", {}) for entry in pair]
+    costs = None
+    for key, what, digits in (("perplexity", "perplexity", 1), ("kl", "KL to dense", 3)):
+        values = [as_float(row.get(key)) for row in rows]
+        if costs is None and None not in values:
+            costs = f"{what} {number(values[1], digits)} instead of {number(values[0], digits)}"
+    told = "; ".join(filter(None, (" and ".join(gains), costs)))
+    return f"{new.measurement.name} against {old.measurement.name}: {told}" if told else None
+
+
+def bought_by(result: Result, quality: Mapping[str, object]) -> str | None:
+    """:func:`bought` of one bench, with a document of ``saap eval``."""
+    return bought(pair_of(entries_of([result])), [as_dict(row) for row in as_list(quality.get("rows"))])
 
 
 def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, object]]) -> Card | None:

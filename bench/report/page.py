@@ -25,7 +25,7 @@ from bench.judge.wording import (
     threads,
 )
 from bench.measure.result import Result, read_result
-from bench.report.headline import Entry, cards_of, entries_of, pair_of
+from bench.report.headline import Entry, bought, cards_of, entries_of, pair_of
 from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
 from bench.report.plots import Figure, decode_rates, memory_phases, token_times
 from bench.report.quality import Row, sections_of, tradeoffs
@@ -84,11 +84,13 @@ def report(
 def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Sequence[Row]) -> Row:
     entries = entries_of(results)
     sections = sections_of(results, run, qualities)
+    pair, measured = pair_of(entries), next((section.rows for section in sections if section.measured), [])
     return {
         "title": _title(run, entries),
         "results": results,
         "entries": entries,
-        "cards": cards_of(pair_of(entries), next((section.rows for section in sections if section.measured), [])),
+        "cards": cards_of(pair, measured),
+        "bought": bought(pair, measured),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run, results),

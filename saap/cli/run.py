@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import click
 from msgspec import Meta
 
+from devices.common.files import write_text
 from devices.common.options import THREADS, Option, Part, arguments_of
 from devices.common.outputs import is_forced
 from export.options import ExportOptions
@@ -45,6 +46,7 @@ PROMPTS = (
     "Name three things that plants need to grow.",
 )
 ANSWER_TOKENS = 96
+TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
 RATIO_S = 30  # of turns between the bundles: their ratio within about 1 %
 _STEPS = "How each step is done"
 
@@ -66,7 +68,7 @@ class RunOptions:
         TuneCommand,
         Part(
             flags=("bits", "group_size", "teacher", "data", "tokens"),
-            without=("max_bytes", "length", "seed"),
+            without=("max_bytes", "length", "skip", "seed"),
             headings={"The integers": _STEPS, "What is learnt from": _STEPS},
         ),
     ] = field(default_factory=TuneCommand)
@@ -88,9 +90,9 @@ class RunOptions:
         )  # fmt: skip
         return replace(self.pruning, options=options)
 
-    def tune(self, teacher: str) -> TuneCommand:
-        """What the tuning step is asked for, with the dense model as the teacher where no other is named."""
-        options = self.tuning.options
+    def tune(self, teacher: str, skip: int | None = None) -> TuneCommand:
+        """What a tuning step is asked for, with the dense model as the teacher where no other is named."""
+        options = replace(self.tuning.options, skip=skip)
         training = replace(options.training, seed=self.pruning.options.seed)
         return replace(self.tuning, options=replace(options, training=training), teacher=self.tuning.teacher or teacher)
 
@@ -199,20 +201,25 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, options, console)
     RUN.write(out / "run.json", state.run)
-    state.steps = 6 + len(thread_counts(options))
+    state.steps = 7 + len(thread_counts(options))
 
     # What tells one model directory from another without reading its weights.
     dense = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
     pruned = _prune(state, source, dense)
-    tuned = _tune(state, source, pruned)
-    exported = [_export(state, source, [dense], tuned=False), _export(state, out / "tuned", [tuned], tuned=True)]
+    tuned = _tune(state, "tune", out / "slim", TUNED, options.tune(model), [pruned])
+    skip = _scored(options)  # the same text as for the slim model
+    dense_tuned = _tune(state, "tune dense", source, DENSE_TUNED, options.tune(model, skip), [dense])
+    exported = [
+        _export(state, out / made, name, [made_from])
+        for made, name, made_from in zip((DENSE_TUNED, TUNED), options.bundles, (dense_tuned, tuned), strict=True)
+    ]
     _evaluate(state, source, evaluation, [pruned, *exported])
     results = [_bench(state, exported, threads) for threads in thread_counts(options)]
     state.step(
         "texts", ["generate", out / options.bundles[1], PROMPTS[0], "--max-tokens", ANSWER_TOKENS], exported, [],
         lambda: {"texts": _texts(state)},
     )  # fmt: skip
-    _finish(state, results, begun)
+    _finish(state, source, results, begun)
 
 
 def check_options(options: RunOptions) -> None:
@@ -245,7 +252,7 @@ def check_place(out: Path, model: str, options: RunOptions) -> None:
         return
     if (other := read_run(out).get("model")) != model:
         raise UserError(f"{out} holds a run of {other}, not of {model}: give another directory, or --force")
-    for names, record in ((("slim", "tuned"), RECORD), (options.bundles, MANIFEST)):
+    for names, record in ((("slim", TUNED, DENSE_TUNED), RECORD), (options.bundles, MANIFEST)):
         for name in names:
             check_output(out / name, record=record)
 
@@ -286,10 +293,9 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
     pruning, tuning, data = options.pruning.options, options.tuning.options, options.tuning.data
     for length in (pruning.length, tuning.length):
         check_length(source, length)
-    skip = 0
+    skip = _scored(options)
     if pruning.reads_text:
         wanted = Sequences(pruning.sequences, pruning.length, pruning.seed)
-        skip = math.ceil(pruning.sequences * pruning.length / tuning.length)
         if options.pruning.calibration != SELF:
             training_rows(source, options.pruning.calibration, "calibration", wanted, console.report)
     sample_rows(source, options.export(tuned=True).text, PARITY_ROWS)
@@ -316,7 +322,8 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
     share, training = share_of(budget), tuning.training
     tokens = (training.micro_rows or training.rows_per_step) * tuning.length
     disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
-    disk |= {"the tuned model": round((1 - share) * bundle), "two bundles": round((2 - share) * bundle)}
+    disk |= {"the tuned model": round((1 - share) * bundle), "the tuned dense model": bundle,
+             "two bundles": round((2 - share) * bundle)}  # fmt: skip
     element = pruning.adaptive.element if pruning.method == "saap" else "none"
     steps = {
         "pruning": prune_needs(shape, pruning.sequences, pruning.length, floats, streamed=True, element=element),
@@ -358,28 +365,34 @@ def _prune(state: _State, source: Path, dense: object) -> str:
     return state.step("prune", command, [dense, inputs], ["slim/saap.json"], work)
 
 
-def _tune(state: _State, source: Path, pruned: str) -> str:
-    slim, out = state.out / "slim", state.out / "tuned"
-    asked = state.options.tune(str(source))
-    command = ["tune", slim, "-o", out, *arguments_of(state.options.tune(state.model))]
+def _scored(options: RunOptions) -> int:
+    """Sequences of the tuning text that scored the structures."""
+    pruning, tuning = options.pruning.options, options.tuning.options
+    return math.ceil(pruning.sequences * pruning.length / tuning.length) if pruning.reads_text else 0
+
+
+def _tune(state: _State, step: str, source: Path, name: str, asked: TuneCommand, made_from: list[object]) -> str:
+    out = state.out / name
+    given = source if source.parent == state.out else state.model
+    command = ["tune", given, "-o", out, *arguments_of(asked)]
     return state.step(
-        "tune", command, [pruned, asdict(asked)], ["tuned/saap.json"],
-        lambda: tune_model(slim, out, asked, state.console),
+        step, command, [*made_from, asdict(asked)], [f"{name}/saap.json"],
+        lambda: tune_model(source, out, asked, state.console),
     )  # fmt: skip
 
 
-def _export(state: _State, source: Path, made_from: list[object], *, tuned: bool) -> str:
+def _export(state: _State, source: Path, name: str, made_from: list[object]) -> str:
     from export.bundle.manifest import read_manifest
     from saap.cli.export import export_model
 
-    name, options = state.options.bundles[tuned], state.options.export(tuned=tuned)
+    options = state.options.export(tuned=True)
 
     def work() -> RunFile:
         export_model(source, state.out / name, options, state.console)
         parity = read_manifest(state.out / name).parity
         return {"parity": {**state.run.get("parity", {}), name: parity and asdict(parity)}}
 
-    command = ["export", source if tuned else state.model, "-o", state.out / name, *arguments_of(options)]
+    command = ["export", source, "-o", state.out / name, *arguments_of(options)]
     return state.step(f"export {name}", command, [*made_from, asdict(options)], [f"{name}/bundle.json"], work)
 
 
@@ -409,10 +422,12 @@ def thread_counts(options: RunOptions) -> list[int]:
 
 def _bench(state: _State, made_from: list[str], threads: int) -> Path:
     """With one thread count; what a small model gains from a second thread depends on its operators."""
+    from bench.judge.wording import threads as counted
     from bench.measure.options import LEAST_ROUNDS, BenchOptions
     from saap.cli.bench import keep, measured
 
-    names, repetitions, result = state.options.bundles, state.options.repetitions, state.out / f"bench-{threads}.json"
+    names, repetitions = state.options.bundles, state.options.repetitions
+    result = state.out / f"bench-{counted(threads).replace(' ', '-')}.json"
     ratio_s = RATIO_S if repetitions >= LEAST_ROUNDS else 0  # who asks for fewer wants a quick look
     bundles = [str(state.out / name) for name in names]
 
@@ -422,7 +437,7 @@ def _bench(state: _State, made_from: list[str], threads: int) -> Path:
 
     command = ["bench", *bundles, "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
                "--json", result]  # fmt: skip
-    name = f"bench with {threads} thread{'s' * (threads > 1)}"
+    name = f"bench with {counted(threads)}"
     state.step(name, command, [made_from, repetitions, threads], [result.name], work)
     return result
 
@@ -477,7 +492,7 @@ def _texts(state: _State) -> list[dict[str, object]]:
     return [{"prompt": prompt, "outputs": written} for prompt, written in outputs.items()]
 
 
-def _finish(state: _State, results: list[Path], begun: float) -> None:
+def _finish(state: _State, source: Path, results: list[Path], begun: float) -> None:
     import platform
 
     import onnxruntime
@@ -487,10 +502,12 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     from bench.judge.planned import planned_speed
     from bench.measure.result import read_result
     from bench.report import report
+    from bench.report.headline import bought_by
     from devices.common.quality import QUALITY
     from saap import __version__
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
+    from saap.cli.model_card import model_card
 
     out = state.out
     state.run["versions"] = {
@@ -503,10 +520,12 @@ def _finish(state: _State, results: list[Path], begun: float) -> None:
     state.run["results"] = [path.name for path in results]
     RUN.write(out / "run.json", state.run)
     report(results, out / "report.html", run=state.run)
+    benches = [read_result(path) for path in results]
+    write_text(out / "README.md", model_card(source, state.run, benches, state.options.bundles))
     click.echo()
     show_quality(QUALITY.made(state.run["quality"]))
-    for path in results:
-        show_result(result := read_result(path))
-        if told := planned_speed(state.run["plan"], result):
+    for result in benches:
+        show_result(result)
+        for told in filter(None, (planned_speed(state.run["plan"], result), bought_by(result, state.run["quality"]))):
             click.echo(f"  {told}")
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

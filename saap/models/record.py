@@ -109,6 +109,7 @@ class Integers(TypedDict, total=False):
     tokens: Count  # of each
     sha256: str
     source: str
+    text_sha256: str
     from_sha256: str
 
 

@@ -10,7 +10,7 @@ import torch
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.record import read_record
+from saap.models.record import Integers, read_record
 from saap.models.streaming import load_streamed, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
@@ -24,13 +24,13 @@ from saap.system.precision import fast_float32
 @fast_float32()
 @kept_memory()
 def write_integers(
-    model_dir: Path, out: Path, form: IntegerForm, rows: torch.Tensor, text: str, progress: Progress | None = None
+    model_dir: Path, out: Path, form: IntegerForm, rows: torch.Tensor, text: Integers, progress: Progress | None = None
 ) -> Path:
     """Write a directory that holds error-compensated integers (:mod:`saap.quantize.gptq`) in place of floats.
 
     Args:
         rows: calibration ids [sequences, tokens].
-        text: where they come from, for the record.
+        text: where they come from, as the record holds it.
 
     Raises UserError: widths that are not whole groups, or activations that overflow.
     """
@@ -48,7 +48,7 @@ def write_integers(
         "sequences": rows.shape[0],
         "tokens": rows.shape[1],
         "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
-        "source": text,
         "from_sha256": weights,
+        **text,
     }
     return write_slim(out, model_dir, slim_config(config, shape, quant), iter(model.state_dict().items()), record)

@@ -66,7 +66,7 @@ def _same_text(training: str, evaluation: str) -> str:
 
 def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """What is known of each text, that of earlier prunings too."""
-    for key in ("calibration", "tuning"):
+    for key in ("calibration", "tuning", "integers"):
         if isinstance(about := lineage.get(key), Mapping):
             yield about
     if isinstance(before := lineage.get("base_record"), Mapping):

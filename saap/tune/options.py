@@ -131,11 +131,18 @@ class TuneOptions:
     kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
     tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
     length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
+    skip: Annotated[
+        int | None,
+        Option("Sequences of the text to pass over; default: those that scored the structures.", _LEARNT, shown=False),
+        Meta(ge=0, le=1_000_000),
+    ] = None
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
 
     def recorded(self) -> dict[str, object]:
         """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""
-        about = {name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length")}
+        about = {
+            name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length", "skip")
+        }
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:

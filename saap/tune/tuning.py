@@ -118,7 +118,9 @@ def tuning_text(
         check_same_vocabulary(teacher, model)
     calibrated = read_record(model).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
-    skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
+    skip = options.skip
+    if skip is None:
+        skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
     wanted = Sequences(max(1, options.tokens // options.length), options.length, options.training.seed, skip)
     # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
     return tuning_rows(teacher or model, None if data is None else str(data), wanted, options.kind, progress)

@@ -76,7 +76,7 @@ def test_a_dense_model_s_integers_are_chosen_by_text(tiny_model: Callable[..., P
         out = tmp_path / integers
         manifest = export(path, ExportOptions(integers=integers, accuracy_level=0), output=out).manifest
         assert manifest.lineage["model_sha256"] == weights_hash(path)
-        ids, _ = sample_rows(path, None, 1)
+        ids = sample_rows(path, None, 1).ids
         wanted = load_model(path)(ids).logits.detach().numpy()
         errors[integers] = float(np.square(BundleScorer(out).logits(ids.numpy()) - wanted).mean())
     assert errors["gptq"] < 0.8 * errors["nearest"]

@@ -91,6 +91,14 @@ def test_headline_sets_dense_against_slim(page):
     assert "75.0 % same top token" in told["Quality"].note
 
 
+def test_the_page_begins_with_what_was_bought_and_what_it_cost(page):
+    text = text_of(page(dense_and_slim(), run=RUN))
+    told = "slim against dense: 1.25x as fast with 1 thread and 20% smaller; perplexity 25.0 instead of 20.0."
+    assert told in text and text.index(told) < text.index("Measurements")
+    assert text.index("What it buys") < text.index("What was kept") < text.index("Why is the sky blue?")
+    assert text.index("Why is the sky blue?") < text.index("Measurements") < text.index("Where the numbers come from")
+
+
 def test_speed_is_of_pairs_as_bench_tells_it():
     rounds = [10.0, 14.0, 9.0, 12.0, 16.0, 11.0]  # what else the host did hits both of a round
     noise = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
@@ -215,9 +223,9 @@ def test_plots_are_well_formed_keep_their_text_and_take_the_page_s_colours(page)
     document = result(measurement("dense", 10.0), measurement(name, 90.0, kind="torch"))
     text = page(document, run=RUN)
     drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-    assert len(drawings) == 4  # speed, times, memory, what was kept
+    assert len(drawings) == 4  # what was kept, speed, times, memory
     words = ["".join(ElementTree.fromstring(drawing).itertext()) for drawing in drawings]
-    assert all(name in word for word in words[:3])
+    assert all(name in word for word in words[1:])
     assert "100.0, ceiling " in words[0]
     assert "ms per token (log)" in words[1]  # 10 and 90 ms
     assert not any("mathdefault" in word for word in words)

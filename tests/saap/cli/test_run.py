@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 from support.command_line import here, refused
 from support.cost_files import cost_file
 
@@ -189,7 +190,9 @@ def weights(out):
     }
 
 
-NAMES = ["prune", "tune", "export dense-int4", "export slim-int4", "evaluate", "bench with 1 thread", "texts"]
+NAMES = [
+    "prune", "tune", "tune dense", "export dense-int4", "export slim-int4", "evaluate", "bench with 1 thread", "texts",
+]  # fmt: skip
 
 
 def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
@@ -228,18 +231,18 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
 
     commands = [shlex.split(step["command"]) for step in run["steps"]]
     assert [words[:2] for words in commands] == [
-        ["saap", name] for name in ("prune", "tune", "export", "export", "eval", "bench", "generate")
+        ["saap", name] for name in ("prune", "tune", "tune", "export", "export", "eval", "bench", "generate")
     ]
-    for name in ("slim", "tuned", "dense-int4", "slim-int4"):
+    for name in ("slim", "tuned", "dense-tuned", "dense-int4", "slim-int4"):
         shutil.rmtree(out / name)
-    (out / "bench-1.json").unlink()
+    (out / "bench-1-thread.json").unlink()
     done = [here(*words[1:], *(["--json", "q.json"] if words[1] == "eval" else [])) for words in commands]
     assert weights(out) == made_by_run
     for row in json.loads(Path("q.json").read_text())["rows"]:
         name = Path(row["name"]).name
         name = {"slim": "slim fp32, untuned"}.get(name, name if name in rows else "dense fp32")
         assert row["kl"] == pytest.approx(rows[name]["kl"], abs=1e-6)
-    assert len(json.loads((out / "bench-1.json").read_text())["measurements"]) == 2
+    assert len(json.loads((out / "bench-1-thread.json").read_text())["measurements"]) == 2
     assert done[-1].stdout.rstrip("\n") == run["texts"][0]["outputs"]["slim-int4"].rstrip("\n")
     assert "tok/s" in done[-1].stderr
 
@@ -250,10 +253,15 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     tuned, bundle = json.loads(Path("j").read_text())["rows"]
     assert tuned["nll"] == pytest.approx(bundle["nll"], abs=0.02) and bundle["perplexity"] > 1
 
+    learnt = [read_record(out / name)["tuning"]["text"] for name in ("tuned", "dense-tuned")]
+    assert learnt[0] == learnt[1]  # what is compared saw the same text
+    card = ModelCard.load(out / "README.md")
+    assert card.data.tags[0] == "saap" and "| slim-int4 |" in card.content and "saap tune" in card.content
+    assert "slim-int4 against dense-int4: " in card.content
     here("report", out, "-o", "page.html")
     assert Path("page.html").stat().st_size > 10_000
     data = bytearray((out / "slim-int4/model.onnx.data").read_bytes())
     data[-1] ^= 1
     (out / "slim-int4/model.onnx.data").write_bytes(data)
-    for words in (["generate", out / "slim-int4", "hi"], ["bench", out / "slim-int4"], commands[4][1:]):
+    for words in (["generate", out / "slim-int4", "hi"], ["bench", out / "slim-int4"], commands[5][1:]):
         assert "does not match the hash" in refused(*words)

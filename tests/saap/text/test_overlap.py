@@ -52,6 +52,7 @@ def test_eval_holds_its_text_against_the_records(tiny_model, tmp_path, monkeypat
     here("prune", tiny_model(), "-o", "slim", "--ratio", 0.2, "--calibration", "calibration.txt", *few)
     here("tune", "slim", "-o", "tuned", "--data", "tuning.txt", "--tokens", 128, "--length", 32)
     here("export", "tuned", "-o", "bundle", "--text", "own.txt")
+    here("export", tiny_model(), "-o", "chosen", "--text", "own.txt", "--parity", "none")
 
     def refused(path, text):
         done = here("eval", path, "--text", text, "--chunk", 16, "--max-chunks", 2, code=None)
@@ -62,6 +63,7 @@ def test_eval_holds_its_text_against_the_records(tiny_model, tmp_path, monkeypat
         assert f"{path}: calibration.txt and calibration.txt hold the same text" in refused(path, "calibration.txt")
         assert f"{path}: calibration.txt and part.txt hold the same text" in refused(path, "part.txt")
         assert refused(path, "own.txt") is None
+    assert "chosen: own.txt and own.txt hold the same text" in refused("chosen", "own.txt")  # its integers are from it
     for path in ("tuned", "bundle"):
         assert f"{path}: tuning.txt and tuning.txt hold the same text" in refused(path, "tuning.txt")
     assert refused("slim", "tuning.txt") is None
