@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,7 +34,7 @@ from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
 from saap.quantize.groups import IntegerForm
 from saap.quantize.integers import write_integers
 from saap.system.errors import UserError
-from saap.system.files import check_output, read_object, writing_directory
+from saap.system.files import beside, check_output, claimed, read_object, writing_directory
 from saap.system.needs import check_disk, check_memory
 from saap.text.documents import load_documents, pack
 from saap.text.encoding import check_ids, tokenizer_for
@@ -110,10 +109,10 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
         yield path
         return
     form = IntegerForm(precision.bits, precision.group_size, precision.head_bits)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
+    with claimed(output), beside(output, "integers") as place:
         sample = sample_rows(path, options.text, GPTQ_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
-        yield write_integers(path, Path(place) / "integers", form, sample.ids, about, progress)
+        yield write_integers(path, place / "model", form, sample.ids, about, progress)
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:

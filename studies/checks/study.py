@@ -89,22 +89,27 @@ class Side:
         return {"commit": head.stdout.strip() or None, **versions}
 
 
-def words_of(command: str, bundle: Path, model: str) -> list[str]:
-    """What stands after ``saap``."""
-    return {
+# The export of before knew one way of choosing integers, and had no word for it.
+NOW = {"export": ["--integers", "nearest"]}
+
+
+def words_of(command: str, bundle: Path, model: str) -> tuple[list[str], list[str]]:
+    """What stands after ``saap`` in the checkout of before, and in this one."""
+    words = {
         "help": ["--help"],
         "generate": ["generate", str(bundle), "a", "--raw", "--max-tokens", "1", "--threads", "1"],
         "export": ["export", model, "-o", OUT, "--parity", "none"],
     }[command]
+    return words, [*words, *NOW.get(command, [])]
 
 
-def pairs_of(words: Sequence[str], sides: Sequence[Side], count: int, place: Path) -> list[list[float]]:
+def pairs_of(words: Sequence[Sequence[str]], sides: Sequence[Side], count: int, place: Path) -> list[list[float]]:
     """CPU seconds of both sides, pair by pair, each first in every second one; a first run of each is not counted."""
     found = []
     for number in range(-1, count):
         pair = [0.0, 0.0]
         for index in (0, 1) if number % 2 else (1, 0):
-            pair[index] = sides[index].cpu_s(words, place)
+            pair[index] = sides[index].cpu_s(words[index], place)
             shutil.rmtree(place / OUT, ignore_errors=True)
         if number >= 0:
             found.append(pair)
@@ -142,7 +147,7 @@ def tables() -> dict[str, str]:
     return {"checks": table(read_cells(FOLDER / "cells"))}
 
 
-def run(sides: Sequence[Side], words: dict[str, list[str]], count: int, cells: Path) -> None:
+def run(sides: Sequence[Side], words: dict[str, tuple[list[str], list[str]]], count: int, cells: Path) -> None:
     """A cell for each command."""
     about = dict(zip(("base", "now"), (side.about() for side in sides), strict=True))
     cells.mkdir(exist_ok=True)
