@@ -110,7 +110,7 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
         return
     form = IntegerForm(precision.bits, precision.group_size, precision.head_bits)
     with claimed(output), beside(output, "integers") as place:
-        sample = sample_rows(path, options.text, GPTQ_ROWS)
+        sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
         yield write_integers(path, place / "model", form, sample.ids, about, progress)
 
@@ -177,8 +177,8 @@ class SampleRows(NamedTuple):
     text_sha256: str
 
 
-def sample_rows(directory: Path, text: str | None, rows: int) -> SampleRows:
-    """Rows of text to choose integers by, and to compare graphs on.
+def sample_rows(directory: Path, text: str | None, rows: int, least: int | None = None) -> SampleRows:
+    """Rows of text to choose integers by, and to compare graphs on; ``least`` are enough where a text gives no more.
 
     Raises UserError: no such text, or one that the tokenizer does not know.
     """
@@ -186,7 +186,13 @@ def sample_rows(directory: Path, text: str | None, rows: int) -> SampleRows:
     if documents is None:
         raise UserError("an export does not let the model write its text: give --text FILE, or leave --text out")
     length = min(PARITY_TOKENS, positions_of(read_config(directory)))
-    ids = pack(documents.texts, tokenizer_for(directory, documents.texts, documents.source), length, rows, 1)
+    tokenizer = tokenizer_for(directory, documents.texts, documents.source)
+    try:
+        ids = pack(documents.texts, tokenizer, length, rows, 1)
+    except UserError:
+        if least is None:
+            raise
+        ids = pack(documents.texts, tokenizer, length, least, 1)
     check_ids(ids, directory)
     return SampleRows(ids, documents.source, documents.sha256)
 

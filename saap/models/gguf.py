@@ -170,7 +170,8 @@ def _check_sizes(source: Path, header: GgufHeader) -> None:
         ("feed_forward_length", set(down.shape[:1]) if down else set()),
     ):
         said = next(iter(header.counts(key)), None)
-        if wanted and said not in wanted and (said is not None or key != "vocab_size"):  # which its tokens say, too
+        needed = layers and key != "vocab_size"  # which its tokens say, too
+        if wanted and said not in wanted and (said is not None or needed):
             told = f"no {key}" if said is None else f"{key} {said}"
             raise UserError(f"{source} says {told}, its tensors have {min(wanted)}: download it again")
     hidden = max(table.shape[:1], default=0) if table else 0

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -82,7 +83,8 @@ class Sshd:
         children = psutil.Process(self._process.pid).children(recursive=True)
         mine = [child for child in children if _name(child).startswith("sshd")]
         for child in mine:
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # one may end by itself, as the client did
+                child.kill()
         return len(mine)
 
     def stop(self) -> None:

@@ -12,7 +12,8 @@ from support.command_line import every_command, here
 ZERO = {
     "c", "cool_down_s", "corrections", "depth", "drop_layers", "generate", "held_out", "keep_layers", "layer_power",
     "learning_rate", "memory", "min_p", "norm_rate", "patience", "prompt", "rank", "ratio_time_s", "save_seconds",
-    "seconds", "seed", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share", "weight_decay",
+    "seconds", "seed", "skip", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share",
+    "weight_decay",
 }  # fmt: skip
 HUGE = {
     "context", "cool_down_s", "max_bytes", "max_chunks", "max_examples", "max_params", "max_time_s", "max_tokens",
