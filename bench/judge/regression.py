@@ -356,7 +356,18 @@ def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measure
         seen = f"{judged.visible:.1%}" if judged.visible is not None and judged.visible < 9 else "any change"
         told = f"its {len(a)} sessions and {len(b)} of now would show {seen}, {limit:.0%} is asked for"
         return replace(judged, reason=f"{told}: add sessions with `saap devices baseline --add`")
+    waited = [_waited(before), _waited(now)] if series.unit.startswith("s") else [0.0, 0.0]
+    if judged.verdict == WORSE and waited[1] - waited[0] > limit:
+        # Whoever shares its cores is slower, whatever the bundle is.
+        told = f"it waited for a core {waited[1]:.0%} of the time, {waited[0]:.0%} when it was recorded"
+        return replace(judged, verdict=CANNOT_TELL, reason=f"{told}: stop what else runs, and test again")
     return replace(judged, confirmed=True if judged.verdict == WORSE and len(b) > 1 else None)
+
+
+def _waited(measurements: Sequence[Measurement]) -> float:
+    """The share of the time in which processes that could run had no core: the median of the sessions' medians."""
+    shares = [[s.counters.get("wait_share") or 0.0 for s in m.samples] for m in measurements]
+    return float(np.median([float(np.median(some)) for some in shares if some] or [0.0]))
 
 
 def _values(series: _Series, m: Measurement) -> list[float]:

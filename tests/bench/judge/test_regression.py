@@ -127,6 +127,18 @@ def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path) -> None:
         assert not retest(tmp_path, "tiny", device).worse, seed
 
 
+@pytest.mark.parametrize(("waited", "verdict"), [(0.4, CANNOT_TELL), (0.01, WORSE)])
+def test_a_slow_down_in_which_others_held_the_cores_is_not_the_bundle_s(
+    tmp_path: Path, waited: float, verdict: str
+) -> None:
+    device = Device(1.6, 1.6, 1.6)
+    sample = device.sample
+    device.sample = lambda: {**sample(), "counters": {"wait_share": waited}}  # type: ignore[method-assign]
+    told = {check.what: check for check in guarded(tmp_path, device).checks}
+    assert told["decode"].verdict == verdict
+    assert ("waited for a core 40% of the time, 0% when" in str(told["decode"].reason)) == (verdict == CANNOT_TELL)
+
+
 def test_what_differs_from_session_to_session_is_no_change(tmp_path: Path) -> None:
     """Sessions that lie 4 % apart: 5 % is neither there nor excluded, which says how much would be seen."""
     recorded(tmp_path, Device(0.96, 1.0, 1.05, 0.98, 1.01))
