@@ -208,6 +208,8 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
         size = bundle_size(config, bits, options.group_size or 32).total(shape)
     tokens = 0 if options.parity == "none" else PARITY_ROWS * PARITY_TOKENS
     needs = export_needs(shape, size, tokens)
+    if not config.get("slim_quant") and options.integers == "gptq" and options.bits not in (16, 32):
+        needs = replace(needs, disk={**needs.disk, "the integers that text chooses": size})
     check_memory(needs, "exporting", "give --parity none" if tokens else "use a machine with more memory")
     check_disk(needs, out, "exporting")
 

@@ -359,8 +359,8 @@ def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measure
     waited = [_waited(before), _waited(now)] if series.unit.startswith("s") else [0.0, 0.0]
     if judged.verdict == WORSE and waited[1] - waited[0] > limit:
         # Whoever shares its cores is slower, whatever the bundle is.
-        told = f"it waited for a core {waited[1]:.0%} of the time, {waited[0]:.0%} when it was recorded"
-        return replace(judged, verdict=CANNOT_TELL, reason=f"{told}: stop what else runs, and test again")
+        told = f"the bench waited for a core {waited[1]:.0%} of the time, {waited[0]:.0%} in the baseline"
+        return replace(judged, verdict=CANNOT_TELL, reason=f"{told}: stop other processes and test again")
     return replace(judged, confirmed=True if judged.verdict == WORSE and len(b) > 1 else None)
 
 

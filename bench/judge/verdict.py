@@ -77,12 +77,8 @@ def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect:
 def judge_runs(of: Verdict, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], min_effect: float) -> Verdict:
     """The verdict with what runs then and now say, each a series of positive values of its processes."""
     found = ratio_of_runs(a, b)
-    of = replace(
-        of, verdict=_speed(found.ratio, found.low, found.high, min_effect), ratio=found.ratio, low=found.low,
-        high=found.high, p_value=found.p_value, test="runs", visible=found.visible(ALPHA / 2),
-    )  # fmt: skip
-    runs = f"of {len(a)} and {len(b)} runs: give folders of more, or bundles that can be measured together"
-    return _told(of, min_effect, runs)
+    of = replace(of, test="runs", visible=found.visible(ALPHA / 2))
+    return _by_interval(of, found, min_effect, "compare folders of more runs, or bundles that can be measured together")
 
 
 def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
@@ -106,11 +102,13 @@ def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_
 
 def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:
     """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
-    of = replace(
-        of, verdict=_speed(found.ratio, found.low, found.high, min_effect), ratio=found.ratio, low=found.low,
-        high=found.high, p_value=found.p_value, test="bursts",
-    )  # fmt: skip
-    return _told(of, min_effect, "give turns more time (--ratio-time)")
+    return _by_interval(replace(of, test="bursts"), found, min_effect, "give turns more time (--ratio-time)")
+
+
+def _by_interval(of: Verdict, found: Ratio, min_effect: float, remedy: str) -> Verdict:
+    verdict = _speed(found.ratio, found.low, found.high, min_effect)
+    of = replace(of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value)
+    return _told(of, min_effect, remedy)
 
 
 def _speed(ratio: float, low: float, high: float, min_effect: float) -> str:
@@ -126,7 +124,7 @@ def _told(of: Verdict, min_effect: float, remedy: str) -> Verdict:
     """With the reason where it cannot be told."""
     if of.verdict != CANNOT_TELL or of.low is None or of.high is None:
         return of
-    reason = f"it is within {of.low - 1:+.1%} and {of.high - 1:+.1%}, and {min_effect:.1%} counts; {remedy}"
+    reason = f"between {of.low - 1:+.1%} and {of.high - 1:+.1%}, so {min_effect:.1%} is not excluded: {remedy}"
     return replace(of, reason=reason)
 
 

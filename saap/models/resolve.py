@@ -69,7 +69,7 @@ def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
         )
     if path.parent.is_dir():
         raise UserError(
-            f"no directory {name} in {path.parent}: check the name; as a hub id it counts where there is no such folder"
+            f"no directory {name}: check the name; for the hub's model {name}, work where no folder {path.parent} is"
         )
     return "hub"
 

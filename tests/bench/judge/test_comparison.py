@@ -67,7 +67,7 @@ def test_noise_wider_than_the_difference_cannot_be_told() -> None:
     noisy, other = [0.008, 0.014, 0.010, 0.009, 0.013], [0.009, 0.015, 0.011, 0.008, 0.013]
     (row,) = compare(result(measurement("m", noisy)), result(measurement("m", other))).rows
     assert row.verdict == CANNOT_TELL and row.low < 0.9 and row.high > 1.1
-    assert "2.0% counts; of 1 and 1 runs: give folders of more" in row.reason
+    assert "2.0% is not excluded: compare folders of more runs" in row.reason
     (row,) = compare_within(result(measurement("a", noisy), measurement("b", other)), "a", "b").rows
     assert row.verdict == CANNOT_TELL and "more repetitions" in row.reason
 

@@ -99,7 +99,7 @@ def test_names_of_nothing(tmp_path, monkeypatch):
             resolve(name, cache_dir=tmp_path)
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no directory out/slim in out: check the name; as a hub id it counts"):
+    with pytest.raises(UserError, match="no directory out/slim: check the name; for the hub's model out/slim"):
         resolve("out/slim", cache_dir=tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for variable, value in (("INDEX_URL", "http://127.0.0.1:9/simple"), ("RETRIES", "0"), ("NO_CACHE_DIR", "1")):
