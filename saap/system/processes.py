@@ -20,3 +20,9 @@ def meet_on_cpus() -> bool:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     several = "WORLD_SIZE" in os.environ and not (torch.cuda.is_available() or torch.xpu.is_available())
     return several or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def trains_on_cpu() -> bool:
+    """Whether training is on this machine's own memory, with whole parameters in each process: neither GPU nor FSDP."""
+    state = PartialState(cpu=meet_on_cpus())
+    return state.device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_FSDP")

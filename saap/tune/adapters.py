@@ -52,6 +52,8 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
     """A GroupQuantLinear with one adapter; PEFT makes it, from the config that it is registered with."""
 
     centred: torch.Tensor
+    keeps_matrix = False  # between the passes of a step, where memory allows: see :func:`keep_matrices`
+    _kept: tuple[object, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -115,6 +117,18 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         """The product without its bias."""
         raise NotImplementedError
 
+    def product(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """:func:`group_matmul` with the integers, by the matrix that is kept while the adapter is the same."""
+        if not self.keeps_matrix:
+            return group_matmul(x, self.centred, scale, shift)
+        dtype = product_dtype(x)
+        made_of = (dtype, *((id(p), p._version) for p in self.parameters() if p.requires_grad))
+        if self._kept is None or self._kept[0] != made_of:
+            self._kept = None  # the old one goes before the new one is made
+            with torch.no_grad():
+                self._kept = made_of, dequantized(self.centred, scale, shift, dtype)
+        return group_matmul(x, self.centred, scale, shift, self._kept[1])
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write into the base what the forward pass uses; PEFT's ``merge_and_unload`` calls it too."""
@@ -134,7 +148,7 @@ class ScaleAdapter(GroupAdapterLayer):
         return float16_through(self.base.scales * (1 + self.factor()).clamp_min(SMALLEST_FACTOR))
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return group_matmul(x, self.centred, self.scales())
+        return self.product(x, self.scales())
 
     def write(self) -> None:
         self.base.scales = self.scales()
@@ -158,7 +172,7 @@ class ZeroPointAdapter(GroupAdapterLayer):
         return whole_through(self.zeros - self.factor() / self.base.scales, 2**self.base.bits - 1)
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return group_matmul(x, self.centred, self.base.scales, self.zeros - self.zero_points())
+        return self.product(x, self.base.scales, self.zeros - self.zero_points())
 
     def write(self) -> None:
         self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
@@ -218,6 +232,12 @@ def layers_of(model: nn.Module) -> dict[str, GroupAdapterLayer]:
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers_of(model).values() for p in layer.parameters() if p.requires_grad]
+
+
+def keep_matrices(model: nn.Module) -> None:
+    """Let each layer keep its dequantised matrix until its adapter changes, instead of making it in each pass."""
+    for layer in layers_of(model).values():
+        layer.keeps_matrix = True
 
 
 def fold(model: PeftModel) -> PreTrainedModel:
@@ -311,7 +331,11 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def group_matmul(
-    x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
+    x: torch.Tensor,
+    centred: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    matrix: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x (scale * (centred + shift))^T in :func:`product_dtype`.
 
@@ -323,33 +347,39 @@ def group_matmul(
         centred: [N, groups, block] integers.
         scale: [N, groups].
         shift: [N, groups]; None is 0.
+        matrix: what :func:`dequantized` gives for these, where it is known; else each pass makes it.
 
     Returns:
         [..., N].
     """
-    return cast("torch.Tensor", _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift))
+    return cast("torch.Tensor", _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift, matrix))
 
 
 class _GroupMatMul(torch.autograd.Function):
-    """The dequantised matrix is made twice instead of being kept."""
+    """A matrix that is not given is made twice instead of being kept."""
 
     @staticmethod
     def forward(
-        ctx: Context, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+        ctx: Context,
+        x: torch.Tensor,
+        centred: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor | None,
+        matrix: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, centred, scale, shift)
+        ctx.save_for_backward(x, centred, scale, shift, matrix)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, _dequantize(centred, scale, shift, x.dtype))
+            return F.linear(x, dequantized(centred, scale, shift, x.dtype) if matrix is None else matrix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, None, Gradient, Gradient]:
-        x, centred, scale, shift = ctx.saved_tensors
-        for_x, _, for_scale, for_shift = ctx.needs_input_grad
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, None, Gradient, Gradient, None]:
+        x, centred, scale, shift, matrix = ctx.saved_tensors
+        for_x, _, for_scale, for_shift, _ = ctx.needs_input_grad
         grad_x = grad_scale = grad_shift = None
         with torch.autocast(x.device.type, enabled=False):
             if for_x:
-                grad_x = grad @ _dequantize(centred, scale, shift, x.dtype)
+                grad_x = grad @ (dequantized(centred, scale, shift, x.dtype) if matrix is None else matrix)
             if for_scale or for_shift:
                 weight_grad = matrix_gradient(grad, x, scale.dtype).view(centred.shape)
                 sums = weight_grad.sum(-1) if shift is not None else None
@@ -359,7 +389,7 @@ class _GroupMatMul(torch.autograd.Function):
                     grad_scale = weight_grad.mul_(centred).sum(-1)
                     if sums is not None:
                         grad_scale += shift * sums
-        return grad_x, None, grad_scale, grad_shift
+        return grad_x, None, grad_scale, grad_shift, None
 
 
 def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -367,9 +397,10 @@ def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> 
     return (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(dtype)
 
 
-def _dequantize(
+def dequantized(
     centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
+    """scale * (centred + shift) as a matrix [N, K]."""
     numbers = centred.to(scale.dtype)
     if shift is not None:
         numbers += shift.unsqueeze(-1)

@@ -25,7 +25,7 @@ arXiv:2410.10989). Nothing is computed twice, and places that are not learnt (pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -138,11 +138,18 @@ class _BucketDivergence(torch.autograd.Function):
         return found.to(logits.dtype), None, None, None, None
 
 
-def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss) -> torch.Tensor:
+class KeptMatrix(dict[torch.dtype, torch.Tensor]):
+    """The frozen head's matrix, kept from one pass to the next."""
+
+
+def head_loss(
+    model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss, kept: KeptMatrix | None = None
+) -> torch.Tensor:
     """The sum of the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
 
     A head that is trained itself, or sharded over processes, or has more than a matrix, is run as it is on all places.
-    ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0.
+    ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0. Without ``kept`` the
+    head is dequantised each time.
     """
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     matrix = _frozen_matrix(base) if isinstance(base, PreTrainedModel) else None
@@ -150,8 +157,13 @@ def head_loss(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of
         logits = model(input_ids=ids, use_cache=False).logits[places]
         return loss_of(logits, 0, len(logits))
     backbone = base.get_submodule(architecture_of(base.config).layers.rpartition(".")[0])
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[places]
-    total: torch.Tensor = _HeadLoss.apply(hidden, matrix(product_dtype(hidden)), traits_of(base.config), loss_of)
+    # A mask of ones is dropped. Without one transformers 4.57 makes a full mask, and the kernel cannot skip half of it.
+    seen = torch.ones_like(ids)
+    hidden = backbone(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state[places]
+    dtype, kept = product_dtype(hidden), KeptMatrix() if kept is None else kept
+    if dtype not in kept:
+        kept[dtype] = matrix(dtype)
+    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], traits_of(base.config), loss_of)
     return total
 
 
@@ -173,6 +185,71 @@ def _dequantised(table: GroupQuantTable, dtype: torch.dtype) -> torch.Tensor:
     for rows in torch.arange(table.rows, device=found.device).split(ROWS):
         found[rows[0] : rows[-1] + 1] = table.dequantize(rows)
     return found
+
+
+def learning_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    answers: tuple[torch.Tensor, torch.Tensor],
+    share: float,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """(1 - share) NLL + share KL(teacher || student), each summed over the places.
+
+    At temperature 1 both are read off one softmax, and their gradient is formed beside it: three passes over the
+    logits instead of a dozen.
+
+    Args:
+        logits: the student's [places, V].
+        labels: int64 [places].
+        answers: the teacher's tokens and log-probabilities, both [places, k], as :func:`distillation_loss` takes them.
+        share: of the teacher, 0 to 1.
+    """
+    if temperature == 1:
+        return cast("torch.Tensor", _LearningLoss.apply(logits, labels, *answers, share))
+    nll = F.cross_entropy(logits.float(), labels, reduction="sum")
+    counted = torch.ones_like(labels, dtype=torch.bool)[None]
+    tokens, logprobs = (part[None] for part in answers)
+    divergence = distillation_loss(logits[None], tokens, logprobs, counted, temperature, reduction="sum")
+    return (1 - share) * nll + share * divergence
+
+
+class _LearningLoss(torch.autograd.Function):
+    """The gradient is made with the loss, in the memory of its exponentials."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        share: float,
+    ) -> torch.Tensor:
+        floats = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        p, p_rest = bucket_shares(logprobs.to(floats), logits.shape[-1])
+        q = logits.to(floats, copy=True)
+        top = q.amax(-1, keepdim=True)
+        kept, label = q.gather(-1, tokens) - top, q.gather(-1, labels[:, None]) - top
+        q.sub_(top).exp_().scatter_(-1, tokens, 0.0)
+        rest = q.sum(-1, keepdim=True)  # summed without the kept: 1 - sum q_i would cancel
+        log_total = (kept.exp().sum(-1, keepdim=True) + rest).log()
+        log_q = kept - log_total
+        q_rest = (rest / log_total.exp()).clamp_min(SMALLEST_SHARE)
+        p_rest = p_rest[:, None]
+        divergence = (torch.xlogy(p, p) - p * log_q).sum() + (torch.xlogy(p_rest, p_rest) - p_rest * q_rest.log()).sum()
+        if ctx.needs_input_grad[0]:
+            q.mul_((1 - share * p_rest / q_rest) / log_total.exp())
+            q.scatter_(-1, tokens, log_q.exp() - share * p)
+            q.scatter_add_(-1, labels[:, None], torch.full_like(log_total, share - 1))
+            ctx.save_for_backward(q)
+        return (1 - share) * (log_total - label).sum() + share * divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None, None
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -56,13 +56,14 @@ class TrainOptions:
         "auto"
     )
     checkpointing: Annotated[
-        bool, Option("Recompute activations: less memory, a third more time.", _RUNS, hidden=True)
-    ] = True
+        bool | None,
+        Option("Recompute activations: less memory, more time; default: where memory is short.", _RUNS, shown=False),
+    ] = None
     evaluations: Annotated[
         int,
         Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False),
         Meta(ge=1, le=1000),
-    ] = 10
+    ] = 6
     patience: Annotated[
         int | None,
         Option(

@@ -16,6 +16,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,14 +43,14 @@ from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed
 from saap.system.needs import check_memory, fits
 from saap.system.precision import autocast_dtype, fast_float32
-from saap.system.processes import is_main_process
+from saap.system.processes import is_main_process, trains_on_cpu
 from saap.text.documents import Sequences
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import DivergedError, Group, History, Run, train
-from saap.tune.losses import distillation_loss, head_loss
+from saap.tune.losses import KeptMatrix, head_loss, learning_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_targets
@@ -144,17 +145,21 @@ def _tune(
         check_same_vocabulary(teacher_dir, model_dir)
     began, weights = time.monotonic(), weights_hash(model_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
-    model = load_streamed(model_dir) if by_layer(shape_of(config), rows, options) else load_model(model_dir)
+    way = way_of(shape_of(config), rows, options)
+    model = load_streamed(model_dir) if way.streamed else load_model(model_dir)
     some = options.held_out * len(rows) >= 1
     learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
+    head = None if way.recomputed else KeptMatrix()
+    if not way.recomputed:
+        adapters.keep_matrices(adapted)
     state_dir = out.parent / f".{out.name}.tuning"
     run = Run(
-        options.training,
+        replace(options.training, checkpointing=way.recomputed),
         held_out=None if judged is None else tensors_of(judged, len(learnt)),
-        held_out_loss=loss_of(None, options),
+        held_out_loss=loss_of(None, options, head),
         state_dir=state_dir,
         fingerprint={
             "model": weights,
@@ -164,7 +169,7 @@ def _tune(
     )
     error = None
     try:
-        history = train(adapted, groups, tensors_of(learnt, 0), loss_of(targets, options), run, progress)
+        history = train(adapted, groups, tensors_of(learnt, 0), loss_of(targets, options, head), run, progress)
     except DivergedError as diverged:
         if not diverged.history.best_step:
             raise
@@ -189,18 +194,28 @@ def _tune(
     return TuneResult(out, history, rows, trained)
 
 
-def by_layer(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> bool:
-    """Whether the floats are read layer by layer; UserError where memory is too small for what is asked."""
-    tokens = rows.ids.shape[1] * (options.training.micro_rows or options.training.rows_per_step)
-    whole, single = (
-        tune_needs(shape, options.bits, options.group_size, tokens, streamed=streamed) for streamed in (False, True)
-    )
-    if fits(whole):
-        return False
-    if options.max_bytes is not None:
-        check_memory(whole, "tuning", "--max-bytes needs all floats at once: leave it out")
-    check_memory(single, "tuning", "give a smaller --length")
-    return True
+@dataclass(frozen=True)
+class Way:
+    """How tuning goes about it, by the memory there is."""
+
+    streamed: bool  # the floats are read layer by layer
+    recomputed: bool  # layers keep neither activations nor dequantised matrices from one pass to the next
+
+
+def way_of(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> Way:
+    """The fastest that fits; UserError where memory is too small for what is asked."""
+    training = options.training
+    tokens = rows.ids.shape[1] * (training.micro_rows or training.rows_per_step)
+    needs = partial(tune_needs, shape, options.bits, options.group_size, tokens)
+    streamed = not fits(needs(streamed=False))
+    if streamed:
+        if options.max_bytes is not None:
+            check_memory(needs(streamed=False), "tuning", "--max-bytes needs all floats at once: leave it out")
+        check_memory(needs(streamed=True), "tuning", "give a smaller --length")
+    recomputed = training.checkpointing
+    if recomputed is None:
+        recomputed = not (trains_on_cpu() and fits(needs(streamed=streamed, recomputed=False)))
+    return Way(streamed, recomputed)
 
 
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
@@ -242,7 +257,7 @@ def tensors_of(rows: TuningRows, first: int) -> Batch:
     return {"ids": rows.ids, "labels": rows.labels, "row": torch.arange(first, first + len(rows))}
 
 
-def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
+def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatrix | None = None) -> LossOf:
     """The loss of a batch: the sum over its learnt tokens of NLL, mixed with KL(teacher || model), and their number."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,17 +270,12 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions) -> LossOf:
             known = [part.to(learnt.device)[learnt] for part in answers]
 
         def of_piece(logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
-            nll = F.cross_entropy(logits.float(), labels[first:end], reduction="sum")
             if known is None:
-                return nll
-            tokens, logprobs = (part[None, first:end] for part in known)
-            counted = torch.ones_like(tokens[..., 0], dtype=torch.bool)
-            divergence = distillation_loss(
-                logits.unsqueeze(0), tokens, logprobs, counted, options.temperature, reduction="sum"
-            )
-            return (1 - options.teacher_weight) * nll + options.teacher_weight * divergence
+                return F.cross_entropy(logits.float(), labels[first:end], reduction="sum")
+            of_teacher = known[0][first:end], known[1][first:end]
+            return learning_loss(logits, labels[first:end], of_teacher, options.teacher_weight, options.temperature)
 
-        return head_loss(model, batch["ids"], places, of_piece), learnt.sum()
+        return head_loss(model, batch["ids"], places, of_piece, head), learnt.sum()
 
     return loss
 

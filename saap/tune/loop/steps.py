@@ -319,7 +319,8 @@ class _Training:
 
     def _parts(self, fingerprint: dict[str, object]) -> dict[str, object]:
         """What the loss curve depends on."""
-        options = {f"options.{key}": value for key, value in asdict(self.options).items() if key != "save_seconds"}
+        given = asdict(self.options).items()
+        options = {f"options.{key}": value for key, value in given if key not in ("save_seconds", "checkpointing")}
         return {**fingerprint, **options} | {
             "precision": self.history.precision,
             "rows": data_hash(self.rows),

@@ -11,6 +11,7 @@ from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
 from saap.quantize.groups import fill, quantize, quantize_model
 from saap.system.errors import UserError
+from saap.tune import adapters as module
 from saap.tune.adapters import (
     FOLDS,
     attach,
@@ -18,6 +19,7 @@ from saap.tune.adapters import (
     float16_through,
     fold,
     group_matmul,
+    keep_matrices,
     layers_of,
     trained_parameters,
     whole_through,
@@ -318,3 +320,38 @@ def test_whole_numbers_stay_in_range_and_pass_gradients_inside():
     assert whole.tolist() == [0, 0, 0, 3, 15, 15]
     whole.sum().backward()
     assert exact.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+@every_fold
+def test_a_kept_matrix_is_that_of_the_adapter_as_it_is(quantised, kind, rank):
+    """Kept between passes, made anew after each change: the same losses and gradients, to the bit."""
+
+    def three_steps(keeps):
+        adapted, losses = attach(quantised(), kind, rank), []
+        if keeps:
+            keep_matrices(adapted)
+        spread(adapted, 0.01)
+        optimizer = torch.optim.AdamW(trained_parameters(adapted), lr=0.05)
+        for _ in range(3):
+            for rows in (IDS[:1], IDS[:1]):  # a second micro-batch meets the same matrix
+                loss = adapted(input_ids=rows, labels=rows, use_cache=False).loss
+                loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, logits(fold(adapted))
+
+    (losses, folded), (expected, theirs) = three_steps(True), three_steps(False)
+    assert losses == expected and len(set(losses)) == 3
+    assert torch.equal(folded, theirs)
+
+
+def test_a_matrix_is_made_once_for_the_passes_of_a_step(quantised, monkeypatch):
+    made = []
+    dequantized = module.dequantized
+    monkeypatch.setattr(module, "dequantized", lambda *given: made.append(1) or dequantized(*given))
+    adapted = attach(quantised(), "scale")
+    keep_matrices(adapted)
+    for _ in range(2):
+        adapted(input_ids=IDS[:1], labels=IDS[:1], use_cache=False).loss.backward()
+    assert len(made) == len(layers_of(adapted))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from saap.models.checkpoint import load_model
 from saap.quantize.groups import quantize_model
 from saap.tune import losses as module
-from saap.tune.losses import head_loss
+from saap.tune.losses import distillation_loss, head_loss, learning_loss
 
 IDS = torch.randint(320, (3, 40), generator=torch.Generator().manual_seed(0))
 PLACES = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -97,3 +97,35 @@ def test_without_gradients_none_is_computed(tiny_model, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", None)
     with torch.no_grad():
         assert head_loss(model, IDS, PLACES, losses([])).item() > 0
+
+
+@pytest.mark.parametrize("k", [5, 320])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_one_pass_gives_what_nll_and_divergence_give_apart(k, share):
+    generator = torch.Generator().manual_seed(2)
+    logits, of_teacher = torch.randn(2, 7, 320, generator=generator) * 3
+    labels = torch.randint(320, (7,), generator=generator)
+    likeliest = of_teacher.log_softmax(-1).topk(k)
+    labels[0] = likeliest.indices[0, 0]  # a label that the teacher kept, too
+    answers = likeliest.indices, likeliest.values
+
+    def apart(logits):
+        counted = torch.ones(1, 7, dtype=torch.bool)
+        tokens, logprobs = answers[0][None], answers[1][None]
+        divergence = distillation_loss(logits[None], tokens, logprobs, counted, reduction="sum")
+        return (1 - share) * F.cross_entropy(logits, labels, reduction="sum") + share * divergence
+
+    found = []
+    for loss_of in (lambda logits: learning_loss(logits, labels, answers, share), apart):
+        given = logits.clone().requires_grad_()
+        loss = loss_of(given)
+        (3 * loss).backward()
+        found.append((loss.detach(), [given.grad]))
+    assert_same(found)
+
+
+def test_a_softer_temperature_is_that_of_the_divergence_alone():
+    logits = torch.randn(4, 320, generator=torch.Generator().manual_seed(3))
+    labels, answers = torch.arange(4), logits.div(2).log_softmax(-1).topk(320)
+    loss = learning_loss(logits, labels, (answers.indices, answers.values), 0.5, 2.0)
+    assert loss.item() == pytest.approx(0.5 * F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5)

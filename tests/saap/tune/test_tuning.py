@@ -9,6 +9,7 @@ import torch
 from support.command_line import here
 from torch.nn import functional as F
 
+from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
 from saap.models.record import read_record
@@ -16,10 +17,13 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, quantize_model
+from saap.system import needs as needs_module
 from saap.system.errors import UserError
 from saap.text.rows import TuningRows
 from saap.tune import tuning as tune_module
+from saap.tune.adapters import layers_of
 from saap.tune.loop.steps import DivergedError
+from saap.tune.needs import tune_needs
 from saap.tune.options import TrainOptions
 from saap.tune.tuning import TuneOptions, loss_of, tune
 
@@ -180,7 +184,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_mode
     path = tiny_model()
     real, seen = loss_of(None, FAST), []
 
-    def broken(targets, options):
+    def broken(*_):
         def loss(model, batch):
             total, count = real(model, batch)
             seen.append(model.training)
@@ -192,7 +196,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_state_and_says_where(tiny_mode
     with pytest.raises(DivergedError, match=r"loss became nan at step 6 of 8.*is kept.*it was written to"):
         tune(path, replace(FAST, learning_rate=1e-3, norm_rate=1e-4), output=tmp_path / "out", data=ROWS)
     monkeypatch.undo()
-    assert read_record(tmp_path / "out")["tuning"]["history"]["best_step"] == 5
+    assert read_record(tmp_path / "out")["tuning"]["history"]["best_step"] == 4
     assert nll_of(load_model(tmp_path / "out"), ROWS) < 20
 
 
@@ -243,3 +247,24 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     assert tuning["text"]["learnt_tokens"] < 832
     refused = here("tune", slim, "-o", tmp_path / "no", "--data", text, *common, "--kind", "chat", code=2)
     assert "holds no conversations" in refused.stderr
+
+
+def test_what_memory_allows_is_kept_and_changes_no_loss(slim, tmp_path, monkeypatch):
+    """Activations and matrices are made again only where memory is short."""
+    options = replace(FAST, training=replace(TRAINING, checkpointing=None))
+    kept = []
+    monkeypatch.setattr(tune_module.adapters, "keep_matrices", lambda model: kept.append(len(layers_of(model))))
+    losses = []
+    for free in (64e9, None):
+        if free is None:  # so much that it fits only when activations are made again
+            shape = shape_of(read_config(slim))
+            tokens = options.training.rows_per_step * ROWS.shape[1]
+            both = (
+                tune_needs(shape, options.bits, options.group_size, tokens, streamed=False, recomputed=each)
+                for each in (True, False)
+            )
+            free = sum(needs.memory_bytes for needs in both) / 2 / needs_module.FREE_SHARE
+        monkeypatch.setattr(needs_module, "available_memory", lambda free=free: free)
+        losses.append(tune(slim, options, output=tmp_path / f"{free:.0f}", data=ROWS).history.losses)
+    assert kept and len(kept) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

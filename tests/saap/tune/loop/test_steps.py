@@ -236,7 +236,7 @@ def test_the_best_held_out_state_is_what_remains_and_the_run_stops_early(run):
 
 
 def test_without_patience_the_best_state_is_restored_at_the_end(run):
-    options = TrainOptions(precision="fp32", patience=None, micro_rows=3)
+    options = TrainOptions(precision="fp32", patience=None, micro_rows=3, evaluations=10)
     backwards = rows_of(IDS[:40].flip(1))  # better at them is worse at the held-out rows
     model, history = run(options, rate=0.3, rows=backwards, held_out=HELD_OUT)
     assert len(history.losses) == 10 and history.stopped is None

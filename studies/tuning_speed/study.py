@@ -1,0 +1,148 @@
+"""How fast does this checkout tune, against one before it?
+
+    python -m studies.tuning_speed.study run BASE MODEL --teacher smollm2-135m --threads 2 --pairs 4    # into cells/
+    python -m studies.tuning_speed.study table --write
+
+BASE is a checkout of the commit before, with an environment of its own in BASE/.venv (or --base-python), of the same
+packages as this one; MODEL is a pruned directory. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.measure.statistics import bootstrap_ratio
+from studies.common import ROOT, Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Side:
+    """A checkout, the Python that runs it, and how many threads it may use."""
+
+    checkout: Path
+    python: Path
+    threads: int
+
+    def tuned(self, words: Sequence[str], place: Path) -> dict[str, Any]:
+        """What one run of ``saap tune`` says of itself, how long it took, and its peak memory in MB."""
+        out = place / "out"
+        env = {
+            **os.environ, "PYTHONPATH": str(self.checkout), "SAAP_CACHE": str(place / "cache"),
+            "OMP_NUM_THREADS": str(self.threads),
+        }  # fmt: skip
+        began = time.monotonic()
+        with (place / "stderr").open("w+") as said:
+            process = subprocess.Popen(
+                [self.python, "-m", "saap.cli", "tune", *words, "-o", out], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=said, cwd=place, env=env,
+            )  # fmt: skip
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                said.seek(0)
+                raise RuntimeError(f"{self.checkout}: {said.read()[-500:]}")
+        seconds = time.monotonic() - began
+        history = json.loads((out / "saap.json").read_text())["tuning"]["history"]
+        shutil.rmtree(out)
+        shutil.rmtree(place / "cache", ignore_errors=True)
+        return {
+            "steps_tokens_per_s": history["tokens"] / history["seconds"],
+            "command_s": seconds,
+            "peak_mb": used.ru_maxrss * 1024 / 1e6,
+            "losses": history["losses"],
+            "held_out": history["held_out"][-1][1] if history["held_out"] else None,
+        }
+
+    @property
+    def commit(self) -> str | None:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=self.checkout
+        )
+        return head.stdout.strip() or None
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """A row for each machine, number of threads and commit, over the pairs of all its cells."""
+    rows = []
+    for key in dict.fromkeys(map(_key, cells)):
+        pairs = [pair for cell in cells if _key(cell) == key for pair in cell["pairs"]]
+        base, now = zip(*pairs, strict=True)
+        speeds = [[run["steps_tokens_per_s"] for run in side] for side in (base, now)]
+        ratio, low, high = bootstrap_ratio(*speeds, paired=True)
+        apart = max(np.abs(np.subtract(a["losses"], b["losses"])).max() for a, b in pairs)
+        rows.append([
+            key[1], len(pairs), *(f"{median(side):.0f}" for side in speeds), f"{ratio:.2f}x ({low:.2f} to {high:.2f})",
+            *(f"{median(run['command_s'] for run in side):.0f} s" for side in (base, now)),
+            *(f"{median(run['peak_mb'] for run in side) / 1000:.2f}" for side in (base, now)),
+            f"{apart:.4f}", key[2][:7], key[0].split(" (")[0],
+        ])  # fmt: skip
+    return markdown(
+        ["threads", "pairs", "tokens/s of steps before", "now", "ratio", "the command before", "now",
+         "peak before, GB", "now", "a step's loss differs by at most", "before", "machine"], rows
+    )  # fmt: skip
+
+
+def _key(cell: Cell) -> tuple[str, int, str, int]:
+    return cell["machine"], cell["threads"], cell["base"], cell["tokens"]
+
+
+def tables() -> dict[str, str]:
+    """The tables of README.md."""
+    return {"speed": table(read_cells(FOLDER / "cells"))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("do", choices=["run", "table"])
+    parser.add_argument("base", nargs="?", type=Path, help="the checkout from before")
+    parser.add_argument("model", nargs="?", type=Path, help="a pruned directory")
+    parser.add_argument("--teacher", default="smollm2-135m")
+    parser.add_argument("--base-python", type=Path, help="default: BASE/.venv/bin/python")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--pairs", type=int, default=4)
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.do == "table":
+        return show_tables(FOLDER, tables(), given.write)
+    if given.model is None:
+        parser.error("run needs BASE and MODEL")
+    python = given.base_python or given.base / ".venv" / "bin" / "python"
+    sides = [
+        Side(given.base.resolve(), python.absolute(), given.threads),
+        Side(ROOT, Path(sys.executable), given.threads),
+    ]
+    words = [str(given.model.resolve()), "--teacher", given.teacher, "--tokens", str(given.tokens),
+             "--integers", "nearest"]  # fmt: skip
+    pairs = []
+    with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
+        for number in range(given.pairs):
+            pair: list[dict[str, Any]] = [{}, {}]
+            for index in (0, 1) if number % 2 else (1, 0):
+                pair[index] = sides[index].tuned(words, Path(place))
+            pairs.append(pair)
+            print([round(run["steps_tokens_per_s"], 1) for run in pair], flush=True)
+    cell = {**provenance(), "threads": given.threads, "tokens": given.tokens, "base": sides[0].commit, "pairs": pairs}
+    (FOLDER / "cells").mkdir(exist_ok=True)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    (FOLDER / "cells" / name).write_text(json.dumps(cell) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
