@@ -18,7 +18,8 @@ def prune_needs(
 ) -> Needs:
     """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing."""
     layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
-    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), _refit(shape, sequences, tokens))
+    refit = _refit(shape, sequences, tokens, kept=not streamed)
+    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
     if streamed:
         outside = 4 * (shape.parameters - sum(layers))
@@ -48,11 +49,14 @@ def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, 
     return states + max(tokens * max(kept) + gradients, logits)
 
 
-def _refit(shape: ModelShape, sequences: int, tokens: int) -> int:
-    """Numbers that a refit of the widest layer takes beside the weights: states, one batch, the sums, the matrices."""
+def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int:
+    """Numbers that a refit of the widest layer takes beside the weights: states, one batch, the sums, the matrices.
+
+    ``kept``: what enters the matrices is there for all batches.
+    """
     widest = max(sizes.ffn for sizes in shape.layers)
     heads = max(sizes.query_heads for sizes in shape.layers) * shape.head_dim
-    stream = 2 * sequences * tokens * shape.hidden
+    stream = sequences * tokens * (2 * shape.hidden + kept * (widest + heads))
     batch = max(1, min(BATCH, sequences // 2)) * tokens * (3 * widest + 2 * heads + 4 * shape.hidden)
     few = sequences * tokens < widest
     sums = 2 * sequences * tokens * (widest + shape.hidden) if few else SQUARES * widest**2

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
-from saap.models.streaming import present
+from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import head_rows
 from saap.prune.options import Compensation
@@ -41,7 +42,7 @@ HELD_SHARE = 6  # one sixth of the batches chooses lambda
 Given = Sequence[Mapping[str, object]]  # a layer's other arguments, batch by batch
 
 
-@dataclass
+@dataclass(eq=False)
 class _Block:
     """One attention or feed-forward block: the matrix that writes to the residual stream, and what of it is kept."""
 
@@ -49,6 +50,7 @@ class _Block:
     linear: nn.Linear
     norm: nn.Module | None  # reads the stream before the block
     kept: torch.Tensor  # columns
+    attends: bool
 
     @property
     def gone(self) -> torch.Tensor:
@@ -144,7 +146,7 @@ class _Walk:
     """This process's calibration sequences on their way through a decoder that is compensated layer by layer."""
 
     def __init__(self, kind: Compensation, model: PreTrainedModel, ids: torch.Tensor, last: bool) -> None:
-        self._kind, self._last = kind, last
+        self._kind, self._last, self._keeps = kind, last, not is_streamed(model)
         fitted, held = _parts(ids)
         mine = shares().mine(range(len(fitted) + len(held)))
         self._batches = batches_of(model, [fitted[n] for n in mine if n < len(fitted)])
@@ -158,7 +160,9 @@ class _Walk:
         if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
             new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
         else:
-            new, self._stream = _refitted(layer, blocks, self._stream, given, self._sizes, self._last)
+            runs = _Runs(layer, blocks, self._stream, given, self._keeps)
+            new = _refitted(runs, self._sizes, self._last)
+            self._stream = runs.outputs()
         return new
 
 
@@ -178,7 +182,7 @@ def _blocks(layer: nn.Module, keep: LayerPlan, head_dim: int, architecture: Arch
         (architecture.down, architecture.ffn_norm, torch.tensor(keep.ffn, dtype=torch.long)),
     )
     return [
-        _Block(name, modules[name], modules[norm] if norm else None, kept)
+        _Block(name, modules[name], modules[norm] if norm else None, kept, name == architecture.output)
         for name, norm, kept in sizes
         if name in modules
     ]
@@ -220,42 +224,85 @@ def _biases(
     return new, after
 
 
-def _refitted(
-    layer: nn.Module,
-    blocks: list[_Block],
-    stream: list[torch.Tensor],
-    given: Given,
-    sizes: tuple[list[int], list[int]],
-    last: bool,
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Refitted weights of the blocks that lose something, and the stream after the layer, cut and refitted."""
+class _Runs:
+    """A layer's runs over the calibration batches: each goes on from the blocks that the runs before have settled.
+
+    What enters a block's matrix does not change when the matrix does, so that the block runs once; where layers are
+    read one at a time, memory is short and it runs each time.
+    """
+
+    def __init__(
+        self, layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: Given, keeps: bool
+    ) -> None:
+        self._layer, self.blocks, self._keeps = layer, blocks, keeps
+        self._batches = list(zip(stream, given, strict=True))
+        self._known: list[dict[str, torch.Tensor]] = [{} for _ in stream]
+
+    def until(self, block: _Block) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Per batch what enters the block's matrix, and the stream before the block where a norm reads it."""
+        for (hidden, arguments), known in zip(self._batches, self._known, strict=True):
+            also = {} if block.norm is None else {"stream": block.norm}
+            if self._keeps:
+                earlier = self.blocks[: self.blocks.index(block)]
+                also |= {other.matrix: other.linear for other in earlier if other.matrix not in known}
+            with self._settled(known):
+                x, seen = run_until(self._layer, hidden, arguments, block.linear, also)
+            stream = seen.pop("stream", None)
+            if self._keeps:
+                known.update(seen, **{block.matrix: x})
+            yield x, stream
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What leaves the layer as it is now, batch by batch."""
+        found = []
+        for (hidden, arguments), known in zip(self._batches, self._known, strict=True):
+            with self._settled(known):
+                found.append(run_layer(self._layer, hidden, arguments))
+        return found
+
+    @contextmanager
+    def _settled(self, known: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Blocks whose matrix is fed what is known run no other part."""
+        modules = []
+        for block in self.blocks:
+            if block.matrix in known:
+                module = self._layer.get_submodule(block.matrix.rpartition(".")[0])
+                module.forward = partial(_last_product, block, known[block.matrix])
+                modules.append(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+
+def _last_product(block: _Block, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+    """What the block gives for what enters its matrix; an attention block gives its weights, too, if they are asked."""
+    out: torch.Tensor = block.linear(x)
+    return (out, None) if block.attends else out
+
+
+def _refitted(runs: _Runs, sizes: tuple[list[int], list[int]], last: bool) -> dict[str, torch.Tensor]:
+    """Refitted weights of the blocks that lose something; the layer is cut to them."""
     new = {}
-    for block in blocks:
+    for block in runs.blocks:
         if not block.gone.any():
             continue
         if len(block.kept):
-            new[f"{block.matrix}.weight"] = _ridge(layer, block, stream, given, sizes, last)
+            new[f"{block.matrix}.weight"] = _ridge(runs, block, sizes, last)
         block.cut(new)
-    return new, [run_layer(layer, hidden, arguments) for hidden, arguments in zip(stream, given, strict=True)]
+    return new
 
 
-def _ridge(
-    layer: nn.Module,
-    block: _Block,
-    stream: list[torch.Tensor],
-    given: Given,
-    sizes: tuple[list[int], list[int]],
-    last: bool,
-) -> torch.Tensor:
+def _ridge(runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], last: bool) -> torch.Tensor:
     """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
     fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
-    for number, hidden, arguments in zip(shares().mine(range(parts)), stream, given, strict=True):
-        x, seen = run_until(layer, hidden, arguments, block.linear, {"stream": block.norm} if block.norm else {})
-        normed = seen["stream"] if block.norm else block.linear(x)
+    for number, (x, stream) in zip(shares().mine(range(parts)), runs.until(block), strict=True):
+        normed = block.linear(x) if stream is None else stream
         x = (x * normed.square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
         (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
     fit.gather(sizes[0], 0)

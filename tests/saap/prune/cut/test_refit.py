@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from saap.models.architectures import architecture_of, shape_of
+from saap.models.architectures import FAMILIES, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.layer_walk import layers_of
 from saap.models.weight_files import tensor_reader
+from saap.prune.cut import refit as module
 from saap.prune.cut.refit import compensate, losses_compensated
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
@@ -26,8 +30,6 @@ def hidden_after(model, ids):
 
 
 def slim_model(path, out, plan, replaced, bias=False):
-    from dataclasses import replace
-
     config = read_config(path)
     shape = shape_of(config)
     names, read = tensor_reader(path)
@@ -174,3 +176,30 @@ def test_the_compensated_loss_is_that_of_the_model_that_would_be_written(dense, 
     slim = slim_model(path, tmp_path / "slim", plan, replaced, bias=kind == "bias")
     assert losses.tolist() == pytest.approx([mean_nll(slim, row[None]) for row in unseen], abs=1e-5)
     assert abs(losses.mean() - mean_nll(model, unseen)) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("blocks", ["both", "ffn"])
+def test_what_is_kept_between_runs_changes_no_bit(family, blocks, tiny_family, monkeypatch):
+    """Blocks that are settled run once in a model that is in memory, each time where layers are read one by one."""
+    model = load_model(tiny_family(family))
+    layers = []
+    for sizes in shape_of(model.config).layers:
+        keep = replace(whole_layer(sizes), ffn=tuple(range(0, sizes.ffn, 2)))
+        if blocks == "both":  # the first query head of each group
+            keep = replace(keep, query_heads=keep.query_heads[:: sizes.heads_per_group])
+        layers.append(keep)
+    plan = PrunePlan(tuple(layers))
+    runs, found = [], []
+    for streamed in (False, True):
+        monkeypatch.setattr(module, "is_streamed", lambda _, streamed=streamed: streamed)
+        architecture = architecture_of(model.config)
+        counted = layers_of(model)[0].get_submodule(architecture.packed_qkv or architecture.query)
+        handle = counted.register_forward_hook(lambda *_: runs.append(1))
+        found.append(dict(compensate("refit", model, plan, IDS)))
+        handle.remove()
+        runs.append(0)
+    assert found[0].keys() == found[1].keys() and len(found[0]) >= len(plan.layers)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    once, again = "".join(map(str, runs)).split("0")[:2]
+    assert 0 < len(once) < len(again)
