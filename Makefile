@@ -12,7 +12,7 @@ endif
 .PHONY: coverage demo studies test test-slow test-transformers5 lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2
+	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2 --quick
 
 # Three workers, one thread of a library each: what two cores hold, for some tests wait for a board or a browser.
 test: $(VENV)/.test

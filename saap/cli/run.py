@@ -48,6 +48,7 @@ PROMPTS = (
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
 RATIO_S = 30  # of turns between the bundles: their ratio within about 1 %
+QUICK_SEQUENCES, QUICK_TOKENS, QUICK_CHUNKS = 32, 8192, 20  # minutes on two cores, instead of a quarter of an hour
 _STEPS = "How each step is done"
 
 
@@ -79,6 +80,20 @@ class RunOptions:
     threads: Annotated[
         int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), THREADS
     ] = None
+    quick: Annotated[bool, Option("A first look: half the text to prune on, a third to tune on.", _STEPS)] = False
+
+    @property
+    def asked(self) -> RunOptions:
+        """With less text where it is quick, but for what was asked for in numbers."""
+        if not self.quick:
+            return self
+        plain, pruning, tuning = RunOptions(), self.pruning, self.tuning
+        if pruning.options.sequences == plain.pruning.options.sequences:
+            pruning = replace(pruning, options=replace(pruning.options, sequences=QUICK_SEQUENCES))
+        if tuning.options.tokens == plain.tuning.options.tokens:
+            tuning = replace(tuning, options=replace(tuning.options, tokens=QUICK_TOKENS))
+        chunks = QUICK_CHUNKS if self.max_chunks == plain.max_chunks else self.max_chunks
+        return replace(self, pruning=pruning, tuning=tuning, max_chunks=chunks, quick=False)
 
     @property
     def prune(self) -> PruneCommand:
@@ -127,7 +142,7 @@ def run(model: str, out: Path, options: RunOptions) -> None:
     from saap.system.files import claimed
 
     with Console() as console, claimed(out):
-        run_all(model, out, options, console)
+        run_all(model, out, options.asked, console)
 
 
 class _State:

@@ -265,3 +265,12 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     (out / "slim-int4/model.onnx.data").write_bytes(data)
     for words in (["generate", out / "slim-int4", "hi"], ["bench", out / "slim-int4"], commands[5][1:]):
         assert "does not match the hash" in refused(*words)
+
+
+def test_a_quick_run_takes_less_text_but_for_what_is_given():
+    plain, quick = options(), options(quick=True).asked
+    assert plain.asked == plain and not quick.quick
+    assert quick.pruning.options.sequences < plain.pruning.options.sequences
+    assert quick.tuning.options.tokens < plain.tuning.options.tokens and quick.max_chunks < plain.max_chunks
+    given = options(quick=True, tokens=12_288, max_chunks=30).asked
+    assert given.tuning.options.tokens == 12_288 and given.max_chunks == 30
