@@ -21,7 +21,8 @@ CUDA_RATIOS = (1, 2, 4, 5, 8, 16, 32)
 WHEEL_GPUS = ("sm_89", "sm_90", "sm_120", "sm_121")
 OWN_PYTHON = "install a Python of your own, 3.11 or newer, and onnxruntime into it; then say --onnxruntime VERSION"
 KV8_RUNTIME = (1, 27)  # ONNX Runtime whose attention takes an int8 cache on a CPU
-MEGABYTE = 10**6
+MEGABYTE, KILOBYTE = 10**6, 10**3
+FINE = 10  # megabytes, below which sizes are told in kilobytes
 EXPORT = "saap export MODEL -o BUNDLE"
 
 
@@ -200,8 +201,8 @@ def for_memory(model: Model, device: Device, context: int, largest: int) -> tupl
     if model.kv_dtype == "float32" and model.target == "cpu" and newer and fits(small_cache):
         found.append(Finding("a cache of 8 bit fits", f"{EXPORT} --bits {model.bits} --kv 8"))
     if size := prune_to(model, device, context):
-        told = f"a weights file of {size // MEGABYTE} MB (now {model.file_bytes / 1e6:.0f}) fits"
-        prune = f"saap prune MODEL -o SLIM --max-bytes {size // MEGABYTE}MB --bits {model.bits}"
+        told = f"a weights file of {size / MEGABYTE:g} MB (now {model.file_bytes / MEGABYTE:.0f}) fits"
+        prune = f"saap prune MODEL -o SLIM --max-bytes {size_option(size)} --bits {model.bits}"
         found.append(Finding(told, prune))
     return tuple(found)
 
@@ -218,12 +219,24 @@ def with_bits(model: Model, bits: int, block: int = 32) -> Model:
 
 
 def prune_to(model: Model, device: Device, context: int) -> int | None:
-    """Bytes of the weights file that would fit with this context, in whole megabytes; None where none would.
+    """Bytes of the weights file that pruning must reach to fit with this context; None where it need not, or cannot."""
+    size = largest_file(model, device, context)
+    return size if 0 < size < model.file_bytes else None
 
-    The cache and the activations of a pruned model are smaller too, so it errs on the safe side.
+
+def largest_file(model: Model, device: Device, context: int) -> int:
+    """Bytes of the largest weights file of such a model that fits; 0 or less where not even an empty one does.
+
+    Pruning leaves what is looked up, such as rotary tables. The cache and the activations of a pruned model are
+    smaller too, so it errs on the safe side.
     """
     memory = memory_of(model, device, context)
     left = device.memory_bytes - (memory.total - memory.weights)
-    size = int(left / packed_share(model, device) * model.file_bytes / model.weight_bytes_per_token)
-    size = size // MEGABYTE * MEGABYTE
-    return size if 0 < size < model.file_bytes else None
+    size = int(left / packed_share(model, device)) + model.file_bytes - model.weight_bytes_per_token
+    unit = MEGABYTE if size >= FINE * MEGABYTE else KILOBYTE
+    return size // unit * unit if left > 0 else 0
+
+
+def size_option(size: int) -> str:
+    """A size of :func:`largest_file`, as options take it."""
+    return f"{size // KILOBYTE}kB" if size % MEGABYTE else f"{size // MEGABYTE}MB"

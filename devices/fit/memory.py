@@ -69,6 +69,7 @@ class Device:
     bandwidth: float | None = None  # bytes per second that are read at most
     bandwidth_source: str = "unknown"
     last_level_cache: int | None = None
+    big_cores: int | None = None  # of a CPU with several kinds of cores
     cuda: str | None = None  # the GPU's architecture, ``none`` where there is no GPU for CUDA
     onnxruntime: str | None = None  # the version that is installed, or that installs with the system's Python
     onnxruntime_source: str = "unknown"

@@ -9,6 +9,7 @@ from bench.judge.wording import as_dict, as_float, as_list, megabytes, number, p
 from bench.measure.result import Measurement, Result
 from bench.report.headline import bought_by
 from bench.report.tables import Table, markdown
+from saap.cli.devices.fit import board_commands, fit_in_words
 from saap.cli.report import RunFile
 
 
@@ -48,7 +49,7 @@ def model_card(source: Path, run: RunFile, results: Sequence[Result], bundles: S
 
 ## How to run it
 
-On a board or a computer, with Python:
+{_on_device(run, slim)}On a board or a computer, with Python:
 
 ```sh
 pip install 'saap[bench]'
@@ -79,6 +80,14 @@ llama-cli -m slim.gguf
 
 `report.html` shows all measurements, and what was kept of each layer.
 """
+
+
+def _on_device(run: RunFile, slim: str) -> str:
+    """Of a run for a device: whether the bundle fits there, and what brings it there."""
+    if (found := run.get("device")) is None:
+        return ""
+    commands = "\n".join(f"{command}  # {what}" for what, command in board_commands(found, Path(slim)))
+    return f"{fit_in_words(found, slim)}.\n\n```sh\n{commands}\n```\n\n"
 
 
 def _measured(run: RunFile, results: Sequence[Result]) -> Table:

@@ -21,6 +21,18 @@ class Step(TypedDict, total=False):
     command: str
 
 
+class DeviceFit(TypedDict):
+    """The slim bundle on the device that it was made for; sizes are in bytes."""
+
+    name: str
+    fits: bool
+    context: int  # tokens
+    takes: int  # with that context
+    has: int  # that a process may take
+    memory: str  # how that is known
+    threads: int | None  # where the default, all cores, would be slower
+
+
 class RunFile(TypedDict, total=False):
     """``run.json``: the steps of a run, and what the page is made of."""
 
@@ -32,6 +44,7 @@ class RunFile(TypedDict, total=False):
     quality: dict[str, object]
     texts: list[dict[str, object]]
     versions: dict[str, str]
+    device: DeviceFit
 
 
 RUN = Document(RunFile, "run", "run `saap run` again")

@@ -20,10 +20,21 @@ import click
 from msgspec import Meta
 
 from devices.common.files import write_text
-from devices.common.options import THREADS, Option, Part, arguments_of
+from devices.common.options import THREADS, Option, Part, arguments_of, refuse_unused, settings_of
 from devices.common.outputs import is_forced
+from devices.fit.demands import Demands, DeviceOptions, demands_of
 from export.options import ExportOptions
 from saap.cli.console import Console, heard_or_not
+from saap.cli.devices.fit import (
+    Planned,
+    amount,
+    board_commands,
+    check_costs,
+    check_pruned,
+    device_fit,
+    fit_in_words,
+    size_to_reach,
+)
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.prune import PruneCommand, for_this_machine, prune_model
 from saap.cli.report import RUN, RunFile, Step, read_run
@@ -50,18 +61,26 @@ TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
 RATIO_S = 30  # of turns between the bundles: their ratio within about 1 %
 QUICK_SEQUENCES, QUICK_TOKENS, QUICK_CHUNKS = 32, 8192, 20  # minutes on two cores, instead of a quarter of an hour
 _STEPS = "How each step is done"
+_DEVICE = "The device that it is for"
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What ``saap run`` is asked for; what several steps take is given once."""
 
+    made_for: Annotated[
+        str | None,
+        Option("A device of `saap devices list` that it must fit on.", _DEVICE, flags=("--for",), metavar="NAME"),
+    ] = None
+    device: Annotated[DeviceOptions, Part(flags=("memory",), headings={"Options": _DEVICE})] = field(
+        default_factory=DeviceOptions
+    )
     pruning: Annotated[
         PruneCommand,
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
                    "drop_layers", "calibration", "seed"),
-            without=("bits", "group_size", "threads", "here", "explain"),
+            without=("bits", "group_size", "threads", "here", "explain", "onnxruntime"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),
     ] = field(default_factory=PruneCommand)  # fmt: skip
@@ -96,6 +115,11 @@ class RunOptions:
         return replace(self, pruning=pruning, tuning=tuning, max_chunks=chunks, quick=False)
 
     @property
+    def demands(self) -> Demands | None:
+        """What the device demands that the bundle is for. Raises UserError: no such device."""
+        return None if self.made_for is None else demands_of(self.made_for, self.device)
+
+    @property
     def prune(self) -> PruneCommand:
         """What the pruning step is asked for: a ratio of 0.2 where nothing else is."""
         tuned, options = self.tuning.options, self.pruning.options
@@ -113,11 +137,13 @@ class RunOptions:
 
     def export(self, *, tuned: bool) -> ExportOptions:
         """How the slim model, whose integers are tuned, or the dense one is exported."""
-        calibration, quant = self.pruning.calibration, self.tuning.options
-        text = None if calibration == SELF else calibration
+        calibration, quant, demands = self.pruning.calibration, self.tuning.options, self.demands
+        options = ExportOptions(
+            dotprod=demands is None or demands.dotprod, text=None if calibration == SELF else calibration
+        )
         if tuned:
-            return ExportOptions(text=text)
-        return ExportOptions(bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits, text=text)
+            return options
+        return replace(options, bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits)
 
     @property
     def bundles(self) -> tuple[str, str]:
@@ -130,13 +156,12 @@ class RunOptions:
 @options_of(RunOptions)
 @force
 def run(model: str, out: Path, options: RunOptions) -> None:
-    """All of it: prune, tune, export, evaluate, bench, report.
-
-    Interrupted and started again, finished steps are not repeated.
+    """All of it: prune, tune, export, evaluate, bench, report. Started again, it goes on where it was.
 
     \b
     Example:
       saap run smollm2-135m -o out/demo --ratio 0.2
+      saap run smollm2-135m -o out/pi --for raspberry-pi-5 --memory 4GiB
       saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
     """
     from saap.system.files import claimed
@@ -206,8 +231,9 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     check_place(out, model, options)
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
-    pruning = for_this_machine(options.prune)
     check_model(source, options)
+    options = fitted(source, options, console)
+    pruning = for_this_machine(options.prune)
     budget = budget_of(source, pruning)
     check_run(source, out, budget, pruning, options)
     check_texts(source, options, console)
@@ -221,6 +247,8 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     # What tells one model directory from another without reading its weights.
     dense = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
     pruned = _prune(state, source, dense)
+    if demands := options.demands:
+        check_pruned(demands, Planned.of(out / "slim", options.export(tuned=False)))
     tuned = _tune(state, "tune", out / "slim", TUNED, options.tune(model), [pruned])
     skip = _scored(options)  # the same text as for the slim model
     dense_tuned = _tune(state, "tune dense", source, DENSE_TUNED, options.tune(model, skip), [dense])
@@ -245,6 +273,7 @@ def check_options(options: RunOptions) -> None:
 
     options.prune.options.check()
     options.prune.options.check_used()
+    check_device(options)
     options.tune("the dense model").check()
     for tuned in (False, True):
         options.export(tuned=tuned).check()
@@ -253,6 +282,45 @@ def check_options(options: RunOptions) -> None:
             raise ModuleNotFoundError(name=name)
     for threads in thread_counts(options):
         check_threads(threads)
+
+
+def check_device(options: RunOptions) -> None:
+    """Refuse what the device that the bundle is for does not allow, whatever the model is."""
+    quant, demands, costs = options.tuning.options, options.demands, options.pruning.options.costs
+    if demands is None or options.made_for is None:
+        refuse_unused(options, settings_of(DeviceOptions), "the device of --for", "name one")
+        return
+    demands.check_bits(quant.bits, f"--bits {quant.bits}")
+    demands.check_bits(quant.head_bits or quant.bits, f"head_bits {quant.head_bits}")
+    if costs is not None:
+        check_costs(options.made_for, costs)
+
+
+def fitted(source: Path, options: RunOptions, console: Console) -> RunOptions:
+    """The options with a requirement that fits on the device. Raises UserError: what was asked for does not fit."""
+    from saap.prune.pruning import budget_of
+
+    if (demands := options.demands) is None:
+        return options
+    asked = options.pruning.options
+
+    def within(size: int) -> RunOptions:
+        sized = replace(asked, ratio=None, max_params=None, speedup=None, ms_per_token=None, costs=None, max_bytes=size)
+        return replace(options, pruning=replace(options.pruning, options=sized))
+
+    def reachable(size: int) -> bool:
+        try:
+            budget_of(source, within(size).prune.options)
+        except UserError:
+            return False
+        return True
+
+    dense = Planned.of(source, options.export(tuned=False))
+    size = size_to_reach(demands, dense, asked.asked, DEFAULT_RATIO, reachable)
+    if size is None:
+        return options
+    console.say(f"{demands.device.name} has room for a weights file of {amount(size)}: the model is pruned to that")
+    return within(size)
 
 
 def check_place(out: Path, model: str, options: RunOptions) -> None:
@@ -533,6 +601,10 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
         "onnxruntime": onnxruntime.__version__,
     }
     state.run["results"] = [path.name for path in results]
+    slim = out / state.options.bundles[1]
+    state.run.pop("device", None)
+    if demands := state.options.demands:
+        state.run["device"] = device_fit(demands, slim)
     RUN.write(out / "run.json", state.run)
     report(results, out / "report.html", run=state.run)
     benches = [read_result(path) for path in results]
@@ -543,4 +615,8 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
         show_result(result)
         for told in filter(None, (planned_speed(state.run["plan"], result), bought_by(result, state.run["quality"]))):
             click.echo(f"  {told}")
+    if found := state.run.get("device"):
+        click.echo(fit_in_words(found, slim.name))
+        for what, command in board_commands(found, slim):
+            click.echo(f"  {what + ':':<22} {command}")
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

@@ -153,9 +153,7 @@ class PruneOptions:
         Literal[32, 64, 128], Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",))
     ] = 32
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
-    method: Annotated[Method, Option("saap, flap, wanda_sp, shortgpt, ... (--help-all).", _HOW, metavar="NAME")] = (
-        "saap"
-    )
+    method: Annotated[Method, Option("saap, flap, wanda_sp, ... (--help-all).", _HOW, metavar="NAME")] = "saap"
     compensate: Annotated[
         Compensation | None, Option("How the remaining weights compensate; default: the method's own.", _HOW)
     ] = None

@@ -82,6 +82,11 @@ class BundleSize:
         arrays += [self.rotary_bytes] * (2 * self.rotary_tables)
         return sum(map(_paged, arrays)) - (_paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
 
+    def looked_up(self, shape: ModelShape) -> int:
+        """Bytes of tables of which a token reads single rows: rotary tables, and an embedding that is not the head."""
+        table = [] if shape.tied else self._matrix(shape.vocab, shape.hidden, self.head_bits or self.bits)
+        return sum(table) + 2 * self.rotary_tables * self.rotary_bytes
+
     def total(self, shape: ModelShape) -> int:
         layers = (self.attention(shape, s, i) + self.ffn(shape, s, i) for i, s in enumerate(shape.layers))
         return self.outside(shape) + sum(layers)

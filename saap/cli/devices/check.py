@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
-from msgspec import Meta
 
 from devices.common.options import Option
-from devices.common.values import parse_bytes
+from devices.fit.demands import Demands, DeviceOptions, demands_of
 from saap.cli.console import print_table
+from saap.cli.devices.fit import read_model
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 from saap.system.errors import UserError
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from devices.fit.fitting import Fit
     from devices.fit.memory import Device, Model
 
-CONTEXT = 4096  # tokens, as a conversation has by default
 DOES_NOT_FIT = 1
 
 
@@ -34,24 +32,11 @@ class CheckOptions:
     device: Annotated[str | None, Option("A profile of `saap devices list`; default: this host.", metavar="NAME")] = (
         None
     )
-    context: Annotated[
-        int | None, Option("Tokens that the cache holds; default: 4096, or what the model has."), Meta(ge=1)
-    ] = None
-    memory: Annotated[
-        int | None,
-        Option(
-            "RAM of the device, such as 8GiB, where its profile does not know it.", metavar="SIZE", parse=parse_bytes
-        ),
-        Meta(ge=0),
-    ] = None
-    onnxruntime: Annotated[
-        str | None, Option("That is on the device, where it is not its system's.", metavar="VERSION")
-    ] = None
+    facts: DeviceOptions = field(default_factory=DeviceOptions)
     bandwidth: Annotated[bool, Option("Without --device: read memory for some seconds, for the ceiling.")] = False
 
     def check(self) -> None:
-        if self.onnxruntime and not re.fullmatch(r"\d+(\.\d+)+", self.onnxruntime):
-            raise UserError(f"{self.onnxruntime!r} is no version of ONNX Runtime: write something like 1.23.2")
+        self.facts.check()
         if self.device and self.bandwidth:
             raise UserError("--bandwidth measures this host: leave it out with --device")
 
@@ -70,43 +55,16 @@ def check(bundle: Path, as_json: bool, options: CheckOptions) -> None:
     Example:
       saap devices check out/demo/slim-int4 --device raspberry-pi-4 --memory 2GiB
     """
-    from devices.fit.fitting import fit
-
     model = read_model(bundle)
     options.check()
-    device = (
-        _known(options.device, options.memory, options.onnxruntime)
-        if options.device
-        else _here(options.memory, options.onnxruntime, options.bandwidth)
-    )
-    context = min(CONTEXT, model.context_length) if options.context is None else options.context
-    verdict = fit(model, device, context)
+    facts = options.facts
+    demands = demands_of(options.device, facts) if options.device else Demands(_here(facts, options.bandwidth), facts)
+    device, verdict = demands.device, demands.judge(model)
     if as_json:
         click.echo(json.dumps(as_document(bundle, model, device, verdict), indent=1))
     else:
         _show(bundle, device, verdict)
     sys.exit(0 if verdict.fits else DOES_NOT_FIT)
-
-
-def read_model(bundle: Path) -> Model:
-    from devices.fit.memory import Model
-    from export.bundle.manifest import WEIGHTS, read_manifest
-
-    manifest = read_manifest(bundle)
-    weights = manifest.files.get(WEIGHTS)
-    return Model(
-        **{
-            key: getattr(manifest, key)
-            for key in (
-                "target", "bits", "block", "accuracy_level", "weight_bytes_per_token", "kv_bytes_per_token", "kv_dtype",
-                "context_length", "head_dim", "onnxruntime_min",
-            )
-        },
-        hidden=manifest.hidden_size,
-        widest_ffn=max((layer.ffn for layer in manifest.layers), default=0),
-        file_bytes=weights.bytes if weights else manifest.weight_bytes_per_token,
-        attention=tuple((layer.query_heads, layer.kv_heads) for layer in manifest.kv_layers),
-    )  # fmt: skip
 
 
 def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dict[str, object]:
@@ -116,38 +74,7 @@ def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dic
     return {"bundle": str(bundle), "model": asdict(model), "device": known} | asdict(verdict) | {"memory": memory}
 
 
-def _known(name: str, memory: int | None, version: str | None) -> Device:
-    from devices.fit.memory import Device, usable_memory
-    from devices.profiles.profile import load_profile
-
-    profile = load_profile(name)
-    values = {key: number.value for key, number in profile.numbers.items()}
-    usable = usable_memory(values, memory)
-    if usable is None:
-        raise UserError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
-    bandwidth, cache = profile.numbers["memory_bandwidth"], values.get("last_level_cache")
-    runtime = profile.runtime
-    return Device(
-        name=profile.title,
-        architecture=profile.architecture,
-        isa=frozenset(profile.isa),
-        lacks=frozenset(profile.lacks),
-        memory_bytes=usable[0],
-        memory_source=usable[1],
-        bandwidth=bandwidth.value,
-        bandwidth_source=bandwidth.source,
-        last_level_cache=None if cache is None else int(cache),
-        cuda=profile.cuda or ("none" if not name.startswith("generic") else None),
-        onnxruntime=version or (runtime.onnxruntime if runtime else None),
-        onnxruntime_source="given"
-        if version
-        else f"{runtime.system}, Python {runtime.python}"
-        if runtime
-        else "unknown",
-    )
-
-
-def _here(memory: int | None, version: str | None, measure: bool) -> Device:
+def _here(options: DeviceOptions, measure: bool) -> Device:
     from devices.common.cgroup import available
     from devices.fit.memory import Device
     from devices.probe.cpu import FEATURES
@@ -155,7 +82,7 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
     from devices.profiles.profile import load_profiles, profile_of
     from saap.cli.devices.probe import read_bandwidth
 
-    if memory is not None:
+    if options.memory is not None:
         raise UserError("--memory is the size of a board's RAM, this host's is read: give --device with it")
     facts, profiles = probe(), load_profiles()
     known = profiles.get(profile_of(facts["compatible"], profiles) or "")
@@ -182,8 +109,8 @@ def _here(memory: int | None, version: str | None, measure: bool) -> Device:
         bandwidth_source=bandwidth[1],
         last_level_cache=facts["last_level_cache_bytes"],
         cuda=cuda,
-        onnxruntime=version or facts["onnxruntime"],
-        onnxruntime_source="given" if version else f"installed here, Python {facts['python']}",
+        onnxruntime=options.onnxruntime or facts["onnxruntime"],
+        onnxruntime_source="given" if options.onnxruntime else f"installed here, Python {facts['python']}",
     )
 
 

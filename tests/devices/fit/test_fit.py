@@ -167,8 +167,8 @@ def test_remedies_make_it_fit() -> None:
         assert fit(with_bits(SMOL32, bits), device, 2000).fits
     size = prune_to(SMOL32, device, 2000)
     assert size and f"saap prune MODEL -o SLIM --max-bytes {size // MB}MB --bits 32" in commands
-    share = size / SMOL32.file_bytes
-    pruned = replace(SMOL32, file_bytes=size, weight_bytes_per_token=int(SMOL32.weight_bytes_per_token * share))
+    looked_up = SMOL32.file_bytes - SMOL32.weight_bytes_per_token  # which pruning leaves
+    pruned = replace(SMOL32, file_bytes=size, weight_bytes_per_token=size - looked_up)
     assert fit(pruned, device, 2000).fits
     more = replace(pruned, weight_bytes_per_token=pruned.weight_bytes_per_token + 2 * MB)
     assert not fit(more, device, 2000).fits  # it does not ask for more pruning than needed

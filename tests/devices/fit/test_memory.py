@@ -12,7 +12,7 @@ import pytest
 from support.fit_models import MB, SMOL, SMOL8, SMOL32, X86
 
 from devices.fit.memory import Model, memory_of
-from saap.cli.devices.check import read_model
+from saap.cli.devices.fit import read_model
 
 WIDE = replace(
     SMOL, weight_bytes_per_token=69_505_024, kv_bytes_per_token=8192, widest_ffn=4096, hidden=1024,

@@ -17,6 +17,7 @@ from support.cost_files import cost_file
 from devices.common.options import arguments_of, made
 from saap.cli import run as pipeline
 from saap.cli.console import Console
+from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions
 from saap.models.record import read_record
 from saap.system.errors import UserError
@@ -142,6 +143,14 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ),
         ("--teacher nobody", "no model 'nobody'"),
         ("--set kind=chat", "chat needs conversations"),
+        ("--for toaster", "no device 'toaster': choose one of generic-arm64, "),
+        ("--memory 4GiB", "--memory is for the device of --for: leave it out, or name one"),
+        ("--for rk3588", "how much memory rk3588 has is not known: say it with --memory"),
+        ("--for raspberry-pi-4 --bits 8", "--bits 8 has no kernel on Raspberry Pi 4, which lacks dotprod: give 4"),
+        ("--for raspberry-pi-4 --set head_bits=8", "head_bits 8 has no kernel on Raspberry Pi 4, which lacks dotprod"),
+        ("--for jetson-xavier-nx", "it needs ONNX Runtime 1.23, there it is 1.19.2 (JetPack 5, Python 3.8): install"),
+        ("--for raspberry-pi-5 --set context=999", "a context of 999 tokens: this model holds 1 to 512"),
+        ("--for raspberry-pi-5 --memory 64MiB --ratio 0.4", "has room for none beside a context of 512 tokens: give"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_path, costs, options, message):
@@ -196,7 +205,7 @@ NAMES = [
 
 
 def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
-    """To a size, by another method, scored and judged on text that the dense model writes; with a space in a path."""
+    """To a size, for a board, by another method, on text that the dense model writes; with a space in a path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SAAP_DATA", raising=False)
     (tmp_path / "my texts").mkdir()
@@ -204,6 +213,7 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     out = Path("my demo")
     few = [word for each in ("sequences=8", "length=32", "chunk=64", "max_chunks=4") for word in ("--set", each)]
     arguments = ["run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
+                 "--for", "raspberry-pi-4", "--memory", "4GiB",
                  "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
                  "--set", "learning_rate=0.01",
                  "--calibration", "self", "--text", "self"]  # fmt: skip
@@ -214,6 +224,10 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     page = (out / "report.html").read_text()
     assert "slim-int4" in page and "<svg" in page and "--max-bytes 242000 --method flap" in page
     assert read_record(out / "slim")["lineage"]["calibration"]["source"].startswith("written by the dense model")
+    assert read_model(out / "slim-int4").accuracy_level == 0  # of kernels without dotprod
+    here("devices", "check", out / "slim-int4", "--device", "raspberry-pi-4", "--memory", "4GiB")
+    assert "On Raspberry Pi 4 slim-int4 takes 7" in said and "with a context of 512 tokens (93% of the 4 GiB" in said
+    assert "scp -r 'my demo/slim-int4' USER@BOARD:" in said and "saap generate slim-int4 --context 512\n" in said
 
     run, made_by_run = json.loads((out / "run.json").read_text()), weights(out)
     assert [step["name"] for step in run["steps"]] == NAMES
@@ -258,6 +272,7 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     card = ModelCard.load(out / "README.md")
     assert card.data.tags[0] == "saap" and "| slim-int4 |" in card.content and "saap tune" in card.content
     assert "slim-int4 against dense-int4: " in card.content
+    assert "On Raspberry Pi 4 slim-int4 takes" in card.content and "scp -r slim-int4 USER@BOARD:" in card.content
     here("report", out, "-o", "page.html")
     assert Path("page.html").stat().st_size > 10_000
     data = bytearray((out / "slim-int4/model.onnx.data").read_bytes())
