@@ -220,7 +220,7 @@ def with_bits(model: Model, bits: int, block: int = 32) -> Model:
 
 def prune_to(model: Model, device: Device, context: int) -> int | None:
     """Bytes of the weights file that pruning must reach to fit with this context; None where it need not, or cannot."""
-    size = largest_file(model, device, context)
+    size = in_units(largest_file(model, device, context))
     return size if 0 < size < model.file_bytes else None
 
 
@@ -232,11 +232,17 @@ def largest_file(model: Model, device: Device, context: int) -> int:
     """
     memory = memory_of(model, device, context)
     left = device.memory_bytes - (memory.total - memory.weights)
-    size = int(left / packed_share(model, device)) + model.file_bytes - model.weight_bytes_per_token
+    looked_up = model.file_bytes - model.weight_bytes_per_token
+    return int(left / packed_share(model, device)) + looked_up if left > 0 else 0
+
+
+def in_units(size: int) -> int:
+    """A size as people give it: whole megabytes, or kilobytes of a small one."""
     unit = MEGABYTE if size >= FINE * MEGABYTE else KILOBYTE
-    return size // unit * unit if left > 0 else 0
+    return size // unit * unit
 
 
 def size_option(size: int) -> str:
-    """A size of :func:`largest_file`, as options take it."""
+    """A size in such units, as options take it."""
+    size = in_units(size)
     return f"{size // KILOBYTE}kB" if size % MEGABYTE else f"{size // MEGABYTE}MB"

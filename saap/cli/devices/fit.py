@@ -103,14 +103,14 @@ def size_to_reach(
 
     Raises UserError: it cannot load there, or what was asked for does not fit; says what would.
     """
-    from devices.fit.fitting import size_option
+    from devices.fit.fitting import in_units, size_option
 
     for finding in demands.judge(dense.model).refusals:
         newer = "install a newer one in a Python of your own there, and say which with --set onnxruntime=VERSION"
         raise UserError(f"{demands.device.name}: {finding.what}: {newer}")
     ((kind, value),) = (asked or {"ratio": default}).items()
     whole, most = dense.model.file_bytes, demands.largest_file(dense.model)
-    size, countable = dense.bytes_at(kind, value), most - dense.head_bytes
+    size, countable = dense.bytes_at(kind, value), in_units(most - dense.head_bytes)
     if most >= (whole if size is None else size):
         return None
     possible = countable > 0 and reachable(countable)

@@ -44,17 +44,17 @@ def test_what_is_said_of_a_device_counts_more_than_its_profile() -> None:
 def test_a_file_of_the_largest_size_fits_and_a_larger_one_does_not() -> None:
     demands = demands_of("raspberry-pi-4", DeviceOptions(memory=1 * GIB, context=8000))
     most = demands.largest_file(SMOL32)
-    assert 0 < most < SMOL32.file_bytes and most % 10**6 == 0
-    assert size_option(most) == f"{most // 10**6}MB"
+    assert 0 < most < SMOL32.file_bytes
     looked_up = SMOL32.file_bytes - SMOL32.weight_bytes_per_token
-    for size, fits in ((most, True), (most + 10**6, False)):
+    for size, fits in ((most, True), (most + 10, False)):
         model = replace(SMOL32, file_bytes=size, weight_bytes_per_token=size - looked_up)
         assert demands.judge(model).fits is fits
     assert demands_of("raspberry-pi-4", DeviceOptions(memory=100 << 20)).largest_file(SMOL32) <= 0
 
 
-def test_small_sizes_are_told_in_kilobytes() -> None:
-    assert (size_option(217_000), size_option(9_000_000), size_option(9_217_000)) == ("217kB", "9MB", "9217kB")
+def test_sizes_as_options_take_them() -> None:
+    sizes = (217_999, 9_000_000, 9_217_400, 10_999_999, 87_000_000)
+    assert list(map(size_option, sizes)) == ["217kB", "9MB", "9217kB", "10MB", "87MB"]
 
 
 @pytest.mark.parametrize(
