@@ -162,7 +162,6 @@ def run(model: str, out: Path, options: RunOptions) -> None:
     Example:
       saap run smollm2-135m -o out/demo --ratio 0.2
       saap run smollm2-135m -o out/pi --for raspberry-pi-5 --memory 4GiB
-      saap run smollm2-135m -o out/fast --speedup 1.25 --costs cost.json --threads 1
     """
     from saap.system.files import claimed
 
