@@ -108,15 +108,14 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
 def change_points(values: Sequence[float]) -> list[int]:
     """Indices at which the level of a series changes; each is the first value of a new level.
 
-    The logarithms are cut by PELT with a squared cost (Killick, Fearnhead and Eckley 2012; the package ``ruptures``)
-    and a penalty of 3 log n per cut (modified BIC, Zhang and Siegmund 2007), in units of the noise, which is told from
-    neighbours' differences. Outliers are drawn to 1.5 noises from the running median before, and a cut must then hold
-    on the values themselves: a Mann-Whitney test of the levels beside it.
+    The logarithms are cut where squared distances from the levels are least, with a penalty of 3 log n per cut
+    (modified BIC, Zhang and Siegmund 2007), in units of the noise, which is told from neighbours' differences. Outliers
+    are drawn to 1.5 noises from the running median before, and a cut must then hold on the values themselves: a
+    Mann-Whitney test of the levels beside it.
 
     Args:
         values: positive, in the order of time.
     """
-    import ruptures
     from scipy.ndimage import median_filter
 
     logs = np.log(np.asarray(values, dtype=np.float64))
@@ -126,9 +125,29 @@ def change_points(values: Sequence[float]) -> list[int]:
     noise = max(noise, 1e-6)  # equal values have none, and still step
     running = median_filter(logs, size=2 * LEAST_SEGMENT - 3, mode="nearest")
     clipped = np.clip(logs, running - 1.5 * noise, running + 1.5 * noise) / noise
-    search = ruptures.KernelCPD(kernel="linear", min_size=LEAST_SEGMENT).fit(clipped[:, None])
-    cuts = search.predict(pen=3 * np.log(len(logs)))[:-1]
-    return _holding(logs, [int(cut) for cut in cuts])
+    return _holding(logs, best_cuts(clipped, 3 * np.log(len(logs))))
+
+
+def best_cuts(values: Array, penalty: float) -> list[int]:
+    """The cuts for which squared distances from the levels' means, and a penalty per cut, sum to the least.
+
+    Optimal partitioning (Jackson et al. 2005): the best cuts of a beginning are its last cut and the best cuts before.
+    No level is shorter than ``LEAST_SEGMENT``.
+    """
+    count, centred = len(values), values - values.mean()
+    sums, squares = (np.concatenate([[0.0], np.cumsum(each)]) for each in (centred, centred**2))
+    least, last = np.full(count + 1, np.inf), np.zeros(count + 1, int)
+    least[0] = -penalty
+    for end in range(LEAST_SEGMENT, count + 1):
+        starts = np.arange(end - LEAST_SEGMENT + 1)
+        level = squares[end] - squares[starts] - (sums[end] - sums[starts]) ** 2 / (end - starts)
+        total = least[starts] + penalty + level
+        last[end] = total.argmin()
+        least[end] = total[last[end]]
+    cuts = [int(last[count])]
+    while cuts[0]:
+        cuts.insert(0, int(last[cuts[0]]))
+    return cuts[1:]
 
 
 def _holding(logs: Array, cuts: list[int]) -> list[int]:

@@ -11,7 +11,18 @@ import pytest
 from support.bench_samples import measurement, result
 
 from bench.measure.result import INVALID, Result, ResultError, read_result
-from bench.report.history import Point, Series, add, change_points, changes_text, history_panels, history_plot, series
+from bench.report.history import (
+    LEAST_SEGMENT,
+    Point,
+    Series,
+    add,
+    best_cuts,
+    change_points,
+    changes_text,
+    history_panels,
+    history_plot,
+    series,
+)
 
 
 def run(day: int, seconds: float = 0.02, **fields: Any) -> Result:
@@ -91,6 +102,25 @@ def test_no_step_in_noise_with_or_without_outliers(spikes: float) -> None:
         values = random.lognormal(0, 0.02, 40) * np.where(random.random(40) < spikes, 1.25, 1)
         alarms += bool(change_points(values))
     assert alarms <= 10
+
+
+@pytest.mark.parametrize("penalty", [0.5, 4.0, 20.0])
+def test_no_cuts_are_better_than_the_best(penalty: float) -> None:
+    """Against every way to cut series of 16."""
+    places = range(LEAST_SEGMENT, 16 - LEAST_SEGMENT + 1)
+    ways = [[], *([a] for a in places), *([a, b] for a in places for b in places if b - a >= LEAST_SEGMENT)]
+    several = 0
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        values = random.normal(0, 1, 16) + 3 * (np.arange(16) >= random.integers(16))
+
+        def loss(cuts: list[int], values: np.ndarray = values) -> float:
+            return sum(float(((level - level.mean()) ** 2).sum()) + penalty for level in np.split(values, cuts))
+
+        found = best_cuts(values, penalty)
+        assert found == min(ways, key=loss)
+        several += len(found) > 0
+    assert several > 5
 
 
 def test_exact_steps_and_short_series() -> None:
