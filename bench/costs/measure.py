@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import psutil
 
-from bench.child import ChildFailedError, call
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
@@ -25,6 +24,7 @@ from bench.judge.wording import threads as counted
 from bench.measure.cores import choose_cores
 from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
+from devices.common.child import ChildFailedError, call
 from devices.common.cores import physical_cores
 from devices.common.documents import Document
 from devices.common.errors import UserError

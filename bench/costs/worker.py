@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.child import job_and_tell
 from bench.measure.cores import pin
+from devices.common.child import job_and_tell
 from export.bundle.decoder import OrtDecoder
 
 TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them

@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from bench.child import ChildFailedError, Resident
 from bench.measure.options import BenchOptions, Setting
 from bench.measure.result import LEAST_LOADS, Bursts, Load
 from bench.measure.rounds import job_of, turn
 from bench.runtimes.peers import Peer, memory_needs
 from devices.common.cgroup import available
+from devices.common.child import ChildFailedError, Resident
 from devices.common.progress import Progress
 
 WORKER = "bench.measure.burst_worker"

@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from bench.child import ChildFailedError, call, job_and_tell
 from bench.measure.cores import pin
 from bench.measure.result import Bandwidth
+from devices.common.child import ChildFailedError, call, job_and_tell
 
 BUFFER = 256 << 20
 PASSES = 5

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bench.child import ChildFailedError, call
 from bench.measure.cores import CoolDown, choose_cores
 from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
 from bench.measure.result import ModelFacts, Sample
@@ -20,6 +19,7 @@ from bench.measure.worker import ColdLoad, Job, Measured
 from bench.power.energy import Recorder
 from bench.runtimes.peers import Peer
 from devices.common.cgroup import available
+from devices.common.child import ChildFailedError, call
 from devices.common.progress import Progress
 
 IDLE_S = 2.0

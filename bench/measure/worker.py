@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.child import job_and_tell
 from bench.measure.cores import drift, level, pin, probe_clock
 from bench.measure.gpu import GpuWatch, open_nvml
 from bench.measure.host_state import counters, snapshot
@@ -27,6 +26,7 @@ from bench.measure.result import Sample
 from bench.runtimes.decoders import make_decoder, provider_facts
 from bench.runtimes.facts import PeerFacts
 from devices.common.cgroup import available
+from devices.common.child import job_and_tell
 from export.bundle.decoder import Decoder, Ids, Logits
 
 Clock = Callable[[], float]

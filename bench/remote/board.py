@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from bench.child import read_lines, signals_wait
 from devices.agent.main import MARK
+from devices.common.child import read_lines, signals_wait
 from devices.common.files import parse_json
 from devices.transport import BoardError, LostError, Transport, last_line, printable
 

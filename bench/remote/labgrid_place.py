@@ -20,9 +20,9 @@ from functools import partial
 from typing import TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from bench.child import until_done
 from bench.remote import labgrid_session as farm
 from bench.remote.board import Board, Say, Stopped
+from devices.common.child import until_done
 from devices.transport import BoardError, LostError, Transport, last_line, open_transport
 
 SCHEME = "labgrid://"

@@ -27,10 +27,10 @@ from typing import Generic, TypeVar
 import msgspec
 import psutil
 
-from bench.child import until_done
 from bench.remote.board import Board, Reply, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place
+from devices.common.child import until_done
 from devices.common.files import cache_directory, parse_json, write_text
 from devices.common.progress import Progress
 from devices.transport import BoardError, Transport, open_transport, printable

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import msgspec
 
-from bench.child import ChildFailedError, absent, call
 from bench.runtimes.facts import SIZES, ModelFacts
 from bench.runtimes.genai import model_of
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
+from devices.common.interpreters import python_with
 from export.bundle.decoder import check_context
 from export.bundle.manifest import (
     DECODE_GRAPH,
@@ -44,7 +44,6 @@ FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, gena
 T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
-PEER_PYTHON = "SAAP_PEER_PYTHON"
 
 
 class _Config(msgspec.Struct):
@@ -87,41 +86,6 @@ class Peer:
         return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 
-def python_with(modules: Sequence[str], what: str, install: str) -> str:
-    """The interpreter that has ``modules``: the one that ``SAAP_PEER_PYTHON`` names, else our own.
-
-    Raises:
-        PeerError: neither has them; ``what`` is the spec, ``install`` what to give to pip.
-    """
-    chosen = os.environ.get(PEER_PYTHON)
-    if chosen and not missing_in(chosen, modules):
-        return chosen
-    missing = absent(modules)
-    if not missing:
-        return sys.executable
-    elsewhere = f" in {chosen} or here" if chosen else ""
-    raise PeerError(
-        f"{what} needs {missing[0]}, which is not installed{elsewhere}: pip install {install}, "
-        f"or name a Python that has it in {PEER_PYTHON}"
-    )
-
-
-def missing_in(python: str, modules: Sequence[str]) -> list[str]:
-    """Which of ``modules`` another interpreter does not have; none is imported.
-
-    Raises:
-        PeerError: it is no Python that can run our workers.
-    """
-    try:
-        return cast("list[str]", call("bench.child", {"modules": list(modules)}, 60, python=python)["missing"])
-    except (OSError, ChildFailedError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PeerError(
-            f"{PEER_PYTHON}={python} does not run ({reason}): "
-            "give the path of a Python 3.10 or newer with numpy and msgspec"
-        ) from None
-
-
 def read_peers(
     specs: Sequence[str],
     length: int,
@@ -138,7 +102,7 @@ def read_peers(
         cuda_graph: replay decode steps as a CUDA graph.
 
     Raises:
-        PeerError, BundleError, DecoderError, GgufHeaderError: naming the spec and what to do.
+        UserError: naming the spec and what to do.
     """
     if not specs:
         raise PeerError(f"nothing to measure: give {FORMS}")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from support.tiny_graphs import tiny_bundle
 
-from bench.child import ChildFailedError, Resident
 from bench.judge.comparison import compare_within
 from bench.measure import bursts
 from bench.measure import run as bench_run
@@ -26,6 +25,7 @@ from bench.measure.rounds import job_of
 from bench.measure.run import measure
 from bench.measure.statistics import ratio_of_loads
 from bench.runtimes.peers import read_peers
+from devices.common.child import ChildFailedError, Resident
 
 PLAN = BenchOptions(threads=1, prompt=4, generate=12, warmup=2, repetitions=3, cold=False, ratio_time_s=60)
 
@@ -100,7 +100,8 @@ def test_a_worker_that_rests_ends_with_its_parent(bundles: list[str]) -> None:
     peers = read_peers(bundles[:1], PLAN.positions)
     job = json.dumps(asdict(job_of(peers[0], PLAN.settings()[0], PLAN, peers[0].vocab_size)))
     program = (
-        f"import json, time; from bench.child import Resident\nwith Resident({WORKER!r}, 60, {{}}) as worker:\n"
+        "import json, time; from devices.common.child import Resident\n"
+        f"with Resident({WORKER!r}, 60, {{}}) as worker:\n"
         f"    worker.ask(json.loads({job!r})); worker.rest(); print(worker._process.pid, flush=True); time.sleep(60)\n"
     )
     root = Path(__file__).parents[3]
@@ -143,5 +144,5 @@ def test_being_loaded_later_cancels_and_the_interval_holds_the_truth() -> None:
 
 
 def test_a_child_that_does_not_answer_is_named() -> None:
-    with Resident("bench.child", 5, {}) as worker, pytest.raises(ChildFailedError):
+    with Resident("devices.common.child", 5, {}) as worker, pytest.raises(ChildFailedError):
         worker.ask({"modules": 1})
