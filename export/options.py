@@ -13,6 +13,7 @@ Target = Literal["cpu", "cuda", "portable", "gguf"]
 BITS: dict[str, tuple[int, ...]] = {
     "cpu": (4, 8, 32), "cuda": (4, 8, 16), "portable": (4, 8, 32), "gguf": (4, 8, 16, 32),
 }  # fmt: skip
+LLAMA_CPP_TYPES = {4: "Q4_0", 8: "Q8_0"}  # that its quantizer writes, by bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ExportOptions:
     ] = None
     head_bits: Annotated[Literal[4, 8] | None, Option("Bits of embedding and head; default: as --bits.")] = None
     integers: Annotated[
-        Literal["gptq", "nearest"], Option("Error-compensating, by the text, or each weight by itself.")
+        Literal["gptq", "nearest", "llama.cpp"],
+        Option("Error-compensating, by the text; each weight by itself; or, for gguf, llama.cpp's own."),
     ] = "gptq"
     kv_bits: Annotated[Literal[8, 32], Option("Bits of the KV cache.", flags=("--kv",))] = 32
     dotprod: Annotated[bool, Option("For Raspberry Pi 3 and 4, which lack dot products.", flags=("--no-dotprod",))] = (
@@ -65,10 +67,17 @@ class ExportOptions:
         if self.target != "portable":
             refuse_unused(self, ("graph_writer",), "--target portable")
         if self.target == "gguf":
-            none = ("onnxruntime", "group_size", "integers", "parity", "text")
-            refuse_unused(self, none, "bundles, and a GGUF file is none")
+            none = ("onnxruntime", "group_size", "parity", "text")
+            chosen = () if self.integers == "llama.cpp" else ("integers",)
+            refuse_unused(self, (*none, *chosen), "bundles, and a GGUF file is none")
         else:
             refuse_unused(self, ("gguf_type",), "--target gguf")
+            if self.integers == "llama.cpp":
+                raise UserError("--integers llama.cpp is for --target gguf: give gptq or nearest")
+        if self.integers == "llama.cpp":
+            refuse_unused(self, ("head_bits",), "types that saap chooses, and llama.cpp chooses its own")
+            if self.bits in (16, 32):
+                self.check_floats()
         if self.gguf_type:
             refuse_unused(self, ("bits",), "a choice of type by bits, and --type names one")
         elif self.bits in (16, 32) and self.target != "gguf":

@@ -16,11 +16,12 @@ from devices.common.progress import Progress
 from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
+from export.gguf.llama_cpp import quantize, quantizer
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import GGUFReport, export_gguf
 from export.graph.write import MicrosoftWriter
 from export.needs import export_needs
-from export.options import PARITY_ROWS, PARITY_TOKENS, ExportOptions
+from export.options import LLAMA_CPP_TYPES, PARITY_ROWS, PARITY_TOKENS, ExportOptions
 from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision, sized_manifest
@@ -34,7 +35,7 @@ from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
 from saap.quantize.groups import IntegerForm
 from saap.quantize.integers import write_integers
 from saap.system.errors import UserError
-from saap.system.files import beside, check_output, claimed, read_object, writing_directory
+from saap.system.files import beside, check_output, claimed, read_object, writing_directory, writing_file
 from saap.system.needs import check_disk, check_memory
 from saap.text.documents import load_documents, pack
 from saap.text.encoding import check_ids, tokenizer_for
@@ -117,11 +118,25 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
     quant = quant_of(read_config(path))
+    if options.integers == "llama.cpp":
+        if quant:
+            refuse_unused(options, ("integers",), f"floats, and {path} holds integers")
+        return _quantized_gguf(path, out, options, progress)
     tuned_bits = quant["bits"] if quant else None
     # Tuned integers know the type that holds them best.
     by_bits = GGUF_TYPES[options.bits] if options.bits and options.bits != tuned_bits else None
     head_kind = GGUF_TYPES[options.head_bits] if options.head_bits else None
     return export_gguf(path, out, kind=options.gguf_type or by_bits, head_kind=head_kind, progress=progress)
+
+
+def _quantized_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
+    """A file of floats, quantized by llama.cpp as a person would do it without us."""
+    python, kind = quantizer(), options.gguf_type or LLAMA_CPP_TYPES[options.bits or 4]
+    with claimed(out), beside(out, "floats") as place:
+        floats = export_gguf(path, place / "model.gguf", kind="F16", progress=progress)
+        with writing_file(out) as partial:
+            quantize(floats.file, partial, kind, python)
+    return replace(floats, file=out, bytes=out.stat().st_size, kind=kind, tensors={}, worst_error_rounded=None)
 
 
 def write_bundle(

@@ -50,6 +50,12 @@ def test_a_gguf_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
         ({"target": "gguf", "integers": "nearest"}, "--integers is for bundles, and a GGUF file is none"),
         ({"bits": 32, "integers": "nearest"}, "--integers is for integers, and these weights are floats"),
         ({"gguf_type": "F16"}, "--type is for --target gguf"),
+        ({"integers": "llama.cpp"}, "--integers llama.cpp is for --target gguf: give gptq or nearest"),
+        (
+            {"target": "gguf", "integers": "llama.cpp", "head_bits": 8},
+            "--head-bits is for types that saap chooses, and llama.cpp chooses its own",
+        ),
+        ({"target": "gguf", "integers": "llama.cpp", "bits": 16}, "--integers is for integers, and these weights"),
         ({"target": "tpu"}, "--target tpu is not allowed: give cpu, cuda, portable or gguf"),
         ({"group_size": 48}, "--group-size 48 is not allowed: give 32, 64 or 128"),
     ],
