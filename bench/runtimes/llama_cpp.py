@@ -65,10 +65,28 @@ class LlamaCppDecoder:
         self._token[0] = token_id
         return self._decode(self._one)
 
-    def _decode(self, batch: llama_batch) -> Logits:
+    def logits(self, ids: Ids) -> Logits:
+        """After each of ``ids`` [n], the first of an empty cache: [n, vocab], a view until the next call."""
+        self.reset()
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for index, token in enumerate(ids.tolist()):
+                batch.token[index], batch.pos[index] = token, index
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            self._run(batch)
+        finally:
+            self._lib.llama_batch_free(batch)
+        found: Logits = np.ctypeslib.as_array(self._lib.llama_get_logits(self.context), (len(ids), self.vocab_size))
+        return found
+
+    def _run(self, batch: llama_batch) -> None:
         failed = self._lib.llama_decode(self.context, batch)
         if failed:
             raise RuntimeError(f"llama_decode returned {failed}: {self._last_error()}")
+
+    def _decode(self, batch: llama_batch) -> Logits:
+        self._run(batch)
         pointer = self._lib.llama_get_logits(self.context)
         address = ctypes.addressof(pointer.contents)
         if address != self._address:

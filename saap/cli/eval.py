@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,11 @@ from saap.cli.console import Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.evaluate.options import EvalOptions
+from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    from bench.runtimes.peers import Peer
+    from devices.common.gguf_header import GgufHeader
     from export.bundle.manifest import BundleManifest
     from export.generate.scoring import BundleScorer
     from saap.evaluate.continuations import Scorer
@@ -48,7 +52,8 @@ class EvalCommand:
 def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalCommand) -> None:
     """Perplexity, KL, top-1 agreement and zero-shot tasks of model directories and bundles.
 
-    A perplexity is told with its protocol; `saap compare` refuses two of different ones.
+    llama.cpp:FILE.gguf is a file in llama.cpp, as `saap bench` takes it. A perplexity is told with its protocol; `saap
+    compare` refuses two of different ones.
 
     \b
     Example:
@@ -61,7 +66,8 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     from saap.models.resolve import kind_of
 
     for each in filter(None, (*paths, options.reference)):
-        kind_of(each)  # before what takes seconds to import
+        if not is_for_llama_cpp(each):
+            kind_of(each)  # before what takes seconds to import
     from saap.evaluate.evaluation import check_options, subjects_of, windows_for
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
 
@@ -75,6 +81,8 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
                 show_quality(quality)
 
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
+    if options.options.tasks and (peers := [str(path) for path in paths if is_for_llama_cpp(path)]):
+        raise UserError(f"{peers[0]}: zero-shot tasks are not asked of llama.cpp: leave --tasks out, or give a bundle")
     console = Console.of_command()
     on_text = options.text is not None or not options.options.tasks
     check_options(options.options, on_text=on_text)
@@ -91,8 +99,17 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
         show_tasks(quality)
 
 
+def is_for_llama_cpp(path: Path) -> bool:
+    """Whether it is ``llama.cpp:FILE``, as `saap bench` takes it."""
+    from bench.runtimes.peers import LLAMA_CPP
+
+    return str(path).startswith(LLAMA_CPP)
+
+
 def subject_of(path: Path, name: str = "") -> Path | Subject:
-    """A bundle, or a model by its directory or name."""
+    """A bundle, a GGUF file in llama.cpp, or a model by its directory or name."""
+    if is_for_llama_cpp(path):
+        return GGUFInLlamaCpp.of(path, name)
     if (path / "bundle.json").is_file():
         return Bundle(name or str(path), path)
     if not name:
@@ -147,6 +164,57 @@ class Bundle:
 
         verify_files(self.path)
         return BundleScorer(self.path, threads)
+
+
+@dataclass(frozen=True)
+class GGUFInLlamaCpp:
+    """A GGUF file in llama.cpp as what is evaluated (:class:`saap.evaluate.evaluation.Subject`)."""
+
+    name: str
+    path: Path  # a directory with its tokenizer
+    peer: Peer
+    writes: bool = False
+
+    @staticmethod
+    def of(spec: str | Path, name: str = "", tokenizer: Path | None = None) -> GGUFInLlamaCpp:
+        """What a spec names, with the tokenizer of the file where none is given. Raises UserError: it cannot run."""
+        from bench.runtimes.peers import read_peers
+        from saap.models.resolve import tokenizer_of_gguf
+
+        (peer,) = read_peers([str(spec)], 1)
+        return GGUFInLlamaCpp(name or str(spec), tokenizer or tokenizer_of_gguf(peer.path), peer)
+
+    @property
+    def header(self) -> GgufHeader:
+        from devices.common.gguf_header import read_header
+
+        return read_header(self.peer.path)
+
+    def size(self) -> tuple[int, int]:
+        """Parameters, and bytes of the file."""
+        weights = sum(math.prod(tensor.shape) for tensor in self.header.tensors.values())
+        return weights, self.peer.path.stat().st_size
+
+    def positions(self) -> int:
+        return self.header.context_length or 0
+
+    def lineage(self) -> Mapping[str, object]:
+        """What saap wrote into the file; nothing is known of others."""
+        from devices.common.files import parse_json
+
+        told = parse_json(str(self.header.metadata.get("saap.lineage", "{}")))
+        return told if isinstance(told, dict) else {}
+
+    def scorer(self) -> Score:
+        import torch
+
+        from bench.runtimes.llama_cpp_logits import logits_of
+
+        threads = torch.get_num_threads()
+        return lambda ids: torch.from_numpy(logits_of(self.peer, ids.numpy(), threads))
+
+    def continuations(self) -> tuple[Scorer, int]:
+        raise NotImplementedError("zero-shot tasks are not asked of llama.cpp")
 
 
 def show_quality(quality: Quality) -> None:

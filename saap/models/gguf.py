@@ -73,6 +73,12 @@ def convert(source: Path, destination: Path) -> None:
     """
     fields = read_tokenizer_fields(source)
     _convert_weights(source, destination, fields)
+    convert_tokenizer(source, destination, fields)
+
+
+def convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer | None = None) -> None:
+    """Write the tokenizer files alone. Raises UserError: no GGUF file, or a tokenizer that cannot be converted."""
+    fields = fields or read_tokenizer_fields(source)
     try:
         if fields.kind == "gpt2" and fields.pre in ("gpt-2", "smollm"):
             write_tokenizer(fields, byte_level_bpe(fields), destination)
@@ -187,7 +193,8 @@ def byte_level_bpe(fields: GGUFTokenizer) -> Tokenizer:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: index for index, token in enumerate(fields.tokens)}
+    # Rows of the embedding that no token has are filled up in a file.
+    vocabulary = {token: index for index, token in enumerate(fields.tokens) if token != f"[PAD{index}]"}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in fields.merges)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -86,6 +86,18 @@ def copy_sidecars(src: Path, dst: Path) -> None:
                 shutil.copyfile(path, target)
 
 
+def tokenizer_of_gguf(source: Path) -> Path:
+    """A directory in the cache with the tokenizer of a GGUF file, whose weights are left alone.
+
+    Raises UserError: no such file, or a tokenizer that cannot be converted.
+    """
+    from saap.models.gguf import convert_tokenizer
+
+    digest = sha256_file(source)
+    entry = cache_directory() / f"{source.stem}-tokenizer-{digest[:12]}"
+    return cached(entry, lambda out: convert_tokenizer(source, out), digest)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, as transformers loads it.
 

@@ -25,6 +25,7 @@ from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
 from bench.runtimes.facts import graph_facts
+from bench.runtimes.llama_cpp_logits import logits_of
 from bench.runtimes.peers import PeerError, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from devices.common.interpreters import PEER_PYTHON, python_with
@@ -216,6 +217,31 @@ print(json.dumps([*stepped, whole, decoder.prefill(prompt).shape]))
     first, again, whole, shape = json.loads(done.stdout)
     assert first == again == whole and len(first) == 13 and shape == [VOCAB]
     assert len(set(first)) > 3  # so that agreement says something
+
+
+def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_python: str) -> None:
+    path = tiny_gguf(tmp_path / "tiny.gguf")
+    (peer,) = read_peers([f"llama.cpp:{path}"], 1)
+    rows = np.array([[1, 5, 9, 7], [3, 3, 8, 2]])
+    found = logits_of(peer, rows, 1)
+    code = f"""
+import json, numpy as np
+from pathlib import Path
+from bench.runtimes.llama_cpp import LlamaCppDecoder
+decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 8)
+told = []
+for row in {rows.tolist()!r}:
+    decoder.reset()
+    told.append([decoder.prefill(np.array(row[:1])).tolist(), *(decoder.step(token).tolist() for token in row[1:])])
+print(json.dumps(told))
+"""
+    done = subprocess.run([llama_cpp_python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.shape == (2, 4, VOCAB) and found.std() > 0.1
+    assert np.abs(found - np.array(json.loads(done.stdout))).max() < 0.02 * found.std()
+    odd = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
+    (broken,) = read_peers([f"llama.cpp:{odd}"], 1)
+    with pytest.raises(UserError, match=r"gives no logits: .*cannot load"):
+        logits_of(broken, rows, 1)
 
 
 def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
