@@ -23,7 +23,7 @@ from devices.common.files import write_text
 from devices.common.options import THREADS, Option, Part, arguments_of, refuse_unused, settings_of
 from devices.common.outputs import is_forced
 from devices.fit.demands import Demands, DeviceOptions, demands_of
-from export.options import ExportOptions
+from export.options import LLAMA_CPP_TYPES, ExportOptions
 from saap.cli.console import Console, heard_or_not
 from saap.cli.devices.fit import (
     Planned,
@@ -45,6 +45,7 @@ from saap.system.errors import UserError
 from saap.text.documents import SELF
 
 if TYPE_CHECKING:
+    from saap.evaluate.evaluation import Subject
     from saap.prune.options import PruneOptions
     from saap.prune.search.budget import Budget
     from saap.system.needs import Needs
@@ -58,7 +59,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
-RATIO_S = 30  # of turns between the bundles: their ratio within about 1 %
+RATIO_S = 15  # of turns for each model: of two, a ratio within about 1 %
 QUICK_SEQUENCES, QUICK_TOKENS, QUICK_CHUNKS = 32, 8192, 20  # minutes on two cores, instead of a quarter of an hour
 _STEPS = "How each step is done"
 _DEVICE = "The device that it is for"
@@ -146,8 +147,23 @@ class RunOptions:
         return replace(options, bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits)
 
     @property
+    def peer_export(self) -> ExportOptions:
+        """How the dense model is written for llama.cpp, in as many bits, by its own quantizer."""
+        return ExportOptions(target="gguf", bits=self.tuning.options.bits, integers="llama.cpp")
+
+    @property
     def bundles(self) -> tuple[str, str]:
         return f"dense-int{self.tuning.options.bits}", f"slim-int{self.tuning.options.bits}"
+
+    @property
+    def peer(self) -> str:
+        """The dense model's file for llama.cpp."""
+        return f"dense-{LLAMA_CPP_TYPES[self.tuning.options.bits]}.gguf"
+
+    @property
+    def peer_name(self) -> str:
+        """In the tables: as `saap bench` calls it."""
+        return f"{Path(self.peer).stem} (llama.cpp)"
 
 
 @click.command(cls=OptionsCommand)
@@ -222,6 +238,7 @@ class _State:
 
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
+    from bench.runtimes.peers import LLAMA_CPP
     from saap.models.resolve import resolve
     from saap.prune.pruning import budget_of
 
@@ -241,7 +258,10 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, options, console)
     RUN.write(out / "run.json", state.run)
-    state.steps = 7 + len(thread_counts(options))
+    left_out = check_peer(source)
+    state.steps = 7 + len(thread_counts(options)) + (left_out is None)
+    if left_out:
+        console.say(f"  llama.cpp is not compared with: {left_out}")
 
     # What tells one model directory from another without reading its weights.
     dense = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
@@ -255,10 +275,14 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
         _export(state, out / made, name, [made_from])
         for made, name, made_from in zip((DENSE_TUNED, TUNED), options.bundles, (dense_tuned, tuned), strict=True)
     ]
-    _evaluate(state, source, evaluation, [pruned, *exported])
-    results = [_bench(state, exported, threads) for threads in thread_counts(options)]
+    peers = {}
+    if not left_out and (written := _export_peer(state, source, dense)):
+        peers = {options.peer_name: f"{LLAMA_CPP}{out / options.peer}"}
+        exported.append(written)
+    _evaluate(state, source, evaluation, [pruned, *exported], peers)
+    results = [_bench(state, exported, threads, peers) for threads in thread_counts(options)]
     state.step(
-        "texts", ["generate", out / options.bundles[1], PROMPTS[0], "--max-tokens", ANSWER_TOKENS], exported, [],
+        "texts", ["generate", out / options.bundles[1], PROMPTS[0], "--max-tokens", ANSWER_TOKENS], exported[:2], [],
         lambda: {"texts": _texts(state)},
     )  # fmt: skip
     _finish(state, source, results, begun)
@@ -363,6 +387,19 @@ def check_model(source: Path, options: RunOptions) -> None:
             f"a run measures {needed} tokens, and {source} has {positions} positions: "
             "call the commands one by one, with a smaller -p and -n of `saap bench`"
         )
+
+
+def check_peer(source: Path) -> str | None:
+    """Why the dense model is not measured in llama.cpp too; None where it is."""
+    from export.gguf.layout import GGUFSource
+    from export.gguf.llama_cpp import quantizer
+
+    try:
+        GGUFSource(source, "F16", None)
+        quantizer()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check_texts(source: Path, options: RunOptions, console: Console) -> None:
@@ -478,20 +515,46 @@ def _export(state: _State, source: Path, name: str, made_from: list[object]) -> 
     return state.step(f"export {name}", command, [*made_from, asdict(options)], [f"{name}/bundle.json"], work)
 
 
-def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str]) -> None:
-    from saap.cli.eval import subject_of
+def _export_peer(state: _State, source: Path, dense: object) -> str | None:
+    """What a user would otherwise take: the dense model as llama.cpp quantizes it. A failure is told, and no more."""
+    import numpy as np
+
+    from bench.runtimes.llama_cpp_logits import logits_of
+    from bench.runtimes.peers import LLAMA_CPP, read_peers
+    from saap.cli.export import export_model
+
+    options, out = state.options.peer_export, state.out / state.options.peer
+    command = ["export", state.model, "-o", out, *arguments_of(options)]
+
+    def work() -> None:
+        export_model(source, out, options, state.console)
+        (peer,) = read_peers([f"{LLAMA_CPP}{out}"], 1)
+        logits_of(peer, np.zeros((1, 1), np.int64), 1)  # fails here, before anything rests on it
+
+    try:
+        return state.step(f"export {out.name}", command, [dense, asdict(options)], [out.name], work)
+    except UserError as error:
+        state.console.say(f"  llama.cpp is not compared with: {error}")
+        return None
+
+
+def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str], peers: dict[str, str]) -> None:
+    """``peers``: name -> spec of what else is measured."""
+    from saap.cli.eval import GGUFInLlamaCpp, subject_of
     from saap.evaluate.evaluation import evaluate
 
     options, bundles = state.options, [state.out / name for name in state.options.bundles]
     paths = {"dense fp32": source, "slim fp32, untuned": state.out / "slim", **{path.name: path for path in bundles}}
 
     def work() -> RunFile:
-        subjects = [subject_of(path, name) for name, path in paths.items()]
+        subjects: list[Path | Subject] = [subject_of(path, name) for name, path in paths.items()]
+        subjects += [GGUFInLlamaCpp.of(spec, name, source) for name, spec in peers.items()]
         quality = evaluate(subjects, reference=subjects[0], text=windows, progress=state.console.report)
         return {"quality": asdict(quality)}
 
-    command = ["eval", state.out / "slim", *bundles, "--reference", state.model, "--chunk", options.chunk]
-    command += ["--max-chunks", options.max_chunks, *(["--text", options.text] if options.text else [])]
+    command = ["eval", state.out / "slim", *bundles, *peers.values(), "--reference", state.model]
+    command += ["--chunk", options.chunk, "--max-chunks", options.max_chunks]
+    command += ["--text", options.text] if options.text else []
     state.step("evaluate", command, [made_from, asdict(windows.protocol)], [], work)
 
 
@@ -502,22 +565,22 @@ def thread_counts(options: RunOptions) -> list[int]:
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 
 
-def _bench(state: _State, made_from: list[str], threads: int) -> Path:
+def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, str]) -> Path:
     """With one thread count; what a small model gains from a second thread depends on its operators."""
     from bench.judge.wording import threads as counted
     from bench.measure.options import LEAST_ROUNDS, BenchOptions
     from saap.cli.bench import keep, measured
 
-    names, repetitions = state.options.bundles, state.options.repetitions
+    repetitions = state.options.repetitions
+    specs = {name: str(state.out / name) for name in state.options.bundles} | peers
     result = state.out / f"bench-{counted(threads).replace(' ', '-')}.json"
-    ratio_s = RATIO_S if repetitions >= LEAST_ROUNDS else 0  # who asks for fewer wants a quick look
-    bundles = [str(state.out / name) for name in names]
+    ratio_s = RATIO_S * len(specs) if repetitions >= LEAST_ROUNDS else 0  # who asks for fewer wants a quick look
 
     def work() -> None:
         plan = BenchOptions(threads=threads, repetitions=repetitions, ratio_time_s=ratio_s)
-        keep(measured(bundles, plan, state.console, list(names)), result)
+        keep(measured([*specs.values()], plan, state.console, [*specs]), result)
 
-    command = ["bench", *bundles, "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
+    command = ["bench", *specs.values(), "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
                "--json", result]  # fmt: skip
     name = f"bench with {counted(threads)}"
     state.step(name, command, [made_from, repetitions, threads], [result.name], work)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ import pytest
 from huggingface_hub import ModelCard
 from support.command_line import here, refused
 from support.cost_files import cost_file
+from support.fake_trees import plant
 
+from devices.common.interpreters import PEER_PYTHON
 from devices.common.options import arguments_of, made
+from export.gguf.llama_cpp import quantizer
 from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
@@ -190,6 +194,26 @@ def test_what_cannot_be_exported_or_judged_is_refused_before_it_is_pruned(tiny_m
     assert not out.exists()
 
 
+def test_a_peer_that_fails_is_left_out_and_tried_again(tiny_model, tmp_path, monkeypatch, capsys):
+    model, python = tiny_model(), tmp_path / "python"
+    dies = "import os, sys\nprint('GGML_ASSERT(x) failed', file=sys.stderr)\nos.abort()\n"
+    plant(tmp_path, {"packages/llama_cpp/__init__.py": dies})
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(PEER_PYTHON, str(python))
+    assert pipeline.check_peer(model) is None
+    with Console() as console:
+        state = pipeline._State(tmp_path, str(model), RunOptions(), console)
+        assert pipeline._export_peer(state, model, "dense") is None
+    told = "  llama.cpp is not compared with: llama.cpp wrote no Q4_0 of model.gguf: killed by SIGABRT: GGML_ASSERT(x)"
+    assert told in capsys.readouterr().err
+    assert state.run["steps"] == [] and not (tmp_path / "dense-Q4_0.gguf").exists()
+
+
+def test_a_model_that_llama_cpp_does_not_hold_is_not_compared_with_it(tiny_family):
+    assert "llama.cpp's 'deci' architecture holds" in pipeline.check_peer(tiny_family("qwen3"))
+
+
 def weights(out):
     """The hash of every file of weights and graphs, and each model's plan."""
     files = [path for path in sorted(out.rglob("*")) if path.suffix in (".safetensors", ".onnx", ".data")]
@@ -199,8 +223,17 @@ def weights(out):
     }
 
 
+def peer_is_here():
+    try:
+        return bool(quantizer())
+    except UserError:
+        return False
+
+
+PEER = ["export dense-Q4_0.gguf"] if peer_is_here() else []
 NAMES = [
-    "prune", "tune", "tune dense", "export dense-int4", "export slim-int4", "evaluate", "bench with 1 thread", "texts",
+    "prune", "tune", "tune dense", "export dense-int4", "export slim-int4", *PEER, "evaluate", "bench with 1 thread",
+    "texts",
 ]  # fmt: skip
 
 
@@ -217,7 +250,9 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
                  "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
                  "--set", "learning_rate=0.01",
                  "--calibration", "self", "--text", "self"]  # fmt: skip
-    said = here(*arguments).stdout
+    done = here(*arguments)
+    said = done.stdout
+    assert bool(PEER) != ("  llama.cpp is not compared with: llama.cpp's quantizer needs llama_cpp" in done.stderr)
     assert "slim-int4, pp128+tg128, 1 thread: decode" in said or "not comparable with dense-int4" in said
     sizes = [(out / name / "model.onnx.data").stat().st_size for name in ("slim-int4", "dense-int4")]
     assert sizes[0] <= 242_000 < sizes[1]
@@ -232,7 +267,11 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     run, made_by_run = json.loads((out / "run.json").read_text()), weights(out)
     assert [step["name"] for step in run["steps"]] == NAMES
     rows = {row["name"]: row for row in run["quality"]["rows"]}
-    assert set(rows) == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"}
+    assert [list(text["outputs"]) for text in run["texts"]] == [["dense-int4", "slim-int4"]] * 3
+    assert all(text["prompt"] in page for text in run["texts"])
+    peers = {"dense-Q4_0 (llama.cpp)"} if PEER else set()
+    assert set(rows) == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"} | peers
+    assert all(name in page for name in peers)
     assert run["quality"]["protocol"]["self_written"]  # which has no perplexity
     assert all(r["perplexity"] is None and r["kl"] is not None and 0 <= r["top1"] <= 1 for r in rows.values())
 
@@ -245,7 +284,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
 
     commands = [shlex.split(step["command"]) for step in run["steps"]]
     assert [words[:2] for words in commands] == [
-        ["saap", name] for name in ("prune", "tune", "tune", "export", "export", "eval", "bench", "generate")
+        ["saap", name]
+        for name in ("prune", "tune", "tune", "export", "export", *["export"] * len(PEER), "eval", "bench", "generate")
     ]
     for name in ("slim", "tuned", "dense-tuned", "dense-int4", "slim-int4"):
         shutil.rmtree(out / name)
@@ -254,9 +294,10 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     assert weights(out) == made_by_run
     for row in json.loads(Path("q.json").read_text())["rows"]:
         name = Path(row["name"]).name
-        name = {"slim": "slim fp32, untuned"}.get(name, name if name in rows else "dense fp32")
+        renamed = {"slim": "slim fp32, untuned", "dense-Q4_0.gguf": "dense-Q4_0 (llama.cpp)"}
+        name = renamed.get(name, name if name in rows else "dense fp32")
         assert row["kl"] == pytest.approx(rows[name]["kl"], abs=1e-6)
-    assert len(json.loads((out / "bench-1-thread.json").read_text())["measurements"]) == 2
+    assert len(json.loads((out / "bench-1-thread.json").read_text())["measurements"]) == 2 + len(PEER)
     assert done[-1].stdout.rstrip("\n") == run["texts"][0]["outputs"]["slim-int4"].rstrip("\n")
     assert "tok/s" in done[-1].stderr
 
@@ -278,7 +319,11 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     data = bytearray((out / "slim-int4/model.onnx.data").read_bytes())
     data[-1] ^= 1
     (out / "slim-int4/model.onnx.data").write_bytes(data)
-    for words in (["generate", out / "slim-int4", "hi"], ["bench", out / "slim-int4"], commands[5][1:]):
+    for words in (
+        ["generate", out / "slim-int4", "hi"],
+        ["bench", out / "slim-int4"],
+        commands[NAMES.index("evaluate")][1:],
+    ):
         assert "does not match the hash" in refused(*words)
 
 
