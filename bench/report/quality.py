@@ -119,16 +119,18 @@ def tradeoffs(entries: Sequence[Entry], sections: Sequence[Section]) -> list[Fig
     for section in sections:
         quality, what, less = _quality_by_name(section)
         for title, axis, key, factor, digits in PRICES:
-            points = _points(entries, quality, key, factor)
+            points, told = _points(entries, quality, key, factor), ""
+            if key == "decode_ts" and len({point.name for point in points}) < 2:
+                points, axis, told = _by_turns(entries, quality)
             if len({point.name for point in points}) < 2:
                 continue
             best = ", ".join(sorted({point.name for point in pareto_front(points, less)}))
-            told = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
+            values = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
             text = (
-                f"{_where(section, sections)}{'Lower' if less else 'Higher'} is better, further left is cheaper; "
+                f"{_where(section, sections)}{told}{'Lower' if less else 'Higher'} is better, further left is cheaper; "
                 "filled: no other model here is better at both."
             )
-            words = f"{what} against {axis}: {told}; best trade-offs: {best}"
+            words = f"{what} against {axis}: {values}; best trade-offs: {best}"
             plots.append(Figure(f"Quality against {title}", text, words, pareto_plot(points, axis, what, less)))
     return plots
 
@@ -151,6 +153,24 @@ def _points(entries: Sequence[Entry], quality: Mapping[str, float], key: str, fa
             name = entry.measurement.name if key == "model_bytes" else entry.name
             points[name, price] = Point(name, price, measured)
     return list(points.values())
+
+
+def _by_turns(entries: Sequence[Entry], quality: Mapping[str, float]) -> tuple[list[Point], str, str]:
+    """Speeds by turns, where no speed by itself is to be believed; what the axis says, and why it is this one."""
+    points: dict[str, Point] = {}
+    first = ""
+    for entry in entries:
+        base = next(
+            e for e in entries if e.result is entry.result and e.measurement.key[1:] == entry.measurement.key[1:]
+        )
+        turns = entry.result.ratio(base.measurement, entry.measurement, "decode")  # None of the base itself
+        for each, price in ((base, 1.0), (entry, turns.ratio)) if turns else ():
+            measured = quality.get(model_of(each, list(quality)) or "")
+            if measured is not None:
+                points[each.name] = Point(each.name, price, measured)
+                first = base.measurement.name
+    told = "The clock moved too much to quote times; ratios of models that took turns hold. "
+    return list(points.values()), f"time per generated token, {first} = 1", told
 
 
 def _quality_by_name(section: Section) -> tuple[dict[str, float], str, bool]:
@@ -242,7 +262,7 @@ def _name(axes: Axes, points: Sequence[Point]) -> None:
     for turn, point in enumerate(order):
         right = point.price < (low + high) / 2
         axes.annotate(
-            label(point.name, 20), (point.price, point.quality), xytext=(7 if right else -7, 6 if turn % 2 else -6),
+            label(point.name, 24), (point.price, point.quality), xytext=(7 if right else -7, 6 if turn % 2 else -6),
             textcoords="offset points", ha="left" if right else "right", va="bottom" if turn % 2 else "top",
             color=INK, fontsize=9,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import json
 
 from support.report_page import document, measurement, result, row, task
 
-from bench.measure.result import write_result
+from bench.measure.result import Bursts, Load, write_result
 from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
 from bench.report.quality import Point, pareto_front, sections_of, task_table, tradeoffs
@@ -50,12 +50,33 @@ def test_a_price_needs_two_models_with_a_quality():
     assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0)])])) == []
 
 
+def test_another_runtime_is_a_point_and_not_the_headline():
+    peer = measurement("dense-Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:out/dense-Q4_0.gguf", kind="llama.cpp")
+    entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0), peer)])
+    rows = [row("dense", 20.0), row("slim", 25.0), row("dense-Q4_0 (llama.cpp)", 21.0)]
+    plots = tradeoffs(entries, sections_of([], {}, [document(rows)]))
+    assert "dense-Q4_0 (llama.cpp) 9.00 and 21" in plots[0].label
+    assert [entry.name for entry in pair_of(entries)] == ["dense", "slim"]
+
+
 def test_an_invalid_speed_has_no_place_in_a_trade_off():
     entries = entries_of(
         [result(measurement("dense", 10.0), measurement("slim", 8.0, status="INVALID", reasons=["x"]))]
     )
     plots = tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0), row("slim", 25.0)])]))
     assert [plot.title for plot in plots] == ["Quality against size"]
+
+
+def test_turns_tell_a_speed_where_the_clock_moves():
+    moved = {"status": "INVALID", "reasons": ["the clock moved"]}
+    told = [measurement(name, 10.0, **moved) for name in ("dense", "slim", "other")]
+    loads = [Load([0, 1], [[0.1], [0.1]], [[0.010 * clock], [0.008 * clock]]) for clock in (1.0, 1.3)]
+    loads += [Load([1, 0], [[0.1], [0.1]], [[0.010 * clock], [0.008 * clock]]) for clock in (1.1, 0.9)]
+    entries = entries_of([result(*told, bursts=[Bursts(["dense", "slim"], 128, 16, 0, 1, loads)])])
+    rows = [row("dense", 20.0), row("slim", 25.0), row("other", 24.0)]
+    plot, _ = tradeoffs(entries, sections_of([], {}, [document(rows)]))
+    assert plot.title == "Quality against speed" and "The clock moved" in plot.text
+    assert "against time per generated token, dense = 1: dense 1.00 and 20.000; slim 0.80 and 25.000;" in plot.label
 
 
 def test_tasks_stand_in_where_there_is_no_perplexity():
