@@ -73,9 +73,6 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     measurement is its own baseline.
     """
 
-    def settings(entry: Entry) -> tuple[object, ...]:
-        return id(entry.result), *entry.measurement.key[1:]
-
     measured = [entry for entry in entries if entry.measurement.samples]
     bundles = [entry for entry in measured if entry.measurement.kind == "onnx"]
     # One spec twice is there for the noise floor.
@@ -83,9 +80,21 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     for baseline in sorted(pool, key=lambda entry: "dense" not in entry.measurement.name.lower()):
         for candidate in pool:
             other = candidate.measurement.spec != baseline.measurement.spec
-            if other and settings(candidate) == settings(baseline):
+            if other and _settings(candidate) == _settings(baseline):
                 return baseline, candidate
     return (pool[0], pool[0]) if pool else None
+
+
+def beside(pair: tuple[Entry, Entry] | None, entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """The candidate against what another runtime made of the same settings: what a user would otherwise take."""
+    if pair is None or pair[1].measurement.kind != "onnx":
+        return []
+    others = [entry for entry in entries if entry.measurement.kind != "onnx" and entry.measurement.samples]
+    return [(other, pair[1]) for other in others if _settings(other) == _settings(pair[1])]
+
+
+def _settings(entry: Entry) -> tuple[object, ...]:
+    return id(entry.result), *entry.measurement.key[1:]
 
 
 def cards_of(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, object]]) -> list[Card]:

@@ -25,7 +25,7 @@ from bench.judge.wording import (
     threads,
 )
 from bench.measure.result import Result, read_result
-from bench.report.headline import Entry, bought, cards_of, entries_of, pair_of
+from bench.report.headline import Entry, beside, bought, cards_of, entries_of, pair_of
 from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
 from bench.report.plots import Figure, decode_rates, memory_phases, token_times
 from bench.report.quality import Row, sections_of, tradeoffs
@@ -91,6 +91,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "entries": entries,
         "cards": cards_of(pair, measured),
         "bought": bought(pair, measured),
+        "beside": list(filter(None, (bought(each, measured) for each in beside(pair, entries)))),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run, results),

@@ -99,6 +99,19 @@ def test_the_page_begins_with_what_was_bought_and_what_it_cost(page):
     assert text.index("Why is the sky blue?") < text.index("Measurements") < text.index("Where the numbers come from")
 
 
+def test_what_a_user_would_otherwise_take_comes_second(page):
+    peer = measurement("dense-Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:dense-Q4_0.gguf", kind="llama.cpp")
+    document = dense_and_slim()
+    document = replace(document, measurements=[*document.measurements, peer])
+    rows = [*RUN["quality"]["rows"], {"name": "dense-Q4_0 (llama.cpp)", "perplexity": 21.0}]
+    text = text_of(page(document, run=RUN | {"quality": RUN["quality"] | {"rows": rows}}))
+    first, second = (
+        "slim against dense: 1.25x",
+        "slim against dense-Q4_0 (llama.cpp): 1.12x as fast with 1 thread and 20%",
+    )
+    assert text.index(first) < text.index(second) and "perplexity 25.0 instead of 21.0." in text
+
+
 def test_speed_is_of_pairs_as_bench_tells_it():
     rounds = [10.0, 14.0, 9.0, 12.0, 16.0, 11.0]  # what else the host did hits both of a round
     noise = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
