@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from saap.text.samples import SHA256
+from studies.common import read_cells, with_tables
+from studies.install import study as install
 
 if sys.version_info < (3, 11):
     import tomli as tomllib
@@ -50,6 +52,33 @@ def test_a_wheel_holds_our_four_packages_and_nothing_else(tmp_path):
     assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh", ".gz", ".md"}, kinds
     assert {name for name in names if name.endswith(".md") and ".dist-info/" not in name} == {NOTICE}
     assert not [name for name in names if "devices/baselines" in name or Path(name).name.startswith("test_")]
+
+
+def test_a_board_needs_few_packages():
+    assert len(install.direct("bench")) <= 12
+    assert install.direct("bench") >= install.direct(install.BASE) | {"numpy", "onnxruntime", "tokenizers"}
+    assert "torch" not in install.direct("bench") and "torch" in install.direct("tasks")  # by an extra of ours
+
+
+def test_the_readme_says_what_every_extra_installs():
+    """`python -m studies.install.study table --write` mends it."""
+    readme = (ROOT / "README.md").read_text()
+    assert with_tables(readme, install.tables()) == readme
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {install.BASE, *project["optional-dependencies"]}
+    assert set(install.FOR) == extras
+    measured = {cell["extra"]: cell for cell in read_cells(install.CELLS)}
+    assert measured.keys() >= {install.BASE, "bench", "prune"}
+    assert 5 < measured[install.BASE]["megabytes"] < measured["bench"]["megabytes"] < measured["prune"]["megabytes"]
+    assert all(f"| `{extra}` | " in readme for extra in extras - {install.BASE})
+
+
+def test_megabytes_are_of_what_was_installed(tmp_path):
+    for name, size in {"pip/a": 500_000, "numpy/core/b": 1_500_000, "c.py": 250_000, "setuptools-1/d": 9}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "link").symlink_to(tmp_path / "c.py")
+    assert install.megabytes(tmp_path) == 1.75
 
 
 def test_the_constraints_meet_the_bounds_of_every_extra():
