@@ -47,17 +47,21 @@ class HeldSequence:
         self.decoder = decoder
         self.ids: list[int] = []
 
-    def continue_to(self, ids: Sequence[int]) -> tuple[Logits, int]:
+    def continue_to(self, ids: Sequence[int], stopped: Callable[[], bool]) -> tuple[Logits | None, int]:
         """Make the cache hold ``ids``, keeping what it already has of them from the start.
 
-        Returns the logits [vocab] after the last id, and the number of tokens that had to be read.
+        Returns the logits [vocab] after the last id, and the number of tokens that had to be read; no logits where
+        ``stopped`` said so before all were.
         """
         # The logits after the last id come only from reading it.
         kept = min(_common_prefix(self.ids, ids), len(ids) - 1)
         if kept < len(self.ids):
             self.decoder.rewind(kept)
             del self.ids[kept:]
+        logits = None
         for start in range(kept, len(ids), PREFILL_CHUNK):
+            if stopped():
+                return None, start - kept
             piece = ids[start : start + PREFILL_CHUNK]
             logits = self.decoder.prefill(np.asarray(piece, dtype=np.int64))
             self.ids += piece
@@ -108,7 +112,7 @@ class Generation:
         return piece
 
     def stop(self) -> None:
-        """End the text after the token that is being computed; may be called from a signal handler."""
+        """End the text after what is being computed, a token or a part of the prompt; a signal handler may call it."""
         self._stopped = True
 
     @property
@@ -121,10 +125,12 @@ class Generation:
 
     def _run(self) -> Iterator[str]:
         start = self._clock()
-        logits, self.read_tokens = self._sequence.continue_to(self.prompt_ids)
+        logits, self.read_tokens = self._sequence.continue_to(self.prompt_ids, lambda: self._stopped)
         filled = self._clock()
         self.prefill_seconds = filled - start
-        while self.stop_reason is None:
+        if logits is None:
+            self.stop_reason = "interrupted"
+        while logits is not None and self.stop_reason is None:
             token = self._draw(logits, self._sequence.ids)
             self.drawn.append(token)
             self.stop_reason = self._reason_to_stop(token)

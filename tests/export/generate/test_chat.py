@@ -107,6 +107,26 @@ def test_reset_keeps_the_system_prompt_in_the_cache(tmp_path):
     assert again.read_tokens <= again.prompt_tokens - kept
 
 
+def test_an_answer_is_stopped_while_a_long_turn_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.generate.loop.PREFILL_CHUNK", 4)
+    tokenizer, talk = conversation(tmp_path, APPENDS, ["The quick brown fox", "x"])
+    decoder, reads = talk._sequence.decoder, []
+    read = decoder.prefill
+
+    def stopped(ids):
+        reads.append(len(ids))
+        answer.stop()
+        return read(ids)
+
+    answer = talk.ask("Who was it that jumped over the dog?")
+    decoder.prefill = stopped
+    assert list(answer) == [] and answer.stop_reason == "interrupted" and answer.tokens == 0
+    assert reads == [4] and answer.read_tokens == 4 < answer.prompt_tokens and len(talk.held_ids) == 4
+    decoder.prefill = read
+    second = talk.ask("Go on")
+    assert list(second) and second.prompt_ids == whole(tokenizer, talk.messages)
+
+
 def test_a_stopped_answer_stays_in_the_conversation_as_far_as_it_came(tmp_path):
     tokenizer, talk = conversation(tmp_path, APPENDS, ["The quick brown fox", "x"])
     answer = talk.ask("Who?")
