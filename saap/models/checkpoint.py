@@ -95,13 +95,17 @@ def transformers_config(directory: str | Path) -> ModelConfig:
 
 @contextmanager
 def loading(directory: str | Path) -> Iterator[None]:
-    """Transformers at work on a directory's files: whatever it finds wrong with them becomes a UserError."""
+    """Transformers at work on a directory's files: whatever it finds wrong becomes a UserError, and it says nothing."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report on tensors would come before our one line about them
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # fields of other types fail somewhere in it, each in its own way
         raise UserError(f"{directory} cannot be loaded ({first_line(error)}): make it again") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Weights in several files, and tensors put aside on disk."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -89,8 +90,11 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damaged_weights_are_named_and_nothing_is_written(how, tiny_model, tmp_path):
+def test_damaged_weights_are_named_and_nothing_is_written(how, tiny_model, tmp_path, monkeypatch):
     """All commands read weights in two ways, as a whole and tensor by tensor, so that two take every damage."""
+    logged, handler = [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
     path, text = tiny_model("model"), tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 4000)
     damaged(path, how)
@@ -100,3 +104,4 @@ def test_damaged_weights_are_named_and_nothing_is_written(how, tiny_model, tmp_p
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("saap: ") and re.search(DAMAGE[how], last) and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert [record.getMessage() for record in logged] == []  # its report would stand before our line
