@@ -50,6 +50,7 @@ from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
+from studies.tuning_speed import study as tuning_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("saap", "export", "bench", "devices", "studies")
@@ -127,6 +128,18 @@ def test_commands_of_two_checkouts_are_timed_in_pairs(tmp_path, capsys):
     side = checks.Side(ROOT, Path(sys.executable), tmp_path / "cache")
     with pytest.raises(RuntimeError, match="saap: no such command 'nonsense'"):
         side.cpu_s(["nonsense"], tmp_path)
+
+
+def test_two_checkouts_tune_in_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning_speed, "FOLDER", tmp_path)
+    dense = ROOT / "tests" / "support" / "old" / "dense"
+    words = ["run", ROOT, dense, "--teacher", dense, "--base-python", sys.executable, "--pairs", 1, "--tokens", 1024]
+    tuning_speed.main(list(map(str, words)))
+    (cell,) = read_cells(tmp_path / "cells")
+    (pair,) = cell["pairs"]
+    assert pair[0]["losses"] == pair[1]["losses"] and all(run["steps_tokens_per_s"] > 0 for run in pair)
+    row = tuning_speed.table([cell]).splitlines()[-1]
+    assert row.startswith("| 2 | 1 | ") and " 0.0000 | " in row and capsys.readouterr().out.startswith("[")
 
 
 @pytest.mark.parametrize(
