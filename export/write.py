@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from devices.common.files import calling
 from devices.common.options import refuse_unused
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
@@ -113,7 +114,8 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
     with claimed(output), beside(output, "integers") as place:
         sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
-        yield write_integers(path, place / "model", form, sample.ids, about, progress)
+        with calling(place / "model", path):
+            yield write_integers(path, place / "model", form, sample.ids, about, progress)
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:

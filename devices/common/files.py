@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from devices.common.errors import UserError
+
 FIELD = "checksum"
 CACHE = "SAAP_CACHE"  # names the cache's directory
 
@@ -41,6 +43,20 @@ def naming(place: str | Path) -> Iterator[None]:
             raise
         code = error.errno or errno.ENOSPC
         raise OSError(code, os.strerror(code), str(place)) from None
+
+
+@contextmanager
+def calling(temporary: Path, name: str | Path) -> Iterator[None]:
+    """Let messages of errors say ``name`` where they would say ``temporary``, which the user does not know."""
+    try:
+        yield
+    except UserError as error:
+        error.args = tuple(a.replace(str(temporary), str(name)) if isinstance(a, str) else a for a in error.args)
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            error.filename = str(error.filename).replace(str(temporary), str(name))
+        raise
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:

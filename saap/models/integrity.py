@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from devices.common.files import sha256_file
+from devices.common.files import calling, sha256_file
 from saap.models.record import FileHash
 from saap.system.errors import UserError
 from saap.system.files import RECORD, read_object, write_document
@@ -101,7 +101,8 @@ def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Pa
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        build(partial)
+        with calling(partial, entry):
+            build(partial)
         record = {"converter": CONVERTER, "source_sha256": source_sha256, "files": hashes(partial)}
         write_document(partial / CACHE_RECORD, record)
         if not _intact(entry, source_sha256):  # another process may have been faster

@@ -20,6 +20,7 @@ from devices.common.documents import LARGEST
 from devices.common.files import (
     ChecksumError,
     cache_directory,
+    calling,
     is_special,
     naming,
     parse_json,
@@ -122,7 +123,7 @@ def writing_file(out: str | Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
         partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
         try:
-            with naming(out):
+            with naming(out), calling(partial, out):
                 yield partial
             partial.replace(out)
         finally:
@@ -171,7 +172,7 @@ def beside(out: str | Path, purpose: str) -> Iterator[Path]:
     fresh = out.parent / f".{out.name}.{purpose}-{os.getpid()}"
     fresh.mkdir()
     try:
-        with naming(out):
+        with naming(out), calling(fresh, out):
             yield fresh
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -21,7 +21,9 @@ from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.scoring import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE
+from export.options import ExportOptions
 from export.parity.verify import check_parity
+from export.write import export
 from saap.models.checkpoint import load_model, read_config
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import PrunePlan
@@ -135,6 +137,17 @@ def test_parity_that_fails_exports_nothing(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="parity failed"):
         export_bundle(path, tmp_path / "bundle", ids=IDS)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_wrong_with_chosen_integers_names_the_model(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model()
+
+    def broken(source, *_):
+        raise UserError(f"{source}/config.json is damaged")
+
+    monkeypatch.setattr("export.write.write_bundle", broken)
+    with pytest.raises(UserError, match=rf"^{path}/config\.json is damaged$"):
+        export(path, ExportOptions(), output=tmp_path / "bundle")
 
 
 def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):

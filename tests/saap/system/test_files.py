@@ -1,5 +1,6 @@
 """Outputs are whole or not there: other processes, kills between two renames, full and read-only disks."""
 
+import errno
 import os
 import shutil
 import signal
@@ -214,3 +215,14 @@ def here_or_refused(*arguments: object) -> str | None:
     done = here(*arguments, code=None)
     assert done.code in (0, 2), done.stderr
     return None if done.code == 0 else str(last_line(done))
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "place"])
+def test_a_message_names_what_the_user_named_and_no_temporary_place(tmp_path, kind):
+    out = tmp_path / "out"
+    make = {"directory": writing_directory, "file": writing_file, "place": lambda out: beside(out, "integers")}[kind]
+    with pytest.raises(UserError, match=rf"^{out} cannot be read$"), make(out) as partial:
+        raise UserError(f"{partial} cannot be read")
+    with pytest.raises(OSError) as caught, make(out) as partial:
+        raise OSError(errno.EACCES, "no", str(partial / "model.onnx"))
+    assert caught.value.filename == str(out / "model.onnx")
