@@ -19,6 +19,7 @@ from bench.measure.statistics import (
     ratio_of_runs,
     ratio_of_sessions,
 )
+from devices.common.wording import counted
 
 FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
 NOT_COMPARABLE, UNKNOWN, CANNOT_TELL = "not comparable", "not judged", "cannot tell"
@@ -67,7 +68,7 @@ def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect:
     of = replace(of, ratio=ratio, low=low, high=high, p_value=p, test=test)
     verdict = _speed(ratio, low, high, min_effect)
     if verdict in (FASTER, SLOWER) and least_p_value(len(a), len(b), paired=True) >= ALPHA:
-        reason = f"it looks {verdict}, but {len(b)} repetitions are too few to tell: measure 6 or more"
+        reason = f"it looks {verdict}, but {counted(len(b), 'repetition')} cannot tell: measure 6 or more"
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
     if verdict in (FASTER, SLOWER) and p >= ALPHA:
         verdict = CANNOT_TELL

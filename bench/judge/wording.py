@@ -6,13 +6,15 @@ import math
 import shlex
 from collections.abc import Mapping
 
+from devices.common.wording import counted
+
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"
 DASH = "\u2013"
 
 
 def threads(count: int) -> str:
-    return f"{count} thread{'s' * (count != 1)}"
+    return counted(count, "thread")
 
 
 def command_line(command: object) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from bench.measure.result import INVALID, OK, WARN, Measurement, Sample
 from bench.measure.statistics import relative_slope, summarize
+from devices.common.wording import counted
 
 SLOPE_WARN = 0.05
 CEILING_MARGIN = 1.05
@@ -154,7 +155,7 @@ def _neighbours(values: Values) -> Iterator[Finding]:
     if cores is None:  # too short for ticks
         threads = values.get("runnable_others") or 0.0
         if threads:
-            yield Finding("neighbours", WARN, threads, f"{threads:.0f} threads of other processes were running")
+            yield Finding("neighbours", WARN, threads, f"{counted(round(threads), 'thread')} of other processes ran")
         return
     limit = max(NEIGHBOURS_WARN, NEIGHBOURS_LEAST_S / (values.get("wall_s") or 1.0))
     here = cores - elsewhere
@@ -185,7 +186,7 @@ def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
         invalid = sum(finding.status == INVALID for finding in findings)
         worst = max(findings, key=lambda finding: finding.value)
         status = INVALID if invalid and 2 * invalid >= len(samples) else WARN
-        yield status, f"{worst.reason} ({len(findings)} of {len(samples)} repetitions)"
+        yield status, f"{worst.reason} ({len(findings)} of {counted(len(samples), 'repetition')})"
 
 
 def _unsteady(sample: Sample) -> Iterator[Finding]:

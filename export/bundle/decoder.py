@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from devices.common.cores import allowed_cores
 from devices.common.errors import first_line
+from devices.common.wording import counted
 from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
 from export.bundle.prepacked import prepack
 from export.bundle.session import DecoderError, check_provider, open_session
@@ -60,7 +61,8 @@ def check_threads(threads: int) -> None:
     available = len(allowed_cores())
     if not 1 <= threads <= available:
         raise DecoderError(
-            f"{threads} threads cannot be used: this process has {available} cores, give 1 to {available}"
+            f"{counted(threads, 'thread')} cannot be used: this process has {counted(available, 'core')}, "
+            f"give 1 to {available}"
         )
 
 

@@ -23,6 +23,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
+from devices.common.wording import counted
 from saap import __version__
 from saap.models.integrity import check_directory
 from saap.models.record import read_record
@@ -103,7 +104,9 @@ def layers_plan(
     shape = stage.budget.dense
     ranking = rank(model, shape, ids, replace(options, method="shortgpt"), progress)
     if stage.layers > len(ranking.removals):
-        raise UserError(f"--drop-layers {stage.layers} leaves no attention: {len(ranking.removals)} layers may go")
+        raise UserError(
+            f"--drop-layers {stage.layers} leaves no attention: {counted(len(ranking.removals), 'layer')} may go"
+        )
     gone = sum(removal.weights for removal in ranking.removals[: stage.layers])
     plan = ranking.plan_below(gone / shape.layer_weights)
     reasons = sizes_lost(plan, stage.budget)

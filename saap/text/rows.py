@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from devices.common.progress import Progress
+from devices.common.wording import counted
 from saap.models.architectures import positions_of
 from saap.models.checkpoint import read_config
 from saap.models.resolve import load_tokenizer
@@ -58,7 +59,9 @@ def training_rows(
 ) -> Rows:
     count, length, seed = wanted.count, wanted.length, wanted.seed
     if count < 1 or length < 2:
-        raise UserError(f"{count} sequences of {length} tokens teach nothing: give at least 1 of 2 tokens")
+        raise UserError(
+            f"{counted(count, 'sequence')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
+        )
     check_length(model_dir, length)
     documents = load_documents(source, split=split, seed=seed)
     if documents is None:
@@ -189,7 +192,9 @@ def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str,
 def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: Sequences) -> TuningRows:
     count, length, skip = wanted.count, wanted.length, wanted.skip
     if count < 1 or length < 2:
-        raise UserError(f"{count} rows of {length} tokens teach nothing: give at least 1 row of 2 tokens")
+        raise UserError(
+            f"{counted(count, 'row')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
+        )
     check_length(model_dir, length)
     talks = [(where, messages_of(row, where)) for where, row in rows]
     named = source if Path(source).is_file() else f"data set {source}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from devices.common.progress import Progress
 from devices.common.quality import Protocol
+from devices.common.wording import counted
 from saap.system.errors import UserError
 from saap.text.documents import Documents, Sequences, load_documents
 from saap.text.encoding import beginning, encode, tokenizer_for
@@ -53,9 +54,9 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.chunk < 2 or (self.max_chunks is not None and self.max_chunks < 1):
-            raise UserError(
-                f"{self.max_chunks} chunks of {self.chunk} tokens predict nothing: give at least 1 chunk of 2"
-            )
+            chunks = "chunks" if self.max_chunks is None else counted(self.max_chunks, "chunk")
+            given = f"{chunks} of {counted(self.chunk, 'token')}"
+            raise UserError(f"{given} cannot predict anything: give at least 1 chunk of 2 tokens")
         if self.stride is not None and not 1 <= self.stride <= self.chunk:
             raise UserError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
         if self.join not in get_args(Join):

@@ -180,7 +180,7 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     if threads is None or threads not in tables:
         known = ", ".join(map(str, sorted(tables)))
         asked = "say for how many threads" if threads is None else f"it has none for {threads}"
-        raise CostError(f"{path} holds costs for {known} threads, {asked}: choose one, or {AGAIN}")
+        raise CostError(f"{path} holds costs for {known} thread{'s' * (known != '1')}, {asked}: choose one, or {AGAIN}")
     table = tables[threads]
     attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
     ffn = {cost.width: cost.ms for cost in table.ffn}

@@ -117,7 +117,7 @@ def test_a_change_that_so_few_pairs_cannot_show_is_neither_said_nor_denied() -> 
     slower = measurement("n", [1.3 * t for t in BASE[:3]])
     (row,) = compare_within(result(measurement("m", BASE[:3]), slower), "m", "n").rows
     assert row.verdict == NOT_COMPARABLE and row.ratio == pytest.approx(1.3)
-    assert row.reason == "it looks slower, but 3 repetitions are too few to tell: measure 6 or more"
+    assert row.reason == "it looks slower, but 3 repetitions cannot tell: measure 6 or more"
 
 
 def test_other_settings_are_told() -> None:

@@ -246,7 +246,7 @@ def test_what_cannot_be_learnt_from_is_refused(tiny_model, tmp_path, tiny_tokeni
     refusals = [
         ((source, 9, 128), {}, r"5 conversations fill \d rows of 128 tokens, 9 are needed: give more"),
         ((source, 1, 128), {"skip": 9}, "1 are needed after 9 that are used"),
-        ((source, 1, 1), {}, "1 rows of 1 tokens teach nothing"),
+        ((source, 1, 1), {}, "1 row of 1 token cannot teach anything"),
         ((source, 1, 64), {"kind": "talk"}, "give one of auto, text, chat"),
         ((None, 1, 64), {"kind": "chat"}, "chat needs conversations"),
         ((write_rows(tmp_path / "e.jsonl", []), 1, 64), {}, "holds no text"),

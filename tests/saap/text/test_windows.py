@@ -82,8 +82,8 @@ def test_protocols_tell_texts_and_tokenizers_apart(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"chunk": 1}, "predict nothing"),
-        ({"max_chunks": 0}, "predict nothing"),
+        ({"chunk": 1}, "cannot predict anything"),
+        ({"max_chunks": 0}, "cannot predict anything"),
         ({"stride": 0}, "a stride of 0 is not allowed: give 1 to 256"),
         ({"stride": 257}, "a stride of 257"),
         ({"join": "commas"}, "no way of joining 'commas'"),
