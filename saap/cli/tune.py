@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from devices.common.options import Option, refuse_unused
-from saap.cli.console import Console, print_table
+from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
@@ -51,7 +51,7 @@ class TuneCommand:
         least = training.rows_per_step * options.length
         if options.tokens < least:
             raise UserError(
-                f"--tokens {options.tokens} are fewer than a step's {least} ({training.rows_per_step} sequences of "
+                f"--tokens {options.tokens} is less than a step needs, {least} ({training.rows_per_step} sequences of "
                 f"{options.length}): give --tokens {least} or more, or a smaller --batch or --length"
             )
         rows = options.tokens // options.length
@@ -71,7 +71,7 @@ class TuneCommand:
 @click.option("-o", "--out", type=directory, required=True, help="The directory with integer weights to write.")
 @force
 def tune(slim: Path, out: Path, options: TuneCommand) -> None:
-    """Quantise in groups and tune the groups: the integers that the device will run.
+    """Quantize in groups and tune the groups: the integers that the device will run.
 
     SLIM is what saap prune wrote, or a whole model. Killed and started again it continues. In several processes:
     accelerate launch --multi_gpu --num_processes 2 -m saap.cli tune ...
@@ -89,13 +89,14 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
 
     for each in (slim, *([asked.teacher] if asked.teacher else [])):
         kind_of(each)  # before what takes seconds to import
+    asked.check()
+    console.report(LOADING, 0, 0)
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
     from saap.tune.tuning import check_model, tuning_text
     from saap.tune.tuning import tune as tune_directory
 
     check_output(out, slim, asked.teacher, asked.data, record=RECORD)
-    asked.check()
     directory = resolve(slim, progress=console.report)
     check_model(directory, asked.options)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
@@ -114,6 +115,13 @@ def say_rows(rows: TuningRows, console: Console) -> None:
         console.say(f"  {rows.note}")
 
 
+def loss_said(name: str, weight: float) -> str:
+    """What is trained on, in words."""
+    if name == "NLL+KL":
+        return f"{1 - weight:g} NLL + {weight:g} KL to the teacher"
+    return "KL to the teacher" if name == "KL" else "NLL"
+
+
 def show_tuning(out: Path, history: History) -> None:
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
@@ -128,11 +136,13 @@ def show_tuning(out: Path, history: History) -> None:
         ["integers", f"{quant['bits']} bit, groups of {quant['block']}, head {quant['embedding_bits']} bit{mixed}"],
         ["trained", f"{what}, {tuning['trained_parameters']:,} parameters"],
         ["tokens", f"{history.tokens:,} in {history.precision}, {history.tokens / max(history.seconds, 1e-9):.0f} / s"],
-        ["loss", f"{first:.4f} -> {last:.4f} (means of {some} steps)"],
+        ["training loss", f"{first:.4f} -> {last:.4f} nats per token (means of {some} steps)"],
+        ["which is", loss_said(history.loss_name, options["teacher_weight"])],
     ]
     if history.held_out:
         best = min(loss for _, loss in history.held_out)
-        rows.append(["held-out NLL", f"{history.held_out[0][1]:.4f} -> {best:.4f}, at step {history.best_step}"])
+        first = history.held_out[0][1]
+        rows.append([history.held_out_name, f"{first:.4f} -> {best:.4f} nats per token, at step {history.best_step}"])
     if history.stopped:
         rows.append(["stopped", history.stopped])
     print_table("", ["", "tuned"], rows)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from devices.common.files import cache_directory, make_room
 from devices.common.progress import Progress
+from devices.common.wording import counted
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.resolve import load_tokenizer
@@ -97,7 +98,9 @@ def teacher_targets(
         raise UserError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
     rows, length = ids.shape
     if rows < 1 or length < 2:
-        raise UserError(f"{rows} rows of {length} tokens predict nothing: give at least 1 row of 2 tokens")
+        raise UserError(
+            f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give 1 of 2 or more"
+        )
     vocabulary = _vocabulary(teacher_dir)
     asked = min(k, vocabulary)
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
@@ -177,14 +180,17 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
         owner = left.name.rsplit("-", 1)[1]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             left.unlink(missing_ok=True)
+    label = f"asking the teacher (sequences), {kept.k} likeliest tokens"
     teacher, done = None, 0
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
         if not kept.intact(path, len(part), ids.shape[1] - 1):
+            if progress:
+                progress(label, done, len(ids))
             teacher = teacher or open_model(teacher_dir)
             save_sealed(kept.of(teacher, part), path)
         done += len(part)
-        if progress and teacher is not None:
-            progress(f"teacher, {kept.k} likeliest tokens", done, len(ids))
+    if progress and teacher is not None:
+        progress(label, len(ids), len(ids))
 
 
 def _shard_rows(rows: int) -> int:

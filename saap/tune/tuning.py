@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from devices.common.options import refuse_unused
-from devices.common.progress import Progress
+from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import read_record
@@ -143,6 +143,8 @@ def _tune(
         )
     if teacher_dir is not None:
         check_same_vocabulary(teacher_dir, model_dir)
+    report = progress or (lambda label, done, total: None)
+    report(LOADING, 0, 0)
     began, weights = time.monotonic(), weights_hash(model_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
     way = way_of(shape_of(config), rows, options)
@@ -160,6 +162,8 @@ def _tune(
         replace(options.training, checkpointing=way.recomputed),
         held_out=None if judged is None else tensors_of(judged, len(learnt)),
         held_out_loss=loss_of(None, options, head),
+        loss_name=loss_name(targets, options),
+        held_out_name="held-out NLL",
         state_dir=state_dir,
         fingerprint={
             "model": weights,
@@ -174,6 +178,7 @@ def _tune(
         if not diverged.history.best_step:
             raise
         error, history = diverged, diverged.history
+    report(WRITING, 0, 0)
     if writes:
         tensors = iter(adapters.fold(adapted).state_dict().items())
         record = read_record(model_dir)
@@ -278,6 +283,12 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
         return head_loss(model, batch["ids"], places, of_piece, head), learnt.sum()
 
     return loss
+
+
+def loss_name(targets: TeacherTargets | None, options: TuneOptions) -> str:
+    """What :func:`loss_of` computes, in nats per learnt token."""
+    weight = 0 if targets is None else options.teacher_weight
+    return {0: "NLL", 1: "KL"}.get(weight, "NLL+KL")
 
 
 def _quantised(

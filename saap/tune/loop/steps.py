@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -54,16 +54,18 @@ class History:
     precision: str = "fp32"  # "bf16" or "fp32"
     tokens: int = 0  # in the rows of the steps taken, learnt or not
     seconds: float = 0.0  # spent on the steps, evaluations not included
+    loss_name: str = "loss"  # what ``losses`` are
+    held_out_name: str = "held-out loss"
 
     def said(self) -> str:
         """The run so far, for a progress bar; the loss is a mean over the last few steps."""
         recent = self.losses[-SMOOTHED:]
-        held_out = f", held-out {self.held_out[-1][1]:.3f}" if self.held_out else ""
+        held_out = f", {self.held_out_name} {self.held_out[-1][1]:.3f}" if self.held_out else ""
         speed = self.tokens / max(self.seconds, 1e-9)
-        return f"loss {sum(recent) / len(recent):.3f}{held_out}, {speed:.0f} tokens/s"
+        return f"{self.loss_name} {sum(recent) / len(recent):.3f}{held_out}, {speed:.0f} tokens/s"
 
     def kept(self) -> str:
-        known = f" (held-out loss {min(loss for _, loss in self.held_out):.3f})" if self.held_out else ""
+        known = f" ({self.held_out_name} {min(loss for _, loss in self.held_out):.3f})" if self.held_out else ""
         return f"the state of step {self.best_step}{known}"
 
 
@@ -86,6 +88,7 @@ class Run:
     Attributes:
         held_out: rows to evaluate; without, nothing stops early and the last state is the best.
         held_out_loss: what they are evaluated with, if not the loss of training.
+        loss_name, held_out_name: what the two are called where they are shown.
         state_dir: where the state is kept for a run that is killed; :func:`saap.tune.loop.state.discard_states` deletes
             it when the result is safe. A state of other options or rows is not touched and not continued.
         fingerprint: what else the loss curve depends on (the model's hash), JSON. Options, rows and the parameters'
@@ -95,6 +98,8 @@ class Run:
     options: TrainOptions = field(default_factory=TrainOptions)
     held_out: Batch | None = None
     held_out_loss: LossOf | None = None
+    loss_name: str = "loss"
+    held_out_name: str = "held-out loss"
     state_dir: Path | None = None
     fingerprint: Mapping[str, object] = field(default_factory=dict)
 
@@ -152,7 +157,9 @@ class _Training:
         self.progress = progress if self.accelerator.is_main_process else None
         steps = steps_of(rows, options, self.accelerator.num_processes)
         self.dtype = autocast_dtype(options.precision, self.accelerator.device)
-        self.history = History(steps, precision="bf16" if self.dtype else "fp32")
+        self.history = History(
+            steps, precision="bf16" if self.dtype else "fp32", loss_name=run.loss_name, held_out_name=run.held_out_name
+        )
         self.factor = cosine(steps, options.warmup_share)
         self.every = max(1, math.ceil(steps / options.evaluations))
         self.model, self.home, self.was_training = model, next(model.parameters()).device, model.training
@@ -187,7 +194,7 @@ class _Training:
             elif main and (changed := others_differ_in(self.path, self.parts)) is not None:
                 note = f"from the start, the state in {directory} is of another run ({', '.join(changed)})"
         if note and self.progress:
-            self.progress(f"tuning, {note}", self.step, self.history.steps)
+            self.progress(f"tuning (steps), {note}", self.step, self.history.steps)
 
     @property
     def step(self) -> int:
@@ -196,6 +203,8 @@ class _Training:
     def go(self) -> None:
         history = self.history
         if history.resumed_at is None:
+            if self.progress:
+                self.progress("tuning (steps), first evaluation", 0, history.steps)
             self._judge()
         while self.step < history.steps and history.stopped is None:
             due = self._take_step()
@@ -205,7 +214,7 @@ class _Training:
             if due or judged:
                 self._save()
             if self.progress:
-                self.progress(f"tuning, {history.said()}", self.step, history.steps)
+                self.progress(f"tuning (steps), {history.said()}", self.step, history.steps)
         self.trained.put_best()
 
     def close(self) -> None:
@@ -306,7 +315,7 @@ class _Training:
             return
         waited = sum(step > history.best_step for step, _ in history.held_out)
         if self.options.patience is not None and waited >= self.options.patience and self.step < history.steps:
-            history.stopped = f"no lower held-out loss in {waited} evaluations since step {history.best_step}"
+            history.stopped = f"no lower {history.held_out_name} in {waited} evaluations since step {history.best_step}"
 
     def _diverge(self, what: str, step: int) -> None:
         self.trained.put_best()
@@ -339,7 +348,8 @@ class _Training:
 
     def _restore(self, tensors: dict[str, torch.Tensor], about: About) -> None:
         self.trained.load(tensors)
-        self.history = convert(about["history"], History)
+        names = {"loss_name": self.history.loss_name, "held_out_name": self.history.held_out_name}
+        self.history = replace(convert(about["history"], History), **names)
         self.history.resumed_at = self.step
 
 

@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(tiny_model, mo
 
     with pytest.raises(KeyboardInterrupt):
         teacher_targets(path, IDS, k=8, progress=killed)
-    assert steps == [("teacher, 8 likeliest tokens", 32, 70), ("teacher, 8 likeliest tokens", 64, 70)]
+    assert steps == [("asking the teacher (sequences), 8 likeliest tokens", done, 70) for done in (0, 32, 64)]
     (entry,) = (teacher_module.cache_directory() / "teacher").iterdir()
     first = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
     assert len(first) == 2
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(tiny_model, mo
     assert all((entry / name).stat().st_mtime_ns == time for name, time in first.items())
     tokens, logprobs = targets.batch(0, 70)
     again = teacher_targets(path, IDS, k=8, progress=killed)
-    assert len(loads) == 2 and len(steps) == 2 and torch.equal(again.batch(0, 70)[0], tokens)
+    assert len(loads) == 2 and len(steps) == 3 and torch.equal(again.batch(0, 70)[0], tokens)
     del targets, again
     (shard,) = entry.glob("00001-*")
     shard.write_bytes(shard.read_bytes()[:500])
@@ -254,7 +254,7 @@ def test_refusals(tiny_model, tmp_path, monkeypatch):
     for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"k": 0}):
         with pytest.raises(UserError, match="is not allowed"):
             teacher_targets(path, IDS, **options)
-    with pytest.raises(UserError, match="predict nothing"):
+    with pytest.raises(UserError, match="cannot predict anything"):
         teacher_targets(path, IDS[:, :1])
     with pytest.raises(UserError, match="is not allowed"):
         distillation_loss(drawn(2, 5, 9), *likeliest(drawn(2, 5, 9), 3), EVERYWHERE, 0.0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -238,9 +239,15 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     chats.write_text("\n".join(map(json.dumps, rows)))
     common = ["--tokens", "1664", "--length", "64", "--batch", "4"]
     done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
-    assert "zero-point fold, rank 2" in done.stdout and "held-out NLL" in done.stdout
+    assert "zero-point fold, rank 2" in done.stdout
+    # both losses are of a token, and named for what they are
+    assert "tuning, NLL " in done.stderr and ", held-out NLL " in done.stderr and "0 KL" not in done.stdout
+    assert re.search(
+        r"training loss .* nats per token.*\n.*which is +NLL *\n.*held-out NLL .* nats per token", done.stdout
+    )
     assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
     done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", slim.parent / "tiny")
+    assert "tuning, NLL+KL " in done.stderr and "0.5 NLL + 0.5 KL to the teacher" in done.stdout
     tuning = read_record(tmp_path / "chat")["tuning"]
     assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(slim.parent / "tiny")
     assert f"{tuning['text']['learnt_tokens']} of 1664 tokens are answers" in done.stderr

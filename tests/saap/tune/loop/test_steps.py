@@ -174,7 +174,7 @@ def test_a_killed_run_continues_on_the_same_curve_bit_for_bit(run, tmp_path):
         progress=lambda *report: said.append(report),
     )  # fmt: skip
     assert history.resumed_at == 4
-    assert said[0] == ("tuning, continued at step 4", 4, 10)
+    assert said[0] == ("tuning (steps), continued at step 4", 4, 10)
     assert len(said) == 1 + 6
     assert (history.losses, history.held_out) == (expected.losses, expected.held_out)
     assert (history.best_step, history.tokens) == (expected.best_step, expected.tokens)
@@ -219,7 +219,7 @@ def test_the_state_of_another_run_is_neither_continued_nor_lost(run, tmp_path, c
     said = []
     _, history = run(**{**base, **change}, progress=lambda *report: said.append(report))
     assert history.resumed_at is None
-    assert said[0] == (f"tuning, from the start, the state in {state} is of another run ({named})", 0, 10)
+    assert said[0] == (f"tuning (steps), from the start, the state in {state} is of another run ({named})", 0, 10)
     assert kept.read_bytes() == content and len(list(state.iterdir())) == 2
 
 
@@ -360,15 +360,16 @@ def test_bf16_is_taken_where_the_cpu_has_it(tmp_path, monkeypatch, text, expecte
 def test_progress_says_losses_and_speed_and_the_console_the_time_left(run, monkeypatch, capsys):
     said = []
     _, history = run(held_out=HELD_OUT, progress=lambda *report: said.append(report))
-    assert [(done, total) for _, done, total in said] == [(step + 1, 10) for step in range(10)]
+    assert said[0] == ("tuning (steps), first evaluation", 0, 10)
+    assert [(done, total) for _, done, total in said] == [(step, 10) for step in range(11)]
     mean = sum(history.losses[-8:]) / 8
-    assert said[-1][0].startswith(f"tuning, loss {mean:.3f}, held-out {history.held_out[-1][1]:.3f}, ")
+    assert said[-1][0].startswith(f"tuning (steps), loss {mean:.3f}, held-out loss {history.held_out[-1][1]:.3f}, ")
     assert said[-1][0].endswith(" tokens/s")
     # what was done before a kill took none of this run's time
     now = [0.0]
     monkeypatch.setattr("saap.cli.console.time", SimpleNamespace(monotonic=lambda: now[0]))
     with Console() as console:
-        console.report("tuning, continued at step 60", 60, 100)
+        console.report("tuning (steps), continued at step 60", 60, 100)
         now[0] = 20.0
-        console.report("tuning, loss 3", 70, 100)
-    assert "70/100, 20 s, 60 s left" in capsys.readouterr().err
+        console.report("tuning (steps), loss 3", 70, 100)
+    assert "70/100 steps, 20 s, 60 s left" in capsys.readouterr().err
