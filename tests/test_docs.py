@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -195,14 +201,6 @@ def test_pages_have_commands_at_all():
     assert ["devices", "test"] in [words[:2] for words in found["docs/devices.md"]]
 
 
-# A random model is told to fit a board whatever it is; INVALID speeds of a test machine are no failure.
-PROGRAM = """
-from support.command_line import here
-for words in {commands}:
-    here(*words, code=None if words[0] == "bench" else 0)
-"""
-
-
 def some_text(seed, lines):
     """Lines of words, each with numbers that no other text has."""
     words = ("cat", "mat", "dog", "day", "night", "home", "by", "all", "saw", "ran", "while", "how", "we", "they", "it")
@@ -222,38 +220,115 @@ def workplace(tmp_path, tiny_model, monkeypatch):
     return tmp_path
 
 
-def test_the_tutorial_works_and_calls_nobody(workplace):
-    """All its commands in order, in one process with a home of its own and without network, where calls are traced.
+@dataclass(frozen=True)
+class Shell:
+    """A shell in a folder of its own, in which `saap` is there and the terminal has 100 columns."""
+
+    place: Path
+    env: dict[str, str]
+
+    def type(self, line):
+        """Run a line: it ends well, prints no traceback, and no line that is longer than the terminal is wide.
+
+        Where a busy machine makes speeds INVALID, `saap compare` says that they do not compare.
+        """
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=self.place, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        said = f"$ {line}\n{done.stdout}\n{done.stderr}"
+        allowed = (0, 3) if line.startswith("saap compare ") else (0,)
+        assert done.returncode in allowed and "Traceback" not in said, said
+        assert [out for out in (done.stdout + done.stderr).splitlines() if len(out) > 100] == [], said
+        return done.stdout
+
+
+@pytest.fixture
+def shell(workplace):
+    """Starts shells: ``shell(more, apart)``; ``more`` is added to the words of a command, ``apart`` runs them all."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # a socket's name must be short
+        home = workplace / "home"
+        home.mkdir()
+        env = {k: v for k, v in os.environ.items() if not re.match("ORT_|HF_|XDG_|SAAP_|DO_NOT|MPL", k)}
+        env |= {"HOME": str(home), "COLUMNS": "100", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+        def start(more=None, apart=()):
+            server = [*apart, sys.executable, "-m", "support.saap_server", str(folder), json.dumps(more or {})]
+            paths = {**env, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+            process = stack.enter_context(subprocess.Popen(server, env=paths, start_new_session=True))
+            stack.callback(os.killpg, process.pid, signal.SIGTERM)
+            while not (folder / "saap").is_file():
+                assert process.poll() is None
+                time.sleep(0.05)
+            return Shell(workplace, env)
+
+        yield start
+
+
+def lines_of(name):
+    """The lines that a page tells a reader to type, in their order."""
+    shown = [text for note, text in fences(name, "sh") if note != "no-run"]
+    return [line for text in shown for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line]
+
+
+def test_the_first_ten_commands_work_word_for_word(shell, workplace):
+    """With a small random model in the place of the packaged one, and the texts that ship."""
+    (workplace / "my-model").rename(workplace / "smollm2-135m")
+    lines, typed = lines_of("docs/first-ten.md"), shell()
+    assert len(lines) == 10 and all(line.startswith("saap ") for line in lines)
+    said = {line: typed.type(line) for line in lines}
+    assert "Why each layer lost what it lost" in said[lines[2]]
+    assert (workplace / "report.html").stat().st_size > 10_000
+
+
+# What stands in a row of the README's table, and what the tutorial has made by then.
+STAND_INS = {
+    "MODEL": "my-model", "SLIM": "out/slim", "TUNED": "out/tuned-again", "PATH...": "out/slim out/tuned-again",
+    "PATH": "out/tuned-again", "BUNDLE": "out/bundle-again", "A": "out/all/dense-int4", "B": "out/all/slim-int4",
+    "...": "", "OLD": "out/all/dense-int4", "NEW": "out/all/slim-int4", "RESULT...": "quality.json",
+}  # fmt: skip
+
+
+def table_of_commands():
+    """The commands of the README's table, with what the tutorial has made; one that `run` does is not done again."""
+    for row in re.findall(r"^\| `saap ([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE):
+        if "\\|" not in row and not row.startswith("run "):
+            yield "saap " + " ".join(STAND_INS.get(word, word) for word in row.split(" "))
+
+
+def test_the_tutorial_and_the_readme_work_and_call_nobody(shell, workplace):
+    """All their commands in order, with a home of their own and without network, where calls are traced.
 
     A random model needs few tokens, and its bench few repetitions.
     """
+    quick = ["--repetitions", "1", "--prompt", "8", "--generate", "8"]
     few = {
         "run": ["--tokens", "1024", "--repetitions", "1", "--threads", "1", "--set", "sequences=8",
                 "--set", "length=32", "--set", "chunk=64", "--set", "max_chunks=4"],
         "prune": ["--sequences", "8", "--length", "32"],
         "tune": ["--tokens", "1024"],
-        "bench": ["--repetitions", "1", "--prompt", "8", "--generate", "8", "--no-cold"],
+        "bench": [*quick, "--no-cold"],
+        "compare": quick,
         "eval": ["--chunk", "64", "--max-chunks", "4"],
     }  # fmt: skip
-    shown = [text for note, text in fences("docs/tutorial.md", "sh") if note != "no-run"]
-    commands = [[*words, *few.get(words[0], [])] for text in shown for words in command_lines(text)]
-    home, calls = workplace / "home", workplace / "calls"
-    home.mkdir()
-    env = {k: v for k, v in os.environ.items() if not re.match("ORT_|HF_|XDG_|SAAP_|DO_NOT|MPL", k)}
-    env |= {"HOME": str(home), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    calls = workplace / "calls"
     apart = ["unshare", "--net", "strace", "-f", "--seccomp-bpf", "-e", "trace=connect", "-o", str(calls)]
     if not (
         traced := shutil.which("strace") and not subprocess.run(["unshare", "--net", "true"], check=False).returncode
     ):
         apart = []  # needs root; .ci/run has both
-    done = subprocess.run(
-        [*apart, sys.executable, "-c", PROGRAM.format(commands=commands)], env=env, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    typed = shell(few, apart)
+    for line in lines_of("docs/tutorial.md"):
+        typed.type(line)
     made = ("out/all/report.html", "out/slim", "out/tuned", "out/bundle/bundle.json", "quality.json", "report.html")
     assert [name for name in made if not (workplace / name).exists()] == []
-    ours = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
+    (workplace / "out/slim").rename(workplace / "out/slim-of-the-tutorial")
+    table = [*table_of_commands()]
+    assert {line.split()[1] for line in table} >= {"prune", "tune", "eval", "export", "generate", "bench", "compare"}
+    for line in table:
+        typed.type(line)
+    ours = {path.relative_to(workplace / "home").parts[:2] for path in workplace.rglob("home/**/*") if path.is_file()}
     assert ours == {(".cache", "saap")}
     if traced:
         assert [line for line in calls.read_text().splitlines() if "AF_INET" in line] == []

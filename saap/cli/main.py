@@ -43,7 +43,7 @@ PLACES = {
 COMMANDS = {  # the module and the function of each, and what it is for; no module is imported to say so
     "run": ("run:run", "All of it: from a model to a measured bundle and a page."),
     "prune": ("prune:prune", "Remove the coupled structures that matter least."),
-    "tune": ("tune:tune", "Quantise in groups and tune the groups."),
+    "tune": ("tune:tune", "Quantize in groups and tune the groups."),
     "eval": ("eval:evaluate", "Perplexity, KL, top-1 agreement and zero-shot tasks."),
     "export": ("export:export", "Write a model as a bundle, or look into a bundle."),
     "generate": ("generate:generate", "Stream text from a bundle."),
