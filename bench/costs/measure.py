@@ -99,17 +99,16 @@ def measure_costs(
     check_depth(manifests[0], options.depth)
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
     device, tables = probe(), []
+    report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
         for index, group in enumerate(groups):
-            if progress:
-                progress(f"timing operators, {counted(count)}", turn * len(groups) + index, len(threads) * len(groups))
+            report(f"timing operators (processes), {counted(count)}", turn * len(groups) + index, of)
             job = CostsJob([str(bundles[i]) for i in group], count, cpus, options.depth, options.seconds)
             processes.append(_process(job, group, options.timeout_s))
         bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
-    if progress:
-        progress("timing operators", len(threads) * len(groups), len(threads) * len(groups))
+    report("timing operators (processes)", of, of)
     return Costs(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command_line(),

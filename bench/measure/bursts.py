@@ -41,6 +41,8 @@ def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, prog
         return replace(found, failure=told)
     table = _Table(peers, setting, plan)
     begun, longest, failure = time.monotonic(), 0.0, None
+    report = progress or (lambda label, done, total: None)
+    report("taking turns (s), load 1", 0, plan.turns_s)
     for number in range(MOST_LOADS):
         started = time.monotonic()
         try:
@@ -50,13 +52,13 @@ def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, prog
             break
         now = time.monotonic()
         longest, spent = max(longest, now - started), now - begun
-        if progress:
-            progress(f"ratio: {number + 1} loads", min(spent, plan.turns_s), plan.turns_s)
         if spent + 2 * longest > plan.turns_s and number % 2:  # both orders as often
             break
         if number == 0 and LEAST_LOADS * longest > 2 * plan.turns_s:
             failure = f"a load and a turn take {longest:.0f} s: give --ratio-time {LEAST_LOADS * longest:.0f} or more"
             break
+        report(f"taking turns (s), load {number + 2}", min(spent, 0.99 * plan.turns_s), plan.turns_s)
+    report("taking turns (s)", plan.turns_s, plan.turns_s)
     return replace(found, failure=failure)
 
 

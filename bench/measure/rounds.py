@@ -94,12 +94,12 @@ class Rounds:
                     break
                 self._estimate({setting: widths[setting] for setting in active}, begun, now)
         if self._progress:
-            self._progress("bench", self._order, self._order)
+            self._progress("bench (runs)", self._order, self._order)
 
     def load_cold(self) -> None:
         """One load per spec with its files dropped from the page cache first."""
         for index, outcome in enumerate(next(iter(self.outcomes.values()))):
-            self._say(outcome, "cold load")
+            self._say_load(outcome, index)
             seconds, reason = cold_load(outcome.peer, self._job(outcome), self.plan.timeout_s)
             for others in self.outcomes.values():
                 others[index].cold_load_s = seconds
@@ -145,9 +145,14 @@ class Rounds:
         by_time = max(0.0, self.plan.max_time_s - (now - begun)) / each
         self._total = self._order + min(left, by_time)
 
+    def _say_load(self, outcome: Outcome, index: int) -> None:
+        if self._progress:
+            count = len(next(iter(self.outcomes.values())))
+            self._progress(f"loading from storage (models), {outcome.peer.name}", index, count)
+
     def _say(self, outcome: Outcome, what: str) -> None:
         if self._progress:
-            self._progress(f"bench, {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
+            self._progress(f"bench (runs), {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
 
 
 def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Job:

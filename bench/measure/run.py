@@ -16,7 +16,7 @@ from bench.measure.answers import ask
 from bench.measure.bursts import take_turns
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions, Setting
-from bench.measure.result import INVALID, Bursts, Json, Measurement, Result, command_line, package_versions
+from bench.measure.result import INVALID, Bandwidth, Bursts, Json, Measurement, Result, command_line, package_versions
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
@@ -60,7 +60,7 @@ def measure(
     check_memory(peers, settings, options.root)
     device = probe()
     widths = sorted({setting.threads for setting in settings})
-    before = [probe_bandwidth(choose_cores(n), device["last_level_cache_bytes"]) for n in widths]
+    before = _bandwidths(widths, device["last_level_cache_bytes"], progress)
     with Recorder(options.root) as recorder:
         rounds = Rounds(peers, options, recorder, progress)
         rounds.rest()
@@ -68,7 +68,9 @@ def measure(
             rounds.load_cold()
         rounds.run()
     bursts = _turns(rounds, options, progress)
-    after = [probe_bandwidth(choose_cores(n), device["last_level_cache_bytes"]) for n in widths]
+    after = _bandwidths(widths, device["last_level_cache_bytes"], progress)
+    if progress and options.text:
+        progress("asking for answers", 0, 0)
     outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
     result = Result(
         device={**device},
@@ -107,6 +109,17 @@ def check_memory(peers: Sequence[Peer], settings: Sequence[Setting], root: Path 
                 f"{peer.spec} needs about {sum(parts.values()) / 1e6:.0f} MB ({told}) and {left / 1e6:.0f} MB are "
                 "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
             )
+
+
+def _bandwidths(widths: Sequence[int], cache_bytes: int | None, progress: Progress | None) -> list[Bandwidth]:
+    """What the memory gives to each of these thread counts."""
+    report = progress or (lambda label, done, total: None)
+    found = []
+    for number, threads in enumerate(widths):
+        report("measuring memory bandwidth (probes)", number, len(widths))
+        found.append(probe_bandwidth(choose_cores(threads), cache_bytes))
+    report("measuring memory bandwidth (probes)", len(widths), len(widths))
+    return found
 
 
 def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> list[Bursts]:

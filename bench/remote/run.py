@@ -32,7 +32,7 @@ from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place
 from devices.common.child import until_done
 from devices.common.files import cache_directory, parse_json, write_text
-from devices.common.progress import Progress
+from devices.common.progress import Label, Progress
 from devices.transport import BoardError, Transport, open_transport, printable
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
@@ -106,7 +106,7 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
             there = board.insist("take", more=lambda: _take(run, shipment))
             _push(board, shipment, there["missing"], told)
             if not there["installed"]:
-                told("install, numpy and onnxruntime", 0, 1)
+                told("install, numpy and onnxruntime", 0, 0)
                 board.insist("install", more=shipment.install)
             board.insist("start", more=lambda: _start(run, shipment, task))
             done = _follow(board, run, told)
@@ -175,12 +175,12 @@ def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> 
     for sha, there in missing.items():
 
         def pushed(at: int, before: float = sent - there / 1e6) -> None:
-            told("push, MB", before + at / 1e6, total)
+            told("push (MB)", before + at / 1e6, total)
 
         board.push(sha, shipment.sources[sha], there, pushed)
         sent += (sizes[sha] - there) / 1e6
     if missing:
-        told("push, MB", total, total)
+        told("push (MB)", total, total)
 
 
 def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
@@ -251,7 +251,7 @@ class _Shown:
         self._lock, self._done = threading.Lock(), dict[str, float]()
 
     def of(self, url: str) -> Progress:
-        def told(label: str, done: float, total: float) -> None:
+        def report(label: str, done: float, total: float) -> None:
             with self._lock:
                 if self._progress is None:
                     return
@@ -259,17 +259,18 @@ class _Shown:
                 if self._boards == 1:
                     self._progress(f"{what}, {url}: {rest}" if rest else f"{what}, {url}", done, total)
                     return
-                if what == "bench":
+                if what.startswith("bench "):
                     self._done[url] = done / total if total else 0.0
-                self._progress(f"boards, {url}: {label}", sum(self._done.values()), self._boards)
+                told = f"boards (boards), {url}: {Label.of(label).shown}"
+                self._progress(told, sum(self._done.values()), self._boards)
 
-        return told
+        return report
 
     def ended(self, url: str) -> None:
         with self._lock:
             self._done[url] = 1.0
             if self._progress is not None and self._boards > 1:
-                self._progress(f"boards, {url}: ended", sum(self._done.values()), self._boards)
+                self._progress(f"boards (boards), {url}: ended", sum(self._done.values()), self._boards)
 
     def say(self, text: str) -> None:
         with self._lock:

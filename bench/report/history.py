@@ -101,7 +101,7 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
         for key, point in _points(path, read_result(path)):
             found.setdefault(key, []).append(point)
         if progress:
-            progress("reading results", done, len(paths))
+            progress("reading results (files)", done, len(paths))
     return [Series(*(*key, sorted(found[key], key=lambda p: (p.created, p.file)))) for key in sorted(found)]
 
 

@@ -1,7 +1,36 @@
-"""How a long task reports its progress."""
+"""How a long task reports its progress.
+
+A label is ``what (unit), detail``, as in ``scoring (sequences), stage 1 of 2``. It begins with the name of the work;
+the unit is what ``done`` and ``total`` count. A total of 0 says that nobody knows how much there is.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Progress = Callable[[str, float, float], None]  # what is being done, how much is done, how much there is
+LOADING, WRITING = "loading the model", "writing the model"  # seconds of a small model, whose number nobody knows
+
+_LABEL = re.compile(r"(?P<what>[^(,:]*) \((?P<unit>[^(),:]+)\)(?P<detail>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label in its parts; the unit is empty where the label names none."""
+
+    what: str
+    unit: str = ""
+    detail: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> Label:
+        if found := _LABEL.fullmatch(text):
+            return cls(**found.groupdict())
+        what = re.split("[,:]", text, maxsplit=1)[0]
+        return cls(what, detail=text[len(what) :])
+
+    @property
+    def shown(self) -> str:
+        return self.what + self.detail

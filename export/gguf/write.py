@@ -158,7 +158,7 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress
     written: dict[str, WrittenMatrix] = {}
     for index, tensor in enumerate(tensors):
         if progress:
-            progress("writing GGUF", index, len(tensors))
+            progress("writing GGUF (tensors)", index, len(tensors))
         values = tensor.load()
         tensor.check(values)
         if isinstance(values, torch.Tensor) and values.dim() == 1:
@@ -170,7 +170,7 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress
             written[tensor.name] = WrittenMatrix(tensor.kind, matrix.error, matrix.carried)
     writer.close()
     if progress:
-        progress("writing GGUF", len(tensors), len(tensors))
+        progress("writing GGUF (tensors)", len(tensors), len(tensors))
     return written
 
 

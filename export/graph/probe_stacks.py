@@ -82,11 +82,11 @@ def write_probe_stacks(
     wanted, written = stack_layers(model) if stacks is None else stacks, []
     for index, layers in enumerate(wanted):
         if progress:
-            progress("writing probe graphs", index, len(wanted))
+            progress("writing probe graphs (stacks)", index, len(wanted))
         shape = model.shape.with_layers(tuple(layers))
         written.append(_write_stack(model, shape, whole, rotary, out / f"{index:02}"))
     if progress:
-        progress("writing probe graphs", len(wanted), len(wanted))
+        progress("writing probe graphs (stacks)", len(wanted), len(wanted))
     return written
 
 

@@ -97,7 +97,7 @@ def write_model(
     count = len(source.shape.layers)
     for index, sizes in enumerate(source.shape.layers):
         if progress:
-            progress("writing weights", index, count)
+            progress("writing weights (layers)", index, count)
         for piece in _pieces(sizes, layout.norms_last):
             name = f"layers.{index}.{piece}"
             if piece not in NORMS:
@@ -112,7 +112,7 @@ def write_model(
     for name, table in tables.items():
         layout.file.add(name, table)
     if progress:
-        progress("writing weights", count, count)
+        progress("writing weights (layers)", count, count)
 
 
 def _pieces(sizes: LayerSizes, norms_last: bool) -> list[str]:

@@ -70,7 +70,7 @@ class StreamedModel:
         for hook in hooks:
             hook.remove()
         if progress:
-            progress("checking parity, layers", len(layers), len(layers))
+            progress("computing what torch says (layers)", len(layers), len(layers))
         return states
 
     def logits(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -129,7 +129,7 @@ class StreamedModel:
 
 def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | None, *_: object) -> None:
     if progress:
-        progress("checking parity, layers", *place)
+        progress("computing what torch says (layers)", *place)
     weights.enter()
 
 

@@ -45,12 +45,12 @@ def check_parity(
     last = torch.empty(0)
     for index, (row, expected, found) in enumerate(zip(ids, reference.logits(states), scored, strict=True)):
         if progress:
-            progress("checking parity, rows", index, len(ids))
+            progress("checking parity (rows)", index, len(ids))
         last = found[-1] if index == 0 else last
         largest = max(largest, (expected - found).abs().max().item())
         sums += _row_sums(expected[:-1], found[:-1], row[1:])
     if progress:
-        progress("checking parity, rows", len(ids), len(ids))
+        progress("checking parity (rows)", len(ids), len(ids))
     _check_decode_graph(bundle, ids[:1], last, threads)
     kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
     report = Parity(

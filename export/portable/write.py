@@ -57,11 +57,9 @@ class PortableWriter:
         if self._writer == "saap":
             return self._write_by_saap(out, progress)
         if progress:
-            progress("optimum", 0, 1)
+            progress("exporting with optimum", 0, 0)
         _export_by_optimum(self._source.directory, out)
         _split_graphs(out)
-        if progress:
-            progress("optimum", 1, 1)
         shape = self._source.shape
         return 4 * (shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden))
 

@@ -14,7 +14,7 @@ import click
 from bench.measure.options import BenchOptions
 from bench.remote.options import BoardOptions
 from devices.common.options import Option, refuse_unused
-from saap.cli.console import Console, print_table
+from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
@@ -214,14 +214,13 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
     from bench.report.tables import LEAST, detail_table, energy_notes, main_table
 
     counts = sorted({len(m.samples) for m in result.measurements})
-    runs = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     first = result.measurements[0]
     several = len({m.key[1:4] for m in result.measurements}) > 1
     what = "" if several else f"{first.test}, "
-    for table, title in ((main_table(result), f"{what}medians of {runs} interleaved runs"), (detail_table(result), "")):
+    for table, title in ((main_table(result), f"{what}{of_runs(counts)}"), (detail_table(result), "")):
         print_table(title, table.header, table.rows, LEAST)
     for note in energy_notes(result):
-        click.echo(f"  {note}")
+        tell(f"  {note}")
     show_reasons(result)
     names = list(dict.fromkeys(m.name for m in result.measurements))
     floor = _noise_floor(result, names) if noise_floor else None
@@ -229,13 +228,20 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
         _show_against(result, names[0], other, floor)
 
 
+def of_runs(counts: Sequence[int]) -> str:
+    """What a table of medians is of; ``counts`` are the runs of its rows, in order."""
+    if counts[-1] == 1:
+        return "1 run"
+    return f"medians of {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs"
+
+
 def show_reasons(result: Result, to_stderr: bool = False) -> None:
     """Why a measurement is WARN or INVALID, and what a worker that failed wrote last."""
     for m in result.measurements:
         for reason in m.reasons:
-            click.echo(f"  {m.name}, {m.test}: {m.status}: {reason}", err=to_stderr)
+            tell(f"  {m.name}, {m.test}: {m.status}: {reason}", sys.stderr if to_stderr else None)
         for line in m.stderr[:-1]:
-            click.echo(f"    | {line}", err=to_stderr)
+            tell(f"    | {line}", sys.stderr if to_stderr else None)
 
 
 def _show_against(result: Result, base: str, other: str, floor: float | None) -> None:
@@ -244,12 +250,12 @@ def _show_against(result: Result, base: str, other: str, floor: float | None) ->
 
     for row in compare_within(result, base, other).rows:
         if row.ratio is None or not row.low or not row.high:
-            click.echo(f"  {other}, {row.setting}: not comparable with {base}: {row.reason}")
+            tell(f"  {other}, {row.setting}: not comparable with {base}: {row.reason}")
             continue
         speed = f"{1 / row.ratio:.3f}x as fast as {base} (95 %: {1 / row.high:.3f} to {1 / row.low:.3f})"
         within = floor is not None and abs(row.ratio - 1) <= floor
         verdict = "within the noise floor" if within else row.reason or row.verdict
-        click.echo(f"  {other}, {row.setting}, {threads(row.n_threads)}: {row.what} {speed}: {verdict}")
+        tell(f"  {other}, {row.setting}, {threads(row.n_threads)}: {row.what} {speed}: {verdict}")
     _show_turns(result, base, other)
 
 
@@ -262,10 +268,10 @@ def _show_turns(result: Result, base: str, other: str) -> None:
         found = result.ratio(bases[m.key[1:]], m, "prefill") if m.n_gen and m.n_prompt and m.key[1:] in bases else None
         if found:
             speed = f"{1 / found.ratio:.3f}x as fast as {base} (95 %: {1 / found.high:.3f} to {1 / found.low:.3f})"
-            click.echo(f"  {other}, {m.test}, {threads(m.n_threads)}: prefill {speed}")
+            tell(f"  {other}, {m.test}, {threads(m.n_threads)}: prefill {speed}")
     for bursts in result.bursts:
         if bursts.failure and {base, other} <= {*bursts.names}:
-            click.echo(f"  {other} and {base} took no turns, their repetitions are pairs: {bursts.failure}")
+            tell(f"  {other} and {base} took no turns, their repetitions are pairs: {bursts.failure}")
 
 
 def _noise_floor(result: Result, names: list[str]) -> float | None:
@@ -275,9 +281,9 @@ def _noise_floor(result: Result, names: list[str]) -> float | None:
     try:
         floor = noise_floor(result, names[0], names[-1])
     except CompareError as error:
-        click.echo(f"  {error}")
+        tell(f"  {error}")
         return None
-    click.echo(f"  noise floor: {names[0]} against itself is within {floor:.1%} (95 %)")
+    tell(f"  noise floor: {names[0]} against itself is within {floor:.1%} (95 %)")
     return floor
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from devices.common.files import cache_place
-from saap.cli.console import print_table
+from saap.cli.console import print_table, tell
 from saap.cli.types import Sections
 
 KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
@@ -45,7 +45,7 @@ def cache(clear: bool) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     rows = [[what, f"{size / 1e6:,.1f}"] for what, size in sorted(sizes.items(), key=lambda item: -item[1])]
     print_table("", ["kept", "MB"], rows)
-    click.echo(f"{sum(sizes.values()) / 1e6:,.1f} MB {'removed from' if clear else 'in'} {place}")
+    tell(f"{sum(sizes.values()) / 1e6:,.1f} MB {'removed from' if clear else 'in'} {place}")
 
 
 def _size(entry: Path) -> int:

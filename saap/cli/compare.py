@@ -16,7 +16,7 @@ from bench.measure.options import BenchOptions
 from devices.common.files import write_text
 from devices.common.options import Option, Part, refuse_unused
 from saap.cli.bench import STDOUT, check_ending, check_turns, show_reasons, verify_models
-from saap.cli.console import Console, print_table, shown
+from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
@@ -149,7 +149,7 @@ def show_comparison(comparison: Comparison) -> None:
     print_table("time, new / old", table.header, table.rows, LEAST)
     for row in comparison.rows:
         if row.reason or row.confirmed:
-            click.echo(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
+            tell(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")
 
 
 def _write_verdicts(comparison: Comparison, asked: CompareCommand, json_path: Path | None) -> None:
@@ -183,7 +183,7 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
         print_table(" -> ".join(filter(None, pair)), table.header, table.rows, LEAST)
     for row in rows:
         if row.reason:
-            click.echo(shown(f"  {row.what}: {row.reason}"))
+            tell(f"  {row.what}: {row.reason}")
     if json_path == STDOUT:
         click.echo(json.dumps(document))
     return exit_code(rows, asked.fail_on == "regression")

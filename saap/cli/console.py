@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -15,10 +17,16 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from devices.common.progress import Label
+
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from saap.models.record import Counts, Kept
 
 WIDTH, MOST_WIDE = 120, 60  # of a table where there is no terminal, and of a column
+BAR = 24
+LOADING = "loading PyTorch and the model"
 PLAIN_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
@@ -34,10 +42,10 @@ class Console:
     """
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._bars: object | None = None
-        self._task: object | None = None
-        self._label = ""
+        self._stream = sys.stderr  # where libraries are silenced, progress is still shown
+        self._terminal = self._stream.isatty()
+        self._bars: Progress | None = None
+        self._label = Label("")
         self._started = self._printed = self._first = 0.0
         self._finished = False
 
@@ -53,18 +61,23 @@ class Console:
         return click.get_current_context().with_resource(cls())
 
     def report(self, label: str, done: float, total: float) -> None:
-        """``done`` of ``total`` of what ``label`` names is finished; a new first word of a label starts a new bar."""
+        """``done`` of ``total`` of what ``label`` names is finished; a label that begins otherwise starts a new bar.
+
+        A total of 0 is not known: a terminal then shows how long it has taken, and no line is printed elsewhere.
+        """
         if not speaks():
             return
-        fresh = label.split(",")[0] != self._label.split(",")[0]
+        said, finished = Label.of(label), 0 < total <= done
+        fresh = said.what != self._label.what or (self._finished and not finished)
         if fresh:
             self._stop()
             self._started = self._printed = time.monotonic()
             self._first = done  # a run that was continued after a kill did not do these now
-            self._finished = False
-        self._label = label
+        if self._finished and not fresh:
+            return
+        self._label, self._finished = said, finished
         with suppress(OSError):  # nobody reads any more; the work goes on
-            (self._bar if self._terminal else self._line)(label, done, total, fresh)
+            (self._bar if self._terminal else self._line)(said, done, total, fresh)
 
     def finish(self) -> None:
         """End the bar, so that what follows is printed below it."""
@@ -74,49 +87,84 @@ class Console:
         self.finish()
         if speaks():
             with suppress(OSError):
-                click.echo(shown(text), err=True)
+                tell(text, self._stream)
 
     def say_text(self, purpose: str, source: str) -> None:
         """Which text a command works on."""
         self.say(f"  {purpose} text: {source}")
 
-    def _bar(self, label: str, done: float, total: float, fresh: bool) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
+    def _bar(self, label: Label, done: float, total: float, fresh: bool) -> None:
         if fresh or self._bars is None:
-            self._bars = Progress(
-                TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=RichConsole(stderr=True),
-            )  # fmt: skip
+            self._bars = progress_bar(self._stream)
+            self._bars.add_task(label.shown, total=total or None, completed=done, unit=label.unit, until=None)
             self._bars.start()
-            self._task = self._bars.add_task(label, total=total)
-        self._bars.update(self._task, description=label, completed=done, total=total)  # type: ignore[attr-defined]
+        (task,) = self._bars.task_ids
+        left = self._left(done, total)
+        until = None if left is None else time.monotonic() + left
+        self._bars.update(
+            task, description=label.shown, completed=done, total=total or None, unit=label.unit, until=until
+        )
+        if self._finished:
+            self._end_bar()
 
-    def _line(self, label: str, done: float, total: float, fresh: bool) -> None:
+    def _line(self, label: Label, done: float, total: float, fresh: bool) -> None:
         now = time.monotonic()
-        whole = done >= total
-        if self._finished or not (fresh or whole or now - self._printed >= PLAIN_EVERY):
+        if not total or not (fresh or self._finished or now - self._printed >= PLAIN_EVERY):
             return
-        self._printed, self._finished = now, whole
-        spent = now - self._started
-        fresh_done = done - self._first
-        left = f", {spent / fresh_done * (total - done):.0f} s left" if fresh_done > 0 and done < total else ""
-        click.echo(f"  {label}: {done:.0f}/{total:.0f}, {spent:.0f} s{left}", err=True)
+        self._printed = now
+        left = self._left(done, total)
+        told = "" if left is None else f", {left:.0f} s left"
+        count = f"{done:.0f}/{total:.0f} {label.unit}".rstrip()
+        tell(f"  {label.shown}: {count}, {now - self._started:.0f} s{told}", self._stream)
+
+    def _left(self, done: float, total: float) -> float | None:
+        """Seconds until all is done, at the speed so far; None where that is not known."""
+        fresh = done - self._first
+        return (time.monotonic() - self._started) / fresh * (total - done) if fresh > 0 and done < total else None
 
     def _stop(self) -> None:
+        self._end_bar()
+        self._label, self._finished = Label(""), False
+
+    def _end_bar(self) -> None:
         if self._bars is not None:
+            self._bars.live.transient = self._bars.tasks[0].total is None  # a line that says nothing need not stay
             with suppress(OSError):
-                self._bars.stop()  # type: ignore[attr-defined]
+                self._bars.stop()
             self._bars = None
-        self._label = ""
+
+
+def progress_bar(stream: TextIO) -> Progress:
+    """A bar that fits the screen: what is done, a bar, how much of how much, the time it took and the time left."""
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class What(ProgressColumn):
+        """Shortened where the screen is too narrow for all columns, which only a column without ``no_wrap`` is."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"  {task.description}", no_wrap=True, overflow="ellipsis")
+
+    class Count(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}")
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            until = task.fields["until"]
+            left = 0.0 if until is None else until - time.monotonic()
+            return Text(f"{_clock(math.ceil(left))} left" if left > 0 else "")  # what takes longer is not "0 s left"
+
+    return Progress(
+        What(), BarColumn(None, table_column=Column(max_width=BAR)), Count(Column(no_wrap=True)),
+        TimeElapsedColumn(Column(no_wrap=True)), Left(Column(no_wrap=True)), console=RichConsole(file=stream),
+    )  # fmt: skip
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class _Unheard(io.TextIOBase):
@@ -150,6 +198,28 @@ def heard_or_not() -> Iterator[None]:
     """Within the block a step's tables may be lost; the steps after it are done."""
     with redirect_stdout(_Unheard(sys.stdout)):
         yield
+
+
+def tell(text: str, stream: TextIO | None = None, otherwise: int = 0) -> None:
+    """Print sentences on standard output, or a stream, in lines as long as ``COLUMNS`` or the terminal allows.
+
+    ``otherwise``: the width where neither says one; 0: each sentence stays a line.
+    """
+    width = shutil.get_terminal_size((otherwise, 0)).columns
+    lines = shown(text).split("\n")
+    if width:
+        lines = [part for line in lines for part in _wrapped(line, width)]
+    click.echo("\n".join(lines), stream)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(
+        line, width, subsequent_indent=f"{indent}  ", break_on_hyphens=False, break_long_words=False,
+        replace_whitespace=False, drop_whitespace=True,
+    )  # fmt: skip
 
 
 def shown(text: str) -> str:

@@ -12,10 +12,10 @@ import click
 
 from devices.common.options import Option
 from devices.common.quality import QUALITY, Quality, TaskScore
-from saap.cli.console import Console, print_table
+from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.evaluate.options import EvalOptions
+from saap.evaluate.options import EvalOptions, check_options
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,8 +68,15 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     for each in filter(None, (*paths, options.reference)):
         if not is_for_llama_cpp(each):
             kind_of(each)  # before what takes seconds to import
-    from saap.evaluate.evaluation import check_options, subjects_of, windows_for
+    on_text = options.text is not None or not options.options.tasks
+    check_options(options.options, on_text=on_text)
+    check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
+    if options.options.tasks and (peers := [str(path) for path in paths if is_for_llama_cpp(path)]):
+        raise UserError(f"{peers[0]}: zero-shot tasks are not asked of llama.cpp: leave --tasks out, or give a bundle")
+    console = Console.of_command()
+    console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
+    from saap.evaluate.evaluation import subjects_of, windows_for
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
@@ -80,12 +87,6 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
             if not quality.tasks:
                 show_quality(quality)
 
-    check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
-    if options.options.tasks and (peers := [str(path) for path in paths if is_for_llama_cpp(path)]):
-        raise UserError(f"{peers[0]}: zero-shot tasks are not asked of llama.cpp: leave --tasks out, or give a bundle")
-    console = Console.of_command()
-    on_text = options.text is not None or not options.options.tasks
-    check_options(options.options, on_text=on_text)
     models, reference = [subject_of(path) for path in paths], options.reference and subject_of(options.reference)
     base, subjects = subjects_of(models, reference, console.report)
     windows = None

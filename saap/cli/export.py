@@ -10,7 +10,7 @@ import click
 
 from devices.common.options import given_in
 from export.options import ExportOptions
-from saap.cli.console import Console, print_table, shown
+from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
@@ -60,7 +60,7 @@ def show_inside(bundle: Path, as_json: bool) -> None:
         click.echo(json.dumps(report.document(), indent=1))
         return
     for line in report.lines():
-        click.echo(shown(line))
+        tell(line)
     for title, columns, rows in report.tables():
         print_table(title, columns, rows)
 
@@ -69,6 +69,8 @@ def export_model(model: str | Path, out: Path, options: ExportOptions, console: 
     from saap.models.resolve import kind_of
 
     kind_of(model)  # before what takes seconds to import
+    options.check()
+    console.report(LOADING, 0, 0)
     from export.write import export as write
 
     result = write(model, options, output=out, progress=console.report)
@@ -80,30 +82,30 @@ def export_model(model: str | Path, out: Path, options: ExportOptions, console: 
 
 
 def show_gguf(report: GGUFReport) -> None:
-    click.echo(
+    tell(
         f"{report.file}: {report.bytes / 1e6:.1f} MB, {report.architecture}, {report.layers} layers, "
         f"{report.kind or 'as tuned'}"
     )
     errors = {"carried over": report.worst_error_carried, "rounded anew": report.worst_error_rounded}
     for what, error in errors.items():
         if error is not None:
-            click.echo(f"  largest relative error of a matrix whose groups were {what}: {error:.2g}")
+            tell(f"  largest relative error of a matrix whose groups were {what}: {error:.2g}")
     for note in report.notes:
-        click.echo(f"  note: {note}")
+        tell(f"  note: {note}")
 
 
 def show_bundle(bundle: Path, manifest: BundleManifest) -> None:
     size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
     parity = manifest.parity
     bits = " and ".join(map(str, sorted({manifest.bits, *manifest.lineage.get("matrices", {}).values()})))
-    click.echo(
+    tell(
         f"{bundle}: {manifest.parameters / 1e6:.1f} M parameters, {bits} bit, {size / 1e6:.1f} MB, "
         f"{manifest.weight_bytes_per_token / 1e6:.1f} MB read per token"
     )
     if parity is None:
-        click.echo("  UNVERIFIED: parity with the torch model was not checked (--parity none)")
+        tell("  UNVERIFIED: parity with the torch model was not checked (--parity none)")
     else:
-        click.echo(
+        tell(
             f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
             f"{parity.max_abs_logit_difference:.2g}, top-1 agreement {parity.top1_agreement:.2%}, "
             f"perplexity x {parity.perplexity_ratio:.4f}"

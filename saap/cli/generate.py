@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from devices.common.wording import counted
 from export.generate.options import GenerateOptions
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
@@ -132,11 +133,11 @@ def _statistics(generation: Generation) -> str:
     # The first token comes with the prompt; the clock of decoding starts after it.
     decoded, seconds = generation.tokens - 1, generation.decode_seconds
     cached = generation.prompt_tokens - read
-    prompt = f"{generation.prompt_tokens} prompt tokens" + (f" ({cached} of them in the cache)" if cached else "")
+    prompt = counted(generation.prompt_tokens, "prompt token") + (f" ({cached} of them in the cache)" if cached else "")
     peak = _peak()
     memory = "" if peak is None else f", peak memory {peak / 1e6:.0f} MB"
     return (
-        f"[{prompt} at {read / prefill if prefill else 0:.1f} tok/s, {generation.tokens} tokens at "
+        f"[{prompt} at {read / prefill if prefill else 0:.1f} tok/s, {counted(generation.tokens, 'token')} at "
         f"{decoded / seconds if seconds else 0:.1f} tok/s, stop: {generation.stop_reason}{memory}]"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from devices.common.options import Option, refuse_unused
-from saap.cli.console import Console, plan_chart, print_table, speaks
+from devices.common.wording import counted
+from saap.cli.console import LOADING, Console, plan_chart, print_table, speaks, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.prune.options import PruneOptions
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saap.prune.plan import Reasons
     from saap.prune.search.budget import Budget
 
+PROSE = 98  # columns of reasons where there is no terminal
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
 REPORTED = (
     ("ratio", "layers' weights removed, %", 0.01, ".2f"),
@@ -86,6 +87,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.models.resolve import kind_of, resolve
 
     kind_of(model)  # before what takes seconds to import
+    console.report(LOADING, 0, 0)
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.system.files import RECORD, check_output
@@ -175,8 +177,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
     if costs := budget.costs:
-        threads = f"{costs['threads']} thread{'s' * (costs['threads'] > 1)}"
-        click.echo(
+        threads = counted(costs["threads"], "thread")
+        tell(
             f"  times are by {costs['file']} ({costs['cpu_model'] or costs['board'] or 'an unnamed device'}, "
             f"ONNX Runtime {costs['onnxruntime']}, {threads}, {costs['depth']} tokens in the cache), not measured: "
             "export the model and its base, and `saap bench` them"
@@ -189,4 +191,4 @@ def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
 
     print_table(*layer_table(reasons))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
-        click.echo(textwrap.fill(sentence, 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+        tell(f"  {sentence}", otherwise=PROSE)

@@ -8,6 +8,7 @@ from typing import TypedDict
 import click
 
 from devices.common.documents import Document
+from saap.cli.console import tell
 from saap.cli.types import Sections, directory, force
 from saap.system.errors import UserError
 
@@ -88,7 +89,7 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
         else:
             paths.append(path)
     write_report(paths, out, run=run, history=history)
-    click.echo(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 def read_run(folder: Path) -> RunFile:

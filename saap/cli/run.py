@@ -24,7 +24,7 @@ from devices.common.options import THREADS, Option, Part, arguments_of, refuse_u
 from devices.common.outputs import is_forced
 from devices.fit.demands import Demands, DeviceOptions, demands_of
 from export.options import LLAMA_CPP_TYPES, ExportOptions
-from saap.cli.console import Console, heard_or_not
+from saap.cli.console import LOADING, Console, heard_or_not, tell
 from saap.cli.devices.fit import (
     Planned,
     amount,
@@ -239,12 +239,15 @@ class _State:
 def run_all(model: str, out: Path, options: RunOptions, console: Console) -> None:
     """Prune, tune, export dense and slim, evaluate, bench, write texts and the page."""
     from bench.runtimes.peers import LLAMA_CPP
-    from saap.models.resolve import resolve
-    from saap.prune.pruning import budget_of
+    from saap.models.resolve import kind_of, resolve
 
     # What a later step would refuse is refused before hours are spent.
+    kind_of(model)
+    console.report(LOADING, 0, 0)
     check_options(options)
     check_place(out, model, options)
+    from saap.prune.pruning import budget_of
+
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
     check_model(source, options)
@@ -630,10 +633,10 @@ def _texts(state: _State) -> list[dict[str, object]]:
         tokenizer = BundleTokenizer(state.out / name)
         decoder = OrtDecoder(state.out / name, torch.get_num_threads(), 256)
         for index, (prompt, written) in enumerate(outputs.items()):
-            report("writing texts", number * len(outputs) + index, len(bundles) * len(outputs))
+            report("writing texts (answers)", number * len(outputs) + index, len(bundles) * len(outputs))
             pieces = begin_text(decoder, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
             written[name] = "".join(pieces)
-    report("writing texts", len(bundles) * len(outputs), len(bundles) * len(outputs))
+    report("writing texts (answers)", len(bundles) * len(outputs), len(bundles) * len(outputs))
     return [{"prompt": prompt, "outputs": written} for prompt, written in outputs.items()]
 
 
@@ -676,9 +679,9 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
     for result in benches:
         show_result(result)
         for told in filter(None, (planned_speed(state.run["plan"], result), bought_by(result, state.run["quality"]))):
-            click.echo(f"  {told}")
+            tell(f"  {told}")
     if found := state.run.get("device"):
-        click.echo(fit_in_words(found, slim.name))
+        tell(fit_in_words(found, slim.name))
         for what, command in board_commands(found, slim):
             click.echo(f"  {what + ':':<22} {command}")
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

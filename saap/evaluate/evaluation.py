@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from devices.common.options import refuse_unused
 from devices.common.progress import Progress
 from devices.common.quality import ModelQuality, Quality
 from saap.evaluate.continuations import Scorer, torch_continuations
-from saap.evaluate.options import EvalOptions
+from saap.evaluate.options import EvalOptions, check_options
 from saap.evaluate.perplexity import Score, score_models, torch_scorer
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
@@ -128,17 +127,6 @@ def evaluate(
     return _on_tasks(subjects, options, quality, progress, keep) if options.tasks else quality
 
 
-def check_options(options: EvalOptions, *, on_text: bool = True) -> None:
-    """Refuse what would have no effect; ``on_text``: whether a text is evaluated on. Raises UserError: names it."""
-    if not options.tasks:
-        refuse_unused(options, ("task_dir", "max_examples", "seed"), "--tasks", "name some, as piqa,arc_easy")
-    if options.max_examples is None:
-        refuse_unused(options, ("seed",), "drawing examples", "give --max-examples")
-    if not on_text:
-        cut = ("chunk", "stride", "bos", "join", "max_chunks")
-        refuse_unused(options, cut, "perplexity, which --tasks leaves out", "give --text")
-
-
 def subjects_of(
     models: Model | Sequence[Model], reference: Model | None, progress: Progress | None
 ) -> tuple[Subject | None, list[Subject]]:
@@ -193,7 +181,11 @@ def _on_text(subjects: Sequence[Subject], windows: Windows, quality: Quality, pr
         if not config.get("slim_quant"):  # integers are small
             needs = eval_needs(shape_of(config), windows.ids[:batch].numel(), streamed=True)
             check_memory(needs, "evaluating", "give a smaller --chunk or fewer --max-chunks")
-    scorers = {subject.name: subject.scorer() for subject in subjects}
+    scorers = {}
+    for number, subject in enumerate(subjects):
+        if progress:
+            progress("loading (models)", number, len(subjects))
+        scorers[subject.name] = subject.scorer()
     found = score_models(
         scorers, windows.ids, windows.counted, reference=quality.reference, batch=batch, progress=progress
     )

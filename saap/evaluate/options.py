@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option
+from devices.common.options import COUNT, Option, refuse_unused
 from devices.common.values import parse_count
 from saap.text.windows import Cut, Join
 
@@ -56,3 +56,14 @@ class EvalOptions:
     @property
     def cut(self) -> Cut:
         return Cut(self.chunk, self.stride, self.bos, self.join, self.max_chunks)
+
+
+def check_options(options: EvalOptions, *, on_text: bool = True) -> None:
+    """Refuse what would have no effect; ``on_text``: whether a text is evaluated on. Raises UserError: names it."""
+    if not options.tasks:
+        refuse_unused(options, ("task_dir", "max_examples", "seed"), "--tasks", "name some, as piqa,arc_easy")
+    if options.max_examples is None:
+        refuse_unused(options, ("seed",), "drawing examples", "give --max-examples")
+    if not on_text:
+        cut = ("chunk", "stride", "bos", "join", "max_chunks")
+        refuse_unused(options, cut, "perplexity, which --tasks leaves out", "give --text")

@@ -76,7 +76,7 @@ def score_models(
     losses: dict[str, list[float]] = {name: [] for name in scorers}
     for index, (rows, chosen) in enumerate(zip(ids.split(batch), counted.split(batch), strict=True)):
         if progress:
-            progress("evaluating", index * batch, len(ids))
+            progress("evaluating (chunks)", index * batch, len(ids))
         base = None if reference is None else _log_probabilities(scorers[reference], rows, chosen)
         for name, score in scorers.items():
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
@@ -87,7 +87,7 @@ def score_models(
             if base is not None:
                 sums[name] += _agreement(name, mine, base)
     if progress:
-        progress("evaluating", len(ids), len(ids))
+        progress("evaluating (chunks)", len(ids), len(ids))
     count = int(counted.sum())
     results = []
     for name, total in sums.items():

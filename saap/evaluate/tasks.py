@@ -139,7 +139,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
                     answers[index] = answer
                     done += 1
             if self.progress:
-                self.progress("zero-shot tasks, requests", done, len(requests))
+                self.progress("zero-shot tasks (requests)", done, len(requests))
         return answers
 
     def loglikelihood_rolling(self, requests: object, disable_tqdm: bool = False) -> list[float]:
@@ -196,7 +196,7 @@ def _check_kind(tasks: Mapping[str, object]) -> None:
 def task_files(options: EvalOptions) -> list[TaskFile]:
     """The files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
     if options.max_examples is not None and options.max_examples < 2:
-        raise UserError(f"{options.max_examples} examples have no standard error: give 2 or more")
+        raise UserError("one example has no standard error: give --max-examples 2 or more")
     return [] if options.task_dir is None else [find_task(name, options.task_dir) for name in options.tasks]
 
 

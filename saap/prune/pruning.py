@@ -11,7 +11,7 @@ import torch
 from msgspec import convert
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import Calibration, Lineage, read_record
@@ -145,6 +145,8 @@ def _prune_stage(
     """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base."""
     config = read_config(now.path)
     shape = shape_of(config)
+    report = progress or (lambda label, done, total: None)
+    report(LOADING, 0, 0)
     model = _loaded(now.path, pruning.options)
     cut = replace(shape, added_bias=stage.budget.cut.added_bias)
     stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut))
@@ -170,6 +172,7 @@ def _prune_stage(
     del model
 
     whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
+    report(WRITING, 0, 0)
     if shares().main:
         names, read = tensor_reader(now.path)
         tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)

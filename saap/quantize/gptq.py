@@ -148,6 +148,8 @@ def compensated_matrices(
     walk = layer_inputs(model, rows)
     hidden = [batch.hidden for batch in walk]
     for index, layer in enumerate(layers):
+        if progress:
+            progress("choosing integers (layers)", index, len(layers))
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
@@ -162,8 +164,8 @@ def compensated_matrices(
                 )
                 linear.weight.copy_(matrices[full].dequantize())
             hidden = [run_layer(layer, x, given) for x, given in batches]
-        if progress:
-            progress("choosing integers", index + 1, len(layers))
+    if progress:
+        progress("choosing integers (layers)", len(layers), len(layers))
     norm = model.get_submodule(architecture.final_norm)
     final = [norm(x).flatten(0, -2).float() for x in hidden]
     head, table = (model.get_parameter(f"{name}.weight") for name in (architecture.head, architecture.embedding))

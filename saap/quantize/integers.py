@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from devices.common.progress import Progress
+from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import Integers, read_record
@@ -38,6 +38,8 @@ def write_integers(
     check_widths(shape := shape_of(config), form.group_size)
     whole = Needs({"the process": PROCESS, "integers": integer_bytes(shape, form.bits, form.group_size),
                    **choosing_needs(shape, streamed=False)})  # fmt: skip
+    report = progress or (lambda label, done, total: None)
+    report(LOADING, 0, 0)
     model = load_model(model_dir) if fits(whole) else load_streamed(model_dir)
     matrices = compensated_matrices(model, rows, form, progress)
     quant = quantize_model(model, form.bits, form.group_size, form.head_bits, matrices)
@@ -51,4 +53,5 @@ def write_integers(
         "from_sha256": weights,
         **text,
     }
+    report(WRITING, 0, 0)
     return write_slim(out, model_dir, slim_config(config, shape, quant), iter(model.state_dict().items()), record)

@@ -130,7 +130,7 @@ def divergences(
         total = sum(F.kl_div(own, true, log_target=True, reduction="sum").item() for own, true in pairs)
         found.append(max(0.0, total / rows.numel()))
         if progress:
-            progress("measuring what 4 bit costs", place + 1, len(units))
+            progress("measuring what 4 bit costs (parts)", place + 1, len(units))
     return found
 
 

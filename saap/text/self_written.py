@@ -58,7 +58,7 @@ def self_written(
             done, ids = BATCH * len(rows) * length, begin
             for ids in _continued(model, begin, length, generator):
                 if progress:
-                    progress("tokens written by the dense model", done + ids.numel(), count * length)
+                    progress("writing text (tokens), by the dense model", done + ids.numel(), count * length)
             rows.append(ids)
     finally:
         model.train(was_training)

@@ -27,7 +27,7 @@ def test_a_bundle_and_its_text(tiny_model: Callable[..., Path], tmp_path: Path, 
     result = export(tiny_model(), options, output=tmp_path / "bundle", progress=lambda what, *_: seen.append(what))
     assert result.path == tmp_path / "bundle" and result.gguf is None
     assert result.manifest == read_manifest(tmp_path / "bundle") and result.manifest.bits == 8
-    assert result.manifest.parity.tokens == 4 * 256 and "writing weights" in seen
+    assert result.manifest.parity.tokens == 4 * 256 and "writing weights (layers)" in seen
     pieces: list[str] = []
     answer = generate(result.path, "The quick brown fox", GenerateOptions(max_tokens=5), on_text=pieces.append)
     assert "".join(pieces) == answer.text and (answer.n_gen, len(answer.ids)) == (5, 5)

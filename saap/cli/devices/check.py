@@ -12,7 +12,7 @@ import click
 
 from devices.common.options import Option
 from devices.fit.demands import Demands, DeviceOptions, demands_of
-from saap.cli.console import print_table
+from saap.cli.console import print_table, tell
 from saap.cli.devices.fit import read_model
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
@@ -116,9 +116,9 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
 
 def _show(bundle: Path, device: Device, verdict: Fit) -> None:
     m = verdict.memory
-    click.echo(f"{bundle} on {device.name}: {'fits' if verdict.fits else 'does not fit'}")
+    tell(f"{bundle} on {device.name}: {'fits' if verdict.fits else 'does not fit'}")
     for finding in verdict.refusals:
-        click.echo(f"  {finding.what}")
+        tell(f"  {finding.what}")
     rows = [
         ["runtime and session", _mb(m.runtime)],
         ["packed weights", _mb(m.weights)],
@@ -127,23 +127,23 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
         ["together", _mb(m.total)],
     ]
     print_table("memory that must stay resident", ["what", "MB"], rows)
-    click.echo(f"  there are {_mb(verdict.available)} MB: {device.memory_source}")
-    click.echo(f"  largest context that fits: {verdict.largest_context or 'none'}")
+    tell(f"  there are {_mb(verdict.available)} MB: {device.memory_source}")
+    tell(f"  largest context that fits: {verdict.largest_context or 'none'}")
     empty, full = verdict.ceiling
     if empty is not None and full is not None:
         rate = "unknown" if device.bandwidth is None else f"{device.bandwidth / 1e9:.1f} GB/s"
-        click.echo(
+        tell(
             f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({rate}: "
             f"{device.bandwidth_source}); what it will do is less, measure it"
         )
     for line in verdict.kernels:
-        click.echo(f"  kernels: {line}")
+        tell(f"  kernels: {line}")
     for line in verdict.remarks:
-        click.echo(f"  note: {line}")
+        tell(f"  note: {line}")
     if verdict.remedies:
-        click.echo("what would help:")
+        tell("what would help:")
     for finding in verdict.remedies:
-        click.echo(f"  {finding.what}: {finding.command}" if finding.command else f"  {finding.what}")
+        tell(f"  {finding.what}: {finding.command}" if finding.command else f"  {finding.what}")
 
 
 def _mb(size: int) -> str:

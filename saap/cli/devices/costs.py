@@ -11,9 +11,11 @@ import click
 
 from bench.costs.options import CostsOptions
 from bench.remote.options import BoardOptions
+from devices.common.files import calling
 from devices.common.options import Option, refuse_unused
 from devices.common.progress import Progress
-from saap.cli.console import Console, print_table
+from devices.common.wording import counted
+from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 
@@ -89,7 +91,7 @@ def probe_costs(
         path = resolve(model, progress=progress)
     limit = WEIGHT_LIMIT if device.url else max(WEIGHT_LIMIT, CACHES * (probe()["last_level_cache_bytes"] or 0))
     source = read_probe_model(path, asked.bits, asked.group_size, limit)
-    with tempfile.TemporaryDirectory(prefix="saap-costs-") as work:
+    with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):
         stacks = write_probe_stacks(source, Path(work), progress=progress)
         return device.costs(stacks, asked.options, progress=progress)
 
@@ -108,12 +110,12 @@ def keep_costs(out: Path, costs: Costs) -> None:
 def show_costs(costs: Costs) -> None:
     for table in costs.threads:
         count = table.n_threads
-        click.echo(f"one layer with {count} {'thread' if count == 1 else 'threads'} at {costs.depth} tokens:")
+        tell(f"one layer with {counted(count, 'thread')} at {counted(costs.depth, 'token')}:")
         attention = [(f"{c.query_heads} query, {c.kv_heads} KV heads", c.ms) for c in table.attention]
         ffn = [(f"FFN {c.width}", c.ms) for c in table.ffn]
         print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
-        click.echo(
+        tell(
             f"  a step of the whole stack takes {table.step_ms:.2f} ms, {table.constant_ms:.2f} ms of it outside "
             f"its layers; a node costs {node} apart from its arithmetic"
         )

@@ -12,8 +12,9 @@ import click
 
 from devices.common.files import write_text
 from devices.common.options import COUNT, Option
+from devices.common.wording import counted
 from saap.cli.bench import STDOUT
-from saap.cli.console import Console, print_table
+from saap.cli.console import Console, print_table, tell
 from saap.cli.devices.test import text_ids
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -59,16 +60,16 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
     from devices.probe.host import probe
 
     if options.tokens < 2:
-        raise UserError(f"a text of {options.tokens} tokens has no likelihood: give --tokens 2 or more")
+        raise UserError(f"a text of {counted(options.tokens, 'token')} has no likelihood: give --tokens 2 or more")
     check_place(json_path, EMULATION, bundle, options.text)
     ids = text_ids(Path(bundle), options.text)[: options.tokens]
     if len(ids) < 2:
-        raise UserError(f"a text of {len(ids)} tokens has no likelihood: give a longer --text")
+        raise UserError(f"a text of {counted(len(ids), 'token')} has no likelihood: give a longer --text")
     onnxruntime = probe()["onnxruntime"]
     if onnxruntime is None:
         raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
     console = Console.of_command()
-    console.report("emulate, arm64 packages and wheels", 0, 1)
+    console.report("emulate, arm64 packages and wheels", 0, 0)
     root = prepare(cache_directory(), str(onnxruntime))
     with ended_as_by_a_person():
         found = run_emulated(bundle, options.cpu or tuple(CPUS), ids, root, progress=console.report)
@@ -92,5 +93,5 @@ def _show(found: Emulation) -> None:
     print_table(title, ["CPU", "same greedy tokens", "NLL", "difference", "verdict"], rows)
     for answer in found.answers:
         for fault in answer.faults:
-            click.echo(f"  {answer.cpu}: {fault}")
-    click.echo("  speeds are null: an emulator's times say nothing of a board")
+            tell(f"  {answer.cpu}: {fault}")
+    tell("  speeds are null: an emulator's times say nothing of a board")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from saap.cli.console import print_table
+from saap.cli.console import print_table, tell
 from saap.cli.types import Sections
 
 UNKNOWN = "unknown"
@@ -68,7 +68,7 @@ def show_device(name: str, as_json: bool) -> None:
         numbers.append(["onnxruntime", version, runtime.level, f"{runtime.system}; {runtime.source}"])
     print_table("", ["number", "value", "level", "source"], numbers)
     for note in profile.notes:
-        click.echo(f"  {note}")
+        tell(f"  {note}")
 
 
 def _quantity(value: float | None, unit: str) -> str:

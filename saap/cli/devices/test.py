@@ -14,8 +14,9 @@ from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
 from devices.common.options import THREADS, Option
 from devices.common.values import parse_duration
+from devices.common.wording import counted
 from saap.cli.bench import check_ending, keep, show_reasons
-from saap.cli.console import Console, print_table
+from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import force
 from saap.system.errors import UserError
@@ -136,9 +137,9 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     path = write_baseline(folder, kept)
     for result in kept.results[-options.sessions :]:
         show_reasons(result)
-    click.echo(f"wrote {path}: {kept.repetitions} repetitions in {len(kept.results)} sessions")
+    tell(f"wrote {path}: {counted(kept.repetitions, 'repetition')} in {counted(len(kept.results), 'session')}")
     for what, seen in seen_by(kept).items():
-        click.echo(f"  {what}: one session of a test would show {seen:.1%} (8 times of 10)")
+        tell(f"  {what}: one session of a test would show {seen:.1%} (8 times of 10)")
 
 
 def _baseline_there(folder: Path, name: str, on: str | None) -> Baseline:
@@ -217,7 +218,7 @@ def test(bundle: str, options: TestCommand) -> None:
     print_table(title, table.header, table.rows, LEAST)
     for check in found.checks:
         if check.verdict != SAME or check.reason:
-            click.echo(f"  {sentence(check)}")
+            tell(f"  {sentence(check)}")
     sys.exit(found.exit_code)
 
 

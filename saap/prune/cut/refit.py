@@ -105,7 +105,7 @@ def compensate(
                     yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
             number += 1
         if progress:
-            progress("compensating", index + 1, len(plan.layers))
+            progress("compensating (layers)", index + 1, len(plan.layers))
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def losses_compensated(
                 block.cut(new)
             stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
         if progress:
-            progress("trying a plan", index + 1, len(plan.layers))
+            progress("trying a plan (layers)", index + 1, len(plan.layers))
     losses = torch.zeros(len(judged), dtype=torch.float64)
     for x, (part, rows) in zip(stream, parts, strict=True):
         for row in range(len(rows)):

@@ -62,11 +62,11 @@ def collect(
     with torch.inference_mode(), _forward_hooks(model, shape, running, cosines):
         for start in range(0, len(ids), batch):
             if progress:
-                progress("activations", start, len(ids))
+                progress("reading activations (sequences)", start, len(ids))
             # The bare decoder: no statistic needs the logits.
             model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
     if progress:
-        progress("activations", len(ids), len(ids))
+        progress("reading activations (sequences)", len(ids), len(ids))
     layers = range(len(shape.layers))
     return Activations(
         output=[running[i, "output"].statistics() if (i, "output") in running else None for i in layers],

@@ -167,13 +167,13 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | Non
     losses = []
     for index, row in enumerate(ids):
         if progress:
-            progress("scoring", index, len(ids))
+            progress("scoring (sequences)", index, len(ids))
         sequence = row[None].to(model.device)
         loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
         losses.append(check_loss(float(loss.item()), index))
         loss.backward()
     if progress:
-        progress("scoring", len(ids), len(ids))
+        progress("scoring (sequences)", len(ids), len(ids))
     return losses
 
 

@@ -35,7 +35,7 @@ def estimate_layerwise(
 
     def say(step: int) -> None:
         if progress:
-            progress("scoring", step, steps)
+            progress("scoring (sequences)", step, steps)
 
     batches = layer_inputs(model, ids, batch=1)
     states = [[batch.hidden for batch in batches]]

@@ -89,7 +89,7 @@ class Losses:
     def end(self) -> None:
         self._known.save()
         if self.progress:
-            self.progress("pricing", self._of, self._of)
+            self.progress("pricing (options)", self._of, self._of)
 
     def silenced(self, plans: dict[int, LayerPlan]) -> float:
         """The loss where what these layers' plans do not keep is silenced."""
@@ -109,7 +109,7 @@ class Losses:
 
     def _counted(self, plans: dict[int, LayerPlan], measure: Callable[[], float], how: str = "") -> float:
         if self.progress:
-            self.progress("pricing", self._done, self._of)
+            self.progress("pricing (options)", self._done, self._of)
         self._done += 1
         return finite(self._known.of(plans, measure, how))
 
@@ -221,7 +221,7 @@ def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices
     with WorkingPoint(losses.model, shape, found.plan.cut_layers(shape), losses.priced).entered() as here:
         for done, (block, option) in enumerate(zip(found.blocks, found.chosen, strict=True)):
             if progress:
-                progress("correcting prices", done, len(found.blocks))
+                progress("correcting prices (blocks)", done, len(found.blocks))
             whole = block.whole
             other = whole if option is not whole else _probe(block)
             if other is option:
@@ -234,7 +234,7 @@ def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices
             factors[block.layer, block.kind] = min(max(measured / predicted, 1 / FACTOR_LIMIT), FACTOR_LIMIT)
         loss = here.loss
     if progress:
-        progress("correcting prices", len(found.blocks), len(found.blocks))
+        progress("correcting prices (blocks)", len(found.blocks), len(found.blocks))
     return scaled_prices(prices, factors), loss
 
 

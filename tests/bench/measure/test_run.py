@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
 from bench.runtimes.peers import PeerError
 from devices.common.errors import UserError
+from devices.common.progress import Label
 from export.bundle.decoder import DecoderError
 from export.bundle.manifest import BundleError
 
@@ -114,10 +116,15 @@ def test_too_little_memory_is_refused_with_the_sum(bundles: list[Path], tmp_path
 
 def test_progress_counts_repetitions(two: tuple[Result, list[tuple[str, float, float]]]) -> None:
     _, calls = two
-    rounds = [(label, done) for label, done, _ in calls if ": round" in label or label == "bench"]
+    rounds = [(label, done) for label, done, _ in calls if ": round" in label or label == "bench (runs)"]
     assert [done for label, done in rounds if "," not in label.split(":")[-1]] == [0, 1, 2, 3, 4]
-    assert ("bench, slim: round 1", 1, 4.0) in calls and calls[-1] == ("bench", 4, 4)
+    assert ("bench (runs), slim: round 1", 1, 4.0) in calls and ("bench (runs)", 4, 4) in calls
     assert any("warm-up" in label for label, _, _ in calls)
+    # What comes before and after the rounds takes seconds, too.
+    names = [Label.of(label).what for label, _, _ in calls]
+    probing, loading = "measuring memory bandwidth", "loading from storage"
+    assert [name for name, _ in itertools.groupby(names)] == [probing, loading, "bench", probing]
+    assert calls[-1][1:] == (1, 1)
 
 
 def test_a_worker_that_fails_is_invalid_and_the_others_go_on(

@@ -92,8 +92,8 @@ def test_where_the_file_comes_from_is_in_it(tiny_model, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "sub/model.gguf")
     said = {key: reader.get_field(key).contents() for key in ("general.name", "general.license", "saap.model_sha256")}
     assert said == {"general.name": "tiny", "general.license": "apache-2.0", "saap.model_sha256": weights_hash(path)}
-    assert steps[0] == ("writing GGUF", 0, len(reader.tensors))
-    assert steps[-1] == ("writing GGUF", len(reader.tensors), len(reader.tensors))
+    assert steps[0] == ("writing GGUF (tensors)", 0, len(reader.tensors))
+    assert steps[-1] == ("writing GGUF (tensors)", len(reader.tensors), len(reader.tensors))
 
 
 def edit_config(path, **fields):

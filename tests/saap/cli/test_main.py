@@ -15,6 +15,8 @@ from support.command_line import every_command, here, refused, saap
 
 from saap.cli import main as cli
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def test_help_is_instant_and_has_no_torch():
     script = (
@@ -29,6 +31,34 @@ def test_help_is_instant_and_has_no_torch():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3, times  # of the processor, which other work does not take from it
+
+
+REFUSED_AT_ONCE = {
+    "prune m -o o --ratio 2": "--ratio 2.0 is not allowed",
+    "run m -o o --ratio 2": "--ratio 2.0 is not allowed",
+    "run no-such-model -o o": "no model 'no-such-model'",
+    "tune m -o o --tokens 1": "--tokens 1 is less than a step needs, 1024",
+    "tune m -o o --teacher no-such-model": "no model 'no-such-model'",
+    "eval m --seed 3": "--seed is for --tasks",
+    "export m -o o --type Q4_0": "--type is for --target gguf",
+}
+AT_ONCE = """
+import json, sys
+from support.command_line import here
+answers = [here(*line.split(), code=2).stderr for line in json.loads(sys.argv[1])]
+print(json.dumps([answers, sorted({"torch", "transformers"} & sys.modules.keys())]))
+"""
+
+
+def test_what_is_wrong_whatever_the_model_is_refused_before_torch_is_loaded(tmp_path):
+    (tmp_path / "m").mkdir()
+    command = [sys.executable, "-c", AT_ONCE, json.dumps([*REFUSED_AT_ONCE])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    answers, loaded = json.loads(done.stdout)
+    for line, answer, message in zip(REFUSED_AT_ONCE, answers, REFUSED_AT_ONCE.values(), strict=True):
+        assert answer.startswith(f"saap: {message}") and answer.count("\n") == 1, line
+    assert loaded == []
 
 
 @pytest.mark.parametrize(("words", "command"), [pytest.param(*c, id="-".join(c[0]) or "saap") for c in every_command()])
@@ -145,6 +175,8 @@ def test_an_interrupt_that_a_library_dresses_up_is_told_as_one(late: bool) -> No
     code = """
 import atexit, os, signal
 from saap.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[3]
 
 def cut():
     os.kill(os.getpid(), signal.SIGINT)

@@ -112,7 +112,7 @@ TRUE = {
     "prune dense -o o --ratio 0.2 --length 600 --calibration long.txt": "--length 600 is more than the 512 positions",
     "prune dense -o o --ratio 0.2 --calibration short.txt": "give more text, or fewer --sequences or a smaller",
     "tune slim -o o --tokens 0": "--tokens 0 is not allowed: give 1 or more",
-    "tune slim -o o --tokens 9 --data long.txt": "--tokens 9 are fewer than a step's 1024 (4 sequences of 256): give",
+    "tune slim -o o --tokens 9 --data long.txt": "--tokens 9 is less than a step needs, 1024 (4 sequences of 256)",
     "tune slim -o o --rank 100000 --data long.txt": "--rank 100000 is more than the 4 groups of the widest matrix",
     "tune slim -o o --data short.txt": "give more text, or fewer --tokens",
     "tune dense -o o --group-size 128 --data long.txt": "not a multiple of the group size 128: give --group-size 32",

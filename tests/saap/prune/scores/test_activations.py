@@ -89,7 +89,7 @@ def test_progress_counts_sequences_and_hooks_are_gone(tiny_model):
     model = load_model(tiny_model())
     calls = []
     collect(model, shape_of(model.config), IDS, batch=2, progress=lambda *call: calls.append(call))
-    assert calls == [("activations", n, 5) for n in (0, 2, 4, 5)]
+    assert calls == [("reading activations (sequences)", n, 5) for n in (0, 2, 4, 5)]
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
 

@@ -111,7 +111,7 @@ def test_the_same_choice_layer_by_layer_and_with_progress(tiny_model, tmp_path, 
     def record_of(name, options):
         told = {"progress": lambda label, *_: labels.append(label)}
         prune(tiny_model(), options, output=tmp_path / name, calibration=IDS, **told)
-        assert labels.count("trying a plan") == 2 * 3  # of the first pruning
+        assert labels.count("trying a plan (layers)") == 2 * 3  # of the first pruning
         return read_record(tmp_path / name)
 
     options = PruneOptions(ratio=0.4, stages=1, stream=stream)
