@@ -114,8 +114,9 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
     with claimed(output), beside(output, "integers") as place:
         sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
-        with calling(place / "model", path):
-            yield write_integers(path, place / "model", form, sample.ids, about, progress)
+        made = write_integers(path, place / "model", form, sample.ids, about, progress)
+        with calling(made, path):
+            yield made
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:

@@ -96,7 +96,7 @@ class Console:
     def _bar(self, label: Label, done: float, total: float, fresh: bool) -> None:
         if fresh or self._bars is None:
             self._bars = progress_bar(self._stream)
-            self._bars.add_task(label.shown, total=total or None, completed=done, unit=label.unit, until=None)
+            self._bars.add_task(label.shown, total=total or None, unit=label.unit, until=None)
             self._bars.start()
         (task,) = self._bars.task_ids
         left = self._left(done, total)

@@ -333,7 +333,8 @@ def _counted(source: Path, report: Progress) -> Iterator[None]:
     """Its loop over the tensors reports to us, where this version of transformers still has one."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    label, bar = f"converting (tensors), {source.name}", getattr(reader, "tqdm", None)
+    names = vars(reader)
+    label, bar = f"converting (tensors), {source.name}", names.get("tqdm")
     report(label, 0, 0)
 
     def counted(tensors: Sequence[object], **_: object) -> Iterator[object]:
@@ -343,12 +344,12 @@ def _counted(source: Path, report: Progress) -> Iterator[None]:
         report(label, len(tensors), len(tensors))
 
     if bar is not None:
-        reader.tqdm = counted
+        names["tqdm"] = counted
     try:
         yield
     finally:
         if bar is not None:
-            reader.tqdm = bar
+            names["tqdm"] = bar
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

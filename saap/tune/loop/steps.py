@@ -348,8 +348,8 @@ class _Training:
 
     def _restore(self, tensors: dict[str, torch.Tensor], about: About) -> None:
         self.trained.load(tensors)
-        names = {"loss_name": self.history.loss_name, "held_out_name": self.history.held_out_name}
-        self.history = replace(convert(about["history"], History), **names)
+        before, told = self.history, convert(about["history"], History)
+        self.history = replace(told, loss_name=before.loss_name, held_out_name=before.held_out_name)
         self.history.resumed_at = self.step
 
 

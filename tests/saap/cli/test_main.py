@@ -176,8 +176,6 @@ def test_an_interrupt_that_a_library_dresses_up_is_told_as_one(late: bool) -> No
 import atexit, os, signal
 from saap.cli import main as cli
 
-ROOT = Path(__file__).resolve().parents[3]
-
 def cut():
     os.kill(os.getpid(), signal.SIGINT)
 
