@@ -115,9 +115,9 @@ def say_rows(rows: TuningRows, console: Console) -> None:
         console.say(f"  {rows.note}")
 
 
-def loss_said(name: str, weight: float) -> str:
+def loss_said(name: str, weight: object) -> str:
     """What is trained on, in words."""
-    if name == "NLL+KL":
+    if name == "NLL+KL" and isinstance(weight, float):
         return f"{1 - weight:g} NLL + {weight:g} KL to the teacher"
     return "KL to the teacher" if name == "KL" else "NLL"
 

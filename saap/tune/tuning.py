@@ -287,8 +287,8 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
 
 def loss_name(targets: TeacherTargets | None, options: TuneOptions) -> str:
     """What :func:`loss_of` computes, in nats per learnt token."""
-    weight = 0 if targets is None else options.teacher_weight
-    return {0: "NLL", 1: "KL"}.get(weight, "NLL+KL")
+    weight = 0.0 if targets is None else options.teacher_weight
+    return {0.0: "NLL", 1.0: "KL"}.get(weight, "NLL+KL")
 
 
 def _quantised(

@@ -57,13 +57,15 @@ class Side:
                 said.seek(0)
                 raise RuntimeError(f"{self.checkout}: {said.read()[-500:]}")
         seconds = time.monotonic() - began
-        history = json.loads((out / "saap.json").read_text())["tuning"]["history"]
+        tuning = json.loads((out / "saap.json").read_text())["tuning"]
+        history = tuning["history"]
         shutil.rmtree(out)
         shutil.rmtree(place / "cache", ignore_errors=True)
         return {
             "steps_tokens_per_s": history["tokens"] / history["seconds"],
             "command_s": seconds,
             "peak_mb": used.ru_maxrss * 1024 / 1e6,
+            "text": tuning["text"]["sha256"],
             "losses": history["losses"],
             "held_out": history["held_out"][-1][1] if history["held_out"] else None,
         }
@@ -84,12 +86,13 @@ def table(cells: Sequence[Cell]) -> str:
         base, now = zip(*pairs, strict=True)
         speeds = [[run["steps_tokens_per_s"] for run in side] for side in (base, now)]
         ratio, low, high = bootstrap_ratio(*speeds, paired=True)
+        alike = all(a.get("text") is not None and a["text"] == b["text"] for a, b in pairs)
         apart = max(np.abs(np.subtract(a["losses"], b["losses"])).max() for a, b in pairs)
         rows.append([
             key[1], len(pairs), *(f"{median(side):.0f}" for side in speeds), f"{ratio:.2f}x ({low:.2f} to {high:.2f})",
             *(f"{median(run['command_s'] for run in side):.0f} s" for side in (base, now)),
             *(f"{median(run['peak_mb'] for run in side) / 1000:.2f}" for side in (base, now)),
-            f"{apart:.4f}", key[2][:7], key[0].split(" (")[0],
+            f"{apart:.4f}" if alike else "other text", key[2][:7], key[0].split(" (")[0],
         ])  # fmt: skip
     return markdown(
         ["threads", "pairs", "tokens/s of steps before", "now", "ratio", "the command before", "now",
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("base", nargs="?", type=Path, help="the checkout from before")
     parser.add_argument("model", nargs="?", type=Path, help="a pruned directory")
     parser.add_argument("--teacher", default="smollm2-135m")
+    parser.add_argument("--data", help="a text for both; default: each side's own")
     parser.add_argument("--base-python", type=Path, help="default: BASE/.venv/bin/python")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Side(ROOT, Path(sys.executable), given.threads),
     ]
     words = [str(given.model.resolve()), "--teacher", given.teacher, "--tokens", str(given.tokens),
-             "--integers", "nearest"]  # fmt: skip
+             "--integers", "nearest", *(["--data", given.data] if given.data else [])]  # fmt: skip
     pairs = []
     with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
         for number in range(given.pairs):
