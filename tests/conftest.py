@@ -18,6 +18,8 @@ _NEIGHBOUR = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "SAAP_DATA" not in os.environ and _NEIGHBOUR.is_dir():
     os.environ["SAAP_DATA"] = str(_NEIGHBOUR)
 
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets in its workers: sentences are as long as they are
+
 # A shell that starts the tests in its background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -315,7 +315,7 @@ def _ggufs(place: Path) -> Iterator[Target]:
         return gguf_bytes(json.loads(document), weights)
 
     def peer() -> None:
-        with contextlib.suppress(PeerError):  # also where llama.cpp is not installed
+        with contextlib.suppress(PeerError, UserError):  # the second where llama.cpp is not installed
             read_peers([f"llama.cpp:{path}"], 16)
 
     def convert() -> None:

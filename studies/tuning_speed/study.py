@@ -65,7 +65,7 @@ class Side:
             "steps_tokens_per_s": history["tokens"] / history["seconds"],
             "command_s": seconds,
             "peak_mb": used.ru_maxrss * 1024 / 1e6,
-            "text": tuning["text"]["sha256"],
+            "text": tuning["text"].get("rows_sha256"),
             "losses": history["losses"],
             "held_out": history["held_out"][-1][1] if history["held_out"] else None,
         }

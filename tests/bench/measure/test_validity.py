@@ -98,7 +98,8 @@ def test_neighbours_on_both_kinds_of_cores_are_told_apart() -> None:
 def test_a_median_stands_until_half_of_its_repetitions_are_hit(hit: int, total: int, status: str) -> None:
     got, reasons = judged([{"swapped_pages": float(i < hit)} for i in range(total)])
     assert got == status
-    told = [f"the host swapped 1 pages during decode: free memory ({hit} of {total} repetitions)"]
+    noun = "repetition" if total == 1 else "repetitions"
+    told = [f"the host swapped 1 pages during decode: free memory ({hit} of {total} {noun})"]
     assert reasons == (told if hit else [])
 
 
