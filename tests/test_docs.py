@@ -293,7 +293,8 @@ STAND_INS = {
 
 def table_of_commands():
     """The commands of the README's table, with what the tutorial has made; one that `run` does is not done again."""
-    for row in re.findall(r"^\| `saap ([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE):
+    table = (ROOT / "README.md").read_text().partition("\n## Commands\n")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| `saap ([^`]*)` \|", table, re.MULTILINE):
         if "\\|" not in row and not row.startswith("run "):
             yield "saap " + " ".join(STAND_INS.get(word, word) for word in row.split(" "))
 
