@@ -64,7 +64,7 @@ def provenance() -> dict[str, Any]:
         "commit": head.stdout.strip() or None,
         "machine": _machine(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "command": ["python", "-m", _module(), *sys.argv[1:]],
+        "command": ["python", "-m", _module(), *map(_without_home, sys.argv[1:])],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -122,6 +122,11 @@ def decode_over(result: Result, base: str, name: str, digits: int = 2) -> str:
     if not (pair.ratio and pair.low and pair.high):
         return f"not comparable ({pair.reason})"
     return f"{1 / pair.ratio:.{digits}f} ({1 / pair.high:.{digits}f} to {1 / pair.low:.{digits}f})"
+
+
+def _without_home(word: str) -> str:
+    """A word of a command without the folders of the machine that ran it: of an absolute path its last name."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def _machine() -> str:

@@ -38,7 +38,7 @@ from saap.prune.search.budget import budget_for
 from saap.prune.search.masking import masked, mean_nll
 from saap.prune.search.milp import Block, Option
 from studies.checks import study as checks
-from studies.common import read_cells, with_tables
+from studies.common import provenance, read_cells, with_tables
 from studies.field import rows as field
 from studies.field.cells import gain
 from studies.fuzz import study as fuzz
@@ -115,6 +115,11 @@ def test_a_gain_is_of_examples_and_seeds():
         100 * np.mean([(o[t] - p[t]).mean() for o, p in zip(ours, theirs, strict=True) for t in o])
     )
     assert [low, high] == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.5)
+
+
+def test_a_cell_names_no_folder_of_the_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "/home/me/out/bundle", "out/other", "--threads", "1"])
+    assert provenance()["command"][3:] == ["run", "bundle", "out/other", "--threads", "1"]
 
 
 def test_commands_of_two_checkouts_are_timed_in_pairs(tmp_path, capsys):
