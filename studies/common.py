@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -59,14 +61,38 @@ def read_cells(folder: Path) -> list[Cell]:
 
 def provenance() -> dict[str, Any]:
     """Where a new cell comes from: commit, machine, versions, command and date."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     return {
-        "commit": head.stdout.strip() or None,
+        "commit": commit_of(ROOT),
         "machine": _machine(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "command": ["python", "-m", _module(), *map(_without_home, sys.argv[1:])],
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def commit_of(checkout: Path) -> str | None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=checkout)
+    return head.stdout.strip() or None
+
+
+def used_by_saap(
+    checkout: Path, python: Path, words: Sequence[str | Path], place: Path, env: Mapping[str, str]
+) -> resource.struct_rusage:
+    """Run a command of another checkout's saap in ``place``, heard by nobody; what it and its children used.
+
+    Raises RuntimeError: it failed.
+    """
+    with (place / "stderr").open("w+") as said:
+        process = subprocess.Popen(
+            [python, "-m", "saap.cli", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+            cwd=place, env={**os.environ, "PYTHONPATH": str(checkout), **env},
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{checkout}: saap {' '.join(map(str, words))}: {said.read()[-500:]}")
+    return used
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -11,7 +11,6 @@ them by more than the checks do.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,11 +27,13 @@ from studies.common import (
     ROOT,
     Cell,
     add_write_option,
+    commit_of,
     markdown,
     parser_of,
     provenance,
     read_cells,
     show_tables,
+    used_by_saap,
 )
 
 FOLDER = Path(__file__).parent
@@ -69,27 +70,14 @@ class Side:
 
         What the system takes is left out: moving a model to huge pages costs it 0.05 to 0.5 s, run by run.
         """
-        env = {**os.environ, "PYTHONPATH": str(self.checkout), "SAAP_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
-        with (place / "stderr").open("w+") as said:
-            process = subprocess.Popen(
-                [self.python, "-m", "saap.cli", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=said, cwd=place, env=env,
-            )  # fmt: skip
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                said.seek(0)
-                raise RuntimeError(f"{self.checkout}: saap {' '.join(words)}: {said.read()[-500:]}")
-        return used.ru_utime
+        env = {"SAAP_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
+        return used_by_saap(self.checkout, self.python, words, place, env).ru_utime
 
     def about(self) -> dict[str, str | None]:
         """Its commit, and the versions of its packages; saap's is what the commit is."""
         asked = [self.python, "-c", ABOUT, *PACKAGES[1:]]
         versions = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=self.checkout
-        )
-        return {"commit": head.stdout.strip() or None, **versions}
+        return {"commit": commit_of(self.checkout), **versions}
 
 
 # The export of before knew one way of choosing integers, and had no word for it.

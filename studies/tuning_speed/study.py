@@ -10,9 +10,7 @@ packages as this one; MODEL is a pruned directory. Nothing else should run.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,18 @@ from typing import Any
 import numpy as np
 
 from bench.measure.statistics import bootstrap_ratio
-from studies.common import ROOT, Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
+from studies.common import (
+    ROOT,
+    Cell,
+    add_write_option,
+    commit_of,
+    markdown,
+    parser_of,
+    provenance,
+    read_cells,
+    show_tables,
+    used_by_saap,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -41,21 +50,9 @@ class Side:
     def tuned(self, words: Sequence[str], place: Path) -> dict[str, Any]:
         """What one run of ``saap tune`` says of itself, how long it took, and its peak memory in MB."""
         out = place / "out"
-        env = {
-            **os.environ, "PYTHONPATH": str(self.checkout), "SAAP_CACHE": str(place / "cache"),
-            "OMP_NUM_THREADS": str(self.threads),
-        }  # fmt: skip
+        env = {"SAAP_CACHE": str(place / "cache"), "OMP_NUM_THREADS": str(self.threads)}
         began = time.monotonic()
-        with (place / "stderr").open("w+") as said:
-            process = subprocess.Popen(
-                [self.python, "-m", "saap.cli", "tune", *words, "-o", out], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=said, cwd=place, env=env,
-            )  # fmt: skip
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                said.seek(0)
-                raise RuntimeError(f"{self.checkout}: {said.read()[-500:]}")
+        used = used_by_saap(self.checkout, self.python, ["tune", *words, "-o", out], place, env)
         seconds = time.monotonic() - began
         tuning = json.loads((out / "saap.json").read_text())["tuning"]
         history = tuning["history"]
@@ -69,13 +66,6 @@ class Side:
             "losses": history["losses"],
             "held_out": history["held_out"][-1][1] if history["held_out"] else None,
         }
-
-    @property
-    def commit(self) -> str | None:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=self.checkout
-        )
-        return head.stdout.strip() or None
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -142,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pair[index] = sides[index].tuned(words, Path(place))
             pairs.append(pair)
             print([round(run["steps_tokens_per_s"], 1) for run in pair], flush=True)
-    cell = {**provenance(), "threads": given.threads, "tokens": given.tokens, "base": sides[0].commit, "pairs": pairs}
+    asked = {"threads": given.threads, "tokens": given.tokens, "base": commit_of(given.base)}
+    cell = {**provenance(), **asked, "pairs": pairs}
     (FOLDER / "cells").mkdir(exist_ok=True)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     (FOLDER / "cells" / name).write_text(json.dumps(cell) + "\n", encoding="utf-8")
