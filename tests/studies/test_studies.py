@@ -564,6 +564,7 @@ def answered(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
     monkeypatch.setattr(tasks, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(tasks, "BUNDLES", tmp_path / "bundles")
+    importlib.import_module("saap.evaluate.evaluation")  # whose own name for it stays as it is
     monkeypatch.setattr(importlib.import_module("saap.models.resolve"), "resolve", lambda name: model)
 
     def answer(*who, again=False):
