@@ -244,6 +244,7 @@ async def _talk(labgrid: ModuleType, address: str, question: Question[T], listen
 
     target = proxymanager.get_grpc_address(address, default_port=PORT)
     session = labgrid.ClientSession(target, asyncio.get_running_loop())
+    await _connect_alone(session, target)
     try:
         if listen:
             try:
@@ -255,6 +256,27 @@ async def _talk(labgrid: ModuleType, address: str, question: Question[T], listen
         if listen:
             await session.stop()
         await session.close()
+
+
+async def _connect_alone(session: ClientSession, target: str) -> None:
+    """Give a session a connection of its own.
+
+    gRPC lets channels of one process share a connection, and the coordinator knows its clients by connection: a
+    conversation that begins before the coordinator has noticed the end of the one before would be refused.
+    """
+    import grpc
+    from labgrid.remote.generated.labgrid_coordinator_pb2_grpc import CoordinatorStub
+
+    await session.channel.close()
+    options = {
+        "grpc.use_local_subchannel_pool": 1,
+        "grpc.keepalive_time_ms": 7500,  # this and the rest as labgrid's client has them
+        "grpc.keepalive_timeout_ms": 10000,
+        "grpc.http2.ping_timeout_ms": 10000,
+        "grpc.http2.max_pings_without_data": 0,
+    }
+    session.channel = grpc.aio.insecure_channel(target, options=tuple(options.items()))
+    session.stub = CoordinatorStub(session.channel)
 
 
 @contextlib.contextmanager

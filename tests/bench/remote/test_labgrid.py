@@ -200,6 +200,18 @@ def test_an_error_in_the_middle_gives_the_place_back(farm, bundle, monkeypatch):
     assert farm.is_free() and farm.switched == []
 
 
+def test_two_conversations_never_share_a_connection(farm):
+    """By which the coordinator knows its clients: it would refuse the second until it has seen the first one's end."""
+
+    async def places(session):
+        return sorted(session.places)
+
+    async def ask_again(session):
+        return await labgrid_session._talk(labgrid_session.client(), farm.address, places, True, 10.0)
+
+    assert labgrid_session.ask(farm.address, ask_again) == labgrid_session.ask(farm.address, places)
+
+
 def test_a_board_that_does_not_come_up_is_switched_off_again(farm, monkeypatch):
     monkeypatch.setattr(labgrid_place, "BOOT_S", 1.0)
     monkeypatch.setattr(farm.sshd, "start", lambda: None)
@@ -248,7 +260,7 @@ def test_one_place_is_held_for_all_runs_of_a_command(farm, bundle, tmp_path, mon
 @pytest.mark.slow
 def test_a_baseline_and_its_test(farm, bundle, tmp_path):
     before = farm.acquired()
-    folder = ["--on", "labgrid://?board=pi", "--baselines", tmp_path, "--max-time", "5", "--board-packages"]
+    folder = ["--on", "labgrid://?board=pi", "--baselines", tmp_path, "--board-packages"]
     here("devices", "baseline", bundle, "-p", "4", "-n", "6", "-t", "1", "-r", "3", *folder)
     assert farm.acquired() == before + 1
     done = here("devices", "test", bundle, "--min-effect", "0.9", *folder, code=None)
