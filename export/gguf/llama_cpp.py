@@ -36,7 +36,7 @@ def quantize(source: Path, out: Path, kind: str, python: str) -> None:
 
     Raises UserError: a type that llama.cpp does not know, or a model that it cannot quantize.
     """
-    job = asdict(Job(str(source), str(out), kind))
+    job = asdict(Job(str(source.resolve()), str(out.resolve()), kind))
     try:
         call("export.gguf.llama_cpp", job, HOURS_S, env={"GGML_NO_BACKTRACE": "1"}, python=python)
     except ChildFailedError as error:
@@ -53,7 +53,7 @@ def main() -> None:
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = kind
     if llama_cpp.llama_model_quantize(job.source.encode(), job.out.encode(), ctypes.byref(options)):
-        sys.exit("it gave no reason")
+        sys.exit(1)  # llama.cpp has said why
     tell({"bytes": Path(job.out).stat().st_size})
 
 

@@ -21,7 +21,7 @@ from export.gguf.llama_cpp import quantizer
 OPTIONS = ExportOptions(target="gguf", integers="llama.cpp")
 # A library of that name: it knows one type, copies what it is given, and notes how it was asked.
 COPIES = """
-import pathlib, types
+import pathlib, sys
 LLAMA_FTYPE_MOSTLY_Q4_0 = 2
 def llama_model_quantize_default_params():
     import ctypes
@@ -29,6 +29,8 @@ def llama_model_quantize_default_params():
 def llama_model_quantize(source, out, params):
     data = pathlib.Path(source.decode()).read_bytes()
     pathlib.Path(out.decode()).write_bytes(data)
+    if FAILS:
+        print("it cannot", file=sys.stderr)
     return FAILS
 """
 
@@ -50,10 +52,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def test_a_file_of_floats_is_quantized_in_another_process(
-    tiny_model: Callable[..., Path], tmp_path: Path, stand_in: Callable[[str], None]
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    stand_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stand_in(COPIES.replace("FAILS", "0"))
-    out = tmp_path / "out" / "model.gguf"
+    monkeypatch.chdir(tmp_path)  # where the other process does not run
+    out = Path("out/model.gguf")
     result = export(tiny_model(), OPTIONS, output=out)
     assert (result.gguf.file, result.gguf.kind, result.gguf.bytes) == (out, "Q4_0", out.stat().st_size)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
@@ -65,7 +71,7 @@ def test_a_file_of_floats_is_quantized_in_another_process(
 @pytest.mark.parametrize(
     ("options", "source", "message"),
     [
-        (OPTIONS, COPIES.replace("FAILS", "1"), "llama.cpp wrote no Q4_0 of model.gguf: exit 1: it gave no reason"),
+        (OPTIONS, COPIES.replace("FAILS", "1"), "llama.cpp wrote no Q4_0 of model.gguf: exit 1: it cannot"),
         (
             ExportOptions(target="gguf", integers="llama.cpp", gguf_type="Q9"),
             COPIES,
