@@ -59,8 +59,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
-RATIO_S = 15  # of turns for each model: of two, a ratio within about 1 %
-QUICK_SEQUENCES, QUICK_TOKENS, QUICK_CHUNKS = 32, 8192, 20  # minutes on two cores, instead of a quarter of an hour
+QUICK_STAGES, QUICK_TOKENS, QUICK_CHUNKS, QUICK_TURNS_S = 1, 8192, 20, 8
 _STEPS = "How each step is done"
 _DEVICE = "The device that it is for"
 
@@ -100,20 +99,26 @@ class RunOptions:
     threads: Annotated[
         int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), THREADS
     ] = None
-    quick: Annotated[bool, Option("A first look: half the text to prune on, a third to tune on.", _STEPS)] = False
+    turns_s: Annotated[
+        int,
+        Option("Bench: seconds of turns for each model; of two, a ratio within about 1 %.", _STEPS, shown=False),
+        Meta(ge=1, le=3600),
+    ] = 15
+    quick: Annotated[bool, Option("A first look: pruned in one stage, a third of the text to tune on.", _STEPS)] = False
 
     @property
     def asked(self) -> RunOptions:
-        """With less text where it is quick, but for what was asked for in numbers."""
+        """With less of everything where it is quick, but for what was asked for in numbers."""
         if not self.quick:
             return self
         plain, pruning, tuning = RunOptions(), self.pruning, self.tuning
-        if pruning.options.sequences == plain.pruning.options.sequences:
-            pruning = replace(pruning, options=replace(pruning.options, sequences=QUICK_SEQUENCES))
+        if pruning.options.method == "saap" and pruning.options.stages is None:
+            pruning = replace(pruning, options=replace(pruning.options, stages=QUICK_STAGES))
         if tuning.options.tokens == plain.tuning.options.tokens:
             tuning = replace(tuning, options=replace(tuning.options, tokens=QUICK_TOKENS))
         chunks = QUICK_CHUNKS if self.max_chunks == plain.max_chunks else self.max_chunks
-        return replace(self, pruning=pruning, tuning=tuning, max_chunks=chunks, quick=False)
+        turns_s = QUICK_TURNS_S if self.turns_s == plain.turns_s else self.turns_s
+        return replace(self, pruning=pruning, tuning=tuning, max_chunks=chunks, turns_s=turns_s, quick=False)
 
     @property
     def demands(self) -> Demands | None:
@@ -577,7 +582,9 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
     repetitions = state.options.repetitions
     specs = {name: str(state.out / name) for name in state.options.bundles} | peers
     result = state.out / f"bench-{counted(threads).replace(' ', '-')}.json"
-    ratio_s = RATIO_S * len(specs) if repetitions >= LEAST_ROUNDS else 0  # who asks for fewer wants a quick look
+    ratio_s = (
+        state.options.turns_s * len(specs) if repetitions >= LEAST_ROUNDS else 0
+    )  # who asks for fewer wants a quick look
 
     def work() -> None:
         plan = BenchOptions(threads=threads, repetitions=repetitions, ratio_time_s=ratio_s)
@@ -586,7 +593,7 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
     command = ["bench", *specs.values(), "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
                "--json", result]  # fmt: skip
     name = f"bench with {counted(threads)}"
-    state.step(name, command, [made_from, repetitions, threads], [result.name], work)
+    state.step(name, command, [made_from, repetitions, ratio_s, threads], [result.name], work)
     return result
 
 

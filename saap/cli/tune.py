@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
-from saap.tune.options import TuneOptions
+from saap.tune.options import FEWEST_HELD, TuneOptions
 
 if TYPE_CHECKING:
     from saap.text.rows import TuningRows
@@ -55,6 +56,10 @@ class TuneCommand:
                 f"{options.length}): give --tokens {least} or more, or a smaller --batch or --length"
             )
         rows = options.tokens // options.length
+        if options.held_out and not options.holds_out(rows):
+            fewest = math.ceil(FEWEST_HELD / options.held_out) * options.length
+            few = f"held-out text, and of {rows} sequences none are held out"
+            refuse_unused(self, ("evaluations", "patience"), few, f"give --tokens {fewest} or more, or leave it out")
         steps = training.passes * rows // training.rows_per_step
         for name, value, most, what in (
             ("calibration_rows", options.calibration_rows, rows, "sequences of --tokens"),

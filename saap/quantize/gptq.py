@@ -9,6 +9,7 @@ the least error weighted by diag(H). Columns stay in their order, since permuted
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -153,16 +154,9 @@ def compensated_matrices(
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
-            hessians, known = _hessians(layer, linears, batches), None
-            for name, linear in linears.items():
-                hessian = hessians[name]
-                if hessian is not known:  # linears that are fed alike follow one another
-                    known, inverse = hessian, inverse_factor(hessian)
-                full = f"{architecture.layers}.{index}.{name}"
-                matrices[full], _ = gptq_with_latent(
-                    linear.weight, hessian, form.bits_for(full), form.group_size, form.symmetric, inverse
-                )
-                linear.weight.copy_(matrices[full].dequantize())
+            for alike, hessian in _hessians(layer, linears, batches):
+                called = {f"{architecture.layers}.{index}.{name}": linears[name] for name in alike}
+                matrices |= _chosen(called, hessian, form)
             hidden = [run_layer(layer, x, given) for x, given in batches]
     if progress:
         progress("choosing integers (layers)", len(layers), len(layers))
@@ -176,10 +170,25 @@ def compensated_matrices(
     return matrices
 
 
+def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerForm) -> dict[str, QuantMatrix]:
+    """Integers of linears that are fed alike, which replace their weights; those of the same bits at once."""
+    inverse, matrices = inverse_factor(hessian), {}
+    for bits in {form.bits_for(name): None for name in linears}:
+        alike = {name: linear for name, linear in linears.items() if form.bits_for(name) == bits}
+        sizes = [linear.out_features for linear in alike.values()]
+        weight = torch.cat([linear.weight for linear in alike.values()])
+        matrix, _ = gptq_with_latent(weight, hessian, bits, form.group_size, form.symmetric, inverse)
+        ends = list(accumulate(sizes))
+        for (name, linear), size, end in zip(alike.items(), sizes, ends, strict=True):
+            matrices[name] = matrix[end - size : end]
+            linear.weight.copy_(matrices[name].dequantize())
+    return matrices
+
+
 def _hessians(
     layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Given]]
-) -> dict[str, torch.Tensor]:
-    """X X^T of every linear's inputs; linears that are fed one tensor share the product."""
+) -> list[tuple[list[str], torch.Tensor]]:
+    """The linears that are fed one tensor, and its X X^T."""
     sums: dict[str, torch.Tensor] = {}
     first: dict[str, str] = {}  # the linear that was fed the same tensor before
     last: tuple[torch.Tensor | None, str] = None, ""
@@ -196,4 +205,4 @@ def _hessians(
         handles += [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
         for hidden, given in batches:
             run_layer(layer, hidden, given)
-    return {name: sums[first[name]] for name in linears}
+    return [([name for name in linears if first[name] == fed], total) for fed, total in sums.items()]

@@ -141,9 +141,15 @@ def _best_scales(
     for wide, lowest in candidates:
         scale = _float16(wide)
         zero = torch.full_like(scale, half) if lowest is None else torch.round(-lowest / scale).clamp_(0, top)
-        codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top)
-        error = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups).square_()
+        exact = groups / scale.unsqueeze(-1)
+        if lowest is None:
+            error = exact.round().clamp_(-half, half - 1).sub_(exact)
+        else:
+            above = zero.unsqueeze(-1)
+            error = exact.round().add_(above).clamp_(0, top).sub_(above).sub_(exact)
+        error.square_()  # of the codes
         total = error.sum(-1) if importance is None else error.flatten(0, -2).mv(importance).view(best.shape)
+        total *= scale.square()
         better = total < best
         best = torch.where(better, total, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)

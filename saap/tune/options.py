@@ -19,6 +19,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 MOST_KEPT = 32_768  # tokens per place: those of the default text are then 3 to 5 GB, and the cache holds 4
 # Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
 RATES = {"scale": 6e-3, "zero-point": 2e-3}
+FEWEST_HELD = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
 _INTEGERS = "The integers"
 _TRAINED = "What is trained"
 _LEARNT = "What is learnt from"
@@ -128,7 +129,7 @@ class TuneOptions:
     ] = 256
     held_out: Annotated[
         float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
-    ] = 0.04  # less than one row: the last state is kept
+    ] = 0.04  # fewer than 8 rows: none is held out, and the last state is kept
     kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
     tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
     length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
@@ -152,6 +153,10 @@ class TuneOptions:
         if (self.training.micro_rows or 0) > rows:
             most = f"give {rows} or fewer, or a larger --batch"
             refuse_unused(self, ("micro_rows",), f"at most the {rows} sequences of a step", most)
+
+    def holds_out(self, rows: int) -> bool:
+        """Whether some of so many rows are held out."""
+        return rows * self.held_out >= FEWEST_HELD
 
     @property
     def rate(self) -> float:

@@ -149,8 +149,7 @@ def _tune(
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
     way = way_of(shape_of(config), rows, options)
     model = load_streamed(model_dir) if way.streamed else load_model(model_dir)
-    some = options.held_out * len(rows) >= 1
-    learnt, judged = held_out(rows, options.held_out) if some else (rows, None)
+    learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])

@@ -116,7 +116,7 @@ def test_the_same_rows_give_the_same_bytes_and_saving_again_too(tiny_model, tmp_
 
 def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
-    options = replace(FAST, held_out=0.1, training=replace(TRAINING, save_seconds=0.0))
+    options = replace(FAST, held_out=0.3, training=replace(TRAINING, save_seconds=0.0))
     history = tune(path, options, output=tmp_path / "straight", data=ROWS).history
     calls = []
 
@@ -133,6 +133,14 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny_model, tmp_path, monkeypa
     assert not (tmp_path / ".again.tuning").exists()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "again")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("rows", "judged"), [(15, False), (16, True)])
+def test_a_few_rows_do_not_judge(tiny_model, tmp_path, rows, judged):
+    """One row once kept a state that was 0.1 nats worse than the last."""
+    history = tune(tiny_model(), replace(FAST, held_out=0.5), output=tmp_path / "out", data=ROWS[:rows]).history
+    assert bool(history.held_out) == judged and len(history.losses) == history.steps
+    assert judged or history.best_step == history.steps
 
 
 def test_prompts_are_not_learnt(tiny_model):
@@ -237,7 +245,7 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
             for n in range(300)]  # fmt: skip
     chats.write_text("\n".join(map(json.dumps, rows)))
-    common = ["--tokens", "1664", "--length", "64", "--batch", "4"]
+    common = ["--tokens", "1664", "--length", "64", "--batch", "4", "--set", "held_out=0.4"]
     done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
     assert "zero-point fold, rank 2" in done.stdout
     # both losses are of a token, and named for what they are
