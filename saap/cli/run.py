@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import click
 from msgspec import Meta
@@ -59,7 +59,8 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
-QUICK_STAGES, QUICK_TOKENS, QUICK_CHUNKS, QUICK_TURNS_S = 1, 8192, 20, 8
+QUICK_STAGES, QUICK_TOKENS = 1, 8192
+QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1, "turns_s": 12}
 _STEPS = "How each step is done"
 _DEVICE = "The device that it is for"
 
@@ -104,7 +105,7 @@ class RunOptions:
         Option("Bench: seconds of turns for each model; of two, a ratio within about 1 %.", _STEPS, shown=False),
         Meta(ge=1, le=3600),
     ] = 15
-    quick: Annotated[bool, Option("A first look: pruned in one stage, a third of the text to tune on.", _STEPS)] = False
+    quick: Annotated[bool, Option("A first look: less text, one stage of pruning, one thread count.", _STEPS)] = False
 
     @property
     def asked(self) -> RunOptions:
@@ -116,9 +117,10 @@ class RunOptions:
             pruning = replace(pruning, options=replace(pruning.options, stages=QUICK_STAGES))
         if tuning.options.tokens == plain.tuning.options.tokens:
             tuning = replace(tuning, options=replace(tuning.options, tokens=QUICK_TOKENS))
-        chunks = QUICK_CHUNKS if self.max_chunks == plain.max_chunks else self.max_chunks
-        turns_s = QUICK_TURNS_S if self.turns_s == plain.turns_s else self.turns_s
-        return replace(self, pruning=pruning, tuning=tuning, max_chunks=chunks, turns_s=turns_s, quick=False)
+        fewer: dict[str, Any] = {
+            name: few for name, few in QUICK.items() if getattr(self, name) == getattr(plain, name)
+        }
+        return replace(self, pruning=pruning, tuning=tuning, quick=False, **fewer)
 
     @property
     def demands(self) -> Demands | None:
@@ -575,15 +577,16 @@ def thread_counts(options: RunOptions) -> list[int]:
 
 def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, str]) -> Path:
     """With one thread count; what a small model gains from a second thread depends on its operators."""
+    from bench.judge.comparison import LEAST_REPETITIONS
     from bench.judge.wording import threads as counted
-    from bench.measure.options import LEAST_ROUNDS, BenchOptions
+    from bench.measure.options import BenchOptions
     from saap.cli.bench import keep, measured
 
     repetitions = state.options.repetitions
     specs = {name: str(state.out / name) for name in state.options.bundles} | peers
     result = state.out / f"bench-{counted(threads).replace(' ', '-')}.json"
     ratio_s = (
-        state.options.turns_s * len(specs) if repetitions >= LEAST_ROUNDS else 0
+        state.options.turns_s * len(specs) if repetitions >= LEAST_REPETITIONS else 0
     )  # who asks for fewer wants a quick look
 
     def work() -> None:

@@ -59,7 +59,7 @@ class TuneCommand:
         if options.held_out and not options.holds_out(rows):
             fewest = math.ceil(FEWEST_HELD / options.held_out) * options.length
             few = f"held-out text, and of {rows} sequences none are held out"
-            refuse_unused(self, ("evaluations", "patience"), few, f"give --tokens {fewest} or more, or leave it out")
+            refuse_unused(self, ("evaluations", "patience"), few, f"give --tokens {fewest} or more")
         steps = training.passes * rows // training.rows_per_step
         for name, value, most, what in (
             ("calibration_rows", options.calibration_rows, rows, "sequences of --tokens"),

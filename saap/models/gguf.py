@@ -72,8 +72,9 @@ def convert(source: Path, destination: Path, progress: Progress | None = None) -
 
     Raises UserError: not a GGUF file, or one of an architecture or quantisation that transformers does not read.
     """
-    fields = read_tokenizer_fields(source)
-    _convert_weights(source, destination, fields, progress or (lambda label, done, total: None))
+    with _read_once(source):
+        fields = read_tokenizer_fields(source)
+        _convert_weights(source, destination, fields, progress or (lambda label, done, total: None))
     convert_tokenizer(source, destination, fields)
 
 
@@ -350,6 +351,27 @@ def _counted(source: Path, report: Progress) -> Iterator[None]:
     finally:
         if bar is not None:
             names["tqdm"] = bar
+
+
+@contextlib.contextmanager
+def _read_once(source: Path) -> Iterator[None]:
+    """All readers of a file are one, ours and transformers' two: each would take seconds."""
+    import gguf
+
+    plain, made = gguf.GGUFReader, list[gguf.GGUFReader]()
+
+    def reader(path: str | Path, *given: Any) -> gguf.GGUFReader:
+        if Path(path) != source:
+            return plain(path, *given)
+        if not made:
+            made.append(plain(path, *given))
+        return made[0]
+
+    vars(gguf)["GGUFReader"] = reader
+    try:
+        yield
+    finally:
+        vars(gguf)["GGUFReader"] = plain
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from saap.models.needs import PER_LOGIT, SQUARES, kept_per_token
 from saap.models.shape import ModelShape
 from saap.models.weight_files import SHARD_BYTES
+from saap.prune.scores.importance import ROWS
 from saap.prune.scores.layerwise import rows_at_once
 from saap.system.needs import PROCESS, Needs
 
@@ -44,7 +45,8 @@ def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, 
     logits = PER_LOGIT * tokens * shape.vocab
     gradients = {"none": 0, "streamed": max(layers), "exact": 2 * sum(layers)}[element]
     if not streamed:
-        return tokens * sum(kept) + logits + gradients
+        rows = min(sequences, ROWS if element == "none" else 1)
+        return rows * (tokens * sum(kept) + logits) + gradients
     states = min(sequences, rows_at_once(shape, tokens)) * tokens * shape.hidden * (len(layers) + 1)
     return states + max(tokens * max(kept) + gradients, logits)
 

@@ -30,6 +30,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -41,6 +42,7 @@ from saap.prune.options import Element, Slices
 from saap.system.errors import UserError
 
 TYPES = ("ffn", "head", "group")
+ROWS = 2  # sequences of a pass that needs no gradient of a weight: a quarter faster than one, on AVX2
 INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
 
 
@@ -158,20 +160,23 @@ def estimate(
     c = float(ids.shape[1]) if c is None else c
     sums = Sums(shape.head_dim, c, element)
     with watched(model, matrices_of(model, shape), sums):
-        losses = backward(model, ids, progress)
+        losses = backward(model, ids, progress, ROWS if element == "none" else 1)
     return sums.scores(len(ids), sum(losses) / len(losses))
 
 
-def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None) -> list[float]:
-    """A backward pass for each sequence, whose gradients hooks consume; the losses."""
-    losses = []
-    for index, row in enumerate(ids):
+def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None, rows: int = 1) -> list[float]:
+    """Backward passes of ``rows`` sequences at once, whose gradients hooks consume; the sequences' losses."""
+    losses: list[float] = []
+    for part in ids.split(rows):
         if progress:
-            progress("scoring (sequences)", index, len(ids))
-        sequence = row[None].to(model.device)
-        loss = model(input_ids=sequence, labels=sequence, use_cache=False).loss
-        losses.append(check_loss(float(loss.item()), index))
-        loss.backward()
+            progress("scoring (sequences)", len(losses), len(ids))
+        part = part.to(model.device)
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        each = (
+            F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").view(len(part), -1).mean(1)
+        )
+        losses += [check_loss(float(loss), len(losses) + number) for number, loss in enumerate(each.detach())]
+        each.sum().backward()
     if progress:
         progress("scoring (sequences)", len(ids), len(ids))
     return losses
@@ -217,24 +222,24 @@ class Sums:
             self.element[key] = self.element.get(key, 0) + self._by_structure(fine, matrix.role)
 
     def consume_input(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Products of what structures put into output or down and its gradient, both [1, tokens, K]."""
-        product = (inputs * gradient).flatten(0, 1)
+        """Products of what structures put into output or down and its gradient, both [sequences, tokens, K]."""
+        product = inputs * gradient
         if matrix.role == "output":
             product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
         key = (matrix.layer, matrix.role)
-        self.token[key] = self.token.get(key, 0) + len(product) / 2 * product.square().sum(0)
+        self.token[key] = self.token.get(key, 0) + product.shape[1] / 2 * product.square().sum((0, 1))
         if self.kind == "none":
-            self.vector.setdefault(key, []).append(product.sum(0))
+            self.vector.setdefault(key, []).extend(product.sum(1))
 
     def consume_rows(self, matrices: list[Matrix], outputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """t_j of the rows of a linear, whose outputs without bias and their gradient are [1, tokens, N]."""
-        product = (outputs * gradient).flatten(0, 1).sum(0)
+        """t_j of the rows of a linear, whose outputs without bias and their gradient are [sequences, tokens, N]."""
+        product = (outputs * gradient).sum(1)
         for matrix in matrices:
-            summed = self._by_structure(product[matrix.rows], matrix.role)
-            self.vector.setdefault((matrix.layer, matrix.role), []).append(summed)
+            summed = self._by_structure(product[:, matrix.rows], matrix.role)
+            self.vector.setdefault((matrix.layer, matrix.role), []).extend(summed)
 
     def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
-        return numbers if role in INPUT_WIDE else numbers.view(-1, self.head_dim).sum(1)
+        return numbers if role in INPUT_WIDE else numbers.unflatten(-1, (-1, self.head_dim)).sum(-1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
         """What was collected over so many sequences, whose mean loss is given; on the CPU."""

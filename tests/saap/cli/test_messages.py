@@ -59,8 +59,8 @@ UNUSED = {
     "tune slim -o o --micro-batch 8": "--micro-batch is for at most the 4 sequences of a step: leave it out, or give 4",
     "run dense -o o --set micro_rows=8": "is for at most the 4 sequences of a step: leave it out, or give 4",
     "tune slim -o o --set calibration_rows=97": "calibration_rows is for at most the 96 sequences of --tokens: leave",
-    "tune slim -o o --patience 2": "--patience is for held-out text, and of 96 sequences none are held out: give "
-    "--tokens 51200 or more, or leave it out",
+    "tune slim -o o --patience 2": "--patience is for held-out text, and of 96 sequences none are held out: leave "
+    "it out, or give --tokens 51200 or more",
     "tune slim -o o --tokens 60000 --set evaluations=99": "evaluations is for at most the 58 steps that --tokens are: "
     "leave it out",
     "tune slim -o o --tokens 60000 --patience 11": "--patience is for at most the 6 evaluations, and 0 "
