@@ -52,7 +52,7 @@ def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, prog
             break
         now = time.monotonic()
         longest, spent = max(longest, now - started), now - begun
-        if spent + 2 * longest > plan.turns_s and number % 2:  # both orders as often
+        if spent + 2 * longest > plan.turns_s and number % 2 and number + 1 >= LEAST_LOADS:  # both orders as often
             break
         if number == 0 and LEAST_LOADS * longest > 2 * plan.turns_s:
             failure = f"a load and a turn take {longest:.0f} s: give --ratio-time {LEAST_LOADS * longest:.0f} or more"

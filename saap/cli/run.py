@@ -60,7 +60,8 @@ PROMPTS = (
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
 QUICK_STAGES, QUICK_TOKENS = 1, 8192
-QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1, "turns_s": 12}
+QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1}
+RATIO_S = 15  # of turns for each model: of two, a ratio within about 1 %
 _STEPS = "How each step is done"
 _DEVICE = "The device that it is for"
 
@@ -89,7 +90,7 @@ class RunOptions:
         TuneCommand,
         Part(
             flags=("bits", "group_size", "teacher", "data", "tokens"),
-            without=("max_bytes", "length", "skip", "seed"),
+            without=("max_bytes", "length", "skip", "seed", "minutes"),
             headings={"The integers": _STEPS, "What is learnt from": _STEPS},
         ),
     ] = field(default_factory=TuneCommand)
@@ -100,11 +101,6 @@ class RunOptions:
     threads: Annotated[
         int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), THREADS
     ] = None
-    turns_s: Annotated[
-        int,
-        Option("Bench: seconds of turns for each model; of two, a ratio within about 1 %.", _STEPS, shown=False),
-        Meta(ge=1, le=3600),
-    ] = 15
     quick: Annotated[bool, Option("A first look: less text, one stage of pruning, one thread count.", _STEPS)] = False
 
     @property
@@ -585,9 +581,7 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
     repetitions = state.options.repetitions
     specs = {name: str(state.out / name) for name in state.options.bundles} | peers
     result = state.out / f"bench-{counted(threads).replace(' ', '-')}.json"
-    ratio_s = (
-        state.options.turns_s * len(specs) if repetitions >= LEAST_REPETITIONS else 0
-    )  # who asks for fewer wants a quick look
+    ratio_s = RATIO_S * len(specs) if repetitions >= LEAST_REPETITIONS else 0  # who asks for fewer wants a quick look
 
     def work() -> None:
         plan = BenchOptions(threads=threads, repetitions=repetitions, ratio_time_s=ratio_s)
@@ -596,7 +590,7 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
     command = ["bench", *specs.values(), "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
                "--json", result]  # fmt: skip
     name = f"bench with {counted(threads)}"
-    state.step(name, command, [made_from, repetitions, ratio_s, threads], [result.name], work)
+    state.step(name, command, [made_from, repetitions, threads], [result.name], work)
     return result
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
+from msgspec import Meta
 
 from devices.common.options import Option, refuse_unused
 from saap.cli.console import LOADING, Console, print_table
@@ -19,6 +21,7 @@ from saap.tune.options import FEWEST_HELD, TuneOptions
 if TYPE_CHECKING:
     from saap.text.rows import TuningRows
     from saap.tune.loop.steps import History
+    from saap.tune.pace import KeptTokens
 
 _LEARNT = "What is learnt from"
 
@@ -34,11 +37,16 @@ class TuneCommand:
     data: Annotated[
         str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _LEARNT)
     ] = None
+    minutes: Annotated[
+        float | None, Option("Minutes that it may take in all, instead of --tokens.", _LEARNT), Meta(gt=0, le=100_000)
+    ] = None
 
     def check(self) -> None:
         """Refuse values out of range, and what would have no effect. Raises UserError: names the option."""
         options, training = self.options, self.options.training
         options.check()
+        if self.minutes is not None:
+            refuse_unused(self, ("tokens",), "a run without --minutes")
         if self.teacher is None:
             refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
         if options.teacher_weight == 0:
@@ -98,6 +106,8 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     console.report(LOADING, 0, 0)
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
+    from saap.text.documents import TooLittleTextError
+    from saap.tune.pace import KeptTokens
     from saap.tune.tuning import check_model, tuning_text
     from saap.tune.tuning import tune as tune_directory
 
@@ -105,12 +115,52 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     directory = resolve(slim, progress=console.report)
     check_model(directory, asked.options)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
-    rows = tuning_text(directory, asked.options, teacher=teacher, data=asked.data, progress=console.report)
+    kept = None if asked.minutes is None else KeptTokens(out, asked.minutes)
+    options = asked.options if kept is None else timed(directory, teacher, asked, kept, console)
+
+    def text(options: TuneOptions) -> TuningRows:
+        return tuning_text(directory, options, teacher=teacher, data=asked.data, progress=console.report)
+
+    try:
+        rows = text(options)
+    except TooLittleTextError as error:
+        fewer = options.tokens - error.missing * options.length
+        if kept is None or fewer < options.training.rows_per_step * options.length:
+            raise
+        options = replace(options, tokens=fewer)
+        rows = text(options)
+        console.say(f"  the text has {fewer:,} tokens that may be learnt: give more --data to use all the time")
+    if kept is not None:
+        replace(asked, options=options, minutes=None).check()
+        kept.write(options.tokens)
     say_rows(rows, console)
-    result = tune_directory(directory, asked.options, output=out, teacher=teacher, data=rows, progress=console.report)
+    result = tune_directory(directory, options, output=out, teacher=teacher, data=rows, progress=console.report)
+    if kept is not None:
+        kept.discard()
     console.finish()
     if is_main_process():
         show_tuning(out, result.history)
+
+
+def timed(model: Path, teacher: Path | None, asked: TuneCommand, kept: KeptTokens, console: Console) -> TuneOptions:
+    """The options with as many tokens as fit into the minutes."""
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.tune.pace import pace_of
+    from saap.tune.tuning import way_of
+
+    options, minutes = asked.options, asked.minutes or 0.0
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--minutes is for one process: give --tokens")
+    if (tokens := kept.read()) is None:
+        shapes = [None if path is None else shape_of(read_config(path)) for path in (model, teacher)]
+        assert shapes[0] is not None
+        recomputed = way_of(shapes[0], options.length, options).recomputed
+        asks = teacher is not None and options.teacher_weight > 0
+        pace = pace_of(shapes[0], shapes[1] if asks else None, options, recomputed=recomputed)
+        tokens = pace.tokens_in(minutes, options)
+        console.say(f"  {minutes:g} minutes are about {tokens:,} tokens here, {1 / pace.token_s:.0f} a second")
+    return replace(options, tokens=tokens)
 
 
 def say_rows(rows: TuningRows, console: Console) -> None:

@@ -22,6 +22,12 @@ def meet_on_cpus() -> bool:
     return several or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def training_device() -> torch.device:
+    """Where this process trains."""
+    device: torch.device = PartialState(cpu=meet_on_cpus()).device
+    return device
+
+
 def trains_on_cpu() -> bool:
     """Whether training is on this machine's own memory, with whole parameters in each process: neither GPU nor FSDP."""
     state = PartialState(cpu=meet_on_cpus())

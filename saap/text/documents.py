@@ -135,6 +135,14 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
     return [(f"{path} row {n}", row) for n, row in enumerate(rows, 1)]
 
 
+class TooLittleTextError(UserError):
+    """A text does not fill as many rows as are wanted."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing  # rows
+
+
 def pack(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -150,7 +158,7 @@ def pack(
 
     ``fewer``: what else than more text a person may give where there is too little.
 
-    Raises UserError: too little text, with the numbers.
+    Raises TooLittleTextError: with the numbers.
     """
     import torch
 
@@ -165,9 +173,10 @@ def pack(
             break
         ids += encode(text, tokenizer) + end
     if len(ids) < needed:
-        raise UserError(
+        raise TooLittleTextError(
             f"too little text: {len(order)} documents give {len(ids)} tokens, {count} rows of {length} need {needed}: "
-            f"give more text{fewer and f', or {fewer}'}"
+            f"give more text{fewer and f', or {fewer}'}",
+            count - len(ids) // (length - len(begin)),
         )
     rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length - len(begin))
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)

@@ -25,6 +25,7 @@ from saap.text.documents import (
     SELF,
     Sequences,
     Split,
+    TooLittleTextError,
     checked_text,
     documents_of,
     load_documents,
@@ -216,9 +217,10 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
     if len(packed) < count + skip:
         unused = f" ({left_out[0]} answers begin after {length} tokens)" if left_out[0] else ""
         after = f" after {skip} that are used" if skip else ""
-        raise UserError(
+        raise TooLittleTextError(
             f"too little chat data: {len(talks)} conversations fill {len(packed)} rows of {length} tokens{unused}, "
-            f"{count} are needed{after}: give more conversations, or fewer --tokens"
+            f"{count} are needed{after}: give more conversations, or fewer --tokens",
+            count + skip - len(packed),
         )
     ids = torch.tensor([row for row, _ in packed[skip:]], dtype=torch.int64)
     check_ids(ids, model_dir)

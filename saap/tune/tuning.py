@@ -147,7 +147,7 @@ def _tune(
     report(LOADING, 0, 0)
     began, weights = time.monotonic(), weights_hash(model_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
-    way = way_of(shape_of(config), rows, options)
+    way = way_of(shape_of(config), rows.ids.shape[1], options)
     model = load_streamed(model_dir) if way.streamed else load_model(model_dir)
     learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
@@ -206,10 +206,10 @@ class Way:
     recomputed: bool  # layers keep neither activations nor dequantised matrices from one pass to the next
 
 
-def way_of(shape: ModelShape, rows: TuningRows, options: TuneOptions) -> Way:
-    """The fastest that fits; UserError where memory is too small for what is asked."""
+def way_of(shape: ModelShape, length: int, options: TuneOptions) -> Way:
+    """The fastest that fits with rows of so many tokens; UserError where memory is too small for what is asked."""
     training = options.training
-    tokens = rows.ids.shape[1] * (training.micro_rows or training.rows_per_step)
+    tokens = length * (training.micro_rows or training.rows_per_step)
     needs = partial(tune_needs, shape, options.bits, options.group_size, tokens)
     streamed = not fits(needs(streamed=False))
     if streamed:

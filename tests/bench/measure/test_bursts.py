@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from bench.measure import bursts
 from bench.measure import run as bench_run
 from bench.measure.bursts import WORKER, take_turns
 from bench.measure.options import BenchOptions
-from bench.measure.result import INVALID, Bursts, Load, read_result, write_result
+from bench.measure.result import INVALID, LEAST_LOADS, Bursts, Load, read_result, write_result
 from bench.measure.rounds import job_of
 from bench.measure.run import measure
 from bench.measure.statistics import ratio_of_loads
@@ -129,6 +131,16 @@ def test_what_is_too_large_or_too_slow_for_turns_says_so(
     assert "give --ratio-time" in str(found.failure) and found.ratio("a", "b", "decode") is None
     monkeypatch.setattr(bench_run, "take_turns", lambda *_: pytest.fail("none were asked for"))
     assert measure(bundles, replace(PLAN, ratio_time_s=None)).bursts == []
+
+
+def test_there_are_enough_loads_for_an_interval(bundles: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads filled the time that a quick look had: no ratio came of them."""
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(bursts, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(bursts._Table, "load", lambda table, order: Load(order, [[], []], [[], []]))
+    peers, (setting,) = read_peers(bundles, PLAN.positions), PLAN.settings()
+    assert len(take_turns(peers, setting, replace(PLAN, ratio_time_s=10)).loads) == LEAST_LOADS
+    assert len(take_turns(peers, setting, replace(PLAN, ratio_time_s=60)).loads) > LEAST_LOADS
 
 
 def test_being_loaded_later_cancels_and_the_interval_holds_the_truth() -> None:

@@ -334,7 +334,7 @@ def test_a_quick_run_takes_less_text_but_for_what_is_given():
     plain, quick = options(), options(quick=True).asked
     assert plain.asked == plain and not quick.quick
     assert (plain.pruning.options.stages, quick.pruning.options.stages) == (None, 1)
-    assert quick.turns_s < plain.turns_s and quick.repetitions < plain.repetitions and quick.threads == 1
+    assert quick.repetitions < plain.repetitions and quick.threads == 1
     assert quick.tuning.options.tokens < plain.tuning.options.tokens and quick.max_chunks < plain.max_chunks
     given = options(quick=True, tokens=12_288, max_chunks=30).asked
     assert given.tuning.options.tokens == 12_288 and given.max_chunks == 30

@@ -1,0 +1,109 @@
+"""How many tokens can be learnt from in so many minutes: by this machine's own rate of matrix products.
+
+The answer is known before the first step, so that schedule, text and the teacher's answers are those of any other run.
+It is kept beside the output until that is there: a run that was killed goes on with the same number.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from devices.common.files import write_text
+from saap.models.shape import ModelShape
+from saap.system.errors import UserError
+from saap.system.precision import autocast_dtype, fast_float32
+from saap.system.processes import training_device
+from saap.tune.options import TuneOptions
+
+# Measured with SmolLM2-135M on a Zen 3 (studies/tuning_speed).
+OF_RATE = 0.65  # of the rate of a lone product is what a step and the teacher reach
+PER_WEIGHT = 25_000  # operations' time that choosing a weight's integer takes, beside the passes over the text
+START_S = 20.0  # until the model is there, and from the last step until it is written
+MEASURED_S = 0.5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that tuning takes: whatever is learnt, and for each token."""
+
+    fixed_s: float
+    token_s: float
+
+    def tokens_in(self, minutes: float, options: TuneOptions) -> int:
+        """As many as fit, in whole steps. Raises UserError: not even one step does."""
+        step = options.training.rows_per_step * options.length
+        steps = int((60 * minutes - self.fixed_s) / (step * self.token_s))
+        if steps < 1:
+            least = (self.fixed_s + step * self.token_s) / 60
+            raise UserError(
+                f"--minutes {minutes:g} is too short: choosing the integers and one step take about {least:.1f} "
+                "minutes here: give more"
+            )
+        return steps * step
+
+
+def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions, *, recomputed: bool) -> Pace:
+    """Of a model on this machine as it is now.
+
+    Args:
+        teacher: whose answers are asked for; None: nobody's.
+        recomputed: activations are computed again in the backward pass.
+    """
+    device, training = training_device(), options.training
+    rate = OF_RATE * product_rate(
+        training.rows_per_step * options.length, shape, autocast_dtype(training.precision, device) or torch.float32
+    )
+    # Two operations a weight: forward, backward to the inputs and, of layers, to the scales.
+    passes = 3 + recomputed
+    learning = 2 * training.passes * (passes * shape.layer_weights + 2 * shape.vocab * shape.hidden)
+    asking = 0 if teacher is None else 2 * (teacher.layer_weights + teacher.vocab * teacher.hidden)
+    integers = 0.0
+    if options.integers == "gptq":
+        read = 2 * options.calibration_rows * options.length * 2 * shape.layer_weights
+        integers = (read + PER_WEIGHT * shape.parameters) / rate
+    return Pace(START_S + integers, (learning + asking) / rate)
+
+
+def product_rate(rows: int, shape: ModelShape, dtype: torch.dtype) -> float:
+    """Operations per second of the widest FFN's product on the device that trains."""
+    device, width = training_device(), max(sizes.ffn for sizes in shape.layers)
+    x = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
+    matrix = torch.randn(shape.hidden, width, device=device, dtype=dtype)
+    times: list[float] = []
+    with fast_float32(), torch.no_grad():
+        float((x @ matrix)[0, 0])  # not timed: threads start
+        while sum(times) < MEASURED_S:
+            began = time.perf_counter()
+            float((x @ matrix)[0, 0])  # waits for a GPU
+            times.append(time.perf_counter() - began)
+    return 2 * rows * shape.hidden * width / median(times)
+
+
+class KeptTokens:
+    """The number of tokens that a budget came to, beside an output that is not there yet."""
+
+    def __init__(self, out: Path, minutes: float) -> None:
+        self._path = out.parent / f".{out.name}.tuning" / f"minutes-{minutes:g}.json"
+
+    def read(self) -> int | None:
+        """None where no run of these minutes was begun."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            tokens = json.loads(self._path.read_text(encoding="utf-8"))["tokens"]
+            return tokens if isinstance(tokens, int) and tokens > 0 else None
+        return None
+
+    def write(self, tokens: int) -> None:
+        write_text(self._path, json.dumps({"tokens": tokens}))
+
+    def discard(self) -> None:
+        """For when the output is written."""
+        self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path.parent.rmdir()
