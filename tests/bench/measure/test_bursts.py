@@ -137,6 +137,7 @@ def test_there_are_enough_loads_for_an_interval(bundles: list[str], monkeypatch:
     """Two loads filled the time that a quick look had: no ratio came of them."""
     clock = itertools.count(0, 3)
     monkeypatch.setattr(bursts, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(bursts, "MOST_LOADS", 60)
     monkeypatch.setattr(bursts._Table, "load", lambda table, order: Load(order, [[], []], [[], []]))
     peers, (setting,) = read_peers(bundles, PLAN.positions), PLAN.settings()
     assert len(take_turns(peers, setting, replace(PLAN, ratio_time_s=10)).loads) == LEAST_LOADS

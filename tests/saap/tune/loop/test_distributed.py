@@ -51,7 +51,8 @@ def test_two_processes_do_what_one_does(tiny_model, tmp_path, how, fold):
     path, text = str(tiny_model()), tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
     command = ["tune", path, "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4", "--fold", fold,
-               "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1"]  # fmt: skip
+               "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1",
+               "--set", "held_out=0.4"]  # fmt: skip
     here(*command, "-o", tmp_path / "by-one")
     train_in_processes.main(path, tmp_path, "alone")
     train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
