@@ -144,7 +144,7 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_plan_is_the_same(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Structures and counts to the last one; prices nearly: sequences are scored two at a time now."""
-    same(old["models"][name]["plan"], new["models"][name]["plan"], 1e-6 if rounds_alike(old, new) else 2e-3)
+    same(old["models"][name]["plan"], new["models"][name]["plan"], exactly=rounds_alike(old, new))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -181,11 +181,11 @@ def test_the_comparison_sees_what_has_changed(old: dict[str, Any]) -> None:
     other = json.loads(json.dumps(plan))
     other["layers"][2]["ffn"][0] += 1
     with pytest.raises(AssertionError):
-        same(plan, other, 2e-3)
-    other = {**plan, "price_nats": plan["price_nats"] * (1 + 1e-4)}
-    same(plan, other, 2e-3)
-    with pytest.raises(AssertionError):
-        same(plan, other, 1e-6)
+        same(plan, other, exactly=False)
+    for name, off in (("price_nats", 1e-5), ("ratio", 1e-9)):
+        same({name: 0.5}, {name: 0.5 * (1 + off)}, exactly=False)
+        with pytest.raises(AssertionError):
+            same({name: 0.5}, {name: 0.5 * (1 + off)}, exactly=True)
 
 
 def rounds_alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -196,18 +196,21 @@ def same_versions(old: dict[str, Any], new: dict[str, Any], *names: str) -> bool
     return all(old["versions"][name] == new["versions"][name] for name in names)
 
 
-def same(old: Any, new: Any, nearly: float, place: str = "plan") -> None:
-    """Two JSON values, whose fractions may differ by so much of themselves."""
+PRICES = ("price", "dearest_", "cheapest_")
+
+
+def same(old: Any, new: Any, *, exactly: bool, place: str = "plan") -> None:
+    """Two JSON values; ``exactly`` False lets fractions differ by rounding, and True prices alone, by less."""
     assert type(old) is type(new), place
     if isinstance(old, dict):
         assert list(old) == list(new), place
         for name in old:
-            same(old[name], new[name], nearly, place=f"{place}.{name}")
+            same(old[name], new[name], exactly=exactly, place=f"{place}.{name}")
     elif isinstance(old, list):
         assert len(old) == len(new), place
         for index, pair in enumerate(zip(old, new, strict=True)):
-            same(*pair, nearly, place=f"{place}[{index}]")
-    elif isinstance(old, float):
-        assert math.isclose(old, new, rel_tol=nearly), place
+            same(*pair, exactly=exactly, place=f"{place}[{index}]")
+    elif isinstance(old, float) and (not exactly or place.rpartition(".")[2].startswith(PRICES)):
+        assert math.isclose(old, new, rel_tol=1e-6 if exactly else 2e-3), place
     else:
         assert old == new, place

@@ -153,13 +153,12 @@ def timed(model: Path, teacher: Path | None, asked: TuneCommand, kept: KeptToken
     if "WORLD_SIZE" in os.environ:
         raise UserError("--minutes is for one process: give --tokens")
     if (tokens := kept.read()) is None:
-        shapes = [None if path is None else shape_of(read_config(path)) for path in (model, teacher)]
-        assert shapes[0] is not None
-        recomputed = way_of(shapes[0], options.length, options).recomputed
-        asks = teacher is not None and options.teacher_weight > 0
-        pace = pace_of(shapes[0], shapes[1] if asks else None, options, recomputed=recomputed)
+        shape = shape_of(read_config(model))
+        asked_too = shape_of(read_config(teacher)) if teacher and options.teacher_weight else None
+        recomputed = way_of(shape, options.length, options).recomputed
+        pace = pace_of(shape, asked_too, options, recomputed=recomputed)
         tokens = pace.tokens_in(minutes, options)
-        console.say(f"  {minutes:g} minutes are about {tokens:,} tokens here, {1 / pace.token_s:.0f} a second")
+        console.say(f"  --minutes {minutes:g} is about {tokens:,} tokens here, {1 / pace.token_s:.0f} a second")
     return replace(options, tokens=tokens)
 
 

@@ -20,6 +20,7 @@ from saap.models.shape import ModelShape
 from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype, fast_float32
 from saap.system.processes import training_device
+from saap.tune.loop.state import state_directory
 from saap.tune.options import TuneOptions
 
 # Measured with SmolLM2-135M on a Zen 3 (studies/tuning_speed).
@@ -90,7 +91,7 @@ class KeptTokens:
     """The number of tokens that a budget came to, beside an output that is not there yet."""
 
     def __init__(self, out: Path, minutes: float) -> None:
-        self._path = out.parent / f".{out.name}.tuning" / f"minutes-{minutes:g}.json"
+        self._path = state_directory(out) / f"minutes-{minutes:g}.json"
 
     def read(self) -> int | None:
         """None where no run of these minutes was begun."""

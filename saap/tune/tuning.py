@@ -48,7 +48,7 @@ from saap.text.documents import Sequences
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
-from saap.tune.loop.state import discard_states
+from saap.tune.loop.state import discard_states, state_directory
 from saap.tune.loop.steps import DivergedError, Group, History, Run, train
 from saap.tune.losses import KeptMatrix, head_loss, learning_loss
 from saap.tune.needs import tune_needs
@@ -156,7 +156,7 @@ def _tune(
     head = None if way.recomputed else KeptMatrix()
     if not way.recomputed:
         adapters.keep_matrices(adapted)
-    state_dir = out.parent / f".{out.name}.tuning"
+    state_dir = state_directory(out)
     run = Run(
         replace(options.training, checkpointing=way.recomputed),
         held_out=None if judged is None else tensors_of(judged, len(learnt)),

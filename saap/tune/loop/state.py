@@ -90,6 +90,11 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
 
 
+def state_directory(out: Path) -> Path:
+    """Where the state of a run that writes ``out`` is kept until that is there."""
+    return out.parent / f".{out.name}.tuning"
+
+
 def state_path(directory: Path, fingerprint: str) -> Path:
     return directory / f"training-{fingerprint[:16]}.safetensors"
 

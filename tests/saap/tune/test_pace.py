@@ -70,13 +70,13 @@ def test_the_command_learns_what_fits_and_a_killed_one_goes_on(tiny_model, tmp_p
     words = ["tune", dense, "-o", out, "--teacher", dense, "--data", text, "--length", "32", "--minutes"]
     monkeypatch.setattr(pace, "pace_of", lambda *_, **__: Pace(fixed_s=50.0, token_s=0.01))
     done = here(*words, "1")
-    assert "  1 minutes are about 896 tokens here, 100 a second" in done.stderr and "the text has" not in done.stderr
+    assert "  --minutes 1 is about 896 tokens here, 100 a second" in done.stderr and "the text has" not in done.stderr
     assert read_record(out)["tuning"]["tokens"] == 896 and not (tmp_path / ".out.tuning").exists()
 
     # what a killed run has left decides, not what the machine can do now
     KeptTokens(out, 2).write(640)
     done = here(*words, "2")
-    assert "minutes are" not in done.stderr and read_record(out)["tuning"]["tokens"] == 640
+    assert "is about" not in done.stderr and read_record(out)["tuning"]["tokens"] == 640
 
     done = here(*words, "30")
     known = read_record(out)["tuning"]["tokens"]
