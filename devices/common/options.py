@@ -30,6 +30,7 @@ from devices.common.errors import UserError
 T = TypeVar("T")
 COUNT, THREADS = Meta(ge=1, le=1_000_000), Meta(ge=1, le=1024)  # of most options that count something
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+COMPUTE = "Compute device: cpu, cuda or cuda:1; auto is a GPU where there is one."
 # The settings, with their dataclasses, that stand on the command line of the command that runs.
 TYPED: ContextVar[Collection[tuple[type | None, str]]] = ContextVar("TYPED", default=())
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}

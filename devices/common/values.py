@@ -82,3 +82,8 @@ def _amount(text: str, units: dict[str, int], name: str, example: str) -> int:
     if match is None or match[2] not in units:
         raise ValueError(f"{text!r} is not a number of {name}: write something like {example}")
     return int(Fraction(match[1]) * units[match[2]])
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names between commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -22,8 +22,9 @@ from export.source import ModelSource, Precision
 from saap.models.architectures import traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.layer_walk import finished_logits
-from saap.models.streaming import CPU, LayerWeights, empty_parameters
+from saap.models.streaming import LayerWeights, empty_parameters, move_buffers
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
+from saap.system.processes import training_device
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
@@ -41,13 +42,14 @@ class StreamedModel:
     """
 
     def __init__(self, source: ModelSource, precision: Precision) -> None:
-        self._source, self._precision = source, precision
+        self._source, self._precision, self._device = source, precision, training_device()
         config = transformers_config(source.directory)
         self._traits = traits_of(config)
         if source.quant:
             config.update({"slim_quant": None})  # ordinary linears, which are given the dequantised numbers
         with empty_parameters():
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        move_buffers(self._model, self._device)
         self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
 
     def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
@@ -56,17 +58,17 @@ class StreamedModel:
         layers = list(self._model.get_submodule(arch.layers).children())
         hooks = [self._hook_embedding(self._model.get_submodule(arch.embedding))]
         for index, layer in enumerate(layers):
-            weights = LayerWeights(layer, f"{arch.layers}.{index}", self._parameter, torch.float32, CPU)
+            weights = LayerWeights(layer, f"{arch.layers}.{index}", self._parameter, torch.float32, self._device)
             hooks += [
                 layer.register_forward_pre_hook(partial(_before, weights, (index, len(layers)), progress)),
                 layer.register_forward_hook(lambda *_, weights=weights: weights.leave()),
             ]
         norm = self._model.get_submodule(arch.final_norm)
-        LayerWeights(norm, arch.final_norm, self._parameter, torch.float32, CPU).enter()
+        LayerWeights(norm, arch.final_norm, self._parameter, torch.float32, self._device).enter()
         with torch.inference_mode():
             # Not base_model: Gemma 3 names it for its pictures' model, and gives the whole one.
             decoder = self._model.get_submodule(arch.layers.rpartition(".")[0])
-            states: torch.Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            states: torch.Tensor = decoder(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
         if progress:
@@ -74,15 +76,16 @@ class StreamedModel:
         return states
 
     def logits(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits [tokens, vocab] of each row of states [rows, tokens, hidden]."""
+        """Logits [tokens, vocab] of each row of states [rows, tokens, hidden], on the CPU."""
         vocab = self._source.shape.vocab
         portion = max(1, LOGIT_BYTES // (4 * vocab * states.shape[1]))
         for rows in states.split(portion):
             with torch.inference_mode():
-                logits = torch.empty(*rows.shape[:2], vocab)
+                logits = rows.new_empty(*rows.shape[:2], vocab)
                 for start, weight, bias in self._head():
-                    logits[:, :, start : start + len(weight)] = F.linear(rows, weight, bias)
-                logits = finished_logits(logits, self._traits)
+                    there = (weight.to(rows.device), None if bias is None else bias.to(rows.device))
+                    logits[:, :, start : start + len(weight)] = F.linear(rows, *there)
+                logits = finished_logits(logits, self._traits).cpu()
             yield from logits
 
     def _hook_embedding(self, table: nn.Module) -> RemovableHandle:
@@ -90,7 +93,7 @@ class StreamedModel:
 
         def before(module: nn.Embedding, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             present, places = args[0].unique(return_inverse=True)
-            weight = self._vocabulary(self._source.architecture.embedding)(present)
+            weight = self._vocabulary(self._source.architecture.embedding)(present.cpu()).to(places.device)
             module.weight, module.padding_idx = nn.Parameter(weight, requires_grad=False), None
             return (places,)
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from devices.common.progress import Progress
 from devices.common.quality import ModelQuality, Quality
 from saap.evaluate.continuations import Scorer, torch_continuations
@@ -20,7 +22,9 @@ from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer, resolve
 from saap.models.streaming import open_model, whole_needs
 from saap.models.weight_files import weights_bytes
+from saap.system.device_names import device_of
 from saap.system.errors import UserError
+from saap.system.gpu import CPU, out_of_memory
 from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF
@@ -58,10 +62,10 @@ class Subject(Protocol):
     def lineage(self) -> Mapping[str, object]:
         """What it was calibrated and tuned on."""
 
-    def scorer(self) -> Score:
-        """Logits of ids."""
+    def scorer(self, device: torch.device) -> Score:
+        """Logits of ids, computed there where it can be."""
 
-    def continuations(self) -> tuple[Scorer, int]:
+    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         """Likelihoods of continuations, and the tokens of its context."""
 
 
@@ -83,11 +87,11 @@ class Directory:
         record = read_record(self.path)
         return {**record.get("lineage", {}), "tuning": record.get("tuning", {}).get("text")}
 
-    def scorer(self) -> Score:
-        return torch_scorer(open_model(self.path))
+    def scorer(self, device: torch.device) -> Score:
+        return torch_scorer(open_model(self.path, device))
 
-    def continuations(self) -> tuple[Scorer, int]:
-        model = open_model(self.path)
+    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
+        model = open_model(self.path, device)
         return torch_continuations(model), int(model.config.max_position_embeddings)
 
 
@@ -122,7 +126,7 @@ def evaluate(
     quality = Quality(None, base.name if base else None, tuple(ModelQuality(s.name, *s.size()) for s in subjects))
     if text is not None or not options.tasks:
         windows = text if isinstance(text, Windows) else windows_for(subjects, options, text, progress)
-        quality = _on_text(subjects, windows, quality, progress)
+        quality = _on_text(subjects, windows, quality, device_of(options.device), progress)
         keep(quality)
     return _on_tasks(subjects, options, quality, progress, keep) if options.tasks else quality
 
@@ -174,7 +178,9 @@ def windows_for(
 
 
 @fast_float32()
-def _on_text(subjects: Sequence[Subject], windows: Windows, quality: Quality, progress: Progress | None) -> Quality:
+def _on_text(
+    subjects: Sequence[Subject], windows: Windows, quality: Quality, device: torch.device, progress: Progress | None
+) -> Quality:
     large = [s.path for s in subjects if isinstance(s, Directory) and not fits(whole_needs(s.path))]
     batch = max(1, STREAMED_TOKENS // windows.ids.shape[1]) if large else None
     for config in map(read_config, large):
@@ -185,10 +191,12 @@ def _on_text(subjects: Sequence[Subject], windows: Windows, quality: Quality, pr
     for number, subject in enumerate(subjects):
         if progress:
             progress("loading (models)", number, len(subjects))
-        scorers[subject.name] = subject.scorer()
-    found = score_models(
-        scorers, windows.ids, windows.counted, reference=quality.reference, batch=batch, progress=progress
-    )
+        scorers[subject.name] = subject.scorer(device)
+    with out_of_memory("give a smaller --chunk, fewer models, or --device cpu"):
+        found = score_models(
+            scorers, windows.ids.to(device), windows.counted.to(device), reference=quality.reference, batch=batch,
+            progress=progress,
+        )  # fmt: skip
     rows = []
     for row, scores in zip(quality.rows, found, strict=True):
         row = replace(row, kl=scores.kl, top1=scores.top1)
@@ -215,19 +223,19 @@ def _on_tasks(
     for subject in subjects:
         report = progress and (progress if len(subjects) == 1 else partial(_of_model, progress, subject.name))
         with fast_float32():
-            scores = run_tasks(subject.name, continuation_model(subject), options, report)
+            scores = run_tasks(subject.name, continuation_model(subject, device_of(options.device)), options, report)
         quality = replace(quality, tasks=(*quality.tasks, *scores))
         keep(quality)
     return quality
 
 
-def continuation_model(subject: Subject) -> Callable[[Progress | None], ContinuationModel]:
+def continuation_model(subject: Subject, device: torch.device = CPU) -> Callable[[Progress | None], ContinuationModel]:
     """What makes the harness's model; it is loaded when the tasks are known to be good."""
     from saap.evaluate.tasks import ContinuationModel
 
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = load_tokenizer(subject.path)
-        scorer, positions = subject.continuations()
+        scorer, positions = subject.continuations(device)
         return ContinuationModel(scorer, tokenizer, positions, progress)
 
     return make

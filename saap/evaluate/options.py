@@ -8,15 +8,12 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option, refuse_unused
-from devices.common.values import parse_count
+from devices.common.options import COMPUTE, COUNT, Option, refuse_unused
+from devices.common.values import parse_count, parse_names
+from saap.system.device_names import check_device_is_there
 from saap.text.windows import Cut, Join
 
 _TEXT, _TASKS = "Perplexity", "Zero-shot tasks"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class EvalOptions:
         tuple[str, ...],
         Option(
             "Such as piqa,arc_easy; with them perplexity only where --text is given.", _TASKS, metavar="TEXT",
-            parse=_names,
+            parse=parse_names,
         ),
     ] = ()  # fmt: skip
     task_dir: Annotated[
@@ -52,6 +49,7 @@ class EvalOptions:
         int | None, Option("Of each task, drawn with --seed; default: all.", _TASKS), Meta(ge=1)
     ] = None
     seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS), Meta(ge=0)] = 0
+    device: Annotated[str, Option(COMPUTE, metavar="NAME", hidden=True)] = "auto"
 
     @property
     def cut(self) -> Cut:
@@ -60,6 +58,7 @@ class EvalOptions:
 
 def check_options(options: EvalOptions, *, on_text: bool = True) -> None:
     """Refuse what would have no effect; ``on_text``: whether a text is evaluated on. Raises UserError: names it."""
+    check_device_is_there(options.device)
     if not options.tasks:
         refuse_unused(options, ("task_dir", "max_examples", "seed"), "--tasks", "name some, as piqa,arc_easy")
     if options.max_examples is None:

@@ -43,7 +43,7 @@ class TextScores:
 def torch_scorer(model: PreTrainedModel) -> Score:
     @torch.inference_mode()
     def score(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return logits.float()
 
     return score
@@ -62,7 +62,7 @@ def score_models(
 
     Args:
         scorers: name -> score; all over one vocabulary.
-        ids: [chunks, length] int64.
+        ids: [chunks, length] int64; losses are computed on their device.
         counted: [chunks, length - 1] bool, which predictions enter the means; None: all.
         reference: name of the dense model that KL and top-1 are against.
         batch: rows at once; None: as many as have about a thousand tokens.
@@ -97,7 +97,7 @@ def score_models(
 
 
 def _log_probabilities(score: Score, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(score(rows)[:, :-1][chosen], dim=-1)
+    return F.log_softmax(score(rows).to(rows.device)[:, :-1][chosen], dim=-1)
 
 
 def _agreement(name: str, mine: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

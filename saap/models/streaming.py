@@ -22,9 +22,9 @@ from saap.models.checkpoint import load_model, loading, read_config, transformer
 from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.system.errors import UserError
+from saap.system.gpu import CPU, fits_device
 from saap.system.needs import PROCESS, Needs, available_memory, fits, gigabytes
 
-CPU = torch.device("cpu")
 Read = Callable[[str], torch.Tensor]
 
 
@@ -106,9 +106,7 @@ def load_streamed(
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not name.startswith(prefix):
             read(name)  # which says that it is missing
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    move_buffers(model, device)
     for index, layer in enumerate(model.get_submodule(architecture.layers)):
         weights = LayerWeights(layer, f"{prefix}{index}", read, dtype, device)
         layer.streamed = weights
@@ -120,21 +118,34 @@ def load_streamed(
     return found
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers, such as rotary frequencies, of a model whose parameters hold nothing yet."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
 def whole_needs(path: str | Path) -> Needs:
     """Of a model in memory with float32 weights."""
     return Needs({"the process": PROCESS, "weights": 4 * shape_of(read_config(path)).parameters})
 
 
-def open_model(path: str | Path) -> PreTrainedModel:
+def open_model(path: str | Path, device: torch.device = CPU) -> PreTrainedModel:
     """A directory to run forward: as a whole in float32 where it fits; else integers as they are, or layer by layer.
 
     Raises UserError: no model there.
     """
-    if fits(whole_needs(path)):
-        return load_model(path, materialise=True)
+    needs = whole_needs(path)
+    if fits(needs) and fits_device(needs, device):
+        return moved(load_model(path, materialise=True), device)
     if read_config(path).get("slim_quant"):
-        return load_model(path)
-    return load_streamed(path)
+        return moved(load_model(path), device)
+    return load_streamed(path, device=device)
+
+
+def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model itself, on this device."""
+    return model if model.device == device else nn.Module.to(model, device)
 
 
 def open_writer(path: str | Path, option: str) -> PreTrainedModel:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, THREADS, Option, check_values, refuse_unused, settings_of
+from devices.common.options import COMPUTE, COUNT, THREADS, Option, check_values, refuse_unused, settings_of
 from devices.common.values import parse_bytes, parse_layers, parse_parameters
+from saap.system.device_names import check_device_is_there
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class PruneOptions:
             flags=("--stream/--no-stream",),
         ),
     ] = None
-    device: Annotated[str, Option("Compute device: cpu, cuda or cuda:1.", _RUNS, metavar="NAME", hidden=True)] = "cpu"
+    device: Annotated[str, Option(COMPUTE, _RUNS, metavar="NAME", hidden=True)] = "auto"
 
     @property
     def asked(self) -> dict[str, float]:
@@ -236,11 +237,9 @@ class PruneOptions:
         return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
 
     def check(self) -> None:
-        from saap.system.gpu import device_of
-
         self.check_requirement()
         self.adaptive.check()
-        device_of(self.device)
+        check_device_is_there(self.device)
         if self.method != "saap":
             ours = {"modules", "drop_layers", "stages", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")

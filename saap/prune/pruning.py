@@ -16,7 +16,7 @@ from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import Calibration, Lineage, read_record
 from saap.models.resolve import resolve
-from saap.models.streaming import load_streamed
+from saap.models.streaming import load_streamed, moved
 from saap.models.weight_files import (
     TensorFolder,
     check_sizes,
@@ -40,9 +40,10 @@ from saap.prune.search.prices import Losses
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
 from saap.system.allocator import kept_memory
+from saap.system.device_names import device_of
 from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed
-from saap.system.gpu import device_of, fits_device, out_of_memory
+from saap.system.gpu import fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import Sequences
@@ -108,9 +109,13 @@ def prune(
     check_disk(Needs({}, disk), output, "pruning")
     with (
         fast_float32(), kept_memory(), joined() as together,
-        claimed(output) if together.main else nullcontext(), out_of_memory(),
+        claimed(output) if together.main else nullcontext(),
+        out_of_memory("give --stream, fewer --sequences, a smaller --length, or --device cpu"),
     ):  # fmt: skip
-        options = replace(options, stream=together.agreed(streamed(source, budget, options, *ids.shape)))
+        options = replace(
+            options, device=str(device_of(options.device)),
+            stream=together.agreed(streamed(source, budget, options, *ids.shape)),
+        )  # fmt: skip
         if together.count > 1:
             ids = together.tensors(0, {"ids": ids})["ids"]
         now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
@@ -186,9 +191,7 @@ def _loaded(path: Path, options: PruneOptions) -> PreTrainedModel:
     device = device_of(options.device)
     if options.stream:
         return load_streamed(path, device=device)
-    model = load_model(path)
-    torch.nn.Module.to(model, device)
-    return model
+    return moved(load_model(path), device)
 
 
 def _in_stage(progress: Progress | None, number: int, stages: int) -> Progress | None:
@@ -234,7 +237,9 @@ def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, seque
         prune_needs(budget.dense, sequences, tokens, weights_bytes(model_dir), streamed=by_layer, element=element)
         for by_layer in (False, True)
     )
-    if options.stream is False or (options.stream is None and fits(whole) and fits_device(whole, options.device)):
+    if options.stream is False or (
+        options.stream is None and fits(whole) and fits_device(whole, device_of(options.device))
+    ):
         check_memory(whole, "pruning", "leave --no-stream out, so that layers are read one at a time")
         return False
     if options.method in TAYLOR:

@@ -76,7 +76,7 @@ def gptq_with_latent(
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
     importance = hessian.diagonal().float()
     top = 2**bits - 1
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    codes = torch.empty_like(rest, dtype=torch.uint8)
     scales, zeros = [], []
     lazy = max(group_size, LAZY // group_size * group_size)
     gaps = rest.new_empty(lazy, rest.shape[1])
@@ -110,7 +110,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """U upper triangular with U^T U = (H + damping)^-1, [K, K] float32; an input that is always 0 gets 1 there.
 
     H backwards is L L^T; L backwards is R, upper, with H = R R^T; and U is the inverse of R: half the work of
-    inverting H and factoring that. By scipy's LAPACK, which inverts triangles, in float32 as the authors do:
+    inverting H and factoring that. On a CPU by scipy's LAPACK, which inverts triangles, in float32 as the authors do:
     the damping is far above what is lost there.
 
     Raises UserError: the inputs were not finite.
@@ -119,16 +119,21 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
     if not bool(torch.isfinite(hessian.diagonal()).all()):  # sums of squares: where they are, so are the rest
         raise UserError("calibration inputs are not finite: the model's activations overflow on this text")
-    backwards = hessian.to("cpu", torch.float32).flip(0, 1)
+    backwards = hessian.float().flip(0, 1)
     diagonal = backwards.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    factor, singular = lapack.spotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
-    if not singular:
-        factor, singular = lapack.strtri(factor, lower=1, overwrite_c=1)
+    if backwards.device.type == "cpu":
+        factor, singular = lapack.spotrf(backwards.numpy().T, lower=1, clean=1, overwrite_a=1)
+        if not singular:
+            factor, singular = lapack.strtri(factor, lower=1, overwrite_c=1)
+        inverse = torch.from_numpy(factor)
+    else:
+        lower, singular = torch.linalg.cholesky_ex(backwards)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
     if singular:
         raise UserError("the calibration inputs have no Cholesky factor: give more or other text")
-    return torch.from_numpy(factor).flip(0, 1).to(hessian.device)
+    return inverse.flip(0, 1)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from saap.quantize.bundle_size import other_groups
 from saap.system.errors import UserError
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
-CHUNK = 1 << 18  # elements
+CHUNK, ROWS = 1 << 18, 1 << 16  # elements of a piece on a CPU, rows of one on a GPU
 # How far the codes reach past the largest value, relative to it; below 1 clips it, a negative one flips the side that
 # has the extra code. Clipping pays at 4 bit and not at 8.
 SYMMETRIC_RANGES = {4: (1.0, 1.06, 0.96, 0.92, 0.87, 0.82, -1.14, -1.05, -0.97, -0.9), 8: (1.0, 1.008)}
@@ -120,7 +120,7 @@ def best_scales(
 
     Returns scales [N, groups] and zero points [N, groups], both float32.
     """
-    rows = max(1, CHUNK // groups[0].numel())  # pieces that stay in the cache
+    rows = max(1, CHUNK // groups[0].numel()) if groups.device.type == "cpu" else ROWS  # pieces that stay in the cache
     pieces = [_best_scales(piece, bits, symmetric, importance) for piece in groups.split(rows)]
     return torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])
 
@@ -136,7 +136,7 @@ def _best_scales(
     else:
         low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
         candidates = [((high - low) * (share / top), low * share) for share in RANGE_SHARES[bits]]
-    best = torch.full(groups.shape[:-1], torch.inf)
+    best = groups.new_full(groups.shape[:-1], torch.inf)
     scales, zeros = torch.ones_like(best), torch.full_like(best, half)
     for wide, lowest in candidates:
         scale = _float16(wide)

@@ -11,14 +11,16 @@ from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import Integers, read_record
-from saap.models.streaming import load_streamed, settle
+from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, quantize_model
 from saap.quantize.needs import choosing_needs, integer_bytes
 from saap.system.allocator import kept_memory
+from saap.system.gpu import fits_device
 from saap.system.needs import PROCESS, Needs, fits
 from saap.system.precision import fast_float32
+from saap.system.processes import training_device
 
 
 @fast_float32()
@@ -40,7 +42,9 @@ def write_integers(
                    **choosing_needs(shape, streamed=False)})  # fmt: skip
     report = progress or (lambda label, done, total: None)
     report(LOADING, 0, 0)
-    model = load_model(model_dir) if fits(whole) else load_streamed(model_dir)
+    device = training_device()
+    streamed = not (fits(whole) and fits_device(whole, device))
+    model = load_streamed(model_dir, device=device) if streamed else moved(load_model(model_dir), device)
     matrices = compensated_matrices(model, rows, form, progress)
     quant = quantize_model(model, form.bits, form.group_size, form.head_bits, matrices)
     del matrices
@@ -54,4 +58,10 @@ def write_integers(
         **text,
     }
     report(WRITING, 0, 0)
-    return write_slim(out, model_dir, slim_config(config, shape, quant), iter(model.state_dict().items()), record)
+    return write_slim(
+        out,
+        model_dir,
+        slim_config(config, shape, quant),
+        ((name, tensor.cpu()) for name, tensor in model.state_dict().items()),
+        record,
+    )

@@ -121,7 +121,10 @@ def divergences(
     for place, unit in enumerate(units):
         with rounded(model, unit, group_size):
             if unit.layer is None:
-                logits = [model(input_ids=part, use_cache=False).logits for part in rows.split(len(reference[0]))]
+                logits = [
+                    model(input_ids=part.to(model.device), use_cache=False).logits
+                    for part in rows.split(len(reference[0]))
+                ]
                 predicted = [x.float().log_softmax(-1) for x in logits]
             else:
                 last = deque(states_after(model, batches, reaching[unit.layer], unit.layer), maxlen=1).pop()

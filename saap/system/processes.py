@@ -1,12 +1,36 @@
-"""Several processes that were started together by ``accelerate launch``."""
+"""The device that a process computes on, and several that were started together by ``accelerate launch``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env, patch_environment
+
+from saap.system.device_names import AUTO, device_of
+from saap.system.errors import UserError
+
+
+@contextmanager
+def computing_on(name: str) -> Iterator[None]:
+    """Accelerate computes on the device of this name inside the block: see :func:`training_device`.
+
+    Raises UserError: no such device, or one that ``accelerate launch`` has not chosen for its processes.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if name != AUTO and torch.device(name).type != training_device().type:
+            raise UserError(f"accelerate launch has chosen {training_device().type}, not {name}: leave --device out")
+        yield
+        return
+    device = device_of(name)
+    if PartialState._shared_state and PartialState().device != device:  # of an earlier call in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with patch_environment(accelerate_torch_device=str(device)):
+        yield
 
 
 def is_main_process() -> bool:
@@ -28,7 +52,6 @@ def training_device() -> torch.device:
     return device
 
 
-def trains_on_cpu() -> bool:
-    """Whether training is on this machine's own memory, with whole parameters in each process: neither GPU nor FSDP."""
-    state = PartialState(cpu=meet_on_cpus())
-    return state.device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_FSDP")
+def shares_parameters() -> bool:
+    """Whether each process holds a part of the parameters only (FSDP)."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))

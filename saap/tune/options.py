@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, Option, check_values, refuse_unused
+from devices.common.options import COMPUTE, COUNT, Option, check_values, refuse_unused
 from devices.common.values import parse_bytes
+from saap.system.device_names import check_device_is_there
 
 Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -76,6 +77,7 @@ class TrainOptions:
         float, Option("Seconds between two states on disk: what a kill can cost.", _RUNS, shown=False), Meta(ge=0)
     ] = 60.0
     seed: Annotated[int, Option("Random seed.", _RUNS), Meta(ge=0)] = 0
+    device: Annotated[str, Option(COMPUTE, _RUNS, metavar="NAME", hidden=True)] = "auto"
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class TuneOptions:
         if (self.training.micro_rows or 0) > rows:
             most = f"give {rows} or fewer, or a larger --batch"
             refuse_unused(self, ("micro_rows",), f"at most the {rows} sequences of a step", most)
+        check_device_is_there(self.training.device)
 
     def holds_out(self, rows: int) -> bool:
         """Whether some of so many rows are held out."""

@@ -28,6 +28,7 @@ from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
+from saap.system.processes import training_device
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
@@ -155,13 +156,13 @@ class _Kept:
         """``tokens`` and ``logprobs`` [rows, tokens - 1, k] of ids [rows, tokens]."""
         tokens, logprobs = [], []
         for few in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                logits = teacher(input_ids=few, use_cache=False).logits
+            with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.autocast):
+                logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
             for row in logits:  # one by one: the float32 copies are as large as the logits
                 scaled = row[:-1].float() / self.temperature
                 likeliest = scaled.topk(self.k)
-                tokens.append(likeliest.indices.to(self.tokens))
-                logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half())
+                tokens.append(likeliest.indices.cpu().to(self.tokens))
+                logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half().cpu())
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
     def intact(self, path: Path, rows: int, places: int) -> bool:
@@ -186,7 +187,7 @@ def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, 
         if not kept.intact(path, len(part), ids.shape[1] - 1):
             if progress:
                 progress(label, done, len(ids))
-            teacher = teacher or open_model(teacher_dir)
+            teacher = teacher or open_model(teacher_dir, training_device())
             save_sealed(kept.of(teacher, part), path)
         done += len(part)
     if progress and teacher is not None:

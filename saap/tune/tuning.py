@@ -33,7 +33,7 @@ from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import SlimQuant
-from saap.models.streaming import load_streamed, settle
+from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
@@ -41,9 +41,10 @@ from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed
-from saap.system.needs import check_memory, fits
-from saap.system.precision import autocast_dtype, fast_float32
-from saap.system.processes import is_main_process, trains_on_cpu
+from saap.system.gpu import CPU, check_device, fits_device, out_of_memory
+from saap.system.needs import Needs, check_memory, fits
+from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
+from saap.system.processes import computing_on, is_main_process, shares_parameters, training_device
 from saap.text.documents import Sequences
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
@@ -102,7 +103,14 @@ def tune(
         data = TuningRows(data, data.clone(), "given ids", None, "text")
     if not isinstance(data, TuningRows):
         data = tuning_text(directory, options, teacher=teacher_dir, data=data, progress=progress)
-    with claimed(out) if is_main_process() else nullcontext():
+    with (
+        computing_on(options.training.device), claimed(out) if is_main_process() else nullcontext(),
+        out_of_memory("give a smaller --micro-batch or --length, or --device cpu"),
+    ):  # fmt: skip
+        device = training_device()
+        if options.training.precision == "bf16" and not computes_bf16(device):
+            raise UserError(f"the {device.type} here does not multiply bfloat16 in hardware: leave --precision out")
+        options = replace(options, training=replace(options.training, device=str(device)))
         return _tune(directory, out, data, options, teacher_dir, progress)
 
 
@@ -148,7 +156,7 @@ def _tune(
     began, weights = time.monotonic(), weights_hash(model_dir)
     writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
     way = way_of(shape_of(config), rows.ids.shape[1], options)
-    model = load_streamed(model_dir) if way.streamed else load_model(model_dir)
+    model = load_streamed(model_dir, device=way.device) if way.streamed else moved(load_model(model_dir), way.device)
     learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
     targets = targets_of(teacher_dir, rows, options, progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
@@ -179,7 +187,7 @@ def _tune(
         error, history = diverged, diverged.history
     report(WRITING, 0, 0)
     if writes:
-        tensors = iter(adapters.fold(adapted).state_dict().items())
+        tensors = ((name, tensor.cpu()) for name, tensor in adapters.fold(adapted).state_dict().items())
         record = read_record(model_dir)
         record["tuning"] = {
             "options": options.recorded(),
@@ -202,24 +210,32 @@ def _tune(
 class Way:
     """How tuning goes about it, by the memory there is."""
 
+    device: torch.device  # where the integers are chosen
     streamed: bool  # the floats are read layer by layer
     recomputed: bool  # layers keep neither activations nor dequantised matrices from one pass to the next
 
 
 def way_of(shape: ModelShape, length: int, options: TuneOptions) -> Way:
     """The fastest that fits with rows of so many tokens; UserError where memory is too small for what is asked."""
+    device = CPU if shares_parameters() else training_device()
     training = options.training
     tokens = length * (training.micro_rows or training.rows_per_step)
     needs = partial(tune_needs, shape, options.bits, options.group_size, tokens)
-    streamed = not fits(needs(streamed=False))
+
+    def fit(needs: Needs) -> bool:
+        return fits(needs) and fits_device(needs, device)
+
+    streamed = not fit(needs(streamed=False))
     if streamed:
         if options.max_bytes is not None:
             check_memory(needs(streamed=False), "tuning", "--max-bytes needs all floats at once: leave it out")
+            check_device(needs(streamed=False), device, "tuning", "--max-bytes needs all floats there: leave it out")
         check_memory(needs(streamed=True), "tuning", "give a smaller --length")
+        check_device(needs(streamed=True), device, "tuning", "give a smaller --length, or --device cpu")
     recomputed = training.checkpointing
     if recomputed is None:
-        recomputed = not (trains_on_cpu() and fits(needs(streamed=streamed, recomputed=False)))
-    return Way(streamed, recomputed)
+        recomputed = shares_parameters() or not fit(needs(streamed=streamed, recomputed=False))
+    return Way(device, streamed, recomputed)
 
 
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
@@ -248,7 +264,7 @@ def targets_of(
         return None
     from accelerate import PartialState
 
-    fast = autocast_dtype(options.training.precision, torch.device("cpu")) is not None
+    fast = autocast_dtype(options.training.precision, training_device()) is not None
     with PartialState().main_process_first():
         return teacher_targets(
             teacher_dir, rows.ids, k=options.kept_tokens, temperature=options.temperature, autocast=fast,

@@ -329,7 +329,9 @@ class _Training:
     def _parts(self, fingerprint: dict[str, object]) -> dict[str, object]:
         """What the loss curve depends on."""
         given = asdict(self.options).items()
-        options = {f"options.{key}": value for key, value in given if key not in ("save_seconds", "checkpointing")}
+        options = {
+            f"options.{key}": value for key, value in given if key not in ("save_seconds", "checkpointing", "device")
+        }
         return {**fingerprint, **options} | {
             "precision": self.history.precision,
             "rows": data_hash(self.rows),

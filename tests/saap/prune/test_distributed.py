@@ -105,7 +105,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("tpu9", "device 'tpu9' is not known"), ("meta", "is not known: give cpu, cuda"), ("cuda:77", "sees")],
+    [("tpu9", "device 'tpu9' is not known"), ("meta", "is not known: give auto, cpu, cuda"), ("cuda:77", "sees")],
 )
 def test_a_device_that_is_not_there_is_refused(tiny_model, text, tmp_path, name, said):
     command = ["prune", tiny_model(), "--ratio", "0.3", "--calibration", text, "--device", name]
@@ -114,5 +114,5 @@ def test_a_device_that_is_not_there_is_refused(tiny_model, text, tmp_path, name,
 
 def test_a_gpu_that_is_full_is_told_in_one_line():
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
-    with pytest.raises(UserError, match=r"^CUDA out of memory: give --stream"), out_of_memory():
+    with pytest.raises(UserError, match=r"^CUDA out of memory: give less$"), out_of_memory("give less"):
         raise torch.OutOfMemoryError(said)

@@ -38,7 +38,7 @@ def test_what_a_researcher_sets_has_no_flag() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PruneOptions(ratio=0.2, device="tpu"), "device 'tpu' is not known: give cpu, cuda"),
+        (PruneOptions(ratio=0.2, device="tpu"), "device 'tpu' is not known: give auto, cpu, cuda"),
         (PruneOptions(ratio=0.2, stages=0), "0 is not allowed: give a whole number from 1"),
         (PruneOptions(ratio=0.2, method="flap", stages=2), "--stages is for the method saap"),
         (PruneOptions(ratio=0.2, method="vector", stream=True), "vector needs the gradients of all weights at once"),
