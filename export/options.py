@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from devices.common.errors import UserError
-from devices.common.options import Option, check_values, refuse_unused
+from devices.common.options import COMPUTE, Option, check_values, refuse_unused
+from devices.common.values import parse_names
+from export.bundle.engines import ENGINES, ONNXRUNTIME
+from saap.system.device_names import AUTO, check_device_is_there
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256
 Target = Literal["cpu", "cuda", "portable", "gguf"]
@@ -47,6 +50,15 @@ class ExportOptions:
     text: Annotated[
         str | None, Option("Text for parity and the cache's scales; default: SAAP_DATA, else saap's samples.")
     ] = None
+    engines: Annotated[
+        tuple[str, ...],
+        Option(
+            "What shall run it: onnxruntime,llama.cpp, or auto for those that are here and hold the model.",
+            metavar="NAMES",
+            parse=parse_names,
+        ),
+    ] = (ONNXRUNTIME,)
+    device: Annotated[str, Option(COMPUTE, metavar="NAME", hidden=True)] = "auto"
     accuracy_level: Annotated[
         Literal[0, 4],
         Option("What MatMulNBits computes in: 4 is int8, 0 is float32, slow and for checks.", shown=False),
@@ -59,6 +71,7 @@ class ExportOptions:
     def check(self) -> None:
         """Refuse values that are not allowed, and options that do not go together."""
         check_values(self)
+        check_device_is_there(self.device)
         if self.bits is not None and self.bits not in BITS[self.target]:
             allowed = ", ".join(map(str, BITS[self.target]))
             raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")
@@ -66,8 +79,9 @@ class ExportOptions:
             refuse_unused(self, ("kv_bits", "dotprod", "accuracy_level"), "--target cpu")
         if self.target != "portable":
             refuse_unused(self, ("graph_writer",), "--target portable")
+        self.check_engines()
         if self.target == "gguf":
-            none = ("onnxruntime", "group_size", "parity", "text")
+            none = ("onnxruntime", "group_size", "parity", "text", "device")
             chosen = () if self.integers == "llama.cpp" else ("integers",)
             refuse_unused(self, (*none, *chosen), "bundles, and a GGUF file is none")
         else:
@@ -84,6 +98,20 @@ class ExportOptions:
             self.check_floats()
         if self.parity == "none" and self.kv_bits == 32 and self.integers == "nearest":
             refuse_unused(self, ("text",), "parity, gptq, and the scales of --kv 8")
+
+    def check_engines(self) -> None:
+        """Refuse engines that are not known, or that cannot have what else is asked for."""
+        if self.engines == (AUTO,):
+            return
+        if unknown := [name for name in self.engines if name not in ENGINES]:
+            raise UserError(f"--engines {unknown[0]} is not known: give {', '.join(ENGINES)}, or auto alone")
+        if ONNXRUNTIME not in self.engines:
+            raise UserError("a bundle is made for onnxruntime, too: add it to --engines, or give --target gguf")
+        if len(self.engines) > 1:
+            if self.target != "cpu":
+                refuse_unused(self, ("engines",), "--target cpu")
+            if self.integers == "nearest":
+                raise UserError("--engines needs integers that all of them hold: leave --integers nearest out")
 
     def check_floats(self) -> None:
         """Refuse what is said of integers where there are none."""

@@ -14,9 +14,11 @@ from devices.common.files import calling
 from devices.common.options import refuse_unused
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
+from export.bundle.engines import FILES
 from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
+from export.engines import check_engines, engine_nll, engines_of, write_engine
 from export.gguf.llama_cpp import quantize, quantizer
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import GGUFReport, export_gguf
@@ -38,6 +40,7 @@ from saap.quantize.integers import write_integers
 from saap.system.errors import UserError
 from saap.system.files import beside, check_output, claimed, read_object, writing_directory, writing_file
 from saap.system.needs import check_disk, check_memory
+from saap.system.processes import computing_on
 from saap.text.documents import load_documents, pack
 from saap.text.encoding import check_ids, tokenizer_for
 
@@ -89,6 +92,7 @@ def export(
     if options.target == "gguf":
         return ExportResult(output, gguf=_write_gguf(path, output, options, progress))
     check_needs(path, output, options)
+    check_engines(path, options)
 
     def rows(count: int) -> tuple[torch.Tensor, str]:
         return sample_rows(path, options.text, count)[:2]
@@ -114,7 +118,8 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
     with claimed(output), beside(output, "integers") as place:
         sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
-        made = write_integers(path, place / "model", form, sample.ids, about, progress)
+        with computing_on(options.device):
+            made = write_integers(path, place / "model", form, sample.ids, about, progress)
         with calling(made, path):
             yield made
 
@@ -164,8 +169,14 @@ def write_bundle(
         manifest = write_client_files(partial_out, source.config, manifest)
         if parity is not None:
             write_manifest(partial_out, manifest)
-            report = check_parity(partial_out, source.directory, *parity, progress=progress)
+            with computing_on(options.device):
+                report = check_parity(partial_out, source.directory, *parity, progress=progress)
             manifest = replace(manifest, parity=report)
+        for engine in engines_of(source.directory, options)[1:]:
+            ids = parity[0] if parity is not None else None
+            told = write_engine(engine, source, partial_out, options, progress)
+            told |= {"nll": engine_nll(partial_out / FILES[engine], ids, manifest.parity, progress)}
+            manifest = replace(manifest, lineage={**manifest.lineage, "engines": {engine: told}})
         return write_manifest(partial_out, manifest)
 
 

@@ -28,18 +28,28 @@ from devices.common.progress import Progress
 WORKER = "bench.measure.burst_worker"
 BURST_S = 0.03  # a clock was seen to move by a tenth within 0.1 s; a turn costs 0.2 ms
 LEAST_STEPS = 2
-LOAD_S = 3.0  # of turns in one load
+LOAD_S = 3.0
 MOST_LOADS = 60
 
 
-def take_turns(peers: Sequence[Peer], setting: Setting, plan: BenchOptions, progress: Progress | None = None) -> Bursts:
-    """Load all peers again and again for ``plan.turns_s``, and let them take turns; a failure is in the answer."""
+def take_turns(
+    peers: Sequence[Peer],
+    setting: Setting,
+    plan: BenchOptions,
+    progress: Progress | None = None,
+    *,
+    load_s: float = LOAD_S,
+) -> Bursts:
+    """Load all peers again and again for ``plan.turns_s``, and let them take turns; a failure is in the answer.
+
+    ``load_s``: of turns in one load.
+    """
     found = Bursts(
         [peer.name for peer in peers], setting.prompt, setting.generate, setting.depth, setting.threads, loads=[]
     )
     if told := _too_large(peers, setting, plan):
         return replace(found, failure=told)
-    table = _Table(peers, setting, plan)
+    table = _Table(peers, setting, plan, load_s)
     begun, longest, failure = time.monotonic(), 0.0, None
     report = progress or (lambda label, done, total: None)
     report("taking turns (s), load 1", 0, plan.turns_s)
@@ -78,9 +88,10 @@ class _Table:
     peers: Sequence[Peer]
     setting: Setting
     plan: BenchOptions
+    load_s: float
 
     def load(self, order: list[int]) -> Load:
-        """Load all in this order, and let them take turns for ``LOAD_S``."""
+        """Load all in this order, and let them take turns."""
         taken = Load(order, [[] for _ in self.peers], [[] for _ in self.peers])
         vocab = min(peer.vocab_size for peer in self.peers)
         with contextlib.ExitStack() as stack:
@@ -92,7 +103,7 @@ class _Table:
                 slowest = max(slowest, _seconds(worker.ask(asdict(job))))
                 worker.rest()
                 workers[index] = worker
-            until, number = time.monotonic() + LOAD_S, 0
+            until, number = time.monotonic() + self.load_s, 0
             while not number or time.monotonic() < until:
                 self._pass(workers, number, self._steps(slowest), taken, until)
                 number += 1

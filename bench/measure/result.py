@@ -123,6 +123,7 @@ class Measurement:
     provider: Provider = "cpu"  # of ONNX Runtime, as asked for
     cold_load_s: float | None = None  # load with the files dropped from the page cache first
     stderr: list[str] = field(default_factory=list)  # last lines of a worker that failed
+    choice: str | None = None  # of the runtime's own, which a pilot found fastest; None: its default
 
     @property
     def key(self) -> tuple[str, int, int, int, int]:

@@ -170,6 +170,7 @@ def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) ->
         provider=plan.provider,
         cuda_graph=plan.cuda_graph,
         runtime=peer.runtime,
+        choice=peer.choice,
         prepacked=peer.prepacked,
         root=str(plan.root),
     )

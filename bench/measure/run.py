@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from bench.measure.answers import ask
 from bench.measure.bursts import take_turns
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions, Setting
+from bench.measure.pilots import at_their_best
 from bench.measure.result import INVALID, Bandwidth, Bursts, Json, Measurement, Result, command_line, package_versions
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
@@ -58,6 +59,7 @@ def measure(
         check_threads(threads)
     peers = read_peers(specs, options.positions, names, options.provider, options.cuda_graph)
     check_memory(peers, settings, options.root)
+    peers, pilots = at_their_best(peers, options, progress)
     device = probe()
     widths = sorted({setting.threads for setting in settings})
     before = _bandwidths(widths, device["last_level_cache_bytes"], progress)
@@ -86,6 +88,7 @@ def measure(
         settings={
             **{name: getattr(options, name) for name in RECORDED},
             "power": recorder.facts(),
+            **({"pilots": [asdict(pilot) for pilot in pilots]} if pilots else {}),
             **_asked(peers, options, widths[0]),
         },
         bursts=bursts,
@@ -159,6 +162,7 @@ def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:
         provider=options.provider,
         cold_load_s=outcome.cold_load_s,
         stderr=outcome.stderr,
+        choice=peer.choice,
     )
 
 

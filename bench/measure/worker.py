@@ -145,6 +145,7 @@ class Job:
     cuda_graph: bool = False
     runtime: str | None = None  # module of a peer; None: a bundle in ONNX Runtime
     prepacked: bool = False  # map packed weights from the user's cache
+    choice: str | None = None  # of the runtime's choices; None: its default
     only_load: bool = False  # time the load and end
     spawned_at: float | None = None  # time.monotonic of the parent
     available_before: int | None = None  # MemAvailable before this process
@@ -259,7 +260,8 @@ def runtime_of(job: Job) -> tuple[Load, Facts]:
     peer = import_module(job.runtime)
     for package in peer.PACKAGES:
         import_module(package)
-    return lambda job: peer.load(Path(job.path), job.threads, job.positions), peer.facts
+    made = {} if job.choice is None else {"choice": job.choice}
+    return lambda job: peer.load(Path(job.path), job.threads, job.positions, **made), peer.facts
 
 
 def _loaded(job: Job, load: Load) -> ColdLoad:

@@ -8,7 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from bench.judge.wording import as_dict, as_float, as_list, number
+from bench.measure.pilots import Pilot, told
 from bench.measure.result import Measurement, Result
 from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
@@ -99,6 +102,11 @@ def energy_notes(result: Result) -> list[str]:
     estimate = "an estimate, " if power.get("estimate") else ""
     at_rest = "idle power unknown" if idle is None else f"idle {idle:.2f} W included"
     return [f"{note} ({estimate}{at_rest})", *(f"passed over: {reason}" for reason in reasons)]
+
+
+def pilot_notes(result: Result) -> list[str]:
+    """With which of its own settings each peer was measured, and what the others took."""
+    return [told(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
 
 
 def formatted(result: Result, form: str) -> str:

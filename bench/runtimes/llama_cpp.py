@@ -1,128 +1,16 @@
-"""The runtime of ``llama.cpp:FILE.gguf``: the library's own decode call through ctypes, greedy, token by token.
-
-llama-cpp-python's ``Llama`` class copies logits and samples in Python; here a step is one ``llama_decode``, and the
-logits are a view of the library's buffer. Context options are the library's defaults, except for lengths and threads.
-"""
+"""The runtime of ``llama.cpp:FILE.gguf``: what it tells of a model and of itself."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
 
 from bench.runtimes.facts import SIZES, ModelFacts, PeerFacts
 from devices.common.gguf_header import read_header
-from export.bundle.decoder import Decoder, Ids, Logits
+from export.bundle.decoder import Decoder
+from export.bundle.llama_cpp import LlamaCppDecoder
 
-if TYPE_CHECKING:
-    from llama_cpp.llama_cpp import llama_batch, llama_context_params
-
-T = TypeVar("T")
 PACKAGES = ("llama_cpp.llama_cpp",)
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16
-
-
-class LlamaCppDecoder:
-    """A GGUF file in llama.cpp behind the ``Decoder`` protocol.
-
-    Args:
-        max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
-    """
-
-    def __init__(self, path: Path, threads: int, max_length: int) -> None:
-        from llama_cpp import llama_cpp
-
-        self._lib: ModuleType = llama_cpp
-        self.path, self.max_length = path, max_length
-        self._errors: list[str] = []
-        self._callback = _listen(llama_cpp, self._errors)  # the library calls it as long as we decode
-        llama_cpp.llama_backend_init()
-        on_cpu = llama_cpp.llama_model_default_params()
-        on_cpu.n_gpu_layers = 0
-        self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), on_cpu))
-        self.options = self._context_options(threads, max_length)
-        self.context = self._checked(llama_cpp.llama_init_from_model(self.model, self.options))
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
-        self._token = (llama_cpp.llama_token * 1)()
-        self._one = llama_cpp.llama_batch_get_one(self._token, 1)
-        self._address, self._logits = 0, np.empty(0, np.float32)
-
-    def reset(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self.context), False)
-
-    def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n]; the logits [vocab] after the last of them, the only ones computed."""
-        tokens = (self._lib.llama_token * len(ids))(*ids.tolist())
-        return self._decode(self._lib.llama_batch_get_one(tokens, len(ids)))
-
-    def step(self, token_id: int) -> Logits:
-        self._token[0] = token_id
-        return self._decode(self._one)
-
-    def logits(self, ids: Ids) -> Logits:
-        """After each of ``ids`` [n], the first of an empty cache: [n, vocab], a view until the next call."""
-        self.reset()
-        batch = self._lib.llama_batch_init(len(ids), 0, 1)
-        try:
-            batch.n_tokens = len(ids)
-            for index, token in enumerate(ids.tolist()):
-                batch.token[index], batch.pos[index] = token, index
-                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-            self._run(batch)
-        finally:
-            self._lib.llama_batch_free(batch)
-        found: Logits = np.ctypeslib.as_array(self._lib.llama_get_logits(self.context), (len(ids), self.vocab_size))
-        return found
-
-    def _run(self, batch: llama_batch) -> None:
-        failed = self._lib.llama_decode(self.context, batch)
-        if failed:
-            raise RuntimeError(f"llama_decode returned {failed}: {self._last_error()}")
-
-    def _decode(self, batch: llama_batch) -> Logits:
-        self._run(batch)
-        pointer = self._lib.llama_get_logits(self.context)
-        address = ctypes.addressof(pointer.contents)
-        if address != self._address:
-            self._logits = np.ctypeslib.as_array(pointer, (self.vocab_size,))
-            self._address = address
-        return self._logits
-
-    def _context_options(self, threads: int, max_length: int) -> llama_context_params:
-        options = self._lib.llama_context_default_params()
-        options.n_ctx = max_length
-        options.n_batch = max(options.n_batch, max_length)  # the prompt is one call; n_ubatch still splits it
-        options.n_threads = options.n_threads_batch = threads
-        return options
-
-    def _checked(self, handle: T) -> T:
-        if not handle:
-            sys.exit(f"llama.cpp cannot load {self.path}: {self._last_error()}")
-        return handle
-
-    def _last_error(self) -> str:
-        return self._errors[0] if self._errors else "it gave no reason"
-
-
-def _listen(lib: ModuleType, errors: list[str]) -> object:
-    """Add the errors that the library logs to ``errors``, in order, and drop what else it logs; the callback."""
-
-    def note(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR and text.strip():
-            errors.append(text.decode(errors="replace").strip())
-            print(errors[-1], file=sys.stderr)
-
-    callback = lib.llama_log_callback(note)
-    lib.llama_log_set(callback, ctypes.c_void_p(0))
-    return callback
-
-
 load = LlamaCppDecoder
 
 
@@ -131,7 +19,7 @@ def facts(decoder: Decoder) -> PeerFacts:
     import llama_cpp
 
     assert isinstance(decoder, LlamaCppDecoder)
-    lib, header, options = decoder._lib, read_header(decoder.path), decoder.options
+    lib, header, options = decoder.lib, read_header(decoder.path), decoder.options
     per_value = _KV_BYTES.get(options.type_k) if options.type_k == options.type_v else None
     model = ModelFacts(
         parameters=int(lib.llama_model_n_params(decoder.model)),
@@ -143,7 +31,7 @@ def facts(decoder: Decoder) -> PeerFacts:
     unknown = {name: "the header does not tell" for name in SIZES if getattr(model, name) is None}
     told = (
         f"n_ctx {lib.llama_n_ctx(decoder.context)}, n_batch {options.n_batch}, n_ubatch {options.n_ubatch}, "
-        f"flash_attn_type {options.flash_attn_type}, type_k {options.type_k}, type_v {options.type_v}"
+        f"type_k {options.type_k}, type_v {options.type_v}"
     )
     versions = {
         "llama-cpp-python": llama_cpp.__version__,

@@ -25,6 +25,10 @@ from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
 from devices.common.interpreters import python_with
 from export.bundle.decoder import check_context
+from export.bundle.engines import FASTEST, Placed
+from export.bundle.engines import LLAMA_CPP as LLAMA_CPP_ENGINE
+from export.bundle.llama_cpp import FLASH_ATTENTION
+from export.bundle.llama_cpp_logits import process_environment
 from export.bundle.manifest import (
     DECODE_GRAPH,
     MANIFEST,
@@ -40,7 +44,7 @@ from export.bundle.session import check_provider
 TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
 PREPACKED = "prepacked:"
-FORMS = "a bundle's path, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
+FORMS = "a bundle's path, BUNDLE@llama.cpp, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
 T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
@@ -72,6 +76,8 @@ class Peer:
     unknown: dict[str, str]
     python: str = sys.executable  # interpreter of the worker
     prepacked: bool = False  # packed weights are mapped from the user's cache
+    choices: tuple[str, ...] = ()  # of the runtime, that its users make for speed; the first is its default
+    choice: str | None = None  # which is made; None: its default
 
     def environment(self, threads: int) -> dict[str, str]:
         """Variables of the worker's process.
@@ -82,8 +88,7 @@ class Peer:
         if self.kind in ("torch", "optimum"):
             quiet = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_OFFLINE": "1"}
             return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **quiet}
-        # A failed assertion of ggml would otherwise start a debugger to print the stack.
-        return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
+        return process_environment(threads)
 
 
 def read_peers(
@@ -126,6 +131,15 @@ def _reader(spec: str) -> Callable[[str, int], Peer]:
 
 
 def _bundle(spec: str, length: int) -> Peer:
+    placed = Placed.of(spec)
+    if placed.engine == LLAMA_CPP_ENGINE:
+        manifest = verify_files(placed.bundle)
+        peer = _llama_cpp(f"{LLAMA_CPP}{placed.file()}", length)
+        name = f"{placed.bundle.resolve().name}@{placed.engine}"
+        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash, unknown={})
+    if placed.engine == FASTEST:
+        raise PeerError(f"{spec}: which engine is fastest is asked by `saap bench`, `eval` and `generate` here")
+    spec = str(placed.bundle)
     prefix = spec.split(":", 1)[0] if ":" in spec else ""
     if prefix and not Path(spec).exists() and os.sep not in prefix:
         raise PeerError(f"{spec}: there is no runtime {prefix!r}; give {FORMS}")
@@ -164,7 +178,8 @@ def _llama_cpp(spec: str, length: int) -> Peer:
         raise PeerError(f"{spec}: the header names no vocabulary or no context length; get a complete GGUF model")
     _check_context(spec, length, header.context_length)
     python = python_with(["llama_cpp"], spec, "llama-cpp-python")
-    return _peer(spec, "llama.cpp", path, header.vocab_size, python=python)
+    peer = _peer(spec, "llama.cpp", path, header.vocab_size, python=python)
+    return replace(peer, choices=tuple(FLASH_ATTENTION))
 
 
 def genai_peer(spec: str, length: int) -> Peer:

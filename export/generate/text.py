@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,11 +13,13 @@ import msgspec
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
 from devices.common.options import refuse_unused
-from export.bundle.decoder import OrtDecoder
+from export.bundle.decoder import OrtDecoder, check_threads
+from export.bundle.engines import EXTRAS, LLAMA_CPP, Placed
+from export.bundle.llama_cpp import LlamaCppDecoder
 from export.bundle.manifest import BundleManifest, SmallFiles, read_manifest, verify_files
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
-from export.generate.loop import AnswerSettings, Generation, begin_text
+from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
 from export.generate.options import GenerateOptions
 from export.generate.sampling import Sampling
 
@@ -102,7 +105,8 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
 
     Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
-    directory = Path(bundle)
+    placed = Placed.of(bundle)
+    directory, file = placed.bundle, placed.file()
     manifest = read_manifest(directory)
     tokenizer = BundleTokenizer(directory, manifest)
     templated = tokenizer.has_chat_template if options.chat is None else options.chat
@@ -120,7 +124,13 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
     threads = physical_cores() if options.threads is None else options.threads
     verify_files(directory, manifest, tokenizer.files.hashed)
-    decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest, prepacked=options.prepacked)
+    decoder: Decoder
+    if placed.engine == LLAMA_CPP:
+        if options.prepacked:
+            refuse_unused(options, ("prepacked",), f"ONNX Runtime, and {bundle} runs in llama.cpp")
+        decoder = llama_cpp_decoder(file, threads, context, str(bundle))
+    else:
+        decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest, prepacked=options.prepacked)
     settings = AnswerSettings(options.max_tokens, sampling)
     talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
 
@@ -130,6 +140,14 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
         return begin_text(decoder, tokenizer, text, settings, chat=False)
 
     return OpenBundle(manifest, sampling, threads, context, ask, talk)
+
+
+def llama_cpp_decoder(file: Path, threads: int, context: int, spec: str) -> Decoder:
+    """Raises UserError: llama-cpp-python is not in this Python, or llama.cpp cannot load the file."""
+    if find_spec("llama_cpp") is None:
+        raise UserError(f"{spec} needs llama-cpp-python in this Python: pip install {EXTRAS[LLAMA_CPP]}")
+    check_threads(threads)
+    return LlamaCppDecoder(file, threads, context)
 
 
 def chosen_sampling(files: SmallFiles, options: GenerateOptions) -> Sampling:

@@ -78,9 +78,9 @@ def check_turns(options: object, plan: BenchOptions) -> None:
 def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand) -> None:
     """Measure bundles and other runtimes, interleaved, each run in a fresh process.
 
-    A is a bundle, prepacked:BUNDLE (packed weights kept in the cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
-    optimum:DIR. Peers need their packages, here or in the Python that SAAP_PEER_PYTHON names. Lengths and threads may
-    be lists: -p 128,512 -d 0,1024 -t 1,2.
+    A is a bundle, BUNDLE@llama.cpp or @fastest (another engine of it), prepacked:BUNDLE (packed weights kept in the
+    cache), torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR. Peers need their packages, here or in the Python
+    that SAAP_PEER_PYTHON names. Lengths and threads may be lists: -p 128,512 -d 0,1024 -t 1,2.
 
     \b
     Example:
@@ -169,8 +169,10 @@ def _show_as_asked(result: Result, asked: BenchCommand) -> None:
 
 def measured(specs: list[str], options: BenchOptions, console: Console, names: list[str] | None = None) -> Result:
     from bench.measure import measure
+    from saap.cli.engines import on_fastest
     from saap.system.interrupt import ended_as_by_a_person
 
+    specs = [on_fastest(spec, console.report) for spec in specs]
     verify_models(specs)
     with ended_as_by_a_person():
         result = measure(specs, options, names=names, progress=console.report)
@@ -211,7 +213,7 @@ def print_document(result: Result, json_path: Path | None) -> None:
 
 def show_result(result: Result, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
-    from bench.report.tables import LEAST, detail_table, energy_notes, main_table
+    from bench.report.tables import LEAST, detail_table, energy_notes, main_table, pilot_notes
 
     counts = sorted({len(m.samples) for m in result.measurements})
     first = result.measurements[0]
@@ -219,7 +221,7 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
     what = "" if several else f"{first.test}, "
     for table, title in ((main_table(result), f"{what}{of_runs(counts)}"), (detail_table(result), "")):
         print_table(title, table.header, table.rows, LEAST)
-    for note in energy_notes(result):
+    for note in (*pilot_notes(result), *energy_notes(result)):
         tell(f"  {note}")
     show_reasons(result)
     names = list(dict.fromkeys(m.name for m in result.measurements))

@@ -19,6 +19,8 @@ from saap.evaluate.options import EvalOptions, check_options
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from bench.runtimes.peers import Peer
     from devices.common.gguf_header import GgufHeader
     from export.bundle.manifest import BundleManifest
@@ -52,8 +54,8 @@ class EvalCommand:
 def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalCommand) -> None:
     """Perplexity, KL, top-1 agreement and zero-shot tasks of model directories and bundles.
 
-    llama.cpp:FILE.gguf is a file in llama.cpp, as `saap bench` takes it. A perplexity is told with its protocol; `saap
-    compare` refuses two of different ones.
+    llama.cpp:FILE.gguf and BUNDLE@llama.cpp run in llama.cpp, as `saap bench` takes them. A perplexity is told with its
+    protocol; `saap compare` refuses two of different ones.
 
     \b
     Example:
@@ -63,15 +65,20 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     """
     from devices.common.outputs import QUALITY as OF_EVAL
     from devices.common.outputs import check_place
+    from export.bundle.engines import LLAMA_CPP, Placed
+    from saap.cli.engines import on_fastest
     from saap.models.resolve import kind_of
 
+    paths = tuple(Path(on_fastest(path)) for path in paths)
     for each in filter(None, (*paths, options.reference)):
         if not is_for_llama_cpp(each):
-            kind_of(each)  # before what takes seconds to import
+            kind_of(Placed.of(each).bundle)  # before what takes seconds to import
     on_text = options.text is not None or not options.options.tasks
     check_options(options.options, on_text=on_text)
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
-    if options.options.tasks and (peers := [str(path) for path in paths if is_for_llama_cpp(path)]):
+    if options.options.tasks and (
+        peers := [str(path) for path in paths if is_for_llama_cpp(path) or Placed.of(path).engine == LLAMA_CPP]
+    ):
         raise UserError(f"{peers[0]}: zero-shot tasks are not asked of llama.cpp: leave --tasks out, or give a bundle")
     console = Console.of_command()
     console.report(LOADING, 0, 0)
@@ -108,9 +115,15 @@ def is_for_llama_cpp(path: Path) -> bool:
 
 
 def subject_of(path: Path, name: str = "") -> Path | Subject:
-    """A bundle, a GGUF file in llama.cpp, or a model by its directory or name."""
+    """A bundle in one of its engines, a GGUF file in llama.cpp, or a model by its directory or name."""
+    from export.bundle.engines import LLAMA_CPP, Placed
+
     if is_for_llama_cpp(path):
         return GGUFInLlamaCpp.of(path, name)
+    placed = Placed.of(path)
+    if placed.engine == LLAMA_CPP:
+        return GGUFInLlamaCpp.of(f"llama.cpp:{placed.file()}", name or str(path), placed.bundle)
+    path, name = placed.bundle, name or (str(path) if placed.engine else "")
     if (path / "bundle.json").is_file():
         return Bundle(name or str(path), path)
     if not name:
@@ -145,13 +158,13 @@ class Bundle:
     def lineage(self) -> Mapping[str, object]:
         return self.manifest.lineage
 
-    def scorer(self) -> Score:
+    def scorer(self, device: torch.device) -> Score:
         import torch
 
         bundle = self._scorer(torch.get_num_threads())
-        return lambda ids: torch.from_numpy(bundle.logits(ids.numpy()))
+        return lambda ids: torch.from_numpy(bundle.logits(ids.cpu().numpy()))
 
-    def continuations(self) -> tuple[Scorer, int]:
+    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         """A thread per question instead of several for each."""
         import torch
 
@@ -206,15 +219,15 @@ class GGUFInLlamaCpp:
         told = parse_json(str(self.header.metadata.get("saap.lineage", "{}")))
         return told if isinstance(told, dict) else {}
 
-    def scorer(self) -> Score:
+    def scorer(self, device: torch.device) -> Score:
         import torch
 
-        from bench.runtimes.llama_cpp_logits import logits_of
+        from export.bundle.llama_cpp_logits import logits_of
 
-        threads = torch.get_num_threads()
-        return lambda ids: torch.from_numpy(logits_of(self.peer, ids.numpy(), threads))
+        threads, path, python = torch.get_num_threads(), self.peer.path, self.peer.python
+        return lambda ids: torch.from_numpy(logits_of(path, python, ids.cpu().numpy(), threads))
 
-    def continuations(self) -> tuple[Scorer, int]:
+    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         raise NotImplementedError("zero-shot tasks are not asked of llama.cpp")
 
 

@@ -40,6 +40,7 @@ Ask = Callable[[str], "Generation"]
 def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateOptions) -> None:
     """Stream text from a bundle; needs no torch.
 
+    BUNDLE@llama.cpp runs in llama.cpp, BUNDLE@fastest in what is fastest on this device.
     Without a prompt it is a conversation: at a terminal, or with --chat one turn per line of standard input. A prompt
     of - is read from standard input.
 
@@ -49,6 +50,7 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
       saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
     """
     from export.generate.text import open_bundle
+    from saap.cli.engines import on_fastest
 
     interactive = prompt is None and sys.stdin.isatty()
     if prompt is None and not interactive and not options.chat:
@@ -56,7 +58,7 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
     if interactive and as_json:
         raise UserError("--json is no conversation at a terminal: give a prompt, or --chat and turns on standard input")
     text = prompt if prompt != "-" else _decoded(sys.stdin.buffer.read())
-    opened = open_bundle(bundle, options, text)
+    opened = open_bundle(on_fastest(bundle, own=True), options, text)
     if not as_json:
         turns = _typed() if interactive else _lines() if text is None else iter([text])
         _hold(opened.ask, opened.conversation if text is None else None, turns)

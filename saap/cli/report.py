@@ -46,6 +46,7 @@ class RunFile(TypedDict, total=False):
     texts: list[dict[str, object]]
     versions: dict[str, str]
     device: DeviceFit
+    device_told: str  # the same in a sentence
 
 
 RUN = Document(RunFile, "run", "run `saap run` again")

@@ -81,7 +81,7 @@ class RunOptions:
         PruneCommand,
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
-                   "drop_layers", "calibration", "seed"),
+                   "drop_layers", "calibration", "seed", "device"),
             without=("bits", "group_size", "threads", "here", "explain", "onnxruntime"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),
@@ -90,7 +90,7 @@ class RunOptions:
         TuneCommand,
         Part(
             flags=("bits", "group_size", "teacher", "data", "tokens"),
-            without=("max_bytes", "length", "skip", "seed", "minutes"),
+            without=("max_bytes", "length", "skip", "seed", "minutes", "device"),
             headings={"The integers": _STEPS, "What is learnt from": _STEPS},
         ),
     ] = field(default_factory=TuneCommand)
@@ -136,15 +136,16 @@ class RunOptions:
     def tune(self, teacher: str, skip: int | None = None) -> TuneCommand:
         """What a tuning step is asked for, with the dense model as the teacher where no other is named."""
         options = replace(self.tuning.options, skip=skip)
-        training = replace(options.training, seed=self.pruning.options.seed)
+        training = replace(options.training, seed=self.pruning.options.seed, device=self.pruning.options.device)
         return replace(self.tuning, options=replace(options, training=training), teacher=self.tuning.teacher or teacher)
 
     def export(self, *, tuned: bool) -> ExportOptions:
         """How the slim model, whose integers are tuned, or the dense one is exported."""
         calibration, quant, demands = self.pruning.calibration, self.tuning.options, self.demands
         options = ExportOptions(
-            dotprod=demands is None or demands.dotprod, text=None if calibration == SELF else calibration
-        )
+            dotprod=demands is None or demands.dotprod, text=None if calibration == SELF else calibration,
+            device=self.pruning.options.device,
+        )  # fmt: skip
         if tuned:
             return options
         return replace(options, bits=quant.bits, group_size=quant.group_size, head_bits=quant.head_bits)
@@ -257,14 +258,14 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     options = fitted(source, options, console)
     pruning = for_this_machine(options.prune)
     budget = budget_of(source, pruning)
-    check_run(source, out, budget, pruning, options)
+    left_out = check_peer(source)
+    check_run(run_needs(source, budget, pruning, options, peer=left_out is None), out)
     check_texts(source, options, console)
     evaluation = _evaluation(source, options, console)
     console.say_text("evaluation", evaluation.protocol.text)
     out.mkdir(parents=True, exist_ok=True)
     state = _State(out, model, options, console)
     RUN.write(out / "run.json", state.run)
-    left_out = check_peer(source)
     state.steps = 7 + len(thread_counts(options)) + (left_out is None)
     if left_out:
         console.say(f"  llama.cpp is not compared with: {left_out}")
@@ -429,8 +430,13 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
         tuning_rows(source, data, wanted, tuning.kind, console.report)
 
 
-def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> dict[str, Needs]:
-    """Of each step that may be the largest, read layer by layer where it can be; the disk is that of all steps."""
+def run_needs(
+    source: Path, budget: Budget, pruning: PruneOptions, options: RunOptions, *, peer: bool
+) -> dict[str, Needs]:
+    """Of each step that may be the largest, read layer by layer where it can be; the disk is that of all steps.
+
+    ``peer``: the dense model is written for llama.cpp too.
+    """
     from export.needs import PACKED, export_needs
     from export.options import PARITY_ROWS, PARITY_TOKENS
     from saap.models.architectures import shape_of
@@ -449,6 +455,8 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
     disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
     disk |= {"the tuned model": round((1 - share) * bundle), "the tuned dense model": bundle,
              "two bundles": round((2 - share) * bundle)}  # fmt: skip
+    if peer:
+        disk |= {"the dense model for llama.cpp": bundle, "its floats": 2 * shape.parameters}
     element = pruning.adaptive.element if pruning.method == "saap" else "none"
     steps = {
         "pruning": prune_needs(shape, pruning.sequences, pruning.length, floats, streamed=True, element=element),
@@ -459,11 +467,10 @@ def run_needs(source: Path, budget: Budget, pruning: PruneOptions, options: RunO
     return {name: Needs(needs.memory, disk) for name, needs in steps.items()}
 
 
-def check_run(source: Path, out: Path, budget: Budget, pruning: PruneOptions, options: RunOptions) -> None:
+def check_run(steps: dict[str, Needs], out: Path) -> None:
     """Refuse what memory or disk is too small for; the UserError names the step, the sum, and what there is."""
     from saap.system.needs import check_disk, check_memory, gigabytes
 
-    steps = run_needs(source, budget, pruning, options)
     name = max(steps, key=lambda step: steps[step].memory_bytes)
     others = ", ".join(f"{step} {gigabytes(needs.memory_bytes)}" for step, needs in steps.items() if step != name)
     advice = f"the other steps need {others}: call the commands one by one, or use a machine with more memory"
@@ -483,11 +490,20 @@ def _prune(state: _State, source: Path, dense: object) -> str:
         prune_model(str(source), out, asked, state.console, name=state.model)
         return {"plan": _plan(out)}
 
-    inputs = asdict(asked)
+    inputs = _depends_on(asked)
     if costs := asked.options.costs:
         inputs["options"]["costs"] = hashlib.sha256(COSTS.content(costs).encode()).hexdigest()
     command = ["prune", state.model, "-o", out, *arguments_of(asked)]
     return state.step("prune", command, [dense, inputs], ["slim/saap.json"], work)
+
+
+def _depends_on(asked: object) -> dict[str, Any]:
+    """What the outcome of a step depends on: all that is asked for, but not where it is computed."""
+
+    def made(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        return {name: value for name, value in pairs if name != "device"}
+
+    return asdict(asked, dict_factory=made)  # type: ignore[call-overload, no-any-return]
 
 
 def _scored(options: RunOptions) -> int:
@@ -501,7 +517,7 @@ def _tune(state: _State, step: str, source: Path, name: str, asked: TuneCommand,
     given = source if source.parent == state.out else state.model
     command = ["tune", given, "-o", out, *arguments_of(asked)]
     return state.step(
-        step, command, [*made_from, asdict(asked)], [f"{name}/saap.json"],
+        step, command, [*made_from, _depends_on(asked)], [f"{name}/saap.json"],
         lambda: tune_model(source, out, asked, state.console),
     )  # fmt: skip
 
@@ -518,15 +534,15 @@ def _export(state: _State, source: Path, name: str, made_from: list[object]) -> 
         return {"parity": {**state.run.get("parity", {}), name: parity and asdict(parity)}}
 
     command = ["export", source, "-o", state.out / name, *arguments_of(options)]
-    return state.step(f"export {name}", command, [*made_from, asdict(options)], [f"{name}/bundle.json"], work)
+    return state.step(f"export {name}", command, [*made_from, _depends_on(options)], [f"{name}/bundle.json"], work)
 
 
 def _export_peer(state: _State, source: Path, dense: object) -> str | None:
     """What a user would otherwise take: the dense model as llama.cpp quantizes it. A failure is told, and no more."""
     import numpy as np
 
-    from bench.runtimes.llama_cpp_logits import logits_of
     from bench.runtimes.peers import LLAMA_CPP, read_peers
+    from export.bundle.llama_cpp_logits import logits_of
     from saap.cli.export import export_model
 
     options, out = state.options.peer_export, state.out / state.options.peer
@@ -535,10 +551,10 @@ def _export_peer(state: _State, source: Path, dense: object) -> str | None:
     def work() -> None:
         export_model(source, out, options, state.console)
         (peer,) = read_peers([f"{LLAMA_CPP}{out}"], 1)
-        logits_of(peer, np.zeros((1, 1), np.int64), 1)  # fails here, before anything rests on it
+        logits_of(peer.path, peer.python, np.zeros((1, 1), np.int64), 1)  # fails here, before anything rests on it
 
     try:
-        return state.step(f"export {out.name}", command, [dense, asdict(options)], [out.name], work)
+        return state.step(f"export {out.name}", command, [dense, _depends_on(options)], [out.name], work)
     except UserError as error:
         state.console.say(f"  llama.cpp is not compared with: {error}")
         return None
@@ -548,6 +564,7 @@ def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str
     """``peers``: name -> spec of what else is measured."""
     from saap.cli.eval import GGUFInLlamaCpp, subject_of
     from saap.evaluate.evaluation import evaluate
+    from saap.evaluate.options import EvalOptions
 
     options, bundles = state.options, [state.out / name for name in state.options.bundles]
     paths = {"dense fp32": source, "slim fp32, untuned": state.out / "slim", **{path.name: path for path in bundles}}
@@ -555,7 +572,8 @@ def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str
     def work() -> RunFile:
         subjects: list[Path | Subject] = [subject_of(path, name) for name, path in paths.items()]
         subjects += [GGUFInLlamaCpp.of(spec, name, source) for name, spec in peers.items()]
-        quality = evaluate(subjects, reference=subjects[0], text=windows, progress=state.console.report)
+        asked = EvalOptions(device=options.pruning.options.device)
+        quality = evaluate(subjects, asked, reference=subjects[0], text=windows, progress=state.console.report)
         return {"quality": asdict(quality)}
 
     command = ["eval", state.out / "slim", *bundles, *peers.values(), "--reference", state.model]
@@ -672,8 +690,10 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
     state.run["results"] = [path.name for path in results]
     slim = out / state.options.bundles[1]
     state.run.pop("device", None)
+    state.run.pop("device_told", None)
     if demands := state.options.demands:
         state.run["device"] = device_fit(demands, slim)
+        state.run["device_told"] = fit_in_words(state.run["device"], slim.name)
     RUN.write(out / "run.json", state.run)
     report(results, out / "report.html", run=state.run)
     benches = [read_result(path) for path in results]
@@ -685,7 +705,7 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
         for told in filter(None, (planned_speed(state.run["plan"], result), bought_by(result, state.run["quality"]))):
             tell(f"  {told}")
     if found := state.run.get("device"):
-        tell(fit_in_words(found, slim.name))
+        tell(state.run["device_told"])
         for what, command in board_commands(found, slim):
             click.echo(f"  {what + ':':<22} {command}")
     state.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

@@ -1,6 +1,7 @@
 """How fast does this checkout tune, against one before it?
 
     python -m studies.tuning_speed.study run BASE MODEL --teacher smollm2-135m --threads 2 --pairs 4    # into cells/
+    python -m studies.tuning_speed.study busy BASE MODEL --tokens 2048 --pairs 2    # beside 0, 1 and 2 busy processes
     python -m studies.tuning_speed.study table --write
 
 BASE is a checkout of the commit before, with an environment of its own in BASE/.venv (or --base-python), of the same
@@ -9,12 +10,15 @@ packages as this one; MODEL is a pruned directory. Nothing else should run.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -68,6 +72,38 @@ class Side:
         }
 
 
+@contextmanager
+def beside(count: int) -> Iterator[None]:
+    """So many other processes compute all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def busy_table(cells: Sequence[Cell]) -> str:
+    """A row for each side and number of busy processes: medians, and the share of the speed that is had alone."""
+    rows = []
+    for machine, threads in dict.fromkeys((cell["machine"], cell["threads"]) for cell in cells):
+        runs = [
+            run for cell in cells if (cell["machine"], cell["threads"]) == (machine, threads) for run in cell["runs"]
+        ]
+        for side in dict.fromkeys(run["side"] for run in runs):
+            speeds = {
+                busy: median(r["steps_tokens_per_s"] for r in runs if (r["side"], r["busy"]) == (side, busy))
+                for busy in sorted({run["busy"] for run in runs if run["side"] == side})
+            }
+            for busy, speed in speeds.items():
+                count = sum((run["side"], run["busy"]) == (side, busy) for run in runs)
+                share = f"{speed / speeds[0]:.2f}x" if busy else ""
+                rows.append([side, busy, count, f"{speed:.0f}", share, threads, machine.split(" (")[0]])
+    heads = ["commit", "busy processes", "runs", "tokens/s of steps", "of alone", "threads", "machine"]
+    return markdown(heads, rows)
+
+
 def table(cells: Sequence[Cell]) -> str:
     """A row for each machine, number of threads and commit, over the pairs of all its cells."""
     rows = []
@@ -96,13 +132,17 @@ def _key(cell: Cell) -> tuple[str, int, str, int]:
 
 def tables() -> dict[str, str]:
     """The tables of README.md."""
-    return {"speed": table(read_cells(FOLDER / "cells"))}
+    cells = read_cells(FOLDER / "cells")
+    return {
+        "speed": table([cell for cell in cells if "pairs" in cell]),
+        "busy": busy_table([cell for cell in cells if "runs" in cell]),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = parser_of(__doc__)
-    parser.add_argument("do", choices=["run", "table"])
+    parser.add_argument("do", choices=["run", "busy", "table"])
     parser.add_argument("base", nargs="?", type=Path, help="the checkout from before")
     parser.add_argument("model", nargs="?", type=Path, help="a pruned directory")
     parser.add_argument("--teacher", default="smollm2-135m")
@@ -116,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.do == "table":
         return show_tables(FOLDER, tables(), given.write)
     if given.model is None:
-        parser.error("run needs BASE and MODEL")
+        parser.error(f"{given.do} needs BASE and MODEL")
     python = given.base_python or given.base / ".venv" / "bin" / "python"
     sides = [
         Side(given.base.resolve(), python.absolute(), given.threads),
@@ -124,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     words = [str(given.model.resolve()), "--teacher", given.teacher, "--tokens", str(given.tokens),
              "--integers", "nearest", *(["--data", given.data] if given.data else [])]  # fmt: skip
+    if given.do == "busy":
+        return keep(given, {"runs": busy_runs(sides, words, given.pairs)})
     pairs = []
     with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
         for number in range(given.pairs):
@@ -132,8 +174,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pair[index] = sides[index].tuned(words, Path(place))
             pairs.append(pair)
             print([round(run["steps_tokens_per_s"], 1) for run in pair], flush=True)
+    keep(given, {"pairs": pairs})
+
+
+def busy_runs(sides: Sequence[Side], words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Each side alone and beside one busy process in turns; this one beside two as well."""
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
+        for number in range(rounds):
+            for busy in (0, 1, 2):
+                for side in sides if number % 2 else sides[::-1]:
+                    if busy == 2 and side.checkout != ROOT:
+                        continue
+                    with beside(busy):
+                        told = side.tuned(words, Path(place))
+                    runs.append({**told, "busy": busy, "side": (commit_of(side.checkout) or "")[:7]})
+                    print(runs[-1]["side"], busy, round(told["steps_tokens_per_s"], 1), flush=True)
+    return runs
+
+
+def keep(given: argparse.Namespace, measured: dict[str, Any]) -> None:
+    """Write a cell."""
     asked = {"threads": given.threads, "tokens": given.tokens, "base": commit_of(given.base)}
-    cell = {**provenance(), **asked, "pairs": pairs}
+    cell = {**provenance(), **asked, **measured}
     (FOLDER / "cells").mkdir(exist_ok=True)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     (FOLDER / "cells" / name).write_text(json.dumps(cell) + "\n", encoding="utf-8")

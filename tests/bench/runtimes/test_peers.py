@@ -25,12 +25,12 @@ from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
 from bench.runtimes.facts import graph_facts
-from bench.runtimes.llama_cpp_logits import logits_of
 from bench.runtimes.peers import PeerError, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from devices.common.interpreters import PEER_PYTHON, python_with
 from export.bundle.decoder import OrtDecoder
 from export.bundle.genai import genai_config
+from export.bundle.llama_cpp_logits import logits_of
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
@@ -201,7 +201,7 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
     code = f"""
 import json, itertools, numpy as np
 from pathlib import Path
-from bench.runtimes.llama_cpp import LlamaCppDecoder
+from export.bundle.llama_cpp import LlamaCppDecoder
 from bench.measure.worker import timed_pass
 clock = map(float, itertools.count()).__next__
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
@@ -223,11 +223,11 @@ def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_py
     path = tiny_gguf(tmp_path / "tiny.gguf")
     (peer,) = read_peers([f"llama.cpp:{path}"], 1)
     rows = np.array([[1, 5, 9, 7], [3, 3, 8, 2]])
-    found = logits_of(peer, rows, 1)
+    found = logits_of(peer.path, peer.python, rows, 1)
     code = f"""
 import json, numpy as np
 from pathlib import Path
-from bench.runtimes.llama_cpp import LlamaCppDecoder
+from export.bundle.llama_cpp import LlamaCppDecoder
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 8)
 told = []
 for row in {rows.tolist()!r}:
@@ -240,8 +240,8 @@ print(json.dumps(told))
     assert np.abs(found - np.array(json.loads(done.stdout))).max() < 0.02 * found.std()
     odd = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
     (broken,) = read_peers([f"llama.cpp:{odd}"], 1)
-    with pytest.raises(UserError, match=r"gives no logits: .*cannot load"):
-        logits_of(broken, rows, 1)
+    with pytest.raises(UserError, match=r"gives no logits in llama.cpp: .*cannot load"):
+        logits_of(broken.path, broken.python, rows, 1)
 
 
 def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
@@ -399,7 +399,7 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
         ("torch:/nowhere", 8, "no config.json"),
         *((f"torch:{tmp_path / name}", 8, "damaged") for name in ("", "cut", "list", "null")),
-        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, prepacked:BUNDLE, torch:DIR"),
+        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, BUNDLE@llama.cpp, prepacked:BUNDLE, torch:DIR"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             read_peers([spec], length)

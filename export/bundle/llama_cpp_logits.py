@@ -1,4 +1,4 @@
-"""Logits of a GGUF file in llama.cpp, in a process of its own: ``python -m bench.runtimes.llama_cpp_logits``.
+"""Logits of a GGUF file in llama.cpp, in a process of its own: ``python -m export.bundle.llama_cpp_logits``.
 
 What the bench times and what is judged here are one: the same library, options and numbers of the cache.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,7 @@ from numpy.typing import NDArray
 from devices.common.child import ChildFailedError, call, job_and_tell
 from devices.common.errors import UserError
 from export.bundle.decoder import Logits
-
-if TYPE_CHECKING:
-    from bench.runtimes.peers import Peer
+from export.bundle.llama_cpp import LlamaCppDecoder
 
 TIMEOUT_S = 3600.0  # of one batch of rows
 
@@ -33,26 +30,31 @@ class Job:
     out: str
 
 
-def logits_of(peer: Peer, rows: NDArray[np.int64], threads: int) -> Logits:
-    """Logits [rows, tokens, vocab] of rows [rows, tokens], loaded for this call.
+def process_environment(threads: int) -> dict[str, str]:
+    """Variables of a process that runs llama.cpp: a failed assertion would start a debugger to print the stack."""
+    return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
+
+
+def logits_of(path: Path, python: str, rows: NDArray[np.int64], threads: int) -> Logits:
+    """Logits [rows, tokens, vocab] of rows [rows, tokens], of a file that is loaded for this call.
+
+    ``python``: that has llama-cpp-python.
 
     Raises UserError: llama.cpp cannot run the file.
     """
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "logits.npy"
-        job = asdict(Job(str(peer.path), rows.tolist(), threads, str(out)))
+        job = asdict(Job(str(path), rows.tolist(), threads, str(out)))
         try:
-            call(__name__, job, TIMEOUT_S, peer.environment(threads), peer.python)
+            call(__name__, job, TIMEOUT_S, process_environment(threads), python)
         except ChildFailedError as error:
-            raise UserError(f"{peer.spec} gives no logits: {error}") from None
+            raise UserError(f"{path} gives no logits in llama.cpp: {error}") from None
         found: Logits = np.load(out)
         return found
 
 
 def main() -> None:
     job, tell = job_and_tell(Job)
-    from bench.runtimes.llama_cpp import LlamaCppDecoder
-
     decoder = LlamaCppDecoder(Path(job.path), job.threads, max(map(len, job.rows)))
     np.save(job.out, np.stack([decoder.logits(np.asarray(row)).copy() for row in job.rows]))
     tell({"rows": len(job.rows)})

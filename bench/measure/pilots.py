@@ -1,0 +1,113 @@
+"""A runtime at its best: what its users would choose is tried in short runs, before anything is measured.
+
+A peer that is measured with the slower of its settings flatters whoever stands beside it. So a runtime with a setting
+that matters (flash attention of llama.cpp: a third of decode on one CPU, a quarter of the prompt on it, the other way)
+takes turns with itself, and goes on with the setting that is faster in decode. Where another one is faster in prefill,
+it is measured too, in a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.measure.options import BenchOptions, Setting
+from devices.common.progress import Progress
+from devices.common.wording import counted
+
+if TYPE_CHECKING:
+    from bench.measure.result import Bursts
+    from bench.runtimes.peers import Peer
+
+PILOT_S = 8.0  # of turns for each number of threads
+LOAD_S = 1.0
+LEAST_GAIN = 0.02  # of its time: less is noise, and the runtime's own default stays
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What the settings of one peer took, with one number of threads: seconds of a token and of the prompt."""
+
+    name: str
+    n_threads: int
+    decode_s: dict[str, float]  # by setting; empty where nothing is decoded, or nothing was learnt
+    prefill_s: dict[str, float]
+    failure: str | None = None  # why the default stays
+
+    @property
+    def best(self) -> list[str]:
+        """The fastest in decode, and the fastest in prefill where that is another one."""
+        return list(dict.fromkeys(fastest(times) for times in (self.decode_s, self.prefill_s) if times))
+
+
+def fastest(times: dict[str, float]) -> str:
+    """Of settings, of which the first is the default."""
+    default, best = next(iter(times)), min(times, key=lambda setting: times[setting])
+    return best if times[best] < (1 - LEAST_GAIN) * times[default] else default
+
+
+def at_their_best(
+    peers: Sequence[Peer], options: BenchOptions, progress: Progress | None = None
+) -> tuple[list[Peer], list[Pilot]]:
+    """The peers with the settings that are fastest here, one or two for each, and what the pilots told."""
+    found, pilots = [], []
+    for peer in peers:
+        if len(peer.choices) < 2:
+            found.append(peer)
+            continue
+        mine = [pilot_of(peer, setting, options, progress) for setting in longest(options.settings())]
+        pilots += mine
+        best = list(dict.fromkeys(setting for pilot in mine for setting in pilot.best)) or [peer.choices[0]]
+        found.append(replace(peer, choice=best[0]))
+        found += [replace(peer, choice=each, name=f"{peer.name}, {each}") for each in best[1:]]
+    return found, pilots
+
+
+def longest(settings: Sequence[Setting]) -> list[Setting]:
+    """One setting of each number of threads: the longest, in which a choice makes the most difference."""
+    by_threads: dict[int, Setting] = {}
+    for setting in settings:
+        known = by_threads.get(setting.threads)
+        if known is None or setting.positions > known.positions:
+            by_threads[setting.threads] = setting
+    return list(by_threads.values())
+
+
+def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Progress | None) -> Pilot:
+    """What each of a peer's settings takes, in turns."""
+    from bench.measure.bursts import take_turns
+
+    players = [replace(peer, choice=each, name=each) for each in peer.choices]
+    report = None if progress is None else _named(progress, peer.name)
+    turns = take_turns(players, setting, replace(options, ratio_time_s=PILOT_S), report, load_s=LOAD_S)
+    decode, prefill = _medians(turns, "token_s"), _medians(turns, "prefill_s")
+    return Pilot(peer.name, setting.threads, decode, prefill, turns.failure)
+
+
+def _medians(turns: Bursts, what: str) -> dict[str, float]:
+    """Seconds by player; of a load its median, of several loads theirs."""
+    loads = [getattr(load, what) for load in turns.loads]
+    found = {
+        name: [float(np.median(load[place])) for load in loads if load[place]] for place, name in enumerate(turns.names)
+    }
+    return {name: float(np.median(values)) for name, values in found.items()} if all(found.values()) else {}
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda label, done, total: progress(f"trying settings of {name} (s)", done, total)
+
+
+def told(pilot: Pilot) -> str:
+    """One line for a person."""
+    if not pilot.best:
+        return f"{pilot.name}: its settings were not tried: {pilot.failure or 'nothing was timed'}"
+    parts = []
+    for what, times in (("decode", pilot.decode_s), ("prefill", pilot.prefill_s)):
+        if times:
+            best = fastest(times)
+            others = [f"{value / times[best]:.2f}x the time {name}" for name, value in times.items() if name != best]
+            parts.append(f"{what} {best} ({', '.join(others)})")
+    return f"{pilot.name}, {counted(pilot.n_threads, 'thread')}, fastest: {'; '.join(parts)}"

@@ -1,0 +1,58 @@
+"""The engines that run a bundle: ONNX Runtime its graph, others a file of the same weights that lies beside it.
+
+``BUNDLE@llama.cpp`` names a bundle and the engine that shall run it, ``BUNDLE@fastest`` the one that is fastest here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.bundle.manifest import BundleError, BundleManifest, read_manifest
+
+ONNXRUNTIME, LLAMA_CPP, FASTEST = "onnxruntime", "llama.cpp", "fastest"
+FILES = {LLAMA_CPP: "model.gguf"}  # of the engines that do not read the graph
+PACKAGES = {LLAMA_CPP: ("llama_cpp",)}
+EXTRAS = {LLAMA_CPP: "'saap[llama-cpp]'"}
+ENGINES = (ONNXRUNTIME, *FILES)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A bundle and what runs it; ``engine`` is None where the spec names none."""
+
+    bundle: Path
+    engine: str | None
+
+    @classmethod
+    def of(cls, spec: str | Path) -> Placed:
+        """What a spec names; a path that is there may have an @ of its own.
+
+        Raises BundleError: an engine that is not known.
+        """
+        text = str(spec)
+        before, at, engine = text.rpartition("@")
+        if not at or Path(text).exists() or "/" in engine or not Path(before).exists():
+            return cls(Path(text), None)
+        if engine not in (*ENGINES, FASTEST):
+            raise BundleError(f"{text}: there is no engine {engine!r}: {', '.join((*ENGINES, FASTEST))} are known")
+        return cls(Path(before), engine)
+
+    def file(self) -> Path:
+        """What the engine reads: the bundle's directory, or the file of another engine.
+
+        Raises BundleError: the bundle was not made for it.
+        """
+        if self.engine not in FILES:
+            return self.bundle
+        manifest = read_manifest(self.bundle)
+        if FILES[self.engine] not in manifest.files:
+            raise BundleError(
+                f"{self.bundle} has no file for {self.engine}: export it with --engines onnxruntime,{self.engine}"
+            )
+        return self.bundle / FILES[self.engine]
+
+
+def engines_in(manifest: BundleManifest) -> list[str]:
+    """The engines that a bundle was made for."""
+    return [ONNXRUNTIME, *(engine for engine, name in FILES.items() if name in manifest.files)]
