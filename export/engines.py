@@ -15,7 +15,7 @@ from export.bundle.manifest import Parity
 from export.gguf.layout import GGUFSource
 from export.gguf.llama_cpp import quantizer
 from export.gguf.write import BITS as GGUF_TYPES
-from export.gguf.write import export_gguf
+from export.gguf.write import write_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
 from saap.system.device_names import AUTO
@@ -55,7 +55,7 @@ def write_engine(
     """
     kind = None if source.quant else GGUF_TYPES[options.bits or 4]
     try:
-        report = export_gguf(source.directory, out / FILES[engine], kind=kind, progress=progress)
+        report = write_gguf(source.directory, out / FILES[engine], kind=kind, progress=progress)
     except UserError as error:
         raise UserError(f"--engines {engine}: {error}") from None
     return {"exact": report.worst_error_rounded in (None, 0.0), "type": report.kind, "notes": report.notes}

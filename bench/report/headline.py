@@ -86,11 +86,17 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
 
 
 def beside(pair: tuple[Entry, Entry] | None, entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """The candidate against what another runtime made of the same settings: what a user would otherwise take."""
+    """The candidate, in each of its engines, against what a user would otherwise take: another runtime's own."""
     if pair is None or pair[1].measurement.kind != "onnx":
         return []
-    others = [entry for entry in entries if entry.measurement.kind != "onnx" and entry.measurement.samples]
-    return [(other, pair[1]) for other in others if _settings(other) == _settings(pair[1])]
+    mine = pair[1].measurement.bundle_hash
+    others = [
+        entry
+        for entry in entries
+        if entry.measurement.kind != "onnx" and entry.measurement.samples and _settings(entry) == _settings(pair[1])
+    ]
+    by_us = [pair[1], *(entry for entry in others if mine and entry.measurement.bundle_hash == mine)]
+    return [(other, each) for other in others if other not in by_us for each in by_us]
 
 
 def _settings(entry: Entry) -> tuple[object, ...]:

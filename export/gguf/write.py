@@ -70,12 +70,23 @@ def export_gguf(
 
     Raises UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
     """
-    out = Path(out)
-    check_place(out, GGUF, model_dir)
+    check_place(Path(out), GGUF, model_dir)
+    return write_gguf(Path(model_dir), Path(out), kind=kind, head_kind=head_kind, progress=progress)
+
+
+def write_gguf(
+    model_dir: Path,
+    out: Path,
+    *,
+    kind: str | None = None,
+    head_kind: str | None = None,
+    progress: Progress | None = None,
+) -> GGUFReport:
+    """As :func:`export_gguf`, to a place that is ours."""
     for asked in (kind, head_kind):
         if asked is not None and asked not in KINDS:
             raise UserError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
-    source = GGUFSource(Path(model_dir), kind, head_kind)
+    source = GGUFSource(model_dir, kind, head_kind)
     rotary = rotary_fields(source.directory)
     tensors = list(source.tensors(rotary.factors))
     source.check_all_written()

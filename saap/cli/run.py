@@ -41,6 +41,7 @@ from saap.cli.report import RUN, RunFile, Step, read_run
 from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory, force
 from saap.prune.options import MUST
+from saap.system.device_names import AUTO
 from saap.system.errors import UserError
 from saap.text.documents import SELF
 
@@ -284,7 +285,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     ]
     peers = {}
     if not left_out and (written := _export_peer(state, source, dense)):
-        peers = {options.peer_name: f"{LLAMA_CPP}{out / options.peer}"}
+        peers = {options.peer_name: f"{LLAMA_CPP}{out / options.peer}"} | in_other_engines(out / options.bundles[1])
         exported.append(written)
     _evaluate(state, source, evaluation, [pruned, *exported], peers)
     results = [_bench(state, exported, threads, peers) for threads in thread_counts(options)]
@@ -527,6 +528,8 @@ def _export(state: _State, source: Path, name: str, made_from: list[object]) -> 
     from saap.cli.export import export_model
 
     options = state.options.export(tuned=True)
+    if name == state.options.bundles[1]:
+        options = replace(options, engines=(AUTO,))  # the file that is fastest on some CPUs costs little
 
     def work() -> RunFile:
         export_model(source, state.out / name, options, state.console)
@@ -535,6 +538,15 @@ def _export(state: _State, source: Path, name: str, made_from: list[object]) -> 
 
     command = ["export", source, "-o", state.out / name, *arguments_of(options)]
     return state.step(f"export {name}", command, [*made_from, _depends_on(options)], [f"{name}/bundle.json"], work)
+
+
+def in_other_engines(bundle: Path) -> dict[str, str]:
+    """What else of a bundle is measured: name -> spec."""
+    from export.bundle.engines import ONNXRUNTIME, engines_in
+    from export.bundle.manifest import read_manifest
+
+    others = [engine for engine in engines_in(read_manifest(bundle)) if engine != ONNXRUNTIME]
+    return {f"{bundle.name}@{engine}": f"{bundle}@{engine}" for engine in others}
 
 
 def _export_peer(state: _State, source: Path, dense: object) -> str | None:
@@ -562,7 +574,7 @@ def _export_peer(state: _State, source: Path, dense: object) -> str | None:
 
 def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str], peers: dict[str, str]) -> None:
     """``peers``: name -> spec of what else is measured."""
-    from saap.cli.eval import GGUFInLlamaCpp, subject_of
+    from saap.cli.eval import GGUFInLlamaCpp, is_for_llama_cpp, subject_of
     from saap.evaluate.evaluation import evaluate
     from saap.evaluate.options import EvalOptions
 
@@ -571,7 +583,9 @@ def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str
 
     def work() -> RunFile:
         subjects: list[Path | Subject] = [subject_of(path, name) for name, path in paths.items()]
-        subjects += [GGUFInLlamaCpp.of(spec, name, source) for name, spec in peers.items()]
+        for name, spec in peers.items():
+            ours = not is_for_llama_cpp(Path(spec))
+            subjects.append(subject_of(Path(spec), name) if ours else GGUFInLlamaCpp.of(spec, name, source))
         asked = EvalOptions(device=options.pruning.options.device)
         quality = evaluate(subjects, asked, reference=subjects[0], text=windows, progress=state.console.report)
         return {"quality": asdict(quality)}

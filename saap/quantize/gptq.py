@@ -75,11 +75,12 @@ def gptq_with_latent(
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
     importance = hessian.diagonal().float()
-    top = 2**bits - 1
+    top, diagonal = 2**bits - 1, inverse.diagonal().tolist()
     codes = torch.empty_like(rest, dtype=torch.uint8)
     scales, zeros = [], []
     lazy = max(group_size, LAZY // group_size * group_size)
-    gaps = rest.new_empty(lazy, rest.shape[1])
+    gaps, chosen = (rest.new_empty(rows, rest.shape[1]) for rows in (lazy, group_size))
+    rounded = torch.empty_like(rest[0])
     for start in range(0, len(rest), group_size):
         end, batch = start + group_size, start // lazy * lazy
         batch_end = batch + lazy
@@ -87,12 +88,13 @@ def gptq_with_latent(
         scale, zero = (
             part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
         )
-        for k in range(group_size):
-            code = torch.round(group[k] / scale).add_(zero).clamp_(0, top)
-            codes[start + k] = code.to(torch.uint8)
-            gap = (group[k] - scale * (code - zero)) / inverse[start + k, start + k]
+        places = zip(group.unbind(), chosen.unbind(), gaps[start - batch :].unbind(), strict=False)
+        for k, (column, code, gap) in enumerate(places):  # into memory that is there: a column is short, a call is not
+            torch.div(column, scale, out=code).round_().add_(zero).clamp_(0, top).sub_(zero)
+            torch.mul(scale, code, out=rounded)
+            torch.sub(column, rounded, out=gap).div_(diagonal[start + k])
             group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gap, alpha=-1)
-            gaps[start - batch + k] = gap
+        codes[start:end] = chosen.add_(zero)
         if end < batch_end:
             rest[end:batch_end].addmm_(
                 inverse[start:end, end:batch_end].t(), gaps[start - batch : end - batch], alpha=-1

@@ -37,6 +37,7 @@ FOR = {
     "export": "all of it: run, export",
     "tasks": "zero-shot tasks",
     "optimum": "optimum as a peer",
+    "llama-cpp": "llama.cpp as an engine of a bundle, and as a peer",
     "gpu": "memory and clocks of NVIDIA GPUs",
     "labgrid": "boards of a farm",
     "dev": "tests and lint",

@@ -1,7 +1,7 @@
 """How fast does this checkout tune, against one before it?
 
-    python -m studies.tuning_speed.study run BASE MODEL --teacher smollm2-135m --threads 2 --pairs 4    # into cells/
-    python -m studies.tuning_speed.study busy BASE MODEL --tokens 2048 --pairs 2    # beside 0, 1 and 2 busy processes
+    python -m studies.tuning_speed.study run MODEL --base BASE --threads 2 --pairs 4    # into cells/
+    python -m studies.tuning_speed.study busy MODEL --tokens 2048 --pairs 2    # beside 0, 1, 2 others
     python -m studies.tuning_speed.study table --write
 
 BASE is a checkout of the commit before, with an environment of its own in BASE/.venv (or --base-python), of the same
@@ -85,22 +85,18 @@ def beside(count: int) -> Iterator[None]:
 
 
 def busy_table(cells: Sequence[Cell]) -> str:
-    """A row for each side and number of busy processes: medians, and the share of the speed that is had alone."""
+    """A row for each machine and number of busy processes: medians, and the share of the speed that is had alone."""
     rows = []
     for machine, threads in dict.fromkeys((cell["machine"], cell["threads"]) for cell in cells):
-        runs = [
-            run for cell in cells if (cell["machine"], cell["threads"]) == (machine, threads) for run in cell["runs"]
-        ]
-        for side in dict.fromkeys(run["side"] for run in runs):
-            speeds = {
-                busy: median(r["steps_tokens_per_s"] for r in runs if (r["side"], r["busy"]) == (side, busy))
-                for busy in sorted({run["busy"] for run in runs if run["side"] == side})
-            }
-            for busy, speed in speeds.items():
-                count = sum((run["side"], run["busy"]) == (side, busy) for run in runs)
-                share = f"{speed / speeds[0]:.2f}x" if busy else ""
-                rows.append([side, busy, count, f"{speed:.0f}", share, threads, machine.split(" (")[0]])
-    heads = ["commit", "busy processes", "runs", "tokens/s of steps", "of alone", "threads", "machine"]
+        speeds: dict[int, list[float]] = {}
+        for cell in cells:
+            if (cell["machine"], cell["threads"]) == (machine, threads):
+                for run in cell["runs"]:
+                    speeds.setdefault(run["busy"], []).append(run["steps_tokens_per_s"])
+        for busy, found in sorted(speeds.items()):
+            share = f"{median(found) / median(speeds[0]):.2f}x" if busy else ""
+            rows.append([busy, len(found), f"{median(found):.0f}", share, threads, machine.split(" (")[0]])
+    heads = ["busy processes", "runs", "tokens/s of steps", "of alone", "threads", "machine"]
     return markdown(heads, rows)
 
 
@@ -143,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = parser_of(__doc__)
     parser.add_argument("do", choices=["run", "busy", "table"])
-    parser.add_argument("base", nargs="?", type=Path, help="the checkout from before")
     parser.add_argument("model", nargs="?", type=Path, help="a pruned directory")
+    parser.add_argument("--base", type=Path, help="the checkout from before")
     parser.add_argument("--teacher", default="smollm2-135m")
     parser.add_argument("--data", help="a text for both; default: each side's own")
     parser.add_argument("--base-python", type=Path, help="default: BASE/.venv/bin/python")
@@ -155,17 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.do == "table":
         return show_tables(FOLDER, tables(), given.write)
-    if given.model is None:
-        parser.error(f"{given.do} needs BASE and MODEL")
-    python = given.base_python or given.base / ".venv" / "bin" / "python"
-    sides = [
-        Side(given.base.resolve(), python.absolute(), given.threads),
-        Side(ROOT, Path(sys.executable), given.threads),
-    ]
+    if given.model is None or (given.do == "run" and given.base is None):
+        parser.error("give MODEL, and --base BASE for run")
+    mine = Side(ROOT, Path(sys.executable), given.threads)
     words = [str(given.model.resolve()), "--teacher", given.teacher, "--tokens", str(given.tokens),
              "--integers", "nearest", *(["--data", given.data] if given.data else [])]  # fmt: skip
     if given.do == "busy":
-        return keep(given, {"runs": busy_runs(sides, words, given.pairs)})
+        return keep(given, {"runs": busy_runs(mine, words, given.pairs)})
+    python = given.base_python or given.base / ".venv" / "bin" / "python"
+    sides = [Side(given.base.resolve(), python.absolute(), given.threads), mine]
     pairs = []
     with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
         for number in range(given.pairs):
@@ -177,25 +171,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep(given, {"pairs": pairs})
 
 
-def busy_runs(sides: Sequence[Side], words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Each side alone and beside one busy process in turns; this one beside two as well."""
+def busy_runs(side: Side, words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Alone, beside one busy process and beside two, in turns."""
     runs = []
     with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
         for number in range(rounds):
-            for busy in (0, 1, 2):
-                for side in sides if number % 2 else sides[::-1]:
-                    if busy == 2 and side.checkout != ROOT:
-                        continue
-                    with beside(busy):
-                        told = side.tuned(words, Path(place))
-                    runs.append({**told, "busy": busy, "side": (commit_of(side.checkout) or "")[:7]})
-                    print(runs[-1]["side"], busy, round(told["steps_tokens_per_s"], 1), flush=True)
+            for busy in (2, 1, 0) if number % 2 else (0, 1, 2):
+                with beside(busy):
+                    told = side.tuned(words, Path(place))
+                runs.append({**told, "busy": busy})
+                print(busy, round(told["steps_tokens_per_s"], 1), flush=True)
     return runs
 
 
 def keep(given: argparse.Namespace, measured: dict[str, Any]) -> None:
     """Write a cell."""
-    asked = {"threads": given.threads, "tokens": given.tokens, "base": commit_of(given.base)}
+    asked = {"threads": given.threads, "tokens": given.tokens, "base": given.base and commit_of(given.base)}
     cell = {**provenance(), **asked, **measured}
     (FOLDER / "cells").mkdir(exist_ok=True)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.json"

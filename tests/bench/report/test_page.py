@@ -100,7 +100,9 @@ def test_the_page_begins_with_what_was_bought_and_what_it_cost(page):
 
 
 def test_what_a_user_would_otherwise_take_comes_second(page):
-    peer = measurement("dense-Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:dense-Q4_0.gguf", kind="llama.cpp")
+    peer = measurement(
+        "dense-Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:dense-Q4_0.gguf", kind="llama.cpp", bundle_hash=None
+    )
     document = dense_and_slim()
     document = replace(document, measurements=[*document.measurements, peer])
     rows = [*RUN["quality"]["rows"], {"name": "dense-Q4_0 (llama.cpp)", "perplexity": 21.0}]

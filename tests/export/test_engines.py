@@ -1,0 +1,185 @@
+"""A bundle for several engines: the same integers in a file beside the graph, chosen with BUNDLE@ENGINE."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.command_line import here, refused
+from support.cuts import cut
+from support.export_cases import IDS, UNEVEN
+
+from bench.runtimes.peers import read_peers
+from devices.common.interpreters import PEER_PYTHON, python_with
+from export.bundle.engines import Placed, engines_in
+from export.bundle.llama_cpp_logits import logits_of
+from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.generate.scoring import BundleScorer
+from export.options import ExportOptions
+from export.write import export
+from saap.cli import engines as module
+from saap.cli.engines import on_fastest
+from saap.prune.plan import PrunePlan
+from saap.system.errors import UserError
+from saap.tune import TuneOptions, tune
+
+BOTH = ("onnxruntime", "llama.cpp")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "learn.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return path
+
+
+@pytest.fixture
+def bundle(tiny_model, tmp_path, text):
+    """Of a pruned and tuned model, for both engines."""
+    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
+    tune(slim, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
+    export(tmp_path / "tuned", ExportOptions(engines=BOTH, text=str(text)), output=tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def llama_cpp():
+    try:
+        return python_with(["llama_cpp"], "this test", "llama-cpp-python")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_a_bundle_holds_the_same_integers_for_llama_cpp(bundle):
+    manifest = verify_files(bundle)
+    assert engines_in(manifest) == list(BOTH) and "model.gguf" in manifest.files
+    assert manifest.lineage["engines"]["llama.cpp"]["exact"] is True
+    assert engines_in(read_manifest(bundle)) == list(BOTH)
+
+
+def test_llama_cpp_and_onnxruntime_say_the_same(bundle, llama_cpp):
+    told = read_manifest(bundle)
+    assert told.lineage["engines"]["llama.cpp"]["nll"] == pytest.approx(told.parity.nll_graph, abs=0.02)
+    rows = IDS.numpy()
+    theirs, ours = logits_of(bundle / "model.gguf", llama_cpp, rows, 1), BundleScorer(bundle).logits(rows)
+    assert np.abs(theirs - ours).max() < 0.2 * ours.std()
+
+
+def test_eval_and_bench_run_the_engine_that_is_named(bundle, llama_cpp, tmp_path):
+    (tmp_path / "judge.txt").write_text("a river rose and a bridge was closed\n" * 60)
+    words = ["--text", tmp_path / "judge.txt", "--chunk", 32, "--max-chunks", 4, "--json", tmp_path / "q.json"]
+    here("eval", bundle, f"{bundle}@llama.cpp", *words)
+    one, other = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert other["name"] == f"{bundle}@llama.cpp" and other["nll"] == pytest.approx(one["nll"], rel=0.01)
+    settings = ["-p", 16, "-n", 4, "-t", 1, "-r", 1, "--ratio-time", 0, "--json", tmp_path / "r.json"]
+    here("bench", bundle, f"{bundle}@llama.cpp", *settings)
+    result = json.loads((tmp_path / "r.json").read_text())
+    measured = result["measurements"]
+    assert [m["kind"] for m in measured][:2] == ["onnx", "llama.cpp"] and measured[1]["name"] == "bundle@llama.cpp"
+    assert measured[1]["bundle_hash"] == measured[0]["bundle_hash"] and measured[1]["choice"].startswith("flash")
+    alone = [*settings[:8], "--json", tmp_path / "alone.json"]
+    assert "fastest: decode flash attention" in here("bench", f"{bundle}@llama.cpp", *alone).stdout
+
+
+def test_a_damaged_file_of_an_engine_is_refused(bundle):
+    with (bundle / "model.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f" if file.read(1) != b"\x7f" else b"\0")
+    for spec in (f"{bundle}@llama.cpp", str(bundle)):
+        with pytest.raises(BundleError, match=r"model.gguf does not match the hash"):
+            read_peers([spec], 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("@tensorrt", "there is no engine 'tensorrt': onnxruntime, llama.cpp, fastest are known"),
+        ("@llama.cpp", "has no file for llama.cpp: export it with --engines onnxruntime,llama.cpp"),
+    ],
+)
+def test_an_engine_that_is_not_in_a_bundle_is_one_line(tiny_bundle, spec, said):
+    assert said in refused("generate", f"{tiny_bundle}{spec}", "hello")
+    assert said in refused("bench", f"{tiny_bundle}{spec}")
+    assert said in refused("eval", f"{tiny_bundle}{spec}")
+
+
+@pytest.fixture
+def tiny_bundle(tiny_model, tmp_path, text):
+    export(tiny_model(), ExportOptions(text=str(text), parity="none"), output=tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def test_generate_needs_the_engine_in_its_own_python(bundle, monkeypatch):
+    monkeypatch.setattr("export.generate.text.find_spec", lambda name: None)
+    told = refused("generate", f"{bundle}@llama.cpp", "hello")
+    assert "needs llama-cpp-python in this Python: pip install 'saap[llama-cpp]'" in told
+
+
+def test_a_path_may_have_an_at_of_its_own(tmp_path):
+    (tmp_path / "me@home").mkdir()
+    assert Placed.of(tmp_path / "me@home") == Placed(tmp_path / "me@home", None)
+    assert Placed.of(f"{tmp_path}/me@home@fastest") == Placed(tmp_path / "me@home", "fastest")
+    assert Placed.of("user@host:there").engine is None
+
+
+def test_what_llama_cpp_cannot_hold_is_refused_before_integers_are_chosen(tiny_family, tmp_path):
+    model = tiny_family("qwen3")
+    told = refused("export", model, "-o", tmp_path / "out", "--engines", "onnxruntime,llama.cpp")
+    assert told.startswith("saap: --engines llama.cpp: ") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--engines openvino", "--engines openvino is not known: give onnxruntime, llama.cpp, or auto alone"),
+        ("--engines llama.cpp", "a bundle is made for onnxruntime, too: add it to --engines"),
+        ("--engines onnxruntime,llama.cpp --integers nearest", "leave --integers nearest out"),
+        ("--engines onnxruntime,llama.cpp --target portable", "--engines is for --target cpu"),
+    ],
+)
+def test_engines_that_do_not_go_with_the_rest_are_refused(tiny_model, tmp_path, words, said):
+    assert said in refused("export", tiny_model(), "-o", tmp_path / "out", *words.split())
+
+
+def test_auto_takes_the_engines_that_are_here_and_hold_the_model(tiny_model, tiny_family, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("export.engines.quantizer", lambda: "python")
+    monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
+    options = ExportOptions(engines=("auto",), text=str(text), parity="none")
+    for model, expected in ((tiny_model(), list(BOTH)), (tiny_family("qwen3"), ["onnxruntime"])):
+        made = export(model, options, output=tmp_path / f"out-{len(expected)}")
+        assert engines_in(made.manifest) == expected
+
+
+def test_a_file_that_computes_something_else_is_not_exported(tiny_model, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("export.engines.quantizer", lambda: "python")
+    monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
+    told = refused("export", tiny_model(), "-o", tmp_path / "out", "--engines", ",".join(BOTH), "--text", text)
+    assert "llama.cpp computes something else than the graph (NLL 5.7683 instead of" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fastest_engine_is_measured_once(bundle, monkeypatch, capsys):
+    asked = []
+
+    def measured(path, engines, progress):
+        asked.append(engines)
+        return {"onnxruntime": 0.02, "llama.cpp": 0.01}
+
+    monkeypatch.setattr(module, "measured", measured)
+    monkeypatch.setattr(module, "is_here", lambda engine, own: True)
+    assert [on_fastest(f"{bundle}@fastest") for _ in range(2)] == [f"{bundle}@llama.cpp"] * 2
+    assert asked == [list(BOTH)]
+    assert "decodes fastest in llama.cpp here (tokens per second: llama.cpp 100.0, onnxruntime 50.0)" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    monkeypatch.setattr(module, "is_here", lambda engine, own: False)
+    assert on_fastest(f"{bundle}@fastest") == f"{bundle}@onnxruntime" and on_fastest(str(bundle)) == str(bundle)
+
+
+def test_the_fastest_engine_by_turns(bundle, llama_cpp, monkeypatch):
+    monkeypatch.setattr(module, "TURNS_S", 1.0)
+    monkeypatch.setattr("bench.measure.pilots.PILOT_S", 1.0)
+    monkeypatch.setenv(PEER_PYTHON, llama_cpp)
+    assert on_fastest(f"{bundle}@fastest") in {f"{bundle}@{engine}" for engine in BOTH}
