@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PILOT_S = 8.0  # of turns for each number of threads
 LOAD_S = 1.0
+READ = 1 << 22
 LEAST_GAIN = 0.02  # of its time: less is noise, and the runtime's own default stays
 
 
@@ -80,6 +81,10 @@ def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Prog
     """What each of a peer's settings takes, in turns."""
     from bench.measure.bursts import take_turns
 
+    if peer.path.is_file():  # a first load from storage is no pilot
+        with peer.path.open("rb") as file:
+            while file.read(READ):
+                pass
     players = [replace(peer, choice=each, name=each) for each in peer.choices]
     report = None if progress is None else _named(progress, peer.name)
     turns = take_turns(players, setting, replace(options, ratio_time_s=PILOT_S), report, load_s=LOAD_S)
@@ -97,7 +102,7 @@ def _medians(turns: Bursts, what: str) -> dict[str, float]:
 
 
 def _named(progress: Progress, name: str) -> Progress:
-    return lambda label, done, total: progress(f"trying settings of {name} (s)", done, total)
+    return lambda label, done, total: progress(f"trying settings (s), {name}", done, total)
 
 
 def told(pilot: Pilot) -> str:

@@ -1,0 +1,98 @@
+"""Which engine runs a bundle fastest, on which kind of CPU, against llama.cpp at its best?
+
+    saap bench dense-int4 SLIM SLIM@llama.cpp llama.cpp:dense-Q4_0.gguf -t 1,2 -r 6 --ratio-time 60 --json result.json
+    python -m studies.runtimes.study keep result.json    # into cells/ and results/
+    python -m studies.runtimes.study table --write
+
+A cell says where a result of `saap bench` was made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+from bench.measure.result import Measurement, Result, read_result, write_result
+from bench.report.tables import pilot_notes
+from studies.common import Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
+
+FOLDER = Path(__file__).parent
+
+
+def rows_of(cell: Cell) -> Iterator[list[str]]:
+    """A row for each model and number of threads; ratios are against the fastest row of llama.cpp's own file."""
+    result, place = result_of(cell), cell["machine"].split(" (")[0]
+    for threads in sorted({m.n_threads for m in result.measurements}):
+        these = [m for m in result.measurements if m.n_threads == threads]
+        for m in these:
+            speeds = [against(result, m, rival(these, what), what) for what in ("decode", "prefill")]
+            peak = m.peak("peak_decode_bytes")
+            yield [
+                place, str(threads), m.name, f"{m.decode.median:.0f}" if m.decode else "-", speeds[0],
+                f"{middle(m.prefill_ts):.0f}", speeds[1], "-" if peak is None else f"{peak / 1e6:.0f}",
+            ]  # fmt: skip
+
+
+def result_of(cell: Cell) -> Result:
+    return read_result(FOLDER / "results" / cell["result"])
+
+
+def without_folders(result: Result) -> Result:
+    """With the last parts of paths, which do not tell where somebody keeps his files."""
+    measurements = [replace(m, spec=PurePath(m.spec).name) for m in result.measurements]
+    return replace(result, measurements=measurements, command=[PurePath(word).name for word in result.command])
+
+
+def middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def rival(these: Sequence[Measurement], what: str) -> Measurement | None:
+    """The row of llama.cpp's own file that is fastest in this."""
+    own = [m for m in these if m.kind == "llama.cpp" and m.bundle_hash is None and m.samples]
+    return max(own, key=lambda m: middle(m.decode_ts if what == "decode" else m.prefill_ts), default=None)
+
+
+def against(result: Result, mine: Measurement, other: Measurement | None, what: str) -> str:
+    """How many times as fast, by turns; empty for the rival itself."""
+    if other is None or mine is other:
+        return ""
+    ratio = result.ratio(mine, other, what)
+    return "-" if ratio is None else f"{ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def tables() -> dict[str, str]:
+    """The tables of README.md."""
+    cells = [cell for cell in read_cells(FOLDER / "cells") if "result" in cell]
+    heads = ["CPU", "threads", "model", "decode tok/s", "of llama.cpp", "prefill tok/s", "of llama.cpp", "peak MB"]
+    notes = [[cell["machine"].split(" (")[0], note] for cell in cells for note in pilot_notes(result_of(cell))]
+    return {
+        "speed": markdown(heads, [row for cell in cells for row in rows_of(cell)]),
+        "pilots": markdown(["CPU", "which setting of llama.cpp is fastest"], notes),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("do", choices=["keep", "table"])
+    parser.add_argument("result", nargs="?", type=Path, help="of saap bench")
+    add_write_option(parser)
+    given = parser.parse_args(arguments)
+    if given.do == "keep":
+        if given.result is None:
+            parser.error("give RESULT")
+        name = time.strftime("%Y%m%d-%H%M%S")
+        result = without_folders(read_result(given.result))
+        place = FOLDER / "results" / f"{name}.json"
+        write_result(place, result)
+        cell = {**provenance(), "result": place.name, "bench": result.command}
+        (FOLDER / "cells" / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
+    show_tables(FOLDER, tables(), given.write)
+
+
+if __name__ == "__main__":
+    main()
