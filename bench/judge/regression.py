@@ -45,7 +45,14 @@ from bench.measure.statistics import ratio_of_sessions, typical
 from devices.common.errors import UserError
 from devices.probe.host import probe
 
-KEPT = ("repetitions", "seed", "warmup", "cool_down_s", "cuda_graph")  # settings of a session, besides its lengths
+KEPT = (
+    "repetitions",
+    "seed",
+    "warmup",
+    "cool_down_s",
+    "cuda_graph",
+    "choice",
+)  # settings of a session, besides its lengths
 SESSIONS = 5  # of a baseline
 MOST_FRESH = 3  # sessions of a test
 MOST_KEPT = 30  # sessions; of those that tests added the oldest go

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -40,6 +42,8 @@ class _Job:
     threads: int
     cpus: list[int]
     provider: str
+    runtime: str | None = None  # module of another engine; None: ONNX Runtime
+    choice: str | None = None  # of that engine's own settings
 
 
 def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
@@ -49,9 +53,10 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
         is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
-    if peer.runtime is not None:
+    if peer.kind not in ("onnx", "llama.cpp"):
         return {"error": f"{peer.kind} is not asked: give a bundle"}
-    job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, choose_cores(threads), plan.provider)
+    cpus = choose_cores(threads)
+    job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, cpus, plan.provider, peer.runtime, peer.choice)
     try:
         return call("bench.measure.answers", asdict(job), plan.timeout_s, peer.environment(threads), peer.python)
     except ChildFailedError as error:
@@ -102,11 +107,16 @@ def _loss(logits: Logits, token: int) -> float:
 
 
 def main() -> None:
-    from bench.runtimes.decoders import make_decoder
-
     job, tell = job_and_tell(_Job)
     pin(job.cpus)
-    decoder = make_decoder(job.path, job.threads, len(job.ids) + job.greedy, job.provider)
+    length = len(job.ids) + job.greedy
+    if job.runtime is None:
+        from bench.runtimes.decoders import make_decoder
+
+        decoder = make_decoder(job.path, job.threads, length, job.provider)
+    else:
+        made = {} if job.choice is None else {"choice": job.choice}
+        decoder = import_module(job.runtime).load(Path(job.path), job.threads, length, **made)
     tell(answers(decoder, job.ids, job.greedy))
 
 

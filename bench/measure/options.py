@@ -108,6 +108,10 @@ class BenchOptions:
         Meta(ge=0),
     ] = 0.0
     cold: Annotated[bool, Option("Also time a load from storage.")] = True
+    choice: Annotated[
+        str | None,
+        Option("A setting of a peer's runtime, such as `flash attention off`, instead of trials.", shown=False),
+    ] = None
     root: Path = field(default_factory=lambda: Path("/"))  # of /proc and /sys, for a recorded host
     text: tuple[int, ...] = ()  # token ids that every bundle is asked about in the end; empty: none
     greedy: int = 16  # tokens that it should say after them

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.measure.options import BenchOptions, Setting
+from devices.common.errors import UserError
 from devices.common.progress import Progress
 from devices.common.wording import counted
 
@@ -53,11 +54,22 @@ def fastest(times: dict[str, float]) -> str:
 def at_their_best(
     peers: Sequence[Peer], options: BenchOptions, progress: Progress | None = None
 ) -> tuple[list[Peer], list[Pilot]]:
-    """The peers with the settings that are fastest here, one or two for each, and what the pilots told."""
+    """The peers with the settings that are fastest here, one or two for each, and what the pilots told.
+
+    ``options.choice`` is taken as it is where a runtime has it.
+
+    Raises UserError: no runtime has it.
+    """
     found, pilots = [], []
+    if options.choice is not None and not any(options.choice in peer.choices for peer in peers):
+        known = ", ".join(dict.fromkeys(each for peer in peers for each in peer.choices)) or "none here"
+        raise UserError(f"choice {options.choice!r} is no setting of what is measured: {known}")
     for peer in peers:
         if len(peer.choices) < 2:
             found.append(peer)
+            continue
+        if options.choice is not None:
+            found.append(replace(peer, choice=options.choice if options.choice in peer.choices else None))
             continue
         mine = [pilot_of(peer, setting, options, progress) for setting in longest(options.settings())]
         pilots += mine

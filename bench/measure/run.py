@@ -88,6 +88,7 @@ def measure(
         settings={
             **{name: getattr(options, name) for name in RECORDED},
             "power": recorder.facts(),
+            **({"choice": options.choice} if options.choice is not None else {}),
             **({"pilots": [asdict(pilot) for pilot in pilots]} if pilots else {}),
             **_asked(peers, options, widths[0]),
         },

@@ -83,6 +83,18 @@ def test_eval_and_bench_run_the_engine_that_is_named(bundle, llama_cpp, tmp_path
     assert "fastest: decode flash attention" in here("bench", f"{bundle}@llama.cpp", *alone).stdout
 
 
+def test_a_baseline_of_an_engine_keeps_its_setting(bundle, llama_cpp, tmp_path):
+    spec, folder = f"{bundle}@llama.cpp", tmp_path / "baselines"
+    few = ["-p", 16, "-n", 8, "-t", 1, "-r", 6, "--sessions", 1]
+    here("devices", "baseline", spec, "--baselines", folder, *few)
+    (path,) = folder.glob("*.json")
+    session = json.loads(path.read_text())["results"][0]
+    (answer,) = session["settings"]["answers"].values()
+    assert session["measurements"][0]["choice"] == session["settings"]["choice"] and len(answer["tokens"]) == 16
+    tested = here("devices", "test", spec, "--baselines", folder, "--min-effect", 0.9, code=None)
+    assert "bundle-llama.cpp" in tested.stdout
+
+
 def test_a_damaged_file_of_an_engine_is_refused(bundle):
     with (bundle / "model.gguf").open("r+b") as file:
         file.seek(-1, 2)

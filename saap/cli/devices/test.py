@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from bench.remote.options import BoardOptions
 from devices.common.options import THREADS, Option
 from devices.common.values import parse_duration
 from devices.common.wording import counted
+from export.bundle.engines import Placed
 from saap.cli.bench import check_ending, keep, show_reasons
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
@@ -24,6 +25,7 @@ from saap.system.errors import UserError
 if TYPE_CHECKING:
     from bench.judge.baselines import Baseline
     from bench.judge.regression import Measure
+    from bench.measure.options import BenchOptions
     from bench.remote.target import Target
 
 GREEDY = 16
@@ -129,6 +131,8 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     )  # fmt: skip
     name = name_of(bundle, device_options.name)
     writable_folder(folder, name)
+    if not options.add:
+        plan = replace(plan, choice=fastest_setting(bundle, plan, console))
     there = _baseline_there(folder, name, device_options.on) if options.add else None
     how = Recording(options.sessions, options.spread, there, say=console.say)
     with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
@@ -227,7 +231,8 @@ def measuring(device: Target, bundle: str, name: str, console: Console) -> Measu
 
 
 def name_of(bundle: str, name: str | None) -> str:
-    return name or _path(bundle).resolve().name
+    placed = Placed.of(bundle.removeprefix("prepacked:"))
+    return name or placed.bundle.resolve().name + (f"-{placed.engine}" if placed.engine else "")
 
 
 def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
@@ -251,5 +256,16 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     return tuple(BundleTokenizer(bundle).encode(words)[:most])
 
 
+def fastest_setting(bundle: str, plan: BenchOptions, console: Console) -> str | None:
+    """The setting that a baseline keeps of a bundle's engine: the one that is fastest in decode; None: it has none."""
+    from bench.measure.pilots import at_their_best
+    from bench.runtimes.peers import read_peers
+
+    if Placed.of(bundle).engine is None:
+        return None
+    peers, _ = at_their_best(read_peers([bundle], plan.positions), plan, console.report)
+    return peers[0].choice
+
+
 def _path(bundle: str) -> Path:
-    return Path(bundle.removeprefix("prepacked:"))
+    return Placed.of(bundle.removeprefix("prepacked:")).bundle

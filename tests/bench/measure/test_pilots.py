@@ -15,6 +15,7 @@ from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, told
 from bench.measure.result import Bursts, Load, ModelFacts, read_result, write_result
 from bench.report.tables import pilot_notes
 from bench.runtimes.peers import Peer
+from devices.common.errors import UserError
 from export.bundle.llama_cpp import FLASH_ATTENTION
 
 ON, OFF = FLASH_ATTENTION
@@ -81,6 +82,14 @@ def test_a_pilot_that_fails_leaves_the_default(peers, turns):
     found, (pilot,) = at_their_best(peers, BenchOptions(threads=1))
     assert [peer.choice for peer in found] == [ON]
     assert told(pilot) == "tiny (llama.cpp): its settings were not tried: too large"
+
+
+def test_a_choice_that_is_made_is_not_tried(peers, turns):
+    _, asked = turns
+    found, pilots = at_their_best(peers, BenchOptions(threads=1, choice=OFF))
+    assert [peer.choice for peer in found] == [OFF] and pilots == asked == []
+    with pytest.raises(UserError, match=r"^choice 'faster' is no setting of what is measured: flash attention on, "):
+        at_their_best(peers, BenchOptions(threads=1, choice="faster"))
 
 
 def test_only_runtimes_with_a_choice_are_piloted(peers, turns):
