@@ -29,7 +29,7 @@ from bench.report.headline import Entry, beside, bought, cards_of, entries_of, p
 from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
 from bench.report.plots import Figure, decode_rates, memory_phases, token_times
 from bench.report.quality import Row, sections_of, tradeoffs
-from bench.report.tables import detail_table, pilot_notes
+from bench.report.tables import detail_table, peer_notes
 from devices.common.files import parse_json, write_text
 from devices.common.quality import QUALITY
 
@@ -92,7 +92,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "cards": cards_of(pair, measured),
         "bought": bought(pair, measured),
         "beside": list(filter(None, (bought(each, measured) for each in beside(pair, entries)))),
-        "notes": [note for result in results for note in pilot_notes(result)],
+        "notes": [note for result in results for note in peer_notes(result)],
         "made_for": plain(run.get("device_told") or ""),
         "plots": _plots(entries),
         "tradeoffs": tradeoffs(entries, sections),

@@ -20,6 +20,12 @@ FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
+# What llama.cpp's system line calls the features that decide which of its kernels run.
+IN_LLAMA_CPP = {
+    "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "avx_vnni": "AVX_VNNI", "avx512_vnni": "AVX512_VNNI",
+    "amx_int8": "AMX_INT8", "dotprod": "DOTPROD", "i8mm": "MATMUL_INT8", "sve": "SVE",
+}  # fmt: skip
+
 # Which columns go first where a screen is narrow.
 LEAST = (
     "available drop MB", "PSS MB", "files MB", "private MB", "warm-up steps", "cold load ms", "p90 ms", "read GB/s",
@@ -104,9 +110,22 @@ def energy_notes(result: Result) -> list[str]:
     return [f"{note} ({estimate}{at_rest})", *(f"passed over: {reason}" for reason in reasons)]
 
 
-def pilot_notes(result: Result) -> list[str]:
-    """With which of its own settings each peer was measured, and what the others took."""
-    return [told(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
+def peer_notes(result: Result) -> list[str]:
+    """With which of its own settings each peer was measured, and what it was built without."""
+    pilots = [told(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
+    return [*pilots, *filter(None, [built_without(result)])]
+
+
+def built_without(result: Result) -> str | None:
+    """What llama.cpp's own system line lacks of what this CPU has; None: nothing, or there is no such line."""
+    line, has = result.versions.get("llama.cpp system"), as_list(result.device.get("isa"))
+    missing = [name for feature, name in IN_LLAMA_CPP.items() if line and feature in has and f"{name} = 1" not in line]
+    if not missing:
+        return None
+    return (
+        f"llama.cpp was built without {', '.join(missing)}, which this CPU has, and is slower for it: build it here "
+        f"(pip install --no-binary llama-cpp-python llama-cpp-python); it says: {line}"
+    )
 
 
 def formatted(result: Result, form: str) -> str:

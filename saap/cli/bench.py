@@ -213,7 +213,7 @@ def print_document(result: Result, json_path: Path | None) -> None:
 
 def show_result(result: Result, noise_floor: bool = False) -> None:
     """The tables of a bench result, the reasons behind a status, and each spec against the first."""
-    from bench.report.tables import LEAST, detail_table, energy_notes, main_table, pilot_notes
+    from bench.report.tables import LEAST, detail_table, energy_notes, main_table, peer_notes
 
     counts = sorted({len(m.samples) for m in result.measurements})
     first = result.measurements[0]
@@ -221,7 +221,7 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
     what = "" if several else f"{first.test}, "
     for table, title in ((main_table(result), f"{what}{of_runs(counts)}"), (detail_table(result), "")):
         print_table(title, table.header, table.rows, LEAST)
-    for note in (*pilot_notes(result), *energy_notes(result)):
+    for note in (*peer_notes(result), *energy_notes(result)):
         tell(f"  {note}")
     show_reasons(result)
     names = list(dict.fromkeys(m.name for m in result.measurements))

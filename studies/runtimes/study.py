@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from bench.measure.result import Measurement, Result, read_result, write_result
-from bench.report.tables import pilot_notes
+from bench.report.tables import peer_notes
 from studies.common import Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
 
 FOLDER = Path(__file__).parent
@@ -68,7 +68,7 @@ def tables() -> dict[str, str]:
     """The tables of README.md."""
     cells = [cell for cell in read_cells(FOLDER / "cells") if "result" in cell]
     heads = ["CPU", "threads", "model", "decode tok/s", "of llama.cpp", "prefill tok/s", "of llama.cpp", "peak MB"]
-    notes = [[cell["machine"].split(" (")[0], note] for cell in cells for note in pilot_notes(result_of(cell))]
+    notes = [[cell["machine"].split(" (")[0], note] for cell in cells for note in peer_notes(result_of(cell))]
     return {
         "speed": markdown(heads, [row for cell in cells for row in rows_of(cell)]),
         "pilots": markdown(["CPU", "which setting of llama.cpp is fastest"], notes),

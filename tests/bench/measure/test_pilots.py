@@ -13,7 +13,7 @@ from bench.measure import bursts
 from bench.measure.options import BenchOptions
 from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, told
 from bench.measure.result import Bursts, Load, ModelFacts, read_result, write_result
-from bench.report.tables import pilot_notes
+from bench.report.tables import peer_notes
 from bench.runtimes.peers import Peer
 from devices.common.errors import UserError
 from export.bundle.llama_cpp import FLASH_ATTENTION
@@ -103,7 +103,20 @@ def test_a_result_keeps_its_pilots_and_says_them(tmp_path):
     write_result(tmp_path / "result.json", document)
     kept = read_result(tmp_path / "result.json")
     assert kept.measurements[0].choice == OFF
-    assert pilot_notes(kept) == [
+    assert peer_notes(kept) == [
         "peer, 2 threads, fastest: decode flash attention off (2.00x the time flash attention on)"
     ]
     assert msgspec.convert(kept.settings["pilots"][0], Pilot) == pilot
+
+
+def test_a_llama_cpp_that_was_built_for_another_cpu_is_said(tmp_path):
+    def notes(line, isa):
+        document = result(measurement("peer", 10.0), versions={"llama.cpp system": line}, device={"isa": isa})
+        return peer_notes(document)
+
+    assert notes("CPU : AVX2 = 1 | FMA = 1 |", ["avx2", "fma"]) == []
+    (note,) = notes("CPU : AVX2 = 1 | FMA = 1 |", ["avx2", "fma", "avx512_vnni"])
+    assert note.startswith(
+        "llama.cpp was built without AVX512_VNNI, which this CPU has, and is slower for it: build it"
+    )
+    assert peer_notes(result(measurement("ours", 10.0))) == []
