@@ -114,6 +114,22 @@ def test_what_a_user_would_otherwise_take_comes_second(page):
     assert text.index(first) < text.index(second) and "perplexity 25.0 instead of 21.0." in text
 
 
+def test_each_engine_of_the_pruned_bundle_is_held_against_a_peer_at_its_best(page):
+    """The rows of a peer's other settings stand in the table alone."""
+    document = dense_and_slim()
+    mine = document.measurements[1].bundle_hash
+    rows = [
+        measurement("slim@llama.cpp", 7.0, spec="out/slim@llama.cpp", kind="llama.cpp", bundle_hash=mine),
+        measurement("slim@llama.cpp, on", 7.5, spec="out/slim@llama.cpp", kind="llama.cpp", bundle_hash=mine),
+        measurement("Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:q.gguf", kind="llama.cpp", bundle_hash=None),
+        measurement("Q4_0 (llama.cpp), on", 9.5, spec="llama.cpp:q.gguf", kind="llama.cpp", bundle_hash=None),
+    ]
+    document.measurements[0] = replace(document.measurements[0], bundle_hash="cd" * 32)
+    text = text_of(page(replace(document, measurements=[*document.measurements, *rows])))
+    told = re.findall(r"(slim\S*) against Q4_0 \(llama.cpp\): ([\d.]+)x", text)
+    assert told == [("slim", "1.12"), ("slim@llama.cpp", "1.29")] and "against Q4_0 (llama.cpp), on" not in text
+
+
 def test_speed_is_of_pairs_as_bench_tells_it():
     rounds = [10.0, 14.0, 9.0, 12.0, 16.0, 11.0]  # what else the host did hits both of a round
     noise = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
