@@ -8,6 +8,7 @@ many, short, and mix the stacks anew. ``bench.costs.fit`` makes costs of their s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -22,8 +23,11 @@ from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN, CostsJob
 from bench.judge.wording import threads as counted
 from bench.measure.cores import choose_cores
+from bench.measure.options import BenchOptions
+from bench.measure.pilots import at_their_best
 from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
+from bench.runtimes.peers import LLAMA_CPP, Peer, read_peers
 from devices.common.child import ChildFailedError, call
 from devices.common.cores import physical_cores
 from devices.common.documents import Document
@@ -33,6 +37,7 @@ from devices.common.options import check_values
 from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
+from export.bundle.engines import FILES, ONNXRUNTIME
 from export.bundle.manifest import BundleManifest, read_manifest
 
 SCHEMA = 1
@@ -72,6 +77,7 @@ class Costs:
     stacks: list[Stack]  # the base first
     threads: list[ThreadCosts]  # one per thread count
     on: str | None = None  # the board's address, None for this host
+    engine: str = ONNXRUNTIME  # what was timed
     kind: str = KIND
     schema: int = SCHEMA
 
@@ -100,12 +106,15 @@ def measure_costs(
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
     device, tables = probe(), []
     report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
+    runner = None if options.engine == ONNXRUNTIME else Runner.of(bundles[0], options)
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
+        choice = None if runner is None else runner.choice(count, progress)
         for index, group in enumerate(groups):
             report(f"timing operators (processes), {counted(count)}", turn * len(groups) + index, of)
-            job = CostsJob([str(bundles[i]) for i in group], count, cpus, options.depth, options.seconds)
-            processes.append(_process(job, group, options.timeout_s))
+            paths = [str(bundles[i]) for i in group]
+            job = CostsJob(paths, count, cpus, options.depth, options.seconds, options.engine, choice)
+            processes.append(_process(job, group, options.timeout_s, runner))
         bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
     report("timing operators (processes)", of, of)
@@ -118,7 +127,27 @@ def measure_costs(
         depth=options.depth,
         stacks=stacks,
         threads=tables,
+        engine=options.engine,
     )
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Another engine: a stack in it, and the Python that has it."""
+
+    peer: Peer
+    depth: int
+
+    @classmethod
+    def of(cls, bundle: Path, options: CostsOptions) -> Runner:
+        """Raises UserError: the engine is not installed, or cannot hold the stack."""
+        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / FILES[options.engine]}"], options.depth + TURN)
+        return cls(peer, options.depth)
+
+    def choice(self, threads: int, progress: Progress | None) -> str | None:
+        """The setting of the engine's own that is fastest in decode at this depth."""
+        plan = BenchOptions(prompt=self.depth, generate=TURN, threads=threads)
+        return at_their_best([self.peer], plan, progress)[0][0].choice
 
 
 def check_depth(base: BundleManifest, depth: int) -> None:
@@ -150,9 +179,11 @@ def _stacks_together(weight_bytes: int) -> int:
     return max(2, min(TOGETHER, int(free / 2 // needed)))
 
 
-def _process(job: CostsJob, group: list[int], timeout_s: float) -> CostProcess:
+def _process(job: CostsJob, group: list[int], timeout_s: float, runner: Runner | None) -> CostProcess:
+    environment = None if runner is None else runner.peer.environment(job.threads)
+    python = sys.executable if runner is None else runner.peer.python
     try:
-        answer = call("bench.costs.worker", asdict(job), timeout_s)
+        answer = call("bench.costs.worker", asdict(job), timeout_s, environment, python)
     except ChildFailedError as error:
         raise CostsError(f"the process that times the operators failed ({error}): try again") from None
     return msgspec.convert({"stacks": group, **answer}, CostProcess)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -19,6 +19,9 @@ class CostsOptions:
         tuple[Annotated[int, THREADS], ...] | None,
         Option("Thread counts; default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts),
     ] = None
+    engine: Annotated[
+        Literal["onnxruntime", "llama.cpp"], Option("What runs the model: a plan holds for the engine that was timed.")
+    ] = "onnxruntime"
     # The default is the middle of 128 tokens after a prompt of 128.
     depth: Annotated[
         int,

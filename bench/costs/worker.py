@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from bench.measure.cores import pin
 from devices.common.child import job_and_tell
-from export.bundle.decoder import OrtDecoder
+from export.bundle.decoder import Logits, OrtDecoder
+from export.bundle.engines import FILES, ONNXRUNTIME
+from export.bundle.llama_cpp import LlamaCppDecoder
 
 TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them
 LEAST_TURNS = 4
@@ -37,6 +40,18 @@ class CostsJob:
     cpus: list[int]
     depth: int
     seconds: float
+    engine: str = ONNXRUNTIME
+    choice: str | None = None  # of the engine's own settings
+
+
+class Placed(Protocol):
+    """A decoder that can be told how much of its cache is filled."""
+
+    def place(self, length: int) -> None:
+        """So many positions are in use."""
+
+    def step(self, token_id: int) -> Logits:
+        """Append one token."""
 
 
 class PlacedDecoder(OrtDecoder):
@@ -46,8 +61,21 @@ class PlacedDecoder(OrtDecoder):
         self.length = length
 
 
+class PlacedLlamaCpp(LlamaCppDecoder):
+    """A file in llama.cpp whose cache is filled once, and cut back for each turn."""
+
+    _filled = 0
+
+    def place(self, length: int) -> None:
+        if self._filled < length:
+            self.reset()
+            self.prefill(np.zeros(length, np.int64))
+            self._filled = length
+        self.rewind(length)
+
+
 def take_turns(
-    decoders: Sequence[PlacedDecoder],
+    decoders: Sequence[Placed],
     depth: int,
     seconds: float,
     clock: Callable[[], int] = time.perf_counter_ns,
@@ -72,7 +100,7 @@ def take_turns(
     return taken
 
 
-def _turn(decoder: PlacedDecoder, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
+def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
     decoder.place(depth - SKIPPED)
     token, steps = 0, []
     for _ in range(SKIPPED + TURN):
@@ -97,11 +125,18 @@ def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
         os.close(file)
 
 
+def _loaded(bundle: Path, job: CostsJob) -> Placed:
+    positions = job.depth + TURN
+    if job.engine == ONNXRUNTIME:
+        return PlacedDecoder(bundle, job.threads, positions, verify=False)
+    return PlacedLlamaCpp(bundle / FILES[job.engine], job.threads, positions, job.choice)
+
+
 def main() -> None:
     """Read a ``CostsJob`` from stdin, write the nanoseconds of every step to stdout."""
     job, tell = job_and_tell(CostsJob)
     pin(job.cpus)
-    decoders = [PlacedDecoder(path, job.threads, job.depth + TURN, verify=False) for path in job.paths]
+    decoders = [_loaded(Path(path), job) for path in job.paths]
     take_turns(decoders, job.depth, 0)  # warm-up
     with waiting_clock() as waited:
         taken = np.array(take_turns(decoders, job.depth, job.seconds, waited=waited))

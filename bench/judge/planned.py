@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from bench.judge.comparison import DECODE, compare_within
 from bench.judge.wording import as_dict, as_float, threads
 from bench.measure.result import Result
+from export.bundle.engines import ONNXRUNTIME
 
 
 def planned_speed(plan: Mapping[str, object], result: Result) -> str | None:
@@ -14,11 +15,12 @@ def planned_speed(plan: Mapping[str, object], result: Result) -> str | None:
 
     Args:
         plan: as ``saap.json`` and ``saap run`` record it.
-        result: a bench of two models, the dense one first.
+        result: a bench of two bundles, the dense one first; other runtimes may stand beside them.
     """
     planned, counted = as_float(as_dict(plan.get("planned")).get("speedup")), as_dict(plan.get("costs")).get("threads")
-    names = list(dict.fromkeys(m.name for m in result.measurements))
-    if planned is None or planned <= 0 or len(names) != 2:
+    names = list(dict.fromkeys(m.name for m in result.measurements if m.kind == "onnx"))
+    engine = as_dict(plan.get("costs")).get("engine", ONNXRUNTIME)
+    if planned is None or planned <= 0 or len(names) != 2 or engine != ONNXRUNTIME:
         return None
     base, other = names
     for row in compare_within(result, base, other).rows:

@@ -49,6 +49,7 @@ class Costs(TypedDict, total=False):
     cpu_model: str | None
     fingerprint: str | None
     onnxruntime: str | None
+    engine: str  # where it is another than ONNX Runtime
     threads: Count
     depth: Count
 

@@ -15,6 +15,7 @@ from devices.common.files import calling
 from devices.common.options import Option, refuse_unused
 from devices.common.progress import Progress
 from devices.common.wording import counted
+from export.bundle.engines import FILES, ONNXRUNTIME
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -42,6 +43,8 @@ class CostsCommand:
 
     def check(self) -> None:
         self.board.check(on_a_board=self.on is not None)
+        if self.on is not None:
+            refuse_unused(self, ("engine",), "this host", "leave --on or it out")
         if self.bits == 32:
             refuse_unused(self, ("group_size",), "integers, and 32 bits are none", "give --bits 4 or 8")
 
@@ -81,8 +84,9 @@ def probe_costs(
     """
     from devices.common.outputs import COSTS, check_place
     from devices.probe.host import probe
+    from export.gguf.probe import check_probe, write_probe_gguf
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
-    from export.graph.probe_stacks import write_probe_stacks
+    from export.graph.probe_stacks import stack_layers, write_probe_stacks
     from saap.models.resolve import resolve
 
     check_place(out, COSTS, model)
@@ -91,8 +95,13 @@ def probe_costs(
         path = resolve(model, progress=progress)
     limit = WEIGHT_LIMIT if device.url else max(WEIGHT_LIMIT, CACHES * (probe()["last_level_cache_bytes"] or 0))
     source = read_probe_model(path, asked.bits, asked.group_size, limit)
+    if asked.options.engine != ONNXRUNTIME:
+        check_probe(source)
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):
         stacks = write_probe_stacks(source, Path(work), progress=progress)
+        if asked.options.engine != ONNXRUNTIME:
+            for stack, layers in zip(stacks, stack_layers(source), strict=True):
+                write_probe_gguf(source, layers, stack / FILES[asked.options.engine])
         return device.costs(stacks, asked.options, progress=progress)
 
 

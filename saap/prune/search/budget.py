@@ -24,7 +24,7 @@ from msgspec import convert
 from saap.models.record import Costs, Plan
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.options import TIMED, PruneOptions
-from saap.prune.search.layer_costs import COSTS, DEVICE, CostTable, read_costs
+from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
 from saap.system.errors import UserError
 
@@ -255,8 +255,10 @@ def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[s
 
 
 def _described(path: Path, table: CostTable) -> Costs:
-    device = COSTS.read(path).device
-    about = {name: device.get(name) for name in DEVICE}
+    found = COSTS.read(path)
+    about = {name: found.device.get(name) for name in DEVICE}
+    if found.engine != CostFile.engine:
+        about["engine"] = found.engine
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     about = {"file": path.name, "sha256": sha256, **about, "threads": table.threads, "depth": table.depth}
     return convert(about, Costs)

@@ -70,6 +70,7 @@ class CostFile:
     model: dict[str, object]
     depth: Count
     threads: list[ThreadCosts]
+    engine: str = "onnxruntime"
 
 
 def _check(found: CostFile) -> None:

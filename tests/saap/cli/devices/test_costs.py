@@ -21,8 +21,11 @@ from bench.measure.result import Bandwidth
 from bench.remote import BoardOptions
 from bench.remote.target import Target, _costs
 from devices.common.files import with_checksum
+from devices.common.gguf_header import read_header
+from devices.common.interpreters import python_with
 from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
+from export.gguf.probe import write_probe_gguf
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
 from saap.cli.devices.costs import CostsCommand, keep_costs, probe_costs
@@ -160,3 +163,36 @@ def test_options_of_a_board_that_contradict_themselves() -> None:
 def test_the_old_spelling_names_the_new_one() -> None:
     for words in (["--costs", "x", "-t", "1", "-o", "cost.json"], ["--costs=x"]):
         assert "`saap devices costs MODEL -o cost.json`" in last_line(here("devices", "probe", *words, code=2))
+
+
+@pytest.mark.usefixtures("quick_probe")
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_layers_are_timed_in_llama_cpp(model: Path, tmp_path: Path, bits: int) -> None:
+    try:
+        python_with(["llama_cpp"], "this test", "llama-cpp-python")
+    except UserError as error:
+        pytest.skip(str(error))
+    quick, out = replace(QUICK, engine="llama.cpp"), tmp_path / "cost.json"
+    keep_costs(out, probe_costs(str(model), out, CostsCommand(quick, bits=bits), Target()))
+    assert json.loads((tmp_path / "cost.json").read_text())["engine"] == "llama.cpp"
+    table = read_costs(tmp_path / "cost.json", SHAPE, bits=bits, group_size=32, threads=1)
+    assert set(table.attention) == {(1, 1), (2, 1)} and set(table.ffn) == {32, 64}
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_a_probe_of_llama_cpp_holds_the_layers_of_its_stack(model: Path, tmp_path: Path, bits: int) -> None:
+    layers = [LayerSizes(2, 1, 64), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0), LayerSizes(1, 1, 32)]
+    write_probe_gguf(read_probe_model(model, bits), layers, tmp_path / "probe.gguf")
+    header = read_header(tmp_path / "probe.gguf")
+    told = {name: list(header.metadata[f"deci.{name}"]) for name in ("attention.head_count", "feed_forward_length")}
+    assert told == {"attention.head_count": [2, 0, 2, 1], "feed_forward_length": [64, 64, 32, 32]}
+    assert header.bits == bits and header.vocab_size == 128
+    assert header.tensors["blk.3.attn_q.weight"].shape in ((32, 64), (64, 32))
+    assert not [name for name in header.tensors if name.startswith("blk.1.attn")]
+
+
+def test_another_engine_is_timed_here_and_only_where_it_holds_the_family(model: Path, tmp_path: Path) -> None:
+    command = ["devices", "costs", model, "--engine", "llama.cpp", "-o", tmp_path / "c.json"]
+    assert "--engine is for this host" in last_line(here(*command, "--on", "ssh://pi@board", code=2))
+    (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen3"}))
+    assert "llama.cpp does not hold layers of different sizes of this family" in last_line(here(*command, code=2))
