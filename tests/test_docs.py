@@ -44,7 +44,7 @@ OTHER_PROGRAMS = {
     *("--kick", "--place"),  # labgrid-client
     *("--arch", "--include", "--keyring", "--variant"),  # mmdebstrap
     "--pruner_type",  # LLM-Pruner
-    *("--index-url", "--only-binary", "--platform", "--upgrade"),  # pip
+    *("--index-url", "--no-binary", "--only-binary", "--platform", "--upgrade"),  # pip
     *("--saap-baselines", "--saap-device", "--saap-max-time"),  # our plugin of pytest
     *("--scope", "--user"),  # systemd-run
     "--rows",  # a study

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.bench_samples import measurement, result
 
@@ -10,7 +12,9 @@ RUN = result(measurement("dense", [1.2 * t for t in BASE]), measurement("slim", 
 
 
 def test_a_plan_is_held_against_what_was_measured() -> None:
-    told = planned_speed({"planned": {"speedup": 1.25}, "costs": {"threads": 1}}, RUN)
+    peer = measurement("slim@llama.cpp", BASE, kind="llama.cpp")  # which may stand beside them
+    run = replace(RUN, measurements=[*RUN.measurements, peer])
+    told = planned_speed({"planned": {"speedup": 1.25}, "costs": {"threads": 1}}, run)
     assert told == "planned 1.250x with 1 thread, measured 1.200x (95 %: 1.200 to 1.200): -4.0%"
 
 
@@ -21,6 +25,7 @@ def test_a_plan_is_held_against_what_was_measured() -> None:
         {"planned": {"ratio": 0.2}},
         {"planned": {"speedup": 1.25}, "costs": {"threads": 2}},
         {"planned": {"speedup": "x"}, "costs": 3},
+        {"planned": {"speedup": 1.25}, "costs": {"threads": 1, "engine": "llama.cpp"}},
     ],
 )
 def test_a_plan_without_times_or_of_other_threads_is_not(plan: dict[str, object]) -> None:

@@ -112,8 +112,15 @@ def test_the_record_names_the_table(costs: Path) -> None:
     assert record["costs"]["cpu_model"] == "Cortex-A76" and record["costs"]["threads"] == 1
     assert record["dense"]["ms_per_token"] == pytest.approx(6.1)
     assert record["bundle"] == {"bits": 4, "block": 32}
-    assert "costs" not in budget_for(PruneOptions(ratio=0.2, bits=32), DENSE, CONFIG).record()
+    assert "engine" not in record["costs"]
     json.dumps(record, allow_nan=False)
+    assert "costs" not in budget_for(PruneOptions(ratio=0.2, bits=32), DENSE, CONFIG).record()
+
+
+def test_the_record_names_an_engine_that_is_not_onnxruntime(tmp_path: Path) -> None:
+    costs = cost_file(tmp_path / "llama.json", engine="llama.cpp")
+    record = budget_for(PruneOptions(speedup=1.25, costs=costs), DENSE, CONFIG).record()
+    assert record["costs"]["engine"] == "llama.cpp"
 
 
 def test_a_part_of_the_way(costs: Path) -> None:
