@@ -82,7 +82,7 @@ class RunOptions:
         PruneCommand,
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
-                   "drop_layers", "calibration", "seed", "device"),
+                   "drop_layers", "calibration", "seed"),
             without=("bits", "group_size", "threads", "here", "explain", "onnxruntime"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),

@@ -150,7 +150,12 @@ def _bundles(place: Path) -> Iterator[Target]:
 
     def score() -> None:
         scored = Bundle("a", bundle)
-        scored.size(), scored.positions(), scored.lineage(), scored.scorer()(torch.arange(8).reshape(1, 8))
+        (
+            scored.size(),
+            scored.positions(),
+            scored.lineage(),
+            scored.scorer(torch.device("cpu"))(torch.arange(8).reshape(1, 8)),
+        )
 
     def inspect() -> None:
         saap("export", bundle, "--inspect")

@@ -129,8 +129,9 @@ def measure_quality(setup: Setup, name: str, cell: Cell) -> Cell:
     """NLL of a bundle on the test, nats per token."""
     from saap.cli.eval import Bundle
     from saap.evaluate.perplexity import score_models
+    from saap.system.gpu import CPU
 
-    scorer = Bundle(name, setup.bundles / name).scorer()
+    scorer = Bundle(name, setup.bundles / name).scorer(CPU)
     (found,) = score_models({name: scorer}, setup.texts.test(setup.chunks))
     cell = {**cell, "quality": {**cell["quality"], f"test{setup.chunks}": found.nll}}
     setup.write(name, cell)

@@ -132,7 +132,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
             still = replace(still, training=replace(still.training, rows_per_step=16))
             tune(directory, still, output=source, data=rows)
         export(source, ExportOptions(parity="none"), output=bundle)
-    (found,) = score_models({"bundle": Bundle("bundle", bundle).scorer()}, ids)
+    (found,) = score_models({"bundle": Bundle("bundle", bundle).scorer(torch.device("cpu"))}, ids)
     return found.nll
 
 

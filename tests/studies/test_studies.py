@@ -10,6 +10,8 @@ import shutil
 import signal
 import statistics
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -27,7 +29,7 @@ import studies.speedup.measure as speed
 import studies.speedup.study as speedup
 from bench.judge.comparison import compare_within
 from bench.judge.confirm import Confirmed
-from bench.measure.result import INVALID
+from bench.measure.result import INVALID, Bursts, Load, write_result
 from devices.probe.host import probe
 from export.generate.scoring import BundleScorer
 from saap.cli.main import cli
@@ -48,6 +50,7 @@ from studies.large import study as large
 from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
+from studies.runtimes import study as runtimes
 from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
 from studies.tasks import study as tasks
 from studies.tuning_speed import study as tuning_speed
@@ -138,13 +141,59 @@ def test_commands_of_two_checkouts_are_timed_in_pairs(tmp_path, capsys):
 def test_two_checkouts_tune_in_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning_speed, "FOLDER", tmp_path)
     dense = ROOT / "tests" / "support" / "old" / "dense"
-    words = ["run", ROOT, dense, "--teacher", dense, "--base-python", sys.executable, "--pairs", 1, "--tokens", 1024]
+    words = [
+        "run",
+        dense,
+        "--base",
+        ROOT,
+        "--teacher",
+        dense,
+        "--base-python",
+        sys.executable,
+        "--pairs",
+        1,
+        "--tokens",
+        1024,
+    ]
     tuning_speed.main(list(map(str, words)))
     (cell,) = read_cells(tmp_path / "cells")
     (pair,) = cell["pairs"]
     assert pair[0]["losses"] == pair[1]["losses"] and all(run["steps_tokens_per_s"] > 0 for run in pair)
     row = tuning_speed.table([cell]).splitlines()[-1]
     assert row.startswith("| 2 | 1 | ") and " 0.0000 | " in row and capsys.readouterr().out.startswith("[")
+
+
+def test_tuning_is_timed_beside_busy_processes(monkeypatch):
+    beside = []
+    monkeypatch.setattr(tuning_speed, "beside", lambda count: beside.append(count) or nullcontext())
+    monkeypatch.setattr(tuning_speed.Side, "tuned", lambda *_: {"steps_tokens_per_s": 100.0 / (1 + beside[-1])})
+    runs = tuning_speed.busy_runs(tuning_speed.Side(ROOT, Path(sys.executable), 2), [], rounds=2)
+    assert beside == [0, 1, 2, 2, 1, 0]
+    rows = tuning_speed.busy_table([{"machine": "a CPU (avx2)", "threads": 2, "runs": runs}]).splitlines()[2:]
+    assert rows[1] == "| 1 | 2 | 50 | 0.50x | 2 | a CPU |" and len(rows) == 3
+    with tuning_speed.beside(0):
+        pass
+
+
+def test_engines_are_held_against_llama_cpp_at_its_best(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtimes, "FOLDER", tmp_path)
+    for name in ("cells", "results"):
+        (tmp_path / name).mkdir()
+    times = {"slim": 0.01, "Q4_0": 0.012, "Q4_0, flash attention on": 0.013}
+    found = []
+    for name, seconds in times.items():
+        more = {} if name == "slim" else {"kind": "llama.cpp", "bundle_hash": None}
+        found.append(replace(measurement(name, [seconds] * 6), spec=f"/home/me/{name}", **more))
+    loads = [Load(order, [[s] * 3 for s in times.values()], [[s] * 3 for s in times.values()]) for order in
+             ([0, 1, 2], [2, 1, 0]) * 3]  # fmt: skip
+    m = found[0]
+    bursts = Bursts(list(times), m.n_prompt, m.n_gen, m.n_depth, m.n_threads, loads)
+    write_result(tmp_path / "r.json", replace(result(*found), bursts=[bursts]))
+    runtimes.main(["keep", str(tmp_path / "r.json")])
+    (cell,) = read_cells(tmp_path / "cells")
+    table = capsys.readouterr().out
+    assert "/home/me" not in (tmp_path / "results" / cell["result"]).read_text()
+    assert "| slim | 100 | 1.20x (1.20 to 1.20) |" in table and "| Q4_0 | 83 |  |" in table
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family
     tune(path, options, output=tmp_path / "whole", data=IDS)
     seen = []
     load = tuning.load_streamed
-    monkeypatch.setattr(tuning, "load_streamed", lambda source: seen.append(source) or load(source))
+    monkeypatch.setattr(tuning, "load_streamed", lambda source, **given: seen.append(source) or load(source, **given))
     monkeypatch.setattr(tuning, "fits", lambda needs: False)
     tune(path, options, output=tmp_path / "layers", data=IDS)
     assert seen == [path]

@@ -179,7 +179,9 @@ def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
 
 def counted(monkeypatch):
     loads = []
-    monkeypatch.setattr(teacher_module, "open_model", lambda path: loads.append(path) or open_model(path))
+    monkeypatch.setattr(
+        teacher_module, "open_model", lambda path, device: loads.append(path) or open_model(path, device)
+    )
     return loads
 
 
