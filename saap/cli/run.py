@@ -491,14 +491,14 @@ def _prune(state: _State, source: Path, dense: object) -> str:
         prune_model(str(source), out, asked, state.console, name=state.model)
         return {"plan": _plan(out)}
 
-    inputs = _depends_on(asked)
+    inputs = _depends_on(replace(asked, options=replace(asked.options, costs=None)))
     if costs := asked.options.costs:
-        inputs["options"]["costs"] = hashlib.sha256(COSTS.content(costs).encode()).hexdigest()
+        inputs["costs"] = hashlib.sha256(COSTS.content(costs).encode()).hexdigest()
     command = ["prune", state.model, "-o", out, *arguments_of(asked)]
     return state.step("prune", command, [dense, inputs], ["slim/saap.json"], work)
 
 
-def _depends_on(asked: object) -> dict[str, Any]:
+def _depends_on(asked: object) -> dict[str, object]:
     """What the outcome of a step depends on: all that is asked for, but not where it is computed."""
 
     def made(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
-from bench.measure.result import Measurement, Result, read_result, write_result
+from bench.measure.result import Measurement, Result, read_result, result_text
 from bench.report.tables import peer_notes
 from studies.common import Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = time.strftime("%Y%m%d-%H%M%S")
         result = without_folders(read_result(given.result))
         place = FOLDER / "results" / f"{name}.json"
-        write_result(place, result)
+        place.write_text(result_text(result) + "\n", encoding="utf-8")
         cell = {**provenance(), "result": place.name, "bench": result.command}
         (FOLDER / "cells" / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
     show_tables(FOLDER, tables(), given.write)
