@@ -12,6 +12,7 @@ import msgspec
 
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
+from devices.common.gguf_header import read_header
 from devices.common.options import refuse_unused
 from export.bundle.decoder import OrtDecoder, check_threads
 from export.bundle.engines import EXTRAS, LLAMA_CPP, Placed
@@ -147,6 +148,7 @@ def llama_cpp_decoder(file: Path, threads: int, context: int, spec: str) -> Deco
     if find_spec("llama_cpp") is None:
         raise UserError(f"{spec} needs llama-cpp-python in this Python: pip install {EXTRAS[LLAMA_CPP]}")
     check_threads(threads)
+    read_header(file)  # llama.cpp ends the process over a header that makes no sense
     return LlamaCppDecoder(file, threads, context)
 
 
