@@ -19,7 +19,7 @@ from saap.models.architectures import Architecture, ModelConfig, architecture_of
 from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import module_bits, quant_of, stacked_bits
+from saap.models.slim_quant import module_form, quant_of, stacked_form
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.errors import UserError
@@ -36,6 +36,7 @@ class Precision:
     floats: str = "float32"  # type of activations, scales, norms and float weights: float32 or float16
     kv: str = "float32"  # type of the KV cache: ``floats``, or int8
     matrices: Mapping[str, int] = field(default_factory=dict)  # a tuned directory's other bits, by module name
+    blocks: Mapping[str, int] = field(default_factory=dict)  # its other group sizes
 
     @property
     def all_bits(self) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class ModelSource:
         if self.quant:
             own = Precision(
                 self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
-                matrices=self.quant.get("matrices", {}),
+                matrices=self.quant.get("matrices", {}), blocks=self.quant.get("blocks", {}),
             )  # fmt: skip
             for flag, asked, has in (
                 ("--bits", bits, own.bits), ("--group-size", group_size, own.group_size),
@@ -117,13 +118,13 @@ class ModelSource:
         """
         if self.quant:
             qweight, scales, zero_points = (self.read(f"{module}.{part}") for part in QuantMatrix.PARTS)
-            bits, group_size = module_bits(self.quant, self.architecture, module), self.quant["block"]
-            if qweight.shape[2] * 8 != group_size * bits:
+            form = module_form(self.quant, self.architecture, module)
+            if qweight.shape[2] * 8 != form.group_size * form.bits:
                 raise UserError(
-                    f"{self.directory}: {module} holds other integers than the {bits} bits in groups of {group_size} "
-                    "that config.json says: make the directory again"
+                    f"{self.directory}: {module} holds other integers than the {form} that config.json says: make the "
+                    "directory again"
                 )
-            return QuantMatrix(qweight, scales, zero_points, bits, group_size)
+            return QuantMatrix(qweight, scales, zero_points, *form)
         in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
         bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.read(f"{module}.weight").float()
         if bits == 32:
@@ -158,10 +159,10 @@ class ModelSource:
         return table
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer. Raises UserError: its linears hold different bits."""
+        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer. Raises UserError: its linears hold different integers."""
         arch = self.architecture
         if self.quant:
-            stacked_bits(self.quant, arch, layer, part)
+            stacked_form(self.quant, arch, layer, part)
         modules = [f"{arch.layers}.{layer}.{module}" for module in arch.matrices[part]]
         parts = [self.matrix(module, precision) for module in modules]
         packed = [p for p in parts if isinstance(p, QuantMatrix)]

@@ -60,7 +60,7 @@ class Inspection:
     def document(self) -> dict[str, object]:
         """All of it in JSON types; sizes are bytes, None is unknown."""
         manifest, graph = self.manifest, self.graph
-        own_bits = {key: value for key, value in manifest.lineage.items() if key == "matrices"}
+        own_forms = {key: value for key, value in manifest.lineage.items() if key in ("matrices", "blocks")}
         return {
             "bundle": str(self.bundle),
             "hash": manifest.content_hash,
@@ -77,7 +77,7 @@ class Inspection:
                 "head": graph.head_bytes(),
                 "kv_cache": manifest.kv_bytes_per_token,
             },
-            "precision": _fields(manifest, "bits", "block", "accuracy_level", "kv_dtype") | own_bits,
+            "precision": _fields(manifest, "bits", "block", "accuracy_level", "kv_dtype") | own_forms,
             "graph": {
                 **_fields(graph, "opsets", "ir_version", "producer"),
                 "nodes": dict(Counter(node.kind for node in graph.nodes).most_common()),
@@ -111,6 +111,9 @@ class Inspection:
         if own := Counter(manifest.lineage.get("matrices", {}).values()):
             linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
             lines.append(f"  mixed: of the model's linears {linears}, the others of {manifest.bits}")
+        if own := Counter(manifest.lineage.get("blocks", {}).values()):
+            matrices = ", ".join(f"{count} in groups of {size}" for size, count in sorted(own.items()))
+            lines.append(f"  mixed: of the model's matrices {matrices}, the others of {manifest.block}")
         if parity := manifest.parity:
             lines.append(
                 f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "

@@ -20,7 +20,7 @@ from export.source import ModelSource
 from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
-from saap.models.slim_quant import module_bits
+from saap.models.slim_quant import module_form
 from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
 
@@ -177,11 +177,11 @@ class GGUFSource(ModelSource):
 
         load: Callable[[], QuantMatrix | torch.Tensor] = partial(read, "weight")
         if self.quant:
-            block, bits = self.quant["block"], module_bits(self.quant, self.architecture, module)
-            kind = kind or natural_kind(self.read(f"{module}.zero_points"), bits, columns // block)
+            form = module_form(self.quant, self.architecture, module)
+            kind = kind or natural_kind(self.read(f"{module}.zero_points"), form.bits, columns // form.group_size)
 
             def integers() -> QuantMatrix:
-                return QuantMatrix(read("qweight"), read("scales"), read("zero_points"), bits, block)
+                return QuantMatrix(read("qweight"), read("scales"), read("zero_points"), *form)
 
             load = integers
 

@@ -27,6 +27,7 @@ from export.graph.rotary import rotary_names
 from export.source import Precision
 from saap.models.architectures import LayerTraits, Traits
 from saap.models.shape import LayerSizes, ModelShape
+from saap.models.slim_quant import MatrixForm
 from saap.system.errors import UserError
 
 MICROSOFT = "com.microsoft"
@@ -178,9 +179,10 @@ class MicrosoftGraph(DecoderGraph):
         if self.precision.head_bits == 32:
             return self.graph.op("Gather", self.graph.weight("embedding.weight"), ids, axis=0)
         inputs = [self.graph.weight("embedding.qweight"), ids, self.graph.weight("embedding.scales3")]
+        form = self._form("embedding", self.shape.hidden)
         groups = self.graph.op(
             "GatherBlockQuantized", *inputs, domain=MICROSOFT, gather_axis=0, quantize_axis=2,
-            block_size=self.precision.group_size, bits=self.precision.head_bits,
+            block_size=form.group_size, bits=form.bits,
         )  # fmt: skip
         return self.graph.op("Reshape", groups, self.constant("hidden_shape", [0, 0, self.shape.hidden]))
 
@@ -261,7 +263,7 @@ class MicrosoftGraph(DecoderGraph):
         if self.precision.head_bits == 32:
             return self.graph.op("FusedMatMul", x, self.graph.weight(f"{name}.weight"), domain=MICROSOFT, transB=1)
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
-        return self._quantised(inputs, self.shape.hidden, self.shape.vocab, self.precision.head_bits)
+        return self._quantised(name, inputs, self.shape.hidden, self.shape.vocab)
 
     def _linear(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         bias = self.graph.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else None
@@ -273,15 +275,20 @@ class MicrosoftGraph(DecoderGraph):
         inside = bias is not None and self.floats == ir.DataType.FLOAT  # ONNX Runtime's CUDA kernel took none for long
         if zero_points in self.tensors or inside:
             inputs.append(self.graph.weight(zero_points) if zero_points in self.tensors else None)
-        bits = self.tensors[f"{name}.qweight"].nbytes * 8 // (n * k)  # each matrix has its own, and the file knows
-        y = self._quantised([*inputs, None, bias] if inside else inputs, k, n, bits)
+        y = self._quantised(name, [*inputs, None, bias] if inside else inputs, k, n)
         return y if bias is None or inside else self.graph.op("Add", y, bias)
 
-    def _quantised(self, inputs: Sequence[ir.Value | None], k: int, n: int, bits: int) -> ir.Value:
+    def _quantised(self, name: str, inputs: Sequence[ir.Value | None], k: int, n: int) -> ir.Value:
+        bits, group_size = self._form(name, k)
         return self.graph.op(
-            "MatMulNBits", *inputs, domain=MICROSOFT, K=k, N=n, bits=bits, block_size=self.precision.group_size,
+            "MatMulNBits", *inputs, domain=MICROSOFT, K=k, N=n, bits=bits, block_size=group_size,
             accuracy_level=self.precision.accuracy_level,
         )  # fmt: skip
+
+    def _form(self, name: str, k: int) -> MatrixForm:
+        """Each matrix has its own, and the file knows: its integers stand as [N, groups, bytes of a group]."""
+        _, groups, size = self.tensors[f"{name}.qweight"].shape.numpy()
+        return MatrixForm(size * 8 * groups // k, k // groups)
 
 
 def save_graphs(

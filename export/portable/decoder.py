@@ -107,8 +107,10 @@ class StandardGraph(DecoderGraph):
 
     def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
         """Values [batch, sequence, hidden] times one scale per group."""
-        g, hidden, size = self.graph, self.shape.hidden, self.precision.group_size
-        grouped = g.op("Reshape", values, self._shape(0, 0, hidden // size, size))
+        g, hidden = self.graph, self.shape.hidden
+        stored = self.tensors["head.scales" if self.shape.tied else "embedding.scales"].shape.numpy()
+        groups = stored[0 if self.shape.tied else 1]
+        grouped = g.op("Reshape", values, self._shape(0, 0, groups, hidden // groups))
         product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
         return g.op("Reshape", product, self._shape(0, 0, hidden))
 
@@ -196,7 +198,8 @@ class StandardGraph(DecoderGraph):
         inputs = [g.weight(f"{name}.codes"), g.weight(f"{name}.scales")]
         if f"{name}.zero_points" in self.tensors:
             inputs.append(g.weight(f"{name}.zero_points"))
-        return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=self.precision.group_size))
+        columns, groups = (self.tensors[f"{name}.{part}"].shape.numpy()[0] for part in ("codes", "scales"))
+        return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=columns // groups))
 
     def _shape(self, *dims: int) -> ir.Value:
         """A constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""

@@ -52,7 +52,8 @@ class TuneCommand:
         if options.teacher_weight == 0:
             refuse_unused(self, ("temperature", "kept_tokens"), "a --teacher-weight above 0")
         if options.max_bytes is not None:
-            refuse_unused(self, ("bits", "head_bits"), "one precision, and --max-bytes chooses one for each matrix")
+            one = "one form of integers, and --max-bytes chooses one for each matrix"
+            refuse_unused(self, ("bits", "head_bits", "group_size"), one)
         elif options.integers == "nearest":
             refuse_unused(self, ("calibration_rows",), "--integers gptq")
         if options.held_out == 0:
@@ -182,7 +183,8 @@ def show_tuning(out: Path, history: History) -> None:
 
     tuning, quant = read_record(out)["tuning"], read_config(out)["slim_quant"]
     options = tuning["options"]
-    mixed = f", {len(quant['matrices'])} matrices other" if quant.get("matrices") else ""
+    others = {*quant.get("matrices", {}), *quant.get("blocks", {})}
+    mixed = f", {len(others)} matrices other" if others else ""
     what = f"{options['fold']} fold" + (f", rank {options['rank']}" if options["rank"] else "")
     some = max(1, min(8, len(history.losses) // 2))
     first, last = (sum(part) / len(part) for part in (history.losses[:some], history.losses[-some:]))

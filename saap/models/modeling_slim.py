@@ -6,7 +6,7 @@ transformers only. Three keys of ``config.json`` drive it:
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer; 0 query heads means no attention, 0 ffn no MLP.
 * ``slim_bias``: true where the output and the down projections have biases that their family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
-  ``"matrices"`` are the bits of linears that differ by name.
+  ``"matrices"`` are the bits, ``"blocks"`` the group sizes, of matrices that differ, by name.
 """
 
 from __future__ import annotations
@@ -265,16 +265,19 @@ def quantize_modules(model: Any, quant: Mapping[str, Any]) -> None:
     """Replace the decoder's linears, the embedding and the head by holders of integers, in place."""
     if quant.get("branch"):
         raise ValueError("the model was tuned with a branch, which this version does not compute: tune it again")
-    own_bits = quant.get("matrices", {})
+    own_bits, own_blocks = quant.get("matrices", {}), quant.get("blocks", {})
     for path, child in list(model.model.layers.named_modules(prefix="model.layers")):
         if isinstance(child, nn.Linear):
             bits, biased = own_bits.get(path, quant["bits"]), child.bias is not None
-            fresh = GroupQuantLinear(child.in_features, child.out_features, bits, quant["block"], biased)
+            block = own_blocks.get(path, quant["block"])
+            fresh = GroupQuantLinear(child.in_features, child.out_features, bits, block, biased)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, fresh.to(child.weight.device))
     table, bits = model.model.embed_tokens, quant["embedding_bits"]
     (rows, columns), device = table.weight.shape, table.weight.device
-    model.model.embed_tokens = embedding = GroupQuantEmbedding(rows, columns, bits, quant["block"]).to(device)
+    block = own_blocks.get("model.embed_tokens", quant["block"])
+    model.model.embed_tokens = embedding = GroupQuantEmbedding(rows, columns, bits, block).to(device)
     embedding.factor = getattr(table, "factor", float(columns) ** 0.5 if hasattr(table, "embed_scale") else 1.0)
-    head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, quant["block"])
+    block = own_blocks.get("lm_head", quant["block"])
+    head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, block)
     model.lm_head = head.to(device)

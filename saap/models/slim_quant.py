@@ -1,15 +1,16 @@
-"""The ``slim_quant`` entry of a config: how many bits each matrix holds.
+"""The ``slim_quant`` entry of a config: the form of the integers that each matrix holds.
 
     {"bits": 4, "block": 32, "embedding_bits": 8, "tied": true}       what every such directory says
     "matrices": {"model.layers.3.mlp.down_proj": 8}                   linears that hold other than ``bits``
+    "blocks": {"model.layers.3.mlp.down_proj": 128}                   matrices in groups of other than ``block``
 
-Queries, keys and values of a layer are one matrix in every graph, and so are gate and up: their bits agree.
+Queries, keys and values of a layer are one matrix in every graph, and so are gate and up: their forms agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -18,12 +19,24 @@ from saap.models.architectures import Architecture
 from saap.system.errors import UserError
 
 BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
 Bits = Annotated[int, Meta(ge=4, le=8, multiple_of=4)]
+Block = Annotated[int, Meta(ge=8, le=4096)]
+
+
+class MatrixForm(NamedTuple):
+    """How the weights of a matrix are held: integers of so many bits, and so many of them per scale."""
+
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bits} bit in groups of {self.group_size}"
 
 
 class _Always(TypedDict):
     bits: Bits
-    block: Annotated[int, Meta(ge=8, le=4096)]
+    block: Block
     embedding_bits: Bits
     tied: bool
 
@@ -32,6 +45,7 @@ class SlimQuant(_Always, total=False):
     """The entry; ``block`` is the group size."""
 
     matrices: dict[str, Bits]
+    blocks: dict[str, Block]
 
 
 def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
@@ -43,43 +57,54 @@ def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
         raise UserError(f"config.json has a damaged slim_quant ({error}): make the directory again") from None
 
 
-def module_bits(quant: SlimQuant, architecture: Architecture, module: str) -> int:
-    """Bits of a linear, the embedding or the head, by its name in the model."""
+def module_form(quant: SlimQuant, architecture: Architecture, module: str) -> MatrixForm:
+    """The form of a linear, the embedding or the head, by its name in the model."""
     if module in (architecture.embedding, architecture.head):
-        return quant["embedding_bits"]
-    return quant.get("matrices", {}).get(module, quant["bits"])
+        bits = quant["embedding_bits"]
+    else:
+        bits = quant.get("matrices", {}).get(module, quant["bits"])
+    return MatrixForm(bits, quant.get("blocks", {}).get(module, quant["block"]))
 
 
-def stacked_bits(quant: SlimQuant, architecture: Architecture, layer: int, part: str) -> int:
-    """Bits of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
+def stacked_form(quant: SlimQuant, architecture: Architecture, layer: int, part: str) -> MatrixForm:
+    """The form of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
-    Raises UserError: its modules hold different bits.
+    Raises UserError: its modules hold different ones.
     """
     modules = architecture.matrices[part]
-    bits = [module_bits(quant, architecture, f"{architecture.layers}.{layer}.{module}") for module in modules]
-    if len(set(bits)) > 1:
-        found = ", ".join(f"{module} {n}" for module, n in zip(modules, bits, strict=True))
+    forms = [module_form(quant, architecture, f"{architecture.layers}.{layer}.{module}") for module in modules]
+    if len(set(forms)) > 1:
+        found = ", ".join(f"{module} {form}" for module, form in zip(modules, forms, strict=True))
         raise UserError(
-            f"layer {layer} has linears that are one matrix in the graph, of different bits ({found}): "
-            "give them the same bits"
+            f"layer {layer} has linears that are one matrix in the graph, of different integers ({found}): "
+            "give them the same"
         )
-    return bits[0]
+    return forms[0]
 
 
 def check_matrices(quant: SlimQuant, architecture: Architecture, linears: Iterable[str]) -> None:
-    """Refuse bits per matrix that no graph can hold.
+    """Refuse forms of matrices that no graph can hold.
 
     ``linears``: names of the decoder layers' linears.
 
-    Raises UserError: a name that is no linear, bits other than 4 or 8, or linears of one matrix that do not agree.
+    Raises UserError: a name that is no matrix, bits other than 4 or 8, linears of one matrix that do not agree, or a
+    tied table in groups of two sizes.
     """
-    known = set(linears)
-    for name, bits in quant.get("matrices", {}).items():
+    known, vocabulary = set(linears), (architecture.embedding, architecture.head)
+    bits_of, blocks = quant.get("matrices", {}), quant.get("blocks", {})
+    for name in (*bits_of, *blocks):
+        if name in vocabulary and name not in bits_of:
+            continue
         if name not in known:
-            raise UserError(f"bits are given for {name}, which is no linear of the decoder layers: mend the name")
-        if bits not in BITS:
+            raise UserError(
+                f"integers are described for {name}, which is no linear of the decoder layers: mend the name"
+            )
+        if (bits := bits_of.get(name, quant["bits"])) not in BITS:
             raise UserError(f"{name} is given {bits} bits; allowed: 4, 8")
         layer, _, module = name.removeprefix(f"{architecture.layers}.").partition(".")
         for part, modules in architecture.matrices.items():
             if module in modules:
-                stacked_bits(quant, architecture, int(layer), part)
+                stacked_form(quant, architecture, int(layer), part)
+    table, head = (module_form(quant, architecture, name) for name in vocabulary)
+    if quant["tied"] and table != head:
+        raise UserError(f"the tied table is {table} as the embedding and {head} as the head: give one group size")

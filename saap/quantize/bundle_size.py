@@ -28,7 +28,7 @@ from saap.models.architectures import (
     with_defaults,
 )  # fmt: skip
 from saap.models.shape import LayerSizes, ModelShape
-from saap.models.slim_quant import SlimQuant, quant_of, stacked_bits
+from saap.models.slim_quant import MatrixForm, SlimQuant, module_form, quant_of, stacked_form
 from saap.system.errors import UserError
 
 PAGE = 4096  # bytes
@@ -44,7 +44,7 @@ class BundleSize:
     rotary_tables: int  # pairs of cos and sin
     rotary_bytes: int  # of one cos or sin
     head_bits: int = 0  # of embedding and head; 0 is ``bits``
-    quant: SlimQuant | None = None  # of a tuned model, for bits by layer; only :meth:`total` asks it
+    quant: SlimQuant | None = None  # of a tuned model, for forms by matrix; only :meth:`total` asks it
     architecture: Architecture | None = None
     zero_points: bool = False  # its linears have zero points of their own
 
@@ -60,7 +60,7 @@ class BundleSize:
             arrays.append(FLOAT * (queries + both))
         if shape.biased_output:
             arrays.append(FLOAT * shape.hidden)
-        return sum(map(_paged, arrays))
+        return sum(map(paged, arrays))
 
     def ffn(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
         """Bytes of one feed-forward block with its norms; width 0 is 0 bytes. ``layer``: which, of a tuned model."""
@@ -73,18 +73,21 @@ class BundleSize:
             arrays.append(FLOAT * 2 * sizes.ffn)
         if shape.biased_down:
             arrays.append(FLOAT * shape.hidden)
-        return sum(map(_paged, arrays))
+        return sum(map(paged, arrays))
 
     def outside(self, shape: ModelShape) -> int:
         """Bytes of what is in no layer: embedding, head where it is not tied, last norm, rotary tables."""
-        table = self._matrix(shape.vocab, shape.hidden, self.head_bits or self.bits)
-        arrays = [FLOAT * shape.hidden, *(1 if shape.tied else 2) * table]
+        arrays = [
+            FLOAT * shape.hidden,
+            *([] if shape.tied else self._embedding(shape)),
+            *self._embedding(shape, head=True),
+        ]
         arrays += [self.rotary_bytes] * (2 * self.rotary_tables)
-        return sum(map(_paged, arrays)) - (_paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
+        return sum(map(paged, arrays)) - (paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
 
     def looked_up(self, shape: ModelShape) -> int:
         """Bytes of tables of which a token reads single rows: rotary tables, and an embedding that is not the head."""
-        table = [] if shape.tied else self._matrix(shape.vocab, shape.hidden, self.head_bits or self.bits)
+        table = [] if shape.tied else self._embedding(shape)
         return sum(table) + 2 * self.rotary_tables * self.rotary_bytes
 
     def total(self, shape: ModelShape) -> int:
@@ -106,17 +109,28 @@ class BundleSize:
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
         """Integers, scales and zero points of one matrix of a layer, or its floats."""
         if self.quant is None or self.architecture is None or layer is None:
-            return self._matrix(rows, columns, self.bits)
-        bits, groups = stacked_bits(self.quant, self.architecture, layer, part), columns // self.group_size
-        arrays = self._matrix(rows, columns, bits)
+            return matrix_bytes(rows, columns, MatrixForm(self.bits, self.group_size))
+        form = stacked_form(self.quant, self.architecture, layer, part)
+        arrays = matrix_bytes(rows, columns, form)
         if self.zero_points:
-            arrays.append(rows * -(-groups * bits // 8))
+            arrays.append(rows * -(-(columns // form.group_size) * form.bits // 8))
         return arrays
 
-    def _matrix(self, rows: int, columns: int, bits: int) -> list[int]:
-        if bits == 32:
-            return [FLOAT * rows * columns]
-        return [rows * columns * bits // 8, FLOAT * rows * columns // self.group_size]
+    def _embedding(self, shape: ModelShape, head: bool = False) -> list[int]:
+        """Integers and scales of the embedding or the head, or its floats."""
+        form = MatrixForm(self.head_bits or self.bits, self.group_size)
+        if self.quant is not None and self.architecture is not None:
+            form = module_form(
+                self.quant, self.architecture, self.architecture.head if head else self.architecture.embedding
+            )
+        return matrix_bytes(shape.vocab, shape.hidden, form)
+
+
+def matrix_bytes(rows: int, columns: int, form: MatrixForm) -> list[int]:
+    """Bytes of the arrays of a matrix: integers and scales, or floats."""
+    if form.bits == 32:
+        return [FLOAT * rows * columns]
+    return [rows * columns * form.bits // 8, FLOAT * rows * columns // form.group_size]
 
 
 def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> BundleSize:
@@ -136,7 +150,7 @@ def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = No
         quant: its ``slim_quant`` entry (:mod:`saap.models.slim_quant`); None takes the one in ``config``.
         zero_points: its linears have zero points other than the middle.
 
-    Raises UserError: linears of one matrix that hold different bits, or a model that no bundle is made of.
+    Raises UserError: linears of one matrix that hold different integers, or a model that no bundle is made of.
     """
     quant = quant_of(config) if quant is None else quant
     assert quant is not None, "a model that holds integers says so"
@@ -148,7 +162,7 @@ def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = No
     return size.total(replace(shape_of(dict(config)), tied=bool(quant["tied"])))
 
 
-def _paged(size: int) -> int:
+def paged(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 

@@ -170,21 +170,22 @@ def compensated_matrices(
     norm = model.get_submodule(architecture.final_norm)
     final = [norm(x).flatten(0, -2).float() for x in hidden]
     head, table = (model.get_parameter(f"{name}.weight") for name in (architecture.head, architecture.embedding))
-    matrices[architecture.head] = gptq(head, sum(x.t() @ x for x in final), form.head_bits, form.group_size)
+    total = sum(x.t() @ x for x in final)
+    matrices[architecture.head] = gptq(head, total, *form.vocabulary(architecture.head))
     matrices[architecture.embedding] = (
-        matrices[architecture.head] if head is table else quantize(table, form.head_bits, form.group_size)
+        matrices[architecture.head] if head is table else quantize(table, *form.vocabulary(architecture.embedding))
     )
     return matrices
 
 
 def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerForm) -> dict[str, QuantMatrix]:
-    """Integers of linears that are fed alike, which replace their weights; those of the same bits at once."""
+    """Integers of linears that are fed alike, which replace their weights; those of the same form at once."""
     inverse, matrices = inverse_factor(hessian), {}
-    for bits in {form.bits_for(name): None for name in linears}:
-        alike = {name: linear for name, linear in linears.items() if form.bits_for(name) == bits}
+    for own in {form.linear(name): None for name in linears}:
+        alike = {name: linear for name, linear in linears.items() if form.linear(name) == own}
         sizes = [linear.out_features for linear in alike.values()]
         weight = torch.cat([linear.weight for linear in alike.values()])
-        matrix, _ = gptq_with_latent(weight, hessian, bits, form.group_size, form.symmetric, inverse)
+        matrix, _ = gptq_with_latent(weight, hessian, *own, form.symmetric, inverse)
         ends = list(accumulate(sizes))
         for (name, linear), size, end in zip(alike.items(), sizes, ends, strict=True):
             matrices[name] = matrix[end - size : end]

@@ -19,7 +19,7 @@ from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import SlimQuant, check_matrices
+from saap.models.slim_quant import MatrixForm, SlimQuant, check_matrices, module_form
 from saap.models.streaming import present
 from saap.quantize.bundle_size import other_groups
 from saap.system.errors import UserError
@@ -45,6 +45,10 @@ class QuantMatrix:
     zero_points: torch.Tensor
     bits: int
     group_size: int
+
+    @property
+    def form(self) -> MatrixForm:
+        return MatrixForm(self.bits, self.group_size)
 
     PARTS: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zero_points")
 
@@ -73,10 +77,14 @@ class IntegerForm:
     group_size: int
     head_bits: int
     symmetric: bool = True  # of the linears; the vocabulary always is, as the graph demands
-    bits_of: Mapping[str, int] = field(default_factory=dict)  # of the linears that do not have ``bits``, by module name
+    own: Mapping[str, MatrixForm] = field(default_factory=dict)  # of the matrices that differ, by module name
 
-    def bits_for(self, name: str) -> int:
-        return self.bits_of.get(name, self.bits)
+    def linear(self, name: str) -> MatrixForm:
+        return self.own.get(name, MatrixForm(self.bits, self.group_size))
+
+    def vocabulary(self, name: str) -> MatrixForm:
+        """Of the embedding or the head."""
+        return self.own.get(name, MatrixForm(self.head_bits, self.group_size))
 
 
 def check_groups(columns: int, group_size: int, what: str) -> None:
@@ -185,9 +193,9 @@ def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, Qua
             for name, linear in layer.named_modules():
                 if isinstance(linear, nn.Linear):
                     full = f"{architecture.layers}.{index}.{name}"
-                    found[full] = quantize(linear.weight, form.bits_for(full), form.group_size, form.symmetric)
+                    found[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
     for name in (architecture.head, architecture.embedding):
-        found[name] = quantize(model.get_parameter(f"{name}.weight"), form.head_bits, form.group_size)
+        found[name] = quantize(model.get_parameter(f"{name}.weight"), *form.vocabulary(name))
     return found
 
 
@@ -197,19 +205,19 @@ def quantize_model(
     group_size: int,
     embedding_bits: int,
     matrices: Mapping[str, QuantMatrix] | None = None,
-    bits_of: Mapping[str, int] | None = None,
+    own: Mapping[str, MatrixForm] | None = None,
 ) -> SlimQuant:
     """Replace linears, embedding and head by holders of integers, in place.
 
     Args:
         matrices: integers by module name; those that are not named are chosen without data, symmetric.
-        bits_of: by module name, of linears of the decoder layers that hold other than ``bits``; those in ``matrices``
-            hold what is there.
+        own: by module name, the form of matrices that hold other than ``bits`` and ``group_size``; those in
+            ``matrices`` hold what is there.
 
     Returns the ``slim_quant`` entry of the config (:mod:`saap.models.slim_quant`).
 
     Raises:
-        UserError: widths that are not whole groups, or bits that one matrix of a graph cannot hold.
+        UserError: widths that are not whole groups, or forms that one matrix of a graph cannot hold.
         ValueError: a matrix of other bits or groups than its module is to hold.
     """
     architecture = architecture_of(model.config)
@@ -219,19 +227,22 @@ def quantize_model(
         "bits": bits, "block": group_size, "embedding_bits": embedding_bits, "tied": head.weight is table.weight,
     }  # fmt: skip
     inside = {name for name in originals if name.startswith(architecture.layers)}
-    given = {name: matrix.bits for name, matrix in (matrices or {}).items() if name in inside} | dict(bits_of or {})
-    if own_bits := {name: own for name, own in sorted(given.items()) if own != bits}:
+    given = {name: matrix.form for name, matrix in sorted((matrices or {}).items())} | dict(own or {})
+    in_vocabulary = (architecture.embedding, architecture.head)
+    if own_bits := {name: form.bits for name, form in given.items() if form.bits != bits and name not in in_vocabulary}:
         quant["matrices"] = own_bits
+    if blocks := {name: form.group_size for name, form in given.items() if form.group_size != group_size}:
+        quant["blocks"] = blocks
     check_matrices(quant, architecture, inside)
     for name, linear in originals.items():
-        check_groups(linear.in_features, group_size, name)
+        check_groups(linear.in_features, module_form(quant, architecture, name).group_size, name)
     quantize_modules(model, quant)
     for name, holder in model.named_modules():
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
         source: nn.Module = table if name == architecture.embedding else originals[name]
         known = (matrices or {}).get(name)
-        fill(holder, quantize(source.get_parameter("weight"), holder.bits, group_size) if known is None else known)
+        fill(holder, quantize(source.get_parameter("weight"), holder.bits, holder.block) if known is None else known)
         if getattr(source, "bias", None) is not None:
             holder.bias = source.bias
     return quant

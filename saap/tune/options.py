@@ -93,13 +93,13 @@ class TuneOptions:
     max_bytes: Annotated[
         int | None,
         Option(
-            "Largest weights file, such as 80MB: each matrix gets 4 or 8 bit.",
+            "Largest weights file, such as 80MB: each matrix gets its own bits and groups.",
             _INTEGERS,
             metavar="SIZE",
             parse=parse_bytes,
         ),
         Meta(gt=0),
-    ] = None  # with it bits and head_bits mean nothing (saap.quantize.mixed_bits)
+    ] = None  # with it bits, head_bits and group_size mean nothing (saap.quantize.choose_forms)
     integers: Annotated[Integers, Option("Error-compensating, or each weight by itself.", _INTEGERS)] = "gptq"
     calibration_rows: Annotated[
         int,

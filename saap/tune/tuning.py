@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from devices.common.options import refuse_unused
 from devices.common.progress import LOADING, WRITING, Progress
-from saap.models.architectures import shape_of
+from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import read_record
 from saap.models.resolve import resolve
@@ -35,9 +35,9 @@ from saap.models.shape import ModelShape
 from saap.models.slim_quant import SlimQuant
 from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
+from saap.quantize.choose_forms import choose_forms
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
-from saap.quantize.mixed_bits import choose_bits
 from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed
@@ -313,8 +313,9 @@ def _quantised(
     form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
     sample = ids[: options.calibration_rows]
     if options.max_bytes is not None:
-        choice = choose_bits(model, sample, options.group_size, options.max_bytes, progress)
-        form = replace(form, head_bits=choice.vocabulary, bits_of=choice.bits_of)
+        choice = choose_forms(model, sample, options.max_bytes, progress)
+        head = architecture_of(model.config).head
+        form = replace(form, head_bits=choice.forms[head].bits, own=choice.forms)
     if options.integers == "gptq":
         matrices = compensated_matrices(model, sample, form, progress)
     else:

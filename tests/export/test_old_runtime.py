@@ -33,7 +33,7 @@ def install(directory: Path, version: str) -> Path:
         pytest.skip(f"onnxruntime {version} has no wheel for Python {sys.version_info.major}.{sys.version_info.minor}")
     venv.create(directory, with_pip=True)
     python = directory / "bin/python"
-    wanted = [f"onnxruntime=={version}.*", "numpy", "psutil"]
+    wanted = [f"onnxruntime=={version}.*", "numpy", "psutil", "msgspec"]
     done = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"onnxruntime {version} cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
@@ -46,7 +46,7 @@ def install(directory: Path, version: str) -> Path:
     [
         (ONNXRUNTIME_MIN, {"onnxruntime": ONNXRUNTIME_MIN}),
         (ONNXRUNTIME_MIN, {"bits": 8}),
-        (ONNXRUNTIME_INT8_CACHE, {"kv_bits": 8, "calibration": IDS}),
+        (ONNXRUNTIME_INT8_CACHE, {"kv_bits": 8, "ids": IDS}),
     ],
     ids=["4 bit", "8 bit", "int8 cache"],
 )

@@ -53,7 +53,7 @@ UNUSED = {
     "tune slim -o o --teacher-weight 0.5": "--teacher-weight is for --teacher: leave it out, or name one",
     "tune slim -o o --teacher-weight 0.3 --temperature 2": "--teacher-weight and --temperature are for --teacher:",
     "tune slim -o o --teacher dense --teacher-weight 0 --temperature 2": "--temperature is for a --teacher-weight",
-    "tune slim -o o --max-bytes 1MB --head-bits 8": "--head-bits is for one precision, and --max-bytes chooses",
+    "tune slim -o o --max-bytes 1MB --head-bits 8": "--head-bits is for one form of integers, and --max-bytes chooses",
     "tune slim -o o --integers nearest --set calibration_rows=2": "calibration_rows is for --integers gptq",
     "tune slim -o o --set held_out=0 --patience 2": "--patience is for held-out text, and held_out is 0",
     "tune slim -o o --micro-batch 8": "--micro-batch is for at most the 4 sequences of a step: leave it out, or give 4",

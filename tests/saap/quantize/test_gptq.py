@@ -5,6 +5,7 @@ import torch
 
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantTable, unpack_zero_points
+from saap.models.slim_quant import MatrixForm
 from saap.quantize import gptq as module
 from saap.quantize.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
 from saap.quantize.groups import IntegerForm, fill, quantize, quantize_model
@@ -128,12 +129,13 @@ def test_what_was_rounded_rounds_to_the_same_integers(symmetric):
     assert not torch.allclose(latent, WEIGHT, atol=0.1)  # it is not the weight: errors were compensated
 
 
-def test_a_model_s_matrices_have_their_own_bits_and_zero_points(tiny_model):
+def test_a_model_s_matrices_have_their_own_form_and_zero_points(tiny_model):
     model = load_model(tiny_model())
     down = "model.layers.1.mlp.down_proj"
-    matrices = compensated_matrices(model, IDS[:8], IntegerForm(4, 32, 8, False, {down: 8}))
+    matrices = compensated_matrices(model, IDS[:8], IntegerForm(4, 32, 8, False, {down: MatrixForm(8, 64)}))
     assert {name: m.bits for name, m in matrices.items() if m.bits == 8} == {
         down: 8, "lm_head": 8, "model.embed_tokens": 8
     }  # fmt: skip
+    assert {name for name, m in matrices.items() if m.group_size == 64} == {down}
     assert (matrices["lm_head"].zero_points == 128).all()
     assert len(matrices["model.layers.0.mlp.up_proj"].zero_points.unique()) > 1

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
+from saap.models.slim_quant import MatrixForm
 from saap.quantize.groups import fill, quantize, quantize_model
 from saap.system.errors import UserError
 from saap.tune import adapters as module
@@ -234,7 +235,7 @@ def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(kind, rank, tmp_
     layers = [[2, 1, 64], [0, 0, 128], [6, 3, 0]]
     torch.manual_seed(0)
     model = SlimLlamaForCausalLM(SlimLlamaConfig(**sizes, num_hidden_layers=3, slim_layers=layers)).eval()
-    quant = quantize_model(model, 4, 32, 8, bits_of={"model.layers.1.mlp.down_proj": 8})
+    quant = quantize_model(model, 4, 32, 8, own={"model.layers.1.mlp.down_proj": MatrixForm(8, 64)})
     adapted = attach(model, kind, rank)
     assert len(layers_of(adapted)) == 7 + 3 + 4
     spread(adapted)

@@ -92,7 +92,7 @@ def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
     assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
 
 
-def test_zero_points_and_mixed_bits(slim, tmp_path):
+def test_zero_points_and_mixed_forms(slim, tmp_path):
     options = replace(FAST, symmetric=False, integers="nearest")
     tune(slim, options, output=tmp_path / "asymmetric", data=ROWS[:8])
     linear = load_model(tmp_path / "asymmetric").get_submodule("model.layers.0.mlp.up_proj")

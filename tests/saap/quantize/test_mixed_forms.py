@@ -1,4 +1,4 @@
-"""Integers of a tuned directory in every file that is exported from it: bit for bit, 4 and 8 bits side by side."""
+"""Integers of a tuned directory in every file that is exported from it: bit for bit, of several bits and groups."""
 
 import json
 
@@ -12,7 +12,18 @@ from support.export_cases import check_standard, feed, logits_of, tensors_of
 from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
-from support.slim_integers import IDS, MIXED, PARTS, QKV_OF_LAYER_1, WIDE, Level0, stacked, write_integers
+from support.slim_integers import (
+    IDS,
+    MIXED,
+    PARTS,
+    QKV_OF_LAYER_1,
+    UNEVEN,
+    WIDE,
+    Level0,
+    eight,
+    stacked,
+    write_integers,
+)
 from transformers import AutoModelForCausalLM
 
 from export.bundle.inspect import inspect_bundle
@@ -23,43 +34,48 @@ from export.source import ModelSource
 from saap.cli.export import show_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
+from saap.models.slim_quant import MatrixForm
 from saap.models.weight_files import tensor_reader
 from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
 from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
-KINDS = {  # bits, group, symmetric, bits by module
+KINDS = {  # bits, group, symmetric, forms by module
     "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
     "8, 32": (8, 32, True, {}), "8, 64": (8, 64, True, {}), "8, 128": (8, 128, True, {}),
     "4, 32, asymmetric": (4, 32, False, {}), "4, 64, asymmetric": (4, 64, False, {}),
     "4, 128, asymmetric": (4, 128, False, {}), "8, 32, asymmetric": (8, 32, False, {}),
     "8, 64, asymmetric": (8, 64, False, {}), "8, 128, asymmetric": (8, 128, False, {}),
-    "mixed, 32": (4, 32, True, MIXED), "mixed, 64, asymmetric": (4, 64, False, MIXED),
+    "mixed, 32": (4, 32, True, eight()), "mixed, 64, asymmetric": (4, 64, False, eight(MIXED, 64)),
+    "uneven": (4, 32, True, UNEVEN), "uneven, asymmetric": (4, 32, False, UNEVEN),
 }  # fmt: skip
 
 # In onnx's own implementation too, which is slow.
-SOME = ["4, 32", "8, 128", "4, 64, asymmetric", "8, 32, asymmetric", "mixed, 32", "mixed, 64, asymmetric"]
+SOME = ["4, 32", "8, 128", "4, 64, asymmetric", "8, 32, asymmetric", "mixed, 32", "mixed, 64, asymmetric", "uneven"]
 
 
 @pytest.fixture
 def mixed(tiny_model, tmp_path):
-    return write_integers(tiny_model(**WIDE), tmp_path / "mixed", bits_of=MIXED)
+    return write_integers(tiny_model(**WIDE), tmp_path / "mixed", own=eight())
 
 
 def entry_of(directory):
     return read_config(directory)["slim_quant"]
 
 
-def part_bits(entry, layer, part):
-    return entry.get("matrices", {}).get(f"model.layers.{layer}.{PARTS[part][0]}", entry["bits"])
+def form_of(entry, layer, part):
+    name = f"model.layers.{layer}.{PARTS[part][0]}"
+    return MatrixForm(
+        *(entry.get(of, {}).get(name, entry[as_all]) for of, as_all in (("matrices", "bits"), ("blocks", "block")))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_graph_holds_the_integers_of_the_directory(kind, tiny_model, tmp_path, monkeypatch):
-    bits, group_size, symmetric, bits_of = KINDS[kind]
+    bits, group_size, symmetric, own = KINDS[kind]
     path = tiny_model(**WIDE, attention_bias=True)
-    integers = write_integers(path, tmp_path / "tuned", bits, group_size, symmetric=symmetric, bits_of=bits_of)
+    integers = write_integers(path, tmp_path / "tuned", bits, group_size, symmetric=symmetric, own=own)
     for target, floats in (("cpu", np.float32), ("cuda", np.float16)):
         manifest = export_bundle(integers, tmp_path / target, target=target)
         check_graph(integers, tmp_path / target, floats)
@@ -85,10 +101,10 @@ def check_graph(integers, bundle, floats):
     entry, found = entry_of(integers), tensors_of(bundle)
     for layer in range(2):
         for part in PARTS:
-            name, bits = f"layers.{layer}.{part}", part_bits(entry, layer, part)
+            name, (bits, group_size) = f"layers.{layer}.{part}", form_of(entry, layer, part)
             qweight, scales = (stacked(integers, layer, part, tensor).numpy() for tensor in ("qweight", "scales"))
             assert np.array_equal(found[f"{name}.qweight"], qweight)
-            assert qweight.shape[2] * 8 == bits * entry["block"]
+            assert qweight.shape[2] * 8 == bits * group_size
             assert found[f"{name}.scales"].dtype == floats
             assert np.array_equal(found[f"{name}.scales"].astype(np.float32), scales.flatten())
             packed = stacked(integers, layer, part, "zero_points")
@@ -98,11 +114,15 @@ def check_graph(integers, bundle, floats):
 
 
 def check_nodes(integers, bundle):
-    """Each matrix product has the bits of its matrix."""
+    """Each matrix product has the form of its matrix, and so has the gather."""
     entry, nodes = entry_of(integers), onnx.load(bundle / "model.onnx", load_external_data=False).graph.node
-    found = {n.input[1]: {a.name: a.i for a in n.attribute}["bits"] for n in nodes if n.op_type == "MatMulNBits"}
-    expected = {f"layers.{i}.{part}.qweight": part_bits(entry, i, part) for i in range(2) for part in PARTS}
-    assert found == expected | {"embedding.qweight": entry["embedding_bits"]}
+    attributes = [(n.op_type, n.input, {a.name: a.i for a in n.attribute}) for n in nodes]
+    found = {i[1]: MatrixForm(a["bits"], a["block_size"]) for kind, i, a in attributes if kind == "MatMulNBits"}
+    expected = {f"layers.{i}.{part}.qweight": form_of(entry, i, part) for i in range(2) for part in PARTS}
+    table = MatrixForm(entry["embedding_bits"], entry.get("blocks", {}).get("model.embed_tokens", entry["block"]))
+    assert found == expected | {"embedding.qweight": table}
+    gathers = [MatrixForm(a["bits"], a["block_size"]) for kind, _, a in attributes if kind == "GatherBlockQuantized"]
+    assert gathers == [table]
 
 
 def check_portable_graph(integers, bundle):
@@ -110,9 +130,9 @@ def check_portable_graph(integers, bundle):
     entry, found = entry_of(integers), tensors_of(bundle)
     for layer in range(2):
         for part in PARTS:
-            name, bits = f"layers.{layer}.{part}", part_bits(entry, layer, part)
+            name, (bits, group_size) = f"layers.{layer}.{part}", form_of(entry, layer, part)
             scales = stacked(integers, layer, part, "scales").numpy()
-            codes = unpack_codes(stacked(integers, layer, part, "qweight"), bits, entry["block"]).flatten(1).numpy().T
+            codes = unpack_codes(stacked(integers, layer, part, "qweight"), bits, group_size).flatten(1).numpy().T
             zeros = unpack_zero_points(stacked(integers, layer, part, "zero_points"), bits, scales.shape[1]).numpy().T
             assert np.array_equal(found[f"{name}.scales"], scales.T)
             if f"{name}.zero_points" in found:
@@ -153,32 +173,45 @@ def test_eight_bits_come_closer_where_they_are_given(tiny_model, tmp_path):
     path = tiny_model(**WIDE)
     dense = load_model(path)
     model = load_model(path)
-    entry = quantize_model(model, 4, 32, 4, bits_of={**QKV_OF_LAYER_1, "model.layers.0.mlp.up_proj": 4})
+    entry = quantize_model(
+        model, 4, 32, 4, own={**eight(QKV_OF_LAYER_1), "model.layers.0.mlp.up_proj": MatrixForm(4, 32)}
+    )
     assert entry["matrices"] == QKV_OF_LAYER_1, "what is as all others is not said"
     errors = {}
     for name, linear in dense.named_modules():
         if isinstance(linear, torch.nn.Linear) and "layers" in name:
             error = model.get_submodule(name).dequantize() - linear.weight
             errors[name] = float(error.detach().norm() / linear.weight.detach().norm())
-    eight = [errors.pop(name) for name in QKV_OF_LAYER_1]
-    assert max(eight) < 0.01 < min(errors.values())
+    wide = [errors.pop(name) for name in QKV_OF_LAYER_1]
+    assert max(wide) < 0.01 < min(errors.values())
     assert "matrices" not in quantize_model(load_model(path), 4, 32, 4)
 
 
 def test_bits_that_no_graph_holds_are_refused(tiny_model, tmp_path):
     path, query = tiny_model(**WIDE), "model.layers.1.self_attn.q_proj"
-    for bits_of, message in (
-        ({query: 8}, r"layer 1 .* one matrix .*q_proj 8, self_attn.k_proj 4.*: give them the same"),
-        ({"model.layers.0.mlp.gate_proj": 8}, "mlp.gate_proj 8, mlp.up_proj 4"),
-        ({"model.layers.7.mlp.down_proj": 8}, "model.layers.7.mlp.down_proj, which is no linear"),
-        ({"lm_head": 8}, "lm_head, which is no linear"),
-        ({"model.layers.0.mlp.down_proj": 6}, "6 bits; allowed: 4, 8"),
+    gate, down, both = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", ("model.embed_tokens", "lm_head")
+    for own, message in (
+        (
+            {query: (8, 32)},
+            r"layer 1 .* one matrix .*q_proj 8 bit in groups of 32, .*k_proj 4 bit.*: give them the same",
+        ),
+        ({gate: (4, 64)}, "mlp.gate_proj 4 bit in groups of 64, mlp.up_proj 4 bit in groups of 32"),
+        ({"model.layers.7.mlp.down_proj": (8, 32)}, "model.layers.7.mlp.down_proj, which is no linear"),
+        ({down: (6, 32)}, "6 bits; allowed: 4, 8"),
+        ({down: (4, 512)}, r"mlp.down_proj has 256 input columns, not a multiple of the group size 512"),
+        (
+            {both[0]: (4, 64)},
+            "tied table is 4 bit in groups of 64 as the embedding and 4 bit in groups of 32 as the head",
+        ),
     ):
         with pytest.raises(UserError, match=message):
-            quantize_model(load_model(path), 4, 32, 4, bits_of=bits_of)
+            quantize_model(load_model(path), 4, 32, 4, own={name: MatrixForm(*form) for name, form in own.items()})
     matrices = {query: quantize(load_model(path).get_submodule(query).weight, 4, 64)}
-    with pytest.raises(ValueError, match="4 bits in groups of 64 are given to a module of 4 bits in groups of 32"):
+    with pytest.raises(UserError, match=r"q_proj 4 bit in groups of 64, self_attn\.k_proj 4 bit in groups of 32"):
         quantize_model(load_model(path), 4, 32, 4, matrices)
+    table = {name: quantize(load_model(path).get_parameter("lm_head.weight"), 8, 32) for name in both}
+    with pytest.raises(ValueError, match="8 bits in groups of 32 are given to a module of 4 bits in groups of 32"):
+        quantize_model(load_model(path), 4, 32, 4, table)
 
 
 def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
@@ -188,7 +221,7 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
         ({k: v for k, v in matrices.items() if "q_proj" not in k}, "layer 1 has linears that are one matrix"),
         (
             {k: v for k, v in matrices.items() if "down" not in k},
-            "0.mlp.down_proj holds other integers than the 4 bits",
+            "0.mlp.down_proj holds other integers than the 4 bit in groups",
         ),
     ):
         config["slim_quant"]["matrices"] = changed
