@@ -1,4 +1,4 @@
-"""Files of other engines beside the graph: the same integers, held against what the graph says."""
+"""Other engines of a bundle: the same integers in a file beside the graph or in the graph itself, held against it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from devices.common.interpreters import python_with
 from devices.common.progress import Progress
-from export.bundle.engines import ENGINES, FILES, LLAMA_CPP, ONNXRUNTIME
-from export.bundle.llama_cpp_logits import logits_of
+from export.bundle.engine_logits import logits_of
+from export.bundle.engines import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
 from export.bundle.manifest import Parity
 from export.gguf.layout import GGUFSource
-from export.gguf.llama_cpp import quantizer
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf
 from export.options import ExportOptions
@@ -21,7 +21,7 @@ from export.source import ModelSource
 from saap.system.device_names import AUTO
 from saap.system.errors import UserError
 
-FARTHEST = 0.02  # of the graph's perplexity: llama.cpp rounds activations its own way
+FARTHEST = 0.02  # of the graph's perplexity: each engine rounds activations its own way
 
 
 def engines_of(directory: Path, options: ExportOptions) -> list[str]:
@@ -29,16 +29,32 @@ def engines_of(directory: Path, options: ExportOptions) -> list[str]:
     if options.engines != (AUTO,):
         return sorted(options.engines, key=ENGINES.index)
     found = [ONNXRUNTIME]
-    if options.target == "cpu" and options.integers != "nearest":
-        with suppress(UserError):
-            quantizer()
+    if options.target != "cpu":
+        return found
+    with suppress(UserError):
+        if options.integers != "nearest":
+            python_of(LLAMA_CPP)
             GGUFSource(directory, None, None)
             found.append(LLAMA_CPP)
+    with suppress(UserError):
+        if options.kv_bits == 32:
+            python_of(OPENVINO)
+            found.append(OPENVINO)
     return found
 
 
+def python_of(engine: str) -> str:
+    """The Python that has an engine. Raises UserError: there is none."""
+    return python_with(PACKAGES[engine], engine, EXTRAS[engine])
+
+
 def check_engines(directory: Path, options: ExportOptions) -> None:
-    """Raise UserError for an engine that cannot hold the model, before its integers are chosen."""
+    """Raise UserError for an engine that cannot hold the model or is not here, before its integers are chosen.
+
+    llama.cpp need not be here, for its file is written without it.
+    """
+    if OPENVINO in options.engines:
+        python_of(OPENVINO)
     if LLAMA_CPP in options.engines:
         try:
             GGUFSource(directory, None, None)
@@ -49,10 +65,12 @@ def check_engines(directory: Path, options: ExportOptions) -> None:
 def write_engine(
     engine: str, source: ModelSource, out: Path, options: ExportOptions, progress: Progress | None
 ) -> dict[str, object]:
-    """Write the file of another engine beside the graph; what the manifest says of it.
+    """Write the file of another engine beside the graph, if it needs one; what the manifest says of it.
 
     Raises UserError: the engine cannot hold the model.
     """
+    if engine not in FILES:
+        return {"exact": True}  # it reads the graph
     kind = None if source.quant else GGUF_TYPES[options.bits or 4]
     try:
         report = write_gguf(source.directory, out / FILES[engine], kind=kind, progress=progress)
@@ -61,26 +79,29 @@ def write_engine(
     return {"exact": report.worst_error_rounded in (None, 0.0), "type": report.kind, "notes": report.notes}
 
 
-def engine_nll(file: Path, ids: torch.Tensor | None, parity: Parity | None, progress: Progress | None) -> float | None:
-    """What llama.cpp makes of the rows of the parity check, nats per token; None where it was not checked or not here.
+def engine_nll(
+    engine: str, bundle: Path, ids: torch.Tensor | None, parity: Parity | None, progress: Progress | None
+) -> float | None:
+    """What an engine makes of the rows of the parity check, nats per token; None where it was not checked or not here.
 
     Raises UserError: it computes something else than the graph.
     """
     if ids is None or parity is None:
         return None
     try:
-        python = quantizer()
+        python = python_of(engine)
     except UserError:
         return None
     if progress:
-        progress("checking what llama.cpp computes (rows)", 0, len(ids))
-    logits = torch.from_numpy(logits_of(file, python, ids.numpy(), torch.get_num_threads()))
+        progress(f"checking what {engine} computes (rows)", 0, len(ids))
+    path = bundle / FILES[engine] if engine in FILES else bundle
+    logits = torch.from_numpy(logits_of(engine, path, python, ids.numpy(), torch.get_num_threads()))
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     if progress:
-        progress("checking what llama.cpp computes (rows)", len(ids), len(ids))
+        progress(f"checking what {engine} computes (rows)", len(ids), len(ids))
     if abs(nll - parity.nll_graph) > FARTHEST:
         raise UserError(
-            f"llama.cpp computes something else than the graph (NLL {nll:.4f} instead of {parity.nll_graph:.4f}): "
-            "nothing was exported; leave llama.cpp out of --engines"
+            f"{engine} computes something else than the graph (NLL {nll:.4f} instead of {parity.nll_graph:.4f}): "
+            f"nothing was exported; leave {engine} out of --engines"
         )
     return nll

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from devices.common.errors import UserError
 from devices.common.options import COMPUTE, Option, check_values, refuse_unused
 from devices.common.values import parse_names
-from export.bundle.engines import ENGINES, ONNXRUNTIME
+from export.bundle.engines import ENGINES, LLAMA_CPP, ONNXRUNTIME, OPENVINO
 from saap.system.device_names import AUTO, check_device_is_there
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256
@@ -53,7 +53,7 @@ class ExportOptions:
     engines: Annotated[
         tuple[str, ...],
         Option(
-            "What shall run it: onnxruntime,llama.cpp, or auto for those that are here and hold the model.",
+            "What shall run it: onnxruntime,llama.cpp,openvino, or auto for those here that hold the model.",
             metavar="NAMES",
             parse=parse_names,
         ),
@@ -110,8 +110,10 @@ class ExportOptions:
         if len(self.engines) > 1:
             if self.target != "cpu":
                 refuse_unused(self, ("engines",), "--target cpu")
-            if self.integers == "nearest":
+            if self.integers == "nearest" and LLAMA_CPP in self.engines:
                 raise UserError("--engines needs integers that all of them hold: leave --integers nearest out")
+            if self.kv_bits == 8 and OPENVINO in self.engines:
+                raise UserError("openvino does not read an int8 cache: leave --kv 8 or openvino out")
 
     def check_floats(self) -> None:
         """Refuse what is said of integers where there are none."""

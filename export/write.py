@@ -14,7 +14,6 @@ from devices.common.files import calling
 from devices.common.options import refuse_unused
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
-from export.bundle.engines import FILES
 from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
@@ -175,8 +174,9 @@ def write_bundle(
         for engine in engines_of(source.directory, options)[1:]:
             ids = parity[0] if parity is not None else None
             told = write_engine(engine, source, partial_out, options, progress)
-            told |= {"nll": engine_nll(partial_out / FILES[engine], ids, manifest.parity, progress)}
-            manifest = replace(manifest, lineage={**manifest.lineage, "engines": {engine: told}})
+            told |= {"nll": engine_nll(engine, partial_out, ids, manifest.parity, progress)}
+            engines = {**manifest.lineage.get("engines", {}), engine: told}
+            manifest = replace(manifest, lineage={**manifest.lineage, "engines": engines})
         return write_manifest(partial_out, manifest)
 
 
@@ -258,6 +258,7 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
             **({"integers": record["integers"]} if "integers" in record else {}),
             "head_bits": precision.head_bits,
             **({"matrices": precision.matrices} if precision.matrices else {}),
+            **({"blocks": precision.blocks} if precision.blocks else {}),
             "method": record.get("method"),
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),

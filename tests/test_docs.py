@@ -349,7 +349,8 @@ def test_python_runs(name, workplace, capsys):
     assert found
     said = []
     for _, text in found:
-        if all(find_spec(module) for module in ("onnxruntime_genai", "llama_cpp") if f" {module} " in text):
+        clients = ("onnxruntime_genai", "llama_cpp", "openvino")
+        if all(find_spec(module) for module in clients if f"{module} " in text):
             exec(compile(text, name, "exec"), {})
             said.append(capsys.readouterr().out)
     if name == "docs/deploy.md":

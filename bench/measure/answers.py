@@ -53,7 +53,7 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
         is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
-    if peer.kind not in ("onnx", "llama.cpp"):
+    if peer.kind not in ("onnx", "llama.cpp", "openvino"):
         return {"error": f"{peer.kind} is not asked: give a bundle"}
     cpus = choose_cores(threads)
     job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, cpus, plan.provider, peer.runtime, peer.choice)

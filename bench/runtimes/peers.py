@@ -1,8 +1,9 @@
 """What can be measured, each in a process of its own: a bundle, or a model in another runtime.
 
-A plain path is a bundle, ``prepacked:BUNDLE`` one whose packed weights are kept on this device. The peers are
-``torch:DIR``, a model directory in transformers, ``llama.cpp:FILE.gguf``, ``genai:DIR`` and ``optimum:DIR``. What a
-spec needs is checked here from its own small files; the packages are looked for, never imported.
+A plain path is a bundle, ``BUNDLE@ENGINE`` one in another engine, ``prepacked:BUNDLE`` one whose packed weights are
+kept on this device. The peers are ``torch:DIR``, a model directory in transformers, ``llama.cpp:FILE.gguf``,
+``genai:DIR``, ``optimum:DIR`` and ``openvino:DIR``, a directory of optimum-intel. What a spec needs is checked here
+from its own small files; the packages are looked for, never imported.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
 from devices.common.interpreters import python_with
 from export.bundle.decoder import check_context
-from export.bundle.engines import FASTEST, Placed
+from export.bundle.engine_logits import process_environment
+from export.bundle.engines import EXTRAS, FASTEST, PACKAGES, Placed
 from export.bundle.engines import LLAMA_CPP as LLAMA_CPP_ENGINE
+from export.bundle.engines import OPENVINO as OPENVINO_ENGINE
 from export.bundle.llama_cpp import FLASH_ATTENTION
-from export.bundle.llama_cpp_logits import process_environment
 from export.bundle.manifest import (
     DECODE_GRAPH,
     MANIFEST,
@@ -38,13 +40,17 @@ from export.bundle.manifest import (
     read_manifest,
     verify_files,
 )
+from export.bundle.openvino import IR
 from export.bundle.prepacked import prepack
 from export.bundle.session import check_provider
 
-TORCH, LLAMA_CPP, GENAI, OPTIMUM = "torch:", "llama.cpp:", "genai:", "optimum:"
-OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM)
+TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
+OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)
 PREPACKED = "prepacked:"
-FORMS = "a bundle's path, BUNDLE@llama.cpp, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or optimum:DIR"
+FORMS = (
+    "a bundle's path, BUNDLE@ENGINE, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or "
+    "openvino:DIR"
+)
 T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
@@ -67,7 +73,7 @@ class Peer:
 
     name: str
     spec: str
-    kind: str  # onnx | torch | llama.cpp | genai | optimum
+    kind: str  # onnx | torch | llama.cpp | genai | optimum | openvino
     path: Path
     runtime: str | None  # module that loads it in the worker's process; None: a bundle in ONNX Runtime
     vocab_size: int
@@ -126,7 +132,10 @@ def read_peers(
 
 
 def _reader(spec: str) -> Callable[[str, int], Peer]:
-    readers = {PREPACKED: _prepacked, TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum}
+    readers = {
+        PREPACKED: _prepacked, TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum,
+        OPENVINO: _openvino,
+    }  # fmt: skip
     return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
 
 
@@ -137,6 +146,13 @@ def _bundle(spec: str, length: int) -> Peer:
         peer = _llama_cpp(f"{LLAMA_CPP}{placed.file()}", length)
         name = f"{placed.bundle.resolve().name}@{placed.engine}"
         return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash, unknown={})
+    if placed.engine == OPENVINO_ENGINE:
+        path = placed.file().resolve()
+        manifest = verify_files(path)
+        check_context(manifest, length, spec)
+        python = python_with(PACKAGES[OPENVINO_ENGINE], spec, EXTRAS[OPENVINO_ENGINE])
+        peer = _peer(spec, OPENVINO_ENGINE, path, manifest.vocab_size, manifest, python)
+        return replace(peer, name=f"{path.name}@{placed.engine}")
     if placed.engine == FASTEST:
         raise PeerError(f"{spec}: which engine is fastest is asked by `saap bench`, `eval` and `generate` here")
     spec = str(placed.bundle)
@@ -210,6 +226,17 @@ def _optimum(spec: str, length: int) -> Peer:
     return _peer(spec, "optimum", path, config.vocab_size, _manifest(path), python)
 
 
+def _openvino(spec: str, length: int) -> Peer:
+    """A directory of optimum-intel, ``optimum-cli export openvino`` for one."""
+    path = _path(spec)
+    if not (path / IR).is_file():
+        raise PeerError(f"{spec}: there is no {IR} in {path}; give a directory of optimum-intel, or BUNDLE@openvino")
+    config = _read(spec, path / "config.json", _Config, "a directory of optimum-intel", "names no vocab_size")
+    _check_context(spec, length, config.max_position_embeddings)
+    python = python_with(PACKAGES[OPENVINO_ENGINE], spec, EXTRAS[OPENVINO_ENGINE])
+    return _peer(spec, OPENVINO_ENGINE, path, config.vocab_size, None, python)
+
+
 def _peer(
     spec: str, kind: str, path: Path, vocab: int, manifest: BundleManifest | None = None, python: str = sys.executable
 ) -> Peer:
@@ -267,7 +294,7 @@ def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> di
 def _weight_files(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
-    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data")
+    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "*.bin")
     return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 

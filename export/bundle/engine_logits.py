@@ -1,4 +1,4 @@
-"""Logits of a GGUF file in llama.cpp, in a process of its own: ``python -m export.bundle.llama_cpp_logits``.
+"""Logits of a bundle's file in another engine, in a process of its own: ``python -m export.bundle.engine_logits``.
 
 What the bench times and what is judged here are one: the same library, options and numbers of the cache.
 """
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from devices.common.child import ChildFailedError, call, job_and_tell
 from devices.common.errors import UserError
 from export.bundle.decoder import Logits
+from export.bundle.engines import OPENVINO
 from export.bundle.llama_cpp import LlamaCppDecoder
+from export.bundle.openvino import scorer as openvino_scorer
 
 TIMEOUT_S = 3600.0  # of one batch of rows
 
@@ -24,6 +26,7 @@ TIMEOUT_S = 3600.0  # of one batch of rows
 class Job:
     """Rows of token ids, each read from an empty cache, and the .npy file for their logits."""
 
+    engine: str
     path: str
     rows: list[list[int]]
     threads: int
@@ -35,27 +38,31 @@ def process_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
 
 
-def logits_of(path: Path, python: str, rows: NDArray[np.int64], threads: int) -> Logits:
-    """Logits [rows, tokens, vocab] of rows [rows, tokens], of a file that is loaded for this call.
+def logits_of(engine: str, path: Path, python: str, rows: NDArray[np.int64], threads: int) -> Logits:
+    """Logits [rows, tokens, vocab] of rows [rows, tokens], of a model that is loaded for this call.
 
-    ``python``: that has llama-cpp-python.
+    Args:
+        path: a GGUF file for llama.cpp, a bundle for OpenVINO.
+        python: that has the engine.
 
-    Raises UserError: llama.cpp cannot run the file.
+    Raises UserError: the engine cannot run it.
     """
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "logits.npy"
-        job = asdict(Job(str(path), rows.tolist(), threads, str(out)))
+        job = asdict(Job(engine, str(path.resolve()), rows.tolist(), threads, str(out)))
         try:
             call(__name__, job, TIMEOUT_S, process_environment(threads), python)
         except ChildFailedError as error:
-            raise UserError(f"{path} gives no logits in llama.cpp: {error}") from None
+            raise UserError(f"{path} gives no logits in {engine}: {error}") from None
         found: Logits = np.load(out)
         return found
 
 
 def main() -> None:
     job, tell = job_and_tell(Job)
-    decoder = LlamaCppDecoder(Path(job.path), job.threads, max(map(len, job.rows)))
+    path, longest = Path(job.path), max(map(len, job.rows))
+    kind = openvino_scorer if job.engine == OPENVINO else LlamaCppDecoder
+    decoder = kind(path, job.threads, longest)
     np.save(job.out, np.stack([decoder.logits(np.asarray(row)).copy() for row in job.rows]))
     tell({"rows": len(job.rows)})
 

@@ -1,4 +1,4 @@
-"""The engines that run a bundle: ONNX Runtime its graph, others a file of the same weights that lies beside it.
+"""The engines that run a bundle: ONNX Runtime and OpenVINO its graph, llama.cpp a file of the same weights beside it.
 
 ``BUNDLE@llama.cpp`` names a bundle and the engine that shall run it, ``BUNDLE@fastest`` the one that is fastest here.
 """
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from export.bundle.manifest import BundleError, BundleManifest, read_manifest
 
-ONNXRUNTIME, LLAMA_CPP, FASTEST = "onnxruntime", "llama.cpp", "fastest"
+ONNXRUNTIME, LLAMA_CPP, OPENVINO, FASTEST = "onnxruntime", "llama.cpp", "openvino", "fastest"
 FILES = {LLAMA_CPP: "model.gguf"}  # of the engines that do not read the graph
-PACKAGES = {LLAMA_CPP: ("llama_cpp",)}
-EXTRAS = {LLAMA_CPP: "'saap[llama-cpp]'"}
-ENGINES = (ONNXRUNTIME, *FILES)
+PACKAGES = {LLAMA_CPP: ("llama_cpp",), OPENVINO: ("openvino",)}
+EXTRAS = {LLAMA_CPP: "'saap[llama-cpp]'", OPENVINO: "'saap[openvino]'"}
+ENGINES = (ONNXRUNTIME, LLAMA_CPP, OPENVINO)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Placed:
 
         Raises BundleError: the bundle was not made for it.
         """
+        if self.engine == OPENVINO:
+            check_openvino(read_manifest(self.bundle), str(self.bundle))
         if self.engine not in FILES:
             return self.bundle
         manifest = read_manifest(self.bundle)
@@ -53,6 +55,14 @@ class Placed:
         return self.bundle / FILES[self.engine]
 
 
+def check_openvino(manifest: BundleManifest, where: str) -> None:
+    """Raise BundleError: OpenVINO does not read the graph."""
+    if manifest.target != "cpu" or manifest.kv_dtype != "float32":
+        made = f"{manifest.target} with a {manifest.kv_dtype} cache"
+        raise BundleError(f"{where} is for {made}; OpenVINO reads bundles of --target cpu with --kv 32")
+
+
 def engines_in(manifest: BundleManifest) -> list[str]:
     """The engines that a bundle was made for."""
-    return [ONNXRUNTIME, *(engine for engine, name in FILES.items() if name in manifest.files)]
+    told = manifest.lineage.get("engines") or {}
+    return [ONNXRUNTIME, *(e for e in ENGINES[1:] if (FILES[e] in manifest.files if e in FILES else e in told))]

@@ -121,6 +121,8 @@ class Lineage(TypedDict, total=False):
     head_bits: Count
     nodes: Count
     matrices: dict[str, Count]
+    blocks: dict[str, Count]
+    engines: dict[str, dict[str, object]] | None
     method: str | None
     plan: LineagePlan | None
     calibration: LineageText | None
@@ -134,7 +136,8 @@ class BundleManifest:
 
     Attributes:
         lineage: where the model comes from: ``model_sha256`` of the exported weights, ``head_bits``, ``matrices`` (bits
-            of linears that have other than ``bits``), ``method``, ``plan`` and ``tuning`` of the slim directory.
+            of linears that have other than ``bits``), ``blocks`` (group sizes of matrices that have other than
+            ``block``), ``method``, ``plan`` and ``tuning`` of the slim directory.
     """
 
     target: str  # ``cpu``, ``cuda`` or ``portable``

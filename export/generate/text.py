@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
 import msgspec
 
+from devices.common.child import absent
 from devices.common.cores import physical_cores
 from devices.common.errors import UserError
 from devices.common.gguf_header import read_header
 from devices.common.options import refuse_unused
 from export.bundle.decoder import OrtDecoder, check_threads
-from export.bundle.engines import EXTRAS, LLAMA_CPP, Placed
+from export.bundle.engines import EXTRAS, OPENVINO, PACKAGES, Placed
 from export.bundle.llama_cpp import LlamaCppDecoder
 from export.bundle.manifest import BundleManifest, SmallFiles, read_manifest, verify_files
+from export.bundle.openvino import OpenVinoDecoder
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
@@ -126,10 +127,10 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     threads = physical_cores() if options.threads is None else options.threads
     verify_files(directory, manifest, tokenizer.files.hashed)
     decoder: Decoder
-    if placed.engine == LLAMA_CPP:
+    if placed.engine in PACKAGES:
         if options.prepacked:
-            refuse_unused(options, ("prepacked",), f"ONNX Runtime, and {bundle} runs in llama.cpp")
-        decoder = llama_cpp_decoder(file, threads, context, str(bundle))
+            refuse_unused(options, ("prepacked",), f"ONNX Runtime, and {bundle} runs in {placed.engine}")
+        decoder = decoder_of(placed.engine, file, threads, context)
     else:
         decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest, prepacked=options.prepacked)
     settings = AnswerSettings(options.max_tokens, sampling)
@@ -143,11 +144,13 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     return OpenBundle(manifest, sampling, threads, context, ask, talk)
 
 
-def llama_cpp_decoder(file: Path, threads: int, context: int, spec: str) -> Decoder:
-    """Raises UserError: llama-cpp-python is not in this Python, or llama.cpp cannot load the file."""
-    if find_spec("llama_cpp") is None:
-        raise UserError(f"{spec} needs llama-cpp-python in this Python: pip install {EXTRAS[LLAMA_CPP]}")
+def decoder_of(engine: str, file: Path, threads: int, context: int) -> Decoder:
+    """Another engine than ONNX Runtime. Raises UserError: it is not in this Python, or cannot load the file."""
+    if absent(PACKAGES[engine]):
+        raise UserError(f"{engine} is not in this Python, and generating needs it here: pip install {EXTRAS[engine]}")
     check_threads(threads)
+    if engine == OPENVINO:
+        return OpenVinoDecoder(file, threads, context)
     read_header(file)  # llama.cpp ends the process over a header that makes no sense
     return LlamaCppDecoder(file, threads, context)
 

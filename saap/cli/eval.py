@@ -65,7 +65,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     """
     from devices.common.outputs import QUALITY as OF_EVAL
     from devices.common.outputs import check_place
-    from export.bundle.engines import LLAMA_CPP, Placed
+    from export.bundle.engines import PACKAGES, Placed
     from saap.cli.engines import on_fastest
     from saap.models.resolve import kind_of
 
@@ -77,9 +77,9 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     check_options(options.options, on_text=on_text)
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
     if options.options.tasks and (
-        peers := [str(path) for path in paths if is_for_llama_cpp(path) or Placed.of(path).engine == LLAMA_CPP]
+        peers := [str(path) for path in paths if is_for_llama_cpp(path) or Placed.of(path).engine in PACKAGES]
     ):
-        raise UserError(f"{peers[0]}: zero-shot tasks are not asked of llama.cpp: leave --tasks out, or give a bundle")
+        raise UserError(f"{peers[0]}: only ONNX Runtime is asked zero-shot tasks: leave --tasks out, or give a bundle")
     console = Console.of_command()
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
@@ -116,13 +116,15 @@ def is_for_llama_cpp(path: Path) -> bool:
 
 def subject_of(path: Path, name: str = "") -> Path | Subject:
     """A bundle in one of its engines, a GGUF file in llama.cpp, or a model by its directory or name."""
-    from export.bundle.engines import LLAMA_CPP, Placed
+    from export.bundle.engines import LLAMA_CPP, OPENVINO, Placed
 
     if is_for_llama_cpp(path):
         return GGUFInLlamaCpp.of(path, name)
     placed = Placed.of(path)
     if placed.engine == LLAMA_CPP:
         return GGUFInLlamaCpp.of(f"llama.cpp:{placed.file()}", name or str(path), placed.bundle)
+    if placed.engine == OPENVINO:
+        return BundleInOpenVino(name or str(path), placed.file())
     path, name = placed.bundle, name or (str(path) if placed.engine else "")
     if (path / "bundle.json").is_file():
         return Bundle(name or str(path), path)
@@ -181,6 +183,25 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class BundleInOpenVino(Bundle):
+    """A bundle whose graph OpenVINO runs, in a process of its own."""
+
+    def scorer(self, device: torch.device) -> Score:
+        import torch
+
+        from bench.runtimes.peers import read_peers
+        from export.bundle.engine_logits import logits_of
+        from export.bundle.engines import OPENVINO
+
+        (peer,) = read_peers([f"{self.path}@{OPENVINO}"], 1)
+        threads = torch.get_num_threads()
+        return lambda ids: torch.from_numpy(logits_of(OPENVINO, peer.path, peer.python, ids.cpu().numpy(), threads))
+
+    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
+        raise NotImplementedError("zero-shot tasks are not asked of OpenVINO")
+
+
+@dataclass(frozen=True)
 class GGUFInLlamaCpp:
     """A GGUF file in llama.cpp as what is evaluated (:class:`saap.evaluate.evaluation.Subject`)."""
 
@@ -222,10 +243,11 @@ class GGUFInLlamaCpp:
     def scorer(self, device: torch.device) -> Score:
         import torch
 
-        from export.bundle.llama_cpp_logits import logits_of
+        from export.bundle.engine_logits import logits_of
+        from export.bundle.engines import LLAMA_CPP
 
         threads, path, python = torch.get_num_threads(), self.peer.path, self.peer.python
-        return lambda ids: torch.from_numpy(logits_of(path, python, ids.cpu().numpy(), threads))
+        return lambda ids: torch.from_numpy(logits_of(LLAMA_CPP, path, python, ids.cpu().numpy(), threads))
 
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         raise NotImplementedError("zero-shot tasks are not asked of llama.cpp")

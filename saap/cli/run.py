@@ -554,7 +554,8 @@ def _export_peer(state: _State, source: Path, dense: object) -> str | None:
     import numpy as np
 
     from bench.runtimes.peers import LLAMA_CPP, read_peers
-    from export.bundle.llama_cpp_logits import logits_of
+    from export.bundle.engine_logits import logits_of
+    from export.bundle.engines import LLAMA_CPP as LLAMA_CPP_ENGINE
     from saap.cli.export import export_model
 
     options, out = state.options.peer_export, state.out / state.options.peer
@@ -563,7 +564,8 @@ def _export_peer(state: _State, source: Path, dense: object) -> str | None:
     def work() -> None:
         export_model(source, out, options, state.console)
         (peer,) = read_peers([f"{LLAMA_CPP}{out}"], 1)
-        logits_of(peer.path, peer.python, np.zeros((1, 1), np.int64), 1)  # fails here, before anything rests on it
+        one = np.zeros((1, 1), np.int64)
+        logits_of(LLAMA_CPP_ENGINE, peer.path, peer.python, one, 1)  # fails here, before anything rests on it
 
     try:
         return state.step(f"export {out.name}", command, [dense, _depends_on(options)], [out.name], work)

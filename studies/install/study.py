@@ -38,6 +38,7 @@ FOR = {
     "tasks": "zero-shot tasks",
     "optimum": "optimum as a peer",
     "llama-cpp": "llama.cpp as an engine of a bundle, and as a peer",
+    "openvino": "OpenVINO as an engine of a bundle, and as a peer",
     "gpu": "memory and clocks of NVIDIA GPUs",
     "labgrid": "boards of a farm",
     "dev": "tests and lint",

@@ -13,8 +13,8 @@ from support.export_cases import IDS, UNEVEN
 
 from bench.runtimes.peers import read_peers
 from devices.common.interpreters import PEER_PYTHON, python_with
+from export.bundle.engine_logits import logits_of
 from export.bundle.engines import Placed, engines_in
-from export.bundle.llama_cpp_logits import logits_of
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.scoring import BundleScorer
 from export.options import ExportOptions
@@ -63,7 +63,7 @@ def test_llama_cpp_and_onnxruntime_say_the_same(bundle, llama_cpp):
     told = read_manifest(bundle)
     assert told.lineage["engines"]["llama.cpp"]["nll"] == pytest.approx(told.parity.nll_graph, abs=0.02)
     rows = IDS.numpy()
-    theirs, ours = logits_of(bundle / "model.gguf", llama_cpp, rows, 1), BundleScorer(bundle).logits(rows)
+    theirs, ours = logits_of("llama.cpp", bundle / "model.gguf", llama_cpp, rows, 1), BundleScorer(bundle).logits(rows)
     assert np.abs(theirs - ours).max() < 0.2 * ours.std()
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_file_of_an_engine_is_refused(bundle):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("@tensorrt", "there is no engine 'tensorrt': onnxruntime, llama.cpp, fastest are known"),
+        ("@tensorrt", "there is no engine 'tensorrt': onnxruntime, llama.cpp, openvino, fastest are known"),
         ("@llama.cpp", "has no file for llama.cpp: export it with --engines onnxruntime,llama.cpp"),
     ],
 )
@@ -124,9 +124,9 @@ def tiny_bundle(tiny_model, tmp_path, text):
 
 
 def test_generate_needs_the_engine_in_its_own_python(bundle, monkeypatch):
-    monkeypatch.setattr("export.generate.text.find_spec", lambda name: None)
+    monkeypatch.setattr("export.generate.text.absent", list)
     told = refused("generate", f"{bundle}@llama.cpp", "hello")
-    assert "needs llama-cpp-python in this Python: pip install 'saap[llama-cpp]'" in told
+    assert "llama.cpp is not in this Python, and generating needs it here: pip install 'saap[llama-cpp]'" in told
 
 
 def test_a_path_may_have_an_at_of_its_own(tmp_path):
@@ -145,10 +145,11 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_integers_are_chosen(tiny_f
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--engines openvino", "--engines openvino is not known: give onnxruntime, llama.cpp, or auto alone"),
+        ("--engines vulkan", "--engines vulkan is not known: give onnxruntime, llama.cpp, openvino, or auto alone"),
         ("--engines llama.cpp", "a bundle is made for onnxruntime, too: add it to --engines"),
         ("--engines onnxruntime,llama.cpp --integers nearest", "leave --integers nearest out"),
         ("--engines onnxruntime,llama.cpp --target portable", "--engines is for --target cpu"),
+        ("--engines onnxruntime,openvino --kv 8", "openvino does not read an int8 cache: leave --kv 8 or openvino out"),
     ],
 )
 def test_engines_that_do_not_go_with_the_rest_are_refused(tiny_model, tmp_path, words, said):
@@ -156,16 +157,16 @@ def test_engines_that_do_not_go_with_the_rest_are_refused(tiny_model, tmp_path, 
 
 
 def test_auto_takes_the_engines_that_are_here_and_hold_the_model(tiny_model, tiny_family, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("export.engines.quantizer", lambda: "python")
+    monkeypatch.setattr("export.engines.python_with", lambda *_: "python")
     monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
     options = ExportOptions(engines=("auto",), text=str(text), parity="none")
-    for model, expected in ((tiny_model(), list(BOTH)), (tiny_family("qwen3"), ["onnxruntime"])):
+    for model, expected in ((tiny_model(), [*BOTH, "openvino"]), (tiny_family("qwen3"), ["onnxruntime", "openvino"])):
         made = export(model, options, output=tmp_path / f"out-{len(expected)}")
         assert engines_in(made.manifest) == expected
 
 
 def test_a_file_that_computes_something_else_is_not_exported(tiny_model, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("export.engines.quantizer", lambda: "python")
+    monkeypatch.setattr("export.engines.python_with", lambda *_: "python")
     monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
     told = refused("export", tiny_model(), "-o", tmp_path / "out", "--engines", ",".join(BOTH), "--text", text)
     assert "llama.cpp computes something else than the graph (NLL 5.7683 instead of" in told
@@ -195,3 +196,29 @@ def test_the_fastest_engine_by_turns(bundle, llama_cpp, monkeypatch):
     monkeypatch.setattr("bench.measure.pilots.PILOT_S", 1.0)
     monkeypatch.setenv(PEER_PYTHON, llama_cpp)
     assert on_fastest(f"{bundle}@fastest") in {f"{bundle}@{engine}" for engine in BOTH}
+
+
+def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tmp_path, text, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.delenv(PEER_PYTHON, raising=False)
+    made = export(
+        tiny_model(), ExportOptions(engines=("onnxruntime", "openvino"), text=str(text)), output=tmp_path / "bundle"
+    )
+    told = made.manifest.lineage["engines"]["openvino"]
+    assert told["exact"] is True and told["nll"] == pytest.approx(made.manifest.parity.nll_graph, abs=0.02)
+    assert engines_in(read_manifest(tmp_path / "bundle")) == ["onnxruntime", "openvino"]
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*made.manifest.files, "bundle.json"}
+    spec = f"{tmp_path / 'bundle'}@openvino"
+    (tmp_path / "judge.txt").write_text("a river rose and a bridge was closed\n" * 60)
+    words = ["--text", tmp_path / "judge.txt", "--chunk", 32, "--max-chunks", 4, "--json", tmp_path / "q.json"]
+    here("eval", tmp_path / "bundle", spec, *words)
+    one, other = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert other["name"] == spec and other["nll"] == pytest.approx(one["nll"], rel=0.01)
+    settings = ["-p", 16, "-n", 4, "-t", 1, "-r", 1, "--ratio-time", 2, "--json", tmp_path / "r.json"]
+    here("bench", tmp_path / "bundle", spec, *settings)
+    measured = json.loads((tmp_path / "r.json").read_text())["measurements"]
+    assert [m["kind"] for m in measured] == ["onnx", "openvino"]
+    assert measured[0]["bundle_hash"] == measured[1]["bundle_hash"]
+    words = ["--raw", "--max-tokens", 8, "the quick"]
+    assert here("generate", spec, *words).stdout == here("generate", tmp_path / "bundle", *words).stdout
+    assert "only ONNX Runtime is asked zero-shot tasks" in refused("eval", spec, "--tasks", "piqa")

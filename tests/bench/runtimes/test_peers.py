@@ -29,8 +29,8 @@ from bench.runtimes.peers import PeerError, read_peers
 from devices.common.gguf_header import GgufHeaderError, read_header
 from devices.common.interpreters import PEER_PYTHON, python_with
 from export.bundle.decoder import OrtDecoder
+from export.bundle.engine_logits import logits_of
 from export.bundle.genai import genai_config
-from export.bundle.llama_cpp_logits import logits_of
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
 from saap.models.gguf import read_tokenizer_fields
 from saap.system.errors import UserError
@@ -223,7 +223,7 @@ def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_py
     path = tiny_gguf(tmp_path / "tiny.gguf")
     (peer,) = read_peers([f"llama.cpp:{path}"], 1)
     rows = np.array([[1, 5, 9, 7], [3, 3, 8, 2]])
-    found = logits_of(peer.path, peer.python, rows, 1)
+    found = logits_of("llama.cpp", peer.path, peer.python, rows, 1)
     code = f"""
 import json, numpy as np
 from pathlib import Path
@@ -241,7 +241,7 @@ print(json.dumps(told))
     odd = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
     (broken,) = read_peers([f"llama.cpp:{odd}"], 1)
     with pytest.raises(UserError, match=r"gives no logits in llama.cpp: .*cannot load"):
-        logits_of(broken.path, broken.python, rows, 1)
+        logits_of("llama.cpp", broken.path, broken.python, rows, 1)
 
 
 def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
@@ -402,7 +402,7 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (
             "mlx:model",
             8,
-            "there is no runtime 'mlx'; give a bundle's path, BUNDLE@llama.cpp, prepacked:BUNDLE, torch:DIR",
+            "there is no runtime 'mlx'; give a bundle's path, BUNDLE@ENGINE, prepacked:BUNDLE, torch:DIR",
         ),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -25,7 +25,7 @@ def test_a_gguf_file_has_the_tokenizer_of_its_model(tiny_model, tmp_path, vocab)
 
 def test_zero_shot_tasks_are_not_asked_of_llama_cpp():
     message = refused("eval", "llama.cpp:model.gguf", "--tasks", "piqa", "--task-dir", ".")
-    assert "llama.cpp:model.gguf: zero-shot tasks are not asked of llama.cpp" in message
+    assert "llama.cpp:model.gguf: only ONNX Runtime is asked zero-shot tasks" in message
 
 
 def test_a_file_in_llama_cpp_is_judged_like_the_others(tiny_model, tmp_path):

@@ -1,0 +1,112 @@
+"""A bundle's own graph in OpenVINO, or a directory of optimum-intel (``openvino_model.xml``).
+
+OpenVINO reads MatMulNBits and GroupQueryAttention as they stand in the graph, so it needs no file of its own and holds
+the same integers. The cache becomes state of the model, as OpenVINO's own exporters make it: what is an input and an
+output of the graph would be copied at every token.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.bundle.decoder import Ids, Logits, check_threads
+from export.bundle.graph_check import check_graph
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Model
+
+IR = "openvino_model.xml"
+PAST, PRESENT = "past_key_values", "present"
+OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_HYPER_THREADING": False}
+
+
+def library() -> ModuleType:
+    """OpenVINO without its telemetry, which tells Google Analytics that it ran and keeps an id in the home folder."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # a stub is used
+    import openvino
+
+    module: ModuleType = openvino
+    return module
+
+
+class OpenVinoDecoder:
+    """A model in OpenVINO behind the ``Decoder`` protocol.
+
+    Args:
+        path: a bundle of the cpu target with a float cache, or a directory with ``openvino_model.xml``.
+        graph: of the bundle; the scoring graph answers for every token.
+        max_length: positions that are asked for; OpenVINO's cache grows by itself.
+    """
+
+    def __init__(self, path: Path, threads: int, max_length: int, graph: str = DECODE_GRAPH) -> None:
+        check_threads(threads)
+        self.path, self.max_length, self.length = path, max_length, 0
+        core = library().Core()
+        if (path / IR).is_file():
+            model = core.read_model(path / IR)
+        else:
+            check_graph(path / graph)
+            model = _with_state(core.read_model(path / graph))
+        self.compiled: CompiledModel = core.compile_model(model, "CPU", {**OPTIONS, "INFERENCE_NUM_THREADS": threads})
+        self._inputs = {name for given in self.compiled.inputs for name in given.names}
+        self._request = self.compiled.create_infer_request()
+
+    def reset(self) -> None:
+        self._request.reset_state()
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` positions."""
+        for state in self._request.query_state():
+            state.state = library().Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+        self.length = length
+
+    def prefill(self, ids: Ids) -> Logits:
+        """Append ``ids`` [n]; the logits [vocab] after the last of them."""
+        logits: Logits = self._append(ids)[-1]
+        return logits
+
+    def step(self, token_id: int) -> Logits:
+        return self.prefill(np.array([token_id]))
+
+    def logits(self, ids: Ids) -> Logits:
+        """After each of ``ids`` [n], the first of an empty cache: [n, vocab]; of the scoring graph."""
+        self.reset()
+        return self._append(ids)
+
+    def _append(self, ids: Ids) -> Logits:
+        before, self.length = self.length, self.length + len(ids)
+        feed = {
+            "input_ids": ids[None].astype(np.int64),
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.arange(before, self.length, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        found = self._request.infer({name: value for name, value in feed.items() if name in self._inputs})
+        logits: Logits = found["logits"][0]
+        return logits
+
+
+def scorer(path: Path, threads: int, max_length: int) -> OpenVinoDecoder:
+    """A bundle's scoring graph."""
+    return OpenVinoDecoder(path, threads, max_length, SCORING_GRAPH)
+
+
+def _with_state(model: Model) -> Model:
+    """The model for one sequence, its cache a state that is empty at first."""
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    names = {given: given.get_any_name() for given in model.inputs}
+    shapes = {given: given.get_partial_shape() for given in model.inputs}
+    for shape in shapes.values():
+        shape[0] = 1
+    model.reshape(shapes)
+    pairs = {name: name.replace(PAST, PRESENT) for name in names.values() if name.startswith(PAST)}
+    apply_make_stateful_transformation(model, pairs)
+    return model

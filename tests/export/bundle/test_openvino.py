@@ -1,0 +1,119 @@
+"""A bundle's graph in a real OpenVINO: what it computes, and what its cache holds."""
+
+import numpy as np
+import pytest
+from support.cuts import cut
+from support.export_cases import IDS, UNEVEN
+from support.exported import export_bundle, export_portable
+
+from bench.runtimes import openvino as runtime
+from bench.runtimes.peers import PeerError, read_peers
+from export.bundle.decoder import OrtDecoder
+from export.bundle.engine_logits import logits_of
+from export.bundle.engines import Placed
+from export.bundle.manifest import BundleError, verify_files
+from export.generate.scoring import BundleScorer
+from saap.prune.plan import PrunePlan
+
+openvino = pytest.importorskip("openvino")
+module = pytest.importorskip("export.bundle.openvino")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "olmo2", "granite")
+
+
+def greedy(decoder, count):
+    logits, tokens = decoder.prefill(IDS[0, :9].numpy()), []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = decoder.step(tokens[-1])
+    return tokens, np.array(logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_float32_says_what_onnxruntime_says(family, tiny_family, tmp_path):
+    export_bundle(tiny_family(family), tmp_path / "bundle", bits=32)
+    (theirs, last), (ours, expected) = (
+        greedy(kind(tmp_path / "bundle", 1, 48), 32) for kind in (module.OpenVinoDecoder, OrtDecoder)
+    )
+    assert theirs == ours
+    assert np.abs(last - expected).max() <= 1e-3
+
+
+def test_a_window_slides_in_openvino_too(tiny_family, tmp_path):
+    export_bundle(tiny_family("mistral", sliding_window=6), tmp_path / "bundle", bits=32)
+    (theirs, last), (ours, expected) = (
+        greedy(kind(tmp_path / "bundle", 1, 48), 32) for kind in (module.OpenVinoDecoder, OrtDecoder)
+    )
+    assert theirs == ours and np.abs(last - expected).max() <= 1e-3
+
+
+@pytest.fixture
+def uneven(tiny_model, tmp_path):
+    """4 bit, layers of their own sizes, one without attention and one without FFN."""
+    export_bundle(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "uneven")
+    return tmp_path / "uneven"
+
+
+def nll(logits, ids):
+    rows = logits[:, :-1].astype(np.float64)
+    rows = rows - rows.max(-1, keepdims=True)
+    taken = np.take_along_axis(rows, ids[:, 1:, None], 2)[..., 0]
+    return float((np.log(np.exp(rows).sum(-1)) - taken).mean())
+
+
+def test_uneven_integers_mean_the_same(uneven):
+    (peer,) = read_peers([f"{uneven}@openvino"], 64)
+    assert (peer.kind, peer.name) == ("openvino", "uneven@openvino")
+    assert peer.bundle_hash == verify_files(uneven).content_hash
+    rows = IDS.numpy()
+    theirs = logits_of("openvino", peer.path, peer.python, rows, 1)
+    ours = BundleScorer(uneven).logits(rows)
+    assert theirs.shape == ours.shape and nll(theirs, rows) == pytest.approx(nll(ours, rows), rel=0.01)
+    decoder = module.OpenVinoDecoder(uneven, 1, 64)
+    last = [decoder.prefill(rows[0, :5])] and decoder.prefill(rows[0, 5:])  # a prompt in two pieces
+    assert np.abs(last - theirs[0, -1]).max() <= 1e-3
+
+
+def test_the_cache_goes_back_and_starts_again(uneven):
+    decoder, prompt = module.OpenVinoDecoder(uneven, 2, 64), IDS[0].numpy()
+    expected = np.array(decoder.prefill(prompt))
+    decoder.step(3)
+    decoder.rewind(10)
+    assert np.abs(decoder.prefill(prompt[10:]) - expected).max() <= 1e-3
+    decoder.reset()
+    assert np.abs(decoder.prefill(prompt) - expected).max() <= 1e-3
+
+
+def test_its_facts_are_told(uneven):
+    told = runtime.facts(module.OpenVinoDecoder(uneven, 1, 64))
+    assert told.versions["openvino"].startswith("20") and "KV_CACHE_PRECISION" in told.versions["openvino options"]
+    assert told.model.bits == 4 and told.model.kv_bytes_per_token == verify_files(uneven).kv_bytes_per_token
+
+
+def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_path):
+    place = tmp_path / "ir"
+    place.mkdir()
+    export_bundle(tiny_model(), tmp_path / "plain", bits=32)
+    export_portable(
+        tiny_model(), tmp_path / "portable", bits=32, graph_writer="saap"
+    )  # GroupQueryAttention has no form of its own there
+    model = module._with_state(openvino.Core().read_model(tmp_path / "portable/model.onnx"))
+    openvino.save_model(model, place / "openvino_model.xml")
+    (place / "config.json").write_text('{"vocab_size": 320, "max_position_embeddings": 64}')
+    (peer,) = read_peers([f"openvino:{place}"], 32)
+    assert peer.name == "ir (openvino)"
+    own = OrtDecoder(tmp_path / "plain", 1, 64).prefill(IDS[0].numpy())
+    ir = module.OpenVinoDecoder(peer.path, 1, 64)
+    assert np.abs(ir.prefill(IDS[0].numpy()) - own).max() <= 1e-2 * own.std()  # floats of an IR are stored as float16
+    assert runtime.facts(ir).model.model_bytes > 10_000
+    with pytest.raises(PeerError, match="65 tokens of context do not fit"):
+        read_peers([f"openvino:{place}"], 65)
+    with pytest.raises(PeerError, match=r"there is no openvino_model\.xml in .*uneven; give .* BUNDLE@openvino"):
+        read_peers([f"openvino:{uneven}"], 32)
+
+
+def test_what_openvino_does_not_read_is_refused(tiny_model, tmp_path):
+    export_bundle(tiny_model(), tmp_path / "int8", ids=IDS, kv_bits=8)
+    export_bundle(tiny_model(), tmp_path / "cuda", target="cuda")
+    for name, made in (("int8", "cpu with a int8 cache"), ("cuda", "cuda with a float16 cache")):
+        with pytest.raises(BundleError, match=f"is for {made}; OpenVINO reads bundles of --target cpu with --kv 32"):
+            Placed.of(f"{tmp_path / name}@openvino").file()
