@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from export.bundle.manifest import BundleManifest, LayerSizes
-from saap.models.architectures import Architecture, ModelConfig, architecture_of, shape_of
+from saap.models.architectures import Architecture, ModelConfig, architecture_of, positions_of, shape_of
 from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
 from saap.models.shape import ModelShape
@@ -196,7 +196,7 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         head_dim=shape.head_dim,
-        context_length=config.max_position_embeddings,
+        context_length=positions_of(config),
         layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
         bits=16 if precision.floats == "float16" and precision.bits == 32 else precision.bits,
         block=precision.group_size,

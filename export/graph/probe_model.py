@@ -76,8 +76,14 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
     from transformers import AutoConfig
 
     manifest = read_manifest(directory)
+    family = SLIM + manifest.model_type.removeprefix(SLIM)
+    dense: dict[str, object] = {}
+    if architecture_of({"model_type": family}).switched_rotary:  # Granite 4, by default a hybrid of experts
+        kinds = ["full_attention"] * len(manifest.layers)
+        dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
+        dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
     config: ModelConfig = AutoConfig.for_model(
-        SLIM + manifest.model_type.removeprefix(SLIM),
+        family,
         vocab_size=manifest.vocab_size,
         hidden_size=manifest.hidden_size,
         head_dim=manifest.head_dim,
@@ -87,6 +93,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         num_key_value_heads=1,
         tie_word_embeddings=_tied(manifest),
         slim_layers=[[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers],
+        **dense,
     )
     head_bits = manifest.lineage.get("head_bits", manifest.bits)
     return config, {"bits": manifest.bits, "block": manifest.block, "embedding_bits": head_bits, "tied": False}

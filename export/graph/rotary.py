@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.models.architectures import ModelConfig, Traits, architecture_of, field_of, rope_of
+from saap.models.architectures import ModelConfig, Traits, architecture_of, field_of, positions_of, rope_of
 from saap.system.errors import UserError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
@@ -44,7 +44,7 @@ def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.nda
     # transformers 5 keeps the tables of all kinds of layers in one module, under their names.
     prefix = f"{kind}_" if hasattr(embedding, f"{kind}_inv_freq") else ""
     frequencies = getattr(embedding, f"{prefix}inv_freq").float()
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    positions = torch.arange(positions_of(config), dtype=torch.float32)
     angles = torch.outer(positions, frequencies)
     factor = float(getattr(embedding, f"{prefix}attention_scaling"))
     return (angles.cos() * factor).numpy(), (angles.sin() * factor).numpy()

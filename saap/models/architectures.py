@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Literal, Protocol
 
 import msgspec
@@ -69,6 +70,9 @@ class Architecture:
     local_rotary: bool = False  # sliding layers have a rotary base of their own
     skips_rotary: bool = False  # ``config.no_rope_layers`` is 0 for the layers without rotary embedding
     multipliers: bool = False  # factors of the embedding, attention scores, what a block adds, and logits
+    ffn_width: str = "intermediate_size"  # the field of the config
+    switched_rotary: bool = False  # ``config.position_embedding_type`` is rope, or there is no rotary embedding at all
+    transformers: int = 4  # the oldest release whose classes are what we read
     gguf: bool = False  # llama.cpp's architectures ``llama`` and ``deci`` hold it
     optimum: bool = False  # optimum may write its portable graph; the others' windows and norms are tried in ours only
 
@@ -100,6 +104,7 @@ DTYPES = ("float32", "float16", "bfloat16", "auto")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
 MOST_NUMBER = 1e15  # of a base, an epsilon or a factor
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
+UNREAD = "time_step_limit"  # of state space layers; it holds an infinity, for which JSON has only ways around
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture(gguf=True, optimum=True)
@@ -123,6 +128,11 @@ FAMILIES = {
         attention_post_norm="post_attention_layernorm", ffn_norm="", ffn_post_norm="post_feedforward_layernorm",
     ),
     "granite": Architecture("Granite", multipliers=True),
+    "granitemoehybrid": Architecture(  # Granite 4: its dense models are layers of attention and the shared MLP
+        "GraniteMoeHybrid", packed_gate_up="shared_mlp.input_linear", down="shared_mlp.output_linear",
+        ffn_width="shared_intermediate_size", window="by layer", multipliers=True, switched_rotary=True, transformers=5,
+    ),
+    "ministral3": Architecture("Ministral3", window="all", transformers=5),
 }  # fmt: skip
 ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
@@ -157,20 +167,18 @@ def architecture_of(config: object) -> Architecture:
     activation = field_of(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:
         raise UserError(f"activation {activation!r} is not supported; supported: {architecture.activation}")
+    if architecture.transformers > 4:
+        _require_transformers5(f"{name} models are", "install transformers 5")
+    # Older ones overlook ``rope_parameters`` and turn by another base, without a word.
     if isinstance(config, dict) and config.get("rope_parameters") and "rope_theta" not in config:
-        _require_transformers5()
+        instead = "install transformers 5, or write rope_theta and rope_scaling there"
+        _require_transformers5("config.json (it has rope_parameters) is", instead)
     return architecture
 
 
-def _require_transformers5() -> None:
-    """Older ones overlook ``rope_parameters`` and turn by another base, without a word."""
-    from transformers import __version__
-
-    if int(__version__.split(".")[0]) < 5:
-        raise UserError(
-            f"config.json is of transformers 5 (it has rope_parameters), which {__version__} misreads: install "
-            "transformers 5, or write rope_theta and rope_scaling there"
-        )
+def _require_transformers5(what: str, instead: str) -> None:
+    if int((installed := version("transformers")).split(".")[0]) < 5:
+        raise UserError(f"{what} of transformers 5, which {installed} misreads: {instead}")
 
 
 def shape_of(config: object) -> ModelShape:
@@ -180,6 +188,8 @@ def shape_of(config: object) -> ModelShape:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
+    if experts := field_of(config, "num_local_experts"):
+        raise UserError(f"the model is a mixture of {experts} experts, which is not supported; supported: dense models")
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     if slim := field_of(config, "slim_layers"):
@@ -190,7 +200,7 @@ def shape_of(config: object) -> ModelShape:
         layers = tuple(LayerSizes(*(_checked("slim_layers", n, 0) for n in sizes)) for sizes in sizes_of_layers)
     else:
         kv_heads = _count(config, "num_key_value_heads", heads)
-        layers = (LayerSizes(heads, kv_heads, _count(config, "intermediate_size")),) * count
+        layers = (LayerSizes(heads, kv_heads, _count(config, architecture.ffn_width)),) * count
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise UserError(
@@ -253,6 +263,8 @@ def _layer_traits(config: object, architecture: Architecture, index: int) -> Lay
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
     if architecture.skips_rotary and not entries_of(config, "no_rope_layers")[index]:
         rotary = None
+    if architecture.switched_rotary and field_of(config, "position_embedding_type") != "rope":
+        rotary = None
     window = _count(config, "sliding_window") if slides and field_of(config, "sliding_window") else 0
     return LayerTraits(window, rotary)
 
@@ -269,8 +281,9 @@ def with_defaults(config: object) -> object:
         return config
     from transformers import CONFIG_MAPPING
 
+    told = {key: value for key, value in config.items() if key != UNREAD}
     try:
-        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(config)
+        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(told)
     except Exception as error:  # fields of other types fail somewhere in it, each in its own way
         raise UserError(f"transformers cannot read this {config['model_type']} config ({first_line(error)})") from error
 
@@ -278,9 +291,17 @@ def with_defaults(config: object) -> object:
 def positions_of(config: object) -> int:
     """Tokens that a model holds, by default what transformers takes.
 
+    Beyond ``original_max_position_embeddings`` Ministral 3 scales its queries by the position, which no operator of
+    attention does; before it the factor is 1, so that much is offered.
+
     Raises UserError: the config names something else than a number.
     """
-    return _count(with_defaults(config), "max_position_embeddings", POSITIONS, MOST_POSITIONS)
+    config = with_defaults(config)
+    most = _count(config, "max_position_embeddings", POSITIONS, MOST_POSITIONS)
+    rope = rope_of(config)
+    if not rope.get("llama_4_scaling_beta"):
+        return most
+    return min(most, _count(rope, "original_max_position_embeddings", most, MOST_POSITIONS))
 
 
 def layer_count(config: object) -> int:

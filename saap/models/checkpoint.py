@@ -196,7 +196,7 @@ def slim_config(
             "architectures": [f"{architecture.family}ForCausalLM"],
             "num_attention_heads": first.query_heads,
             "num_key_value_heads": first.kv_heads,
-            "intermediate_size": first.ffn,
+            architecture.ffn_width: first.ffn,
         }
     classes = slim_classes(architecture.family)
     assert classes is not None, "transformers has the family of a model that it read"

@@ -199,10 +199,11 @@ def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = F
         else:
             layer.self_attn = NoAttention()
             _remove(layer, attention_norms)
+        mlp = "mlp" if hasattr(layer, "mlp") else "shared_mlp"
         if ffn:
-            _resize_mlp(layer.mlp, ffn, added_bias)
+            _resize_mlp(getattr(layer, mlp), ffn, added_bias)
         else:
-            layer.mlp = NoFeedForward()
+            setattr(layer, mlp, NoFeedForward())
             _remove(layer, ffn_norms)
 
 
@@ -245,8 +246,10 @@ def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bia
 
 def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
     mlp.intermediate_size = ffn
-    _resize_rows(mlp, {"gate_proj": ffn, "up_proj": ffn, "gate_up_proj": 2 * ffn})
-    mlp.down_proj = _linear_like(mlp.down_proj, ffn, mlp.down_proj.out_features, added_bias)
+    _resize_rows(mlp, {"gate_proj": ffn, "up_proj": ffn, "gate_up_proj": 2 * ffn, "input_linear": 2 * ffn})
+    name = "down_proj" if hasattr(mlp, "down_proj") else "output_linear"
+    down = getattr(mlp, name)
+    setattr(mlp, name, _linear_like(down, ffn, down.out_features, added_bias))
 
 
 def _resize_rows(parent: nn.Module, rows: dict[str, int]) -> None:

@@ -32,6 +32,8 @@ PIECES = (7, 5, 1, 1, 20, 1, 1, 4)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+               "logits_scaling": 2.0}  # fmt: skip
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": YARN}),
@@ -55,10 +57,12 @@ FAMILIES = {
     "olmo2": ("olmo2", {"attention_bias": True}),
     "olmo2 with groups": ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,
                                     "tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
-    "granite": ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
-                            "logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True}),
+    "granite": ("granite", {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}),
     "granite tied": ("granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
                                  "residual_multiplier": 0.22, "logits_scaling": 0.5, "tie_word_embeddings": True}),
+    "granite 4": ("granitemoehybrid", {**MULTIPLIERS, "attention_bias": True}),
+    "granite 4 without positions": ("granitemoehybrid", {**MULTIPLIERS, "position_embedding_type": None}),
+    "ministral 3": ("ministral3", {"rope_parameters": {**YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}),
 }  # fmt: skip
 
 

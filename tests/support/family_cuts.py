@@ -23,6 +23,8 @@ IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens
 HEADS, GROUPS, CHANNELS, LAYERS = 6, 3, 64, 6
 # Windows and layers without rotary embedding fall differently on the layers, by lists and by what a config leaves out.
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
+               "logits_scaling": 2.0}  # fmt: skip
 CASES = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": WINDOW}),
@@ -34,8 +36,9 @@ CASES = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW,
                             "attention_bias": True, "mlp_bias": True}),
     "olmo2": ("olmo2", {"attention_bias": True}),
-    "granite": ("granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6,
-                            "logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True}),
+    "granite": ("granite", {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}),
+    "granite 4": ("granitemoehybrid", {**MULTIPLIERS, "attention_bias": True}),
+    "ministral 3": ("ministral3", {"sliding_window": WINDOW}),
 }  # fmt: skip
 ALL = LayerPlan(tuple(range(HEADS)), tuple(range(GROUPS)), tuple(range(CHANNELS)))
 EMPTY = LayerPlan((), (), ())
@@ -147,13 +150,12 @@ def check_generation(model):
 
 
 FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
-MODULES = {"self_attn.o_proj": "query_heads", "mlp.down_proj": "ffn"}
 
 
-def kept_modules(plan):
+def kept_modules(plan, down="mlp.down_proj"):
     """(layer of the base, layer of the slim model, module) of each output and down projection that is left."""
     for new, old in enumerate(plan.kept_layers):
-        for module, sizes in MODULES.items():
+        for module, sizes in (("self_attn.o_proj", "query_heads"), (down, "ffn")):
             if getattr(plan.layers[old], sizes):
                 yield old, new, module
 
@@ -166,12 +168,13 @@ def compensated(dense_dir, tmp_path):
         path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
         plan = fitting(path, plan)
         generator = torch.Generator().manual_seed(9)
-        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan)}
+        down = architecture_of(read_config(path)).down
+        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan, down)}
         replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
         dense = load_model(path)
-        changed = dense.model.layers[0].mlp.down_proj.weight
+        changed = dense.model.layers[0].get_parameter(f"{down}.weight")
         changed.data += 0.05 * torch.randn(changed.shape, generator=generator)
-        replaced["model.layers.0.mlp.down_proj.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
+        replaced[f"model.layers.0.{down}.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
         with masked(dense, dict(enumerate(plan.layers)), 16):
             for (old, _, module), bias in biases.items():
                 dense.model.layers[old].get_submodule(module).bias = torch.nn.Parameter(bias)

@@ -54,7 +54,7 @@ def test_llama_has_no_traits_of_its_own():
     assert traits_of(config) == Traits((LayerTraits(),) * 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.transformers == 4])
 def test_a_slim_model_is_of_its_family(family):
     assert architecture_of({"model_type": f"saap_{family}"}) is FAMILIES[family]
 
@@ -76,6 +76,9 @@ def with_config(path, **changes):
 
 LONG = [1.0] * 16
 REFUSED = {
+    "experts": ("granitemoehybrid", {"num_local_experts": 8}, "a mixture of 8 experts, which is not supported"),
+    "state space layers": ("granitemoehybrid", {"layer_types": ["mamba", "attention", "attention"]},
+                           "layers of type 'linear_attention' are not supported; supported: full_attention"),
     "an unknown family": ("llama", {"model_type": "gpt2"}, "model type 'gpt2' is not supported; supported: llama, m"),
     "another activation": ("gemma3_text", {"hidden_activation": "relu"}, "activation 'relu' is not supported"),
     "another kind of layer": ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
@@ -108,8 +111,23 @@ def test_a_config_that_transformers_4_would_misread(tiny_family):
     del config["rope_theta"]
     assert transformers.LlamaConfig.from_dict(config).rope_theta == 10000, "no longer misread: the check can go"
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"of transformers 5 .* install transformers 5, or write rope_theta"):
+    with pytest.raises(UserError, match=r"of transformers 5, .* install transformers 5, or write rope_theta"):
         load_model(path)
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.transformers > 4])
+def test_a_family_of_transformers_5_is_refused_by_an_older_one(family, monkeypatch):
+    monkeypatch.setattr("saap.models.architectures.version", lambda _: "4.57.6")
+    with pytest.raises(UserError, match=f"{family} models are of transformers 5, .*4.57.6.* install transformers 5"):
+        shape_of({"model_type": family})
+
+
+def test_what_ministral_3_scales_by_the_position_is_not_offered(tiny_family, tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1}  # fmt: skip
+    path = tiny_family("ministral3", rope_parameters=rope, max_position_embeddings=256)
+    assert positions_of(read_config(path)) == 64
+    assert export_bundle(path, tmp_path / "bundle", bits=32).context_length == 64
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
     before = traits_of(read_config(path)).layers
     after = traits_of(read_config(cut(path, tmp_path / "slim", plan))).layers
     assert after == tuple(before[i] for i in (0, 2, 3, 4, 5))
-    if ROWS[CASES[case][0]].window == "by layer":
+    if ROWS[CASES[case][0]].window == "by layer" and case != "granite 4":  # all of whose layers attend to all
         assert len(set(after)) > 1
         config = read_config(tmp_path / "slim")
         assert len(config["layer_types"]) == 5

@@ -13,7 +13,6 @@ from support.family_cuts import (
     EXPORTED,
     FULL,
     IDS,
-    MODULES,
     check_generation,
     compensated,
     cut,
@@ -125,7 +124,8 @@ def test_biases_that_the_family_has_need_no_class_of_ours(dense_dir, tmp_path, n
     path = dense_dir("llama", **{**FULL, **native})
     keep = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(32)))
     plan = PrunePlan((keep,) * 6)
-    added = {f"model.layers.{i}.{m}.bias": torch.full((96,), 0.5) for i in range(6) for m in MODULES}
+    modules = [f"model.layers.{i}.{name}" for i in range(6) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    added = {f"{module}.bias": torch.full((96,), 0.5) for module in modules}
     directory = cut(path, tmp_path / "slim", plan, added, added_bias=True)
     plain = len(native) == 2
     assert read_config(directory)["model_type"] == ("llama" if plain else "saap_llama")
