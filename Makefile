@@ -1,7 +1,7 @@
 # Two targets matter: `make demo` (the main job on a real model) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-VENV5 ?= .venv-transformers5
+VENV_OPTIMUM ?= .venv-optimum
 BIN := $(VENV)/bin
 # Text that the studies are of, where a developer has it beside the checkout; the tests find it themselves.
 DATA := $(abspath ../shared/data)
@@ -9,7 +9,7 @@ ifneq ($(wildcard $(DATA)/c4_sample300.jsonl),)
 studies: export SAAP_DATA ?= $(DATA)
 endif
 
-.PHONY: coverage demo studies test test-slow test-transformers5 lint clean
+.PHONY: coverage demo studies test test-slow test-optimum lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2 --quick
@@ -30,9 +30,9 @@ studies: $(VENV)/.test
 	$(BIN)/python -m studies.field.study run
 	$(BIN)/python -m studies.field.study table --write
 
-# The model tests once more on transformers 5, which optimum-onnx does not allow yet.
-test-transformers5: $(VENV5)/.test
-	$(VENV5)/bin/pytest -q -m "not slow and not device"
+# Optimum as a client, a writer and a peer, with transformers 4: optimum-onnx does not allow 5 yet.
+test-optimum: $(VENV_OPTIMUM)/.test
+	$(VENV_OPTIMUM)/bin/pytest -q -m "not slow and not device" -k optimum tests/export tests/bench/runtimes
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,15 +48,14 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install -q -e '.[bench,prune,export]'
 	touch $@
 
-# The environment of optimum-onnx, which the portable target needs.
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install -q -e '.[bench,prune,export,optimum,dev]'
+	$(BIN)/pip install -q -e '.[bench,prune,export,dev]'
 	touch $@
 
-$(VENV5)/.test: pyproject.toml
-	$(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/pip install -q --upgrade pip
-	$(VENV5)/bin/pip install -q -e '.[bench,prune,export]' 'transformers>=5' pytest hypothesis
+$(VENV_OPTIMUM)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV_OPTIMUM)
+	$(VENV_OPTIMUM)/bin/pip install -q --upgrade pip
+	$(VENV_OPTIMUM)/bin/pip install -q -e '.[bench,prune,export,optimum]' pytest hypothesis
 	touch $@
 
 # Every version that the tests ran with, for installs that shall be the same again: pip install -c constraints.txt ...

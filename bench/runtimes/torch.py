@@ -61,7 +61,8 @@ def facts(decoder: Decoder) -> PeerFacts:
     head_shares = {p.data_ptr() for p in head.parameters()} if head is not None else set()
     gathered = sum(_bytes(p) for p in table.parameters() if p.data_ptr() not in head_shares)
     assert decoder.cache is not None
-    cached = [t for layer in decoder.cache.layers for t in (layer.keys, layer.values) if t is not None]
+    kept = [getattr(layer, name, None) for layer in decoder.cache.layers for name in ("keys", "values")]
+    cached = [tensor for tensor in kept if isinstance(tensor, torch.Tensor)]
     on_disk = sum(p.stat().st_size for p in decoder.path.glob("*.safetensors"))
     sizes = ModelFacts(
         parameters=sum(p.numel() for p in parameters.values()),

@@ -35,19 +35,21 @@ class BundleConfig(PretrainedConfig):
     @classmethod
     def of(cls, manifest: BundleManifest) -> BundleConfig:
         eos = list(manifest.eos_token_ids)
-        return cls(
-            vocab_size=manifest.vocab_size,
-            hidden_size=manifest.hidden_size,
-            num_hidden_layers=len(manifest.kv_layers),
-            num_attention_heads=max(layer.query_heads for layer in manifest.kv_layers),
-            num_key_value_heads=max(layer.kv_heads for layer in manifest.kv_layers),
-            head_dim=manifest.head_dim,
-            max_position_embeddings=manifest.context_length,
-            bos_token_id=manifest.bos_token_id,
-            eos_token_id=eos or None,  # type: ignore[arg-type]  # several are meant to be given as a list
-            pad_token_id=eos[0] if eos else None,
-            is_decoder=True,
-        )
+        fields: dict[str, object] = {
+            "vocab_size": manifest.vocab_size,
+            "hidden_size": manifest.hidden_size,
+            "num_hidden_layers": len(manifest.kv_layers),
+            "num_attention_heads": max(layer.query_heads for layer in manifest.kv_layers),
+            "num_key_value_heads": max(layer.kv_heads for layer in manifest.kv_layers),
+            "head_dim": manifest.head_dim,
+            "max_position_embeddings": manifest.context_length,
+            "bos_token_id": manifest.bos_token_id,
+            "eos_token_id": eos or None,
+            "pad_token_id": eos[0] if eos else None,
+            "is_decoder": True,
+        }
+        config: BundleConfig = cls.from_dict(fields)
+        return config
 
 
 class BundleCache:
@@ -92,7 +94,7 @@ class BundleCache:
         self.buffers = [buffer[rows] for buffer in self.buffers]
 
 
-class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as transformers' own models are
+class BundleForCausalLM(PreTrainedModel, GenerationMixin):
     """A bundle as a transformers model for ``generate``; it has no weights of its own.
 
     ``BundleForCausalLM.from_bundle("out/bundle").generate(ids, max_new_tokens=20)``
@@ -147,7 +149,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # its other arguments are for models of tensors
+    def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
     ) -> dict[str, object]:
         """The columns that the cache has not seen, the whole mask, and the cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
@@ -82,7 +83,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         kinds = ["full_attention"] * len(manifest.layers)
         dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
         dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
-    config: ModelConfig = AutoConfig.for_model(
+    config = AutoConfig.for_model(
         family,
         vocab_size=manifest.vocab_size,
         hidden_size=manifest.hidden_size,
@@ -96,7 +97,12 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         **dense,
     )
     head_bits = manifest.lineage.get("head_bits", manifest.bits)
-    return config, {"bits": manifest.bits, "block": manifest.block, "embedding_bits": head_bits, "tied": False}
+    return cast(ModelConfig, config), {
+        "bits": manifest.bits,
+        "block": manifest.block,
+        "embedding_bits": head_bits,
+        "tied": False,
+    }
 
 
 def _tied(manifest: BundleManifest) -> bool:
