@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from devices.common.child import absent
 from devices.common.errors import UserError
 from studies.fuzz.targets import Target
 
@@ -167,7 +168,8 @@ def _bundles(place: Path) -> Iterator[Target]:
         read_peers([f"genai:{bundle}"], 16)
 
     def optimum() -> None:
-        read_peers([f"optimum:{bundle}"], 16)
+        if not absent(["optimum.onnxruntime"]):
+            read_peers([f"optimum:{bundle}"], 16)
 
     runs: dict[str, tuple[str, float, tuple[Run, ...]]] = {
         "bundle.json": ("values", 1, (generate, bench, score, inspect, fit, genai)),
