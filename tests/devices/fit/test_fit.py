@@ -20,7 +20,8 @@ from devices.fit.memory import (
 from devices.probe.cpu import FEATURES
 from devices.profiles.profile import DeviceError
 from export.bundle.manifest import PREFILL_CHUNK
-from saap.quantize.bundle_size import BundleSize
+from saap.models.slim_quant import MatrixForm
+from saap.quantize.bundle_size import matrix_bytes
 
 
 def test_memory_by_hand() -> None:
@@ -207,9 +208,7 @@ def test_a_tight_fit_is_called_so() -> None:
 
 
 def test_bits_scale_as_the_exporter_packs_them() -> None:
-    by_hand = BundleSize(bits=8, group_size=32, rotary_tables=0, rotary_bytes=0)
-    four = BundleSize(bits=4, group_size=32, rotary_tables=0, rotary_bytes=0)
-    ratio = sum(by_hand._matrix(576, 576, 8)) / sum(four._matrix(576, 576, 4))
+    ratio = sum(matrix_bytes(576, 576, MatrixForm(8, 32))) / sum(matrix_bytes(576, 576, MatrixForm(4, 32)))
     assert with_bits(SMOL8, 4).weight_bytes_per_token == round(SMOL8.weight_bytes_per_token / ratio)
     assert with_bits(SMOL32, 4).weight_bytes_per_token == pytest.approx(SMOL.weight_bytes_per_token, rel=0.01)
 
