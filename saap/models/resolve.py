@@ -1,7 +1,8 @@
 """From the name of a model to a directory that holds it.
 
-A name is a directory, a GGUF file, a hub id (``org/name``) or the name of a packaged model. GGUF files and packaged
-models are converted once into the cache: the directory that ``SAAP_CACHE`` names, else the platform's.
+A name is a directory, a GGUF file, a hub id (``org/name``) or the name of a packaged model. GGUF files, packaged models
+and the text part of a model that sees or hears, too, are converted once into the cache: the directory that
+``SAAP_CACHE`` names, else the platform's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_to
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 from saap.system.errors import UserError
+from saap.system.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +47,12 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
     cache = cache_dir or cache_directory()
     kind, path = kind_of(name), Path(name)
     if kind == "directory":
-        return _checked(path)
+        return _text_of(_checked(path), cache, report)
     if kind == "file":
         return _from_gguf(path, cache, report)
     if kind == "package":
         return _from_package(str(name), cache, report)
-    return _checked(_from_hub(str(name), report))
+    return _text_of(_checked(_from_hub(str(name), report)), cache, report)
 
 
 def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
@@ -131,6 +133,22 @@ def _checked(path: Path) -> Path:
         what = "only pickled weights" if pickled else "no weights"
         raise UserError(f"{path} holds {what}: saap reads safetensors; save the model with save_pretrained first")
     return path
+
+
+def _text_of(source: Path, cache: Path, report: Progress) -> Path:
+    """The directory itself, or of a model that sees or hears, too, one of its text part."""
+    from saap.models.text_part import text_config_of, write_text_part
+    from saap.models.weight_files import weights_hash
+
+    if text_config_of(read_object(source / "config.json", "make the directory again")) is None:
+        return source
+    digest = weights_hash(source)
+
+    def build(out: Path) -> None:
+        write_text_part(source, out, report)
+        copy_sidecars(source, out)
+
+    return cached(cache / f"{source.resolve().name}-text-{digest[:12]}", build, digest)
 
 
 def _from_gguf(source: Path, cache: Path, report: Progress) -> Path:
